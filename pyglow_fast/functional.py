@@ -338,9 +338,9 @@ def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     """log N(z; mean, exp(log_sd)) summed per sample; see :func:`pyglow_fast.reference.gaussian_log_prob`."""
     if ops.run_on(z):
         arguments = z, mean.expand_as(z), log_sd.expand_as(z)
-        return (
-            apply(autograd.GaussianLogProb, *arguments) if _is_seen(*arguments) else ops.gaussian_log_prob(*arguments)
-        )
+        if _is_seen(*arguments):
+            return apply(autograd.GaussianLogProb, *arguments)
+        return ops.gaussian_log_prob(*arguments)
     return reference.gaussian_log_prob(z, mean, log_sd)
 
 

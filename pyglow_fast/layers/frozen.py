@@ -53,7 +53,7 @@ class FrozenNet(NetShape):
 
     @property
     def weights(self) -> list[Tensor]:
-        """List w1, b1, w2, b2, w3, b3."""
+        """List the weights and biases of the three convolutions: w1, b1, w2, b2, w3, b3."""
         return [getattr(self, name) for name in WEIGHTS]
 
     @property
@@ -149,7 +149,6 @@ class FrozenSteps(FlowLayer):
         self.couplings = nn.ModuleList(map(_frozen, couplings_of(own)))
         self.requires_grad_(False)
         self.eval()
-
         self._views = _Views()
 
     def _folded(self) -> FoldedSteps:

@@ -14,6 +14,7 @@ from pyglow_fast.experiments import ScoredImages, score_csv
 from pyglow_fast.experiments.ood import marked_histogram
 from pyglow_fast.studio.commands import COMMAND, Made, command_line, taken_names
 from pyglow_fast.studio.opened import OpenRun, Picked, Progress
+from pyglow_fast.studio.words import shown_name
 from pyglow_fast.train import ImageScores
 
 LONGEST = 24  # characters of a name in the picture
@@ -70,7 +71,7 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
     held_out = opened.scores().held_out
     marks = {}
     for i, score in enumerate(scores):
-        name = score.picked.image.text.replace("\\", "/").rpartition("/")[2]
+        name = shown_name(score.picked.image)
         short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
         number = f"{i + 1} {short}" if len(scores) <= NAMED else str(i + 1)
         marks[number if len(scores) > 1 else short] = score.bits

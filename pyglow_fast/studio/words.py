@@ -112,6 +112,13 @@ class File:
 Image = HeldOut | Sample | File
 
 
+def shown_name(image: Image) -> str:
+    """Write for people which image it is: the name of a file without its folders, else its number and what it is."""
+    if isinstance(image, File):
+        return image.path.replace("\\", "/").rpartition("/")[2]
+    return f"{'held-out image' if isinstance(image, HeldOut) else 'sample'} {image.number}"
+
+
 def parse_image(text: str, argument: str = "image") -> Image:
     """Read which image a text names; IMAGE_HELP lists the forms.
 

@@ -8,8 +8,8 @@ import gradio as gr
 
 from pyglow_fast._errors import expect
 from pyglow_fast.studio.opened import OpenRun, Picked
-from pyglow_fast.studio.words import File, HeldOut
-from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, picked_upload
+from pyglow_fast.studio.words import HeldOut, shown_name
+from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, picked_upload, with_class
 from pyglow_fast.web.edit_tab import EditTab
 from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
@@ -18,7 +18,7 @@ from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
 from pyglow_fast.web.widgets import Slider, Thumbs, button, command_box, image_box
 
-STEPS, MOST = 9, 25
+FRAMES, MOST = 9, 25  # of the strip
 NAMES = ("from", "to")
 
 
@@ -58,16 +58,16 @@ class BetweenTab:
                     info="through the latents, on straight lines or on great circles",
                     elem_id="path-line",
                 )
-                self.steps = Slider(2, MOST, value=STEPS, step=1, label="images of the strip", elem_id="path-steps")
+                self.count = Slider(2, MOST, value=FRAMES, step=1, label="images of the strip", elem_id="path-count")
         redraw = gr.State(0)  # the frame and the commands
         self.contents = [*self.uploads, self.thumbs.strip, self.strip, self.frame, self.command]
         self.outputs = [*self.thumbs.outputs, self.end, *self.numbers, *self.uploads, self.strip, redraw]
         self.as_they_are = [gr.skip() for _ in self.outputs]
         place = [desk, self.path, self.at]
         follow([*moves([self.at]), redraw.change], on_page()(self.moved), place, [self.frame, self.command])
-        drawn = (on_page()(self.drawn), [desk, self.path, self.steps], [self.strip, redraw])
-        gr.on([self.path.input, *moves([self.steps])], *drawn, **QUIET)
-        self.strip.click(on_page()(self.point), self.steps, [self.at, redraw], **QUIET)
+        drawn = (on_page()(self.drawn), [desk, self.path, self.count], [self.strip, redraw])
+        gr.on([self.path.input, *moves([self.count])], *drawn, **QUIET)
+        self.strip.click(on_page()(self.point), self.count, [self.at, redraw], **QUIET)
         taken = self.thumbs.strip.click(on_page()(self.take_thumb), [desk, self.end], self.numbers, **QUIET)
         taken.success(*drawn, **QUIET)
         for i in range(2):
@@ -77,23 +77,22 @@ class BetweenTab:
             taken = upload.upload(on_page()(self._take_upload(i)), [desk, upload], upload, **QUIET)
             taken.success(*drawn, **QUIET)
             taken.failure(lambda: None, None, upload, **QUIET)
-            self.takes[i].click(on_page()(self._take_edit(i)), [desk, *edit.controls], None, **QUIET).success(
-                *drawn, **QUIET
-            )
+            taken = self.takes[i].click(on_page()(self._take_edit(i)), [desk, *edit.controls], None, **QUIET)
+            taken.success(*drawn, **QUIET)
 
-    def look(self, desk: Desk, path: str, steps: float) -> list[Any]:
+    def look(self, desk: Desk, path: str, count: float) -> list[Any]:
         """Fill the tab, or draw the path anew where there is another space or checkpoint than it was drawn for."""
         if desk.run is None or desk.drawn_for == self._drawn_for(desk):
             return self.as_they_are
         if not desk.has_path:
-            return self.show(desk, path, steps)
-        return [*self.as_they_are[:-2], *self.drawn(desk, path, steps)]
+            return self.show(desk, path, count)
+        return [*self.as_they_are[:-2], *self.drawn(desk, path, count)]
 
     def _drawn_for(self, desk: Desk) -> tuple[OpenRun, str]:
         opened = desk.opened(self._shelf)
         return opened, desk.space_of(opened)
 
-    def show(self, desk: Desk, path: str, steps: float) -> list[Any]:
+    def show(self, desk: Desk, path: str, count: float) -> list[Any]:
         """Fill the tab for a run that was chosen."""
         opened = desk.opened(self._shelf)
         missing = opened.images.missing
@@ -103,7 +102,7 @@ class BetweenTab:
         try:
             for i, number in enumerate([] if missing else first):
                 desk.put_end(i, opened.pick(HeldOut(number)), opened)
-            strip = self.drawn(desk, path, steps)
+            strip = self.drawn(desk, path, count)
         except ValueError as error:  # said in the place of the path
             strip = [note(plain_sentence(str(error))), gr.skip()]
         if not desk.has(opened):  # another run was chosen meanwhile
@@ -113,7 +112,7 @@ class BetweenTab:
 
     def take_thumb(self, desk: Desk, end: str, event: gr.EventData) -> list[Any]:
         """Make the held-out image that was clicked one end of the path, and show its number."""
-        expect(end in NAMES, "end", f"one of {NAMES}", repr(end))
+        expect(end in NAMES, "end", f"one of {', '.join(NAMES)}", repr(end))
         number, i = self.thumbs.number(desk, event), NAMES.index(end)
         self._take_number(i)(desk, number)
         return [number if j == i else gr.skip() for j in range(len(NAMES))]
@@ -141,10 +140,10 @@ class BetweenTab:
 
         return take
 
-    def point(self, steps: float, event: gr.EventData) -> tuple[float, int]:
+    def point(self, count: float, event: gr.EventData) -> tuple[float, int]:
         """Find where on the path the image of the strip is that was clicked."""
-        check_number("images", steps, MOST)
-        return clicked(event, int(steps)) / (int(steps) - 1), anew()
+        check_number("images", count, MOST)
+        return clicked(event, int(count)) / (int(count) - 1), anew()
 
     def moved(self, desk: Desk, path: str, at: float) -> list[Any]:
         """Make the image at one point of the path, and the commands that give it and the strip."""
@@ -157,9 +156,9 @@ class BetweenTab:
             return [gr.skip(), gr.skip()]
         shown = row(
             [
-                figure(between.first.pixels, opened.n_bins, "from", _said(between.first, opened), "from"),
+                _end(between.first, "from", opened),
                 figure(pixels[0], opened.n_bins, f"{at:.0%} of the way", part="frame", made=made),
-                figure(between.last.pixels, opened.n_bins, "to", _said(between.last, opened), "to"),
+                _end(between.last, "to", opened),
             ]
         )
         grey = note("Parts are not finite, shown grey." if bad else "")
@@ -167,13 +166,13 @@ class BetweenTab:
         commands = [*desk.end_commands, made.whole_command("between.png"), desk.strip]
         return [f"{shown}<p>{link}</p>{grey}", "\n".join(commands)]
 
-    def drawn(self, desk: Desk, path: str, steps: float) -> list[Any]:
+    def drawn(self, desk: Desk, path: str, count: float) -> list[Any]:
         """Draw the strip of the whole path."""
-        check_number("images", steps, MOST)
+        check_number("images", count, MOST)
         between = desk.between(self._shelf, path == "spherical")
         if between is None:
             return ["", anew()]
-        opened, (pixels, _) = between.opened, between.frames(int(steps))
+        opened, (pixels, _) = between.opened, between.frames(int(count))
         words = [f"at {i / (len(pixels) - 1):.2f}" for i in range(len(pixels))]
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(pixels, suffix) for suffix in files}
@@ -186,11 +185,6 @@ class BetweenTab:
         return [f"{strip}<p>{''.join(links)}</p>", anew()]
 
 
-def _said(picked: Picked, opened: OpenRun) -> str:
-    """Which image it is, in words, with its class."""
-    image = picked.image
-    if isinstance(image, File):
-        name = image.text.rpartition("/")[2]
-    else:
-        name = f"{'held-out image' if isinstance(image, HeldOut) else 'sample'} {image.number}"
-    return name if picked.label is None else f"{name}; class {opened.classes[picked.label]}"
+def _end(picked: Picked, name: str, opened: OpenRun) -> str:
+    """One end of the path, with its name and class below it."""
+    return figure(picked.pixels, opened.n_bins, name, with_class(shown_name(picked.image), picked, opened), name)

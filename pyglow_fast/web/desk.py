@@ -16,7 +16,7 @@ from pyglow_fast.studio.edits import Edit, Subject
 from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.opened import OpenRun, OwnImages, Picked, Progress
 from pyglow_fast.studio.words import File, HeldOut
-from pyglow_fast.web.shelf import Shelf
+from pyglow_fast.web.shelf import Shelf, Stamp
 from pyglow_fast.web.uploads import Upload
 
 NO_CLASS = "its own"  # the class of the image under edit while none was chosen
@@ -92,10 +92,10 @@ class Desk:
 
     def _clear(self, run: str | None) -> None:
         self.run = run
-        self._kind: tuple[OwnImages, GlowConfig] | None = None  # what the checkpoints of a run have in common
+        self._common: tuple[OwnImages, GlowConfig] | None = None  # what the checkpoints of a run have in common
         self.space: str | None = None
         self.strip = ""  # the command of the path's strip
-        self.report: tuple[tuple[str, int, int], ...] | None = None  # the files that the report is of which is shown
+        self.report: tuple[Stamp, ...] | None = None  # the files that the report is of which is shown
         self.has_path = False  # whether the tab of paths is about the run
         self.drawn_for: tuple[OpenRun, str] | None = None  # the checkpoint and the space of its strip
         self.pairs: list[tuple[str, str]] = []  # attributes that have sliders, as (plus, minus)
@@ -122,7 +122,7 @@ class Desk:
         opened.images.look_again()
         with self._lock:
             self._clear(name)
-            self._kind = opened.images, opened.model.config
+            self._common = opened.images, opened.model.config
         return opened
 
     def has_come(self, shelf: Shelf) -> bool:
@@ -138,7 +138,7 @@ class Desk:
     def is_another(self, opened: OpenRun) -> bool:
         """Whether another run took the place of the chosen one in its folder: one of other images or another model."""
         with self._lock:
-            return self.has(opened) and self._kind != (opened.images, opened.model.config)
+            return self.has(opened) and self._common != (opened.images, opened.model.config)
 
     def opened(self, shelf: Shelf) -> OpenRun:
         """Open the run at its newest checkpoint.
@@ -242,6 +242,11 @@ def picked_number(opened: OpenRun, number: float | None) -> Picked:
     whole = isinstance(number, int | float) and math.isfinite(number) and number >= 0 and number == int(number)
     expect(whole, "image", "the number of a held-out image, from 0", number)
     return opened.pick(HeldOut(int(number or 0)))
+
+
+def with_class(text: str, picked: Picked, opened: OpenRun) -> str:
+    """Write the class of an image behind what is said of it, where it has one."""
+    return text if picked.label is None else f"{text}; class {opened.classes[picked.label]}"
 
 
 def check_number(argument: str, value: float | None, most: float = math.inf) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import gradio as gr
 
+from pyglow_fast._errors import expect
 from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
 from pyglow_fast.studio.opened import AbandonedError, LostImagesError, OpenRun, Progress
-from pyglow_fast.studio.words import HeldOut
-from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on
+from pyglow_fast.studio.words import HeldOut, shown_name
+from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on, with_class
 from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import BITS, LIVE_JS, figure, note, row, save_link
@@ -178,6 +179,8 @@ class EditTab:
             return [gr.skip() for _ in self.measured]  # as below
         except (LostImagesError, UnreadableImageError) as error:
             return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
+        except ValueError as error:  # of a model that gives no finite latents, of which no image can be shown either
+            return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), gr.skip()]
         if not desk.has(opened):  # another run was chosen meanwhile, and is measured once its sliders are at rest
             return [gr.skip() for _ in self.measured]
         if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own
@@ -235,8 +238,7 @@ class EditTab:
 
     def take_space(self, desk: Desk, space: str) -> None:
         """Set the space that is edited."""
-        if space not in SPACES:
-            raise ValueError(f"space: expected one of {SPACES}, found {space!r}")
+        expect(space in SPACES, "space", f"one of {', '.join(SPACES)}", repr(space))
         desk.space = space
 
     def take_pairs(self, desk: Desk, texts: list[str], *values: float) -> list[Any]:
@@ -244,8 +246,7 @@ class EditTab:
         opened = desk.opened(self._shelf)
         names = opened.directions(desk.space_of(opened)).names
         known = {pair_text(pair): pair for pair in [*((name, REST) for name in names), *desk.pairs]}
-        if len(texts) > ATTRIBUTES:
-            raise ValueError(f"attributes: expected at most {ATTRIBUTES} at once, found {len(texts)}")
+        expect(len(texts) <= ATTRIBUTES, "attributes", f"at most {ATTRIBUTES} at once", len(texts))
         former = dict(zip(desk.pairs, values, strict=False))
         desk.pairs = [known[text] for text in texts if text in known]
         return [*self._add_sliders(desk, former), anew()]
@@ -257,8 +258,7 @@ class EditTab:
         directions.shift([Add(plus, minus, 1.0)])  # refuses what is none
         former = dict(zip(desk.pairs, values, strict=False))
         if (plus, minus) not in desk.pairs:
-            if len(desk.pairs) >= ATTRIBUTES:
-                raise ValueError(f"attributes: expected at most {ATTRIBUTES} at once, found one more")
+            expect(len(desk.pairs) < ATTRIBUTES, "attributes", f"at most {ATTRIBUTES} at once", "one more")
             desk.pairs = [*desk.pairs, (plus, minus)]
         choices = list(dict.fromkeys([*((name, REST) for name in directions.names), *desk.pairs]))
         chosen = gr.Dropdown([pair_text(pair) for pair in choices], value=[pair_text(pair) for pair in desk.pairs])
@@ -287,28 +287,21 @@ class EditTab:
             return [note("Choose an image: an upload, or a sample by a click on it."), ""]
         subject = desk.subject(self._shelf)
         opened, found = subject.opened, subject.edited(edit, twin)
-        made = subject.made(found.pixels, edit)
+        made, words = subject.made(found.pixels, edit), _words(subject, subject.bits_of(found.pixels))
         figures = [
-            figure(subject.pixels, opened.n_bins, "original", self._words(subject, subject.bits), "original"),
-            figure(
-                found.pixels,
-                opened.n_bins,
-                "edited",
-                self._words(subject, subject.bits_of(found.pixels)),
-                "edited",
-                made,
-            ),
+            figure(subject.pixels, opened.n_bins, "original", _words(subject, subject.bits), "original"),
+            figure(found.pixels, opened.n_bins, "edited", words, "edited", made),
         ]
         links = [save_link(made, "edit.png", "Save PNG")]
         commands = [made.whole_command("edit.png")]
         if found.shifted is not None:
             shifted = subject.made(found.shifted, edit, pixel_shift=True)
-            words = self._words(subject, subject.bits_of(found.shifted))
+            words = _words(subject, subject.bits_of(found.shifted))
             figures.append(figure(found.shifted, opened.n_bins, "pixels shifted", words, "shifted", shifted))
             links.append(save_link(shifted, "shifted.png", "Save the shifted one"))
             commands.append(shifted.whole_command("shifted.png"))
         if subject.from_file:
-            name = subject.picked.image.text.rpartition("/")[2]
+            name = shown_name(subject.picked.image)
             seen = f"{name.rpartition('.')[0] or name}.png"
             whole = subject.made(subject.pixels, Edit())
             # A picture of the webcam or the clipboard is in no other file: under its own name the commands find it.
@@ -319,9 +312,9 @@ class EditTab:
         bad = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."
         return [row(figures) + f"<p>{''.join(links)}</p>" + note(bad), "\n".join(commands)]
 
-    def _words(self, subject: Subject, bits: float) -> str:
-        text, label = likelihood_text(subject.opened, bits, wait=False), subject.picked.label
-        return text if label is None else f"{text}; class {subject.opened.classes[label]}"
+
+def _words(subject: Subject, bits: float) -> str:
+    return with_class(likelihood_text(subject.opened, bits, wait=False), subject.picked, subject.opened)
 
 
 def _which(level: int, n_levels: int) -> str:

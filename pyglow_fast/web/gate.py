@@ -41,6 +41,7 @@ CLOSED = {  # addresses that are closed to all who have not logged in
 HEARTBEAT = f"{API}/heartbeat/"
 FILE = f"{API}/file="
 LARGEST_JSON = 2**20  # bytes of a request that is no upload: settings and names, never pixels
+MAX_FILE_SIZE = 20 * 2**20  # bytes of an uploaded file, unless another limit is given
 FILES_AT_ONCE = 16  # an upload is limited to so many times the largest file
 FILES_STORED = 64  # and so are all that wait on the disk, or arrive
 BLOCK = 4096  # bytes of the disk that the smallest file takes

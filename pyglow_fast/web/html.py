@@ -11,7 +11,7 @@ from torch import Tensor
 from pyglow_fast.studio.commands import Made
 from pyglow_fast.train.figures import image_picture, png_bytes
 
-SHOWN = 224  # pixels on the page that an image under edit is high, or as many as it has
+LEAST_HEIGHT = 224  # pixels on the page that an image under edit is high, or as many as it has
 THUMB = 64
 TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".csv": "text/csv;charset=utf-8"}
 
@@ -115,7 +115,7 @@ def image(pixels: Tensor, n_bins: int, words: str, height: int | None = None, ma
         pixels: (C, H, W), grey levels 0..n_bins-1.
         n_bins: the level n_bins-1 is white.
         words: a description for those who do not see it.
-        height: its height on the page, in pixels; None: SHOWN, or as many as the image has.
+        height: its height on the page, in pixels; None: LEAST_HEIGHT, or as many as the image has.
         made: the image as a file that holds its command, so that whoever saves it by the browser's menu has that too.
     """
     source = uri(png_bytes(image_picture(pixels, n_bins)) if made is None else made.data)
@@ -127,7 +127,7 @@ def image(pixels: Tensor, n_bins: int, words: str, height: int | None = None, ma
 def _size(pixels: Tensor, height: int | None = None) -> tuple[int, int]:
     """(height, width) of an image on the page, in pixels; see :func:`image`."""
     tall, wide = pixels.shape[-2:]
-    shown = max(SHOWN, tall) if height is None else height
+    shown = max(LEAST_HEIGHT, tall) if height is None else height
     return shown, max(1, round(wide * shown / tall))
 
 

@@ -54,10 +54,10 @@ def page(shelf: Shelf) -> gr.Blocks:
         @on_page()
         def opened(found: Desk, name: str) -> list[Any]:
             """Opens a run. Of the last one nothing stays in the tabs that are filled when they are looked at."""
-            chosen = found.choose(shelf, name)
-            return [_about(chosen), chosen.checkpoint.digest, found, *between.EMPTY, *score.EMPTY, *looked.EMPTY]
+            newest = found.choose(shelf, name)
+            return [_about(newest), newest.checkpoint.digest, found, *between.EMPTY, *score.EMPTY, *looked.EMPTY]
 
-        def seen(tab: gr.Tab, fill: Callable[..., list[Any]] | None = None) -> Callable[..., list[Any] | None]:
+        def noted(tab: gr.Tab, fill: Callable[..., list[Any]] | None = None) -> Callable[..., list[Any] | None]:
             """A handler that notes which tab is open, and fills it where it has waited for that."""
 
             @on_page()
@@ -68,16 +68,16 @@ def page(shelf: Shelf) -> gr.Blocks:
             return come
 
         @on_page()
-        def again(found: Desk, path: str, steps: float) -> list[Any]:
+        def again(found: Desk, path: str, count: float) -> list[Any]:
             """Fills the tab that is open when a run was opened, where it is one of those that wait."""
-            ways = between.look(found, path, steps) if found.looks_at == between_tab.id else between.as_they_are
+            ways = between.look(found, path, count) if found.looks_at == between_tab.id else between.as_they_are
             return [*ways, *(looked.look(found) if found.looks_at == run_tab.id else looked.as_they_are)]
 
-        chosen_path = [desk, between.path, between.steps]
+        chosen_path = [desk, between.path, between.count]
         for tab in (sample_tab, edit_tab, score_tab):
-            tab.select(seen(tab), desk, None, **QUIET)
-        between_tab.select(seen(between_tab, between.look), chosen_path, between.outputs, **QUIET)
-        run_tab.select(seen(run_tab, looked.look), desk, looked.outputs, **QUIET)
+            tab.select(noted(tab), desk, None, **QUIET)
+        between_tab.select(noted(between_tab, between.look), chosen_path, between.outputs, **QUIET)
+        run_tab.select(noted(run_tab, looked.look), desk, looked.outputs, **QUIET)
 
         @on_page()
         def ticked(found: Desk, seen: str | None) -> list[Any]:
@@ -100,7 +100,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             """Opens the run that took the place of the chosen one in its folder."""
             return opened(found, str(found.run))
 
-        def kept(found: Desk) -> str:
+        def still(found: Desk) -> str:
             return f"<p>{html.escape(f'still about {found.run}')}</p>" if found.run else ""
 
         @on_page()
@@ -126,7 +126,7 @@ def page(shelf: Shelf) -> gr.Blocks:
         # Gradio forgets a desk that an event returned, an hour after its visitor left; a desk that none returned it
         # keeps for ever.
         chosen = gr.on([run.change, came.change], opened, [desk, run], renewed, **QUIET)
-        chosen.failure(kept, desk, about, **QUIET)
+        chosen.failure(still, desk, about, **QUIET)
         fill(chosen)
         fill(other.change(replaced, desk, renewed, **QUIET))
         first = blocks.load(listed, None, run, **QUIET)

@@ -14,14 +14,13 @@ from pyglow_fast.train.page import page_of
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.errors import on_page
 from pyglow_fast.web.html import framed
-from pyglow_fast.web.shelf import Shelf
+from pyglow_fast.web.shelf import Shelf, Stamp
 from pyglow_fast.web.widgets import button, command_box
 
 REPORTS = 4  # reports that are kept, of about a megabyte each
-Stamp = tuple[tuple[str, int, int], ...]
 
 
-def stamp_of(folder: RunFolder) -> Stamp:
+def stamps_of(folder: RunFolder) -> tuple[Stamp, ...]:
     """Look up name, time of change (ns) and size of all files that a report may be about; none of them is read."""
     found = []
     for place in (folder.path, folder.checkpoints, folder.sample_history):
@@ -36,8 +35,8 @@ def stamp_of(folder: RunFolder) -> Stamp:
 
 
 @functools.lru_cache(REPORTS)
-def _report(name: str, stamp: Stamp) -> str:
-    """The page of a run as its files were at ``stamp`` or later, drawn once for all visitors."""
+def _report(name: str, stamps: tuple[Stamp, ...]) -> str:
+    """The page of a run as its files were at ``stamps`` or later, drawn once for all visitors."""
     return framed(page_of(RunFolder(name)), f"report of {name}")
 
 
@@ -57,17 +56,17 @@ class RunTab:
 
     def look(self, desk: Desk) -> list[Any]:
         """Show the page of the run, unless what is shown is about the same files."""
-        known = desk.run is None or desk.report == stamp_of(desk.opened(self._shelf).folder)
+        known = desk.run is None or desk.report == stamps_of(desk.opened(self._shelf).folder)
         return self.as_they_are if known else self.show(desk)
 
     def show(self, desk: Desk) -> list[Any]:
         """Show the page of the run as its files are now, and the command that writes it."""
         opened = desk.opened(self._shelf)
-        stamp = stamp_of(opened.folder)
-        page = _report(opened.name, stamp)
-        words = shlex.join(["pyglow-fast", "report", path_word(opened.name)])
-        words += f" --out {free_name('report.html', taken_names(opened))}"
+        stamps = stamps_of(opened.folder)
+        page = _report(opened.name, stamps)
+        out = free_name("report.html", taken_names(opened))
+        command = shlex.join(["pyglow-fast", "report", path_word(opened.name), "--out", out])
         if not desk.has(opened):  # another run was chosen meanwhile
             return self.as_they_are
-        desk.report = stamp
-        return [page, words]
+        desk.report = stamps
+        return [page, command]

@@ -10,6 +10,7 @@ import gradio as gr
 
 from pyglow_fast.studio.opened import LostImagesError
 from pyglow_fast.studio.scored import made_csv, made_picture, score_files
+from pyglow_fast.studio.words import shown_name
 from pyglow_fast.web.desk import Desk, picked_upload, progress_on
 from pyglow_fast.web.errors import on_page, plain_sentence
 from pyglow_fast.web.events import QUIET
@@ -58,27 +59,19 @@ class ScoreTab:
         scores = score_files(opened, files, progress_on(progress, "measuring bits/dim of the run's images"))
         rows = []
         for score in scores:
-            name = score.picked.image.text.removeprefix("./")
-            below = "" if math.isnan(score.share_below) else f"{score.share_below:.1%}"
-            seen = image(score.picked.pixels, opened.n_bins, f"{name} as the model sees it", THUMB)
-            bits = f"{score.bits:.3f}" if math.isfinite(score.bits) else "no finite likelihood"
-            label = "" if score.picked.label is None else opened.classes[score.picked.label]
-            rows.append(
-                [
-                    seen,
-                    f'<span class="pgf-name">{html.escape(name)}</span>',
-                    bits,
-                    below,
-                    *([html.escape(label)] if opened.classes else []),
-                ]
-            )
-        head = [
-            "seen as",
-            "image",
-            "bits/dim",
-            "training images with fewer",
-            *(["likeliest class"] if opened.classes else []),
-        ]
+            name = shown_name(score.picked.image)
+            cells = [
+                image(score.picked.pixels, opened.n_bins, f"{name} as the model sees it", THUMB),
+                f'<span class="pgf-name">{html.escape(name)}</span>',
+                f"{score.bits:.3f}" if math.isfinite(score.bits) else "no finite likelihood",
+                "" if math.isnan(score.share_below) else f"{score.share_below:.1%}",
+            ]
+            if score.picked.label is not None:
+                cells.append(html.escape(opened.classes[score.picked.label]))
+            rows.append(cells)
+        head = ["seen as", "image", "bits/dim", "training images with fewer"]
+        if opened.classes:
+            head.append("likeliest class")
         csv = made_csv(opened, scores)
         links, parts = [save_link(csv, "scores.csv", "Save CSV")], [table(head, rows, numbered=len(rows) > 1)]
         command = csv.whole_command("scores.csv")
@@ -90,8 +83,6 @@ class ScoreTab:
             parts.insert(0, plot(picture.data, "the images on the histogram of held-out ones"))
             links.append(save_link(picture, "scores.png", "Save PNG"))
             command += f" {picture.out_words('scores.png')}"
-        parts, lost = (
-            [f'<div class="pgf-results">{"".join(parts)}</div>'],
-            [note(plain_sentence(each)) for each in refused],
-        )
-        return [None, "".join([*parts, *lost, f"<p>{''.join(links)}</p>", note(BITS)]), command]
+        lost = [note(plain_sentence(each)) for each in refused]
+        found = f'<div class="pgf-results">{"".join(parts)}</div>'
+        return [None, "".join([found, *lost, f"<p>{''.join(links)}</p>", note(BITS)]), command]

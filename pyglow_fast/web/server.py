@@ -26,14 +26,13 @@ from gradio.routes import App as GradioApp
 
 from pyglow_fast._errors import expect
 from pyglow_fast.web.brake import EACH, FREE, Brake
-from pyglow_fast.web.gate import Gate
+from pyglow_fast.web.gate import MAX_FILE_SIZE, Gate
 from pyglow_fast.web.uploads import sweep
 
 VARIABLE = "PYGLOW_SERVE_AUTH"
 SETTINGS = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED")  # environment variables that Gradio reads again and again
 FIRST_PORT = 7860
 PORTS = 100  # how many ports are tried
-MAX_FILE_SIZE = 20 * 2**20  # bytes of an upload
 SESSIONS = 100  # visits that are remembered; each loading of the page is one, and may hold samples and latents
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 UPLOADS_LAST = 600  # seconds that an upload is kept which no handler reads

@@ -11,7 +11,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun
 from pyglow_fast.train import RunFolder
 
-Stamp = tuple[str, int, int]
+Stamp = tuple[str, int, int]  # of a file: name, time of change (ns), size
 
 
 @dataclass

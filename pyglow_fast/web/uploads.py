@@ -15,10 +15,11 @@ from gradio.component_meta import ComponentMeta
 from gradio.data_classes import FileData, ImageData, ListFiles
 
 from pyglow_fast.web.errors import refusal
+from pyglow_fast.web.gate import FILES_AT_ONCE, MAX_FILE_SIZE
 
 LONGEST_NAME = 255  # characters: file systems have none longer
 MOST_FILES = 64  # files that one handler gets; all of them are in memory at once
-MOST_BYTES = 320 * 2**20  # and the bytes of all
+MOST_BYTES = FILES_AT_ONCE * MAX_FILE_SIZE  # and the bytes of all: as many as one upload may bring
 LINGER = 3.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
 
 

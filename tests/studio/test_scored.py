@@ -29,6 +29,6 @@ def test_many_marks_have_numbers_alone(tmp_path: Path, monkeypatch: pytest.Monke
     for count in (1, 2, scored.NAMED, scored.NAMED + 1):
         scored.made_picture(opened, [score] * count)
     one, two, some, many = map(list, found)
-    assert (one, two) == (["7"], ["1 7", "2 7"])
-    assert some[-1] == f"{scored.NAMED} 7"
+    assert (one, two) == (["held-out image 7"], ["1 held-out image 7", "2 held-out image 7"])
+    assert some[-1] == f"{scored.NAMED} held-out image 7"
     assert many == [str(i + 1) for i in range(scored.NAMED + 1)]

@@ -22,6 +22,7 @@ from pyglow_fast.studio.words import (
     number_text,
     one_line,
     parse_image,
+    shown_name,
     word_name,
 )
 
@@ -164,3 +165,18 @@ def test_text_of_samples_by_hand() -> None:
     assert parse_image("12") == HeldOut(12)
     assert parse_image("./12") == File("./12")
     assert [File(name).text for name in ("12", "sample:1", "-n", "a b")] == ["./12", "./sample:1", "./-n", "a b"]
+
+
+@pytest.mark.parametrize(
+    ("image", "shown"),
+    [
+        (HeldOut(12), "held-out image 12"),
+        (Sample(2, Draw(8)), "sample 2"),
+        (File("photos/me.png"), "me.png"),
+        (File(r"C:\photos\me.png"), "me.png"),
+        (File("12"), "12"),
+        (File("-n"), "-n"),
+    ],
+)
+def test_names_for_people(image: Image, shown: str) -> None:
+    assert shown_name(image) == shown

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from pyglow_fast.cli import main
-from pyglow_fast.train import RunFolder
+from pyglow_fast.train import Checkpoint, RunFolder
 
 DIGITS = "digits"  # with classes
 COLOUR = "it's <b>$HOME & co"  # without, on images whose folders have hostile names
@@ -54,6 +55,18 @@ def make(root: Path) -> None:
     (runs / UNBORN).mkdir()
     written = RunFolder(runs / DIGITS).config.read_bytes()
     RunFolder(runs / UNBORN).config.write_bytes(written)
+
+
+def train_on(run: RunFolder, step: int | None = None) -> Checkpoint:
+    """Writes a checkpoint with other weights at a step, by default the next one, and returns it."""
+    checkpoint = run.load()
+    for name, value in checkpoint.model.items():
+        if value.dim() == 4:  # kernels of the nets
+            checkpoint.model[name] = value + 0.02 * torch.randn_like(value)
+    checkpoint.ema = {}
+    checkpoint.progress["step"] = checkpoint.progress["step"] + 1 if step is None else step
+    run.save(checkpoint, keep=9)
+    return run.load()
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -350,15 +350,6 @@ def test_a_run_with_one_held_out_image(place: Place, monkeypatch: pytest.MonkeyP
     assert place.desk.thumbs["edit"] == [0]
 
 
-def train_on(opened: OpenRun) -> None:
-    """Write a checkpoint of a later step, with other weights."""
-    checkpoint = opened.folder.load()
-    checkpoint.progress["step"] += 1
-    checkpoint.model = {name: value + 0.02 if value.dim() == 4 else value for name, value in checkpoint.model.items()}
-    checkpoint.ema = {}
-    opened.folder.save(checkpoint, keep=9)
-
-
 def test_a_checkpoint_that_comes_while_one_is_measured_is_measured_too(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +362,7 @@ def test_a_checkpoint_that_comes_while_one_is_measured_is_measured_too(
 
     def interrupted(self: OpenRun, *args: Any) -> Any:
         monkeypatch.undo()
-        train_on(self)
+        web_runs.train_on(self.folder)
         return scores(self, *args)
 
     monkeypatch.setattr(OpenRun, "scores", interrupted)
@@ -392,7 +383,7 @@ def test_a_sample_that_is_an_end_is_drawn_anew_by_a_newer_checkpoint(place: Plac
     for take in place.between.takes:
         place.handler(take, "click")(place.desk, False, *REST_VALUES)
     frame = place.between.moved(place.desk, "linear", 0.0)
-    train_on(opened)
+    web_runs.train_on(opened.folder)
     newer = place.shelf.open(str(folder / "a"))
     assert newer is not opened
     pixels = Draw(3).drawn(newer.model, newer.n_bins).pixels[1]
@@ -422,7 +413,7 @@ def scored(place: Place, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             return [FileScore(each._replace(label=label), bits, share) for each in files]
 
         monkeypatch.setattr(score_tab, "score_files", score)
-        return text_of(place.score.score(place.desk, [Upload('<b>"x" & y</b>.png', data)]))
+        return text_of(place.score.score(place.desk, [Upload('<b>"x" & y<b>.png', data)]))
 
     assert opened.classes == tuple(sorted(NAMES))
     return show
@@ -432,7 +423,7 @@ def test_a_score_in_words(scored: Callable[..., str]) -> None:
     """Names of files and classes are text; what there is no number for is left out."""
     for label, name in enumerate(sorted(NAMES)):
         shown = scored(1.25, 0.5, label)
-        for text in (name, '<b>"x" & y</b>.png'):
+        for text in (name, '<b>"x" & y<b>.png'):
             cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", shown)]
             assert html.escape(text) in cells
         assert "1.250" in shown

@@ -58,6 +58,8 @@ def test_a_model_of_nan(spoilt: str, visitor: Visitor, site: Site) -> None:
     said = "image: expected one whose latents are finite, found NaN or inf in those of 0"
     wait_for(page.locator("#edited").inner_text, said)
     wait_for(lambda: visitor.command("edit-command"), "")
+    none = "No attributes: latents[0]: expected finite values, found NaN or inf"
+    wait_for(page.locator("#edit-why").inner_text, none)
     page.get_by_role("tab", name="Interpolate", exact=True).click()
     wait_for(page.locator("#path-strip").inner_text, said)
     assert (page.locator("#path-frame").inner_text(), visitor.command("path-command")) == ("", "")
@@ -106,7 +108,7 @@ def test_images_that_go_while_they_are_looked_at(
     assert "expected an image that Pillow can decode" in between.show(desk, "linear", 3)[-2]
 
 
-def test_a_run_with_one_held_out_image(
+def test_the_ends_of_a_run_with_one_held_out_image(
     tabs: Callable[..., tuple[Shelf, Desk, EditTab, BetweenTab]],
 ) -> None:
     """Both ends of the path are that image, and the numbers beside them say so."""

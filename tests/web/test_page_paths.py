@@ -99,7 +99,7 @@ def test_a_path(walker: Visitor, site: Site, monkeypatch: pytest.MonkeyPatch) ->
     page.locator("#path-strip button").nth(6).click()
     wait_for(lambda: frame(walker), path(site, (4, 7), [0.75], True)[0])
     assert slider(page, "path-at").input_value() == "0.75"
-    set_slider(page, "path-steps", 4)
+    set_slider(page, "path-count", 4)
     wait_for(lambda: strip(walker), path(site, (4, 7), [0, 1 / 3, 2 / 3, 1], True))
     wait_for(lambda: "--frames 4 " in walker.command("path-command"), True)
     one, *whole = walker.command("path-command").splitlines()

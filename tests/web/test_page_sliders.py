@@ -20,7 +20,7 @@ from support.web_page import Visitor, data_of, set_slider, wait_for  # noqa: E40
         ("Sample", "sample-n", "sample-command", "--n", "24"),
         ("Edit", "keep-0", "edit-command", "--keep", None),
         ("Interpolate", "path-at", "path-command", "--at", "0.5"),
-        ("Interpolate", "path-steps", "path-command", "--frames", "9"),
+        ("Interpolate", "path-count", "path-command", "--frames", "9"),
     ],
 )
 def test_a_slider_is_reset(tab: str, elem_id: str, command: str, word: str, rest: str | None, visitor: Visitor) -> None:

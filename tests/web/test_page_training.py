@@ -16,7 +16,7 @@ web.require("gradio", "playwright", "chromium")
 
 from support.web import wait_for  # noqa: E402
 from support.web_page import Site, Visitor, all_pixels, choose, set_slider  # noqa: E402
-from support.web_runs import COLOUR, DIGITS, encoded, photo  # noqa: E402
+from support.web_runs import COLOUR, DIGITS, encoded, photo, train_on  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
@@ -42,18 +42,6 @@ def shown(visitor: Visitor) -> torch.Tensor:
     return all_pixels(visitor.page.locator("#samples button img"))
 
 
-def train_on(training: RunFolder, step: int = 1000) -> Checkpoint:
-    """Writes a checkpoint of another model at a step, and returns it."""
-    found = training.load()
-    for name, value in found.model.items():
-        if value.dim() == 4 and value.shape[-1] == 3:  # kernels of the nets
-            found.model[name] = value + 0.02 * torch.randn_like(value)
-    found.ema = {}
-    found.progress["step"] = step
-    training.save(found, keep=9)
-    return training.load()
-
-
 def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visitor) -> None:
     """By the next action: in Sample, in Edit, and not one of which a half was written."""
     page = visitor.page
@@ -62,7 +50,7 @@ def test_the_newest_whole_checkpoint_is_used(training: RunFolder, visitor: Visit
     wait_for(lambda: shown(visitor), sampled(first, SHOWN))
     visitor.tab("Edit")
     before = visitor.caption("original")
-    second = train_on(training)
+    second = train_on(training, 1000)
     assert not torch.equal(sampled(second, 5), sampled(first, 5))
     set_slider(page, "keep-1", 0.9)
     wait_for(lambda: visitor.caption("original") not in ("", before), True)
@@ -84,7 +72,7 @@ def test_a_newer_checkpoint_comes_by_itself(training: RunFolder, visitor: Visito
     assert "1000" not in report.inner_text()
     visitor.tab("Edit")
     before = visitor.caption("original")
-    second = train_on(training)
+    second = train_on(training, 1000)
     wait_for(lambda: "step 1,000" in page.locator("#about").inner_text(), True)
     wait_for(lambda: shown(visitor), sampled(second, SHOWN))
     wait_for(lambda: visitor.caption("original") != before and "training images" in visitor.caption("original"), True)
@@ -162,7 +150,7 @@ def test_a_path_follows_the_checkpoint_and_the_space(training: RunFolder, visito
     visitor.choose_run("zz training")
     visitor.tab("Interpolate")
     before = strip()
-    train_on(training)
+    train_on(training, 1000)
     wait_for(lambda: torch.equal(strip(), before), False)
     visitor.tab("Edit")
     page.get_by_role("radio", name="latent").check()

@@ -33,15 +33,6 @@ def runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path / "runs"
 
 
-def save_another(run: RunFolder) -> None:
-    """A checkpoint of a later step, with other weights."""
-    checkpoint = run.load()
-    checkpoint.progress["step"] += 1
-    checkpoint.model = {name: value + 0.01 if value.dim() == 4 else value for name, value in checkpoint.model.items()}
-    checkpoint.ema = {}
-    run.save(checkpoint, keep=9)
-
-
 def test_the_runs_that_there_are(runs: Path) -> None:
     """In and as the folders that were named, each once, also such as come later; none once they are gone."""
     shutil.copytree(runs / "a", runs / "c")
@@ -83,7 +74,7 @@ def test_a_run_is_opened_once_for_a_checkpoint(runs: Path, monkeypatch: pytest.M
     shutil.copyfile(folder.checkpoint, again)
     again.replace(folder.checkpoint)
     assert shelf.open(name) is first
-    save_another(folder)
+    web_runs.train_on(folder)
     second = shelf.open(name)
     assert second is not first
     assert (second.step, second.images) == (first.step + 1, first.images)
@@ -96,7 +87,7 @@ def test_a_run_is_opened_once_for_a_checkpoint(runs: Path, monkeypatch: pytest.M
 def test_the_best_checkpoint(runs: Path) -> None:
     folder = RunFolder(runs / "a")
     best = folder.load(best=True).progress["step"]
-    save_another(folder)
+    web_runs.train_on(folder)
     newest = folder.load().progress["step"]
     assert Shelf([str(runs)]).open(str(runs / "a")).step == newest > best
     opened = Shelf([str(runs)], best=True).open(str(runs / "a"))

@@ -1,6 +1,6 @@
 """The tables of measured figures in README.md and docs: made of the rows in bench/results, and put into the pages.
 
-    pyglow-fast bench page_tables [--write]
+    pyglow-fast bench measured_tables [--write]
 
 Without --write the tables are printed. With it each takes the place of the table of its page that has the same first
 line. docs/gpu.md and docs/settings.md have makers of their own (bench/gpu_tables.py, bench/settings_page.py).
@@ -79,14 +79,13 @@ NET_NAMES = {
     "linear": "Linear 64-128-64, {x}",
     "srflow": "SRFlow, {x}",
 }
-PAGE_ROWS = {
+BROWSER_ROWS = {
     ("edit", "frozen"): "encode, edit, decode of one 3x32x32 image, K = 8, L = 3, hidden 128: the page's frozen model",
     ("edit", "plain torch"): "the same by plain torch, both taking turns",
-    (
-        "drag",
-        "on the screen",
-    ): "from the move of a slider to its image on the screen, preset `fashion`, in a headless "
-    "Chromium on the same machine",
+    ("drag", "on the screen"): (
+        "from the move of a slider to its image on the screen, preset `fashion`, "
+        "in a headless Chromium on the same machine"
+    ),
 }
 HARD = {
     "trained 60 steps, K=32, L=3": "trained 60 steps, K = 32, L = 3",
@@ -105,8 +104,6 @@ MEMORY_NAMES = {
     "normflows": "normflows",
     "FrEIA": "FrEIA",
 }
-
-
 EARLIER = "memory-earlier-cpu.json"
 MEMORY_FILES = (*scaling.MEMORY_FILES, EARLIER)
 
@@ -553,7 +550,7 @@ def ranks() -> Table:
 def browser() -> Table:
     """docs/page.md: what a visitor waits for."""
     rows = {(row["what"], row["way"]): row["milliseconds"] for row in read("page-cpu.json")["rows"]}
-    return made("docs/page.md", ("", "ms"), [(label, coarse(rows[key])) for key, label in PAGE_ROWS.items()])
+    return made("docs/page.md", ("", "ms"), [(label, coarse(rows[key])) for key, label in BROWSER_ROWS.items()])
 
 
 TABLES: Sequence[Callable[[], Table]] = (
@@ -600,7 +597,7 @@ def replaced(text: str, table: Table) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables, or write them."""
-    options = argparse.ArgumentParser(prog="python -m bench.page_tables", description=__doc__.split("\n")[0])
+    options = argparse.ArgumentParser(prog="python -m bench.measured_tables", description=__doc__.split("\n")[0])
     options.add_argument("--write", action="store_true", help="replace the tables of the pages")
     write = options.parse_args(arguments).write
     for table in tables():
