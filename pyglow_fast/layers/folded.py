@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from pyglow_fast._captures import is_capturing
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, couplings_of, fold_steps, invert_maps
-from pyglow_fast.layers.kept_values import KeptTensors, is_plain
-from pyglow_fast.layers.known_steps import KnownSteps
+from pyglow_fast.layers.kept_values import KeptTensors, has_version
+from pyglow_fast.layers.known_steps import KnownSteps, same_objects
 from pyglow_fast.reversible.maps import MapInverse
 
 
@@ -67,10 +66,21 @@ def _tensors(steps: Sequence[FlowStep]) -> list[Tensor] | None:
     return found
 
 
-class _Kept(NamedTuple):
+@dataclass
+class _Kept:
     folded: FoldedSteps
     boards: list[Checkerboard | None]
     made_of: KeptTensors
+    looked: bool = False  # at the steps, to make them known
+
+
+def _known_of(
+    children: Mapping[str, nn.Module | None], steps: Sequence[FlowStep], tensors: Sequence[Tensor]
+) -> KnownSteps | None:
+    """What is to be believed of steps, if they are still made of these tensors: other threads may change modules."""
+    known, now = KnownSteps.of(children, steps, tensors), _tensors(steps)
+    same = now is not None and same_objects(now, tensors)
+    return known if known is not None and same and known.hold(children) else None
 
 
 class FoldCache:
@@ -88,7 +98,6 @@ class FoldCache:
         self._trusted = 0
         self._kept: _Kept | None = None
         self._known: KnownSteps | None = None
-        self._looked_for: _Kept | None = None  # what was kept when the steps were last looked at
         self._captured: dict[int, weakref.ref[Tensor]] = {}
 
     def __deepcopy__(self, memo: object) -> FoldCache:
@@ -102,7 +111,7 @@ class FoldCache:
     def clear(self) -> None:
         """Forget the folded steps, which frees their memory."""
         with self._lock:
-            self._kept = self._known = self._looked_for = None
+            self._kept = self._known = None
 
     @contextlib.contextmanager
     def trusting(self) -> Iterator[None]:
@@ -130,12 +139,16 @@ class FoldCache:
         found = self._captured.get(id(tensor))
         return found is not None and found() is tensor
 
-    def known(self) -> KnownSteps | None:
-        """What was found out about the steps when their folded form was last used again, if it still holds."""
+    def known(self, children: Mapping[str, nn.Module | None]) -> KnownSteps | None:
+        """What was found out about a run's modules when their folded form was last used again, if it still holds."""
         known = self._known
-        if known is not None and not known.hold():
-            self._known = self._looked_for = known = None
-        return known
+        if known is None or known.hold(children):
+            return known
+        with self._lock:
+            self._known = None
+            if self._kept is not None:
+                self._kept.looked = False
+        return None
 
     def get(
         self,
@@ -158,8 +171,8 @@ class FoldCache:
             boards = [coupling.board for coupling in couplings_of(steps)] if known is None else known.boards
             kept = self._kept
             if kept is not None and tensors is not None and kept.boards == boards and kept.made_of.same(tensors):
-                if children is not None and kept is not self._looked_for:
-                    self._known, self._looked_for = KnownSteps.of(children, steps, tensors), kept
+                if children is not None and not kept.looked:
+                    self._known, kept.looked = _known_of(children, steps, tensors), True
                 return kept.folded
             with torch.no_grad():
                 return self._fold(steps, tensors, boards)
@@ -178,5 +191,5 @@ class FoldCache:
         return folded
 
     def _has_version(self, tensor: Tensor) -> bool:
-        """Whether a tensor has a version that tells of all writes which torch counts."""
-        return is_plain(tensor) and not tensor.is_inference() and not self._was_captured(tensor)
+        """Whether a tensor's version tells of all writes, as it does not of a graph's replays."""
+        return has_version(tensor) and not self._was_captured(tensor)

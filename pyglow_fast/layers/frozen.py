@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from pyglow_fast.layers.flow_step import (
 )
 from pyglow_fast.layers.folded import FoldedSteps, is_foldable
 from pyglow_fast.layers.injector import AffineInjector
-from pyglow_fast.layers.kept_values import KeptTensors
+from pyglow_fast.layers.kept_values import KeptTensors, has_version
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.reversible.maps import MapInverse
 
@@ -89,7 +90,7 @@ class _Views:
     def of(self, buffers: Sequence[Tensor | None]) -> tuple[list[ChannelMap], list[MapInverse]]:
         """Take the buffers apart; the same views as before where these are the same, and nothing is recorded."""
         tensors = [tensor for tensor in buffers if tensor is not None]
-        if torch.is_grad_enabled() or is_watched() or any(tensor.is_inference() for tensor in tensors):
+        if torch.is_grad_enabled() or is_watched() or not all(map(has_version, tensors)):
             return self._taken_apart(buffers)
         kept = self._kept
         if kept is None or not kept[0].same(tensors):
@@ -150,6 +151,10 @@ class FrozenSteps(FlowLayer):
         self.requires_grad_(False)
         self.eval()
         self._views = _Views()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was pickled by a former version has no views."""
+        super().__setstate__({"_views": _Views(), **state})
 
     def _folded(self) -> FoldedSteps:
         maps, inverses = self._views.of([self._buffers[name] for name in BUFFERS])

@@ -56,6 +56,11 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
+def has_version(tensor: Tensor) -> bool:
+    """Tells whether a tensor has a version that tells of all writes which torch counts, and a place in memory."""
+    return is_plain(tensor) and not tensor.is_inference()
+
+
 def _may_look(tensors: Sequence[Tensor]) -> bool:
     plain = all(tensor.is_cpu and is_plain(tensor) for tensor in tensors)
     return plain and not is_watched() and (not tensors or can_read(tensors[0]))  # which costs as much as all the rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,16 @@ def _is_known(step: FlowStep) -> bool:
 
 
 def _entries(held: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(part for entry in held.items() for part in entry)
+    return tuple(part for entry in list(held.items()) for part in entry)  # a list: other threads may add entries
+
+
+def same_objects(found: Sequence[object], expected: Sequence[object]) -> bool:
+    """Whether two lists hold the very same objects in the same order."""
+    return len(found) == len(expected) and all(map(operator.is_, found, expected))
+
+
+def _modules(steps: Sequence[FlowStep]) -> list[nn.Module]:
+    return [module for step in steps for module in step.modules()]
 
 
 class KnownSteps:
@@ -73,28 +83,45 @@ class KnownSteps:
     def __init__(
         self, children: Mapping[str, nn.Module | None], steps: Sequence[FlowStep], tensors: Sequence[Tensor]
     ) -> None:
-        self.steps, self.tensors, self.couplings = list(steps), list(tensors), couplings_of(steps)
-        self.boards: list[Checkerboard | None] = [coupling.board for coupling in self.couplings]
-        self.channels, self.bias = steps[0].channels, steps[0].actnorm.bias
-        modules = [module for step in steps for module in step.modules()]
+        modules = _modules(steps)
+        self._children = children
         self._objects = tuple((module, type(module), _entries(vars(module))) for module in modules)
         held = [children, *(vars(module)[name] for module in modules for name in _HELD)]
         self._dicts = tuple((entries, _entries(entries)) for entries in held)
+        # What is made of the modules comes behind what tells that they are the same.
+        self.steps, self.tensors, self.couplings = list(steps), list(tensors), couplings_of(steps)
+        self.boards: list[Checkerboard | None] = [coupling.board for coupling in self.couplings]
+        self.channels, self.bias = steps[0].channels, steps[0].actnorm.bias
         self._runners: tuple[object, list[NetRunner]] = None, []
 
     @classmethod
     def of(
         cls, children: Mapping[str, nn.Module | None], steps: Sequence[FlowStep], tensors: Sequence[Tensor]
     ) -> KnownSteps | None:
-        """Look at the steps; None where not all is known of them, or there is no extension to tell that it holds."""
+        """Look at the steps; None where not all is known of them, or there is no extension to tell that it holds.
+
+        Where another thread changes a module meanwhile, what was found may be of either state: whoever asks tells by
+        :meth:`hold`, once more and last.
+        """
         if extension() is None or not all(map(_is_known, steps)):
             return None
-        return cls(children, steps, tensors)
+        found = cls(children, steps, tensors)
+        noted = [module for module, *_ in found._objects]
+        still = same_objects(list(children.values()), steps) and same_objects(_modules(steps), noted)
+        return found if still and found._is_in_order() and all(map(_is_known, steps)) else None
 
-    def hold(self) -> bool:
-        """Tells whether nothing has been put in the place of anything since, nor a hook for all modules been set."""
+    def _is_in_order(self) -> bool:
+        """Whether the extension sees the order of all entries; an OrderedDict's, which may change, it does not."""
+        held = [*(vars(module) for module, *_ in self._objects), *(entries for entries, _ in self._dicts)]
+        return all(type(entries) is dict or not entries for entries in held)
+
+    def hold(self, children: Mapping[str, nn.Module | None]) -> bool:
+        """Tells whether a run has these modules, and nothing has been put in the place of anything since.
+
+        Nor may a hook for all modules have been set. A shallow copy of the run has another dictionary of modules.
+        """
         module = extension()
-        if module is None or torch.nn.modules.module._has_any_global_hook():
+        if module is None or children is not self._children or torch.nn.modules.module._has_any_global_hook():
             return False
         found: bool = module.same_entries(self._objects, self._dicts)
         return found

@@ -314,7 +314,7 @@ class ReversibleSequence(FlowLayer):
 
     def _known(self) -> KnownSteps | None:
         """What calls before have found out about the steps, where this one neither records nor is watched."""
-        return None if torch.is_grad_enabled() or is_watched() else self._cache.known()
+        return None if torch.is_grad_enabled() or is_watched() else self._cache.known(self._modules)
 
     def _run_known(
         self, known: KnownSteps, x: Tensor, cond: Tensor | None, squeeze_first: bool

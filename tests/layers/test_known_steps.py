@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ import pyglow_fast as pgf
 from pyglow_fast._backend import extension
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.layers import folded
+from pyglow_fast.layers import known_steps as known_module
 from pyglow_fast.layers.known_steps import KnownSteps
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -38,7 +41,7 @@ def run(sequence: pgf.ReversibleSequence) -> tuple[Tensor, ...]:
 
 
 def known(sequence: pgf.ReversibleSequence) -> KnownSteps | None:
-    found: KnownSteps | None = sequence._cache.known()
+    found: KnownSteps | None = sequence._cache.known(sequence._modules)
     return found
 
 
@@ -261,6 +264,86 @@ def test_gradients_are_recorded() -> None:
 def test_copies_know_nothing(how: Callable[[pgf.ReversibleSequence], pgf.ReversibleSequence]) -> None:
     other = how(known_steps())
     assert known(other) is None
+
+
+def same_as_anew(sequence: pgf.ReversibleSequence) -> bool:
+    return all(map(torch.equal, run(sequence), run(copy.deepcopy(sequence))))
+
+
+def test_a_shallow_copy_has_steps_of_its_own() -> None:
+    sequence = known_steps()
+    other = copy.copy(sequence)
+    other._modules = {**sequence._modules, "1": steps()[1]}
+    for which in (other, sequence, other):
+        assert same_as_anew(which)
+
+
+def test_modules_in_a_new_dictionary_are_seen() -> None:
+    sequence = known_steps()
+    sequence._modules = {**sequence._modules, "1": steps()[1]}
+    assert same_as_anew(sequence)
+
+
+def test_an_order_that_changes_in_place_is_seen() -> None:
+    """As of modules that torch of former years has pickled."""
+    sequence = steps()
+    sequence._modules = OrderedDict(sequence._modules)
+    run(sequence)
+    run(sequence)
+    sequence._modules.move_to_end("0")
+    assert same_as_anew(sequence)
+
+
+def by_another_thread(
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, change: Callable[[], None], first: bool
+) -> None:
+    """Let a change happen before or behind the first call of a function, as another thread may make it."""
+    found, changes = getattr(where, name), [change]
+
+    def call(*arguments: Any) -> Any:
+        if first and changes:
+            changes.pop()()
+        result = found(*arguments)
+        if changes:
+            changes.pop()()
+        return result
+
+    monkeypatch.setattr(where, name, call)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("where", [(KnownSteps, "of"), (known_module, "_is_known"), (known_module, "couplings_of")])
+@pytest.mark.parametrize("change", [on_a_step, another_parameter, another_net, another_step, another_scale])
+def test_changes_while_steps_are_looked_at(
+    change: Callable[[pgf.ReversibleSequence], None],
+    where: tuple[Any, str],
+    first: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sequence = steps()
+    run(sequence)
+    sequence._cache.clear()
+    with torch.no_grad():
+        sequence(X)
+        by_another_thread(monkeypatch, *where, lambda: change(sequence), first)
+        sequence(X)
+    monkeypatch.undo()
+    assert same_as_anew(sequence)
+
+
+def test_what_is_kept_no_longer_is_freed() -> None:
+    sequence = known_steps()
+    former = weakref.ref(sequence._cache._kept.folded)  # type: ignore[union-attr]
+    sequence[0].actnorm.bias.data += 0.5
+    run(sequence)
+    gc.collect()
+    assert former() is None
+    with sequence.folded():
+        run(sequence)
+        run(sequence)
+        inside = weakref.ref(sequence._cache._kept.folded)  # type: ignore[union-attr]
+    gc.collect()
+    assert inside() is None
 
 
 @pytest.mark.parametrize("net", [nn.Conv2d(2, 4, 1), Doubled(2, 4, 5)], ids=lambda net: type(net).__name__)

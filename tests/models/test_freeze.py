@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +143,46 @@ def test_follows_its_buffers(permutation: str, replace: bool) -> None:
         found = (*steps(z), *steps.inverse(z))
         assert not all(map(torch.equal, found, before))
         assert all(map(torch.equal, copy.deepcopy(steps)(z), found))
+
+
+class _Lent(Tensor):
+    """A tensor whose values are those of another one, as a library's own classes have them: no place tells of them."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls: type[_Lent], inner: Tensor) -> _Lent:
+        made: _Lent = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*[one.inner if isinstance(one, _Lent) else one for one in args], **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_follows_a_buffer_of_a_class_of_its_own() -> None:
+    frozen, x = model(permutation="shuffle").freeze(), torch.rand(3, 1, 8, 8) - 0.5
+    steps = frozen.levels[0].steps
+    z = steps.inverse(frozen.encode(x)[0].repeat(1, 2, 1, 1))[0]
+    steps.offsets = offsets = _Lent(steps.offsets)
+    before = steps(z)
+    offsets.inner = offsets.inner + 0.5
+    found = steps(z)
+    steps.offsets = offsets.inner
+    assert not torch.equal(found[0], before[0])
+    assert torch.equal(found[0], copy.deepcopy(steps)(z)[0])
+
+
+@torch.no_grad()
+def test_steps_that_a_former_version_pickled() -> None:
+    frozen, x = model().freeze(), torch.rand(3, 1, 8, 8) - 0.5
+    for module in frozen.modules():
+        vars(module).pop("_views", None)
+    assert torch.equal(pickle.loads(pickle.dumps(frozen)).log_prob(x), copy.deepcopy(model()).freeze().log_prob(x))
 
 
 @torch.no_grad()
