@@ -181,12 +181,16 @@ class FoldCache:
         self, steps: Sequence[FlowStep], tensors: list[Tensor] | None, boards: list[Checkerboard | None]
     ) -> FoldedSteps:
         """The folded steps as the parameters are now, which are kept where they may be."""
-        folded, self._kept = FoldedSteps.of(steps), None
+        self._kept = None
         if tensors is None or not all(map(self._has_version, tensors)):
+            return FoldedSteps.of(steps)
+        before = KeptTensors(tensors, by_version=self._trusted > 0)
+        folded = FoldedSteps.of(steps)
+        if not (self._trusted or before.has_values):
             return folded
         weights = [weight for weights in folded.nets for weight in weights or ()]
         made_of = KeptTensors(tensors, weights, by_version=self._trusted > 0)
-        if self._trusted or made_of.has_values:
+        if before.same(tensors):  # else another thread has written while they were folded
             self._kept = _Kept(folded, boards, made_of)
         return folded
 

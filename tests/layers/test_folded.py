@@ -443,6 +443,29 @@ def test_two_threads() -> None:
     assert all(torch.allclose(z, expected, rtol=1e-5, atol=1e-5) for z in found)
 
 
+@pytest.mark.parametrize("write", [write_all_through_data, write_in_place])
+@pytest.mark.parametrize("inside", [False, True])
+def test_writes_while_weights_are_folded(
+    write: Callable[[pgf.ReversibleSequence], None], inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread may make them: that call gives what it gives, those behind it the numbers of what is there."""
+    if inside and write is write_all_through_data:
+        pytest.skip("inside folded() no write through .data may be made")
+    sequence, true, writes = steps(), FoldedSteps.of, [write]
+
+    def written_to(own: list[pgf.FlowStep]) -> FoldedSteps:
+        folded = true(own)
+        if writes:
+            writes.pop()(sequence)
+        return folded
+
+    monkeypatch.setattr(FoldedSteps, "of", written_to)
+    with torch.no_grad(), sequence.folded() if inside else contextlib.nullcontext():
+        sequence(X)
+        assert not writes
+        assert torch.equal(sequence(X)[0], copy.deepcopy(sequence)(X)[0])
+
+
 def test_anew_with_another_parity() -> None:
     """The places of the halves of a checkerboard are a part of the maps."""
     sequence = steps(mask="checkerboard")

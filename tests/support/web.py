@@ -191,9 +191,13 @@ class Watched:
         if message.type == "error":
             self.errors.append(f"console: {message.text}")
 
+    def wait_for_toasts(self) -> None:
+        """Waits until a message has popped up."""
+        wait_for(lambda: (self.page.evaluate("1"), len(self.toasts) > 0)[1], True)  # calls come while the page is asked
+
     def toast(self) -> str:
         """Waits for messages that pop up, which say one thing and have no elements in them; closes them, returns it."""
-        wait_for(lambda: (self.page.evaluate("1"), len(self.toasts) > 0)[1], True)
+        self.wait_for_toasts()
         close = self.page.get_by_test_id("toast-close")
         wait_for(lambda: close.evaluate_all("found => (found.forEach(each => each.click()), found.length)"), 0)
         found = set(self.toasts)

@@ -141,7 +141,7 @@ class Visitor:
     def toast(self) -> str:
         """The one sentence that errors show; they are closed, and have no elements in them."""
         self.refused = True
-        wait_for(lambda: (self.page.evaluate("1"), len(self.watched.toasts) > 0)[1], True)
+        self.watched.wait_for_toasts()
         self.idle()  # one drag may ask several times, and each refusal is a message of its own
         return self.watched.toast()
 

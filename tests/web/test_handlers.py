@@ -33,10 +33,12 @@ from pyglow_fast.studio.opened import OpenRun  # noqa: E402
 from pyglow_fast.studio.samples import Draw  # noqa: E402
 from pyglow_fast.studio.scored import FileScore  # noqa: E402
 from pyglow_fast.studio.words import HeldOut  # noqa: E402
+from pyglow_fast.train.figures import image_picture, png_bytes  # noqa: E402
 from pyglow_fast.web import edit_tab, score_tab  # noqa: E402
 from pyglow_fast.web.between_tab import BetweenTab  # noqa: E402
 from pyglow_fast.web.desk import Desk, clicked, picked_number, picked_upload  # noqa: E402
 from pyglow_fast.web.edit_tab import ATTRIBUTES, LEVELS, EditTab  # noqa: E402
+from pyglow_fast.web.html import uri  # noqa: E402
 from pyglow_fast.web.run_tab import RunTab  # noqa: E402
 from pyglow_fast.web.sample_tab import ALL, MOST, SampleTab  # noqa: E402
 from pyglow_fast.web.score_tab import ScoreTab  # noqa: E402
@@ -391,15 +393,7 @@ def test_a_sample_that_is_an_end_is_drawn_anew_by_a_newer_checkpoint(place: Plac
     expected = Between(newer, *[newer.pick(place.desk.grid.picked(1).image)] * 2, "noise").frames(times=(0.0,))[0]  # type: ignore[union-attr]
     found = place.between.moved(place.desk, "linear", 0.0)
     assert found != frame
-    assert html_of(expected[0], newer) in text_of(found)
-
-
-def html_of(pixels: torch.Tensor, opened: OpenRun) -> str:
-    """The address that holds a picture."""
-    from pyglow_fast.train.figures import image_picture, png_bytes
-    from pyglow_fast.web.html import uri
-
-    return uri(png_bytes(image_picture(pixels, opened.n_bins)))
+    assert uri(png_bytes(image_picture(expected[0], newer.n_bins))) in text_of(found)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Visitor, data_of, set_slider, wait_for  # noqa: E402
+from support.web import wait_for  # noqa: E402
+from support.web_page import Visitor, data_of, set_slider  # noqa: E402
 
 
 @pytest.mark.parametrize(

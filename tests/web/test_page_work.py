@@ -12,7 +12,8 @@ from support import web
 
 web.require("gradio", "playwright", "chromium")
 
-from support.web_page import Site, Visitor, drag, slider, wait_for  # noqa: E402
+from support.web import wait_for  # noqa: E402
+from support.web_page import Site, Visitor, drag, slider  # noqa: E402
 from support.web_runs import COLOUR, DIGITS  # noqa: E402
 
 # The page, which tells in its log what it makes; no edit is done while there is a file "hold".

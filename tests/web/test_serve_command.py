@@ -15,7 +15,7 @@ from support import web
 
 web.require("gradio")
 
-from support.web_page import wait_for  # noqa: E402
+from support.web import wait_for  # noqa: E402
 
 from pyglow_fast import web as package  # noqa: E402
 from pyglow_fast.cli import main  # noqa: E402
