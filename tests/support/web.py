@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -13,7 +14,8 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -219,6 +221,12 @@ class Watched:
         own = urlsplit(address)[:2]
         parts = [(url, urlsplit(url)) for url in self.requests]
         return [url for url, part in parts if part.scheme not in ("data", "blob") and part[:2] != own]
+
+
+def completed(work: Coroutine[Any, Any, Value]) -> Value:
+    """Runs a coroutine to its end in a thread of its own: in this one Playwright's event loop may be running."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 def wait_for(read: Callable[[], Value], wanted: Value) -> None:

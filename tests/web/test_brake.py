@@ -125,7 +125,7 @@ class Asked:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        asyncio.run(self.gate(scope | {"client": (address, 1)}, receive, send))
+        web.completed(self.gate(scope | {"client": (address, 1)}, receive, send))
         return sent[0]["status"], dict(sent[0]["headers"])
 
 
@@ -161,5 +161,5 @@ def test_many_at_once_have_no_more_tries(tmp_path: Path, brake: Brake) -> None:
             task.cancel()
 
     begun = 0
-    asyncio.run(flood())
+    web.completed(flood())
     assert begun == FREE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -97,7 +96,7 @@ def asked(
 
     headers = [(b"host", b"a"), (b"content-length", b"100")]
     whole = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers, **scope}
-    asyncio.run(Gate(app, folder, None, largest, lambda cookies: True)(whole, receive, send))
+    web.completed(Gate(app, folder, None, largest, lambda cookies: True)(whole, receive, send))
     return sent
 
 
