@@ -170,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = machine(CPU)
     print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}")
     print(table(rows))
-    write_json(options.out / "page-cpu.json", facts, rows, shape=dataclasses.asdict(SHAPE), run=options.run)
+    options.out.mkdir(parents=True, exist_ok=True)
+    run = None if options.run is None else Path(options.run).resolve().name  # where it lies says nothing elsewhere
+    write_json(options.out / "page-cpu.json", facts, rows, shape=dataclasses.asdict(SHAPE), run=run)
     slow = [row.way for row in rows if row.bar is not None and row.milliseconds > row.bar]
     if slow:
         print(f"slower than the bar: {', '.join(slow)}", file=sys.stderr)

@@ -20,9 +20,13 @@ def test_edits_are_measured_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(page.BARS, page.FROZEN, 1e6)
+    moved = page.Row("drag", page.SCREEN, 2.0, 1.0, 3.0, 1.0, None)
+    monkeypatch.setattr(page, "drags", lambda run, count: moved)
     # Of fewer than four rounds the 20 % quantile is extrapolated, and may be below 0 where one round was slow.
-    assert page.main(["--rounds", "4", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "page-cpu.json").read_text())
+    out = tmp_path / "not there yet"
+    assert page.main(["--rounds", "4", "--out", str(out), "--run", str(tmp_path / "runs" / "one")]) == 0
+    found = json.loads((out / "page-cpu.json").read_text())
+    assert (found["run"], found["rows"].pop()["milliseconds"]) == ("one", 2.0)
     assert [row["way"] for row in found["rows"]] == [page.FROZEN, page.LOADED, page.PLAIN]
     assert all(0 < row["low"] <= row["milliseconds"] <= row["high"] for row in found["rows"])
     assert min(row["ratio"] for row in found["rows"]) == 1.0
