@@ -77,7 +77,10 @@ class _Kept:
 def _known_of(
     children: Mapping[str, nn.Module | None], steps: Sequence[FlowStep], tensors: Sequence[Tensor]
 ) -> KnownSteps | None:
-    """What is to be believed of steps, if they are still made of these tensors: other threads may change modules."""
+    """Looks at steps once more; None unless all is known of them and they are still made of these tensors.
+
+    Other threads may change modules meanwhile.
+    """
     known, now = KnownSteps.of(children, steps, tensors), _tensors(steps)
     same = now is not None and same_objects(now, tensors)
     return known if known is not None and same and known.hold(children) else None
@@ -140,7 +143,7 @@ class FoldCache:
         return found is not None and found() is tensor
 
     def known(self, children: Mapping[str, nn.Module | None]) -> KnownSteps | None:
-        """What was found out about a run's modules when their folded form was last used again, if it still holds."""
+        """Returns what an earlier call found out about a run's modules; None if one of them holds another thing now."""
         known = self._known
         if known is None or known.hold(children):
             return known
@@ -195,5 +198,5 @@ class FoldCache:
         return folded
 
     def _has_version(self, tensor: Tensor) -> bool:
-        """Whether a tensor's version tells of all writes, as it does not of a graph's replays."""
+        """Tells whether every write to a tensor changes its version, as a graph's replay does not."""
         return has_version(tensor) and not self._was_captured(tensor)

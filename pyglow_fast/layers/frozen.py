@@ -59,7 +59,7 @@ class FrozenNet(NetShape):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but its weights decides what it computes: no subclass, hooks, parametrizations."""
+        """Whether its weights alone decide what it computes: no subclass, hook or parametrization has a part in it."""
         own = type(self) is FrozenNet and not is_altered(self)
         return own and not torch.nn.modules.module._has_any_global_hook()
 
@@ -153,7 +153,7 @@ class FrozenSteps(FlowLayer):
         self._views = _Views()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What was pickled by a former version has no views."""
+        """Takes the state of a pickle, in which a former version kept no views."""
         super().__setstate__({"_views": _Views(), **state})
 
     def _folded(self) -> FoldedSteps:
