@@ -51,6 +51,11 @@ def write_page(folder: RunFolder) -> None:
     write_text(folder.page, page_of(folder))
 
 
+def title_of(folder: RunFolder, data: str) -> str:
+    """Write the heading of what is shown of a run: its name and what it was trained on."""
+    return f"{folder.path.resolve().name}: a Glow on {data}"
+
+
 def page_of(folder: RunFolder) -> str:
     """Make the HTML page of a run from the files in its folder, whether it is at its end, goes on, or was stopped.
 
@@ -87,7 +92,7 @@ def page_of(folder: RunFolder) -> str:
     settings = config.to_dict()
     tables = {name: value for name, value in settings.items() if isinstance(value, dict)}
     tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
-    title = f"{folder.path.resolve().name}: a Glow on {data}"
+    title = title_of(folder, data)
     return report_html(title, {"images": data} | facts, curves, pictures, tables, environment, scores, notes)
 
 

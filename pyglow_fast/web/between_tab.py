@@ -11,7 +11,7 @@ from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import HeldOut, shown_name
 from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, picked_upload, with_class
 from pyglow_fast.web.edit_tab import EditTab
-from pyglow_fast.web.errors import on_page, plain_sentence
+from pyglow_fast.web.errors import on_page, reason
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
@@ -104,7 +104,7 @@ class BetweenTab:
                 desk.put_end(i, opened.pick(HeldOut(number)), opened)
             strip = self.drawn(desk, path, count)
         except ValueError as error:  # said in the place of the path
-            strip = [note(plain_sentence(str(error))), gr.skip()]
+            strip = [reason(error), gr.skip()]
         if not desk.has(opened):  # another run was chosen meanwhile
             return self.as_they_are
         desk.has_path = True

@@ -38,8 +38,11 @@ class Kept:
     def by(self, opened: OpenRun) -> Picked:
         """Find the same image by a newer checkpoint of the run, which draws other samples."""
         if opened is not self._opened:
-            self.picked, self._opened = opened.relabelled(self.picked, self.picked.label), opened
+            self.picked, self._opened = self._picked_by(opened), opened
         return self.picked
+
+    def _picked_by(self, opened: OpenRun) -> Picked:
+        return opened.relabelled(self.picked, self.picked.label)
 
     def subject(self, opened: OpenRun, space: str) -> Subject:
         """Take its latents, once for a checkpoint and a space."""
@@ -66,16 +69,11 @@ class KeptEdit(Kept):
     def __init__(self, of: Kept, edit: Edit, space: str, name: str, opened: OpenRun) -> None:
         self._of, self._edit, self._space, self._name = of, edit, space, name
         self.command = ""
-        super().__init__(self._made(opened), opened)
+        super().__init__(self._picked_by(opened), opened)
 
-    def by(self, opened: OpenRun) -> Picked:
-        """Make the same edit by a newer checkpoint of the run."""
-        if opened is not self._opened:
-            self.picked, self._opened = self._made(opened), opened
-        return self.picked
-
-    def _made(self, opened: OpenRun) -> Picked:
-        subject = Subject(opened, self._of.by(opened), self._space)
+    def _picked_by(self, opened: OpenRun) -> Picked:
+        """Make the edit by a checkpoint of the run."""
+        subject = self._of.subject(opened, self._space)
         made = subject.made(subject.edited(self._edit).pixels, self._edit)
         self.command = made.whole_command(self._name)
         return opened.pick_file(made.data, File(made.file_name(self._name)), subject.picked.label)
@@ -87,7 +85,7 @@ class Desk:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self.looks_at: int | str | None = None  # the tab that is open
-        self._waits_for: str | None = None  # a run that was chosen and had no checkpoint
+        self.waits_for: str | None = None  # a run that was chosen and had no checkpoint
         self._clear(None)
 
     def _clear(self, run: str | None) -> None:
@@ -116,9 +114,9 @@ class Desk:
         try:
             opened = shelf.open(name)
         except ValueError:
-            self._waits_for = name
+            self.waits_for = name
             raise
-        self._waits_for = None
+        self.waits_for = None
         opened.images.look_again()
         with self._lock:
             self._clear(name)
@@ -127,10 +125,10 @@ class Desk:
 
     def has_come(self, shelf: Shelf) -> bool:
         """Whether the run that could not be opened when it was chosen last can be opened now."""
-        if self._waits_for is None:
+        if self.waits_for is None:
             return False
         try:
-            shelf.open(self._waits_for)
+            shelf.open(self.waits_for)
         except ValueError:
             return False
         return True

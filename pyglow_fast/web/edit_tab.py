@@ -15,7 +15,7 @@ from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
 from pyglow_fast.studio.opened import AbandonedError, LostImagesError, OpenRun, Progress
 from pyglow_fast.studio.words import HeldOut, shown_name
 from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on, with_class
-from pyglow_fast.web.errors import on_page, plain_sentence
+from pyglow_fast.web.errors import on_page, reason
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import BITS, LIVE_JS, figure, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
@@ -146,7 +146,7 @@ class EditTab:
                 desk.put(desk.grid.picked(0), desk.grid.opened)
             return self._edited(desk, Edit(), twin=False)
         except ValueError as error:
-            return [note(plain_sentence(str(error))), ""]
+            return [reason(error), ""]
 
     def measure(
         self,
@@ -178,9 +178,9 @@ class EditTab:
                 return self.measure(desk, progress)
             return [gr.skip() for _ in self.measured]  # as below
         except (LostImagesError, UnreadableImageError) as error:
-            return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), anew()]
+            return [*as_they_are, reason(error, "No attributes: "), anew()]
         except ValueError as error:  # of a model that gives no finite latents, of which no image can be shown either
-            return [*as_they_are, note(f"No attributes: {plain_sentence(str(error))}"), gr.skip()]
+            return [*as_they_are, reason(error, "No attributes: "), gr.skip()]
         if not desk.has(opened):  # another run was chosen meanwhile, and is measured once its sliders are at rest
             return [gr.skip() for _ in self.measured]
         if desk.opened(self._shelf) is not opened:  # there is a newer checkpoint, which has its own

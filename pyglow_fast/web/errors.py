@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import gradio as gr
 
 from pyglow_fast.data import MissingExtraError
+from pyglow_fast.web.html import note
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -28,6 +29,11 @@ def plain_sentence(message: str) -> str:
     line = next((line for line in message.splitlines() if line.strip()), "").strip()
     line = _PATH.sub(r"\1", line)
     return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+
+
+def reason(error: Exception, missing: str = "") -> str:
+    """Write as HTML, in quiet type, why something is not shown: ``missing`` says what, the rest is its sentence."""
+    return note(missing + plain_sentence(str(error)))
 
 
 def sentence(message: str) -> str:

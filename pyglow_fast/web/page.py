@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from pyglow_fast.studio.opened import OpenRun
+from pyglow_fast.train.page import title_of
 from pyglow_fast.web.between_tab import BetweenTab
 from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.edit_tab import EditTab
@@ -35,8 +36,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", scale=1, min_width=300)
             with gr.Column(scale=2, min_width=300):
                 about = gr.HTML(js_on_load=LIVE_JS, elem_id="about")
-        version, newer, came, other = gr.State(), gr.State(0), gr.State(0), gr.State(0)
-        clock = gr.Timer(EVERY)
+        version, newer, other, clock = gr.State(), gr.State(0), gr.State(0), gr.Timer(EVERY)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Sample", id="sample") as sample_tab:
                 sample = SampleTab(shelf, desk)
@@ -83,22 +83,22 @@ def page(shelf: Shelf) -> gr.Blocks:
         def ticked(found: Desk, seen: str | None) -> list[Any]:
             """Notices a newer checkpoint; what is wrong with it is said by the next thing that is done."""
             if found.has_come(shelf):
-                return [*[gr.skip()] * 3, anew(), gr.skip()]
+                return [*[gr.skip()] * 3, anew()]
             try:
                 newest = found.opened(shelf)
             except ValueError:
-                return [gr.skip()] * 5
+                return [gr.skip()] * 4
             digest = newest.checkpoint.digest
             if digest == seen:
-                return [gr.skip()] * 5
+                return [gr.skip()] * 4
             if found.is_another(newest):
-                return [gr.skip(), digest, gr.skip(), gr.skip(), anew()]
-            return [_about(newest), digest, anew(), gr.skip(), gr.skip()]
+                return [gr.skip(), digest, gr.skip(), anew()]
+            return [_about(newest), digest, anew(), gr.skip()]
 
         @on_page()
-        def replaced(found: Desk) -> list[Any]:
-            """Opens the run that took the place of the chosen one in its folder."""
-            return opened(found, str(found.run))
+        def opened_anew(found: Desk) -> list[Any]:
+            """Opens the run that was waited for, or that took the place of the chosen one in its folder."""
+            return opened(found, found.waits_for or str(found.run))
 
         def still(found: Desk) -> str:
             return f"<p>{html.escape(f'still about {found.run}')}</p>" if found.run else ""
@@ -108,7 +108,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             names = shelf.names()
             return gr.Dropdown(names, value=names[0] if names else None)
 
-        clock.tick(ticked, [desk, version], [about, version, newer, came, other], **QUIET)
+        clock.tick(ticked, [desk, version], [about, version, newer, other], **QUIET)
         settings = [desk, sample.temperature, sample.label, sample.n, sample.seed]
         # The listener is not one of version, which also changes when a run is chosen: the tabs are filled then, and in
         # their order.
@@ -125,10 +125,10 @@ def page(shelf: Shelf) -> gr.Blocks:
 
         # Gradio forgets a desk that an event returned, an hour after its visitor left; a desk that none returned it
         # keeps for ever.
-        chosen = gr.on([run.change, came.change], opened, [desk, run], renewed, **QUIET)
+        chosen = run.change(opened, [desk, run], renewed, **QUIET)
         chosen.failure(still, desk, about, **QUIET)
         fill(chosen)
-        fill(other.change(replaced, desk, renewed, **QUIET))
+        fill(other.change(opened_anew, desk, renewed, **QUIET))
         first = blocks.load(listed, None, run, **QUIET)
         fill(first.success(opened, [desk, run], renewed, **QUIET))
         taken = sample.pictures.click(on_page()(sample.take), desk, [edit.label, edit.redraw], **QUIET)
@@ -145,6 +145,6 @@ def _about(opened: OpenRun) -> str:
     depth = depths.get(channels, f"{channels} channels of {n_bins} levels")
     source, colon, place = opened.checkpoint.config.data.name.partition(":")
     data = f"{source}{colon}{PurePath(place).name}"  # a visitor need not know the folders of the server
-    title = f"{opened.folder.path.resolve().name}: a Glow on {data}"
+    title = title_of(opened.folder, data)
     said = f"step {opened.step:,}; images of {width} x {height} pixels, {depth}"
     return f"<h1>{html.escape(title)}</h1><p>{html.escape(said)}</p>"

@@ -12,7 +12,7 @@ from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.opened import OpenRun
 from pyglow_fast.studio.samples import TEMPERATURE, Draw
 from pyglow_fast.web.desk import NO_CLASS, Desk, check_number, clicked
-from pyglow_fast.web.errors import on_page, plain_sentence
+from pyglow_fast.web.errors import on_page, reason
 from pyglow_fast.web.events import QUIET, anew, follow, moves
 from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
 from pyglow_fast.web.shelf import Shelf
@@ -60,7 +60,7 @@ class SampleTab:
         try:
             return [label, *self.draw(desk, temperature, ALL, n, seed)]
         except ValueError as error:
-            return [label, note(plain_sentence(str(error))), ""]
+            return [label, reason(error), ""]
 
     def draw(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
         """Draw samples, and write the command that draws them."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from pyglow_fast.studio.opened import LostImagesError
+from pyglow_fast.studio.opened import LostImagesError, Picked
 from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.studio.words import shown_name
 from pyglow_fast.web.desk import Desk, picked_upload, progress_on
-from pyglow_fast.web.errors import on_page, plain_sentence
+from pyglow_fast.web.errors import on_page, reason
 from pyglow_fast.web.events import QUIET
 from pyglow_fast.web.html import BITS, LIVE_JS, THUMB, image, note, plot, save_link, table
 from pyglow_fast.web.shelf import Shelf
@@ -48,14 +48,15 @@ class ScoreTab:
         opened = desk.opened(self._shelf)
         if not uploads:
             return list(self.EMPTY)
-        files, refused = [], []
+        files: list[Picked] = []
+        refused: list[ValueError] = []
         for upload in uploads:
             try:
                 files.append(picked_upload(opened, upload))
             except ValueError as error:  # the others are scored without it
-                refused.append(str(error))
+                refused.append(error)
         if not files:
-            raise ValueError(refused[0])
+            raise refused[0]
         scores = score_files(opened, files, progress_on(progress, "measuring bits/dim of the run's images"))
         rows = []
         for score in scores:
@@ -78,11 +79,11 @@ class ScoreTab:
         try:
             picture = made_picture(opened, scores)
         except LostImagesError as error:
-            parts.append(note(f"No histogram: {plain_sentence(str(error))}"))
+            parts.append(reason(error, "No histogram: "))
         else:
             parts.insert(0, plot(picture.data, "the images on the histogram of held-out ones"))
             links.append(save_link(picture, "scores.png", "Save PNG"))
             command += f" {picture.out_words('scores.png')}"
-        lost = [note(plain_sentence(each)) for each in refused]
+        lost = [reason(error) for error in refused]
         found = f'<div class="pgf-results">{"".join(parts)}</div>'
         return [None, "".join([found, *lost, f"<p>{''.join(links)}</p>", note(BITS)]), command]
