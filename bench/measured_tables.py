@@ -9,22 +9,15 @@ line. docs/gpu.md and docs/settings.md have makers of their own (bench/gpu_table
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
 
-from bench import scaling, scaling_ranks
+from bench import memory_tables, scaling, scaling_ranks
 from bench.cases import SHAPES, STEP
+from bench.doc_table import RESULTS, Table, coarse, made, read, short
 from bench.harness import ROOT
 from bench.kernels import ours_as
 from bench.live_rows import LiveRow
-from bench.memory_budgets import PEERS, PERCENTS, BudgetRow, straight_line
-from bench.memory_gradients import GradientRow
-from bench.memory_models import OTHERS, Shape
-from bench.memory_rows import DEPTH, HUGE, RESOLUTION
-from bench.memory_rows import Row as MemoryRow
+from bench.memory_models import Shape
 from bench.model_cases import CHECKPOINTED, EXTERNAL, LOG_PROB, MEMCNN, PLAIN, SAMPLE, TRAIN
 from bench.model_peers import PEER_STEPS
 from bench.model_rows import ModelRow, fastest
@@ -33,7 +26,6 @@ from bench.nets import NetRow
 from pyglow_fast._errors import expect
 from pyglow_fast.train.files import write_text
 
-RESULTS = ROOT / "bench" / "results"
 FLOAT, BF16 = "float32", "bfloat16"
 MODELS = {
     "a": "(a) 3x32x32, L 3, K 8, hidden 512, batch 16",
@@ -87,54 +79,6 @@ BROWSER_ROWS = {
         "in a headless Chromium on the same machine"
     ),
 }
-HARD = {
-    "trained 60 steps, K=32, L=3": "trained 60 steps, K = 32, L = 3",
-    "strongly scaled nets (0.0275), K=32": "strongly scaled nets (0.0275), K = 32",
-    "strongly scaled nets (0.0275), K=64": "the same, K = 64",
-    "strongly scaled nets (0.03), K=64": "strongly scaled nets (0.03), K = 64",
-    "strongly scaled nets (0.05), K=32": "strongly scaled nets (0.05), K = 32",
-}
-MEMORY_NAMES = {
-    "store": "ours, store",
-    "checkpoint": "ours, checkpoint",
-    "reversible": "**ours, reversible**",
-    PLAIN: PLAIN,
-    CHECKPOINTED: "torch.utils.checkpoint",
-    MEMCNN: MEMCNN,
-    "normflows": "normflows",
-    "FrEIA": "FrEIA",
-}
-EARLIER = "memory-earlier-cpu.json"
-MEMORY_FILES = (*scaling.MEMORY_FILES, EARLIER)
-
-
-class Table(NamedTuple):
-    """A page, and a table in Markdown whose first line no other table of the page has."""
-
-    page: str
-    text: str
-
-
-def made(page: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """Make the table of a page."""
-    lines = ["".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|" for cells in (head, *rows)]
-    return Table(page, "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]))
-
-
-def read(name: str) -> dict[str, Any]:
-    """Read a file of bench/results."""
-    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return content
-
-
-def short(value: float) -> str:
-    """Write a number with one decimal below 100, with none from there on."""
-    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
-
-
-def coarse(value: float) -> str:
-    """Write a number with one decimal below 20, with none from there on."""
-    return f"{value:.1f}" if value < 19.95 else f"{value:.0f}"
 
 
 # Whole models: README.md, docs/speed.md
@@ -325,144 +269,6 @@ def srflow() -> Table:
     return made("docs/superresolution.md", ("", "memory, MB", "beside gradients, MB", "seconds"), lines)
 
 
-# Memory: README.md, docs/memory.md
-
-
-class Measured(NamedTuple):
-    """A row, and whether it is of an earlier build of ours."""
-
-    row: MemoryRow
-    is_earlier: bool
-
-
-def memory_rows() -> dict[tuple[str, str, Shape], Measured]:
-    """The rows by curve, implementation and shape; of those that several files have, the first file's."""
-    found: dict[tuple[str, str, Shape], Measured] = {}
-    for name in MEMORY_FILES:
-        for row in map(MemoryRow.of, read(name)["rows"] if (RESULTS / name).is_file() else []):
-            is_earlier = name == EARLIER and row.implementation not in OTHERS
-            found.setdefault((row.curve, row.implementation, row.shape), Measured(row, is_earlier))
-    return found
-
-
-def _depth(k: int) -> Shape:
-    return dataclasses.replace(DEPTH, n_steps=k)
-
-
-def _side(pixels: int) -> Shape:
-    return HUGE if pixels == HUGE.image[1] else dataclasses.replace(RESOLUTION, image=(3, pixels, pixels))
-
-
-def megabytes(found: Measured | None, written: Callable[[float], str] = short) -> str:
-    """Write the MB of tensors with gradients held, or of what was measured without; and what is to be said of them."""
-    if found is None:
-        return ""
-    row = found.row
-    size = row.tensor_bytes if row.tensor_bytes is not None else row.tensor_bytes_fresh
-    return "" if size is None else written(size / 1e6) + " (counted)" * row.counted + " (earlier)" * found.is_earlier
-
-
-def memory_table(curve: str, head: Sequence[str], shapes: Sequence[Shape], resident: Shape) -> Table:
-    """docs/memory.md: one of the two curves; of mode "reversible" the resident size at one of its points, too."""
-    rows = memory_rows()
-    lines = []
-    for name, label in MEMORY_NAMES.items():
-        cells = [megabytes(rows.get((curve, name, shape))) for shape in shapes]
-        if name == "reversible" and (found := rows.get((curve, name, resident))) and found.row.resident_bytes:
-            cells[shapes.index(resident)] += f", resident size {short(found.row.resident_bytes / 1e6)}"
-        lines.append((label, *cells))
-    return made("docs/memory.md", head, lines)
-
-
-def depths() -> Table:
-    """docs/memory.md: memory against depth."""
-    steps = (8, 32, 128, 512)
-    head = ("MB (held)", "K = 8", *map(str, steps[1:]))
-    return memory_table("depth", head, [_depth(k) for k in steps], _depth(512))
-
-
-def resolutions() -> Table:
-    """docs/memory.md: memory against resolution."""
-    head = ("MB (held)", "64 px", "128 px", "256 px", "1024 px, L = 6")
-    return memory_table("resolution", head, [_side(side) for side in (64, 128, 256, 1024)], RESOLUTION)
-
-
-def readme_memory() -> Table:
-    """README.md: memory at three resolutions."""
-    rows = memory_rows()
-    groups = {
-        "ours, reversible": ("reversible",),
-        "memcnn / torch.utils.checkpoint around plain steps": (MEMCNN, CHECKPOINTED),
-        "plain torch": (PLAIN,),
-        "FrEIA / normflows": ("FrEIA", "normflows"),
-    }
-    lines = []
-    for label, names in groups.items():
-        cells = []
-        for side in (64, 256, 1024):
-            sizes = [megabytes(rows.get(("resolution", name, _side(side))), coarse) for name in names]
-            text = " / ".join(sizes) if any(sizes) else "-"
-            cells.append(f"**{text}**" if label.startswith("ours") else text)
-        lines.append((label, *cells))
-    return made("README.md", ("", "3x64x64, L = 4", "3x256x256, L = 4", "3x1024x1024, L = 6"), lines)
-
-
-def budgets() -> Table:
-    """docs/memory.md: time against bytes in case (c)."""
-    rows = {}
-    for values in read("memory-budgets-cpu.json")["rows"]:
-        row = BudgetRow(**values | {"shape": Shape.of(values["shape"])})
-        if row.case == "c":
-            rows[row.variant] = row
-    seconds = {name: min(median for median, *_ in row.seconds.values()) for name, row in rows.items()}
-    lines: list[Sequence[object]] = []
-
-    def mode(name: str) -> None:
-        lines.append((f"ours, {name}", "", short(rows[name].peak / 1e6), "", short(1e3 * seconds[name]), ""))
-
-    mode("reversible")
-    for percent in PERCENTS:
-        name = f"{percent} %"
-        row = rows[name]
-        assert row.budget is not None
-        line = straight_line(seconds["reversible"], seconds["store"], percent)
-        shares = short(row.budget / 1e6), short(row.peak / 1e6), f"{row.peak / row.budget:.2f}"
-        lines.append((name, *shares, short(1e3 * seconds[name]), f"{seconds[name] / line:.2f}"))
-    mode("store")
-    label = "plain torch; a quarter, a half, three quarters, all of its steps in torch.utils.checkpoint"
-    sizes, taken = (
-        "; ".join([cells[0], ", ".join(cells[1:])])
-        for cells in ([short(rows[name].peak / 1e6) for name in PEERS], [short(1e3 * seconds[name]) for name in PEERS])
-    )
-    lines.append((label, "", sizes, "", taken, ""))
-    head = ("", "bytes given, MB", "peak, MB", "of the budget", "training step, ms")
-    return made("docs/memory.md", (*head, "over the straight line between the modes"), lines)
-
-
-def _ratio(value: float) -> str:
-    if not math.isfinite(value):
-        return "NaN"
-    if value >= 1e5:
-        return f"{value:.0e}".replace("e+0", "e")
-    return f"{value:.2f}" if value < 2 else short(value)
-
-
-def gradients() -> Table:
-    """docs/memory.md: errors of gradients over those of stored float32."""
-    contents = [read(name)["gradients"] for name in MEMORY_FILES if (RESULTS / name).is_file()]
-    rows = [GradientRow(**values) for values in next(filter(None, contents))]
-    found = {(row.case, row.implementation): row for row in rows}
-    lines = []
-    for case, label in HARD.items():
-        ours, memcnn, unchecked = (found[case, name] for name in ("reversible", MEMCNN, "no tolerance"))
-        redone = f"{ours.trips}, {ours.redone_steps} of {ours.steps * ours.passes}"
-        redone += ", then anchors at every step" * (set(ours.spacing) == {1})
-        ratios = ours.ratio, ours.ratio_worst_tensor
-        lines.append((label, *map(_ratio, ratios), redone, _ratio(memcnn.ratio), _ratio(unchecked.ratio)))
-    head = ("case", "ours, reversible", "worst tensor", "training steps with drift, flow steps redone", "memcnn")
-    return made("docs/memory.md", (*head, "reversible without checks"), lines)
-
-
 # The flow step and the nets alone: docs/speed.md
 
 
@@ -555,7 +361,7 @@ def browser() -> Table:
 
 TABLES: Sequence[Callable[[], Table]] = (
     readme_speed,
-    readme_memory,
+    memory_tables.readme_memory,
     readme_live,
     training_steps,
     inference,
@@ -567,10 +373,10 @@ TABLES: Sequence[Callable[[], Table]] = (
     live_models,
     glow_tts,
     srflow,
-    budgets,
-    depths,
-    resolutions,
-    gradients,
+    memory_tables.budgets,
+    memory_tables.depths,
+    memory_tables.resolutions,
+    memory_tables.gradients,
     ranks,
     browser,
 )

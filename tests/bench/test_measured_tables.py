@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support.pages import page
 
-from bench import measured_tables
-from bench.measured_tables import Table, made
+from bench import doc_table, measured_tables, memory_tables
+from bench.doc_table import Table, coarse, made, short
 from bench.memory_rows import DEPTH, Row
 
 
@@ -40,25 +40,25 @@ def test_a_place_that_is_not_one_is_refused(text: str) -> None:
 
 def test_what_is_said_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later file's row takes the place of an earlier build's, whose own are marked; peers are the same in both."""
-    monkeypatch.setattr(measured_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(doc_table, "RESULTS", tmp_path)
     names = ("reversible", "plain", "FrEIA")
     rows = [dataclasses.asdict(Row("depth", name, DEPTH, counted=name == "FrEIA", tensor_bytes=5e6)) for name in names]
-    (tmp_path / measured_tables.EARLIER).write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    (tmp_path / memory_tables.EARLIER).write_text(json.dumps({"rows": rows}), encoding="utf-8")
     (tmp_path / "memory-cpu.json").write_text(json.dumps({"rows": rows[:1]}), encoding="utf-8")
-    found = measured_tables.memory_rows()
-    assert [measured_tables.megabytes(found["depth", name, DEPTH]) for name in names] == [
+    found = memory_tables.memory_rows()
+    assert [memory_tables.megabytes(found["depth", name, DEPTH]) for name in names] == [
         "5.0",
         "5.0 (earlier)",
         "5.0 (counted)",
     ]
-    assert measured_tables.megabytes(None) == ""
+    assert memory_tables.megabytes(None) == ""
 
 
 @pytest.mark.parametrize(
     ("value", "written"), [(5.85, "5.8"), (19.94, "19.9"), (19.96, "20"), (99.94, "99.9"), (99.96, "100")]
 )
 def test_numbers(value: float, written: str) -> None:
-    expected = measured_tables.short(value) if value > 50 else measured_tables.coarse(value)
+    expected = short(value) if value > 50 else coarse(value)
     assert expected == written
 
 
