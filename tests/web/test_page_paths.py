@@ -154,6 +154,7 @@ def test_an_edit_is_an_end(walker: Visitor, site: Site, monkeypatch: pytest.Monk
         (site.folder / "edit-to.png").unlink()
     walker.tab("Edit")
     page.get_by_role("button", name="Back to the original").click()
+    wait_for(lambda: " --add " in walker.command("edit-command"), False)
     walker.tab("Interpolate")
     assert walker.command("path-command").splitlines()[0] == edit
     page.get_by_role("button", name="to: the image under Edit").click()
