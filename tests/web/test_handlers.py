@@ -246,6 +246,7 @@ def test_what_is_not_finite_is_said(place: Place, monkeypatch: pytest.MonkeyPatc
             text_of(place.sample.draw(place.desk, 0.7, ALL, 5, 0)),
             text_of(place.edit.edited(place.desk, False, *REST_VALUES)),
             text_of(place.between.moved(place.desk, "linear", 0.5)),
+            text_of(place.between.drawn(place.desk, "linear", 3)),
         ]
 
     assert not any("finite" in text for text in shown())
@@ -253,10 +254,11 @@ def test_what_is_not_finite_is_said(place: Place, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Draw, "drawn", lambda *args: drawn(*args)._replace(not_finite=2))
     monkeypatch.setattr(Subject, "edited", lambda *args: edited(*args)._replace(finite=False))
     monkeypatch.setattr(Between, "frames", lambda *args, **options: (frames(*args, **options)[0], 1))
-    samples, edit, path = shown()
+    samples, edit, path, strip = shown()
     assert "2 of them are not finite" in samples
     assert "Parts are not finite" in edit
     assert "Parts are not finite" in path
+    assert "1 of them are not finite" in strip
 
 
 def test_each_picture_has_its_own_likelihood(place: Place) -> None:
