@@ -7,6 +7,7 @@ import html
 import io
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from support import web_runs  # noqa: E402
 from support.figures import leave_undrawn  # noqa: E402
 from support.web_runs import CLASSES, COLOUR, DIGITS, NAMES  # noqa: E402
 
+from pyglow_fast.cli._common import picture_path  # noqa: E402
 from pyglow_fast.data import UnreadableImageError  # noqa: E402
 from pyglow_fast.studio.between import Between  # noqa: E402
 from pyglow_fast.studio.directions import REST, Directions  # noqa: E402
@@ -290,6 +292,19 @@ def test_an_upload_is_saved_as_the_model_sees_it(place: Place) -> None:
     ]
     assert [link["download"] for link in links] == ["edit.png", "mine.png"] * 2
     assert links[0]["href"] == links[1]["href"] == links[3]["href"] != links[2]["href"]
+
+
+@pytest.mark.parametrize("name", ["mine.png", "mine.JPEG", "mine", ".png", "...png", "a.b.gif", "12"])
+def test_an_upload_of_any_name_is_saved_under_one_that_commands_take(place: Place, name: str) -> None:
+    opened = place.started(COLOUR)
+    data = web_runs.encoded(web_runs.photo(30, 30), "PNG")
+    place.desk.put(picked_upload(opened, Upload(name, data)), opened)
+    shown, commands = place.edit.edited(place.desk, False, *REST_VALUES)
+    last = shlex.split(commands.splitlines()[-1])
+    outs = [*re.findall('download="([^"]*)"', shown), last[last.index("--out") + 1]]
+    assert len(outs) == 3
+    for out in outs:
+        assert picture_path(out).suffix == ".png"
 
 
 def test_a_space_that_there_is_not(place: Place) -> None:
