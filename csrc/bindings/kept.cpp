@@ -27,7 +27,7 @@ struct Place {
         storage_bytes(tensor.storage().nbytes()) {}
 
   bool holds(const at::Tensor& tensor) const {
-    return !tensor.is_inference() && tensor.const_data_ptr() == data &&
+    return !tensor.is_inference() && !tensor.is_neg() && tensor.const_data_ptr() == data &&
            static_cast<int64_t>(tensor._version()) == version && tensor.scalar_type() == dtype &&
            tensor.device() == device && tensor.sizes() == sizes && tensor.strides() == strides &&
            tensor.storage().nbytes() == storage_bytes;

@@ -52,8 +52,8 @@ class KeptValues:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Tells whether a tensor is of no class that decides itself where and what its values are."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    """Tells whether a tensor's values are those in its memory: it is of no class of its own, nor negated when read."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
 
 
 def has_version(tensor: Tensor) -> bool:
@@ -101,8 +101,8 @@ class KeptTensors:
         if self._native is not None:
             found: bool = self._native.in_place(list(tensors))
             return found
-        inference = any(tensor.is_inference() for tensor in tensors)
-        return not inference and [_state(tensor, self._watched) for tensor in tensors] == self._states
+        told = not any(tensor.is_inference() or tensor.is_neg() for tensor in tensors)
+        return told and [_state(tensor, self._watched) for tensor in tensors] == self._states
 
     def _same_values(self) -> bool:
         if self._native is None:

@@ -13,7 +13,7 @@ from pyglow_fast.web.desk import Desk, check_number, clicked, picked_number, pic
 from pyglow_fast.web.edit_tab import EditTab
 from pyglow_fast.web.errors import on_page, reason
 from pyglow_fast.web.events import QUIET, anew, follow, moves
-from pyglow_fast.web.html import PICK_JS, buttons, figure, note, row, save_link
+from pyglow_fast.web.html import PICK_JS, buttons, figure, not_finite, note, row, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.uploads import Upload
 from pyglow_fast.web.widgets import Slider, Thumbs, button, command_box, image_box
@@ -172,7 +172,7 @@ class BetweenTab:
         between = desk.between(self._shelf, path == "spherical")
         if between is None:
             return ["", anew()]
-        opened, (pixels, _) = between.opened, between.frames(int(count))
+        opened, (pixels, bad) = between.opened, between.frames(int(count))
         words = [f"at {i / (len(pixels) - 1):.2f}" for i in range(len(pixels))]
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(pixels, suffix) for suffix in files}
@@ -182,7 +182,7 @@ class BetweenTab:
         desk.drawn_for = opened, between.space
         desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
         strip = buttons(list(pixels), opened.n_bins, words, strip=True)
-        return [f"{strip}<p>{''.join(links)}</p>", anew()]
+        return [f"{strip}<p>{''.join(links)}</p>{not_finite(bad)}", anew()]
 
 
 def _end(picked: Picked, name: str, opened: OpenRun) -> str:

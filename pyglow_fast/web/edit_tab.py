@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -302,7 +303,7 @@ class EditTab:
             commands.append(shifted.whole_command("shifted.png"))
         if subject.from_file:
             name = shown_name(subject.picked.image)
-            seen = f"{name.rpartition('.')[0] or name}.png"
+            seen = f"{os.path.splitext(name)[0]}.png"
             whole = subject.made(subject.pixels, Edit())
             # A picture of the webcam or the clipboard is in no other file: under its own name the commands find it.
             links.append(save_link(whole._replace(taken=frozenset()), seen, f"Save {name} as the model sees it"))

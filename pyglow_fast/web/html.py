@@ -166,6 +166,11 @@ def note(text: str) -> str:
     return f'<p class="pgf-note">{html.escape(text)}</p>' if text else ""
 
 
+def not_finite(count: int) -> str:
+    """Say below images how many of them are not finite; empty for none."""
+    return note(f"{count} of them are not finite, shown grey" if count else "")
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbered: bool = False) -> str:
     """Make a table: cells of HTML, which the caller has escaped, below a head of plain text.
 

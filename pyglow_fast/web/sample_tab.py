@@ -14,7 +14,7 @@ from pyglow_fast.studio.samples import TEMPERATURE, Draw
 from pyglow_fast.web.desk import NO_CLASS, Desk, check_number, clicked
 from pyglow_fast.web.errors import on_page, reason
 from pyglow_fast.web.events import QUIET, anew, follow, moves
-from pyglow_fast.web.html import PICK_JS, buttons, note, save_link
+from pyglow_fast.web.html import PICK_JS, buttons, not_finite, save_link
 from pyglow_fast.web.shelf import Shelf
 from pyglow_fast.web.widgets import Slider, button, command_box
 
@@ -74,12 +74,11 @@ class SampleTab:
         if not desk.has(opened):  # another run was chosen meanwhile
             return [gr.skip(), gr.skip()]
         desk.grid = grid
-        bad = f"{drawn.not_finite} of them are not finite, shown grey" if drawn.not_finite else ""
         words = [f"sample {i}{_class(opened, drawn.labels, i)}: edit it" for i in range(len(drawn.pixels))]
         shown = buttons(list(drawn.pixels), opened.n_bins, words, height=HEIGHT)
-        save = save_link(made, "samples.png", "Save PNG")
+        save, grey = save_link(made, "samples.png", "Save PNG"), not_finite(drawn.not_finite)
         return [
-            f"{shown}<p>{save} {html.escape('A click on an image takes it to Edit.')}</p>{note(bad)}",
+            f"{shown}<p>{save} {html.escape('A click on an image takes it to Edit.')}</p>{grey}",
             made.whole_command("samples.png"),
         ]
 

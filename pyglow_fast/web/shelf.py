@@ -58,8 +58,9 @@ class Shelf:
         Raises:
             ValueError: no run of that name is served; it has no checkpoint yet, or none that is whole.
         """
-        known = self.names()
-        expect(name in known, "run", f"one of {', '.join(known)}", repr(name))
+        if not (name in self._slots and _is_run(Path(name))):  # else every drag would list the folders of all runs
+            known = self.names()
+            expect(name in known, "run", f"one of {', '.join(known)}", repr(name))
         with self._lock:
             slot = self._slots.setdefault(name, _Slot())
         with slot.lock:

@@ -110,6 +110,12 @@ def transpose_data(sequence: pgf.ReversibleSequence) -> None:
 
 
 @torch.no_grad()
+def negate_as_it_is_read(sequence: pgf.ReversibleSequence) -> None:
+    """In the same memory, of the same version: what is in it counts with the other sign."""
+    bias = sequence[0].actnorm.bias
+    bias.data = bias.data._neg_view()
+
+
 def swap(sequence: pgf.ReversibleSequence) -> None:
     weight = sequence[0].coupling.net.conv3.weight
     torch.utils.swap_tensors(weight, nn.Parameter(0.5 * weight))
@@ -163,6 +169,7 @@ def reparametrize(sequence: pgf.ReversibleSequence) -> None:
         write_in_place,
         write_a_factor_in_place,
         transpose_data,
+        negate_as_it_is_read,
         swap,
         assign,
         plain_tensors,

@@ -132,6 +132,18 @@ def test_made_in_inference_mode() -> None:
         assert not kept.same([tensor + 0])
 
 
+def test_negated_when_it_is_read() -> None:
+    """As the imaginary part of a conjugate is: its values are not those in its memory."""
+    number = torch.complex(made(torch.float32), made(torch.float32))
+    negated = number.conj().imag
+    assert negated.is_neg()
+    kept = KeptTensors([number.imag])
+    assert kept.same([number.imag])
+    assert not kept.same([negated])
+    for by_version in (True, False):
+        assert not KeptTensors([negated], by_version=by_version).same([negated])
+
+
 @torch.no_grad()
 def test_a_capture_reads_no_values() -> None:
     tensor = made(torch.float32, 80)

@@ -7,6 +7,7 @@ import html
 import io
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from support import web_runs  # noqa: E402
 from support.figures import leave_undrawn  # noqa: E402
 from support.web_runs import CLASSES, COLOUR, DIGITS, NAMES  # noqa: E402
 
+from pyglow_fast.cli._common import picture_path  # noqa: E402
 from pyglow_fast.data import UnreadableImageError  # noqa: E402
 from pyglow_fast.studio.between import Between  # noqa: E402
 from pyglow_fast.studio.directions import REST, Directions  # noqa: E402
@@ -246,6 +248,7 @@ def test_what_is_not_finite_is_said(place: Place, monkeypatch: pytest.MonkeyPatc
             text_of(place.sample.draw(place.desk, 0.7, ALL, 5, 0)),
             text_of(place.edit.edited(place.desk, False, *REST_VALUES)),
             text_of(place.between.moved(place.desk, "linear", 0.5)),
+            text_of(place.between.drawn(place.desk, "linear", 3)),
         ]
 
     assert not any("finite" in text for text in shown())
@@ -253,10 +256,11 @@ def test_what_is_not_finite_is_said(place: Place, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Draw, "drawn", lambda *args: drawn(*args)._replace(not_finite=2))
     monkeypatch.setattr(Subject, "edited", lambda *args: edited(*args)._replace(finite=False))
     monkeypatch.setattr(Between, "frames", lambda *args, **options: (frames(*args, **options)[0], 1))
-    samples, edit, path = shown()
+    samples, edit, path, strip = shown()
     assert "2 of them are not finite" in samples
     assert "Parts are not finite" in edit
     assert "Parts are not finite" in path
+    assert "1 of them are not finite" in strip
 
 
 def test_each_picture_has_its_own_likelihood(place: Place) -> None:
@@ -288,6 +292,19 @@ def test_an_upload_is_saved_as_the_model_sees_it(place: Place) -> None:
     ]
     assert [link["download"] for link in links] == ["edit.png", "mine.png"] * 2
     assert links[0]["href"] == links[1]["href"] == links[3]["href"] != links[2]["href"]
+
+
+@pytest.mark.parametrize("name", ["mine.png", "mine.JPEG", "mine", ".png", "...png", "a.b.gif", "12"])
+def test_an_upload_of_any_name_is_saved_under_one_that_commands_take(place: Place, name: str) -> None:
+    opened = place.started(COLOUR)
+    data = web_runs.encoded(web_runs.photo(30, 30), "PNG")
+    place.desk.put(picked_upload(opened, Upload(name, data)), opened)
+    shown, commands = place.edit.edited(place.desk, False, *REST_VALUES)
+    last = shlex.split(commands.splitlines()[-1])
+    outs = [*re.findall('download="([^"]*)"', shown), last[last.index("--out") + 1]]
+    assert len(outs) == 3
+    for out in outs:
+        assert picture_path(out).suffix == ".png"
 
 
 def test_a_space_that_there_is_not(place: Place) -> None:

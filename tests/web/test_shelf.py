@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,25 @@ def test_a_run_is_opened_once_for_a_checkpoint(runs: Path, monkeypatch: pytest.M
     assert not all(map(torch.equal, first.model.parameters(), second.model.parameters()))
     monkeypatch.setattr(OpenRun, "open", lambda *args: pytest.fail("read again"))
     assert shelf.open(name) is second
+
+
+def test_other_runs_are_listed_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done with a run does not take longer the more runs lie beside it."""
+    shelf, name = Shelf([str(runs)]), str(runs / "a")
+    first, own = shelf.open(name), Path.iterdir
+    listed: list[Path] = []
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        listed.append(path)
+        return own(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert shelf.open(name) is first
+    assert runs not in listed
+    RunFolder(name).config.unlink()  # it is none any more
+    with pytest.raises(ValueError, match=r"^run: expected one of "):
+        shelf.open(name)
+    assert runs in listed
 
 
 def test_the_best_checkpoint(runs: Path) -> None:
