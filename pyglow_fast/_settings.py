@@ -118,7 +118,6 @@ class Setting:
         group: the heading of its option; empty: it has no option.
         flag: the option; empty: --name, or for n_bits --n-bits.
         other: (option, help) of the opposite: of None for what may be None, else of False.
-        former: the option's name in the last version, which is still understood.
         adjustable: a resumed run may change it.
         expected: what it must be, in words, where the class checks it by itself: no range or choices say it.
     """
@@ -130,7 +129,6 @@ class Setting:
     group: str = ""
     flag: str = ""
     other: tuple[str, str] | None = None
-    former: str = ""
     adjustable: bool = False
     expected: str = ""
 

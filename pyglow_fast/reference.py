@@ -22,7 +22,6 @@ from torch import Tensor
 from pyglow_fast import _float32
 from pyglow_fast._errors import SingularMatrixError, can_read, expect
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
-from pyglow_fast._renamed import with_former_field
 
 COUPLINGS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
@@ -58,7 +57,6 @@ def autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-@with_former_field("kind", "coupling")
 class CouplingSpec(NamedTuple):
     """How shift and scale of a coupling come from its net's output: affine or additive, by which scale map.
 
@@ -85,7 +83,6 @@ class CouplingSpec(NamedTuple):
     factor: float = 1.0
 
 
-@with_former_field("kind", "function")
 class Activation(NamedTuple):
     """The function behind a hidden layer of a coupling net: ``function``, one of ACTIVATIONS, and its ``parameter``.
 

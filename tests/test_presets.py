@@ -114,16 +114,6 @@ def test_realnvp_is_realnvp() -> None:
     assert model.latent_shapes == [(6, 16, 16), (12, 8, 8), (12, 8, 8)]
 
 
-def test_a_checkpoint_of_the_preset_as_it_was_loads_as_it_was() -> None:
-    """What a run of realnvp kept before there were checkerboards: a config without these fields, and its weights."""
-    before = pgf.GlowConfig.preset("realnvp", image_shape=(1, 8, 8), hidden=4).to_dict()
-    del before["n_checkerboard"], before["n_last_checkerboard"]
-    model = pgf.Glow(pgf.GlowConfig.from_dict(before))
-    names = [f"levels.{level}.steps.{k}.coupling.net.conv1.weight" for level in range(3) for k in range(6)]
-    assert [name for name in model.state_dict() if name.endswith("conv1.weight")] == names
-    assert model.latent_shapes == [(2, 4, 4), (4, 2, 2), (16, 1, 1)]
-
-
 def test_what_is_given_comes_first() -> None:
     found = TrainConfig.preset("fashion", n_steps=3, batch_size=8, flip=True)
     assert (found.data, found.model.n_steps) == (DataConfig("fashion-mnist", size=32, n_bits=8, flip=True), 3)

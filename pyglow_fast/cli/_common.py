@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 
 from pyglow_fast._errors import expect, visible
-from pyglow_fast._renamed import renamed_words
 from pyglow_fast._settings import Range, value_text
 from pyglow_fast.data import Yardstick, optional
 from pyglow_fast.models import Glow
@@ -125,27 +124,6 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
-
-
-class _Former(argparse.Action):
-    """The option that is given under its former name: stored as it, with a word on the new one."""
-
-    def __init__(self, *args: Any, now: str, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.now = now
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        print(f"note: {renamed_words(str(option), self.now)}", file=sys.stderr)
-        setattr(namespace, self.dest, values)
-
-
-def add_former(place: argparse._ActionsContainer, former: str, option: argparse.Action) -> None:
-    """Let an option be given under its former name too, which the help does not show."""
-    given: dict[str, Any] = {"dest": option.dest, "type": option.type, "nargs": option.nargs}
-    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    place.add_argument(former, action=_Former, now=option.option_strings[0], **given, **hidden)
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyglow_fast import presets
 from pyglow_fast._settings import GROUPS, Declared, declared_of, value_text
-from pyglow_fast.cli._common import add_former, number, whole
+from pyglow_fast.cli._common import number, whole
 from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train import TrainConfig
@@ -55,13 +55,11 @@ def _add(group: argparse._ArgumentGroup, item: Declared) -> None:
         return
     place: Any = group if item.rule.other is None else group.add_mutually_exclusive_group()
     if item.type is bool:
-        action = place.add_argument(item.flag, action="store_true", help=text, **given)
+        place.add_argument(item.flag, action="store_true", help=text, **given)
     else:
         parse, metavar = _TYPES.get(item.type, (str, "NAME"))
         parse = _or_none(parse) if item.optional else parse
-        action = place.add_argument(item.flag, type=parse, metavar=metavar, help=text, **given)
+        place.add_argument(item.flag, type=parse, metavar=metavar, help=text, **given)
     if item.rule.other is not None:
         flag, words = item.rule.other
         place.add_argument(flag, action="store_const", const=False if item.type is bool else None, help=words, **given)
-    if item.rule.former:
-        add_former(group, item.rule.former, action)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.cli._common import (
-    add_former,
     add_run,
     check_counts,
     number,
@@ -63,10 +62,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="the numbers of two images of the part, from 0; may be repeated",
     )
     which.add_argument("--pairs", type=whole, metavar="N", help=f"so many random pairs (default: {PAIRS})")
-    frames = parser.add_argument(
-        "--frames", type=whole, metavar="N", default=FRAMES, help="images on each path, both ends too"
-    )
-    add_former(parser, "--steps", frames)
+    parser.add_argument("--frames", type=whole, metavar="N", default=FRAMES, help="images on each path, both ends too")
     parser.add_argument("--spherical", action="store_true", help="on great circles, level by level, not straight")
     parser.add_argument("--space", choices=SPACES, help=SPACE_HELP)
     add_picture(parser, "the random pairs", "PNG, with --from also GIF or WEBP: there and back again")

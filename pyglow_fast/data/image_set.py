@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import with_former_field
 from pyglow_fast._settings import Range
 from pyglow_fast.data.augment import Augmentation
 
@@ -116,7 +115,6 @@ def hash_parts(digest: hashlib._Hash, data: Images) -> None:
         digest.update(side.contiguous().numpy().data)
 
 
-@with_former_field("levels", "pixels")
 @dataclass(frozen=True)
 class ImageSet(Images):
     """A set of images that are all in memory.

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import with_former_field
 from pyglow_fast._settings import Range, check_setting
 from pyglow_fast.data.decode import UnreadableImageError
 from pyglow_fast.data.image_set import Images, ImageSet
@@ -31,7 +30,6 @@ WORKERS = Range(least=0, most=1024, why="each is a process with torch in it")
 Entry = tuple[int, int | None]  # (index, key of the training view, or None for the central one)
 
 
-@with_former_field("levels", "pixels")
 @dataclass(frozen=True)
 class Batch:
     """A batch of images, in the order they were asked for.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import former_function
 from pyglow_fast._settings import IMAGES, Range, check_settings, same_setting, setting, settings
 from pyglow_fast.data.augment import MOST, Augmentation
 
@@ -102,8 +101,6 @@ class Preparation:
     def to_pixels(self, values: Tensor) -> Tensor:
         """Turns 8-bit values into grey levels 0..n_bins-1, in place."""
         return values.bitwise_right_shift_(8 - self.n_bits) if self.n_bits < 8 else values
-
-    to_levels = former_function("to_levels", to_pixels)
 
     def fixed_size(self, values: Tensor, source: str) -> Tensor:
         """Gives images of one size, uint8 (N, C, H, W), the side and the channels asked for; pads with zeros evenly.

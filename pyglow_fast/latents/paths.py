@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import with_former_argument
 from pyglow_fast._settings import Range
 from pyglow_fast.latents.spaces import (
     DEFAULT_SPACE,
@@ -82,7 +81,6 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return (weights[0] * first + weights[1] * second).reshape(a.shape).to(a.dtype)
 
 
-@with_former_argument("steps", "frames")
 def interpolate_latents(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -129,7 +127,6 @@ def _times(frames: int, times: Sequence[float] | None) -> list[float]:
     return points
 
 
-@with_former_argument("steps", "frames")
 @torch.no_grad()
 def interpolate(
     model: Glow,

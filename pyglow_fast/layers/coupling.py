@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import renamed
 from pyglow_fast._settings import Range
 from pyglow_fast.coupling_nets import check_precision, in_precision, plain_call
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
@@ -90,7 +89,6 @@ class Coupling(FlowLayer):
         precision: of the net: "auto" (as torch.autocast says), "fp32", "tf32", "bf16" or "fp16"; may be changed later.
         mask: "channels" or "checkerboard".
         parity: 0 or 1, of the positions that a checkerboard keeps.
-        kind: the former name of ``coupling``.
 
     Where the net makes a scale so small that it underflows, the inverse divides by zero and its result is inf: sampling
     at high temperature from a badly trained flow can show that; scale_eps bounds the scale from below.
@@ -129,11 +127,8 @@ class Coupling(FlowLayer):
         precision: str = "auto",
         mask: str = "channels",
         parity: int = 0,
-        *,
-        kind: str | None = None,
     ) -> None:
         super().__init__()
-        coupling = renamed("kind", "coupling", coupling, "affine", kind)
         expect(mask in MASKS, "mask", f"one of {MASKS}", repr(mask))
         expect(parity in (0, 1), "parity", "0 or 1", repr(parity))
         expect(mask == "checkerboard" or parity == 0, "parity", "0 (no other with mask='channels')", repr(parity))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,10 +150,6 @@ class FrozenSteps(FlowLayer):
         self.requires_grad_(False)
         self.eval()
         self._views = _Views()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes the state of a pickle, in which a former version kept no views."""
-        super().__setstate__({"_views": _Views(), **state})
 
     def _folded(self) -> FoldedSteps:
         maps, inverses = self._views.of([self._buffers[name] for name in BUFFERS])

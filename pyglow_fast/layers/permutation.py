@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._renamed import renamed, warn_renamed
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.reference import full_precision, lu_weight
 
@@ -216,7 +214,6 @@ class Permute(ChannelLinear):
     Args:
         channels: C.
         permutation: "shuffle", a random order fixed at construction and saved with the weights, or "reverse".
-        kind: the former name of ``permutation``.
 
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), zero.
 
@@ -235,9 +232,8 @@ class Permute(ChannelLinear):
     index: Tensor
     unit: Tensor
 
-    def __init__(self, channels: int, permutation: str = "shuffle", *, kind: str | None = None) -> None:
+    def __init__(self, channels: int, permutation: str = "shuffle") -> None:
         super().__init__()
-        permutation = renamed("kind", "permutation", permutation, "shuffle", kind)
         check_count("channels", channels)
         expect(permutation in ("shuffle", "reverse"), "permutation", "'shuffle' or 'reverse'", repr(permutation))
         self.channels, self.permutation = channels, permutation
@@ -245,16 +241,6 @@ class Permute(ChannelLinear):
         self.register_buffer("index", index)
         # Not saved: it only tells the dtype that W must have, and follows .to() like a parameter.
         self.register_buffer("unit", torch.ones(()), persistent=False)
-
-    @property
-    def kind(self) -> str:
-        """``permutation`` by its former name."""
-        warn_renamed("kind", "permutation")
-        return self.permutation
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """What was pickled by a former version has its permutation as ``kind``."""
-        super().__setstate__({"permutation" if name == "kind" else name: value for name, value in state.items()})
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         """The permutation matrix (C, C) and 0."""

@@ -48,11 +48,8 @@ class GlowConfig:
         "L, levels of the flow, each with a squeeze, n_steps steps and (but for the last) a split",
         range=Range(least=1, most=30, why="each halves the sides of the image"),
         group=MODEL,
-        former="--levels",
     )
-    n_steps: int = setting(
-        32, "K, steps of the flow in each level", range=Range(least=1, **_STEPS), group=MODEL, former="--steps"
-    )
+    n_steps: int = setting(32, "K, steps of the flow in each level", range=Range(least=1, **_STEPS), group=MODEL)
     hidden: int = setting(
         512,
         "width of the coupling nets",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import with_former_argument
 from pyglow_fast.latents import decode_path
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.commands import COMMAND, Made, command_line, made_png, taken_names
@@ -63,7 +62,6 @@ class Between:
         """Both images with their latents."""
         return Subject(self.opened, self.first, self.space), Subject(self.opened, self.last, self.space)
 
-    @with_former_argument("steps", "count")
     @torch.no_grad()
     def frames(self, count: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
         """Compute the frames, grey levels int64 (count, C, H, W), both ends included, and how many were not finite.
@@ -88,14 +86,12 @@ class Between:
             words += ["--labels", *(name_word(classes[label]) for label in (self.first.label, self.last.label))]
         return words + (["--spherical"] if self.spherical else [])
 
-    @with_former_argument("levels", "pixels")
     def made_frame(self, pixels: Tensor, time: float, scale: int = 1) -> Made:
         """Encode one frame (C, H, W) as a PNG."""
         words = [*self._words(), "--at", number_text(time), "--scale", str(scale)]
         picture = image_picture(pixels, self.opened.n_bins, scale)
         return made_png(picture, command_line(self.opened, "interpolate", words), self._taken)
 
-    @with_former_argument("levels", "pixels")
     def made(self, pixels: Tensor, suffix: str, scale: int | None = None) -> Made:
         """Encode all frames (n, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import former_attribute, with_former_argument, with_former_field
 from pyglow_fast.latents import edited, to_space
 from pyglow_fast.studio.commands import Made, command_line, made_png, taken_names
 from pyglow_fast.studio.directions import Add
@@ -24,7 +23,6 @@ from pyglow_fast.train.figures import image_picture
 DIGITS = 6  # behind the point of a strength or a share: finer than any slider
 
 
-@with_former_field("levels", "pixels")
 class Edited(NamedTuple):
     """An image after an edit: its pixels, and whether all that the model decoded were numbers.
 
@@ -125,8 +123,6 @@ class Subject:
         ('pyglow-fast edit runs/tiny 0 --keep 0.5 --space noise', b'\x89PNG')
     """
 
-    levels = former_attribute("levels", "pixels")
-
     @torch.no_grad()
     def __init__(self, opened: OpenRun, picked: Picked, space: str) -> None:
         self.opened, self.picked, self.space = opened, picked, space
@@ -146,7 +142,6 @@ class Subject:
         """The bits/dim of the image."""
         return self.bits_of(self.pixels)
 
-    @with_former_argument("levels", "pixels")
     def bits_of(self, pixels: Tensor) -> float:
         """The bits/dim of an edit of the image, under the image's class."""
         return self.opened.bits(pixels, self.picked.label)
@@ -189,7 +184,6 @@ class Subject:
         words += ["--pixel-shift"] if pixel_shift else []
         return command_line(opened, "edit", words + (["--scale", str(scale)] if scale != 1 else []))
 
-    @with_former_argument("levels", "pixels")
     def made(self, pixels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int = 1) -> Made:
         """Encode what :meth:`edited` gave as a PNG, one pixel for each of the image unless ``scale`` says otherwise."""
         picture = image_picture(pixels, self.opened.n_bins, scale)

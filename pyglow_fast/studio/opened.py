@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import with_former_argument, with_former_field
 from pyglow_fast.data import Images, ImageSet, MissingExtraError, UnreadableImageError
 from pyglow_fast.data.single import read_single
 from pyglow_fast.latents import likeliest_class
@@ -34,7 +33,6 @@ Progress = Callable[[int, int], None]  # (done, of how many)
 LOOK = 0.25  # seconds from one look at another thread's measurement to the next
 
 
-@with_former_field("levels", "pixels")
 class Picked(NamedTuple):
     """An image that was chosen: its pixels, uint8 (C, H, W), its label (for a model with classes), and its name.
 
@@ -248,7 +246,6 @@ class OpenRun:
         expect(name in self.classes, "label", f"one of {', '.join(self.classes)}", repr(name))
         return self.classes.index(name)
 
-    @with_former_argument("levels", "pixels")
     def x(self, pixels: Tensor) -> Tensor:
         """Turn pixels (n, C, H, W) into the model's input: the middle of each grey level's interval."""
         return middles(pixels, self.n_bins, self.model)
@@ -322,7 +319,6 @@ class OpenRun:
             label = int(likeliest_class(self.model, self.x(pixels[None]))[0])
         return Picked(pixels, label, image)
 
-    @with_former_argument("levels", "pixels")
     def bits(self, pixels: Tensor, label: int | None = None) -> float:
         """Measure the bits/dim of pixels (C, H, W), with the dequantisation noise that is the same at every call."""
         labels = None if label is None else torch.tensor([label])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_seed, expect
-from pyglow_fast._renamed import with_former_field
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.train import class_columns, class_cycle, device_of, to_pixels
@@ -19,7 +18,6 @@ BATCH = 64
 N, TEMPERATURE = 64, 0.7
 
 
-@with_former_field("levels", "pixels")
 class Drawn(NamedTuple):
     """The samples as pixels (n, C, H, W), their labels (n,) or None, and how many were not finite (now grey).
 

@@ -1,6 +1,5 @@
 """Training: configuration, the loop, checkpoints, evaluation and pictures. Uses models, likelihood and data."""
 
-from pyglow_fast._renamed import former_function
 from pyglow_fast.train.checkpoint import Checkpoint, DataStamp
 from pyglow_fast.train.config import ADJUSTABLE, LIMITS, OPTIONAL, TrainConfig
 from pyglow_fast.train.config_file import read_config, to_toml
@@ -28,8 +27,6 @@ from pyglow_fast.train.runs import resume, start
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError, TrainState
 from pyglow_fast.train.writer import SaveError
-
-to_levels = former_function("to_levels", to_pixels)
 
 __all__ = [
     "ADJUSTABLE",

@@ -5,8 +5,8 @@ entry is a JSON object with the format version, the configuration, the progress,
 and a digest of the file, so that a damaged one never passes for a good one. One file, because one file can be replaced
 atomically.
 
-The digest covers every byte of the file, with zeros in the place of the digest itself. Files of format 2, whose digest
-covers the tensors alone, are read too, as runs of former versions go on from them; files are written in format 3.
+The digest covers every byte of the file, with zeros in the place of the digest itself. A file of another format is
+refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from pyglow_fast.train.tensor_file import read_header, read_outer, read_tensors
 
 FORMAT = 3
 DRIFT = "_extra_state"  # how the names of the states of drift controls end
-_TENSORS_ALONE = 2  # the format whose digest is that of the tensors
 _HEADER = "pyglow_fast"
 _PARTS = ("model", "ema", "optimizer", "rank")
 
@@ -217,22 +216,12 @@ def _read(file: BinaryIO, name: str) -> tuple[dict[str, Any], dict[str, Tensor],
     text: Any = outer.metadata.get(_HEADER)
     expect(isinstance(text, str), name, "a checkpoint of pyglow_fast", "another safetensors file")
     header = _parse(name, text)
-    of_tensors = header["format"] == _TENSORS_ALONE
-    digest = hashlib.sha256(b"" if of_tensors else _unsealed(outer.raw, _place_of_digest(outer.raw, name)))
+    digest = hashlib.sha256(_unsealed(outer.raw, _place_of_digest(outer.raw, name)))
     try:
-        tensors = read_tensors(file, outer, None if of_tensors else digest.update)
+        tensors = read_tensors(file, outer, digest.update)
     except ValueError as error:
         raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
-    return header, tensors, _digest_of(tensors) if of_tensors else digest.hexdigest()
-
-
-def _digest_of(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values, as format 2 has it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
+    return header, tensors, digest.hexdigest()
 
 
 def _stamp(values: Mapping[str, Any]) -> DataStamp:
@@ -286,8 +275,8 @@ def _parse(name: str, text: str) -> dict[str, Any]:
         raise ValueError(f"{name}: expected a JSON header, found {error}") from error
     complete = isinstance(header, dict) and keys <= set(header)
     if isinstance(header, dict) and "format" in header:
-        found, known = header["format"], (_TENSORS_ALONE, FORMAT)
-        expect(found in known, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
+        found = header["format"]
+        expect(found == FORMAT, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
     expect(complete, name, f"a header with {sorted(keys)}", sorted(header) if isinstance(header, dict) else header)
     return header
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_count, expect
-from pyglow_fast._renamed import with_former_argument
 from pyglow_fast._settings import Range
 from pyglow_fast.data import optional
 from pyglow_fast.likelihood import quantize
@@ -116,7 +115,6 @@ def save_picture(picture: Tensor, path: Path, text: Mapping[str, str] | None = N
     write_bytes(path, png_bytes(picture, text))
 
 
-@with_former_argument("levels", "pixels")
 def save_grid(
     pixels: Tensor,
     n_bins: int,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._renamed import with_former_field
 from pyglow_fast.data import optional
 from pyglow_fast.train.figures import pictures, save_picture
 
@@ -21,7 +20,6 @@ _NARROWEST = 400  # a page under a title that is longer
 _PAPER, _INK, _FRAME = 255, 0, 190
 
 
-@with_former_field("levels", "pixels")
 class GridRow(NamedTuple):
     """One row of a grid: a label (may hold line ends; empty for none) and the pixels (n, C, H, W) of images.
 

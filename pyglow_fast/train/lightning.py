@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast._moments import Moments
-from pyglow_fast._renamed import with_former_argument
 from pyglow_fast._settings import check_setting
 from pyglow_fast.data import MissingExtraError
 from pyglow_fast.likelihood import bits_per_dim, dequantize
@@ -165,7 +164,6 @@ class GlowModule(LightningModule):
         """A context in which the model has the averaged weights, if there are any: ``module.model.sample(...)``."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied()
 
-    @with_former_argument("levels", "pixels")
     def forward(self, pixels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Compute the bits/dim, (N,), of pixels (N, C, *spatial), with fresh noise at every call."""
         y = labels if self.model.config.n_classes is not None else None

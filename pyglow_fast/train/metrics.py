@@ -28,7 +28,6 @@ COLUMNS = (
     "held_out_class_bits",
     "held_out_accuracy",  # share of the images whose likeliest class is right
 )
-LATER = frozenset(COLUMNS[COLUMNS.index("train_class_bits") :])  # files of former versions have none of them
 Row = dict[str, float | int | None]
 
 
@@ -77,7 +76,7 @@ def _row(names: list[str], line: str) -> Row | None:
     """One line by the names in the header, or None if it is damaged."""
     try:
         cells = dict(zip(names, line.split(","), strict=True))
-        row = {name: _number(cells.get(name, "") if name in LATER else cells[name]) for name in COLUMNS}
+        row = {name: _number(cells[name]) for name in COLUMNS}
     except (ValueError, KeyError):
         return None
     return row if isinstance(row["step"], int) else None

@@ -30,15 +30,15 @@ _KEYS = {_UNTRAINED: "before", _HELD_OUT: "held_out", _TRAIN: "train"}  # the na
 
 @dataclass(frozen=True)
 class _End:
-    """What report.json says, in words. Former versions wrote neither the name of the data nor settings."""
+    """What report.json says, in words."""
 
     step: int
     facts: dict[str, str]
     scores: list[tuple[str, str, str]]
     yardsticks: dict[str, float]
     environment: dict[str, str]
-    data: str | None
-    config: TrainConfig | None
+    data: str
+    config: TrainConfig
 
 
 def write_page(folder: RunFolder) -> None:
@@ -73,9 +73,8 @@ def page_of(folder: RunFolder) -> str:
     if end is not None and (rows or folder.saved()) and end.step != reached:
         end = None  # a run that goes on keeps the report of its former end until it has another one
     if end is not None:
-        config = end.config or folder.read_config()
-        facts, scores, environment, when = end.facts, end.scores, end.environment, "samples at the end"
-        data = end.data or config.data.name
+        config, data, facts, scores, environment = end.config, end.data, end.facts, end.scores, end.environment
+        when = "samples at the end"
     else:
         config = folder.read_config()
         facts, scores = _so_far(rows, reached, config)
@@ -100,7 +99,7 @@ def _end_of(folder: RunFolder, notes: list[str]) -> _End | None:
     """None: there is no report.json, or, which is noted, one that cannot be read."""
     try:
         report = folder.read_report()
-        scores = {name: _score(report.get(key)) for name, key in _KEYS.items()}
+        scores = {name: _score(report[key]) for name, key in _KEYS.items()}
         yardsticks = [Yardstick(**_numbers(item, "bits_per_dim")) for item in report["yardsticks"]]
         shown = [
             (name, f"{score.mean:.3f} ± {score.error_text}", f"bits/dim, {score.images} images")
@@ -122,9 +121,9 @@ def _end_of(folder: RunFolder, notes: list[str]) -> _End | None:
             facts,
             shown,
             {str(item.name): item.bits_per_dim for item in yardsticks if math.isfinite(item.bits_per_dim)},
-            dict(report.get("environment", {})),
-            str(report["data"]) if "data" in report else None,
-            TrainConfig.from_dict(report["config"]) if "config" in report else None,
+            dict(report["environment"]),
+            str(report["data"]),
+            TrainConfig.from_dict(report["config"]),
         )
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -47,9 +47,9 @@ class Progress:
         Raises:
             ValueError: one is missing or unknown, of another type, or no such number can have been reached.
         """
-        known, later = set(asdict(cls())), {"class_sum"}  # which former versions did not write
+        known = set(asdict(cls()))
         expect(isinstance(values, Mapping), name, f"progress with {sorted(known)}", type(values).__name__)
-        expect(set(values) | later == known, name, f"progress with {sorted(known)}", sorted(values))
+        expect(set(values) == known, name, f"progress with {sorted(known)}", sorted(values))
         for key, value in values.items():
             expected = "a whole number, 0 or more" if key in _COUNTS else "a finite number"
             expect(_fits(key, value), name, f"progress.{key}: {expected}", repr(value))

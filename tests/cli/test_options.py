@@ -1,4 +1,4 @@
-"""The options of all commands: help texts tell the true defaults, numbers may be negative, former names still count."""
+"""The options of all commands: help texts tell the true defaults, numbers may be negative."""
 
 from __future__ import annotations
 
@@ -169,36 +169,6 @@ def test_the_number_of_edit_may_be_negative() -> None:
 def test_what_is_no_number_is_an_option(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["manipulate", "RUN", "DATA", "--out", "x.png", "--strengths", text]) == 2
     assert capsys.readouterr().err.startswith("error: argument --strengths: expected at least one argument (see ")
-
-
-FORMER = [
-    ("train digits --levels 2", "--levels", "--n-levels", "n_levels", 2),
-    ("train digits --steps 5", "--steps", "--n-steps", "n_steps", 5),
-    ("compare digits --out x --steps 5", "--steps", "--n-steps", "n_steps", 5),
-    ("interpolate RUN DATA --out x.png --steps 3", "--steps", "--frames", "frames", 3),
-]
-
-
-@pytest.mark.parametrize(("command", "former", "now", "field", "value"), FORMER)
-def test_a_former_option_is_understood_with_a_note(
-    command: str, former: str, now: str, field: str, value: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = parser().parse_args(shlex.split(command))
-    assert getattr(args, field) == value
-    captured = capsys.readouterr()
-    assert captured.err == f"note: {former} is called {now} now; the old name goes with the next version\n"
-    assert captured.out == ""
-    again = parser().parse_args(shlex.split(command.replace(former, now)))
-    assert getattr(again, field) == value
-    assert capsys.readouterr().err == ""
-    name = command.split()[0]
-    assert former not in commands()[name].format_help()
-
-
-def test_levels_that_are_named_are_no_former_option(capsys: pytest.CaptureFixture[str]) -> None:
-    args = parser().parse_args(shlex.split("manipulate RUN DATA --out x.png --levels 0 1"))
-    assert args.levels == [0, 1]
-    assert capsys.readouterr().err == ""
 
 
 SMALL = ["--n-steps", "1", "--hidden", "4", "--max-steps", "1", "--eval-images", "8", "--sample-count", "4"]

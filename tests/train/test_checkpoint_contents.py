@@ -14,11 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.run_cases import assert_same_weights, train
-from torch import Tensor
 
 from pyglow_fast.data import ImageSet
-from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, TrainState, checkpoint, resume
+from pyglow_fast.train import Checkpoint, TrainConfig, TrainState, checkpoint
 
 MakeConfig = Callable[..., TrainConfig]
 Change = Callable[[dict[str, Any]], Any]
@@ -39,31 +37,15 @@ def path(state: TrainState, tmp_path: Path) -> Path:
     return tmp_path / "x.safetensors"
 
 
-def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
-    """As format 2 had it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def rewrite(path: Path, change: Change, seal: bool = True) -> None:
     """Change the JSON header of a checkpoint; ``seal``: and the digest with it, as nobody but a forger would."""
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["pyglow_fast"])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     change(header)
-    unsealed = seal and header["format"] == checkpoint.FORMAT
-    save_file(tensors, path, {"pyglow_fast": json.dumps(header | {"digest": "0" * 64} if unsealed else header)})
-    if unsealed:
+    save_file(tensors, path, {"pyglow_fast": json.dumps(header | {"digest": "0" * 64} if seal else header)})
+    if seal:
         checkpoint._seal(path)
-
-
-def as_format_2(path: Path) -> None:
-    """The checkpoint as former versions wrote it."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    rewrite(path, lambda header: header.update(format=2, digest=digest_of_tensors(tensors)))
 
 
 def test_every_byte_counts(path: Path) -> None:
@@ -96,26 +78,6 @@ def test_a_step_that_was_changed(path: Path) -> None:
     assert Checkpoint.load(path).progress["step"] == 20
 
 
-def test_a_run_whose_checkpoints_are_of_the_former_format(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
-) -> None:
-    train(tiny_config(), tmp_path / "whole", tiny_images)
-    train(tiny_config(max_steps=6), tmp_path / "run", tiny_images)
-    folder = RunFolder(tmp_path / "run")
-    as_format_2(folder.checkpoint)
-    run = resume(str(tmp_path / "run"), max_steps=12)
-    assert run.state.progress.step == 6
-    run.execute(quiet=True)
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    with safe_open(folder.checkpoint, "pt") as file:
-        assert json.loads(file.metadata()["pyglow_fast"])["format"] == 3
-    content = bytearray(folder.saved()[-1].read_bytes())  # one of format 2 still
-    content[-3] ^= 16
-    folder.saved()[-1].write_bytes(content)
-    with pytest.raises(ValueError, match="expected the digest that it was saved with"):
-        Checkpoint.load(folder.saved()[-1])
-
-
 def test_no_tensor_needs_the_file(state: TrainState, tiny_images: ImageSet, path: Path) -> None:
     """Pages of a mapped file that is truncated are gone: whoever reads them is killed by SIGBUS."""
     other = TrainState(state.config, tiny_images)
@@ -130,8 +92,7 @@ def test_no_tensor_needs_the_file(state: TrainState, tiny_images: ImageSet, path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h.update(format=4), r"expected format 3 \(another version of pyglow_fast wrote it\), found 4"),
-        (lambda h: h.update(format=2), "expected the digest that it was saved with"),
+        (lambda h: h.update(format=2), r"expected format 3 \(another version of pyglow_fast wrote it\), found 2"),
         (lambda h: h.update(config={"speed": 1}), "x.safetensors: config: expected known keys, found speed"),
         (lambda h: h["config"]["model"].update(hidden="x"), "hidden: expected a positive whole number, found 'x'"),
         (lambda h: h["config"]["model"].update(image_shape=5), "image_shape: expected .*, found 5"),

@@ -127,24 +127,3 @@ def test_files_that_are_not_text(tmp_path: Path) -> None:
         read_config(tmp_path / "x.toml")
     with pytest.raises(ValueError, match=r"config: expected an existing file, found '.*none.toml'"):
         read_config(tmp_path / "none.toml")
-
-
-def test_a_file_of_version_0_1_0_is_read() -> None:
-    """All its keys, in the order of that version: options have other names now, keys do not."""
-    tables = read_config(Path(__file__).with_name("config_0_1_0.toml"))
-    config = TrainConfig.from_dict(tables)
-    expected = TrainConfig(
-        data=DataConfig("folder:images", size=16, n_bits=5, split_by="folder", held_out=0.2, crop_margin=2, flip=True),
-        model=GlowConfig(image_shape=(3, 16, 16), n_levels=2, n_steps=4, hidden=8, n_checkerboard=1, scale_map="tanh"),
-        lr=0.002,
-        decay_steps=100,
-        max_steps=100,
-        clip_norm=None,
-        memory="4GB",
-        keep=5,
-    )
-    assert config == expected
-    assert {name: set(value) for name, value in tables.items() if isinstance(value, dict)} == {
-        name: set(value) for name, value in expected.to_dict().items() if isinstance(value, dict)
-    }
-    assert set(tables) == set(expected.to_dict())

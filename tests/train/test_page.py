@@ -204,17 +204,6 @@ def test_a_report_that_cannot_be_read(folder: RunFolder, change: Callable[[dict[
     assert table(page)["steps"] == "at step 12 of 12"
 
 
-def test_a_report_of_a_former_version(folder: RunFolder) -> None:
-    report = folder.read_report()
-    del report["data"], report["config"], report["environment"]
-    folder.report.write_text(json.dumps(report))
-    page = Page(page_of(folder))
-    assert "p" not in page.words
-    assert table(page)["images"] == "digits"  # as config.toml has it
-    assert table(page)["ended"] == "at its limit"
-    assert page.words["h2"] == ["Scores", "Curves", "Pictures", "Settings"]
-
-
 def test_scores_without_an_error(folder: RunFolder) -> None:
     report = folder.read_report()
     report["held_out"] |= {"images": 1, "standard_error": None, "accuracy": 0.25}
