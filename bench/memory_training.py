@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from bench.harness import machine, write_json
 from pyglow_fast import Glow
-from pyglow_fast.cli._common import add_former
 from pyglow_fast.coupling_nets.precision import overridden
 
 VARIANTS = ("reversible", "store", "store+1", "store+2", "store+3")
@@ -149,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(prog="bench memory_training", description=__doc__, allow_abbrev=False)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_argument("folder", type=Path, help="of the images")
-    add_former(options, "--steps", options.add_argument("--max-steps", type=int, default=1000))
+    options.add_argument("--max-steps", type=int, default=1000)
     options.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--out", type=Path, metavar="FILE", help="JSON")

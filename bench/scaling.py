@@ -38,7 +38,6 @@ from bench.scaling_model import (
     traffic,
     training_bytes,
 )
-from pyglow_fast.cli._common import add_former
 
 RESULTS = ROOT / "bench" / "results"
 RANKS = (1, 8, 64)
@@ -250,10 +249,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--batch", type=int, help="of --ranks, of all processes together, in place of the standard")
     options.add_argument("--memory-mode", choices=OURS, default="reversible", help="of --ranks")
     options.add_argument("--rounds", type=int, default=5, help="of --ranks: times that each case is started, in turn")
-    timed = options.add_argument(
+    options.add_argument(
         "--timed-steps", type=int, default=4, help="of --ranks: training steps of each start that are timed"
     )
-    add_former(options, "--steps", timed)
     options.add_argument("--out", type=Path, metavar="DIR", help="folder for scaling.md or scaling-ranks-cpu.json")
     found = options.parse_args(argv)
     unknown = set(found.configs.split(",")) - set(CONFIGS)

@@ -34,9 +34,6 @@ resumed run may change.
 | training step | an update of the weights: `max_steps`, `decay_steps`, `warmup_steps`, and all that ends in `_every` |
 | grey level | a value of a pixel, of a channel where it has colours: 0 to n_bins - 1; `pixels` are tensors of them |
 | frame | an image on a path between two images: `--frames` |
-
-In this version `--levels` and `--steps` still stand for `--n-levels` and `--n-steps` of `train` and `compare`, and
-`--steps` for `--frames` of `interpolate`; a note says so.
 """
 PARTS: tuple[tuple[str, type], ...] = (
     ("Images: DataConfig, `[data]` in a file", DataConfig),

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from bench.harness import machine, write_json
 from bench.memory_meter import MemoryMeter
 from bench.srflow_peer import FlowStep, FlowUpsamplerNet, randomised
-from pyglow_fast.cli._common import add_former
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.interop.convert import load_srflow
 
@@ -138,7 +137,7 @@ def _arguments(options: Sequence[str] | None) -> argparse.Namespace:
     for name, default in (("side", 160), ("batch", 1), ("hidden", 64), ("features", 320)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("steps", 16), ("levels", 3)):
-        add_former(parser, f"--{name}", parser.add_argument(f"--n-{name}", type=int, default=default))
+        parser.add_argument(f"--n-{name}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--encoder", action="store_true")

@@ -198,7 +198,10 @@ def test_options_that_are_refused(arguments: list[str], message: str, capsys: py
 @pytest.mark.full
 @pytest.mark.alone
 def test_processes_are_measured_beside_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--ranks", "--configs", "d", "--batch", "2", "--rounds", "1", "--steps", "1", "--out", str(tmp_path)]
+    arguments = [
+        *["--ranks", "--configs", "d", "--batch", "2", "--rounds", "1", "--timed-steps", "1", "--out"],
+        str(tmp_path),
+    ]
     assert scaling.main(arguments) == 0
     printed = capsys.readouterr().out.splitlines()
     rows = json.loads((tmp_path / "scaling-ranks-cpu.json").read_text())["rows"]
