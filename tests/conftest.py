@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import covering, machine
+from support import machine
 from support.machine import MACHINE_THREADS, Turns
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -23,12 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full",
         action="store_true",
-        help="run every case: whole products of options instead of covering arrays, and the tests marked full",
+        help="run the tests marked full, which are left out otherwise, and no others",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    covering.full = config.getoption("--full")
     torch.set_num_threads(1)
     if hasattr(config, "workerinput"):
         machine.one_of_several = True
@@ -47,7 +46,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what only ``--full`` runs; puts first what takes long, last what needs the machine for itself.
+    """Chooses the tests marked full, or all others; puts first what takes long, last what needs the machine for itself.
 
     Tests on a GPU get a mark: ``-m cuda`` chooses the tests whose device is one.
     """
@@ -58,10 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             and item.callspec.params.get("device") == "cuda"
         ):
             item.add_marker("cuda")
-    if not config.getoption("--full"):
-        left_out = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    chosen, left_out = [], []
+    for item in items:
+        is_full = item.get_closest_marker("full") is not None
+        (chosen if is_full == config.getoption("--full") else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
     items.sort(key=lambda item: (item.path.name not in LONG, item.get_closest_marker("alone") is not None))
 
 

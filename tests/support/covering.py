@@ -1,8 +1,7 @@
 """Products of options, thinned out to covering arrays: every pair of values of two options is in some case.
 
 A fault that shows at all shows, nearly always, for one value of one option or for a pair of them. A product of options
-tries each pair many times over; :func:`pairs` keeps as few cases as it can while every pair stays. With ``--full`` all
-cases of the product are run, as stacked ``pytest.mark.parametrize`` would.
+tries each pair many times over; :func:`pairs` keeps as few cases as it can while every pair stays.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# Whether products are whole; set from --full before any test is collected.
-full = False
+full = False  # some files still ask for it; nothing sets it
 
 
 class _Option(NamedTuple):
@@ -97,10 +95,8 @@ def pairs(*marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
         marks: as they would stand above the test, each of one argument or of several that belong together.
     """
     options = [_option(mark) for mark in marks]
-    sizes = [len(option.values) for option in options]
-    rows = itertools.product(*map(range, sizes)) if full else covering_array(sizes)
     cases = []
-    for row in rows:
+    for row in covering_array([len(option.values) for option in options]):
         chosen = [option.values[index] for option, index in zip(options, row, strict=True)]
         # Stacked marks are named from the last to the first.
         label = "-".join(label for label, _ in reversed(chosen))

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from support import covering
 from support.commands import Command
 
 from pyglow_fast.train import Checkpoint, RunFolder
 from pyglow_fast.train.metrics import COLUMNS, read_metrics
 
-KILLS = int(os.environ.get("PYGLOW_TEST_KILLS", "3" if covering.full else "2"))
+KILLS = int(os.environ.get("PYGLOW_TEST_KILLS", "2"))
 STEPS = 60 * max(2, KILLS)
 OPTIONS = ["--size", "8", "--crop-margin", "2", "--flip", "--from-files", "--workers", "2", "--n-levels", "2"]
 OPTIONS += ["--n-steps", "2", "--hidden", "8", "--batch-size", "8", "--max-steps", str(STEPS), "--log-every", "5"]
