@@ -1,6 +1,6 @@
 """Draws the figures of docs/architecture.md: `python docs/_site/architecture.py` writes docs/architecture/*.svg.
 
-tests/test_architecture.py holds PARTS and ARROWS against what the sources import, and the files against this script.
+Which part may import which is stated in tests/test_architecture.py; what is drawn here follows it.
 """
 
 from __future__ import annotations
