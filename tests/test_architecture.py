@@ -49,8 +49,7 @@ MADE_FOR = {
 }
 # The one exception, inside a function: the command that starts the page, after it has looked whether Gradio is there.
 MAY_START = {"pyglow_fast.cli.serve": "pyglow_fast.web"}
-# What comes with a library that a module is made for, and may be imported where that may.
-COMES_WITH = {"gradio": {"fastapi", "starlette", "uvicorn"}}
+COMES_WITH = {"gradio": {"fastapi", "starlette", "uvicorn"}}  # and may be imported where it may
 
 
 def is_within(module: str, name: str) -> bool:

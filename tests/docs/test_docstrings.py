@@ -1,0 +1,90 @@
+"""The examples of docstrings run: what one would type at Python's prompt, imports and all, with what it prints.
+
+They run with one thread, from one seed, without a network, in an empty folder, and print the same with and without the
+compiled extension.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support import ROOT
+from support.figures import leave_undrawn
+from support.machine import no_network
+
+leave_undrawn()
+
+PACKAGE = "pyglow_fast"
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = [path for path in sorted((ROOT / PACKAGE).rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+
+
+def imported(name: str) -> ModuleType:
+    """The module, or a skip where the library that it is made for is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if is_ours(error):
+            raise
+        pytest.skip(str(error))
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an ImportError is of something that is always installed."""
+    return (getattr(error, "name", None) or "").split(".")[0] in (PACKAGE, "torch", "numpy", "safetensors")
+
+
+class _Runner(doctest.DocTestRunner):
+    """Runs examples; where one needs a library that is missing, its test is skipped."""
+
+    def report_unexpected_exception(self, out: Any, test: Any, example: Any, exc_info: Any) -> None:
+        if issubclass(exc_info[0], ImportError) and not is_ours(exc_info[1]):
+            pytest.skip(str(exc_info[1]))
+        super().report_unexpected_exception(out, test, example, exc_info)
+
+
+def failures(test: doctest.DocTest) -> str:
+    """What is to be said of a docstring's examples after a run; nothing if they print what they should."""
+    said: list[str] = []
+    torch.manual_seed(20180710)
+    _Runner(optionflags=OPTIONS).run(test, out=said.append)
+    return "".join(said)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_examples(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = imported(module_of(path))
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.chdir(tmp_path)
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__, globs={})
+    assert tests
+    said = "".join(failures(test) for test in tests)
+    assert not said, said
+
+
+@pytest.mark.full
+def test_examples_print_the_same_without_the_extension() -> None:
+    environment = {**os.environ, "PYGLOW_FORCE_REFERENCE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_examples and not print"]
+    result = subprocess.run(
+        [*command, __file__], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
