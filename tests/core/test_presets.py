@@ -149,15 +149,6 @@ def test_another_optimizer_has_no_weight_decay() -> None:
     assert TrainConfig.preset("digits", optimizer="adamax").weight_decay == 0
 
 
-def test_the_table_has_them_all() -> None:
-    head, *rows = presets.table().splitlines()
-    assert head.split()[:3] == ["name", "L", "K"]
-    assert [row.split()[0] for row in rows] == NAMES
-    cells = rows[NAMES.index("celeba256")].split()
-    assert cells[1:9] == ["6", "32", "512", "additive", "invconv_plain", "5", "40", "256"]
-    assert max(map(len, rows)) <= 140
-
-
 @pytest.mark.parametrize(
     ("arguments", "given", "message"),
     [

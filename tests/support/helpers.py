@@ -1,6 +1,6 @@
 """What the tests measure with: tolerances that follow from the arithmetic, and the laws that every bijection obeys.
 
-A check that cannot fail proves nothing: test_helpers.py shows of each ``assert_*`` that it rejects what is wrong.
+A check that cannot fail proves nothing: tests/test_helpers.py shows of those that decide what is equal that they can.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A Glow written out a second time: functions of the tensors in a state_dict, with no layer of the package.
 
-Only :mod:`pyglow_fast.reference` is used, which test_reference.py holds against autograd. Actnorm and the permutation
-are applied one after the other here, where the model folds them.
+Only :mod:`pyglow_fast.reference` is used, which tests/core/test_reference.py holds against autograd. Actnorm and the
+permutation are applied one after the other here, where the model folds them.
 """
 
 from __future__ import annotations
