@@ -1,4 +1,4 @@
-"""The checks that decide what counts as equal reject what they are there to reject."""
+"""The checks that decide what is equal, and the meter of memory, tell what is wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from support import helpers
 from torch import Tensor
 
 import pyglow_fast as pgf
+from bench.memory_meter import peak_tensor_bytes
 
 
 def test_close_is_close() -> None:
@@ -41,3 +42,24 @@ def test_a_log_det_of_one_position_is_no_bijections(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(layer, "forward", forget_positions)
     with pytest.raises(AssertionError):
         helpers.assert_bijection(layer, x)
+
+
+def test_the_meter_counts_what_is_alive() -> None:
+    """Each tensor of 1000 bytes once, with what autograd holds of it, until it is freed."""
+    x = torch.ones(250, requires_grad=True)
+
+    def one_after_the_other() -> None:
+        for _ in range(5):
+            torch.zeros(250).view(10, 25).add_(1.0)
+
+    def all_together(n: int) -> None:
+        y = x
+        for _ in range(n):
+            y = y.sin()  # keeps its input
+        torch.autograd.grad(y.sum(), x)
+
+    peaks = [
+        peak_tensor_bytes(call) for call in (one_after_the_other, lambda: all_together(18), lambda: all_together(8))
+    ]
+    assert peaks[0] == 1000
+    assert peaks[1] - peaks[2] == 10 * 1000
