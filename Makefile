@@ -1,7 +1,7 @@
 # make demo    trains a small Glow on handwritten digits and writes runs/demo
 # make serve   a web page on this machine to look into runs/demo, which is trained first if it is not there
 # make test    the style checks, then the tests, side by side on all cores
-# make test-full   the same with every case: whole products of options where `make test` has every pair, and the slowest
+# make test-full   the tests that `make test` leaves out: slow ones, and those that pin the inside of what is to be replaced
 # make test-live   tests/live against anomalib, coqui-tts, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
 # make mutants     seeds faults one by one into a scratch copy and shows which tests catch them (hours)
 # make docs    the pages of docs/ and the API reference as a site in build/site
@@ -58,7 +58,7 @@ serve: venv | runs/demo/best.safetensors
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-full: lint
+test-full: venv
 	$(PYTEST) --full $(PYTEST_ARGS)
 
 $(LIVE)/.installed: tests/live/requirements.txt | venv
