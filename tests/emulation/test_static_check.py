@@ -32,18 +32,17 @@ class Limit(NamedTuple):
     loads: int | None = None  # None: no instantiation takes 16 bytes at a time
     stores: int = 0
     nets: bool = False  # reads a net's output, whose four numbers are 8 bytes if it has 16 bits
-    only_sums: bool = False  # stores no tensor of the size of its input
 
 
 LIMITS = {
     "fused_kernel": Limit(2, 1, 16, 18, 2, nets=True),
     "finish_kernel": Limit(6, 6, 0),
-    "sums_kernel": Limit(2, 1, 0, 10, 20, nets=True, only_sums=True),
+    "sums_kernel": Limit(2, 1, 0, 10, 20, nets=True),
     "reduce_kernel": Limit(4, 4, 2048),
     "coupling_kernel": Limit(4, 1, 64, 0, 2, nets=True),
-    "moments_kernel": Limit(2, 2, 0, 0, 20, only_sums=True),
+    "moments_kernel": Limit(2, 2, 0, 0, 20),
     "merge_kernel": Limit(6, 6, 0),
-    "log_prob_kernel": Limit(4, 3, 64, 2, 2, only_sums=True),
+    "log_prob_kernel": Limit(4, 3, 64, 2, 2),
     "log_prob_backward_kernel": Limit(4, 3, 0, 3),
     "sample_kernel": Limit(4, 3, 0, 2),
     "sample_sums_kernel": Limit(6, 6, 64),
@@ -64,7 +63,7 @@ PAIRS_OF_A_PATCH = 2 * 2 * 4
 
 
 class Kernel(NamedTuple):
-    """One instantiation of a kernel, and its machine code."""
+    """One instantiation of a kernel: its mangled name, what it takes, and its machine code."""
 
     symbol: str
     registers: int
@@ -73,68 +72,38 @@ class Kernel(NamedTuple):
     shared_bytes: int
     code: str
 
-    @property
-    def name(self) -> str:
-        """The kernel's name without namespaces, such as "fused_kernel"."""
-        return self._parts[1]
 
-    @property
-    def is_float(self) -> bool:
-        """Whether its values are float32, not float64."""
-        return self._parts[2] == "f"
-
-    @property
-    def vector(self) -> bool:
-        """Whether it takes 16 bytes at a time: by its last template argument, or as all do that work in patches."""
-        return self._parts[3].endswith("Lb1E") or "_patches_" in self.name
-
-    @property
-    def patches(self) -> bool:
-        """Whether it reads a channels-last net's output in patches."""
-        return "_patches_" in self.name or re.search(r"(Source|Sink)I[fd]Lb1E", self.symbol) is not None
-
-    @property
-    def _parts(self) -> re.Match[str]:
-        found = re.search(r"\d([a-z_]+_kernel)I([fd])(.*?)EEv", self.symbol)
-        assert found is not None, f"no kernel's name: {self.symbol}"
-        return found
-
-
-def kernels_of(usage: str, code: str, reserved: int) -> list[Kernel]:
-    """The kernels in what cuobjdump prints for -res-usage and -sass; the system reserves some shared memory itself."""
-    parts = re.split(r"^\s*Function : (\S+)\s*$", code, flags=re.MULTILINE)[1:]
-    codes = dict(zip(parts[::2], parts[1::2], strict=True))
-    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    return [
-        Kernel(symbol, int(registers), int(stack), int(local), max(0, int(shared) - reserved), codes[symbol])
-        for symbol, registers, stack, shared, local in re.findall(pattern, usage)
-    ]
+def parts_of(symbol: str) -> tuple[str, str, str]:
+    """The kernel's name without namespaces, the type of its values (f or d), and the rest of the template arguments."""
+    found = re.search(r"\d([a-z_]+_kernel)I([fd])(.*?)EEv", symbol)
+    assert found is not None, f"no kernel's name: {symbol}"
+    return found[1], found[2], found[3]
 
 
 def faults(kernel: Kernel) -> list[str]:
     """Reasons why a kernel is slower than promised, or may give other bits in a second run."""
-    limit, found = LIMITS[kernel.name], []
+    name, dtype, rest = parts_of(kernel.symbol)
+    limit, is_float = LIMITS[name], dtype == "f"
+    patches = "_patches_" in name or re.search(r"(Source|Sink)I[fd]Lb1E", kernel.symbol) is not None
+    vector = "_patches_" in name or rest.endswith("Lb1E")  # as its last template argument says
     # The hardware gives registers to whole warps, 8 at a time to a thread.
     blocks = REGISTERS // (BLOCK_THREADS * -(-kernel.registers // 8) * 8)
-    if blocks < (limit.float_blocks if kernel.is_float else limit.double_blocks):
+    accesses = re.findall(r"\b(?:ST|LDG|STG|LDL|STL|ATOM|ATOMG|ATOMS|RED|REDG)\b[.\w]*", kernel.code)
+    # Atomics add in any order; a store that is not STG waits to learn where it goes, a strong one for other threads.
+    found = [access for access in accesses if not access.startswith(("LDG", "STG")) or ".STRONG" in access]
+    if blocks < (limit.float_blocks if is_float else limit.double_blocks):
         found.append(f"{kernel.registers} registers leave room for {blocks} blocks")
     if kernel.stack or kernel.local:
         found.append(f"{kernel.stack} bytes of stack, {kernel.local} of local memory: registers are spilled")
     if kernel.shared_bytes > limit.shared_bytes:
         found.append(f"{kernel.shared_bytes} bytes of shared memory")
-    accesses = re.findall(r"\b(?:ST|LDG|STG|LDL|STL|ATOM|ATOMG|ATOMS|RED|REDG)\b[.\w]*", kernel.code)
-    # Atomics add in any order; a store that is not STG waits to learn where it goes, a strong one for other threads.
-    found += [access for access in accesses if not access.startswith(("LDG", "STG")) or ".STRONG" in access]
-    if kernel.vector and limit.loads is not None:
-        wide = [access for access in accesses if ".128" in access]
-        net = ".64" if limit.nets and kernel.is_float else ".128"
-        narrow = [access for access in accesses if ".128" not in access and net not in access]
-        pairs = PAIRS_OF_A_PATCH if kernel.patches and kernel.is_float else 0
-        for access, most, least in (("LDG", limit.loads, 2), ("STG", limit.stores, 0 if limit.only_sums else 1)):
-            if sum(a.startswith(access) for a in narrow) > most + pairs:
-                found.append(f"more than {most + pairs} narrow {access}: {narrow}")
-            if sum(a.startswith(access) for a in wide) < least:
-                found.append(f"fewer than {least} {access} of 16 bytes")
+    if vector and limit.loads is not None:
+        wide = r"\.(128|64)\b" if limit.nets and is_float else r"\.128\b"
+        pairs = PAIRS_OF_A_PATCH if patches and is_float else 0
+        for kind, most in (("LDG", limit.loads + pairs), ("STG", limit.stores + pairs)):
+            narrow = [access for access in accesses if access.startswith(kind) and not re.search(wide, access)]
+            if len(narrow) > most:
+                found.append(f"{len(narrow)} accesses of less than 16 bytes, more than {most}: {narrow}")
     return found
 
 
@@ -148,6 +117,17 @@ def cuobjdump(*arguments: str, cwd: Path | None = None) -> str:
     environment = {**os.environ, "PATH": path}
     command = [tool, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def kernels_of(cubin: str, reserved: int) -> list[Kernel]:
+    """The kernels of a file; the system reserves some shared memory itself."""
+    parts = re.split(r"^\s*Function : (\S+)\s*$", cuobjdump("-sass", cubin), flags=re.MULTILINE)[1:]
+    codes = dict(zip(parts[::2], parts[1::2], strict=True))
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    return [
+        Kernel(symbol, int(registers), int(stack), int(local), max(0, int(shared) - reserved), codes[symbol])
+        for symbol, registers, stack, shared, local in re.findall(pattern, cuobjdump("-res-usage", cubin))
+    ]
 
 
 @pytest.mark.full
@@ -165,9 +145,8 @@ def test_compiled_kernels_are_as_promised(arch: str, tmp_path: Path) -> None:
     found: set[str] = set()
     wrong = []
     for cubin in sorted(map(str, tmp_path.glob("*.cubin"))):
-        reserved = 1024 if int(arch) >= 90 else 0
-        for kernel in kernels_of(cuobjdump("-res-usage", cubin), cuobjdump("-sass", cubin), reserved):
-            found.add(kernel.name)
+        for kernel in kernels_of(cubin, 1024 if int(arch) >= 90 else 0):
+            found.add(parts_of(kernel.symbol)[0])
             wrong += [f"{kernel.symbol}: {fault}" for fault in faults(kernel)]
     assert found == set(LIMITS)
     assert not wrong, "\n".join(wrong)
