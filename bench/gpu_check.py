@@ -3,9 +3,8 @@
     python -m bench.gpu_check [--out FOLDER] [--only STAGE ...] [--rehearse]
 
 Needs a source tree, Python 3.11 or newer with torch built for CUDA, numpy, safetensors and pytest, nvcc, a C++ compiler
-and cmake; nothing is downloaded and nothing is installed: the extension is compiled into the tree. What else is missing
-(compute-sanitizer, a peer's library, matplotlib) is skipped by name. Stages, in this order, with the seconds that each
-may take besides what those before it have left over:
+and cmake; the extension is compiled into the tree, and nothing is downloaded or installed. What else is missing, such
+as compute-sanitizer, is skipped by name. Stages, with the seconds that each may take besides what those before it left:
 
 {stages}
 
@@ -49,7 +48,7 @@ TOOLS = ("nvcc", "g++", "cmake", "ninja", "nvidia-smi", "compute-sanitizer")
 WHAT_TO_DO = {"cmake": " (pip install cmake, 3.24 or newer)", "nvcc": " (install the CUDA toolkit, or set CUDA_HOME)"}
 # The device as the tests and the benchmarks will see it, printed as JSON by another process, since torch keeps it open.
 PROBE = """
-import importlib.metadata, json, sys, torch
+import importlib.metadata, json, subprocess, sys, torch
 found = {"python": sys.version.split()[0], "torch": torch.__version__, "torch_cuda": str(torch.version.cuda)}
 others = ("numpy", "safetensors", "pytest", "setuptools")
 found |= {package.name: package.version for package in importlib.metadata.distributions() if package.name in others}
@@ -57,6 +56,8 @@ if torch.cuda.is_available():
     gpu = torch.cuda.get_device_properties(0)
     found |= {"device": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory}
     found |= {"multiprocessors": gpu.multi_processor_count, "L2": gpu.L2_cache_size}
+    asked = "timeout 10 nvidia-smi --query-gpu=driver_version,clocks.max.sm,power.limit --format=csv,noheader"
+    found["driver, clock, power"] = subprocess.getoutput(asked)
 print(json.dumps(found))
 """
 
@@ -133,8 +134,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def report(folder: Path) -> str:
     """Makes Markdown of a folder: the machine, a table of the stages, and the end of what each of them printed."""
     ended = read(folder)
-    latest = ended.get("machine") or next(iter(ended.values()))  # others may be of an earlier run
-    facts: Mapping[str, Any] = latest["machine"]
+    facts: Mapping[str, Any] = ended["machine"]["machine"]  # other stages may be of an earlier run
     lines = ["# GPU check", ""]
     if facts["rehearsal"]:
         lines += ["A rehearsal on a CPU with tiny sizes: no number here means anything.", ""]
@@ -143,8 +143,7 @@ def report(folder: Path) -> str:
         differing = [f"{key} {value}" for key, value in content["machine"].items() if facts.get(key) != value]
         lines += [f"- of an earlier run is {name}: {', '.join(differing)}"] if differing else []
     lines += ["", "| stage | status | s | why |", "|---|---|---:|---|"]
-    for name, content in ended.items():
-        lines.append(f"| {name} | {content['status']} | {content['seconds']:.0f} | {content['reason']} |")
+    lines += [f"| {name} | {c['status']} | {c['seconds']:.0f} | {c['reason']} |" for name, c in ended.items()]
     for stage in STAGES:
         output = ended.get(stage.name, {}).get("output", "").splitlines()[-stage.shown :]
         if output:
@@ -179,12 +178,6 @@ class Check:
         with contextlib.suppress(ValueError, IndexError):
             self.facts |= json.loads(ended.output.splitlines()[-1])
         self.facts |= {tool: find_tool(tool) or "not found" for tool in TOOLS}
-        smi = find_tool("nvidia-smi")
-        if smi is not None:
-            asked = [smi, "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                found = subprocess.run(asked, capture_output=True, text=True, timeout=10)
-                self.facts["nvidia-smi"] = found.stdout.strip()
         self.add(ended)
         return "capability" in self.facts
 
@@ -221,13 +214,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages that are asked for, and write the report.
+    """Run the stages that are asked for, and write the report; 0, 1 or 2, as the module says.
 
     Args:
         argv: the options; those of the process if None.
-
-    Returns:
-        0, 1 or 2, as the module says.
     """
     raw = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser("bench gpu_check", description=__doc__, formatter_class=raw, allow_abbrev=False)

@@ -4,7 +4,8 @@
 
 A row has a case's microseconds, the bytes that it must move at least, and its share of a copy: the time of a copy of as
 many bytes, measured in the same run in the same way, over the case's own; beside it is plain torch's time for the same
-case. Results are checked before they are timed. The file is written after every shape.
+case, and what ours allocates beyond its results. Results are checked before they are timed. The file is written after
+every shape.
 
 A kernel of a few microseconds is shorter than the Python that calls it and not far above what an event resolves, and
 its data fits into a cache. So each case has several copies of its tensors, more together than twice the L2; one graph
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 from bench.cases import SHAPES, Case, Data, check_equal, gpu_cases, parse_shapes, traffic
-from bench.harness import Timing, device_name, machine, write_json
+from bench.harness import device_name, machine, write_json
 from pyglow_fast import functional, reference
 
 L2_SHARE = 2.0  # the copies of a case are together more than that many times the L2
@@ -39,9 +40,22 @@ REPLAY_SECONDS = 2e-3  # a replay takes about so long: 4,000 times what an event
 MOST_LAUNCHES = 2000  # in one graph
 HEAD_START = 1_000_000  # cycles of the GPU, half a millisecond, in which the CPU hands over a graph
 CPU_L2 = 2**14  # bytes that a rehearsal takes for the L2: a few copies of small tensors rotate
-
-COLUMNS = ["op", "mode", "us", "low to high", "MB", "GB/s", "copy us", "share of copy", "plain us", "note"]
+COLUMNS = [
+    "op",
+    "mode",
+    "us",
+    "low to high",
+    "MB",
+    "GB/s",
+    "copy us",
+    "share of copy",
+    "plain us",
+    "scratch kB",
+    "note",
+]
+TIMES = ("seconds", "seconds_low", "seconds_high", "copy_seconds", "plain_seconds")
 Launch = Callable[[], object]
+Timing = tuple[float, float, float]  # seconds of a launch: median, 20 and 80 % quantile
 
 
 class RotatingTimer:
@@ -64,9 +78,7 @@ class RotatingTimer:
         return min(MOST_COPIES, max(2, math.floor(L2_SHARE * self.l2_bytes / max(touched, 1)) + 1))
 
     def time(self, make: Callable[[], Sequence[Launch]]) -> Timing:
-        """Median, 20 and 80 % quantile over replays of the seconds of one launch.
-
-        ``make()`` gives the launches, one of each copy; it is called on the stream that they are captured on.
+        """Times one launch by replays of many. ``make()`` gives them, one of each copy, on the stream of the capture.
 
         Raises:
             RuntimeError: a launch cannot be captured.
@@ -90,7 +102,7 @@ class RotatingTimer:
             each = len(launches) * turns
             seconds = [self._seconds(replay) / each for _ in range(self.replays)]
         low, *_, high = statistics.quantiles(seconds, n=5)
-        return Timing(statistics.median(seconds), low, high)
+        return statistics.median(seconds), low, high
 
     def _record(self, function: Callable[[], object]) -> Callable[[], object]:
         """Captures the launches of ``function()``; returns a callable that runs all of them again."""
@@ -125,11 +137,9 @@ def copy_launches(n_bytes: int, copies: int, device: torch.device) -> list[Launc
 
 
 def measure(shape: tuple[int, ...], device: torch.device, only: str = "") -> list[dict[str, Any]]:
-    """Measures all cases of one shape whose name contains ``only``: a row each, with seconds of ours, of a copy that
-    touches as many bytes, and of plain torch's ops.
+    """Measures all cases of one shape whose name contains ``only``: a row each, with TIMES of ours, a copy and torch.
 
-    ``copies`` sets of tensors took turns, so that ``copies * bytes`` is what a turn of all of them touches. Seconds are
-    None where they could not be measured, and ``note`` says why.
+    ``copies`` sets of tensors took turns. Where something could not be measured it is None, and ``note`` says why.
     """
     timer = RotatingTimer(device)
     with timer.stream():
@@ -146,16 +156,27 @@ def measure(shape: tuple[int, ...], device: torch.device, only: str = "") -> lis
     def copied(n_bytes: int) -> Timing:
         return timer.time(lambda: copy_launches(n_bytes, timer.copies(n_bytes), device))
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, cases in turns.items():
         row: dict[str, Any] = {"op": cases[0].op, "mode": cases[0].mode, "shape": shape, "device": device_name(device)}
         row |= {"implementation": "pyglow_fast", "bytes": bytes_of[name], "copies": len(cases)}
         ours, note = _time(timer, cases, functional)
         plain, plain_note = _time(timer, cases, reference)
-        row |= {"seconds": ours and ours.median, "seconds_low": ours and ours.low, "seconds_high": ours and ours.high}
-        row |= {"copy_seconds": copied(bytes_of[name]).median, "plain_seconds": plain and plain.median}
+        times = (*(ours or (None, None, None)), copied(bytes_of[name])[0], plain and plain[0])
+        row |= dict(zip(TIMES, times, strict=True)) | {"scratch_bytes": scratch_bytes(cases[0], device)}
         rows.append(row | {"note": note or plain_note})
     return rows
+
+
+def scratch_bytes(case: Case, device: torch.device) -> int | None:
+    """What a case allocates beyond its results, at its peak; known on a GPU alone."""
+    if device.type != "cuda":
+        return None
+    run = case.build(functional, False)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    results = run()
+    return torch.cuda.max_memory_allocated(device) - before - sum(result.nbytes for result in results)
 
 
 def _time(timer: RotatingTimer, cases: Sequence[Case], library: ModuleType) -> tuple[Timing | None, str]:
@@ -172,14 +193,11 @@ def _time(timer: RotatingTimer, cases: Sequence[Case], library: ModuleType) -> t
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     """A row in the units of COLUMNS."""
-    us = {name: "-" if row[name] is None else f"{1e6 * row[name]:.2f}" for name in row if "seconds" in name}
-    rate, share = "-", "-"
-    if row["seconds"] is not None:
-        rate, share = f"{1e-9 * row['bytes'] / row['seconds']:.0f}", f"{row['copy_seconds'] / row['seconds']:.2f}"
-    span = f"{us['seconds_low']} to {us['seconds_high']}"
-    megabytes = f"{row['bytes'] / 1e6:.2f}"
-    copy, plain = us["copy_seconds"], us["plain_seconds"]
-    return [row["op"], row["mode"], us["seconds"], span, megabytes, rate, copy, share, plain, row["note"]]
+    known = {name: math.nan if value is None else value for name, value in row.items()}
+    us, low, high, copy, plain = (1e6 * known[name] for name in TIMES)
+    numbers = [f"{us:.2f}", f"{low:.2f} to {high:.2f}", f"{row['bytes'] / 1e6:.2f}", f"{1e-3 * row['bytes'] / us:.0f}"]
+    numbers += [f"{copy:.2f}", f"{copy / us:.2f}", f"{plain:.2f}", f"{known['scratch_bytes'] / 1e3:.0f}"]
+    return [row["op"], row["mode"], *(number.replace("nan", "-") for number in numbers), row["note"]]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -174,14 +174,7 @@ def watched(device: torch.device, what: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the checks, print a line each, those that failed once more at the end, and write the file.
-
-    Args:
-        argv: the options; those of the process if None.
-
-    Returns:
-        0; 1 if a check failed; NO_KERNELS if there are none for the device.
-    """
+    """Run the checks; 1 if one failed, NO_KERNELS if there are none for the device."""
     options = argparse.ArgumentParser(prog="bench gpu_smoke", description="first facts", allow_abbrev=False)
     options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
     options.add_argument("--unchecked", choices=["ops", "all"], help="run them and compare nothing")

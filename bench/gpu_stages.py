@@ -15,8 +15,8 @@ MACHINE_SECONDS = 30  # of the first stage: what is there
 NO_KERNELS = 3  # exit code of bench.gpu_smoke where the extension has none for the device: no later stage is worth it
 # Where programs are looked for: on PATH, beside this Python, and in the CUDA toolkit's folder.
 HOME = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-FOLDERS = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), f"{HOME}/bin", f"{HOME}/compute-sanitizer"]
-SEARCH_PATH = os.pathsep.join(FOLDERS)
+FOLDERS = [str(Path(sys.executable).parent), f"{HOME}/bin", f"{HOME}/compute-sanitizer"]
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), *FOLDERS])
 # Errors of calls that torch makes to see what a driver can do are no faults.
 SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no --tool"
 OUR_KERNELS = "--kernel-name kns=pyglow"  # torch's own are many, and not what is checked
@@ -44,8 +44,8 @@ class Stage:
     shown: int = 400
 
 
-def _own(name: str, seconds: int, about: str, cpu: str = "", module: str = "", shown: int = 400) -> Stage:
-    command = f"-m bench.{module or f'gpu_{name}'} --device {{device}} --out {{out}}/results.json"
+def _own(name: str, seconds: int, about: str, cpu: str = "", shown: int = 400) -> Stage:
+    command = f"-m bench.gpu_{name} --device {{device}} --out {{out}}/results.json"
     return Stage(name, seconds, about, command, cpu=cpu, shown=shown)
 
 
@@ -69,8 +69,8 @@ STAGES = (
         needs=("nvcc", "cmake", "g++"),
         shown=10,
     ),
-    _own("smoke", 40, "every op, a step in each memory mode and CUDA graphs, against float64", shown=40),
-    _own("kernels", 60, "microseconds of every op, beside a copy of as many bytes", "--shapes 1x4x3x5"),
+    _own("smoke", 50, "every op, a step in each memory mode and CUDA graphs, against float64", shown=40),
+    _own("kernels", 60, "microseconds of every op, beside a copy, and its scratch memory", "--shapes 1x4x3x5"),
     _own("steps", 35, "launches and times of a training step, by the profiler", "--quick"),
     Stage(
         "tests",
@@ -102,7 +102,6 @@ STAGES = (
     ),
     _sanitizer("memcheck", 35, "accesses out of bounds or not aligned"),
     _sanitizer("racecheck", 25, "races in shared memory"),
-    _own("op_memory", 10, "scratch of every op", "--shapes 1x4x3x5", module="op_memory"),
     _sanitizer("synccheck", 10, "barriers"),
     # Every kernel is watched, since what torch's kernels write is initialised, too; but in ops alone, since the
     # libraries' kernels read what they do not use.

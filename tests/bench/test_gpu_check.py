@@ -43,15 +43,14 @@ def test_copies_outgrow_the_l2_and_a_launch_is_what_is_timed(touched: int) -> No
     copies = timer.copies(touched)
     assert copies * touched > 2 * timer.l2_bytes
     assert (copies - 1) * touched <= 2 * timer.l2_bytes or copies == 2
-    timing = timer.time(lambda: [timer.launch] * copies)
-    assert (timing.low, timing.median, timing.high) == pytest.approx((3e-6, 3e-6, 3e-6))
+    assert timer.time(lambda: [timer.launch] * copies) == pytest.approx((3e-6, 3e-6, 3e-6))
     assert timer.launches > 2e-3 / 3e-6  # a replay is long against what an event resolves
 
 
 def test_units_of_the_tables() -> None:
     seconds = {"seconds": 2e-6, "seconds_low": 1e-6, "seconds_high": 3e-6, "copy_seconds": 1e-6, "plain_seconds": None}
-    row = {"op": "coupling", "mode": "forward", "bytes": 4_000_000, "note": "", **seconds}
-    expected = ["coupling", "forward", "2.00", "1.00 to 3.00", "4.00", "2000", "1.00", "0.50", "-", ""]
+    row = {"op": "coupling", "mode": "forward", "bytes": 4_000_000, "scratch_bytes": 8000, "note": "", **seconds}
+    expected = ["coupling", "forward", "2.00", "1.00 to 3.00", "4.00", "2000", "1.00", "0.50", "-", "8", ""]
     assert gpu_kernels.cells(row) == expected
     assert gpu_steps.cells({"kernels_ms": 2.0, "step_ms": 8.0})[-1] == "75 %"
 
