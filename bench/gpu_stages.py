@@ -76,10 +76,10 @@ STAGES = (
         "tests",
         75,
         "the tests that have a case on a GPU",
-        "-m pytest tests -v -r fEs -p bench.gpu_tests -p no:cacheprovider --continue-on-collection-errors",
+        "-m pytest tests -v -r sfE -p bench.gpu_tests -p no:cacheprovider --continue-on-collection-errors",
         gpu="-m cuda",
         cpu="-k 'actnorm and cpu'",
-        shown=60,
+        shown=150,
     ),
     _models("models", 35, "training steps, TF32 as torch has it", "--precision tf32", "--configs a,b --seconds 9"),
     _models(

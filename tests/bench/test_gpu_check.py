@@ -116,5 +116,5 @@ def test_a_rehearsal_with_torch_numpy_safetensors_and_pytest_alone(tmp_path: Pat
         assert (content["status"], content["code"]) == ("passed", 0), stage.name
         assert (content["results"] is not None) == ("{out}" in stage.command), stage.name
         assert f"| {stage.name} | passed |" in report
-    assert " PASSED" in report  # some test has run
+    assert " passed, " in report  # some test has run
     assert "zuko is not installed" in report
