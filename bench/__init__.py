@@ -12,7 +12,6 @@ Each benchmark is a module with ``main(argv) -> exit code``, run from the source
     memory      training memory against depth and resolution; gradients against float64
     memory_training  Fashion-MNIST, stored against reversible
     scaling     formulas of a step's arithmetic, memory and communication against those rows; processes against threads
-    gpu_tables  what the CUDA kernels are predicted to take on a GPU, from their launches and machine code (docs/gpu.md)
     gpu_check   all that needs a GPU in ten minutes: build, tests, sanitizer, benchmarks; its stages' own programs are
-                gpu_smoke, gpu_kernels and gpu_steps, gpu_report makes the tables
+                gpu_smoke, gpu_kernels and gpu_steps
 """
