@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bench.light_import import light_import
+from tests.support.light_import import light_import
 
 Latents = tuple[list[Tensor], Tensor]  # z of each scale, log_det (N,)
 THEIRS_OF_SAME_SHAPE = "FrEIA's block in anomalib's shape"
@@ -216,7 +216,7 @@ class _InTurn(nn.Module):
 
 def chaiyujin(batch: int) -> LiveCase:
     """16 of chaiyujin's FlowSteps, hidden 512, at the first level of 64x64 images."""
-    from bench.srflow_peer import FlowStep
+    from tests.support.srflow import FlowStep
 
     model = _InTurn([FlowStep(12, 512, flow_coupling="affine") for _ in range(16)])
 
