@@ -175,9 +175,9 @@ def prepare(options: Sequence[str]) -> Prepared:
     for (what, name), call in model_cases(shape).items():
         per = 10 if name == "folded" else 1
         prepared.cases.append((Row("model, one image", what, name, per=per, facts={"shape": shape.title}), call))
-    for _, call in prepared.cases:
-        assert call is not None
-        call()
+    for _, prepared_call in prepared.cases:
+        assert prepared_call is not None
+        prepared_call()
     return prepared
 
 

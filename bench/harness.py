@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,22 +52,12 @@ FLOAT, BF16 = "float32", "bfloat16"
 Call = Callable[[], object]
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of a call: the median, a lower and an upper quantile, and the median of the processor time."""
+class Timing(NamedTuple):
+    """Seconds of a call: the median, a lower and an upper quantile."""
 
     median: float
     low: float
     high: float
-    processor: float = 0.0
-    rounds: int = 0
-
-    @classmethod
-    def of(cls, values: Sequence[Sequence[float]]) -> Timing:
-        """Summarise (seconds by the clock, processor seconds) of each round, with quartiles."""
-        wall = [value for value, _ in values]
-        low, median, high = statistics.quantiles(wall, n=4, method="inclusive") if wall[1:] else 3 * wall
-        return cls(median, low, high, statistics.median(value for _, value in values), len(wall))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +85,12 @@ class Row:
     per: int = 1
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def timed(self, timing: Timing) -> Row:
-        """The row with these times."""
-        return dataclasses.replace(
-            self,
-            seconds=timing.median,
-            seconds_low=timing.low,
-            seconds_high=timing.high,
-            processor_seconds=timing.processor,
-            rounds=timing.rounds,
-        )
+    def timed(self, rounds: Sequence[Sequence[float]]) -> Row:
+        """The row with the medians and quartiles of rounds: seconds of a call by the clock, and of the processor."""
+        wall, processor = ([values[i] / self.per for values in rounds] for i in (0, 1))
+        low, median, high = statistics.quantiles(wall, n=4, method="inclusive") if wall[1:] else 3 * wall
+        times = {"seconds": median, "seconds_low": low, "seconds_high": high, "rounds": len(wall)}
+        return dataclasses.replace(self, processor_seconds=statistics.median(processor), **times)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass
@@ -185,18 +171,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
     """A context of torch.autocast to bfloat16; nothing for float32."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """A context in which the library's convolutions on CUDA may round to TF32, or may not, in the whole process."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision == TF32  # type: ignore[attr-defined]  # allow_tf32 itself cannot always be read
-    cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager
@@ -351,8 +325,8 @@ def measure(
                 times[origin].append(one)
         for origin, made in rows.items():
             for index, row in enumerate(made):
-                values = [[value / row.per for value in one[str(index)]] for one in times[origin] if str(index) in one]
-                found.rows.append(row.timed(Timing.of(values)) if values else row)
+                values = [one[str(index)] for one in times[origin] if str(index) in one]
+                found.rows.append(row.timed(values) if values else row)
     return found
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import dataclasses
 import gc
 import math
 from collections.abc import Callable, Sequence
@@ -49,29 +48,21 @@ OTHER_SIGNS = (2.0 / math.pi * 2.0**-23) ** 0.5
 Results = tuple[list[Tensor], list[Tensor]]  # outputs, gradients
 
 
-@dataclasses.dataclass(frozen=True)
-class Copy:
-    """A model of one variant, and what accelerate did to it."""
-
-    model: nn.Module
-    replaced: int = 0
-    joined: int = 0
-    left: dict[str, int] = dataclasses.field(default_factory=dict)
-    note: str = ""
-
-
-def copied(model: nn.Module, variant: str) -> Copy:
-    """A copy of the model as the variant has it; of theirs, the model itself."""
+def copied(model: nn.Module, variant: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy of the model as the variant has it (of theirs, the model itself), and what accelerate did to it."""
     if variant == THEIRS:
-        return Copy(model)
+        return model, {}
     twin = copy.deepcopy(model)
     try:
         done = accelerate(twin, None if variant == ACCELERATED else variant)
     except ValueError as error:  # there is no layer that any adapter knows
-        return Copy(twin, note=f"nothing replaced: {error}")
-    left = dict(collections.Counter(done.left.values()))
-    note = "" if done.replaced else "nothing replaced"
-    return Copy(twin, len(done.replaced), sum(run["steps"] for run in done.memory_report()), left, note)
+        return twin, {"replaced": 0, "note": f"nothing replaced: {error}"}
+    joined = sum(run["steps"] for run in done.memory_report())
+    return twin, {
+        "replaced": len(done.replaced),
+        "joined": joined,
+        "left": dict(collections.Counter(done.left.values())),
+    }
 
 
 def loss_of(latents: Sequence[Tensor], log_det: Tensor) -> Tensor:
@@ -173,20 +164,16 @@ def _prepare(prepared: Prepared, name: str, case: LiveCase, dtype: torch.dtype) 
         facts: dict[str, Any] = {"batch": case.features[0].shape[0], "source": case.source}
         calls: dict[str, Callable[[], None]] = {}
         try:
-            own = copied(case.model, variant)
-            facts |= {name: getattr(own, name) for name in ("replaced", "joined", "left", "note")}
-            if variant == THEIRS or own.replaced:
-                found = errors(results(case, own.model, dtype), exact)
-                again = results(case, copied(double, variant).model, torch.float64) if variant != THEIRS else exact
-                found |= errors(again, exact, "float64 ")
-                facts["errors"] = found
-                if text := faults(found, theirs, dtype):
+            own, done = copied(case.model, variant)
+            facts |= done
+            if variant == THEIRS or done["replaced"]:
+                found = errors(results(case, own, dtype), exact)
+                again = results(case, copied(double, variant)[0], torch.float64) if variant != THEIRS else exact
+                facts["errors"] = found | errors(again, exact, "float64 ")
+                if text := faults(facts["errors"], theirs, dtype):
                     raise ValueError(text)
-                facts["activation_bytes"] = activation_bytes(case, own.model, dtype)
-                calls[TRAIN], calls[INFERENCE] = (
-                    training_step(case, own.model, dtype),
-                    inference(case, own.model, dtype),
-                )
+                facts["activation_bytes"] = activation_bytes(case, own, dtype)
+                calls = {TRAIN: training_step(case, own, dtype), INFERENCE: inference(case, own, dtype)}
         except Exception as error:  # whatever an adapter does, the other rows are measured
             facts["note"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             prepared.failures.append(f"{name}, {variant}, {dtype_name(dtype)}: {facts['note']}")

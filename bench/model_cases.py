@@ -207,22 +207,20 @@ class PlainStep(nn.Module):
 class Levels(nn.Module):
     """A flow of steps in levels; ``prior(level, kept)`` gives mean and log_sd of what leaves there, or of the top.
 
-    ``inverses``: of the steps, in their order; ``top``: (C, *spatial) of the top state; ``squeezes``: whether levels
-    begin so.
+    ``steps``: with their inverses; ``top``: (C, *spatial) of the top state; ``squeezes``: whether levels begin so.
     """
 
     def __init__(
         self,
         modules: nn.Module,
-        steps: Sequence[Sequence[Step]],
-        inverses: Sequence[Sequence[Inverse]],
+        steps: Sequence[Sequence[tuple[Step, Inverse]]],
         prior: Callable[[int, Tensor], Any],
         top: tuple[int, ...],
         squeezes: bool,
     ) -> None:
         super().__init__()
         self.owned = modules  # the parameters
-        self._steps, self._inverses, self._prior, self.top, self._squeezes = steps, inverses, prior, top, squeezes
+        self._steps, self._prior, self.top, self._squeezes = steps, prior, top, squeezes
 
     def _encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Latents, what predicts their priors, and log_det."""
@@ -230,7 +228,7 @@ class Levels(nn.Module):
         for index, steps in enumerate(self._steps):
             if self._squeezes:
                 x = reference.squeeze(x)
-            for step in steps:
+            for step, _ in steps:
                 x, log_det = step(x)
                 total = total + log_det
             if index + 1 < len(self._steps):
@@ -255,10 +253,10 @@ class Levels(nn.Module):
     def _decode(self, top: Tensor, latent: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Decode from the top state down; ``latent(level, kept)`` is what left at a level."""
         x = top
-        for index in reversed(range(len(self._inverses))):
-            if index + 1 < len(self._inverses):
+        for index in reversed(range(len(self._steps))):
+            if index + 1 < len(self._steps):
                 x = torch.cat([x, latent(index, x)], dim=1)
-            for inverse in reversed(self._inverses[index]):
+            for _, inverse in reversed(self._steps[index]):
                 x = inverse(x)
             if self._squeezes:
                 x = reference.unsqueeze(x)
@@ -276,7 +274,7 @@ class Levels(nn.Module):
             return reference.gaussian_sample(noise, *self._prior(index, like))
 
         top = next(self.parameters()).new_empty(n, *self.top)
-        return self._decode(draw(len(self._inverses) - 1, top), draw)
+        return self._decode(draw(len(self._steps) - 1, top), draw)
 
 
 class OurSteps(nn.Module):
@@ -369,10 +367,9 @@ def plain_levels(ours: Model, implementation: str) -> Levels:
         return found
 
     plain = [[PlainStep(step) for step in sequence.flow_steps()] for sequence in sequences(ours)]
-    steps = [[wrapped(step, index) for index, step in enumerate(level)] for level in plain]
-    inverses = [[step.inverse for step in level] for level in plain]
+    steps = [[(wrapped(step, index), step.inverse) for index, step in enumerate(level)] for level in plain]
     top = ours.state_shapes[-1] if isinstance(ours, Glow) else ours.top
-    return Levels(ours, steps, inverses, prior, top, isinstance(ours, Glow))
+    return Levels(ours, steps, prior, top, isinstance(ours, Glow))
 
 
 def memcnn_step(plain: PlainStep) -> Step:
@@ -402,8 +399,8 @@ def _peer(name: str, shape: Shape) -> Levels:
     np.random.seed(0)  # permutations of nflows and FrEIA come from there
     levels = [[PEER_STEPS[name](width, shape.hidden) for _ in range(shape.n_steps)] for width in shape.widths()]
     owned = nn.ModuleList(step for level in levels for step in level)
-    inverses = [[step.inverse for step in level] for level in levels]
-    return Levels(owned, levels, inverses, _standard, shape.top(), shape.squeezes)
+    steps = [[(step, step.inverse) for step in level] for level in levels]
+    return Levels(owned, steps, _standard, shape.top(), shape.squeezes)
 
 
 def wake(module: nn.Module) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from bench.harness import PRECISIONS, TF32, Prepared, Row, autocast, chosen, default_dtype, dtype_name, tf32
+from bench.harness import PRECISIONS, TF32, Prepared, Row, autocast, chosen, default_dtype, dtype_name
 from bench.model_cases import (
     CHECKPOINTED,
     CONFIGS,
@@ -270,7 +270,8 @@ def prepare(options: Sequence[str]) -> Prepared:
     arguments = parser().parse_args(options)
     torch.set_num_threads(arguments.threads)
     prepared = Prepared(device=arguments.device)
-    tf32(arguments.precision == TF32).__enter__()  # for as long as the process lives
+    if arguments.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = arguments.precision == TF32
     for config in arguments.configs:
         shape = CONFIGS[config].quick() if arguments.quick else CONFIGS[config]
         for workload in arguments.workloads:

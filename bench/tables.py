@@ -139,13 +139,13 @@ def inference() -> str:
 
 def bfloat16_steps() -> str:
     """A training step with nets in bfloat16."""
-    groups = {
+    groups: dict[tuple[str, str], tuple[str, ...]] = {
         ("ours: ", BF16): ("store", "reversible"),
         ("in float32: ", FLOAT): ("store", "reversible"),
         ("autocast: ", BF16): ("plain", *PEER_STEPS),
         ("peers in float32: ", FLOAT): tuple(PEER_STEPS),
     }
-    columns = [
+    columns: list[tuple[str, str, str | tuple[str, ...], str]] = [
         (title * (name == names[0]) + name, TRAIN, name, dtype)
         for (title, dtype), names in groups.items()
         for name in names
@@ -160,7 +160,7 @@ def _megabytes(rows: Sequence[Row], case: str, name: str) -> str:
     for row in pick(rows, case=case, name=name):
         facts = row.facts
         words = " (counted)" * facts.get("counted", False) + " (earlier)" * facts.get("earlier", False)
-        return short(facts.get("held", facts.get("fresh")) / 1e6) + words
+        return short(facts["held" if "held" in facts else "fresh"] / 1e6) + words
     return ""
 
 
