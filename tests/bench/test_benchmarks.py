@@ -31,9 +31,9 @@ def smoke(module: ModuleType, *options: str) -> list[Row]:
 
 class TestSmoke:
     def test_models(self) -> None:
-        rows = smoke(models, "--configs", "d", "--workloads", "train step,log_prob,sample")
+        rows = smoke(models, "--configs", "d", "--workloads", "train step,sample")
         assert {"store", "reversible", "plain", "torch checkpoint"} <= {row.name for row in rows}
-        assert {row.what for row in rows} == set(models.WORKLOADS)
+        assert {row.what for row in rows} == {"train step", "sample"}
 
     def test_models_in_bfloat16(self) -> None:
         options = ("--precision", "bf16", "--workloads", "train step", "--implementations", "store,reversible,plain")
@@ -41,11 +41,12 @@ class TestSmoke:
         assert {(row.name, row.dtype) for row in rows} >= {("store", "bfloat16"), ("store", "float32")}
 
     def test_memory(self) -> None:
-        names = "store,reversible,plain,torch checkpoint"
-        rows = smoke(memory, "--only", "depth", "--depths", "8", "--passes", "0", "--implementations", names)
-        held = {row.name: row.facts["held"] for row in rows}
-        assert held["reversible"] < held["store"] < held["plain"]
+        names = "reversible,torch checkpoint"
+        rows = smoke(memory, "--only", "depth", "--depths", "2", "--passes", "0", "--implementations", names)
+        assert [row.name for row in rows] == ["reversible", "torch checkpoint"]
+        assert all(0 < row.facts["fresh"] <= row.facts["held"] for row in rows)
 
+    @pytest.mark.full
     def test_memory_budgets(self) -> None:
         rows = smoke(memory, "--budgets", "--cases", "a", "--passes", "0")
         assert {"store", "reversible", "plain", "100 %"} <= {row.name for row in rows}
