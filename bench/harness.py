@@ -187,11 +187,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def write_json(path: Path, facts: Mapping[str, object], rows: Sequence[Any], **more: object) -> None:
     """The machine, the rows (dataclasses or dictionaries), a line each, and what else belongs to them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = [row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows]
     defaults = {field.name: field.default for field in dataclasses.fields(Row)} | {"facts": {}}
-    kept = [{name: value for name, value in row.items() if defaults.get(name, ...) != value} for row in plain]
+    plain = [row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows]
+    if rows and isinstance(rows[0], Row):
+        plain = [{name: value for name, value in row.items() if defaults[name] != value} for row in plain]
     head = json.dumps({"machine": dict(facts), **more}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in kept)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in plain)
     path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
 
 
@@ -266,13 +267,15 @@ class Child:
     def round(self, number: int) -> dict[str, Any] | None:
         """Ask for a round."""
         assert self._process.stdin is not None
-        print(number, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the answer tells
+            print(number, file=self._process.stdin, flush=True)
         return self.read()
 
     def close(self) -> None:
         """Let the process end."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
 
@@ -298,7 +301,7 @@ def measure(
 
     ``folders``: by the origin that their rows get. Fewer rounds, but ``LEAST_ROUNDS``, once the seconds are spent.
     """
-    found, begin = Measured(), time.perf_counter()
+    found = Measured()
     with contextlib.ExitStack() as stack:
         children: dict[str, Child] = {}
         rows: dict[str, list[Row]] = {}
@@ -313,6 +316,7 @@ def measure(
             found.notes += first["notes"]
             found.failures += first["failures"]
             rows[origin] = [Row(**values | {"origin": origin}) for values in first["rows"]]
+        begin = time.perf_counter()
         times: dict[str, list[dict[str, Any]]] = {origin: [] for origin in folders}
         for number in range(rounds):
             if number >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:

@@ -83,11 +83,6 @@ class Candidate:
         self.log_prob: Callable[[Tensor], Tensor] = self.model.log_prob
         self.sample: Callable[[int], Tensor] = self.model.sample
 
-    @property
-    def name(self) -> str:
-        """The name of the candidate in messages."""
-        return f"{self.implementation}, {self.variant}, {dtype_name(self.dtype)}"
-
     def context(self) -> contextlib.AbstractContextManager[object]:
         """Gives the context that its forward runs in: autocast, but for ours, whose nets have the precision."""
         return autocast(self.x.device, torch.float32 if self.memory is not None else self.dtype)
@@ -219,8 +214,8 @@ class Unequal(RuntimeError):
 class Checks:
     """Holds each candidate against its function in float64: ours, plain and memcnn are one, a peer has its own."""
 
-    def __init__(self, candidates: Candidates, workload: str) -> None:
-        self._candidates, self._workload = candidates, workload
+    def __init__(self, candidates: Candidates, workload: str, tf32: bool = False) -> None:
+        self._candidates, self._workload, self._tf32 = candidates, workload, tf32
         self._exact: dict[str, list[Tensor]] = {}  # gradients, log_prob or latents, by function
         self._plain: dict[torch.dtype, float] = {}  # its errors
 
@@ -256,7 +251,7 @@ class Checks:
             back = candidate.decode([latent.to(candidate.x.dtype) for latent in truth]).double()
             error = float((back - candidate.x).norm() / candidate.x.norm())
         limit = TOLERANCES[self._workload]
-        if candidate.dtype != torch.float32:
+        if candidate.dtype != torch.float32 or self._tf32:
             limit = FACTOR * self._plain.get(candidate.dtype, float("inf")) if same else float("inf")
         if candidate.implementation == PLAIN:
             self._plain[candidate.dtype] = error
@@ -284,11 +279,11 @@ def _prepare(prepared: Prepared, arguments: argparse.Namespace, config: str, sha
     names = [name for name in arguments.implementations if workload == TRAIN or name not in RECOMPUTING]
     candidates = Candidates(shape, arguments.device, names, arguments.compile, dtype)
     prepared.notes += candidates.missing
-    checks = Checks(candidates, workload)
+    checks = Checks(candidates, workload, arguments.precision == TF32)
     for candidate in candidates.found:
         candidate.model.train(workload == TRAIN)
     for candidate in sorted(candidates.found, key=lambda found: found.implementation != PLAIN):
-        name = f"({config}) {workload}, {candidate.name}"
+        name = f"({config}) {workload}, {candidate.implementation}, {candidate.variant}, {dtype_name(candidate.dtype)}"
         own = candidate.implementation in (*OURS, PLAIN) and candidate.variant != COMPILED
         try:
             with warnings.catch_warnings():

@@ -184,7 +184,7 @@ def memory_resolutions(sides: Sequence[int] = (64, 128, 256, 1024)) -> str:
 
 def readme_memory() -> str:
     """Memory at three resolutions."""
-    return memory_resolutions((64, 256, 1024))
+    return memory_resolutions((64, 256, 1024)).replace("MB (held)", "MB")
 
 
 def memory_budgets() -> str:
