@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.memory_models import Shape
-from bench.memory_rows import Row
-from bench.model_rows import ModelRow
 
 from bench import gpu_report
+from bench.memory_models import Shape
+from bench.memory_rows import Row
 from bench.model_cases import CHANNELS_LAST, COMPILED, CONFIGS, EAGER, PLAIN, TRAIN
+from bench.model_rows import ModelRow
 
 
 def content(name: str, results: Any, status: str = "passed", **more: Any) -> dict[str, Any]:
