@@ -3,18 +3,27 @@
     python -m bench.gpu_kernels [--device cuda] [--shapes 8x12x64x64,...] [--only TEXT] [--out FILE]
 
 A row has a case's microseconds, the bytes that it must move at least, and its share of a copy: the time of a copy of as
-many bytes, measured in the same run in the same way, over the case's own. Beside it stand plain torch's time for the
-same case and what was predicted from the compiled code, which is no measurement. Results are checked before they are
-timed. The file is written after every shape. With ``--device cpu`` nothing is measured that means anything: it shows
-that all of this runs.
+many bytes, measured in the same run in the same way, over the case's own; beside it is plain torch's time for the same
+case, and what ours allocates beyond its results. Results are checked before they are timed. The file is written after
+every shape.
+
+A kernel of a few microseconds is shorter than the Python that calls it and not far above what an event resolves, and
+its data fits into a cache. So each case has several copies of its tensors, more together than twice the L2; one graph
+launches the copies in turn, over and over, for milliseconds; two events are around replays of that graph. A launch's
+results are kept until the same copy's next turn, so that results rotate, too. With ``--device cpu``, to rehearse, a
+replay calls the functions once more by the process's clock, and no number means anything.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import functools
 import gc
-from collections.abc import Callable, Sequence
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,178 +31,208 @@ from typing import Any
 import torch
 
 from bench.cases import SHAPES, Case, Data, check_equal, gpu_cases, parse_shapes, traffic
-from bench.device_timing import Launch, RotatingTimer, copy_launches, device_of
-from bench.gpu_model import predictions
-from bench.harness import Timing, device_name, machine, write_json
+from bench.harness import device_name, machine, write_json
 from pyglow_fast import functional, reference
 
+L2_SHARE = 2.0  # the copies of a case are together more than that many times the L2
+MOST_COPIES = 512
+REPLAY_SECONDS = 2e-3  # a replay takes about so long: 4,000 times what an event resolves
+MOST_LAUNCHES = 2000  # in one graph
+HEAD_START = 1_000_000  # cycles of the GPU, half a millisecond, in which the CPU hands over a graph
+CPU_L2 = 2**14  # bytes that a rehearsal takes for the L2: a few copies of small tensors rotate
+COLUMNS = [
+    "op",
+    "mode",
+    "us",
+    "low to high",
+    "MB",
+    "GB/s",
+    "copy us",
+    "share of copy",
+    "plain us",
+    "scratch kB",
+    "note",
+]
+TIMES = ("seconds", "seconds_low", "seconds_high", "copy_seconds", "plain_seconds")
+Launch = Callable[[], object]
+Timing = tuple[float, float, float]  # seconds of a launch: median, 20 and 80 % quantile
 
-@dataclasses.dataclass(frozen=True)
-class KernelRow:
-    """One case on one shape: seconds of ours, of a copy that touches as many bytes, and of plain torch's ops.
 
-    ``copies`` sets of tensors took turns, so that ``copies * bytes`` is what a turn of all of them touches. None: it
-    was not measured, and ``note`` says why; or nothing is predicted.
+class RotatingTimer:
+    """Seconds of one launch of a case whose copies take turns."""
+
+    replays = 7
+
+    def __init__(self, device: torch.device) -> None:
+        # The default stream cannot be captured, and a backward runs on the stream of its forward.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.l2_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size if self._stream else CPU_L2
+        self.replay_seconds = REPLAY_SECONDS if self._stream else 0.0
+
+    def stream(self) -> contextlib.AbstractContextManager[object]:
+        """The context that tensors, autograd's graphs and launches of a case are all made in."""
+        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
+
+    def copies(self, touched: int) -> int:
+        """How many copies of what touches so many bytes are more than ``L2_SHARE`` times the L2; at least two."""
+        return min(MOST_COPIES, max(2, math.floor(L2_SHARE * self.l2_bytes / max(touched, 1)) + 1))
+
+    def time(self, make: Callable[[], Sequence[Launch]]) -> Timing:
+        """Times one launch by replays of many. ``make()`` gives them, one of each copy, on the stream of the capture.
+
+        Raises:
+            RuntimeError: a launch cannot be captured.
+        """
+        with self.stream():
+            launches = make()
+            results: list[object] = [None] * len(launches)
+
+            def run(turns: int) -> None:
+                for index, launch in [*enumerate(launches)] * turns:
+                    results[index] = launch()
+
+            run(1)  # the first call of a kernel loads its code
+            turns, replay = 1, self._record(lambda: run(1))
+            once = min(self._seconds(replay) for _ in range(2))  # the first replay of a graph uploads it
+            if once < self.replay_seconds:
+                turns = min(math.ceil(self.replay_seconds / max(once, 1e-7)), MOST_LAUNCHES // len(launches))
+            if turns > 1:
+                replay = self._record(lambda: run(turns))
+                self._seconds(replay)
+            each = len(launches) * turns
+            seconds = [self._seconds(replay) / each for _ in range(self.replays)]
+        low, *_, high = statistics.quantiles(seconds, n=5)
+        return statistics.median(seconds), low, high
+
+    def _record(self, function: Callable[[], object]) -> Callable[[], object]:
+        """Captures the launches of ``function()``; returns a callable that runs all of them again."""
+        if self._stream is None:
+            return function
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            function()
+        return graph.replay
+
+    def _seconds(self, replay: Callable[[], object]) -> float:
+        """Measures from the first launch of ``replay()`` to the end of its last."""
+        if self._stream is None:
+            start = time.perf_counter()
+            replay()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START)  # so that the launch of the graph itself is not counted
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+def copy_launches(n_bytes: int, copies: int, device: torch.device) -> list[Launch]:
+    """Copies of random data that touch so many bytes each, half of them read and half written, by turns elsewhere."""
+    size = max(1, n_bytes // 8)
+    pairs = [(torch.rand(size, device=device), torch.empty(size, device=device)) for _ in range(copies)]
+    return [functools.partial(target.copy_, source) for source, target in pairs]
+
+
+def measure(shape: tuple[int, ...], device: torch.device, only: str = "") -> list[dict[str, Any]]:
+    """Measures all cases of one shape whose name contains ``only``: a row each, with TIMES of ours, a copy and torch.
+
+    ``copies`` sets of tensors took turns. Where something could not be measured it is None, and ``note`` says why.
     """
+    timer = RotatingTimer(device)
+    with timer.stream():
+        first = Data(shape, device)
+        bytes_of = {c.name: traffic(c.op, c.mode, shape) for c in gpu_cases(first) if only in c.name}
+        most = timer.copies(min(bytes_of.values())) if bytes_of else 0
+        turns: dict[str, list[Case]] = {name: [] for name in bytes_of}
+        for data in [first, *(first.copy() for _ in range(most - 1))]:
+            for case in gpu_cases(data):
+                if case.name in turns and len(turns[case.name]) < timer.copies(bytes_of[case.name]):
+                    turns[case.name].append(case)
 
-    op: str
-    mode: str
-    shape: tuple[int, ...]
-    device: str
-    bytes: int
-    copies: int
-    seconds: float | None
-    seconds_low: float | None
-    seconds_high: float | None
-    copy_seconds: float
-    predicted_seconds: float | None
-    plain_seconds: float | None
-    note: str = ""
-    implementation: str = "pyglow_fast"
+    @functools.cache
+    def copied(n_bytes: int) -> Timing:
+        return timer.time(lambda: copy_launches(n_bytes, timer.copies(n_bytes), device))
 
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> KernelRow:
-        """Reads a row from JSON."""
-        return cls(**values | {"shape": tuple(values["shape"])})
-
-    @property
-    def share_of_copy(self) -> float | None:
-        """Says how near to a copy of as many bytes it comes."""
-        return None if self.seconds is None else self.copy_seconds / self.seconds
-
-
-class Kernels:
-    """Times the cases of a device."""
-
-    def __init__(self, device: torch.device, only: str = "") -> None:
-        self.device, self.only = device, only
-        self.timer = RotatingTimer(device_of(device))
-        self.device_name = device_name(device)
-
-    def rows(self, shape: tuple[int, ...]) -> list[KernelRow]:
-        """All cases of one shape whose name contains ``only``."""
-        with self.timer.device.stream():
-            first = Data(shape, self.device)
-            chosen = [case for case in gpu_cases(first) if self.only in case.name]
-            least = min((traffic(case.op, case.mode, shape) for case in chosen), default=1)
-            every = [first, *(first.copy() for _ in range(self.timer.copies(least) - 1))] if chosen else []
-            turns: dict[str, list[Case]] = {case.name: [] for case in chosen}
-            for data in every:
-                for case in gpu_cases(data):
-                    if case.name in turns:
-                        turns[case.name].append(case)
-        expected = {case: us / 1e6 for case, us in predictions(shape).items()}
-        copied: dict[int, Timing] = {}
-        rows = []
-        for case in chosen:
-            moved = traffic(case.op, case.mode, shape)
-            number = min(self.timer.copies(moved), len(every))
-            if moved not in copied:
-                copied[moved] = self.timer.time(lambda m=moved, n=number: copy_launches(m, n, self.device))  # type: ignore[misc]
-            found = self._case(turns[case.name][:number])
-            rows.append(
-                KernelRow(
-                    op=case.op,
-                    mode=case.mode,
-                    shape=shape,
-                    device=self.device_name,
-                    bytes=moved,
-                    copies=number,
-                    copy_seconds=copied[moved].median,
-                    predicted_seconds=expected.get((case.op, case.mode)),
-                    **found,  # type: ignore[arg-type]
-                )
-            )
-        return rows
-
-    def _case(self, cases: Sequence[Case]) -> dict[str, float | str | None]:
-        """The measured fields of a row."""
-        found: dict[str, float | str | None] = dict.fromkeys(TIMES)
-        notes = []
-        try:
-            with self.timer.device.stream():
-                both = {name: cases[0].build(library, False)() for name, library in LIBRARIES.items()}
-                check_equal(both, f"{cases[0].name} {cases[0].shape}")
-                del both
-            timing = self.timer.time(_launches(cases, functional))
-            found |= {"seconds": timing.median, "seconds_low": timing.low, "seconds_high": timing.high}
-        except RuntimeError as error:
-            notes.append(_short(error))
-        try:
-            found["plain_seconds"] = self.timer.time(_launches(cases, reference)).median
-        except RuntimeError as error:
-            notes.append(f"plain torch: {_short(error)}")
-        return found | {"note": "; ".join(notes)}
+    rows: list[dict[str, Any]] = []
+    for name, cases in turns.items():
+        row: dict[str, Any] = {"op": cases[0].op, "mode": cases[0].mode, "shape": shape, "device": device_name(device)}
+        row |= {"implementation": "pyglow_fast", "bytes": bytes_of[name], "copies": len(cases)}
+        ours, note = _time(timer, cases, functional)
+        plain, plain_note = _time(timer, cases, reference)
+        times = (*(ours or (None, None, None)), copied(bytes_of[name])[0], plain and plain[0])
+        row |= dict(zip(TIMES, times, strict=True)) | {"scratch_bytes": scratch_bytes(cases[0], device)}
+        rows.append(row | {"note": note or plain_note})
+    return rows
 
 
-TIMES = ("seconds", "seconds_low", "seconds_high", "plain_seconds")
-LIBRARIES = {"plain torch": reference, "ours": functional}
+def scratch_bytes(case: Case, device: torch.device) -> int | None:
+    """What a case allocates beyond its results, at its peak; known on a GPU alone."""
+    if device.type != "cuda":
+        return None
+    run = case.build(functional, False)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    results = run()
+    return torch.cuda.max_memory_allocated(device) - before - sum(result.nbytes for result in results)
 
 
-def _launches(cases: Sequence[Case], library: ModuleType) -> Callable[[], list[Launch]]:
-    return lambda: [case.build(library, False) for case in cases]
+def _time(timer: RotatingTimer, cases: Sequence[Case], library: ModuleType) -> tuple[Timing | None, str]:
+    """Times a case by a library, once its result is plain torch's; or tells why that is not so."""
+    try:
+        with timer.stream():
+            both = {name: cases[0].build(by, False)() for name, by in (("plain", reference), ("other", library))}
+            check_equal(both, f"{cases[0].name} {cases[0].shape}")
+            del both
+        return timer.time(lambda: [case.build(library, False) for case in cases]), ""
+    except RuntimeError as error:
+        return None, f"{library.__name__}: {(str(error).strip().splitlines() or ['?'])[0][:200]}"
 
 
-def _short(error: RuntimeError) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row in the units of COLUMNS."""
+    known = {name: math.nan if value is None else value for name, value in row.items()}
+    us, low, high, copy, plain = (1e6 * known[name] for name in TIMES)
+    numbers = [f"{us:.2f}", f"{low:.2f} to {high:.2f}", f"{row['bytes'] / 1e6:.2f}", f"{1e-3 * row['bytes'] / us:.0f}"]
+    numbers += [f"{copy:.2f}", f"{copy / us:.2f}", f"{plain:.2f}", f"{known['scratch_bytes'] / 1e3:.0f}"]
+    return [row["op"], row["mode"], *(number.replace("nan", "-") for number in numbers), row["note"]]
 
 
-def table(rows: Sequence[KernelRow]) -> str:
-    """A Markdown table of each shape, in microseconds."""
-
-    def number(value: float | None, form: str, scale: float = 1.0) -> str:
-        return "-" if value is None else format(scale * value, form)
-
-    def us(value: float | None) -> str:
-        return number(value, ".2f", 1e6)
-
-    lines = []
-    for shape in dict.fromkeys(row.shape for row in rows):
-        here = [row for row in rows if row.shape == shape]
-        lines += [f"{'x'.join(map(str, shape))}, {here[0].device}", ""]
-        lines += [
-            "| op | mode | us | low to high | MB | GB/s | copy us | share of copy | predicted us | plain us | note |",
-            "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-        ]
-        for row in here:
-            span = "-" if row.seconds_low is None else f"{us(row.seconds_low)} to {us(row.seconds_high)}"
-            rate = None if row.seconds is None else row.bytes / row.seconds
-            cells = [row.op, row.mode, us(row.seconds), span, f"{row.bytes / 1e6:.2f}", number(rate, ".0f", 1e-9)]
-            cells += [us(row.copy_seconds), number(row.share_of_copy, ".2f"), us(row.predicted_seconds)]
-            lines.append(f"| {' | '.join([*cells, us(row.plain_seconds), row.note])} |")
-        lines.append("")
-    return "\n".join(lines)
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, write the file.
+    """Measure, print the tables, write the file; 1 if something could not be measured.
 
     Args:
         argv: the options; those of the process if None.
-
-    Returns:
-        0; 1 if something could not be measured, or if there are no kernels for the device.
     """
     options = argparse.ArgumentParser(prog="bench gpu_kernels", description="kernels on a GPU", allow_abbrev=False)
     options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
-    options.add_argument(
-        "--shapes", type=parse_shapes, default=SHAPES, help="separated by commas (those of bench kernels)"
-    )
+    shapes = "separated by commas (those of bench kernels)"
+    options.add_argument("--shapes", type=parse_shapes, default=SHAPES, help=shapes)
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = options.parse_args(argv)
     if not Case.is_ours(arguments.device):
         print(f"there are no compiled kernels for {arguments.device.type} here: nothing to time")
         return 1
-    kernels, facts, rows = Kernels(arguments.device, arguments.only), machine(arguments.device), []
+    rows: list[dict[str, Any]] = []
     gc.collect()
     gc.freeze()  # every capture collects garbage: what torch made at import would be looked through each time
     for shape in arguments.shapes:
-        rows += kernels.rows(shape)
-        print(table([row for row in rows if row.shape == shape]), flush=True)
+        found = measure(shape, arguments.device, arguments.only)
+        rows += found
+        print(f"{'x'.join(map(str, shape))}, {device_name(arguments.device)}\n")
+        print(table(COLUMNS, map(cells, found)), end="\n\n", flush=True)
         if arguments.out is not None:
-            write_json(arguments.out, facts, rows)
-    return 1 if any(row.note for row in rows) else 0
+            write_json(arguments.out, machine(arguments.device), rows)
+    return 1 if any(row["note"] for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -1,181 +1,173 @@
-"""What nvcc made of the kernels, without a GPU: registers, local and shared memory, vector accesses.
-
-Looked at is the code in the module that was built, as users get it. Where it has none for an architecture, or is older
-than a source, nvcc compiles the kernels anew as the build would.
-"""
+"""The machine code of the CUDA kernels in the built module: registers, memory, widths of accesses."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections import Counter
-from dataclasses import dataclass
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from support import toolchain
+from support import ROOT
 
-from bench.machine_code import Cubin, Kernel, parse
+from pyglow_fast import _backend
 
-# The others differ in what their instructions cost, hardly in which ones there are.
-ARCHITECTURES = ("90", *(pytest.param(arch, marks=pytest.mark.full) for arch in ("80", "100", "120")))
-BLOCK_THREADS = 256
+ARCHITECTURES = ("80", "90", "100", "120")  # all that the package ships code for
+BLOCK_THREADS, REGISTERS = 256, 64 * 1024  # of a block; of a multiprocessor
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What the comment above a kernel's launcher promises."""
+class Limit(NamedTuple):
+    """The properties that the comment above a kernel's launcher promises.
 
-    blocks: dict[str, int]  # that fit on a multiprocessor, by type (f: float, d: double), as far as registers go
-    shared_bytes: int  # static; the emulator refuses more than 48 KB of dynamic
-    variants: int  # instantiations per type
-    # Global accesses of less than 128 bits that the vector path (last template argument true) may have, or None if
-    # there is no such path. They are: what is one per sample or part, weights, what repeats along a row, and results of
-    # kernels that store nothing but sums.
-    narrow_loads: int | None = None
-    narrow_stores: int = 0
-    in_flight: int = 0  # 128-bit loads of a vector path that a thread issues before it stores what came of one
-    copies: bool = False  # some go to shared memory without passing the thread's registers
-    nets: bool = False  # float kernels also have 64-bit accesses there, for four numbers of a 16-bit net
-    only_sums: bool = False
+    ``loads`` and ``stores`` count accesses of less than 16 bytes in a kernel that takes 16 bytes at a time: numbers of
+    which there is one per sample or part, weights, what repeats along a row, results that are sums.
+    """
+
+    float_blocks: int  # that a multiprocessor has registers for
+    double_blocks: int
+    shared_bytes: int  # static
+    loads: int | None = None  # None: no instantiation takes 16 bytes at a time
+    stores: int = 0
+    nets: bool = False  # reads a net's output, whose four numbers are 8 bytes if it has 16 bits
 
 
 LIMITS = {
-    "fused_kernel": Limit({"f": 2, "d": 1}, 16, 26, 18, 2, in_flight=4, copies=True, nets=True),
-    "finish_kernel": Limit({"f": 6, "d": 6}, 0, 1),
-    "sums_kernel": Limit({"f": 2, "d": 1}, 0, 5, 10, 20, in_flight=4, nets=True, only_sums=True),
-    "reduce_kernel": Limit({"f": 4, "d": 4}, 2048, 1),
-    "coupling_kernel": Limit({"f": 4, "d": 1}, 64, 44, narrow_loads=0, narrow_stores=2, nets=True),
-    "moments_kernel": Limit({"f": 2, "d": 2}, 0, 3, narrow_loads=0, narrow_stores=20, only_sums=True),
-    "merge_kernel": Limit({"f": 6, "d": 6}, 0, 1),
-    "log_prob_kernel": Limit({"f": 4, "d": 3}, 64, 2, narrow_loads=2, narrow_stores=2, only_sums=True),
-    "log_prob_backward_kernel": Limit({"f": 4, "d": 3}, 0, 2, narrow_loads=3),
-    "sample_kernel": Limit({"f": 4, "d": 3}, 0, 2, narrow_loads=2),
-    "sample_sums_kernel": Limit({"f": 6, "d": 6}, 64, 1),
-    "coupling_backward_kernel": Limit({"f": 3, "d": 2}, 0, 44, narrow_loads=1, nets=True),
-    "gather_kernel": Limit({"f": 4, "d": 3}, 64, 2, narrow_loads=4, narrow_stores=2, nets=True),
-    "gather_backward_kernel": Limit({"f": 3, "d": 2}, 64 + 2048, 2, narrow_loads=4, narrow_stores=2, nets=True),
-    "invert_kernel": Limit({"f": 2, "d": 2}, 64 + 64, 2),
-    "step_gather_backward_kernel": Limit({"f": 4, "d": 2}, 0, 2, narrow_loads=4, nets=True),
-    "coupling_patches_kernel": Limit({"f": 2, "d": 2}, 64, 1, 0, 3, in_flight=7, nets=True),
-    "coupling_backward_patches_kernel": Limit({"f": 2, "d": 2}, 0, 1, 1, in_flight=10, nets=True),
-    # Four more where nvcc unrolls the loop that reads the index, as for sm_100 and sm_120.
-    "gather_patches_kernel": Limit({"f": 2, "d": 2}, 64, 1, 8, 2, in_flight=6, nets=True),
-    "gather_backward_patches_kernel": Limit({"f": 2, "d": 2}, 2048, 1, 8, 1, in_flight=10, nets=True),
-    "step_gather_backward_patches_kernel": Limit({"f": 2, "d": 2}, 0, 1, 8, in_flight=8, nets=True),
+    "fused_kernel": Limit(2, 1, 16, 18, 2, nets=True),
+    "finish_kernel": Limit(6, 6, 0),
+    "sums_kernel": Limit(2, 1, 0, 10, 20, nets=True),
+    "reduce_kernel": Limit(4, 4, 2048),
+    "coupling_kernel": Limit(4, 1, 64, 0, 2, nets=True),
+    "moments_kernel": Limit(2, 2, 0, 0, 20),
+    "merge_kernel": Limit(6, 6, 0),
+    "log_prob_kernel": Limit(4, 3, 64, 2, 2),
+    "log_prob_backward_kernel": Limit(4, 3, 0, 3),
+    "sample_kernel": Limit(4, 3, 0, 2),
+    "sample_sums_kernel": Limit(6, 6, 64),
+    "coupling_backward_kernel": Limit(3, 2, 0, 1, nets=True),
+    "gather_kernel": Limit(4, 3, 64, 4, 2, nets=True),
+    "gather_backward_kernel": Limit(3, 2, 64 + 2048, 4, 2, nets=True),
+    "invert_kernel": Limit(2, 2, 64 + 64),
+    "step_gather_backward_kernel": Limit(4, 2, 0, 4, nets=True),
+    "coupling_patches_kernel": Limit(2, 2, 64, 0, 3, nets=True),
+    "coupling_backward_patches_kernel": Limit(2, 2, 0, 1, nets=True),
+    "gather_patches_kernel": Limit(2, 2, 64, 8, 2, nets=True),
+    "gather_backward_patches_kernel": Limit(2, 2, 2048, 8, 1, nets=True),
+    "step_gather_backward_patches_kernel": Limit(2, 2, 0, 8, nets=True),
 }
+# A patch of a channels-last net's output is four channels at four positions. Where one half of the channels ends within
+# those four, two pairs of 16-bit numbers at each position are 4 bytes each.
+PAIRS_OF_A_PATCH = 2 * 2 * 4
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
-def cubins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Cubin]:
-    """The kernels' code for one architecture."""
-    return toolchain.cubins(tmp_path_factory, request.param)
+class Kernel(NamedTuple):
+    """One instantiation of a kernel: its mangled name, what it takes, and its machine code."""
+
+    symbol: str
+    registers: int
+    stack: int
+    local: int
+    shared_bytes: int
+    code: str
 
 
-def test_registers_and_memory(cubins: list[Cubin]) -> None:
-    """No spills, no stack, no more registers than the claimed occupancy leaves, the shared memory that was declared."""
-    kernels = [kernel for cubin in cubins for kernel in cubin.kernels]
-    for name, limit in LIMITS.items():
-        for dtype in "fd":
-            group = [k for k in kernels if k.name == name and k.dtype == dtype]
-            assert len(group) == limit.variants, f"{name}<{dtype}>: {len(group)} instantiations"
-            assert any(k.vector for k in group) == (limit.narrow_loads is not None)
-    for kernel in kernels:
-        limit = LIMITS[kernel.name]
-        assert kernel.stack == kernel.local == 0, f"{kernel} uses local memory"
-        blocks = kernel.blocks(BLOCK_THREADS)
-        assert blocks >= limit.blocks[kernel.dtype], f"{kernel}: {blocks} blocks on a multiprocessor"
-        assert kernel.shared_bytes <= limit.shared_bytes, f"{kernel} has more shared memory than declared"
+def parts_of(symbol: str) -> tuple[str, str, str]:
+    """The kernel's name without namespaces, the type of its values (f or d), and the rest of the template arguments."""
+    found = re.search(r"\d([a-z_]+_kernel)I([fd])(.*?)EEv", symbol)
+    assert found is not None, f"no kernel's name: {symbol}"
+    return found[1], found[2], found[3]
 
 
-def loads_in_flight(code: str) -> int:
-    """The longest row of 128-bit loads that no store to shared memory, which would wait for them, interrupts."""
-    rows = re.split(r"\bSTS\b|\bBAR\b", code)
-    return max(len(re.findall(r"\bLDG\b[.\w]*\.128\b", row)) for row in rows)
+def faults(kernel: Kernel) -> list[str]:
+    """Reasons why a kernel is slower than promised, or may give other bits in a second run."""
+    name, dtype, rest = parts_of(kernel.symbol)
+    limit, is_float = LIMITS[name], dtype == "f"
+    patches = "_patches_" in name or re.search(r"(Source|Sink)I[fd]Lb1E", kernel.symbol) is not None
+    vector = "_patches_" in name or rest.endswith("Lb1E")  # as its last template argument says
+    # The hardware gives registers to whole warps, 8 at a time to a thread.
+    blocks = REGISTERS // (BLOCK_THREADS * -(-kernel.registers // 8) * 8)
+    accesses = re.findall(r"\b(?:ST|LDG|STG|LDL|STL|ATOM|ATOMG|ATOMS|RED|REDG)\b[.\w]*", kernel.code)
+    # Atomics add in any order; a store that is not STG waits to learn where it goes, a strong one for other threads.
+    found = [access for access in accesses if not access.startswith(("LDG", "STG")) or ".STRONG" in access]
+    if blocks < (limit.float_blocks if is_float else limit.double_blocks):
+        found.append(f"{kernel.registers} registers leave room for {blocks} blocks")
+    if kernel.stack or kernel.local:
+        found.append(f"{kernel.stack} bytes of stack, {kernel.local} of local memory: registers are spilled")
+    if kernel.shared_bytes > limit.shared_bytes:
+        found.append(f"{kernel.shared_bytes} bytes of shared memory")
+    if vector and limit.loads is not None:
+        wide = r"\.(128|64)\b" if limit.nets and is_float else r"\.128\b"
+        pairs = PAIRS_OF_A_PATCH if patches and is_float else 0
+        for kind, most in (("LDG", limit.loads + pairs), ("STG", limit.stores + pairs)):
+            narrow = [access for access in accesses if access.startswith(kind) and not re.search(wide, access)]
+            if len(narrow) > most:
+                found.append(f"{len(narrow)} accesses of less than 16 bytes, more than {most}: {narrow}")
+    return found
 
 
-def check_accesses(kernel: Kernel, code: str) -> None:
-    """128-bit loads and stores in a vector path, none that order more than their thread needs; no local memory; no
-    atomics, which would make results vary.
-    """
-    operations = re.findall(r"\b(?:ST|LDG|STG|LDL|STL|ATOM|ATOMG|ATOMS|RED|REDG)\b[.\w]*", code)
-    assert not [op for op in operations if not op.startswith(("LDG", "STG"))], f"{kernel}: {operations}"
-    assert not [op for op in operations if ".STRONG" in op], f"{kernel}: {operations}"
-    limit = LIMITS[kernel.name]
-    if kernel.vector and limit.narrow_loads is not None:
-        net = re.compile(r"\.64\b") if limit.nets and kernel.dtype == "f" else re.compile(r"(?!)")
-        narrow = Counter(op[:3] for op in operations if ".128" not in op and not net.search(op))
-        wide = Counter(op[:3] for op in operations if ".128" in op)
-        # Where two halves of a patch begin or end between its four channels, two pairs at four positions of a 16-bit
-        # net are 32 bits each.
-        pairs = 2 * 2 * 4 if kernel.patches and kernel.dtype == "f" else 0
-        assert narrow["LDG"] <= limit.narrow_loads + pairs, f"{kernel}: {operations}"
-        assert narrow["STG"] <= limit.narrow_stores + pairs * kernel.writes_net, f"{kernel}: {operations}"
-        if kernel.patches and not kernel.pairs_only:  # both halves at every position of a patch
-            halves = 2 * (4 if kernel.dtype == "f" else 2)
-            assert wide["LDG"] >= halves, f"{kernel}: {operations}"
-            assert wide["STG"] >= halves * kernel.writes_net, f"{kernel}: {operations}"
-        assert wide["LDG"] >= 2, f"{kernel}: {operations}"
-        assert wide["STG"] >= 1 or limit.only_sums, f"{kernel}: {operations}"
-        assert loads_in_flight(code) >= limit.in_flight, f"{kernel}: a thread waits for one load before the next"
-        assert bool(re.search(r"\bLDGSTS\b", code)) == limit.copies, f"{kernel}: copies to shared memory"
+def cuobjdump(*arguments: str, cwd: Path | None = None) -> str:
+    """The tool's output; it and nvdisasm, which it calls, come with the CUDA toolkit or as pip packages."""
+    packages = Path(sysconfig.get_paths()["purelib"], "nvidia").glob("*/bin")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, packages)])
+    tool = shutil.which("cuobjdump", path=path)
+    if tool is None or shutil.which("nvdisasm", path=path) is None:
+        pytest.skip("needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    environment = {**os.environ, "PATH": path}
+    command = [tool, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def test_machine_code(cubins: list[Cubin]) -> None:
-    for cubin in cubins:
-        code = cubin.code if cubin.kernels else {}
-        assert set(code) == {kernel.symbol for kernel in cubin.kernels}
-        for kernel in cubin.kernels:
-            check_accesses(kernel, code[kernel.symbol])
+def kernels_of(cubin: str, reserved: int) -> list[Kernel]:
+    """The kernels of a file; the system reserves some shared memory itself."""
+    parts = re.split(r"^\s*Function : (\S+)\s*$", cuobjdump("-sass", cubin), flags=re.MULTILINE)[1:]
+    codes = dict(zip(parts[::2], parts[1::2], strict=True))
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    return [
+        Kernel(symbol, int(registers), int(stack), int(local), max(0, int(shared) - reserved), codes[symbol])
+        for symbol, registers, stack, shared, local in re.findall(pattern, cuobjdump("-res-usage", cubin))
+    ]
 
 
-def test_loads_in_flight() -> None:
-    """Loads count together up to the next store to shared memory."""
-    assert loads_in_flight("LDG.E.128; STS.128; LDG.E.128; STS.128; BAR.SYNC; LDG.E; LDG.E.64") == 1
-    assert loads_in_flight("LDG.E.128; LDG.E; LDG.E.128.CONSTANT; STS.128; STS.128; LDG.E.128") == 2
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiled_kernels_are_as_promised(arch: str, tmp_path: Path) -> None:
+    """No spills, enough registers for the blocks that hide latency, 16-byte accesses, no atomics."""
+    extension = _backend.extension()
+    if extension is None or arch not in re.findall(r"\d+", _backend.build_info().get("cuda_archs", "")):
+        pytest.skip(f"the built module has no code for sm_{arch}: make venv, with nvcc on the PATH")
+    module = Path(str(extension.__file__))
+    sources = [path for folder in ("cuda", "math") for path in (ROOT / "csrc" / folder).iterdir()]
+    if max(path.stat().st_mtime for path in sources) > module.stat().st_mtime:
+        pytest.skip("the built module is older than a source: make venv")
+    cuobjdump("-xelf", f"sm_{arch}", str(module), cwd=tmp_path)
+    found: set[str] = set()
+    wrong = []
+    for cubin in sorted(map(str, tmp_path.glob("*.cubin"))):
+        for kernel in kernels_of(cubin, 1024 if int(arch) >= 90 else 0):
+            found.add(parts_of(kernel.symbol)[0])
+            wrong += [f"{kernel.symbol}: {fault}" for fault in faults(kernel)]
+    assert found == set(LIMITS)
+    assert not wrong, "\n".join(wrong)
+
+
+SAMPLE = Kernel("_ZN6pyglow4cuda13sample_kernelIfLb1EEEvv", 64, 0, 0, 0, "LDG.E.128; LDG.E.128; LDG.E; STG.E.128;")
 
 
 @pytest.mark.parametrize(
-    "code",
+    "change",
     [
-        "LDG.E.128 R4; LDG.E.128 R8; STG.E.128.STRONG.SM [R2], R4;",
-        "LDG.E.128 R4; LDG.E.128 R8; STG.E.128 [R2], R4; STG.E [R2], R8; STG.E [R2+0x4], R9;",
-        "LDG.E.128 R4; LDG.E.128 R8; ST.E.128 [R2], R4;",
-        "LDG.E.128 R4; LDG.E.128 R8; STG.E.128 [R2], R4; STL [R1], R4;",
+        {"registers": 65},
+        {"local": 8},
+        {"shared_bytes": 4},
+        {"code": SAMPLE.code.replace("STG.E.128", "STG.E.128.STRONG.SM")},
+        {"code": SAMPLE.code.replace("STG.E.128", "STG.E; STG.E")},
+        {"code": SAMPLE.code + "LDG.E.64; LDG.E"},
+        {"code": SAMPLE.code + "RED.E.ADD"},
     ],
-    ids=["ordered", "split", "generic", "local"],
+    ids=lambda change: "-".join(map(str, change.values())),
 )
-def test_accesses_are_told_apart(code: str) -> None:
-    """Stores that are ordered, split, not known to be global or to local memory are found in what cuobjdump prints."""
-    kernel = Kernel("_ZN6pyglow4cuda13sample_kernelIfLb1EEEvv", 32, 0, 0, 0)
-    check_accesses(kernel, "LDG.E.128 R4; LDG.E.128 R8; STG.E.128 [R2], R4;")
-    with pytest.raises(AssertionError):
-        check_accesses(kernel, code)
-
-
-@pytest.mark.parametrize(("loads", "stores"), [(7, 8), (8, 7)])
-def test_narrow_accesses_of_patches_are_found(loads: int, stores: int) -> None:
-    """Of a patch each half is read and written in 128 bits at each of its positions; otherwise the check fails."""
-    symbol = "_ZN6pyglow4cuda12fused_kernelIfNS0_10StepSourceIfLb1EEENS0_9PlainSinkIfEELi8ELb1EEEvv"
-    kernel = Kernel(symbol, 128, 0, 0, 0)
-    assert kernel.patches
-    assert kernel.writes_net
-
-    def code(loads: int, stores: int) -> str:
-        return "LDG.E.128 R4; " * loads + "LDGSTS [R2], [R4]; " + "STG.E.128 [R2], R4; " * stores
-
-    check_accesses(kernel, code(8, 8))
-    check_accesses(kernel, code(8, 8) + "LDG.E R4; " * 34 + "STG.E [R2], R4; " * 18)
-    for wrong in (code(loads, stores), code(8, 8) + "LDG.E R4; " * 35, code(8, 8) + "STG.E [R2], R4; " * 19):
-        with pytest.raises(AssertionError):
-            check_accesses(kernel, wrong)
-
-
-def test_the_report_is_understood() -> None:
-    """Local memory and its size are read from what cuobjdump prints."""
-    report = """
- Function _ZN6pyglow4cuda14product_kernelIfLb1EEEvNS0_7ProductIT_EE:
-  REG:64 STACK:16 SHARED:3072 LOCAL:12 CONSTANT[0]:776 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-    (kernel,) = parse(report, 1024)
-    assert (kernel.stack, kernel.local) == (16, 12)
-    assert (kernel.registers, kernel.shared_bytes) == (64, 2048)
-    assert (kernel.name, kernel.dtype, kernel.vector) == ("product_kernel", "f", True)
+def test_faults_are_found(change: dict[str, object]) -> None:
+    assert faults(SAMPLE) == []
+    assert faults(SAMPLE._replace(**change)) != []  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Compiling the CUDA sources for the CPU, and running what comes of it; their machine code for a GPU."""
+"""Compiling the CUDA sources for the CPU, and running what comes of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine_code
 from support import ROOT
-from support.machine import made_once
 
 EMULATION = ROOT / "tests" / "emulation"
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -69,15 +67,6 @@ def _run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
     return result.stdout
-
-
-def cubins(factory: pytest.TempPathFactory, arch: str) -> list[machine_code.Cubin]:
-    """The kernels' code for one architecture, made once for all workers; the test is skipped where it cannot be had."""
-    try:
-        folder = made_once(factory, f"sm_{arch}", lambda to: machine_code.cubins(arch, to))
-    except machine_code.MissingTool as error:
-        pytest.skip(str(error))
-    return [machine_code.Cubin(path, int(arch)) for path in sorted(folder.glob("*.cubin"))]
 
 
 def supports(flag: str, folder: Path) -> bool:
