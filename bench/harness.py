@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -50,14 +50,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TF32 = "tf32"  # float32 whose convolutions may round to TF32 on a GPU, as torch lets them; elsewhere it is fp32
 FLOAT, BF16 = "float32", "bfloat16"
 Call = Callable[[], object]
-
-
-class Timing(NamedTuple):
-    """Seconds of a call: the median, a lower and an upper quantile."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True)

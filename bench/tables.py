@@ -301,6 +301,17 @@ def nets() -> str:
     return markdown((*head, "with all gradients"), lines)
 
 
+def calls() -> str:
+    """What a call costs besides its kernel, in microseconds."""
+    rows = pick(rows_of("calls"), case="call")
+    names = list(dict.fromkeys(row.name for row in rows))
+    lines = [
+        (what, *(f"{1e3 * milliseconds(rows, what=what, name=name):.1f}" for name in names))
+        for what in ("not recorded", "recorded")
+    ]
+    return markdown(("", *names), lines)
+
+
 def builds() -> str:
     """Of which build each file of results is."""
     columns = ("device", "threads", "kernels", "commit")
