@@ -100,27 +100,6 @@ class Data:
         return made
 
 
-def step_forward(
-    library: ModuleType, x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor]:
-    """u = M x + c, then the coupling: a step that stands alone."""
-    return library.coupling(library.channel_mix(x, matrix, offset), net_out, SPEC)
-
-
-def between_nets(
-    library: ModuleType, u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The coupling, then the mixing of the next step: as steps follow each other in a level."""
-    return library.coupling_mix(u, net_out, matrix, offset, SPEC)
-
-
-def step_inverse(
-    library: ModuleType, y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor]:
-    """x = M^-1 (u - c) with u = uncouple(y)."""
-    return library.coupling_mix_inverse(y, net_out, inverse_matrix, offset, SPEC)
-
-
 def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -221,12 +200,18 @@ def _step_backward_case(data: Data) -> Case:
 
 
 def _step_case(data: Data, op: str, mode: str) -> Case:
-    function = between_nets if op == BETWEEN else step_inverse if mode == "inverse" else step_forward
     matrix = data.inverse_matrix if mode == "inverse" else data.matrix
     tensors = (data.x, data.net_out, matrix, data.offset)
 
     def build(library: ModuleType, compiled: bool) -> Run:
-        call = _compiled(lambda *inputs: function(library, *inputs), compiled)
+        def function(x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+            if op == BETWEEN:  # the coupling, then the mixing of the next step: as steps follow each other in a level
+                return library.coupling_mix(x, net_out, matrix, offset, SPEC)
+            if mode == "inverse":
+                return library.coupling_mix_inverse(x, net_out, matrix, offset, SPEC)
+            return library.coupling(library.channel_mix(x, matrix, offset), net_out, SPEC)
+
+        call = _compiled(function, compiled)
         if "backward" not in mode:
             return without_gradient(call, tensors, ())
         leaves = [value.clone().requires_grad_() for value in tensors]
