@@ -16,6 +16,7 @@ The model has 3x32x32, K 8, L 3, hidden 128, and gets one image: as it is, insid
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from pyglow_fast.reference import CouplingSpec
 STEPS, STEP_SHAPE, HIDDEN = 8, (1, 12, 4, 4), 32
 MODEL = Shape((3, 32, 32), n_levels=3, n_steps=8, hidden=128, batch=1)
 TRAINING, INFERENCE = "forward+backward", "forward"
+INSIDE = 10
 
 
 class _HandsOn(torch.autograd.Function):
@@ -140,21 +142,22 @@ def model_cases(shape: Shape) -> dict[tuple[str, str], Call]:
     model, x = build("store", shape, "auto", harness.CPU), images(shape, harness.CPU)
     assert isinstance(model, Glow)
     model.eval()
+    folded = copy.deepcopy(model)
     found: dict[tuple[str, str], Call] = {}
-    for name, own in (("as it is", model), ("frozen", model.freeze())):
+    for name, own in (("as it is", model), ("frozen", model.freeze()), ("folded", folded)):
         found["log_prob", name] = torch.no_grad()(lambda own=own: own.log_prob(x))
         found["sample", name] = torch.no_grad()(lambda own=own: own.sample(1))
     for what in ("log_prob", "sample"):
-        found[what, "folded"] = _inside(model, found[what, "as it is"])
+        found[what, "folded"] = _inside(folded, found[what, "folded"])
     return found
 
 
 def _inside(model: Glow, call: Call) -> Call:
-    """Ten calls inside one ``folded()``."""
+    """``INSIDE`` calls inside one ``folded()``."""
 
     def run() -> None:
         with model.folded():
-            for _ in range(10):
+            for _ in range(INSIDE):
                 call()
 
     return run
@@ -173,7 +176,7 @@ def prepare(options: Sequence[str]) -> Prepared:
         prepared.cases += [(Row(case, what, name, per=STEPS), call) for name, call in step_cases(what).items()]
     shape = MODEL.quick() if arguments.quick else MODEL
     for (what, name), call in model_cases(shape).items():
-        per = 10 if name == "folded" else 1
+        per = INSIDE if name == "folded" else 1
         prepared.cases.append((Row("model, one image", what, name, per=per, facts={"shape": shape.title}), call))
     for _, prepared_call in prepared.cases:
         assert prepared_call is not None
