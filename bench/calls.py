@@ -1,62 +1,39 @@
-"""Measures what a call costs besides its kernel: functions on tensors of four numbers, and a flow step at one pixel.
+"""What a call costs besides its kernel: functions on tensors of four numbers, a flow step, and a batch of one image.
 
-    python -m bench.calls [--calls 2000] [--out DIR]
+    pyglow-fast bench calls [--rounds 15] [--against ../before] [--out DIR]
 
-On one thread. Every call is timed by itself, and the median of all counts; cases take turns in blocks. The floor is
-what torch asks for: an addition, and an autograd function that hands its input on. With a record means that the tensors
-require gradients, and counts the forward alone.
+On one thread; processor time is what to compare. The floor is what torch asks for: an addition, and an autograd
+function that hands its input on. "Recorded" means that the tensors require gradients, and times the forward alone.
 
-A flow step is the share of one step in a forward and backward of ``STEPS`` of them, of 12 channels, at 1 x 1 pixels.
-Its kernels are the ops of this package that ran in it, called again with the same arguments; the rest is Python,
-torch's dispatcher and torch's own small ops.
+A flow step is the share of one in a pass of ``STEPS`` of them, 12 channels, hidden 32, on one image of 4x4 positions,
+where kernels are tiny: forward and backward, or forward alone, by ours and by FrEIA's blocks with a net of the same
+convolutions. "Kernels of" are the ops of this package that ran in ours, called again with the same arguments; the rest
+of a step is Python, torch's dispatcher and torch's own small ops.
+
+The model has 3x32x32, K 8, L 3, hidden 128, and gets one image: as it is, inside ``model.folded()``, and frozen.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.harness import WARM_UP_ROUNDS, machine, write_json
-from pyglow_fast import functional
-from pyglow_fast.layers import FlowStep, ReversibleSequence
+from bench import harness
+from bench.harness import Call, Prepared, Row
+from bench.model_cases import PEER_STEPS, Shape, build, images, wake
+from pyglow_fast import FlowStep, Glow, ReversibleSequence, functional
 from pyglow_fast.reference import CouplingSpec
 
-STEPS, CHANNELS, HIDDEN = 8, 12, 32
-BLOCK = 50  # calls of one case before the next one's turn
-CPU = torch.device("cpu")
-Case = Callable[[], object]
-
-
-@dataclasses.dataclass(frozen=True)
-class CallRow:
-    """Seconds of a call: the median and the 20 and 80 % quantiles."""
-
-    case: str
-    record: bool
-    calls: int
-    seconds: float
-    seconds_low: float
-    seconds_high: float
-
-
-@dataclasses.dataclass(frozen=True)
-class StepRow:
-    """Seconds of a flow step's forward and backward, of its kernels alone, and the difference."""
-
-    memory: str
-    calls: int
-    seconds: float
-    kernel_seconds: float
-    rest_seconds: float
+STEPS, STEP_SHAPE, HIDDEN = 8, (1, 12, 4, 4), 32
+MODEL = Shape((3, 32, 32), n_levels=3, n_steps=8, hidden=128, batch=1)
+TRAINING, INFERENCE = "forward+backward", "forward"
+INSIDE = 10
 
 
 class _HandsOn(torch.autograd.Function):
@@ -71,11 +48,11 @@ class _HandsOn(torch.autograd.Function):
         return grad
 
 
-def call_cases(record: bool) -> dict[str, Case]:
+def function_cases(recorded: bool) -> dict[str, Call]:
     """Make the cases by name: the floor first, then ours, on tensors (1, 4, 1, 1)."""
 
     def tensor(*shape: int) -> Tensor:
-        return torch.zeros(shape).requires_grad_(record)
+        return torch.zeros(shape).requires_grad_(recorded)
 
     x, net_out, matrix, offset = tensor(1, 4, 1, 1), tensor(1, 4, 1, 1), tensor(4, 4), tensor(4)
     spec = CouplingSpec("affine", "sigmoid")
@@ -86,21 +63,6 @@ def call_cases(record: bool) -> dict[str, Case]:
         "coupling": lambda: functional.coupling(x, net_out, spec),
         "coupling_mix": lambda: functional.coupling_mix(x, net_out, matrix, offset, spec),
     }
-
-
-def time_calls(cases: Mapping[str, Case], calls: int) -> dict[str, list[float]]:
-    """Time so many calls of each case one by one, in seconds."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for case in cases.values():
-        for _ in range(WARM_UP_ROUNDS):
-            case()
-    while any(len(found) < calls for found in seconds.values()):
-        for name, case in cases.items():
-            for _ in range(min(BLOCK, calls - len(seconds[name]))):
-                start = time.perf_counter()
-                case()
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 class _Recorder(TorchDispatchMode):
@@ -116,65 +78,117 @@ class _Recorder(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def step_cases(memory: str) -> tuple[Case, Case]:
-    """A forward and backward of ``STEPS`` steps, and the kernels that run in it."""
-    torch.manual_seed(0)
-    # With one value in a channel the relative error may be anything: nothing is to be redone for it.
-    steps = ReversibleSequence([FlowStep(CHANNELS, HIDDEN) for _ in range(STEPS)], memory=memory, tolerance=1.0)
-    x = torch.randn(1, CHANNELS, 1, 1)
-    steps.initialize(torch.randn(16, CHANNELS, 1, 1))
-    params = list(steps.parameters())
+def _pass(module: nn.Module, run: Callable[[Tensor], tuple[Tensor, Tensor]], what: str) -> Call:
+    """Forward and backward, or forward without gradients, of steps."""
+    x = torch.randn(STEP_SHAPE)
+    params = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
-    def run() -> None:
-        z, log_det = steps(x)
-        torch.autograd.grad(z.sum() + log_det.sum(), params)
+    def training() -> None:
+        z, log_det = run(x)
+        torch.autograd.grad(z.sum() + log_det.sum(), params, allow_unused=True)
 
+    def inference() -> None:
+        with torch.no_grad():
+            run(x)
+
+    module.train(what == TRAINING)
+    return training if what == TRAINING else inference
+
+
+def _kernels(call: Call) -> Call:
+    """The ops of this package that run in a call, alone."""
     with _Recorder() as recorder:
-        run()
+        call()
 
     def kernels() -> None:
         with torch.no_grad():
             for op, args in recorder.calls:
                 op(*args)
 
-    return run, kernels
+    return kernels
 
 
-def measure(calls: int) -> tuple[list[CallRow], list[StepRow]]:
-    """Measure all of it on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def step_cases(what: str) -> dict[str, Call]:
+    """A pass of ``STEPS`` steps of ours in each memory mode, its kernels alone, and FrEIA's blocks where installed."""
+    found: dict[str, Call] = {}
+    batch = torch.randn(16, *STEP_SHAPE[1:])
+    for memory in ("store", "reversible") if what == TRAINING else ("store",):
+        torch.manual_seed(0)
+        # On so few values the relative error may be anything: nothing is to be redone for it.
+        steps = [FlowStep(STEP_SHAPE[1], HIDDEN) for _ in range(STEPS)]
+        run = ReversibleSequence(steps, memory=memory, tolerance=1.0)
+        wake(run)
+        run.initialize(batch)
+        found[memory] = _pass(run, run, what)
+        found[f"kernels of {memory}"] = _kernels(found[memory])
     try:
-        rows = []
-        for record in (False, True):
-            for name, seconds in time_calls(call_cases(record), calls).items():
-                low, *_, high = statistics.quantiles(seconds, n=5)
-                rows.append(CallRow(name, record, calls, statistics.median(seconds), low, high))
-        steps = []
-        for memory in ("store", "reversible"):
-            run, kernels = step_cases(memory)
-            few = max(2, calls // 10)
-            found = time_calls({"run": run, "kernels": kernels}, few)
-            step, alone = (statistics.median(found[name]) / STEPS for name in ("run", "kernels"))
-            steps.append(StepRow(memory, few, step, alone, step - alone))
-    finally:
-        torch.set_num_threads(threads)
-    return rows, steps
+        blocks = nn.Sequential(*(PEER_STEPS["FrEIA"](STEP_SHAPE[1], HIDDEN) for _ in range(STEPS)))
+    except ImportError:
+        return found
+    wake(blocks)
+
+    def theirs(x: Tensor) -> tuple[Tensor, Tensor]:
+        total: Any = 0.0
+        for block in blocks:
+            x, log_det = block(x)
+            total = total + log_det
+        return x, total
+
+    return found | {"FrEIA": _pass(blocks, theirs, what)}
 
 
-def table(rows: Sequence[CallRow], steps: Sequence[StepRow]) -> str:
-    """Write a line for each case, in microseconds."""
-    lines = [f"{'call':>20} {'no record, us':>14} {'with one, us':>13}"]
-    for name in dict.fromkeys(row.case for row in rows):
-        plain, recorded = (
-            next(row.seconds for row in rows if (row.case, row.record) == (name, record)) for record in (False, True)
-        )
-        lines.append(f"{name:>20} {1e6 * plain:14.1f} {1e6 * recorded:13.1f}")
-    lines.append(f"{'step':>20} {'in all, us':>14} {'kernels, us':>13} {'the rest, us':>13}")
-    for step in steps:
-        numbers = (1e6 * value for value in (step.seconds, step.kernel_seconds, step.rest_seconds))
-        lines.append(f"{step.memory:>20} {next(numbers):14.0f} {next(numbers):13.0f} {next(numbers):13.0f}")
-    return "\n".join(lines)
+def model_cases(shape: Shape) -> dict[tuple[str, str], Call]:
+    """log_prob and sample of one image: as the model is, inside ``folded()``, and frozen."""
+    model, x = build("store", shape, "auto", harness.CPU), images(shape, harness.CPU)
+    assert isinstance(model, Glow)
+    model.eval()
+    folded = copy.deepcopy(model)
+    found: dict[tuple[str, str], Call] = {}
+    for name, own in (("as it is", model), ("frozen", model.freeze()), ("folded", folded)):
+        found["log_prob", name] = torch.no_grad()(lambda own=own: own.log_prob(x))
+        found["sample", name] = torch.no_grad()(lambda own=own: own.sample(1))
+    for what in ("log_prob", "sample"):
+        found[what, "folded"] = _inside(folded, found[what, "folded"])
+    return found
+
+
+def _inside(model: Glow, call: Call) -> Call:
+    """``INSIDE`` calls inside one ``folded()``."""
+
+    def run() -> None:
+        with model.folded():
+            for _ in range(INSIDE):
+                call()
+
+    return run
+
+
+def prepare(options: Sequence[str]) -> Prepared:
+    """Make all cases, run once."""
+    arguments = parser().parse_args(options)
+    torch.set_num_threads(1)
+    prepared = Prepared()
+    for recorded in (False, True):
+        for name, call in function_cases(recorded).items():
+            prepared.cases.append((Row("call", "recorded" if recorded else "not recorded", name), call))
+    for what in (TRAINING, INFERENCE):
+        case = f"step, {'x'.join(map(str, STEP_SHAPE))}, hidden {HIDDEN}"
+        prepared.cases += [(Row(case, what, name, per=STEPS), call) for name, call in step_cases(what).items()]
+    shape = MODEL.quick() if arguments.quick else MODEL
+    for (what, name), call in model_cases(shape).items():
+        per = INSIDE if name == "folded" else 1
+        prepared.cases.append((Row("model, one image", what, name, per=per, facts={"shape": shape.title}), call))
+    for _, prepared_call in prepared.cases:
+        assert prepared_call is not None
+        prepared_call()
+    return prepared
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the options."""
+    options = harness.make_parser("calls", __doc__, rounds=15)
+    options.set_defaults(malloc="here")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,18 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the options; those of the process if None.
     """
-    options = argparse.ArgumentParser(prog="calls", description="what a call costs", allow_abbrev=False)
-    options.add_argument("--calls", type=int, default=2000, help="timed calls of each case (2000)")
-    options.add_argument("--out", type=Path, metavar="DIR", help="folder for calls-cpu.json")
-    arguments = options.parse_args(argv)
-    if arguments.calls < 2:
-        options.error(f"--calls: expected 2 or more, found {arguments.calls}")
-    rows, steps = measure(arguments.calls)
-    print(table(rows, steps))
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.out / "calls-cpu.json", machine(CPU) | {"threads": "1"}, [*rows, *steps])
-    return 0
+    return harness.run("bench.calls", argv, parser().parse_args(argv), [[]], "calls")
 
 
 if __name__ == "__main__":

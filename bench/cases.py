@@ -27,42 +27,22 @@ GATHERED, COUPLE_GATHERED = "channel_mix by an index", "coupling_mix by an index
 CHANNELS_LAST = ", channels-last net"  # behind the name of an op
 Run = Callable[[], tuple[Tensor, ...]]
 
-# What each (op, mode) reads and writes at least, in tensors of the size of x (a net's output is as large as x):
+# What each op reads and writes at least, in tensors of the size of x (a net's output is as large as x): forward,
+# inverse, backward (of a step: both).
 TRAFFIC = {
-    ("channel_mix", "forward"): 2,  # x; u
-    ("channel_mix", "inverse"): 2,
-    ("channel_mix", "backward"): 3,  # x, grad_u; grad_x
-    (SQUEEZED, "forward"): 2,
-    (SQUEEZED, "inverse"): 2,
-    (SQUEEZED, "backward"): 3,
-    (GATHERED, "forward"): 2,
-    (GATHERED, "inverse"): 2,
-    (GATHERED, "backward"): 3,
-    ("coupling", "forward"): 3,  # u, net output; y (its kept half too, as a new tensor)
-    ("coupling", "inverse"): 3,
-    ("coupling", "backward"): 4,  # half of y, raw, grad_y; grad_u, grad_net_out
-    ("coupling_mix", "forward"): 3,
-    ("coupling_mix", "inverse"): 3,
-    ("coupling_mix", "backward"): 5,  # u, net output, grad; grad_u, grad_net_out
-    (COUPLE_GATHERED, "forward"): 3,
-    (COUPLE_GATHERED, "inverse"): 3,
-    (COUPLE_GATHERED, "backward"): 5,
-    ("step_backward", "backward"): 6,  # y, net output, grad_y; x, grad_u, grad_net_out
-    ("channel_moments", "forward"): 1,
-    ("gaussian_log_prob", "forward"): 3,  # z, mean, log_sd
-    ("gaussian_log_prob", "backward"): 6,
-    ("gaussian_sample", "forward"): 4,
-    (STEP, "forward"): 3,
-    (STEP, "inverse"): 3,
-    (STEP, "forward+backward"): 8,  # forward, then grad_y and what was saved (x, net output); grad_x, grad_net_out
-    (BETWEEN, "forward"): 3,
-    (BETWEEN, "forward+backward"): 8,
+    "channel_mix": (2, 2, 3),  # x; u, and backward x, grad_u; grad_x
+    SQUEEZED: (2, 2, 3),
+    GATHERED: (2, 2, 3),
+    "coupling": (3, 3, 4),  # u, net output; y (its kept half, too), and backward half of y, raw, grad_y; both gradients
+    "coupling_mix": (3, 3, 5),  # the same, and backward u, net output, grad; grad_u, grad_net_out
+    COUPLE_GATHERED: (3, 3, 5),
+    "step_backward": (0, 0, 6),  # y, net output, grad_y; x, grad_u, grad_net_out
+    "channel_moments": (1, 0, 0),
+    "gaussian_log_prob": (3, 0, 6),  # z, mean, log_sd
+    "gaussian_sample": (4, 0, 0),
+    STEP: (3, 3, 8),  # forward, then grad_y and what was saved (x, net output); grad_x, grad_net_out
+    BETWEEN: (3, 3, 8),
 }
-# Arithmetic per transformed value, counted in csrc/math (a fused multiply-add is two, a division one although it takes
-# as long as ten): exp 23, log(1 + e) 19.
-COUPLE, COUPLE_BACKWARD, RECOMPUTE = 50, 33, 30
-# and per value
-MOMENTS, LOG_PROB, LOG_PROB_BACKWARD, SAMPLE = 4, 28, 30, 25
 
 
 def parse_shapes(text: str) -> list[tuple[int, ...]]:
@@ -80,29 +60,8 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
 
 def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:
     """Bytes that the operation must move at least, float32."""
-    return 4 * math.prod(shape) * TRAFFIC[op.removesuffix(CHANNELS_LAST), mode]
-
-
-def arithmetic(op: str, mode: str, shape: tuple[int, ...]) -> int:
-    """Floating-point operations that it must do at least, by the counts above."""
-    values = math.prod(shape)
-    mix, move, halves = 2 * shape[1] * values, 2 * values, values // 2
-    couple, couple_back = COUPLE * halves, COUPLE_BACKWARD * halves
-    both_ways = mix + couple + 2 * mix + couple_back
-    return {
-        "channel_mix": 2 * mix if mode == "backward" else mix,
-        SQUEEZED: 2 * mix if mode == "backward" else mix,
-        GATHERED: 2 * move if mode == "backward" else move,
-        "coupling": couple_back if mode == "backward" else couple,
-        "coupling_mix": 2 * mix + couple_back + RECOMPUTE * halves if mode == "backward" else mix + couple,
-        COUPLE_GATHERED: 2 * move + couple_back + RECOMPUTE * halves if mode == "backward" else move + couple,
-        "step_backward": mix + couple_back + 2 * halves,
-        "channel_moments": MOMENTS * values,
-        "gaussian_log_prob": (LOG_PROB_BACKWARD if mode == "backward" else LOG_PROB) * values,
-        "gaussian_sample": SAMPLE * values,
-        STEP: both_ways if "backward" in mode else mix + couple,
-        BETWEEN: both_ways if "backward" in mode else mix + couple,
-    }[op.removesuffix(CHANNELS_LAST)]
+    column = ("forward", "inverse").index(mode) if mode in ("forward", "inverse") else 2
+    return 4 * math.prod(shape) * TRAFFIC[op.removesuffix(CHANNELS_LAST)][column]
 
 
 class Data:
@@ -139,27 +98,6 @@ class Data:
                 own_dtype = dtype if value.is_floating_point() else None
                 setattr(made, name, value.detach().to(device, own_dtype, copy=True))
         return made
-
-
-def step_forward(
-    library: ModuleType, x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
-) -> tuple[Tensor, Tensor]:
-    """u = M x + c, then the coupling: a step that stands alone."""
-    return library.coupling(library.channel_mix(x, matrix, offset), net_out, spec)
-
-
-def between_nets(
-    library: ModuleType, u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec
-) -> tuple[Tensor, Tensor]:
-    """The coupling, then the mixing of the next step: as steps follow each other in a level."""
-    return library.coupling_mix(u, net_out, matrix, offset, spec)
-
-
-def step_inverse(
-    library: ModuleType, y: Tensor, net_out: Tensor, inverse_matrix: Tensor, offset: Tensor, spec: CouplingSpec
-) -> tuple[Tensor, Tensor]:
-    """x = M^-1 (u - c) with u = uncouple(y)."""
-    return library.coupling_mix_inverse(y, net_out, inverse_matrix, offset, spec)
 
 
 def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -261,26 +199,32 @@ def _step_backward_case(data: Data) -> Case:
     return Case("step_backward", "backward", data.shape, build, compiles=False)
 
 
-def _step_case(data: Data, op: str, mode: str, spec: CouplingSpec) -> Case:
-    function = between_nets if op == BETWEEN else step_inverse if mode == "inverse" else step_forward
+def _step_case(data: Data, op: str, mode: str) -> Case:
     matrix = data.inverse_matrix if mode == "inverse" else data.matrix
     tensors = (data.x, data.net_out, matrix, data.offset)
 
     def build(library: ModuleType, compiled: bool) -> Run:
-        call = _compiled(lambda *inputs: function(library, *inputs), compiled)
+        def function(x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+            if op == BETWEEN:  # the coupling, then the mixing of the next step: as steps follow each other in a level
+                return library.coupling_mix(x, net_out, matrix, offset, SPEC)
+            if mode == "inverse":
+                return library.coupling_mix_inverse(x, net_out, matrix, offset, SPEC)
+            return library.coupling(library.channel_mix(x, matrix, offset), net_out, SPEC)
+
+        call = _compiled(function, compiled)
         if "backward" not in mode:
-            return without_gradient(call, tensors, (spec,))
+            return without_gradient(call, tensors, ())
         leaves = [value.clone().requires_grad_() for value in tensors]
-        return with_gradient(call, leaves, (spec,), (data.grad, data.grad_log_det))
+        return with_gradient(call, leaves, (), (data.grad, data.grad_log_det))
 
     return Case(op, mode, data.shape, build)
 
 
-def step_cases(data: Data, spec: CouplingSpec = SPEC) -> list[Case]:
+def step_cases(data: Data) -> list[Case]:
     """The flow step outside its net, alone and between two nets. Parameter work (folding, inverting) is no part."""
     modes = [(STEP, "forward"), (STEP, "inverse"), (STEP, "forward+backward")]
     modes += [(BETWEEN, "forward"), (BETWEEN, "forward+backward")]
-    return [_step_case(data, op, mode, spec) for op, mode in modes]
+    return [_step_case(data, op, mode) for op, mode in modes]
 
 
 def op_cases(data: Data) -> list[Case]:

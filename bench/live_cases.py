@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from bench.light_import import light_import
+from tests.support.light_import import light_import
 
 Latents = tuple[list[Tensor], Tensor]  # z of each scale, log_det (N,)
 THEIRS_OF_SAME_SHAPE = "FrEIA's block in anomalib's shape"
@@ -93,30 +93,11 @@ def _fastflow_stack(dims: tuple[int, ...], ratio: float, steps: int) -> nn.Modul
     return own.create_fast_flow_block(list(dims), conv3x3_only=False, hidden_ratio=ratio, flow_steps=steps)
 
 
-def _fastflow(batch: int, ratio: float, steps: int, *dims: tuple[int, int, int]) -> LiveCase:
+def fastflow(batch: int, ratio: float, steps: int, *dims: tuple[int, int, int]) -> LiveCase:
+    """FastFlow (arXiv 2111.07677): a stack of steps for each scale of a feature extractor."""
     model = Stacks([_fastflow_stack(size, ratio, steps) for size in dims])
     own = any(type(module).__module__.startswith("anomalib") for module in model.modules())
     return LiveCase(model, _features(batch, *dims), _side_by_side, version("anomalib") if own else THEIRS_OF_SAME_SHAPE)
-
-
-def fastflow_resnet18(batch: int) -> LiveCase:
-    """FastFlow (arXiv 2111.07677) on a ResNet18 at 256 pixels."""
-    return _fastflow(batch, 1.0, 8, (64, 64, 64), (128, 32, 32), (256, 16, 16))
-
-
-def fastflow_wide(batch: int) -> LiveCase:
-    """FastFlow on a Wide ResNet50-2 at 256 pixels."""
-    return _fastflow(batch, 1.0, 8, (256, 64, 64), (512, 32, 32), (1024, 16, 16))
-
-
-def fastflow_cait(batch: int) -> LiveCase:
-    """FastFlow on CaiT-M48 at 448 pixels, as gathierry's configuration has it."""
-    return _fastflow(batch, 0.16, 20, (768, 28, 28))
-
-
-def fastflow_deit(batch: int) -> LiveCase:
-    """FastFlow on DeiT-B at 384 pixels, as gathierry's configuration has it."""
-    return _fastflow(batch, 0.16, 20, (768, 24, 24))
 
 
 def uflow(batch: int) -> LiveCase:
@@ -216,7 +197,7 @@ class _InTurn(nn.Module):
 
 def chaiyujin(batch: int) -> LiveCase:
     """16 of chaiyujin's FlowSteps, hidden 512, at the first level of 64x64 images."""
-    from bench.srflow_peer import FlowStep
+    from tests.support.srflow import FlowStep
 
     model = _InTurn([FlowStep(12, 512, flow_coupling="affine") for _ in range(16)])
 
@@ -245,12 +226,13 @@ def cflow(batch: int) -> LiveCase:
     return LiveCase(head(128, 8, 1.9, 256), _features(batch, (256,), (128,)), call, version("anomalib"))
 
 
-# How each case is built, and its batch, by name.
+# How each case is built, and its batch. FastFlow's are those of a ResNet18 and a Wide ResNet50-2 at 256 pixels,
+# and, as gathierry's configuration has them, of CaiT-M48 at 448 and DeiT-B at 384 pixels.
 MODELS: dict[str, tuple[Callable[[int], LiveCase], int]] = {
-    "fastflow-resnet18": (fastflow_resnet18, 16),
-    "fastflow-wide": (fastflow_wide, 1),
-    "fastflow-cait": (fastflow_cait, 2),
-    "fastflow-deit": (fastflow_deit, 2),
+    "fastflow-resnet18": (lambda n: fastflow(n, 1.0, 8, (64, 64, 64), (128, 32, 32), (256, 16, 16)), 16),
+    "fastflow-wide": (lambda n: fastflow(n, 1.0, 8, (256, 64, 64), (512, 32, 32), (1024, 16, 16)), 1),
+    "fastflow-cait": (lambda n: fastflow(n, 0.16, 20, (768, 28, 28)), 2),
+    "fastflow-deit": (lambda n: fastflow(n, 0.16, 20, (768, 24, 24)), 2),
     "uflow": (uflow, 8),
     "msflow": (msflow, 1),
     "glow-tts": (glow_tts, 16),

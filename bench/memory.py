@@ -1,176 +1,265 @@
-"""Training memory against depth and against resolution, with time and gradient error beside it.
+"""Training memory against depth and against resolution, and time against a budget of bytes.
 
-    pyglow-fast bench memory [--quick | --full] [--device cpu] [--only depth,resolution,gradients] [--budget BYTES]
-                             [--run FOLDER] [--others JSON ...] [--out DIR]
+    pyglow-fast bench memory [--only depth,resolution] [--depths 8,32,128,512] [--sizes 64,128,256] [--out DIR]
     pyglow-fast bench memory --only large [--sizes 256,1024] [--depths 4,16] [--device cuda] [--out DIR]
-    pyglow-fast bench memory --budgets [--cases a,b,c,e] [--rounds 7] [--quick] [--out DIR]
+    pyglow-fast bench memory --budgets [--cases a,b,c,e] [--out DIR]
 
-The memory of one training step (forward and backward) beyond parameters and gradients, each case in a fresh process;
-bench/memory_case.py says what is counted. Where a case would not fit --limit or take too long, its bytes are *counted*:
-continued along the straight line through two smaller depths of the same images. ``held``: gradients allocated before.
-``fresh``: gradients begin as None, and what becomes one is not counted. Ours includes the anchors. "reversible small
-nets" gives one net --small-nets bytes, as few as one net of what wraps steps needs. --others takes rows that are not
-measured now from earlier runs' JSON, and says so: of normflows and FrEIA, of the others where the commit is the same,
-so that a long run can be made in pieces. ``large`` is the depth on images of 256 and 1024 pixels, which takes a GPU. Of
-small cases the errors of gradients are found too if ``gradients`` is among the parts; for that part itself see
-bench/memory_gradients.py, for --budgets, which draws time against bytes, bench/memory_budgets.py.
+The memory of one training step (forward and backward) beyond parameters and gradients; each curve and
+implementation has a process of its own. Of each row, in bytes:
+
+- ``held``: what torch's allocator gave out in the step and was alive at one time, at most; gradients were allocated
+  before, as when they accumulate over batches. ``fresh``: the same where gradients begin as None, and what becomes one
+  is not counted.
+
+Ours includes the anchors. ``large`` is the depth on images of 256 and 1024 pixels, which takes a GPU. ``--budgets``:
+ours given 25, 50, 75 and 100 % of the way from the peak of mode "reversible" to that of "store" (a peak is the larger
+of ``held`` and ``fresh``), and plain torch with none, a quarter, a half, three quarters or all of its steps in
+torch.utils.checkpoint, the same tensors in all of them, their gradients compared before they take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import json
-from collections.abc import Sequence
-from pathlib import Path
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from bench import memory_budgets, memory_gradients
-from bench.harness import commit, machine, write_json
-from bench.memory_models import OTHERS, OURS, SAME_FUNCTION, Shape
-from bench.memory_plots import draw
-from bench.memory_rows import DEPTH, HEADER, HUGE, RESOLUTION, SMALL_NETS, Row, earlier, text, verdicts
-from bench.memory_runner import Runner
+from bench import harness
+from bench.harness import Prepared, Row, chosen, synchronize
+from bench.memory_meter import AllocatorTrace
+from bench.model_cases import (
+    CHECKPOINTED,
+    CONFIGS,
+    IMPLEMENTATIONS,
+    OURS,
+    PARTLY,
+    PLAIN,
+    TRAIN,
+    Model,
+    Shape,
+    build,
+    gradient_error,
+    images,
+    plain_levels,
+    sequences,
+    set_memory,
+    training_step,
+)
 
-CHOICES = (*OURS, SMALL_NETS, *SAME_FUNCTION, *OTHERS)
-LARGE_SIDES, LARGE_DEPTHS = "256,1024", "4,16"
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = argparse.ArgumentParser(prog="bench memory", description=__doc__, allow_abbrev=False)
-    options.formatter_class = argparse.RawDescriptionHelpFormatter
-    options.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    options.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options.add_argument("--out", type=Path, metavar="DIR", help="folder for memory-DEVICE.json and the plots")
-    options.add_argument("--quick", action="store_true", help="shallow models and small images")
-    options.add_argument("--full", action="store_true", help="also K = 512 and images of 1024 pixels: very long")
-    options.add_argument("--only", default="depth,resolution,gradients", help="parts, separated by commas; or large")
-    options.add_argument("--implementations", default=",".join(CHOICES), help="separated by commas")
-    options.add_argument("--depths", help="K, separated by commas, in place of the standard ones")
-    options.add_argument("--sizes", help="sides of the images, separated by commas, in place of the standard ones")
-    options.add_argument("--budget", type=lambda s: s if s == "auto" else int(s), default="auto", help="memory_budget")
-    options.add_argument("--small-nets", type=int, default=4 * 2**20, metavar="BYTES", help=f"of {SMALL_NETS} (4 MiB)")
-    options.add_argument("--limit", type=float, default=8.0, metavar="GIB", help="of a case; beyond, it is counted")
-    options.add_argument("--seconds", type=float, default=1800.0, help="of a case; beyond, it is counted")
-    options.add_argument(
-        "--passes",
-        type=int,
-        default=3,
-        help="training steps of a case before bytes are counted; 0: one, and no resident sizes",
-    )
-    options.add_argument("--run", type=Path, metavar="FOLDER", help="run folder with trained weights, for gradients")
-    options.add_argument("--training", type=int, default=60, help="training steps without --run")
-    options.add_argument(
-        "--others", type=Path, nargs="+", default=[], metavar="JSON", help="earlier runs, for what is not measured"
-    )
-    memory_budgets.add_options(options)
-    return options.parse_args(argv)
+DEPTH = Shape((3, 32, 32), 3, 8, 128, 16)
+RESOLUTION = Shape((3, 256, 256), 4, 32, 512, 1)
+HUGE = Shape((3, 1024, 1024), 6, 32, 512, 1)
+CURVES = ("depth", "resolution", "large")
+DEPTHS, SIZES, LARGE_DEPTHS, LARGE_SIZES = [8, 32, 128], [64, 128, 256], [4, 16], [256, 1024]
+QUICK_DEPTHS, QUICK_SIZES = [1, 2], [16]
+ADAPTING = 4  # more passes of a mode that recomputes, after which the anchors have moved apart for the first time
+CASES = ("a", "b", "c", "e")
+PERCENTS = (25, 50, 75, 100)
+PEERS = (PLAIN, *PARTLY, CHECKPOINTED)
+TOLERANCE = 1e-3  # of gradients, relative
+OVERHEAD = 2**30  # bytes that a process may have besides what is measured
 
 
-def _depths(options: argparse.Namespace) -> list[Shape]:
-    standard = [8, 16] if options.quick else [8, 32, 128] + ([512] if options.full else [])
-    steps = [int(k) for k in options.depths.split(",")] if options.depths else standard
-    return [dataclasses.replace(DEPTH, n_steps=k) for k in sorted(steps)]
+def _given(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def _sizes(options: argparse.Namespace) -> list[Shape]:
-    standard = [32, 64] if options.quick else [64, 128, 256] + ([HUGE.image[1]] if options.full else [])
-    sides = [int(side) for side in options.sizes.split(",")] if options.sizes else standard
-    shapes = [
-        HUGE if side == HUGE.image[1] else dataclasses.replace(RESOLUTION, image=(3, side, side)) for side in sides
-    ]
-    if options.quick and not options.sizes:
-        shapes = [dataclasses.replace(shape, n_steps=8, hidden=64) for shape in shapes]
-    return sorted(shapes, key=lambda shape: shape.image[1])
+def _peak(model: nn.Module, step: Callable[[], object], device: torch.device, fresh: bool) -> int:
+    """Bytes that are alive at the peak; fresh: but for those that end as gradients."""
+    gc.collect()
+    if device.type != "cuda":
+        with AllocatorTrace() as trace:
+            step()
+        return trace.peak_without(_given(model) if fresh else ())
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    synchronize(device)
+    gradients = sum(grad.nbytes for grad in _given(model)) if fresh else 0
+    return torch.cuda.max_memory_allocated(device) - before - gradients
 
 
-def _large(options: argparse.Namespace) -> list[list[Shape]]:
-    """Give the depths of the models of the resolution's curve, by side."""
-    sides = [int(side) for side in (options.sizes or LARGE_SIDES).split(",")]
-    steps = sorted(int(k) for k in (options.depths or LARGE_DEPTHS).split(","))
-    found = []
-    for side in sides:
-        base = HUGE if side == HUGE.image[1] else dataclasses.replace(RESOLUTION, image=(3, side, side))
-        if options.quick:
-            base = dataclasses.replace(base, hidden=16)
-        found.append([dataclasses.replace(base, n_steps=k) for k in steps])
+def count(model: nn.Module, x: Tensor, passes: int) -> dict[str, Any]:
+    """The bytes of a training step after so many passes, in which the anchors' spacing adapts."""
+    step = training_step(model, x)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for _ in range(passes):
+        step()
+    found = {"held": _peak(model, step, x.device, fresh=False)}
+    model.zero_grad(set_to_none=True)
+    found["fresh"] = _peak(model, step, x.device, fresh=True)
+    model.zero_grad(set_to_none=True)
     return found
 
 
-def _replaced(row: Row, taken: Sequence[Row]) -> bool:
-    """Tell whether an earlier run has measured a row that this one has only counted."""
-    same = [(other.curve, other.implementation, other.shape) for other in taken]
-    return row.counted and (row.curve, row.implementation, row.shape) in same
+def control(model: Model) -> dict[str, Any]:
+    """What the drift control of a reversible model says: anchors, drift, and what was redone."""
+    reports = [sequence.memory_report() for sequence in sequences(model)]
+    return {
+        "anchor_every": "/".join(str(report["anchor_every"]) for report in reports),
+        "drift": max(report["largest_drift"] for report in reports),
+        "redone": sum(report["redone_steps"] for report in reports),
+    }
 
 
-def _write(
-    options: argparse.Namespace,
-    runner: Runner,
-    rows: Sequence[Row],
-    gradients: Sequence[memory_gradients.GradientRow],
-) -> None:
-    """Write memory-DEVICE.json, if there is a folder for it."""
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        facts = machine(options.device) | {"threads": str(options.threads)}  # of the cases' own processes
-        facts |= {"limit_gib": str(options.limit), "budget": str(options.budget)}
-        more = {"gradients": [dataclasses.asdict(row) for row in gradients], "notes": runner.lines}
-        write_json(options.out / f"memory-{options.device.type}.json", facts, rows, **more)
+def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """What is timed: zero_grad, forward and backward."""
+    step = training_step(model, x)
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        step()
+
+    return run
+
+
+def curve_shapes(arguments: argparse.Namespace) -> dict[str, Shape]:
+    """The shapes of the curves that were asked for, by case."""
+    found = {}
+    quick = arguments.quick
+    for curve in arguments.only:
+        large = curve == "large"
+        depths = arguments.depths or (QUICK_DEPTHS if quick else LARGE_DEPTHS if large else DEPTHS)
+        sizes = arguments.sizes or (QUICK_SIZES if quick else LARGE_SIZES if large else SIZES)
+        if curve == "depth":
+            base = dataclasses.replace(DEPTH, image=(3, 16, 16), hidden=16, batch=2) if quick else DEPTH
+            found |= {f"depth, K {k}": dataclasses.replace(base, n_steps=k) for k in depths}
+            continue
+        for side in sizes:
+            base = HUGE if side == HUGE.image[1] else dataclasses.replace(RESOLUTION, image=(3, side, side))
+            base = dataclasses.replace(base, n_steps=min(QUICK_DEPTHS), hidden=16) if quick else base
+            if not large:
+                found[f"resolution, {side} px"] = base
+            for k in depths if large else ():
+                found[f"depth at {side} px, K {k}"] = dataclasses.replace(base, n_steps=k)
+    return found
+
+
+def _curve_case(prepared: Prepared, arguments: argparse.Namespace, case: str, shape: Shape, name: str) -> None:
+    device = arguments.device
+    small = dataclasses.replace(shape.small(), n_steps=1)
+    warm = build(name, small, arguments.budget, device)
+    training_step(warm, images(small, device))()  # what the libraries load when they first run is no part of a step
+    model, x = build(name, shape, arguments.budget, device), images(shape, device)
+    passes = arguments.passes + (ADAPTING if name == "reversible" and arguments.passes else 0)
+    facts = count(model, x, passes)
+    facts |= control(model) if name == "reversible" else {}
+    prepared.cases.append((Row(case, TRAIN, name, facts=facts | {"shape": shape.title}), _step(model, x)))
+
+
+def _budget_cases(prepared: Prepared, arguments: argparse.Namespace, case: str) -> None:
+    shape = CONFIGS[case].quick() if arguments.quick else CONFIGS[case]
+    ours, x = build("store", shape, arguments.budget, arguments.device), images(shape, arguments.device)
+    peaks: dict[str, int] = {}
+    exact: list[Tensor] = []
+
+    def add(name: str, model: Model, budget: int | None = None) -> None:
+        passes = arguments.passes + (ADAPTING if name in OURS[1:] or budget is not None else 0)
+        bytes_of = count(model, x, passes)
+        peaks[name] = max(bytes_of["held"], bytes_of["fresh"])
+        facts = bytes_of | {"budget": budget, "of_budget": None if budget is None else peaks[name] / budget}
+        run = _step(model, x)
+        run()
+        gradients = [grad.clone() for grad in _given(model)]
+        exact.extend(gradients if not exact else ())
+        error, _ = gradient_error(gradients, exact)
+        if not error <= TOLERANCE:  # also NaN
+            prepared.failures.append(f"({case}) {name}: gradients off by {error:.1e}, more than {TOLERANCE:.0e}")
+        prepared.cases.append((Row(case, TRAIN, name, facts=facts | {"shape": shape.title}), run))
+
+    for name in PEERS:
+        add(name, plain_levels(ours, name))
+    for memory in OURS:
+        own = copy.deepcopy(ours)  # so that none undoes what another's drift control has learnt
+        set_memory(own, memory)
+        add(memory, own)
+    for percent in PERCENTS:
+        budget = peaks["reversible"] + (peaks["store"] - peaks["reversible"]) * percent // 100
+        own = copy.deepcopy(ours)
+        try:
+            set_memory(own, budget)
+            add(f"{percent} %", own, budget)
+        except ValueError as error:  # too few bytes, said when they are given or by the first step
+            prepared.notes.append(f"({case}) {percent} %, {budget} bytes: refused: {error}")
+
+
+def prepare(options: Sequence[str]) -> Prepared:
+    """Count the bytes of what a process of the benchmark then times."""
+    arguments = parser().parse_args(options)
+    torch.set_num_threads(arguments.threads)
+    prepared = Prepared(device=arguments.device)
+    if arguments.limit is not None:
+        import resource  # posix only, as the resident size of /proc
+
+        limit = int(arguments.limit * 2**30) + OVERHEAD
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if arguments.budgets:
+        for case in arguments.cases:
+            _budget_cases(prepared, arguments, case)
+        return prepared
+    for case, shape in curve_shapes(arguments).items():
+        for name in arguments.implementations:
+            try:
+                _curve_case(prepared, arguments, case, shape, name)
+            except ImportError as error:
+                prepared.notes.append(f"{name} is left out: it cannot be imported ({error})")
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+                    raise
+                prepared.notes.append(f"{case}, {name}: too large, {str(error).partition(chr(10))[0]}")
+    return prepared
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the options."""
+    options = harness.make_parser("memory", __doc__, rounds=3)
+    options.set_defaults(malloc="here")
+    options.add_argument("--only", type=chosen(CURVES), default=list(CURVES[:2]), help="depth,resolution; or large")
+    names = list(IMPLEMENTATIONS)
+    options.add_argument("--implementations", type=chosen(names), default=names, help=", ".join(names))
+    options.add_argument("--depths", type=_numbers, help="K, separated by commas, in place of the standard ones")
+    options.add_argument("--sizes", type=_numbers, help="sides of the images, in place of the standard ones")
+    options.add_argument("--budget", type=lambda s: s if s == "auto" else int(s), default="auto", help="memory_budget")
+    limit = "of a case on the CPU (8), where allocations beyond fail rather than take others' memory"
+    options.add_argument("--limit", type=float, metavar="GIB", help=limit)
+    passes = "training steps before bytes are counted (3), more where anchors adapt"
+    options.add_argument("--passes", type=int, default=3, help=passes)
+    options.add_argument("--budgets", action="store_true", help="time against bytes, in place of the curves")
+    options.add_argument("--cases", type=chosen(CASES), default=list(CASES), help="with --budgets: some of a,b,c,e")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write and draw.
+    """Measure, print and write.
 
     Args:
         argv: the options; those of the process if None.
+
+    Returns:
+        0, or 1 if gradients differ or a process failed.
     """
-    options = _options(argv)
-    if options.budgets:
-        return memory_budgets.run(options)
-    runner, parts = Runner(options), options.only.split(",")
-    chosen = [name for name in CHOICES if name in options.implementations.split(",")]
-    rows: list[Row] = []
-    print(HEADER)
-    if "depth" in parts:
-        for implementation in chosen:
-            rows += runner.rows("depth", implementation, _depths(options), probe=False)
-            _write(options, runner, rows, [])  # a run that is stopped leaves what it has
-    if "resolution" in parts:
-        for implementation in chosen:
-            for shape in _sizes(options):
-                if implementation == SMALL_NETS and shape == HUGE:
-                    continue  # for minutes, where no wrapper is near
-                # Only others are continued from shallow depths; of ours, all is measured.
-                probe = implementation not in (*OURS[1:], SMALL_NETS)
-                rows += runner.rows("resolution", implementation, [shape], probe=probe)
-                _write(options, runner, rows, [])
-    if "large" in parts:
-        for shapes in _large(options):
-            for implementation in chosen:
-                rows += runner.rows(f"depth at {shapes[0].image[1]}", implementation, shapes, probe=False)
-                _write(options, runner, rows, [])
-    for path in options.others:
-        taken = earlier(json.loads(path.read_text(encoding="utf-8")), rows, commit())
-        print("\n".join(text(row) for row in taken))
-        rows = [row for row in rows if not _replaced(row, taken)] + taken
-    for line in verdicts(rows):
-        runner.note(line)
-    gradients: list[memory_gradients.GradientRow] = []
-    if "gradients" in parts:
-        torch.set_num_threads(options.threads)
-        for row in memory_gradients.measure(options.device, options.run, options.training, options.quick):
-            if isinstance(row, str):
-                runner.note(row)
-            else:
-                gradients.append(row)
-        print(memory_gradients.table(gradients))
-    _write(options, runner, rows, gradients)
-    if options.out is not None:
-        note = draw([dataclasses.asdict(row) for row in rows], options.out, options.device.type)
-        if note:
-            print(note)
-    return 0
+    arguments = parser().parse_args(argv)
+    limit = ["--limit", str(arguments.limit or 8.0)] if arguments.device.type == "cpu" else []
+    if arguments.budgets:
+        groups = [[*limit, "--cases", case] for case in arguments.cases]
+        return harness.run("bench.memory", argv, arguments, groups, "memory-budgets")
+    groups = [
+        [*limit, "--only", curve, "--implementations", name]
+        for curve in arguments.only
+        for name in arguments.implementations
+    ]
+    return harness.run("bench.memory", argv, arguments, groups, "memory")
 
 
 if __name__ == "__main__":

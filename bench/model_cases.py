@@ -1,28 +1,83 @@
-"""What the model benchmark runs: configurations, their arithmetic, and the implementations with their variants.
+"""The models of the benchmarks: one multi-scale Glow by several implementations, its shapes and its arithmetic.
 
-Model FLOPs are those of the coupling nets alone, a fused multiply-add being two: of log_prob and sample the forward's,
-of a training step three times those, whatever an implementation computes a second time. The product rate is that of the
-library's matrix products at the shapes that the nets' convolutions have as products over positions; where the library's
-convolutions are faster than its products, a fraction of it is more than 1.
+All but ours are run level by level here: squeeze, K steps, half of the channels leave. "plain", "torch checkpoint" (of
+all steps, or a share of them) and "memcnn" have our model's own tensors and compute the same function with
+:mod:`pyglow_fast.reference` alone, step by step; normflows, nflows and FrEIA have their own step, with their own
+permutation and scale, a net of the same three convolutions and standard normal priors.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from bench.memory_models import OURS, Levels, Ours, Shape, build, images, plain_levels
-from bench.model_peers import PEER_STEPS
-from bench.precisions import NAMES, TF32, autocast, dtype_name, tf32_products
-from pyglow_fast import Glow
+from pyglow_fast import FlowStep, Glow, ReversibleSequence, functional, reference
+from pyglow_fast.layers import Coupling
+
+OURS = ("store", "checkpoint", "reversible")
+PLAIN, CHECKPOINTED, MEMCNN = "plain", "torch checkpoint", "memcnn"
+SAME_FUNCTION = (*OURS, PLAIN, CHECKPOINTED, MEMCNN)
+# Steps that torch.utils.checkpoint wraps, of how many: every 4th, every 2nd, all but every 4th.
+PARTLY = {"torch checkpoint 1/4": (1, 4), "torch checkpoint 1/2": (1, 2), "torch checkpoint 3/4": (3, 4)}
+TRAIN, LOG_PROB, SAMPLE = "train step", "log_prob", "sample"
+# The size of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer.
+RAW_SIZE = 0.1
+INITIAL, PARTS = 32, 16  # pixels: of larger images actnorms see some parts
+
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+Inverse = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The model and its batch. ``squeezes``: False for the steps of one level alone, on images as wide as they are."""
+
+    image: tuple[int, ...]
+    n_levels: int
+    n_steps: int
+    hidden: int
+    batch: int
+    squeezes: bool = True
+
+    @property
+    def title(self) -> str:
+        """The shape in tables."""
+        image = "x".join(map(str, self.image))
+        return f"{image} L {self.n_levels} K {self.n_steps} hidden {self.hidden} batch {self.batch}"
+
+    def widths(self) -> list[int]:
+        """Channels of the levels' states."""
+        blocks = 2 ** (len(self.image) - 1) if self.squeezes else 1
+        return [self.image[0] * blocks * max(1, blocks // 2) ** level for level in range(self.n_levels)]
+
+    def top(self) -> tuple[int, ...]:
+        """The shape (C, *spatial) of the top state."""
+        shrink = 2**self.n_levels if self.squeezes else 1
+        return (self.widths()[-1], *[size // shrink for size in self.image[1:]])
+
+    def initial(self) -> Shape:
+        """The shape of the parts of images that actnorms are initialised on."""
+        return self if self.image[1] <= INITIAL else self.small()
+
+    def small(self) -> Shape:
+        """Images of two positions at the top level: for what does not depend on the resolution."""
+        side = 2 ** (self.n_levels + 1)
+        return dataclasses.replace(self, image=(self.image[0], *[side] * (len(self.image) - 1)), batch=4)
+
+    def quick(self) -> Shape:
+        """Few steps, narrow nets and one or two small images: to see that all of it runs."""
+        side = min(self.image[1], 2 ** (self.n_levels + 1))
+        image = (self.image[0], *[side] * (len(self.image) - 1))
+        steps, batch = min(self.n_steps, 2), min(self.batch, 2)
+        return dataclasses.replace(self, image=image, n_steps=steps, hidden=8, batch=batch)
+
 
 CONFIGS = {
     "a": Shape((3, 32, 32), n_levels=3, n_steps=8, hidden=512, batch=16),
@@ -31,257 +86,392 @@ CONFIGS = {
     "d": Shape((12, 64, 64), n_levels=1, n_steps=1, hidden=32, batch=8, squeezes=False),
     "e": Shape((3, 32, 32), n_levels=3, n_steps=32, hidden=512, batch=16),
 }
-TRAIN, LOG_PROB, SAMPLE = "train step", "log_prob", "sample"
-WORKLOADS = (TRAIN, LOG_PROB, SAMPLE)
-PLAIN, CHECKPOINTED, MEMCNN = "plain", "torch checkpoint", "memcnn"
-EXTERNAL = (*PEER_STEPS, MEMCNN)
-FLOAT_BESIDE = (OURS[0], OURS[2], *PEER_STEPS)  # of what runs in bfloat16, what runs in float32 beside it
-IMPLEMENTATIONS = (*OURS, PLAIN, CHECKPOINTED, *EXTERNAL)
-RECOMPUTING = (*OURS[1:], CHECKPOINTED, MEMCNN)  # in training; else they run as the others do
-EAGER, CHANNELS_LAST, COMPILED = "eager", "channels_last", "torch.compile"
-NOTES = {
-    "normflows": "its own LU 1x1 and y = (u - shift) / s; standard normal priors",
-    "nflows": "its own LU 1x1, cached in evaluation; y = u s + shift; standard normal priors",
-    "FrEIA": "less work: a fixed permutation, no actnorm from data; standard normal priors",
-    MEMCNN: "its wrapper around the plain step",
-}
-WITHOUT_GRADIENTS = "all memory modes run alike without gradients"
-MEMCNN_COMPILES_NOT = "memcnn under torch.compile is left out: it frees the storage of tensors by hand"
-COMPILATIONS = 512  # of one function, such as a peer's step after a graph break; past the limit it would run eagerly
 
 
-@dataclasses.dataclass
-class Candidate:
-    """An implementation in a variant: its model, the images as it takes them, and the model's two entry points.
-
-    ``memory``: the mode that a model of ours is set to before each run; models are shared between modes. ``dtype``: in
-    bfloat16 a model of ours has that precision itself, the others run under torch.autocast. ``tf32``: float32 whose
-    convolutions the library may round.
-    """
-
-    implementation: str
-    variant: str
-    model: Any
-    x: Tensor
-    memory: str | None = None
-    note: str = ""
-    dtype: torch.dtype = torch.float32
-    tf32: bool = False
-
-    def __post_init__(self) -> None:
-        self.log_prob: Callable[[Tensor], Tensor] = self.model.log_prob
-        self.sample: Callable[[int], Tensor] = self.model.sample
-
-    @property
-    def name(self) -> str:
-        """The name of the candidate in tables and messages."""
-        precision = "" if self.dtype_name == "float32" else f", {self.dtype_name}"
-        return f"{self.implementation}, {self.variant}{precision}"
-
-    @property
-    def dtype_name(self) -> str:
-        """The precision as rows name it."""
-        return TF32 if self.tf32 else dtype_name(self.dtype)
-
-    def context(self) -> contextlib.AbstractContextManager[object]:
-        """Gives the context that its forward runs in: autocast, but for ours, whose nets have the precision."""
-        return autocast(self.x.device, torch.float32 if self.memory is not None else self.dtype)
-
-    def run(self, workload: str) -> Callable[[], Any]:
-        """Make the function that is timed. A training step is zero_grad, forward and backward, without an optimizer."""
-
-        def train() -> None:
-            self.select()
-            self.model.zero_grad(set_to_none=True)
-            with self.context():
-                loss = (-self.log_prob(self.x)).mean()
-            loss.backward()
-
-        def without_gradient() -> Tensor:
-            with torch.no_grad(), self.context():
-                return self.log_prob(self.x) if workload == LOG_PROB else self.sample(self.x.shape[0])
-
-        return train if workload == TRAIN else without_gradient
-
-    def decode(self, latents: list[Tensor]) -> Tensor:
-        """The x of these latents, in the precision that it samples in, which that of decode is not unless asked."""
-        own = {"precision": "auto"} if isinstance(self.model, Glow) else {}
-        with self.context():
-            x: Tensor = self.model.decode(latents, **own)
-        return x
-
-    def eager(self) -> Candidate:
-        """The candidate that is not compiled."""
-        return dataclasses.replace(self)
-
-    def select(self) -> None:
-        """Set the memory mode, where there is one."""
-        if self.memory is not None:
-            self.model.memory = self.memory
-
-    def gradients(self) -> list[Tensor]:
-        """The gradients of the last training step."""
-        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+# Steps of other libraries
 
 
-def net_flops(shape: Shape, workload: str) -> int:
-    """Count the operations of all coupling nets, over the batch."""
-    products = [2 * rows * inner * columns for rows, inner, columns in net_products(shape)]
-    return sum(products) * shape.n_steps * (3 if workload == TRAIN else 1)
+class ThreeConvolutions(nn.Sequential):
+    """The net of the peers that ask for one: 3x3, 1x1, 3x3, the last of them zero; nflows gives a context, too."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int) -> None:
+        last = nn.Conv2d(hidden, outputs, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        first, second = nn.Conv2d(inputs, hidden, 3, padding=1), nn.Conv2d(hidden, hidden, 1)
+        super().__init__(first, nn.ReLU(), second, nn.ReLU(), last)
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        """x -> what the coupling takes."""
+        out: Tensor = super().forward(x)
+        return out
 
 
-def net_products(shape: Shape) -> list[tuple[int, int, int]]:
-    """(rows, inner, columns) of the matrix products that one step of each level has in its net's forward."""
-    found, hidden = [], shape.hidden
-    channels, *spatial = shape.image
-    for _ in range(shape.n_levels):
-        if shape.squeezes:
-            channels, spatial = channels * 2 ** len(spatial), [size // 2 for size in spatial]
-        positions = shape.batch
-        for size in spatial:
-            positions *= size
-        found += [(positions, 9 * channels // 2, hidden), (positions, hidden, hidden)]
-        found += [(positions, hidden, 9 * channels)]
-        channels = channels // 2 if shape.squeezes else channels
-    return found
+class PeerStep(nn.Module):
+    """Layers of a peer, in order, as one step: ``run(layer, x, rev)`` gives what it maps x to, and log_det."""
+
+    def __init__(self, layers: Sequence[nn.Module], run: Callable[[nn.Module, Tensor, bool], Any]) -> None:
+        super().__init__()
+        self.layers, self._run = nn.ModuleList(layers), run
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x to z and log_det (N,)."""
+        total: Any = 0.0
+        for layer in self.layers:
+            x, log_det = self._run(layer, x, False)
+            total = total + log_det
+        return x, total
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Map z to x through the layers in reverse."""
+        for layer in reversed(self.layers):
+            z, _ = self._run(layer, z, True)
+        return z
 
 
-def products_case(
-    shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32, tf32: bool = False
-) -> tuple[Callable[[], None], int]:
-    """All those products, one after another into memory that is already there, and their FLOPs; in TF32 if asked."""
-    sizes = net_products(shape)
-    operands = [
-        tuple(torch.randn(size, device=device).to(dtype) for size in ((rows, inner), (inner, columns), (rows, columns)))
-        for rows, inner, columns in sizes
+def _normflows_step(channels: int, hidden: int) -> PeerStep:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it starts from torch.lu, which is deprecated
+        from normflows.flows import GlowBlock  # type: ignore[import-not-found]
+
+        block = GlowBlock(channels, hidden)
+    return PeerStep([block], lambda layer, x, rev: layer(x) if rev else layer.inverse(x))  # type: ignore[operator]
+
+
+def _nflows_step(channels: int, hidden: int) -> PeerStep:
+    from nflows import transforms  # type: ignore[import-not-found]
+
+    mask = [0] * (channels // 2) + [1] * (channels - channels // 2)
+    layers = [
+        transforms.ActNorm(channels),
+        transforms.OneByOneConvolution(channels, using_cache=True),  # its cache is for evaluation alone
+        transforms.AffineCouplingTransform(mask, lambda inputs, outputs: ThreeConvolutions(inputs, outputs, hidden)),
     ]
-
-    def run() -> None:
-        with tf32_products() if tf32 else contextlib.nullcontext():
-            for left, right, out in operands:
-                torch.mm(left, right, out=out)
-
-    return run, sum(2 * rows * inner * columns for rows, inner, columns in sizes)
+    return PeerStep(layers, lambda layer, x, rev: layer.inverse(x) if rev else layer(x))  # type: ignore[operator]
 
 
-class Candidates:
-    """The implementations of a configuration in their variants, and a line for each that is left out.
+def _freia_step(channels: int, hidden: int) -> PeerStep:
+    import FrEIA.modules as modules  # type: ignore[import-not-found]
 
-    Ours and those of our function share one set of tensors per variant, and per precision of ours. In bfloat16 those of
-    FLOAT_BESIDE are there in float32, too. ``compiled``: those that are there under torch.compile as well.
+    def run(layer: nn.Module, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        (z,), log_det = layer([x], rev=rev)
+        return z, log_det
+
+    def net(inputs: int, outputs: int) -> nn.Module:
+        return ThreeConvolutions(inputs, outputs, hidden)
+
+    return PeerStep([modules.AllInOneBlock([(channels, 1, 1)], subnet_constructor=net)], run)
+
+
+PEER_STEPS = {"normflows": _normflows_step, "nflows": _nflows_step, "FrEIA": _freia_step}
+IMPLEMENTATIONS = (*SAME_FUNCTION, *PEER_STEPS)
+
+
+# Models
+
+
+class PlainStep(nn.Module):
+    """z = coupling(M x + c) with the tensors of a FlowStep, by the formulas of the reference."""
+
+    def __init__(self, step: FlowStep) -> None:
+        super().__init__()
+        self.step = step
+
+    def _map(self) -> tuple[Tensor, Tensor, Tensor]:
+        mix: Any = self.step.permutation
+        weight = reference.lu_weight(mix.permutation, mix.lower, mix.upper, mix.log_diag, mix.sign_diag)
+        log_scale = self.step.actnorm.log_scale
+        matrix, offset = reference.fold_actnorm(weight, log_scale, self.step.actnorm.bias)
+        return matrix, offset, mix.log_diag.sum() + log_scale.sum()
+
+    def _net(self, state: Tensor) -> Tensor:
+        net: Any = self.step.coupling.net
+        gain = (3.0 * net.log_gain).exp().reshape(-1, 1, 1, 1)
+        first, second = (net.conv1.weight, net.conv1.bias), (net.conv2.weight, net.conv2.bias)
+        third = (net.conv3.weight * gain, net.conv3.bias * gain.flatten())
+        return reference.coupling_net(state[:, : self.step.channels // 2], *first, *second, *third)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x to z and log_det (N,)."""
+        matrix, offset, map_log_det = self._map()
+        u = reference.channel_mix(x, matrix, offset)
+        z, log_det = reference.coupling(u, self._net(u), self.step.coupling.spec)
+        return z, log_det + reference.n_positions(x) * map_log_det
+
+    def inverse(self, z: Tensor, _: Tensor | None = None) -> Tensor:
+        """Map z to x; memcnn asks for x from all outputs."""
+        matrix, offset, _map_log_det = self._map()
+        u, _log_det = reference.coupling_inverse(z, self._net(z), self.step.coupling.spec)
+        return reference.channel_unmix(u, reference.invert_matrix(matrix), offset)
+
+
+class Levels(nn.Module):
+    """A flow of steps in levels; ``prior(level, kept)`` gives mean and log_sd of what leaves there, or of the top.
+
+    ``steps``: with their inverses; ``top``: (C, *spatial) of the top state; ``squeezes``: whether levels begin so.
     """
 
     def __init__(
         self,
-        shape: Shape,
-        device: torch.device,
-        names: Sequence[str],
-        compiled: Sequence[str],
-        dtype: torch.dtype = torch.float32,
-        tf32: bool = False,
+        modules: nn.Module,
+        steps: Sequence[Sequence[tuple[Step, Inverse]]],
+        prior: Callable[[int, Tensor], Any],
+        top: tuple[int, ...],
+        squeezes: bool,
     ) -> None:
-        self.shape, self.device, self.dtype, self.tf32 = shape, device, dtype, tf32
-        self.found: list[Candidate] = []
-        self.missing: list[str] = []
-        self.x = images(shape, device)
-        ours = build("store", shape, "auto", device)
-        assert not isinstance(ours, Levels)
-        self.ours: Ours = ours
-        for variant in (EAGER, CHANNELS_LAST):
-            models = self._models(variant)
-            for name in names:
-                self._add(name, variant, models)
-        for name in compiled:
-            if name in names:
-                self._add_compiled(name)
+        super().__init__()
+        self.owned = modules  # the parameters
+        self._steps, self._prior, self.top, self._squeezes = steps, prior, top, squeezes
 
-    def exact(self, implementation: str = PLAIN) -> Levels:
-        """Build the function of an implementation in float64; ours by the reference."""
-        if implementation in PEER_STEPS:
-            peer = build(implementation, self.shape, "auto", self.device)
-            assert isinstance(peer, Levels)
-            return peer.double()
-        return plain_levels(copy.deepcopy(self.ours).double(), CHECKPOINTED)
+    def _encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Latents, what predicts their priors, and log_det."""
+        latents, kept, total = [], [], x.new_zeros(x.shape[0])
+        for index, steps in enumerate(self._steps):
+            if self._squeezes:
+                x = reference.squeeze(x)
+            for step, _ in steps:
+                x, log_det = step(x)
+                total = total + log_det
+            if index + 1 < len(self._steps):
+                x, factored = x.chunk(2, dim=1)
+                latents.append(factored)
+                kept.append(x)
+        return [*latents, x], [*kept, x], total
 
-    def of(self, workload: str) -> list[Candidate]:
-        """Choose what the workload is measured on; our memory modes differ in training alone."""
-        if workload == TRAIN:
-            return list(self.found)
-        return [c for c in self.found if c.implementation not in RECOMPUTING]
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Compute log p(x), (N,), in nats."""
+        latents, kept, total = self._encode(x)
+        for index, (latent, by) in enumerate(zip(latents, kept, strict=True)):
+            # The densities are in the dtype of x: that of a state that autocast has rounded would be rounded again, as
+            # a sum.
+            total = total + reference.gaussian_log_prob(latent.to(total.dtype), *self._prior(index, by))
+        return total
 
-    def _models(self, variant: str) -> dict[torch.dtype, Ours]:
-        """Ours by dtype; the original is the eager one in float32."""
-        models = {torch.float32: self.ours if variant == EAGER else copy.deepcopy(self.ours)}
-        if self.dtype != torch.float32:
-            models[self.dtype] = copy.deepcopy(self.ours)
-            models[self.dtype].precision = NAMES[self.dtype]
-        if variant == CHANNELS_LAST:
-            return {dtype: _channels_last(model) for dtype, model in models.items()}
-        return models
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Compute the latents of x, shallowest first."""
+        return self._encode(x)[0]
 
-    def _dtypes(self, name: str) -> list[torch.dtype]:
-        beside = self.dtype != torch.float32 and name in FLOAT_BESIDE
-        return [self.dtype, torch.float32] if beside else [self.dtype]
+    def _decode(self, top: Tensor, latent: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Decode from the top state down; ``latent(level, kept)`` is what left at a level."""
+        x = top
+        for index in reversed(range(len(self._steps))):
+            if index + 1 < len(self._steps):
+                x = torch.cat([x, latent(index, x)], dim=1)
+            for _, inverse in reversed(self._steps[index]):
+                x = inverse(x)
+            if self._squeezes:
+                x = reference.unsqueeze(x)
+        return x
 
-    def _model(self, name: str, models: dict[torch.dtype, Ours], dtype: torch.dtype) -> Any:
-        """A peer's is built for each dtype: some keep what they compute in evaluation, in the dtype of then."""
-        if name in OURS:
-            return models[dtype]
-        if name in PEER_STEPS:
-            return build(name, self.shape, "auto", self.device)
-        return plain_levels(models[torch.float32], name)
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Compute the x whose latents these are."""
+        return self._decode(latents[-1], lambda index, _: latents[index])
 
-    def _add(self, name: str, variant: str, models: dict[torch.dtype, Ours]) -> None:
-        """Add an implementation's variant in all its dtypes."""
-        memory = name if name in OURS else None
-        for dtype in self._dtypes(name):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    model, x = self._model(name, models, dtype), self.x
-            except ImportError as error:
-                self._leave_out(f"{name} is left out: it cannot be imported ({error})")
-                return
-            if variant == CHANNELS_LAST:
-                model, x = _channels_last(model), _channels_last(x)
-            self.found.append(Candidate(name, variant, model, x, memory, NOTES.get(name, ""), dtype, self.tf32))
+    def sample(self, n: int) -> Tensor:
+        """Draw samples (n, C, H, W); noise is drawn from the top down."""
 
-    def _add_compiled(self, name: str) -> None:
-        if name in OURS[1:] or name == CHECKPOINTED:
-            return  # recomputation is no single graph
-        if name == MEMCNN:
-            self._leave_out(MEMCNN_COMPILES_NOT)
-            return
-        before = len(self.found)
-        self._add(name, COMPILED, self._models(COMPILED))
-        for candidate in self.found[before:]:
-            suffix = f"{name}_{dtype_name(candidate.dtype)}"
-            candidate.log_prob = _compiled(candidate.model.log_prob, f"log_prob_of_{suffix}")
-            candidate.sample = _compiled(candidate.model.sample, f"sample_of_{suffix}")
+        def draw(index: int, like: Tensor) -> Tensor:
+            noise = torch.randn_like(like, dtype=top.dtype)  # also where autocast has rounded the state
+            return reference.gaussian_sample(noise, *self._prior(index, like))
 
-    def _leave_out(self, line: str) -> None:
-        if line not in self.missing:
-            self.missing.append(line)
+        top = next(self.parameters()).new_empty(n, *self.top)
+        return self._decode(draw(len(self._steps) - 1, top), draw)
 
 
-def _channels_last(of: Any) -> Any:
-    """A model or images in that layout; a model is changed itself."""
-    return of.to(memory_format=torch.channels_last)
+class OurSteps(nn.Module):
+    """Steps of ours of one level alone, without squeeze; the prior is the standard normal."""
+
+    def __init__(self, shape: Shape, memory: str | int, budget: str | int) -> None:
+        super().__init__()
+        steps = [FlowStep(shape.image[0], shape.hidden) for _ in range(shape.n_steps)]
+        self.steps = ReversibleSequence(steps, memory=memory, memory_budget=budget)
+        self.top = shape.top()
+
+    def initialize(self, x: Tensor) -> None:
+        """Set the actnorms from x."""
+        self.steps.initialize(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Compute log p(x), (N,), in nats."""
+        z, log_det = self.steps(x)
+        return log_det + functional.gaussian_log_prob(z, *_standard(0, z))
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Compute the latent of x, alone in its list."""
+        return [self.steps(x)[0]]
+
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Compute the x whose latent this is."""
+        x: Tensor = self.steps.inverse(latents[0])[0]
+        return x
+
+    def sample(self, n: int) -> Tensor:
+        """Draw samples (n, C, H, W)."""
+        return self.decode([torch.randn_like(next(self.parameters()).new_empty(n, *self.top))])
 
 
-def _compiled(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """Compiled as code of its own: what shares its code is looked through at every call, and costs up to 0.4 ms."""
-
-    def call(*arguments: Any) -> Tensor:
-        return function(*arguments)
-
-    own = types.FunctionType(call.__code__.replace(co_name=name), globals(), name, None, call.__closure__)
-    compiled: Callable[..., Tensor] = torch.compile(own, dynamic=False)
-    return compiled
+Model = Glow | OurSteps | Levels
 
 
-def reset_compiler() -> None:
-    """Forget what was compiled, and let one function be compiled for many models."""
-    torch.compiler.reset()
-    torch._dynamo.config.recompile_limit = COMPILATIONS
-    torch._dynamo.config.accumulated_recompile_limit = 4 * COMPILATIONS
+def our_model(shape: Shape, memory: str | int, budget: str | int) -> Glow | OurSteps:
+    """A Glow, or where nothing is squeezed the steps of one level alone."""
+    if not shape.squeezes:
+        return OurSteps(shape, memory, budget)
+    return Glow(
+        image_shape=shape.image,
+        n_levels=shape.n_levels,
+        n_steps=shape.n_steps,
+        hidden=shape.hidden,
+        memory=memory,
+        memory_budget=budget,
+    )
+
+
+def sequences(model: nn.Module) -> list[ReversibleSequence]:
+    """The runs of steps of a model of ours, by level."""
+    return [module for module in model.modules() if isinstance(module, ReversibleSequence)]
+
+
+def set_memory(model: Model, memory: str | int) -> None:
+    """Give a model of ours its memory mode, or bytes."""
+    owner: Any = model.steps if isinstance(model, OurSteps) else model
+    owner.memory = memory
+
+
+def set_precision(model: Model, precision: str) -> None:
+    """Give all coupling nets of a model of ours their precision."""
+    for module in model.modules():
+        if isinstance(module, Coupling):
+            module.precision = precision
+
+
+def _is_checkpointed(implementation: str, index: int) -> bool:
+    """Tell whether torch.utils.checkpoint wraps a level's step of that index; a share's steps are evenly spread."""
+    some, of = PARTLY.get(implementation, (int(implementation == CHECKPOINTED), 1))
+    return (index + 1) * some // of > index * some // of
+
+
+def plain_levels(ours: Model, implementation: str) -> Levels:
+    """Build the function from the same tensors: "plain", "torch checkpoint", one of PARTLY, or "memcnn"."""
+
+    def wrapped(plain: PlainStep, index: int) -> Step:
+        if _is_checkpointed(implementation, index):
+            return lambda x: checkpoint(plain, x, use_reentrant=False)
+        return memcnn_step(plain) if implementation == MEMCNN else plain
+
+    def prior(index: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(ours, Glow):
+            return _standard(index, kept)
+        found: tuple[Tensor, Tensor] = (
+            ours.splits[index].prior(kept) if index < len(ours.splits) else ours.prior(kept, None)  # type: ignore[operator]
+        )
+        return found
+
+    plain = [[PlainStep(step) for step in sequence.flow_steps()] for sequence in sequences(ours)]
+    steps = [[(wrapped(step, index), step.inverse) for index, step in enumerate(level)] for level in plain]
+    top = ours.state_shapes[-1] if isinstance(ours, Glow) else ours.top
+    return Levels(ours, steps, prior, top, isinstance(ours, Glow))
+
+
+def memcnn_step(plain: PlainStep) -> Step:
+    """memcnn's reversible wrapper around the step; it frees its input, which must not be used elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import memcnn  # type: ignore[import-not-found]
+
+    module = memcnn.InvertibleModuleWrapper(plain)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        with warnings.catch_warnings():  # TypedStorage is deprecated
+            warnings.simplefilter("ignore")
+            # The input of a level is a leaf or a view: its storage is not the wrapper's to free.
+            z, log_det = module(x.clone() if x.grad_fn is None or x._is_view() else x)
+        return z, log_det
+
+    return run
+
+
+def _standard(_: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+    zero = kept.new_zeros(())
+    return zero, zero
+
+
+def _peer(name: str, shape: Shape) -> Levels:
+    np.random.seed(0)  # permutations of nflows and FrEIA come from there
+    levels = [[PEER_STEPS[name](width, shape.hidden) for _ in range(shape.n_steps)] for width in shape.widths()]
+    owned = nn.ModuleList(step for level in levels for step in level)
+    steps = [[(step, step.inverse) for step in level] for level in levels]
+    return Levels(owned, steps, _standard, shape.top(), shape.squeezes)
+
+
+def wake(module: nn.Module) -> None:
+    """Weights in place of the zeros that nets end with, such that they put out about RAW_SIZE."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d) and not part.weight.any():
+            nn.init.normal_(part.weight, std=RAW_SIZE / part.weight[0].numel() ** 0.5)
+
+
+def images(shape: Shape, device: torch.device) -> Tensor:
+    """Smooth random images with a little noise, alike at all resolutions, (N, C, H, W) in -0.5 .. 0.5."""
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.rand(
+        shape.batch, shape.image[0], *(max(4, size // 8) for size in shape.image[1:]), generator=generator
+    )
+    smooth = nn.functional.interpolate(coarse, size=shape.image[1:], mode="bilinear", align_corners=True)
+    noise = torch.rand(smooth.shape, generator=generator)
+    return (0.9 * smooth + 0.1 * noise - 0.5).to(device)
+
+
+def parts(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Up to PARTS parts of images, of that size, from all over them.
+
+    Actnorms that are set on other statistics than those of the images let deep models blow up, and their states drift.
+    """
+    for dim, length in enumerate(size, start=2):
+        x = torch.cat(x.split(length, dim=dim))
+    return x[:: max(1, x.shape[0] // PARTS)][:PARTS]
+
+
+def build(implementation: str, shape: Shape, budget: str | int, device: torch.device) -> Model:
+    """The model, its actnorms initialised on small images, with nets that put out something.
+
+    Raises:
+        ImportError: the implementation's library is not there.
+    """
+    torch.manual_seed(0)
+    small_images = parts(images(shape, torch.device("cpu")), shape.initial().image[1:])
+    if implementation in PEER_STEPS:
+        peer = _peer(implementation, shape)
+        wake(peer)
+        with torch.no_grad():
+            peer.log_prob(small_images)
+        return peer.to(device)
+    memory = implementation if implementation in OURS else "store"
+    small = our_model(shape.initial(), memory, budget)
+    wake(small)
+    small.initialize(small_images)
+    ours = our_model(shape, memory, budget)
+    ours.load_state_dict(small.state_dict())
+    del small
+    ours.to(device)
+    return ours if implementation in OURS else plain_levels(ours, implementation)
+
+
+def training_step(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Run forward and backward of the mean of -log_prob."""
+    log_prob: Any = model.log_prob
+    return lambda: (-log_prob(x)).mean().backward()
+
+
+def gradient_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[float, float]:
+    """sqrt(sum |g - e|^2 / sum |e|^2) over all tensors, and the largest |g - e| / |e| of one; NaN if a g has one.
+
+    A tensor whose exact gradient is below 1e-6 of the norm of all is held against that: it is rounding alone.
+    """
+    squares = [
+        (float((g.double() - e).square().sum()), float(e.square().sum())) for g, e in zip(found, exact, strict=True)
+    ]
+    error, norm = (sum(pair[i] for pair in squares) for i in (0, 1))
+    if error != error:
+        return float("nan"), float("nan")
+    worst = max((wrong / max(size, 1e-12 * norm)) ** 0.5 for wrong, size in squares)
+    return (error / norm) ** 0.5, worst

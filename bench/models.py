@@ -1,358 +1,341 @@
 """Whole models: a training step, log_prob and sampling, by ours, plain torch and the peers' layers.
 
-    python -m bench.models [--configs a,b] [--precision fp32] [--device cpu] [--compile [NAMES]] [--quick] [--out DIR]
+    pyglow-fast bench models [--configs a,b] [--precision bf16] [--quick] [--out DIR]
+    pyglow-fast bench models --configs b --implementations store,reversible --against ../before
 
 A training step is zero_grad, forward and backward of the mean of -log_prob; an optimizer is no part of it. log_prob and
-sample run under no_grad in evaluation mode. Every candidate is checked before it is timed (bench/model_checks.py);
-then all take turns in one process, in an order that changes from round to round, the library's matrix products at the
-nets' shapes among them. On the CPU each configuration is measured twice, in fresh processes with two settings of malloc
-(bench.harness.TUNED_MALLOC): what ran before leaves the heap and the memory's pages in a state that slows what comes
-after. Ratios are of each side at its own best over variants and both settings.
+sample run under no_grad in evaluation mode. Every candidate is held against its function in float64 before it is timed:
+its gradients, log_prob, or what it decodes from latents. Each configuration and call is measured in processes of its
+own: what ran before leaves the heap in a state that slows what comes after.
 
-With ``--precision bf16`` our models have that precision and the others run under torch.autocast; ours (stored and
-reversible) and the peers' layers are in the same rounds in float32, too, so that all ratios come from one run. On a
-GPU torch lets convolutions round to TF32: ``--precision fp32`` turns that off, ``tf32`` on, and the rows say which.
+With ``--precision bf16`` our models have that precision and the others run under torch.autocast; ours and the peers'
+layers are in the same rounds in float32, too. There ours may be off by at most twice as much as plain torch. On a GPU
+torch lets convolutions round to TF32: ``--precision fp32`` turns that off, ``tf32`` on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import dataclasses
-import json
-import random
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import types
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bench import model_plots, peers
-from bench.harness import (
-    device_name,
-    machine,
-    malloc_environments,
-    malloc_setting,
-    run_module,
-    synchronize,
-    write_json,
-)
-from bench.memory_models import Shape
+from bench import harness
+from bench.harness import PRECISIONS, TF32, Prepared, Row, autocast, chosen, default_dtype, dtype_name
 from bench.model_cases import (
+    CHECKPOINTED,
     CONFIGS,
     IMPLEMENTATIONS,
+    LOG_PROB,
+    MEMCNN,
+    OURS,
+    PEER_STEPS,
+    PLAIN,
+    SAME_FUNCTION,
+    SAMPLE,
     TRAIN,
-    WITHOUT_GRADIENTS,
-    WORKLOADS,
-    Candidate,
-    Candidates,
-    net_flops,
-    products_case,
-    reset_compiler,
+    Levels,
+    Model,
+    Shape,
+    build,
+    gradient_error,
+    images,
+    plain_levels,
+    set_memory,
+    set_precision,
+    training_step,
 )
-from bench.model_checks import Checks, Errors, passing
-from bench.model_rows import ModelRow, table, verdicts
-from bench.precisions import PRECISIONS, TF32, tf32
+from pyglow_fast import Glow
 
-PRODUCTS = "library's products"
-TURN_SECONDS = 0.1  # short cases are repeated within their turn to about this
-LEAST_ROUNDS = 3
+WORKLOADS = (TRAIN, LOG_PROB, SAMPLE)
+FLOAT_BESIDE = (OURS[0], OURS[2], *PEER_STEPS)  # of what runs in bfloat16, what runs in float32 beside it
+RECOMPUTING = (*OURS[1:], CHECKPOINTED, MEMCNN)  # in training; else they run as the others do
+EAGER, CHANNELS_LAST, COMPILED = "eager", "channels_last", "torch.compile"
+# Of float32: relative of all gradients, nats per dimension of log_prob, relative of decoded latents.
+TOLERANCES = {TRAIN: 1e-3, LOG_PROB: 1e-5, SAMPLE: 1e-3}
+FACTOR = 2.0  # of plain torch's error, in lower precision
+COMPILATIONS = 512  # of one function, such as a peer's step after a graph break; past the limit it would run eagerly
 
 
-def take_turns(
-    cases: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float
-) -> dict[str, list[float]]:
-    """Seconds of a call of each case in each round; fewer rounds, but LEAST_ROUNDS, once the time is spent.
+@dataclasses.dataclass
+class Candidate:
+    """An implementation in a variant: its model, the images as it takes them, and the model's two entry points.
 
-    The cases have run before; one more call here is not counted, and neither is the first of a repeated turn: it finds
-    the caches and the heap as another left them.
+    ``memory``: the mode that a model of ours is set to before each run; models are shared between modes. ``dtype``: in
+    bfloat16 a model of ours has that precision itself, the others run under torch.autocast.
     """
-    begin = time.perf_counter()
 
-    def timed(case: Callable[[], object], times: int) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(times):
-            case()
-        synchronize(device)
-        return (time.perf_counter() - start) / times
+    implementation: str
+    variant: str
+    model: Any
+    x: Tensor
+    memory: str | None = None
+    dtype: torch.dtype = torch.float32
 
-    repeats = {name: max(1, min(1000, int(TURN_SECONDS / max(timed(case, 1), 1e-7)))) for name, case in cases.items()}
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    for done in range(rounds):
-        if done >= min(LEAST_ROUNDS, rounds) and time.perf_counter() - begin > seconds:
-            break
-        for name in random.Random(done).sample(list(cases), len(cases)):
-            if repeats[name] > 1:
-                cases[name]()
-            found[name].append(timed(cases[name], repeats[name]))
-    return found
+    def __post_init__(self) -> None:
+        self.log_prob: Callable[[Tensor], Tensor] = self.model.log_prob
+        self.sample: Callable[[int], Tensor] = self.model.sample
 
+    def context(self) -> contextlib.AbstractContextManager[object]:
+        """Gives the context that its forward runs in: autocast, but for ours, whose nets have the precision."""
+        return autocast(self.x.device, torch.float32 if self.memory is not None else self.dtype)
 
-class Measurement:
-    """One process: its device and malloc setting, and how much of what is measured."""
+    def run(self, workload: str) -> Callable[[], Any]:
+        """Make the function that is timed."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device, self.rounds, self.seconds = arguments.device, arguments.rounds, arguments.seconds
-        self.names, self.workloads, self.compiled = arguments.implementations, arguments.workloads, arguments.compile
-        self.tf32 = arguments.precision == TF32
-        self.dtype = torch.float32 if self.tf32 else PRECISIONS[arguments.precision]
-        self.shapes: dict[str, Shape] = arguments.shapes or CONFIGS
-        if arguments.quick:
-            self.shapes = {name: quick(shape) for name, shape in self.shapes.items()}
-        self.device_name, self.malloc = device_name(self.device), malloc_setting()
-        self.notes: list[str] = []
+        def train() -> None:
+            if self.memory is not None:
+                set_memory(self.model, self.memory)
+            self.model.zero_grad(set_to_none=True)
+            with self.context():
+                loss = (-self.log_prob(self.x)).mean()
+            loss.backward()
 
-    def config(self, config: str) -> list[ModelRow]:
-        """All workloads of one configuration; prints a table of each."""
-        shape, rows = self.shapes[config], []
-        candidates = Candidates(shape, self.device, self.names, self.compiled, self.dtype, self.tf32)
-        for line in candidates.missing:
-            self._note(line)
-        for workload in self.workloads:
-            if self.compiled:
-                reset_compiler()  # what was compiled before would be looked through at every call
-            for candidate in candidates.found:
-                candidate.model.train(workload == TRAIN)
-            checks = Checks(candidates, workload)
-            found, lines = passing(checks, candidates.of(workload))
-            errors = checks.errors
-            del checks  # what it holds in float64 is as much as the models
-            for line in lines:
-                self._note(f"({config}) {line}")
-            measured = self._workload(config, shape, workload, found, errors)
-            print(table(measured), flush=True)
-            rows += measured
-            for candidate in candidates.found:
-                candidate.model.zero_grad(set_to_none=True)
-        return rows
+        def without_gradient() -> Tensor:
+            with torch.no_grad(), self.context():
+                return self.log_prob(self.x) if workload == LOG_PROB else self.sample(self.x.shape[0])
 
-    def _note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
-            print(f"note: {line}", flush=True)
+        return train if workload == TRAIN else without_gradient
 
-    def _workload(
-        self, config: str, shape: Shape, workload: str, candidates: Sequence[Candidate], errors: Mapping[str, Errors]
-    ) -> list[ModelRow]:
-        dtypes = list(dict.fromkeys(candidate.dtype for candidate in candidates))
-        products = {dtype: products_case(shape, self.device, dtype, self.tf32) for dtype in dtypes}
-        cases: dict[str, Callable[[], object]] = {f"{PRODUCTS}, {dtype}": products[dtype][0] for dtype in dtypes}
-        cases |= {candidate.name: candidate.run(workload) for candidate in candidates}
-        times = take_turns(cases, self.device, self.rounds, self.seconds / len(self.workloads))
-        rates = {dtype: products[dtype][1] / statistics.median(times[f"{PRODUCTS}, {dtype}"]) for dtype in dtypes}
-        flops = net_flops(shape, workload)
-        rows = []
-        for candidate in candidates:
-            values, product_rate, error = times[candidate.name], rates[candidate.dtype], errors[candidate.name]
-            low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else 3 * values
-            rows.append(
-                ModelRow(
-                    config=config,
-                    workload=workload,
-                    implementation=candidate.implementation,
-                    variant=candidate.variant,
-                    malloc=self.malloc,
-                    device=self.device_name,
-                    dtype=candidate.dtype_name,
-                    shape=shape,
-                    seconds=median,
-                    seconds_low=low,
-                    seconds_high=high,
-                    rounds=len(values),
-                    flops=flops,
-                    gigaflops=flops / median / 1e9,
-                    product_gigaflops=product_rate / 1e9,
-                    fraction_of_products=flops / median / product_rate,
-                    note=_note_of(candidate, workload),
-                    gradient_error=error.gradients,
-                    gradient_error_worst=error.worst_gradient,
-                    value_error=error.values,
-                )
-            )
-        return rows
+    def decode(self, latents: list[Tensor]) -> Tensor:
+        """The x of these latents, in the precision that it samples in, which that of decode is not unless asked."""
+        own = {"precision": "auto"} if isinstance(self.model, Glow) else {}
+        with torch.no_grad(), self.context():
+            x: Tensor = self.model.decode(latents, **own)
+        return x
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the last training step."""
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
 
-def _note_of(candidate: Candidate, workload: str) -> str:
-    if candidate.memory is None:
-        return candidate.note
-    if workload != TRAIN:
-        return WITHOUT_GRADIENTS
-    if candidate.memory != "reversible":
-        return ""
-    reports = candidate.model.memory_report()
-    return (
-        f"anchors every {[r['anchor_every'] for r in reports]} steps, {sum(r['redone_steps'] for r in reports)} redone"
-    )
+class Candidates:
+    """The implementations of a configuration in their variants, and a line for each that is left out.
+
+    Ours and those of our function share one set of tensors per variant, and per precision of ours. In bfloat16 those of
+    FLOAT_BESIDE are there in float32, too. ``compiled``: those that are there under torch.compile as well.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        names: Sequence[str],
+        compiled: Sequence[str] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.found: list[Candidate] = []
+        self.missing: list[str] = []
+        self.x = images(shape, device)
+        self.ours = build("store", shape, "auto", device)
+        for variant in (EAGER, CHANNELS_LAST):
+            models = self._models(variant)
+            for name in names:
+                self._add(name, variant, models)
+        for name in compiled:
+            if name in names and name not in RECOMPUTING:  # recomputation is no single graph
+                self._add_compiled(name)
+
+    def exact(self, implementation: str = PLAIN) -> Levels:
+        """Build the function of an implementation in float64; ours by the reference."""
+        if implementation in PEER_STEPS:
+            peer = build(implementation, self.shape, "auto", self.device)
+            assert isinstance(peer, Levels)
+            return peer.double()
+        return plain_levels(copy.deepcopy(self.ours).double(), CHECKPOINTED)
+
+    def _models(self, variant: str) -> dict[torch.dtype, Model]:
+        """Ours by dtype; the original is the eager one in float32."""
+        models = {torch.float32: self.ours if variant == EAGER else copy.deepcopy(self.ours)}
+        if self.dtype != torch.float32:
+            models[self.dtype] = copy.deepcopy(self.ours)
+            names = {dtype: name for name, dtype in PRECISIONS.items()}
+            set_precision(models[self.dtype], names[self.dtype])
+        if variant == CHANNELS_LAST:
+            models = {dtype: model.to(memory_format=torch.channels_last) for dtype, model in models.items()}  # type: ignore[call-overload]
+        return models
+
+    def _add(self, name: str, variant: str, models: dict[torch.dtype, Model]) -> None:
+        """Add an implementation's variant in all its dtypes; a peer's is built for each: some cache in theirs."""
+        beside = self.dtype != torch.float32 and name in FLOAT_BESIDE
+        for dtype in [self.dtype, torch.float32] if beside else [self.dtype]:
+            model: Any = models[dtype] if name in OURS else None
+            x = self.x
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    if name in PEER_STEPS:
+                        model = build(name, self.shape, "auto", self.device)
+                    elif model is None:
+                        model = plain_levels(models[torch.float32], name)
+            except ImportError as error:
+                line = f"{name} is left out: it cannot be imported ({error})"
+                self.missing += [line] if line not in self.missing else []
+                return
+            if variant == CHANNELS_LAST:
+                model = model.to(memory_format=torch.channels_last)
+                x = x.to(memory_format=torch.channels_last)
+            self.found.append(Candidate(name, variant, model, x, name if name in OURS else None, dtype))
+
+    def _add_compiled(self, name: str) -> None:
+        torch._dynamo.config.recompile_limit = COMPILATIONS
+        torch._dynamo.config.accumulated_recompile_limit = 4 * COMPILATIONS
+        before = len(self.found)
+        self._add(name, COMPILED, self._models(COMPILED))
+        for candidate in self.found[before:]:
+            suffix = f"{name}_{dtype_name(candidate.dtype)}"
+            candidate.log_prob = _compiled(candidate.model.log_prob, f"log_prob_of_{suffix}")
+            candidate.sample = _compiled(candidate.model.sample, f"sample_of_{suffix}")
 
 
-def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """A parser's type: a list of names with commas between them."""
+def _compiled(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """Compiled as code of its own: what shares its code is looked through at every call, and costs up to 0.4 ms."""
 
-    def parse(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, found {text!r}")
-        return names
+    def call(*arguments: Any) -> Tensor:
+        return function(*arguments)
 
-    return parse
+    own = types.FunctionType(call.__code__.replace(co_name=name), globals(), name, None, call.__closure__)
+    compiled: Callable[..., Tensor] = torch.compile(own, dynamic=False)
+    return compiled
 
 
-def quick(shape: Shape) -> Shape:
-    """Shrink a configuration to few steps, narrow nets and one or two small images: to see that all of it runs."""
-    side = min(shape.image[1], 2 ** (shape.n_levels + 1))
-    image = (shape.image[0], *[side] * (len(shape.image) - 1))
-    return dataclasses.replace(shape, image=image, n_steps=min(shape.n_steps, 2), hidden=8, batch=min(shape.batch, 2))
+class Unequal(RuntimeError):
+    """Raised when a candidate does not compute what it should, so that its time means nothing."""
 
 
-def _shapes(text: str) -> dict[str, Shape]:
-    return {name: Shape.of(values) for name, values in json.loads(text).items()}
+class Checks:
+    """Holds each candidate against its function in float64: ours, plain and memcnn are one, a peer has its own."""
+
+    def __init__(self, candidates: Candidates, workload: str, tf32: bool = False) -> None:
+        self._candidates, self._workload, self._tf32 = candidates, workload, tf32
+        self._exact: dict[str, list[Tensor]] = {}  # gradients, log_prob or latents, by function
+        self._plain: dict[torch.dtype, float] = {}  # its errors
+
+    def _truth(self, function: str) -> list[Tensor]:
+        if function not in self._exact:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exact, x = self._candidates.exact(function), self._candidates.x.double()
+            exact.train(self._workload == TRAIN)
+            with default_dtype(torch.float64):  # some libraries' layers make constants of the default dtype
+                if self._workload == TRAIN:
+                    training_step(exact, x)()
+                    self._exact[function] = [p.grad for p in exact.parameters() if p.grad is not None]
+                else:
+                    with torch.no_grad():
+                        self._exact[function] = [exact.log_prob(x)] if self._workload == LOG_PROB else exact.encode(x)
+        return self._exact[function]
+
+    def error(self, candidate: Candidate) -> float:
+        """Run the candidate once: the error of what it computes.
+
+        Raises:
+            Unequal: it is too large.
+        """
+        same = candidate.implementation in SAME_FUNCTION
+        truth = self._truth(PLAIN if same else candidate.implementation)
+        result = candidate.run(self._workload)()
+        if self._workload == TRAIN:
+            error = gradient_error(candidate.gradients(), truth)[0]
+        elif self._workload == LOG_PROB:
+            error = float((result.double() - truth[0]).abs().max()) / candidate.x[0].numel()
+        else:
+            back = candidate.decode([latent.to(candidate.x.dtype) for latent in truth]).double()
+            error = float((back - candidate.x).norm() / candidate.x.norm())
+        limit = TOLERANCES[self._workload]
+        if candidate.dtype != torch.float32 or self._tf32:
+            limit = FACTOR * self._plain.get(candidate.dtype, float("inf")) if same else float("inf")
+        if candidate.implementation == PLAIN:
+            self._plain[candidate.dtype] = error
+        if not error <= limit:  # also NaN
+            raise Unequal(f"off by {error:.1e}, more than {limit:.1e}")
+        return error
+
+
+def prepare(options: Sequence[str]) -> Prepared:
+    """Build and check what a process of the benchmark times."""
+    arguments = parser().parse_args(options)
+    torch.set_num_threads(arguments.threads)
+    prepared = Prepared(device=arguments.device)
+    if arguments.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = arguments.precision == TF32
+    for config in arguments.configs:
+        shape = CONFIGS[config].quick() if arguments.quick else CONFIGS[config]
+        for workload in arguments.workloads:
+            _prepare(prepared, arguments, config, shape, workload)
+    return prepared
+
+
+def _prepare(prepared: Prepared, arguments: argparse.Namespace, config: str, shape: Shape, workload: str) -> None:
+    dtype = PRECISIONS.get(arguments.precision, torch.float32)
+    names = [name for name in arguments.implementations if workload == TRAIN or name not in RECOMPUTING]
+    candidates = Candidates(shape, arguments.device, names, arguments.compile, dtype)
+    prepared.notes += candidates.missing
+    checks = Checks(candidates, workload, arguments.precision == TF32)
+    for candidate in candidates.found:
+        candidate.model.train(workload == TRAIN)
+    for candidate in sorted(candidates.found, key=lambda found: found.implementation != PLAIN):
+        name = f"({config}) {workload}, {candidate.implementation}, {candidate.variant}, {dtype_name(candidate.dtype)}"
+        own = candidate.implementation in (*OURS, PLAIN) and candidate.variant != COMPILED
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the libraries' deprecated calls, and of the compiler
+                error = checks.error(candidate)
+        except Exception as reason:  # whatever a library or a compiler raises
+            line = f"{name} is left out: {type(reason).__name__}: {str(reason).strip().partition(chr(10))[0]}"
+            (prepared.failures if own else prepared.notes).append(line)
+            continue
+        kind = TF32 if arguments.precision == TF32 else dtype_name(candidate.dtype)
+        row = Row(
+            config,
+            workload,
+            candidate.implementation,
+            candidate.variant,
+            kind,
+            facts={"error": error, "shape": shape.title},
+        )
+        prepared.cases.append((row, candidate.run(workload)))
+    prepared.cases.sort(key=lambda case: arguments.implementations.index(case[0].name))
 
 
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the options."""
-    options = argparse.ArgumentParser(prog="models", description="whole models against peers", allow_abbrev=False)
+    options = harness.make_parser("models", __doc__)
     options.add_argument("--configs", type=chosen(list(CONFIGS)), default=list(CONFIGS), help="some of a,b,c,d,e")
     options.add_argument("--workloads", type=chosen(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS))
+    names = chosen(IMPLEMENTATIONS)
+    known = ", ".join(IMPLEMENTATIONS)
+    options.add_argument("--implementations", type=names, default=list(IMPLEMENTATIONS), help=known)
+    precisions = "fp32 (default); bf16, with float32 beside it; tf32: convolutions may round to it, on a GPU"
+    options.add_argument("--precision", choices=[*PRECISIONS, TF32], default="fp32", help=precisions)
+    compiled = "also under torch.compile, minutes each for deep models: all, or those named"
     options.add_argument(
-        "--implementations",
-        type=chosen(IMPLEMENTATIONS),
-        default=list(IMPLEMENTATIONS),
-        help=", ".join(IMPLEMENTATIONS),
-    )
-    options.add_argument(
-        "--precision",
-        choices=[*PRECISIONS, TF32],
-        default="fp32",
-        help="fp32 (default); bf16: with float32 beside it; tf32: convolutions may round to it, on a GPU",
-    )
-    options.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    options.add_argument("--rounds", type=int, default=5, help="interleaved rounds (5)")
-    options.add_argument(
-        "--seconds", type=float, default=900.0, help=f"of a configuration; past them {LEAST_ROUNDS} rounds do (900)"
-    )
-    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
-    options.add_argument(
-        "--compile",
-        nargs="?",
-        type=chosen(IMPLEMENTATIONS),
-        const=list(IMPLEMENTATIONS),
-        default=[],
-        metavar="NAMES",
-        help="also under torch.compile, minutes each for deep models: all, or those named",
-    )
-    options.add_argument("--quick", action="store_true", help="tiny models and images: to see that it works")
-    options.add_argument(
-        "--shapes", type=_shapes, help=argparse.SUPPRESS
-    )  # of the configurations, for a process of ours
-    options.add_argument("--out", type=Path, metavar="DIR", help="folder for the results and a plot")
-    options.add_argument(
-        "--malloc",
-        choices=["both", "default", "tuned", "here"],
-        default="both",
-        help="on the CPU: processes with both settings (default) or one of them; here: this process as it is",
+        "--compile", nargs="?", type=names, const=list(IMPLEMENTATIONS), default=[], metavar="NAMES", help=compiled
     )
     return options
 
 
-def _stem(arguments: argparse.Namespace) -> str:
-    return f"models-{arguments.device.type}" + ("" if arguments.precision == "fp32" else f"-{arguments.precision}")
-
-
-def _file(arguments: argparse.Namespace, malloc: str) -> str:
-    setting = f"-{malloc}-malloc" if arguments.device.type == "cpu" and malloc in ("default", "tuned") else ""
-    return f"{_stem(arguments)}{setting}.json"
-
-
-def _write(
-    arguments: argparse.Namespace,
-    malloc: str,
-    facts: Mapping[str, object],
-    rows: Sequence[ModelRow],
-    notes: Sequence[str],
-) -> None:
-    """Write the file, after each configuration, so that a run that is stopped leaves what it has."""
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.out / _file(arguments, malloc), facts, rows, notes=notes)
-
-
-def _measure_here(arguments: argparse.Namespace) -> list[ModelRow]:
-    torch.set_num_threads(arguments.threads)
-    measurement = Measurement(arguments)
-    facts = machine(arguments.device) | {"rounds": str(arguments.rounds)} | peers.versions()
-    facts["precision"] = arguments.precision
-    print(", ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
-    rows: list[ModelRow] = []
-    with tf32(measurement.tf32):
-        for config in arguments.configs:
-            rows += measurement.config(config)
-            _write(arguments, measurement.malloc, facts, rows, measurement.notes)
-    return rows
-
-
-def _again(arguments: argparse.Namespace, config: str) -> list[str]:
-    """The options again, as they are given to the process that measures a configuration."""
-    given = ["--device", str(arguments.device), "--threads", str(arguments.threads), "--rounds", str(arguments.rounds)]
-    given += ["--precision", arguments.precision, "--seconds", str(arguments.seconds)]
-    given += ["--compile", ",".join(arguments.compile)] if arguments.compile else []
-    given += ["--quick"] if arguments.quick else []
-    given += ["--shapes", json.dumps({config: dataclasses.asdict(CONFIGS[config])}), "--configs", config]
-    for name in ("workloads", "implementations"):
-        given += [f"--{name}", ",".join(getattr(arguments, name))]
-    return given
-
-
-def _measure_in_processes(arguments: argparse.Namespace) -> tuple[int, list[ModelRow]]:
-    """Each configuration and malloc setting in a process of its own; one file for all of a setting."""
-    environments = malloc_environments()
-    found: dict[str, list[ModelRow]] = {}
-    notes: dict[str, list[str]] = {}
-    settings = list(environments) if arguments.malloc == "both" else [arguments.malloc]
-    for config, malloc in [(config, malloc) for config in arguments.configs for malloc in settings]:
-        rows, lines = found.setdefault(malloc, []), notes.setdefault(malloc, [])
-        with tempfile.TemporaryDirectory() as folder:
-            options = [*_again(arguments, config), "--malloc", "here", "--out", folder]
-            code = run_module("bench.models", options, environments[malloc])
-            if code:
-                return code, []
-            path = Path(folder) / _file(arguments, malloc)
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rows += [ModelRow.of(row) for row in content["rows"]]
-        lines += [line for line in content["notes"] if line not in lines]
-        _write(arguments, malloc, content["machine"], rows, lines)
-    return 0, [row for rows in found.values() for row in rows]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables and the bars, write the files.
+    """Measure, print the tables, write the file.
 
     Args:
         argv: the options; those of the process if None.
 
     Returns:
-        0, or the exit code of a measuring process that failed.
+        0, or 1 if ours or plain torch computes something else than float64 does, or a process failed.
     """
     arguments = parser().parse_args(argv)
-    if arguments.malloc == "here":
-        _measure_here(arguments)
-        return 0
-    if arguments.device.type == "cpu":
-        code, rows = _measure_in_processes(arguments)
-        if code:
-            return code
-    else:
-        rows = _measure_here(arguments)
-    print("ours against the others, each side at its best over variants and malloc settings")
-    print("\n".join(verdicts(rows)))
-    print("memory is not measured here: pyglow-fast bench memory")
-    if arguments.out is not None:
-        print(f"results in {arguments.out}")
-        print(model_plots.draw(rows, arguments.out / f"{_stem(arguments)}.png"))
-    return 0
+    groups = [["--configs", c, "--workloads", w] for c in arguments.configs for w in arguments.workloads]
+    stem = "models" if arguments.precision == "fp32" else f"models-{arguments.precision}"
+    return harness.run("bench.models", argv, arguments, groups, stem)
 
 
 if __name__ == "__main__":

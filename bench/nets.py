@@ -1,226 +1,235 @@
 """Coupling nets alone: ours against the library's convolutions, in float32 and bfloat16, at shapes that people have.
 
-    python -m bench.nets [--nets a,fastflow] [--precision fp32,bf16] [--rounds 7] [--out DIR]
+    pyglow-fast bench nets [--nets a,fastflow] [--precision fp32,bf16] [--quick] [--out DIR]
 
-a to e are the nets of the model benchmark, one for each level; the others are in bench/net_cases.py. Forward is without
-a record; forward+backward gives all gradients. The library runs ``reference.net_chain``, contiguous and channels_last;
-bfloat16 is that of torch.autocast, for both. Every result is held against float64 before it is timed. All take turns,
-the library's matrix products at the layers' shapes among them, in processes with two settings of malloc.
+Every net is a chain of convolutions, or of linear layers, with relus in between (``functional.net_chain``): those of
+the model benchmark, a to e, one for each level, and those of other projects. Forward is without a record;
+forward+backward gives all gradients. The library runs ``reference.net_chain``, contiguous and channels_last; bfloat16
+is that of torch.autocast, for both. Before anything is timed each result is held against float64: in float32 to 1e-3,
+where a relu's argument near zero may have another sign, in bfloat16 ours to twice the library's error.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import statistics
-import tempfile
+import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.cases import check_equal
-from bench.harness import device_name, machine, malloc_environments, malloc_setting, run_module, write_json
-from bench.models import chosen, take_turns
-from bench.net_cases import (
-    CPU,
-    FORWARD,
-    MODES,
-    NETS,
-    OURS,
-    Net,
-    Tensors,
-    products_case,
-    relative_errors,
-)
-from bench.precisions import MARGIN, PRECISIONS, dtype_name, net_error, net_gradient_error
+from bench import harness
+from bench.harness import CPU, PRECISIONS, Prepared, Row, autocast, chosen, dtype_name
+from bench.model_cases import CONFIGS, Shape
+from pyglow_fast import functional, reference
+from pyglow_fast.reference import Activation, ChainSpec
 
-PRODUCTS = "library's products"
-FLOAT_TOLERANCE = 1e-3  # as cases.check_equal has it
-SECONDS = 60.0  # of a net and direction; past them the least number of rounds does
+FORWARD, BOTH = "forward", "forward+backward"
+OURS, LIBRARY, CHANNELS_LAST = "ours", "library", "library, channels_last"
+LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}  # by spatial dimensions, what there is beside contiguous
+TOLERANCE, FACTOR = 1e-3, 2.0
+Run = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class NetRow:
-    """A timed net: median and quartiles of a call, and its arithmetic beside that of the library's products.
+class Net:
+    """A net on x (batch, inputs, *sizes), beside which stands cond (batch, conditional, *sizes).
 
-    ``flops`` are those of the layers (net_cases.Net.flops); ``product_gigaflops`` was measured in the same rounds and
-    the same dtype. ``errors``: of the values, or of the gradient of each tensor, relative to float64.
+    ``widths``: channels that each layer puts out; ``kernels``: its size along every dimension; ``gain``: whether Glow's
+    learned gain comes last.
     """
 
-    net: Net
-    implementation: str
-    mode: str
-    dtype: str
-    malloc: str
-    device: str
-    seconds: float
-    seconds_low: float
-    seconds_high: float
-    rounds: int
-    flops: int
-    gigaflops: float
-    product_gigaflops: float
-    fraction_of_products: float
-    errors: dict[str, float]
+    family: str
+    batch: int
+    inputs: int
+    sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+    kernels: tuple[int, ...]
+    conditional: int = 0
+    gain: bool = False
 
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> NetRow:
-        """Read a row from JSON."""
-        return cls(**values | {"net": Net.of(values["net"])})
+    @property
+    def spec(self) -> ChainSpec:
+        """The ChainSpec of the net, for net_chain."""
+        return ChainSpec((Activation(),) * (len(self.widths) - 1), ((1,) * len(self.sizes),) * len(self.widths))
 
+    @property
+    def title(self) -> str:
+        """The net in tables: the shape of x, the layers' widths and kernels."""
+        inputs = f"{self.inputs}+{self.conditional}" if self.conditional else str(self.inputs)
+        shape = ", ".join([str(self.batch), inputs, *map(str, self.sizes)])
+        kernels = f" k{'-'.join(map(str, self.kernels))}" if self.sizes else ""
+        return f"{self.family} ({shape}) {'-'.join(map(str, self.widths))}{kernels}"
 
-def tolerance(net: Net, mode: str, dtype: torch.dtype) -> float:
-    """Derive how far the values or one gradient may be off, relative: what rounding does, see bench.precisions.
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the layers' weights."""
+        channels = [self.inputs + self.conditional, *self.widths]
+        taps = [(kernel,) * len(self.sizes) for kernel in self.kernels]
+        return [(out, inside, *tap) for out, inside, tap in zip(channels[1:], channels, taps, strict=False)]
 
-    In float32, too, a relu's argument near zero may have another sign, so that one gradient is off by all of itself.
-    """
-    if dtype == torch.float32:
-        return FLOAT_TOLERANCE
-    layers = len(net.widths)
-    return MARGIN * (net_error(layers) if mode == FORWARD else net_gradient_error(layers))
-
-
-def check(tensors: Tensors, mode: str, dtype: torch.dtype, name: str, found: Sequence[Tensor]) -> dict[str, float]:
-    """The relative errors of a result.
-
-    Raises:
-        RuntimeError: it is not what float64 gives, so that its time means nothing.
-    """
-    net, exact = tensors.net, tensors.exact(mode)
-    what = f"{net.title}, {mode}, {dtype_name(dtype)}"
-    if mode == FORWARD and dtype == torch.float32:
-        check_equal({"float64": exact, name: tuple(found)}, what)  # each element
-    errors = relative_errors(tensors.names(mode), found, exact)
-    limit = tolerance(net, mode, dtype)
-    for tensor, error in errors.items():
-        if not error <= limit:  # also NaN
-            raise RuntimeError(f"{what}: {tensor} of {name} is off by {error:.1e}, more than {limit:.1e}")
-    return errors
+    def quick(self) -> Net:
+        """A net of two samples at few positions, with narrow layers."""
+        widths = (8,) * (len(self.widths) - 1) + self.widths[-1:]
+        return dataclasses.replace(self, batch=min(self.batch, 2), sizes=(6,) * len(self.sizes), widths=widths)
 
 
-def measure(nets: Sequence[Net], dtypes: Sequence[torch.dtype], rounds: int, seconds: float = SECONDS) -> list[NetRow]:
-    """Measure in this process, with its malloc; the dtypes of a net and direction in the same rounds."""
-    rows = []
-    for net in nets:
-        tensors = Tensors(net)
-        for mode in MODES:
-            rows += _measure(tensors, mode, dtypes, rounds, seconds)
-    return rows
+def glow_nets(family: str, shape: Shape) -> list[Net]:
+    """List the nets of a Glow, level by level: three convolutions, 3-1-3."""
+    found = []
+    for level, channels in enumerate(shape.widths()):
+        sizes = tuple(size // (2 ** (level + 1) if shape.squeezes else 1) for size in shape.image[1:])
+        widths = (shape.hidden, shape.hidden, channels)
+        found.append(Net(family, shape.batch, channels // 2, sizes, widths, (3, 1, 3), gain=True))
+    return found
 
 
-def _measure(tensors: Tensors, mode: str, dtypes: Sequence[torch.dtype], rounds: int, seconds: float) -> list[NetRow]:
-    net = tensors.net
-    cases: dict[tuple[str, torch.dtype], Callable[[], object]] = {}
-    errors = {}
-    for dtype in dtypes:
-        products = products_case(net, mode, dtype)
-        products()
-        cases[PRODUCTS, dtype] = products
-        for name, run in tensors.cases(mode, dtype).items():
-            errors[name, dtype] = check(tensors, mode, dtype, name, run())
-            cases[name, dtype] = run
-    named = {f"{name}, {dtype}": case for (name, dtype), case in cases.items()}
-    times = dict(zip(cases, take_turns(named, CPU, rounds, seconds).values(), strict=True))
-    flops, rows = net.flops(mode), []
-    for (name, dtype), error in errors.items():
-        values = times[name, dtype]
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else 3 * values
-        product_rate = flops / statistics.median(times[PRODUCTS, dtype])
-        rows.append(
-            NetRow(
-                net=net,
-                implementation=name,
-                mode=mode,
-                dtype=dtype_name(dtype),
-                malloc=malloc_setting(),
-                device=device_name(CPU),
-                seconds=median,
-                seconds_low=low,
-                seconds_high=high,
-                rounds=len(values),
-                flops=flops,
-                gigaflops=flops / median / 1e9,
-                product_gigaflops=product_rate / 1e9,
-                fraction_of_products=flops / median / product_rate,
-                errors=error,
-            )
-        )
-    return rows
+def _two_layers(family: str, batch: int, channels: int, *sizes: int) -> list[Net]:
+    """Two convolutions, the hidden layer as wide as the input: in steps with 3x3 and in steps with 1x1 kernels."""
+    half = channels // 2
+    return [Net(family, batch, half, sizes, (half, channels), (kernel, kernel)) for kernel in (3, 1)]
 
 
-HEAD = (
-    f"{'net':<42} {'direction':<16} {'dtype':<8} {'ours ms':>9} {'GFLOP/s':>8} {'/products':>9} {'library ms':>10} "
-    f"{'faster':>6} {'error':>8} {'library':>8} {'worst':>6}  the library at its best"
-)
+def _nets() -> dict[str, list[Net]]:
+    found = {name: glow_nets(name, shape) for name, shape in CONFIGS.items()}
+    # FastFlow on the three scales of a ResNet18 (arXiv 2111.07677; anomalib: hidden_ratio 1, kernels 3 and 1 in turn)
+    scales = [(64, 64, 64), (128, 32, 32), (256, 16, 16)]
+    found["fastflow"] = [net for scale in scales for net in _two_layers("fastflow", 16, *scale)]
+    # U-Flow on its two CaiT scales (arXiv 2211.12353; anomalib: affine_subnet_channels_ratio 1, kernels 3 and 1 in
+    # turn, padding "same"): 384 channels, and 768 beside half of those unfolded to the finer scale, 192 / 4.
+    scales = [(384, 14, 14), (768 + 48, 28, 28)]
+    found["uflow"] = [net for scale in scales for net in _two_layers("uflow", 4, *scale)]
+    found["conv1d"] = [Net("conv1d", 8, 80, (200,), (192, 160), (5, 5))]
+    found["conv3d"] = [Net("conv3d", 1, 4, (32, 32, 32), (64, 64, 8), (3, 1, 3), gain=True)]
+    found["linear"] = [Net("linear", 4096, 64, (), (128, 64), (1, 1))]
+    # SRFlow (arXiv 2006.14200): the coupling reads 320 channels of the low-resolution encoder beside its half.
+    found["srflow"] = [Net("srflow", 4, 48, (20, 20), (64, 64, 96), (3, 1, 3), conditional=320, gain=True)]
+    return found
 
 
-def table(rows: Sequence[NetRow]) -> str:
-    """A line a net, direction and dtype: ours at its best over malloc settings, the library at its best of all.
+NETS = _nets()
 
-    The errors are those of the tensor that is off the most; "worst" is the largest of the quotients ours / library's,
-    tensor by tensor.
-    """
-    lines = [HEAD]
-    for net, mode, dtype in dict.fromkeys((row.net, row.mode, row.dtype) for row in rows):
-        here = [row for row in rows if (row.net, row.mode, row.dtype) == (net, mode, dtype)]
-        ours = min((row for row in here if row.implementation == OURS), key=lambda row: row.seconds)
-        other = min((row for row in here if row.implementation != OURS), key=lambda row: row.seconds)
-        worst = max(error / max(other.errors[name], 1e-30) for name, error in ours.errors.items())
-        lines.append(
-            f"{net.title:<42} {mode:<16} {dtype:<8} {1e3 * ours.seconds:9.2f} {ours.gigaflops:8.0f}"
-            f" {ours.fraction_of_products:9.2f} {1e3 * other.seconds:10.2f} {other.seconds / ours.seconds:6.2f}"
-            f" {max(ours.errors.values()):8.1e} {max(other.errors.values()):8.1e} {worst:6.2f}"
-            f"  {other.implementation}, {other.malloc} malloc"
-        )
-    return "\n".join(lines)
+
+class Tensors:
+    """Random tensors of a net, in their order: x, cond, weights, biases, gain; and what is timed with them."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int, scale: float = 1.0) -> Tensor:
+            return scale * torch.randn(shape, generator=generator)
+
+        def place(channels: int) -> Tensor:
+            return random(net.batch, channels, *net.sizes)
+
+        self.given = {"x": place(net.inputs)} | ({"cond": place(net.conditional)} if net.conditional else {})
+        for layer, shape in enumerate(net.weight_shapes(), start=1):
+            self.given[f"w{layer}"] = random(*shape, scale=math.prod(shape[1:]) ** -0.5)
+            self.given[f"b{layer}"] = random(shape[0], scale=0.1)
+        if net.gain:
+            self.given["log_gain"] = random(net.widths[-1], scale=0.1)
+        self.grad = place(net.widths[-1])
+
+    def call(self, function: Callable[..., Tensor], given: Sequence[Tensor]) -> Tensor:
+        """``net_chain`` of a library on these tensors, which are in the order of ``given``."""
+        by_name = dict(zip(self.given, given, strict=True))
+        layers = range(1, len(self.net.widths) + 1)
+        weights, biases = [by_name[f"w{layer}"] for layer in layers], [by_name[f"b{layer}"] for layer in layers]
+        return function(by_name["x"], weights, biases, self.net.spec, by_name.get("log_gain"), by_name.get("cond"))
+
+    def exact(self, mode: str) -> tuple[Tensor, ...]:
+        """Compute by the reference in float64: the values, or the gradients of all that is given."""
+        leaves = [value.double().requires_grad_() for value in self.given.values()]
+        values = self.call(reference.net_chain, leaves)
+        return (values.detach(),) if mode == FORWARD else torch.autograd.grad(values, leaves, self.grad.double())
+
+    def cases(self, mode: str, dtype: torch.dtype) -> dict[str, Run]:
+        """Make what is timed, by implementation.
+
+        In bfloat16 torch.autocast is on around the forward, as it is asked to be; the gradient of the output has the
+        dtype and layout that the output has.
+        """
+        found = {OURS: self._case(functional.net_chain, mode, dtype, None)}
+        found[LIBRARY] = self._case(reference.net_chain, mode, dtype, None)
+        layout = LAYOUTS.get(len(self.net.sizes))
+        if layout is not None:
+            found[CHANNELS_LAST] = self._case(reference.net_chain, mode, dtype, layout)
+        return found
+
+    def _case(
+        self, function: Callable[..., Tensor], mode: str, dtype: torch.dtype, layout: torch.memory_format | None
+    ) -> Run:
+        def laid_out(value: Tensor) -> Tensor:
+            is_image = layout is not None and value.dim() == len(self.net.sizes) + 2
+            return value.contiguous(memory_format=layout) if is_image else value  # type: ignore[arg-type]
+
+        given = [laid_out(value) for value in self.given.values()]
+
+        def forward(*tensors: Tensor) -> Tensor:
+            with autocast(CPU, dtype):
+                return self.call(function, tensors)
+
+        def without_record() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (forward(*given),)
+
+        if mode == FORWARD:
+            return without_record
+        grad = laid_out(self.grad.to(without_record()[0].dtype))
+        leaves = [value.clone(memory_format=torch.preserve_format).requires_grad_() for value in given]
+        return lambda: torch.autograd.grad(forward(*leaves), leaves, grad)
+
+
+def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """Compute |f - e| / |e| of each tensor."""
+    return [float((value.double() - truth).norm() / truth.norm()) for value, truth in zip(found, exact, strict=True)]
+
+
+def prepare(options: Sequence[str]) -> Prepared:
+    """Make and check the nets of some families, in both directions."""
+    arguments = parser().parse_args(options)
+    torch.set_num_threads(arguments.threads)
+    prepared = Prepared()
+    dtypes = [PRECISIONS[name] for name in arguments.precision]
+    for net in [net for name in arguments.nets for net in NETS[name]]:
+        tensors = Tensors(net.quick() if arguments.quick else net)
+        for mode in (FORWARD, BOTH):
+            exact = tensors.exact(mode)
+            for dtype in dtypes:
+                _prepare(prepared, tensors, mode, dtype, exact)
+    return prepared
+
+
+def _prepare(prepared: Prepared, tensors: Tensors, mode: str, dtype: torch.dtype, exact: Sequence[Tensor]) -> None:
+    net, kind = tensors.net, dtype_name(dtype)
+    cases = tensors.cases(mode, dtype)
+    found = {name: errors(run(), exact) for name, run in cases.items()}
+    for name, own in found.items():
+        limits = [FACTOR * error for error in found[LIBRARY]] if dtype != torch.float32 else [TOLERANCE] * len(own)
+        if (name == OURS or dtype == torch.float32) and not all(e <= most for e, most in zip(own, limits, strict=True)):
+            prepared.failures.append(f"{net.title}, {mode}, {kind}: {name} is off by {own}, more than {limits}")
+        facts = {"error": max(own)}
+        prepared.cases.append((Row(net.title, mode, name, dtype=kind, facts=facts), cases[name]))
 
 
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the options."""
-    options = argparse.ArgumentParser(prog="nets", description="coupling nets alone", allow_abbrev=False)
+    options = harness.make_parser("nets", __doc__, rounds=7, seconds=120.0)
     options.add_argument("--nets", type=chosen(list(NETS)), default=list(NETS), help=f"some of {','.join(NETS)}")
-    options.add_argument(
-        "--precision", type=chosen(list(PRECISIONS)), default=list(PRECISIONS), help="fp32,bf16 (both) or one of them"
-    )
-    options.add_argument("--rounds", type=int, default=7, help="interleaved rounds (7)")
-    options.add_argument("--out", type=Path, metavar="DIR", help="folder for nets-cpu.json")
-    options.add_argument("--here", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # for a process of ours
+    both = list(PRECISIONS)
+    options.add_argument("--precision", type=chosen(both), default=both, help="fp32,bf16 (both) or one of them")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure under each malloc setting, print the table, write the file.
+    """Measure, print the table, write the file.
 
     Args:
         argv: the options; those of the process if None.
     """
     arguments = parser().parse_args(argv)
-    if arguments.here is not None:
-        nets = [net for name in arguments.nets for net in NETS[name]]
-        dtypes = [PRECISIONS[name] for name in arguments.precision]
-        write_json(arguments.here, machine(CPU), measure(nets, dtypes, arguments.rounds))
-        return 0
-    rows: list[NetRow] = []
-    given = ["--precision", ",".join(arguments.precision), "--rounds", str(arguments.rounds)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.json")
-        for environment in malloc_environments().values():
-            options = ["--nets", ",".join(arguments.nets), *given, "--here", str(path)]
-            code = run_module("bench.nets", options, environment)
-            if code:
-                return code
-            content = json.loads(path.read_text(encoding="utf-8"))
-            rows += [NetRow.of(row) for row in content["rows"]]
-    print(table(rows))
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        settings = " and ".join(dict.fromkeys(row.malloc for row in rows))
-        write_json(arguments.out / "nets-cpu.json", content["machine"] | {"malloc": settings}, rows)
-    return 0
+    return harness.run("bench.nets", argv, arguments, [["--nets", name] for name in arguments.nets], "nets")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 What else says something of a setting is made from that: the check when the dataclass is constructed (check_settings),
 the options and help texts of ``train`` and ``compare`` (cli/_train_options), the keys of configuration files and which
 may say "none" (train/config_file), what a resumed run may change (train/config), the list of fields in the class's
-docstring (``settings`` below), and docs/settings.md (``python -m bench.settings_page``).
+docstring (``settings`` below), and docs/settings.md (``python docs/_site/settings_page.py``).
 
 The command line stays argparse's. tyro 1.0 and jsonargparse 4.53 were tried on two nested dataclasses: both want
 --model.n-levels where --n-levels has to stay, refuse "none" for ``float | None``, and report errors in several lines,

@@ -14,7 +14,7 @@ from pyglow_fast.cli._common import InputError
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command ``bench`` and its options."""
-    about = "the benchmarks of the source tree: kernels, op_memory, ..."
+    about = "the benchmarks of the source tree: models, kernels, memory, ..."
     parser = commands.add_parser("bench", help=about, description=about)
     parser.set_defaults(run_command=run)
     parser.add_argument("name", metavar="NAME", help="such as kernels; --help after it lists its options")

@@ -1,206 +1,170 @@
-"""The benchmarks measure what they say: equal results, honest counts, readable files, missing peers named."""
+"""Each benchmark runs with tiny sizes, and the tables of the pages are those of the results that are kept."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
+from support.light_import import StandIn, light_import
 
-from bench import cases, gpu_kernels, harness, kernels, op_memory, peers, roofline
-from pyglow_fast import _backend, functional, reference
+from bench import calls, harness, kernels, live, memory, models, nets, tables
+from bench.harness import Row
+from pyglow_fast import _backend
 
-SHAPE = (2, 12, 6, 10)
-CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
 
-ALL = cases.gpu_cases(cases.Data(SHAPE, CPU))
+def smoke(module: ModuleType, *options: str) -> list[Row]:
+    """Prepare a benchmark's cases in this process, which checks what they compute, and run each once."""
+    threads = torch.get_num_threads()
+    prepared = module.prepare(["--quick", "--threads", str(threads), *options])
+    torch.set_num_threads(threads)
+    assert prepared.failures == []
+    for _, call in prepared.cases:
+        if call is not None:
+            call()
+    return [row for row, _ in prepared.cases]
 
 
-@compiled
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name.replace(" ", "_"))
-def test_both_libraries_compute_the_same(case: cases.Case) -> None:
-    assert case.is_ours(CPU)
-    results = {name: case.build(lib, False)() for name, lib in (("reference", reference), ("ours", functional))}
-    cases.check_equal(results, case.name)
-    twice = case.build(functional, False)
-    cases.check_equal({"first": twice(), "second": twice()}, case.name)  # a case can be run again
-    wrong = tuple(value + 0.01 * value.abs().max().clamp(min=1.0) for value in results["ours"])
-    with pytest.raises(RuntimeError, match="differs"):
-        cases.check_equal({"reference": results["reference"], "wrong": wrong}, case.name)
+class TestSmoke:
+    def test_models(self) -> None:
+        rows = smoke(models, "--configs", "d", "--workloads", "train step,sample")
+        assert {"store", "reversible", "plain", "torch checkpoint"} <= {row.name for row in rows}
+        assert {row.what for row in rows} == {"train step", "sample"}
+
+    def test_models_in_bfloat16(self) -> None:
+        options = ("--precision", "bf16", "--workloads", "train step", "--implementations", "store,reversible,plain")
+        rows = smoke(models, "--configs", "b", *options)
+        assert {(row.name, row.dtype) for row in rows} >= {("store", "bfloat16"), ("store", "float32")}
+
+    def test_memory(self) -> None:
+        names = "reversible,torch checkpoint"
+        rows = smoke(memory, "--only", "depth", "--depths", "2", "--passes", "0", "--implementations", names)
+        assert [row.name for row in rows] == ["reversible", "torch checkpoint"]
+        assert all(0 < row.facts["fresh"] <= row.facts["held"] for row in rows)
+
+    @pytest.mark.full
+    def test_memory_budgets(self) -> None:
+        rows = smoke(memory, "--budgets", "--cases", "a", "--passes", "0")
+        assert {"store", "reversible", "plain", "100 %"} <= {row.name for row in rows}
+
+    def test_nets(self) -> None:
+        rows = smoke(nets, "--nets", "conv1d,linear")
+        assert {row.name for row in rows} == {"ours", "library"}
+
+    def test_calls(self) -> None:
+        rows = smoke(calls)
+        assert {"coupling_mix", "store", "kernels of store", "frozen"} <= {row.name for row in rows}
+
+    @compiled
+    def test_kernels(self) -> None:
+        found = kernels.parameters({"shapes": kernels.QUICK_SHAPES})
+        for shape, case, implementation in found:
+            kernels.run_of(case, shape, implementation)()
+
+    @pytest.mark.full
+    def test_live(self) -> None:
+        pytest.importorskip("FrEIA")
+        rows = smoke(live, "--models", "fastflow-resnet18", "--precision", "fp32", "--batch", "1")
+        assert {row.name for row in rows} == set(live.VARIANTS)
 
 
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name.replace(" ", "_"))
-def test_traffic_covers_what_is_passed(case: cases.Case) -> None:
-    """No fewer bytes than the results have, where those are of the size of x; and counts grow with the shape."""
-    results = case.build(reference, False)()
-    written = sum(value.numel() for value in results if value.numel() >= torch.Size(SHAPE).numel())
-    moved = cases.traffic(case.op, case.mode, SHAPE)
-    assert 4 * written <= moved
-    bigger = (2 * SHAPE[0], *SHAPE[1:])
-    assert cases.traffic(case.op, case.mode, bigger) == 2 * moved
-    assert cases.arithmetic(case.op, case.mode, bigger) == 2 * cases.arithmetic(case.op, case.mode, SHAPE) > 0
+@pytest.mark.full
+class TestCommands:
+    """In processes of their own, with files."""
+
+    def test_against_another_checkout(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        options = ["--quick", "--rounds", "2", "--against", str(harness.ROOT), "--out", str(tmp_path)]
+        assert calls.main(options) == 0
+        machine, rows = harness.read_rows(tmp_path / "calls-cpu.json")
+        assert machine["threads"] == "1"
+        ours, others = [row for row in rows if not row.origin], [row for row in rows if row.origin]
+        assert [row.name for row in ours] == [row.name for row in others]
+        assert all((row.seconds or 0) > 0 and (row.processor_seconds or 0) > 0 for row in rows)
+        assert "against" in capfd.readouterr().out
+
+    def test_kernels(self, tmp_path: Path) -> None:
+        options = ["--quick", "--only", "flow step", "--malloc", "here", "--threads", "1", "--out", str(tmp_path)]
+        assert kernels.main(options) == 0
+        _, rows = harness.read_rows(tmp_path / "kernels-cpu.json")
+        assert {kernels.OURS, kernels.PLAIN, kernels.COPY} == {row.name for row in rows}
+
+    def test_a_case_that_fails_is_said(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        options = ["--quick", "--only", "depth", "--depths", "1", "--implementations", "store", "--limit", "-1"]
+        assert memory.main([*options, "--out", str(tmp_path)]) == 1
+        assert "the process failed" in capfd.readouterr().out
 
 
-def test_product_counts() -> None:
-    assert cases.arithmetic("channel_mix", "forward", SHAPE) == 2 * 12 * 12 * (2 * 6 * 10)
-    assert cases.arithmetic("channel_mix", "backward", SHAPE) == 4 * 12 * 12 * (2 * 6 * 10)
+class TestTables:
+    def test_pages_have_the_results(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert tables.main([]) == 0, capsys.readouterr().out
+
+    def test_a_page_that_differs_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        page = tmp_path / "README.md"
+        page.write_text("<!-- table glow_tts -->\n| an | old one |\n<!-- end of glow_tts -->\n", encoding="utf-8")
+        monkeypatch.setattr(tables, "ROOT", tmp_path)
+        monkeypatch.setattr(tables, "PAGES", ("README.md",))
+        assert tables.main([]) == 1
+        assert tables.main(["--write"]) == 0
+        assert tables.glow_tts() in page.read_text(encoding="utf-8")
+        assert tables.main([]) == 0
+
+    @pytest.mark.parametrize("path", sorted(harness.RESULTS.iterdir()), ids=lambda path: path.name)
+    def test_every_result_is_quoted(self, path: Path) -> None:
+        pages = [harness.ROOT / "README.md", *(harness.ROOT / "docs").glob("*.md")]
+        assert any(path.name in page.read_text(encoding="utf-8") for page in pages)
 
 
-@pytest.mark.alone
-def test_interleaving_times_what_it_runs() -> None:
-    calls = {"a": 0, "b": 0}
+def test_turns_and_their_summary() -> None:
+    count = {"a": 0, "b": 0}
 
-    def case(name: str) -> Any:
+    def case(name: str) -> harness.Call:
         def run() -> None:
-            calls[name] += 1
-            sum(range(20_000))  # far longer than what the clock and the machine are off by: quantiles extrapolate
+            count[name] += 1
 
         return run
 
-    timings = harness.interleave({name: case(name) for name in calls}, CPU, rounds=8)
-    for name, timing in timings.items():
-        assert 0 < timing.low <= timing.median <= timing.high or timing.low == timing.median
-        assert calls[name] > harness.WARM_UP_ROUNDS + 8
+    turns = harness.Turns({name: case(name) for name in count})
+    assert all(turns.round(number).keys() == count.keys() for number in range(3))
+    assert min(count.values()) > 3  # once to see how long it takes, and in each round
+    row = Row("case", "what", "a", per=2).timed([(4.0, 2.0), (2.0, 8.0), (6.0, 4.0)])
+    assert (row.seconds, row.seconds_low, row.seconds_high, row.processor_seconds) == (2.0, 1.5, 2.5, 2.0)
 
 
-def test_copy_touches_as_many_bytes_as_asked() -> None:
-    target = harness.copy_case(8_000_000, CPU)()
-    assert isinstance(target, torch.Tensor)
-    assert 2 * target.nbytes == 8_000_000
+class TestLightImport:
+    NAME = "heavy_package_of_a_test"
 
+    @pytest.fixture(autouse=True)
+    def _package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = {
+            "__init__.py": "import a_framework_that_is_missing\n",
+            "plain.py": "VALUE = 7\n",
+            "models/__init__.py": "from .needy import Model\n",
+            "models/needy.py": "import another_that_is_missing\n",
+            "models/flow.py": f"from {self.NAME} import Result, plain\n",
+        }
+        for name, text in files.items():
+            path = tmp_path / self.NAME / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in [name for name in sys.modules if name.partition(".")[0] == self.NAME]:
+            monkeypatch.delitem(sys.modules, name)
 
-def test_malloc_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert harness.malloc_setting() == "default"
-    monkeypatch.setenv("GLIBC_TUNABLES", harness.TUNED_MALLOC)
-    assert harness.malloc_setting() == "tuned"
-    monkeypatch.setattr(harness.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    environments = harness.malloc_environments()
-    assert "GLIBC_TUNABLES" not in environments["default"]
-    assert environments["tuned"]["GLIBC_TUNABLES"] == harness.TUNED_MALLOC
-    monkeypatch.setattr(harness.platform, "libc_ver", lambda: ("", ""))
-    assert list(harness.malloc_environments()) == ["tuned"]
+    def test_a_module_below_packages_that_fail(self) -> None:
+        flow = light_import(f"{self.NAME}.models.flow")
+        assert flow.plain.VALUE == 7
+        assert isinstance(sys.modules[f"{self.NAME}.models"], StandIn)
+        with pytest.raises(ImportError, match=rf"{self.NAME}\.Result: {self.NAME} cannot be imported here"):
+            flow.Result()
 
-
-def row(**changes: Any) -> harness.Row:
-    """A row of one second."""
-    plain = harness.Row(
-        "coupling", "pyglow_fast", "forward", SHAPE, "float32", "cpu", "default",
-        1.0, 0.9, 1.1, 100, 1.0, 2.0, 0.5, 100, 1.0, 10.0, 0.1,
-    )  # fmt: skip
-    return dataclasses.replace(plain, **changes)
-
-
-def test_limit() -> None:
-    assert kernels.limit(row()) == "memory"
-    assert kernels.limit(row(fraction_of_copy=0.2, fraction_of_peak=0.5)) == "arithmetic"
-    assert kernels.limit(row(fraction_of_copy=0.2, fraction_of_peak=0.2)) == "neither"
-
-
-def test_ratios_are_against_ours_with_the_same_map() -> None:
-    step = {"op": cases.STEP, "mode": "forward"}
-    rows = [
-        row(**step),
-        row(**step, implementation="reference", seconds=3.0),
-        row(**step, implementation="nflows", seconds=8.0),
-        row(**step, implementation=kernels.ours_as("nflows"), seconds=2.0),
-    ]
-    for text in (kernels.table(rows), kernels.summary(rows)):
-        assert "reference 3.00, nflows 4.00" in text
-
-
-@compiled
-@pytest.mark.full
-def test_kernels_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each malloc setting in its own process, one file, and the plot where matplotlib is there."""
-    options = ["--quick", "--rounds", "2", "--threads", "1", "--only", "coupling forward", "--out", str(tmp_path)]
-    assert kernels.main(options) == 0
-    facts, rows, notes = kernels.read_rows(tmp_path / "kernels-cpu.json")
-    assert notes == []
-    assert facts["threads"] == "1"
-    assert {r.malloc for r in rows} == set(harness.malloc_environments())
-    assert {r.implementation for r in rows} == {"pyglow_fast", "reference"}
-    for r in rows:
-        assert r.gigabytes_per_second == pytest.approx(r.bytes / r.seconds / 1e9)
-        assert r.fraction_of_copy == pytest.approx(r.gigabytes_per_second / r.copy_gigabytes_per_second)
-        assert r.fraction_of_peak == pytest.approx(r.gigaflops / r.peak_gigaflops)
-    output = capfd.readouterr().out
-    assert "coupling, forward" in output
-    assert ("wrote" if (tmp_path / "kernels-cpu-roofline.png").is_file() else "no roofline") in output.splitlines()[-1]
-
-
-def test_roofline_without_rows_says_so(tmp_path: Path) -> None:
-    assert roofline.write([row(implementation="reference")], tmp_path / "plot.png").startswith("no roofline")
-
-
-def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("normflows", "nflows", "FrEIA"):
-        monkeypatch.setitem(sys.modules, name, None)
-        for module in [module for module in sys.modules if module.startswith(f"{name}.")]:
-            monkeypatch.delitem(sys.modules, module)
-    found, missing = peers.available(cases.Data(SHAPE, CPU))
-    assert found == []
-    assert [line.split(" is left out")[0] for line in missing] == ["normflows", "nflows", "FrEIA"]
-
-
-@pytest.mark.parametrize("name", list(peers.BUILDERS))
-def test_peer_computes_the_same_step(name: str) -> None:
-    pytest.importorskip(name)
-    data = cases.Data(SHAPE, CPU)
-    (peer,) = (peer for peer in peers.available(data)[0] if peer.name == name)
-    peers.check(peer, data)
-    for case in cases.step_cases(data):
-        assert all(value.isfinite().all() for value in peers.run_of(peer, data, case.op, case.mode)())
-    peer.net_out = lambda net_out: -net_out
-    with pytest.raises(RuntimeError, match="differs"):
-        peers.check(peer, data)
-
-
-@pytest.mark.full
-@compiled
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc: resident sizes cannot be read")
-def test_scratch_is_measured_and_bounded(tmp_path: Path) -> None:
-    """In a process that has no threads yet. What an op keeps does not grow with the number of positions."""
-    out = tmp_path / "memory.json"
-    program = (
-        "import torch; from pathlib import Path;"
-        "from bench import op_memory as m; from bench.harness import write_json;"
-        "rows = m.measure(torch.device('cpu'), 2, [(1, 12, 64, 64), (1, 12, 256, 256), (2, 256, 16, 16)]);"
-        f"write_json(Path({str(out)!r}), {{}}, rows)"
+    @pytest.mark.parametrize(
+        ("name", "missing"),
+        [("models.needy", "another_that_is_missing"), ("absent", r"heavy_package_of_a_test\.absent")],
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=harness.ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [op_memory.MemoryRow(**content) for content in json.loads(out.read_text())["rows"]]
-    assert len(rows) == 3 * len(cases.op_cases(cases.Data(SHAPE, CPU)))
-    assert op_memory.beyond_bound([dataclasses.replace(r, shape=tuple(r.shape)) for r in rows]) == []
-    state = 4 * 12 * 256 * 256
-    for r in rows:
-        if r.shape[-1] == 256:
-            assert max(r.kept, r.peak) < state / 2, r  # a copy of the state would be twice that
-    unbounded = dataclasses.replace(rows[0], kept=17 * 2**20)
-    assert op_memory.beyond_bound([unbounded]) == [unbounded]
-
-
-def test_on_a_gpu_kernels_are_timed_in_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given: list[list[str]] = []
-    monkeypatch.setattr(gpu_kernels, "main", lambda argv: given.append(argv) or 0)
-    out = tmp_path / "results"
-    assert kernels.main(["--device", "cuda", "--quick", "--only", "coupling", "--out", str(out)]) == 0
-    shapes = "4x12x32x32,1x12x128x128"
-    file = str(out / "kernels-cuda.json")
-    assert given == [["--device", "cuda", "--shapes", shapes, "--only", "coupling", "--out", file]]
-    for option in ("--compile", "--peers"):
-        with pytest.raises(SystemExit):
-            kernels.main(["--device", "cuda", option])
-        assert "on a GPU bench models has them" in capsys.readouterr().err
+    def test_what_is_missing_is_named(self, name: str, missing: str) -> None:
+        with pytest.raises(ImportError, match=missing):
+            light_import(f"{self.NAME}.{name}")

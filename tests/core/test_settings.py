@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import settings_page
+from docs._site import settings_page
 from pyglow_fast import GlowConfig, presets
 from pyglow_fast._settings import (
     Range,
@@ -165,4 +165,4 @@ def test_values_for_people(value: object, text: str) -> None:
 
 def test_the_page_lists_what_the_fields_say() -> None:
     found = settings_page.PAGE.read_text(encoding="utf-8")
-    assert found == settings_page.page(), "python -m bench.settings_page --write puts it there"
+    assert found == settings_page.page(), "python docs/_site/settings_page.py --write puts it there"

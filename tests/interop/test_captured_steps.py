@@ -14,10 +14,10 @@ from support.captures import Recording, capture_guard, like_a_gpu
 from support.covering import pairs
 from support.glow_tts_cases import NORMS, TextDecoder, mask_of_lengths, moved
 from support.jet_models import MODELS as JET
+from support.srflow import FlowStep, randomised
 from torch import Tensor, nn
 
 import pyglow_fast.interop.nflows as nflows
-from bench.srflow_peer import FlowStep, randomised
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.interop.chaiyujin import step as adapter
 from pyglow_fast.interop.glow_tts.layers import AdoptedLayer

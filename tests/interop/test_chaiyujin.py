@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from support import srflow
+from support.srflow import FlowStep, FlowUpsamplerNet, randomised
 from torch import Tensor, nn
 
-from bench import srflow_peer
-from bench.srflow_peer import FlowStep, FlowUpsamplerNet, randomised
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.interop.chaiyujin import step as adapter
 
@@ -224,7 +224,7 @@ class OtherScale(FlowStep):
 
     def _coupled(self, z: Tensor, logdet: Any, reverse: bool, rrdbResults: Any) -> tuple[Tensor, Any]:
         z1, z2 = z.chunk(2, dim=1)
-        shift, raw = srflow_peer.apart(self.f(z1))
+        shift, raw = srflow.apart(self.f(z1))
         scale = torch.sigmoid(raw + 1.0)
         gained = scale.log().sum((1, 2, 3))
         if reverse:
@@ -283,7 +283,7 @@ def test_a_later_change_is_seen(theirs_calls: list[int]) -> None:
     assert len(theirs_calls) == 2
     step(x.float(), logdet)
     assert len(theirs_calls) == 3
-    net = srflow_peer.net(CHANNELS // 2, CHANNELS, 40).double()
+    net = srflow.net(CHANNELS // 2, CHANNELS, 40).double()
     step.f = randomised(net)
     other = FlowStep(CHANNELS, 40).double()
     other.load_state_dict(step.state_dict())

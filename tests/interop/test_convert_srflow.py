@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import assert_close
+from support.srflow import FlowUpsamplerNet, randomised
 from torch import Tensor
 
 import pyglow_fast as pgf
-from bench.srflow_peer import FlowUpsamplerNet, randomised
 from pyglow_fast import presets
 from pyglow_fast.interop.convert import level_features, load_srflow, save_srflow
 

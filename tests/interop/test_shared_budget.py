@@ -11,10 +11,10 @@ import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import pytest
 import torch
+from support.srflow import FlowStep, randomised
 from torch import Tensor, nn
 
 from bench.memory_meter import MemoryMeter
-from bench.srflow_peer import FlowStep, randomised
 from pyglow_fast.interop import accelerate
 
 SIZES = ((16, 16), (32, 8), (64, 4))  # channels and side of each stack

@@ -5,12 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-
-from bench.light_import import light_import
+from support.light_import import light_import
 
 
 def load(name: str) -> ModuleType:
-    """The module of this full name, such as ``anomalib.models.image.fastflow.torch_model``; see bench/light_import.py.
+    """The module of this full name, such as ``anomalib.models.image.fastflow.torch_model``.
 
     The test, or the whole file where this is called at its top, is skipped with the name of what is missing.
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import AllocatorTrace
-from bench.memory_models import wake
+from bench.model_cases import wake
 from pyglow_fast.coupling_nets import plan_chunks
 from pyglow_fast.layers.flow_step import couplings_of
 from pyglow_fast.layers.planned import planned_spacing

@@ -22,10 +22,10 @@ from support.chain_cases import (
     noted_passes,
     objective,
 )
+from support.memory_trace import MemoryTrace
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from bench.memory_meter import MemoryTrace
 from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reversible import DriftControl, Pass, backward, passes
 from pyglow_fast.reversible.parts import LEAST_PART, cut, part_limit

@@ -1,6 +1,6 @@
 """docs/settings.md: every setting of training, as its field declares it.
 
-    python -m bench.settings_page [--write]
+    python docs/_site/settings_page.py [--write]
 
 Without --write the page is printed. A test compares the file with what the fields say.
 """
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from bench.harness import ROOT
 from pyglow_fast._settings import Declared, declared_of, value_text
 from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train import TrainConfig
 from pyglow_fast.train.files import write_text
 
-PAGE = ROOT / "docs" / "settings.md"
+PAGE = Path(__file__).resolve().parents[1] / "settings.md"
 TITLE = """# Settings
 
 Each setting of a training run has one name: the key in a configuration file and in a preset, and the field of the class
@@ -85,7 +85,7 @@ def page() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the page, or write it."""
-    options = argparse.ArgumentParser(prog="python -m bench.settings_page", description=__doc__)
+    options = argparse.ArgumentParser(prog="python docs/_site/settings_page.py", description=__doc__)
     options.add_argument("--write", action="store_true", help="replace docs/settings.md")
     if options.parse_args(arguments).write:
         write_text(PAGE, page())

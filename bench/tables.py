@@ -1,0 +1,361 @@
+"""The tables of measured figures in README.md and docs: made of the rows in bench/results, and put into the pages.
+
+    pyglow-fast bench tables [--write]
+
+A table stands in its page between ``<!-- table NAME -->`` and ``<!-- end of NAME -->``; NAME is a function of this
+file. Without --write the command says which pages would change, and its exit code is 1 if any would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+
+from bench.cases import STEP
+from bench.harness import BF16, FLOAT, RESULTS, ROOT, Row, read_rows
+from bench.kernels import COMPILED, COPY, OURS, PLAIN
+from bench.live import INFERENCE
+from bench.memory import PEERS, PERCENTS
+from bench.model_cases import CHECKPOINTED, LOG_PROB, MEMCNN, PEER_STEPS, SAMPLE, TRAIN
+from bench.nets import BOTH, FORWARD
+from pyglow_fast.train.files import write_text
+
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("memory", "sequences", "speed", "switching")))
+MODELS = {
+    "a": "(a) 3x32x32, L 3, K 8, hidden 512, batch 16",
+    "b": "(b) the same, K 32, hidden 128",
+    "c": "(c) 3x256x256, L 4, K 4, hidden 64, batch 1",
+    "d": "(d) one step, 12x64x64, hidden 32, batch 8",
+    "e": "(e) 3x32x32, L 3, K 32, hidden 512, batch 16",
+}
+LIVE = {
+    "fastflow-resnet18": "anomalib FastFlow, ResNet18, 256 px",
+    "fastflow-wide": "the same, Wide ResNet50",
+    "fastflow-cait": "FastFlow, CaiT, 448 px",
+    "fastflow-deit": "FastFlow, DeiT, 384 px",
+    "uflow": "anomalib U-Flow",
+    "msflow": "msflow",
+    "glow-tts": "coqui Glow-TTS decoder",
+    "jet": "jet-pytorch, 32 px",
+    "chaiyujin": "chaiyujin's steps, hidden 512",
+    "csflow": "anomalib CS-Flow",
+    "cflow": "anomalib CFLOW",
+}
+README_LIVE = ("fastflow-resnet18", "fastflow-cait", "uflow", "glow-tts", "jet")
+MEMORY = {
+    "store": "ours, store",
+    "checkpoint": "ours, checkpoint",
+    "reversible": "**ours, reversible**",
+    "plain": "plain",
+    CHECKPOINTED: "torch.utils.checkpoint",
+    MEMCNN: MEMCNN,
+    "normflows": "normflows",
+    "FrEIA": "FrEIA",
+}
+LIBRARIES = ("library", "library, channels_last")
+OTHER_NETS = ("fastflow", "uflow", "conv1d", "conv3d", "linear", "srflow")
+
+
+# Rows and words
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of a file of results for the CPU."""
+    return read_rows(RESULTS / f"{name}-cpu.json")[1]
+
+
+def pick(rows: Iterable[Row], **values: object) -> list[Row]:
+    """The rows whose fields have these values; of several values, one of them."""
+
+    def fits(row: Row) -> bool:
+        return all(
+            getattr(row, field) in value if isinstance(value, tuple) else getattr(row, field) == value
+            for field, value in values.items()
+        )
+
+    return [row for row in rows if fits(row)]
+
+
+def milliseconds(rows: Iterable[Row], **values: object) -> float:
+    """The least time of such rows: each side is shown at its best over variants and settings of malloc."""
+    return 1e3 * min(row.seconds for row in pick(rows, **values) if row.seconds is not None)
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table."""
+    written = ["".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|" for cells in (head, *lines)]
+    return "\n".join([written[0], "|" + "---|" * len(head), *written[1:]])
+
+
+def short(value: float) -> str:
+    """Write a number with one decimal below 100, with none from there on."""
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+# Whole models
+
+
+def _models(
+    file: str, head: str, columns: Sequence[tuple[str, str, str | tuple[str, ...], str]], configs: Sequence[str]
+) -> str:
+    """A line for each configuration; a column is its title, the call, the implementations and their dtype."""
+    rows = rows_of(file)
+    lines = [
+        (
+            MODELS[config] if head else f"({config})",
+            *(short(milliseconds(rows, case=config, what=w, name=names, dtype=d)) for _, w, names, d in columns),
+        )
+        for config in configs
+    ]
+    return markdown((head, *(title for title, *_ in columns)), lines)
+
+
+def readme_speed() -> str:
+    """Ours against the fastest other."""
+    columns = [
+        ("training step: stored", TRAIN, "store", FLOAT),
+        ("reversible", TRAIN, "reversible", FLOAT),
+        ("fastest other", TRAIN, (*PEER_STEPS, MEMCNN), FLOAT),
+        ("plain torch", TRAIN, "plain", FLOAT),
+        ("sample: ours", SAMPLE, "store", FLOAT),
+        ("fastest other", SAMPLE, tuple(PEER_STEPS), FLOAT),
+    ]
+    return _models("models", "L levels of K steps", columns, list(MODELS))
+
+
+def training_steps() -> str:
+    """A training step of all implementations."""
+    names = ("store", "checkpoint", "reversible", "plain", CHECKPOINTED, MEMCNN, *PEER_STEPS)
+    return _models("models", "", [(name, TRAIN, name, FLOAT) for name in names], list(MODELS))
+
+
+def inference() -> str:
+    """log_prob and sample."""
+    calls = [(work, name) for work in (LOG_PROB, SAMPLE) for name in ("store", "plain", *PEER_STEPS)]
+    columns = [(f"{work}: ours" if name == "store" else name, work, name, FLOAT) for work, name in calls]
+    return _models("models", "", columns, list(MODELS))
+
+
+def bfloat16_steps() -> str:
+    """A training step with nets in bfloat16."""
+    groups: dict[tuple[str, str], tuple[str, ...]] = {
+        ("ours: ", BF16): ("store", "reversible"),
+        ("in float32: ", FLOAT): ("store", "reversible"),
+        ("autocast: ", BF16): ("plain", *PEER_STEPS),
+        ("peers in float32: ", FLOAT): tuple(PEER_STEPS),
+    }
+    columns: list[tuple[str, str, str | tuple[str, ...], str]] = [
+        (title * (name == names[0]) + name, TRAIN, name, dtype)
+        for (title, dtype), names in groups.items()
+        for name in names
+    ]
+    return _models("models-bf16", "", columns, ["a", "b", "c", "d"])
+
+
+# Memory
+
+
+def _megabytes(rows: Sequence[Row], case: str, name: str) -> str:
+    for row in pick(rows, case=case, name=name):
+        facts = row.facts
+        words = " (counted)" * facts.get("counted", False) + " (earlier)" * facts.get("earlier", False)
+        return short(facts["held" if "held" in facts else "fresh"] / 1e6) + words
+    return ""
+
+
+def _memory(head: Sequence[str], cases: Sequence[str]) -> str:
+    rows = rows_of("memory")
+    lines = [(label, *(_megabytes(rows, case, name) for case in cases)) for name, label in MEMORY.items()]
+    return markdown(head, lines)
+
+
+def memory_depths() -> str:
+    """Memory against depth."""
+    steps = (8, 32, 128, 512)
+    return _memory(("MB (held)", *(f"K = {k}" for k in steps)), [f"depth, K {k}" for k in steps])
+
+
+def memory_resolutions(sides: Sequence[int] = (64, 128, 256, 1024)) -> str:
+    """Memory against resolution."""
+    head = ("MB (held)", *(f"{side} px" + ", L = 6" * (side == 1024) for side in sides))
+    return _memory(head, [f"resolution, {side} px" for side in sides])
+
+
+def readme_memory() -> str:
+    """Memory at three resolutions."""
+    return memory_resolutions((64, 256, 1024)).replace("MB (held)", "MB")
+
+
+def memory_budgets() -> str:
+    """Time against bytes in case (c)."""
+    rows = pick(rows_of("memory-budgets"), case="c")
+    ends = [milliseconds(rows, name=mode) for mode in ("reversible", "store")]
+    lines: list[Sequence[object]] = []
+    for name in ("reversible", *(f"{percent} %" for percent in PERCENTS), "store", *PEERS):
+        row = pick(rows, name=name)[0]
+        budget, peak, took = (
+            row.facts.get("budget"),
+            max(row.facts["held"], row.facts["fresh"]),
+            1e3 * (row.seconds or 0),
+        )
+        cells = ["", short(peak / 1e6), "", short(took), ""]
+        if budget is not None:
+            line = ends[0] + (ends[1] - ends[0]) * int(name.removesuffix(" %")) / 100
+            cells = [short(budget / 1e6), cells[1], f"{peak / budget:.2f}", cells[3], f"{took / line:.2f}"]
+        lines.append((f"ours, {name}" if name in ("reversible", "store") else name, *cells))
+    head = ("", "bytes given, MB", "peak, MB", "of the budget", "training step, ms")
+    return markdown((*head, "over the straight line between the modes"), lines)
+
+
+# Flows of other projects
+
+
+def _live(models: Iterable[str], columns: Sequence[tuple[str, str, str, str]]) -> str:
+    """A line for each model: its batch, their time, speeds over theirs (title, variant, dtype, call), and memory."""
+    rows = {(row.case, row.name, row.dtype, row.what): row for row in rows_of("live")}
+    lines = []
+    for model in models:
+        theirs, least = (rows[model, name, FLOAT, TRAIN] for name in ("theirs", "reversible"))
+        speeds = []
+        for _, variant, dtype, call in columns:
+            base, own = rows[model, "theirs", dtype, call].seconds, rows[model, variant, dtype, call].seconds
+            speeds.append("left" if own is None or base is None else f"{base / own:.2f}x")
+        sizes = [row.facts.get("activation_bytes") for row in (theirs, least)]
+        saved = "" if None in sizes else " -> ".join(f"{size / 1e6:.0f}" for size in sizes) + " MB"
+        lines.append(
+            (f"{LIVE[model]}, {theirs.facts['batch']}", f"{1e3 * (theirs.seconds or 0):.0f} ms", *speeds, saved)
+        )
+    titles = [title for title, *_ in columns]
+    return markdown(("flow, batch", "their training step", *titles, 'memory with `"reversible"`'), lines)
+
+
+def readme_live() -> str:
+    """What accelerate brings to some of them."""
+    columns = [
+        ("training step in float32", "accelerated", FLOAT, TRAIN),
+        ("inference", "accelerated", FLOAT, INFERENCE),
+        ("in bfloat16", "accelerated", BF16, TRAIN),
+    ]
+    return _live(README_LIVE, columns)
+
+
+def live_models() -> str:
+    """What accelerate brings to all of them."""
+    columns = [
+        ("accelerated", "accelerated", FLOAT, TRAIN),
+        ('`"store"`', "store", FLOAT, TRAIN),
+        ('`"reversible"`', "reversible", FLOAT, TRAIN),
+        ("inference", "accelerated", FLOAT, INFERENCE),
+        ("step in bfloat16", "accelerated", BF16, TRAIN),
+    ]
+    return _live(LIVE, columns)
+
+
+def glow_tts() -> str:
+    """Memory of the decoder of Glow-TTS."""
+    rows = pick(rows_of("live"), case="glow-tts", what=TRAIN, dtype=FLOAT)
+    calls = {"theirs": "theirs", "accelerated": "`accelerate(decoder)`"}
+    lines = [
+        (calls.get(row.name, f'`accelerate(decoder, memory="{row.name}")`'), short(row.facts["activation_bytes"] / 1e6))
+        for row in rows
+    ]
+    return markdown(("", "MB"), lines)
+
+
+# The flow step and the nets alone
+
+
+def flow_step() -> str:
+    """The flow step outside its net."""
+    rows = pick(rows_of("kernels"), what=f"{STEP} forward+backward")
+    lines = []
+    for malloc, case in dict.fromkeys((row.malloc, row.case) for row in rows):
+        here = pick(rows, case=case, malloc=malloc)
+        own, *others = (milliseconds(here, name=name) for name in (OURS, PLAIN, COMPILED, COPY))
+        lines.append(
+            (case, malloc, f"{own:.2f}", *(f"{other / own:.1f}" for other in others[:2]), f"{others[2] / own:.2f}")
+        )
+    head = (
+        "N x C x H x W, forward + backward",
+        "malloc",
+        "ours, ms",
+        "reference",
+        "compiled",
+        "share of the copy's rate",
+    )
+    return markdown(head, lines)
+
+
+def nets() -> str:
+    """The nets of models that people use, ours against the library's layers."""
+    rows, lines = rows_of("nets"), []
+    for case in dict.fromkeys(row.case for row in rows if row.case.startswith(OTHER_NETS)):
+        cells = []
+        for dtype, mode in ((dtype, mode) for dtype in (FLOAT, BF16) for mode in (FORWARD, BOTH)):
+            here = pick(rows, case=case, what=mode, dtype=dtype)
+            took, library = milliseconds(here, name="ours"), milliseconds(here, name=LIBRARIES)
+            cells.append(f"{took:.{2 if took < 9.995 else 1 if took < 99.95 else 0}f} / {library / took:.2f}")
+        lines.append((case, *cells))
+    head = ("net (x) widths, kernels", "float32: forward", "with all gradients", "bfloat16: forward")
+    return markdown((*head, "with all gradients"), lines)
+
+
+def calls() -> str:
+    """What a call costs besides its kernel, in microseconds."""
+    rows = pick(rows_of("calls"), case="call")
+    names = list(dict.fromkeys(row.name for row in rows))
+    lines = [
+        (what, *(f"{1e3 * milliseconds(rows, what=what, name=name):.1f}" for name in names))
+        for what in ("not recorded", "recorded")
+    ]
+    return markdown(("", *names), lines)
+
+
+def builds() -> str:
+    """Of which build each file of results is."""
+    columns = ("device", "threads", "kernels", "commit")
+    lines = [
+        (path.name, *(read_rows(path)[0][column] for column in columns)) for path in sorted(RESULTS.glob("*-cpu.json"))
+    ]
+    return markdown(("results", "processor", *columns[1:]), lines)
+
+
+# Pages
+
+
+PLACE = re.compile(r"<!-- table (\w+) -->\n(.*?)<!-- end of \1 -->", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """A page's text with its tables as they are of now."""
+
+    def fill(place: re.Match[str]) -> str:
+        name = place[1]
+        return f"<!-- table {name} -->\n\n{globals()[name]()}\n\n<!-- end of {name} -->"
+
+    return PLACE.sub(fill, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Say which pages would change, or change them.
+
+    Args:
+        argv: the options; those of the process if None.
+    """
+    options = argparse.ArgumentParser(prog="bench tables", description=__doc__.split("\n")[0], allow_abbrev=False)
+    options.add_argument("--write", action="store_true", help="put the tables into the pages")
+    write, changed = options.parse_args(argv).write, 0
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            changed += 1
+            print(f"{page}: {'written' if write else 'differs: pyglow-fast bench tables --write'}")
+            if write:
+                write_text(ROOT / page, new)
+    return 0 if write else int(changed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
