@@ -26,6 +26,7 @@ from support.gradients import (
     CONDITION,
     MEMORIES,
     RECOMPUTING,
+    REDONE,
     Gradients,
     Memory,
     assert_same_gradients,
@@ -161,17 +162,18 @@ def test_every_kind_of_step(
     sequence = ready(steps, (channels, *sizes), cond)
     shape = (channels // 2**dims, *(2 * size for size in sizes)) if squeeze else (channels, *sizes)
     few = None if cond is None else cond[:2]
-    if not squeeze:
-        assert_stored_gradients(sequence, batch(2, *shape), few)
-        return
-
-    # A budget is found for the state as it is; here what is read is squeezed first.
     x = batch(2, *shape)
-    run = lambda own, x, cond: objective(own(x, cond, squeeze_first=True))  # noqa: E731
-    expected = gradients(sequence, x, few, lambda *inputs: run(sequence, *inputs))
-    for memory in RECOMPUTING:
+    if not squeeze:
+        assert_stored_gradients(sequence, x, few)
+
+    def run(own: pgf.ReversibleSequence, x: Tensor, cond: Tensor | None) -> Tensor:
+        return objective(own(x, cond, squeeze_first=squeeze))
+
+    expected = gradients(sequence, x, few, partial(run, sequence))
+    for memory in [*(RECOMPUTING if squeeze else []), REDONE]:
         own = memory.of(sequence)
-        assert_same_gradients(gradients(own, x, few, lambda *inputs, own=own: run(own, *inputs)), expected, memory)
+        assert_same_gradients(gradients(own, x, few, partial(run, own)), expected, memory)
+        assert (own.memory_report()["trips"] > 0) == (memory is REDONE)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +233,26 @@ def test_sequences_with_padding() -> None:
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_samples(n: int) -> None:
     assert_stored_gradients(steps(), batch(n))
+
+
+class Pointwise(nn.Module):
+    """A net that takes what convolutions refuse: no positions at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x1: Tensor) -> Tensor:
+        return torch.einsum("oc,ncp->nop", self.weight, x1).sin()
+
+
+def test_no_positions() -> None:
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, net=Pointwise(), dims=1) for _ in range(4)]).double().eval()
+    x = batch(3, 4, 0)
+    sequence.memory = "store"
+    expected = gradients(perturbed(sequence), x)
+    for memory in RECOMPUTING:
+        assert_same_gradients(gradients(memory.of(sequence), x), expected, memory)
 
 
 @runs
@@ -413,6 +435,30 @@ def test_dropout(hidden: bool, leave_training: bool) -> None:
         assert torch.equal(got[2], expected[2]), "the backward moved the caller's random stream"
     in_evaluation = sequence.eval()
     assert_stored_gradients(in_evaluation, x)
+
+
+class Counted(nn.Module):
+    """A net that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(2, 4, 3, padding=1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.conv(x)
+        return out
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+def test_a_backward_runs_each_net_once_more(mode: str) -> None:
+    """Else saving memory costs more time than the documentation says."""
+    nets = [Counted() for _ in range(5)]
+    own, x = Memory(mode, budget=2**40).of(with_nets(*nets)), batch()
+    gradients(own, x)  # the first run of a net whose random numbers are not known may be another one
+    before = [net.calls for net in nets]
+    gradients(own, x)
+    assert [net.calls - earlier for net, earlier in zip(nets, before, strict=True)] == [2] * 5
 
 
 class Halved(pgf.CouplingNet):
@@ -662,6 +708,23 @@ def test_second_derivatives_are_refused(build: Build) -> None:
                     (value + gradient.square().sum()).backward()
 
 
+def test_without_gradients_nothing_is_recorded() -> None:
+    """Evaluation under no_grad or inference_mode, and of a frozen flow, keeps no graph."""
+    sequence, x = steps(), batch()
+    z, log_det = sequence(x)
+    for memory in MEMORIES:
+        own = memory.of(sequence, x)
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                found = own(x)
+            assert not found[0].requires_grad
+            assert_close(found[0], z, CONDITION)
+            assert_close(found[1], log_det, CONDITION)
+    for memory in RECOMPUTING:
+        own = memory.of(sequence.requires_grad_(False))
+        assert own(x)[0].grad_fn is None
+
+
 # ----------------------------------------------------------------------------------------------------- torch's tools
 
 
@@ -869,7 +932,10 @@ def test_states_between_steps() -> None:
     def of_one(x: Tensor, cond: Tensor | None) -> Tensor:
         return model.intermediates(x, at=(0, 2))[1][0][1].square().sum()
 
-    for value in (run, of_one):
+    def of_a_latent(x: Tensor, cond: Tensor | None) -> Tensor:
+        return model(x)[0][0].square().sum()
+
+    for value in (run, of_one, of_a_latent):
         model.memory = "store"
         expected = gradients(model, x, None, value)
         for mode in ("checkpoint", "reversible"):

@@ -115,6 +115,26 @@ def test_samples(name: str) -> None:
     assert torch.equal(seeded[0], seeded[1])
     assert_close(seeded[0][1::2], seeded[2][1::2], condition=CONDITION)
     assert not torch.equal(model.sample(n, 0.5, y, cond), model.sample(n, 0.5, y, cond))
+    # The noise of the deepest level is drawn first, so what a seed gives is known outside of the model.
+    generator = torch.Generator().manual_seed(1)
+    shapes = reversed(model.latent_shapes)
+    drawn = [0.5 * torch.randn(n, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    assert_close(model.from_noise(drawn[::-1], y, cond)[0], seeded[2], condition=CONDITION)
+
+
+def test_sampling_changes_nothing() -> None:
+    """A fresh model in training samples too, and still waits for its first batch; samples carry no graph."""
+    model = pgf.Glow(image_shape=(3, 4, 4), n_levels=2, n_steps=1, hidden=4, net_actnorm=True)
+    before = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    x = model.train().sample(5)
+    assert x.shape == (5, 3, 4, 4)
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+    assert not x.requires_grad
+    assert not model.is_initialized
+    for key, value in before.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert model.double().sample(1).dtype == torch.float64
 
 
 def test_labels_are_drawn_if_none_are_given() -> None:

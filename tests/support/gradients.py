@@ -80,16 +80,19 @@ class Memory:
     Args:
         mode: of ReversibleSequence; or "bytes", for a budget half way from the least to what storing takes.
         anchor_every, budget: of ReversibleSequence.
+        tolerance: None: LOOSE in float64, else the default.
     """
 
     mode: str
     anchor_every: str | int | None = "auto"
     budget: str | int = "auto"
+    tolerance: float | None = None
 
     def of(self, sequence: pgf.ReversibleSequence, *inputs: Tensor | None) -> pgf.ReversibleSequence:
         """Make a run of the very same steps in this mode; ``inputs`` are those of a batch that it will get."""
         memory = "store" if self.mode == "bytes" else self.mode
-        tolerance = LOOSE if next(sequence.parameters()).dtype == torch.float64 else None
+        is_double = next(sequence.parameters()).dtype == torch.float64
+        tolerance = LOOSE if self.tolerance is None and is_double else self.tolerance
         found = type(sequence)(list(sequence), memory, self.anchor_every, tolerance, self.budget)
         found.training = sequence.training
         if self.mode == "bytes":
@@ -127,5 +130,6 @@ RECOMPUTING = [
     Memory("reversible", None, 1),
     Memory("reversible", 2, 4000),
 ]
+REDONE = Memory("reversible", 2, tolerance=1e-30)  # every state is taken for a drifted one
 BYTES = Memory("bytes")  # of runs of FlowSteps alone
 MEMORIES = [*RECOMPUTING, BYTES]
