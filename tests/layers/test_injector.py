@@ -1,4 +1,4 @@
-"""AffineInjector, steps without a coupling, and states taken between steps. Laws are in test_laws.py."""
+"""AffineInjector, steps without a coupling, and states taken between steps. Laws are in contract/test_laws.py."""
 
 from __future__ import annotations
 

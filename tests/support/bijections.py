@@ -1,4 +1,4 @@
-"""The one list of bijections that the laws of test_laws.py are checked on.
+"""The one list of bijections that the laws of contract/test_laws.py are checked on.
 
 A new layer or adapter joins the list and is tested by that.
 """

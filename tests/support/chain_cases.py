@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +15,16 @@ import pyglow_fast as pgf
 from pyglow_fast.layers import flow_step, reversible_sequence
 from pyglow_fast.reversible import parts
 from support.bijections import softplus_scale
-from support.helpers import tolerance
+from support.gradients import CONDITION as CONDITION
+from support.gradients import assert_same_gradients as assert_same_gradients
+from support.gradients import gradients as gradients
+from support.gradients import objective as objective
+from support.gradients import perturbed as perturbed
+from support.gradients import relative_error as relative_error
+from support.gradients import worst_error as worst_error
 
 MAP_BOUNDS = flow_step.map_bounds
 
-# What a rounding of a state may grow by on its way into a gradient, in the small steps of this file.
-CONDITION = 1000.0
 WHOLE = 2**40  # a memory budget that nothing exceeds
 
 
@@ -135,60 +139,6 @@ CASES = [
     Case("checkerboard-3d", 3, (2, 4, 3, 2), options={"mask": "checkerboard", "net_actnorm": True}),
     Case("checkerboard-cond", 4, (2, 6, 3), (2, 6, 3), options={"mask": "checkerboard"}),
 ]
-
-
-def perturbed(module: Any, spread: float = 0.1) -> Any:
-    """Move every parameter away from the special value that it starts at."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(spread * torch.randn_like(parameter))
-    return module
-
-
-def objective(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """Compute a scalar that every value of z and log_det enters with its own weight."""
-    z, log_det = outputs
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype)
-    linear = torch.randn(log_det.shape, generator=generator, dtype=torch.float64).to(log_det.dtype)
-    return (weight * z + 0.1 * z.square()).sum() + (linear * log_det).sum()
-
-
-def gradients(
-    model: nn.Module,
-    x: Tensor,
-    cond: Tensor | None = None,
-    run: Callable[..., Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Compute the gradients of the objective (or of ``run(x, cond)``) in x, cond and all parameters, by name."""
-    leaf = x.detach().requires_grad_()
-    cond_leaf = None if cond is None else cond.detach().requires_grad_()
-    named = {"x": leaf} | ({} if cond_leaf is None else {"cond": cond_leaf})
-    named |= {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    value = objective(model(leaf, cond_leaf)) if run is None else run(leaf, cond_leaf)
-    found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Compute the error in the Euclidean norm, against the expected one (or 1 if that is smaller)."""
-    error = (actual.double() - expected.double()).norm()
-    return float(error / expected.double().norm().clamp(min=1.0))
-
-
-def worst_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Compute the largest error of all tensors; both must have the same names."""
-    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
-    errors = [relative_error(actual[name], grad) for name, grad in expected.items()]
-    return float("nan") if any(error != error for error in errors) else max(errors)
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Check that gradients agree up to the rounding of a sum over the batch, grown by CONDITION. Float64."""
-    n_values = expected["x"].numel() if "x" in expected else 1000
-    assert all(grad.dtype == torch.float64 for grad in expected.values())
-    error = worst_error(actual, expected)
-    assert error <= tolerance(max(n_values, 1), CONDITION), f"relative error {error:.2e}"
 
 
 @contextmanager

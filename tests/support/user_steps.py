@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from support.chain_cases import perturbed
+from support.gradients import perturbed
 
 
 class Scale(nn.Module):
