@@ -2,8 +2,8 @@
 
     python tests/faults.py [--minutes 60] [--only WORD]
 
-Faults in csrc/cuda are run by the emulator's tests, all others are compiled into the copy's own extension. The exit
-code is 1 if the tests miss a fault; faults that the time does not suffice for are counted.
+Faults in csrc/cuda are run by the emulator, all others are compiled into the copy's own extension. The exit code is 1
+if the tests miss a fault; faults that the time does not suffice for are counted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOUND, COPY = ROOT / "build" / "faults" / "sound", ROOT / "build" / "faults" / "copy"
 BUILD = ["setup.py", "build_ext", "--inplace"]
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+COMPILED, EMULATED = ["tests/kernels"], ["--full", "-k", "emul", "tests/kernels", "tests/emulation"]
 BUILD_SECONDS, TEST_SECONDS = 1200, 600
 TIME_LIMIT = 124
 BROKEN_RUN = (3, 4, 5)  # pytest's exit codes for its own errors, wrong arguments and no tests
@@ -88,7 +89,7 @@ def judge(fault: Fault) -> str:
     is_emulated = fault.file.startswith("csrc/cuda/")
     if not is_emulated and run(BUILD, BUILD_SECONDS)[0] != 0:
         return "the compiler"
-    code, output = run([*PYTEST, "tests/emulation" if is_emulated else "tests/kernels"], TEST_SECONDS)
+    code, output = run([*PYTEST, *(EMULATED if is_emulated else COMPILED)], TEST_SECONDS)
     if code in BROKEN_RUN:
         raise RuntimeError(f"exit code {code}\n{output[-2000:]}")
     failed = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
