@@ -190,6 +190,14 @@ def test_the_report_names_what_was_done_and_twice_is_harmless(case: Structure) -
     assert {name: type(module).__qualname__ for name, module in ours.named_modules()} == names
 
 
+@pytest.mark.xfail(strict=True, reason="undo() empties the report, so nobody can read afterwards what was done")
+def test_the_report_is_still_there_after_undo() -> None:
+    done = accelerate(STRUCTURES[0].model(), "reversible")
+    text = str(done)
+    done.undo()
+    assert str(done) == text
+
+
 @pytest.mark.parametrize("case", [case for case in STRUCTURES if case.copies], ids=lambda case: case.name)
 def test_copies_and_pickles(case: Structure) -> None:
     """A copy shares nothing with its original, and a copy of the report undoes the copy of the model."""
