@@ -19,7 +19,6 @@ from pyglow_fast.interop import Acceleration, accelerate
 CONDITION = 100.0  # of a state or gradient with respect to a rounding before it, in these small flows
 
 structures = pytest.mark.parametrize("case", STRUCTURES, ids=lambda case: case.name)
-modes = pytest.mark.parametrize("memory", [None, "reversible"], ids=str)
 
 
 def weighted(values: Iterable[Tensor]) -> Tensor:
@@ -92,15 +91,16 @@ def classes(model: nn.Module) -> dict[str, str]:
 
 
 @structures
-@modes
-def test_numbers_and_gradients_are_those_of_the_original(case: Structure, memory: str | None) -> None:
-    """In both directions, in training and in evaluation, for conditions and parameters too."""
-    theirs, ours = case.model(), case.model()
+def test_numbers_and_gradients_are_those_of_the_original(case: Structure) -> None:
+    """In both directions, in training and in evaluation, layer by layer and in chains, for conditions too."""
+    theirs, by_layer, in_chains = case.model(), case.model(), case.model()
     latents = latents_of(case, theirs)
-    accelerate(ours, memory)
+    accelerate(by_layer)
+    accelerate(in_chains, "reversible")
     for training in (True, False)[not case.trains :]:
         expected = results(case, theirs.train(training), latents)
-        assert_same(case, results(case, ours.train(training), latents), expected)
+        for ours in (by_layer, in_chains):
+            assert_same(case, results(case, ours.train(training), latents), expected)
 
 
 @structures

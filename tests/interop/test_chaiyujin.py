@@ -84,24 +84,6 @@ def theirs_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("memory", [None, "reversible", "checkpoint", "store"])
-@pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_are_theirs(name: str, memory: str | None, theirs_calls: list[int]) -> None:
-    step = step_of(name)
-    inputs = call_of(step, name)
-    expected = everything(step, *inputs)
-    done = accelerate(step, memory=memory)
-    assert list(done.replaced) == [""]
-    assert isinstance(step, FlowStep)
-    theirs_calls.clear()
-    assert_same(everything(step, *inputs), expected)
-    # With features the widths are such that the library is as fast: theirs runs where no memory is to be saved.
-    assert len(theirs_calls) == (2 if name == "features" and memory is None else 0)
-    done.undo()
-    assert type(step) is FlowStep
-    assert not {"_parts", "_memory"} & vars(step).keys()
-
-
 def test_wide_nets_beside_features_are_ours(theirs_calls: list[int]) -> None:
     step = step_of("features", hidden=72)
     inputs = call_of(step, "features")

@@ -39,27 +39,6 @@ def results(model: Any, x: Tensor) -> list[Tensor]:
 
 
 @models
-@pytest.mark.parametrize("memory", MEMORY)
-def test_equal_in_float64(make: Any, memory: str | None) -> None:
-    model, shape = make()
-    model = model.double()
-    x = torch.randn(3, *shape, dtype=torch.float64)
-    expected = results(model, x)
-    done = accelerate(model, memory=memory)
-    assert len(done.replaced) == len(model.blocks if hasattr(model, "blocks") else model.couplings)
-    assert not done.left
-    assert len(done.joined) == (0 if memory is None else 1)
-    found = results(model, x)
-    assert len(found) == len(expected)
-    for value, truth in zip(found, expected, strict=True):
-        assert value.shape == truth.shape
-        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found[2], x, rtol=1e-9, atol=1e-9)
-    assert found[0].is_contiguous()
-    assert found[2].is_contiguous()
-
-
-@models
 def test_bytes_are_refused_before_anything_changes(make: Any) -> None:
     model, _ = make()
     classes = [type(module) for module in model.modules()]
