@@ -61,12 +61,12 @@ def load(told: dict[str, Any], state: dict[str, Any]) -> pgf.Glow:
     load_format = getattr(convert, f"load_{told['format']}")
     options: dict[str, Any] = {}
     if told["format"] in ("openai", "rosinality", "srflow"):
-        return load_format(state, told["size"])  # type: ignore[no-any-return]
+        return load_format(state, told["size"])
     if told["mixing"] == "reverse":
         options["permutation"] = "reverse"
     if told["format"] == "chaiyujin":
         options["rescale"] = False
-    return load_format(state, **options)  # type: ignore[no-any-return]
+    return load_format(state, **options)
 
 
 def save(told: dict[str, Any], model: pgf.Glow) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def save(told: dict[str, Any], model: pgf.Glow) -> dict[str, Any]:
         options["learn_top"] = told["learn_top"]
     if told["format"] == "chaiyujin":
         options |= {"rescale": False, "batch_size": 4}
-    return getattr(convert, f"save_{told['format']}")(model, **options)  # type: ignore[no-any-return]
+    return getattr(convert, f"save_{told['format']}")(model, **options)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -154,7 +154,7 @@ def test_every_kind_of_file(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
     convert.write_tensors(path, case.state)
     assert_golden(load(case.told, convert.read_tensors(path)), case)
-    assert_golden(load(case.told, path), case)  # type: ignore[arg-type]
+    assert_golden(load(case.told, path), case)
 
 
 @pytest.mark.parametrize("name", ["openai-plain-top-classes", "y0ast-lu-additive"])

@@ -385,7 +385,7 @@ LATENTS = rows(
     "latents",
     setting,
     {
-        "no model": (lambda m: tools.to_space(None, X), "model: expected a Glow, found NoneType"),  # type: ignore[arg-type]
+        "no model": (lambda m: tools.to_space(None, X), "model: expected a Glow, found NoneType"),
         "one image": (lambda m: tools.to_space(m, X[0]), "x: expected shape"),
         "space": (lambda m: tools.to_space(m, X, "z"), r"space: expected one of \('noise', 'latent'\), found 'z'"),
         "levels": (lambda m: tools.from_space(m, zeros()[:1]), "latents: expected 2 tensors, one a level, found 1"),
@@ -429,7 +429,7 @@ INTEROP = [
             "memory": (lambda m: accelerate(m, "disk"), r'memory: expected one of \("reversible", .*\) or bytes'),
             "no bytes": (lambda m: accelerate(m, "0GB"), r'memory: expected one of \("reversible", .*\) or bytes'),
             "budget": (lambda m: accelerate(m, "reversible", memory_budget=0), "memory_budget: expected"),
-            "no module": (lambda m: accelerate(3), "model: expected a Module, found int"),  # type: ignore[arg-type]
+            "no module": (lambda m: accelerate(3), "model: expected a Module, found int"),
             "no such layers": (
                 lambda m: accelerate(nn.Linear(2, 2)),
                 "model: expected layers of normflows, nflows, FrEIA, .*, found none",
@@ -506,7 +506,7 @@ INTEROP = [
         "convert",
         setting,
         {
-            "another model": (lambda m: convert.save_openai(nn.Linear(1, 1)), "model: expected a Glow, found Linear"),  # type: ignore[arg-type]
+            "another model": (lambda m: convert.save_openai(nn.Linear(1, 1)), "model: expected a Glow, found Linear"),
             "frozen": (lambda m: convert.save_y0ast(m.freeze()), "model: expected one that is not frozen"),
             "a fresh model": (lambda m: convert.save_openai(glow()), "model: expected actnorms that have seen data"),
             "no square": (lambda m: convert.save_openai(m), "image_shape: expected square images"),

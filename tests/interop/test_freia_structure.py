@@ -193,32 +193,6 @@ def test_it_stays_what_it_was() -> None:
     assert_close(model(x)[0], expected)
 
 
-@pytest.mark.parametrize("memory", ["store", "reversible"])
-@pytest.mark.parametrize("block_class", [Block, LaterBlock, Sized])
-def test_copies_are_joined(block_class: type[nn.Module], memory: str) -> None:
-    theirs = Ff.SequenceINN(6, 4, 5)
-    for soft in (False, True, False):
-        theirs.append(block_class, subnet_constructor=known_net, permute_soft=soft)
-    theirs = noisy(theirs)
-    ours, x = copy.deepcopy(theirs), torch.randn(3, 6, 4, 5, dtype=torch.float64)
-    assert accelerate(ours, memory).joined == {"module_list": f"3 steps in one chain each, memory {memory!r}"}
-    found = []
-    for model in (ours, theirs):
-        z, log_det = model(x)
-        grads = torch.autograd.grad(
-            z.square().sum() - log_det.sum(), [p for p in model.parameters() if p.requires_grad]
-        )
-        found.append([z, log_det, *grads])
-    for value, expected in zip(*found, strict=True):
-        assert_close(value, expected, 1000.0)
-    other = torch.randn(3, 6, 4, 7, dtype=torch.float64)
-    if block_class is Sized:
-        with pytest.raises(RuntimeError, match="Expected input of shape"):
-            ours(other)
-    else:
-        assert_close(ours(other)[0], theirs(other)[0], 100.0)
-
-
 def test_without_freia_s_containers() -> None:
     """A copy is found by its attributes alone."""
     model = nn.Sequential(nn.Linear(2, 2), made(Block))

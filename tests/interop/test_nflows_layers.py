@@ -54,6 +54,7 @@ def test_same_numbers_and_gradients(name: str, training: bool) -> None:
     assert_same(their_layer.train(training), our_layer.train(training), torch.randn(shape, dtype=torch.float64))
 
 
+@pytest.mark.full
 @cases
 def test_as_precise_in_float32(name: str) -> None:
     assert_as_precise(*LAYERS[name])

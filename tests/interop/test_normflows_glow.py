@@ -82,6 +82,7 @@ def test_other_numbers_of_channels(channels: int, split: str) -> None:
         assert_equal_outcomes(outcome(ours, direction, z), outcome(theirs, direction, z))
 
 
+@pytest.mark.full
 @pairs(
     pytest.mark.parametrize("split", SPLITS[:3]),
     pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv"]),
