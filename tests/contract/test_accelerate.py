@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.accelerate_cases import subnet
+from support.freia_copies import AtanClamp, Counting, Detached, InEvaluation, InTraining
 from support.helpers import tolerance
-from support.structures import STRUCTURES, Structure, Tensors, tensors
+from support.structures import STRUCTURES, Structure, Tensors, of_freia, plain, tensors
 from torch import Tensor, nn
 
 from pyglow_fast.interop import Acceleration, accelerate
@@ -188,6 +190,36 @@ def test_the_report_names_what_was_done_and_twice_is_harmless(case: Structure) -
     assert_same(case, results(case, ours, latents), expected)
     done.undo()
     assert {name: type(module).__qualname__ for name, module in ours.named_modules()} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("msflow", "LayerNorm"),
+        ("anomalib-patchflow", "BatchNorm2d"),
+        ("freia-glow-couplings", "PermuteRandom"),
+        ("nflows-context", "ConvResidualNet"),
+    ],
+)
+def test_the_report_says_what_is_left_and_why(name: str, words: str) -> None:
+    model = next(case for case in STRUCTURES if case.name == name).model()
+    assert any(words in reason for reason in accelerate(model, "reversible").left.values())
+
+
+@pytest.mark.parametrize(
+    "block", [AtanClamp, Counting, Detached, InTraining, InEvaluation], ids=lambda block: block.__name__
+)
+@pytest.mark.parametrize("memory", [None, "reversible"], ids=str)
+def test_a_block_that_computes_something_else_is_left(block: type[nn.Module], memory: str | None) -> None:
+    """Another clamp, a side effect, other gradients, another value in one of the modes: a probe finds each."""
+    case = of_freia("other", plain((4, 5, 6), subnet, block), (4, 5, 6), 0)
+    theirs, ours = case.model(), case.model()
+    latents = latents_of(case, theirs)
+    done = accelerate(ours, memory)
+    assert (done.replaced, done.joined, list(done.left)) == ({}, {}, [f"module_list.{i}" for i in range(3)])
+    for training in (True, False):
+        expected = results(case, theirs.train(training), latents)
+        assert_same(case, results(case, ours.train(training), latents), expected)
 
 
 @pytest.mark.xfail(strict=True, reason="undo() empties the report, so nobody can read afterwards what was done")

@@ -138,6 +138,18 @@ CONDITIONED = rows(
         "NaN condition": (lambda m: m.encode(X, with_nan(COND)), "cond: expected finite values, found NaN or inf"),
     },
 )
+BY_LEVEL = rows(
+    "Glow with a condition of each level",
+    lambda: glow(cond_channels=(3, 2)),
+    {
+        "one tensor": (lambda m: m.log_prob(X, cond=COND), r"cond: expected a list or dict of 2 tensors, one a level"),
+        "a level missing": (
+            lambda m: m.log_prob(X, cond={1: COND}),
+            r"cond: expected the keys 0\.\.1, the levels",
+        ),
+        "channels of a level": (lambda m: m.log_prob(X, cond=[COND, COND]), r"cond\[1\]: expected shape \(2, 2\) or"),
+    },
+)
 CONFIG = fields(
     "GlowConfig",
     pgf.GlowConfig,
@@ -154,6 +166,10 @@ CONFIG = fields(
         ({"scale_bias": math.nan}, "scale_bias: expected a finite number, found nan"),
         ({"scale_clamp": 100.0}, r"scale_clamp: expected a positive number, at most 80, found 100\.0"),
         ({"scale_factor": 2.0, "scale_map": "exp"}, "scale_factor: expected 1 where the scale is no sigmoid"),
+        ({"n_splits": 3}, r"n_splits: expected fewer than n_levels = 3, or none, found 3"),
+        ({"split_ratio": 1.0}, r"split_ratio: expected a number between 0 and 1, found 1\.0"),
+        ({"cond_channels": (2, 3)}, "cond_channels: expected 3 positive ints, one a level, found"),
+        ({"injector": True}, "injector: expected False, since the model has cond_channels=0, found True"),
         ({"n_classes": 4, "classify": 3}, "classify: expected 0 or n_classes=4, found 3"),
     ],
 )
@@ -280,6 +296,37 @@ LAYERS = [
         {
             "WaveNet": (lambda _: pgf.WaveNet(2, 4, 4, 4), "kernel_size: expected an odd number, found 4"),
             "GroupedInvConv": (lambda _: GroupedInvConv(8, 3), "size: expected an even divisor of 8 channels"),
+            "CouplingNet's width": (
+                lambda _: pgf.CouplingNet(2, 4, 3)(STATE),
+                r"x: expected 2 channels \(dimension 1\)",
+            ),
+            "CouplingNet's condition": (
+                lambda _: pgf.CouplingNet(4, 4, 3, cond_channels=1)(STATE, STATE[..., :1]),
+                r"cond: expected shape \(2, 1, 3, 5\)",
+            ),
+            "CouplingNet's sizes": (
+                lambda _: pgf.CouplingNet(2, 4, 2.5),
+                "hidden: expected an int, at least 1, found 2.5",
+            ),
+            "InvConv's dtype": (lambda _: pgf.InvConv(4)(STATE.double()), "x: expected dtype torch.float32 .* found"),
+            "InvConv's channels": (lambda _: pgf.InvConv(3).inverse(STATE), r"z: expected 3 channels \(dimension 1\)"),
+            "Permute": (
+                lambda _: pgf.Permute(3, "random"),
+                "permutation: expected 'shuffle' or 'reverse', found 'random'",
+            ),
+            "Split's channels": (lambda _: pgf.Split(3), "channels: expected an even number to halve, found 3"),
+            "Split's halves": (
+                lambda _: pgf.Split(4).inverse((torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))),
+                r"z\[1\]: expected shape \(1, 2, 3\), to go with z\[0\], found \(1, 2, 4\)",
+            ),
+            "AffineInjector": (
+                lambda _: pgf.AffineInjector(4, 3)(STATE, STATE[:, :3, :, :2]),
+                r"cond: expected a tensor of shape \(2, C_cond, 3, 5\), found shape \(2, 3, 3, 2\)",
+            ),
+            "checkerboard": (
+                lambda _: pgf.FlowStep(4, 3, mask="checkerboard")(STATE),
+                r"x: expected shape \(N, C, \*spatial\) with an even first",
+            ),
             "Squeeze": (lambda _: pgf.Squeeze()(STATE), r"x: expected spatial sizes divisible by 2, found shape"),
             "no steps": (lambda _: pgf.ReversibleSequence([]), "steps: expected at least one step, found 0"),
             "widths": (
@@ -615,7 +662,7 @@ SETTINGS = [
     ),
 ]
 
-REFUSALS = [*MODELS, *CONDITIONED, *CONFIG, *LAYERS, *FUNCTIONS, *LATENTS, *INTEROP, *SETTINGS]
+REFUSALS = [*MODELS, *CONDITIONED, *BY_LEVEL, *CONFIG, *LAYERS, *FUNCTIONS, *LATENTS, *INTEROP, *SETTINGS]
 
 
 def state_of(subject: Any) -> dict[str, Any]:
