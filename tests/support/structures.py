@@ -145,23 +145,27 @@ def of_nflows(
     )
 
 
+def net_with_context(inputs: int, outputs: int) -> nn.Module:
+    return nflows.nn.nets.ConvResidualNet(inputs, outputs, hidden_channels=6, context_channels=3, num_blocks=1)
+
+
 def nflows_with_context() -> nn.Module:
     t, layers = nflows.transforms, []
     for _ in range(2):
-        coupling = t.AffineCouplingTransform(
-            torch.tensor([1, 0, 1, 0]),
-            lambda a, b: nflows.nn.nets.ConvResidualNet(a, b, hidden_channels=6, context_channels=3, num_blocks=1),
-        )
+        coupling = t.AffineCouplingTransform(torch.tensor([1, 0, 1, 0]), net_with_context)
         layers += [t.ActNorm(4), t.OneByOneConvolution(4), coupling]
     return t.CompositeTransform(layers)
+
+
+def residual_net(inputs: int, outputs: int) -> nn.Module:
+    return nflows.nn.nets.ResidualNet(inputs, outputs, hidden_features=8, num_blocks=1)
 
 
 def nflows_of_vectors() -> nn.Module:
     t, layers = nflows.transforms, []
     for _ in range(2):
-        net = lambda a, b: nflows.nn.nets.ResidualNet(a, b, hidden_features=8, num_blocks=1)  # noqa: E731
-        mask = torch.tensor([0, 0, 0, 1, 1, 1])
-        layers += [t.ActNorm(6), t.RandomPermutation(6), t.AffineCouplingTransform(mask, net)]
+        coupling = t.AffineCouplingTransform(torch.tensor([0, 0, 0, 1, 1, 1]), residual_net)
+        layers += [t.ActNorm(6), t.RandomPermutation(6), coupling]
     return t.CompositeTransform(layers)
 
 

@@ -1,6 +1,6 @@
 """Writes the golden checkpoints beside it: small random weights of each format, and what its implementation computes.
 
-    python -m tests.contract.golden.make
+    PYTHONPATH=.:tests python tests/contract/golden/make.py
 
 The forward passes are those of tests/support/peer_glows.py and bench/srflow_peer.py, which are written from the
 equations of each implementation and know nothing of the converters. The files stay as they are: they are written again
