@@ -61,20 +61,6 @@ def test_sorted_runs_give_the_samples_in_their_order() -> None:
     assert counts.tolist() == [2, 5, 1, 4]
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (torch.ones(2, 5), "mask: expected shape"),
-        (torch.ones(2, 1, 4), "mask: expected shape"),
-        (torch.full((2, 1, 5), 0.5), "mask: expected values 0 and 1"),
-        (None, "mask: expected a Tensor"),
-    ],
-)
-def test_what_is_no_mask_is_refused(mask: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        masks.check_mask(mask, torch.zeros(2, 3, 5))
-
-
 def test_a_net_that_takes_no_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="takes_mask = True, found Conv1d"):
         masks.MaskedNet(nn.Conv1d(2, 4, 3))

@@ -78,26 +78,6 @@ def test_size_gray_and_views() -> None:
     assert torch.equal(same.item(0), VALUES[0, :, 1:7, 1:7])
 
 
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
-        ([], "dataset: expected at least one image, found none in mine"),
-        (["text"], r"mine\[0\]: expected a PIL image, .* found str"),
-        ([torch.zeros(3, 8, 8)], r"mine\[0\]: expected a PIL image, or a uint8 .*, found torch.float32 \(3, 8, 8\)"),
-        ([VALUES[0], VALUES[1, :, :4]], r"mine\[1\]: expected the shape of the first image, \(3, 8, 8\)"),
-        ([VALUES[0], OSError("gone")], r"mine\[1\]: expected an image, found OSError: gone"),
-    ],
-)
-def test_refusals(items: list[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        from_dataset(Items(items), "mine")
-
-
-def test_no_dataset() -> None:
-    with pytest.raises(ValueError, match=r"dataset: expected a map-style Dataset \(__len__\), found generator"):
-        from_dataset((value for value in VALUES), "mine")
-
-
 def test_items_that_cannot_be_had() -> None:
     items = Items([OSError("gone"), *((value, i) for i, value in enumerate(VALUES[1:]))])
     with pytest.warns(UserWarning, match=r"1 of 6 images of mine .* the first: mine\[0\]: .*gone"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from pyglow_fast.data import ImageSet, split
@@ -78,33 +77,3 @@ def test_fingerprint_sees_every_part() -> None:
         base.subset([1, 0, 2, 3, 4, 5]),
     ]
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"pixels": torch.zeros(2, 1, 2, 2)}, "pixels: expected dtype uint8, found torch.float32"),
-        ({"pixels": torch.zeros(2, 2, 2, dtype=torch.uint8)}, r"pixels: expected shape \(N, C, H, W\)"),
-        ({"pixels": torch.zeros(0, 1, 2, 2, dtype=torch.uint8)}, "pixels: expected at least one image"),
-        ({"n_bins": 3}, r"pixels: expected values in 0..2 \(n_bins=3\), found a value of 4"),
-        ({"n_bins": 257}, "n_bins: expected a value in 2..256, found 257"),
-        ({"groups": ("a",)}, "groups: expected 2 keys, found 1"),
-        ({"labels": torch.tensor([0])}, r"labels: expected shape \(2,\)"),
-        ({"labels": torch.tensor([0, 2]), "class_names": ("a", "b")}, "labels: expected values in 0..1, found 0..2"),
-    ],
-)
-def test_refusals(fields: dict[str, Any], message: str) -> None:
-    values = {"name": "test", "pixels": torch.full((2, 1, 2, 2), 4, dtype=torch.uint8), "n_bins": 16} | fields
-    with pytest.raises(ValueError, match=message):
-        ImageSet(**values)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_split_refuses_fractions(fraction: float) -> None:
-    with pytest.raises(ValueError, match="held_out: expected a number between 0 and 1, or none"):
-        split(images(), fraction, seed=0)
-
-
-def test_split_refuses_one_group() -> None:
-    with pytest.raises(ValueError, match=r"data: expected at least 2 images \(or groups of images\)"):
-        split(images(4, groups=("a",) * 4), 0.5, seed=0)

@@ -137,29 +137,6 @@ def test_nothing_readable(tmp_path: Path, workers: int) -> None:
         list(batches(data, [[(1, None)]], workers, "skip"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        ([[(7, None)]], r"plan: expected indices in 0\.\.6, found 7"),
-        ([[(-1, None)]], r"plan: expected indices in 0\.\.6, found -1"),
-        ([[]], "plan: expected batches of at least one image, found an empty one"),
-    ],
-)
-def test_wrong_plans(plan: Plan, message: str, workers: int) -> None:
-    with pytest.raises(ValueError, match=message):
-        list(batches(in_memory(), plan, workers))
-
-
-def test_wrong_options_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="workers: expected a whole number, 0 or more, found -1"):
-        batches(in_memory(), PLAN, -1)
-    with pytest.raises(ValueError, match=r"workers: expected at most 1024 \(each is a process .*\), found 100000"):
-        batches(in_memory(), PLAN, 100_000)
-    with pytest.raises(ValueError, match="on_unreadable: expected one of"):
-        batches(in_memory(), PLAN, 0, "warn")
-
-
 def test_a_killed_worker_is_an_error(tmp_path: Path) -> None:
     iterator = batches(lazy(tmp_path), itertools.repeat([(0, 1)]), 2)
     next(iterator)

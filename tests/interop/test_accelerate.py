@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 import torch
 from support.accelerate_cases import (
     CASES,
-    MEMORIES,
     freia_loss,
     from_freia,
     from_nflows,
@@ -36,81 +34,6 @@ from bench.memory_meter import MemoryMeter
 from pyglow_fast.interop import accelerate
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_are_the_same(name: str, memory: str | None) -> None:
-    model, loss_of, steps = prepared(name)
-    theirs = copy.deepcopy(model)
-    done = accelerate(model, memory)
-    assert sum(len(face.run) for face in done._faces) == (steps if memory else 0)
-    ours_loss, their_loss = loss_of(model, images()), loss_of(theirs, images())
-    torch.testing.assert_close(ours_loss, their_loss, rtol=1e-10, atol=1e-10)
-    found, wanted = gradients(model, ours_loss), gradients(theirs, their_loss)
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
-    if memory == "reversible":
-        assert all(report["passes"] == 1 for report in done.memory_report())
-
-
-@pytest.mark.parametrize("memory", [None, "reversible"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "normflows",
-        "nflows",
-        "nflows alternating",
-        "nflows alternating, two runs",
-        "FrEIA",
-        "FrEIA reverse householder",
-    ],
-)
-def test_inverses(name: str, memory: str | None) -> None:
-    model, _, _ = prepared(name)
-    theirs = copy.deepcopy(model).eval()
-    accelerate(model.eval(), memory)
-    x = images()
-    with torch.no_grad():
-        if name.startswith("FrEIA"):
-            (z, log_det), (their_z, _) = model(x), theirs(x)
-            back, inverse_log_det = model(their_z, rev=True)
-            torch.testing.assert_close(z, their_z, rtol=1e-10, atol=1e-10)
-        elif name.startswith("nflows"):
-            z, log_det = model._transform(x)
-            back, inverse_log_det = model._transform.inverse(theirs._transform(x)[0])
-        else:
-            z, log_det = model.inverse_and_log_det(x)
-            back, inverse_log_det = model.forward_and_log_det(theirs.inverse_and_log_det(x)[0])
-    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("name", ["normflows", "nflows", "FrEIA"])
-def test_an_optimizer_goes_on_and_it_is_undone(name: str, memory: str | None) -> None:
-    model, loss_of, _ = prepared(name)
-    theirs = copy.deepcopy(model)
-    optimizers = [torch.optim.Adam(item.parameters(), 1e-3) for item in (model, theirs)]
-    classes = {key: type(module) for key, module in model.named_modules()}
-    keys = list(model.state_dict())
-    done = accelerate(model, memory)
-    assert list(model.state_dict()) == keys
-    for step in range(6):
-        if step >= 4:
-            done.undo()  # of nothing, the second time
-            assert {key: type(module) for key, module in model.named_modules()} == classes
-            assert (done.replaced, done.joined, done.left) == ({}, {}, {})
-        losses = []
-        for item, optimizer in zip((model, theirs), optimizers, strict=True):
-            loss = loss_of(item, images())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
-    theirs.load_state_dict(model.state_dict())
-
-
 @pytest.mark.parametrize("name", ["normflows", "nflows"])
 def test_a_fresh_model_initialises_from_its_first_batch(name: str) -> None:
     make, loss_of, _ = CASES[name]
@@ -122,22 +45,6 @@ def test_a_fresh_model_initialises_from_its_first_batch(name: str) -> None:
         loss_of(item, images(16)).backward()
     for (key, value), (_, wanted) in zip(model.named_parameters(), theirs.named_parameters(), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
-
-
-@pytest.mark.parametrize("name", ["normflows", "nflows", "FrEIA"])
-def test_copies_and_pickles(name: str) -> None:
-    model, loss_of, _ = prepared(name)
-    done = accelerate(model, "reversible")
-    expected = loss_of(model, images())
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.9)
-    torch.testing.assert_close(loss_of(twin, images()), expected, rtol=1e-12, atol=1e-12)
-    done.undo()
-    if name != "FrEIA":  # whose blocks hold functions that pickle does not take
-        again = pickle.loads(pickle.dumps(model))
-        torch.testing.assert_close(loss_of(again, images()), loss_of(model, images()))
 
 
 def saved_bytes(model: nn.Module, loss_of: Callable[[Any, Tensor], Tensor], x: Tensor) -> int:
@@ -208,32 +115,6 @@ def test_what_is_not_joined() -> None:
     hooked.flows[0][1].register_forward_hook(lambda *args: None)
     assert accelerate(hooked, "reversible").joined == {}
     assert len(accelerate(hooked).replaced) == 0  # they are ours already
-
-
-@pytest.mark.parametrize(
-    ("model", "memory", "message"),
-    [
-        (nn.Linear(2, 2), None, "model: expected layers of normflows, nflows, FrEIA, .*, found none"),
-        *(
-            (nn.Linear(2, 2), memory, r'memory: expected one of \("reversible", .*\) or bytes such as "4GB", found ')
-            for memory in ("disk", "4XB", "", 0, -1, 0.5, float("nan"), True)
-        ),
-        (3, None, "model: expected a Module, found int"),
-    ],
-)
-def test_refusals(model: Any, memory: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        accelerate(model, memory)
-
-
-@pytest.mark.parametrize("memory", ["4XB", "0GB", -1])
-@pytest.mark.parametrize("name", ["normflows", "nflows", "FrEIA"])
-def test_a_wrong_memory_changes_nothing(name: str, memory: Any) -> None:
-    model, _, _ = prepared(name)
-    classes = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"^memory: expected one of"):
-        accelerate(model, memory)
-    assert [type(module) for module in model.modules()] == classes
 
 
 @of_each_library

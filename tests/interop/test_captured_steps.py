@@ -24,6 +24,8 @@ from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
 from pyglow_fast.interop.nflows._state import Derived
 from pyglow_fast.reversible import drift
 
+pytestmark = pytest.mark.full
+
 CHAIYUJIN: dict[str, dict[str, Any]] = {
     "affine": {},
     "lu": {"LU_decomposed": True},

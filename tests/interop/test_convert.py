@@ -68,30 +68,11 @@ PEERS = {
         convert.save_y0ast,
     ),
 }
-CASES = [
-    (name, Shape(coupling=coupling, mixing=mixing))
-    for name in PEERS
-    for coupling in ("affine", "additive")
-    for mixing in ("plain", "lu", "shuffle", "reverse")
-    if name != "rosinality" or mixing in ("plain", "lu")
-]
-CASES += [
-    (name, shape)
-    for name in ("openai", "chaiyujin", "y0ast")
-    for shape in (Shape(n_classes=4), Shape(learn_top=False), Shape(learn_top=False, n_classes=3, coupling="additive"))
-]
-CASES += [
-    (name, Shape(n_levels=levels, n_steps=steps, channels=1)) for name in PEERS for levels, steps in ((1, 3), (3, 1))
-]
 
 
 def batch(shape: Shape) -> tuple[Tensor, Tensor | None]:
     x = torch.rand(3, shape.channels, shape.size, shape.size, dtype=torch.float64) - 0.5
     return x, None if shape.n_classes is None else torch.arange(3) % shape.n_classes
-
-
-def encode(peer: Peer, state: State, shape: Shape, x: Tensor, y: Tensor | None) -> Encoded:
-    return peer.encode(state, x, shape) if y is None else peer.encode(state, x, shape, y)
 
 
 def ours(model: pgf.Glow, x: Tensor, y: Tensor | None) -> Encoded:
@@ -105,53 +86,6 @@ def assert_same(found: Encoded, expected: Encoded, tolerance: float = TOLERANCE)
     for one, other in pairs:
         assert one.shape == other.shape
         assert float((one - other).abs().max() / other.abs().max().clamp(min=1.0)) < tolerance
-
-
-def arrays(state: State) -> dict[str, Any]:
-    return {name: value.numpy() for name, value in state.items()}
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value))
-)
-class TestEveryFormat:
-    def test_same_density(self, name: str, shape: Shape) -> None:
-        peer = PEERS[name]
-        state, (x, y) = peer.random(shape), batch(shape)
-        model = peer.load(arrays(state) if name == "openai" else state, shape)
-        assert not model.training
-        assert model.is_initialized
-        config = model.config
-        assert config.image_shape == (shape.channels, shape.size, shape.size)
-        sizes = (config.n_levels, config.n_steps, config.hidden, config.coupling, config.n_classes)
-        assert sizes == (shape.n_levels, shape.n_steps, shape.hidden, shape.coupling, shape.n_classes)
-        mixed = name == "rosinality" and shape.mixing == "plain" and shape.n_levels > 1
-        only_last = name == "rosinality" and shape.n_levels == 1
-        mixing = "invconv_plain" if mixed else "invconv" if only_last else shape.mixing
-        assert config.permutation == {"plain": "invconv_plain", "lu": "invconv"}.get(mixing, mixing)
-        assert config.net_actnorm == (name != "rosinality")
-        assert config.border == (name in ("openai", "rosinality"))
-        expected = encode(peer, state, shape, x, y)
-        found = ours(model, x, y)
-        assert_same(found, expected)
-        with torch.no_grad():
-            assert float((model.decode(found.latents) - x).abs().max()) < 1e-8
-
-    def test_round_trip(self, name: str, shape: Shape) -> None:
-        """Theirs to ours to theirs: the same function by their forward, the same names and shapes."""
-        peer = PEERS[name]
-        state, (x, y) = peer.random(shape), batch(shape)
-        options = {"lu": True} if name == "openai" and shape.mixing == "lu" else {}
-        if not shape.learn_top:
-            options["learn_top"] = False
-        saved = peer.save(peer.load(state, shape), **options)
-        tensors = {key: torch.as_tensor(value) for key, value in saved.items()}
-        wanted = {key: value for key, value in state.items() if not key.startswith("model/classifier/")}
-        if name == "chaiyujin":
-            wanted["prior_h"] = wanted["prior_h"][:1]
-        assert {key: value.shape for key, value in tensors.items()} == {key: v.shape for key, v in wanted.items()}
-        assert {key: value.dtype for key, value in tensors.items()} == {key: v.dtype for key, v in wanted.items()}
-        assert_same(encode(peer, tensors, shape, x, y), encode(peer, state, shape, x, y))
 
 
 def our_model(**fields: Any) -> pgf.Glow:
@@ -317,18 +251,6 @@ def test_their_bits_per_dimension(name: str, n_bins: int) -> None:
     with torch.no_grad():
         bits = pgf.likelihood.bits_per_dim(peer.load(state, shape).log_prob(x), n_dims, n_bins)
     assert torch.allclose(bits, -objective / (math.log(2.0) * n_dims), atol=1e-9)
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_float32_and_the_random_generator(name: str) -> None:
-    peer, shape = PEERS[name], Shape()
-    state, (x, _) = peer.random(shape), batch(shape)
-    single = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    before = torch.get_rng_state()
-    model = peer.load(single, shape)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert_same(ours(model, x.float(), None), encode(peer, state, shape, x, None), 1e-4)
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -29,6 +29,7 @@ DECISIVE = re.compile(
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mixing", ["plain", "lu"])
 @pytest.mark.parametrize("name", LOADERS)
 class TestEveryTensor:

@@ -37,6 +37,7 @@ def test_torch_export(name: str, records: bool) -> None:
         assert_same(model(other), expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ALL)
 def test_torch_jit_trace(name: str, tmp_path: Path) -> None:
     model, x = ALL[name]()
@@ -48,6 +49,7 @@ def test_torch_jit_trace(name: str, tmp_path: Path) -> None:
         assert_same(torch.jit.load(tmp_path / "model.pt")(other), model(other))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ALL)
 def test_folded(name: str) -> None:
     """What depends on parameters alone is a constant: no linear algebra is left, nor a tensor that is not read."""

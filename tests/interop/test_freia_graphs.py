@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import FrEIA.framework as Ff
@@ -16,7 +15,6 @@ from support.helpers import assert_close
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
-from pyglow_fast.interop.freia.graphs import JoinedGraph
 
 
 def blocks(start: Any, count: int, name: str, block_class: type[nn.Module] = Block, **options: Any) -> list[Any]:
@@ -59,25 +57,6 @@ def assert_same(ours: nn.Module, theirs: nn.Module, xs: list[Tensor], **given: A
         found.append([*zs, log_det, *torch.autograd.grad(loss, wanted), *back, back_log_det])
     for value, expected in zip(*found, strict=True):
         assert_close(value, expected, 1000.0)
-
-
-@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
-def test_a_graph_that_splits_and_joins(memory: str) -> None:
-    theirs = u_shaped()
-    ours, xs = copy.deepcopy(theirs), states((8, 4, 4), (4, 8, 8))
-    classes = [type(module) for module in ours.modules()]
-    done = accelerate(ours, memory)
-    assert done.joined == {"": f"3 steps in one chain each, memory {memory!r}"}
-    reasons = {name: reason for name, reason in done.left.items() if "not joined" in reason}
-    assert list(reasons.values()) == ["not joined: an odd number of channels, 5"] * 2
-    for item in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert type(item) is JoinedGraph
-        assert list(item.state_dict()) == list(theirs.state_dict())
-        assert_same(item, theirs, xs)
-    done.undo()
-    assert [type(module) for module in ours.modules()] == classes
-    assert vars(ours).keys() == vars(theirs).keys()
-    assert_same(ours, theirs, xs)
 
 
 def test_all_that_a_graph_can_be_asked_for() -> None:

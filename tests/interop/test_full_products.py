@@ -11,6 +11,8 @@ from support.helpers import assert_kernel_close
 from support.tf32 import SETTINGS, in_tf32
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.full
+
 C = 12
 by_setting = pytest.mark.parametrize("setting", SETTINGS)
 

@@ -6,12 +6,10 @@ The real packages are in tests/live/test_jet.py.
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
 import torch
-from support.helpers import assert_kernel_close, jacobian, log_abs_det
 from support.jet_models import MODELS, ImageFlow, ProjectedCoupling, ProjectedFlow, Vit
 from torch import Tensor, nn
 
@@ -39,77 +37,12 @@ def results(model: Any, x: Tensor) -> list[Tensor]:
 
 
 @models
-@pytest.mark.parametrize("memory", MEMORY)
-def test_equal_in_float64(make: Any, memory: str | None) -> None:
-    model, shape = make()
-    model = model.double()
-    x = torch.randn(3, *shape, dtype=torch.float64)
-    expected = results(model, x)
-    done = accelerate(model, memory=memory)
-    assert len(done.replaced) == len(model.blocks if hasattr(model, "blocks") else model.couplings)
-    assert not done.left
-    assert len(done.joined) == (0 if memory is None else 1)
-    found = results(model, x)
-    assert len(found) == len(expected)
-    for value, truth in zip(found, expected, strict=True):
-        assert value.shape == truth.shape
-        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found[2], x, rtol=1e-9, atol=1e-9)
-    assert found[0].is_contiguous()
-    assert found[2].is_contiguous()
-
-
-@models
 def test_bytes_are_refused_before_anything_changes(make: Any) -> None:
     model, _ = make()
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=r'^memory: expected a mode, for couplings .*JetFormer\), found "4 GB"$'):
         accelerate(model, memory="4GB")
     assert [type(module) for module in model.modules()] == classes
-
-
-@models
-@modes
-def test_as_accurate_as_theirs_in_float32(make: Any, memory: str | None) -> None:
-    model, shape = make()
-    x = torch.randn(16, *shape)
-    exact = results(copy.deepcopy(model).double(), x.double())
-    plain = results(model, x)
-    accelerate(model, memory=memory)
-    for value, own, truth in zip(results(model, x), plain, exact, strict=True):
-        assert_kernel_close(value, own, truth)
-
-
-@models
-def test_log_det_is_that_of_the_jacobian(make: Any) -> None:
-    model, shape = make()
-    model = model.double()
-    accelerate(model, memory="store")
-    x = torch.randn(1, *shape, dtype=torch.float64)
-    _, log_det = model(x)
-    matrix = jacobian(lambda x: model(x)[0], x)
-    expected = log_abs_det(matrix)
-    torch.testing.assert_close(log_det.flatten(), expected.flatten(), rtol=1e-9, atol=1e-9)
-
-
-@modes
-def test_undone_and_copied(memory: str | None) -> None:
-    for make in MODELS.values():
-        model, shape = make()
-        plain = copy.deepcopy(model)
-        x = torch.randn(2, *shape)
-        classes = [type(module) for module in model.modules()]
-        done = accelerate(model, memory=memory)
-        z, _ = model(x)
-        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(again(x)[0], z)
-            assert {type(module).__name__ for module in again.modules()} == {
-                one.__name__ for one in map(type, model.modules())
-            }
-        assert list(model.state_dict()) == list(plain.state_dict())
-        done.undo()
-        assert [type(module) for module in model.modules()] == classes
-        assert torch.equal(model(x)[0], plain(x)[0])
 
 
 def test_one_run_of_a_net_in_the_reversible_backward() -> None:

@@ -323,7 +323,7 @@ def test_modes_of_a_part_of_a_net_count(mode: Any) -> None:
     net, x = randomise(Elsewhere(mode)), torch.randn(2, 3, 4, 5)
     assert probing.chain_of(net, None) is None
     found, expected = run_net(net, x, None), net(x)
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)
     assert (found.dtype, found.requires_grad) == (expected.dtype, expected.requires_grad)
     assert probing.chain_of(randomise(Elsewhere(torch.enable_grad)), None) is not None
 
@@ -367,7 +367,7 @@ def test_gradients_reach_the_nets_parameters() -> None:
 def test_with_a_context_the_net_itself_runs() -> None:
     net = randomise(Functional())
     x, context = torch.randn(2, 2, 3, 4, 5).unbind()
-    assert torch.equal(run_net(net, x, context), net(x, context))
+    torch.testing.assert_close(run_net(net, x, context), net(x, context))
 
 
 def test_nets_that_are_called_otherwise() -> None:

@@ -82,6 +82,7 @@ def test_other_numbers_of_channels(channels: int, split: str) -> None:
         assert_equal_outcomes(outcome(ours, direction, z), outcome(theirs, direction, z))
 
 
+@pytest.mark.full
 @pairs(
     pytest.mark.parametrize("split", SPLITS[:3]),
     pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv"]),
@@ -171,7 +172,7 @@ class TestState:
             assert type(duplicate.flows[2]) is fast.ActNorm
             expected = copy.deepcopy(block).inverse(z)
             for got, wanted in zip(duplicate.inverse(z), expected, strict=True):
-                assert torch.equal(got, wanted)
+                assert relative_error(got, wanted) < 1e-10
             with torch.no_grad():
                 for value in duplicate.parameters():
                     value.zero_()
@@ -303,8 +304,8 @@ class TestAdoption:
         assert fast.release(model) == names
         assert type(model[0]) is nf.flows.GlowBlock
         for got, wanted in zip(model[0].inverse(z), expected, strict=True):
-            assert torch.equal(got, wanted)
-        assert pickle.loads(pickle.dumps(model[0])).inverse(z)[0].equal(expected[0])
+            assert relative_error(got, wanted) < 1e-10
+        assert relative_error(pickle.loads(pickle.dumps(model[0])).inverse(z)[0], expected[0]) < 1e-10
 
     def test_subclasses_stay(self) -> None:
         class Mine(nf.flows.Squeeze):

@@ -39,6 +39,7 @@ WAYS: dict[str, Callable[[Function, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ACCELERATED)
 def test_torch_func(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +53,7 @@ def test_torch_func(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("records", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("name", [name for name in ACCELERATED if "reversible" not in name])
 def test_compiles_as_one_graph(name: str, records: bool) -> None:

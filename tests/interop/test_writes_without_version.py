@@ -25,7 +25,7 @@ def test_a_hard_permutation_that_is_hard_no_longer() -> None:
         block._seen = None
         (expected,), _ = block([x])
     assert not torch.allclose(before, expected)
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)
 
 
 def test_projections_of_jet() -> None:

@@ -123,27 +123,6 @@ def test_a_net_of_ones_own() -> None:
     assert_close(inverse_log_det, -log_det, condition=12.0)
 
 
-@pytest.mark.parametrize(
-    ("x", "cond", "message"),
-    [
-        ((2, 6, 3, 3), (2, 1, 3, 3), r"x: expected 4 channels \(dimension 1\), found shape \(2, 6, 3, 3\)"),
-        ((2, 4, 3), (2, 1, 3), r"x: expected 2 spatial dimensions, found shape \(2, 2, 3\)"),
-        ((0, 4, 3, 3), (0, 1, 3, 3), "x: expected a batch that is not empty to initialise from"),
-        ((2, 4, 3, 3), None, "cond: expected a tensor with 1 channels, found NoneType"),
-        ((2, 4, 3, 3), (2, 2, 3, 3), r"cond: expected shape \(2, 1, 3, 3\), found shape \(2, 2, 3, 3\)"),
-    ],
-)
-def test_a_refused_batch_initialises_nothing(x: tuple[int, ...], cond: tuple[int, ...] | None, message: str) -> None:
-    step = pgf.FlowStep(4, 3, net_actnorm=True, cond_channels=1)
-    before = copy.deepcopy(step.state_dict())
-    for call in (step, step.initialize):
-        with pytest.raises(ValueError, match=message):
-            call(torch.randn(x), None if cond is None else torch.randn(cond))
-        for name, value in step.state_dict().items():
-            assert torch.equal(value, before[name]), name
-        assert not step.actnorm.is_initialized
-
-
 KEYWORDS = {"scale_map": "tanh", "scale_bias": 1.5, "scale_eps": 0.1, "scale_clamp": 1.25, "order": "scale_shift"}
 
 
@@ -165,40 +144,3 @@ def test_the_older_keywords_are_the_fields_of_a_spec(coupling: str) -> None:
 def test_a_module_as_scale_map_is_of_the_step() -> None:
     step = pgf.FlowStep(4, 5, CouplingSpec(scale_map=nn.PReLU()))
     assert step.coupling.scale_module.weight in set(step.parameters())
-
-
-@pytest.mark.parametrize("name", KEYWORDS)
-def test_a_spec_and_a_keyword_beside_it(name: str) -> None:
-    message = f"{name}: expected a field of the CouplingSpec, and no keyword beside it, found {KEYWORDS[name]!r}"
-    with pytest.raises(ValueError, match=message):
-        pgf.FlowStep(4, 5, coupling=CouplingSpec(), **{name: KEYWORDS[name]})
-
-
-@pytest.mark.parametrize("coupling", ["affine", CouplingSpec()], ids=["name", "spec"])
-def test_an_unknown_keyword(coupling: CouplingSpec | str) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
-        pgf.FlowStep(4, 5, coupling, scale=1.0)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"channels": 3}, "channels: expected an even number to halve, found 3"),
-        ({"channels": 0}, "channels: expected an int, at least 2, found 0"),
-        ({"coupling": "linear"}, r"coupling: expected one of \('affine', 'additive', 'none'\), found 'linear'"),
-        (
-            {"coupling": CouplingSpec("linear")},
-            r"coupling: expected one of \('affine', 'additive', 'none'\), found 'linear'",
-        ),
-        ({"coupling": CouplingSpec(factor=-2.0)}, "scale_factor: expected a number from 1e-30 to .*, found -2.0"),
-        ({"coupling": CouplingSpec(clamp=0.0)}, "scale_clamp: expected a positive number, at most 80, found 0.0"),
-        ({"permutation": "random"}, r"permutation: expected one of \('invconv', .*\), found 'random'"),
-        ({"scale_map": "relu"}, "scale_map: expected one of .* or a callable, found 'relu'"),
-        ({"order": "scale"}, r"order: expected one of \('shift_scale', 'scale_shift'\), found 'scale'"),
-        ({"hidden": 0}, "hidden: expected an int, at least 1, found 0"),
-        ({"dims": 0}, "dims: expected 1, 2 or 3 spatial dimensions, found 0"),
-    ],
-)
-def test_wrong_arguments(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pgf.FlowStep(**{"channels": 4, "hidden": 3, **options})

@@ -51,9 +51,3 @@ def test_a_step_keeps_its_folded_matrix() -> None:
         z, _ = steps(x)
         step.permutation.weight.mul_(2.0)
         assert not torch.allclose(steps(x)[0], z)
-
-
-@pytest.mark.parametrize("size", [3, 5, 16])
-def test_other_sizes_are_refused(size: int) -> None:
-    with pytest.raises(ValueError, match="size: expected an even divisor of 8 channels"):
-        GroupedInvConv(8, size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,53 +71,6 @@ def test_a_condition_that_wants_no_gradient_changes_none(memory: str) -> None:
         found.append(torch.autograd.grad(z.square().sum() + log_det.sum(), list(sequence.parameters())))
     for with_condition, without in zip(*found, strict=True):
         assert_close(without, with_condition, 10.0)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: pgf.AffineInjector(0, 3), "channels: expected an int, at least 1, found 0"),
-        (lambda: pgf.AffineInjector(4), "cond_channels: expected an int, at least 1, found 0"),
-        (
-            lambda: pgf.AffineInjector(4, 3)(X.float()),
-            r"cond: expected a tensor of shape \(2, C_cond, 3, 5\), found None",
-        ),
-        (
-            lambda: pgf.AffineInjector(4, 3).double()(X, COND[:1]),
-            r"cond: expected a tensor of shape \(2, C_cond, 3, 5\), found shape \(1, 3, 3, 5\)",
-        ),
-        (
-            lambda: pgf.AffineInjector(4, 3).double().inverse(X, COND[..., :2]),
-            r"cond: expected a tensor of shape \(2, C_cond, 3, 5\), found shape \(2, 3, 3, 2\)",
-        ),
-        (lambda: pgf.AffineInjector(4, 2).double()(X, COND), r"x: expected 2 channels .* found shape \(2, 3, 3, 5\)"),
-        (lambda: pgf.AffineInjector(5, 3).double()(X, COND), r"x: expected shape \(N, 5, \*spatial\), found shape"),
-        (
-            lambda: pgf.AffineInjector(4, net=nn.Identity())(X, COND),
-            r"net: expected an output of shape \(2, 8, 3, 5\), found shape \(2, 3, 3, 5\)",
-        ),
-        (
-            lambda: pgf.FlowStep(4, injector=True),
-            "cond_channels: expected at least 1, for the injector to read, found 0",
-        ),
-        (
-            lambda: pgf.FlowStep(4, injector=3),
-            "injector: expected True, False or an AffineInjector of 4 channels, found 3",
-        ),
-        (lambda: pgf.FlowStep(4, injector=pgf.AffineInjector(2, 3)), "injector: expected True, False or an AffineInj"),
-        (lambda: pgf.FlowStep(4, coupling="none", net=nn.Identity()), 'net: expected None beside coupling="none"'),
-    ],
-)
-def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_a_refused_condition_initialises_nothing() -> None:
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 6, cond_channels=3, net_actnorm=True, injector=True)]).double()
-    with pytest.raises(ValueError, match="cond: expected"):
-        sequence(X, COND[:, :, :2])
-    assert not any(layer.is_initialized for layer in sequence.modules() if isinstance(layer, pgf.ActNorm))
 
 
 def test_a_step_is_its_layers_in_order() -> None:

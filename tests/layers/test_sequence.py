@@ -237,30 +237,6 @@ def test_waveglow_is_a_case_of_it(channels: int) -> None:
     assert_close(log_det, expected_log_det, condition=10.0)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda model, x, mask: model(x, mask=mask[:, :, 1:]), "mask: expected shape"),
-        (lambda model, x, mask: model(x, mask=mask * 0.5), "mask: expected values 0 and 1"),
-        (lambda model, x, mask: model(x[:, :6], mask=mask), "x: expected 8 channels"),
-        (lambda model, x, mask: model.inverse(x.float(), mask=mask), "z: expected dtype"),
-        (lambda model, x, mask: model(x, torch.zeros(3, 2, 4).double(), mask=mask), "cond: expected shape"),
-        (lambda model, x, mask: model(x, torch.zeros(3, 2, 1).double(), mask=mask), "cond: expected None"),
-        (lambda model, x, mask: model(x, "speaker", mask=mask), "cond: expected a Tensor or None"),
-        (lambda model, x, mask: model(x, None, True, mask), "squeeze_first: expected False"),
-        (lambda model, x, mask: squeeze_time(x, mask, 0), "factor: expected an int"),
-        (lambda model, x, mask: unsqueeze_time(x, mask, 3), "z: expected shape"),
-    ],
-)
-def test_bad_input_is_refused(call: Any, message: str) -> None:
-    (x, _, mask), made = batch(), flow()
-    fresh = MaskedSequence([FlowStep(8, net=WaveNet(4, 8, 6, 3))]).double()
-    for model in (made, fresh):
-        with pytest.raises(ValueError, match=message):
-            call(model, x, mask)
-    assert not fresh[0].actnorm.is_initialized
-
-
 def test_nets_and_scales_that_know_no_mask_are_refused() -> None:
     x, _, mask = batch()
     plain = MaskedSequence([FlowStep(8, 4, dims=1)]).double()

@@ -133,21 +133,3 @@ def test_dropout_is_said() -> None:
 
 def test_starts_at_zero() -> None:
     assert not bool(WaveNet(2, 4, 4)(torch.randn(1, 2, 5)).any())
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: WaveNet(2, 4, 4, 4), "kernel_size: expected an odd number, found 4"),
-        (lambda: WaveNet(2, 4, 4, dropout=1.0), "dropout: expected a probability below 1"),
-        (lambda: WaveNet(2, 4, 0), "hidden: expected an int, at least 1"),
-        (lambda: WaveNet(2, 4, 4)(torch.zeros(1, 3, 5)), "x: expected 2 channels"),
-        (lambda: WaveNet(2, 4, 4)(torch.zeros(1, 2, 5, 5)), "x: expected shape"),
-        (lambda: WaveNet(2, 4, 4)(torch.zeros(1, 2, 5), torch.zeros(1, 1, 5)), "cond: expected None"),
-        (lambda: WaveNet(2, 4, 4, cond_channels=3)(torch.zeros(1, 2, 5), torch.zeros(1, 3, 4)), "cond: expected shape"),
-        (lambda: WaveNet(2, 4, 4, cond_channels=3)(torch.zeros(1, 2, 5)), "cond: expected shape"),
-    ],
-)
-def test_bad_input_is_refused(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -134,27 +134,3 @@ def test_compiled_it_is_one_graph() -> None:
     found = torch.autograd.grad(compiled(model, x, labels, y), parameters)
     for got, expected in zip(found, torch.autograd.grad(loss(model, x, labels, y), parameters), strict=True):
         assert_close(got, expected, condition=CONDITION)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"classify": -1}, "classify: expected a whole number, 0 or more, found -1"),
-        ({"classify": True}, "classify: expected a whole number, 0 or more, found True"),
-        ({"classify": 2.0}, r"classify: expected a whole number, 0 or more, found 2\.0"),
-        ({"classify": None}, "classify: expected a whole number, 0 or more, found None"),
-        ({"n_classes": 4}, "classify: expected 0 or n_classes=4, found 3"),
-    ],
-    ids=str,
-)
-def test_refusals(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        pgf.GlowConfig(**(FIELDS | fields))
-
-
-def test_a_model_without_one_says_so() -> None:
-    model = trained(classify=0)
-    x, _, _ = batch(model)
-    for method in (model.class_logits, model.log_prob_and_logits):
-        with pytest.raises(ValueError, match=r"^model: expected one with a classifier \(.*\), found classify=0$"):
-            method(x)

@@ -163,39 +163,6 @@ def test_labels_and_conditions() -> None:
         torch.testing.assert_close(q.log_prob(x), told.log_prob(x, None, wanted), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("fields", "given", "message"),
-    [
-        ({}, {"y": 1}, "y: expected labels exactly if the model has classes, found int"),
-        ({"n_classes": 3}, {}, "y: expected labels exactly if the model has classes, found NoneType"),
-        ({}, {"cond": torch.zeros(2)}, "cond: expected a condition of 0 channels or none"),
-        ({"cond_channels": 2}, {}, "cond: expected a condition of 2 channels or none"),
-        (
-            {"cond_channels": 2},
-            {"cond": torch.zeros(3)},
-            r"cond: expected shape \(\*batch, 2\) or \(\*batch, 2, \*spat",
-        ),
-        (
-            {"cond_channels": 2},
-            {"cond": torch.zeros(2, 5, 2)},
-            r"spatial sizes \(4, 4\) of x where a shape can be read as",
-        ),
-        ({"n_classes": 3}, {"y": 3}, r"y: expected labels in 0..2, found 3..3"),
-        ({"n_classes": 3}, {"y": torch.tensor([[0, -1]])}, r"y: expected labels in 0..2, found -1..0"),
-        ({"n_classes": 3}, {"y": 1.5}, r"y: expected whole numbers, labels in 0..2, found torch.float32"),
-        ({"n_classes": 3}, {"y": torch.tensor([True])}, r"whole numbers, labels in 0..2, found torch.bool"),
-        (
-            {"n_classes": 3, "cond_channels": 2},
-            {"y": torch.tensor([0, 1]), "cond": torch.zeros(3, 2)},
-            r"cond: expected a batch shape that goes with \(2,\) of y, found \(3,\)",
-        ),
-    ],
-)
-def test_refusals(fields: dict[str, Any], given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(**fields).as_distribution(**given)
-
-
 def test_wrong_events(model: Glow) -> None:
     p = model.as_distribution()
     with pytest.raises(ValueError, match=r"shape"):

@@ -7,7 +7,6 @@ import json
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 from support.covering import pairs
 
@@ -108,85 +107,3 @@ def test_scale_options_reach_the_couplings() -> None:
     config = pgf.GlowConfig(image_shape=(1, 2), n_levels=1, scale_bias=1.25, scale_eps=0.5, scale_clamp=0.75, hidden=2)
     for step in pgf.Glow(dataclasses.replace(config, n_steps=2)).levels[0].steps:
         assert step.coupling.spec[2:5] == (1.25, 0.5, 0.75)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"image_shape": 32}, "image_shape: expected a tuple of ints, found 32"),
-        ({"image_shape": (3,)}, r"image_shape: expected \(C, L\), .* of positive ints, found \(3,\)"),
-        ({"image_shape": (3, 8, 8, 8, 8)}, r"image_shape: expected \(C, L\), .* of positive ints"),
-        ({"image_shape": (0, 8, 8)}, r"image_shape: expected \(C, L\), .* of positive ints, found \(0, 8, 8\)"),
-        ({"image_shape": (3, 8.0, 8)}, r"image_shape: expected \(C, L\), .* of positive ints"),
-        ({"image_shape": (3, True, 8)}, r"image_shape: expected \(C, L\), .* of positive ints"),
-        ({"image_shape": "3x32x32"}, r"image_shape: expected \(C, L\), .* of positive ints"),
-        (
-            {"image_shape": (3, 32, 36)},
-            r"image_shape: expected sides divisible by 2\^n_levels = 8, found \(3, 32, 36\)",
-        ),
-        (
-            {"image_shape": (3, 36, 32)},
-            r"image_shape: expected sides divisible by 2\^n_levels = 8, found \(3, 36, 32\)",
-        ),
-        ({"n_levels": 6}, r"image_shape: expected sides divisible by 2\^n_levels = 64, found \(3, 32, 32\)"),
-        ({"n_levels": 0}, "n_levels: expected a positive whole number, found 0"),
-        ({"n_steps": 0}, "n_steps: expected a positive whole number, found 0"),
-        ({"n_steps": 10**8}, r"n_steps: expected at most 10000 \(each is some modules .*\), found 100000000"),
-        (
-            {"n_transitions": 10**8},
-            r"n_transitions: expected at most 10000 \(each is some modules .*\), found 100000000",
-        ),
-        ({"hidden": 65537}, r"hidden: expected at most 65536 \(.*\), found 65537"),
-        ({"n_classes": 10**60}, r"n_classes: expected at most 1048576 \(.*\), found 1000"),
-        ({"classify": 10**60}, r"classify: expected at most 1048576 \(.*\), found 1000"),
-        ({"image_shape": (3, 2**40, 2**40)}, "image_shape: expected .* of positive ints, found"),
-        ({"scale_bias": 10**400}, r"scale_bias: expected at most 1e\+30 \(float32 has to hold it\), found 1000"),
-        ({"n_steps": 2.0}, r"n_steps: expected a positive whole number, found 2\.0"),
-        ({"hidden": -1}, "hidden: expected a positive whole number, found -1"),
-        ({"hidden": True}, "hidden: expected a positive whole number, found True"),
-        ({"coupling": "linear"}, r"coupling: expected one of \('affine', 'additive'\), found 'linear'"),
-        ({"permutation": "none"}, r"permutation: expected one of \('invconv', .*\), found 'none'"),
-        ({"n_classes": 0}, "n_classes: expected a positive whole number, or none, found 0"),
-        ({"n_classes": "10"}, "n_classes: expected a positive whole number, or none, found '10'"),
-        ({"cond_channels": -1}, "cond_channels: expected 0 or a positive int, found -1"),
-        ({"cond_channels": None}, "cond_channels: expected 0 or a positive int, found None"),
-        ({"n_checkerboard": -1}, "n_checkerboard: expected a whole number, 0 or more, found -1"),
-        ({"n_checkerboard": True}, "n_checkerboard: expected a whole number, 0 or more, found True"),
-        ({"n_last_checkerboard": 1.0}, r"n_last_checkerboard: expected a whole number, 0 or more, found 1\.0"),
-        ({"n_steps": 4, "n_checkerboard": 4}, "n_checkerboard: expected fewer than n_steps = 4, found 4"),
-        ({"net_actnorm": "no"}, "net_actnorm: expected true or false, found 'no'"),
-        (
-            {"cond_splits": True, "cond_channels": 3, "learn_prior": False},
-            "cond_splits: expected False, since the model has learn_prior=False, found True",
-        ),
-        ({"learn_prior": 1}, "learn_prior: expected true or false, found 1"),
-        ({"scale_map": "relu"}, r"scale_map: expected one of \('sigmoid', .*\), found 'relu'"),
-        ({"scale_map": np.exp}, r"scale_map: expected one of \('sigmoid', .*\), found <ufunc 'exp'>"),
-        ({"scale_bias": math.nan}, "scale_bias: expected a finite number, found nan"),
-        ({"scale_bias": "2"}, "scale_bias: expected a finite number, found '2'"),
-        ({"scale_eps": -0.1}, r"scale_eps: expected a number, 0 or more, found -0\.1"),
-        ({"scale_eps": math.inf}, "scale_eps: expected a number, 0 or more, found inf"),
-        ({"scale_factor": math.inf}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found inf"),
-        ({"scale_factor": 0.0}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found 0\.0"),
-        ({"scale_factor": 2.0, "scale_map": "exp"}, "scale_factor: expected 1 where the scale is no sigmoid"),
-        ({"scale_factor": 2.0, "coupling": "additive"}, "scale_factor: expected 1 where the scale is no sigmoid"),
-        ({"scale_clamp": 0}, "scale_clamp: expected a positive number, at most 80, found 0"),
-        ({"scale_clamp": 100.0}, r"scale_clamp: expected a positive number, at most 80, found 100\.0"),
-        ({"n_step": 3}, r"config: expected keys among \[.*'n_steps'.*\], found unknown \['n_step'\]"),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_refusals(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pgf.GlowConfig.from_dict(fields)
-    with pytest.raises(ValueError, match=message):
-        pgf.Glow(**fields)
-
-
-def test_a_config_or_fields_but_not_both() -> None:
-    with pytest.raises(
-        ValueError, match=r"config: expected a GlowConfig or its fields as keywords, not both, found \["
-    ):
-        pgf.Glow(pgf.GlowConfig(), n_steps=3)
-    with pytest.raises(ValueError, match="config: expected a GlowConfig, found dict"):
-        pgf.Glow({"n_steps": 3})

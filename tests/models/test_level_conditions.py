@@ -172,60 +172,9 @@ def test_kept_levels_of_fewer_latents() -> None:
         tools.keep_levels(model, x, [2], cond=conds)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c[0], r"cond: expected a list or dict of 3 tensors, one a level, found Tensor"),
-        (lambda c: c[:2], "cond: expected a list or dict of 3 tensors, one a level, found 2"),
-        (lambda c: dict(enumerate(c[:2])), r"cond: expected the keys 0\.\.2, the levels, found \['0', '1'\]"),
-        (lambda c: [*c[:2], None], r"cond\[2\]: expected a tensor with 1 channels, found NoneType"),
-        (lambda c: [c[1], *c[1:]], r"cond\[0\]: expected shape \(2, 2\) or \(2, 2, 8, 4\), found shape \(2, 3, 4, 2\)"),
-        (lambda c: [c[0][..., :2], *c[1:]], r"cond\[0\]: expected shape \(2, 2\) or \(2, 2, 8, 4\)"),
-        (lambda c: [*c[:2], c[2].long()], r"cond\[2\]: expected a floating dtype, found torch\.int64"),
-        (lambda c: [*c[:2], c[2] / 0], r"cond\[2\]: expected finite values, found NaN or inf"),
-        (lambda c: None, "cond: expected a list or dict of 3 tensors, one a level, found NoneType"),
-    ],
-)
-def test_conditions_that_do_not_fit(change: Any, message: str) -> None:
-    model = model_of()
-    x, conds = batch(2)
-    with pytest.raises(ValueError, match=message):
-        model.log_prob(x, cond=change(conds))
-
-
 def test_no_distribution_of_a_condition_of_each_level() -> None:
     with pytest.raises(ValueError, match="model: expected one with one condition for all levels"):
         model_of().as_distribution(cond=batch(2)[1][0])
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"cond_channels": (2, 3)}, "cond_channels: expected 3 positive ints, one a level, found"),
-        ({"cond_channels": (2, 3, 0)}, "cond_channels: expected 3 positive ints, one a level"),
-        ({"cond_channels": 0}, "injector: expected False, since the model has cond_channels=0, found True"),
-        (
-            {"cond_channels": 0, "injector": False},
-            "cond_splits: expected False, since the model has cond_channels=0, found True",
-        ),
-        ({"n_splits": 3}, r"n_splits: expected fewer than n_levels = 3, or none, found 3"),
-        ({"n_splits": -1}, r"n_splits: expected a whole number, 0 or more, or none, found -1"),
-        (
-            {"split_ratio": 0.01},
-            "split_ratio: expected a share that leaves a part of 12 channels on each side, found 0",
-        ),
-        (
-            {"split_ratio": 0.99},
-            "split_ratio: expected a share that leaves a part of 12 channels on each side, found 12",
-        ),
-        ({"split_ratio": 1.0}, r"split_ratio: expected a number between 0 and 1, found 1\.0"),
-        ({"n_transitions": -1}, "n_transitions: expected a whole number, 0 or more, found -1"),
-        ({"injector": 1}, "injector: expected true or false, found 1"),
-    ],
-)
-def test_configs_that_no_model_can_have(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pgf.GlowConfig(**{**FIELDS, **fields})
 
 
 def test_the_example_of_the_page_runs() -> None:

@@ -143,19 +143,6 @@ class TestEncoding:
         assert seen == [{torch.bfloat16}]
 
 
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"precision: expected one of \('auto', 'fp32', .*\), found 'int8'"):
-        model("int8")
-    with pytest.raises(ValueError, match="precision: expected one of"):
-        model().encode(images(1), precision="half")
-    glow = model().double()
-    glow.precision = "bf16"
-    with pytest.raises(
-        ValueError, match=r"precision: expected one that goes with a state of torch.float64, found 'bf16'"
-    ):
-        glow.log_prob(images(2).double())
-
-
 def test_sampling_uses_it() -> None:
     glow = model("bf16").eval()
     exact = model().eval()

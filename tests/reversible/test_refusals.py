@@ -164,33 +164,6 @@ def test_a_net_that_changes_as_it_runs(mode: Mode, fused: bool) -> None:
         assert torch.allclose(gradient, expected[name]), name
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"memory": "free"}, r"memory: expected one of .* found 'free'"),
-        ({"anchor_every": 0}, r'anchor_every: expected "auto", None or a positive int, found 0'),
-        ({"anchor_every": True}, "anchor_every"),
-        ({"anchor_every": "often"}, "anchor_every"),
-        ({"tolerance": 0.0}, "tolerance: expected None or a positive number, found 0.0"),
-        ({"tolerance": "small"}, "tolerance"),
-        ({"memory_budget": 0}, "memory_budget"),
-        ({"memory_budget": "all"}, "memory_budget"),
-    ],
-)
-def test_options(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pgf.ReversibleSequence([pgf.FlowStep(4, 5)], **options)
-    with pytest.raises(ValueError, match=message):
-        pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, **options)
-
-
-def test_steps_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="steps: expected at least one step, found 0"):
-        pgf.ReversibleSequence([])
-    with pytest.raises(ValueError, match=r"steps: expected FlowSteps of one width, found \[4, 6\]"):
-        pgf.ReversibleSequence([pgf.FlowStep(4, 5), pgf.FlowStep(6, 5)])
-
-
 def test_a_singular_matrix_raises_rather_than_giving_nan() -> None:
     sequence, (x, _) = PLAIN.build(), PLAIN.batch()
     step = sequence[1]

@@ -1,0 +1,183 @@
+"""Converters against golden checkpoints: small weights of every format, and what its implementation computes of them.
+
+The numbers were recorded once (golden/make.py), so that they do not follow a change of the converters.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import pyglow_fast as pgf
+from pyglow_fast.interop import convert
+
+GOLDEN = {path.name.partition(".")[0]: path for path in sorted((Path(__file__).parent / "golden").glob("*.gz"))}
+golden = pytest.mark.parametrize("name", GOLDEN)
+# Relative to the largest value: ten thousand roundings of float64 in sums of a hundred terms. What a border, a sign or
+# a factor in the wrong place changes is 1e-3 and more.
+EXACT = 1e-10
+
+
+class Checkpoint(NamedTuple):
+    """One golden file: what it is, its weights in float64, and what their implementation makes of x."""
+
+    told: dict[str, Any]
+    state: dict[str, Tensor]
+    x: Tensor
+    given: dict[str, Any]
+    latents: list[Tensor]
+    log_det: Tensor
+    log_prob: Tensor
+
+
+def read(name: str) -> Checkpoint:
+    tensors = safetensors.torch.load(gzip.decompress(GOLDEN[name].read_bytes()))
+    told = json.loads(bytes(tensors.pop("case").tolist()))
+    tensors = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    def listed(prefix: str) -> list[Tensor]:
+        found = under(prefix)
+        return [found[key] for key in sorted(found, key=int)]
+
+    given: dict[str, Any] = {"y": tensors["y"]} if "y" in tensors else {}
+    if features := listed("features/"):
+        given["cond"] = features
+    found = tensors["log_det"], tensors["log_prob"]
+    return Checkpoint(told, under("state/"), tensors["x"], given, listed("latents/"), *found)
+
+
+def load(told: dict[str, Any], state: dict[str, Any]) -> pgf.Glow:
+    """Load by the format's function, with what a state dict of the format does not say."""
+    load_format = getattr(convert, f"load_{told['format']}")
+    options: dict[str, Any] = {}
+    if told["format"] in ("openai", "rosinality", "srflow"):
+        return load_format(state, told["size"])
+    if told["mixing"] == "reverse":
+        options["permutation"] = "reverse"
+    if told["format"] == "chaiyujin":
+        options["rescale"] = False
+    return load_format(state, **options)
+
+
+def save(told: dict[str, Any], model: pgf.Glow) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if told["format"] == "openai":
+        options["lu"] = told["mixing"] == "lu"
+    if told["format"] in ("openai", "chaiyujin", "y0ast"):
+        options["learn_top"] = told["learn_top"]
+    if told["format"] == "chaiyujin":
+        options |= {"rescale": False, "batch_size": 4}
+    return getattr(convert, f"save_{told['format']}")(model, **options)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found.detach() - expected).abs().max() / expected.abs().max().clamp_min(1.0))
+
+
+def assert_golden(model: pgf.Glow, case: Checkpoint, exact: float = EXACT) -> None:
+    """Latents, log-det and log-density are the recorded ones, and decoding gives the image back."""
+    x = case.x.to(next(model.parameters()).dtype)
+    conditions = {key: [value.to(x) for value in values] for key, values in case.given.items() if key == "cond"}
+    given = {**case.given, **conditions}
+    with torch.no_grad():
+        if case.told["format"] == "srflow":  # their latents are the standardised ones, their log-det has the splits'
+            latents, _ = model.to_noise(x, **given)
+        else:
+            latents, log_det = model(x, *conditions.values())
+            assert error(log_det.double(), case.log_det) <= exact
+        log_prob = model.log_prob(x, **given)
+        for found, expected in zip(latents, case.latents, strict=True):
+            assert error(found.double(), expected) <= exact
+        assert error(log_prob.double(), case.log_prob) <= exact
+        decoded = model.from_noise(latents, **given)[0] if conditions else model.decode(latents)
+        assert error(decoded.double(), case.x) <= 100 * exact
+
+
+@golden
+def test_a_loaded_model_gives_the_recorded_numbers(name: str) -> None:
+    """In float64, and from arrays of numpy too, which is what TensorFlow's checkpoints become."""
+    case = read(name)
+    model = load(case.told, {key: value.numpy() for key, value in case.state.items()})
+    assert model.is_initialized
+    assert not model.training
+    assert_golden(model, case)
+
+
+@golden
+def test_it_is_saved_with_their_names_and_shapes_and_loads_again(name: str) -> None:
+    case = read(name)
+    saved = {key: torch.as_tensor(value) for key, value in save(case.told, load(case.told, case.state)).items()}
+    wanted = {key: value for key, value in case.state.items() if not key.startswith("model/classifier/")}
+    assert {key: (value.shape, value.dtype) for key, value in saved.items()} == {
+        key: (value.shape, value.dtype) for key, value in wanted.items()
+    }
+    assert_golden(load(case.told, saved), case)
+
+
+@pytest.mark.parametrize("name", ["openai-shuffle", "rosinality-plain", "chaiyujin-lu-classes", "y0ast-shuffle"])
+def test_a_model_of_one_format_goes_into_the_others(name: str) -> None:
+    """Wherever the other has all that it needs; what it lacks is refused."""
+    case = read(name)
+    model, formats = load(case.told, case.state), []
+    for other in ("openai", "rosinality", "chaiyujin", "y0ast"):
+        told = {**case.told, "format": other, "mixing": "plain", "learn_top": True}
+        try:
+            state = save(told, model)
+        except ValueError as refusal:
+            assert "expected" in str(refusal)  # noqa: PT017
+            continue
+        formats.append(other)
+        assert_golden(load(told, state), case)
+    expected = {
+        "openai": ["openai"],
+        "rosinality": ["openai", "rosinality"],
+        "chaiyujin": ["openai", "chaiyujin", "y0ast"],
+        "y0ast": ["openai", "chaiyujin", "y0ast"],
+    }
+    assert formats == expected[case.told["format"]]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+def test_every_kind_of_file(suffix: str, tmp_path: Path) -> None:
+    case = read("rosinality-lu-additive")
+    path = tmp_path / f"weights{suffix}"
+    convert.write_tensors(path, case.state)
+    assert_golden(load(case.told, convert.read_tensors(path)), case)
+    assert_golden(load(case.told, path), case)
+
+
+@pytest.mark.parametrize("name", ["openai-plain-top-classes", "y0ast-lu-additive"])
+def test_our_own_file_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    case = read(name)
+    model = load(case.told, case.state)
+    convert.save_glow(model, tmp_path / "model.safetensors")
+    again = convert.load_glow(tmp_path / "model.safetensors")
+    assert again.config == model.config
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    assert_golden(again, case)
+
+
+@pytest.mark.parametrize(
+    "name", ["openai-plain-top-classes", "rosinality-plain", "chaiyujin-plain-top", "y0ast-shuffle"]
+)
+def test_float32_stays_float32(name: str) -> None:
+    case = read(name)
+    state = {key: value.float() if value.is_floating_point() else value for key, value in case.state.items()}
+    drawn = torch.get_rng_state()
+    model = load(case.told, state)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert_golden(model, case, 1e-4)

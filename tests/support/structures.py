@@ -1,0 +1,424 @@
+"""The one list of flows of other projects that ``accelerate`` is held against: how each is built, called and inverted.
+
+Those of normflows, nflows and FrEIA are made of the installed libraries. The others have the interface and the
+equations of their project, small: anomalib (FastFlow, U-Flow, PatchFlow, CFLOW), msflow, coqui's Glow-TTS, chaiyujin's
+Glow, SRFlow, jet-pytorch and JetFormer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import nflows.nn.nets
+import nflows.transforms
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.srflow_peer import FlowStep, FlowUpsamplerNet, randomised
+from support.accelerate_cases import LeakyContextNet, from_freia, from_nflows, from_normflows, leaky_subnet, subnet
+from support.freia_cases import orthogonalise
+from support.freia_copies import Block, LaterBlock
+from support.glow_tts_cases import TextDecoder, TextInvConv, mask_of_lengths, moved
+from support.jet_models import ImageFlow, ProjectedFlow
+
+Tensors = list[Tensor]
+Call = Callable[[Any, Tensors, Tensors], Any]  # of a model, its data and its conditions
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of what a model returns, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors(part)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How one flow is built and called.
+
+    Attributes:
+        name: of the case.
+        build: makes the model, whose weights are at work, in float64.
+        shapes: of the data, without the batch.
+        forward: (model, data, conditions) -> latents and log-det.
+        inverse: (model, what the forward gave, conditions) -> data, and its log-det where there is one.
+        conditions: makes what the model is conditioned on.
+        joined: how many steps run in chains with memory="reversible".
+        masked: whether the first condition is a mask, which has no gradient.
+        trains: whether it is run in training too; else it looks at whole batches there, in its BatchNorms.
+        inverse_gradients: whether the inverse has gradients in the parameters; a stored inverse has none.
+        copies: whether torch copies its nets; those with weight_norm's hooks it does not.
+        pickles: whether torch pickles its nets; parametrized ones it does not.
+        samples: of a batch.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    shapes: Sequence[tuple[int, ...]]
+    forward: Call
+    inverse: Call
+    joined: int
+    conditions: Callable[[int], Tensors] = lambda n: []
+    masked: bool = False
+    trains: bool = True
+    inverse_gradients: bool = True
+    copies: bool = True
+    pickles: bool = True
+    samples: int = 3
+
+    def model(self) -> Any:
+        """Build the model, the same every time."""
+        torch.manual_seed(17)
+        np.random.seed(17)
+        return self.build().train(self.trains)
+
+    def batch(self, seed: int = 0) -> tuple[Tensors, Tensors]:
+        """Draw data and conditions, the same every time for a seed."""
+        torch.manual_seed(18 + seed)
+        data = [torch.randn(self.samples, *shape, dtype=torch.float64) for shape in self.shapes]
+        return data, self.conditions(self.samples)
+
+
+@torch.no_grad()
+def at_work(model: nn.Module, spread: float = 0.05) -> nn.Module:
+    """Move every parameter off its start, and let no layer wait for data. Float64."""
+    model = model.double()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(spread * torch.randn_like(parameter))
+    for module in model.modules():
+        for flag in ("data_dep_init_done", "initialized"):  # of the actnorms of normflows and nflows
+            if isinstance(value := getattr(module, flag, None), Tensor):
+                value.fill_(1)
+        if hasattr(module, "init_on_next_batch"):  # of FrEIA's
+            module.init_on_next_batch = False
+        if hasattr(module, "w_perm_inv") and not getattr(module, "householder", 0):
+            matrix = module.w_perm
+            if isinstance(matrix, Tensor) and matrix.is_floating_point():
+                orthogonalise(module)  # a rotation in float64 too
+    return model
+
+
+def normal(*shapes: tuple[int, ...]) -> Callable[[int], Tensors]:
+    """Make conditions of these shapes."""
+    return lambda n: [torch.randn(n, *shape, dtype=torch.float64) for shape in shapes]
+
+
+# normflows: data -> latents is the inverse of its flows
+
+
+def of_normflows(name: str, **options: Any) -> Structure:
+    return Structure(
+        f"normflows-{name}",
+        lambda: at_work(from_normflows(**options)),
+        [(3, 8, 8)],
+        lambda model, data, _: model.inverse_and_log_det(data[0]),
+        lambda model, found, _: model.forward_and_log_det(found[:-1]),
+        6,
+    )
+
+
+# nflows
+
+
+def of_nflows(
+    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], joined: int, cond: int = 0
+) -> Structure:
+    def given(c: Tensors) -> Tensors:
+        return c if cond else []
+
+    return Structure(
+        f"nflows-{name}",
+        lambda: at_work(build()),
+        [shape],
+        lambda model, data, c: model.forward(data[0], *given(c)),
+        lambda model, found, c: model.inverse(found[0], *given(c)),
+        joined,
+        normal(*[(cond, *shape[1:])][: bool(cond)]),
+    )
+
+
+def net_with_context(inputs: int, outputs: int) -> nn.Module:
+    return nflows.nn.nets.ConvResidualNet(inputs, outputs, hidden_channels=6, context_channels=3, num_blocks=1)
+
+
+def nflows_with_context() -> nn.Module:
+    t, layers = nflows.transforms, []
+    for _ in range(2):
+        coupling = t.AffineCouplingTransform(torch.tensor([1, 0, 1, 0]), net_with_context)
+        layers += [t.ActNorm(4), t.OneByOneConvolution(4), coupling]
+    return t.CompositeTransform(layers)
+
+
+def residual_net(inputs: int, outputs: int) -> nn.Module:
+    return nflows.nn.nets.ResidualNet(inputs, outputs, hidden_features=8, num_blocks=1)
+
+
+def nflows_of_vectors() -> nn.Module:
+    t, layers = nflows.transforms, []
+    for _ in range(2):
+        coupling = t.AffineCouplingTransform(torch.tensor([0, 0, 0, 1, 1, 1]), residual_net)
+        layers += [t.ActNorm(6), t.RandomPermutation(6), coupling]
+    return t.CompositeTransform(layers)
+
+
+# FrEIA, and blocks with its interface
+
+
+def of_freia(
+    name: str,
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    joined: int,
+    conditions: Sequence[tuple[int, ...]] = (),
+    trains: bool = True,
+) -> Structure:
+    def run(model: Any, x: Tensor, c: Tensors, rev: bool) -> Any:
+        return model(x, rev=rev, **({"c": c} if c else {}))
+
+    return Structure(
+        name,
+        lambda: at_work(build()),
+        [shape],
+        lambda model, data, c: run(model, data[0], c, False),
+        lambda model, found, c: run(model, found[0], c, True),
+        joined,
+        normal(*conditions),
+        trains=trains,
+    )
+
+
+def sequence(shape: tuple[int, ...], blocks: Sequence[tuple[Any, dict[str, Any]]]) -> nn.Module:
+    """Make a SequenceINN of modules with their options."""
+    model = Ff.SequenceINN(*shape)
+    for module, options in blocks:
+        model.append(module, **options)
+    return model
+
+
+def padded_net(kernel: int) -> Callable[[int, int], nn.Module]:
+    """FastFlow's net: pads are modules of their own."""
+
+    def net(c_in: int, c_out: int) -> nn.Module:
+        pads = [nn.ZeroPad2d(kernel // 2) for _ in range(2)]
+        return nn.Sequential(pads[0], nn.Conv2d(c_in, 6, kernel), nn.ReLU(), pads[1], nn.Conv2d(6, c_out, kernel))
+
+    return net
+
+
+def net_of_vectors(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(c_in, 2 * c_in), nn.ReLU(), nn.Linear(2 * c_in, c_out))
+
+
+def net_of_volumes(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv3d(c_in, 6, 3, padding=1), nn.ReLU(), nn.Conv3d(6, c_out, 3, padding=1))
+
+
+class NetWithLayerNorm(nn.Module):
+    """msflow's net: conv, LayerNorm over channels, relu, conv."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv1, self.ln = nn.Conv2d(c_in, c_in, 3, padding=1), nn.LayerNorm(c_in)
+        self.conv2 = nn.Conv2d(c_in, c_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.ln(self.conv1(x).movedim(1, -1)).movedim(-1, 1)
+        return self.conv2(torch.relu(hidden))
+
+
+def net_with_batch_norm(c_in: int, c_out: int) -> nn.Module:
+    """PatchFlow's net."""
+    convolutions = nn.Conv2d(c_in, 6, 3, padding=1), nn.Conv2d(6, c_out, 3, padding=1)
+    return nn.Sequential(*convolutions, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2))
+
+
+def like_fastflow() -> nn.Module:
+    nets = [{"subnet_constructor": padded_net(kernel)} for kernel in (3, 1, 3)]
+    return sequence((4, 5, 6), [(Block, options) for options in nets])
+
+
+def like_uflow() -> nn.Module:
+    """Stages of blocks from coarse to fine, with half of each going up."""
+    coarse, fine = Ff.InputNode(8, 4, 4, name="coarse"), Ff.InputNode(3, 8, 8, name="fine")
+
+    def stage(start: Any, count: int, name: str) -> list[Any]:
+        nodes: list[Any] = []
+        for i in range(count):
+            before = nodes[-1] if nodes else start
+            nodes.append(Ff.Node(before, Block, {"subnet_constructor": subnet}, name=f"{name}{i}"))
+        return nodes
+
+    first = stage(coarse, 3, "first")
+    split = Ff.Node(first[-1], Fm.Split, {"section_sizes": (4, 4), "dim": 0}, name="split")
+    up = Ff.Node(split.out0, Fm.IRevNetUpsampling, {}, name="up")
+    cat = Ff.Node([fine.out0, up.out0], Fm.Concat, {"dim": 0}, name="cat")
+    second = stage(cat, 2, "second")
+    ends = [Ff.OutputNode(split.out1, name="o1"), Ff.OutputNode(second[-1], name="o2")]
+    return Ff.GraphINN([coarse, fine, *first, split, up, cat, *second, *ends])
+
+
+def glow_couplings() -> nn.Module:
+    options = {"subnet_constructor": subnet}
+    return sequence((4, 5, 6), [(Fm.ActNorm, {}), (Fm.GLOWCouplingBlock, options), (Fm.PermuteRandom, {})] * 2)
+
+
+def two_conditions() -> nn.Module:
+    """Neighbours with the same condition, and others."""
+    model = Ff.SequenceINN(4, 5, 6)
+    for cond, width in ((0, 2), (0, 2), (1, 3), (1, 3)):
+        model.append(Fm.AllInOneBlock, cond=cond, cond_shape=(width, 5, 6), subnet_constructor=subnet)
+    return model
+
+
+def conditioned(
+    shape: tuple[int, ...], cond_shape: tuple[int, ...], net: Callable[[int, int], nn.Module], **options: Any
+) -> Callable[[], nn.Module]:
+    given = {"cond": 0, "cond_shape": cond_shape, "subnet_constructor": net, **options}
+    return lambda: sequence(shape, [(Fm.AllInOneBlock, given)] * 3)
+
+
+def plain(
+    shape: tuple[int, ...], net: Callable[[int, int], nn.Module], block: Any = Fm.AllInOneBlock, **options: Any
+) -> Callable[[], nn.Module]:
+    return lambda: sequence(shape, [(block, {"subnet_constructor": net, **options})] * 3)
+
+
+# Glow-TTS
+
+
+def of_glow_tts(name: str, cond: int = 0, **options: Any) -> Structure:
+    lengths, total = (680, 679, 431), 680  # in batches of fewer positions the decoder's own code runs
+
+    def build() -> nn.Module:
+        model: nn.Module = moved(TextDecoder(4, 6, 3, kernel=3, rate=2, layers=2, cond=cond, **options)).double()
+        for module in model.modules():
+            if isinstance(module, TextInvConv):  # theirs would be rounded to float32
+                module.weight_inv = nn.Parameter(torch.inverse(module.weight.detach()), requires_grad=False)
+        return model
+
+    def given(n: int) -> Tensors:
+        mask = mask_of_lengths(lengths, total)
+        return [mask, *([torch.randn(n, cond, 1, dtype=torch.float64)] if cond else [])]
+
+    return Structure(
+        f"glow-tts-{name}",
+        build,
+        [(4, total)],
+        lambda model, data, c: model(data[0], c[0], *c[1:]),
+        lambda model, found, c: model(found[0], c[0], *c[1:], reverse=True),
+        3,
+        given,
+        masked=True,
+        inverse_gradients=False,
+        copies=options.get("norm") == "parametrized",
+        pickles=options.get("norm") != "parametrized",
+    )
+
+
+# chaiyujin's steps, which their model calls one by one, and SRFlow's model of them
+
+
+class InTurn(nn.Module):
+    """Steps one after another."""
+
+    def __init__(self, steps: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(steps)
+
+    def forward(self, z: Tensor, log_det: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        for layer in reversed(self.layers) if reverse else self.layers:
+            z, log_det = layer(z, log_det, reverse=reverse)
+        return z, log_det
+
+
+def of_chaiyujin(name: str, **options: Any) -> Structure:
+    def zeros(x: Tensor) -> Tensor:
+        return x.new_zeros(len(x))
+
+    return Structure(
+        f"chaiyujin-{name}",
+        lambda: randomised(InTurn([FlowStep(4, 40, **options) for _ in range(2)]).double()),
+        [(4, 29, 28)],  # steps of fewer positions run as they are
+        lambda model, data, _: model(data[0], zeros(data[0])),
+        lambda model, found, _: model(found[0], zeros(found[0]), reverse=True),
+        2,
+        samples=2,
+    )
+
+
+# Jet
+
+
+def of_jet(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], joined: int) -> Structure:
+    return Structure(
+        f"jet-{name}",
+        lambda: build().double(),
+        [shape],
+        lambda model, data, _: model(data[0]),
+        lambda model, found, _: model.inverse(found[0]),
+        joined,
+    )
+
+
+STRUCTURES = [
+    of_normflows("lu-sigmoid"),
+    of_normflows("plain-exp", use_lu=False, scale_map="exp"),
+    of_normflows("additive", scale=False),
+    of_normflows("leaky-net-actnorm", leaky=0.1, net_actnorm=True),
+    of_nflows("halves", lambda: from_nflows()._transform, (3, 8, 8), 3),
+    of_nflows("alternating-leaky", lambda: from_nflows("alternating", net=LeakyContextNet)._transform, (3, 8, 8), 3),
+    of_nflows("context", nflows_with_context, (4, 5, 6), 2, cond=3),
+    of_nflows("vectors", nflows_of_vectors, (6,), 2),
+    of_freia("freia", from_freia, (3, 8, 8), 3),
+    of_freia("freia-leaky-gin", lambda: from_freia(net=leaky_subnet, gin_block=True), (3, 8, 8), 3),
+    of_freia("freia-soft", plain((4, 5, 6), subnet, permute_soft=True), (4, 5, 6), 3),
+    of_freia(
+        "freia-householder",
+        lambda: from_freia(learned_householder_permutation=2, reverse_permutation=True),
+        (3, 8, 8),
+        3,
+    ),
+    of_freia("freia-glow-couplings", glow_couplings, (4, 5, 6), 0),
+    of_freia("freia-volumes", plain((4, 3, 4, 2), net_of_volumes), (4, 3, 4, 2), 3),
+    of_freia("freia-two-conditions", two_conditions, (4, 5, 6), 4, [(2, 5, 6), (3, 5, 6)]),
+    of_freia("freia-git", plain((4, 5, 6), subnet, LaterBlock), (4, 5, 6), 3),
+    of_freia("anomalib-fastflow", like_fastflow, (4, 5, 6), 3),
+    of_freia("anomalib-patchflow", plain((4, 5, 6), net_with_batch_norm, Block), (4, 5, 6), 0, trains=False),
+    of_freia("anomalib-cflow", conditioned((8,), (5,), net_of_vectors, affine_clamping=1.9), (8,), 3, [(5,)]),
+    of_freia(
+        "msflow", conditioned((4, 5, 6), (5, 5, 6), NetWithLayerNorm, affine_clamping=1.9), (4, 5, 6), 3, [(5, 5, 6)]
+    ),
+    Structure(
+        "anomalib-uflow",
+        lambda: at_work(like_uflow()),
+        [(8, 4, 4), (3, 8, 8)],
+        lambda model, data, _: model(data),
+        lambda model, found, _: model(found[:-1], rev=True),
+        5,
+    ),
+    of_glow_tts("weight-norm"),
+    of_glow_tts("speaker-parametrized", cond=3, norm="parametrized", sigmoid_scale=True),
+    of_chaiyujin("affine"),
+    of_chaiyujin("lu-additive", LU_decomposed=True, flow_coupling="additive"),
+    of_chaiyujin("shuffle", flow_permutation="shuffle"),
+    Structure(
+        "srflow",
+        lambda: randomised(FlowUpsamplerNet(1, 16, 2, 2, 2, n_transitions=1, cond_splits=True).double()),
+        [(1, 16, 12)],
+        lambda model, data, c: model.encode(data[0], c),
+        lambda model, found, c: model.decode(found[:-1], c),
+        4,
+        normal((2, 8, 6), (2, 4, 3)),
+    ),
+    of_jet("projected", lambda: ProjectedFlow(6, 8, 4), (6, 8), 4),
+    of_jet("images", lambda: ImageFlow((4, 6, 3), 2, 4), (4, 6, 3), 4),
+    of_jet("masking", lambda: ImageFlow((4, 4, 2), 2, 3, "masking"), (4, 4, 2), 3),
+]
