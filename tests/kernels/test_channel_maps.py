@@ -37,7 +37,7 @@ def test_channel_mix(
     option("grad_layout", ["contiguous", "same"]),
     gathers,
     option("centred", [False, True]),
-    option("added", [None, "contiguous", "same", "channels_last"]),
+    option("added", [None, "contiguous", "same", "channels_last", "offset", "ragged_samples"]),
 )
 def test_channel_mix_backward(
     kernels: Kernels,

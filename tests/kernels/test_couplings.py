@@ -89,7 +89,15 @@ def test_coupling_mix(
     kernels.check("coupling_mix", *arguments, condition=CONDITION)
 
 
-@pairs(dtypes, shapes, specs, layouts, net_layouts, gathers, option("added", [None, "contiguous", "same"]))
+@pairs(
+    dtypes,
+    shapes,
+    specs,
+    layouts,
+    net_layouts,
+    gathers,
+    option("added", [None, "contiguous", "same", "offset", "ragged_samples"]),
+)
 def test_backward_passes(
     kernels: Kernels,
     shape: tuple[int, ...],
