@@ -1,4 +1,4 @@
-// The C interface to the passes that join a coupling with a channel mixing, which fused_emulator.py calls.
+// The C interface to the passes that join a coupling with a channel mixing, which emulator.py calls.
 #include "interface.h"
 
 using driver::guarded;

@@ -1,4 +1,4 @@
-// The C interface to the channel mixing by a permutation, which gather_emulator.py calls.
+// The C interface to the channel mixing by a permutation, which emulator.py calls.
 #include "interface.h"
 
 using driver::guarded;

@@ -1,4 +1,4 @@
-// The C interface to the inverses of matrices that inverse_emulator.py calls.
+// The C interface to the inverses of matrices that emulator.py calls.
 #include "interface.h"
 
 using driver::Sizes;

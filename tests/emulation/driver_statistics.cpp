@@ -1,4 +1,4 @@
-// The C interface to the sums over values that statistics_emulator.py calls.
+// The C interface to the sums over values that emulator.py calls.
 #include "interface.h"
 
 using driver::Sizes;

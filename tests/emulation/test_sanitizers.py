@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,46 +24,48 @@ def require(name: str, folder: Path) -> None:
         pytest.skip(f"programs built with -fsanitize={name} do not run here")
 
 
-@pytest.mark.parametrize("maps", ["few", pytest.param("all", marks=pytest.mark.full)])
+@pytest.mark.full
 @pytest.mark.parametrize("name", SANITIZERS)
-def test_kernels_are_clean(name: str, maps: str, tmp_path: Path) -> None:
-    """The sanitizers find nothing; with few maps threads run in the order that shows missing barriers, else in both."""
+def test_kernels_are_clean(name: str, tmp_path: Path) -> None:
+    """The sanitizers find nothing. Threads run in the order that shows missing barriers; of the scale maps a few do."""
     require(name, tmp_path)
-    flags, order = (["-DPYGLOW_FEW_MAPS"], ["3"]) if maps == "few" else ([], [])
-    program = build(
-        tmp_path / f"{name}_{maps}",
-        [*CUDA_SOURCES, *sorted(EMULATION.glob("sanitized*.cpp"))],
-        *SANITIZERS[name],
-        *flags,
-    )
+    sources = [*CUDA_SOURCES, *sorted(EMULATION.glob("sanitized*.cpp"))]
+    program = build(tmp_path / name, sources, *SANITIZERS[name], "-DPYGLOW_FEW_MAPS")
     # A stack for every variable whose address is taken is what takes AddressSanitizer's time here.
-    result = execute(program, *order, address_options=f"detect_stack_use_after_return={int(maps == 'all')}")
+    result = execute(program, "3", address_options="detect_stack_use_after_return=0")
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[:4000]
     assert result.stdout == "done\n"
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """seeded.cu as it is and with each sanitizer that runs here. The blocks of "thread32" are a single warp."""
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Compiles seeded.cu as it is or with a sanitizer, when it is asked for. Blocks of "thread32" are a single warp."""
     folder = tmp_path_factory.mktemp("seeded")
-    variants = {
+    flags = {
         "plain": ["-O1"],
         **SANITIZERS,
         "thread32": ["-O1", "-g1", "-fsanitize=thread", SMALL_BLOCKS.format(32)],
     }
-    runnable = {name: supports(f"-fsanitize={name}", folder) for name in SANITIZERS}
-    return {
-        name: build(folder / name, [EMULATION / "seeded.cu"], *flags)
-        for name, flags in variants.items()
-        if runnable.get(name.removesuffix("32"), True)
-    }
+
+    @functools.cache
+    def program(variant: str) -> Path:
+        if variant != "plain":
+            require(variant.removesuffix("32"), folder)
+        return build(folder / variant, [EMULATION / "seeded.cu"], *flags[variant])
+
+    return program
 
 
-@pytest.mark.parametrize("variant", ["plain", "address", "thread", "thread32"])
-def test_a_correct_kernel_passes(programs: dict[str, Path], variant: str) -> None:
-    if variant not in programs:
-        pytest.skip(f"programs built for {variant} do not run here")
-    result = execute(programs[variant])
+def of(bug: str, variant: str, message: str) -> object:
+    """A case; compiling with a sanitizer takes seconds."""
+    return pytest.param(bug, variant, message, marks=pytest.mark.full if variant != "plain" else ())
+
+
+@pytest.mark.parametrize(
+    "variant", ["plain", *(pytest.param(name, marks=pytest.mark.full) for name in ("address", "thread", "thread32"))]
+)
+def test_a_correct_kernel_passes(seeded: Callable[[str], Path], variant: str) -> None:
+    result = execute(seeded(variant))
     assert result.returncode == 0, result.stderr
     n_values = 2 * 4 * 4 * (32 if variant == "thread32" else 64)
     assert result.stdout == f"{n_values} of {n_values}\n"
@@ -70,24 +74,22 @@ def test_a_correct_kernel_passes(programs: dict[str, Path], variant: str) -> Non
 @pytest.mark.parametrize(
     ("bug", "variant", "message"),
     [
-        ("out_of_bounds", "address", "heap-buffer-overflow"),
-        ("misaligned", "plain", "a vector is not aligned"),
-        ("no_barrier", "plain", "nan of 2048"),  # unwritten shared memory is NaN
-        ("no_barrier", "thread", "data race"),
-        ("no_wait", "plain", "a thread ended without waiting for its copies"),
-        ("no_second_barrier", "thread", "data race"),
-        ("divergent_barrier", "plain", "the threads of a block wait at different __syncthreads"),
-        ("early_return", "plain", "__syncthreads reached by 32 of 64 threads"),
-        ("absent_lanes", "plain", "a warp operation waits for lanes that never come"),
-        ("shared_overrun", "plain", "shared array: index 2 of 2"),
-        ("no_warp_reduction", "plain", "64 of 2048"),
-        ("no_block_reduction", "thread32", "data race"),
+        of("out_of_bounds", "address", "heap-buffer-overflow"),
+        of("misaligned", "plain", "a vector is not aligned"),
+        of("no_barrier", "plain", "nan of 2048"),  # unwritten shared memory is NaN
+        of("no_barrier", "thread", "data race"),
+        of("no_wait", "plain", "a thread ended without waiting for its copies"),
+        of("no_second_barrier", "thread", "data race"),
+        of("divergent_barrier", "plain", "the threads of a block wait at different __syncthreads"),
+        of("early_return", "plain", "__syncthreads reached by 32 of 64 threads"),
+        of("absent_lanes", "plain", "a warp operation waits for lanes that never come"),
+        of("shared_overrun", "plain", "shared array: index 2 of 2"),
+        of("no_warp_reduction", "plain", "64 of 2048"),
+        of("no_block_reduction", "thread32", "data race"),
     ],
 )
-def test_a_seeded_bug_is_found(programs: dict[str, Path], bug: str, variant: str, message: str) -> None:
-    if variant not in programs:
-        pytest.skip(f"programs built for {variant} do not run here")
-    result = execute(programs[variant], bug)
+def test_a_seeded_bug_is_found(seeded: Callable[[str], Path], bug: str, variant: str, message: str) -> None:
+    result = execute(seeded(variant), bug)
     assert message in result.stdout + result.stderr
     if variant != "plain":
         assert result.returncode != 0

@@ -1,0 +1,28 @@
+"""Who computes the ops: the extension on each device that there is, and with ``--full`` the emulator for CUDA's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import emulator
+from support.emulator import EmulatedOps
+from support.kernel_cases import Kernels
+
+from pyglow_fast import _backend, ops
+
+HOMES = [
+    "cpu",
+    *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []),
+    pytest.param("emulated", marks=pytest.mark.full),
+]
+
+
+@pytest.fixture(params=HOMES)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """The ops, whoever computes them."""
+    if request.param == "emulated":
+        library = emulator.library(request.getfixturevalue("tmp_path_factory"))
+        return Kernels(EmulatedOps(library))
+    if _backend.extension() is None:
+        pytest.skip(f"no extension: {_backend.reason()}")
+    return Kernels(ops, request.param)

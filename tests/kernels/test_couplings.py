@@ -1,0 +1,366 @@
+"""Couplings, alone and in one pass with a channel map: all scale maps and orders, nets' outputs in any form."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.covering import pairs
+from support.helpers import assert_close
+from support.kernel_cases import (
+    DTYPES,
+    HALVES,
+    SPECS,
+    Case,
+    Kernels,
+    codes,
+    dtypes,
+    gathers,
+    laid_out,
+    layouts,
+    option,
+    shapes,
+    specs,
+)
+from torch import Tensor, float32, float64
+
+from pyglow_fast import functional, ops, reference
+from pyglow_fast.reference import CouplingSpec
+
+AFFINE = [spec for spec in SPECS if spec.coupling == "affine"]
+# Of the net's output beside a state that is contiguous, and of both.
+net_layouts = option("net_layout", ["same", "contiguous", "channels_last", "channels_last_slice"])
+directions = option("inverse", [False, True])
+# By how much 1/s amplifies an error here: up to about 20.
+CONDITION = 100.0
+
+
+class Drawn:
+    """The inputs of one case."""
+
+    def __init__(
+        self, kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec, layout: str, net: str
+    ) -> None:
+        self.x, self.grad = (kernels.randn(shape, dtype, layout) for _ in range(2))
+        self.net_out = kernels.net_out(shape, spec, dtype, layout if net == "same" else net)
+        # As a sum's gradient comes, one number that repeats, or each its own.
+        weight = kernels.randn((shape[0],), dtype)
+        self.grad_log_det = weight[:1].expand(shape[0]) if layout == "batch_innermost" and shape[0] else weight
+
+
+@pairs(dtypes, shapes, specs, layouts, net_layouts, directions)
+def test_coupling(
+    kernels: Kernels,
+    shape: tuple[int, ...],
+    spec: CouplingSpec,
+    layout: str,
+    net_layout: str,
+    inverse: bool,
+    dtype: torch.dtype,
+) -> None:
+    """The output, its log-det, and from the output alone the gradients and the input again."""
+    case = Drawn(kernels, shape, dtype, spec, layout, net_layout)
+    kernels.check("coupling", case.x, case.net_out, *codes(spec, inverse), condition=CONDITION)
+    arguments = (case.x, case.net_out, case.grad, case.grad_log_det, *codes(spec, inverse))
+    grads = kernels.check("coupling_backward", *arguments, True, condition=CONDITION)
+    alone = kernels("coupling_backward", *arguments, False)
+    assert all(map(torch.equal, alone[:2], grads[:2]))
+    assert alone[2].numel() == 0
+
+
+@pairs(dtypes, shapes, specs, layouts, net_layouts, directions, gathers)
+def test_coupling_mix(
+    kernels: Kernels,
+    shape: tuple[int, ...],
+    spec: CouplingSpec,
+    layout: str,
+    net_layout: str,
+    inverse: bool,
+    gathers: bool,
+    dtype: torch.dtype,
+) -> None:
+    case = Drawn(kernels, shape, dtype, spec, layout, net_layout)
+    matrix, offset, index = kernels.channel_map(shape[1], dtype, gathers)
+    arguments = (case.x, case.net_out, matrix, offset, *codes(spec, inverse), index)
+    kernels.check("coupling_mix", *arguments, condition=CONDITION)
+
+
+@pairs(
+    dtypes,
+    shapes,
+    specs,
+    layouts,
+    net_layouts,
+    gathers,
+    option("added", [None, "contiguous", "same", "offset", "ragged_samples"]),
+)
+def test_backward_passes(
+    kernels: Kernels,
+    shape: tuple[int, ...],
+    spec: CouplingSpec,
+    layout: str,
+    net_layout: str,
+    gathers: bool,
+    added: str | None,
+    dtype: torch.dtype,
+) -> None:
+    """From the input of the pass forward, and from the output of a step."""
+    case = Drawn(kernels, shape, dtype, spec, layout, net_layout)
+    matrix, offset, index = kernels.channel_map(shape[1], dtype, gathers)
+    first = (shape[0], shape[1] // 2, *shape[2:])
+    part = None if added is None else kernels.randn(first, dtype, layout if added == "same" else added)
+    inputs = (case.x, case.net_out, case.grad, case.grad_log_det, matrix)
+    kernels.check("coupling_mix_backward", *inputs, *codes(spec), part, index, condition=CONDITION)
+    kernels.check("step_backward", *inputs, offset, *codes(spec), index, condition=CONDITION)
+
+
+# (N, C, H, W): C2 of 2, 6, 10, 12, 24, 48 and 76, in fours and not; one tile and several, ragged ones, samples within a
+# tile and across two; several chunks of channels and several groups of them.
+NET_SHAPES = [(3, 4, 4, 5), (2, 12, 4, 6), (1, 12, 20, 55), (5, 20, 6, 6), (2, 24, 20, 20), (2, 48, 6, 6)]
+NET_SHAPES += [(1, 96, 8, 8), (2, 152, 3, 4), (1, 260, 2, 4), (2, 10, 9, 7)]
+NETS = [(float32, float32), (float64, float64), *((float32, half) for half in HALVES)]
+
+
+@pairs(option("shape", NET_SHAPES), option("net", NETS), specs, option("kept", [None, 0, 1, 2, 3]))
+def test_channels_last_nets(
+    kernels: Kernels,
+    shape: tuple[int, ...],
+    net: tuple[torch.dtype, torch.dtype],
+    spec: CouplingSpec,
+    kept: int | None,
+) -> None:
+    """Beside a contiguous state; the halves begin and end anywhere. Their gradients keep the layout."""
+    dtype, net_dtype = net
+    case = Case(kernels, shape, dtype, spec)
+    net_out = case.net_out
+    if kept is not None and shape[1] < 50:  # other halves than those of the channels
+        net_out = kernels.net_out((shape[0], 2 * (shape[1] - kept), *shape[2:]), spec, dtype)
+    for layout in ("channels_last", "channels_last_slice"):
+        narrow = laid_out(net_out.to(net_dtype), layout)
+        inputs = (case.x, narrow, case.grad, case.grad_log_det)
+        results = [
+            kernels.check("coupling", *inputs[:2], *codes(spec, False), condition=CONDITION),
+            kernels.check("coupling_backward", *inputs, *codes(spec, False), True, condition=CONDITION)[1:2],
+        ]
+        for matrix, offset, index in case.maps:
+            backward = (*inputs, matrix, *codes(spec), case.added, index)
+            mixed = kernels.check("coupling_mix_backward", *backward, condition=CONDITION)
+            step = (*inputs, matrix, offset, *codes(spec), index)
+            undone = kernels.check("step_backward", *step, condition=CONDITION)
+            arguments = (*inputs[:2], matrix, offset, *codes(spec, True), index)
+            kernels.check("coupling_mix", *arguments, condition=CONDITION)
+            results += [mixed[1:2], undone[2:]]
+        for *_, grad in results[1:]:
+            assert grad.dtype == net_dtype
+            assert grad.is_contiguous(memory_format=torch.channels_last) == narrow.is_contiguous(
+                memory_format=torch.channels_last
+            )
+
+
+@pairs(option("half", HALVES), specs, option("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 20)]), layouts)
+def test_16_bit_nets(
+    kernels: Kernels, shape: tuple[int, ...], spec: CouplingSpec, layout: str, half: torch.dtype
+) -> None:
+    """A net's output enters as the float32 numbers that it is, and its gradient is rounded once: to the bit."""
+    case = Case(kernels, shape, float32, spec).in_layout(layout)
+    low = laid_out(case.net_out.to(half), layout)
+    narrow, wide = (case.replaced(net_out=net_out).of_couplings() for net_out in (low, laid_out(low.float(), layout)))
+    assert half in {value.dtype for value in narrow}
+    for got, expected in zip(narrow, wide, strict=True):
+        assert torch.equal(got, expected.to(got.dtype))
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_every_16_bit_number(kernels: Kernels, half: torch.dtype) -> None:
+    """All 65536 of them, NaN and infinities too, and floats of every exponent, ties among them, as torch has them."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(half)
+    finite = numbers[numbers.isfinite()].float().sort().values
+    ties = (finite[1:].double() + finite[:-1].double()).div(2).float()  # halfway between neighbours
+    bits = torch.randint(-(2**31), 2**31, (20_000,), dtype=torch.int64).to(torch.int32).view(float32)
+    wide = torch.cat(
+        [ties, -ties, ties.nextafter(2 * ties), bits, torch.tensor([65504.0, 65519.9, 65520.0, 1e-8, 3e38])]
+    )
+    wide = wide[~wide.isnan()]
+    additive = codes(CouplingSpec("additive"), False)
+    for skipped in (0, 1):  # in vectors and one by one
+        shift = numbers[skipped:].clone().reshape(1, 1, -1).to(kernels.device)
+        out, _ = kernels("coupling", torch.zeros(shift.shape).to(shift.device), shift, *additive)
+        assert torch.equal(out.nan_to_num(7.25), shift.float().nan_to_num(7.25))
+        assert torch.equal(out.isnan(), shift.isnan())
+        grad = wide[: wide.numel() // 4 * 4 - skipped].reshape(1, 1, -1).to(kernels.device)
+        net_out = torch.zeros(grad.shape, dtype=half, device=kernels.device)
+        found = kernels("coupling_backward", grad, net_out, grad, grad.new_zeros(1), *additive, False)[1]
+        assert torch.equal(found.view(torch.int16), grad.to(half).view(torch.int16))
+
+
+# ---- Precision ----
+
+
+@pytest.mark.parametrize("spec", AFFINE, ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_value_loses_more_than_roundings(
+    kernels: Kernels, spec: CouplingSpec, inverse: bool, dtype: torch.dtype
+) -> None:
+    """Of raw scales in [-60, 60], where s spans 50 orders of magnitude, each result has its own relative accuracy.
+
+    Each raw scale has a sample of its own, so that its log s is seen. With positive numbers and no shift no difference
+    cancels. exp(-2 |x|) of the tanh map loses the roundings of 2 |x|, 80 here.
+    """
+    raw = torch.linspace(-60.0, 60.0, 601, dtype=float64).to(kernels.device, dtype)
+    net_out = torch.stack([torch.zeros_like(raw), raw], dim=1)[..., None]
+    ones = torch.ones_like(net_out[:, :1])
+    out, log_det = kernels("coupling", ones, net_out, *codes(spec, inverse))
+    way = -1.0 if inverse else 1.0
+    grads = kernels("coupling_backward", out, net_out, ones, way * ones[:, 0, 0], *codes(spec, inverse), True)
+    log_scale, slope = exact_log_scale(raw.cpu().double(), spec)
+    scale = (way * log_scale).exp()
+    expected = {
+        "out": (out, scale),
+        "grad_in": (grads[0], scale),
+        "grad_raw": (grads[1][:, 1:], slope * (way * scale + way * way) if not inverse else None),
+        "recovered": (grads[2], torch.ones_like(scale)),
+    }
+    relative = 128 * torch.finfo(dtype).eps
+    for name, (found, exact) in expected.items():
+        if exact is None:
+            continue
+        error = (found.flatten().cpu().double() - exact).abs() / exact.abs().clamp(min=torch.finfo(dtype).tiny)
+        assert float(error.max()) <= relative, f"{name}: {float(error.max()):.1e} at {raw[int(error.argmax())]}"
+    lost = (log_det.cpu().double() - way * log_scale).abs()
+    # log(s) of a sum with eps: where s is near 1 its rounding is all that there is.
+    floor = torch.finfo(dtype).eps * (1.0 if spec.eps or spec.factor != 1.0 else 1e-20)
+    assert bool((lost <= relative * log_scale.abs() + 4.0 * floor).all())
+
+
+def exact_log_scale(raw: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
+    """log s and its derivative in float64, by formulas in which nothing cancels."""
+    if spec.scale_map == "sigmoid":
+        z = raw + spec.bias
+        scale = spec.factor * z.sigmoid() + spec.eps
+        log_scale = scale.log() if spec.eps else math.log(spec.factor) + torch.nn.functional.logsigmoid(z)
+        return log_scale, spec.factor * z.sigmoid() * (-z).sigmoid() / scale
+    if spec.scale_map == "exp":
+        return raw, torch.ones_like(raw)
+    if spec.scale_map == "tanh":
+        return spec.clamp * (raw / spec.clamp).tanh(), (raw / spec.clamp).cosh() ** -2
+    return spec.clamp * 0.636 * raw.atan(), spec.clamp * 0.636 / (1.0 + raw.square())
+
+
+@dtypes
+def test_log_scale_survives_underflow(kernels: Kernels, dtype: torch.dtype) -> None:
+    """sigmoid(-800) is zero in either dtype, its logarithm is -800."""
+    net_out = torch.tensor([[[0.0], [-800.0]]], dtype=dtype, device=kernels.device)
+    x = net_out.new_ones(1, 1, 1)
+    for factor in (1.0, 2.0):
+        spec = codes(CouplingSpec(bias=0.0, factor=factor), False)
+        out, log_det = kernels("coupling", x, net_out, *spec)
+        assert log_det.item() == torch.tensor(math.log(factor) - 800.0, dtype=dtype).item()
+        grad = kernels("coupling_backward", out, net_out, 0.0 * x, x[:, 0, 0], *spec, False)[1]
+        assert grad.flatten().tolist() == [0.0, 1.0]
+
+
+@directions
+def test_overflowing_scale_shows(kernels: Kernels, inverse: bool) -> None:
+    """exp(100) is inf in float32: refused by the extension on the CPU, and an infinite log-det elsewhere."""
+    x, net_out = torch.ones(3, 2, 4, device=kernels.device), torch.zeros(3, 2, 4, device=kernels.device)
+    net_out[1, 1, 2] = 100.0
+    spec = codes(CouplingSpec(scale_map="exp"), inverse)
+    if kernels.home is ops and kernels.device.type == "cpu":
+        for name, rest in (("coupling", ()), ("coupling_mix", (torch.eye(2), torch.zeros(2)))):
+            with pytest.raises(ValueError, match=r"net_out: expected raw scales whose exp is finite.*sample 1"):
+                kernels(name, x, net_out, *rest, *spec)
+    else:
+        assert kernels("coupling", x, net_out, *spec)[1].isinf().tolist() == [False, True, False]
+
+
+def test_nan_comes_through(kernels: Kernels) -> None:
+    """At the ragged end of a sample, too."""
+    net_out = torch.zeros(2, 4, 37, device=kernels.device)
+    net_out[1, 3, 36] = math.nan
+    for name, rest in (("coupling", ()), ("coupling_mix", (torch.eye(4).to(net_out), torch.zeros(4).to(net_out)))):
+        out, log_det = kernels(name, torch.zeros_like(net_out), net_out, *rest, *codes(CouplingSpec(), False))
+        assert out[1, 3, 36].isnan()
+        assert log_det.isnan().tolist() == [False, True]
+
+
+# ---- The functions over them ----
+
+FUNCTIONS = ("coupling", "coupling_inverse", "coupling_mix", "coupling_mix_inverse")
+
+
+def drawn(name: str, shape: tuple[int, ...], spec: CouplingSpec, gathers: bool, device: torch.device) -> Any:
+    """The tensors of a function, float64, and its index."""
+    kernels = Kernels(None, str(device))
+    inputs = [kernels.randn(shape, float64), kernels.net_out(shape, spec, float64)]
+    if "mix" not in name:
+        return inputs, ()
+    matrix, offset, index = kernels.channel_map(shape[1], float64, gathers)
+    return [*inputs, matrix, offset], (index,)
+
+
+@pairs(
+    option("name", FUNCTIONS),
+    option("shape", [(3, 4), (2, 4, 5), (2, 6, 3, 2), (2, 2, 3, 1, 2), (0, 4, 3, 2)]),
+    option("spec", [*SPECS, CouplingSpec(scale_map=lambda raw: (raw.square() + 1.0, (raw.square() + 1.0).log()))]),
+    gathers,
+)
+def test_functions_equal_the_reference(
+    name: str, shape: tuple[int, ...], spec: CouplingSpec, gathers: bool, device: torch.device
+) -> None:
+    """Values and gradients, of one tensor alone and of all, and without a gradient, where the inverse is one pass."""
+    inputs, index = drawn(name, shape, spec, gathers, device)
+    for wanted in ([], *([at] for at in range(len(inputs))), [*range(len(inputs))]):
+        results = []
+        for home in (functional, reference):
+            leaves = [value.detach().requires_grad_(at in wanted) for at, value in enumerate(inputs)]
+            outputs = getattr(home, name)(*leaves, spec, *index)
+            results.append([*outputs])
+            if wanted:
+                value = outputs[0].square().sum() + outputs[1].sin().sum()
+                results[-1] += torch.autograd.grad(value, [leaves[at] for at in wanted])
+        for actual, expected in zip(*results, strict=True):
+            assert_close(actual, expected, condition=CONDITION * max(1, inputs[0].numel()))
+
+
+@gathers
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck(name: str, gathers: bool, device: torch.device) -> None:
+    for spec in SPECS if not gathers else SPECS[:2]:
+        inputs, index = drawn(name, (2, 4, 3), spec, gathers, device)
+        leaves = [value.requires_grad_() for value in inputs]
+        function = functools.partial(called, getattr(functional, name), spec, index)
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+def called(function: Callable[..., Any], spec: CouplingSpec, index: tuple[Any, ...], *tensors: Tensor) -> Any:
+    """A function of tensors alone."""
+    return function(*tensors, spec, *index)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_kept_channels_carry_their_gradient(both: bool) -> None:
+    """What a net makes of the kept channels flows back as through a slice, also when it is the only use."""
+    inputs, _ = drawn("coupling_mix", (2, 6, 3, 4), CouplingSpec(), False, torch.device("cpu"))
+
+    def objective(in_passing: bool, x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+        if in_passing:
+            u, kept = functional.channel_mix_for_net(x, matrix, offset, 3)
+            y, kept_y, log_det = functional.coupling_mix_for_net(u, net_out, matrix, offset, CouplingSpec(), 3)
+        else:
+            u = reference.channel_mix(x, matrix, offset)
+            y, log_det = reference.coupling_mix(u, net_out, matrix, offset, CouplingSpec())
+            kept, kept_y = u[:, :3], y[:, :3]
+        value = kept.square().sum() + kept_y.sin().sum()
+        return value + y.cos().sum() + log_det.sum() if both else value
+
+    gradients = []
+    for in_passing in (True, False):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        gradients.append(torch.autograd.grad(objective(in_passing, *leaves), leaves))
+    for actual, expected in zip(*gradients, strict=True):
+        assert_close(actual, expected, condition=10.0)

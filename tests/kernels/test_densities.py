@@ -1,0 +1,225 @@
+"""The normal distribution and the moments of channels; and the halves of checkerboards, which are moves of values."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from support.covering import pairs
+from support.helpers import assert_close
+from support.kernel_cases import Kernels, dtypes, laid_out, layouts, option, shapes
+from torch import Tensor, float32, float64
+
+from pyglow_fast import functional, reference
+
+# Which dimensions of mean and log_sd are of one number that is never written out.
+REPEATS: dict[str, tuple[int, ...]] = {
+    "none": (),
+    "all": (0, 1, 2),
+    "per channel": (0, 2),
+    "per sample": (1, 2),
+    "per sample and channel": (2,),
+    "per position": (0, 1),
+}
+
+
+def repeated(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The first number of each of these dimensions in place of the others; 2 stands for all of a position."""
+    found = x
+    for axis in range(x.dim()):
+        if min(axis, 2) in dims and x.shape[axis]:
+            found = found.narrow(axis, 0, 1)
+    return found.clone().expand(x.shape)
+
+
+@pairs(dtypes, shapes, layouts, option("other_layout", ["contiguous", "same"]), option("repeats", [*REPEATS]))
+def test_normal_distribution(
+    kernels: Kernels, shape: tuple[int, ...], layout: str, other_layout: str, repeats: str, dtype: torch.dtype
+) -> None:
+    """The log density of a sample, its gradients, and samples."""
+    other = layout if other_layout == "same" else other_layout
+    z = kernels.randn(shape, dtype, layout)
+    mean, log_sd = (kernels.randn(shape, dtype, other) for _ in range(2))
+    if repeats != "none":
+        mean, log_sd = (repeated(value, REPEATS[repeats]) for value in (mean, log_sd))
+    # exp(-2 log_sd), log_sd beyond -3 unlikely. The exponential, the same for many terms, is off by 1.5 units and
+    # squared; difference, product, square and sum add half a unit each, those in front of the square twice.
+    kernels.check("gaussian_log_prob", z, mean, log_sd, condition=1000.0, roundings=8.0)
+    weight = kernels.randn(shape[:1], dtype)
+    weight = weight[:1].expand(shape[0]) if layout == "batch_innermost" and shape[0] else weight
+    kernels.check("gaussian_log_prob_backward", z, mean, log_sd, weight, condition=1000.0)
+    kernels.check("gaussian_sample", z, mean, log_sd, condition=100.0)
+
+
+@dtypes
+def test_extreme_scales(kernels: Kernels, dtype: torch.dtype) -> None:
+    """A tiny sd makes a far value as unlikely as the formula says."""
+    log_sd = torch.linspace(-40.0, 80.0, 61, dtype=dtype).reshape(61, 1).to(kernels.device)
+    noise = torch.linspace(-3.0, 3.0, 61, dtype=dtype).reshape(61, 1).to(kernels.device)
+    z, mean = noise * log_sd.exp(), torch.zeros_like(log_sd)
+    (sample,) = kernels("gaussian_sample", noise, mean, log_sd)
+    relative = 256 * torch.finfo(dtype).eps  # exp loses the roundings of its exponent, 80
+    assert bool(((sample - z).abs() <= relative * z.abs()).all())
+    (log_prob,) = kernels("gaussian_log_prob", z, mean, log_sd)
+    exact = -0.5 * noise.double().square() - log_sd.double() - 0.5 * math.log(2.0 * math.pi)
+    assert_close(log_prob.double(), exact[:, 0], condition=4.0, dtype=dtype)
+    grads = kernels("gaussian_log_prob_backward", z, mean, log_sd, torch.ones_like(log_sd[:, 0]))
+    by_hand = (-noise.double() / log_sd.double().exp(), noise.double() / log_sd.double().exp())
+    for found, expected in zip(grads, (*by_hand, noise.double().square() - 1.0), strict=True):
+        floor = 4.0 * torch.finfo(dtype).eps if found is grads[2] else 0.0
+        assert bool(((found.double() - expected).abs() <= relative * expected.abs() + 16 * floor).all())
+
+
+def assert_moments(found: list[Tensor], x: Tensor, shift: float = 0.0) -> None:
+    """As good as sums in the dtype of x - shift can be, against float64, relative to the size of each channel's.
+
+    In float64 it is the reference that loses mean / sd.
+    """
+    condition = 1.0 + shift if x.dtype == float64 else 1.0
+    for actual, exact, taken_off in zip(found, reference.channel_moments(x), (shift, 0.0), strict=True):
+        assert actual.dtype == float64
+        actual, exact = actual - taken_off, exact - taken_off
+        size = exact.abs().clamp(min=1.0)
+        assert_close(actual / size, exact / size, condition, x.dtype)
+
+
+@pairs(dtypes, shapes, layouts, option("shift", [0.0, 1000.0]))
+def test_moments(kernels: Kernels, shape: tuple[int, ...], layout: str, shift: float, dtype: torch.dtype) -> None:
+    """A mean a thousand times the spread does not swallow it."""
+    x = laid_out((kernels.randn(shape, float64) + shift).to(dtype), layout)
+    found = kernels("channel_moments", x)
+    assert_moments(found, x, shift if x.numel() else 0.0)
+
+
+def test_moments_of_very_different_parts(kernels: Kernels) -> None:
+    """Samples far from each other, a constant channel, and a far outlier first: no pivot could serve them all."""
+    x = kernels.randn((6, 3, 2000), float32) + 1e4 * torch.arange(6.0, device=kernels.device).view(6, 1, 1)
+    x[:, 1] = 0.1
+    x[0, 2, 0] = -1e6
+    found = kernels("channel_moments", x)
+    assert_moments(found, x)
+    assert abs(float(found[1][1])) < 1e-12
+    x[3, 0, 7] = math.nan
+    for value in kernels("channel_moments", x):
+        assert value.isnan().tolist() == [True, False, False]
+
+
+def test_nan_comes_through(kernels: Kernels) -> None:
+    z = torch.zeros(2, 3, 37, device=kernels.device)
+    z[1, 2, 36] = math.nan
+    zeros = torch.zeros_like(z)
+    assert kernels("gaussian_log_prob", z, zeros, zeros)[0].isnan().tolist() == [False, True]
+    assert kernels("gaussian_sample", z, zeros, zeros)[0].isnan().nonzero().tolist() == [[1, 2, 36]]
+
+
+# ---- Checkerboards ----
+
+BOARDS = [(2, 3, 4, 6), (1, 2, 2, 5), (3, 1, 6, 1), (2, 2, 8), (2, 2, 4, 3, 5), (1, 1, 2, 1, 4)]
+BOARDS += [(2, 1, 4, 37), (1, 2, 2, 3, 18)]  # rows of several vectors, and what is left of one
+BOARDS += [(0, 2, 4, 3), (2, 3, 0, 3), (2, 3, 4, 0)]  # nothing at all
+
+
+def by_index(x: Tensor, parity: int) -> Tensor:
+    """The first half, position by position."""
+    n, channels, rows, *rest = x.shape
+    half = x.new_empty(n, channels, rows // 2, *rest)
+    for index in product(*(range(size) for size in half.shape[2:])):
+        row = 2 * index[0]
+        row += (row + sum(index[1:])) % 2 != parity
+        half[:, :, *index] = x[:, :, row, *index[1:]]
+    return half
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.shape == other.shape and torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
+
+
+@pairs(
+    option("board", BOARDS),
+    option("dtype", [float32, float64, torch.bfloat16]),
+    option("parity", [0, 1]),
+    layouts,
+    option("home", [functional, reference]),
+)
+def test_checkerboards(
+    board: tuple[int, ...], dtype: torch.dtype, parity: int, layout: str, home: object, device: torch.device
+) -> None:
+    """Every value goes to its place, and back, to the bit: also those that are not finite."""
+    x = torch.randn(board).to(device, dtype)
+    if x.numel() > 4:
+        x.view(-1)[:3] = torch.tensor([math.nan, math.inf, -0.0])
+    split, merge = home.checkerboard_split, home.checkerboard_merge  # type: ignore[attr-defined]
+    first, second = by_index(x, parity), by_index(x, 1 - parity)
+    halves = split(laid_out(x, layout), parity)
+    assert same_bits(halves, torch.cat([first, second], dim=1))
+    assert same_bits(split(laid_out(x, layout), parity, both=False), first)
+    assert same_bits(merge(laid_out(halves, layout), parity), x)
+    masked = merge(laid_out(first, layout), parity, both=False)
+    assert same_bits(split(masked, parity), torch.cat([first, torch.zeros_like(second)], dim=1))
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("shape", [(2, 2, 4, 3), (1, 2, 6), (2, 2, 2, 3, 2)], ids=str)
+def test_derivatives_of_checkerboards(shape: tuple[int, ...], both: bool, device: torch.device) -> None:
+    """Of first and second order, and in torch.func."""
+    x = torch.randn(shape, dtype=float64, device=device, requires_grad=True)
+    for name in ("checkerboard_split", "checkerboard_merge"):
+
+        def move(x: Tensor, name: str = name) -> Tensor:
+            found: Tensor = getattr(functional, name)(x, 1, both)
+            return found
+
+        expected = getattr(reference, name)
+        assert torch.autograd.gradcheck(move, x, fast_mode=True)
+        assert torch.autograd.gradgradcheck(move, x, fast_mode=True)
+        values = x.detach()
+        assert torch.equal(torch.func.jvp(move, (values,), (values.sin(),))[1], expected(values.sin(), 1, both))
+        assert torch.equal(torch.func.vmap(move)(values[None]), expected(values, 1, both)[None])
+
+
+def test_an_odd_first_side_is_refused(device: torch.device) -> None:
+    for home, x in product((functional, reference), (torch.zeros(2, 3, 5, 4), torch.zeros(2, 3))):
+        with pytest.raises(ValueError, match=r"^x: expected an even first (spatial )?side"):
+            home.checkerboard_split(x.to(device), 0)
+
+
+# ---- The functions over them ----
+
+
+@pairs(
+    option("name", ["gaussian_log_prob", "gaussian_sample"]),
+    option("shape", [(3, 4), (2, 4, 5), (2, 6, 3, 2), (2, 2, 3, 1, 2), (0, 4, 3, 2)]),
+    option("rows", [None, 1, 0]),
+)
+def test_functions_equal_the_reference(
+    name: str, shape: tuple[int, ...], rows: int | None, device: torch.device
+) -> None:
+    """Mean and log_sd of the full shape, of one per channel, or of one per sample and channel: gradients sum back."""
+    column = (shape[0] if rows == 0 else 1, shape[1], *[1] * (len(shape) - 2))
+    given = [shape, *[shape if rows is None else column] * 2]
+    inputs = [torch.randn(size, dtype=float64, device=device) for size in given]
+    results = []
+    for home in (functional, reference):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        out = getattr(home, name)(*leaves)
+        with torch.no_grad():
+            plain = getattr(home, name)(*inputs)
+        results.append([out, plain, *torch.autograd.grad(out.square().sum(), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, condition=1000.0 * max(1, inputs[0].numel()))
+
+
+def test_gradcheck(device: torch.device) -> None:
+    values = [torch.randn(2, 3, 4, dtype=float64, device=device, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(functional.gaussian_log_prob, values)
+    assert torch.autograd.gradcheck(functional.gaussian_sample, values)
+
+
+def test_moments_of_nothing_and_without_gradient() -> None:
+    x = torch.randn(0, 3, 4, requires_grad=True)
+    for value in functional.channel_moments(x):
+        assert torch.equal(value, torch.zeros(3, dtype=float64))
+        assert not value.requires_grad

@@ -1,0 +1,513 @@
+"""What holds of every op: its schema and shapes, refusals, threads, far memory, torch.compile and export, captures."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.captures import is_factorisation
+from support.helpers import assert_close
+from support.kernel_cases import (
+    SPECS,
+    Case,
+    Kernels,
+    assert_bits_do_not_depend_on_threads,
+    case_name,
+    codes,
+    laid_out,
+)
+from support.sparse_memory import SparseMemory
+from torch import Tensor, float32, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyglow_fast as pgf
+from pyglow_fast import _backend, functional, ops, reference
+from pyglow_fast.layers import FlowStep, InvConv
+from pyglow_fast.layers.grouped_conv import GroupedInvConv
+from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
+
+compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+SPEC = CouplingSpec()
+FORWARD, BACKWARD = codes(SPEC, False), codes(SPEC)
+SHAPE = (2, 4, 6, 5)
+CHAIN = ChainSpec((Activation("silu"),), ((1, 1), (2, 1)))
+
+
+def drawn(*shape: int) -> Tensor:
+    """Numbers that are the same each time."""
+    return torch.linspace(-1.0, 2.0, torch.Size(shape).numel()).sin().reshape(shape)
+
+
+X, NET, GRAD, ADDED = drawn(*SHAPE), drawn(*SHAPE).cos(), drawn(*SHAPE).exp(), drawn(2, 2, 6, 5)
+MATRIX, VECTOR, WEIGHT, INDEX = torch.eye(4) + 0.1 * drawn(4, 4), drawn(4) + 2.0, drawn(2), torch.tensor([2, 0, 3, 1])
+BIAS = drawn(4).cos()  # torch.compile takes no tensor twice
+WEIGHTS, BIASES = [drawn(6, 4, 3, 3) / 4, drawn(2, 6, 1, 3) / 2], [drawn(6), drawn(2)]
+GAIN = 0.1 * drawn(2, 1, 1)
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "channel_mix": (X, MATRIX, VECTOR, False, 0),
+    "channel_mix of a gather": (X, VECTOR, VECTOR, True, 0, INDEX),
+    "channel_mix squeezed": (drawn(2, 1, 6, 4), MATRIX, VECTOR, False, 1),
+    "channel_mix unsqueezed": (X, MATRIX, VECTOR, True, 2),
+    "channel_mix_backward": (X, GRAD, MATRIX, VECTOR, ADDED, False),
+    "channel_mix_backward of a gather": (X, GRAD, VECTOR, VECTOR, ADDED, False, INDEX),
+    "channel_mix_backward squeezed": (drawn(2, 1, 6, 4), drawn(2, 4, 3, 2), MATRIX, None, None, True),
+    "coupling": (X, NET, *FORWARD),
+    "coupling_backward": (X, NET, GRAD, WEIGHT, *FORWARD, True),
+    "coupling_backward without input": (X, NET, GRAD, WEIGHT, *FORWARD, False),
+    "coupling_mix": (X, NET, MATRIX, VECTOR, *FORWARD),
+    "coupling_mix of a gather": (X, NET, VECTOR, VECTOR, *FORWARD, INDEX),
+    "coupling_mix_backward": (X, NET, GRAD, WEIGHT, MATRIX, *BACKWARD, ADDED),
+    "coupling_mix_backward of a gather": (X, NET, GRAD, WEIGHT, VECTOR, *BACKWARD, ADDED, INDEX),
+    "step_backward": (X, NET, GRAD, WEIGHT, MATRIX, VECTOR, *BACKWARD),
+    "step_backward of a gather": (X, NET, GRAD, WEIGHT, VECTOR, VECTOR, *BACKWARD, INDEX),
+    "channel_moments": (X,),
+    "gaussian_log_prob": (X, NET, GRAD),
+    "gaussian_log_prob_backward": (X, NET, GRAD, WEIGHT),
+    "gaussian_sample": (X, NET, GRAD),
+    "invert_matrices": (torch.stack([MATRIX, 2.0 * MATRIX]),),
+    "checkerboard_split": (X, 1, True),
+    "checkerboard_split of one half": (X, 0, False),
+    "checkerboard_merge": (X, 1, True),
+    "checkerboard_merge of one half": (X, 0, False),
+    "net_chain": (X[:, :3], X[:, 3:], WEIGHTS, BIASES, GAIN, *ops.chain_arguments(CHAIN), False, False),
+    "net_chain in half": (X, None, WEIGHTS, BIASES, None, *ops.chain_arguments(CHAIN), True, False),
+}
+
+
+def kept_of(half: bool) -> Tensor:
+    """What a net keeps for its backward."""
+    kept: Tensor = ops.net_chain(*ARGUMENTS["net_chain"][:-2], half, True)[1]
+    return kept
+
+
+def backward_of_nets(half: bool, want_weights: bool) -> tuple[Any, ...]:
+    chain = ops.chain_arguments(CHAIN)
+    return (X[:, :2], X[:, :3], X[:, 3:], kept_of(half), WEIGHTS, BIASES[-1], GAIN, *chain, half, want_weights)
+
+
+def arguments_of(case: str) -> tuple[Any, ...]:
+    if case.startswith("net_chain_backward"):
+        return backward_of_nets("half" in case, "without" not in case)
+    return ARGUMENTS[case]
+
+
+CASES = [*ARGUMENTS, *(f"net_chain_backward{rest}" for rest in ("", " in half", " without weights"))]
+
+
+def op_of(case: str) -> Any:
+    return getattr(ops, case.split(" ", maxsplit=1)[0])
+
+
+def test_every_op_has_a_case() -> None:
+    assert {case.split(" ", maxsplit=1)[0] for case in CASES} == set(ops.names())
+
+
+# ---- The schema, and results without values ----
+
+
+@compiled
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str) -> None:
+    """Schema, fake kernel and dispatch, by torch's own checker, in layouts that results follow or not."""
+    for layout in ("contiguous", "channels_last", "channels_inside"):
+        arguments = [laid_out(v, layout) if isinstance(v, Tensor) and v.dim() == 4 else v for v in arguments_of(case)]
+        torch.library.opcheck(op_of(case), tuple(arguments))
+    repeated = [v[:, :1].expand_as(v) if isinstance(v, Tensor) and v.dim() == 4 else v for v in arguments_of(case)]
+    torch.library.opcheck(op_of(case), tuple(repeated), test_utils="test_faketensor")
+
+
+def forms(result: Any) -> list[tuple[Any, ...]]:
+    return [(v.shape, v.stride(), v.dtype) for v in ([result] if isinstance(result, Tensor) else result)]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_name)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("net")])
+def test_shapes_without_values(case: str, dtype: torch.dtype) -> None:
+    """On the device meta, as torch.compile asks for them; of 3-d data and of vectors too."""
+
+    def of_dims(value: Any, dims: int) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        value = value.to(dtype)
+        return (
+            value
+            if value.dim() != 4
+            else value.flatten(2)
+            if dims == 1
+            else value.unsqueeze(-1).expand(*value.shape, 2)
+        )
+
+    squeezed = "squeezed" in case
+    for dims in (2,) if squeezed else (1, 2, 3):
+        given = [v if dims == 2 else of_dims(v, dims) for v in arguments_of(case)]
+        given = [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
+        for layout in ("contiguous", "channels_last"):
+            moved = [laid_out(v, layout) if isinstance(v, Tensor) and v.dim() > 3 else v for v in given]
+            meta = [v.to("meta") if isinstance(v, Tensor) else v for v in moved]
+            assert forms(op_of(case)(*meta)) == forms(op_of(case)(*moved)), (dims, layout)
+
+
+@compiled
+def test_tensors_without_values_among_others_are_refused() -> None:
+    for at in range(3):
+        changed = [v.to("meta") if at == i else v for i, v in enumerate(ARGUMENTS["channel_mix"][:3])]
+        with pytest.raises(ValueError, match="device: expected meta for all tensors or for none"):
+            ops.channel_mix(*changed, False, 0)
+
+
+# ---- Refusals ----
+
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dtype": lambda x: x.half() if x.dtype != torch.int64 else x.int(),
+    "other dtype": lambda x: x.double() if x.dtype != torch.int64 else x.float(),
+    "scalar": lambda x: x.new_zeros(()),
+    "sparse": lambda x: x.to_sparse(),
+    "more dimensions": lambda x: x.unsqueeze(-1).expand(*x.shape, 3),
+    "grown": lambda x: torch.cat([x, x[:1]]),
+    "shrunk": lambda x: x[..., :-1],
+    "vast": lambda x: x.flatten()[:1].expand(2**20 + 1, *[2**5] * (x.dim() - 1)),
+    "empty": lambda x: x[:0],
+}
+WORDS = re.compile(r"^[\w ,\[\]]+: expected .+, found ", re.DOTALL)
+# Of the first tensor alone, which has the others refused; other forms are as good.
+FIRST_DECIDES = {"channel_moments": FAULTS.keys() - {"dtype", "scalar", "sparse"}}
+FIRST_DECIDES |= {name: {"grown", "shrunk", "empty", "more dimensions"} for name in ("channel_mix", "net_chain")}
+FIRST_DECIDES |= {"invert_matrices": {"other dtype", "grown", "empty", "vast"}}
+FIRST_DECIDES |= {
+    name: {"other dtype", "grown", "empty", "more dimensions", "shrunk", "vast"}
+    for name in ("checkerboard_split", "checkerboard_merge")
+}
+ANY_FORM = {("log_gain", "more dimensions"), ("log_gain", "grown"), ("net_out", "dtype")}
+
+
+def is_taken(name: str, argument: str, at: int, fault: str) -> bool:
+    """Whether the changed argument is one that the op takes."""
+    return (at == 0 and fault in FIRST_DECIDES.get(name, ())) or (argument, fault) in ANY_FORM
+
+
+@compiled
+@pytest.mark.parametrize("case", [case for case in CASES if case != "net_chain_backward without weights"])
+def test_bad_tensors_are_refused(case: str) -> None:
+    """Each tensor in turn, of another dtype, layout or shape: by words, and before anything is read."""
+    name, arguments = case.split(" ", maxsplit=1)[0], arguments_of(case)
+    names = [argument.name for argument in op_of(case)._schema.arguments]
+    op_of(case)(*arguments)
+    for at, (argument, value) in enumerate(zip(names, arguments, strict=False)):
+        several = isinstance(value, list) and bool(value) and isinstance(value[0], Tensor)
+        for fault, spoil in FAULTS.items() if several or isinstance(value, Tensor) else ():
+            if is_taken(name, argument, at, fault):
+                continue
+            wrong = [*value[:-1], spoil(value[-1])] if several else spoil(value)
+            changed = [*arguments[:at], wrong, *arguments[at + 1 :]]
+            with pytest.raises((ValueError, NotImplementedError), match=WORDS):
+                op_of(case)(*changed)
+                pytest.fail(f"{argument}, {fault}: taken")
+
+
+HALF_X = X.half()
+ODD: list[tuple[Callable[[], object], str]] = [
+    (
+        lambda: ops.channel_mix(X[0, 0, 0], MATRIX, VECTOR, False, 0),
+        r"x: expected shape \(N, C, \*spatial\), found \[5\]",
+    ),
+    (lambda: ops.channel_mix(HALF_X, MATRIX, VECTOR, False, 0), "x: expected dtype float32 or float64, found float16"),
+    (lambda: ops.channel_mix(X, MATRIX[:3], VECTOR, False, 0), r"matrix: expected shape \[4, 4\], found \[3, 4\]"),
+    (lambda: ops.channel_mix(X, MATRIX, VECTOR, False, 0, INDEX), r"matrix: expected shape \[4\], found \[4, 4\]"),
+    (lambda: ops.channel_mix(X, VECTOR, VECTOR, False, 0), r"matrix: expected shape \[4, 4\], found \[4\]"),
+    (
+        lambda: ops.channel_mix(X, MATRIX, VECTOR, False, 3),
+        "squeeze: expected 0 .none., 1 .input. or 2 .output., found 3",
+    ),
+    (lambda: ops.channel_mix(X, MATRIX, VECTOR, False, 1), "x: expected even sides to squeeze, found"),
+    (lambda: ops.channel_mix(X[:, :3], MATRIX, VECTOR, False, 2), "x: expected channels in fours to unsqueeze, found"),
+    (lambda: ops.channel_mix(X[0], MATRIX, VECTOR, False, 1), r"x: expected images \(N, C, H, W\) to squeeze, found"),
+    (
+        lambda: ops.channel_mix_backward(X[:, :1], X[:, :1], MATRIX[:1, :1], None, X, False),
+        "added: expected .N, at most 1",
+    ),
+    (lambda: ops.coupling(X, X[:, :3], *FORWARD), "net_out: expected 2 times at most 4 channels"),
+    (lambda: ops.coupling(X[:, :1], X, *FORWARD), "net_out: expected 2 times at most 1 channels"),
+    (lambda: ops.coupling(X.double(), HALF_X, *FORWARD), "net_out: expected dtype float64 like x .16 bits go with"),
+    (lambda: ops.coupling(X, NET, 6, *FORWARD[1:]), "map: expected a ScaleMap, found 6"),
+    (lambda: ops.coupling(X, NET, -1, *FORWARD[1:]), "map: expected a ScaleMap, found -1"),
+    (lambda: ops.coupling(X, NET, 1, 2, *FORWARD[2:]), "order: expected 0 or 1, found 2"),
+    (lambda: ops.coupling(X, NET, 2, 0, False, 2.0, -0.1, 1.0, 1.0), "eps: expected 0 or more, found -0.1"),
+    (lambda: ops.coupling(X, NET, 4, 0, False, 2.0, 0.0, 0.0, 1.0), "clamp: expected a positive number, at most 88"),
+    (lambda: ops.coupling(X, NET, 4, 0, False, 2.0, 0.0, 89.0, 1.0), "clamp: expected a positive number, at most 88"),
+    (lambda: ops.coupling(X, NET, 1, 0, False, 2.0, 0.0, 1.0, 2.0), "factor: expected 1, or with the scaled sigmoid"),
+    (lambda: ops.coupling(X, NET, 2, 0, False, 2.0, 0.0, 1.0, 1e-40), "factor: expected 1, or with the scaled sigmoid"),
+    (lambda: ops.checkerboard_split(X, 2, True), "parity: expected 0 or 1, found 2"),
+    (lambda: ops.checkerboard_split(X[:, :, :5], 1, True), "x: expected an even first side"),
+    (lambda: ops.checkerboard_merge(X[:, :3], 0, True), "halves: expected an even number of channels"),
+    (lambda: ops.invert_matrices(MATRIX), r"matrices: expected shape \(K, C, C\), found \[4, 4\]"),
+    *(
+        (lambda index=index: ops.channel_mix(X, VECTOR, VECTOR, False, 0, torch.tensor(index)), message)
+        for index, message in (
+            ([0, 1, 2, 4], "index: expected a permutation of 0 to 3, found 4 at place 3"),
+            ([0, -1, 2, 3], "index: expected a permutation of 0 to 3, found -1 at place 1"),
+            ([0, 1, 1, 3], "index: expected a permutation of 0 to 3, found 1 at place 2"),
+        )
+    ),
+]
+
+
+@compiled
+@pytest.mark.parametrize(("call", "message"), ODD)
+def test_bad_input(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@compiled
+def test_sizes_beside_nothing() -> None:
+    """However many, beside a size of 0 there is nothing to walk over; what is past any memory is refused."""
+    rows = torch.empty(1, 2, 2**46, 0)
+    assert ops.checkerboard_split(rows, 0, True).shape == (1, 4, 2**45, 0)
+    assert ops.checkerboard_merge(rows, 0, True).shape == (1, 1, 2**47, 0)
+    for log_det in (
+        ops.coupling(torch.empty(1, 0, 2**47), torch.empty(1, 0, 2**47), *FORWARD)[1],
+        ops.gaussian_log_prob(*[torch.empty(1, 0, 2**47)] * 3),
+    ):
+        assert log_det.tolist() == [0.0]
+    vast = torch.empty(0, 1, 1, 1).expand(0, 3, 2**40, 2**40)
+    with pytest.raises(ValueError, match="x: expected sizes above 0 of a product of at most"):
+        ops.channel_moments(vast)
+    with pytest.raises(ValueError, match="x: expected sizes above 0 of a product of at most"):
+        ops.net_chain(vast, None, [torch.ones(1, 3, 7, 7)], [torch.ones(1)], None, [], [], [9, 9], False, True)
+
+
+# ---- Threads and memory ----
+
+
+@compiled
+@pytest.mark.alone
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("channels", [12, 48])
+def test_bits_do_not_depend_on_threads(channels: int, threads: int) -> None:
+    """With work for all of them at the same time; in channels-last every tile goes through scratch memory."""
+    case = Case(Kernels(ops), (20 if channels > 12 else 40, channels, 24, 32), float32, SPECS[0])
+
+    def run(x: Tensor) -> list[Tensor]:
+        results = case.replaced(x=x).of_all() if channels == 12 else case.replaced(x=x).of_maps()
+        last = case.replaced(x=x.to(memory_format=torch.channels_last))
+        return [*results, *last.of_maps()]
+
+    assert_bits_do_not_depend_on_threads(run, case.x, threads)
+    matrices = torch.linalg.qr(torch.randn(40, 45, 45)).Q.contiguous()
+    assert_bits_do_not_depend_on_threads(ops.invert_matrices, matrices, threads)
+
+
+def test_what_depends_on_threads_is_found() -> None:
+    memory = torch.zeros(3)
+
+    def unwritten(x: Tensor) -> list[Tensor]:
+        if torch.get_num_threads() == 1:
+            memory.copy_(x)
+        return [memory.clone()]
+
+    for run in (lambda x: [x * torch.get_num_threads()], unwritten):
+        with pytest.raises(AssertionError, match="2 threads give other bits"):
+            assert_bits_do_not_depend_on_threads(run, torch.ones(3), 2)
+
+
+@compiled
+@pytest.mark.parametrize("dim", ["sample", "channel", "position", "row"])
+@pytest.mark.parametrize("case", CASES)
+def test_elements_beyond_32_bits(case: str, dim: str) -> None:
+    """Strides of more than 2^31 elements, in memory that is mostly not there; of nets' outputs in 16 bits too."""
+    memory, small = SparseMemory(float32), SparseMemory(torch.bfloat16)
+    arguments, near, far = arguments_of(case), [], []
+    names = [argument.name for argument in op_of(case)._schema.arguments]
+    for name, value in zip(names, arguments, strict=False):
+        positions = isinstance(value, Tensor) and value.dim() == 4 and min(value.shape[1], value.shape[0]) > 1
+        low = name == "net_out" and dim == "channel"
+        near.append(value.bfloat16() if low else value)
+        far.append((small if low else memory).far(near[-1], dim) if positions else near[-1])
+    found, expected = (op_of(case)(*given) for given in (far, near))
+    for actual, exact in zip(*([r] if isinstance(r, Tensor) else r for r in (found, expected)), strict=True):
+        if not (case.startswith("net_chain") and actual.dim() == 1):  # of what is kept a margin is nobody's
+            assert_close(actual.float(), exact.float(), condition=2.0)
+
+
+# ---- torch's machinery ----
+
+FUNCTIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "channel_mix": lambda home, x: home.channel_mix(x, MATRIX, VECTOR),
+    "channel_unmix": lambda home, x: home.channel_unmix(x, MATRIX, VECTOR),
+    "gather": lambda home, x: home.channel_mix(x, VECTOR, BIAS, index=INDEX),
+    "coupling": lambda home, x: home.coupling(x, NET, SPEC)[0],
+    "coupling_inverse": lambda home, x: home.coupling_inverse(x, NET, SPEC)[0],
+    "coupling_mix": lambda home, x: home.coupling_mix(x, NET, MATRIX, VECTOR, SPEC)[0],
+    "coupling_mix_inverse": lambda home, x: home.coupling_mix_inverse(x, NET, MATRIX, VECTOR, SPEC)[0],
+    "coupling_net": lambda home, x: home.net_chain(x, WEIGHTS, BIASES, CHAIN, GAIN),
+    "invert_matrix": lambda home, x: home.invert_matrix(3.0 * torch.eye(5) + x[..., :5, :]),
+    "log_abs_det": lambda home, x: home.log_abs_det(3.0 * torch.eye(5) + x[..., :5, :].flatten(0, 1)),
+    "gaussian_log_prob": lambda home, x: home.gaussian_log_prob(x, NET, GRAD),
+    "gaussian_sample": lambda home, x: home.gaussian_sample(x, NET, GRAD),
+    "checkerboard_split": lambda home, x: home.checkerboard_split(x, 1),
+    "checkerboard_merge": lambda home, x: home.checkerboard_merge(x, 1),
+}
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Tensor | None]] = {
+    "jvp": lambda f: torch.func.jvp(f, (X,), (GRAD,))[1],
+    "dual": lambda f: dual_tangent(f),
+    "vmap": lambda f: torch.func.vmap(f)(torch.stack([X, GRAD])),
+    "grad": lambda f: torch.func.grad(lambda x: f(x).square().sum())(X),
+    "compiled grad": lambda f: torch.compile(torch.func.grad(lambda x: f(x).square().sum()), backend="eager")(X),
+}
+
+
+def dual_tangent(function: Callable[[Tensor], Tensor]) -> Tensor | None:
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(X, GRAD))).tangent
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("way", TRANSFORMS)
+def test_transforms_are_those_of_plain_torch(name: str, way: str) -> None:
+    """Kernels step aside: a tangent or gradient of zero, or the values of another sample, would be believed."""
+    torch._dynamo.reset()
+    found, expected = (
+        TRANSFORMS[way](lambda x, home=home: FUNCTIONS[name](home, x)) for home in (functional, reference)
+    )
+    if expected is None:
+        assert found is None
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_and_exported(name: str) -> None:
+    """torch.compile takes op and gradient as they are, in one graph; an exported program has no op of this package."""
+    torch.compiler.reset()
+
+    class Program(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return FUNCTIONS[name](functional, x)
+
+    results = []
+    for call in (Program(), torch.compile(Program(), backend="aot_eager", fullgraph=True)):
+        leaf = X.clone().requires_grad_()
+        out = call(leaf)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaf)])
+        with torch.no_grad():
+            results[-1].append(call(X))
+    for eager, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, eager)
+    with torch.no_grad():
+        exported = torch.export.export(Program(), (X,))
+    assert "pyglow_fast" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(X), results[0][2])
+
+
+@compiled
+@pytest.mark.parametrize(
+    "name", [n for n in FUNCTIONS if n.startswith(("channel", "gather", "coupling", "gaussian_log"))]
+)
+def test_second_derivatives_are_refused(name: str) -> None:
+    leaf = X.clone().requires_grad_()
+    out = FUNCTIONS[name](functional, leaf)
+    if not out.requires_grad:
+        return
+    for value in (out.square().sum(), out.sum()):  # the gradient that comes into the second one wants none itself
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            gradient.square().sum().backward()
+
+
+def test_names_and_arguments_are_those_of_the_reference() -> None:
+    shared = [name for name in functional.__all__ if hasattr(reference, name)]
+    assert {"channel_mix", "channel_unmix", "coupling", "coupling_inverse", "squeeze"} <= set(shared)
+    for name in shared:
+        ours, theirs = getattr(functional, name), getattr(reference, name)
+        if inspect.isfunction(ours):
+            assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
+    assert functional.__all__ == sorted(functional.__all__)
+
+
+# ---- Captures ----
+
+
+class NoFactorisations(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot be relied on to capture: torch's factorisations and solvers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        assert not is_factorisation(func), f"{func} is called"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_factorisation_is_seen() -> None:
+    for call in (torch.linalg.inv, torch.linalg.slogdet, torch.linalg.qr, lambda m: torch.linalg.solve(m, m)):
+        with pytest.raises(AssertionError, match="is called"), NoFactorisations():
+            call(MATRIX)
+
+
+@compiled
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+@pytest.mark.parametrize("lu", [True, False])
+def test_no_factorisation_where_a_graph_may_be_captured(lu: bool, memory: str) -> None:
+    """A training step, and all of inference."""
+    model = pgf.Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=2, hidden=8, memory=memory)
+    for level in model.levels:
+        for step in level.steps:
+            step.permutation = InvConv(step.permutation.channels, lu=lu)
+    x = torch.rand(2, 3, 8, 8) - 0.5
+    model.initialize(x)
+    with NoFactorisations():
+        (-model.log_prob(x).mean()).backward()
+        with torch.no_grad():
+            model.decode(model.encode(x))
+            model.sample(2)
+
+
+@compiled
+def test_other_matrices_go_by_the_op_too() -> None:
+    """A step with one matrix for all groups, and the inverse with a gradient."""
+    step = FlowStep(4, 8)
+    step.permutation = GroupedInvConv(4, 2)
+    step.initialize(X)
+    with NoFactorisations():
+        z, log_det = step(X)
+        (z.sum() + log_det.sum()).backward()
+        back, log_det = step.permutation.inverse(X)
+        (back.sum() + log_det.sum()).backward()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("channels", [12, 96])
+def test_inverses_captured(channels: int) -> None:
+    """A CUDA graph inverts what is in its matrices when it is replayed, in shared memory and in scratch."""
+    matrices = torch.linalg.qr(torch.randn(3, channels, channels)).Q.contiguous().cuda()
+    ops.invert_matrices(matrices)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inverses, _ = ops.invert_matrices(matrices)
+    matrices.mul_(2.0)
+    graph.replay()
+    torch.testing.assert_close(inverses @ matrices, torch.eye(channels).cuda().expand_as(matrices))
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80-real,90-real,100-real,120", (8, 0), True),
+        ("80-real,90-real,100-real,120", (8, 6), True),
+        ("80-real,90-real,100-real,120", (7, 5), False),
+        ("80-real,90-real,100-real,120", (11, 0), False),
+        ("80-real,90-real,100-real,120", (13, 0), True),
+        ("86-real", (8, 0), False),
+        ("90a-real", (9, 0), True),
+        ("70", (12, 1), True),
+        ("", (9, 0), False),
+    ],
+)
+def test_which_gpus_run_what_was_compiled(archs: str, capability: tuple[int, int], runs: bool) -> None:
+    assert ops.runs_on_capability(archs, capability) is runs
