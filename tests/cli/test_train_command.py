@@ -18,21 +18,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return Checkpoint.load(RunFolder(run).checkpoint).model
 
 
-def test_the_configuration_of_a_run_repeats_it(trained: Path, tmp_path: Path) -> None:
-    assert main(["train", "--config", str(trained / "config.toml"), "--out", str(tmp_path / "r"), "--quiet"]) == 0
-    assert (tmp_path / "r" / "config.toml").read_text() == (trained / "config.toml").read_text()
-    found, wanted = weights(tmp_path / "r"), weights(trained)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def test_a_repeated_run_goes_beside_the_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(run)
-    for number in (2, 3):
-        assert main(["train", "--config", "config.toml", "--quiet", "--max-steps", "1"]) == 0
-        assert RunFolder(run.with_name(f"run-{number}")).load().progress["step"] == 1
-    assert RunFolder(run).load().progress["step"] == 20
-
-
 def test_none_takes_back_what_a_file_says(tiny: list[str], tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("patience = 3\nthreads = 2\nmax_steps = 1\ndata.held_out = 0.2\n")

@@ -33,7 +33,8 @@ from support.tiny_run import made, write_images
 leave_undrawn()
 
 WAIT = 120.0  # seconds that anything may take on a busy machine
-STEPS = 120
+KILLS = int(os.environ.get("PYGLOW_TEST_KILLS", "0"))  # beyond those at the moments below
+STEPS = 120 + 10 * KILLS
 SAVED = 5  # a checkpoint every so many steps
 MODEL = ["--n-levels", "2", "--n-steps", "2", "--hidden", "8", "--device", "cpu"]
 # Random windows and mirror images read by two workers; an average of the weights; a classifier in the loss.
@@ -129,9 +130,11 @@ MOMENTS: dict[str, Callable[[Path], object]] = {
 
 
 def test_killed_again_and_again(place: Path, whole: Path) -> None:
-    """By SIGKILL, at the moments above and once at any other."""
+    """By SIGKILL, at the moments above, and at others among the steps where PYGLOW_TEST_KILLS says so."""
     run, moments = place / "run", random.Random(0)
-    for name, reached in MOMENTS.items():
+    first, *middle, last = MOMENTS
+    for name in (first, *middle, *["in the steps"] * KILLS, last):
+        reached = MOMENTS[name]
         process = train(place, "run", "--resume" if saved(run) else "--overwrite")
         if not name.startswith("before"):
             wait_for_a_row(process, run)

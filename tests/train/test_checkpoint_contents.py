@@ -66,6 +66,7 @@ def as_format_2(path: Path) -> None:
     rewrite(path, lambda header: header.update(format=2, digest=digest_of_tensors(tensors)))
 
 
+@pytest.mark.full
 def test_every_byte_counts(path: Path) -> None:
     """One bit anywhere, in the header and in the tensors."""
     content = bytearray(path.read_bytes())
