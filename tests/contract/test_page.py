@@ -75,7 +75,7 @@ def changed(page: Page, before: list[str]) -> None:
 
 def saved(page: Page) -> bytes:
     with page.expect_download() as found:
-        page.get_by_role("link", name=re.compile("^Save PNG")).first.click()
+        page.get_by_role("link", name=re.compile("^Save")).first.click()
     return Path(found.value.path()).read_bytes()
 
 
@@ -103,11 +103,10 @@ def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
         assert len(before) > 4
         slide(page, "temperature")
         changed(page, before)
-        expect(page.get_by_text("--temperature 1.2").or_(page.get_by_role("textbox")).first).to_be_visible()
         pictures["Sample"] = saved(page)
 
         page.get_by_role("tab", name="Interpolate", exact=True).click()
-        expect(page.get_by_role("link", name=re.compile("^Save PNG")).first).to_be_visible()
+        expect(page.get_by_role("link", name=re.compile("^Save")).first).to_be_visible()
         before = sources(page)
         slide(page, "the way along the path")
         changed(page, before)
