@@ -159,6 +159,7 @@ def test_finished_runs_are_left_alone(
     assert (copy / "table.md").read_bytes() == table
 
 
+@pytest.mark.full
 @pytest.mark.drawn
 def test_more_runs_beside_former_ones(copy: Path, data: str, options: list[str], capsys: Capture) -> None:
     """The table has all that are in the folder."""
@@ -177,6 +178,7 @@ def test_more_runs_beside_former_ones(copy: Path, data: str, options: list[str],
         assert picture.size == (1260, 540)
 
 
+@pytest.mark.full
 def test_a_signal_stops_all_and_the_same_command_goes_on(
     data: str, options: list[str], compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_run_killed_before_its_first_checkpoint(copy: Path, data: str, options
     assert held_out(copy, NAMES[3]) == wanted
 
 
+@pytest.mark.full
 def test_a_longer_comparison(copy: Path, data: str, options: list[str], capsys: Capture) -> None:
     """As with train --resume the limit may be raised: the runs asked for go on from where they ended."""
     assert main(["compare", data, "--out", str(copy), *options, "--max-steps", "7", "--seeds", "1"]) == 0
@@ -261,6 +264,7 @@ def test_another_process_trains_one_of_them(
     assert {row[0]: row[3] for row in cells(copy)} == {"reverse": "2", "invconv": "1 of 2"}
 
 
+@pytest.mark.full
 def test_masks(copy: Path, data: str, options: list[str]) -> None:
     """Another number of checkerboards is another variant, beside the former ones."""
     more = ["--permutations", "reverse", "--seeds", "0", "--checkerboards", "0", "1", "--quiet"]

@@ -117,6 +117,7 @@ def test_a_strength_is_repeated_exactly(place: Path, tmp_path: Path) -> None:
     assert command[command.index("--keep") + 1] == "0.333333"
 
 
+@pytest.mark.full
 def test_another_checkpoint_and_fewer_training_images(place: Path, tmp_path: Path) -> None:
     """Are in the command that a picture holds."""
     run, out = place / "digits", tmp_path / "x.png"
@@ -171,6 +172,7 @@ def test_odd_files(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "--label" in assert_repeatable(tmp_path / "x.png")
 
 
+@pytest.mark.full
 def test_a_sample_is_the_one_in_the_grid(place: Path, tmp_path: Path) -> None:
     """Of `sample` with the same options, for models with and without classes."""
     for run, options, image in (
@@ -221,6 +223,7 @@ def test_an_edit_that_runs_away(place: Path, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "y.png").exists()
 
 
+@pytest.mark.full
 def test_without_the_images_of_the_run(place: Path, tmp_path: Path, capsys: Capture) -> None:
     """Files and samples can be edited; attributes if they were measured before; why not is said in one line."""
     images = Path(shutil.copytree(place / "odd images", tmp_path / "images"))

@@ -238,6 +238,7 @@ def test_depths_of_the_best_checkpoints(place: Path, tmp_path: Path, capsys: pyt
         assert f", {row['held_out_bpd']:.3f} ± {row['held_out_se']:.3f} bits/dim held out" in line
 
 
+@pytest.mark.full
 def test_an_attribute_of_celeba(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run was trained without labels; the attribute names them afterwards, on the same split."""
     folder = tmp_path / "celeba"

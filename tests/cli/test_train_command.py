@@ -38,6 +38,7 @@ def test_options_come_before_the_file(tiny: list[str], tmp_path: Path) -> None:
     assert config.weight_decay == 0.3  # the preset of the digits, which nobody changed
 
 
+@pytest.mark.full
 def test_every_option_ends_in_the_file(tiny: list[str], tmp_path: Path) -> None:
     options = ["--memory", "checkpoint", "--precision", "fp32", "--no-ema", "--accumulate", "2", "--max-skipped", "3"]
     options += ["--patience", "7", "--keep", "2", "--workers", "1", "--flip", "--crop-margin", "2", "--size", "10"]
@@ -112,6 +113,7 @@ def test_too_few_bytes_are_refused_before_anything_is_made(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("memory", "shown", "kept"), [("1GB", "1 GB", 10**9), ("1.5 GiB", "1536 MiB", 3 * 2**29)])
 def test_a_resumed_run_may_have_bytes(
     run: Path, memory: str, shown: str, kept: int, capsys: pytest.CaptureFixture[str]

@@ -7,6 +7,7 @@ and words are looked at.
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shlex
 import shutil
@@ -139,7 +140,8 @@ def test_sample_in_a_process(place: Path, tmp_path: Path) -> None:
     command = ["sample", "run", "--n", "2", "--out"]
     done(*command, tmp_path / "here.png")
     words = [sys.executable, "-m", "pyglow_fast", *command, str(tmp_path / "there.png")]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as here: sums in the same order
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
 
@@ -341,7 +343,9 @@ def test_an_edit_of_nothing_is_the_image(place: Path, tmp_path: Path) -> None:
     assert np.array_equal(pixels(tmp_path / "x.png"), pixels(place / "images" / "dark" / "03.png"))
 
 
-@pytest.mark.xfail(strict=True, reason="a picture that a user saves has the few pixels of the model's images")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a picture that a user saves has the few pixels of the model's images"
+)
 @pytest.mark.parametrize(
     "words", [["edit", "run", "0"], ["interpolate", "run", "--from", "0", "--to", "1", "--at", "0.5"]]
 )
@@ -350,7 +354,9 @@ def test_a_saved_picture_is_large_enough_to_look_at(place: Path, tmp_path: Path,
     assert min(size(tmp_path / "x.png")) >= 256
 
 
-@pytest.mark.xfail(strict=True, reason="a yardstick below the run's own bits/dim is outside of the curve's axis")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a yardstick below the run's own bits/dim is outside of the curve's axis"
+)
 def test_the_curve_shows_its_yardsticks(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PNG needs fewer bits for these images than the young model."""
     seen: list[tuple[float, float, float]] = []
@@ -370,7 +376,11 @@ def test_the_curve_shows_its_yardsticks(place: Path, tmp_path: Path, monkeypatch
     assert all(low < level < high for low, level, high in seen)
 
 
-@pytest.mark.xfail(strict=True, reason="the error quotes torch's advice to load a file in a way that runs its code")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the error quotes torch's advice to load a file in a way that runs its code",
+)
 def test_convert_does_not_advise_to_run_code(tmp_path: Path) -> None:
     torch.save({"model": CodeOnLoading()}, tmp_path / "x.pt")
     ended = pyglow_fast("convert", "rosinality", tmp_path / "x.pt", tmp_path / "x.safetensors", "--image-size", 8)

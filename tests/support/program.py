@@ -7,7 +7,6 @@ import io
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +43,7 @@ def done(*words: object) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, but what commands computed of a run (``cache``): names and bytes."""
-    return {name: path.read_bytes() for name, path in _files(folder)}
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and "cache" not in path.parts:
-            yield str(path.relative_to(folder)), path
+    """All files and folders below a folder, but what commands computed of a run (``cache``): names and bytes."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    kept = {name: path for name, path in found.items() if "cache" not in name.parts}
+    return {str(name): path.read_bytes() if path.is_file() else b"" for name, path in kept.items()}

@@ -371,6 +371,7 @@ def test_without_the_library_it_says_what_to_install() -> None:
     assert found.endswith('pip install "pyglow-fast[lightning]"\n')
 
 
+@pytest.mark.full
 def test_a_classifier_is_trained_and_scored_too(tmp_path: Path) -> None:
     """Bright images against dark ones; the loss is that of the training loop, and checkpoints keep the weight."""
     labels = torch.arange(32) % 2

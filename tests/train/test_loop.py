@@ -136,6 +136,7 @@ def test_the_model_is_told_how_to_keep_memory(memory: str, tiny_config: MakeConf
     assert parse_memory(state.model.memory) == parse_memory(memory)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])
 def test_a_resumed_run_is_bit_identical(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, optimizer: str

@@ -195,24 +195,6 @@ with open_ranks() as ranks:
         assert second.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 0.bias")
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"WORLD_SIZE": "two"}, "error: WORLD_SIZE: expected a positive whole number, found 'two'\n"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
-            "error: RANK: expected a value that torchrun sets, found x\n",
-        ),
-        ({"WORLD_SIZE": "2"}, "error: RANK: expected a value that torchrun sets, found none\n"),
-    ],
-)
-def test_half_an_environment(tmp_path: Path, environment: dict[str, str], message: str) -> None:
-    command = Command([*TRAIN, "--out", "run"], tmp_path, os.environ | environment)
-    _, errors = command.communicate()
-    assert (command.returncode, errors) == (2, message)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.full
 def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
     with ranks([*TRAIN, "--out", "run", "--batch-size", "15"], tmp_path) as processes:

@@ -152,6 +152,7 @@ def test_readers_do_not_hold_the_lock(tiny_config: MakeConfig, photos: Path, tmp
         child.join()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changed", [{}, {"accumulate": 2}], ids=["same", "accumulated"])
 def test_workers_change_nothing(tiny_config: MakeConfig, photos: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     for workers in (0, 1, 2):

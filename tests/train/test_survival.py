@@ -141,6 +141,7 @@ def test_settings_of_a_resume_that_saved_nothing(
     assert resume(str(tmp_path)).execute(quiet=True).step == 7
 
 
+@pytest.mark.full
 def test_what_the_end_of_a_run_leaves_to_the_next_part(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
