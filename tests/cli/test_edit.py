@@ -133,6 +133,7 @@ def test_another_checkpoint_and_fewer_training_images(place: Path, tmp_path: Pat
     assert "--train-images" not in assert_repeatable(out)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plus", CLASSES)
 def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plus: str) -> None:
     """Of classes, of the run and of files: the command in the picture is whole."""
@@ -163,6 +164,7 @@ def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert assert_repeatable(out)[1] == "./-run"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", FILES)
 def test_odd_files(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """The label is the likeliest, and told."""

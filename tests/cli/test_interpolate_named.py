@@ -94,6 +94,7 @@ def test_animations(place: Path, tmp_path: Path, run: str, suffix: str) -> None:
         assert all(np.array_equal(frame, image) for frame, image in zip(frames, wanted, strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("k", range(len(CLASSES)))
 def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
     monkeypatch.chdir(tmp_path)

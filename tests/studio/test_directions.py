@@ -204,6 +204,7 @@ def folder(root: Path) -> Path:
     return root
 
 
+@pytest.mark.full
 def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     """Are left out of both means, with "skip", and never counted for another one that stands in for them."""
     images = folder(tmp_path / "images")

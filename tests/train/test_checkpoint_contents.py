@@ -128,6 +128,7 @@ def test_no_tensor_needs_the_file(state: TrainState, tiny_images: ImageSet, path
     assert all(value.isfinite().all() for value in saved.model.values())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -201,6 +202,7 @@ def everything(state: TrainState) -> list[Any]:
     return [{name: value.clone() for name, value in part.items()} for part in parts] + [dict(saved.progress)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "message"),
     [
