@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +159,7 @@ def test_finished_runs_are_left_alone(
     assert (copy / "table.md").read_bytes() == table
 
 
+@pytest.mark.full
 @pytest.mark.drawn
 def test_more_runs_beside_former_ones(copy: Path, data: str, options: list[str], capsys: Capture) -> None:
     """The table has all that are in the folder."""
@@ -178,6 +178,7 @@ def test_more_runs_beside_former_ones(copy: Path, data: str, options: list[str],
         assert picture.size == (1260, 540)
 
 
+@pytest.mark.full
 def test_a_signal_stops_all_and_the_same_command_goes_on(
     data: str, options: list[str], compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -221,6 +222,7 @@ def test_a_run_killed_before_its_first_checkpoint(copy: Path, data: str, options
     assert held_out(copy, NAMES[3]) == wanted
 
 
+@pytest.mark.full
 def test_a_longer_comparison(copy: Path, data: str, options: list[str], capsys: Capture) -> None:
     """As with train --resume the limit may be raised: the runs asked for go on from where they ended."""
     assert main(["compare", data, "--out", str(copy), *options, "--max-steps", "7", "--seeds", "1"]) == 0
@@ -262,6 +264,7 @@ def test_another_process_trains_one_of_them(
     assert {row[0]: row[3] for row in cells(copy)} == {"reverse": "2", "invconv": "1 of 2"}
 
 
+@pytest.mark.full
 def test_masks(copy: Path, data: str, options: list[str]) -> None:
     """Another number of checkerboards is another variant, beside the former ones."""
     more = ["--permutations", "reverse", "--seeds", "0", "--checkerboards", "0", "1", "--quiet"]
@@ -284,76 +287,6 @@ def test_settings_from_a_file_and_by_name(
     varied = ["--permutations", "reverse", "invconv", "--couplings", "additive", "--seeds", "0", "1"]
     assert main(["compare", "--config", config, "--out", str(out), *varied]) == 0
     assert "4 of 4 runs are finished already" in capsys.readouterr().out
-
-
-def _foreign(out: Path) -> None:
-    (out / "thesis.tex").write_text("x")
-
-
-def _torn_report(out: Path) -> None:
-    (out / "runs" / NAMES[0] / "report.json").write_text("{")
-
-
-def _no_folder(out: Path) -> None:
-    shutil.rmtree(out / "runs")
-    (out / "runs").write_text("x")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "arguments", "message"),
-    [
-        (None, ["--lr", "0.5"], "lr: expected 0.001, as run reverse-additive-seed0 in .* has it, found 0.5"),
-        (None, ["--hidden", "8"], "hidden: expected 4, as run reverse-additive-seed0 in .* has it, found 8"),
-        (None, ["--n-bits", "5"], "n_bits: expected None, as run .* has it, found 5"),
-        (None, ["--lr", "0.5", "--seeds", "9"], "lr: expected 0.001, as run .* has it, found 0.5"),
-        (None, ["--max-steps", "5"], "max_steps: expected more than the 6 steps done, found 5"),
-        (None, ["--permutation", "reverse"], "argument --permutation: expected --permutations in its place, .*"),
-        (None, ["--coupling", "affine"], "argument --coupling: expected --couplings in its place, .*"),
-        (None, ["--checkerboard", "1"], "argument --checkerboard: expected --checkerboards in its place, .*"),
-        (None, ["--checkerboards", "2"], "n_checkerboard: expected fewer than n_steps = 2, found 2"),
-        (None, ["--seed", "1"], "argument --seed: expected --seeds in its place, which takes several, found '1' .*"),
-        (None, ["--seeds", "one"], "argument --seeds: expected a whole number, found 'one' .*"),
-        (None, ["--seeds", "0", "0"], "seeds: expected each once, found 0 again"),
-        (None, ["--seeds"], "argument --seeds: expected at least one argument .*"),
-        (None, ["--seeds", "-1"], "seed: expected a whole number, 0 or more, found -1"),
-        (None, ["--permutations", "rotate"], "permutation: expected one of .*, found 'rotate'"),
-        (None, ["--permutations", "reverse", "reverse"], "permutations: expected each once, found reverse again"),
-        (None, ["--permutations", "reverse", "rotate"], "permutation: expected one of .*, found 'rotate'"),
-        (None, ["--couplings", "linear"], "coupling: expected one of ('affine', 'additive'), found 'linear'"),
-        (None, ["--batch-size", "99"], "batch_size: expected 4, as run .* has it, found 99"),
-        (None, ["--resume"], "unrecognized arguments: --resume .*"),
-        (None, ["--preset", "none"], "preset: expected .*, found 'none'"),
-        (
-            _foreign,
-            [],
-            "out: expected a new or empty folder, or that of a comparison, found '.*', which holds ['thesis.tex']",
-        ),
-        (_no_folder, [], "out: expected a new or empty folder, or that of a comparison, found a file '.*runs'"),
-        (_torn_report, [], ".*report.json: expected the report of a run, found JSONDecodeError.*"),
-    ],
-    ids=lambda value: " ".join(value) if type(value) is list else "",
-)
-def test_refusals(
-    copy: Path,
-    data: str,
-    options: list[str],
-    spoil: Callable[[Path], None] | None,
-    arguments: list[str],
-    message: str,
-    forbid_steps: None,
-    capsys: Capture,
-) -> None:
-    """One line, and every file is as it was."""
-    if spoil is not None:
-        spoil(copy)
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert main(["compare", data, "--out", str(copy), *options, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
-    assert re.fullmatch(f"error: {pattern}\n", captured.err), captured.err
-    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
 def test_other_images(copy: Path, data: str, options: list[str], tmp_path: Path, capsys: Capture) -> None:

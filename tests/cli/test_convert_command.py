@@ -81,53 +81,6 @@ def test_a_run(trained: Path, tmp_path: Path, best: list[str]) -> None:
     assert main(["convert", "pyglow", str(trained), str(tmp_path / "a.pt"), "--to", "y0ast"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["glow", "a", "b"], "argument FORMAT: invalid choice: 'glow'"),
-        (["pyglow", "model.safetensors"], "the following arguments are required: OUT"),
-        (["pyglow", "model.safetensors", "a.pt"], "out: expected a name ending in .safetensors, found 'a.pt'"),
-        (["pyglow", "model.safetensors", "a.txt", "--to", "y0ast"], "out: expected a name ending in one of"),
-        (
-            ["pyglow", "model.safetensors", "./model.safetensors"],
-            "out: expected another file than is read, and none of",
-        ),
-        (["pyglow", ".", "model.safetensors"], "out: expected another file than is read, and none of the run, found"),
-        (["pyglow", "none", "a.safetensors"], "none: expected a file, found nothing there"),
-        (["pyglow", ".", "a.safetensors"], "run: expected the folder of a run"),
-        (["pyglow", "model.safetensors", "a.safetensors", "--best"], "best: expected a run, found a file"),
-        (["y0ast", "model.safetensors", "a.safetensors", "--best"], "best: expected no such option but for a run"),
-        (["openai", "none.npz", "a.safetensors"], "image_size: expected --image-size N, found none"),
-        (["openai", "none.npz", "a.safetensors", "--image-size", "8"], "none.npz: expected a file, found nothing"),
-        (["openai", "n.npz", "a.safetensors", "--image-size", "axb"], "argument --image-size: expected a whole number"),
-        (["openai", "n.npz", "a.safetensors", "--image-size", "1x2x3"], "argument --image-size: expected N or HxW"),
-        (["y0ast", "model.safetensors", "a.safetensors"], "flow.layers.1.actnorm.bias: expected a tensor of that name"),
-        (
-            ["y0ast", "n.pt", "a.safetensors", "--image-size", "8"],
-            "image_size: expected no such option for y0ast to pyglow, found 8",
-        ),
-        (
-            ["pyglow", "model.safetensors", "a.pt", "--to", "y0ast", "--averaged"],
-            "averaged: expected no such option for pyglow to y0ast, found True",
-        ),
-        (
-            ["pyglow", "model.safetensors", "a.pt", "--to", "y0ast", "--no-rescale"],
-            "rescale: expected no such option for pyglow to y0ast, found False",
-        ),
-        (
-            ["pyglow", "model.safetensors", "a.pt", "--to", "y0ast", "--no-learn-top"],
-            "learn_top: expected True, since the top prior is not N(0, 1), found False",
-        ),
-    ],
-)
-def test_wrong_calls(place: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}"), error
-    assert error.count("\n") == 1
-    assert [entry.name for entry in place.iterdir()] == ["model.safetensors"]
-
-
 def test_reverse(place: Path) -> None:
     model = pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=3, permutation="reverse")
     model.initialize(torch.rand(8, 1, 4, 4))

@@ -109,25 +109,6 @@ def test_the_shift_of_pixels(place: Path, tmp_path: Path) -> None:
     assert_repeatable(out)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--keep", "1", "1"],
-        ["--add", "Discs", "rest", "0"],
-        ["--pixel-shift"],
-        ["--pixel-shift", "--space", "latent", "--add", "Discs", "Squares", "-0.0"],
-    ],
-)
-def test_without_an_edit_the_image_comes_back(place: Path, tmp_path: Path, options: list[str]) -> None:
-    out = tmp_path / "x.png"
-    by_hand = ByHand(place / "emoji run")
-    for number in range(len(by_hand.held_out)):
-        edit(place / "emoji run", str(number), out, *options)
-        assert_shows(out, by_hand.held(number)[0], by_hand.n_bins)
-        assert not {"--add", "--keep"} & set(assert_repeatable(out))
-
-
 def test_a_strength_is_repeated_exactly(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.png"
     edit(place / "digits", "1", out, "--add", "3", "rest", "0.3000000000000004", "--keep", "0.3333333333", "1")
@@ -136,6 +117,7 @@ def test_a_strength_is_repeated_exactly(place: Path, tmp_path: Path) -> None:
     assert command[command.index("--keep") + 1] == "0.333333"
 
 
+@pytest.mark.full
 def test_another_checkpoint_and_fewer_training_images(place: Path, tmp_path: Path) -> None:
     """Are in the command that a picture holds."""
     run, out = place / "digits", tmp_path / "x.png"
@@ -151,6 +133,7 @@ def test_another_checkpoint_and_fewer_training_images(place: Path, tmp_path: Pat
     assert "--train-images" not in assert_repeatable(out)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plus", CLASSES)
 def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plus: str) -> None:
     """Of classes, of the run and of files: the command in the picture is whole."""
@@ -181,6 +164,7 @@ def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert assert_repeatable(out)[1] == "./-run"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", FILES)
 def test_odd_files(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """The label is the likeliest, and told."""
@@ -190,6 +174,7 @@ def test_odd_files(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "--label" in assert_repeatable(tmp_path / "x.png")
 
 
+@pytest.mark.full
 def test_a_sample_is_the_one_in_the_grid(place: Path, tmp_path: Path) -> None:
     """Of `sample` with the same options, for models with and without classes."""
     for run, options, image in (
@@ -240,6 +225,7 @@ def test_an_edit_that_runs_away(place: Path, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "y.png").exists()
 
 
+@pytest.mark.full
 def test_without_the_images_of_the_run(place: Path, tmp_path: Path, capsys: Capture) -> None:
     """Files and samples can be edited; attributes if they were measured before; why not is said in one line."""
     images = Path(shutil.copytree(place / "odd images", tmp_path / "images"))
@@ -282,78 +268,6 @@ def test_without_the_images_of_the_run(place: Path, tmp_path: Path, capsys: Capt
     assert main(["edit", str(run), "0", "--out", str(out)]) == 2
     message = f"error: data: expected the images of folder:{images} that the run was trained on, found others\n"
     assert capsys.readouterr().err == message
-
-
-KNOWN = "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
-WRONG = [
-    ("digits", ["none.png"], "none.png: expected .*"),
-    ("digits", ["."], ".: expected an image file, found a folder"),
-    ("digits", ["words.png"], "words.png: expected an image that Pillow can decode, found .*"),
-    ("digits", ["small.png"], "small.png: expected an image of at least 8x8, found 4x4"),
-    ("digits", ["180"], "image: expected a held-out image in 0..179, found 180"),
-    ("digits", ["9" * 5000], "image: expected the number of a held-out image, .*, found a number of 5000 digits"),
-    ("digits", ["sample:64"], "image: expected a sample in 0..63, found 'sample:64'"),
-    ("digits", ["sample:x"], "image: expected .*, found 'sample:x'"),
-    ("digits", ["a\nb\x1b.png"], "file: expected a name without control characters, found 'a\\nb\\x1b.png'"),
-    ("digits", ["\udcff.png"], "file: expected a name without control characters, found '\\udcff.png'"),
-    ("digits", ["0", "--add", "ten", "rest", "1"], f"plus: expected one of {KNOWN}, found 'ten'"),
-    ("digits", ["0", "--add", "ten", "rest", "0"], f"plus: expected one of {KNOWN}, found 'ten'"),
-    ("digits", ["0", "--add", "1", "ten", "1"], f"minus: expected rest or one of {KNOWN}, found 'ten'"),
-    ("digits", ["0", "--add", "1", "1", "1"], "minus: expected another attribute than plus, found '1'"),
-    ("digits", ["0", "--add", "1", "2", "nan"], "add: expected a finite number as the third word, found nan"),
-    ("digits", ["0", "--add", "1", "2", "inf"], "add: expected a finite number as the third word, found inf"),
-    ("digits", ["0", "--add", "1", "2", "3x"], "add: expected a number as the third word, found '3x'"),
-    ("digits", ["0", "--add", "1", "2", "1e300"], "strength: expected numbers whose edit float32 can hold, found .*"),
-    ("digits", ["0", "--add", "1", "2"], "argument --add: expected 3 arguments (see .*"),
-    ("digits", ["0", "--keep", "1"], "keep: expected 2 shares, one a level, found 1"),
-    ("digits", ["0", "--keep", "1", "1", "1"], "keep: expected 2 shares, one a level, found 3"),
-    ("digits", ["0", "--keep", "1.5", "1"], "keep: expected shares in 0..1, found 1.5"),
-    ("digits", ["0", "--keep", "-0.1", "1"], "keep: expected shares in 0..1, found -0.1"),
-    ("digits", ["0", "--keep", "nan", "1"], "keep: expected shares in 0..1, found nan"),
-    ("digits", ["0", "--pixel-shift", "--keep", "1", "0"], "keep: expected no such option beside --pixel-shift, .*"),
-    ("digits", ["0", "--label", "ten"], f"label: expected one of {KNOWN}, found 'ten'"),
-    ("digits", ["0", "--space", "pixels"], "argument --space: invalid choice: 'pixels' .*"),
-    ("digits", ["0", "--scale", "0"], "scale: expected a positive whole number, found 0"),
-    ("digits", ["0", "--train-images", "0"], "train_images: expected a positive whole number, found 0"),
-    ("digits", ["0", "--out", "old.jpg"], "out: expected a name ending in .png, found 'old.jpg'"),
-    ("digits", ["0", "--out", "none/x.png"], "out: expected a file in an existing folder, found 'none/x.png'"),
-    ("digits", ["image.png", "--out", "./image.png"], "out: expected another file than one that is read, found .*"),
-    ("digits", ["0", "--device", "tpu"], "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'tpu'"),
-    ("digits", [], "the following arguments are required: IMAGE (see .*"),
-    ("emoji run", ["0", "--label", "3"], "label: expected no label, since the model has no classes, found '3'"),
-    ("emoji run", ["sample:0:label=0"], "label: expected no label, since the model has no classes, found 0"),
-    (
-        "emoji run",
-        ["0", "--add", "dark", "rest", "1"],
-        "plus: expected one of Discs, Squares, skin tone light, skin tone dark, found 'dark'",
-    ),
-    ("nowhere", ["0"], ".*nowhere', which does not exist"),
-]
-
-
-@pytest.mark.parametrize(("run", "options", "message"), WRONG, ids=lambda value: ascii(value)[:50])
-def test_refusals(
-    place: Path,
-    tmp_path: Path,
-    run: str,
-    options: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
-) -> None:
-    """One line, exit code 2, and nothing written."""
-    monkeypatch.chdir(tmp_path)
-    for name, side in (("image.png", 8), ("small.png", 4)):
-        Image.new("L", (side, side)).save(name)
-    for name in ("words.png", "old.png", "old.jpg"):
-        Path(name).write_text("old")
-    before = {path: path.read_bytes() for path in Path().iterdir()}
-    assert main(["edit", str(place / run), "--out", "old.png", *options]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
-    assert re.fullmatch(f"error: {pattern}\n", captured.err), captured.err
-    assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
 def test_a_run_without_classes_has_no_attributes(tmp_path: Path, capsys: Capture) -> None:

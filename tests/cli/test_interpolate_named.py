@@ -94,6 +94,7 @@ def test_animations(place: Path, tmp_path: Path, run: str, suffix: str) -> None:
         assert all(np.array_equal(frame, image) for frame, image in zip(frames, wanted, strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("k", range(len(CLASSES)))
 def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
     monkeypatch.chdir(tmp_path)
@@ -109,54 +110,3 @@ def test_odd_names(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     words = told(tmp_path / "x.gif")
     assert main([*words, "--out", "again.gif"]) == 0
     assert Path("again.gif").read_bytes() == Path("x.gif").read_bytes()
-
-
-BOTH = ["--from", "0", "--to", "1"]
-WRONG = [
-    ("digits", [], "data: expected .*; or --from and --to, found none"),
-    ("digits", ["digits", *BOTH], "data: expected either DATA, or --from and --to, found both"),
-    ("digits", ["--from", "0"], "to: expected an image, since the other end is given, found none"),
-    ("digits", ["--to", "0"], "from: expected an image, since the other end is given, found none"),
-    ("digits", ["--from", "0", "--to", "sample:1:n=1"], "to: expected a sample in 0..0, found 'sample:1:n=1'"),
-    ("digits", ["--from", "", "--to", "0"], "from: expected .*, found an empty text"),
-    ("digits", ["--from", "0", "--to", "180"], "image: expected a held-out image in 0..179, found 180"),
-    ("digits", ["--from", "gone.png", "--to", "0"], "gone.png: expected .*"),
-    ("digits", [*BOTH, "--at", "1.1"], "at: expected a number in 0..1, found 1.1"),
-    ("digits", [*BOTH, "--at", "-0.1"], "at: expected a number in 0..1, found -0.1"),
-    ("digits", [*BOTH, "--at", "nan"], "at: expected a number in 0..1, found nan"),
-    ("digits", [*BOTH, "--at", "0.5", "--frames", "3"], "frames: expected no such option beside --at, found 3"),
-    ("digits", ["digits", "--at", "0.5"], "at: expected --from and --to beside it, found 0.5"),
-    ("digits", ["digits", "--labels", "1", "2"], "labels: expected --from and --to beside it, found .*"),
-    ("digits", [*BOTH, "--labels", "1", "x"], "label: expected one of 0, .*, found 'x'"),
-    ("emoji run", [*BOTH, "--labels", "1", "2"], "label: expected no label, since the model has no classes, found '1'"),
-    ("digits", [*BOTH, "--frames", "1"], "frames: expected a whole number, 2 or more, found 1"),
-    ("digits", [*BOTH, "--images", "0", "1"], "images: expected DATA beside it, not --from and --to, found .*"),
-    ("digits", [*BOTH, "--pairs", "2"], "pairs: expected DATA beside it, not --from and --to, found 2"),
-    ("digits", [*BOTH, "--part", "all"], "part: expected DATA beside it, not --from and --to, found all"),
-    ("digits", [*BOTH, "--seed", "1"], "seed: expected DATA beside it, not --from and --to, found 1"),
-    ("digits", [*BOTH, "--out", "x.avi"], "out: expected a name ending in .png or .gif or .webp, found 'x.avi'"),
-    ("digits", [*BOTH, "--at", "0.5", "--out", "x.gif"], "out: expected a name ending in .png, found 'x.gif'"),
-    ("digits", ["digits", "--out", "x.gif"], "out: expected a name ending in .png, found 'x.gif'"),
-    ("digits", ["--from", "0", "--to", "old.png"], "out: expected another file than one that is read, found 'old.png'"),
-]
-
-
-@pytest.mark.parametrize(("run", "options", "message"), WRONG, ids=lambda value: ascii(value)[:50])
-def test_refusals(
-    place: Path,
-    tmp_path: Path,
-    run: str,
-    options: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
-) -> None:
-    """One line, exit code 2, and nothing written."""
-    monkeypatch.chdir(tmp_path)
-    Path("old.png").write_text("old")
-    assert main(["interpolate", str(place / run), "--out", "old.png", *options]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
-    assert re.fullmatch(f"error: {pattern}\n", captured.err), captured.err
-    assert [path.read_text() for path in Path().iterdir()] == ["old"]

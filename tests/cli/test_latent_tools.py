@@ -107,16 +107,6 @@ def test_noise_that_does_not_hold_the_class_is_told(
     assert ("note: the model has classes" in text) == told
 
 
-def test_interpolate_draws_pairs_by_the_seed(place: Path, tmp_path: Path) -> None:
-    pictures = []
-    for seed in ("0", "0", "1"):
-        out = tmp_path / "x.png"
-        command = ["interpolate", str(place / "digits"), "digits", "--pairs", "40", "--frames", "2", "--scale", "1"]
-        assert main([*command, "--seed", seed, "--out", str(out)]) == 0
-        pictures.append(out.read_bytes())
-    assert pictures[0] == pictures[1] != pictures[2]
-
-
 def test_a_tone_of_a_run_with_classes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The true targets are looked at without their labels."""
     data, run, out = f"emoji:{place / 'emoji'}", tmp_path / "run", tmp_path / "x.png"
@@ -184,16 +174,6 @@ def test_classes_of_a_model_that_knows_them(place: Path, tmp_path: Path, capsys:
     assert size(tmp_path / "x.png")[1] > 3 * 64
 
 
-def test_temperatures(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "x.png"
-    options = ["--out", str(out), "--n", "3", "--temperatures", "0", "1"]
-    text = said(capsys, "temperatures", str(place / "digits"), *options)
-    assert re.match(r"3 samples at each of 2 temperatures, (all finite|not finite, .*): .*x.png$", text)
-    labelled = size(out)
-    said(capsys, "temperatures", str(place / "two"), *options)
-    assert size(out)[1] < labelled[1]  # no classes, no labels above the columns
-
-
 def test_samples_that_are_not_finite_are_counted(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,15 +238,7 @@ def test_depths_of_the_best_checkpoints(place: Path, tmp_path: Path, capsys: pyt
         assert f", {row['held_out_bpd']:.3f} ± {row['held_out_se']:.3f} bits/dim held out" in line
 
 
-def test_a_picture_replaces_the_former_one(place: Path, tmp_path: Path) -> None:
-    out = tmp_path / "x.png"
-    out.write_text("old")
-    assert main(["temperatures", str(place / "two"), "--out", str(out), "--n", "1"]) == 0
-    with Image.open(out) as picture:
-        assert np.asarray(picture).std() > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
-
-
+@pytest.mark.full
 def test_an_attribute_of_celeba(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run was trained without labels; the attribute names them afterwards, on the same split."""
     folder = tmp_path / "celeba"

@@ -39,95 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
-INTERPOLATE = [
-    (["--images", "3"], "images: expected the numbers of two different images, found 3"),
-    (["--images", "0", "1", "2"], "images: expected the numbers of two different images, found 0 1 2"),
-    (["--images", "1", "1"], "images: expected the numbers of two different images, found 1 1"),
-    (["--images", "0", "999"], "images: expected numbers in 0...*, found 0 999"),
-    (["--images", "0", "1", "--images", "-1", "0"], "images: expected numbers in 0...*, found -1 0"),
-    (["--images", "0", "one"], "argument --images: expected a whole number, found 'one' .*"),
-    (["--images", "0", "1", "--pairs", "2"], "argument --pairs: not allowed with argument --images .*"),
-    (["--pairs", "0"], "pairs: expected a positive whole number, found 0"),
-    (["--pairs", "999"], "pairs: expected at most .*, as there are .* images, found 999"),
-    (["--frames", "1000000"], "frames: expected at most 1000 (each is a pass through the model), found 1000000"),
-    (["--frames", "1"], "frames: expected a whole number, 2 or more, found 1"),
-    (["--space", "z"], "argument --space: invalid choice: 'z' .*"),
-    (["--scale", "0"], "scale: expected a positive whole number, found 0"),
-    (["--seed", "-1"], "seed: expected a whole number, 0 or more, found -1"),
-    (["--part", "half"], "argument --part: invalid choice: 'half' .*"),
-    (["--device", "tpu"], "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'tpu'"),
-    (["--out", "old.jpg"], "out: expected a name ending in .png, found 'old.jpg'"),
-    (["--out", "none/x.png"], "out: expected a file in an existing folder, found 'none/x.png'"),
-]
 CLASSES = ["--plus", "Squares", "--minus", "Discs"]
-MANIPULATE = [
-    ([], "plus: expected a class (or --tone, for emoji), found none"),
-    (["--plus", "Squares"], "minus: expected a class (or --tone, for emoji), found none"),
-    (["--plus", "Circles", "--minus", "rest"], "plus: expected one of Discs, Squares, found 'Circles'"),
-    (["--plus", "Discs", "--minus", "others"], "minus: expected rest or one of Discs, Squares, found 'others'"),
-    (["--plus", "Discs", "--minus", "Discs"], "minus: expected another class than plus, found 'Discs'"),
-    ([*CLASSES, "--strengths", "nan"], "strengths: expected finite numbers, found nan"),
-    ([*CLASSES, "--strengths", "1", "inf"], "strengths: expected finite numbers, found inf"),
-    ([*CLASSES, "--strengths", "1e308"], "strengths: expected numbers whose edit can be held, found [1e+308]"),
-    ([*CLASSES, "--strengths", "much"], "argument --strengths: expected a number, found 'much' .*"),
-    ([*CLASSES, "--strengths"], "argument --strengths: expected at least one argument .*"),
-    ([*CLASSES, "--levels", "2"], "levels: expected numbers in 0..1 (0 the shallowest), found 2"),
-    ([*CLASSES, "--levels", "-1"], "levels: expected numbers in 0..1 (0 the shallowest), found -1"),
-    ([*CLASSES, "--n", "0"], "n: expected a positive whole number, found 0"),
-    ([*CLASSES, "--train-images", "0"], "train_images: expected a positive whole number, found 0"),
-    (
-        [*CLASSES, "--csv", "old.csv"],
-        "csv: expected --tone beside it: only there .*, found 'old.csv'",
-    ),
-    ([*CLASSES, "--attribute", "Smiling"], "attribute: expected no such option for emoji:emoji .*, found Smiling"),
-    (["--tone", "purple"], "argument --tone: invalid choice: 'purple' .*"),
-    (["--tone", "medium"], "tone: expected training emoji with the tone 'medium', found none"),
-    (
-        ["--tone", "dark", *CLASSES],
-        "plus: expected no such option beside --tone, which takes all pairs, found 'Squares'",
-    ),
-    (["--tone", "dark", "--csv", "x.txt"], "csv: expected a name ending in .csv, found 'x.txt'"),
-    (["--tone", "dark", "--csv", "none/x.csv"], "csv: expected a file in an existing folder, found 'none/x.csv'"),
-]
-OTHERS = [
-    (["temperatures", "two", "--temperatures", "-1"], "temperatures: expected numbers, 0 or more, found -1.0"),
-    (["temperatures", "two", "--temperatures", "0", "nan"], "temperatures: expected numbers, 0 or more, found nan"),
-    (["temperatures", "two", "--temperatures"], "argument --temperatures: expected at least one argument .*"),
-    (["temperatures", "two", "--n", "0"], "n: expected a positive whole number, found 0"),
-    (["temperatures", "two", "--label", "1"], "label: expected no label, since the model has no classes, found '1'"),
-    (["temperatures", "digits", "--label", "ten"], "label: expected one of 0, 1, .*, found 'ten'"),
-    (["temperatures", "plain"], "run: expected the folder of a run (with config.toml), found 'plain' without one"),
-    (["temperatures", "nowhere"], "run: expected the folder of a run, found 'nowhere', which does not exist"),
-    (["temperatures", "two", "--best", "--device", "cuda:99"], "device: expected .*, found 'cuda:99' with .*"),
-    (["levels", "two", "emoji:emoji", "--keep", "2"], "keep: expected levels in 0..1 (0 the shallowest), found 2"),
-    (["levels", "two", "emoji:emoji", "--keep", "0", "-1"], "keep: expected levels in 0..1 .*, found 0 -1"),
-    (["levels", "two", "emoji:emoji", "--temperature", "-1"], "temperature: expected a number, 0 or more, found -1.0"),
-    (["levels", "two", "emoji:emoji", "--temperature", "nan"], "temperature: expected a number, 0 or more, found nan"),
-    (["levels", "two", "emoji:emoji", "--n", "-1"], "n: expected a positive whole number, found -1"),
-    (["levels", "two", "digits"], "data: expected images of shape (3, 16, 16), as the model was trained on, found .*"),
-    (["levels", "two", "cifar"], "data: expected .*, found 'cifar'"),
-    (["depths", "two"], "run: expected two runs or more, found 1"),
-    (
-        ["depths", "two", "digits"],
-        "run: expected runs on the images of 'two' (emoji:emoji (3, 16, 16), 256 grey levels), found digits (1, 8, 8), "
-        "17 grey levels, in 'digits'",
-    ),
-    (["depths", "two", "unlabelled"], "run: expected runs on the images of 'two' .*, found folder:plain .*"),
-    (["depths", "two", "plain"], "run: expected the folder of a run (with config.toml), found 'plain' without one"),
-    (["depths", "two", "two", "--temperature", "inf"], "temperature: expected a number, 0 or more, found inf"),
-    (["depths", "two", "two", "--columns", "0"], "columns: expected a positive whole number, found 0"),
-    (["depths", "two", "two", "--eval-images", "0"], "eval_images: expected a positive whole number, found 0"),
-    (["depths", "two", ""], "argument RUN: expected the name of a folder, found '' .*"),
-    (
-        ["manipulate", "digits", "digits", "--tone", "dark"],
-        "tone: expected emoji as DATA, which have tones, found 'digits'",
-    ),
-    (
-        ["manipulate", "unlabelled", "folder:plain", "--plus", "a", "--minus", "rest"],
-        "data: expected images with labels, found none in folder:plain",
-    ),
-    (["manipulate", "digits", "emoji:emoji", "--tone", "dark"], "data: expected .*, found .*"),
-]
 
 
 def refused(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,16 +58,6 @@ def refused(command: list[str], message: str, capsys: pytest.CaptureFixture[str]
 def case(value: list[str] | str) -> str:
     """A name for the case: the command line, without the message."""
     return " ".join(value)[:60] if isinstance(value, list) else ""
-
-
-@pytest.mark.parametrize(("options", "message"), INTERPOLATE, ids=case)
-def test_interpolate(place: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(["interpolate", "two", "emoji:emoji", "--out", "old.png", *options], message, capsys)
-
-
-@pytest.mark.parametrize(("options", "message"), MANIPULATE, ids=case)
-def test_manipulate(place: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(["manipulate", "two", "emoji:emoji", "--out", "old.png", *options], message, capsys)
 
 
 KEPT = "out: expected another file than those that a run keeps, found "
@@ -195,16 +97,6 @@ def test_what_is_read_is_not_written_over(
     before = files()
     refused(command, message, capsys)
     assert files() == before
-
-
-@pytest.mark.parametrize(("command", "message"), OTHERS, ids=case)
-def test_others(place: Path, command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    refused([*command, "--out", "old.png"], message, capsys)
-
-
-@pytest.mark.parametrize("command", ["interpolate", "manipulate", "temperatures", "levels", "depths"])
-def test_required(place: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    refused([command], "the following arguments are required: RUN, .*--out (see pyglow-fast .* --help)", capsys)
 
 
 COMMANDS = [

@@ -107,6 +107,7 @@ def test_all_words_of_computed_defaults_are_in_use() -> None:
     assert [words for words in COMPUTED.values() if words not in texts] == []
 
 
+@pytest.mark.full
 def test_numbers_in_words_of_computed_defaults() -> None:
     """Those that the words hold and no parser has."""
     gate = pytest.importorskip("pyglow_fast.web.server", exc_type=ImportError)

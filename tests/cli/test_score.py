@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyglow_fast import Glow
 from pyglow_fast.cli import main
-from pyglow_fast.data import DATA_HELP, load_digits, split
+from pyglow_fast.data import load_digits, split
 
 Capture = pytest.CaptureFixture[str]
 
@@ -254,94 +254,6 @@ def test_a_missing_library(trained: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("pyglow_fast.cli.ood.scored", lambda *args: pytest.fail("computed"))
     assert main(["ood", str(trained), "digits", "digits", "--out", str(tmp_path / "x.png")]) == 2
     assert capsys.readouterr().err.startswith("error: scikit-learn is needed for AUROC and histogram")
-
-
-WRONG = [
-    (["digits", "--samples", "0"], "samples: expected a positive whole number, found 0"),
-    (["digits", "--samples", "two"], "argument --samples: expected a whole number, found 'two' .*"),
-    (["digits", "--batch-size", "0"], "batch_size: expected a positive whole number, found 0"),
-    (["digits", "--seed", "-1"], "seed: expected a whole number, 0 or more, found -1"),
-    (["digits", "--part", "half"], "argument --part: invalid choice: 'half' .*"),
-    (["digits", "--device", "tpu"], "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'tpu'"),
-    (["folder:none"], "folder: expected an existing folder, found 'none'"),
-]
-FILES = f"{DATA_HELP}; or image files"
-SCORE = [
-    *WRONG,
-    (["cifar"], f"data: expected {FILES}, found 'cifar'"),
-    (["image.png", "digits"], f"data: expected {FILES}, found 'digits'"),
-    (["image.png", "gone.png"], f"data: expected {FILES}, found 'gone.png'"),
-    (["image.png", ""], "data: expected the number of a held-out image, .*, found an empty text"),
-    (["image.png", "rough"], "rough: expected an image file, found a folder"),
-    (["image.png", "words.png"], "words.png: expected an image that Pillow can decode, found .*"),
-    (["image.png", "small.png"], "small.png: expected an image of at least 8x8, found 4x4"),
-    (["image.png", "180"], "image: expected a held-out image in 0..179, found 180"),
-    (["image.png", "sample:64"], "data: expected a sample in 0..63, found 'sample:64'"),
-    (["image.png", "sample:0:label=10"], "label: expected a class in 0..9, found 10"),
-    (["image.png", "a\x1bb\n.png"], "file: expected a name without control characters, found 'a\\x1bb\\n.png'"),
-    (["image.png", "--part", "all"], "part: expected no such option for image files, found all"),
-    (["image.png", "--samples", "2"], "samples: expected no such option for image files, found 2"),
-    (["image.png", "--seed", "2"], "seed: expected no such option for image files, found 2"),
-    (["image.png", "--batch-size", "2"], "batch_size: expected no such option for image files, found 2"),
-    (["image.png", "--picture", "none/x.png"], "picture: expected a file in an existing folder, found 'none/x.png'"),
-    (["image.png", "--picture", "x.svg"], "picture: expected a name ending in .png, found 'x.svg'"),
-    (["x.csv"], "out: expected another file than one that is read, found 'x.csv'"),
-    (["./image.png", "--picture", "image.png"], "picture: expected another file than one that is read, found .*"),
-    (["digits", "--picture", "y.png"], "picture: expected image files (a histogram of DATA is what ood draws), .*"),
-    (["digits", "--out", "x.txt"], "out: expected a name ending in .csv, found 'x.txt'"),
-    (["digits", "--out", "none/x.csv"], "out: expected a file in an existing folder, found 'none/x.csv'"),
-    (["digits", "--out", "taken.csv"], "out: expected a file, found a folder, 'taken.csv'"),
-    (["folder:rough"], "data: expected n_bins 17, as the model was trained on, found 256"),
-    ([], "the following arguments are required: DATA (see pyglow-fast score --help)"),
-]
-OOD = [
-    *[([words[0], "digits", *words[1:]], message) for words, message in WRONG],
-    (["digits", "digits"], "other: expected other images than DATA, found the same ones, digits, held-out"),
-    (["cifar", "digits"], f"data: expected {DATA_HELP}, found 'cifar'"),
-    (["digits", "cifar"], f"data: expected {DATA_HELP}, found 'cifar'"),
-    (["digits", "digits", "--n", "1"], "n: expected 2 images or more, found 1"),
-    (["digits", "digits", "--csv", "x.png"], "csv: expected a name ending in .csv, found 'x.png'"),
-    (["digits", "digits", "--out", "x.csv"], "out: expected a name ending in .png, found 'x.csv'"),
-    (["digits", "folder:rough"], "data: expected n_bins 17, as the model was trained on, found 256"),
-    (["digits", "digits", "--other-part", "some"], "argument --other-part: invalid choice: 'some' .*"),
-    (["digits"], "the following arguments are required: OTHER (see pyglow-fast ood --help)"),
-]
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments", "message"),
-    [("score", *case) for case in SCORE] + [("ood", *case) for case in OOD],
-    ids=lambda value: " ".join(value) if type(value) is list else "",
-)
-def test_refusals(
-    trained: Path,
-    folders: Path,
-    tmp_path: Path,
-    command: str,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
-) -> None:
-    """One line, and what was there before is there after."""
-    monkeypatch.chdir(tmp_path)
-    Path("rough").symlink_to(folders / "rough")
-    Path("taken.csv").mkdir()
-    Image.new("L", (8, 8)).save("image.png")
-    Image.new("L", (4, 4)).save("small.png")
-    Path("words.png").write_text("no image")
-    for name in ("x.csv", "x.png"):
-        Path(name).write_text("precious")
-    files = ["--out", "x.csv"] if command == "score" else ["--out", "x.png", "--csv", "x.csv"]
-    assert main([command, str(trained), *files, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
-    assert re.fullmatch(f"error: {pattern}\n", captured.err), captured.err
-    assert [Path(name).read_text() for name in ("x.csv", "x.png")] == ["precious", "precious"]
-    assert sorted(path.name for path in Path().iterdir()) == sorted(
-        ["rough", "taken.csv", "image.png", "small.png", "words.png", "x.csv", "x.png"]
-    )
 
 
 def test_typicality_without_the_training_images(

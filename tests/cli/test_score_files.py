@@ -89,6 +89,7 @@ def test_numbers_and_samples_too(place: Path, files: list[str], capsys: Capture)
     assert found[2]["label"] == by_hand.data.class_names[4]
 
 
+@pytest.mark.full
 @pytest.mark.drawn
 def test_the_picture(place: Path, files: list[str], capsys: Capture) -> None:
     """A histogram with a line for each image, whatever their names; it repeats by the command it holds."""

@@ -18,21 +18,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return Checkpoint.load(RunFolder(run).checkpoint).model
 
 
-def test_the_configuration_of_a_run_repeats_it(trained: Path, tmp_path: Path) -> None:
-    assert main(["train", "--config", str(trained / "config.toml"), "--out", str(tmp_path / "r"), "--quiet"]) == 0
-    assert (tmp_path / "r" / "config.toml").read_text() == (trained / "config.toml").read_text()
-    found, wanted = weights(tmp_path / "r"), weights(trained)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def test_a_repeated_run_goes_beside_the_first(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(run)
-    for number in (2, 3):
-        assert main(["train", "--config", "config.toml", "--quiet", "--max-steps", "1"]) == 0
-        assert RunFolder(run.with_name(f"run-{number}")).load().progress["step"] == 1
-    assert RunFolder(run).load().progress["step"] == 20
-
-
 def test_none_takes_back_what_a_file_says(tiny: list[str], tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("patience = 3\nthreads = 2\nmax_steps = 1\ndata.held_out = 0.2\n")
@@ -53,6 +38,7 @@ def test_options_come_before_the_file(tiny: list[str], tmp_path: Path) -> None:
     assert config.weight_decay == 0.3  # the preset of the digits, which nobody changed
 
 
+@pytest.mark.full
 def test_every_option_ends_in_the_file(tiny: list[str], tmp_path: Path) -> None:
     options = ["--memory", "checkpoint", "--precision", "fp32", "--no-ema", "--accumulate", "2", "--max-skipped", "3"]
     options += ["--patience", "7", "--keep", "2", "--workers", "1", "--flip", "--crop-margin", "2", "--size", "10"]
@@ -82,22 +68,6 @@ def test_tensorboard(tiny: list[str], tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train_bpd")] == [2, 4, 6, 8, 10]
     assert [event.step for event in events.Scalars("held_out_bpd")] == [0, 6, 10]
     assert [event.step for event in events.Images("samples")] == [4, 6, 8, 10]
-
-
-def test_the_report_is_one_page(trained: Path) -> None:
-    page = (trained / "report.html").read_text(encoding="utf-8")
-    for part in (
-        "digits",
-        "held-out, untrained",
-        "histogram",
-        "learning rate",
-        "torch",
-        "n_levels",
-        "samples at the end",
-    ):
-        assert part in page
-    assert page.count("data:image/png;base64,") >= 6  # five curves and the samples
-    assert "http" not in page.replace("http-equiv", "")
 
 
 def test_help_says_how_memory_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +113,7 @@ def test_too_few_bytes_are_refused_before_anything_is_made(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("memory", "shown", "kept"), [("1GB", "1 GB", 10**9), ("1.5 GiB", "1536 MiB", 3 * 2**29)])
 def test_a_resumed_run_may_have_bytes(
     run: Path, memory: str, shown: str, kept: int, capsys: pytest.CaptureFixture[str]

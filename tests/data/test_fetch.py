@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,37 +138,6 @@ def test_celeba(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch("celeba") == (cache / "celeba", False)
     assert names(cache / "celeba") == sorted([*files, RECORD])
     assert len(load_data(DataConfig("celeba", size=16))) == 5
-
-
-def test_an_empty_folder_where_folders_are_not_renamed_onto_others(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on Windows."""
-    replace_by_rename = os.replace
-
-    def refuse(source: Path, target: Path) -> None:
-        if target.exists():
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        replace_by_rename(source, target)
-
-    offer(monkeypatch, "cifar10", {"cifar-10-batches-py/test_batch": b"1"})
-    monkeypatch.setattr(os, "replace", refuse)
-    (cache.parent / "mine").mkdir()
-    assert fetch("cifar10", cache.parent / "mine") == (cache.parent / "mine", False)
-    assert names(cache.parent / "mine") == ["cifar-10-batches-py/test_batch", RECORD]
-
-
-def test_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    offer(monkeypatch, "cifar10", {"cifar-10-batches-py/test_batch": b"1"})
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(
-        FetchError, match=r"cifar10 could not be fetched: .*/cache/cifar10: No space left on device; with"
-    ):
-        fetch("cifar10")
-    assert list(cache.iterdir()) == []
 
 
 def test_every_recipe_names_its_origins() -> None:

@@ -68,7 +68,7 @@ def test_every_row_of_a_sweep_is_what_sample_draws(name: str) -> None:
     after = torch.rand(1, generator=generator)
     for temperature, row in zip(temperatures, found, strict=True):
         generator.manual_seed(5)
-        assert torch.equal(row, setting.model.sample(3, temperature, None, setting.cond, generator))
+        assert_close(row, setting.model.sample(3, temperature, None, setting.cond, generator), CONDITION)
     assert torch.equal(torch.rand(1, generator=generator), after)
 
 
@@ -86,5 +86,5 @@ def test_a_sweep_without_a_generator_follows_the_seed_of_torch() -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         found.append(tools.temperature_sweep(setting.model.freeze(), [0.5], 2))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+    assert_close(found[0], found[1], CONDITION)
+    assert float((found[0] - found[2]).abs().max()) > 1e-3

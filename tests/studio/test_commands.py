@@ -24,6 +24,7 @@ def runs(made: Made, name: str) -> bool:
     return path.read_bytes() == made.data
 
 
+@pytest.mark.full
 def test_nothing_is_written_over_what_is_read(
     digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_measured_once(emoji_run: Path, passes: list[str]) -> None:
     assert len(passes) == 4
 
 
+@pytest.mark.full
 def test_read_by_another_process_without_the_images(tmp_path: Path) -> None:
     """What was not measured before they went away cannot be had."""
     write_emoji(tmp_path / "emoji")
@@ -203,6 +204,7 @@ def folder(root: Path) -> Path:
     return root
 
 
+@pytest.mark.full
 def test_images_that_cannot_be_read(tmp_path: Path) -> None:
     """Are left out of both means, with "skip", and never counted for another one that stands in for them."""
     images = folder(tmp_path / "images")

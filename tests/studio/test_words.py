@@ -101,6 +101,7 @@ def test_files_round_trip(path: str) -> None:
     assert found.text == text
 
 
+@pytest.mark.full
 @given(st.text())
 def test_any_text_is_read_or_refused_by_name(text: str) -> None:
     image = None

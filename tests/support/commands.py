@@ -92,10 +92,11 @@ class Command:
         """What it wrote, when it has ended."""
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise TimeoutError(f"a command still runs after {timeout} s; it wrote: {self._read()}")
-        return self._read()
+            raise TimeoutError(f"a command still runs after {timeout} s; it wrote: {self.read()}")
+        return self.read()
 
-    def _read(self) -> tuple[str, str]:
+    def read(self) -> tuple[str, str]:
+        """What it wrote so far."""
         out, err = (Path(path).read_text(encoding="utf-8") for path in self._paths)
         return out, err
 

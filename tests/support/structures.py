@@ -17,9 +17,9 @@ import nflows.nn.nets
 import nflows.transforms
 import numpy as np
 import torch
+from bench.srflow_peer import FlowStep, FlowUpsamplerNet, randomised
 from torch import Tensor, nn
 
-from bench.srflow_peer import FlowStep, FlowUpsamplerNet, randomised
 from support.accelerate_cases import LeakyContextNet, from_freia, from_nflows, from_normflows, leaky_subnet, subnet
 from support.freia_cases import orthogonalise
 from support.freia_copies import Block, LaterBlock

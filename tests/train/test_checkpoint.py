@@ -132,6 +132,7 @@ def test_a_crash_in_the_middle_of_writing_keeps_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.full
 def test_a_killed_process_keeps_the_old_file(state: TrainState, tmp_path: Path) -> None:
     """Nothing is cleaned up then: the half-written temporary file stays, is not read, and the next save succeeds."""
     path = tmp_path / "x.safetensors"

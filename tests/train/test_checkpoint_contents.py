@@ -48,6 +48,7 @@ def rewrite(path: Path, change: Change, seal: bool = True) -> None:
         checkpoint._seal(path)
 
 
+@pytest.mark.full
 def test_every_byte_counts(path: Path) -> None:
     """One bit anywhere, in the header and in the tensors."""
     content = bytearray(path.read_bytes())
@@ -89,6 +90,7 @@ def test_no_tensor_needs_the_file(state: TrainState, tiny_images: ImageSet, path
     assert all(value.isfinite().all() for value in saved.model.values())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -161,6 +163,7 @@ def everything(state: TrainState) -> list[Any]:
     return [{name: value.clone() for name, value in part.items()} for part in parts] + [dict(saved.progress)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.run_cases import assert_same_weights, train
+from support.run_cases import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet
-from pyglow_fast.train import RunFolder, TrainConfig, TrainState, evaluate, resume, start
+from pyglow_fast.train import TrainConfig, TrainState, evaluate, resume, start
 from pyglow_fast.train.metrics import read_metrics
 
 MakeConfig = Callable[..., TrainConfig]
@@ -81,6 +81,7 @@ def test_memory_modes_and_parts_of_a_batch_agree(judged: MakeConfig, bright: Ima
         assert other == pytest.approx(found[0], rel=1e-4)
 
 
+@pytest.mark.full
 def test_it_learns_to_tell_the_classes_apart_and_says_so(judged: MakeConfig, bright: ImageSet, tmp_path: Path) -> None:
     run = train(judged(max_steps=60, ema_decay=None, tensorboard=True, class_conditional=False), tmp_path / "r", bright)
     rows = read_metrics(tmp_path / "r" / "metrics.csv")
@@ -104,21 +105,6 @@ def test_it_learns_to_tell_the_classes_apart_and_says_so(judged: MakeConfig, bri
     unlabelled = replace(state.held_out, labels=None, class_names=())
     assert evaluate(state.model, unlabelled, 4, 3).accuracy is None  # a density that needs no labels
     assert evaluate(state.model, unlabelled, 4, 3).mean == score.mean
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(judged: MakeConfig, bright: ImageSet, tmp_path: Path) -> None:
-    """With the prior conditioned on the labels too, and saved between two rows of metrics.csv: its means go on."""
-    both: dict[str, Any] = {"model": GlowConfig(**MODEL, n_classes=2), "class_conditional": True}
-    train(judged(**both), tmp_path / "whole", bright)
-    train(judged(**both, max_steps=5), tmp_path / "parts", bright)
-    resume(str(tmp_path / "parts"), data=bright, max_steps=12).execute(quiet=True)
-    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
-    sixth = []
-    for name in ("whole", "parts"):
-        sixth += [row["train_class_bits"] for row in read_metrics(tmp_path / name / "metrics.csv") if row["step"] == 6]
-    assert sixth[0] == sixth[1] is not None
-    config = RunFolder(tmp_path / "whole").read_config()
-    assert (config.class_weight, config.model.classify, config.model.n_classes) == (0.5, 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.run_cases import MakeConfig, assert_same_weights, before_step, train
+from support.run_cases import MakeConfig, train
 
 from pyglow_fast.data import ImageSet
-from pyglow_fast.train import Checkpoint, FolderError, RunFolder, resume, start
+from pyglow_fast.train import FolderError, RunFolder, resume, start
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -72,71 +72,3 @@ def test_a_run_that_was_read_too_early(
         stale.execute(quiet=True)
     assert contents(run).keys() - before.keys() <= {".lock"}
     assert {name: found for name, found in contents(run).items() if name in before} == before
-
-
-def test_a_folder_that_is_made_again_is_locked_again(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = start(tiny_config(), str(tmp_path / "run"), data=tiny_images)
-    refused = []
-
-    def intrude() -> None:
-        assert RunFolder(tmp_path / "run").exists
-        other = resume(str(tmp_path / "run"), max_steps=40)
-        with pytest.raises(FolderError, match="out: expected a run that no other process trains, found one in"):
-            other.execute(quiet=True)
-        refused.append(True)
-
-    before_step(run, 7, lambda: shutil.rmtree(tmp_path / "run"), monkeypatch)
-    before_step(run, 10, intrude, monkeypatch)
-    assert run.execute(quiet=True).step == 12
-    assert refused == [True]
-    assert resume(str(tmp_path / "run"), max_steps=13).execute(quiet=True).step == 13  # given back
-
-
-@pytest.mark.parametrize("what", ["finished", "goes on"])
-def test_another_run_in_the_place_of_a_removed_one(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    """It has the folder; the run whose folder it was ends, and writes nothing there."""
-    path = tmp_path / "run"
-    run, seen = start(tiny_config(), str(path), data=tiny_images), []
-    other = start(tiny_config(max_steps=5, lr=0.01), str(path), overwrite=True, data=tiny_images)
-
-    def go_on() -> None:
-        with pytest.raises(FolderError, match="expected the folder of this run, found that of another one"):
-            run.writer.add({"step": 7})
-        seen.append(RunFolder(path).read_config().lr)
-
-    def replace() -> None:
-        shutil.rmtree(path)
-        other.execute(quiet=True)
-        seen.append(contents(path))
-
-    if what == "goes on":
-        before_step(other, 4, go_on, monkeypatch)
-    before_step(run, 7, replace, monkeypatch)
-    with pytest.raises(FolderError, match=r"out: expected the folder of this run, found that of another one in"):
-        run.execute(quiet=True)
-    assert contents(path) == seen[-1]
-    assert Checkpoint.load(RunFolder(path).checkpoint).progress["step"] == 5
-    assert len(seen) == (2 if what == "goes on" else 1)
-
-
-def test_a_lock_that_is_removed_alone(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(tiny_config(), tmp_path / "whole", tiny_images)
-    run = start(tiny_config(), str(tmp_path / "run"), data=tiny_images)
-    folder, refused = RunFolder(tmp_path / "run"), []
-
-    def intrude() -> None:
-        with pytest.raises(FolderError), folder.locked():
-            pass
-        refused.append(True)
-
-    before_step(run, 5, folder.lock.unlink, monkeypatch)
-    before_step(run, 7, intrude, monkeypatch)
-    run.execute(quiet=True)
-    assert refused == [True]
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")

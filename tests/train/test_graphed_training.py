@@ -95,6 +95,7 @@ def test_a_step_that_drifts_is_taken_by_the_model(
     assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
 
 
+@pytest.mark.full
 def test_a_run(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
     """With evaluations, samples and checkpoints between."""
     rows = {}

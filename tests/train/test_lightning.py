@@ -324,6 +324,7 @@ def test_a_checkpoint_without_the_average_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path).fit(GlowModule(CONFIG, N_BINS, ema_decay=0.9), loader(), ckpt_path=tmp_path / "it.ckpt")
 
 
+@pytest.mark.full
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """A process of its own: what Trainer starts must not inherit the test runner."""
     script = ROOT / "tests" / "support" / "lightning_rank.py"
@@ -353,10 +354,12 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.full
 def test_nothing_else_imports_lightning() -> None:
     assert python("import sys, pyglow_fast.train; print('lightning' in sys.modules)") == "False\n"
 
 
+@pytest.mark.full
 def test_without_the_library_it_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['lightning'] = None\n"
@@ -368,6 +371,7 @@ def test_without_the_library_it_says_what_to_install() -> None:
     assert found.endswith('pip install "pyglow-fast[lightning]"\n')
 
 
+@pytest.mark.full
 def test_a_classifier_is_trained_and_scored_too(tmp_path: Path) -> None:
     """Bright images against dark ones; the loss is that of the training loop, and checkpoints keep the weight."""
     labels = torch.arange(32) % 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,16 +136,7 @@ def test_the_model_is_told_how_to_keep_memory(memory: str, tiny_config: MakeConf
     assert parse_memory(state.model.memory) == parse_memory(memory)
 
 
-def test_two_runs_are_the_same_run(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
-    train(tiny_config(), tmp_path / "a", tiny_images)
-    torch.rand(3)
-    train(tiny_config(), tmp_path / "b", tiny_images)
-    assert_same_state(tmp_path / "a", tmp_path / "b")
-    train(tiny_config(seed=1), tmp_path / "c", tiny_images)
-    a, c = (RunFolder(tmp_path / name).load().model["prior.mean_log_sd"] for name in "ac")
-    assert not torch.equal(a, c)
-
-
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])
 def test_a_resumed_run_is_bit_identical(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, optimizer: str
@@ -329,28 +318,6 @@ def test_a_step_that_diverges_leaves_the_weights(tiny_config: MakeConfig, tiny_i
     after = state.model.state_dict()
     assert all(torch.equal(after[name].nan_to_num(7.0), before[name].nan_to_num(7.0)) for name in before)
     assert state.progress.step == 1
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_the_run(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int
-) -> None:
-    train(tiny_config(), tmp_path / "whole", tiny_images)
-    run = start(tiny_config(save_every=100), str(tmp_path / "parts"), data=tiny_images)
-    step = run.state.step
-
-    def interrupted() -> float:
-        if run.state.progress.step == 4:
-            os.kill(os.getpid(), signum)
-        return step()
-
-    monkeypatch.setattr(run.state, "step", interrupted)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    result = run.execute(quiet=True)
-    assert (result.stopped_by, result.step) == (signum, 5)
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    resume(str(tmp_path / "parts")).execute(quiet=True)
-    assert_same_state(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_an_existing_run_is_left_alone(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from support.html_page import Page
 
 from pyglow_fast.data import ImageSet
@@ -157,32 +154,6 @@ def test_a_run_that_goes_on_after_its_end(folder: RunFolder, monkeypatch: pytest
     assert table(Page(page_of(folder)))["steps"] == "30"
 
 
-def test_rows_that_are_damaged(folder: RunFolder) -> None:
-    text = folder.metrics.read_text().splitlines()
-    assert text[-1].startswith("12,")
-    folder.metrics.write_text("\n".join([*text[:3], "4,half a r", *text[4:-1], text[-1][:9]]))
-    with pytest.warns(UserWarning, match="2 rows that cannot be read are left out"):
-        assert table(Page(page_of(folder)))["steps"] == "12"  # as the last checkpoint says
-    folder.report.unlink()
-    with pytest.warns(UserWarning, match="2 rows"):
-        page = Page(page_of(folder))
-    assert table(page)["steps"] == "at step 12 of 12"
-    assert "bits/dim at step 8, at most 8 images" in page.words["td"]
-    folder.metrics.write_bytes(b"\xff\x00\n1,2\n")
-    with pytest.warns(UserWarning, match="1 row that"):
-        assert captions(Page(page_of(folder))) == ["the newest samples, temperature 0.7", "samples at step 0000006"]
-
-
-def test_values_in_rows_that_are_no_numbers(folder: RunFolder) -> None:
-    header, *lines = folder.metrics.read_text().splitlines()
-    nan, huge = ",".join(["13", *["nan"] * (header.count(","))]), ",".join(["14", *["1e999"] * (header.count(","))])
-    folder.metrics.write_text("\n".join([header, *lines, nan, huge, ""]))
-    page = Page(page_of(folder))
-    assert table(page)["steps"] == "at step 14 of 12"
-    assert "inf ± inf" in page.words["td"]
-    assert captions(page)[: len(CURVES)] == CURVES
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -202,36 +173,6 @@ def test_a_report_that_cannot_be_read(folder: RunFolder, change: Callable[[dict[
     page = Page(page_of(folder))
     assert page.words["p"] == ["report.json cannot be read and is left out"]
     assert table(page)["steps"] == "at step 12 of 12"
-
-
-def test_scores_without_an_error(folder: RunFolder) -> None:
-    report = folder.read_report()
-    report["held_out"] |= {"images": 1, "standard_error": None, "accuracy": 0.25}
-    report["yardsticks"][0]["bits_per_dim"] = None
-    folder.report.write_text(json.dumps(report))
-    folder.curve.unlink()
-    page = Page(page_of(folder))
-    assert f"{report['held_out']['mean']:.3f} ± n/a" in page.words["td"]
-    assert "nan" in page.words["td"]
-    assert "25.0%" in page.words["td"]
-
-
-def test_pictures_that_are_none(folder: RunFolder) -> None:
-    folder.samples.write_bytes(b"GIF8")
-    folder.curve.write_bytes(b"GIF8")
-    (folder.sample_history / "step-0000006.png").write_bytes(b"")
-    page = Page(page_of(folder))
-    assert page.words["p"] == [
-        "samples.png is no PNG and is left out",
-        "samples/step-0000006.png is no PNG and is left out",
-    ]
-    assert captions(page) == CURVES
-    for image in page.images:
-        data = base64.b64decode(str(image["src"]).split(",")[1])
-        assert Image.open(io.BytesIO(data)).format == "PNG"
-    folder.samples.unlink()
-    shutil.rmtree(folder.sample_history)
-    assert "p" not in Page(page_of(folder)).words
 
 
 def test_text_of_files_is_escaped(folder: RunFolder) -> None:
@@ -258,30 +199,3 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"run: expected the folder of a run, found '.*file', a file"):
         page_of(RunFolder(tmp_path / "file"))
-
-
-def test_beside_a_new_run_in_its_place(folder: RunFolder) -> None:
-    """By ``--overwrite``: files go one by one, and the configuration is the last one."""
-    config, checkpoint, ended = folder.read_config(), folder.load(), threading.Event()
-    pages, refusals = [], []
-
-    def write() -> None:
-        while not ended.is_set():
-            folder.create(config)
-            folder.sample_history.mkdir()
-            (folder.sample_history / "step-0000001.png").touch()
-            folder.save(checkpoint, 1)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        for _ in range(200):
-            try:
-                pages.append(page_of(folder))
-            except ValueError as error:
-                refusals.append(str(error))
-    finally:
-        ended.set()
-        thread.join()
-    assert pages
-    assert all("config" in text for text in refusals)

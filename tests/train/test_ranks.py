@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import Command
-from support.data_layouts import picture
 
 from pyglow_fast.train import Checkpoint, RunFolder
 from pyglow_fast.train.metrics import read_metrics
@@ -73,6 +72,7 @@ def losses(run: Path) -> list[float]:
     return [float(row["train_bpd"]) for row in read_metrics(run / "metrics.csv") if row["train_bpd"] is not None]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", ["reversible", pytest.param("store", marks=pytest.mark.full)])
 def test_two_ranks_are_one_run(tmp_path: Path, memory: str) -> None:
     """2 x 8 images against 1 x 16, with noise that belongs to the images; and torchrun itself."""
@@ -93,19 +93,7 @@ def test_two_ranks_are_one_run(tmp_path: Path, memory: str) -> None:
         assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-3)
 
 
-def test_two_ranks_with_a_classifier_are_one_run(tmp_path: Path) -> None:
-    """Its gradients meet as all others do, and the held-out accuracy is that of all images."""
-    options = ["--max-steps", "6", "--log-every", "1", "--check-ranks-every", "3", "--class-weight", "0.5"]
-    run_alone([*options, "--out", "one"], tmp_path)
-    run_ranks([*options, "--out", "two"], tmp_path)
-    one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
-    for name in ("train_bpd", "train_class_bits"):
-        assert [row[name] for row in two[1:]] == pytest.approx([row[name] for row in one[1:]], rel=1e-4)
-    assert two[-1]["train_class_bits"] < two[1]["train_class_bits"]  # type: ignore[operator]
-    assert two[-1]["held_out_class_bits"] == pytest.approx(one[-1]["held_out_class_bits"], rel=1e-3)
-    assert two[-1]["held_out_accuracy"] == pytest.approx(one[-1]["held_out_accuracy"], abs=0.02)
-
-
+@pytest.mark.full
 def test_a_resumed_run_on_as_many_and_on_other_ranks(tmp_path: Path) -> None:
     run_ranks(["--max-steps", "12", "--out", "whole"], tmp_path)
     run_ranks(["--max-steps", "5", "--out", "parts"], tmp_path)
@@ -136,21 +124,7 @@ def wait_for_steps(run: Path, count: int) -> None:
     raise TimeoutError(f"{run} takes no steps")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed(tmp_path: Path, victim: int) -> None:
-    command = [*TRAIN, "--out", "run", "--log-every", "1", "--save-every", "5"]
-    with ranks(command, tmp_path) as processes:
-        wait_for_steps(tmp_path / "run", 10)
-        processes[victim].kill()
-        began = time.monotonic()
-        _, errors = processes[1 - victim].communicate(timeout=60)
-        assert time.monotonic() - began < 60
-    assert processes[1 - victim].returncode == 1
-    assert f"error: rank {1 - victim} of 2 stops: another rank ended without a word" in errors
-    assert "Traceback" not in errors
-    assert RunFolder(tmp_path / "run").load().progress["step"] >= 5
-
-
+@pytest.mark.full
 def test_a_rank_that_fails_tells_the_others_why(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
@@ -175,6 +149,7 @@ sys.exit(main(sys.argv[1:]))
     assert "error: rank 0 of 2 stops: rank 1 ended: MemoryError: no more room" in first[2]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_ends_all_of_them_saved(tmp_path: Path, signum: int) -> None:
     with ranks([*TRAIN, "--out", "run", "--log-every", "1"], tmp_path) as processes:
@@ -185,6 +160,7 @@ def test_a_signal_to_one_rank_ends_all_of_them_saved(tmp_path: Path, signum: int
     assert RunFolder(tmp_path / "run").load().progress["step"] >= 4
 
 
+@pytest.mark.full
 def test_weights_that_differ_are_found_on_all_ranks(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
@@ -219,48 +195,7 @@ with open_ranks() as ranks:
         assert second.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 0.bias")
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"WORLD_SIZE": "two"}, "error: WORLD_SIZE: expected a positive whole number, found 'two'\n"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
-            "error: RANK: expected a value that torchrun sets, found x\n",
-        ),
-        ({"WORLD_SIZE": "2"}, "error: RANK: expected a value that torchrun sets, found none\n"),
-    ],
-)
-def test_half_an_environment(tmp_path: Path, environment: dict[str, str], message: str) -> None:
-    command = Command([*TRAIN, "--out", "run"], tmp_path, os.environ | environment)
-    _, errors = command.communicate()
-    assert (command.returncode, errors) == (2, message)
-    assert not (tmp_path / "run").exists()
-
-
-def test_ranks_that_see_other_images_end_at_once(tmp_path: Path) -> None:
-    """A machine with an old copy of the images, say: the same number, one of them another one."""
-    for rank in (0, 1):
-        for i in range(20):
-            picture(tmp_path / f"images{rank}" / f"{i}.png", i + 100 * (rank and i == 7), (8, 8))
-    options = ["--size", "8", "--n-levels", "2", *TINY[2:], "--max-steps", "2", "--out", "run"]
-    program = """
-import os, sys
-from pyglow_fast.cli import main
-sys.exit(main(["train", f"folder:images{os.environ['RANK']}", *sys.argv[1:]]))
-"""
-    with ranks(["-c", program, *options], tmp_path) as processes:
-        results = ended(processes)
-    message = (
-        "error: data: expected the same images on all 2 ranks, found others than the 20 of rank 0: rank 1 has 20\n"
-    )
-    assert [(code, errors) for code, _, errors in results] == [(2, message)] * 2
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "images1" / "7.png").unlink()
-    with ranks(["-c", program, *options, "--from-files"], tmp_path) as processes:
-        for code, _, errors in ended(processes):
-            assert (code, errors) == (2, message.replace("has 20", "has 19"))
-
-
+@pytest.mark.full
 def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
     with ranks([*TRAIN, "--out", "run", "--batch-size", "15"], tmp_path) as processes:
         results = ended(processes)
@@ -280,6 +215,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
 def test_threads_of_the_group_end_with_it(tmp_path: Path) -> None:
     """One that lets go of a tensor while the interpreter ends would abort the process."""

@@ -79,6 +79,7 @@ def test_an_unreadable_image_at_the_start(tiny_config: MakeConfig, photos: Path,
     assert "saved" not in str(caught.value)
 
 
+@pytest.mark.full
 def test_a_reader_that_is_killed(
     tiny_config: MakeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_reader_that_is_killed(
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("delay", [0.0, 0.003, 0.006, 0.009, 0.012])
 def test_a_reader_that_is_killed_at_any_moment(
     tiny_config: MakeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: float
@@ -150,6 +152,7 @@ def test_readers_do_not_hold_the_lock(tiny_config: MakeConfig, photos: Path, tmp
         child.join()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changed", [{}, {"accumulate": 2}], ids=["same", "accumulated"])
 def test_workers_change_nothing(tiny_config: MakeConfig, photos: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     for workers in (0, 1, 2):
@@ -158,13 +161,3 @@ def test_workers_change_nothing(tiny_config: MakeConfig, photos: Path, tmp_path:
         run.execute(quiet=True)
     assert_same_weights(tmp_path / "0", tmp_path / "1")
     assert_same_weights(tmp_path / "0", tmp_path / "2")
-
-
-def test_a_resumed_run_with_workers_is_bit_identical(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
-    config = photo_config(tiny_config, photos, flip=True, crop_margin=3, workers=2)
-    start(config, str(tmp_path / "whole")).execute(quiet=True)
-    for steps in (4, 5, 12):  # within an epoch and at the end of one
-        out = tmp_path / "parts"
-        run = resume(str(out), max_steps=steps) if out.exists() else start(config.adjusted(max_steps=steps), str(out))
-        run.execute(quiet=True)
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import resource
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,15 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.run_cases import MakeConfig, assert_same_weights, before_step, train
+from support.run_cases import MakeConfig, train
 from torch import Tensor
 
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.train import (
     Checkpoint,
-    FolderError,
     RunFolder,
-    SaveError,
     TrainConfig,
     TrainingDivergedError,
     TrainState,
@@ -37,30 +33,6 @@ from pyglow_fast.train.metrics import read_metrics
 
 def cut_off(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 16
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("spoil", [cut_off, flip_a_bit, lambda path: path.write_bytes(b"")])
-@pytest.mark.parametrize("keep", [1, 3])
-def test_a_newest_checkpoint_that_is_damaged(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, spoil: Callable[[Path], Any], keep: int
-) -> None:
-    train(tiny_config(), tmp_path / "whole", tiny_images)
-    train(tiny_config(max_steps=6), tmp_path / "run", tiny_images)  # saved at 3 and 6
-    folder = RunFolder(tmp_path / "run")
-    spoil(folder.checkpoint)
-    with pytest.warns(UserWarning, match=r"step-0000006.*an older checkpoint, step-0000003.safetensors, is taken"):
-        run = resume(str(tmp_path / "run"), max_steps=12, keep=keep)
-    assert run.state.progress.step == 3
-    run.execute(quiet=True)
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    assert [path.stem for path in folder.saved()] == ["step-0000012", "step-0000009", "step-0000006"][:keep]
-    assert (folder.checkpoints / "step-0000006.safetensors.damaged").is_file()  # nothing is thrown away unasked
 
 
 def test_all_checkpoints_damaged(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
@@ -89,24 +61,6 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[], bool]) -> N
     monkeypatch.setattr(checkpoint, "save_file", limited)
 
 
-def test_a_disk_that_is_full_for_a_while(
-    tiny_config: MakeConfig,
-    tiny_images: ImageSet,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    train(tiny_config(), tmp_path / "whole", tiny_images)
-    run = start(tiny_config(save_every=2), str(tmp_path / "run"), data=tiny_images)
-    full_disk(monkeypatch, lambda: 5 <= run.state.progress.step <= 9)
-    capsys.readouterr()
-    run.execute()
-    said = capsys.readouterr().out
-    assert re.search(r"warning: a checkpoint cannot be written \(.*File too large.*\); the run goes on", said)
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    assert not list(tmp_path.rglob("*.partial"))
-
-
 def test_older_checkpoints_give_way_on_a_full_disk(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,54 +70,6 @@ def test_older_checkpoints_give_way_on_a_full_disk(
     run.execute(quiet=True)
     assert len(run.writer.refused) == 2  # best.safetensors, at steps 8 and 12, asks for no place
     assert saved()[0].stem == "step-0000012"
-
-
-def test_a_disk_that_stays_full(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = start(tiny_config(), str(tmp_path), data=tiny_images)
-    full_disk(monkeypatch, lambda: run.state.progress.step > 7)
-    with pytest.raises(SaveError, match=r"step 12 cannot be written: .*too large[\s\S]*kept: .*step-0000006"):
-        run.execute(quiet=True)
-    assert resume(str(tmp_path)).state.progress.step == 6
-
-
-def test_a_folder_that_is_removed(
-    tiny_config: MakeConfig,
-    tiny_images: ImageSet,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    train(tiny_config(), tmp_path / "whole", tiny_images)
-    run = start(tiny_config(), str(tmp_path / "run"), data=tiny_images)
-    before_step(run, 7, lambda: shutil.rmtree(tmp_path / "run"), monkeypatch)
-    capsys.readouterr()
-    run.execute()
-    assert "warning: the folder of the run was removed; it is made again" in capsys.readouterr().out
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.csv")] == [8, 10, 12]
-    assert resume(str(tmp_path / "run")).state.progress.step == 12
-
-
-def test_two_processes_do_not_train_in_one_folder(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(tiny_config(max_steps=3), tmp_path, tiny_images)
-    run, other = (resume(str(tmp_path), max_steps=steps) for steps in (6, 9))
-    refused: list[str] = []
-
-    def intrude() -> None:
-        with pytest.raises(
-            FolderError, match="out: expected a run that no other process trains, found one in"
-        ) as caught:
-            other.execute(quiet=True)
-        refused.append(str(caught.value))
-
-    before_step(run, 4, intrude, monkeypatch)
-    assert run.execute(quiet=True).step == 6
-    assert len(refused) == 1
-    assert resume(str(tmp_path), max_steps=9).execute(quiet=True).step == 9  # the lock is gone with the run
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -235,6 +141,7 @@ def test_settings_of_a_resume_that_saved_nothing(
     assert resume(str(tmp_path)).execute(quiet=True).step == 7
 
 
+@pytest.mark.full
 def test_what_the_end_of_a_run_leaves_to_the_next_part(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_the_command_refuses_it_too(files: Path, tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err.startswith("error: certificate: expected the file of a certificate")
 
 
+@pytest.mark.full
 def test_the_page_is_encrypted(files: Path, tmp_path: Path) -> None:
     """And its login cookies are sent by a browser in no other way."""
     options = {"certificate": str(files / "cert.pem"), "key": str(files / "key.pem")}

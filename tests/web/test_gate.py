@@ -15,9 +15,7 @@ from support import web
 web.require("gradio")
 
 import gradio as gr  # noqa: E402
-from fastapi.testclient import TestClient  # noqa: E402
 
-from pyglow_fast.web.brake import FREE, Brake  # noqa: E402
 from pyglow_fast.web.gate import (  # noqa: E402
     CLOSED,
     HEADERS,
@@ -27,6 +25,8 @@ from pyglow_fast.web.gate import (  # noqa: E402
     UPLOAD,
 )
 from pyglow_fast.web.server import application  # noqa: E402
+
+pytestmark = pytest.mark.full  # what a user sees of the page is in tests/contract/test_page.py
 
 USER, PASSWORD = "ada", "correct horse"
 SECRET = "do not serve this"
@@ -175,25 +175,6 @@ def test_a_login_is_kept_from_scripts_and_other_sites(guarded: web.Server) -> No
         assert "; HttpOnly" in cookie
         assert "; SameSite=lax" in cookie
         assert PASSWORD not in cookie
-
-
-def test_wrong_passwords_are_braked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the application that is served: an address has some tries, then not even the right one is looked at."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    with gr.Blocks(analytics_enabled=False) as blocks:
-        gr.Button("x")
-    gate = application(blocks, tmp_path, "127.0.0.1", (USER, PASSWORD), 1000, None, None, None)
-    assert gate.brake is not None
-    gate.brake = Brake(lambda: 0.0)  # no time passes
-    client = TestClient(gate, base_url="http://127.0.0.1")
-
-    def status(password: str) -> int:
-        return client.post("/login", data={"username": USER, "password": password}).status_code
-
-    assert [status(password) for password in (PASSWORD, *("wrong",) * (FREE + 1))] == [200] + [400] * FREE + [429]
-    assert status(PASSWORD) == 429
-    client.cookies.clear()
-    assert f"After {FREE} wrong passwords" in client.get("/").text
 
 
 def test_nothing_that_belongs_into_the_queue_is_computed_outside_of_it(client: Client, small: web.Server) -> None:

@@ -129,6 +129,7 @@ def caption(shown: str, part: str) -> str:
 NO_NUMBERS = [math.nan, math.inf, -math.inf, -1, "3", [1]]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("value", [*NO_NUMBERS, MOST + 1, None])
 def test_a_count_of_samples_that_no_slider_has(place: Place, value: Any) -> None:
     """A request can say what it likes, and so many would fill the memory."""
@@ -139,6 +140,7 @@ def test_a_count_of_samples_that_no_slider_has(place: Place, value: Any) -> None
     assert "--n 1 " in text_of(place.sample.draw(place.desk, 0.7, ALL, 1, None))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("value", NO_NUMBERS)
 def test_other_settings_of_samples_that_no_widget_has(place: Place, value: Any) -> None:
     place.choose(DIGITS)
@@ -149,6 +151,7 @@ def test_other_settings_of_samples_that_no_widget_has(place: Place, value: Any) 
         place.sample.draw(place.desk, 0.7, "eleven", 3, 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [*NO_NUMBERS, 1.5, 180])
 def test_a_held_out_image_that_there_is_not(place: Place, number: Any) -> None:
     opened = place.choose(DIGITS)

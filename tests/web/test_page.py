@@ -24,6 +24,8 @@ from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor
 
+pytestmark = pytest.mark.full  # what a user sees of the page is in tests/contract/test_page.py
+
 # The run, what it was trained on (of a folder only its name), how long, and on what images.
 TITLE_OF_DIGITS = f"{DIGITS}: a Glow on digits\n\nstep 20; images of 8 x 8 pixels, 17 grey levels"
 TITLE_OF_COLOUR = (

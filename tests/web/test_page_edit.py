@@ -25,6 +25,8 @@ from pyglow_fast.train.figures import image_picture  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor
 
+pytestmark = pytest.mark.full  # what a user sees of the page is in tests/contract/test_page.py
+
 Sums = dict[tuple[str, str], float]  # (plus, minus): strength
 
 

@@ -21,6 +21,8 @@ from support.web import wait_for  # noqa: E402
 from support.web_page import Site, Visitor, data_of, set_slider  # noqa: E402
 from support.web_runs import DIGITS, encoded  # noqa: E402
 
+pytestmark = pytest.mark.full  # what a user sees of the page is in tests/contract/test_page.py
+
 FOLDER, RUN = "PYGLOW_SCREENSHOTS", "PYGLOW_SCREENSHOT_RUN"
 NO_MOTION = "* { transition: none !important; animation: none !important; caret-color: transparent !important; }"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,13 @@ web.require("gradio", "playwright", "chromium")
 
 from support.web import wait_for  # noqa: E402
 from support.web_page import Site, Visitor, all_pixels, choose, set_slider  # noqa: E402
-from support.web_runs import COLOUR, DIGITS, encoded, photo, train_on  # noqa: E402
+from support.web_runs import COLOUR, DIGITS, train_on  # noqa: E402
 
 from pyglow_fast.train import Checkpoint, RunFolder, load_model, resolve_device, to_pixels  # noqa: E402
 from pyglow_fast.train.figures import image_picture  # noqa: E402
 from pyglow_fast.web.sample_tab import SHOWN  # noqa: E402
+
+pytestmark = pytest.mark.full  # what a user sees of the page is in tests/contract/test_page.py
 
 
 @pytest.fixture
@@ -83,49 +84,6 @@ def test_a_newer_checkpoint_comes_by_itself(training: RunFolder, visitor: Visito
     wait_for(lambda: "2000" in report.inner_text(), True)
 
 
-def test_a_run_whose_images_are_gone(training: RunFolder, visitor: Visitor, site: Site, tmp_path: Path) -> None:
-    """What needs none of them works: samples, uploads, levels. Once they are back, the rest does."""
-    page, away = visitor.page, tmp_path / "away"
-    checkpoint = training.load()
-    images = Path(checkpoint.config.data.name.partition(":")[2])
-    elsewhere = replace(checkpoint.config.data, name=f"folder:{away / images.name}")
-    checkpoint.config = replace(checkpoint.config, data=elsewhere)
-    checkpoint.progress["step"] += 1
-    training.save(checkpoint, keep=9)
-    visitor.choose_run("zz training")
-    wait_for(lambda: shown(visitor), sampled(checkpoint, SHOWN))
-    page.get_by_role("tab", name="Edit", exact=True).click()
-    why = page.locator("#edit-why")
-    wait_for(lambda: "No attributes: " in why.inner_text(), True)
-    assert str(tmp_path) not in page.content()
-    assert page.locator("#edit-number").count() == page.locator("#edit-thumbs button").count() == 0
-    wait_for(lambda: visitor.edited("original"), sampled(checkpoint, SHOWN)[0])
-    set_slider(page, "keep-0", 0.5)
-    wait_for(
-        lambda: f"sample:0:n={SHOWN}:seed=0:temperature=0.7 --keep 0.5 1 " in visitor.command("edit-command"), True
-    )
-    assert "bits/dim" in visitor.caption()
-    assert "training images" not in visitor.caption()
-    page.get_by_role("tab", name="Interpolate", exact=True).click()
-    wait_for(lambda: "Choose two images" in page.locator("#path-frame").inner_text(), True)
-    page.locator("#from-take").click()
-    data = encoded(photo(30, 40), "PNG")
-    page.get_by_role("button", name="to: an image of yours").click()
-    visitor.give("to-upload", ("mine.png", data))
-    wait_for(page.locator("#path-strip button").count, 9)
-    page.get_by_role("tab", name="Score", exact=True).click()
-    visitor.give("score-files", ("mine.png", data))
-    page.locator("#scores td", has_text="mine.png").wait_for()
-    assert "No histogram: " in page.locator("#scores").inner_text()
-    assert page.locator("#scores tbody td").nth(3).inner_text() == ""
-    shutil.copytree(images, away / images.name)
-    visitor.choose_run(DIGITS)
-    visitor.choose_run("zz training")
-    visitor.tab("Edit")
-    assert page.locator("#add-0 label").inner_text().endswith(" minus rest")
-    assert page.locator("#edit-thumbs button").count() > 1
-
-
 def test_a_run_is_opened_once_it_has_a_checkpoint(training: RunFolder, visitor: Visitor) -> None:
     """It was chosen before its first one; the page is about the other run until then."""
     page, first = visitor.page, training.load()
@@ -138,53 +96,6 @@ def test_a_run_is_opened_once_it_has_a_checkpoint(training: RunFolder, visitor: 
     away.rename(training.checkpoints)
     wait_for(lambda: all_pixels(page.locator("#samples button img")), sampled(first, SHOWN))
     wait_for(lambda: "zz training" in page.locator("#about").inner_text(), True)
-
-
-def test_a_path_follows_the_checkpoint_and_the_space(training: RunFolder, visitor: Visitor) -> None:
-    """Its strip as its frame: else what is saved is not what its command gives."""
-    page = visitor.page
-
-    def strip() -> torch.Tensor:
-        return all_pixels(page.locator("#path-strip button img"))
-
-    visitor.choose_run("zz training")
-    visitor.tab("Interpolate")
-    before = strip()
-    train_on(training, 1000)
-    wait_for(lambda: torch.equal(strip(), before), False)
-    visitor.tab("Edit")
-    page.get_by_role("radio", name="latent").check()
-    visitor.idle()
-    visitor.tab("Interpolate")
-    wait_for(lambda: [" --space latent " in line for line in visitor.command("path-command").splitlines()], [True] * 4)
-
-
-def test_another_run_in_the_same_folder(site: Site, visitors: Callable[..., Visitor], tmp_path: Path) -> None:
-    """It is as if it had been chosen: nothing of the last one stays, neither its class nor its sliders."""
-    runs = tmp_path / "runs"
-    shutil.copytree(site.path(DIGITS), runs / "one")
-    words = ["-m", "pyglow_fast", "serve", "runs", "--no-browser", "--device", "cpu"]
-    with web.Server(words, tmp_path) as server:
-        visitor = visitors(opened=False)
-        visitor.site, page = Site(server, tmp_path), visitor.page
-        visitor.open()
-        choose(page, "sample-class", "3")
-        visitor.tab("Edit")
-        choose(page, "edit-class", "3")
-        set_slider(page, "add-0", 1)
-        wait_for(lambda: "--add 0 rest 1 --space latent --label 3 " in visitor.command("edit-command"), True)
-        (runs / "one").rename(tmp_path / "former")
-        shutil.copytree(site.path(COLOUR), runs / "one")
-        start = "pyglow-fast edit runs/one 0 --space noise --device cpu"
-        wait_for(lambda: visitor.command("edit-command"), f"{start} --out edit.png")
-        visitor.filled("Edit")
-        wait_for(page.locator("#edit-class").count, 0)
-        visitor.tab("Sample")
-        wait_for(lambda: "--label" in visitor.command("sample-command"), False)
-        set_slider(page, "sample-n", 3)
-        wait_for(page.locator("#samples button").count, 3)
-        assert page.get_by_test_id("toast-text").count() == 0
-        page.goto("about:blank")
 
 
 FAULTY = """

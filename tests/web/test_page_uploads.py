@@ -22,6 +22,8 @@ from pyglow_fast.train.figures import image_picture  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor
 
+pytestmark = pytest.mark.full  # what a user sees of the page is in tests/contract/test_page.py
+
 SECRETS = (b"SECRET", b"GPS", b"Exif", b"eXIf")
 
 

@@ -103,6 +103,7 @@ def test_a_password_is_asked_for_on_a_terminal_alone(
     assert capsys.readouterr().err.startswith("error: auth: expected a terminal")
 
 
+@pytest.mark.full
 def test_odd_settings_and_proxies_do_not_hinder_the_start(run: str, tmp_path: Path) -> None:
     """Those that Gradio, when imported, takes for a number or cannot speak with."""
     odd = {"GRADIO_SERVER_PORT": "x", "ALL_PROXY": "socks5://127.0.0.1:9", "all_proxy": "nonsense"}
@@ -111,6 +112,7 @@ def test_odd_settings_and_proxies_do_not_hinder_the_start(run: str, tmp_path: Pa
         assert running.log() == ""
 
 
+@pytest.mark.full
 def test_what_takes_long_to_import_waits_until_the_page_answers(run: str, tmp_path: Path) -> None:
     """It is imported then, though nobody has asked for anything, and the first run is opened."""
     code = """

@@ -165,6 +165,7 @@ def test_those_who_left_are_forgotten(tmp_path: Path) -> None:
     assert len(holder.session_data) <= server.SESSIONS + 1
 
 
+@pytest.mark.full
 def test_uploads_that_nobody_reads_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would fill the disk."""
     monkeypatch.setattr(server, "UPLOADS_LAST", 1)
@@ -183,6 +184,7 @@ def connected(running: web.Server) -> HTTPConnection:
     return HTTPConnection(*running.host.split(":"), timeout=web.WAIT)  # type: ignore[arg-type]
 
 
+@pytest.mark.full
 def test_uploads_that_were_broken_off_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradio forgets that it began to write them."""
     monkeypatch.setattr(server, "UPLOADS_LAST", 0.1)
@@ -211,6 +213,7 @@ def start_handler(running: web.Server, index: int) -> None:
     connection.close()
 
 
+@pytest.mark.full
 @pytest.mark.alone
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_ends_at_once_and_leaves_nothing(signum: int, tmp_path: Path) -> None:
@@ -230,6 +233,7 @@ def test_it_ends_at_once_and_leaves_nothing(signum: int, tmp_path: Path) -> None
         assert running.log() == ""
 
 
+@pytest.mark.full
 @pytest.mark.alone
 def test_a_signal_before_it_answers_ends_it_too(tmp_path: Path) -> None:
     """While the page is built, which loads a model."""
@@ -244,6 +248,7 @@ def test_a_signal_before_it_answers_ends_it_too(tmp_path: Path) -> None:
         assert running.log() == ""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_that_come_together_are_one(second: str, tmp_path: Path) -> None:
     """Such as that of a terminal which is closed under an impatient user."""
@@ -336,6 +341,7 @@ def test_the_address_that_is_printed(
     assert f" http://{name}:" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_it_asks_nobody_else(tmp_path: Path) -> None:
     """No address outside is looked up or connected to, from the import of Gradio to the first page."""
     code = (

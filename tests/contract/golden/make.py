@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.srflow_peer import FlowUpsamplerNet, randomised
 from safetensors.torch import save
 from support.peer_glows import (
     Encoded,
@@ -27,8 +28,6 @@ from support.peer_glows import (
     rosinality_state,
 )
 from torch import Tensor
-
-from bench.srflow_peer import FlowUpsamplerNet, randomised
 
 FOLDER = Path(__file__).parent
 SMALL = Shape(n_levels=2, n_steps=2, channels=1, size=4, hidden=2, learn_top=False)

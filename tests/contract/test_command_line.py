@@ -1,0 +1,523 @@
+"""The command line from end to end: what each command leaves behind and says, what repeats, and what is refused.
+
+A user loses the command, its files or its reproducibility where one of these fails. Only arguments, exit codes, files
+and words are looked at.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageSequence
+from support.figures import leave_undrawn
+from support.program import contents, done, pyglow_fast
+from support.tiny_run import CLASSES, HELD_OUT, IMAGES, MODEL, SIDE, STEPS, made
+
+leave_undrawn()
+
+DATA = "folder:images"
+
+
+@pytest.fixture
+def place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: ``images`` and ``run``. Nothing in it may be changed."""
+    found = made(tmp_path_factory)
+    monkeypatch.chdir(found)
+    return found
+
+
+@pytest.fixture
+def copy(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it that a test may change, the current folder."""
+    shutil.copytree(place, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture that can be read whole."""
+    height, width, _ = pixels(path).shape
+    return width, height
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def figure(text: str, name: str) -> float:
+    """The number behind ``name`` at the beginning of a line."""
+    found = re.search(rf"^\s*{re.escape(name)}\s+([-\d.]+)", text, re.MULTILINE)
+    assert found is not None, text
+    return float(found[1])
+
+
+def grid(columns: int, lines: int, image: int) -> tuple[int, int]:
+    """The size of a grid of images of so many pixels a side, with two pixels around each."""
+    return columns * (image + 2) + 2, lines * (image + 2) + 2
+
+
+def test_train_leaves_a_whole_run(place: Path) -> None:
+    run, said = place / "run", (place / "said.txt").read_text()
+    names = {"config.toml", "metrics.csv", "best.safetensors", "samples.png", "curve.png", "report.html", "report.json"}
+    assert names <= {path.name for path in run.iterdir()}
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert saved == [f"step-{step:07d}.safetensors" for step in (10, 15, 20)]
+    found = rows(run / "metrics.csv")
+    assert [int(row["step"]) for row in found] == [0, 5, 10, 15, 20]
+    assert all(float(row["train_bpd"]) > 0 for row in found[1:])
+    assert [row["step"] for row in found if row["held_out_bpd"]] == ["0", "10", "20"]
+    assert float(found[-1]["held_out_bpd"]) < float(found[0]["held_out_bpd"])
+    for name in ("held-out, untrained", "held-out", "train", "histogram", "PNG"):
+        assert figure(said, name) > 0
+    assert figure(said, "held-out") == pytest.approx(float(found[-1]["held_out_bpd"]), abs=6e-4)
+    assert "run/report.html" in said
+
+
+def test_a_run_repeats_from_its_configuration(copy: Path) -> None:
+    """To the bit: weights and metrics, apart from what the clock says."""
+    assert "run-2" in done("train", "--config", "run/config.toml", "--quiet")
+    for run in ("run", "run-2"):
+        done("convert", "pyglow", run, f"{run}.safetensors")
+    assert Path("run.safetensors").read_bytes() == Path("run-2.safetensors").read_bytes()
+    timed = ("seconds", "images_per_s", "memory_mb")
+    one, two = (
+        [{name: value for name, value in row.items() if name not in timed} for row in rows(Path(run, "metrics.csv"))]
+        for run in ("run", "run-2")
+    )
+    assert one == two
+
+
+def test_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings, where the command line does not say others; and images that come with the package."""
+    monkeypatch.chdir(tmp_path)
+    assert "digits" in done("train", "--list-presets")
+    options = ["--n-steps", "1", "--hidden", "4", "--max-steps", "2", "--eval-images", "16", "--device", "cpu"]
+    done("train", "--preset", "digits", "--out", "run", "--quiet", *options)
+    config = Path("run/config.toml").read_text()
+    for line in ('name = "digits"', "n_steps = 1", "hidden = 4", "max_steps = 2", 'optimizer = "adamw"'):
+        assert line in config.splitlines()
+    done("convert", "pyglow", "run", "theirs.pt", "--to", "y0ast")
+    said = done("convert", "y0ast", "theirs.pt", "again.safetensors")
+    assert said.startswith("y0ast -> pyglow: 1x8x8, L 2, K 1, hidden 4, affine, invconv")
+    done("convert", "pyglow", "run", "direct.safetensors")
+    assert Path("again.safetensors").stat().st_size == pytest.approx(Path("direct.safetensors").stat().st_size, rel=0.2)
+
+
+def test_sample(place: Path, tmp_path: Path) -> None:
+    """The size is what is asked for; the seed, the temperature and the class decide what is drawn."""
+    drawn = []
+    options = ("--seed", 1), ("--seed", 1), ("--seed", 2), ("--seed", 1, "--label", "dark"), ("--temperature", 0)
+    for i, chosen in enumerate(options):
+        out = tmp_path / f"{i}.png"
+        said = done("sample", "run", "--n", 6, "--columns", 3, "--scale", 2, "--out", out, *chosen)
+        assert size(out) == grid(3, 2, 2 * SIDE)
+        assert str(out) in said
+        drawn.append(pixels(out).tobytes())
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 4
+
+
+def test_sample_in_a_process(place: Path, tmp_path: Path) -> None:
+    """As a user runs it, in a process of its own: the same bytes as here."""
+    command = ["sample", "run", "--n", "2", "--out"]
+    done(*command, tmp_path / "here.png")
+    words = [sys.executable, "-m", "pyglow_fast", *command, str(tmp_path / "there.png")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as here: sums in the same order
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
+
+
+def test_temperatures(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    said = done("temperatures", "run", "--n", 3, "--temperatures", 0, 1, "--scale", 2, "--out", out)
+    assert "3 samples at each of 2 temperatures" in said
+    width, height = size(out)
+    assert width > 3 * 2 * SIDE
+    assert height > 2 * 2 * SIDE
+
+
+def test_evaluate_and_score_agree(place: Path, tmp_path: Path) -> None:
+    """One number of each image, whose mean is what evaluate says; yardsticks beside it."""
+    said = done("evaluate", "run", DATA)
+    assert f"{HELD_OUT} images" in said
+    for name in ("model", "histogram", "PNG"):
+        assert figure(said, name) > 0
+    done("score", "run", DATA, "--out", tmp_path / "x.csv")
+    found = rows(tmp_path / "x.csv")
+    assert list(found[0]) == ["index", "name", "label", "bits_per_dim"]
+    assert len(found) == HELD_OUT
+    assert {row["label"] for row in found} <= set(CLASSES)
+    assert all(row["name"].startswith(f"{row['label']}/") for row in found)
+    mean = sum(float(row["bits_per_dim"]) for row in found) / len(found)
+    assert figure(said, "model") == pytest.approx(mean, abs=6e-4)
+    assert f"{2 * IMAGES} images" in done("evaluate", "run", DATA, "--part", "all")
+
+
+def test_score_of_a_file(place: Path, tmp_path: Path) -> None:
+    said = done("score", "run", "images/dark/00.png", "--out", tmp_path / "x.csv")
+    (row,) = rows(tmp_path / "x.csv")
+    assert (row["name"], row["label"]) == ("images/dark/00.png", "dark")
+    assert f"{float(row['bits_per_dim']):.3f} bits/dim" in said
+    assert "training images" in said
+
+
+@pytest.mark.drawn
+def test_ood(place: Path, tmp_path: Path) -> None:
+    """The histogram, each image's number, and how often one of a pair has more bits/dim, as counted from these."""
+    out, table = tmp_path / "x.png", tmp_path / "x.csv"
+    part = ["--part", "train", "--other-part", "held-out"]
+    said = done("ood", "run", DATA, DATA, *part, "--out", out, "--csv", table)
+    width, height = size(out)
+    assert width > 400 < height
+    found = rows(table)
+    assert list(found[0]) == ["set", "index", "name", "label", "bits_per_dim"]
+    bits = np.array([float(row["bits_per_dim"]) for row in found])
+    foreign = np.array([row["set"].endswith("held-out") for row in found])
+    assert (foreign.sum(), len(found)) == (HELD_OUT, 2 * IMAGES)
+    above = np.mean(bits[foreign][:, None] > bits[~foreign])
+    assert figure(said, "AUROC") == pytest.approx(above, abs=1e-4)
+
+
+def test_manipulate(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    said = done("manipulate", "run", DATA, "--plus", "bright", "--minus", "dark", "--n", 2, "--out", out)
+    assert "bright minus dark" in said
+    assert "2 held-out images" in said
+    width, height = size(out)
+    assert width > 5 * SIDE
+    assert height > 2 * SIDE
+
+
+def test_interpolate_between_held_out_images(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    said = done("interpolate", "run", DATA, "--pairs", 2, "--frames", 3, "--out", out)
+    assert "2 pairs" in said
+    assert ", 0 grey levels changed" in said  # at the ends, which are the images
+    assert size(out)[0] > 3 * SIDE
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_an_animation_goes_there_and_back(place: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"x.{suffix}"
+    done("interpolate", "run", "--from", 0, "--to", 3, "--frames", 4, "--scale", 2, "--out", out)
+    with Image.open(out) as picture:
+        assert picture.size == (2 * SIDE, 2 * SIDE)
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
+    assert len(frames) == 6
+    assert np.array_equal(frames[1], frames[5])
+    assert not np.array_equal(frames[0], frames[3])
+
+
+def test_levels(place: Path, tmp_path: Path) -> None:
+    """All levels are the image; the deepest alone is not."""
+    out = tmp_path / "x.png"
+    said = done("levels", "run", DATA, "--n", 2, "--out", out)
+    errors = dict(re.findall(r"^  ([^:]+): ([\d.]+)", said, re.MULTILINE))
+    assert float(errors["all levels"]) == 0
+    assert float(errors["the deepest level (1)"]) > 0.01
+    assert size(out)[1] > 2 * SIDE
+
+
+def test_reconstruct(place: Path, tmp_path: Path) -> None:
+    """Images above what comes back, which is the same."""
+    out = tmp_path / "x.png"
+    said = done("reconstruct", "run", DATA, "--n", 3, "--out", out)
+    assert re.search(r"= [\d.e-]+ .*, 0 of 2304 grey levels changed", said)
+    found = pixels(out)
+    half = (found.shape[0] - 2) // 2
+    assert half > SIDE
+    assert np.array_equal(found[:half], found[half : 2 * half])
+
+
+def test_depths(copy: Path, tmp_path: Path) -> None:
+    options = [*("--size", SIDE, "--batch-size", 8, "--max-steps", 2, "--eval-images", 8), *MODEL]
+    done("train", DATA, "--out", "flat", "--quiet", *options, "--n-levels", 1)
+    said = done("depths", "run", "flat", "--n", 2, "--columns", 2, "--out", tmp_path / "x.png").splitlines()
+    assert "L = 2, K = 2" in said[0]
+    assert "L = 1, K = 2" in said[1]
+    assert all(" bits/dim held out" in line for line in said[:2])
+    assert size(tmp_path / "x.png")[0] > 4 * SIDE
+
+
+def test_compare(place: Path, tmp_path: Path) -> None:
+    """Every variant with every seed: a run each, their table and their curves."""
+    options = [*("--size", SIDE, "--batch-size", 8, "--max-steps", 2, "--eval-images", 8), *MODEL]
+    variants = ["--permutations", "reverse", "invconv", "--couplings", "additive", "--seeds", 0, 1]
+    out = tmp_path / "compared"
+    done("compare", DATA, "--out", out, "--quiet", *variants, *options)
+    assert sorted(path.name for path in out.iterdir()) == ["curves.csv", "curves.png", "runs", "table.md"]
+    names = sorted(f"{name}-additive-seed{seed}" for name in ("reverse", "invconv") for seed in (0, 1))
+    assert sorted(path.name for path in (out / "runs").iterdir()) == names
+    table = (out / "table.md").read_text()
+    assert "reverse" in table
+    assert "invconv" in table
+    assert {row["permutation"] for row in rows(out / "curves.csv")} == {"reverse", "invconv"}
+
+
+def test_report(place: Path, tmp_path: Path) -> None:
+    """One page that needs no other file or host."""
+    done("report", "run", "--out", tmp_path / "x.html")
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 2
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    for words in ("bits/dim", "held-out", DATA, f"{STEPS}"):
+        assert words in page
+
+
+def test_data_lists_what_can_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYGLOW_DATA", str(tmp_path / "cache"))
+    said = done("data")
+    for name in ("mnist", "fashion-mnist", "emoji", "cifar10", "celeba"):
+        assert re.search(rf"^{name}: ", said, re.MULTILINE)
+    assert "not fetched" in said
+    assert not (tmp_path / "cache").exists()
+
+
+def test_demo(tmp_path: Path) -> None:
+    said = done("demo", "--out", tmp_path / "run", "--minutes", 0.001, "--device", "cpu")
+    assert "training on 1617 handwritten digits; 180 are held out" in said
+    assert figure(said, "held-out") > 0
+    assert (tmp_path / "run" / "samples.png").is_file()
+
+
+def test_info_version_and_help() -> None:
+    assert torch.__version__ in done("info")
+    assert re.fullmatch(r"pyglow-fast \d+\.\d+\.\d+\S*\n", done("--version"))
+    said = done("--help")
+    commands = "train sample evaluate score ood compare report reconstruct interpolate edit manipulate temperatures"
+    for command in [*commands.split(), "levels", "depths", "serve", "convert", "demo", "data", "bench", "info"]:
+        assert re.search(rf"^    {command}\b", said, re.MULTILINE)
+    assert "kernels" in done("bench", "--help")
+
+
+EDIT = ["--add", "bright", "dark", "0.5", "--keep", "0.5", "1", "--scale", "3"]
+SAMPLE = "sample:1:n=2:seed=3:temperature=0.9"
+PICTURES = [
+    ["sample", "run", "--n", "4", "--label", "dark", "--temperature", "0.8"],
+    ["edit", "run", "2", *EDIT],
+    ["edit", "run", SAMPLE, *EDIT, "--space", "noise"],
+    ["edit", "run", "images/dark/01.png", "--label", "bright", "--scale", "3"],
+    ["edit", "run", "1", "--pixel-shift", *EDIT[:4], "--scale", "3"],
+    ["interpolate", "run", "--from", "0", "--to", SAMPLE, "--frames", "3", "--spherical", "--scale", "2"],
+    ["interpolate", "run", "--from", "0", "--to", "2", "--at", "0.25", "--scale", "3"],
+    pytest.param(["score", "run", "images/dark/00.png", "images/bright/00.png"], marks=pytest.mark.drawn),
+]
+
+
+@pytest.mark.parametrize("words", PICTURES, ids=" ".join)
+def test_a_picture_holds_the_command_that_makes_it(place: Path, tmp_path: Path, words: list[str]) -> None:
+    """And it does, to the byte."""
+    option = "--picture" if words[0] == "score" else "--out"
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    done(*words, option, first)
+    with Image.open(first) as picture:
+        if words[0] == "edit" or "--at" in words:
+            assert picture.size == (3 * SIDE, 3 * SIDE)
+        program, *command = shlex.split(picture.info["Command"])
+    assert program == "pyglow-fast"
+    done(*command, option, again)
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_an_edit_of_nothing_is_the_image(place: Path, tmp_path: Path) -> None:
+    done("edit", "run", "images/dark/03.png", "--scale", 1, "--out", tmp_path / "x.png")
+    assert np.array_equal(pixels(tmp_path / "x.png"), pixels(place / "images" / "dark" / "03.png"))
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a picture that a user saves has the few pixels of the model's images"
+)
+@pytest.mark.parametrize(
+    "words", [["edit", "run", "0"], ["interpolate", "run", "--from", "0", "--to", "1", "--at", "0.5"]]
+)
+def test_a_saved_picture_is_large_enough_to_look_at(place: Path, tmp_path: Path, words: list[str]) -> None:
+    done(*words, "--out", tmp_path / "x.png")
+    assert min(size(tmp_path / "x.png")) >= 256
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a yardstick below the run's own bits/dim is outside of the curve's axis"
+)
+def test_the_curve_shows_its_yardsticks(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PNG needs fewer bits for these images than the young model."""
+    seen: list[tuple[float, float, float]] = []
+    draw = Figure.savefig
+
+    def noting(figure: Figure, *arguments: Any, **options: Any) -> None:
+        for axes in figure.axes:
+            low, high = axes.get_ylim()
+            levels = [set(line.get_ydata()) for line in axes.lines]
+            seen.extend((low, *level, high) for level in levels if len(level) == 1)  # lines that do not change
+        draw(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noting)
+    done("train", "--config", "run/config.toml", "--quiet")
+    if len(seen) < 2:
+        pytest.fail(f"no yardsticks were drawn: {seen}")
+    assert all(low < level < high for low, level, high in seen)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the error quotes torch's advice to load a file in a way that runs its code",
+)
+def test_convert_does_not_advise_to_run_code(tmp_path: Path) -> None:
+    torch.save({"model": CodeOnLoading()}, tmp_path / "x.pt")
+    ended = pyglow_fast("convert", "rosinality", tmp_path / "x.pt", tmp_path / "x.safetensors", "--image-size", 8)
+    assert ended.code == 2
+    assert not re.search("weights_only|can still be loaded", ended.err)
+
+
+class CodeOnLoading:
+    """A class of no library: a file that holds one of these runs code when it is loaded."""
+
+
+NOWHERE = "run: expected the folder of a run, found 'nowhere', which does not exist"
+OUT = "out: expected a name ending in .png, found 'x.jpg'"
+REFUSED: list[tuple[str, str]] = [
+    # The command itself.
+    ("", "the following arguments are required: COMMAND.*"),
+    ("fly", ".*COMMAND: invalid choice: 'fly'.*"),
+    ("sample", "the following arguments are required: RUN, --out.*"),
+    ("sample run --out x.png --speed 9", "unrecognized arguments: --speed 9.*"),
+    # Data.
+    ("train cifar --out out", "data: expected .*, found 'cifar'"),
+    ("train --out out", "data: expected .*, found none"),
+    ("train folder:none --out out", "folder: expected an existing folder, found 'none'"),
+    ("train folder:said.txt --out out", "folder: expected an existing folder, found 'said.txt' (a file)"),
+    ("train folder:empty --out out", "folder: expected a folder with images that Pillow reads, found none in 'empty'"),
+    ("train folder:torn --size 16 --out out", "torn/00.png: expected an image that Pillow can decode, found .*"),
+    ("train folder:images --size 32 --out out", ".*00.png: expected an image of at least 32x32, found 16x16"),
+    ("train folder:images --size -4 --out out", "size: expected a positive whole number, or none, found -4"),
+    ("train folder:images --n-bits 9 --out out", "n_bits: expected a whole number in 1..8, or none, found 9"),
+    ("train folder:images --gray --color --out out", "argument --color: not allowed with argument --gray.*"),
+    ("train digits --held-out 1 --out out", "held_out: expected a number between 0 and 1, or none, found 1.0"),
+    ("train digits --scale 2 --out out", "scale: expected no such option for digits .*, found 2"),
+    ("data nothing", "data: expected one of .*, found 'nothing'"),
+    # The model and its training.
+    ("train digits --n-levels 4 --out out", "image_shape: expected sides divisible by 2^n_levels = 16, found .*"),
+    ("train digits --n-levels 0 --out out", "n_levels: expected a positive whole number, found 0"),
+    ("train digits --n-steps 100000000 --out out", "n_steps: expected at most .*, found 100000000"),
+    ("train digits --hidden 0 --out out", "hidden: expected a positive whole number, found 0"),
+    ("train digits --coupling linear --out out", "coupling: expected one of .*, found 'linear'"),
+    ("train digits --permutation none --out out", "permutation: expected one of .*, found 'none'"),
+    ("train digits --optimizer sgd --out out", "optimizer: expected one of .*, found 'sgd'"),
+    ("train digits --lr 0 --out out", "lr: expected a positive number, found 0.0"),
+    ("train digits --lr fast --out out", "argument --lr: expected a number, found 'fast'.*"),
+    ("train digits --lr nan --out out", "lr: expected a positive number, found nan"),
+    ("train digits --ema 1 --out out", "ema_decay: expected a number between 0 and 1, or none, found 1.0"),
+    ("train digits --memory 4XB --out out", "memory: expected one of .* or bytes such as .*, found '4XB'"),
+    ("train digits --precision int8 --out out", "precision: expected one of .*, found 'int8'"),
+    ("train digits --batch-size 2000 --out out", "batch_size: expected at most .* training images, found 2000"),
+    ("train digits --accumulate 3 --out out", "accumulate: expected a divisor of batch_size, 64, found 3"),
+    ("train digits --max-steps 0 --out out", "max_steps: expected a positive whole number, or none, found 0"),
+    ("train digits --max-minutes -2 --out out", "max_minutes: expected a positive number, or none, found -2.0"),
+    ("train digits --seed -1 --out out", "seed: expected a whole number, 0 or more, found -1"),
+    ("train digits --workers -1 --out out", "workers: expected a whole number, 0 or more, or none, found -1"),
+    ("train digits --device gpu --out out", "device: expected .*, found 'gpu'"),
+    ("train digits --preset nothing --out out", "preset: expected .*, found 'nothing'"),
+    ("train digits --config none.toml --out out", "config: expected an existing file, found 'none.toml'"),
+    ("train --config odd.toml --out out", "odd.toml: expected settings among .*, found speed"),
+    ("train --config torn.toml --out out", "torn.toml: expected a configuration as TOML, found .*"),
+    # Folders of runs.
+    ("train digits", "out: expected the folder of the run .*, found none"),
+    ("train digits --out said.txt", "out: expected a folder, found a file, 'said.txt'"),
+    ("train digits --out run", "out: expected a new folder .*, found a run in 'run'"),
+    ("train digits --overwrite --out images", "out: expected a new or empty folder, or a run, found 'images', .*"),
+    ("train digits --resume --overwrite --out run", "argument --overwrite: not allowed with argument --resume.*"),
+    ("train --resume --out nowhere", NOWHERE),
+    ("sample nowhere --out x.png", NOWHERE),
+    ("evaluate nowhere digits", NOWHERE),
+    ("sample images --out x.png", "run: expected the folder of a run .*, found 'images' without one"),
+    ("sample cut --out x.png", ".*step-0000020.safetensors: expected a complete safetensors file, found .*"),
+    ("sample flipped --out x.png", ".*step-0000020.safetensors: expected .*, found .*"),
+    ("evaluate changed folder:images", ".*config.toml: expected model.hidden = 4, .*, found 8"),
+    # What commands make of a run.
+    ("sample run --n 0 --out x.png", "n: expected a positive whole number, found 0"),
+    ("sample run --n 1000000 --out x.png", "n: expected at most .*, found 1000000"),
+    ("sample run --temperature nan --out x.png", "temperature: expected a number, 0 or more, found nan"),
+    ("sample run --label ten --out x.png", "label: expected one of bright, dark, found 'ten'"),
+    ("sample run --out x.jpg", OUT),
+    ("sample run --out none/x.png", "out: expected a file in an existing folder, found 'none/x.png'"),
+    ("sample run --out run/samples.png", "out: expected another file than those that a run keeps, found .*"),
+    ("sample run --out images/x.png", "out: expected a file outside of the folder of folder:images, found .*"),
+    ("temperatures run --temperatures -1 --out x.png", "temperatures: expected numbers, 0 or more, found -1.0"),
+    (
+        "evaluate run digits",
+        "data: expected images of shape (3, 16, 16), as the model was trained on, found (1, 16, 16)",
+    ),
+    ("evaluate run folder:images --batch-size 0", "batch_size: expected a positive whole number, found 0"),
+    ("score run folder:images --out x.txt", "out: expected a name ending in .csv, found 'x.txt'"),
+    ("score run none.png --out x.csv", ".*none.png.*"),
+    ("ood run folder:images folder:none --out x.png", "folder: expected an existing folder, found 'none'"),
+    ("edit run 99 --out x.png", "image: expected .*, found .*99.*"),
+    ("edit run 0 --add blue rest 1 --out x.png", "plus: expected one of bright, dark, found 'blue'"),
+    ("edit run 0 --keep 0.5 --out x.png", "keep: expected .*, found .*"),
+    ("manipulate run folder:images --plus bright --minus bright --out x.png", "minus: expected another class than .*"),
+    ("interpolate run folder:images --images 0 0 --out x.png", "images: expected the numbers of two different .*"),
+    ("interpolate run folder:images --frames 1 --out x.png", "frames: expected a whole number, 2 or more, found 1"),
+    ("levels run folder:images --keep 2 --out x.png", "keep: expected levels in 0..1 .*, found 2"),
+    ("depths run --out x.png", "run: expected two runs or more, found 1"),
+    ("reconstruct run folder:images --out x", "out: expected a name ending in .png, found 'x'"),
+    ("report run --out x.txt", "out: expected a name ending in .html, found 'x.txt'"),
+    ("compare digits --couplings linear --out out", ".*coupling.*: expected .*, found .*linear.*"),
+    ("convert pyglow run x.pt", "out: expected a name ending in .safetensors, found 'x.pt'"),
+    ("convert glow run x.pt", ".*FORMAT: invalid choice: 'glow'.*"),
+    ("convert openai none.npz x.safetensors --image-size 8", "none.npz: expected a file, found nothing there"),
+    ("bench nothing", "name: expected one of .*, found 'nothing'"),
+]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``images`` and ``run`` again, beside spoilt runs, images and configurations."""
+    here = tmp_path_factory.mktemp("broken") / "place"
+    shutil.copytree(made(tmp_path_factory), here)
+    (here / "empty").mkdir()
+    (here / "torn").mkdir()
+    (here / "torn" / "00.png").write_bytes((here / "images" / "dark" / "00.png").read_bytes()[:60])
+    (here / "odd.toml").write_text("speed = 3\n")
+    (here / "torn.toml").write_text("lr = \n")
+    for name in ("cut", "flipped", "changed"):
+        shutil.copytree(here / "run", here / name)
+    for path in (here / "cut" / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    for path in (here / "flipped" / "checkpoints").iterdir():
+        found = bytearray(path.read_bytes())
+        found[-3] ^= 16
+        path.write_bytes(found)
+    config = here / "changed" / "config.toml"
+    config.write_text(config.read_text().replace("hidden = 4", "hidden = 8"))
+    return here
+
+
+@pytest.mark.parametrize(("command", "message"), REFUSED, ids=[command or "nothing" for command, _ in REFUSED])
+def test_refused(broken: Path, command: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2 and one line that names the argument; what was there is untouched, and nothing is new."""
+    monkeypatch.chdir(broken)
+    before = contents(broken)
+    ended = pyglow_fast(*shlex.split(command))
+    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
+    assert re.fullmatch(rf"(warning: .*\n)*error: {pattern}\n", ended.err), ended.err
+    assert (ended.code, ended.out) == (2, "")
+    assert contents(broken) == before

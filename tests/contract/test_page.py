@@ -1,0 +1,140 @@
+"""The page of ``pyglow-fast serve``, once through in a browser, as a visitor finds it: by what is written on it.
+
+A user loses the page where this fails: the login, samples, sliders, paths, scores, or files that tell how they were
+made.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from PIL import Image
+from support import web
+from support.program import done, pyglow_fast
+from support.tiny_run import made
+
+web.require("gradio")
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture
+def place(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny run and its images, the current folder."""
+    found = Path(shutil.copytree(made(tmp_path_factory), tmp_path / "place"))
+    monkeypatch.chdir(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("nowhere", "runs?: expected .*, found .*nowhere.*"),
+        ("images", "runs?: expected .*, found .*images.*"),
+        ("run --host 0.0.0.0", "host: expected 127.0.0.1, or a login.*, found .*"),
+        ("run --device gpu", "device: expected .*, found .*gpu.*"),
+        ("run --port 99999999", "port: expected .*, found 99999999"),
+    ],
+)
+def test_refused(place: Path, words: str, message: str) -> None:
+    ended = pyglow_fast("serve", *words.split(), "--no-browser")
+    assert re.fullmatch(f"error: {message}\n", ended.err), ended.err
+    assert (ended.code, ended.out) == (2, "")
+
+
+def log_in(page: Page, password: str) -> None:
+    page.get_by_label("username").fill("ada")
+    page.get_by_label("password").fill(password)
+    page.get_by_role("button", name="Login").click()
+
+
+def slide(page: Page, name: str) -> None:
+    """Moves a slider to its right end."""
+    page.get_by_role("slider", name=re.compile(name)).press("End")
+
+
+def sources(page: Page) -> list[str]:
+    """What the pictures show that are in sight."""
+    found: Locator = page.get_by_role("img")
+    return [address for address in found.evaluate_all("all => all.map(x => x.src || '')") if address]
+
+
+def changed(page: Page, before: list[str]) -> None:
+    web.wait_for(lambda: sources(page) not in ([], before), True)
+
+
+def saved(page: Page) -> bytes:
+    with page.expect_download() as found:
+        page.get_by_role("link", name=re.compile("^Save")).first.click()
+    return Path(found.value.path()).read_bytes()
+
+
+def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
+    """Goes through the page and returns the pictures that were saved, by the name of the tab."""
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=1000 * web.WAIT)
+    pictures = {}
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=web.chromium(), headless=True, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(1000 * web.WAIT)
+        thrown: list[object] = []
+        page.on("pageerror", lambda error: thrown.append(error))
+        page.goto(address)
+        log_in(page, "wrong")
+        expect(page.get_by_text(re.compile("incorrect|wrong", re.IGNORECASE)).first).to_be_visible()
+        assert page.get_by_role("tab").count() == 0
+        log_in(page, "secret word")
+
+        expect(page.get_by_role("tab", name="Sample", exact=True)).to_be_visible()
+        changed(page, [])
+        before = sources(page)
+        assert len(before) > 4
+        slide(page, "temperature")
+        changed(page, before)
+        pictures["Sample"] = saved(page)
+
+        page.get_by_role("tab", name="Interpolate", exact=True).click()
+        expect(page.get_by_role("link", name=re.compile("^Save")).first).to_be_visible()
+        before = sources(page)
+        slide(page, "the way along the path")
+        changed(page, before)
+        pictures["Interpolate"] = saved(page)
+
+        page.get_by_role("tab", name="Score", exact=True).click()
+        page.get_by_role("tabpanel").locator("input[type=file]").first.set_input_files(upload)
+        expect(page.get_by_text(number).first).to_be_visible()
+        browser.close()
+    assert not thrown
+    return pictures
+
+
+def test_the_page(place: Path) -> None:
+    """A login; samples that follow a slider; a path; an upload's score; files that tell the command that makes them."""
+    web.require("playwright", "chromium")
+    upload = place / "images" / "dark" / "00.png"
+    found = re.search(r"([\d.]+) bits/dim", done("score", "run", "images/dark/00.png", "--out", "x.csv"))
+    assert found is not None
+    words = ["-m", "pyglow_fast", "serve", "run", "--no-browser", "--device", "cpu"]
+    with web.Server(words, place, PYGLOW_SERVE_AUTH="ada:secret word") as server:
+        # In a thread of its own: other tests of this process may drive a browser too.
+        with ThreadPoolExecutor(1) as thread:
+            pictures = thread.submit(visit, server.address, upload, found[1]).result()
+        assert "Traceback" not in server.log()
+    for data in pictures.values():
+        with Image.open(io.BytesIO(data)) as picture:
+            program, *command = shlex.split(picture.info["Command"])
+        assert program == "pyglow-fast"
+        done(*command, "--out", "again.png")
+        assert Path("again.png").read_bytes() == data
