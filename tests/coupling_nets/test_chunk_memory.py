@@ -42,14 +42,17 @@ class TestWhatTheNetStates:
             peak = backward_peak(net, x, cond, plan)
         return peak - parameter_bytes(net), plan.peak
 
+    @pytest.mark.full
     def test_is_enough(self, actnorm: bool, cond_channels: int) -> None:
         activations, stated = self.peak(actnorm, cond_channels)
         assert activations <= stated
 
+    @pytest.mark.full
     def test_is_enough_under_autocast(self, actnorm: bool, cond_channels: int) -> None:
         activations, stated = self.peak(actnorm, cond_channels, autocast=True)
         assert activations <= stated
 
+    @pytest.mark.full
     def test_is_not_far_too_much(self, actnorm: bool, cond_channels: int) -> None:
         activations, stated = self.peak(actnorm, cond_channels)
         # A wide input is gathered backward, too: from planes of gradients, in memory of the kernels' own.
@@ -57,6 +60,7 @@ class TestWhatTheNetStates:
         assert activations + planes >= 0.75 * stated
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("actnorm", [False, True])
 @pytest.mark.parametrize("fraction", [0.5, 0.25, 0.15])
 def test_backward_stays_within_the_budget(actnorm: bool, fraction: float) -> None:
@@ -93,6 +97,7 @@ def test_a_graph_ends_before_the_next_begins() -> None:
     assert peaks[0] == peaks[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "net",
     [

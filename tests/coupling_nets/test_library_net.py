@@ -66,6 +66,7 @@ def results(net: Any, spec: ChainSpec, leaves: list[Tensor], grad: Tensor) -> li
     return [out, *torch.autograd.grad(out, given, grad.to(out.dtype))]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("function", ACTIVATIONS)

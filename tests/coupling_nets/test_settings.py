@@ -125,6 +125,7 @@ print(torch.backends.cudnn.conv.fp32_precision)
         out, err = Command(["-c", program], tmp_path).communicate()
         assert out.strip() == "ieee", err
 
+    @pytest.mark.full
     def test_what_is_compiled_cannot_change_them(self) -> None:
         x, weight = torch.randn(2, C, 9), torch.randn(C, C, 1)
 

@@ -117,6 +117,7 @@ def test_what_is_not_joined() -> None:
     assert len(accelerate(hooked).replaced) == 0  # they are ours already
 
 
+@pytest.mark.full
 @of_each_library
 def test_within_bytes(make: Callable[[], nn.Module], loss_of: Callable[[Any, Tensor], Tensor]) -> None:
     """With room for all of it a run stores; halfway between two modes it takes less, and its gradients are theirs."""

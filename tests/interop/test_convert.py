@@ -112,6 +112,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lu", [False, True])
 @pytest.mark.parametrize("name", OURS)
 def test_ours_to_openai_and_back(name: str, lu: bool) -> None:

@@ -50,6 +50,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).detach().abs().max()) <= 1e-10 * max(1.0, float(expected.detach().abs().max()))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_encode_decode_and_log_det_are_theirs(name: str) -> None:
     theirs = theirs_of(name)
@@ -68,6 +69,7 @@ def test_encode_decode_and_log_det_are_theirs(name: str) -> None:
     assert_near(ours.from_noise(noise, cond=dict(enumerate(features)))[0], x)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_of_the_features_are_theirs(name: str) -> None:
     theirs = theirs_of(name)

@@ -23,6 +23,7 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("records", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("name", ALL)
 def test_torch_export(name: str, records: bool) -> None:
@@ -128,6 +129,7 @@ def run_without_the_package(folder: Path, x: Tensor, export: str) -> list[Tensor
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["FrEIA, reversible", "glow"])
 def test_a_saved_program_needs_no_package(name: str, tmp_path: Path) -> None:
     model, x = ALL[name]()

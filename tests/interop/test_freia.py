@@ -38,6 +38,7 @@ RTOL = 1e-10
 ADAPTED = [own.__name__ for own in Ours.OURS]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "rev"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_equal_in_float64(case: Case, rev: bool) -> None:
@@ -105,6 +106,7 @@ def test_the_log_det_is_that_of_the_jacobian(case: Case) -> None:
     assert_close(torch.as_tensor(log_det_back, dtype=x.dtype).expand(2).clone(), -expected, 100.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_same_weights_from_the_same_draws(case: Case) -> None:
     theirs, ours = build(Theirs, case), build(Ours, case)

@@ -38,6 +38,7 @@ def made(block_class: type[nn.Module], dims: tuple[int, ...] = (6, 4, 5), **opti
     return noisy(block_class([dims], subnet_constructor=net, **options))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dims", [(6,), (5, 9), (6, 4, 5), (4, 2, 3, 2)], ids=str)
 @pytest.mark.parametrize("block_class", [Block, LaterBlock, Sized])

@@ -54,6 +54,7 @@ class TestSurroundings:
         x, _ = inputs(case, torch.bfloat16)
         assert float((run(ours, x, [], False)[0] - run(theirs, x, [], False)[0]).detach().abs().max()) < 0.1
 
+    @pytest.mark.full
     @pytest.mark.parametrize("name", [*COUPLINGS, "ActNorm", "IRevNetDownsampling"])
     def test_compiles_in_one_graph(self, name: str) -> None:
         case = Case(name, (6, 8, 8), {"permute_soft": True} if name == AIO else {}, net=known_net)

@@ -57,6 +57,7 @@ def batch(dtype: torch.dtype = torch.float64, cond: int = 0) -> tuple[Tensor, Te
     return x, mask_of_lengths(LENGTHS, TIME, dtype), torch.randn(len(x), cond, 1, dtype=dtype) if cond else None
 
 
+@pytest.mark.full
 @pairs(
     pytest.mark.parametrize("memory", [*MODES, "1GB"]),
     pytest.mark.parametrize("norm", NORMS),
@@ -81,6 +82,7 @@ def test_numbers_are_theirs(memory: str | None, norm: str, sigmoid_scale: bool, 
     assert {type(module) for module in model.flows} == {TextActNorm, TextInvConv, TextCoupling}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
 @pytest.mark.parametrize("budget", [1, 30_000])
 def test_chunks_give_the_same(memory: str, budget: int) -> None:
@@ -92,6 +94,7 @@ def test_chunks_give_the_same(memory: str, budget: int) -> None:
         assert difference(ours, theirs) <= EXACT
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", [None, "reversible"])
 def test_autocast_is_within_twice_their_error(memory: str | None) -> None:
     errors: list[list[Tensor]] = [[], []]

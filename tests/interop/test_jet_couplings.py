@@ -58,6 +58,7 @@ def test_one_run_of_a_net_in_the_reversible_backward() -> None:
     assert len(runs) == 10
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_batch_beyond_the_states() -> None:
     """With a budget of one sample's net activations the rest of the peak are states."""
 

@@ -60,6 +60,7 @@ def batch(shape: tuple[int, ...] = X, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(shape, dtype=dtype) * 2.0 + 1.0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", OPTIONS, ids=text)
 def test_outputs_log_dets_and_gradients_are_theirs(options: dict[str, Any]) -> None:
     theirs, ours = pair(lambda library: glow(library, **options))

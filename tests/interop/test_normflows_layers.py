@@ -114,6 +114,7 @@ def test_first_pass_initialises_as_theirs_does(name: str, direction: str, traini
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("scale_map", "scale"), MAPS, ids=["exp", "sigmoid", "sigmoid_inv", "additive"])
 class TestCouplings:
+    @pytest.mark.full
     @pytest.mark.parametrize("split", SPLITS)
     @pytest.mark.parametrize("channels", [4, 5])
     def test_block(self, scale_map: str, scale: bool, direction: str, split: str, channels: int) -> None:

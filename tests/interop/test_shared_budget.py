@@ -94,6 +94,7 @@ def between(peaks: dict[str, int], share: float) -> int:
     return int(peaks["reversible"] + share * (peaks["store"] - peaks["reversible"]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("share", SHARES)
 def test_all_runs_together_take_what_they_are_told(share: float, peaks: dict[str, int]) -> None:
     budget, model = between(peaks, share), made()
@@ -109,6 +110,7 @@ def test_all_runs_together_take_what_they_are_told(share: float, peaks: dict[str
     assert peak(model, inputs()) == found  # and so it stays
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("share", SHARES)
 def test_gradients_are_theirs(share: float, peaks: dict[str, int]) -> None:
     theirs = made()
@@ -127,6 +129,7 @@ def test_gradients_are_theirs(share: float, peaks: dict[str, int]) -> None:
             )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [{}, {"gin_block": True}, {"permute_soft": True}, {"reverse_permutation": True}],
@@ -161,6 +164,7 @@ def test_one_run_is_planned_at_once() -> None:
     assert planned(done.memory_report()[0]) == (0, 0, STEPS)
 
 
+@pytest.mark.full
 def test_changed_shapes_are_planned_again(peaks: dict[str, int]) -> None:
     """Twice the samples invert once, then take what fits; those of before need no step to be known again."""
     model, budget = made(), between(peaks, 0.75)
@@ -178,6 +182,7 @@ def test_changed_shapes_are_planned_again(peaks: dict[str, int]) -> None:
     assert list(map(planned, done.memory_report())) == second
 
 
+@pytest.mark.full
 def test_a_later_run_with_new_shapes_inverts_once() -> None:
     model = made()
     done, _ = settled(model, "1GB", inputs())
@@ -189,6 +194,7 @@ def test_a_later_run_with_new_shapes_inverts_once() -> None:
     assert [planned(report) for report in done.memory_report()] == [stored] * 3
 
 
+@pytest.mark.full
 def test_plans_are_of_shapes_alone(peaks: dict[str, int]) -> None:
     budget = between(peaks, 0.5)
     found = []
@@ -203,6 +209,7 @@ def test_plans_are_of_shapes_alone(peaks: dict[str, int]) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.full
 def test_each_call_has_bytes_of_its_own(peaks: dict[str, int]) -> None:
     """A stack that is given them alone stores; the same among others does not."""
     model, budget = made(), between(peaks, 0.5)
@@ -239,6 +246,7 @@ def test_too_few_bytes() -> None:
     assert done.memory_report()[0]["predicted_bytes"] <= least
 
 
+@pytest.mark.full
 def test_a_copy_plans_for_itself(peaks: dict[str, int]) -> None:
     model, budget = made(), between(peaks, 0.5)
     done, found = settled(model, budget, inputs())

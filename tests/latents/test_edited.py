@@ -64,6 +64,7 @@ def by_hand(setting: Setting, latents: Sequence[Tensor], shift: Sequence[Tensor]
     return state
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_the_latents_follow_the_formula(name: str) -> None:
     setting = Setting(name, spread=CALM)
@@ -73,6 +74,7 @@ def test_the_latents_follow_the_formula(name: str) -> None:
         assert_close(found, by_hand(setting, latents, shift, keep), CONDITION)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_the_noise_follows_the_formula(name: str) -> None:
     setting = Setting(name, spread=CALM)
@@ -130,6 +132,7 @@ def test_a_shift_is_what_manipulate_adds(name: str, space: str) -> None:
     assert_close(found, expected, CONDITION)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 def test_kept_levels_are_those_of_the_loop_written_out(name: str, temperature: float) -> None:

@@ -74,6 +74,7 @@ def test_direction() -> None:
     assert tools.attribute_direction(plus, minus)[0].tolist() == [1.0, 2.0]
 
 
+@pytest.mark.full
 @pairs(
     pytest.mark.parametrize("space", tools.SPACES),
     pytest.mark.parametrize("name", ["default", "classes", "everything"]),

@@ -23,6 +23,7 @@ def test_all_levels_give_the_image_back(name: str) -> None:
         assert_close(found, setting.x, CONDITION)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 @pytest.mark.parametrize("name", NAMES)
 def test_kept_levels_stay_and_the_others_are_drawn_given_the_deeper_ones(name: str, temperature: float) -> None:

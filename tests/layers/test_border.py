@@ -172,6 +172,7 @@ def test_bijection_frozen_and_cached(name: str) -> None:
         assert_close(draws[0], draws[1], condition=1000.0)
 
 
+@pytest.mark.full
 def test_compiles_as_one_graph() -> None:
     model, (x, _, _) = model_and_batch("affine")
     model.eval()
@@ -190,6 +191,7 @@ def test_lower_precision_stays_near(precision: str) -> None:
         assert float(((model.log_prob(x) - exact) / exact).abs().max()) < 0.05
 
 
+@pytest.mark.full
 def test_frozen_is_exported() -> None:
     model, (x, _, _) = model_and_batch("affine")
     frozen = model.freeze()

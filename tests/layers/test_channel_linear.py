@@ -239,6 +239,7 @@ def test_frozen() -> None:
     assert_close(frozen.inverse(expected[0])[0], x, CONDITION)
 
 
+@pytest.mark.full
 def test_one_graph() -> None:
     sequence, x = sequence_of("third", memory="store"), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
     compiled = torch.compile(sequence, fullgraph=True, backend="aot_eager")

@@ -190,6 +190,7 @@ def test_a_net_in_lower_precision(dtype: torch.dtype) -> None:
     assert float((log_det - exact_log_det).abs().max()) < bound * float(exact_log_det.abs().max())
 
 
+@pytest.mark.full
 def test_compiled() -> None:
     layer = perturbed(pgf.Coupling(pgf.CouplingNet(2, 4, 4), mask="checkerboard"), 0.2)
     x = torch.randn(2, 2, 4, 4)

@@ -160,6 +160,7 @@ def reparametrize(sequence: pgf.ReversibleSequence) -> None:
         sequence[1].coupling.net.conv1.parametrizations.weight.original0.mul_(2.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change",
     [
@@ -279,6 +280,7 @@ def _by_numpy(values: Tensor) -> None:
     values.numpy()[...] *= 1.5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("write", [_one_ulp, _one_sign, _two_swapped, _by_numpy])
 @pytest.mark.parametrize("hidden", [5, 64])  # in 64 channels a net's weights are compared one by one
 @pytest.mark.parametrize("options", [{}, {"net_actnorm": True}, {"permutation": "invconv_plain"}], ids=str)

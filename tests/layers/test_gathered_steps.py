@@ -93,6 +93,7 @@ def test_what_drifts_is_redone() -> None:
     assert sequence.memory_report()["last_drift"] < 1e-12
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("permutations", [*PERMUTATIONS.values(), MIXED], ids=[*PERMUTATIONS, "mixed"])
 def test_inverse_and_frozen(permutations: list[str]) -> None:
     steps, x = steps_of(permutations), torch.randn(3, 6, 5, 3, dtype=torch.float64)
@@ -179,6 +180,7 @@ def test_stacking() -> None:
         assert_close(reference.channel_mix(x, found.matrix, found.offset), expected)
 
 
+@pytest.mark.full
 def test_compiled() -> None:
     """One graph, the same numbers and gradients."""
     steps = [step.float() for step in steps_of(PERMUTATIONS["several"])]

@@ -40,6 +40,7 @@ def test_the_condition_alone_shifts_and_scales_every_channel(order: str) -> None
     assert_close(layer(other, COND)[1], log_det)  # it knows nothing of x
 
 
+@pytest.mark.full
 def test_gradients_of_everything() -> None:
     layer = moved(pgf.AffineInjector(4, 3, 6))
     x, cond = X.clone().requires_grad_(), COND.clone().requires_grad_()

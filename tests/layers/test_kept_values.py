@@ -57,6 +57,7 @@ def shorter(tensor: Tensor) -> None:
     tensor.data = tensor.data[:3]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [8, 80])  # gathered, and compared by itself
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("change", [by_version, by_data, by_numpy, in_other_memory, transposed, shorter])

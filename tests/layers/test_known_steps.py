@@ -311,6 +311,7 @@ def by_another_thread(
     monkeypatch.setattr(where, name, call)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("where", [(KnownSteps, "of"), (known_module, "_is_known"), (known_module, "couplings_of")])
 @pytest.mark.parametrize("change", [on_a_step, another_parameter, another_net, another_step, another_scale])
@@ -331,6 +332,7 @@ def test_changes_while_steps_are_looked_at(
     assert same_as_anew(sequence)
 
 
+@pytest.mark.full
 def test_what_is_kept_no_longer_is_freed() -> None:
     sequence = known_steps()
     former = weakref.ref(sequence._cache._kept.folded)  # type: ignore[union-attr]

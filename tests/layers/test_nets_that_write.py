@@ -143,6 +143,7 @@ def test_evaluation_of_a_run_of_steps(net: Maker) -> None:
     torch.testing.assert_close(_both_ways(one, _x()), _both_ways(other, _x()), rtol=0, atol=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("data_wants_gradient", [False, True])
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 @pytest.mark.parametrize("net", NETS)

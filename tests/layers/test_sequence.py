@@ -62,6 +62,7 @@ def outcome(model: MaskedSequence, x: Tensor, cond: Tensor | None, mask: Tensor)
     pytest.mark.parametrize("budget", ["auto", 1]),
 )
 class TestEachSampleIsAlone:
+    @pytest.mark.full
     def test_z_log_det_and_gradients(self, memory: str, spec: str, positions: int, budget: Any) -> None:
         """Those of the samples without padding, one by one, by plain autograd."""
         cond = 2 if positions else 0
@@ -83,6 +84,7 @@ class TestEachSampleIsAlone:
         for found, expected in zip(grads, torch.autograd.grad(loss, [*inputs, *model.parameters()]), strict=True):
             assert_close(found[None], expected[None], condition=100.0)
 
+    @pytest.mark.full
     def test_inverse(self, memory: str, spec: str, positions: int, budget: Any) -> None:
         model = flow(memory, spec, 2 if positions else 0, memory_budget=budget)
         x, given, mask = batch(2 if positions else 0, positions)
@@ -256,6 +258,7 @@ def test_nothing_is_redone_without_cause() -> None:
     assert report["redone_steps"] == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
 def test_an_export_keeps_nothing_for_a_backward(memory: str) -> None:
     """With parameters that want a gradient: the program is that of mode "store"."""

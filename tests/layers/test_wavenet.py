@@ -101,6 +101,7 @@ def test_halo_is_what_it_sees(kernel: int, rate: int) -> None:
         check_halo(short(2, 4, 4, kernel, rate, 3), (1, 2, 2 * net.halo + 9))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_bytes_that_it_states_are_enough_and_not_far_too_much(dropout: float) -> None:
     net, x = moved(WaveNet(8, 16, 32, 5, 1, 4, dropout=dropout)), torch.randn(2, 8, 3000)

@@ -70,6 +70,7 @@ def assert_replays(setting: Setting, replays: int = 3) -> None:
         assert report["trips"] == report["skipped"] == 0
 
 
+@pytest.mark.full
 @pairs(
     pytest.mark.parametrize("name", list(CONFIGS)),
     pytest.mark.parametrize("memory", MEMORY),
@@ -112,6 +113,7 @@ class OfLevels(Setting):
         return torch.rand(n, 1, 8, 8).double() - 0.5, None, cond
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", MEMORY)
 def test_conditions_of_levels(memory: str) -> None:
     setting = OfLevels()
@@ -130,6 +132,7 @@ def test_conditions_of_levels(memory: str) -> None:
     assert_replays(setting)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
 def test_precisions(precision: str) -> None:
     setting = Setting("default", spread=CALM)

@@ -125,6 +125,7 @@ def test_the_likelihood_is_that_of_the_model_without_it() -> None:
     assert torch.equal(model.freeze().class_logits(x), model.freeze().log_prob_and_logits(x)[1])
 
 
+@pytest.mark.full
 def test_compiled_it_is_one_graph() -> None:
     model = trained(n_levels=1, n_steps=1)
     model.memory = "store"

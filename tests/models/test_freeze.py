@@ -251,6 +251,7 @@ class TestExport:
     def model(self, frozen: bool) -> pgf.Glow:
         return model().freeze() if frozen else model()
 
+    @pytest.mark.full
     def test_log_prob(self, frozen: bool) -> None:
         glow, x = self.model(frozen), torch.rand(3, 1, 8, 8) - 0.5
         with torch.no_grad():
@@ -258,6 +259,7 @@ class TestExport:
             other = torch.rand(3, 1, 8, 8) - 0.5
             assert torch.allclose(program.module()(other), glow.log_prob(other), rtol=1e-5)
 
+    @pytest.mark.full
     def test_decode(self, frozen: bool) -> None:
         glow, x = self.model(frozen), torch.rand(3, 1, 8, 8) - 0.5
         with torch.no_grad():
@@ -265,6 +267,7 @@ class TestExport:
             program = torch.export.export(Decode(glow), latents)
             assert torch.allclose(program.module()(*latents), x, atol=1e-4)
 
+    @pytest.mark.full
     def test_sample(self, frozen: bool) -> None:
         glow, temperature = self.model(frozen), torch.tensor(0.7)
         with torch.no_grad():
@@ -275,6 +278,7 @@ class TestExport:
             assert torch.allclose(found, glow.sample(4, 0.7), rtol=1e-4, atol=1e-5)
             assert not torch.equal(program.module()(temperature), found), "noise is drawn anew"
 
+    @pytest.mark.full
     def test_saved_and_loaded(self, frozen: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
         path = tmp_path_factory.mktemp("exported") / "glow.pt2"
         glow, x = self.model(frozen), torch.rand(3, 1, 8, 8) - 0.5

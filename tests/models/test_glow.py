@@ -18,6 +18,7 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 some_configs = pytest.mark.parametrize("name", ["default", "one dimension", "classes", "map", "everything"])
 
 
+@pytest.mark.full
 @every_config
 def test_the_settings_are_well_conditioned(name: str) -> None:
     setting = Setting(name)
@@ -29,6 +30,7 @@ def test_the_settings_are_well_conditioned(name: str) -> None:
 
 
 class TestDensity:
+    @pytest.mark.full
     @every_config
     def test_log_prob_is_what_it_says(self, name: str, device: torch.device) -> None:
         setting = Setting(name, device)
@@ -37,6 +39,7 @@ class TestDensity:
         assert log_prob.shape == (4,)
         assert_close(log_prob / setting.config.n_values, expected / setting.config.n_values, condition=CONDITION)
 
+    @pytest.mark.full
     @every_config
     def test_latents_are_what_they_should_be(self, name: str) -> None:
         setting = Setting(name)
@@ -99,12 +102,14 @@ class TestDensity:
 
 
 class TestEncodeAndDecode:
+    @pytest.mark.full
     @every_config
     def test_are_exact(self, name: str) -> None:
         setting = Setting(name)
         latents = setting.model.encode(setting.x, setting.cond)
         assert_close(setting.model.decode(latents, setting.cond), setting.x, condition=CONDITION)
 
+    @pytest.mark.full
     @every_config
     def test_decode_then_encode(self, name: str) -> None:
         setting = Setting(name, spread=CALM)

@@ -21,6 +21,7 @@ def model() -> pgf.Glow:
     return model.eval()
 
 
+@pytest.mark.full
 def test_log_prob_is_one_graph(model: pgf.Glow) -> None:
     x = torch.rand(4, 2, 8, 8) - 0.5
     compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
@@ -29,6 +30,7 @@ def test_log_prob_is_one_graph(model: pgf.Glow) -> None:
         assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_sampling_is_one_graph(model: pgf.Glow) -> None:
     compiled = torch.compile(model.sample, fullgraph=True, backend="aot_eager")
     found = []
@@ -48,6 +50,7 @@ def test_inductor_agrees_with_the_fake_kernels(model: pgf.Glow) -> None:
         assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_gradients(model: pgf.Glow) -> None:
     x = torch.rand(4, 2, 8, 8) - 0.5
     parameters = list(model.parameters())
@@ -57,6 +60,7 @@ def test_gradients(model: pgf.Glow) -> None:
         assert torch.allclose(got, exact, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("told", ["by its weights", "by a broadcast"])
 def test_a_model_that_has_seen_data_is_not_initialised_again(model: pgf.Glow, told: str) -> None:
     """Compiled before it has ever run: its actnorms are what they were made."""
@@ -75,6 +79,7 @@ def test_a_model_that_has_seen_data_is_not_initialised_again(model: pgf.Glow, to
     assert all(torch.equal(value, expected[name]) for name, value in fresh.named_parameters())
 
 
+@pytest.mark.full
 def test_the_graph_holds_the_kernels(model: pgf.Glow) -> None:
     """Tracing must not fall back to the reference."""
     if not ops.run_on(torch.zeros(1)):

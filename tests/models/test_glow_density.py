@@ -34,6 +34,7 @@ def integrals(log_prob: Callable[[Tensor], Tensor]) -> list[float]:
     return [float(density[::every, ::every].sum()) * (every * spacing) ** 2 for every in (1, 2, 4)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "fields",
     [

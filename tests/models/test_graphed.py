@@ -54,6 +54,7 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return drifting(monkeypatch, torch.ones(()))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible", "200kB"])
 def test_the_step_is_the_models_after_an_update_too(recorded: Side, memory: str) -> None:
     model, x = make(memory=memory)
@@ -143,6 +144,7 @@ def test_hooks_on_parameters_run_neither_in_the_making_nor_in_replays(recorded: 
 class TestDrift:
     """What a graph cannot redo is zero, is told of, and the graph is made anew with anchors closer together."""
 
+    @pytest.mark.full
     def test_a_step_that_drifts_is_lost_once(self, recorded: Side, off: Tensor) -> None:
         model, x = make(n_steps=8)
         graphs = model.make_graphed(x)
@@ -183,6 +185,7 @@ class TestDrift:
         check_step(model, graphs, x)
         assert not graphs.lost
 
+    @pytest.mark.full
     def test_training_goes_on_as_without_a_graph(self, recorded: Side, off: Tensor) -> None:
         """But for the step that was lost, whose update a loop leaves out."""
         losses: dict[str, list[float]] = {"graphed": [], "plain": []}

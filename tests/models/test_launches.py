@@ -74,6 +74,7 @@ def counts(n_steps: int, memory: str) -> tuple[int, int]:
     return launched(forward).total(), launched(backward).total()
 
 
+@pytest.mark.full
 @needs_kernels
 @pytest.mark.parametrize("memory", MODES)
 def test_a_step_launches_few_operations(memory: str) -> None:

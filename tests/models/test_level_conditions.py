@@ -177,6 +177,7 @@ def test_no_distribution_of_a_condition_of_each_level() -> None:
         model_of().as_distribution(cond=batch(2)[1][0])
 
 
+@pytest.mark.full
 def test_the_example_of_the_page_runs() -> None:
     example, *_ = code(page("docs/superresolution.md"), "python")
     names: dict[str, Any] = {}

@@ -46,6 +46,7 @@ def net_precisions(glow: pgf.Glow) -> list[torch.dtype]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_nets_compute_in_it_and_the_state_does_not(precision: str, memory: str) -> None:
@@ -58,6 +59,7 @@ def test_nets_compute_in_it_and_the_state_does_not(precision: str, memory: str) 
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in glow.levels.parameters())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", HALVES)
 def test_gradients_are_as_near_as_the_precision_is(precision: str) -> None:
     x, grads = images(4), {}
@@ -202,6 +204,7 @@ class TestOnAGpu:
                     back = from_space(glow, to_space(glow, x, space), space)
                     assert torch.allclose(back, x, atol=1e-5), space
 
+    @pytest.mark.full
     @pytest.mark.parametrize(("precision", "rounds"), [("auto", True), ("tf32", True), ("fp32", False)])
     @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
     def test_nets_are_as_told(self, memory: str, precision: str, rounds: bool) -> None:

@@ -17,6 +17,7 @@ CONDITION = 1000.0  # as for the models of glow_settings, which these are like
 VARIANTS = list(product(PERMUTATIONS, COUPLINGS, [True, False], [None, 3]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("permutation", "coupling", "learn_prior", "n_classes"), VARIANTS)
 def test_density_gradients_and_round_trip(
     permutation: str, coupling: str, learn_prior: bool, n_classes: int | None

@@ -190,6 +190,7 @@ def measured(model: pgf.Glow, inputs: dict[str, Tensor]) -> int:
     return max(peaks)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     ("mode", "net_budget"),
@@ -205,6 +206,7 @@ def test_predicted_is_a_little_more_than_measured(
 
 
 # Of the cases left out the CPU's convolutions gather the input, or lay out anew what comes in: no device's bytes.
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -237,6 +239,7 @@ def assert_predicted(case: Case, mode: str, net_budget: str | int, monkeypatch: 
     assert found <= predicted(runs, course, splits, net_budget) <= case.most * found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("share", [0.25, 0.6])
 @pytest.mark.parametrize(
     "fields",

@@ -204,6 +204,7 @@ class TestCaptured:
             with pytest.raises(ValueError, match="a capture that begins without constants for its shapes"):
                 Replayed(monkeypatch, sequence, wider)
 
+    @pytest.mark.full
     def test_what_it_reads_outlives_the_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
         sequence, (x, _) = CASE.build(), CASE.batch()
         with like_a_gpu():

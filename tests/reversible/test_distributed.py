@@ -31,6 +31,7 @@ def alone() -> dict[str, Any]:
 
 @pytest.mark.parametrize("memory", MEMORIES)
 class TestTraining:
+    @pytest.mark.full
     @pytest.mark.parametrize("what", ["initialised", "gradients"])
     def test_is_that_of_one_process(
         self, ranks: list[dict[str, Any]], alone: dict[str, Any], memory: str, what: str

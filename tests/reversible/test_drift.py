@@ -63,6 +63,7 @@ def whole_error(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[fl
     return float((actual_all - exact_all).norm() / exact_all.norm()), worst
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("depth", "spread", "every"),
     [(32, 0.06, None), (64, 0.04, None), (32, 0.1, None), (32, 0.1, 4), (32, 0.1, "auto")],
@@ -448,6 +449,7 @@ def test_projection_is_on_one_sign_a_position(positions: int) -> None:
     assert float(project(ones)) == float(sums.sum()) == drift_module._signs(positions, torch.float64, ones.device).sum
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 50, 50), (2, 3, 8, 8), (2, 3, 1031, 1)], ids=str)
 def test_projection_of_any_layout_without_a_copy(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64)

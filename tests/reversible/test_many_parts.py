@@ -69,6 +69,7 @@ def assert_calm(sequence: pgf.ReversibleSequence, passes_: int = 1) -> None:
     assert (report["passes"], report["trips"]) == (passes_ * (sequence.memory == "reversible"), 0), report
 
 
+@pytest.mark.full
 @modes
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_kind_of_step(case: Case, mode: Mode, cuts: tuple[int, int]) -> None:
@@ -146,6 +147,7 @@ def test_injectors_and_steps_without_coupling(
         assert_calm(sequence)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("permutation", ["invconv", "shuffle"])
 @pytest.mark.parametrize("parities", [(0, 0, 1, 1, 0, 1), (1, 0, 1, 0, 1, 0), (1, 1, 1, 1, 1, 0)], ids=str)
 @pytest.mark.parametrize("folded", [1, 2, 4])
@@ -165,6 +167,7 @@ def test_parities_across_groups(
         assert_calm(sequence)
 
 
+@pytest.mark.full
 @modes
 def test_a_mask(mode: Mode, cuts: tuple[int, int]) -> None:
     steps = [pgf.FlowStep(8, permutation=GroupedInvConv(8), net=WaveNet(4, 8, 6, 3)) for _ in range(6)]
@@ -196,6 +199,7 @@ class TestBackwards:
         named = {"x": x, **dict(sequence.named_parameters())}
         return dict(zip(named, torch.autograd.grad(value, list(named.values()), **options), strict=True))
 
+    @pytest.mark.full
     @modes
     def test_twice(self, mode: Mode, cuts: tuple[int, int]) -> None:
         sequence, x, expected, value = self.graph(mode)
@@ -203,6 +207,7 @@ class TestBackwards:
             assert_same_gradients(self.of_all(sequence, x, value, retain_graph=retain), expected)
         assert_calm(sequence, 3)
 
+    @pytest.mark.full
     @modes
     def test_late_gradients_alone_and_then_all(self, mode: Mode, cuts: tuple[int, int]) -> None:
         sequence, x, expected, value = self.graph(mode)
@@ -216,6 +221,7 @@ class TestBackwards:
         assert_same_gradients(self.of_all(sequence, x, value), expected)
         assert_calm(sequence, whole + 1)
 
+    @pytest.mark.full
     @modes
     def test_a_batch_of_gradients(self, mode: Mode, cuts: tuple[int, int]) -> None:
         sequence, x, _, _ = self.graph(mode)
@@ -230,6 +236,7 @@ class TestBackwards:
             for found, wanted in zip(at_once, one, strict=True):
                 assert_same_gradients({"": found[i]}, {"": wanted})
 
+    @pytest.mark.full
     @modes
     def test_a_jacobian(self, mode: Mode, single: None) -> None:
         case = Case("", 5, (2, 2, 2))
@@ -243,6 +250,7 @@ class TestBackwards:
             ):
                 assert_same_gradients({"": found}, {"": wanted})
 
+    @pytest.mark.full
     @modes
     def test_in_two_threads_at_a_time(self, mode: Mode, cuts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
         sequence, x, expected, value = self.graph(mode)
@@ -271,6 +279,7 @@ class TestBackwards:
         for one in found:
             assert_same_gradients(one, expected)
 
+    @pytest.mark.full
     @modes
     def test_after_one_that_failed(self, mode: Mode, cuts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
         sequence, x, expected, value = self.graph(mode)
@@ -315,6 +324,7 @@ class Nested(nn.Module):
         return out
 
 
+@pytest.mark.full
 @modes
 @pytest.mark.parametrize("net", [Checkpointed, Nested])
 def test_a_net_that_recomputes_itself(net: type[nn.Module], mode: Mode, cuts: tuple[int, int]) -> None:
@@ -330,6 +340,7 @@ def test_a_net_that_recomputes_itself(net: type[nn.Module], mode: Mode, cuts: tu
 class TestParameters:
     """Tensors in the place of parameters, hooks on them, and some that want no gradient."""
 
+    @pytest.mark.full
     @modes
     def test_lent(self, mode: Mode, cuts: tuple[int, int]) -> None:
         """Gradients flow on to what the lent tensors are made of, after they are given back."""
@@ -387,6 +398,7 @@ class TestParameters:
         found = {name: parameter.grad for name, parameter in sequence.named_parameters()}
         assert_same_gradients(found, {name: 2.0 * expected[name] for name in found})
 
+    @pytest.mark.full
     @modes
     @pytest.mark.parametrize("frozen", [(0, 1, 2), (5, 6, 7), (2, 3), (0, 7)], ids=str)
     @pytest.mark.parametrize("wants_x", [False, True])
@@ -471,6 +483,7 @@ class TestKept:
         assert z.requires_grad
         return found, now
 
+    @pytest.mark.full
     @modes
     def test_no_matrices(self, mode: Mode, cuts: tuple[int, int]) -> None:
         found, _ = self.saved(16, mode)
@@ -478,6 +491,7 @@ class TestKept:
         square = [tensor.shape for tensor in found if tensor.shape[-2:] == (self.C, self.C)]
         assert not square, "what autograd keeps of the making of channel maps"
 
+    @pytest.mark.full
     def test_growth_by_a_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """N C floats of projections; in parts of one step besides a sketch, SKETCHED as many, and log_det (N,)."""
         # Log-dets of parts and of nets wait to be summed.

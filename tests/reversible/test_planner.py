@@ -173,6 +173,7 @@ class TestNetBudget:
 class TestQuality:
     shares = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 
+    @pytest.mark.full
     @pytest.mark.parametrize("seed", range(40))
     def test_of_few_steps_the_fastest(self, seed: int) -> None:
         """Of every plan there is."""
@@ -193,6 +194,7 @@ class TestQuality:
                 found.append(plan_memory(*model, between(model, share)).time)
             assert found[0] <= found[1] <= 1.02 * found[0]
 
+    @pytest.mark.full
     @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
     @pytest.mark.parametrize("case", ["a", "b", "c"])
     def test_bytes_are_used(self, case: str, share: float) -> None:
@@ -225,6 +227,7 @@ def glow(case: str) -> Model:
 
 
 class TestMonotony:
+    @pytest.mark.full
     @pytest.mark.parametrize("model", [levels(8), levels(32), levels(6, whole_from=2**20), *map(drawn, range(20))])
     def test_more_bytes_are_never_slower(self, model: Model) -> None:
         least, stored = least_of(model), peak_of(model, uniform(model, "store"))

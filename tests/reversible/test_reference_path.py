@@ -14,6 +14,7 @@ CHOSEN = (
 )
 
 
+@pytest.mark.full
 def test_gradients_and_drift_control_on_the_reference() -> None:
     files = [str(HERE / name) for name in ("test_gradients.py", "test_drift.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CHOSEN, *files]

@@ -28,6 +28,7 @@ def of_net(net: nn.Module) -> pgf.ReversibleSequence:
 class TestBetweenForwardAndBackward:
     """What is needed again must be as it was."""
 
+    @pytest.mark.full
     def test_a_changed_parameter(self, mode: Mode, fused: bool) -> None:
         names = [name for name, _ in build(fused).named_parameters() if "coupling." in name or not fused]
         for name in names:

@@ -110,6 +110,7 @@ class TestGenerators:
             mode.apply(sequence)
             objective(sequence(X.float())).backward()
 
+    @pytest.mark.full
     def test_numbers_that_another_thread_draws_do_not_repeat(self) -> None:
         sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])
         sequence.initialize(X.float())

@@ -159,6 +159,7 @@ class TestRedone:
         monkeypatch.setattr(passes, "step_backward", wrong)
         return seen
 
+    @pytest.mark.full
     @pytest.mark.parametrize("groups", [0, 1, 2, 3])
     @pytest.mark.parametrize("cond", [False, True])
     @pytest.mark.parametrize(
@@ -336,6 +337,7 @@ def test_gradients_that_are_added_to_others_exist_twice_by_parts_alone(monkeypat
     assert peaks[ONE_PART] > size > 4 * peaks[EVERY_STEP]
 
 
+@pytest.mark.full
 def test_a_compiled_run_is_cut_alike() -> None:
     """A plan reckons with the parts and groups that there are without torch.compile."""
     torch.manual_seed(0)

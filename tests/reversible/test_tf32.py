@@ -46,6 +46,7 @@ def run_of_steps(parts: str = "steps", depth: int = DEPTH, **options: Any) -> tu
     return sequence, torch.randn(2, C, 8, 8)
 
 
+@pytest.mark.full
 @of_both
 @pytest.mark.parametrize("setting", ["as torch comes", "high", "fp32_precision of all"])
 def test_it_does_not_become_checkpointing(setting: str, parts: str, device: torch.device) -> None:
@@ -61,6 +62,7 @@ def test_it_does_not_become_checkpointing(setting: str, parts: str, device: torc
         assert report["last_drift"] > 1e-5, "the nets were not in TF32"
 
 
+@pytest.mark.full
 @of_both
 @pytest.mark.parametrize("setting", ["as torch comes", "high"])
 def test_gradients_are_as_good_as_stored_ones(setting: str, parts: str, device: torch.device) -> None:
@@ -120,6 +122,7 @@ def test_a_net_in_16_bits_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [torch.bfloat16]
 
 
+@pytest.mark.full
 @of_both
 @pytest.mark.parametrize(
     ("setting", "precision", "net", "expected"),

@@ -18,6 +18,7 @@ def batch(n: int = 3) -> Tensor:
     return torch.randn(n, 4, 6, 3, dtype=torch.float64)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_a_mix_of_steps(mode: Mode, n: int) -> None:

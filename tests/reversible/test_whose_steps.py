@@ -153,6 +153,7 @@ def test_the_plan_of_another_net_is_not_used(kernel: int, last: nn.Module) -> No
         assert torch.allclose(chunked, sequence(x)[0], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("wants", [False, True])
 @pytest.mark.parametrize("user", [False, True])
 def test_a_condition_costs_no_memory_by_depth(user: bool, wants: bool) -> None:
