@@ -3,7 +3,8 @@
 # make test    the style checks, then the tests, side by side on all cores
 # make test-full   the tests that `make test` leaves out: slow ones, and those that pin the inside of what is to be replaced
 # make test-live   tests/live against anomalib, coqui-tts, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
-# make mutants     seeds faults one by one into a scratch copy and shows which tests catch them (hours)
+# make mutants     mutmut changes the core's Python, and shows what no test notices; goes on where it stopped (MUTANTS_MINUTES)
+# make faults      seeds the numeric faults of tests/faults.toml into a copy of csrc, and shows which the tests catch
 # make docs    the pages of docs/ and the API reference as a site in build/site
 # make wheel   a wheel and a source distribution in dist/; the wheel's name says which torch its kernels are compiled for
 # make lint | format | venv | clean
@@ -14,6 +15,7 @@ VENV ?= .venv
 # What to install as torch: TORCH='torch==2.13.0', or TORCH='torch --index-url URL' for the wheels of another index.
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
+MUTANTS_MINUTES ?= 60
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -25,7 +27,7 @@ FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 # Packages that tests/live imports single modules of, without their dependencies.
 LIVE := build/live
 
-.PHONY: venv demo serve test test-full test-live mutants lint format docs wheel clean
+.PHONY: venv demo serve test test-full test-live mutants faults lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.built
@@ -70,7 +72,11 @@ test-live: $(LIVE)/.installed
 	PYTHONPATH=$(LIVE) $(PYTEST) $(PYTEST_ARGS) tests/live
 
 mutants: venv
-	$(BIN)/python tests/mutations/run.py
+	timeout --signal=INT --kill-after=60 $(MUTANTS_MINUTES)m $(BIN)/mutmut run || [ $$? = 124 ]
+	$(BIN)/mutmut results | grep survived || true
+
+faults: venv
+	$(BIN)/python tests/faults.py --minutes $(MUTANTS_MINUTES)
 
 lint: venv
 	$(BIN)/ruff check .
