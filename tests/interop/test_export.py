@@ -23,7 +23,7 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
-@pytest.mark.parametrize("records", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("records", [True, pytest.param(False, marks=pytest.mark.full)], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("name", ALL)
 def test_torch_export(name: str, records: bool) -> None:
     """A graph of torch's own ops, of any batch and image size; the model is afterwards what it was."""
