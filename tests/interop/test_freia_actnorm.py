@@ -130,6 +130,7 @@ class TestActNorm:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.full
 def test_all_ranks_initialise_from_all_batches(tmp_path: Path) -> None:
     ranks = run_ranks(initialise_on_a_rank, tmp_path, RANKS)
     assert not torch.equal(ranks[0]["theirs"][0], ranks[1]["theirs"][0])  # they diverge

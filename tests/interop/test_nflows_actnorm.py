@@ -156,6 +156,7 @@ def test_loaded_weights_are_not_initialised() -> None:
         assert torch.equal(fresh.log_scale, trained.log_scale)
 
 
+@pytest.mark.full
 def test_ranks_agree(tmp_path: Path) -> None:
     """Trap: in nflows each rank sets its own values; ours are those of the whole batch, or refused by all."""
     first, second = run_ranks(work, tmp_path, RANKS)

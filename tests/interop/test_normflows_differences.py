@@ -260,6 +260,7 @@ def whole_batch() -> Tensor:
     return torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(5)) * 3.0 + 1.0
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_ranks_are_initialised_alike_from_all_batches(tmp_path: Path) -> None:
     ranks = run_ranks(work, tmp_path, RANKS)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from bench.memory_meter import MemoryMeter
 from pyglow_fast.interop import accelerate
 
+pytestmark = pytest.mark.full  # bytes of plans, which the inside makes
+
 SIZES = ((16, 16), (32, 8), (64, 4))  # channels and side of each stack
 STEPS, SAMPLES = 6, 4
 MODES = ("store", "reversible")

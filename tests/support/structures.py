@@ -17,7 +17,6 @@ import nflows.nn.nets
 import nflows.transforms
 import numpy as np
 import torch
-from bench.srflow_peer import FlowStep, FlowUpsamplerNet, randomised
 from torch import Tensor, nn
 
 from support.accelerate_cases import LeakyContextNet, from_freia, from_nflows, from_normflows, leaky_subnet, subnet
@@ -25,6 +24,7 @@ from support.freia_cases import orthogonalise
 from support.freia_copies import Block, LaterBlock
 from support.glow_tts_cases import TextDecoder, TextInvConv, mask_of_lengths, moved
 from support.jet_models import ImageFlow, ProjectedFlow
+from support.srflow import FlowStep, FlowUpsamplerNet, randomised
 
 Tensors = list[Tensor]
 Call = Callable[[Any, Tensors, Tensors], Any]  # of a model, its data and its conditions

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python tests/contract/golden/make.py
 
-The forward passes are those of tests/support/peer_glows.py and bench/srflow_peer.py, which are written from the
+The forward passes are those of tests/support/peer_glows.py and tests/support/srflow.py, which are written from the
 equations of each implementation and know nothing of the converters. The files stay as they are: they are written again
 only when a format or a case is added.
 """
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.srflow_peer import FlowUpsamplerNet, randomised
 from safetensors.torch import save
 from support.peer_glows import (
     Encoded,
@@ -27,6 +26,7 @@ from support.peer_glows import (
     rosinality_encode,
     rosinality_state,
 )
+from support.srflow import FlowUpsamplerNet, randomised
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
