@@ -45,9 +45,10 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import pyglow_fast as pgf
+from pyglow_fast import functional
 
 SHAPE = (4, 6, 3)  # of the state of most runs below
-Build = Callable[[], pgf.ReversibleSequence]
+Build = Callable[[], Any]
 
 
 def ready(steps: list[pgf.FlowStep], shape: tuple[int, ...] = SHAPE, cond: Tensor | None = None) -> Any:
@@ -57,11 +58,11 @@ def ready(steps: list[pgf.FlowStep], shape: tuple[int, ...] = SHAPE, cond: Tenso
     return perturbed(sequence)
 
 
-def steps(count: int = 5, **options: Any) -> pgf.ReversibleSequence:
+def steps(count: int = 5, **options: Any) -> Any:
     return ready([pgf.FlowStep(4, 5, **options) for _ in range(count)])
 
 
-def with_nets(*nets: nn.Module, **options: Any) -> pgf.ReversibleSequence:
+def with_nets(*nets: nn.Module, **options: Any) -> Any:
     return ready([pgf.FlowStep(4, net=net, **options) for net in nets])
 
 
@@ -155,9 +156,9 @@ def test_every_kind_of_step(
     }
     steps = []
     for k in range(4):
-        own = pgf.GroupedInvConv(channels) if permutation == "grouped" else permutation
+        chosen = pgf.GroupedInvConv(channels) if permutation == "grouped" else permutation
         placed = {"parity": (k - (k > 0)) % 2} if mask == "checkerboard" else {"injector": injector and k % 2 == 0}
-        steps.append(pgf.FlowStep(channels, 5, permutation=own, **options, **placed))
+        steps.append(pgf.FlowStep(channels, 5, permutation=chosen, **options, **placed))
     cond = batch(64, 2, *sizes) if condition else None
     sequence = ready(steps, (channels, *sizes), cond)
     shape = (channels // 2**dims, *(2 * size for size in sizes)) if squeeze else (channels, *sizes)
@@ -310,9 +311,9 @@ def test_float32_is_at_most_twice_as_far_off_as_plain_torch(name: str) -> None:
         assert found <= 2.0 * error, f"{memory}: error {found:.2e}, plain torch {error:.2e}"
 
 
-def strong_steps(depth: int, spread: float) -> pgf.ReversibleSequence:
+def strong_steps(depth: int, spread: float) -> Any:
     """Random steps whose nets scale strongly: inverting them amplifies rounding by orders of magnitude. Float64."""
-    steps = [pgf.FlowStep(12, 16) for _ in range(depth)]
+    steps: list[Any] = [pgf.FlowStep(12, 16) for _ in range(depth)]
     for step in steps:
         for parameter in (step.coupling.net.conv3.weight, step.coupling.net.conv3.bias):
             nn.init.normal_(parameter, std=spread)
@@ -584,14 +585,17 @@ def test_an_accelerated_net_that_applies_a_module_twice(mode: str) -> None:
     assert_same_gradients(accumulated(model, x), expected)
 
 
+class Slow(Dropped):
+    """A net that several threads are within at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return super().forward(x)
+
+
 @pytest.mark.xfail(strict=True, reason="refused as if the net used parameters that are not its own")
 def test_threads_that_share_a_net_with_dropout() -> None:
     """Training in threads works, or the refusal says that threads are why."""
-
-    class Slow(Dropped):
-        def forward(self, x: Tensor) -> Tensor:
-            time.sleep(0.02)  # so that all threads are within the net at a time
-            return super().forward(x)
 
     net = Slow(hidden=False)
     sequence, x = Memory("reversible").of(with_nets(net, net)), batch()
@@ -601,6 +605,19 @@ def test_threads_that_share_a_net_with_dropout() -> None:
     except ValueError as refusal:
         said = str(refusal)
     assert "thread" in said
+
+
+@pytest.mark.xfail(strict=True, reason="wrong gradients, or refused as if the net used parameters not its own")
+def test_threads_through_one_graph_of_ones_own_nets() -> None:
+    """Two backwards at a time through nets that autograd runs give what one gives."""
+    sequence, x = with_nets(*(Slow(hidden=False) for _ in range(3))).eval(), batch()
+    own, named = Memory("reversible").of(sequence), dict(sequence.named_parameters())
+    expected = gradients(sequence, x)
+    value = objective(own(x))
+    found: list[tuple[Tensor, ...]] = []
+    in_threads(*[lambda: found.append(torch.autograd.grad(value, list(named.values()), retain_graph=True))] * 2)
+    for got in found:
+        assert_same_gradients(dict(zip(named, got, strict=True)), {name: expected[name] for name in named})
 
 
 # ------------------------------------------------------------------------------- what wants a gradient, and how often
@@ -675,7 +692,7 @@ def test_several_backwards(build: Build) -> None:
         z, log_det = own(leaves[0])
         parts = objective((z, torch.zeros_like(log_det))), objective((torch.zeros_like(z), log_det))
         wanted = [leaves[0], *named.values()]
-        (late,) = torch.autograd.grad(sum(parts), named[last], retain_graph=True)
+        (late,) = torch.autograd.grad(parts[0] + parts[1], named[last], retain_graph=True)
         assert_same_gradients({last: late}, {last: expected[0][last]}, memory)
         found = [torch.autograd.grad(part, wanted, retain_graph=part is parts[0]) for part in parts]
         both = {name: one + other for name, one, other in zip(["x", *named], *found, strict=True)}
@@ -689,7 +706,7 @@ def test_several_backwards(build: Build) -> None:
                 assert_same_gradients(dict(zip(["x", *named], got, strict=True)), expected[i], memory)
         for x in batches:  # accumulated, as over micro-batches
             objective(own(x)).backward()
-        total = {name: value.grad for name, value in named.items()}
+        total = {name: value.grad for name, value in named.items() if value.grad is not None}
         assert_same_gradients(total, {name: expected[0][name] + expected[1][name] for name in named}, memory)
         own.zero_grad()
 
@@ -818,7 +835,7 @@ def test_hooks(build: Build) -> None:
         calls.clear()
         objective(memory.of(sequence, x)(x)).backward()
         assert sorted(calls) == sorted(2 * names), memory
-        found = {name: parameter.grad for name, parameter in sequence.named_parameters()}
+        found = {name: value.grad for name, value in sequence.named_parameters() if value.grad is not None}
         assert_same_gradients(found, {name: 2.0 * expected[name] for name in names}, memory)
         sequence.zero_grad()
     for handle in handles:
@@ -913,7 +930,7 @@ def in_threads(*work: Callable[[], object]) -> None:
 
 @runs
 def test_threads(build: Build) -> None:
-    """Two models at a time, and of FlowSteps two backwards of one graph."""
+    """Two models at a time, and two backwards of one graph where the nets are products of ours."""
     sequence, x = build().eval(), batch()
     sequence.memory = "store"
     expected = gradients(sequence, x)
@@ -932,7 +949,7 @@ def test_threads(build: Build) -> None:
         own, leaf = memory.of(sequence, x), x.clone().requires_grad_()
         found.clear()
         in_threads(partial(of_model, own), partial(of_model, memory.of(other, x)))
-        if build is steps:
+        if build is steps and functional.net_as_products(x):
             value = objective(own(leaf))
             in_threads(*[partial(of_graph, value, leaf)] * 2)
         for got in found:

@@ -218,11 +218,11 @@ def test_every_write_to_a_parameter_is_seen_by_the_next_call() -> None:
                 found = model.log_prob(x, y, cond)
                 drawn = model.sample(4, 0.5, y, cond, torch.Generator().manual_seed(1))
             expected = plain_log_prob(setting.state, setting.config, x, y, cond)
-            assert_close(found / x[0].numel(), expected / x[0].numel(), condition=CONDITION), write.__name__
+            assert_close(found / x[0].numel(), expected / x[0].numel(), condition=CONDITION)
             fresh = pgf.Glow(model.config).double()
             fresh.load_state_dict(model.state_dict())
             again = fresh.sample(4, 0.5, y, cond, torch.Generator().manual_seed(1))
-            assert_close(drawn, again, condition=CONDITION), write.__name__
+            assert_close(drawn, again, condition=CONDITION)
 
 
 def test_a_checkpoint_continues_with_its_drift_control() -> None:

@@ -46,11 +46,11 @@ def test_likelihoods_are_exact_and_samples_are_the_models_own(case: Bijection, d
     assert_close(log_det32 / n_values, log_det / n_values, condition=n_values)
 
 
-def test_training_begins_anywhere_and_reaches_every_parameter(case: Bijection, device: torch.device) -> None:
-    """Otherwise a part of the model silently never trains, or a run cannot be repeated.
+def test_it_is_trained_saved_and_copied(case: Bijection, device: torch.device) -> None:
+    """Otherwise a part of a model silently never trains, a run cannot be repeated, or a checkpoint is another model.
 
     Only a forward in training initialises a layer, and one sample is enough for it; every parameter gets a gradient;
-    two runs give the same bits.
+    two runs give the same bits, and so does what is saved and loaded, copied or pickled.
     """
     layer = case.fresh(device)
     x, cond = case.batch(device)
@@ -67,6 +67,8 @@ def test_training_begins_anywhere_and_reaches_every_parameter(case: Bijection, d
 
     layer = case.trained(device)
     assert_repeatable(layer, x, cond)
+    assert_copies(layer, x, cond)
+    assert_state_round_trip(layer, case.fresh(device), x, cond)
     x, cond = case.batch(device, n=32)  # enough for every ReLU to be on for some
     if hasattr(layer, "objective"):
         loss = layer.objective(x, cond)
@@ -74,10 +76,3 @@ def test_training_begins_anywhere_and_reaches_every_parameter(case: Bijection, d
         z, log_det = layer(x, cond)
         loss = (z * torch.randn_like(z)).sum() + log_det.sum()
     assert_every_parameter_learns(layer, loss)
-
-
-def test_what_is_saved_or_copied_is_the_same_map(case: Bijection, device: torch.device) -> None:
-    """Otherwise a checkpoint, a copy or a pickle is another model than the one that was trained."""
-    layer = case.trained(device)
-    assert_state_round_trip(layer, case.fresh(device), *case.batch(device))
-    assert_copies(layer, *case.batch(device))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.chain_cases import relative_error
-from support.chain_ranks import MEMORIES, RANKS, STEPS, Loss, batches, train, unequal_batches, work
+from support.chain_ranks import MEMORIES, RANKS, unequal_batches, work
 from support.commands import run_ranks
 from support.helpers import assert_close
 
@@ -21,39 +21,6 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank does its work and leaves what it found."""
     return run_ranks(work, tmp_path_factory.mktemp("ranks"), RANKS)
-
-
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    """The same training in one process, on whole batches."""
-    return train(Loss("store"), batches())
-
-
-@pytest.mark.parametrize("memory", MEMORIES)
-class TestTraining:
-    @pytest.mark.full
-    @pytest.mark.parametrize("what", ["initialised", "gradients"])
-    def test_is_that_of_one_process(
-        self, ranks: list[dict[str, Any]], alone: dict[str, Any], memory: str, what: str
-    ) -> None:
-        for rank in ranks:
-            assert len(rank[memory][what]) == len(alone[what])
-            for got, expected in zip(rank[memory][what], alone[what], strict=True):
-                assert relative_error(got, expected) < 1e-9
-
-    def test_ranks_agree_to_the_bit_after_many_steps(self, ranks: list[dict[str, Any]], memory: str) -> None:
-        for what in ("initialised", "gradients", "trained"):
-            for one, other in zip(ranks[0][memory][what], ranks[1][memory][what], strict=True):
-                assert torch.equal(one, other), what
-
-    def test_ends_where_one_process_does(self, ranks: list[dict[str, Any]], alone: dict[str, Any], memory: str) -> None:
-        """Adam makes up to a step of 1e-3 of a gradient of rounding: only where gradients vanish."""
-        for got, expected, start in zip(
-            ranks[0][memory]["trained"], alone["trained"], alone["initialised"], strict=True
-        ):
-            moved = (expected - start).norm()
-            assert float((got - expected).norm()) <= 1e-5 * float(moved) + 1e-9
-        assert STEPS == 20
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -69,32 +69,6 @@ class TestBetweenForwardAndBackward:
         assert torch.equal(torch.autograd.grad(value, leaf)[0], expected["x"])
 
 
-@EITHER
-@pytest.mark.parametrize("mode", MODES, ids=str)
-class TestDoubleBackward:
-    """Also where the first gradient does not depend on anything, as that of a sum."""
-
-    @pytest.mark.parametrize("power", [1, 2])
-    def test_raises(self, mode: Mode, fused: bool, power: int) -> None:
-        sequence, (x, _) = build(fused), PLAIN.batch()
-        mode.apply(sequence)
-        x.requires_grad_()
-        z, log_det = sequence(x)
-        value = (z.sum() if power == 1 else z.square().sum()) + log_det.sum()
-        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="double backward: the gradient of"):
-            (value + gradient.square().sum()).backward()
-
-    def test_a_gradient_with_a_graph_is_the_same(self, mode: Mode, fused: bool) -> None:
-        sequence, (x, _) = build(fused), PLAIN.batch()
-        mode.apply(sequence)
-        x.requires_grad_()
-        expected = torch.autograd.grad(objective(sequence(x)), [x, *sequence.parameters()])
-        got = torch.autograd.grad(objective(sequence(x)), [x, *sequence.parameters()], create_graph=True)
-        for one, other in zip(got, expected, strict=True):
-            assert torch.equal(one, other)
-
-
 class Closure(nn.Module):
     """A net that uses a tensor which is not its own."""
 

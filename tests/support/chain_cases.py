@@ -25,8 +25,6 @@ from support.gradients import worst_error as worst_error
 
 MAP_BOUNDS = flow_step.map_bounds
 
-WHOLE = 2**40  # a memory budget that nothing exceeds
-
 
 @dataclass(frozen=True)
 class Mode:
@@ -40,14 +38,6 @@ class Mode:
         """Set the mode of the sequence, whose control starts anew."""
         sequence.memory, sequence.memory_budget = self.memory, self.budget
         sequence.control = type(sequence.control)(len(sequence), self.anchor_every, sequence.control.tolerance)
-
-
-MODES = [
-    Mode("checkpoint"),
-    Mode("reversible"),
-    *(Mode("reversible", every) for every in (None, 1, 2, 3)),
-    *(Mode(memory, "auto", budget) for memory in ("checkpoint", "reversible") for budget in (1, 4000, WHOLE)),
-]
 
 
 ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients

@@ -17,7 +17,6 @@ import pyglow_fast as pgf
 from pyglow_fast.train.ranks import leave_group
 
 RANKS = 2
-STEPS = 20
 FIELDS = {"image_shape": (1, 8, 8), "n_levels": 2, "n_steps": 3, "hidden": 4, "net_actnorm": True, "n_classes": 2}
 MEMORIES = ("store", "checkpoint", "reversible")
 
@@ -35,33 +34,15 @@ class Loss(nn.Module):
         return -self.model.log_prob(x, y).mean()
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
-    """Draw a batch for each training step, all ranks' together."""
+def batch() -> tuple[Tensor, Tensor]:
+    """Draw the batch of all ranks together."""
     generator = torch.Generator().manual_seed(2)
-    options = {"generator": generator, "dtype": torch.float64}
-    return [(torch.rand(8, 1, 8, 8, **options) - 0.5, torch.arange(8) % 2) for _ in range(STEPS)]
-
-
-def train(loss_of: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Gradients of the first step, and the parameters after the initialisation and at the end."""
-    optimizer = torch.optim.Adam(loss_of.parameters(), 1e-3)
-    results: dict[str, Any] = {}
-    for x, y in parts:
-        loss = loss_of(x, y)
-        if not results:
-            results["initialised"] = [value.detach().clone() for value in loss_of.parameters()]
-        optimizer.zero_grad()
-        loss.backward()
-        if "gradients" not in results:
-            results["gradients"] = [value.grad.clone() for value in loss_of.parameters() if value.grad is not None]
-        optimizer.step()
-    results["trained"] = [value.detach().clone() for value in loss_of.parameters()]
-    return results
+    return torch.rand(8, 1, 8, 8, generator=generator, dtype=torch.float64) - 0.5, torch.arange(8) % 2
 
 
 def sharded(memory: str, share: slice) -> dict[str, Any]:
     """Errors of the gradients of a model whose parameters are sharded, level by level, and the passes recomputed."""
-    x, y = batches()[0]
+    x, y = batch()
     loss_of = Loss(memory)
     loss_of(x, y)  # initialised before it is sharded: what a forward writes into gathered parameters is lost
     expected = torch.autograd.grad(loss_of(x, y), list(loss_of.parameters()))
@@ -138,7 +119,7 @@ def initialised_means_free(rank: int) -> str:
 
 def loaded_by_one_rank(rank: int) -> list[Tensor]:
     """Rank 0 has weights from a file, DistributedDataParallel hands them to rank 1: gradients of a first forward."""
-    x, y = batches()[0]
+    x, y = batch()
     trained, loss_of = Loss("reversible"), Loss("reversible")
     trained.model.initialize(x)
     if rank == 0:
@@ -151,7 +132,7 @@ def loaded_by_one_rank(rank: int) -> list[Tensor]:
 def fresh_and_sharded() -> str:
     fresh = Loss("store")
     fully_shard(fresh.model.levels[0])
-    return refused(lambda: fresh(*batches()[0]))
+    return refused(lambda: fresh(*batch()))
 
 
 def work(rank: int, folder: str) -> None:
@@ -167,7 +148,6 @@ def work(rank: int, folder: str) -> None:
     results: dict[str, Any] = {}
     for memory in MEMORIES:
         share = slice(rank * 4, (rank + 1) * 4)
-        results[memory] = train(DistributedDataParallel(Loss(memory)), [(x[share], y[share]) for x, y in batches()])
         results[f"{memory}, sharded"] = sharded(memory, share)
     results["fresh and sharded"] = fresh_and_sharded()
     layer = pgf.ActNorm(3)
