@@ -1,0 +1,22 @@
+"""Without a compiler the package gives the same gradients, samples and refusals, on the reference in plain torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gradients", "inverse_and_samples", "refusals"])
+def test_the_contract_holds_on_the_reference(name: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"test_{name}.py")]
+    environment = {**os.environ, "PYGLOW_FORCE_REFERENCE": "1"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-1000:]
+    assert " passed" in found.stdout
