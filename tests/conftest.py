@@ -15,7 +15,7 @@ from support.machine import MACHINE_THREADS, Turns
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 # Files that begin first, since a worker that begins one last keeps all others waiting.
-LONG = ("test_sanitizers.py", "test_instruction_sets.py", "test_static_check.py", "test_kill.py", "test_tour.py")
+LONG = ("test_sanitizers.py", "test_other_homes.py", "test_static_check.py", "test_resume.py", "test_tour.py")
 TURNS = "PYGLOW_TEST_TURNS"  # the folder in which the workers of a run keep their locks
 
 

@@ -175,7 +175,7 @@ def test_foreign_files(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": "{"})
     with pytest.raises(ValueError, match="expected a JSON header, found"):
         Checkpoint.load(path)
-    save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": '{"format": 2}'})
+    save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": '{"format": 3}'})
     with pytest.raises(ValueError, match=r"expected a header with \['config', .*, found \['format'\]"):
         Checkpoint.load(path)
 
