@@ -23,9 +23,8 @@ import pyglow_fast as pgf
 from pyglow_fast import functional, likelihood
 from pyglow_fast import latents as tools
 from pyglow_fast.data import DataConfig, ImageSet, batches, from_dataset, split
+from pyglow_fast.functional import CouplingSpec
 from pyglow_fast.interop import accelerate, convert
-from pyglow_fast.layers import GroupedInvConv
-from pyglow_fast.layers.coupling import CouplingSpec
 from pyglow_fast.train import TrainConfig
 
 Call = Callable[[Any], object]
@@ -218,9 +217,13 @@ def changed_before_backward(sequence: pgf.ReversibleSequence) -> None:
     z.sum().backward()
 
 
-def normalised_sequence() -> pgf.ReversibleSequence:
+def with_batch_norm(memory: str) -> pgf.ReversibleSequence:
     nets = [nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)) for _ in range(2)]
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, net=net) for net in nets], "store")
+    return pgf.ReversibleSequence([pgf.FlowStep(4, net=net) for net in nets], memory)
+
+
+def normalised_sequence() -> pgf.ReversibleSequence:
+    sequence = with_batch_norm("store")
     sequence(torch.randn(4, 4, 3, 5))
     sequence.memory = "reversible"
     return sequence
@@ -295,7 +298,7 @@ LAYERS = [
         lambda: None,
         {
             "WaveNet": (lambda _: pgf.WaveNet(2, 4, 4, 4), "kernel_size: expected an odd number, found 4"),
-            "GroupedInvConv": (lambda _: GroupedInvConv(8, 3), "size: expected an even divisor of 8 channels"),
+            "GroupedInvConv": (lambda _: pgf.GroupedInvConv(8, 3), "size: expected an even divisor of 8 channels"),
             "CouplingNet's width": (
                 lambda _: pgf.CouplingNet(2, 4, 3)(STATE),
                 r"x: expected 2 channels \(dimension 1\)",
@@ -349,7 +352,7 @@ LAYERS = [
     Refusal(
         "ReversibleSequence",
         "too few bytes",
-        lambda m: m(STATE.requires_grad_()),
+        lambda m: m(STATE.clone().requires_grad_()),
         "memory: expected at least .* found",
         lambda: trained_sequence("1kB"),
     ),
@@ -662,17 +665,19 @@ REFUSALS = [*MODELS, *CONDITIONED, *BY_LEVEL, *CONFIG, *LAYERS, *FUNCTIONS, *LAT
 
 
 def state_of(subject: Any) -> dict[str, Any]:
-    """Parameters, buffers and classes."""
+    """Parameters, buffers, classes and memory modes."""
     if not isinstance(subject, nn.Module):
         return {}
     values: dict[str, Any] = {
         name: value.clone() for name, value in (*subject.named_parameters(), *subject.named_buffers())
     }
-    return values | {f"class of {name}": type(module) for name, module in subject.named_modules()}
+    for name, module in subject.named_modules():
+        values |= {f"class of {name}": type(module), f"memory of {name}": getattr(module, "memory", None)}
+    return values
 
 
-@pytest.mark.parametrize("row", REFUSALS, ids=lambda row: f"{row.area}: {row.name}")
-def test_it_is_refused_in_these_words_and_changes_nothing(row: Refusal) -> None:
+def assert_refused(row: Refusal) -> None:
+    """Check the words of a refusal, and that the subject is afterwards what it was before."""
     subject = row.subject()
     before = state_of(subject)
     with pytest.raises(row.error, match=row.message):
@@ -680,10 +685,23 @@ def test_it_is_refused_in_these_words_and_changes_nothing(row: Refusal) -> None:
     after = state_of(subject)
     assert after.keys() == before.keys()
     for name, value in before.items():
-        same = torch.equal(after[name], value) if isinstance(value, Tensor) else after[name] is value
+        same = torch.equal(after[name], value) if isinstance(value, Tensor) else after[name] == value
         assert same, f"{name} changed"
 
 
-def test_no_case_has_the_name_of_another() -> None:
-    names = [(row.area, row.name) for row in REFUSALS]
-    assert len(names) == len(set(names))
+@pytest.mark.parametrize("row", REFUSALS, ids=lambda row: f"{row.area}: {row.name}")
+def test_it_is_refused_in_these_words_and_changes_nothing(row: Refusal) -> None:
+    """Otherwise a mistake is computed with, or its message does not say how to mend it."""
+    assert_refused(row)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the refused first batch has initialised the actnorms: a model that is mended and trained on starts from it",
+)
+def test_a_net_with_batch_norm_is_refused_before_anything_is_initialised() -> None:
+    """Otherwise the mistake leaves its trace in a fresh model, whose next batch does not initialise it any more."""
+    name, message = "batch norm in training, fresh", "BatchNorm2d in training mode"
+    call: Call = lambda m: m(torch.randn(4, 4, 3, 5))  # noqa: E731
+    assert_refused(Refusal("ReversibleSequence", name, call, message, lambda: with_batch_norm("reversible")))
