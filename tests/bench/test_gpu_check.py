@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,46 @@ from typing import Any
 import pytest
 import torch
 from support import ROOT
-from support.bare_python import bare_environment
 
 from bench import gpu_check, gpu_kernels, gpu_smoke, gpu_stages, gpu_steps
 from bench.gpu_stages import MACHINE_SECONDS, STAGES, TOTAL_SECONDS, Stage
 from pyglow_fast import _backend
 
 CPU = torch.device("cpu")
+# What the package can do without, and what pytest would load by itself.
+HIDDEN = [
+    *("normflows", "nflows", "FrEIA", "zuko", "memcnn", "matplotlib", "PIL", "torchvision", "sklearn", "scipy", "tqdm"),
+    *("rich", "lightning", "pytorch_lightning", "tensorboard", "lmdb", "yaml", "tomli_w", "hypothesis", "mkdocs"),
+    *("mkdocstrings", "pymdownx", "xdist", "execnet", "pytest_benchmark", "onnx", "jet_pytorch", "anomalib", "TTS"),
+    "pandas",
+]
+# Python imports a module of this name as it starts. What is hidden is not found, as where it is not installed.
+SITECUSTOMIZE = f"""
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in {HIDDEN!r}
+        return None if hidden else self._finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """The environment of a Python, and of those that it starts, that has torch, numpy, safetensors and pytest alone.
+
+    ``folder`` takes a file for it.
+    """
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
+    known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return known | {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 class ClockOfLaunches(gpu_kernels.RotatingTimer):

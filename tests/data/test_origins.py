@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from support.archives import tarball
 from support.data_layouts import write_cifar, write_idx
 from support.file_server import FileServer, closed_address, file_server
 
@@ -25,6 +27,17 @@ from pyglow_fast.data.origins import (
     UnavailableError,
     npm_registry,
 )
+
+
+def tarball(files: Mapping[str, bytes], packed: Literal["gz", "xz"] = "gz") -> bytes:
+    """A .tar.gz or .tar.xz."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w:gz" if packed == "gz" else "w:xz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return made.getvalue()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.convert_cases import LOADERS
 from support.peer_glows import Shape, State, openai_variables, port_state, rosinality_state
 from torch import Tensor
 
@@ -27,6 +26,14 @@ DECISIVE = re.compile(
     r"prior_h|0/0/(actnorm_center/b|f1/l_2/W|f1/l_last/W)|y_emb/W|0\.flows\.0\.(actnorm\.loc|coupling\.net\.(2|4\.conv)\.w)"
     r"|layers\.1\.(actnorm\.bias|\w+\.(2|4)\.(conv\.)?weight)|ycond\.(linear\.)?weight"
 )
+
+# Of every format: random weights, and what loads them.
+LOADERS: dict[str, tuple[Callable[..., State], Callable[..., pgf.Glow]]] = {
+    "openai": (openai_variables, lambda state: convert.load_openai(state, 8)),
+    "rosinality": (rosinality_state, lambda state: convert.load_rosinality(state, 8)),
+    "chaiyujin": (lambda shape: port_state("chaiyujin", shape), convert.load_chaiyujin),
+    "y0ast": (lambda shape: port_state("y0ast", shape), convert.load_y0ast),
+}
 
 
 @pytest.mark.full

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("nflows")
 
 from nflows import transforms as theirs
 from support.commands import run_ranks
 from support.helpers import assert_close
-from support.nflows_ranks import RANKS, batch, work
 from torch import Tensor, nn
 
 from pyglow_fast.interop.nflows import transforms as ours
+from pyglow_fast.train.ranks import leave_group
 
 SHAPES = {"images": (4, 3, 5, 6), "vectors": (9, 3)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -156,13 +158,44 @@ def test_loaded_weights_are_not_initialised() -> None:
         assert torch.equal(fresh.log_scale, trained.log_scale)
 
 
+RANKS = 2
+
+
+def batch_of_all() -> torch.Tensor:
+    """Draw the batch of both ranks together, unlike in its halves."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
+    return x * torch.linspace(0.5, 2.0, 8, dtype=torch.float64).view(-1, 1, 1, 1) + torch.arange(8).view(-1, 1, 1, 1)
+
+
+def work(rank: int, folder: str) -> None:
+    """The first training forward of an ActNorm of either library, each rank with its half; then a refused batch."""
+    torch.set_num_threads(1)
+    store = Path(folder, "store").as_uri()
+    dist.init_process_group("gloo", store, datetime.timedelta(seconds=60), RANKS, rank)
+    x = batch_of_all()[4 * rank : 4 * rank + 4]
+    results: dict[str, object] = {}
+    for name, library in (("theirs", theirs), ("ours", ours)):
+        layer = library.ActNorm(3).double()
+        layer(x)
+        results[name] = layer.state_dict()
+    fresh = ours.ActNorm(3).double()
+    try:
+        fresh(x * float("nan") if rank == 1 else x)
+    except ValueError as error:
+        results["refusal"] = str(error)
+    results["initialized after the refusal"] = bool(fresh.initialized)
+    torch.save(results, Path(folder, f"{rank}.pt"))
+    leave_group()
+
+
 @pytest.mark.full
 def test_ranks_agree(tmp_path: Path) -> None:
     """Trap: in nflows each rank sets its own values; ours are those of the whole batch, or refused by all."""
     first, second = run_ranks(work, tmp_path, RANKS)
     assert not torch.allclose(first["theirs"]["shift"], second["theirs"]["shift"], atol=0.1)
     alone = theirs.ActNorm(3).double()
-    alone(batch())
+    alone(batch_of_all())
     for key, value in alone.state_dict().items():
         assert torch.equal(first["ours"][key], second["ours"][key])
         torch.testing.assert_close(first["ours"][key], value, rtol=1e-12, atol=1e-12)
