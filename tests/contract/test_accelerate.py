@@ -13,8 +13,8 @@ import pytest
 import torch
 from support.accelerate_cases import subnet
 from support.freia_copies import AtanClamp, Counting, Detached, InEvaluation, InTraining
-from support.helpers import tolerance
-from support.structures import STRUCTURES, Structure, Tensors, of_freia, plain, tensors
+from support.helpers import tensors, tolerance
+from support.structures import STRUCTURES, Structure, Tensors, of_freia, plain
 from torch import Tensor, nn
 
 from pyglow_fast.interop import Acceleration, accelerate

@@ -38,14 +38,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return found
 
 
-@pytest.fixture
-def copy(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it that a test may change, the current folder."""
-    shutil.copytree(place, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
-
-
 def pixels(path: Path) -> np.ndarray[Any, Any]:
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
@@ -91,7 +83,7 @@ def test_train_leaves_a_whole_run(place: Path) -> None:
     assert "run/report.html" in said
 
 
-def test_a_run_repeats_from_its_configuration(copy: Path) -> None:
+def test_a_run_repeats_from_its_configuration(tiny: Path) -> None:
     """To the bit: weights and metrics, apart from what the clock says."""
     assert "run-2" in done("train", "--config", "run/config.toml", "--quiet")
     for run in ("run", "run-2"):
@@ -248,7 +240,7 @@ def test_reconstruct(place: Path, tmp_path: Path) -> None:
     assert np.array_equal(found[:half], found[half : 2 * half])
 
 
-def test_depths(copy: Path, tmp_path: Path) -> None:
+def test_depths(tiny: Path, tmp_path: Path) -> None:
     options = [*("--size", SIDE, "--batch-size", 8, "--max-steps", 2, "--eval-images", 8), *MODEL]
     done("train", DATA, "--out", "flat", "--quiet", *options, "--n-levels", 1)
     said = done("depths", "run", "flat", "--n", 2, "--columns", 2, "--out", tmp_path / "x.png").splitlines()
@@ -357,7 +349,7 @@ def test_a_saved_picture_is_large_enough_to_look_at(place: Path, tmp_path: Path,
 @pytest.mark.xfail(
     strict=True, raises=AssertionError, reason="a yardstick below the run's own bits/dim is outside of the curve's axis"
 )
-def test_the_curve_shows_its_yardsticks(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curve_shows_its_yardsticks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PNG needs fewer bits for these images than the young model."""
     seen: list[tuple[float, float, float]] = []
     draw = Figure.savefig

@@ -39,7 +39,7 @@ from support.gradients import (
 )
 from support.helpers import assert_close, memory_layouts
 from support.plain_glow import plain_log_prob
-from support.user_steps import mixed
+from support.user_steps import Checkpointed, Nested, mixed
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -467,31 +467,6 @@ class Halved(pgf.CouplingNet):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         return 0.5 * super().forward(x, cond)
-
-
-class Checkpointed(nn.Module):
-    """A net that torch checkpoints."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = pgf.CouplingNet(2, 4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(self.net, x, use_reentrant=False)
-        return out
-
-
-class Nested(nn.Module):
-    """A net with a reversible run inside: backwards begin and end within a step of the outer one's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = pgf.ReversibleSequence([pgf.FlowStep(2, 5) for _ in range(3)], anchor_every=None)
-        self.conv = nn.Conv2d(2, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(self.inner(x)[0].tanh())
-        return out
 
 
 class Writing(nn.Module):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 import shlex
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ import pytest
 from PIL import Image
 from support import web
 from support.program import done, pyglow_fast
-from support.tiny_run import made
 
 web.require("gradio")
 
@@ -26,14 +24,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-
-
-@pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the tiny run and its images, the current folder."""
-    found = Path(shutil.copytree(made(tmp_path_factory), tmp_path / "place"))
-    monkeypatch.chdir(found)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -46,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch:
         ("run --port 99999999", "port: expected .*, found 99999999"),
     ],
 )
-def test_refused(place: Path, words: str, message: str) -> None:
+def test_refused(tiny: Path, words: str, message: str) -> None:
     ended = pyglow_fast("serve", *words.split(), "--no-browser")
     assert re.fullmatch(f"error: {message}\n", ended.err), ended.err
     assert (ended.code, ended.out) == (2, "")
@@ -120,14 +110,14 @@ def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
     return pictures
 
 
-def test_the_page(place: Path) -> None:
+def test_the_page(tiny: Path) -> None:
     """A login; samples that follow a slider; a path; an upload's score; files that tell the command that makes them."""
     web.require("playwright", "chromium")
-    upload = place / "images" / "dark" / "00.png"
+    upload = tiny / "images" / "dark" / "00.png"
     found = re.search(r"([\d.]+) bits/dim", done("score", "run", "images/dark/00.png", "--out", "x.csv"))
     assert found is not None
     words = ["-m", "pyglow_fast", "serve", "run", "--no-browser", "--device", "cpu"]
-    with web.Server(words, place, PYGLOW_SERVE_AUTH="ada:secret word") as server:
+    with web.Server(words, tiny, PYGLOW_SERVE_AUTH="ada:secret word") as server:
         # In a thread of its own: other tests of this process may drive a browser too.
         with ThreadPoolExecutor(1) as thread:
             pictures = thread.submit(visit, server.address, upload, found[1]).result()

@@ -14,24 +14,23 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.commands import Command
+from support.commands import Command, ranks
 from support.figures import leave_undrawn
 from support.machine import made_once
 from support.program import contents, pyglow_fast
-from support.tiny_run import made, write_images
+from support.tiny_run import write_images
 
 leave_undrawn()
 
+PROGRAM = ["-m", "pyglow_fast"]
 WAIT = 300.0  # seconds that anything may take on a busy machine
 KILLS = int(os.environ.get("PYGLOW_TEST_KILLS", "0"))  # beyond those at the moments below
 STEPS = 120 + 10 * KILLS
@@ -46,7 +45,7 @@ TIMED = ("seconds", "images_per_s", "memory_mb")
 
 
 def train(place: Path, out: str, *more: str) -> Command:
-    return Command(["-m", "pyglow_fast", "train", "folder:images", "--out", out, *RUN, *more], place)
+    return Command([*PROGRAM, "train", "folder:images", "--out", out, *RUN, *more], place)
 
 
 def ended(process: Command, code: int = 0) -> tuple[str, str]:
@@ -244,14 +243,6 @@ def test_a_second_process_in_the_same_folder_is_refused(place: Path, whole: Path
 
 
 # Settings of a run that is resumed.
-@pytest.fixture
-def tiny(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the tiny run and its images, in the current folder."""
-    place = Path(shutil.copytree(made(tmp_path_factory), tmp_path / "place"))
-    monkeypatch.chdir(place)
-    return place
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -296,29 +287,6 @@ def test_settings_that_may_change_are_told(tiny: Path) -> None:
 
 
 # Several processes.
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-@contextmanager
-def ranks(place: Path, *commands: list[str]) -> Iterator[list[Command]]:
-    """The processes of one run, with the environment that torchrun would give them."""
-    shared = os.environ | {"WORLD_SIZE": f"{len(commands)}", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_PORT": f"{free_port()}"}
-    processes = [
-        Command(["-m", "pyglow_fast", *words], place, shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
-        for rank, words in enumerate(commands)
-    ]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
 
 RANKED = ["--quiet", "--max-steps", "12", "--log-every", "1", "--check-ranks-every", "4", "--eval-every", "6"]
 
@@ -334,7 +302,7 @@ def test_two_ranks_are_one_run(place: Path) -> None:
     for name, more in (("one", []), ("parts", ["--accumulate", "2"])):
         ended(train(place, name, *RANKED, *more))
         found[name] = losses(place / name)
-    words = ["train", "folder:images", "--out", "two", *RUN, *RANKED]
+    words = [*PROGRAM, "train", "folder:images", "--out", "two", *RUN, *RANKED]
     with ranks(place, words, words) as processes:
         for process in processes:
             ended(process)
@@ -354,7 +322,7 @@ def losses(run: Path) -> list[float]:
 def test_a_rank_that_sees_other_images_is_refused(place: Path) -> None:
     shutil.copytree(place / "images", place / "others")
     shutil.copyfile(place / "images" / "dark" / "00.png", place / "others" / "dark" / "01.png")
-    words = [["train", f"folder:{name}", "--out", "run", *RUN, *RANKED] for name in ("images", "others")]
+    words = [[*PROGRAM, "train", f"folder:{name}", "--out", "run", *RUN, *RANKED] for name in ("images", "others")]
     with ranks(place, *words) as processes:
         for process in processes:
             _, err = ended(process, 2)
@@ -379,7 +347,7 @@ def test_half_an_environment_is_refused(
 
 
 def test_the_loss_of_a_rank_ends_the_others(place: Path) -> None:
-    words = ["train", "folder:images", "--out", "run", *RUN, *RANKED, "--max-steps", "100000"]
+    words = [*PROGRAM, "train", "folder:images", "--out", "run", *RUN, *RANKED, "--max-steps", "100000"]
     with ranks(place, words, words) as processes:
         wait(processes[0], lambda: saved(place / "run"))
         processes[1].kill()

@@ -23,9 +23,9 @@ from support.chain_cases import (
 )
 from support.covering import pairs
 from support.glow_tts_cases import mask_of_lengths
+from support.user_steps import Checkpointed, Nested
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
@@ -297,31 +297,6 @@ class TestBackwards:
                 self.of_all(sequence, x, value, retain_graph=True)
         assert_same_gradients(self.of_all(sequence, x, value), expected)
         assert_calm(sequence)
-
-
-class Checkpointed(nn.Module):
-    """A net that torch checkpoints."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = pgf.CouplingNet(2, 4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(self.net, x, use_reentrant=False)
-        return out
-
-
-class Nested(nn.Module):
-    """A net with a reversible run inside: backwards begin and end within a step of the outer one's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = pgf.ReversibleSequence([pgf.FlowStep(2, 5) for _ in range(3)], anchor_every=None)
-        self.conv = nn.Conv2d(2, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(self.inner(x)[0].tanh())
-        return out
 
 
 @pytest.mark.full

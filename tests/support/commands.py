@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,27 @@ def run_ranks(work: Callable[..., None], folder: Path, ranks: int, seconds: floa
             if process.is_alive():
                 process.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextmanager
+def ranks(place: Path, *commands: list[str]) -> Iterator[list[Command]]:
+    """The processes of one run, a command line each, with the environment that torchrun would give them."""
+    shared = os.environ | {"WORLD_SIZE": f"{len(commands)}", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_PORT": f"{free_port()}"}
+    processes = [
+        Command(words, place, shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
+        for rank, words in enumerate(commands)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

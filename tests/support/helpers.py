@@ -9,7 +9,8 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,15 @@ def assert_kernel_close(actual: Tensor, plain: Tensor, exact: Tensor, magnitude:
     error, plain_error = (float((x.detach().double() - exact.detach()).abs().max()) for x in (actual, plain))
     floor = 4.0 * torch.finfo(actual.dtype).eps * max(float(exact.detach().abs().max()), magnitude)
     assert error <= 2.0 * plain_error + floor, f"error {error:.2e}, plain torch {plain_error:.2e}, floor {floor:.2e}"
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of what a layer or a model takes or returns, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors(part)
 
 
 def jacobian(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:

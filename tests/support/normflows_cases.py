@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import normflows as nf
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast.interop.normflows as fast
+from support.helpers import tensors
 
 DIRECTIONS = ("forward", "inverse")
 Build = Callable[[Any], nn.Module]  # from a library: normflows or the adapter
@@ -46,15 +47,6 @@ def pair(build: Build, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, n
     """Make normflows' layer and ours, with the same random weights, initialised."""
     theirs, ours = (randomise(mark_initialized(built(build, library).to(dtype))) for library in (nf, fast))
     return theirs, ours
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a layer's input or output, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors(part)
 
 
 def outcome(layer: nn.Module, direction: str, z: Any) -> tuple[Any, list[Tensor | None]]:

@@ -7,7 +7,7 @@ Glow, SRFlow, jet-pytorch and JetFormer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +28,6 @@ from support.srflow import FlowStep, FlowUpsamplerNet, randomised
 
 Tensors = list[Tensor]
 Call = Callable[[Any, Tensors, Tensors], Any]  # of a model, its data and its conditions
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of what a model returns, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors(part)
 
 
 @dataclass(frozen=True)

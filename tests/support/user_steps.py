@@ -1,9 +1,10 @@
-"""Steps that a user might write: modules with forward and inverse, some of them awkward."""
+"""Steps and coupling nets that a user might write, some of them awkward."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pyglow_fast as pgf
 from support.gradients import perturbed
@@ -66,6 +67,31 @@ class Conditioned(nn.Module):
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         return z - self.dropout(self.gain * torch.tanh(cond)), z.new_zeros(z.shape[0])
+
+
+class Checkpointed(nn.Module):
+    """A net that torch checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = pgf.CouplingNet(2, 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.net, x, use_reentrant=False)
+        return out
+
+
+class Nested(nn.Module):
+    """A net with a reversible run inside: backwards begin and end within a step of the outer one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = pgf.ReversibleSequence([pgf.FlowStep(2, 5) for _ in range(3)], anchor_every=None)
+        self.conv = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.inner(x)[0].tanh())
+        return out
 
 
 def mixed(cond: bool = False, **options: object) -> pgf.ReversibleSequence:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from support.commands import Command
+from support.commands import Command, free_port, ranks
 
 from pyglow_fast.train import Checkpoint, RunFolder
 from pyglow_fast.train.metrics import read_metrics
@@ -22,29 +19,6 @@ from pyglow_fast.train.metrics import read_metrics
 TINY = ["--n-levels", "2", "--n-steps", "2", "--hidden", "4", "--batch-size", "16", "--eval-images", "50"]
 TINY += ["--device", "cpu", "--sample-count", "4", "--warmup", "10", "--decay-steps", "50", "--quiet"]
 TRAIN = ["-m", "pyglow_fast", "train", "digits", *TINY]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-@contextmanager
-def ranks(arguments: list[str], place: Path, world: int = 2) -> Iterator[list[Command]]:
-    """So many processes of ``python arguments``, with the environment that torchrun would give them."""
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port())}
-    processes = [
-        Command(arguments, place, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
-    ]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
 
 
 def ended(processes: list[Command], seconds: float = 120) -> list[tuple[int | None, str, str]]:
@@ -57,7 +31,7 @@ def ended(processes: list[Command], seconds: float = 120) -> list[tuple[int | No
 
 
 def run_ranks(arguments: list[str], place: Path) -> None:
-    with ranks([*TRAIN, *arguments], place) as processes:
+    with ranks(place, *[[*TRAIN, *arguments]] * 2) as processes:
         for code, _, errors in ended(processes):
             assert code == 0, errors
 
@@ -141,7 +115,7 @@ TrainState.step = failing
 sys.exit(main(sys.argv[1:]))
 """
     )
-    with ranks([str(program), *TRAIN[2:], "--out", "run"], tmp_path) as processes:
+    with ranks(tmp_path, *[[str(program), *TRAIN[2:], "--out", "run"]] * 2) as processes:
         first, second = ended(processes)
     assert second[0] == 1
     assert second[2].endswith("error: not enough memory: no more room\n")
@@ -152,7 +126,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.full
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_ends_all_of_them_saved(tmp_path: Path, signum: int) -> None:
-    with ranks([*TRAIN, "--out", "run", "--log-every", "1"], tmp_path) as processes:
+    with ranks(tmp_path, *[[*TRAIN, "--out", "run", "--log-every", "1"]] * 2) as processes:
         wait_for_steps(tmp_path / "run", 5)
         processes[1].send_signal(signum)
         codes = [code for code, _, _ in ended(processes)]
@@ -186,7 +160,7 @@ with open_ranks() as ranks:
         print(error)
 """
     )
-    with ranks([str(program)], tmp_path) as processes:
+    with ranks(tmp_path, *[[str(program)]] * 2) as processes:
         results = ended(processes)
     for code, output, errors in results:
         assert code == 0, errors
@@ -197,7 +171,7 @@ with open_ranks() as ranks:
 
 @pytest.mark.full
 def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
-    with ranks([*TRAIN, "--out", "run", "--batch-size", "15"], tmp_path) as processes:
+    with ranks(tmp_path, *[[*TRAIN, "--out", "run", "--batch-size", "15"]] * 2) as processes:
         results = ended(processes)
     assert [code for code, _, _ in results] == [2, 2]
     assert "batch_size: expected a multiple of ranks x accumulate = 2, found 15" in results[0][2]
@@ -219,7 +193,7 @@ sys.exit(code)
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
 def test_threads_of_the_group_end_with_it(tmp_path: Path) -> None:
     """One that lets go of a tensor while the interpreter ends would abort the process."""
-    with ranks(["-c", LEAVING, *TRAIN[2:], "--max-steps", "2", "--out", "run"], tmp_path) as processes:
+    with ranks(tmp_path, *[["-c", LEAVING, *TRAIN[2:], "--max-steps", "2", "--out", "run"]] * 2) as processes:
         for code, output, errors in ended(processes):
             assert code == 0, errors
             assert output.splitlines()[-1] == "[]"
