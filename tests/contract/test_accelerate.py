@@ -128,6 +128,7 @@ def test_float32_is_within_twice_the_error_of_the_original(case: Structure) -> N
 
 @structures
 def test_state_and_optimizer_go_on_and_undo_gives_the_original(case: Structure) -> None:
+    """In the middle of a training: its optimizer and its checkpoints fit before, between and after."""
     theirs, ours = case.model(), case.model()
     optimizers = [torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9) for model in (ours, theirs)]
 
@@ -166,6 +167,7 @@ def joined_steps(done: Acceleration) -> int:
 
 @structures
 def test_the_report_names_what_was_done_and_twice_is_harmless(case: Structure) -> None:
+    """Otherwise a user takes a model for accelerated that is not, or loses it by a second call."""
     theirs, ours = case.model(), case.model()
     names = {name: type(module).__qualname__ for name, module in theirs.named_modules()}
     by_layer = accelerate(case.model())
@@ -203,6 +205,7 @@ def test_the_report_names_what_was_done_and_twice_is_harmless(case: Structure) -
     ],
 )
 def test_the_report_says_what_is_left_and_why(name: str, words: str) -> None:
+    """Otherwise a user cannot tell what to change in a model that gains nothing."""
     model = next(case for case in STRUCTURES if case.name == name).model()
     assert any(words in reason for reason in accelerate(model, "reversible").left.values())
 

@@ -67,6 +67,7 @@ def grid(columns: int, lines: int, image: int) -> tuple[int, int]:
 
 
 def test_train_leaves_a_whole_run(place: Path) -> None:
+    """Checkpoints, metrics, samples, curve and report are there, and say what the terminal said."""
     run, said = place / "run", (place / "said.txt").read_text()
     names = {"config.toml", "metrics.csv", "best.safetensors", "samples.png", "curve.png", "report.html", "report.json"}
     assert names <= {path.name for path in run.iterdir()}
@@ -139,6 +140,7 @@ def test_sample_in_a_process(place: Path, tmp_path: Path) -> None:
 
 
 def test_temperatures(place: Path, tmp_path: Path) -> None:
+    """A picture with as many samples at each temperature as were asked for."""
     out = tmp_path / "x.png"
     said = done("temperatures", "run", "--n", 3, "--temperatures", 0, 1, "--scale", 2, "--out", out)
     assert "3 samples at each of 2 temperatures" in said
@@ -165,6 +167,7 @@ def test_evaluate_and_score_agree(place: Path, tmp_path: Path) -> None:
 
 
 def test_score_of_a_file(place: Path, tmp_path: Path) -> None:
+    """One image of a user's own: its number on the terminal and in the table."""
     said = done("score", "run", "images/dark/00.png", "--out", tmp_path / "x.csv")
     (row,) = rows(tmp_path / "x.csv")
     assert (row["name"], row["label"]) == ("images/dark/00.png", "dark")
@@ -190,6 +193,7 @@ def test_ood(place: Path, tmp_path: Path) -> None:
 
 
 def test_manipulate(place: Path, tmp_path: Path) -> None:
+    """Held-out images along the direction of an attribute, one row an image."""
     out = tmp_path / "x.png"
     said = done("manipulate", "run", DATA, "--plus", "bright", "--minus", "dark", "--n", 2, "--out", out)
     assert "bright minus dark" in said
@@ -200,6 +204,7 @@ def test_manipulate(place: Path, tmp_path: Path) -> None:
 
 
 def test_interpolate_between_held_out_images(place: Path, tmp_path: Path) -> None:
+    """The ends of a path are the images themselves."""
     out = tmp_path / "x.png"
     said = done("interpolate", "run", DATA, "--pairs", 2, "--frames", 3, "--out", out)
     assert "2 pairs" in said
@@ -209,6 +214,7 @@ def test_interpolate_between_held_out_images(place: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
 def test_an_animation_goes_there_and_back(place: Path, tmp_path: Path, suffix: str) -> None:
+    """A file that runs in a loop without a jump."""
     out = tmp_path / f"x.{suffix}"
     done("interpolate", "run", "--from", 0, "--to", 3, "--frames", 4, "--scale", 2, "--out", out)
     with Image.open(out) as picture:
@@ -241,6 +247,7 @@ def test_reconstruct(place: Path, tmp_path: Path) -> None:
 
 
 def test_depths(tiny: Path, tmp_path: Path) -> None:
+    """Samples of several models side by side, each with its own numbers."""
     options = [*("--size", SIDE, "--batch-size", 8, "--max-steps", 2, "--eval-images", 8), *MODEL]
     done("train", DATA, "--out", "flat", "--quiet", *options, "--n-levels", 1)
     said = done("depths", "run", "flat", "--n", 2, "--columns", 2, "--out", tmp_path / "x.png").splitlines()
@@ -276,6 +283,7 @@ def test_report(place: Path, tmp_path: Path) -> None:
 
 
 def test_data_lists_what_can_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a name the command fetches nothing and creates nothing."""
     monkeypatch.setenv("PYGLOW_DATA", str(tmp_path / "cache"))
     said = done("data")
     for name in ("mnist", "fashion-mnist", "emoji", "cifar10", "celeba"):
@@ -285,6 +293,7 @@ def test_data_lists_what_can_be_fetched(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_demo(tmp_path: Path) -> None:
+    """The first command that a user tries: it needs no data, and leaves samples."""
     said = done("demo", "--out", tmp_path / "run", "--minutes", 0.001, "--device", "cpu")
     assert "training on 1617 handwritten digits; 180 are held out" in said
     assert figure(said, "held-out") > 0
@@ -292,6 +301,7 @@ def test_demo(tmp_path: Path) -> None:
 
 
 def test_info_version_and_help() -> None:
+    """Every command can be found by ``--help``, and a report of a bug has its versions."""
     assert torch.__version__ in done("info")
     assert re.fullmatch(r"pyglow-fast \d+\.\d+\.\d+\S*\n", done("--version"))
     said = done("--help")
@@ -331,6 +341,7 @@ def test_a_picture_holds_the_command_that_makes_it(place: Path, tmp_path: Path, 
 
 
 def test_an_edit_of_nothing_is_the_image(place: Path, tmp_path: Path) -> None:
+    """An edit changes what it is told to change, and nothing on the way there and back."""
     done("edit", "run", "images/dark/03.png", "--scale", 1, "--out", tmp_path / "x.png")
     assert np.array_equal(pixels(tmp_path / "x.png"), pixels(place / "images" / "dark" / "03.png"))
 
@@ -342,6 +353,7 @@ def test_an_edit_of_nothing_is_the_image(place: Path, tmp_path: Path) -> None:
     "words", [["edit", "run", "0"], ["interpolate", "run", "--from", "0", "--to", "1", "--at", "0.5"]]
 )
 def test_a_saved_picture_is_large_enough_to_look_at(place: Path, tmp_path: Path, words: list[str]) -> None:
+    """Without ``--scale`` too."""
     done(*words, "--out", tmp_path / "x.png")
     assert min(size(tmp_path / "x.png")) >= 256
 
@@ -374,6 +386,7 @@ def test_the_curve_shows_its_yardsticks(tiny: Path, monkeypatch: pytest.MonkeyPa
     reason="the error quotes torch's advice to load a file in a way that runs its code",
 )
 def test_convert_does_not_advise_to_run_code(tmp_path: Path) -> None:
+    """A file that wants to run code is refused, and its user is not talked into it."""
     torch.save({"model": CodeOnLoading()}, tmp_path / "x.pt")
     ended = pyglow_fast("convert", "rosinality", tmp_path / "x.pt", tmp_path / "x.safetensors", "--image-size", 8)
     assert ended.code == 2

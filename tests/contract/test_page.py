@@ -37,6 +37,7 @@ FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component
     ],
 )
 def test_refused(tiny: Path, words: str, message: str) -> None:
+    """Before anything is served: what is no run, and an address that others reach without a login."""
     ended = pyglow_fast("serve", *words.split(), "--no-browser")
     assert re.fullmatch(f"error: {message}\n", ended.err), ended.err
     assert (ended.code, ended.out) == (2, "")

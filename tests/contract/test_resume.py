@@ -199,6 +199,7 @@ def test_a_disk_that_stays_full(place: Path, whole: Path) -> None:
     reason="a row of metrics.csv whose write failed is lost, and the end does not say so",
 )
 def test_a_row_that_could_not_be_written_is_written_later(place: Path, whole: Path) -> None:
+    """The curve of a run has no hole where the disk was full for a while."""
     process, run = train(place, "run"), place / "run"
     wait(process, lambda: len(steps(run)) > 2)
     (run / "metrics.csv").rename(run / "aside")
@@ -257,6 +258,7 @@ def test_a_second_process_in_the_same_folder_is_refused(place: Path, whole: Path
     ],
 )
 def test_a_run_is_not_resumed_as_another(tiny: Path, words: str, message: str) -> None:
+    """A resumed run is the run that was begun, or it is refused and nothing is touched."""
     before = contents(tiny)
     ended = pyglow_fast("train", *words.split(), "--out", "run", "--resume")
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
@@ -265,6 +267,7 @@ def test_a_run_is_not_resumed_as_another(tiny: Path, words: str, message: str) -
 
 
 def test_a_run_is_not_resumed_on_other_images(tiny: Path) -> None:
+    """Otherwise held-out images slip into the training."""
     (tiny / "images" / "dark" / "00.png").unlink()
     before = contents(tiny)
     ended = pyglow_fast("train", "--out", "run", "--resume", "--max-steps", "25")
@@ -320,6 +323,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_rank_that_sees_other_images_is_refused(place: Path) -> None:
+    """Otherwise two machines train one model on different data without a word."""
     shutil.copytree(place / "images", place / "others")
     shutil.copyfile(place / "images" / "dark" / "00.png", place / "others" / "dark" / "01.png")
     words = [[*PROGRAM, "train", f"folder:{name}", "--out", "run", *RUN, *RANKED] for name in ("images", "others")]
@@ -340,6 +344,7 @@ def test_a_rank_that_sees_other_images_is_refused(place: Path) -> None:
 def test_half_an_environment_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
 ) -> None:
+    """Otherwise every process trains a model of its own into the same folder."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert pyglow_fast("train", "digits", "--out", tmp_path / "run") == (2, "", f"error: {message}\n")
@@ -347,6 +352,7 @@ def test_half_an_environment_is_refused(
 
 
 def test_the_loss_of_a_rank_ends_the_others(place: Path) -> None:
+    """Otherwise a job hangs, and pays for its machines, until somebody looks."""
     words = [*PROGRAM, "train", "folder:images", "--out", "run", *RUN, *RANKED, "--max-steps", "100000"]
     with ranks(place, words, words) as processes:
         wait(processes[0], lambda: saved(place / "run"))

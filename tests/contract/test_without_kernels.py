@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["gradients", "inverse_and_samples", "refusals"])
 def test_the_contract_holds_on_the_reference(name: str) -> None:
+    """Whoever has no compiler gets the same numbers, slower."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"test_{name}.py")]
     environment = {**os.environ, "PYGLOW_FORCE_REFERENCE": "1"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
