@@ -531,18 +531,16 @@ def accumulated(model: nn.Module, x: Tensor) -> Gradients:
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
-LOST = "what backward() accumulates for a module that a net applies twice is lost without a word"
+LOST = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="what backward() accumulates for a module that a net applies twice is lost without a word",
+)
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=LOST)] * (name == "one module twice"),
-        )
-        for name in NETS
-    ],
+    [pytest.param(name, marks=[LOST] * (name == "one module twice")) for name in NETS],
 )
 def test_nets_that_are_trained(name: str) -> None:
     """With ``backward()`` rather than ``torch.autograd.grad``: else a part of a user's net would never be trained."""
@@ -552,7 +550,7 @@ def test_nets_that_are_trained(name: str) -> None:
         assert_same_gradients(accumulated(memory.of(sequence), x), expected, memory)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=LOST)
+@LOST
 @pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
 def test_an_accelerated_net_that_applies_a_module_twice(mode: str) -> None:
     """The same by ``accelerate``, of a model that trained rightly before."""
