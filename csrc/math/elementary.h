@@ -1,9 +1,9 @@
 // exp, log, log1p, tanh, atan, expm1, erf and erfc of scalars (from the platform's library) and of GCC/Clang vectors
 // (branch-free here), and the sigmoid of both. Error bounds of the float vector forms, measured against float64 by
-// tests/test_elementary.py: exp 1.5 ulp on [-87, 88], with gradual underflow below and inf above; log1p_unit 2.5 ulp on
-// [0, 1]; log 2.5 ulp on normal numbers; tanh 2 ulp; atan 3 ulp; expm1_negative 2 ulp below zero; erf 3 ulp; erfc 7
-// ulp, 5 + x^2 from 1 on. The double forms: exp 1.5 ulp, log1p_unit 2.5 ulp, expm1_negative 2 ulp; the others are the
-// library's, lane by lane, since double serves verification. NaN in gives NaN out.
+// tests/kernels/test_elementary.py: exp 1.5 ulp on [-87, 88], with gradual underflow below and inf above;
+// log1p_unit 2.5 ulp on [0, 1]; log 2.5 ulp on normal numbers; tanh 2 ulp; atan 3 ulp; expm1_negative 2 ulp below zero;
+// erf 3 ulp; erfc 7 ulp, 5 + x^2 from 1 on. The double forms: exp 1.5 ulp, log1p_unit 2.5 ulp, expm1_negative 2 ulp;
+// the others are the library's, lane by lane, since double serves verification. NaN in gives NaN out.
 #pragma once
 #include <math.h>
 #include <stdint.h>
