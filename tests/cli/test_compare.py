@@ -123,7 +123,7 @@ def test_a_run_of_it_is_a_run_of_train(compared: Path, data: str, options: list[
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_all_variants_of_a_seed_see_the_same(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_variants_of_a_seed_see_the_same(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"size": 8, "gray": True, "n_levels": 1, "n_steps": 1, "hidden": 4, "batch_size": 4, "max_steps": 2}
     base, images = make_config(given | {"device": "cpu"}, data)
     seen: dict[int, list[torch.Tensor]] = {}
@@ -252,9 +252,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(
     assert "- reverse, additive, seed 0: training diverged at step 1: loss" in (out / "table.md").read_text()
 
 
-def test_another_process_trains_one_of_them(
-    copy: Path, data: str, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_another_process_trains_one_of_them(copy: Path, data: str, options: list[str], capsys: Capture) -> None:
     """That one is left to it."""
     run = RunFolder(copy / "runs" / NAMES[1])
     run.report.unlink()

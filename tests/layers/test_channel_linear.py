@@ -207,7 +207,7 @@ def test_kept_until_it_changes(
     assert len(folds) == 2
 
 
-def test_not_kept_where_its_sources_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_kept_where_its_sources_cannot_be_told() -> None:
     class Outside(Householder):
         angle = 0.5
 

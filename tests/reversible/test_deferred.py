@@ -251,7 +251,7 @@ class TestCaptured:
                 step_gradients(sequence, x)
             assert sequence.memory_report()["passes"] == 1
 
-    def test_counters_stay_where_a_graph_writes_to_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_counters_stay_where_a_graph_writes_to_them(self) -> None:
         verdicts, cpu, meta = deferred.Verdicts(), torch.device("cpu"), torch.device("meta")
         first = verdicts.prepare(cpu)
         verdicts.prepare(meta)

@@ -119,7 +119,7 @@ def test_a_reader_that_is_killed_at_any_moment(
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_unreadable_images_do_not_count_in_a_score(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
+def test_unreadable_images_do_not_count_in_a_score(tiny_config: MakeConfig, photos: Path) -> None:
     config = photo_config(tiny_config, photos, on_unreadable="skip", workers=0)
     state = TrainState(config, load_data(config.data))
     state.initialize()
