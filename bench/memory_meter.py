@@ -42,28 +42,20 @@ class MemoryMeter(TorchDispatchMode):
         result = func(*args, **kwargs)
         for storage in _storages(result):
             if storage._cdata not in known:
-                self._charge(storage, func)
+                self._charge(storage)
         return result
 
-    def _charge(self, storage: torch.UntypedStorage, func: Any) -> None:
+    def _charge(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._sizes:
             return
         self._sizes[key] = size
         self.now += size
         self.peak = max(self.peak, self.now)
-        self._made(key, size, func)
         weakref.finalize(storage, self._release, key).atexit = False
 
     def _release(self, key: int) -> None:
-        self._freed(key)
         self.now -= self._sizes.pop(key)
-
-    def _made(self, key: int, size: int, func: Any) -> None:
-        """Tell subclasses that a storage is charged."""
-
-    def _freed(self, key: int) -> None:
-        """Tell subclasses that a storage is about to be taken off."""
 
 
 class AllocatorTrace:

@@ -22,10 +22,10 @@ from support.chain_cases import (
     noted_passes,
     objective,
 )
-from support.memory_trace import MemoryTrace
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from bench.memory_meter import MemoryMeter
 from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reversible import DriftControl, Pass, backward, passes
 from pyglow_fast.reversible.parts import LEAST_PART, cut, part_limit
@@ -331,9 +331,9 @@ def test_gradients_that_are_added_to_others_exist_twice_by_parts_alone(monkeypat
         cut_parts(monkeypatch, limit)
         model = copy.deepcopy(steps)
         objective(model(x)).backward()
-        with MemoryTrace() as trace:
+        with MemoryMeter() as meter:
             objective(model(x)).backward()
-        peaks[limit], _ = trace.peak_without()
+        peaks[limit] = meter.peak
     assert peaks[ONE_PART] > size > 4 * peaks[EVERY_STEP]
 
 
