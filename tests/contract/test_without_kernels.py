@@ -13,7 +13,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["gradients", "inverse_and_samples", "refusals"])
+@pytest.mark.parametrize(
+    "name", ["gradients", "gradients_of_own_nets", "gradients_with_torch", "inverse_and_samples", "refusals"]
+)
 def test_the_contract_holds_on_the_reference(name: str) -> None:
     """Whoever has no compiler gets the same numbers, slower."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"test_{name}.py")]

@@ -23,6 +23,8 @@ LOOSE = 1e-11
 Gradients = dict[str, Tensor]
 Run = Callable[..., Tensor]
 
+SHAPE = (4, 6, 3)  # of the states that steps() maps, and of batch()
+
 
 def perturbed(module: Any, spread: float = 0.1) -> Any:
     """Move every parameter away from the special value that it starts at."""
@@ -30,6 +32,23 @@ def perturbed(module: Any, spread: float = 0.1) -> Any:
         for parameter in module.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
     return module
+
+
+def ready(steps: list[pgf.FlowStep], shape: tuple[int, ...] = SHAPE, cond: Tensor | None = None) -> Any:
+    """A run of these steps in mode "store": float64, initialised, away from the start."""
+    sequence = pgf.ReversibleSequence(steps, "store").double()
+    sequence.initialize(torch.randn(64, *shape, dtype=torch.float64), cond)
+    return perturbed(sequence)
+
+
+def steps(count: int = 5, **options: Any) -> Any:
+    """A run of FlowSteps."""
+    return ready([pgf.FlowStep(4, 5, **options) for _ in range(count)])
+
+
+def batch(n: int = 3, *shape: int) -> Tensor:
+    """n random samples of this shape, of SHAPE where none is given. Float64."""
+    return torch.randn(n, *(shape or SHAPE), dtype=torch.float64)
 
 
 def objective(outputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -133,3 +152,35 @@ RECOMPUTING = [
 REDONE = Memory("reversible", 2, tolerance=1e-30)  # every state is taken for a drifted one
 BYTES = Memory("bytes")  # of runs of FlowSteps alone
 MEMORIES = [*RECOMPUTING, BYTES]
+
+
+def memories_of(sequence: pgf.ReversibleSequence) -> list[Memory]:
+    """Byte budgets are for FlowSteps alone, and nothing but their nets is cut into chunks."""
+    own = all(isinstance(step, pgf.FlowStep) for step in sequence)
+    return MEMORIES if own else [memory for memory in RECOMPUTING if memory.budget == "auto"]
+
+
+def assert_stored_gradients(
+    sequence: pgf.ReversibleSequence,
+    x: Tensor,
+    cond: Tensor | None = None,
+    run: Callable[[pgf.ReversibleSequence, Tensor, Tensor | None], Tensor] | None = None,
+) -> Gradients:
+    """Check that each memory mode gives the stored gradients (of ``run(sequence, x, cond)``), which are returned."""
+
+    def found(own: pgf.ReversibleSequence) -> Gradients:
+        return gradients(own, x, cond, None if run is None else lambda *inputs: run(own, *inputs))
+
+    sequence.memory = "store"
+    expected = found(sequence)
+    assert expected
+    for memory in memories_of(sequence):
+        own = memory.of(sequence, x, cond)
+        got = found(own)
+        # An output that is not used gives no gradient, or one of zeros.
+        wanted = {name: expected.get(name, torch.zeros_like(grad)) for name, grad in got.items()}
+        assert expected.keys() <= got.keys()
+        assert_same_gradients(got, wanted, memory)
+        report = own.memory_report()
+        assert report["trips"] == 0, f"{memory}: steps were computed again, so their inversion was not tested"
+    return expected

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pyglow_fast as pgf
-from support.gradients import perturbed
+from support.gradients import perturbed, steps
+
+Build = Callable[[], Any]
 
 
 class Scale(nn.Module):
@@ -109,3 +115,8 @@ def mixed(cond: bool = False, **options: object) -> pgf.ReversibleSequence:
     torch.manual_seed(5)
     sequence.initialize(*(torch.randn(32, 4, 6, 3, dtype=torch.float64) for _ in range(2 if cond else 1)))
     return perturbed(sequence)
+
+
+# Runs that every feature has to go with: FlowSteps, and layers and modules of a user's among them.
+RUNS: dict[str, Build] = {"steps": steps, "modules": mixed}
+runs = pytest.mark.parametrize("build", RUNS.values(), ids=RUNS)

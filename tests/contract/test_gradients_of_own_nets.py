@@ -1,0 +1,315 @@
+"""Coupling nets that a user writes, and training in threads, give the stored gradients in every memory mode.
+
+Where a test below fails, a part of a user's net is trained wrongly or never.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.gradients import (
+    RECOMPUTING,
+    Gradients,
+    Memory,
+    assert_same_gradients,
+    assert_stored_gradients,
+    batch,
+    gradients,
+    memories_of,
+    objective,
+    ready,
+    steps,
+)
+from support.user_steps import Build, Checkpointed, Nested, runs
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import pyglow_fast as pgf
+from pyglow_fast import functional
+
+
+def with_nets(*nets: nn.Module, **options: Any) -> Any:
+    return ready([pgf.FlowStep(4, net=net, **options) for net in nets])
+
+
+# -------------------------------------------------------------------------------------------------------- coupling nets
+
+
+class Dropped(nn.Module):
+    """A net with dropout, in a module or hidden in its forward."""
+
+    halo = 1
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+        self.dropout = None if hidden else nn.Dropout(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.conv(x)
+        found = self.dropout(found) if self.dropout else nn.functional.dropout(found, 0.4, self.training)
+        out: Tensor = self.last(found)
+        return out
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("leave_training", [False, True])
+def test_dropout(hidden: bool, leave_training: bool) -> None:
+    """The backward draws the masks of the forward, and whoever draws numbers meanwhile gets those that would have come.
+
+    In chunks masks are drawn piece by piece: the stored gradient has other ones than these.
+    """
+    sequence, x = with_nets(*(Dropped(hidden) for _ in range(4))), batch()
+
+    def run(own: pgf.ReversibleSequence) -> tuple[Gradients, Tensor, Tensor]:
+        between: list[Tensor] = []
+
+        def value(x: Tensor, cond: Tensor | None) -> Tensor:
+            torch.manual_seed(7)
+            own.train()
+            found = objective(own(x))
+            between.append(torch.rand(3))
+            if leave_training:
+                own.eval()
+            return found
+
+        return gradients(own, x, None, value), between[0], torch.rand(3)
+
+    whole = run(sequence)
+    in_rows = run(Memory("checkpoint", budget=1).of(sequence))
+    for memory in memories_of(sequence):
+        if memory.budget == 4000:
+            continue
+        expected = in_rows if memory.budget == 1 else whole
+        got = run(memory.of(sequence, x))
+        assert_same_gradients(got[0], expected[0], memory)
+        assert torch.equal(got[1], expected[1])
+        assert torch.equal(got[2], expected[2]), "the backward moved the caller's random stream"
+    in_evaluation = sequence.eval()
+    assert_stored_gradients(in_evaluation, x)
+
+
+class Counted(nn.Module):
+    """A net that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(2, 4, 3, padding=1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.conv(x)
+        return out
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+def test_a_backward_runs_each_net_once_more(mode: str) -> None:
+    """Else saving memory costs more time than the documentation says."""
+    nets = [Counted() for _ in range(5)]
+    own, x = Memory(mode, budget=2**40).of(with_nets(*nets)), batch()
+    gradients(own, x)  # the first run of a net whose random numbers are not known may be another one
+    before = [net.calls for net in nets]
+    gradients(own, x)
+    assert [net.calls - earlier for net, earlier in zip(nets, before, strict=True)] == [2] * 5
+
+
+class Halved(pgf.CouplingNet):
+    """A subclass: its own forward is what is differentiated, not the net that it derives from."""
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return 0.5 * super().forward(x, cond)
+
+
+class Writing(nn.Module):
+    """A net that writes to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 4, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def shared() -> list[nn.Module]:
+    net = pgf.CouplingNet(2, 4, 5)
+    return [net, pgf.CouplingNet(2, 4, 5), net]
+
+
+def tied() -> list[nn.Module]:
+    first, second = parametrizations.weight_norm(nn.Conv2d(2, 4, 1)), nn.Conv2d(4, 4, 1)
+    net = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Conv2d(4, 4, 1))
+    net[4].weight = second.weight
+    return [net]
+
+
+def repeated() -> list[nn.Module]:
+    return [applied_twice(2, 4) for _ in range(2)]
+
+
+def applied_twice(inputs: int, outputs: int) -> nn.Module:
+    middle, relu = nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()
+    first, last = nn.Conv2d(inputs, 6, 3, padding=1), nn.Conv2d(6, outputs, 3, padding=1)
+    return nn.Sequential(first, relu, middle, relu, middle, relu, last)
+
+
+NETS: dict[str, Callable[[], list[nn.Module]]] = {
+    "shared between steps": shared,
+    "tied and computed weights": tied,
+    "one module twice": repeated,
+    "of a subclass": lambda: [Halved(2, 4, 5), Halved(2, 4, 5)],
+    "that checkpoint": lambda: [Checkpointed(), pgf.CouplingNet(2, 4, 5), Checkpointed()],
+    "with flows inside": lambda: [Nested(), pgf.CouplingNet(2, 4, 5), Nested()],
+    "that write to their input": lambda: [Writing(), Writing()],
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_nets(name: str) -> None:
+    """Coupling nets of a user's own, which share, repeat, checkpoint, nest or write, by torch.autograd.grad."""
+    assert_stored_gradients(with_nets(*NETS[name]()).eval(), batch())
+
+
+def accumulated(model: nn.Module, x: Tensor) -> Gradients:
+    """The gradients as ``backward()`` leaves them in the parameters."""
+    model.zero_grad()
+    objective(model(x)).backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+LOST = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="what backward() accumulates for a module that a net applies twice is lost without a word",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[LOST] * (name == "one module twice")) for name in NETS],
+)
+def test_nets_that_are_trained(name: str) -> None:
+    """With ``backward()`` rather than ``torch.autograd.grad``: else a part of a user's net would never be trained."""
+    sequence, x = with_nets(*NETS[name]()).eval(), batch()
+    expected = accumulated(sequence, x)
+    for memory in RECOMPUTING:
+        assert_same_gradients(accumulated(memory.of(sequence), x), expected, memory)
+
+
+@LOST
+@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+def test_an_accelerated_net_that_applies_a_module_twice(mode: str) -> None:
+    """The same by ``accelerate``, of a model that trained rightly before."""
+    framework, modules = pytest.importorskip("FrEIA.framework"), pytest.importorskip("FrEIA.modules")
+    from pyglow_fast.interop import accelerate
+
+    model = framework.SequenceINN(4, 4, 4)
+    for _ in range(2):
+        model.append(modules.AllInOneBlock, subnet_constructor=applied_twice)
+    model = model.double()
+    x = batch(2, 4, 4, 4)
+    expected = accumulated(model, x)
+    accelerate(model, memory=mode)
+    assert_same_gradients(accumulated(model, x), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- threads
+
+
+def in_threads(*work: Callable[[], object]) -> None:
+    """Run all at a time, and let none fail unheard."""
+    gate, failed = threading.Barrier(len(work), timeout=60), []
+
+    def run(each: Callable[[], object]) -> None:
+        try:
+            gate.wait()
+            each()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(each,)) for each in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+@runs
+def test_threads(build: Build) -> None:
+    """Two models at a time, and two backwards of one graph where the nets are products of ours."""
+    sequence, x = build().eval(), batch()
+    sequence.memory = "store"
+    expected = gradients(sequence, x)
+    other = copy.deepcopy(sequence)
+    named = dict(sequence.named_parameters())
+    found: list[Gradients] = []
+
+    def of_model(model: nn.Module) -> None:
+        found.extend(gradients(model, x) for _ in range(3))
+
+    def of_graph(value: Tensor, leaf: Tensor) -> None:
+        got = torch.autograd.grad(value, [leaf, *named.values()], retain_graph=True)
+        found.append(dict(zip(["x", *named], got, strict=True)))
+
+    for memory in memories_of(sequence):
+        own, leaf = memory.of(sequence, x), x.clone().requires_grad_()
+        found.clear()
+        in_threads(partial(of_model, own), partial(of_model, memory.of(other, x)))
+        if build is steps and functional.net_as_products(x):
+            value = objective(own(leaf))
+            in_threads(*[partial(of_graph, value, leaf)] * 2)
+        for got in found:
+            assert_same_gradients(got, expected, memory)
+
+
+class Slow(Dropped):
+    """A net that several threads are within at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="training in threads stops with a message that sends a user after parameters that the net does not have",
+)
+def test_threads_that_share_a_net_with_dropout() -> None:
+    """Training in threads works, or the refusal says that threads are why."""
+
+    net = Slow(hidden=False)
+    sequence, x = Memory("reversible").of(with_nets(net, net)), batch()
+    said = "no refusal that names threads"
+    try:
+        in_threads(*[lambda: [gradients(sequence, x) for _ in range(4)]] * 3)
+    except ValueError as refusal:
+        said = str(refusal)
+    assert "thread" in said
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(AssertionError, ValueError),
+    reason="two backwards of one graph in threads get wrong gradients, or stop with a message about something else",
+)
+def test_threads_through_one_graph_of_ones_own_nets() -> None:
+    """Two backwards at a time through nets that autograd runs give what one gives."""
+    sequence, x = with_nets(*(Slow(hidden=False) for _ in range(3))).eval(), batch()
+    own, named = Memory("reversible").of(sequence), dict(sequence.named_parameters())
+    expected = gradients(sequence, x)
+    value = objective(own(x))
+    found: list[tuple[Tensor, ...]] = []
+    in_threads(*[lambda: found.append(torch.autograd.grad(value, list(named.values()), retain_graph=True))] * 2)
+    for got in found:
+        assert_same_gradients(dict(zip(named, got, strict=True)), {name: expected[name] for name in named})

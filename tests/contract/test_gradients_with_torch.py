@@ -1,0 +1,342 @@
+"""What torch offers around a model goes with every memory mode: autograd, hooks, autocast, compile, func, copies.
+
+Where a test below fails, a common tool of torch's breaks on a flow, or gives a wrong gradient without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.gradients import (
+    BYTES,
+    CONDITION,
+    MEMORIES,
+    RECOMPUTING,
+    SHAPE,
+    Gradients,
+    Memory,
+    assert_same_gradients,
+    assert_stored_gradients,
+    batch,
+    gradients,
+    memories_of,
+    objective,
+    perturbed,
+    ready,
+    relative_error,
+    steps,
+    worst_error,
+)
+from support.helpers import assert_close
+from support.user_steps import Build, runs
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+import pyglow_fast as pgf
+
+# ------------------------------------------------------------------------------------------------------- torch.autograd
+
+
+@runs
+def test_several_backwards(build: Build) -> None:
+    """Two losses of one forward, one after the other; some gradients first, then all; two batches in either order."""
+    sequence, batches = build(), [batch(2), batch(3)]
+    sequence.memory = "store"
+    expected = [gradients(sequence, x) for x in batches]
+    named = dict(sequence.named_parameters())
+    last = next(name for name in reversed(named) if name.startswith("4"))
+    for memory in memories_of(sequence):
+        own = memory.of(sequence, batches[0])
+        leaves = [x.detach().requires_grad_() for x in batches]
+        z, log_det = own(leaves[0])
+        parts = objective((z, torch.zeros_like(log_det))), objective((torch.zeros_like(z), log_det))
+        wanted = [leaves[0], *named.values()]
+        (late,) = torch.autograd.grad(parts[0] + parts[1], named[last], retain_graph=True)
+        assert_same_gradients({last: late}, {last: expected[0][last]}, memory)
+        found = [torch.autograd.grad(part, wanted, retain_graph=part is parts[0]) for part in parts]
+        both = {name: one + other for name, one, other in zip(["x", *named], *found, strict=True)}
+        assert_same_gradients(both, expected[0], memory)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(parts[0], wanted)
+        for order in ((0, 1), (1, 0)):
+            values = [objective(own(leaf)) for leaf in leaves]
+            for i in order:
+                got = torch.autograd.grad(values[i], [leaves[i], *named.values()])
+                assert_same_gradients(dict(zip(["x", *named], got, strict=True)), expected[i], memory)
+        for x in batches:  # accumulated, as over micro-batches
+            objective(own(x)).backward()
+        total = {name: value.grad for name, value in named.items() if value.grad is not None}
+        assert_same_gradients(total, {name: expected[0][name] + expected[1][name] for name in named}, memory)
+        own.zero_grad()
+
+
+@runs
+def test_batches_of_gradients(build: Build) -> None:
+    """is_grads_batched, as torch.autograd.functional.jacobian uses it, gives row by row what a loop gives."""
+    sequence, x = build().eval(), batch(2).requires_grad_()
+    inputs = [x, *sequence.parameters()]
+    rows = batch(3, 2, *SHAPE), batch(3, 2)
+    sequence.memory = "store"
+    outputs = sequence(x)
+    loops = [torch.autograd.grad(outputs, inputs, [row[i] for row in rows], retain_graph=True) for i in range(3)]
+    for memory in memories_of(sequence):
+        got = torch.autograd.grad(memory.of(sequence, x)(x), inputs, rows, is_grads_batched=True)
+        for i, expected in enumerate(loops):
+            for found, wanted in zip(got, expected, strict=True):
+                assert_same_gradients({"": found[i]}, {"": wanted}, memory)
+
+
+@runs
+def test_second_derivatives_are_refused(build: Build) -> None:
+    """Not silently wrong; a gradient with create_graph that nobody differentiates is as ever."""
+    sequence, x = build(), batch().requires_grad_()
+    inputs = [x, *sequence.parameters()]
+    for memory in memories_of(sequence):
+        own = memory.of(sequence, x)
+        expected = torch.autograd.grad(objective(own(x)), inputs)
+        got = torch.autograd.grad(objective(own(x)), inputs, create_graph=True)
+        for one, other in zip(got, expected, strict=True):
+            assert_same_gradients({"": one}, {"": other}, memory)
+        for power in (1, 2):
+            z, log_det = own(x)
+            value = z.pow(power).sum() + log_det.sum()
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            if memory != BYTES or gradient.requires_grad:
+                with pytest.raises(RuntimeError, match="double backward"):
+                    (value + gradient.square().sum()).backward()
+
+
+def test_without_gradients_nothing_is_recorded() -> None:
+    """Evaluation under no_grad or inference_mode, and of a frozen flow, keeps no graph."""
+    sequence, x = steps(), batch()
+    z, log_det = sequence(x)
+    for memory in MEMORIES:
+        own = memory.of(sequence, x)
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                found = own(x)
+            assert not found[0].requires_grad
+            assert_close(found[0], z, CONDITION)
+            assert_close(found[1], log_det, CONDITION)
+    for memory in RECOMPUTING:
+        own = memory.of(sequence.requires_grad_(False))
+        assert own(x)[0].grad_fn is None
+
+
+@runs
+def test_what_changes_before_the_backward_is_refused(build: Build) -> None:
+    """A parameter or input that is written to in between never gives a wrong gradient, nor does it without a flow."""
+    sequence, x = build(), batch()
+    for memory in memories_of(sequence)[:4]:
+        for parameter in list(sequence.parameters())[::3]:
+            value = objective(memory.of(sequence)(x))
+            with torch.no_grad():
+                parameter.add_(0.0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                value.backward()
+        leaf = x.clone().requires_grad_()
+        value = objective(memory.of(sequence)(leaf))
+        with torch.no_grad():
+            leaf.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+        sequence.zero_grad()
+
+
+@runs
+def test_hooks(build: Build) -> None:
+    """A hook on a parameter is called once, with the whole gradient, and what it returns counts (clipping, FSDP, DDP).
+
+    A hook on a module is called in the forward.
+    """
+    sequence, x = build(), batch()
+    sequence.memory = "store"
+    expected = gradients(sequence, x)
+    calls: list[str] = []
+
+    def doubled(name: str) -> Callable[[Tensor], Tensor]:
+        def hook(grad: Tensor) -> Tensor:
+            calls.append(name)
+            return 2.0 * grad
+
+        return hook
+
+    handles = []
+    for name, parameter in sequence.named_parameters():
+        handles.append(parameter.register_hook(doubled(name)))
+        handles.append(parameter.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(name)))
+    names = sorted(name for name, _ in sequence.named_parameters())
+    for memory in memories_of(sequence):
+        calls.clear()
+        objective(memory.of(sequence, x)(x)).backward()
+        assert sorted(calls) == sorted(2 * names), memory
+        found = {name: value.grad for name, value in sequence.named_parameters() if value.grad is not None}
+        assert_same_gradients(found, {name: 2.0 * expected[name] for name in names}, memory)
+        sequence.zero_grad()
+    for handle in handles:
+        handle.remove()
+
+    seen: list[int] = []
+    sequence[1].register_forward_hook(lambda module, inputs, outputs: seen.append(len(inputs)))
+    for memory in RECOMPUTING[:4]:
+        seen.clear()
+        assert_same_gradients(gradients(memory.of(sequence), x), expected, memory)
+        assert seen, "the hook on a step was not called"
+
+
+@runs
+def test_hooks_on_saved_tensors_and_anomaly_mode(build: Build) -> None:
+    """save_on_cpu, torch.utils.checkpoint around the flow, and detect_anomaly go with every mode."""
+    sequence, x = build().eval(), batch()
+
+    def moved(own: nn.Module, x: Tensor, cond: Tensor | None) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: value.detach().clone(), lambda value: value):
+            return objective(own(x))
+
+    def checkpointed(own: nn.Module, x: Tensor, cond: Tensor | None) -> Tensor:
+        return objective(checkpoint(own, x, use_reentrant=False))
+
+    for run in (moved, checkpointed):
+        assert_stored_gradients(sequence, x, None, run)
+    with torch.autograd.set_detect_anomaly(True):
+        assert_stored_gradients(sequence, x)
+
+
+# ---------------------------------------------------------------------------------------------------------- other tools
+
+
+def test_autocast() -> None:
+    """Nets in bfloat16: the state and the gradients stay float32, and recomputing adds no more than bfloat16 costs."""
+    sequence = ready([pgf.FlowStep(4, 16) for _ in range(8)], (4, 8, 8))
+    x = batch(8, 4, 8, 8)
+    exact = gradients(sequence, x)
+    sequence.float()
+
+    def found(own: pgf.ReversibleSequence, backward_inside: bool) -> Gradients:
+        def run(x: Tensor, cond: Tensor | None) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                z, log_det = own(x)
+            assert z.dtype == log_det.dtype == torch.float32
+            return objective((z, log_det))
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward_inside):
+            return gradients(own, x.float(), None, run)
+
+    for inside in (False, True):
+        stored = found(sequence, inside)
+        cost = worst_error(stored, exact)
+        assert 1e-3 < cost < 0.5, "autocast reaches the nets"
+        for mode, every in (("checkpoint", "auto"), ("reversible", 1), ("reversible", 4), ("reversible", "auto")):
+            own = pgf.ReversibleSequence(list(sequence), mode, every)
+            got = found(own, inside)
+            assert all(grad.dtype == torch.float32 for grad in got.values())
+            assert worst_error(got, stored) <= 2.0 * cost, (mode, every)
+
+
+def test_compiled() -> None:
+    """torch.compile of a model in "store" is one graph; code around any other mode compiles and keeps its memory."""
+    model = pgf.Glow(image_shape=(1, 2, 2), n_levels=1, n_steps=1, hidden=4, memory="store").double()
+    x = batch(4, 1, 2, 2)
+    model.initialize(x)
+    expected = gradients(perturbed(model), x, None, lambda x, _: model.log_prob(x).sum())
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    assert_same_gradients(gradients(model, x, None, lambda x, _: compiled(x).sum()), expected)
+
+    sequence, x = steps(2), batch()
+    expected = gradients(sequence, x)
+    own = Memory("reversible").of(sequence)
+
+    @torch.compile(backend="aot_eager")
+    def run(x: Tensor) -> Tensor:
+        z, log_det = own(2.0 * x / 2.0)
+        return objective((z * 1.0, log_det))
+
+    assert_same_gradients(gradients(own, x, None, lambda x, _: run(x)), expected)
+    assert own.memory_report()["passes"] == 1
+
+
+def test_functional_call() -> None:
+    """Gradients flow on to what the lent tensors are made of, after they are given back: hypernetworks, MAML."""
+    sequence, x = steps(6), batch()
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in sequence.named_parameters()}
+
+    def found(own: pgf.ReversibleSequence) -> Gradients:
+        lent = {name: value + 0.05 * value.sin() for name, value in leaves.items()}
+        value = objective(torch.func.functional_call(own, lent, (x,)))
+        return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+
+    expected = found(sequence)
+    assert relative_error(gradients(sequence, x)["3.actnorm.bias"], expected["3.actnorm.bias"]) > 1e-3
+    for memory in MEMORIES:
+        assert_same_gradients(found(memory.of(sequence, x)), expected, memory)
+
+
+def test_transforms_of_torch_func() -> None:
+    """grad, vmap and per-sample gradients are what a loop of ordinary autograd finds, whatever the memory mode."""
+    sequence, x = steps(3).eval(), batch(2)
+    parameters = {name: value.detach() for name, value in sequence.named_parameters()}
+
+    def of_one(x: Tensor, cond: Tensor | None) -> Tensor:
+        z, log_det = sequence(x)
+        return z.sin().sum() + log_det.square().sum()
+
+    alone = [gradients(sequence, x[i : i + 1], None, of_one) for i in range(2)]
+    expected = {name: torch.stack([one[name] for one in alone]) for name in alone[0]}
+    along = torch.tensordot(torch.autograd.functional.jacobian(lambda x: sequence(x)[0], x), x.cos(), 4)
+    for memory in MEMORIES:
+        own = memory.of(sequence, x)
+
+        def value(parameters: dict[str, Tensor], x: Tensor, own: nn.Module = own) -> Tensor:
+            z, log_det = torch.func.functional_call(own, parameters, (x.unsqueeze(0),))
+            return z.sin().sum() + log_det.square().sum()
+
+        got, of_x = torch.func.vmap(torch.func.grad(value, argnums=(0, 1)), in_dims=(None, 0))(parameters, x)
+        assert_same_gradients({**got, "x": of_x.unsqueeze(1)}, expected, memory)
+        _, found = torch.func.jvp(lambda x, own=own: own(x)[0], (x,), (x.cos(),))
+        assert_close(found, along, CONDITION)
+
+
+def test_parametrizations_and_pruning() -> None:
+    """Weights that are computed from others: what is trained is what lies behind them."""
+
+    class Bounded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.tanh()
+
+    sequence, x = steps(permutation="invconv_plain"), batch()
+    for k, step in enumerate(sequence):
+        if k != 3:
+            parametrizations.orthogonal(step.permutation, "weight")
+        parametrize.register_parametrization(step.actnorm, "log_scale", Bounded())
+        parametrizations.weight_norm(step.coupling.net.conv1)
+        prune.l1_unstructured(step.coupling.net.conv2, "weight", amount=0.4)
+    found = assert_stored_gradients(sequence, x)
+    assert any("parametrizations.weight" in name for name in found)
+    pruned = found["0.coupling.net.conv2.weight_orig"]
+    assert not pruned[sequence[0].coupling.net.conv2.weight_mask == 0].any()
+
+
+def test_copies_in_the_middle_of_training() -> None:
+    """A deepcopy (an average of weights) and a pickle (a spawned worker) train on as the original does."""
+    x = batch()
+    for memory in MEMORIES:
+        sequence = memory.of(steps(), x)
+        optimizer = torch.optim.SGD(sequence.parameters(), 1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            objective(sequence(x)).backward()
+            optimizer.step()
+        waiting = objective(sequence(x))  # between a forward and its backward
+        copies = [copy.deepcopy(sequence), pickle.loads(pickle.dumps(sequence))]
+        named = dict(sequence.named_parameters())
+        expected = dict(zip(named, torch.autograd.grad(waiting, list(named.values())), strict=True))
+        for other in copies:
+            assert other.memory == sequence.memory
+            got = gradients(other, x)
+            assert_same_gradients({name: got[name] for name in expected}, expected, memory)
+            assert other.memory_report().keys() == sequence.memory_report().keys()
