@@ -1,4 +1,4 @@
-"""What a call costs besides its kernel: functions on tensors of four numbers, a flow step, and a batch of one image.
+"""The cost of a call besides its kernel: functions on tensors of four numbers, a flow step, and a batch of one image.
 
     pyglow-fast bench calls [--rounds 15] [--against ../before] [--out DIR]
 

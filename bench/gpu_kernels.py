@@ -169,7 +169,7 @@ def measure(shape: tuple[int, ...], device: torch.device, only: str = "") -> lis
 
 
 def scratch_bytes(case: Case, device: torch.device) -> int | None:
-    """What a case allocates beyond its results, at its peak; known on a GPU alone."""
+    """Peak bytes that a case allocates beyond its results; known on a GPU alone."""
     if device.type != "cuda":
         return None
     run = case.build(functional, False)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: rows, the machine's line, and cases that take turns, also between checkouts.
+"""The harness of all benchmarks: rows, the machine's line, and cases that take turns, also between checkouts.
 
 A number is the median over rounds in which all cases take turns, in an order that changes from round to round, so that
 a machine whose speed drifts slows all of them alike. Each call is timed twice: by the clock, and by the processor time
@@ -87,7 +87,7 @@ class Row:
 
 @dataclasses.dataclass
 class Prepared:
-    """What a process has to time: rows without times, each with its call (None: there is nothing to time), and notes.
+    """The cases of one process: rows without times, each with its call (None: there is nothing to time), and notes.
 
     ``failures``: what is wrong, for which the benchmark's exit code is 1.
     """

@@ -43,7 +43,7 @@ def data_of(shape: tuple[int, ...]) -> Data:
 
 
 def run_of(case: str, shape: tuple[int, ...], implementation: str) -> Run:
-    """What is timed."""
+    """The call that is timed: a case on one shape by one implementation, which is compared with plain torch first."""
     data = data_of(shape)
     found = next(one for one in kernel_cases(data) if one.name == case)
     if implementation == COPY:

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-full = False  # some files still ask for it; nothing sets it
-
 
 class _Option(NamedTuple):
     """One stacked ``parametrize``: the arguments it sets, and for each value its label and what it sets them to."""
