@@ -40,6 +40,8 @@ Planes<T> written(at::Tensor& x, int64_t first_channel) {
   return {x.mutable_data_ptr<T>() + first_channel * x.stride(1), x.stride(0), x.stride(1)};
 }
 
+}  // namespace
+
 // The positions of one parity, and behind them, with both, those of the other: (N, C or 2 C, rows / 2, *rest).
 at::Tensor checkerboard_split(const at::Tensor& x_in, int64_t parity, bool both) {
   check_board("x", x_in, parity);
@@ -84,8 +86,6 @@ at::Tensor checkerboard_merge(const at::Tensor& halves_in, int64_t parity, bool 
   });
   return x;
 }
-
-}  // namespace
 
 void register_checkerboard_ops(torch::Library& m) {
   m.impl("checkerboard_split", &checkerboard_split);

@@ -11,7 +11,6 @@
 #include "bindings/ops.h"
 
 namespace pyglow::bindings {
-namespace {
 
 // M couple(x) + c and log_det; inverse: A (uncouple(x) - c) and its log_det, with matrix A = M^-1.
 std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at::Tensor& net_out_in,
@@ -154,8 +153,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(
   });
   return {x, grad_u, grad_net_out};
 }
-
-}  // namespace
 
 void register_fused_ops(torch::Library& m) {
   m.impl("coupling_mix", &coupling_mix);

@@ -10,7 +10,6 @@
 #include "bindings/ops.h"
 
 namespace pyglow::bindings {
-namespace {
 
 // The inverse of each matrix of a stack, and log|det|.
 std::tuple<at::Tensor, at::Tensor> invert_matrices(const at::Tensor& matrices_in) {
@@ -30,8 +29,6 @@ std::tuple<at::Tensor, at::Tensor> invert_matrices(const at::Tensor& matrices_in
   });
   return {inverses, log_dets};
 }
-
-}  // namespace
 
 void register_matrix_ops(torch::Library& m) { m.impl("invert_matrices", &invert_matrices); }
 

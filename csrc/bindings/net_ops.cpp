@@ -19,8 +19,6 @@
 namespace pyglow::bindings {
 namespace {
 
-using Optional = std::optional<at::Tensor>;
-
 // No recording and no autocast: the products are in the dtype of the tensors.
 struct Plain {
   at::AutoDispatchBelowAutograd no_autograd;
@@ -191,6 +189,8 @@ int64_t kept_elements(const Net& net, const at::Tensor& x) {
   return found;
 }
 
+}  // namespace
+
 // net_out (N, C, *spatial) and what is kept, if it is.
 std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional& cond, at::TensorList weights,
                                              at::TensorList biases, const Optional& log_gain,
@@ -276,8 +276,6 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
   });
   return grads;
 }
-
-}  // namespace
 
 void register_net_ops(torch::Library& m) {
   m.impl("net_chain", &net_chain);

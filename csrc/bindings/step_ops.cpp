@@ -12,7 +12,6 @@
 #include "bindings/ops.h"
 
 namespace pyglow::bindings {
-namespace {
 
 // u = M x + c, or u = M (x - c); x may be squeezed on the way in, or u unsqueezed on the way out. With an index M has
 // the scale i, matrix_i, at [i, index_i] and nothing elsewhere.
@@ -164,8 +163,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
   });
   return {grad_in, grad_net_out, in};
 }
-
-}  // namespace
 
 void register_step_ops(torch::Library& m) {
   m.impl("channel_mix", &channel_mix);

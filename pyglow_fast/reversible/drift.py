@@ -84,7 +84,7 @@ class Signs(NamedTuple):
 
 
 @made_once(16)
-def _signs(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
+def signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
     generator = torch.Generator("cpu").manual_seed(positions)
     length = next((n for n in range(min(BLOCK, positions), LEAST_BLOCK, -1) if positions % n == 0), positions)
     inner, outer = (
@@ -102,7 +102,7 @@ def project(x: Tensor, signs: Signs | None = None) -> Tensor:
     taken for drift at high resolution.
     """
     flat = flat_positions(x)
-    signs = signs or _signs(flat.shape[2], x.dtype, x.device)
+    signs = signs or signs_of(flat.shape[2], x.dtype, x.device)
     blocks = (signs.outer.shape[0], signs.inner.shape[0])
     if _float32.rounds(PRODUCTS, x):  # of single numbers, which nothing rounds
         return ((flat.unflatten(2, blocks) * signs.inner).sum(3) * signs.outer).sum(2)
@@ -142,9 +142,9 @@ SKETCHED = 4
 
 
 @made_once(16)
-def _sketch_signs(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def sketch_signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """As _signs, of SKETCHED projections: inner (length, SKETCHED), outer (blocks, SKETCHED), sums (SKETCHED,)."""
-    single = _signs(positions, dtype, device)
+    single = signs_of(positions, dtype, device)
     generator = torch.Generator("cpu").manual_seed(positions + 1)
     inner, outer = (
         (torch.randint(2, (len(part), SKETCHED), generator=generator, device="cpu") * 2 - 1).to(device, dtype)
@@ -156,7 +156,7 @@ def _sketch_signs(positions: int, dtype: torch.dtype, device: torch.device) -> t
 def sketch(x: Tensor) -> Tensor:
     """Project x on SKETCHED random signs at once, (N, C, SKETCHED): the mean square is about the squared norm."""
     flat = flat_positions(x)
-    inner, outer, _ = _sketch_signs(flat.shape[2], x.dtype, x.device)
+    inner, outer, _ = sketch_signs_of(flat.shape[2], x.dtype, x.device)
     by_block = flat.unflatten(2, (outer.shape[0], inner.shape[0]))
     if _float32.rounds(PRODUCTS, x):
         return torch.stack([((by_block * own).sum(3) * outer[:, i]).sum(2) for i, own in enumerate(inner.T)], dim=2)
@@ -169,7 +169,7 @@ def _sums_of_signs(mask: Tensor | None, like: Tensor, sketched: bool) -> Tensor 
     if mask is not None:
         return sketch(mask) if sketched else project(mask)
     places = (n_positions(like), like.dtype, like.device)
-    return _sketch_signs(*places)[2] if sketched else _signs(*places).sum
+    return sketch_signs_of(*places)[2] if sketched else signs_of(*places).sum
 
 
 def witness_drift(x: Tensor, seen: Tensor) -> Tensor:

@@ -1,0 +1,377 @@
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/pixel_unshuffle.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+
+#include "run/steps.h"
+
+namespace pyglow::run {
+namespace {
+
+// A sum over steps of which the last segment may still be taken back. What is added may be shared, and is not written.
+class Sum {
+ public:
+  void add(const Tensor& value) {
+    if (value.defined()) add_to(segment_, owns_segment_, value);
+  }
+  void drop_segment() { segment_ = Tensor(); }
+  void close() {
+    if (segment_.defined()) add_to(total_, owns_total_, segment_);
+    segment_ = Tensor();
+  }
+  void clear() { segment_ = total_ = Tensor(); }
+  Tensor result() {
+    close();
+    return total_;
+  }
+
+ private:
+  static void add_to(Tensor& sum, bool& owns, const Tensor& value) {
+    if (!sum.defined()) {
+      sum = value;
+      owns = false;
+    } else if (owns) {
+      sum.add_(value);
+    } else {
+      sum = sum + value;
+      owns = true;
+    }
+  }
+  Tensor segment_, total_;
+  bool owns_segment_ = false, owns_total_ = false;
+};
+
+// A tensor that chunks give part by part; nothing is copied if there is one.
+class Gathered {
+ public:
+  explicit Gathered(const Tensor& like) : like_(like) {}
+  void put(const Chunk* chunk, const Tensor& part) {
+    if (chunk == nullptr) {
+      value_ = part;
+      return;
+    }
+    if (!value_.defined()) value_ = at::empty_like(like_);
+    chunk->outputs(value_).copy_(part);
+  }
+  Tensor get() { return std::move(value_); }
+
+ private:
+  const Tensor& like_;
+  Tensor value_;
+};
+
+Tensor outputs(const Chunk* chunk, const Tensor& y) { return chunk == nullptr ? y : chunk->outputs(y); }
+Tensor per_sample(const Chunk* chunk, const Tensor& values) {
+  return chunk == nullptr ? values : chunk->per_sample(values);
+}
+
+// Says what the gradient of a chunk's net output is.
+using Consume = std::function<Tensor(const Tensor& net_out, const Chunk* chunk)>;
+
+// How far a recomputed input is off: the error itself, or projection and norms, from which it is found for several.
+struct Measure {
+  Tensor error, projection, norm;
+};
+
+struct Segment {
+  int64_t first, end;
+  Tensor input;  // of the first step; undefined: not known
+};
+
+class Walk {
+ public:
+  Walk(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs&& args)
+      : part_(part),
+        args_(std::move(args)),
+        stacked_(maps),
+        maps_(unstacked(maps)),
+        own_(by_step(part, nets)),
+        nets_(nets.size()),
+        matrices_(part.size()),
+        offsets_(part.size()) {
+    std::size_t at = 0;
+    for (const Step& step : part.steps) {
+      first_.push_back(at);
+      at += step.net->tensors();
+    }
+  }
+
+  Gradients run() {
+    Gradients found{};
+    Tensor grad;
+    if (part_.mode == Mode::reversible) {
+      inverse_ = inverted(stacked_);
+      inverses_ = unstacked(inverse_);
+      grad = args_.judged == Judged::each ? judged_each(found) : judged_at_the_end(found);
+    } else {
+      grad = differentiated(0, args_.kept.states, *args_.x, args_.grad_z);
+    }
+    found.x = grad;
+    if (args_.wants_cond) found.cond = cond_.result();
+    found.matrices = at::stack(matrices_);
+    found.offsets = at::stack(offsets_);
+    found.nets = std::move(nets_);
+    found.start = start_;
+    found.redone = redone_;
+    return found;
+  }
+
+ private:
+  std::vector<Segment> segments() const {  // the last first
+    std::vector<Segment> found;
+    int64_t end = part_.size();
+    for (auto anchor = args_.kept.anchors.rbegin(); anchor != args_.kept.anchors.rend(); ++anchor) {
+      found.push_back({anchor->first, end, anchor->second});
+      end = anchor->first;
+    }
+    found.push_back({0, end, args_.x ? *args_.x : Tensor()});
+    return found;
+  }
+
+  Tensor judged_each(Gradients& found) {
+    Tensor y = *args_.z, grad = args_.grad_z;
+    for (const Segment& segment : segments()) {
+      auto [start, grad_start, drift] = inverted_segment(segment, y, grad);
+      const double error = drift.item<double>();
+      found.drift = std::isnan(found.drift) || std::isnan(error) ? NAN : std::max(found.drift, error);
+      if (!(error <= args_.limit)) {
+        cond_.drop_segment();
+        std::tie(start, grad_start) = redone(segment, grad);
+      }
+      cond_.close();
+      y = start;
+      grad = grad_start;
+    }
+    start_ = y;
+    return grad;
+  }
+
+  Tensor judged_at_the_end(Gradients& found) {
+    Tensor y = *args_.z, grad = args_.grad_z;
+    Tensors drifts;
+    for (const Segment& segment : segments()) {
+      Tensor drift;
+      std::tie(y, grad, drift) = inverted_segment(segment, y, grad);
+      drifts.push_back(drift);
+    }
+    start_ = y;
+    found.worst = at::stack(drifts).amax();
+    if (args_.judged == Judged::later) return grad;
+    found.drift = found.worst.item<double>();
+    if (found.drift <= args_.limit) return grad;
+    cond_.clear();
+    grad = args_.grad_z;
+    for (const Segment& segment : segments()) std::tie(start_, grad) = redone(segment, grad);
+    return grad;
+  }
+
+  // Steps by inversion, good or bad, from the output of the last one: the first one's input, true if it is known, its
+  // gradient, and the drift.
+  std::tuple<Tensor, Tensor, Tensor> inverted_segment(const Segment& segment, Tensor y, Tensor grad) {
+    std::vector<Measure> measures;
+    for (int64_t k = segment.end - 1; k >= segment.first; --k) {
+      const Tensor truth = k == segment.first ? segment.input : Tensor();
+      std::tie(y, grad) = inverted_step(k, y, grad, truth);
+      measures.push_back(measured(k, y, truth));
+    }
+    std::reverse(measures.begin(), measures.end());
+    const Tensor drift = drift_of(segment.first, measures);
+    return {segment.input.defined() ? segment.input : y, grad, drift};
+  }
+
+  Unmix unmix(int64_t k) const { return {inverses_[k].matrix, inverses_[k].index, inverses_[k].offset}; }
+
+  Measure measured(int64_t k, const Tensor& x, const Tensor& truth) const {
+    if (truth.defined())
+      return {anchor_drift(x, k == 0 && part_.squeezes ? at::pixel_unshuffle(truth, 2) : truth), {}, {}};
+    if (k > 0) return {{}, project(x, part_.signs), norms(x)};
+    return {sketched_drift(x, sketch_before(args_.kept.start, unmix(k), part_.signs), part_.signs), {}, {}};
+  }
+
+  Tensor drift_of(int64_t first, const std::vector<Measure>& measures) const {
+    Tensors errors, projections, all_norms;
+    for (const Measure& one : measures) {
+      if (one.error.defined()) {  // of the first at most
+        errors.push_back(one.error);
+      } else {
+        projections.push_back(one.projection);
+        all_norms.push_back(one.norm);
+      }
+    }
+    if (!projections.empty()) {
+      const auto from = first + static_cast<int64_t>(errors.size()), count = static_cast<int64_t>(projections.size());
+      const Unmix map{inverse_.matrices.narrow(0, from, count),
+                      inverse_.indices ? Optional(inverse_.indices->narrow(0, from, count)) : std::nullopt,
+                      inverse_.offsets.narrow(0, from, count)};
+      const Tensor expected = projections_before(args_.kept.seen.narrow(0, from, count), map, part_.signs);
+      errors.push_back(projected_drift(at::stack(projections), at::stack(all_norms), expected));
+    }
+    return errors.size() == 1 ? errors[0] : at::stack(errors).amax();
+  }
+
+  // Step k's input from its output, and the gradient of it, which uses the true input where that is known. One run of
+  // the net serves both.
+  std::pair<Tensor, Tensor> inverted_step(int64_t k, const Tensor& y, const Tensor& grad_y, const Tensor& truth) {
+    const auto& kind = part_.steps[k].kind;
+    const Map& back = inverses_[k];
+    Gathered x_parts(y), grad_parts(y);
+    const Consume consume = [&](const Tensor& net_out, const Chunk* chunk) {
+      auto [x, grad_u, grad_net_out] = bindings::step_backward(
+          outputs(chunk, y), net_out, outputs(chunk, grad_y), per_sample(chunk, args_.grad_log_det), back.matrix,
+          back.offset, kind.map, kind.order, kind.bias, kind.eps, kind.clamp, kind.factor, back.index);
+      x_parts.put(chunk, x);
+      grad_parts.put(chunk, grad_u);
+      return grad_net_out;
+    };
+    const Tensor added = net_backward(k, y, consume);
+    const Tensor x = x_parts.get();
+    const Tensor grad_x = mix_backward(k, truth.defined() ? truth : x, grad_parts.get(), added, truth.defined());
+    return {x, grad_x};
+  }
+
+  Tensor mix_backward(int64_t k, const Tensor& x, const Tensor& grad_u, const Tensor& added, bool is_input) {
+    Tensor grad_x;
+    std::tie(grad_x, matrices_[k], offsets_[k]) =
+        bindings::channel_mix_backward(x, grad_u, maps_[k].matrix, {}, added.defined() ? Optional(added) : Optional(),
+                                       k == 0 && is_input && part_.squeezes, maps_[k].index);
+    return grad_x;
+  }
+
+  // A segment again, from its true input on, whose states are kept for it: that input, and its gradient.
+  std::pair<Tensor, Tensor> redone(const Segment& segment, const Tensor& grad) {
+    const Tensor x = segment.input.defined() ? segment.input : args_.restored();
+    Tensors states{mixed(x, maps_[segment.first], segment.first == 0 && segment.input.defined() && part_.squeezes)};
+    for (int64_t k = segment.first; k + 1 < segment.end; ++k) {
+      const Tensor& u = states.back();
+      const Tensor net_out = net_output(part_.steps[k], own_[k], u, args_.cond, nullptr);
+      states.push_back(std::get<0>(coupled_and_mixed(part_.steps[k].kind, u, net_out, maps_[k + 1])));
+    }
+    redone_ += segment.end - segment.first;
+    return {x, differentiated(segment.first, states, x, grad)};
+  }
+
+  // The gradient of the input x of step `first`, from u of each step from there on. Nothing is inverted.
+  Tensor differentiated(int64_t first, const Tensors& states, const Tensor& x, Tensor grad) {
+    Tensor added;
+    const auto count = static_cast<int64_t>(states.size());
+    for (int64_t i = count - 1; i >= 0; --i) {
+      const int64_t k = first + i;
+      const auto& kind = part_.steps[k].kind;
+      const Tensor& u = states[i];
+      Gathered grad_parts(u);
+      Tensor grad_matrix, grad_offset;
+      const Consume consume = [&](const Tensor& net_out, const Chunk* chunk) {
+        const Tensor part = outputs(chunk, u), grad_out = outputs(chunk, grad);
+        const Tensor grad_log_det = per_sample(chunk, args_.grad_log_det);
+        Tensor grad_u, grad_net_out;
+        if (i + 1 == count) {
+          const Tensor y = part_.mode == Mode::store ? *args_.z : std::get<0>(coupled(kind, part, net_out));
+          std::tie(grad_u, grad_net_out, std::ignore) =
+              bindings::coupling_backward(y, net_out, grad_out, grad_log_det, kind.map, kind.order, false, kind.bias,
+                                          kind.eps, kind.clamp, kind.factor, false);
+        } else {
+          Tensor of_matrix, of_offset;
+          const Map& map = maps_[k + 1];
+          std::tie(grad_u, grad_net_out, of_matrix, of_offset) = bindings::coupling_mix_backward(
+              part, net_out, grad_out, grad_log_det, map.matrix, kind.map, kind.order, kind.bias, kind.eps, kind.clamp,
+              kind.factor, added.defined() ? Optional(outputs(chunk, added)) : Optional(), map.index);
+          grad_matrix = grad_matrix.defined() ? grad_matrix.add_(of_matrix) : of_matrix;
+          grad_offset = grad_offset.defined() ? grad_offset.add_(of_offset) : of_offset;
+        }
+        grad_parts.put(chunk, grad_u);
+        return grad_net_out;
+      };
+      const Tensor of_net = net_backward(k, u, consume);
+      if (i + 1 < count) {
+        matrices_[k + 1] = grad_matrix;
+        offsets_[k + 1] = grad_offset;
+      }
+      grad = grad_parts.get();
+      added = of_net;
+    }
+    return mix_backward(first, x, grad, added, true);
+  }
+
+  // The net of step k on a state, run and differentiated, a chunk at a time: gives the gradient of what it reads of the
+  // state, undefined if that is nothing.
+  Tensor net_backward(int64_t k, const Tensor& state, const Consume& consume) {
+    const Step& step = part_.steps[k];
+    const NetForm& form = *step.net;
+    const Net net(form, own_[k], state);
+    const Tensor x1 = read_by(step, state);
+    Wanted wanted{form.takes_state || args_.wants_cond, {}};
+    wanted.own.assign(args_.wants.begin() + static_cast<std::ptrdiff_t>(first_[k]),
+                      args_.wants.begin() + static_cast<std::ptrdiff_t>(first_[k] + form.tensors()));
+    const auto own = nets_.begin() + static_cast<std::ptrdiff_t>(first_[k]);
+    if (part_.mode == Mode::store || form.chunks.empty()) {
+      Tensors kept;
+      Tensor net_out;
+      if (part_.mode == Mode::store) {
+        const auto at = args_.kept.nets.begin() + static_cast<std::ptrdiff_t>(kept_before(k));
+        kept.assign(at, at + static_cast<std::ptrdiff_t>(form.kept()));
+        net_out = args_.kept.outputs[k];
+      } else {
+        net_out = net.forward(x1, args_.cond, &kept);
+      }
+      NetGradients found = net.backward(x1, args_.cond, std::move(kept), consume(net_out, nullptr), wanted);
+      std::move(found.own.begin(), found.own.end(), own);
+      if (args_.wants_cond) cond_.add(found.cond);
+      return found.state;
+    }
+    Tensor grad_state, grad_cond;  // halos overlap: sums
+    if (form.takes_state) grad_state = at::zeros_like(x1);
+    if (args_.wants_cond && form.takes_cond) grad_cond = at::zeros_like(*args_.cond);
+    std::fill(own, own + static_cast<std::ptrdiff_t>(form.tensors()), Tensor());
+    for (const Chunk& chunk : form.chunks) {
+      const Tensor part = chunk.inputs(x1);
+      const Optional beside = args_.cond ? Optional(chunk.inputs(*args_.cond)) : args_.cond;
+      Tensors kept;
+      const Tensor whole = net.forward(part, beside, &kept);
+      const Tensor cropped = consume(chunk.crop(whole), &chunk);
+      Tensor grad_out = cropped;
+      if (cropped.sizes() != whole.sizes()) {
+        grad_out = at::zeros_like(whole);
+        chunk.crop(grad_out).copy_(cropped);
+      }
+      NetGradients found = net.backward(part, beside, std::move(kept), grad_out, wanted);
+      if (grad_state.defined()) chunk.inputs(grad_state).add_(found.state);
+      if (grad_cond.defined()) chunk.inputs(grad_cond).add_(found.cond);
+      for (std::size_t i = 0; i < found.own.size(); ++i) {
+        Tensor& sum = *(own + static_cast<std::ptrdiff_t>(i));
+        if (found.own[i].defined()) sum = sum.defined() ? sum.add_(found.own[i]) : found.own[i];
+      }
+    }
+    cond_.add(grad_cond);
+    return grad_state;
+  }
+
+  std::size_t kept_before(int64_t k) const {
+    std::size_t count = 0;
+    for (int64_t i = 0; i < k; ++i) count += part_.steps[i].net->kept();
+    return count;
+  }
+
+  const Part& part_;
+  BackwardArgs args_;
+  const Maps& stacked_;
+  std::vector<Map> maps_, inverses_;
+  Maps inverse_;
+  std::vector<at::TensorList> own_;
+  std::vector<std::size_t> first_;  // of each step's tensors among all
+  Tensors nets_, matrices_, offsets_;
+  Sum cond_;
+  Tensor start_;
+  int64_t redone_ = 0;
+};
+
+}  // namespace
+
+Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args) {
+  const Plain plain;
+  return Walk(part, maps, nets, std::move(args)).run();
+}
+
+}  // namespace pyglow::run

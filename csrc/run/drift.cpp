@@ -1,0 +1,95 @@
+#include "run/drift.h"
+
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/stack.h>
+
+#include <cmath>
+#include <limits>
+
+namespace pyglow::run {
+namespace {
+
+constexpr double projection_slack = 4, least_norm = 1e-6;
+
+Tensor flat(const Tensor& x) { return x.dim() == 2 ? x.unsqueeze(-1) : x.flatten(2); }
+
+// What errors of states with these norms (..., N, C) are measured against: a channel's own norm, but not below the
+// batch's typical one, nor below a part of the largest channel's.
+Tensor scale_of(const Tensor& norm) {
+  if (norm.numel() == 0) return norm;
+  const int64_t lower_median = (norm.size(-2) - 1) / 2;  // by sorting: median has no deterministic CUDA kernel
+  const Tensor typical = std::get<0>(norm.sort(-2)).narrow(-2, lower_median, 1);
+  const double tiny = norm.scalar_type() == at::kDouble ? std::numeric_limits<double>::min()
+                                                        : std::numeric_limits<float>::min();
+  const Tensor floor = (typical.amax(-1, true) * least_norm).clamp_min(tiny);
+  return at::maximum(norm, at::maximum(typical, floor));
+}
+
+Tensor largest(const Tensor& error) {
+  if (error.numel() == 0) return error.new_zeros({});
+  return at::linalg_vector_norm(error, std::numeric_limits<double>::infinity());
+}
+
+// In float64 where torch's settings let float32 products round.
+Tensor exact_product(const Tensor& a, const Tensor& b, bool rounds) {
+  if (!rounds) return at::matmul(a, b);
+  return at::matmul(a.to(at::kDouble), b.to(at::kDouble)).to(a.scalar_type());
+}
+
+Tensor unmixed(const Tensor& moved, const Unmix& map, bool rounds) {
+  if (!map.index) return exact_product(moved, map.matrix.mT(), rounds);
+  return moved.take_along_dim(map.index->unsqueeze(-2).expand_as(moved), -1) * map.matrix.unsqueeze(-2);
+}
+
+}  // namespace
+
+// Block by block: the rounding of one long sum grows with the root of its length, and would be taken for drift.
+Tensor project(const Tensor& x, const Signs& signs) {
+  const Tensor f = flat(x);
+  const int64_t length = signs.inner.size(0), blocks = signs.outer.size(0);
+  if (signs.rounds) return ((f.unflatten(2, {blocks, length}) * signs.inner).sum(3) * signs.outer).sum(2);
+  if (blocks <= 1) return at::matmul(f, signs.inner);
+  const Tensor by_position = f.transpose(1, 2);
+  if (by_position.is_contiguous())  // channels last, of which the other product would make a copy
+    return at::matmul(signs.outer, at::matmul(signs.inner, by_position.unflatten(1, {blocks, length})));
+  return at::matmul(at::matmul(f.unflatten(2, {blocks, length}), signs.inner), signs.outer);
+}
+
+Tensor sketch(const Tensor& x, const Signs& signs) {
+  const Tensor by_block = flat(x).unflatten(2, {signs.sketch_outer.size(0), signs.sketch_inner.size(0)});
+  if (!signs.rounds) return (at::matmul(by_block, signs.sketch_inner) * signs.sketch_outer).sum(2);
+  Tensors found;
+  for (int64_t i = 0; i < signs.sketch_inner.size(1); ++i)
+    found.push_back(((by_block * signs.sketch_inner.select(1, i)).sum(3) * signs.sketch_outer.select(1, i)).sum(2));
+  return at::stack(found, 2);
+}
+
+Tensor norms(const Tensor& x) { return at::linalg_vector_norm(flat(x), 2, {2}); }
+
+Tensor projections_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
+  return unmixed(seen - map.offset.unsqueeze(-2) * signs.sum, map, signs.rounds);
+}
+
+Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
+  const Tensor ones = signs.sketch_sums.view({-1, 1, 1});
+  return unmixed(seen.movedim(2, 0) - map.offset * ones, map, signs.rounds).movedim(0, 2);
+}
+
+Tensor anchor_drift(const Tensor& recomputed, const Tensor& truth) {
+  return largest(norms(recomputed - truth) / scale_of(norms(truth)));
+}
+
+Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs) {
+  const double root = std::sqrt(static_cast<double>(seen.size(2)));
+  const Tensor error = at::linalg_vector_norm(sketch(x, signs) - seen, 2, {2}) / root;
+  return largest(error / scale_of(norms(x)));
+}
+
+Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen) {
+  return largest((found - seen) / (scale_of(norm) * projection_slack));
+}
+
+}  // namespace pyglow::run

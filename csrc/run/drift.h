@@ -1,0 +1,37 @@
+// Drift: how far recomputed states are from the true ones. Formulas and bounds are explained in
+// pyglow_fast/reversible/drift.py, which has the same functions for steps that Python runs.
+#pragma once
+#include "run/net.h"
+
+namespace pyglow::run {
+
+// Random signs of positions, in blocks: inner[p % length] outer[p // length]; of a sketch several at once.
+struct Signs {
+  Tensor inner, outer;                // (length,), (blocks,)
+  double sum;                         // of all
+  Tensor sketch_inner, sketch_outer;  // (length, S), (blocks, S)
+  Tensor sketch_sums;                 // (S,)
+  bool rounds;                        // torch's settings let products round float32: then they are summed
+};
+
+Tensor project(const Tensor& x, const Signs& signs);  // (N, C)
+Tensor sketch(const Tensor& x, const Signs& signs);   // (N, C, S)
+Tensor norms(const Tensor& x);                        // (N, C)
+
+// The inverse of a channel map, of one step or stacked.
+struct Unmix {
+  Tensor matrix;   // (..., C, C), of a gather (..., C)
+  Optional index;  // (..., C)
+  Tensor offset;   // (..., C)
+};
+
+// What projections of M x + c say of those of x: (K, N, C) by K maps; a sketch (N, C, S) by one.
+Tensor projections_before(const Tensor& seen, const Unmix& map, const Signs& signs);
+Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs);
+
+// The largest relative errors; scalars, NaN if a state is.
+Tensor anchor_drift(const Tensor& recomputed, const Tensor& truth);
+Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs);
+Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen);
+
+}  // namespace pyglow::run

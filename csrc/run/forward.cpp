@@ -1,0 +1,122 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
+
+#include "run/steps.h"
+
+namespace pyglow::run {
+
+std::vector<Map> unstacked(const Maps& maps) {
+  const Tensors matrices = maps.matrices.unbind(), offsets = maps.offsets.unbind();
+  const Tensors indices = maps.indices ? maps.indices->unbind() : Tensors();
+  std::vector<Map> found;
+  for (std::size_t k = 0; k < matrices.size(); ++k)
+    found.push_back({matrices[k], offsets[k], maps.indices ? Optional(indices[k]) : std::nullopt});
+  return found;
+}
+
+// A singular matrix is refused where reading a value stops no stream.
+Maps inverted(const Maps& maps) {
+  const Plain plain;
+  if (!maps.indices) {
+    auto [inverses, log_dets] = bindings::invert_matrices(maps.matrices);
+    if (log_dets.is_cpu()) {
+      const bool singular = log_dets.eq(-std::numeric_limits<double>::infinity()).any().item<bool>();
+      TORCH_CHECK_VALUE(!singular, "matrix: expected an invertible matrix, found a singular one");
+    }
+    return {inverses, maps.offsets, maps.log_dets, {}};
+  }
+  if (maps.matrices.is_cpu())
+    TORCH_CHECK_VALUE(!maps.matrices.eq(0).any().item<bool>(),
+                      "scale: expected scales that are not zero, found a zero");
+  const Tensor back = maps.indices->argsort(int64_t{-1});
+  return {maps.matrices.gather(-1, back).reciprocal(), maps.offsets, maps.log_dets, back};
+}
+
+std::vector<at::TensorList> by_step(const Part& part, at::TensorList nets) {
+  std::vector<at::TensorList> found;
+  std::size_t at = 0;
+  for (const Step& step : part.steps) {
+    found.push_back(nets.slice(at, step.net->tensors()));
+    at += step.net->tensors();
+  }
+  TORCH_CHECK_VALUE(at == nets.size(), "nets: expected ", at, " tensors, found ", nets.size());
+  return found;
+}
+
+Tensor net_output(const Step& step, at::TensorList own, const Tensor& state, const Optional& cond, Tensors* kept) {
+  const Net net(*step.net, own, state);
+  const Tensor x1 = read_by(step, state);
+  if (kept != nullptr || step.net->chunks.empty()) return net.forward(x1, cond, kept);
+  Tensor all;
+  for (const Chunk& chunk : step.net->chunks) {
+    const Optional beside = cond ? Optional(chunk.inputs(*cond)) : cond;
+    const Tensor part = chunk.crop(net.forward(chunk.inputs(x1), beside, nullptr));
+    if (!all.defined()) {
+      std::vector<int64_t> shape = x1.sizes().vec();
+      shape[1] = part.size(1);
+      all = at::empty(shape, part.options(), part.suggest_memory_format());
+    }
+    chunk.outputs(all).copy_(part);
+  }
+  return all;
+}
+
+Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps_in, at::TensorList nets) {
+  const Plain plain;
+  const std::vector<Map> maps = unstacked(maps_in);
+  const std::vector<at::TensorList> own = by_step(part, nets);
+  const int64_t count = part.size();
+  const bool stores = part.mode == Mode::store, inverts = part.mode == Mode::reversible;
+  Forward found;
+  Kept& kept = found.kept;
+  Tensors seen;
+  std::size_t next_anchor = 0;
+  Tensor u = mixed(x, maps[0], part.squeezes), log_det;
+  if (inverts && !part.knows_start) kept.start = sketch(u, part.signs);
+  for (int64_t k = 0; k < count; ++k) {
+    const Step& step = part.steps[k];
+    if (inverts) seen.push_back(project(u, part.signs));
+    if (stores || part.mode == Mode::checkpoint) kept.states.push_back(u);
+    const Tensor net_out = net_output(step, own[k], u, cond, stores ? &kept.nets : nullptr);
+    if (stores) kept.outputs.push_back(net_out);
+    Tensor step_log_det;
+    if (k + 1 == count) {
+      std::tie(u, step_log_det) = coupled(step.kind, u, net_out);
+    } else if (next_anchor < part.anchors.size() && part.anchors[next_anchor] == k + 1) {
+      std::tie(u, step_log_det) = coupled(step.kind, u, net_out);
+      kept.anchors[k + 1] = u;
+      u = mixed(u, maps[k + 1], false);
+      ++next_anchor;
+    } else {
+      std::tie(u, step_log_det) = coupled_and_mixed(step.kind, u, net_out, maps[k + 1]);
+    }
+    log_det = k > 0 ? log_det.add_(step_log_det) : step_log_det;
+  }
+  log_det.add_(maps_in.log_dets.sum(), positions_of(u));
+  if (inverts) kept.seen = at::stack(seen);
+  found.z = u;
+  found.log_det = log_det;
+  return found;
+}
+
+std::tuple<Tensor, Tensor> inverse(const Part& part, const Tensor& z, const Optional& cond, const Maps& inverses,
+                                   at::TensorList nets) {
+  const Plain plain;
+  const std::vector<Map> back = unstacked(inverses);
+  const std::vector<at::TensorList> own = by_step(part, nets);
+  Tensor x = z, log_det;
+  for (int64_t k = part.size() - 1; k >= 0; --k) {
+    const Step& step = part.steps[k];
+    const auto& kind = step.kind;
+    const Tensor net_out = net_output(step, own[k], x, cond, nullptr);
+    Tensor step_log_det;
+    std::tie(x, step_log_det) =
+        bindings::coupling_mix(x, net_out, back[k].matrix, back[k].offset, kind.map, kind.order, true, kind.bias,
+                               kind.eps, kind.clamp, kind.factor, back[k].index);
+    log_det = log_det.defined() ? log_det.add_(step_log_det) : step_log_det;
+  }
+  log_det.sub_(inverses.log_dets.sum(), positions_of(z));
+  return {x, log_det};
+}
+
+}  // namespace pyglow::run

@@ -1,0 +1,389 @@
+#include "run/net.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/cudnn_convolution_relu.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/elu_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/leaky_relu_backward.h>
+#include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/tanh_backward.h>
+#include <ATen/ops/threshold_backward.h>
+
+#include <array>
+#include <limits>
+#include <mutex>
+#include <set>
+#include <string>
+
+#include "bindings/ops.h"
+#include "math/kinds.h"
+
+namespace pyglow::run {
+namespace {
+
+// A layer's activation, as the convolutions have it.
+struct Through {
+  Activation kind;
+  double parameter;
+
+  bool is_relu() const {
+    return kind == Activation::relu || (kind == Activation::leaky_relu && parameter == 0);
+  }
+  // Its derivative takes the argument, not the value.
+  bool keeps_argument() const {
+    return kind == Activation::silu || kind == Activation::gelu || kind == Activation::gelu_tanh;
+  }
+
+  Tensor value(Tensor h) const {
+    switch (kind) {
+      case Activation::none:
+        return h;
+      case Activation::relu:
+        return h.relu_();
+      case Activation::leaky_relu:
+        return at::leaky_relu_(h, parameter);
+      case Activation::silu:
+        return at::silu(h);
+      case Activation::gelu:
+        return at::gelu(h, "none");
+      case Activation::gelu_tanh:
+        return at::gelu(h, "tanh");
+      case Activation::elu:
+        return at::elu_(h, parameter);
+      case Activation::tanh:
+        return h.tanh_();
+      case Activation::sigmoid:
+        return h.sigmoid_();
+    }
+    TORCH_INTERNAL_ASSERT(false, "no such activation");
+  }
+
+  // The gradient before it, from the one behind it, which a relu writes over; `kept` is the value or the argument.
+  Tensor gradient(Tensor grad, const Tensor& kept) const {
+    if (is_relu()) {
+      at::threshold_backward_out(grad, grad, kept, 0);
+      return grad;
+    }
+    switch (kind) {
+      case Activation::leaky_relu:
+        return at::leaky_relu_backward(grad, kept, parameter, true);
+      case Activation::silu:
+        return at::silu_backward(grad, kept);
+      case Activation::gelu:
+        return at::gelu_backward(grad, kept, "none");
+      case Activation::gelu_tanh:
+        return at::gelu_backward(grad, kept, "tanh");
+      case Activation::elu:
+        return at::elu_backward(grad, parameter, 1, 1, true, kept);
+      case Activation::tanh:
+        return at::tanh_backward(grad, kept);
+      case Activation::sigmoid:
+        return at::sigmoid_backward(grad, kept);
+      default:
+        return grad;
+    }
+  }
+};
+
+Through through(const NetForm& form, std::size_t layer) {
+  return {static_cast<Activation>(form.activations[layer]), form.parameters[layer]};
+}
+
+Tensor per_output(const Tensor& scale, const Tensor& weight) {
+  std::vector<int64_t> shape(weight.dim(), 1);
+  shape[0] = -1;
+  return scale.view(shape);
+}
+
+// Our products multiply by the gain of the last layer themselves.
+constexpr double gain_power = 3;
+
+bool is_gain(const NetForm& form, std::size_t layer) {
+  return form.products && layer + 1 == form.layers() && form.powers[layer] == gain_power;
+}
+
+// Of a convolution that keeps the size.
+struct Window {
+  std::vector<int64_t> ones, sides, dilation, zeros;
+
+  Window(const NetForm& form, std::size_t layer, const Tensor& weight) {
+    const auto dims = static_cast<std::size_t>(weight.dim() - 2);
+    ones.assign(dims, 1);
+    zeros.assign(dims, 0);
+    for (std::size_t i = 0; i < dims; ++i) {
+      dilation.push_back(form.dilations[layer * dims + i]);
+      sides.push_back(dilation[i] * (weight.size(static_cast<int64_t>(i) + 2) / 2));
+    }
+  }
+};
+
+// Whether cuDNN is to compute a convolution and its relu as one. Not where its algorithms are to be deterministic, which
+// that op does not see to, nor beyond what it counts with 32 bits.
+bool cudnn_fuses(const Tensor& h, const Tensor& weight) {
+  const auto& context = at::globalContext();
+  const auto dtype = h.scalar_type();
+  const bool known = dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16;
+  if (!h.is_cuda() || h.dim() != 4 || !known || at::Context::hasHIP()) return false;
+  if (!context.userEnabledCuDNN() || !at::Context::hasCuDNN()) return false;
+  if (context.deterministicCuDNN() || context.deterministicAlgorithms()) return false;
+  const int64_t per_channel = h.numel() / std::max<int64_t>(1, h.size(1));
+  return std::max(h.numel(), per_channel * weight.size(0)) <= std::numeric_limits<int32_t>::max();
+}
+
+// Convolutions that cuDNN has refused to fuse: to ask again would take as long each time.
+class Refused {
+ public:
+  static std::string key(const Tensor& h, const Tensor& weight, const Window& window) {
+    std::string found = std::to_string(static_cast<int>(h.scalar_type()));
+    for (const auto& sizes : {h.sizes(), weight.sizes(), at::IntArrayRef(window.dilation)})
+      for (const int64_t size : sizes) found += "," + std::to_string(size);
+    return found;
+  }
+  bool has(const std::string& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return keys_.count(key) > 0;
+  }
+  void add(const std::string& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    keys_.insert(key);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<std::string> keys_;
+};
+
+Tensor relu_convolution(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window) {
+  static Refused refused;
+  if (cudnn_fuses(h, weight)) {
+    const std::string key = Refused::key(h, weight, window);
+    if (!refused.has(key)) {
+      try {
+        return at::cudnn_convolution_relu(h, weight, bias, window.ones, window.sides, window.dilation, 1);
+      } catch (const c10::Error& error) {
+        if (std::string(error.what()).find("unable to find an engine") == std::string::npos) throw;
+        refused.add(key);
+      }
+    }
+  }
+  return at::convolution(h, weight, bias, window.ones, window.sides, window.dilation, false, window.zeros, 1).relu_();
+}
+
+// Images run channels-last, but for float64 on a GPU, which cuDNN takes contiguous only.
+at::MemoryFormat format_for(const Tensor& x) {
+  const bool images = x.dim() == 4 && !(x.is_cuda() && x.scalar_type() == at::kDouble);
+  return images ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// On the half of a checkerboard and back, as pyglow_fast.reference has it.
+Tensor whole_board(const Tensor& kept, int64_t parity) { return bindings::checkerboard_merge(kept, parity, false); }
+Tensor half_board(const Tensor& whole, int64_t parity) { return bindings::checkerboard_split(whole, parity, false); }
+
+}  // namespace
+
+std::size_t NetForm::tensors() const {
+  std::size_t count = 2 * layers();
+  for (const double power : powers) count += power != 0;
+  return count;
+}
+
+std::size_t NetForm::kept() const {
+  if (products) return 1;
+  std::size_t count = layers();
+  for (std::size_t layer = 0; layer + 1 < layers(); ++layer) count += through(*this, layer).keeps_argument();
+  return count;
+}
+
+Net::Net(const NetForm& form, at::TensorList own, const Tensor& like)
+    : form_(form),
+      own_(own),
+      dtype_(form.narrow && !form.products ? *form.narrow : like.scalar_type()),
+      format_(format_for(like)) {
+  std::size_t at = 0;
+  for (std::size_t layer = 0; layer < form.layers(); ++layer) {
+    first_.push_back(at);
+    Tensor weight = own[at], bias = own[at + 1], scale;
+    if (is_gain(form, layer)) {
+      log_gain_ = own[at + 2];
+    } else if (form.powers[layer] != 0) {
+      const Tensor log_scale = own[at + 2].flatten();
+      scale = (form.powers[layer] == 1 ? log_scale : log_scale * form.powers[layer]).exp();
+      weight = weight * per_output(scale, weight);
+      bias = bias * scale;
+    }
+    if (!form.products) {
+      weight = weight.to(dtype_).contiguous(format_);
+      bias = bias.to(dtype_);
+    }
+    weights_.push_back(weight);
+    biases_.push_back(bias);
+    scales_.push_back(scale);
+    at += form.powers[layer] != 0 ? 3 : 2;
+  }
+}
+
+Net::Inputs Net::inputs(const Tensor& x1, const Optional& cond) const {
+  if (!form_.takes_state) return {*cond, {}};
+  const Optional beside = form_.takes_cond ? cond : std::nullopt;
+  if (!form_.parity) return {x1, beside};
+  return {whole_board(x1, *form_.parity), beside ? Optional(beside->flatten(2, 3)) : beside};
+}
+
+Tensor Net::joined(const Inputs& given) const {
+  const Tensor& x = given.x1;
+  if (!given.cond) return x.to(dtype_).contiguous(format_);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape[1] += given.cond->size(1);
+  Tensor both = at::empty(shape, x.options().dtype(dtype_), format_);
+  both.narrow(1, 0, x.size(1)).copy_(x);
+  both.narrow(1, x.size(1), given.cond->size(1)).copy_(*given.cond);
+  return both;
+}
+
+Tensor Net::convolved(std::size_t layer, const Tensor& h) const {
+  const Window window(form_, layer, weights_[layer]);
+  return at::convolution(h, weights_[layer], biases_[layer], window.ones, window.sides, window.dilation, false,
+                         window.zeros, 1);
+}
+
+Tensor Net::by_convolutions(Tensor h, Tensors* kept) const {
+  for (std::size_t layer = 0; layer < form_.layers(); ++layer) {
+    if (kept != nullptr) kept->push_back(h);
+    if (layer + 1 == form_.layers()) return convolved(layer, h).contiguous(format_);
+    const Through activation = through(form_, layer);
+    if (activation.is_relu()) {
+      h = relu_convolution(h, weights_[layer], biases_[layer], Window(form_, layer, weights_[layer]));
+      continue;
+    }
+    h = convolved(layer, h);
+    if (kept != nullptr && activation.keeps_argument()) kept->push_back(h);
+    h = activation.value(h);
+  }
+  TORCH_INTERNAL_ASSERT(false, "a net has a layer");
+}
+
+Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const {
+  const Inputs given = inputs(x1, cond);
+  Tensor out;
+  if (form_.products) {
+    auto [found, hidden] = bindings::net_chain(given.x1, given.cond, weights_, biases_, log_gain_, form_.activations,
+                                               form_.parameters, form_.dilations, form_.narrow.has_value(),
+                                               kept != nullptr);
+    out = std::move(found);
+    if (kept != nullptr) kept->push_back(std::move(hidden));
+  } else {
+    out = by_convolutions(joined(given), kept);
+  }
+  return form_.parity ? half_board(out, 1 - *form_.parity) : out;
+}
+
+NetGradients Net::backward(const Tensor& x1, const Optional& cond, Tensors kept, const Tensor& grad_out,
+                           const Wanted& wanted) const {
+  const Inputs given = inputs(x1, cond);
+  const Tensor grad = form_.parity ? whole_board(grad_out, 1 - *form_.parity) : grad_out;
+  NetGradients found = form_.products ? back_by_products(given, kept[0], grad, wanted)
+                                      : back_by_convolutions(given, std::move(kept), grad, wanted);
+  if (!form_.takes_state) {
+    found.cond = std::move(found.state);
+    found.state = Tensor();
+  } else if (form_.parity) {
+    if (found.state.defined()) found.state = half_board(found.state, *form_.parity);
+    if (found.cond.defined()) found.cond = found.cond.unflatten(2, {-1, 2});
+  }
+  return found;
+}
+
+NetGradients Net::back_by_products(const Inputs& given, const Tensor& kept, const Tensor& grad_out,
+                                   const Wanted& wanted) const {
+  bool want_own = false;
+  for (const bool one : wanted.own) want_own = want_own || one;
+  const Tensor grad = grad_out.to(given.x1.scalar_type());
+  Tensors grads = bindings::net_chain_backward(
+      grad, given.x1, given.cond, kept, weights_, log_gain_ ? Optional(biases_.back()) : Optional(), log_gain_,
+      form_.activations, form_.parameters, form_.dilations, form_.narrow.has_value(), want_own);
+  NetGradients found{grads[0], given.cond ? grads[1] : Tensor(), Tensors(own_.size())};
+  if (!want_own) return found;
+  const std::size_t first = given.cond ? 2 : 1, count = form_.layers();
+  Tensors weights(grads.begin() + first, grads.begin() + first + count);
+  Tensors biases(grads.begin() + first + count, grads.begin() + first + 2 * count);
+  if (log_gain_) found.own.back() = grads.back();
+  unfold(weights, biases, found.own, wanted);
+  return found;
+}
+
+bool Net::wants_layer(std::size_t layer, const Wanted& wanted) const {
+  const std::size_t at = first_[layer], end = at + (form_.powers[layer] != 0 ? 3 : 2);
+  for (std::size_t i = at; i < end; ++i)
+    if (wanted.own[i]) return true;
+  return false;
+}
+
+NetGradients Net::back_by_convolutions(const Inputs& given, Tensors kept, const Tensor& grad_out,
+                                       const Wanted& wanted) const {
+  const std::size_t layers = form_.layers();
+  Tensors weights(layers), biases(layers);
+  Tensor grad = grad_out.to(dtype_).contiguous(format_);
+  const auto taken = [&kept] {  // freed behind its last use, if nobody else has it
+    Tensor last = std::move(kept.back());
+    kept.pop_back();
+    return last;
+  };
+  for (std::size_t layer = layers; layer-- > 0;) {
+    bool goes_on = wanted.inputs;
+    for (std::size_t before = 0; before < layer; ++before) goes_on = goes_on || wants_layer(before, wanted);
+    const bool own = wants_layer(layer, wanted);
+    if (!goes_on && !own) break;
+    const Tensor h = taken(), weight = weights_[layer];
+    const Window window(form_, layer, weight);
+    const std::vector<int64_t> bias_sizes{weight.size(0)};
+    const std::array<bool, 3> mask{goes_on, own, own};
+    std::tie(grad, weights[layer], biases[layer]) =
+        at::convolution_backward(grad, h, weight, at::OptionalIntArrayRef(bias_sizes), window.ones, window.sides,
+                                 window.dilation, false, window.zeros, 1, mask);
+    if (layer == 0 || !goes_on) break;
+    const Through activation = through(form_, layer - 1);
+    const Tensor behind = activation.keeps_argument() ? taken() : h;
+    grad = activation.gradient(grad, behind);
+  }
+  NetGradients found{Tensor(), Tensor(), Tensors(own_.size())};
+  if (wanted.inputs && grad.defined()) {
+    const int64_t channels = given.x1.size(1);
+    found.state = grad.narrow(1, 0, channels).to(given.x1.scalar_type());
+    if (given.cond) found.cond = grad.narrow(1, channels, given.cond->size(1)).to(given.cond->scalar_type());
+  }
+  unfold(weights, biases, found.own, wanted);
+  return found;
+}
+
+// From gradients of folded weights and biases to those of the net's tensors.
+void Net::unfold(Tensors& weights, Tensors& biases, Tensors& own, const Wanted& wanted) const {
+  for (std::size_t layer = 0; layer < form_.layers(); ++layer) {
+    if (!weights[layer].defined()) continue;
+    const std::size_t at = first_[layer];
+    const auto like_own = [&](const Tensor& grad, std::size_t i) {
+      return grad.to(own_[i].scalar_type()).contiguous();
+    };
+    Tensor weight = like_own(weights[layer], at), bias = like_own(biases[layer], at + 1);
+    const Tensor& scale = scales_[layer];
+    if (scale.defined()) {
+      if (wanted.own[at + 2]) {  // sum grad' w' = scale (sum grad' w), times the power
+        const Tensor by_weight = (weight * own_[at]).flatten(1).sum(1), by_bias = bias * own_[at + 1];
+        own[at + 2] = ((by_weight + by_bias) * (scale * form_.powers[layer])).reshape(own_[at + 2].sizes());
+      }
+      weight = weight * per_output(scale, weight);
+      bias = bias * scale;
+    }
+    own[at] = std::move(weight);
+    own[at + 1] = std::move(bias);
+  }
+}
+
+}  // namespace pyglow::run

@@ -1,0 +1,103 @@
+// The coupling net of a step: a chain of layers, run without autograd, forward and backward.
+#pragma once
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace pyglow::run {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+// Some samples of a batch, of those some rows (positions along the first spatial dimension) that a net's output is
+// wanted for, and the rows that it reads for them: those and the halo.
+struct Chunk {
+  int64_t sample, samples, row, rows, taken, takes;
+
+  Tensor inputs(const Tensor& x) const { return cut(x, taken, takes); }
+  Tensor outputs(const Tensor& y) const { return cut(y, row, rows); }
+  Tensor per_sample(const Tensor& values) const { return values.narrow(0, sample, samples); }
+  // Of what a net makes of the inputs: where the outputs are.
+  Tensor crop(const Tensor& net_out) const {
+    return rows == takes ? net_out : net_out.narrow(2, row - taken, rows);
+  }
+
+ private:
+  Tensor cut(const Tensor& x, int64_t first, int64_t count) const {
+    const Tensor some = x.narrow(0, sample, samples);
+    return x.dim() < 3 ? some : some.narrow(2, first, count);
+  }
+};
+
+// All about a net but its tensors: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l), weight and bias of a layer with
+// a log_scale multiplied by exp(power log_scale). Its tensors are, layer by layer, weight, bias and log_scale.
+struct NetForm {
+  std::vector<int64_t> activations, dilations;  // codes and numbers as net_chain takes them
+  std::vector<double> parameters;
+  std::vector<double> powers;               // of each layer; 0: the layer has no log_scale
+  bool products;                            // by our matrix products; else by the library's convolutions
+  std::optional<at::ScalarType> narrow;     // the 16 bits that it computes in
+  bool takes_state, takes_cond;             // what it reads: x1 of the state, the condition beside it, or that alone
+  std::optional<int64_t> parity;            // of a checkerboard: the net sees whole images, x1 is a half of them
+  std::vector<Chunk> chunks;                // how a batch is cut where nothing is kept; none: not at all
+
+  std::size_t layers() const { return powers.size(); }
+  std::size_t tensors() const;
+  std::size_t kept() const;  // tensors that forward keeps
+};
+
+// What a backward is to compute. A net computes no others where that is cheaper.
+struct Wanted {
+  bool inputs;             // gradients of what the net reads
+  std::vector<bool> own;   // of each of its tensors
+};
+
+// Undefined where they are not wanted, or there is nothing to differentiate.
+struct NetGradients {
+  Tensor state, cond;
+  Tensors own;
+};
+
+// A net with its tensors, ready to run on inputs like one.
+class Net {
+ public:
+  Net(const NetForm& form, at::TensorList own, const Tensor& like);
+
+  // The output, whole, of x1 (N, C1, *spatial) and the condition; what backward needs is put behind `kept`.
+  Tensor forward(const Tensor& x1, const Optional& cond, Tensors* kept) const;
+  NetGradients backward(const Tensor& x1, const Optional& cond, Tensors kept, const Tensor& grad_out,
+                        const Wanted& wanted) const;
+
+ private:
+  struct Inputs {
+    Tensor x1;
+    Optional cond;
+  };
+  Inputs inputs(const Tensor& x1, const Optional& cond) const;
+  Tensor joined(const Inputs& given) const;
+  Tensor convolved(std::size_t layer, const Tensor& h) const;
+  Tensor by_convolutions(Tensor h, Tensors* kept) const;
+  NetGradients back_by_products(const Inputs& given, const Tensor& kept, const Tensor& grad_out,
+                                const Wanted& wanted) const;
+  NetGradients back_by_convolutions(const Inputs& given, Tensors kept, const Tensor& grad_out,
+                                    const Wanted& wanted) const;
+  void unfold(Tensors& weights, Tensors& biases, Tensors& own, const Wanted& wanted) const;
+  bool wants_layer(std::size_t layer, const Wanted& wanted) const;
+
+  const NetForm& form_;
+  at::TensorList own_;
+  std::vector<std::size_t> first_;  // of each layer's tensors
+  Tensors weights_, biases_, scales_;
+  Optional log_gain_;  // of the last layer, where our products multiply by it themselves
+  at::ScalarType dtype_;
+  at::MemoryFormat format_;
+};
+
+}  // namespace pyglow::run

@@ -1,0 +1,103 @@
+// A run: K flow steps of one width in one call, forward, inverse and backward, over the kernels of each device.
+//
+//   forward    u_0 = M_0 x + c_0;  y_k = couple(u_k, net_k(u_k));  u_(k+1) = M_(k+1) y_k + c_(k+1), in one pass
+//   inverse    the same back
+//   backward   from what the forward kept (mode store), from the states u_k (checkpoint), or from the output alone, the
+//              states recomputed by inversion and held against what the forward noted of them (reversible)
+//
+// pyglow_fast/reversible/run.py is the autograd node over these functions.
+#pragma once
+#include <map>
+
+#include "bindings/coupling_kind.h"
+#include "run/drift.h"
+#include "run/net.h"
+
+namespace pyglow::run {
+
+struct Step {
+  bindings::Kind kind;
+  std::shared_ptr<const NetForm> net;
+  int64_t reads;  // how many channels of the state the net reads, the first ones
+};
+
+// The channel map before each coupling, stacked.
+struct Maps {
+  Tensor matrices, offsets, log_dets;  // (K, C, C), of gathers (K, C); (K, C); (K,)
+  Optional indices;                    // (K, C)
+};
+
+enum class Mode { none, store, checkpoint, reversible };
+
+// What a forward keeps, besides its input and output.
+struct Kept {
+  std::map<int64_t, Tensor> anchors;  // reversible: inputs of steps but the first
+  Tensors states;                     // u of every step; reversible: none
+  Tensors outputs, nets;              // store: of every net its output, and what its backward needs
+  Tensor seen;                        // reversible: projections of every u, (K, N, C)
+  Tensor start;                       // reversible: a sketch of the first u, where the input is not kept
+};
+
+// Part of a run: consecutive steps that are one autograd node.
+struct Part {
+  std::vector<Step> steps;
+  bool squeezes;  // the input is squeezed as it is read
+  Mode mode;
+  std::vector<int64_t> anchors;  // steps but the first whose input is kept
+  bool knows_start;              // the input is kept
+  Signs signs;                   // of reversible
+
+  int64_t size() const { return static_cast<int64_t>(steps.size()); }
+};
+
+struct Forward {
+  Tensor z, log_det;
+  Kept kept;
+};
+
+Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps, at::TensorList nets);
+
+// The inverses of the maps with their offsets; log_dets stay those of the maps.
+Maps inverted(const Maps& maps);
+std::tuple<Tensor, Tensor> inverse(const Part& part, const Tensor& z, const Optional& cond, const Maps& inverses,
+                                   at::TensorList nets);
+
+// When the drift of recomputed states is judged: each segment as it comes, which reads a value; once at the end, as on
+// a GPU, whose stream that stops; or never by the host.
+enum class Judged { each, at_the_end, later };
+
+struct BackwardArgs {
+  Optional x, z, cond;  // x where it is known, z of a part that does not keep states
+  Tensor grad_z, grad_log_det;
+  Kept kept;
+  std::vector<bool> wants;  // of the nets' tensors
+  bool wants_cond;
+  Judged judged;
+  double limit;                      // of drift
+  std::function<Tensor()> restored;  // gives x where it is not known
+};
+
+struct Gradients {
+  Tensor x, cond;                   // cond undefined: not wanted
+  Tensor matrices, offsets;         // of the maps
+  Tensors nets;                     // undefined: not wanted
+  Tensor start;                     // the part's input, recomputed or true
+  Tensor worst;                     // drift, where the host has not read it
+  double drift;                     // the worst, where it has
+  int64_t redone;                   // steps
+};
+
+Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args);
+
+// Maps M = W diag(exp(log_scale)), c = M bias of K invertible 1x1 convolutions in LU factors, each with its actnorm; by
+// parameter, in the order of `Factors`, of K steps each.
+struct Factors {
+  at::TensorList permutation, lower, upper, log_diag, sign_diag, log_scale, bias;
+  bool rounds;  // torch's settings let products round float32
+};
+Maps fold(const Factors& factors);
+// Of lower, upper, log_diag, log_scale and bias of every step, in this order.
+Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const Tensor& grad_offsets,
+                      const Tensor& grad_log_dets);
+
+}  // namespace pyglow::run

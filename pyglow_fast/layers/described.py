@@ -1,0 +1,271 @@
+"""Describes flow steps for the run of csrc/run, or says that it does not compute them.
+
+This is the one place that chooses between the two paths: the run, for steps that the compiled kernels compute whole,
+and Python over the registered ops (flow_step.py, reversible/) for all else: nets of the user's, hooks, subclasses,
+scale maps that are callables, and whatever watches calls, such as torch.compile and torch.func.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import convolutions, functional, ops
+from pyglow_fast._backend import require
+from pyglow_fast._float32 import has_tf32
+from pyglow_fast._tracing import is_watched
+from pyglow_fast.coupling_nets.net_runner import condition_for
+from pyglow_fast.coupling_nets.plan import plan_chunks
+from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.layers.flow_step import FlowStep, map_bytes, raw_maps, runs_fused
+from pyglow_fast.layers.injector import AffineInjector
+from pyglow_fast.layers.permutation import InvConv
+from pyglow_fast.reference import ChainSpec
+from pyglow_fast.reversible.drift import lowest_precision
+from pyglow_fast.reversible.run import FoldByTorch, FoldFactors, Maps, Steps
+
+
+class Chain(NamedTuple):
+    """A coupling net as the run computes it: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l).
+
+    Attributes:
+        tensors: of each layer weight, bias and, if its power is not 0, log_scale: both are multiplied by
+            exp(power log_scale).
+        powers: of each layer.
+        spec: the activations and dilations.
+    """
+
+    tensors: list[Tensor]
+    powers: tuple[float, ...]
+    spec: ChainSpec
+
+
+class ChainNet(Protocol):
+    """A net that may be a chain, and states its width and what of a condition it reads."""
+
+    in_channels: int
+    cond_channels: int
+
+    def chain(self) -> Chain | None:
+        """The net as a chain, None where something else than its tensors decides what it computes."""
+
+
+class _Computes(NamedTuple):
+    """How nets of one precision are computed on a state."""
+
+    products: bool
+    narrow: str  # "bfloat16", "float16" or, as the state is, ""
+    lowest: torch.dtype
+
+
+def _computes(precision: str, x: Tensor) -> _Computes | None:
+    """None where the run has no way to compute them."""
+    with in_precision(precision, x):
+        products = functional.net_as_products(x)
+        if not products and not functional.net_as_convolutions(x):
+            return None
+        dtype = torch.bfloat16 if products and functional.net_in_half(x) else convolutions.dtype_on(x)
+        lowest = lowest_precision(x.dtype, x, [x.new_empty(0, 0, 0)] if has_tf32(x) else ())
+        return _Computes(products, "" if dtype == x.dtype else str(dtype).removeprefix("torch."), lowest)
+
+
+_forms: dict[tuple[object, ...], Any] = {}  # of couplings, by all that decides them; of shapes, not of values
+_REMEMBERED = 1024
+
+
+def _form(
+    coupling: Coupling, chain: Chain, state: Sequence[int], x: Tensor, how: _Computes, budget: str | int
+) -> Any:
+    """The coupling and its net for states of a shape, in the form that csrc/run takes."""
+    net, board = coupling.net, coupling.board
+    cond_channels = 0 if isinstance(coupling, AffineInjector) else cast("ChainNet", net).cond_channels
+    sizes = tuple(tensor.shape for tensor in chain.tensors)
+    key = (coupling.spec, chain.spec, chain.powers, sizes, tuple(state), x.dtype, x.device.type, how, budget)
+    key += (cond_channels, board, type(coupling))
+    found = _forms.get(key)
+    if found is None:
+        if len(_forms) >= _REMEMBERED:
+            _forms.clear()
+        found = _forms[key] = _made(coupling, chain, state, x, how, budget, cond_channels)
+    return found
+
+
+def _made(
+    coupling: Coupling,
+    chain: Chain,
+    state: Sequence[int],
+    x: Tensor,
+    how: _Computes,
+    budget: str | int,
+    cond_channels: int,
+) -> Any:
+    injects, board = isinstance(coupling, AffineInjector), coupling.board
+    reads = coupling.reads(state[1])
+    inputs = (state[0], cast("ChainNet", coupling.net).in_channels if injects else reads, *state[2:])
+    with in_precision(coupling.precision, x):
+        plan = plan_chunks(
+            coupling.net,
+            inputs,
+            x.element_size(),
+            budget,
+            device_type=x.device.type,
+            cond_channels=cond_channels,
+            rows_each=1 if board is None else 2,
+        )
+    chunks = [] if plan.whole else [chunk.numbers for chunk in plan.chunks]
+    activations, parameters, dilations = ops.chain_arguments(chain.spec)
+    form = require().NetForm(
+        activations,
+        parameters,
+        dilations,
+        chain.powers,
+        how.products,
+        how.narrow,
+        not injects,
+        cond_channels > 0,
+        None if board is None else board.parity,
+        chunks,
+    )
+    scale_map, order, _, *numbers = ops.coupling_arguments(coupling.spec, inverse=False)
+    return require().Step(scale_map, order, *numbers, form, reads)
+
+
+def is_runnable(x: Tensor) -> bool:
+    """Whether the run may compute on x: kernels are there for it, and nothing watches the calls."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or is_watched():
+        return False
+    return ops.run_on(x) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def described(
+    steps: Sequence[FlowStep], x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
+) -> Steps | None:
+    """Describe steps for a run on x, or None where they are none for it.
+
+    Args:
+        steps: FlowSteps of one width, initialised.
+        x: (N, C, *spatial); with squeezes before it is squeezed.
+        cond: of the nets, or None; in the dtype of x.
+        squeezes: x is squeezed as it is read.
+        budget: bytes of one net's activations, or "auto".
+
+    Raises:
+        ValueError: a condition that a net does not take.
+    """
+    if not is_runnable(x) or not all(map(runs_fused, steps)):
+        return None
+    state = _state_shape(x, squeezes)
+    forms: list[Any] = []
+    nets: list[Tensor] = []
+    counts: list[int] = []
+    computes: dict[str, _Computes | None] = {}
+    ends, nbytes, waiting = [], [], 0
+    for step in steps:
+        waiting += map_bytes(step)
+        for coupling in step.couplings:
+            chain = chain_of(coupling, x)
+            if coupling.precision not in computes:
+                computes[coupling.precision] = _computes(coupling.precision, x)
+            how = computes[coupling.precision]
+            if chain is None or how is None:
+                return None
+            _check_condition(coupling, state, x, cond)
+            forms.append(_form(coupling, chain, state, x, how, budget))
+            nets += chain.tensors
+            counts.append(len(chain.tensors))
+        if step.couplings:
+            ends.append(len(forms))
+            nbytes.append(waiting)
+            waiting = 0
+    if not forms:
+        return None
+    found = [how for how in computes.values() if how is not None]
+    precision = next(iter(computes))
+    if has_tf32(x) and len(computes) > 1:  # settings of the process decide, one for all
+        return None
+    lowest = max((how.lowest for how in found), key=lambda dtype: torch.finfo(dtype).eps)
+    return Steps(forms, nets, counts, _maps_of(steps, ends, nbytes), lowest, precision)
+
+
+def _state_shape(x: Tensor, squeezes: bool) -> tuple[int, ...]:
+    if not squeezes:
+        return tuple(x.shape)
+    n, channels, *spatial = x.shape
+    return (n, channels * 2 ** len(spatial), *(size // 2 for size in spatial))
+
+
+def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
+    """The coupling's net as a chain of tensors of x's dtype and device; None where the run does not compute it."""
+    net = coupling.net
+    if not hasattr(net, "chain") or not ops.has_kernel(coupling.spec):
+        return None
+    if coupling.board is not None and x.device.type != "cpu":
+        return None
+    chain: Chain | None = net.chain()
+    if chain is None or any(part.dtype != x.dtype or part.device != x.device for part in chain.tensors):
+        return None
+    return chain
+
+
+def _check_condition(coupling: Coupling, state: Sequence[int], x: Tensor, cond: Tensor | None) -> None:
+    """Refuse a condition that the net does not take, in the words of the net."""
+    net, injects = cast("ChainNet", coupling.net), isinstance(coupling, AffineInjector)
+    board = coupling.board
+    seen = state if board is None else (state[0], state[1] // 2, 2 * state[2], *state[3:])
+    if cond is None and (injects or net.cond_channels):
+        pass
+    elif injects:
+        assert cond is not None
+        if cond.shape == (seen[0], net.in_channels, *seen[2:]) and cond.device == x.device:
+            return
+    elif net.cond_channels == 0 and cond is None:
+        return
+    elif cond is not None and board is not None:
+        return  # which has been checked as it was viewed by pairs of rows
+    elif cond is not None and net.cond_channels and cond.shape == (seen[0], net.cond_channels, *seen[2:]):
+        return
+    like = x.new_empty(()).expand(seen[0], net.in_channels, *seen[2:])
+    if injects:
+        net.check_inputs(condition_for(like, cond), None)  # type: ignore[attr-defined]
+    else:
+        net.check_inputs(like, cond)  # type: ignore[attr-defined]
+
+
+def _maps_of(steps: Sequence[FlowStep], ends: Sequence[int], nbytes: Sequence[int]) -> Maps:
+    """The channel maps before the couplings, of steps none of which is behind the last coupling."""
+    starts, first = [], 0
+    bounds: list[tuple[int, int]] = []
+    for k, step in enumerate(steps):
+        if step.couplings:
+            bounds.append((first, k + 1))
+            first = k + 1
+    del starts
+
+    def of(begin: int, end: int) -> tuple[Sequence[Tensor], Any]:
+        start, stop = bounds[begin][0], bounds[end - 1][1]
+        own = steps[start:stop]
+        raw, function = raw_maps(own, steps[start - 1] if start else None)
+        return raw, FoldFactors() if _are_factors(own) else FoldByTorch(function)
+
+    return Maps(ends, nbytes, of)
+
+
+def _are_factors(steps: Sequence[FlowStep]) -> bool:
+    """Whether each step is an actnorm, a convolution in LU factors and one coupling of channels."""
+
+    def fits(step: FlowStep) -> bool:
+        layer = step.permutation
+        own = isinstance(layer, InvConv) and layer.lu and type(layer).weight_and_log_det is InvConv.weight_and_log_det
+        return own and len(step.couplings) == 1 and step.couplings[0].board is None
+
+    return all(map(fits, steps))
+
+
+def sizes_of(shape: Sequence[int]) -> int:
+    """Count the positions of a state of that shape."""
+    return math.prod(shape[2:])

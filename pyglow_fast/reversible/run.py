@@ -1,0 +1,394 @@
+"""The autograd node of a run: K flow steps whose forward, inverse and backward are calls of csrc/run.
+
+A run is cut into parts, each a node of its own, since a node hands out the gradients of all its tensors when it ends:
+where they are added to those of an earlier batch or lie in a process group's buckets, they exist twice until then.
+A node saves its input or output, the parameters, and what its memory mode keeps between the steps. Channel maps are
+folded inside each node from raw parameters, and again in its backward, so that they are not kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import _float32, functional
+from pyglow_fast._backend import require
+from pyglow_fast._captures import is_capturing
+from pyglow_fast._derivatives import apply, backward_key, differentiable_once
+from pyglow_fast._errors import can_read
+from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast.reference import n_positions
+from pyglow_fast.reversible.deferred import drifted_in_this_backward
+from pyglow_fast.reversible.drift import DriftControl, signs_of, sketch_signs_of
+from pyglow_fast.reversible.parts import Part, Pass, kept_between, part_limit
+
+FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
+NONE, STORE, CHECKPOINT, REVERSIBLE = range(4)  # csrc/run/run.h
+_MODES = {"store": STORE, "checkpoint": CHECKPOINT, "reversible": REVERSIBLE}
+EACH, AT_THE_END, LATER = range(3)
+
+
+class Fold(Protocol):
+    """How channel maps are made of raw tensors."""
+
+    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Fold matrices (K, C, C), offsets (K, C), log_dets (K,) and, of gathers, indices (K, C)."""
+
+    def gradients(
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients of the raw tensors from those of the maps; None for those that want none."""
+
+
+class FoldByTorch:
+    """Folds by a function of torch's ops, which autograd differentiates."""
+
+    def __init__(self, function: Callable[[Sequence[Tensor]], Any]) -> None:
+        self._function = function
+
+    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Fold, without a record."""
+        with torch.no_grad():
+            return [part for part in self._function(raw) if part is not None]
+
+    def gradients(
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Fold again, with a record."""
+        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
+        with torch.enable_grad():
+            found = self._function(leaves)
+        pairs = [pair for pair in zip(found[:3], (matrices, offsets, log_dets), strict=True) if pair[0].requires_grad]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if not wanted or not pairs:
+            return [None] * len(leaves)
+        outs, grads = zip(*pairs, strict=True)
+        given = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
+        return [next(given) if leaf.requires_grad else None for leaf in leaves]
+
+
+class FoldFactors:
+    """Folds actnorms and invertible 1x1 convolutions in LU factors, in csrc/run.
+
+    Raw tensors are, of all steps each, log_scale, bias, permutation, lower, upper, log_diag and sign_diag.
+    """
+
+    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Fold, without a record."""
+        found: Sequence[Tensor] = require().fold(raw, _float32.rounds(_float32.PRODUCTS, raw[0]))
+        return found
+
+    def gradients(
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients of the parameters; buffers have none."""
+        rounds, k = _float32.rounds(_float32.PRODUCTS, raw[0]), len(raw) // 7
+        found = require().fold_backward(raw, rounds, matrices, offsets, log_dets)
+        lower, upper, log_diag, log_scale, bias = (found[i * k : (i + 1) * k] for i in range(5))
+        none = [None] * k
+        grads = [*log_scale, *bias, *none, *lower, *upper, *log_diag, *none]
+        return [grad if tensor.requires_grad else None for grad, tensor in zip(grads, raw, strict=True)]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Where the channel maps before the couplings of a run come from.
+
+    Attributes:
+        ends: one past the last coupling of each unit that may end a node, ascending.
+        nbytes: of the maps of each unit.
+        of: gives the raw tensors of units first .. end - 1, and what folds them.
+    """
+
+    ends: Sequence[int]
+    nbytes: Sequence[int]
+    of: Callable[[int, int], tuple[Sequence[Tensor], Fold]]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """K couplings of a run with the channel map before each, described for csrc/run.
+
+    Attributes:
+        forms: of the couplings and their nets.
+        nets: the nets' tensors, one net after another.
+        counts: how many of them each net has.
+        maps: where the channel maps come from.
+        lowest: the dtype that the nets compute in, if lower than the state's.
+        precision: that the nets are to be run in, see in_precision.
+    """
+
+    forms: Sequence[Any]
+    nets: Sequence[Tensor]
+    counts: Sequence[int]
+    maps: Maps
+    lowest: torch.dtype
+    precision: str = "auto"
+
+    def bounds(self, limit: int | None, at_once: int) -> list[tuple[int, int]]:
+        """Cut the units into nodes (first, one past the last) of so many bytes of gradients and of maps at most."""
+        if limit is None:
+            return [(0, len(self.maps.ends))]
+        found, start, grads, folded, at, first = [], 0, 0, 0, 0, 0
+        for unit, end in enumerate(self.maps.ends):
+            stop = at + sum(self.counts[first:end])
+            own = sum(tensor.nbytes for tensor in self.nets[at:stop])
+            if unit > start and (grads + own > limit or folded + self.maps.nbytes[unit] > at_once):
+                found.append((start, unit))
+                start, grads, folded = unit, 0, 0
+            grads, folded = grads + own, folded + self.maps.nbytes[unit]
+            at, first = stop, end
+        return [*found, (start, len(self.maps.ends))]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """One node's part of a run: all but its tensors."""
+
+    run: _Run
+    part: Part
+    forms: Sequence[Any]
+    squeezes: bool
+    form: Any
+    fold: Fold
+    n_nets: int
+    lowest: torch.dtype
+    precision: str
+
+    @property
+    def mode(self) -> int:
+        """What the node keeps."""
+        return self.run.mode
+
+
+@dataclass
+class _Run:
+    """State that the nodes of one forward share.
+
+    Attributes:
+        mode: what they keep.
+        nodes: their functions by number, as long as the graph lives.
+        states: by backward (graph task and row), its thread, and the output of the node that is next, recomputed.
+    """
+
+    mode: int
+    nodes: dict[int, weakref.ref[Any]] = field(default_factory=dict)
+    states: dict[tuple[int, int], tuple[int, Tensor]] = field(default_factory=dict)
+
+    def take(self, part: Part) -> Tensor | None:
+        """Take the state that the node behind has left for this backward."""
+        key, own = backward_key(), threading.get_ident()
+        if part.is_last:  # forget what a backward has left that failed, or wanted late gradients alone
+            for other, (thread, _) in list(self.states.items()):
+                if thread == own and other[0] != key[0]:
+                    self.states.pop(other, None)
+            return None
+        return self.states.pop(key)[1]
+
+    def leave(self, part: Part, state: Tensor) -> None:
+        """Leave the node's input for the node before, if there is one to come."""
+        if not part.is_final:
+            self.states[backward_key()] = threading.get_ident(), state
+
+
+class _RunNode(torch.autograd.Function):
+    """z, log_det of a part of a run."""
+
+    @staticmethod
+    def forward(ctx: Any, node: _Node, x: Tensor, cond: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """z like x (squeezed), log_det (N,). tensors: of the nets, then what the maps are folded from."""
+        nets, raw = tensors[: node.n_nets], tensors[node.n_nets :]
+        z, log_det, *lists, seen, start = require().run_forward(node.form, x, cond, node.fold(raw), nets)
+        part, reversible = node.part, node.mode == REVERSIBLE
+        ctx.node, ctx.counts = node, [len(nets), len(raw), *map(len, lists)]
+        keeps_z = node.mode == STORE or (reversible and part.is_last)
+        ctx.save_for_backward(
+            x if not reversible or part.knows_start else None,
+            z if keeps_z else None,
+            cond,
+            seen,
+            start,
+            *tensors,
+            *(tensor for some in lists for tensor in some),
+        )
+        node.run.nodes[part.index] = weakref.ref(ctx)
+        return z, log_det
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, cond, the nets' tensors and what the maps are folded from."""
+        node: _Node = ctx.node
+        part, whole, reversible = node.part, node.part.whole, node.mode == REVERSIBLE
+        (x, z, cond, seen, start), (nets, raw, *lists) = _saved(ctx)
+        if reversible:
+            left = node.run.take(part)
+            z = z if left is None else left
+        control = whole.control
+        judged, limit = EACH, 0.0
+        if reversible:
+            assert control is not None
+            limit = control.limit(grad_z.dtype, node.lowest)
+            later = control.deferred or is_capturing(grad_z.device)
+            judged = LATER if later else EACH if can_read(grad_z) else AT_THE_END
+        redone_before = 0
+
+        def restored() -> Tensor:
+            nonlocal redone_before
+            found, redone_before = _restored(node.run, part.index)
+            return found
+
+        needs = ctx.needs_input_grad
+        wants = needs[3 : 3 + node.n_nets]
+        maps = node.fold(raw)
+        arguments = (maps, nets, grad_z, grad_log_det, *lists, seen, start, wants, needs[2], judged, limit, restored)
+        with in_precision(node.precision, grad_z):
+            found = require().run_backward(node.form, x, z, cond, *arguments)
+        grad_x, grad_cond, matrices, offsets, of_nets, first, worst, drift, redone = found
+        drifted = None
+        if judged == LATER:
+            drifted = drifted_in_this_backward(~(worst <= limit))
+            whole.deferred(part.first, worst, limit, drifted)
+        elif reversible:
+            whole.judged(part.first, drift, limit, redone + redone_before)
+        elif node.mode == CHECKPOINT:
+            whole.checkpointed(part.first, grad_z.device)
+        if reversible:
+            node.run.leave(part, first)
+        of_maps: Sequence[Tensor | None] = [None] * len(raw)
+        if any(needs[3 + node.n_nets :]):
+            each = (grad_log_det.sum() * n_positions(grad_z)).expand(len(node.forms))
+            of_maps = node.fold.gradients(raw, matrices, offsets, each)
+        nets_grads = [grad if want else None for grad, want in zip(of_nets, wants, strict=True)]
+        grads = (grad_x, grad_cond, *nets_grads, *of_maps)
+        return (None, *grads) if drifted is None else (None, *[_accepted(grad, drifted) for grad in grads])
+
+
+def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
+    """The five tensors that may be missing, and the sequences, that a node has saved."""
+    tensors = ctx.saved_tensors
+    found, at = [], 5
+    for count in ctx.counts:
+        found.append(tensors[at : at + count])
+        at += count
+    return tensors[:5], found
+
+
+def _accepted(grad: Tensor | None, drifted: Tensor) -> Tensor | None:
+    """A gradient, or zero where a deferred verdict has found a drifted state."""
+    if grad is None:
+        return None
+    return torch.where(drifted.to(grad.device), torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
+
+
+def _restored(run: _Run, index: int) -> tuple[Tensor, int]:
+    """The true input of a node, forward from the anchor before it, and how many steps that took."""
+    ctxs = [run.nodes[i]() for i in range(index)]
+    begin = next(i for i in reversed(range(index)) if ctxs[i].node.part.anchors or ctxs[i].node.part.knows_start)
+    state: Tensor | None = None
+    count = 0
+    for ctx in ctxs[begin:index]:
+        node: _Node = ctx.node
+        (x, _, cond, _, _), (nets, raw, anchors, *_) = _saved(ctx)
+        first = max(node.part.anchors, default=0) if state is None else 0
+        if state is None:
+            state = anchors[-1] if first else x
+        maps = [part[first:] for part in node.fold(raw)]
+        skipped = sum(form.tensors for form in node.forms[:first])
+        form = require().Part(node.forms[first:], node.squeezes and first == 0, NONE, [], True, None, None, False)
+        state = require().run_forward(form, state, cond, maps, nets[skipped:])[0]
+        count += len(node.forms) - first
+    assert state is not None
+    return state, count
+
+
+def run_recorded(
+    steps: Steps,
+    mode: str,
+    control: DriftControl | None,
+    x: Tensor,
+    cond: Tensor | None = None,
+    squeezes: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute z and log|det dz/dx| of a run whose backward may follow.
+
+    Args:
+        steps: of the run.
+        mode: "store", "checkpoint" or "reversible".
+        control: of the drift, of mode "reversible".
+        x: (N, C, *spatial); with squeezes (N, C / 2^d, *(2 spatial)).
+        cond: what nets get besides, or None.
+        squeezes: x is squeezed as it is read.
+
+    Returns:
+        z (N, C, *spatial) and log_det (N,), nats.
+    """
+    control = control if mode == "reversible" else None
+    positions = n_positions(x) // (2 ** (x.dim() - 2) if squeezes else 1)
+    boundary, few = kept_between(x.nbytes, positions, control is None)
+    step_bytes, at = [], 0
+    for count in steps.counts:
+        step_bytes.append(sum(tensor.nbytes for tensor in steps.nets[at : at + count]))
+        at += count
+    limit = part_limit(x, step_bytes, boundary)
+    units = steps.bounds(limit, FOLDED_AT_ONCE)
+    ends = [steps.maps.ends[end - 1] for _, end in units]
+    whole = Pass(control, step_bytes, None, ends[:-1], few)
+    run = _Run(_MODES[mode] if not (mode == "reversible" and whole.keeps_states) else CHECKPOINT)
+    signs = sketched = None
+    rounds = _float32.rounds(_float32.PRODUCTS, x)
+    if run.mode == REVERSIBLE:
+        signs = tuple(signs_of(positions, x.dtype, x.device))
+        sketched = sketch_signs_of(positions, x.dtype, x.device)
+    log_dets, at = [], 0
+    for (first, end), part in zip(units, whole.parts, strict=True):
+        raw, fold = steps.maps.of(first, end)
+        forms, count = steps.forms[part.first : part.end], sum(steps.counts[part.first : part.end])
+        nets = steps.nets[at : at + count]
+        at += count
+        whole.joins(part.first, x, (cond, *nets, *raw))
+        squeezes_here = squeezes and part.index == 0
+        form = require().Part(
+            forms, squeezes_here, run.mode, part.anchors, part.knows_start, signs, sketched, rounds
+        )
+        node = _Node(run, part, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision)
+        with in_precision(steps.precision, x):
+            x, log_det = apply(_RunNode, node, x, cond, *nets, *raw)
+        log_dets.append(log_det)
+    return x, functional.summed(log_dets)
+
+
+def run_plain(
+    steps: Steps, x: Tensor, cond: Tensor | None = None, squeezes: bool = False, maps: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute what :func:`run_recorded` does without a record; maps: folded before, if they are."""
+    if maps is None:
+        maps = folded_maps(steps)
+    form = require().Part(steps.forms, squeezes, NONE, [], True, None, None, False)
+    with in_precision(steps.precision, x):
+        found: tuple[Tensor, Tensor] = require().run_forward(form, x, cond, maps, steps.nets)[:2]
+    return found
+
+
+def run_inverse(
+    steps: Steps, z: Tensor, cond: Tensor | None = None, inverses: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute x and log|det dx/dz| without a record; inverses: of the maps, made before, if they are."""
+    if inverses is None:
+        inverses = require().inverted(folded_maps(steps))
+    form = require().Part(steps.forms, False, NONE, [], True, None, None, False)
+    with in_precision(steps.precision, z):
+        found: tuple[Tensor, Tensor] = require().run_inverse(form, z, cond, inverses, steps.nets)
+    return found
+
+
+def folded_maps(steps: Steps) -> Sequence[Tensor]:
+    """Fold the maps before all couplings: matrices, offsets, log_dets and, of gathers, indices."""
+    raw, fold = steps.maps.of(0, len(steps.maps.ends))
+    return fold(raw)
