@@ -90,7 +90,7 @@ class Glow(nn.Module):
         torch.Size([2, 3, 8, 8])
     """
 
-    _has_seen_x = False  # an x whose range was looked at, as that of the first is
+    _range_is_known = False  # of x: looked at once, or told by whoever made the model
 
     def __init__(
         self,
@@ -326,9 +326,9 @@ class Glow(nn.Module):
         expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
         if can_read(x):
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
-            if not self._has_seen_x and not is_watched() and x.numel():
+            if not self._range_is_known and not is_watched() and x.numel():
                 _warn_of_other_range(x)
-                self._has_seen_x = True
+                self._range_is_known = True
         return self._check_cond(cond, x.shape[0])
 
     def _check_cond(self, cond: Condition | None, n: int) -> list[Tensor | None]:
@@ -612,5 +612,5 @@ def _warn_of_other_range(x: Tensor) -> None:
     warnings.warn(
         f"x has values from {low:.4g} to {high:.4g}; pixels are expected in -0.5 to 0.5, or likelihoods are of other "
         f"images. For 256 grey levels: x = pyglow_fast.likelihood.dequantize({levels})",
-        stacklevel=2,
+        stacklevel=6,  # the line that calls log_prob
     )
