@@ -49,7 +49,8 @@ class Glow(nn.Module):
     Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
     latent whose prior the other half predicts. With ``n_checkerboard`` some of the steps come before the squeeze;
     GlowConfig says what else there is. x is float, (level + u) / n_bins - 0.5 with u uniform in [0, 1); see
-    :mod:`pyglow_fast.likelihood`.
+    :mod:`pyglow_fast.likelihood`. Integers are refused, and there is a warning if the first x on a CPU looks like pixels in
+    [0, 1] or 0..255; both say the line that mends it.
 
     Args:
         config: a GlowConfig; or pass its fields as keywords.
@@ -96,13 +97,13 @@ class Glow(nn.Module):
         self,
         config: GlowConfig | None = None,
         *,
+        net: NetFactory | None = None,
         memory: str | int | float = "reversible",
         anchor_every: str | int | None = "auto",
         tolerance: float | None = None,
         memory_budget: str | int = "auto",
         deferred_check: bool = False,
         precision: str = "auto",
-        net: NetFactory | None = None,
         **fields: Any,
     ) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ class FlowLevel(nn.Module):
         memory: options of the ReversibleSequences.
     """
 
-    def __init__(self, config: GlowConfig, level: int, net: NetFactory | None = None, **memory: Any) -> None:
+    def __init__(self, config: GlowConfig, level: int, net: NetFactory | None, **memory: Any) -> None:
         super().__init__()
         squeezes, channels = config.squeezes(level), config.level_shapes()[level][0]
         n_boards = config.n_checkerboard if squeezes else config.n_last_checkerboard
