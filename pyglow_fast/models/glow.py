@@ -49,8 +49,8 @@ class Glow(nn.Module):
     Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
     latent whose prior the other half predicts. With ``n_checkerboard`` some of the steps come before the squeeze;
     GlowConfig says what else there is. x is float, (level + u) / n_bins - 0.5 with u uniform in [0, 1); see
-    :mod:`pyglow_fast.likelihood`. Integers are refused, and there is a warning if the first x on a CPU looks like pixels in
-    [0, 1] or 0..255; both say the line that mends it.
+    :mod:`pyglow_fast.likelihood`. Integers are refused, and there is a warning if the first x on a CPU looks like
+    pixels in [0, 1] or 0..255; both say the line that mends it.
 
     Args:
         config: a GlowConfig; or pass its fields as keywords.
