@@ -19,8 +19,8 @@ from pyglow_fast.latents.spaces import (
     decode_each,
     to_space,
 )
+from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.models import Glow
-from pyglow_fast.models.prior import standardised
 
 # Between directions nearer to opposite than this rounding decides which great circle is taken: sin(angle) divides.
 _OPPOSITE = 1e-3

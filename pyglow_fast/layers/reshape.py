@@ -54,11 +54,19 @@ class Squeeze(FlowLayer):
         return f"{self.factor}"
 
 
-class Split(nn.Module):
-    """z1, z2 = parts of x; z2 leaves the flow with prior N(z2; mean, exp(log_sd)), (mean, log_sd) = conv(z1).
+def standardised(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    """eps = (z - mean) / exp(log_sd), which undoes gaussian_sample."""
+    return (z - mean) * (-log_sd).exp()
 
-    The convolution (3x3, times exp(3 log_gain)) starts at zero, so a fresh prior is the standard normal. With
-    ``learn_prior=False`` it stays that. With a condition, (mean, log_sd) = conv([z1, cond]).
+
+class Split(FlowLayer):
+    """z1, z2 = parts of x; z = [z1, (z2 - mean) / exp(log_sd)], (mean, log_sd) = conv(z1); log_det = -sum log_sd.
+
+    z2 has the prior N(z2; mean, exp(log_sd)), so what takes its place in z is standard normal noise, which leaves the
+    flow: ``kept, noise = split.parts(z)``. A Glow's latents are the z2 themselves.
+
+    The convolution (3x3, times exp(3 log_gain)) starts at zero, so a fresh prior is the standard normal and z is x.
+    With ``learn_prior=False`` it stays that. With a condition, (mean, log_sd) = conv([z1, cond]).
 
     Args:
         channels: C of x, even where it is halved.
@@ -68,8 +76,8 @@ class Split(nn.Module):
         factored: C2, the channels of z2; None: half of them.
         cond_channels: of a condition that the convolution reads too; 0 for none.
 
-    Shapes: x (N, C, *spatial); z1 (N, C - C2, *spatial), z2 (N, C2, *spatial); cond (N, C_cond, *spatial); log_prob
-    (N,), nats.
+    Shapes: x and z (N, C, *spatial); z1 (N, C - C2, *spatial), z2 (N, C2, *spatial); cond (N, C_cond, *spatial);
+    log_det and log_prob (N,), nats.
 
     References: Kingma & Dhariwal 2018, section 3 and the released code's learned split prior; Lugmayr et al. 2020
     (condition).
@@ -78,11 +86,13 @@ class Split(nn.Module):
         >>> import torch
         >>> from pyglow_fast import Split
         >>> split = Split(channels=4)
-        >>> (kept, factored), _ = split(torch.randn(3, 4, 2, 2))
+        >>> z, log_det = split(torch.randn(3, 4, 2, 2))
+        >>> kept, noise = split.parts(z)  # further steps of a flow are of what is kept alone
         >>> mean, log_sd = split.prior(kept)  # of a fresh layer those of N(0, 1), whatever is kept
         >>> mean.shape, mean.count_nonzero().item(), log_sd.count_nonzero().item()
         (torch.Size([3, 2, 2, 2]), 0, 0)
-        >>> split.sample(kept, torch.zeros(3, 2, 2, 2)).equal(mean)  # noise of zeros: the likeliest z2
+        >>> sample, _ = split.inverse(torch.cat([kept, torch.zeros_like(noise)], dim=1))  # with the likeliest z2
+        >>> split.parts(sample)[1].equal(mean)
         True
     """
 
@@ -113,7 +123,7 @@ class Split(nn.Module):
         self.border = border_kernel(2 * factored, dims) if border and learn_prior else None
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Divide x into the channels that are kept and those that are factored out."""
+        """Divide x, or z, into the channels that are kept and those that are factored out."""
         return x[:, : self.kept], x[:, self.kept :]
 
     def prior(self, kept: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -133,26 +143,23 @@ class Split(nn.Module):
         mean, log_sd = (out * (3.0 * self.log_gain).exp()).to(kept.dtype).chunk(2, dim=1)
         return mean, log_sd
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Map x to the pair (z1, z2); log_det = 0."""
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map x to z: what is kept, and what is factored out as standard normal noise."""
         check_input("x", x, self.channels)
-        return self.parts(x), x.new_zeros(x.shape[0])
+        kept, factored = self.parts(x)
+        mean, log_sd = self.prior(kept, cond)
+        return torch.cat([kept, standardised(factored, mean, log_sd)], dim=1), -log_sd.flatten(1).sum(1)
 
-    def inverse(self, z: tuple[Tensor, Tensor], cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map the pair (z1, z2) back to x; log_det = 0."""
-        kept, factored = z
-        check_input("z[0]", kept, self.kept)
-        expected = (kept.shape[0], self.factored, *kept.shape[2:])
-        expect(factored.shape == expected, "z[1]", f"shape {expected}, to go with z[0]", tuple(factored.shape))
-        return torch.cat([kept, factored], dim=1), kept.new_zeros(kept.shape[0])
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map z back to x: z2 = mean + exp(log_sd) noise; with fresh noise it is a sample of z2."""
+        check_input("z", z, self.channels)
+        kept, noise = self.parts(z)
+        mean, log_sd = self.prior(kept, cond)
+        return torch.cat([kept, functional.gaussian_sample(noise, mean, log_sd)], dim=1), log_sd.flatten(1).sum(1)
 
     def log_prob(self, kept: Tensor, factored: Tensor, cond: Tensor | None = None) -> Tensor:
         """log N(z2; prior(z1)), the log density of what leaves the flow, summed per sample, (N,) nats."""
         return functional.gaussian_log_prob(factored, *self.prior(kept, cond))
-
-    def sample(self, kept: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Draw z2 = mean + exp(log_sd) noise; noise is like z2 and carries the temperature."""
-        return functional.gaussian_sample(noise, *self.prior(kept, cond))
 
     def extra_repr(self) -> str:
         """Show the channels and whether the prior is learned in the repr."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import numbers
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_count, check_input, expect
-from pyglow_fast._tracing import kernels_step_aside
+from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.traits import submodules
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
 from pyglow_fast.layers.ranks import refused_alike
+from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
 from pyglow_fast.models.condition import Condition, fitted, level_conditions
@@ -26,8 +28,8 @@ from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.graphed import GraphedGlow
-from pyglow_fast.models.level import FlowLevel
-from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise, standardised
+from pyglow_fast.models.level import FlowLevel, NetFactory
+from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
 from pyglow_fast.models.step_costs import glow_costs
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
@@ -47,10 +49,16 @@ class Glow(nn.Module):
     Each of the L levels squeezes, applies K flow steps, and (but for the last) factors half of the channels out as a
     latent whose prior the other half predicts. With ``n_checkerboard`` some of the steps come before the squeeze;
     GlowConfig says what else there is. x is float, (level + u) / n_bins - 0.5 with u uniform in [0, 1); see
-    :mod:`pyglow_fast.likelihood`.
+    :mod:`pyglow_fast.likelihood`. Integers are refused, and there is a warning if the first x on a CPU looks like
+    pixels in [0, 1] or 0..255; both say the line that mends it.
 
     Args:
         config: a GlowConfig; or pass its fields as keywords.
+        net: a factory net(in_channels, out_channels) -> nn.Module of coupling nets of your own, called once for each
+            coupling, those of the first level first; :class:`~pyglow_fast.Coupling` says what a net is given and must
+            give. In a model with a condition it is called as net(x1, cond), and in_channels counts x1 alone. ``hidden``
+            and ``net_actnorm`` are then of the injectors' nets alone, which stay CouplingNets, and ``border`` of the
+            priors. Neither config nor model holds the factory: a state_dict is loaded into a Glow made with the same.
         memory: "reversible", "checkpoint" or "store": what training keeps for the backward. Or bytes, as a number or a
             text such as "4GB": the fastest training whose tensors take at most so many beyond parameters and their
             gradients (docs/memory.md). May be changed at any time.
@@ -83,10 +91,13 @@ class Glow(nn.Module):
         torch.Size([2, 3, 8, 8])
     """
 
+    _range_is_known = False  # of x: looked at once, or told by whoever made the model
+
     def __init__(
         self,
         config: GlowConfig | None = None,
         *,
+        net: NetFactory | None = None,
         memory: str | int | float = "reversible",
         anchor_every: str | int | None = "auto",
         tolerance: float | None = None,
@@ -100,6 +111,8 @@ class Glow(nn.Module):
             config is None or not fields, "config", "a GlowConfig or its fields as keywords, not both", sorted(fields)
         )
         expect(config is None or isinstance(config, GlowConfig), "config", "a GlowConfig", type(config).__name__)
+        makes = net is None or (callable(net) and not isinstance(net, nn.Module))
+        expect(makes, "net", "a factory net(in_channels, out_channels) -> nn.Module", type(net).__name__)
         self.config = GlowConfig.from_dict(fields) if config is None else config
         memory = parse_memory(memory)
         self.state_shapes = self.config.level_shapes()
@@ -110,7 +123,7 @@ class Glow(nn.Module):
             "memory_budget": memory_budget,
             "deferred_check": deferred_check,
         }
-        self.levels = nn.ModuleList(FlowLevel(self.config, level, **options) for level in range(self.config.n_levels))
+        self.levels = nn.ModuleList(FlowLevel(self.config, i, net, **options) for i in range(self.config.n_levels))
         self.splits = nn.ModuleList(
             Split(
                 self.state_shapes[i][0],
@@ -307,11 +320,16 @@ class Glow(nn.Module):
 
     def _check_x(self, x: Tensor, cond: Condition | None) -> list[Tensor | None]:
         """Checks both, and gives the condition of each level."""
+        if isinstance(x, Tensor) and not x.is_floating_point():
+            expect(False, "x", "float values, pyglow_fast.likelihood.dequantize(x) of integer levels", x.dtype)
         check_input("x", x, self.config.image_shape[0], self._parameter())
         shape = self.config.image_shape
         expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
         if can_read(x):
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
+            if not self._range_is_known and not is_watched() and x.numel():
+                _warn_of_other_range(x)
+                self._range_is_known = True
         return self._check_cond(cond, x.shape[0])
 
     def _check_cond(self, cond: Condition | None, n: int) -> list[Tensor | None]:
@@ -584,3 +602,16 @@ class Glow(nn.Module):
     def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
         """Wrap the model in the interface of torch.distributions; see GlowDistribution."""
         return GlowDistribution(self, y, cond)
+
+
+def _warn_of_other_range(x: Tensor) -> None:
+    """Warn where x is hardly centred: pixels in [0, 1] or 0..255, as most loaders give them."""
+    low, high = (float(value) for value in torch.aminmax(x.detach()))
+    if low < 0 or high <= 0.5:
+        return
+    levels = "(255 * x).round().long()" if high <= 1 else "x.round().long()"
+    warnings.warn(
+        f"x has values from {low:.4g} to {high:.4g}; pixels are expected in -0.5 to 0.5, or likelihoods are of other "
+        f"images. For 256 grey levels: x = pyglow_fast.likelihood.dequantize({levels})",
+        stacklevel=6,  # the line that calls log_prob
+    )

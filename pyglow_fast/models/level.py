@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyglow_fast._errors import expect
 from pyglow_fast.layers import FlowStep, FrozenSteps, ReversibleSequence, Squeeze
 from pyglow_fast.layers.flow_step import NO_COUPLING
 from pyglow_fast.models.condition import fitted
@@ -15,6 +16,7 @@ from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.planner import RunPlan
 
 Steps = ReversibleSequence | FrozenSteps
+NetFactory = Callable[[int, int], nn.Module]  # net(in_channels, out_channels), called once for each coupling
 
 
 class FlowLevel(nn.Module):
@@ -25,22 +27,23 @@ class FlowLevel(nn.Module):
     Args:
         config: of the whole model.
         level: which one, from 0.
+        net: makes the coupling nets; None: they are CouplingNets, as the config says.
         memory: options of the ReversibleSequences.
     """
 
-    def __init__(self, config: GlowConfig, level: int, **memory: Any) -> None:
+    def __init__(self, config: GlowConfig, level: int, net: NetFactory | None, **memory: Any) -> None:
         super().__init__()
         squeezes, channels = config.squeezes(level), config.level_shapes()[level][0]
         n_boards = config.n_checkerboard if squeezes else config.n_last_checkerboard
         width = channels // 2**config.dims if squeezes else channels
         # Dinh et al. 2017, figure 3: the first mask keeps where the sum of the indices is odd.
-        boards = [_step(config, level, width, mask="checkerboard", parity=(k + 1) % 2) for k in range(n_boards)]
+        boards = [_step(config, level, width, net, mask="checkerboard", parity=(k + 1) % 2) for k in range(n_boards)]
         self.checkerboard: Steps | None = ReversibleSequence(boards, **memory) if boards else None
         self.squeeze = Squeeze(2)
         steps: list[FlowStep] = []
         if squeezes:
             steps += [_transition(config, channels) for _ in range(config.n_transitions)]
-            steps += [_step(config, level, channels) for _ in range(config.n_steps - n_boards)]
+            steps += [_step(config, level, channels, net) for _ in range(config.n_steps - n_boards)]
         self.steps: Steps | None = ReversibleSequence(steps, **memory) if steps else None
 
     def freeze(self) -> None:
@@ -103,17 +106,26 @@ def _transition(config: GlowConfig, channels: int) -> FlowStep:
     return FlowStep(channels, coupling=NO_COUPLING, permutation=config.permutation)
 
 
-def _step(config: GlowConfig, level: int, channels: int, **mask: Any) -> FlowStep:
+def _step(
+    config: GlowConfig, level: int, channels: int, factory: NetFactory | None, mask: str = "channels", parity: int = 0
+) -> FlowStep:
+    net = None
+    if factory is not None:
+        inputs = channels // 2 if mask == "channels" else channels
+        net = factory(inputs, 2 * inputs if config.coupling == "affine" else inputs)
+        expect(isinstance(net, nn.Module), "net", "a factory that gives an nn.Module", type(net).__name__)
     numbers = (config.scale_bias, config.scale_eps, config.scale_clamp)
     return FlowStep(
         channels,
         hidden=config.hidden,
         coupling=CouplingSpec(config.coupling, config.scale_map, *numbers, factor=config.scale_factor),
         permutation=config.permutation,
+        net=net,
         net_actnorm=config.net_actnorm,
         cond_channels=config.cond_channels_of(level),
         dims=config.dims,
         border=config.border,
         injector=config.injector,
-        **mask,
+        mask=mask,
+        parity=parity,
     )

@@ -79,11 +79,6 @@ def check_temperature(temperature: float | Tensor, n: int) -> None:
     expect(valid, "temperature", "finite values, 0 or more", temperature)
 
 
-def standardised(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
-    """eps = (z - mean) / exp(log_sd), which undoes gaussian_sample."""
-    return (z - mean) * (-log_sd).exp()
-
-
 def scaled_noise(like: Tensor, temperature: float | Tensor, generator: torch.Generator | None) -> Tensor:
     """temperature * eps, eps ~ N(0, 1) of the shape, dtype and device of ``like``; temperature a number or (N,)."""
     device = like.device if generator is None else generator.device

@@ -92,7 +92,8 @@ MODELS = rows(
         "no tensor": (lambda m: m.encode(None), "x: expected a Tensor, found NoneType"),
         "channels last": (lambda m: m.log_prob(X.movedim(1, -1)), r"x: expected 1 channels .* shape \(2, 4, 8, 1\)"),
         "H and W swapped": (lambda m: m(X.mT), r"x: expected shape \(N, 1, 4, 8\), found shape \(2, 1, 8, 4\)"),
-        "uint8": (lambda m: m.log_prob(IMAGES), r"x: expected dtype float32 or float64, found torch\.uint8"),
+        "uint8": (lambda m: m.log_prob(IMAGES), r"x: expected float .*\.likelihood\.dequantize\(x\) .* torch\.uint8"),
+        "int64": (lambda m: m.initialize(IMAGES.long()), r"x: expected float .*\.dequantize\(x\) .* torch\.int64"),
         "half": (lambda m: m.log_prob(X.half()), r"x: expected dtype float32 or float64, found torch\.float16"),
         "double": (lambda m: m.log_prob(X.double()), r"x: expected dtype torch\.float32 .* found torch\.float64"),
         "NaN": (lambda m: m.log_prob(with_nan(X)), "x: expected finite values, found NaN or inf"),
@@ -121,6 +122,19 @@ MODELS = rows(
         "a config and fields": (
             lambda m: pgf.Glow(m.config, n_steps=3),
             "config: expected a GlowConfig or its fields as keywords, not both",
+        ),
+        "a net for all": (
+            lambda _: glow(net=nn.Conv2d(2, 4, 1)),
+            r"net: expected a factory net\(in_channels, out_channels\) -> nn.Module, found Conv2d",
+        ),
+        "a net by name": (lambda _: glow(net="resnet"), r"net: expected a factory net\(.*, found str"),
+        "a factory of functions": (
+            lambda _: glow(net=lambda inputs, outputs: torch.tanh),
+            "net: expected a factory that gives an nn.Module, found builtin_function_or_method",
+        ),
+        "a net's output": (
+            lambda _: glow(net=lambda inputs, outputs: nn.Identity()).eval().log_prob(X),
+            r"net: expected an output of shape \(2, 4, 2, 4\), found .*\(2, 2, 2, 4\)",
         ),
     },
 )
@@ -318,9 +332,9 @@ LAYERS = [
                 "permutation: expected 'shuffle' or 'reverse', found 'random'",
             ),
             "Split's channels": (lambda _: pgf.Split(3), "channels: expected an even number to halve, found 3"),
-            "Split's halves": (
-                lambda _: pgf.Split(4).inverse((torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))),
-                r"z\[1\]: expected shape \(1, 2, 3\), to go with z\[0\], found \(1, 2, 4\)",
+            "Split's latent": (
+                lambda _: pgf.Split(4).inverse(torch.zeros(1, 2, 3, 3)),
+                r"z: expected 4 channels \(dimension 1\), found shape \(1, 2, 3, 3\)",
             ),
             "AffineInjector": (
                 lambda _: pgf.AffineInjector(4, 3)(STATE, STATE[:, :3, :, :2]),

@@ -17,7 +17,7 @@ from pyglow_fast.cli import app, main
 from pyglow_fast.cli.train import from_file
 
 EXAMPLE, ACCELERATE = code(page("README.md"), "python")
-PAGES = ("index", "commands", "training", "data", "page", "switching")
+PAGES = ("index", "commands", "training", "own-net", "data", "page", "switching")
 EXAMPLES = [
     pytest.param(example, id=f"{name}{i}")
     for name in PAGES

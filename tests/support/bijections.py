@@ -135,6 +135,10 @@ def _modules(memory: str) -> nn.Module:
     return pgf.ReversibleSequence(steps, memory, anchor_every=2)
 
 
+def _net(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, outputs, 1))
+
+
 def _glow(**fields: object) -> nn.Module:
     return GlowAsLayer(pgf.Glow(**{"n_levels": 2, "n_steps": 2, "hidden": 4, **fields}))
 
@@ -239,6 +243,9 @@ BIJECTIONS = [
     Bijection("squeeze-by-3", lambda: pgf.Squeeze(3), (1, 3, 6)),
     Bijection("squeeze-1d", lambda: pgf.Squeeze(), (3, 6)),
     Bijection("squeeze-3d", lambda: pgf.Squeeze(), (1, 2, 4, 2)),
+    Bijection("split", lambda: pgf.Split(4), (4, 3, 2)),
+    Bijection("split-uneven-cond", lambda: pgf.Split(5, factored=2, dims=1, cond_channels=2), (5, 4), (2, 4)),
+    Bijection("split-fixed-prior", lambda: pgf.Split(4, learn_prior=False), (4, 3, 2)),
     Bijection("glow", lambda: _glow(image_shape=(3, 4, 8), n_steps=1), (3, 4, 8)),
     Bijection("glow-one-channel", lambda: _glow(image_shape=(1, 8, 4)), (1, 8, 4)),
     Bijection("glow-1d", lambda: _glow(image_shape=(2, 8)), (2, 8)),
@@ -267,6 +274,7 @@ BIJECTIONS = [
         (1, 8, 4),
         (2, 8, 4),
     ),
+    Bijection("glow-own-nets", lambda: _glow(image_shape=(2, 4, 4), n_checkerboard=1, net=_net), (2, 4, 4)),
     Bijection("glow-without-splits", lambda: _glow(image_shape=(1, 4, 4), n_splits=0, learn_top=False), (1, 4, 4)),
     Bijection("glow-additive", lambda: _glow(image_shape=(1, 4, 4), coupling="additive"), (1, 4, 4)),
     Bijection("glow-shuffle", lambda: _glow(image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"), (1, 4, 4)),

@@ -96,7 +96,9 @@ def load_chaiyujin(state: Mapping[str, Any] | str, permutation: str | None = Non
     if rescale:
         first = weights.steps[0][0]  # (a (x + c) + b) exp(s) = (x + c + b / a) exp(s + log a)
         first.bias, first.log_scale = first.bias / _STRETCH + _SHIFT, first.log_scale + math.log(_STRETCH)
-    return to_model(weights)
+    model = to_model(weights)
+    model._range_is_known = not rescale  # theirs is [0, 1]
+    return model
 
 
 _STRETCH, _SHIFT = 256.0 / 255.0, 0.5 - 0.5 / 256.0

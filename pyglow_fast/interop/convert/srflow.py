@@ -87,6 +87,7 @@ def load_srflow(
     reader.drop(_NO_PART_OF_THE_FLOW)
     reader.finish()
     model.to(reader.dtype).load_state_dict(found)
+    model._range_is_known = True  # [0, 1], as in their code
     return model.eval()
 
 
