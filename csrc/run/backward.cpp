@@ -323,7 +323,7 @@ class Walk {
     }
     Tensor grad_state, grad_cond;  // halos overlap: sums
     if (form.takes_state) grad_state = at::zeros_like(x1);
-    if (args_.wants_cond && form.takes_cond) grad_cond = at::zeros_like(*args_.cond);
+    if (args_.wants_cond && (form.takes_cond || !form.takes_state)) grad_cond = at::zeros_like(*args_.cond);
     std::fill(own, own + static_cast<std::ptrdiff_t>(form.tensors()), Tensor());
     for (const Chunk& chunk : form.chunks) {
       const Tensor part = chunk.inputs(x1);

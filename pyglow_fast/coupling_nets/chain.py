@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from pyglow_fast import functional, ops
 from pyglow_fast.reference import ChainSpec, sides
+
+
+class Chain(NamedTuple):
+    """A coupling net as the run computes it: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l).
+
+    Attributes:
+        tensors: of each layer weight, bias and, if its power is not 0, log_scale: both are multiplied by
+            exp(power log_scale).
+        powers: of each layer.
+        spec: the activations and dilations.
+    """
+
+    tensors: list[Tensor]
+    powers: tuple[float, ...]
+    spec: ChainSpec
 
 
 def reach(kernel_sizes: Sequence[Sequence[int]], dilations: Sequence[Sequence[int]]) -> tuple[int, ...]:

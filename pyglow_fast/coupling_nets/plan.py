@@ -42,6 +42,11 @@ class Chunk:
     taken: slice
     whole: bool = False
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The first of its samples, rows and taken rows, and how many each are, as csrc/run takes them."""
+        return tuple(n for part in (self.samples, self.rows, self.taken) for n in (part.start, part.stop - part.start))
+
     def inputs(self, x: Tensor) -> Tensor:
         """Cut out the part of x (N, C, *spatial) that the net gets: a view, or x itself where that is all of it."""
         if self.whole:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.explicit_net import Explicit, ExplicitNet, FoldedLayers, LayerNames, scaled
 from pyglow_fast.coupling_nets.library_net import LibraryNet
 from pyglow_fast.coupling_nets.net_shape import NetShape
@@ -60,6 +62,22 @@ def _layers_of(*has_norms: bool) -> tuple[LayerNames, ...]:
 _HAS_NORMS = list(itertools.product((False, True), repeat=2))
 _SLOTS = {has_norms: _slots_of(*has_norms) for has_norms in _HAS_NORMS}
 _LAYERS = {has_norms: _layers_of(*has_norms) for has_norms in _HAS_NORMS}
+
+_Slots = tuple[tuple[tuple[str, str], ...], ...]
+
+
+def _chain_of(*has_norms: bool) -> _Slots:
+    """Where the tensors of each layer are, in the order of :class:`Chain`: (submodule, name)."""
+    hidden = [
+        ((f"conv{layer}", "weight"), (f"norm{layer}", "bias"), (f"norm{layer}", "log_scale"))
+        if has_norm
+        else ((f"conv{layer}", "weight"), (f"conv{layer}", "bias"))
+        for layer, has_norm in enumerate(has_norms, 1)
+    ]
+    return *hidden, (("conv3", "weight"), ("conv3", "bias"), ("", "log_gain"))
+
+
+_CHAIN = {has_norms: _chain_of(*has_norms) for has_norms in _HAS_NORMS}
 
 
 class CouplingNet(NetShape):
@@ -191,6 +209,21 @@ class CouplingNet(NetShape):
 
     def _layers(self) -> tuple[LayerNames, ...]:
         return _LAYERS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
+
+    def chain(self) -> Chain | None:
+        """The net as a chain of layers, None where something else than its parameters decides what it computes."""
+        if not self.is_plain or self.border or not self.has_own_norms:
+            return None
+        parts, tensors = self._modules, []
+        for layer in _CHAIN[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]:
+            for part, name in layer:
+                owner: Any = parts[part] if part else self
+                tensor = owner._parameters.get(name)
+                if tensor is None:
+                    return None
+                tensors.append(tensor)
+        powers = (float(isinstance(self.norm1, ActNorm)), float(isinstance(self.norm2, ActNorm)), 3.0)
+        return Chain(tensors, powers, coupling_net_spec(self.dims))
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> Explicit | None:
         """What runs the net on these parameters without autograd, or None where it has no such form.

@@ -7,8 +7,8 @@ scale maps that are callables, and whatever watches calls, such as torch.compile
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -18,31 +18,16 @@ from pyglow_fast import convolutions, functional, ops
 from pyglow_fast._backend import require
 from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched
+from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_runner import condition_for
 from pyglow_fast.coupling_nets.plan import plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.flow_step import FlowStep, map_bytes, raw_maps, runs_fused
+from pyglow_fast.layers.flow_step import FlowStep, couplings_of, map_bytes, raw_maps
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv
-from pyglow_fast.reference import ChainSpec
 from pyglow_fast.reversible.drift import lowest_precision
 from pyglow_fast.reversible.run import FoldByTorch, FoldFactors, Maps, Steps
-
-
-class Chain(NamedTuple):
-    """A coupling net as the run computes it: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l).
-
-    Attributes:
-        tensors: of each layer weight, bias and, if its power is not 0, log_scale: both are multiplied by
-            exp(power log_scale).
-        powers: of each layer.
-        spec: the activations and dilations.
-    """
-
-    tensors: list[Tensor]
-    powers: tuple[float, ...]
-    spec: ChainSpec
 
 
 class ChainNet(Protocol):
@@ -78,15 +63,13 @@ _forms: dict[tuple[object, ...], Any] = {}  # of couplings, by all that decides 
 _REMEMBERED = 1024
 
 
-def _form(
-    coupling: Coupling, chain: Chain, state: Sequence[int], x: Tensor, how: _Computes, budget: str | int
-) -> Any:
+def _form(coupling: Coupling, chain: Chain, state: Sequence[int], x: Tensor, how: _Computes, budget: str | int) -> Any:
     """The coupling and its net for states of a shape, in the form that csrc/run takes."""
     net, board = coupling.net, coupling.board
     cond_channels = 0 if isinstance(coupling, AffineInjector) else cast("ChainNet", net).cond_channels
     sizes = tuple(tensor.shape for tensor in chain.tensors)
-    key = (coupling.spec, chain.spec, chain.powers, sizes, tuple(state), x.dtype, x.device.type, how, budget)
-    key += (cond_channels, board, type(coupling))
+    kind = (coupling.spec, cond_channels, board, type(coupling))
+    key = (kind, chain.spec, chain.powers, sizes, tuple(state), x.dtype, x.device.type, how, budget)
     found = _forms.get(key)
     if found is None:
         if len(_forms) >= _REMEMBERED:
@@ -143,13 +126,14 @@ def is_runnable(x: Tensor) -> bool:
 
 
 def described(
-    steps: Sequence[FlowStep], x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
+    couplings: Sequence[Coupling], maps: Maps, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
 ) -> Steps | None:
-    """Describe steps for a run on x, or None where they are none for it.
+    """Describe couplings, with a channel map before each, for a run on x, or None where they are none for it.
 
     Args:
-        steps: FlowSteps of one width, initialised.
-        x: (N, C, *spatial); with squeezes before it is squeezed.
+        couplings: at least one, initialised, of one mask.
+        maps: before them.
+        x: is_runnable, (N, C, *spatial), as their ``enter`` gives it; with squeezes before it is squeezed.
         cond: of the nets, or None; in the dtype of x.
         squeezes: x is squeezed as it is read.
         budget: bytes of one net's activations, or "auto".
@@ -157,39 +141,55 @@ def described(
     Raises:
         ValueError: a condition that a net does not take.
     """
-    if not is_runnable(x) or not all(map(runs_fused, steps)):
-        return None
     state = _state_shape(x, squeezes)
     forms: list[Any] = []
     nets: list[Tensor] = []
     counts: list[int] = []
     computes: dict[str, _Computes | None] = {}
-    ends, nbytes, waiting = [], [], 0
-    for step in steps:
-        waiting += map_bytes(step)
-        for coupling in step.couplings:
-            chain = chain_of(coupling, x)
-            if coupling.precision not in computes:
-                computes[coupling.precision] = _computes(coupling.precision, x)
-            how = computes[coupling.precision]
-            if chain is None or how is None:
-                return None
-            _check_condition(coupling, state, x, cond)
-            forms.append(_form(coupling, chain, state, x, how, budget))
-            nets += chain.tensors
-            counts.append(len(chain.tensors))
-        if step.couplings:
-            ends.append(len(forms))
-            nbytes.append(waiting)
-            waiting = 0
-    if not forms:
-        return None
-    found = [how for how in computes.values() if how is not None]
-    precision = next(iter(computes))
+    for coupling in couplings:
+        chain = chain_of(coupling, x)
+        if coupling.precision not in computes:
+            computes[coupling.precision] = _computes(coupling.precision, x)
+        how = computes[coupling.precision]
+        if chain is None or how is None:
+            return None
+        _check_condition(coupling, state, x, cond)
+        forms.append(_form(coupling, chain, state, x, how, budget))
+        nets += chain.tensors
+        counts.append(len(chain.tensors))
     if has_tf32(x) and len(computes) > 1:  # settings of the process decide, one for all
         return None
-    lowest = max((how.lowest for how in found), key=lambda dtype: torch.finfo(dtype).eps)
-    return Steps(forms, nets, counts, _maps_of(steps, ends, nbytes), lowest, precision)
+    dtypes = [how.lowest for how in computes.values() if how is not None]
+    lowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return Steps(forms, nets, counts, maps, lowest, next(iter(computes)))
+
+
+class Entered(NamedTuple):
+    """Couplings described for a run, with a state and a condition as the run takes them."""
+
+    steps: Steps
+    x: Tensor
+    cond: Tensor | None
+    squeezes: bool
+
+
+def entered(
+    couplings: Sequence[Coupling], maps: Maps, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
+) -> Entered | None:
+    """Bring x and cond into the form of a run, and describe the couplings for it, see :func:`described`.
+
+    Args:
+        couplings, maps, budget: as of :func:`described`.
+        x: (N, C, *spatial), with squeezes (N, C / 2^d, *(2 spatial)).
+        cond: of the nets, or None.
+        squeezes: x is to be squeezed.
+    """
+    if squeezes and (x.dim() != 4 or couplings[0].board is not None):  # the kernels do not squeeze these as they read
+        x, squeezes = functional.squeeze(x), False
+    x, cond = couplings[0].enter(x, cond)
+    cond = None if cond is None else cond.to(x.dtype)
+    found = described(couplings, maps, x, cond, squeezes, budget)
+    return None if found is None else Entered(found, x, cond, squeezes)
 
 
 def _state_shape(x: Tensor, squeezes: bool) -> tuple[int, ...]:
@@ -214,7 +214,8 @@ def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
 
 def _check_condition(coupling: Coupling, state: Sequence[int], x: Tensor, cond: Tensor | None) -> None:
     """Refuse a condition that the net does not take, in the words of the net."""
-    net, injects = cast("ChainNet", coupling.net), isinstance(coupling, AffineInjector)
+    net: Any = coupling.net
+    injects = isinstance(coupling, AffineInjector)
     board = coupling.board
     seen = state if board is None else (state[0], state[1] // 2, 2 * state[2], *state[3:])
     if cond is None and (injects or net.cond_channels):
@@ -231,20 +232,16 @@ def _check_condition(coupling: Coupling, state: Sequence[int], x: Tensor, cond: 
         return
     like = x.new_empty(()).expand(seen[0], net.in_channels, *seen[2:])
     if injects:
-        net.check_inputs(condition_for(like, cond), None)  # type: ignore[attr-defined]
+        net.check_inputs(condition_for(like, cond), None)
     else:
-        net.check_inputs(like, cond)  # type: ignore[attr-defined]
+        net.check_inputs(like, cond)
 
 
-def _maps_of(steps: Sequence[FlowStep], ends: Sequence[int], nbytes: Sequence[int]) -> Maps:
-    """The channel maps before the couplings, of steps none of which is behind the last coupling."""
-    starts, first = [], 0
-    bounds: list[tuple[int, int]] = []
-    for k, step in enumerate(steps):
-        if step.couplings:
-            bounds.append((first, k + 1))
-            first = k + 1
-    del starts
+def maps_of(steps: Sequence[FlowStep]) -> Maps:
+    """The channel maps before the couplings of steps; the maps of steps behind the last coupling are not among them."""
+    stops = [k + 1 for k, step in enumerate(steps) if step.couplings]
+    bounds = list(pairwise([0, *stops]))
+    ends = list(accumulate(len(couplings_of(steps[start:stop])) for start, stop in bounds))
 
     def of(begin: int, end: int) -> tuple[Sequence[Tensor], Any]:
         start, stop = bounds[begin][0], bounds[end - 1][1]
@@ -252,7 +249,7 @@ def _maps_of(steps: Sequence[FlowStep], ends: Sequence[int], nbytes: Sequence[in
         raw, function = raw_maps(own, steps[start - 1] if start else None)
         return raw, FoldFactors() if _are_factors(own) else FoldByTorch(function)
 
-    return Maps(ends, nbytes, of)
+    return Maps(ends, [sum(map(map_bytes, steps[start:stop])) for start, stop in bounds], of)
 
 
 def _are_factors(steps: Sequence[FlowStep]) -> bool:
@@ -264,8 +261,3 @@ def _are_factors(steps: Sequence[FlowStep]) -> bool:
         return own and len(step.couplings) == 1 and step.couplings[0].board is None
 
     return all(map(fits, steps))
-
-
-def sizes_of(shape: Sequence[int]) -> int:
-    """Count the positions of a state of that shape."""
-    return math.prod(shape[2:])

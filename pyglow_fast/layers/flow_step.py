@@ -258,8 +258,17 @@ def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], Ch
         last = first + len(couplings_of(own))
         groups.append(MapGroup(first, last, raw, fold))
         first = last
-    behind = steps[ends[-1] :]
-    return groups, unstack_maps(fold_in_one(behind))[0] if behind else None
+    return groups, map_behind(steps)
+
+
+def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:
+    """The map of the steps behind the last coupling, in one; None if the last step has a coupling."""
+    behind: list[FlowStep] = []
+    for step in reversed(steps):
+        if step.couplings:
+            break
+        behind.insert(0, step)
+    return fold_steps(behind)[0] if behind else None
 
 
 def given_maps(maps: ChannelMap, count: int) -> tuple[list[MapGroup], ChannelMap | None]:
@@ -282,7 +291,7 @@ def maps_log_det(maps: Sequence[ChannelMap], x: Tensor, masked_by: Tensor | None
 
 
 class Folded(Protocol):
-    """What K steps are folded into, as :func:`run_couplings` takes it: see pyglow_fast/layers/folded.py."""
+    """What K steps are folded into, as :func:`run_couplings` takes it."""
 
     maps: list[ChannelMap]
     nets: list[list[Tensor] | None]

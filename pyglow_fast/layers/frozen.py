@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast import functional
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_watched
+from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.described import Entered, entered, is_runnable
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     couplings_of,
+    fold_steps,
+    maps_log_det,
     run_couplings,
     run_couplings_inverse,
     stack_maps,
     unstack_maps,
 )
-from pyglow_fast.layers.folded import FoldedSteps, is_foldable
 from pyglow_fast.layers.injector import AffineInjector
-from pyglow_fast.layers.kept_values import KeptTensors, has_version
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
+from pyglow_fast.reference import coupling_net_spec
 from pyglow_fast.reversible.maps import MapInverse
+from pyglow_fast.reversible.run import FoldByTorch, Maps, run_inverse, run_plain, run_recorded
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
-BUFFERS = ("matrices", "offsets", "log_dets", "indices", "inverses", "inverse_indices")
+MAPS, INVERSES = ("matrices", "offsets", "log_dets", "indices"), ("inverses", "offsets", "log_dets", "inverse_indices")
 
 
 class FrozenNet(NetShape):
@@ -62,6 +69,12 @@ class FrozenNet(NetShape):
         own = type(self) is FrozenNet and not is_altered(self)
         return own and not torch.nn.modules.module._has_any_global_hook()
 
+    def chain(self) -> Chain | None:
+        """The net as a chain of layers, None where something else than its weights decides what it computes."""
+        if not self.is_plain or self.border:
+            return None
+        return Chain(self.weights, (0.0, 0.0, 0.0), coupling_net_spec(self.dims))
+
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""
         return self.run_on(x, cond, self.weights)
@@ -69,40 +82,20 @@ class FrozenNet(NetShape):
 
 def _frozen(coupling: Coupling) -> Coupling:
     """The same with the net frozen, where that is a CouplingNet as it comes."""
-    net = FrozenNet(coupling.net) if is_foldable(coupling.net) else coupling.net  # type: ignore[arg-type]
+    net = FrozenNet(coupling.net) if type(coupling.net) is CouplingNet and coupling.net.is_plain else coupling.net
     if isinstance(coupling, AffineInjector):
         return AffineInjector(coupling.channels, net=net, spec=coupling.spec, precision=coupling.precision)
     parity = 0 if coupling.board is None else coupling.board.parity
     return Coupling(net, *coupling.spec, coupling.precision, coupling.mask, parity)
 
 
-class _Views:
-    """The maps of single steps and their inverses, as views of the buffers that they are stacked in."""
+@dataclass
+class _FoldedSteps:
+    """What run_couplings takes of frozen steps."""
 
-    def __init__(self) -> None:
-        self._kept: tuple[KeptTensors, list[ChannelMap], list[MapInverse]] | None = None
-
-    def __reduce__(self) -> tuple[type[_Views], tuple[()]]:
-        """A copy of the steps has buffers of its own."""
-        return _Views, ()
-
-    def of(self, buffers: Sequence[Tensor | None]) -> tuple[list[ChannelMap], list[MapInverse]]:
-        """Take the buffers apart; the same views as before where these are the same, and nothing is recorded."""
-        tensors = [tensor for tensor in buffers if tensor is not None]
-        if torch.is_grad_enabled() or is_watched() or not all(map(has_version, tensors)):
-            return self._taken_apart(buffers)
-        kept = self._kept
-        if kept is None or not kept[0].same(tensors):
-            kept = self._kept = KeptTensors(tensors, by_version=True), *self._taken_apart(buffers)
-        return kept[1:]
-
-    @staticmethod
-    def _taken_apart(buffers: Sequence[Tensor | None]) -> tuple[list[ChannelMap], list[MapInverse]]:
-        *stacked, inverses, back = buffers
-        maps = unstack_maps(ChannelMap(*stacked))  # type: ignore[arg-type]
-        assert inverses is not None  # that of the gathers' indices alone may be
-        indices = [None] * len(maps) if back is None else back.unbind()
-        return maps, list(zip(inverses, indices, strict=True))
+    maps: list[ChannelMap]
+    nets: list[list[Tensor] | None]
+    inverses: list[MapInverse]
 
 
 class FrozenSteps(FlowLayer):
@@ -136,9 +129,8 @@ class FrozenSteps(FlowLayer):
         ready = all(step.is_initialized for step in own)
         expect(ready, "steps", "initialised actnorms (a training forward, or initialize)", "fresh ones")
         self.channels, self.memory_budget = own[0].channels, steps.memory_budget
-        folded = FoldedSteps.of(own)
         with torch.no_grad():
-            maps = stack_maps(folded.maps)
+            maps = stack_maps(fold_steps(own))
             inverses, back = maps.inverse()
             self.register_buffer("matrices", maps.matrix)
             self.register_buffer("offsets", maps.offset)
@@ -149,33 +141,91 @@ class FrozenSteps(FlowLayer):
         self.couplings = nn.ModuleList(map(_frozen, couplings_of(own)))
         self.requires_grad_(False)
         self.eval()
-        self._views = _Views()
-
-    def _folded(self) -> FoldedSteps:
-        maps, inverses = self._views.of([self._buffers[name] for name in BUFFERS])
-        nets = [coupling.net for coupling in self.couplings]
-        plain = [net.weights if isinstance(net, FrozenNet) and net.is_plain else None for net in nets]
-        return FoldedSteps(maps, plain, inverses)
 
     @property
     def like(self) -> Tensor:
         """A tensor that has the dtype and device of the steps."""
         return self.get_buffer("offsets")
 
-    def _budget(self) -> str | int | None:
+    @property
+    def _own(self) -> list[Coupling]:
+        return cast("list[Coupling]", list(self.couplings))
+
+    def _stacked(self, names: Sequence[str], first: int, end: int) -> list[Tensor]:
+        """Buffers of the maps first .. end - 1."""
+        found = [self._buffers[name] for name in names]
+        return [buffer[first:end] for buffer in found if buffer is not None]
+
+    def _behind(self) -> tuple[ChannelMap, MapInverse] | None:
+        """The map behind the last coupling, if there is one, with its inverse."""
+        count = len(self.couplings)
+        if len(self.like) == count:
+            return None
+        inverse, _, _, *index = self._stacked(INVERSES, count, count + 1)
+        last = unstack_maps(ChannelMap(*self._stacked(MAPS, count, count + 1)))[0]
+        return last, (inverse[0], index[0][0] if index else None)
+
+    def _entered(self, x: Tensor, cond: Tensor | None, squeezes: bool) -> Entered | None:
+        """The steps for csrc/run; None where it does not compute them."""
+        if not self.couplings or not is_runnable(x):
+            return None
+        nbytes, count = self.get_buffer("matrices")[0].nbytes, len(self.couplings)
+
+        def of(first: int, end: int) -> tuple[Sequence[Tensor], FoldByTorch]:
+            return self._stacked(MAPS, first, end), FoldByTorch(list)
+
+        maps = Maps(range(1, count + 1), [nbytes] * count, of)
+        return entered(self._own, maps, x, cond, squeezes, self.memory_budget)
+
+    def _by_torch(self) -> tuple[_FoldedSteps, str | int | None]:
+        """What run_couplings takes, and the bytes that nets may take without a record."""
+        maps = unstack_maps(ChannelMap(*self._stacked(MAPS, 0, len(self.like))))
+        inverses, _, _, *back = self._stacked(INVERSES, 0, len(self.like))
+        indices = back[0].unbind() if back else [None] * len(maps)
+        nets = [coupling.net for coupling in self._own]
+        plain = [net.weights if isinstance(net, FrozenNet) and net.is_plain else None for net in nets]
         whole = torch.is_grad_enabled() or is_watched()
-        return None if whole else self.memory_budget
+        return _FoldedSteps(
+            maps, plain, list(zip(inverses, indices, strict=True))
+        ), None if whole else self.memory_budget
+
+    def _records(self, x: Tensor, cond: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or (cond is not None and cond.requires_grad))
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
         if not squeeze_first:
             check_input("x", x, self.channels, self.like)
-        return run_couplings(list(self.couplings), self._folded(), x, cond, squeeze_first, self._budget())  # type: ignore[arg-type]
+        found = self._entered(x, cond, squeeze_first)
+        if found is None:
+            folded, budget = self._by_torch()
+            return run_couplings(self._own, folded, x, cond, squeeze_first, budget)
+        own, state, given, squeezes = found
+        if self._records(x, cond):
+            z, log_det = run_recorded(own, "store", None, state, given, squeezes)
+        else:
+            z, log_det = run_plain(own, state, given, squeezes, self._stacked(MAPS, 0, len(self.couplings)))
+        if (behind := self._behind()) is not None:
+            last, _ = behind
+            z = functional.channel_mix(z, last.matrix, last.offset, index=last.source)
+            log_det = log_det + maps_log_det([last], z)
+        return self._own[-1].leave(z), log_det
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.like)
-        return run_couplings_inverse(list(self.couplings), self._folded(), z, cond, self._budget())  # type: ignore[arg-type]
+        found = None if self._records(z, cond) else self._entered(z, cond, False)
+        if found is None:
+            folded, budget = self._by_torch()
+            return run_couplings_inverse(self._own, folded, z, cond, budget)
+        own, state, given, _ = found
+        behind = self._behind()
+        if behind is not None:
+            last, (matrix, index) = behind
+            state = functional.channel_unmix(state, matrix, last.offset, index=index)
+        x, log_det = run_inverse(own, state, given, self._stacked(INVERSES, 0, len(self.couplings)))
+        log_det = log_det if behind is None else log_det - maps_log_det([behind[0]], state)
+        return self._own[0].leave(x), log_det
 
     def train(self, mode: bool = True) -> FrozenSteps:
         """Do nothing: frozen steps stay in evaluation mode."""

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.coupling_nets.traits import has_known_modules
 from pyglow_fast.layers._base import FlowLayer
+from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.layers.described import entered, is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     FlowStep,
     Recorded,
     couplings_of,
+    map_behind,
     map_groups,
     maps_log_det,
     run_couplings,
     run_couplings_inverse,
     runs_fused,
 )
-from pyglow_fast.layers.folded import FoldCache
-from pyglow_fast.layers.known_steps import KnownSteps, is_own_step
+from pyglow_fast.layers.folded import Folded
 from pyglow_fast.layers.planned import Plans, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.step_costs import run_cost
@@ -41,19 +41,17 @@ from pyglow_fast.reversible.costs import JoinCost, RestCost, RunCost
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.parts import part_limit
 from pyglow_fast.reversible.planner import RunPlan
+from pyglow_fast.reversible.run import folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
 from pyglow_fast.reversible.setting import memory_text, parse_memory
 
 
 def _is_initialized(step: nn.Module) -> bool:
     """Whether nothing in a step waits for data."""
-    if isinstance(step, FlowStep) and is_own_step(step):
-        return step.is_initialized  # of these all is known, without a look into each module
+    if type(step) is FlowStep:
+        own = step.actnorm.is_initialized and all(type(part.net) is CouplingNet for part in step.couplings)
+        if own:  # of these all is known, without a look into each module
+            return step.is_initialized
     return all(getattr(module, "is_initialized", True) for module in step.modules())
-
-
-def _may_be_recorded(steps: Sequence[FlowStep]) -> bool:
-    """Whether a net of the user's may use other tensors that want a gradient than its parameters."""
-    return torch.is_grad_enabled() and not all(has_known_modules(step) for step in steps)
 
 
 def run_recomputing(
@@ -203,7 +201,7 @@ class ReversibleSequence(FlowLayer):
         self.control = DriftControl(self._chain_length(), anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget
-        self._cache, self._plans = FoldCache(), Plans()
+        self._folded, self._plans = Folded(), Plans()
 
     @property
     def memory(self) -> str | int:
@@ -282,9 +280,6 @@ class ReversibleSequence(FlowLayer):
             len(at) + 1 states z (N, C, *spatial), and log_det (N,).
         """
         self._check_at(at)
-        known = None if at else self._known()
-        if known is not None:
-            return self._run_known(known, x, cond, squeeze_first)
         fused = self.is_fused
         if squeeze_first and (not fused or any(part.board is not None for part in self.flow_steps()[0].couplings)):
             x, squeeze_first = functional.squeeze(x), False
@@ -295,8 +290,6 @@ class ReversibleSequence(FlowLayer):
         if self.training and not self._is_initialized():
             self._initialize_steps(x, cond, squeeze_first)
         records = self._records(x, cond)
-        if fused and records and is_capturing(x.device):
-            self._cache.distrust(self.flow_steps())
         if not records or kernels_step_aside():  # a backward that recomputes is no op of torch's
             plan = RunPlan.of_mode("store", len(self), self.memory_budget)
         elif plan is None:
@@ -311,23 +304,6 @@ class ReversibleSequence(FlowLayer):
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
-
-    def _known(self) -> KnownSteps | None:
-        """What calls before have found out about the steps, where this one neither records nor is watched."""
-        return None if torch.is_grad_enabled() or is_watched() else self._cache.known(self._modules)
-
-    def _run_known(
-        self, known: KnownSteps, x: Tensor, cond: Tensor | None, squeeze_first: bool
-    ) -> tuple[list[Tensor], Tensor]:
-        """What :meth:`intermediates` gives without states between, of steps of which all is known."""
-        if squeeze_first and known.boards and known.boards[0] is not None:
-            x, squeeze_first = functional.squeeze(x), False
-        if not squeeze_first:
-            check_input("x", x, known.channels, known.bias)
-        folded, budget = self._cache.get(known.steps, known), self.memory_budget
-        runners = known.runners(budget)
-        z, log_det = run_couplings(known.couplings, folded, x, cond, squeeze_first, budget, runners=runners)
-        return [z], log_det
 
     def _check_at(self, at: Sequence[int]) -> None:
         last = len(self) - 1
@@ -347,26 +323,46 @@ class ReversibleSequence(FlowLayer):
     def _run(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """z and log_det of a piece.
 
-        ======================================  ==================================  ================================
-        steps                                   mode                                computed by
-        ======================================  ==================================  ================================
-        any modules                             "store"                             :meth:`_run_modules`
-        any modules                             "checkpoint", "reversible"          :meth:`_run_modules_recomputing`
-        FlowSteps as they come                  "checkpoint", "reversible"          :meth:`_run_steps_recomputing`
-        FlowSteps, recorded or traced           "store", or any without a coupling  :meth:`_run_steps_recorded`
-        FlowSteps, neither recorded nor traced  "store"                             :meth:`_run_steps_folded`
-        ======================================  ==================================  ================================
+        ======================================  ==========================  =================================
+        steps                                   mode                        computed by
+        ======================================  ==========================  =================================
+        FlowSteps that csrc/run computes        any                         :meth:`_run_described`
+        other FlowSteps as they come            "checkpoint", "reversible"  :meth:`_run_steps_recomputing`
+        other FlowSteps, or steps in a trace    "store"                     :meth:`_run_steps`
+        any modules                             "checkpoint", "reversible"  :meth:`_run_modules_recomputing`
+        any modules                             "store"                     :meth:`_run_modules`
+        ======================================  ==========================  =================================
         """
         recomputes = piece.mode != "store"
+        if torch.compiler.is_compiling() and recomputes:
+            return call_untraced(ReversibleSequence._run, self, piece, x, cond)
         if not piece.fused:
             path = self._run_modules_recomputing if recomputes else self._run_modules
-        elif recomputes and couplings_of(piece.flow_steps):
-            path = self._run_steps_recomputing
-        elif piece.records or is_watched() or _may_be_recorded(piece.flow_steps):
-            path = self._run_steps_recorded
+        elif not couplings_of(piece.flow_steps):
+            path = self._run_steps
+        elif is_runnable(x) and (found := self._run_described(piece, x, cond)) is not None:
+            return found
         else:
-            path = self._run_steps_folded
+            path = self._run_steps_recomputing if recomputes else self._run_steps
         return path(piece, x, cond)
+
+    def _run_described(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Joined steps by csrc/run; None where it does not compute them."""
+        steps = piece.flow_steps
+        couplings = couplings_of(steps)
+        found = entered(couplings, maps_of(steps), x, cond, piece.squeeze_first, piece.budget)
+        if found is None:
+            return None
+        own, x, cond, squeezes = found
+        if piece.records:
+            z, log_det = run_recorded(own, piece.mode, self.control, x, cond, squeezes)
+        else:
+            z, log_det = run_plain(own, x, cond, squeezes, self._folded.get("maps", lambda: folded_maps(own)))
+        behind = map_behind(steps)
+        if behind is not None:
+            z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
+            log_det = log_det + maps_log_det([behind], z)
+        return couplings[-1].leave(z), log_det
 
     def _run_modules(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Each module is called; autograd keeps what it will."""
@@ -387,7 +383,6 @@ class ReversibleSequence(FlowLayer):
 
     def _run_steps_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Joined steps, whose nets run in chunks, and again in the backward."""
-        self._cache.clear()
         couplings = couplings_of(piece.flow_steps)
         runners = [coupling.runner(piece.budget) for coupling in couplings]
         specs, maps = [coupling.spec for coupling in couplings], map_groups(piece.flow_steps, x)
@@ -396,16 +391,10 @@ class ReversibleSequence(FlowLayer):
         z, log_det = run_recomputing(runners, specs, maps, control, x, cond, piece.squeeze_first)
         return couplings[-1].leave(z), log_det
 
-    def _run_steps_recorded(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Joined steps, whose nets run whole and are recorded by autograd or a tracer."""
-        steps = piece.flow_steps
-        return run_couplings(couplings_of(steps), Recorded(steps), x, cond, piece.squeeze_first)
-
-    def _run_steps_folded(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Joined steps that are folded once for many calls, whose nets run in chunks."""
-        steps = piece.flow_steps
-        folded = self._cache.get(steps, children=self._modules if len(steps) == len(self) else None)
-        return run_couplings(couplings_of(steps), folded, x, cond, piece.squeeze_first, piece.budget)
+    def _run_steps(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Joined steps, of which autograd keeps what it will; without a record nets run in chunks."""
+        steps, budget = piece.flow_steps, None if torch.is_grad_enabled() or is_watched() else piece.budget
+        return run_couplings(couplings_of(steps), Recorded(steps), x, cond, piece.squeeze_first, budget)
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""
@@ -434,23 +423,33 @@ class ReversibleSequence(FlowLayer):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, from the last step to the first."""
-        known, budget = self._known(), self.memory_budget
-        if known is not None:
-            check_input("z", z, known.channels, known.bias)
-            folded, runners = self._cache.get(known.steps, known), known.runners(budget)
-            return run_couplings_inverse(known.couplings, folded, z, cond, budget, runners=runners)
         if self.is_fused:
-            steps = self.flow_steps()
-            check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
-            couplings = couplings_of(steps)
-            if torch.is_grad_enabled() or is_watched():
-                return run_couplings_inverse(couplings, Recorded(steps), z, cond)
-            return run_couplings_inverse(couplings, self._cache.get(steps, children=self._modules), z, cond, budget)
+            return self._inverse_fused(z, cond)
         log_det = z.new_zeros(z.shape[0])
         for step in reversed(list(self)):
             z, step_log_det = step.inverse(z) if cond is None else step.inverse(z, cond)  # type: ignore[operator]
             log_det = log_det + step_log_det
         return z, log_det
+
+    def _inverse_fused(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        steps, budget = self.flow_steps(), self.memory_budget
+        couplings = couplings_of(steps)
+        check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
+        found = None
+        if couplings and is_runnable(z) and not self._records(z, cond):
+            found = entered(couplings, maps_of(steps), z, cond, False, budget)
+        if found is None:
+            whole = torch.is_grad_enabled() or is_watched()
+            return run_couplings_inverse(couplings, Recorded(steps), z, cond, None if whole else budget)
+        own, z, cond, _ = found
+        behind = map_behind(steps)
+        if behind is not None:
+            matrix, index = behind.inverse()
+            z = functional.channel_unmix(z, matrix, behind.offset, index=index)
+        inverses = self._folded.get("inverses", lambda: inverted_maps(folded_maps(own)))
+        x, log_det = run_inverse(own, z, cond, inverses)
+        log_det = log_det if behind is None else log_det - maps_log_det([behind], z)
+        return couplings[0].leave(x), log_det
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise step after step from data, each from the output of those before it; returns z."""
@@ -471,12 +470,11 @@ class ReversibleSequence(FlowLayer):
         return all(map(_is_initialized, self))
 
     def folded(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which folded steps are kept for inference without a look at the parameters' values.
+        """A context in which what inference makes of the parameters is kept from call to call.
 
-        Else they are compared before each call on a CPU, and folded anew for each one on a GPU. Inside, a write that
-        torch counts (an optimizer's step, loading) is noticed; none may be made through ``.data`` or numpy.
+        Else steps are folded anew for each call. No write to a parameter, and no change of a module, is noticed inside.
         """
-        return self._cache.trusting()
+        return self._folded.keeping()
 
     def memory_report(self) -> dict[str, Any]:
         """Report mode or budget, spacing of the anchors, drift, and what was redone so far.

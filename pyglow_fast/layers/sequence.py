@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional, reference
-from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import (
     FlowStep,
-    Folded,
     Recorded,
     couplings_of,
     map_groups,
@@ -168,11 +166,7 @@ class MaskedSequence(ReversibleSequence):
         def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
             extra, records = masked_condition(mask, cond), self._records(x, cond)
             if not records or kernels_step_aside():
-                folded, budget = self._folded(steps), self._budget()
-                return run_couplings(couplings, folded, x, extra, budget=budget, masked=True)
-            self._cache.clear()
-            if is_capturing(x.device):
-                self._cache.distrust(steps)
+                return run_couplings(couplings, Recorded(steps), x, extra, budget=self._budget(), masked=True)
             own = plan or self._plan(x, extra, False)
             log_dets = []
             for first, end, mode in own.pieces(0, len(steps)):
@@ -198,8 +192,8 @@ class MaskedSequence(ReversibleSequence):
         specs = [coupling.spec for coupling in couplings]
 
         def run(z: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-            folded, extra, budget = self._folded(steps), masked_condition(mask, cond), self._budget()
-            return run_couplings_inverse(couplings, folded, z, extra, budget=budget, masked=True)
+            extra, budget = masked_condition(mask, cond), self._budget()
+            return run_couplings_inverse(couplings, Recorded(steps), z, extra, budget=budget, masked=True)
 
         x, log_det = run_sorted(run, without_padding(z, mask), cond, mask)
         return without_padding(x, mask), log_det + log_scale_of_padding(specs, mask, z.shape[1] // 2)
@@ -228,10 +222,6 @@ class MaskedSequence(ReversibleSequence):
             fits = cond.dim() == 3 and len(cond) == len(x) and cond.shape[2] in (1, x.shape[2])
             expect(fits, "cond", f"shape ({len(x)}, C_c, {x.shape[2]} or 1)", f"shape {tuple(cond.shape)}")
         return steps, check_mask(mask, x)
-
-    def _folded(self, steps: list[FlowStep]) -> Folded:
-        direct = torch.is_grad_enabled() or is_watched()
-        return Recorded(steps) if direct else self._cache.get(steps)
 
     def _budget(self) -> str | int | None:
         return None if torch.is_grad_enabled() or is_watched() else self.memory_budget

@@ -289,7 +289,7 @@ def _accepted(grad: Tensor | None, drifted: Tensor) -> Tensor | None:
 
 def _restored(run: _Run, index: int) -> tuple[Tensor, int]:
     """The true input of a node, forward from the anchor before it, and how many steps that took."""
-    ctxs = [run.nodes[i]() for i in range(index)]
+    ctxs: list[Any] = [run.nodes[i]() for i in range(index)]
     begin = next(i for i in reversed(range(index)) if ctxs[i].node.part.anchors or ctxs[i].node.part.knows_start)
     state: Tensor | None = None
     count = 0
@@ -354,9 +354,7 @@ def run_recorded(
         at += count
         whole.joins(part.first, x, (cond, *nets, *raw))
         squeezes_here = squeezes and part.index == 0
-        form = require().Part(
-            forms, squeezes_here, run.mode, part.anchors, part.knows_start, signs, sketched, rounds
-        )
+        form = require().Part(forms, squeezes_here, run.mode, part.anchors, part.knows_start, signs, sketched, rounds)
         node = _Node(run, part, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision)
         with in_precision(steps.precision, x):
             x, log_det = apply(_RunNode, node, x, cond, *nets, *raw)
@@ -365,23 +363,17 @@ def run_recorded(
 
 
 def run_plain(
-    steps: Steps, x: Tensor, cond: Tensor | None = None, squeezes: bool = False, maps: Sequence[Tensor] | None = None
+    steps: Steps, x: Tensor, cond: Tensor | None, squeezes: bool, maps: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Compute what :func:`run_recorded` does without a record; maps: folded before, if they are."""
-    if maps is None:
-        maps = folded_maps(steps)
+    """Compute what :func:`run_recorded` does without a record, given the folded maps."""
     form = require().Part(steps.forms, squeezes, NONE, [], True, None, None, False)
     with in_precision(steps.precision, x):
         found: tuple[Tensor, Tensor] = require().run_forward(form, x, cond, maps, steps.nets)[:2]
     return found
 
 
-def run_inverse(
-    steps: Steps, z: Tensor, cond: Tensor | None = None, inverses: Sequence[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Compute x and log|det dx/dz| without a record; inverses: of the maps, made before, if they are."""
-    if inverses is None:
-        inverses = require().inverted(folded_maps(steps))
+def run_inverse(steps: Steps, z: Tensor, cond: Tensor | None, inverses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute x and log|det dx/dz| without a record, given the inverses of the maps."""
     form = require().Part(steps.forms, False, NONE, [], True, None, None, False)
     with in_precision(steps.precision, z):
         found: tuple[Tensor, Tensor] = require().run_inverse(form, z, cond, inverses, steps.nets)
@@ -392,3 +384,9 @@ def folded_maps(steps: Steps) -> Sequence[Tensor]:
     """Fold the maps before all couplings: matrices, offsets, log_dets and, of gathers, indices."""
     raw, fold = steps.maps.of(0, len(steps.maps.ends))
     return fold(raw)
+
+
+def inverted_maps(maps: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Invert the matrices of folded maps; offsets and log_dets stay those of the maps."""
+    found: Sequence[Tensor] = require().inverted(maps)
+    return found
