@@ -17,6 +17,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/device.h"
+#include "bindings/dry.h"
 #include "bindings/kept.h"
 #include "bindings/ops.h"
 #include "bindings/run.h"
@@ -170,4 +171,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         pybind11::arg("name"), pybind11::arg("x"), pybind11::arg("parameter"), pybind11::arg("grad") = std::nullopt);
   define_kept(m);
   define_run(m);
+  define_dry(m);
 }

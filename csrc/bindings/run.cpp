@@ -108,7 +108,8 @@ void define_run(py::module& m) {
            }),
            py::arg("activations"), py::arg("parameters"), py::arg("dilations"), py::arg("powers"), py::arg("products"),
            py::arg("narrow"), py::arg("takes_state"), py::arg("takes_cond"), py::arg("parity"), py::arg("chunks"))
-      .def_property_readonly("tensors", &run::NetForm::tensors, "How many tensors the net has.");
+      .def_property_readonly("tensors", &run::NetForm::tensors, "How many tensors the net has.")
+      .def_property_readonly("overlap", &run::NetForm::overlap, "Positions that the chunks read, over those they give.");
   py::class_<run::Step>(m, "Step", "A coupling of a run and its net.")
       .def(py::init([](int64_t map, int64_t order, double bias, double eps, double clamp, double factor,
                        std::shared_ptr<run::NetForm> net, int64_t reads) {

@@ -51,6 +51,7 @@ struct NetForm {
   std::size_t layers() const { return powers.size(); }
   std::size_t tensors() const;
   std::size_t kept() const;  // tensors that forward keeps
+  double overlap() const;    // positions that the chunks read, over those that they give
 };
 
 // What a backward is to compute. A net computes no others where that is cheaper.
