@@ -251,7 +251,7 @@ class NetRunner:
             leaves_out = needs_x1 or functional.net_as_convolutions(x1)  # products of ours always compute its gradient
             explicit = self._explicit(x1, params, later=True) if leaves_out else None
             if explicit is None:
-                params = leaves_of(params)
+                params = leaves_of(self.net, params)
             wanted = [parameter for parameter in params if parameter.requires_grad]
             names = [name for name, parameter in zip(self.names, params, strict=True) if parameter.requires_grad]
             grad_x1, grad_cond, found = run_net_backward(

@@ -20,15 +20,16 @@ REPEAT_TOLERANCE = 0.01  # of the norm of a net's output
 _lending = threading.RLock()  # a net may have others inside, to which tensors are lent too
 
 
-def leaves_of(params: Sequence[Tensor]) -> list[Tensor]:
-    """List what a repeated run of a net is differentiated by: its parameters, or a view of one that has hooks.
+def leaves_of(net: nn.Module, params: Sequence[Tensor]) -> list[Tensor]:
+    """List what a repeated run of a net is differentiated by: its own parameters, or views where that would show.
 
     Hooks on a parameter belong to the outer backward, which calls them with the whole gradient; so does what
-    ``retain_grad`` puts on a tensor that is no leaf. Another thread that meets the view in the net meanwhile still
-    trains the parameter through it.
+    ``retain_grad`` puts on a tensor that is no leaf. Tensors that the net does not hold may be copies, by saved-tensor
+    hooks, of one that has hooks. Another thread that meets a view in the net meanwhile still trains the parameter.
     """
+    own = {id(param) for param in net.parameters() if param.is_leaf and not param._backward_hooks}
     with torch.enable_grad():
-        return [param if param.is_leaf and not param._backward_hooks else param.view_as(param) for param in params]
+        return [param if id(param) in own else param.view_as(param) for param in params]
 
 
 @contextlib.contextmanager

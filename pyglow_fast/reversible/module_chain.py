@@ -148,7 +148,7 @@ class _ModuleWalk(Walk):
     def _leaves(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """What step k is differentiated by: x, the condition and the parameters."""
         cond = None if self.cond is None else self.cond.detach().requires_grad_(self.cond.requires_grad)
-        return x.detach().requires_grad_(), cond, leaves_of(self.params[k])
+        return x.detach().requires_grad_(), cond, leaves_of(self.chain.steps[k], self.params[k])
 
 
 def _passed_back(

@@ -112,7 +112,7 @@ class TestHolding:
         made = 2.0 * net[0].weight
         made.retain_grad()
         net[0].weight.register_hook(lambda grad: pytest.fail("called"))
-        weight, bias, of_made = leaves_of([*net.parameters(), made])
+        weight, bias, of_made = leaves_of(net, [*net.parameters(), made])
         assert bias is net[0].bias
         found = torch.autograd.grad((weight + bias + of_made).sum(), [weight, bias, of_made])
         assert [float(grad.sum()) for grad in found] == [9.0, 9.0, 9.0]
