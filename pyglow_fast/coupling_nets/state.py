@@ -36,14 +36,13 @@ def leaves_of(net: nn.Module, params: Sequence[Tensor]) -> list[Tensor]:
 def holding(net: nn.Module, params: Sequence[Tensor]) -> Iterator[None]:
     """A context in which a net holds the given tensors for its parameters, in their order, in each of its modules.
 
-    Mostly they are its own, and nothing is done. Others are lent to the net, which all threads see: one of them at a
-    time does that.
+    Mostly they are its own, and nothing is done. Others are lent to the net, by one thread at a time, since all of them
+    see it.
 
     Raises:
         ValueError: the net has another number of parameters now.
     """
-    own = list(net.parameters())
-    if len(own) == len(params) and all(mine is given for mine, given in zip(own, params, strict=True)):
+    if [*map(id, net.parameters())] == [*map(id, params)]:
         yield
         return
     with _lending:
