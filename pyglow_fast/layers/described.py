@@ -89,6 +89,8 @@ def _made(
 ) -> Any:
     injects, board = isinstance(coupling, AffineInjector), coupling.board
     reads = coupling.reads(state[1])
+    outputs = chain.tensors[-2 if chain.powers[-1] == 0 else -3].shape[0]
+    coupling.runner(budget).check_width(x.new_empty(()).expand(state[0], reads, *state[2:]), outputs)
     inputs = (state[0], cast("ChainNet", coupling.net).in_channels if injects else reads, *state[2:])
     with in_precision(coupling.precision, x):
         plan = plan_chunks(

@@ -190,7 +190,8 @@ class FrozenSteps(FlowLayer):
         ), None if whole else self.memory_budget
 
     def _records(self, x: Tensor, cond: Tensor | None) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or (cond is not None and cond.requires_grad))
+        given = (x, cond, *self.buffers())
+        return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in given)
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
