@@ -440,7 +440,7 @@ class ReversibleSequence(FlowLayer):
         check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
         found = None
         if couplings and is_runnable(z) and not self._records(z, cond):
-            found = entered(couplings, maps_of(steps), z, cond, False, budget)
+            found = entered(couplings, maps_of(steps), z, cond, False, budget, backwards=True)
         if found is None:
             whole = torch.is_grad_enabled() or is_watched()
             return run_couplings_inverse(couplings, Recorded(steps), z, cond, None if whole else budget)
