@@ -9,7 +9,9 @@ from pyglow_fast.coupling_nets.state import (
     RunState,
     captured_autocast,
     check_repeated,
+    holding,
     is_repeatable,
+    leaves_of,
     output_sums,
 )
 from pyglow_fast.coupling_nets.traits import check_net, is_deterministic
@@ -24,9 +26,11 @@ __all__ = [
     "check_net",
     "check_precision",
     "check_repeated",
+    "holding",
     "in_precision",
     "is_deterministic",
     "is_repeatable",
+    "leaves_of",
     "output_sums",
     "plain_call",
     "plan_chunks",

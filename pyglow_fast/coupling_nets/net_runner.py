@@ -21,7 +21,9 @@ from pyglow_fast.coupling_nets.state import (
     GeneratorState,
     RunState,
     check_repeated,
+    holding,
     is_repeatable,
+    leaves_of,
     output_sums,
     training_modes,
 )
@@ -70,33 +72,25 @@ class NetRunner:
         self.board = board
         # What such a net does is known without looking into its modules, of which a deep model has thousands.
         self._known = isinstance(net, NetShape) and net.is_plain
-        self._found: tuple[list[str], list[nn.Parameter]] | None = (
-            None  # no cached_property: torch.compile cannot trace its lock
-        )
+        # no cached_property: torch.compile cannot trace its lock
+        self._found: tuple[list[str], list[nn.Parameter]] | None = None
 
-    def _then(self) -> tuple[list[str], list[nn.Parameter]]:
+    def _named(self) -> tuple[list[str], list[nn.Parameter]]:
         """The parameters when the run began: torch.func.functional_call may put others in their place for a call."""
         if self._found is None:
-            now = self._now()
-            self._found = [name for name, _ in now], [parameter for _, parameter in now]
+            found = dict(self.net.named_parameters())
+            self._found = list(found), list(found.values())
         return self._found
-
-    def _now(self) -> list[tuple[str, nn.Parameter]]:
-        if not self._known:
-            return list(self.net.named_parameters())
-        parts = [("", self.net), *((f"{name}.", part) for name, part in self.net._modules.items() if part is not None)]
-        found = [(prefix + name, value) for prefix, part in parts for name, value in part._parameters.items()]
-        return [(name, value) for name, value in found if value is not None]
 
     @property
     def names(self) -> list[str]:
         """Names of the net's parameters, in the order of :attr:`params`."""
-        return self._then()[0]
+        return self._named()[0]
 
     @property
     def params(self) -> list[nn.Parameter]:
         """Parameters of the net that the run began with."""
-        return self._then()[1]
+        return self._named()[1]
 
     def _plan(self, x1: Tensor, cond: Tensor | None, random: bool = False) -> ChunkPlan:
         cond_channels = 0 if cond is None else cond.shape[1]
@@ -136,7 +130,7 @@ class NetRunner:
             return None
         found = self.net.explicit(x1, dict(zip(self.names, params, strict=True)))
         if found is not None:
-            self._check_width(x1, found.out_channels)
+            self.check_width(x1, found.out_channels)
         return found if found is None or self.board is None else OnCheckerboard(found, self.board)
 
     def reads(self, channels: int) -> int:
@@ -146,7 +140,8 @@ class NetRunner:
     def _out_channels(self, x1: Tensor) -> int:
         return self.width * x1.shape[1]
 
-    def _check_width(self, x1: Tensor, channels: int) -> None:
+    def check_width(self, x1: Tensor, channels: int) -> None:
+        """Refuse a net that gives so many channels on x1, if these are not those that the coupling takes."""
         if channels != self._out_channels(x1):
             seen = x1 if self.board is None else self.board.shaped(x1, None)[0]
             sizes = seen.shape[0], *seen.shape[2:]
@@ -158,12 +153,10 @@ class NetRunner:
         return self._module_call(params) if explicit is None else explicit.output
 
     def _module_call(self, params: Sequence[Tensor]) -> NetCall:
-        own = all(given is mine for given, (_, mine) in zip(params, self._now(), strict=True))
-        by_name = dict(zip(self.names, params, strict=True))
-
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
             inputs = inputs_for(self.net, *((x1,) if cond is None else (x1, cond)))
-            net_out = self.net(*inputs) if own else torch.func.functional_call(self.net, by_name, inputs)
+            with holding(self.net, params):
+                net_out = self.net(*inputs)
             shape = (x1.shape[0], self._out_channels(x1), *x1.shape[2:])
             found = tuple(net_out.shape) if isinstance(net_out, Tensor) else type(net_out).__name__
             expect(found == shape, "net", f"an output of shape {shape}", found)
@@ -183,7 +176,7 @@ class NetRunner:
         if weights is None or not isinstance(self.net, NetShape):
             with in_precision(self.precision, x1):
                 return self._forward(x1, cond, self.params)[0]
-        self._check_width(x1, weights[4].shape[0])
+        self.check_width(x1, weights[4].shape[0])
         net = self.net
 
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
@@ -259,8 +252,7 @@ class NetRunner:
             leaves_out = needs_x1 or functional.net_as_convolutions(x1)  # products of ours always compute its gradient
             explicit = self._explicit(x1, params, later=True) if leaves_out else None
             if explicit is None:
-                # Aliases: hooks that someone has put on a parameter belong to the outer backward.
-                params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in params]
+                params = leaves_of(self.net, params)
             wanted = [parameter for parameter in params if parameter.requires_grad]
             names = [name for name, parameter in zip(self.names, params, strict=True) if parameter.requires_grad]
             grad_x1, grad_cond, found = run_net_backward(

@@ -1,8 +1,9 @@
-"""State that a run of a net depends on besides its arguments, to repeat the run: generators, autocast, modes."""
+"""State that repeats a run of a net, besides its inputs: parameters, random generators, autocast, modes, buffers."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,46 @@ from pyglow_fast.coupling_nets.traits import is_deterministic
 from pyglow_fast.reference import autocast_is_on
 
 REPEAT_TOLERANCE = 0.01  # of the norm of a net's output
+_lending = threading.RLock()  # a net may have others inside, to which tensors are lent too
+
+
+def leaves_of(net: nn.Module, params: Sequence[Tensor]) -> list[Tensor]:
+    """List what a repeated run of a net is differentiated by: its own parameters, or views where that would show.
+
+    Hooks on a parameter belong to the outer backward, which calls them with the whole gradient; so does what
+    ``retain_grad`` puts on a tensor that is no leaf. Tensors that the net does not hold may be copies, by saved-tensor
+    hooks, of one that has hooks. Another thread that meets a view in the net meanwhile still trains the parameter.
+    """
+    own = {id(param) for param in net.parameters() if param.is_leaf and not param._backward_hooks}
+    with torch.enable_grad():
+        return [param if id(param) in own else param.view_as(param) for param in params]
+
+
+@contextlib.contextmanager
+def holding(net: nn.Module, params: Sequence[Tensor]) -> Iterator[None]:
+    """A context in which a net holds the given tensors for its parameters, in their order, in each of its modules.
+
+    Mostly they are its own, and nothing is done. Others are lent to the net, by one thread at a time, since all of them
+    see it.
+
+    Raises:
+        ValueError: the net has another number of parameters now.
+    """
+    if [*map(id, net.parameters())] == [*map(id, params)]:
+        yield
+        return
+    with _lending:
+        own = list(net.parameters())
+        expect(len(own) == len(params), "net", f"the {len(params)} parameters that its forward ran with", len(own))
+        lent = {id(mine): given for mine, given in zip(own, params, strict=True)}
+        places = [(module._parameters, *item) for module in net.modules() for item in module._parameters.items()]
+        try:
+            for held, name, mine in places:
+                held[name] = None if mine is None else lent[id(mine)]  # type: ignore[assignment]
+            yield
+        finally:
+            for held, name, mine in places:
+                held[name] = mine
 
 
 @contextlib.contextmanager
@@ -259,5 +300,8 @@ def check_repeated(before: Tensor, again: Tensor, what: str = "net") -> None:
     if can_read(before):
         differs = (again[:, 0] - before[:, 0]).abs() > REPEAT_TOLERANCE * before[:, 1].maximum(again[:, 1]).sqrt()
         samples = differs.nonzero().flatten().tolist()
-        expected = "the same output when it is run again in the backward (random numbers of torch's default generators)"
+        expected = (
+            "the same output when it is run again in the backward (random numbers of torch's default generators, from "
+            "which no other thread draws meanwhile)"
+        )
         expect(not samples, what, expected, f"another one in samples {samples[:8]}")

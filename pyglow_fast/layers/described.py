@@ -89,6 +89,8 @@ def _made(
 ) -> Any:
     injects, board = isinstance(coupling, AffineInjector), coupling.board
     reads = coupling.reads(state[1])
+    outputs = chain.tensors[-2 if chain.powers[-1] == 0 else -3].shape[0]
+    coupling.runner(budget).check_width(x.new_empty(()).expand(state[0], reads, *state[2:]), outputs)
     inputs = (state[0], cast("ChainNet", coupling.net).in_channels if injects else reads, *state[2:])
     with in_precision(coupling.precision, x):
         plan = plan_chunks(
@@ -174,7 +176,13 @@ class Entered(NamedTuple):
 
 
 def entered(
-    couplings: Sequence[Coupling], maps: Maps, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
+    couplings: Sequence[Coupling],
+    maps: Maps,
+    x: Tensor,
+    cond: Tensor | None,
+    squeezes: bool,
+    budget: str | int,
+    backwards: bool = False,
 ) -> Entered | None:
     """Bring x and cond into the form of a run, and describe the couplings for it, see :func:`described`.
 
@@ -183,10 +191,11 @@ def entered(
         x: (N, C, *spatial), with squeezes (N, C / 2^d, *(2 spatial)).
         cond: of the nets, or None.
         squeezes: x is to be squeezed.
+        backwards: x is the run's output.
     """
     if squeezes and (x.dim() != 4 or couplings[0].board is not None):  # the kernels do not squeeze these as they read
         x, squeezes = functional.squeeze(x), False
-    x, cond = couplings[0].enter(x, cond)
+    x, cond = couplings[-1 if backwards else 0].enter(x, cond)
     cond = None if cond is None else cond.to(x.dtype)
     found = described(couplings, maps, x, cond, squeezes, budget)
     return None if found is None else Entered(found, x, cond, squeezes)
@@ -206,7 +215,7 @@ def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
         return None
     if coupling.board is not None and x.device.type != "cpu":
         return None
-    chain: Chain | None = net.chain()
+    chain: Chain | None = net.chain()  # type: ignore[operator]
     if chain is None or any(part.dtype != x.dtype or part.device != x.device for part in chain.tensors):
         return None
     return chain

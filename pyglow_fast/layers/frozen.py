@@ -165,7 +165,7 @@ class FrozenSteps(FlowLayer):
         last = unstack_maps(ChannelMap(*self._stacked(MAPS, count, count + 1)))[0]
         return last, (inverse[0], index[0][0] if index else None)
 
-    def _entered(self, x: Tensor, cond: Tensor | None, squeezes: bool) -> Entered | None:
+    def _entered(self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False) -> Entered | None:
         """The steps for csrc/run; None where it does not compute them."""
         if not self.couplings or not is_runnable(x):
             return None
@@ -175,7 +175,7 @@ class FrozenSteps(FlowLayer):
             return self._stacked(MAPS, first, end), FoldByTorch(list)
 
         maps = Maps(range(1, count + 1), [nbytes] * count, of)
-        return entered(self._own, maps, x, cond, squeezes, self.memory_budget)
+        return entered(self._own, maps, x, cond, squeezes, self.memory_budget, backwards)
 
     def _by_torch(self) -> tuple[_FoldedSteps, str | int | None]:
         """What run_couplings takes, and the bytes that nets may take without a record."""
@@ -190,7 +190,8 @@ class FrozenSteps(FlowLayer):
         ), None if whole else self.memory_budget
 
     def _records(self, x: Tensor, cond: Tensor | None) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or (cond is not None and cond.requires_grad))
+        given = (x, cond, *self.buffers())
+        return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in given)
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
@@ -214,7 +215,7 @@ class FrozenSteps(FlowLayer):
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.like)
-        found = None if self._records(z, cond) else self._entered(z, cond, False)
+        found = None if self._records(z, cond) else self._entered(z, cond, False, backwards=True)
         if found is None:
             folded, budget = self._by_torch()
             return run_couplings_inverse(self._own, folded, z, cond, budget)

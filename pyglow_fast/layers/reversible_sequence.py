@@ -16,6 +16,7 @@ from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import mask_of
 from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
+from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.described import entered, is_runnable, maps_of
@@ -288,6 +289,8 @@ class ReversibleSequence(FlowLayer):
             with refused_alike(first.actnorm.bias.device, lambda: self.training and not self._is_initialized()):
                 check_input("x", x, first.channels, first.actnorm.bias)
         if self.training and not self._is_initialized():
+            if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else fused:
+                check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing
             self._initialize_steps(x, cond, squeeze_first)
         records = self._records(x, cond)
         if not records or kernels_step_aside():  # a backward that recomputes is no op of torch's
@@ -437,7 +440,7 @@ class ReversibleSequence(FlowLayer):
         check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
         found = None
         if couplings and is_runnable(z) and not self._records(z, cond):
-            found = entered(couplings, maps_of(steps), z, cond, False, budget)
+            found = entered(couplings, maps_of(steps), z, cond, False, budget, backwards=True)
         if found is None:
             whole = torch.is_grad_enabled() or is_watched()
             return run_couplings_inverse(couplings, Recorded(steps), z, cond, None if whole else budget)

@@ -126,7 +126,8 @@ def _scale(norm: Tensor) -> Tensor:
         return norm
     # A sample's norm of a channel may be small by chance (a single position): not below the batch's typical one, which
     # a single large sample does not change.
-    typical = norm.median(dim=-2, keepdim=True).values
+    # (The lower median, as torch.median gives it, which is refused on CUDA under use_deterministic_algorithms.)
+    typical = norm.sort(dim=-2).values.narrow(-2, (norm.shape[-2] - 1) // 2, 1)
     floor = (FLOOR * typical.amax(dim=-1, keepdim=True)).clamp_min(torch.finfo(norm.dtype).tiny)
     return norm.maximum(typical.maximum(floor))
 

@@ -11,24 +11,21 @@ from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves, differentiable_once
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets import GeneratorState, RunState, check_net, check_repeated, is_repeatable, output_sums
+from pyglow_fast.coupling_nets import (
+    GeneratorState,
+    RunState,
+    check_net,
+    check_repeated,
+    holding,
+    is_repeatable,
+    leaves_of,
+    output_sums,
+)
 from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
 from pyglow_fast.reversible.drift import anchor_drift, lowest_precision, project, witness_drift
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.parts import Part
 from pyglow_fast.reversible.walk import Walk, added
-
-
-class _Method(nn.Module):
-    """A step's forward or another method, as a module that functional_call can call."""
-
-    def __init__(self, step: nn.Module, method: str) -> None:
-        super().__init__()
-        self.step, self.method = step, method
-
-    def forward(self, x: Tensor, cond: Tensor | None) -> Any:
-        inputs = (x,) if cond is None else (x, cond)
-        return self.step(*inputs) if self.method == "forward" else getattr(self.step, self.method)(*inputs)
 
 
 class ModuleChain:
@@ -45,22 +42,24 @@ class ModuleChain:
         for step in steps:
             check_net(step)
         self.steps, self.part = list(steps), part
-        named = [list(step.named_parameters()) for step in steps]
-        self.names = [[f"step.{name}" for name, _ in parameters] for parameters in named]
-        self.params = [parameter for parameters in named for _, parameter in parameters]
+        by_step = [list(step.parameters()) for step in steps]
+        self.counts = [len(params) for params in by_step]
+        self.params = [parameter for params in by_step for parameter in params]
 
     def params_of(self, params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Cut the flat list of parameters by step."""
         parts, at = [], 0
-        for names in self.names:
-            parts.append(params[at : at + len(names)])
-            at += len(names)
+        for count in self.counts:
+            parts.append(params[at : at + count])
+            at += count
         return parts
 
     def call(self, k: int, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], method: str = "forward") -> Any:
         """Call step k with the given parameters in the place of its own."""
-        module = _Method(self.steps[k], method)
-        return torch.func.functional_call(module, dict(zip(self.names[k], params, strict=True)), (x, cond))
+        step = self.steps[k]
+        run = step if method == "forward" else getattr(step, method)
+        with holding(step, params):
+            return run(x) if cond is None else run(x, cond)
 
     def run(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute z and log_det; memory is as the pass's anchors want it, or every step's input."""
@@ -148,9 +147,8 @@ class _ModuleWalk(Walk):
 
     def _leaves(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """What step k is differentiated by: x, the condition and the parameters."""
-        params = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in self.params[k]]
         cond = None if self.cond is None else self.cond.detach().requires_grad_(self.cond.requires_grad)
-        return x.detach().requires_grad_(), cond, params
+        return x.detach().requires_grad_(), cond, leaves_of(self.chain.steps[k], self.params[k])
 
 
 def _passed_back(

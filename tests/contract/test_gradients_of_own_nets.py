@@ -6,6 +6,7 @@ Where a test below fails, a part of a user's net is trained wrongly or never.
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 import time
 from collections.abc import Callable
@@ -185,26 +186,57 @@ def accumulated(model: nn.Module, x: Tensor) -> Gradients:
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
-LOST = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="what backward() accumulates for a module that a net applies twice is lost without a word",
-)
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_nets_that_are_trained(name: str, hooked: bool) -> None:
+    """With ``backward()`` rather than ``torch.autograd.grad``: else a part of a user's net would never be trained.
 
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[LOST] * (name == "one module twice")) for name in NETS],
-)
-def test_nets_that_are_trained(name: str) -> None:
-    """With ``backward()`` rather than ``torch.autograd.grad``: else a part of a user's net would never be trained."""
+    Hooks on parameters are called once, with the whole gradient.
+    """
     sequence, x = with_nets(*NETS[name]()).eval(), batch()
-    expected = accumulated(sequence, x)
+    expected, calls = accumulated(sequence, x), 0
+
+    def doubled(grad: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return 2.0 * grad
+
+    parameters = list(sequence.parameters())
+    if hooked:
+        expected = {name: 2.0 * value for name, value in expected.items()}
+        for parameter in parameters:
+            parameter.register_hook(doubled)
     for memory in RECOMPUTING:
+        calls = 0
         assert_same_gradients(accumulated(memory.of(sequence), x), expected, memory)
+        assert calls == hooked * len(expected)
+        assert all(map(operator.is_, sequence.parameters(), parameters))
 
 
-@LOST
+@pytest.mark.parametrize("name", NETS)
+def test_nets_of_lent_parameters(name: str) -> None:
+    """By ``functional_call``: gradients flow on to what the lent tensors are made of, after they are given back."""
+    sequence, x = with_nets(*NETS[name]()).eval(), batch()
+    leaves = {name: (1.1 * value.detach()).requires_grad_() for name, value in sequence.named_parameters()}
+
+    def found(own: pgf.ReversibleSequence) -> Gradients:
+        lent = {name: value + 0.05 * value.sin() for name, value in leaves.items()}
+        for tensor in lent.values():
+            tensor.retain_grad()
+        value = objective(torch.func.functional_call(own, lent, (x,)))
+        held = list(own.parameters())  # torch leaves lent tensors in a module that is there twice
+        value.backward()
+        assert all(map(operator.is_, own.parameters(), held))
+        got = {name: value.grad for name, value in (*leaves.items(), *((f"lent {n}", t) for n, t in lent.items()))}
+        for leaf in leaves.values():
+            leaf.grad = None
+        return {name: grad for name, grad in got.items() if grad is not None}
+
+    expected = found(sequence)
+    for memory in RECOMPUTING:
+        assert_same_gradients(found(memory.of(sequence)), expected, memory)
+
+
 @pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
 def test_an_accelerated_net_that_applies_a_module_twice(mode: str) -> None:
     """The same by ``accelerate``, of a model that trained rightly before."""
@@ -280,11 +312,6 @@ class Slow(Dropped):
         return super().forward(x)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="training in threads stops with a message that sends a user after parameters that the net does not have",
-)
 def test_threads_that_share_a_net_with_dropout() -> None:
     """Training in threads works, or the refusal says that threads are why."""
 
@@ -298,15 +325,14 @@ def test_threads_that_share_a_net_with_dropout() -> None:
     assert "thread" in said
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, ValueError),
-    reason="two backwards of one graph in threads get wrong gradients, or stop with a message about something else",
-)
-def test_threads_through_one_graph_of_ones_own_nets() -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_threads_through_one_graph_of_ones_own_nets(hooked: bool) -> None:
     """Two backwards at a time through nets that autograd runs give what one gives."""
     sequence, x = with_nets(*(Slow(hidden=False) for _ in range(3))).eval(), batch()
     own, named = Memory("reversible").of(sequence), dict(sequence.named_parameters())
+    if hooked:
+        for parameter in named.values():
+            parameter.register_hook(lambda grad: 2.0 * grad)
     expected = gradients(sequence, x)
     value = objective(own(x))
     found: list[tuple[Tensor, ...]] = []

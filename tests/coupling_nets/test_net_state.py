@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import re
 from typing import Any
 
@@ -20,6 +21,8 @@ from pyglow_fast.coupling_nets import (
     GeneratorState,
     captured_autocast,
     check_repeated,
+    holding,
+    leaves_of,
     output_sums,
     plain_call,
     plan_chunks,
@@ -66,6 +69,56 @@ class TestGeneratorState:
         with contextlib.suppress(RuntimeError), state.replayed():
             raise RuntimeError
         assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestHolding:
+    """A net with a module that is there twice, a weight that two modules share, and a module without a bias."""
+
+    @pytest.fixture
+    def net(self) -> nn.Sequential:
+        twice, tied = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        tied.weight = twice.weight
+        return nn.Sequential(twice, nn.ReLU(), twice, tied)
+
+    def test_others_are_held_wherever_the_net_has_its_own(self, net: nn.Sequential) -> None:
+        own = list(net.parameters())
+        given = [torch.full((3, 3), 0.5), torch.ones(3)]
+        x = torch.randn(2, 3)
+        for lent in (given, [2.0 * value for value in given]):
+            with holding(net, lent):
+                hidden = (x @ lent[0].T + lent[1]).relu() @ lent[0].T + lent[1]
+                assert torch.equal(net(x), hidden @ lent[0].T)
+                with holding(net, given):
+                    assert net[3].weight is given[0]
+                assert net[3].weight is lent[0]
+            assert all(map(operator.is_, net.parameters(), own))
+            assert all(isinstance(value, nn.Parameter) for value in net.parameters())
+
+    def test_its_own_are_held_again_after_an_error(self, net: nn.Sequential) -> None:
+        own = list(net.parameters())
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), holding(net, [torch.ones(3, 5)] * 2):
+            net(torch.ones(2, 3))
+        assert all(map(operator.is_, net.parameters(), own))
+        assert net[0].weight is net[3].weight
+
+    def test_another_number_is_refused(self, net: nn.Sequential) -> None:
+        given = [torch.ones(3, 3)] * 3
+        with pytest.raises(ValueError, match="net: expected the 3 parameters that its forward ran with, found 2"):
+            holding(net, given).__enter__()
+        assert net[0].weight is not given[0]
+
+    def test_hooks_are_not_called(self, net: nn.Sequential) -> None:
+        """Neither those on a parameter nor those of ``retain_grad``, and what has none stands for itself."""
+        made = 2.0 * net[0].weight
+        made.retain_grad()
+        net[0].weight.register_hook(lambda grad: pytest.fail("called"))
+        weight, bias, of_made = leaves_of(net, [*net.parameters(), made])
+        assert bias is net[0].bias
+        found = torch.autograd.grad((weight + bias + of_made).sum(), [weight, bias, of_made])
+        assert [float(grad.sum()) for grad in found] == [9.0, 9.0, 9.0]
+        assert made.grad is None
+        with pytest.raises(pytest.fail.Exception):
+            weight.sum().backward()  # a thread that met it in the net trains the parameter
 
 
 @pytest.mark.parametrize("module", [True, False])

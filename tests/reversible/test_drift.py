@@ -209,6 +209,19 @@ class TestWitnesses:
         assert float(anchor_drift(x, x)) == 0.0
 
 
+@pytest.mark.parametrize("sizes", [[1.0], [1.0, 4.0], [8.0, 1.0, 2.0], [8.0, 1.0, 64.0, 2.0]], ids=str)
+def test_a_small_sample_is_measured_against_the_median(sizes: list[float], device: torch.device) -> None:
+    """The lower one, as torch.median gives it, which CUDA refuses where algorithms are to be deterministic."""
+    x = torch.tensor(sizes, device=device).reshape(-1, 1, 1)
+    wrong = x + 0.25 * (x == 1.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        drift = anchor_drift(wrong, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert float(drift) == 0.25 / float(torch.tensor(sizes).median())
+
+
 class TestSketches:
     """How many errors of twice the limit a sketch lets pass, by what drift.py says of Gaussian projections."""
 
