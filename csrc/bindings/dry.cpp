@@ -69,7 +69,6 @@ class DryRun {
   void exit() { counting = std::exchange(before_, nullptr); }
   int64_t now() const { return count_->now; }
   int64_t most() const { return count_->most; }
-  void forget() { count_->most = count_->now.load(); }
 
  private:
   std::shared_ptr<Count> count_, before_;
@@ -82,7 +81,6 @@ void define_dry(py::module& m) {
       .def(py::init<int64_t>(), py::arg("block"))
       .def("enter", &DryRun::enter, "Begin to count.")
       .def("exit", &DryRun::exit, "Count no new tensors any more; those counted are still subtracted.")
-      .def("forget", &DryRun::forget, "Forget the most so far.")
       .def_property_readonly("now", &DryRun::now, "Bytes that there are now.")
       .def_property_readonly("most", &DryRun::most, "The most so far.");
 }

@@ -108,15 +108,19 @@ void define_run(py::module& m) {
            }),
            py::arg("activations"), py::arg("parameters"), py::arg("dilations"), py::arg("powers"), py::arg("products"),
            py::arg("narrow"), py::arg("takes_state"), py::arg("takes_cond"), py::arg("parity"), py::arg("chunks"))
-      .def_property_readonly("tensors", &run::NetForm::tensors, "How many tensors the net has.")
-      .def_property_readonly("overlap", &run::NetForm::overlap, "Positions that the chunks read, over those they give.");
+      .def_property_readonly("tensors", &run::NetForm::tensors, "How many tensors the net has.");
   py::class_<run::Step>(m, "Step", "A coupling of a run and its net.")
       .def(py::init([](int64_t map, int64_t order, double bias, double eps, double clamp, double factor,
                        std::shared_ptr<run::NetForm> net, int64_t reads) {
              return run::Step{{map, order, false, bias, eps, clamp, factor}, std::move(net), reads};
            }),
            py::arg("map"), py::arg("order"), py::arg("bias"), py::arg("eps"), py::arg("clamp"), py::arg("factor"),
-           py::arg("net"), py::arg("reads"));
+           py::arg("net"), py::arg("reads"))
+      .def_property_readonly(
+          "tensors", [](const run::Step& step) { return step.net->tensors(); }, "How many tensors the net has.")
+      .def_property_readonly(
+          "overlap", [](const run::Step& step) { return step.net->overlap(); },
+          "Positions that the net's chunks read, over those that they give.");
   py::class_<run::Part>(m, "Part", "Consecutive steps that are one autograd node.")
       .def(py::init([](std::vector<run::Step> steps, bool squeezes, int64_t mode, std::vector<int64_t> anchors,
                        bool knows_start, const std::optional<std::tuple<Tensor, Tensor, double>>& signs,

@@ -18,7 +18,6 @@ from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.traits import KeptBytes
 from pyglow_fast.interop import nets
-from pyglow_fast.interop.shared_budget import Call, SharedBudget
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
@@ -29,15 +28,10 @@ from pyglow_fast.layers.flow_step import (
     stack_maps,
     unstack_maps,
 )
-from pyglow_fast.layers.planned import run_key
 from pyglow_fast.layers.reversible_sequence import run_recomputing
-from pyglow_fast.layers.step_costs import given_run_cost
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
-from pyglow_fast.reversible.costs import RunCost
 from pyglow_fast.reversible.maps import MapInverse
-from pyglow_fast.reversible.planner import RunPlan
-from pyglow_fast.reversible.setting import parse_memory
 
 
 class OrderedNet(nn.Module):
@@ -128,8 +122,7 @@ class JoinedRun:
         channels: C, even.
         steps: f_1 to f_K.
         last: g, which computes a channel map; None where nothing follows the steps.
-        memory: "reversible", "checkpoint" or "store"; or a number of bytes for the run's tensors, or for those of all
-            runs that share it.
+        memory: "reversible", "checkpoint" or "store".
         memory_budget: bytes of one net's activations, or "auto".
         masked: whether cond's first channel is a mask outside of which x, and what the nets give, is zero: see
             masks.py.
@@ -140,19 +133,14 @@ class JoinedRun:
         channels: int,
         steps: Sequence[JoinedStep],
         last: Callable[[], ChannelMap] | None = None,
-        memory: str | int = "store",
+        memory: str = "store",
         memory_budget: str | int = "auto",
         masked: bool = False,
     ) -> None:
         self.channels, self.steps, self.last = channels, list(steps), last
-        self.memory, self.memory_budget, self.masked = parse_memory(memory), memory_budget, masked
+        self.memory, self.memory_budget, self.masked = memory, memory_budget, masked
         self.couplings = [Coupling(step.net, *step.spec) for step in steps]
         self.control = DriftControl(len(self.steps), "auto", None, False)
-        self.share(SharedBudget())
-
-    def share(self, shared: SharedBudget) -> None:
-        """Share the bytes, where memory is given in bytes, with all runs of ``shared`` from now on."""
-        self._shared, self._place = shared, shared.add()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -167,7 +155,6 @@ class JoinedRun:
 
         Raises:
             ChangedError: a net cannot be run again any more.
-            ValueError: memory is given in bytes, and these are too few.
         """
         params = [parameter for step in self.steps for parameter in step.net.parameters()]
         maps = self._maps(x)
@@ -177,57 +164,38 @@ class JoinedRun:
             or any(own.matrix.requires_grad for own in maps)
             or any(parameter.requires_grad for parameter in params)
         )
-        plan = self._plan(maps, x, cond) if records else RunPlan.of_mode("store", len(self), self.memory_budget)
-        z, log_dets = x, []
-        while maps:  # each piece takes its own maps off the list, so that nobody keeps them besides
-            start = len(self) - len(maps)
-            start, stop, mode = next(plan.pieces(start, len(self)))
-            own, maps = stack_maps(maps[: stop - start]), maps[stop - start :]
-            z, log_det = self._run(start, stop, mode, own, z, cond, plan.budget)
-            log_dets.append(log_det)
-        log_det = functional.summed(log_dets)
+        mode, own = self._mode() if records else "store", stack_maps(maps)
+        del maps  # or they would be kept besides
+        z, log_det = self._run(mode, own, x, cond)
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
             log_det = log_det + functional.per_sample(z, end.log_det)
         return z, log_det
 
-    def _run(
-        self, start: int, stop: int, mode: str, maps: ChannelMap, x: Tensor, cond: Tensor | None, budget: str | int
-    ) -> tuple[Tensor, Tensor]:
-        """Some steps, with their maps, in one mode."""
-        couplings = self.couplings[start:stop]
+    def _run(self, mode: str, maps: ChannelMap, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All steps, with their maps, in one mode."""
         if mode == "store":
-            return run_couplings(couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
-        runners = [coupling.runner(budget) for coupling in couplings]
-        specs = [step.spec for step in self.steps[start:stop]]
+            return run_couplings(self.couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
+        runners = [coupling.runner(self.memory_budget) for coupling in self.couplings]
+        specs = [step.spec for step in self.steps]
         control = self.control if mode == "reversible" else None
         return run_recomputing(runners, specs, given_maps(maps, len(specs)), control, x, cond, masked=self.masked)
 
-    def _plan(self, maps: Sequence[ChannelMap], x: Tensor, cond: Tensor | None) -> RunPlan:
-        """What a forward that is recorded does."""
-        if self.memory == "store":
-            return RunPlan.of_mode("store", len(self), self.memory_budget)
+    def _mode(self) -> str:
+        """The mode of a forward that is recorded.
+
+        Raises:
+            ChangedError: see :meth:`forward`.
+        """
         for step in self.steps:  # put on a net since it was joined
             if reason := unrepeatable(step.net, self.memory):
                 raise ChangedError(reason)
-        if isinstance(self.memory, str):
-            return RunPlan.of_mode(self.memory, len(self), self.memory_budget)
-        matrices = [own.matrix.nbytes for own in maps]
-        given = 0 if cond is None else cond.shape[1]
-        wants = tuple(parameter.requires_grad for step in self.steps for parameter in step.net.parameters())
-        key = (x.shape, given, tuple(matrices), wants, run_key(x, self.couplings))
-        shape, like = x.shape, x.new_empty([0] * x.dim())  # not x, which would be kept
-
-        def cost(spacing: int) -> RunCost:
-            return given_run_cost(self.couplings, matrices, shape, like, given, spacing, self.last is not None)
-
-        return self._shared.plan(self._place, Call(key, self.control, cost), self.memory, self.memory_budget, x.device)
+        return self.memory
 
     def memory_report(self) -> dict[str, Any]:
-        """Report mode or bytes, steps, spacing, drift and what was redone; with bytes also what its last plan was."""
-        report = {"memory": self.memory, "steps": len(self), **self.control.report()}
-        return report | (self._shared.report(self._place, len(self)) if isinstance(self.memory, int) else {})
+        """Report mode, steps, spacing of the anchors, drift and what was redone."""
+        return {"memory": self.memory, "steps": len(self), **self.control.report()}
 
     def _budget(self) -> str | int | None:
         """The bytes for nets that run without a record; None for nets that run whole."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import convolutions, functional, ops
 from pyglow_fast._backend import require
+from pyglow_fast._dry import device_of
 from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.chain import Chain
@@ -69,7 +70,7 @@ def _form(coupling: Coupling, chain: Chain, state: Sequence[int], x: Tensor, how
     cond_channels = 0 if isinstance(coupling, AffineInjector) else cast("ChainNet", net).cond_channels
     sizes = tuple(tensor.shape for tensor in chain.tensors)
     kind = (coupling.spec, cond_channels, board, type(coupling))
-    key = (kind, chain.spec, chain.powers, sizes, tuple(state), x.dtype, x.device.type, how, budget)
+    key = (kind, chain.spec, chain.powers, sizes, tuple(state), x.dtype, device_of(x).type, how, budget)
     found = _forms.get(key)
     if found is None:
         if len(_forms) >= _REMEMBERED:
@@ -98,7 +99,7 @@ def _made(
             inputs,
             x.element_size(),
             budget,
-            device_type=x.device.type,
+            device_type=device_of(x).type,
             cond_channels=cond_channels,
             rows_each=1 if board is None else 2,
         )
@@ -213,7 +214,7 @@ def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
     net = coupling.net
     if not hasattr(net, "chain") or not ops.has_kernel(coupling.spec):
         return None
-    if coupling.board is not None and x.device.type != "cpu":
+    if coupling.board is not None and device_of(x).type != "cpu":
         return None
     chain: Chain | None = net.chain()  # type: ignore[operator]
     if chain is None or any(part.dtype != x.dtype or part.device != x.device for part in chain.tensors):

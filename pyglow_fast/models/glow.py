@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from pyglow_fast._errors import can_read, check_count, check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.traits import submodules
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
-from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
+from pyglow_fast.layers.planned import DryStep, Plans, planned_spacing, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize
@@ -30,7 +30,6 @@ from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
-from pyglow_fast.models.step_costs import glow_costs
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
 from pyglow_fast.reversible.setting import parse_memory
@@ -177,8 +176,32 @@ class Glow(nn.Module):
         budget, sequences = self.memory, self._sequences()
         if isinstance(budget, str):
             return None
-        costs = glow_costs(self, n, [planned_spacing(sequence.control) for sequence in sequences], None)
-        return plan_memory(*costs, budget, sequences[0].memory_budget, self._parameter().device.type)
+        like = self._parameter().new_empty(())
+        shapes = [self.config.image_shape] * len(self.levels)
+        if isinstance(self.config.cond_channels, tuple):  # each at the size of its level
+            shapes = self.state_shapes
+        channels = [self.config.cond_channels_of(i) for i in range(len(self.levels))]
+        maps = [like.expand(n, count, *shape[1:]) for count, shape in zip(channels, shapes, strict=True)]
+        conds = maps if isinstance(self.config.cond_channels, tuple) else maps[:1] * len(maps)
+        given = [cond if count else None for cond, count in zip(conds, channels, strict=True)]
+        step = self._dry_step(budget, like.expand(n, *self.config.image_shape), given)
+        spacings = [planned_spacing(sequence.control) for sequence in sequences]
+        return plan_memory(step(spacings), budget, sequences[0].memory_budget, like.device.type)
+
+    def _dry_step(
+        self, budget: int, x: Tensor, conds: Sequence[Tensor | None]
+    ) -> Callable[[Sequence[int]], DryStep[Glow]]:
+        """A training step like that on x, from the spacing of the anchors of each run."""
+        y = None if self.config.n_classes is None else x.new_empty(x.shape[0], dtype=torch.int64)
+        one = isinstance(self.config.cond_channels, int)
+
+        def forward(twin: Glow, plans: Sequence[RunPlan], inputs: list[Tensor | None]) -> list[Tensor]:
+            x, y, *conds = inputs
+            assert x is not None
+            twin._plans.fixed = plans
+            return [twin.log_prob(x, y, conds[0] if one else conds)]  # type: ignore[arg-type]
+
+        return lambda spacings: DryStep(self, Glow._sequences, spacings, [x, y, *conds], forward, budget)
 
     def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
         """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
@@ -191,17 +214,13 @@ class Glow(nn.Module):
         wants = [parameter.requires_grad for parameter in self.parameters()]
         if not (any(wants) or x.requires_grad or any(cond is not None and cond.requires_grad for cond in conds)):
             return None
-        conditions = tuple(None if cond is None else cond.shape for cond in conds)
-        key = (x.shape, conditions, tuple(wants), run_key(x, self._couplings()))
-        plan = self._plans.of(
-            [sequence.control for sequence in sequences],
-            key,
-            lambda spacings: glow_costs(self, x.shape[0], spacings, conditions),
-            budget,
-            sequences[0].memory_budget,
-            x.device.type,
-        )
-        parts = iter(plan.runs)
+        given = tuple(None if cond is None else (cond.shape, cond.requires_grad) for cond in conds)
+        key = (x.shape, x.requires_grad, given, tuple(wants), run_key(x, self._couplings()))
+        controls, step = [sequence.control for sequence in sequences], self._dry_step(budget, x, conds)
+        runs = self._plans.fixed
+        if runs is None:
+            runs = self._plans.of(controls, key, step, budget, sequences[0].memory_budget, x.device.type).runs
+        parts = iter(runs)
         return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
 
     def _couplings(self) -> list[Coupling]:

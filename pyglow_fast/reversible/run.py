@@ -21,6 +21,7 @@ from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import apply, backward_key, differentiable_once
+from pyglow_fast._dry import device_of
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
@@ -236,7 +237,8 @@ class _RunNode(torch.autograd.Function):
             assert control is not None
             limit = control.limit(grad_z.dtype, node.lowest)
             later = control.deferred or is_capturing(grad_z.device)
-            judged = LATER if later else EACH if can_read(grad_z) else AT_THE_END
+            waits = not can_read(grad_z) and device_of(grad_z).type != "cpu"
+            judged = LATER if later else AT_THE_END if waits else EACH
         redone_before = 0
 
         def restored() -> Tensor:

@@ -1,0 +1,90 @@
+"""Dry runs: training steps on torch's device "meta", whose tensors have no memory and are counted.
+
+The code that trains runs itself, and csrc/run leaves its kernels out (csrc/bindings/dry.cpp): so nothing describes for
+a second time what is kept, and for how long. What libraries and kernels take from the system themselves is not counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast._backend import require
+
+BLOCK_ON_GPU = 512  # bytes of which torch's allocator gives multiples there
+_state = threading.local()
+M = TypeVar("M", bound=nn.Module)
+
+
+def device_of(x: Tensor) -> torch.device:
+    """The device of x; in a dry run the one that it stands for."""
+    device = x.device
+    return device if device.type != "meta" else getattr(_state, "device", device)
+
+
+def is_dry(x: Tensor) -> bool:
+    """Tells whether x is a tensor of a dry run of this thread."""
+    return x.device.type == "meta" and hasattr(_state, "device")
+
+
+def note(owner: object, value: object) -> None:
+    """Note something of an object, for whoever has begun the dry run."""
+    _state.run.noted[id(owner)] = value
+
+
+def without_values(x: Tensor) -> Tensor:
+    """A leaf like x for a dry run."""
+    return torch.empty_like(x, device="meta", requires_grad=x.requires_grad).detach().requires_grad_(x.requires_grad)
+
+
+def twin_of(module: M) -> M:
+    """A copy of a module for a dry run: parameters without values, and gradients that are there already."""
+    memo: dict[int, Any] = {id(buffer): without_values(buffer) for buffer in module.buffers()}
+    for own in module.parameters():
+        memo[id(own)] = twin = nn.Parameter(without_values(own.detach()), own.requires_grad)
+        if own.requires_grad:
+            twin.grad = torch.empty_like(twin)
+    return copy.deepcopy(module, memo)
+
+
+class DryRun:
+    """A context in which tensors on "meta" stand for ones on a device and are counted, on this thread.
+
+    Args:
+        device: for which they stand.
+
+    Attributes:
+        noted: what was noted, by id of its owner.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._count = device, require().DryRun(BLOCK_ON_GPU if device.type != "cpu" else 1)
+        # Hooks of the caller's on saved tensors, which may look at values, are not to see these.
+        self._own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+        self.noted: dict[int, Any] = {}
+
+    @property
+    def now(self) -> int:
+        """The bytes of tensors that there are now."""
+        return int(self._count.now)
+
+    @property
+    def most(self) -> int:
+        """The most bytes so far."""
+        return int(self._count.most)
+
+    def __enter__(self) -> DryRun:
+        _state.device, _state.run = self._device, self
+        self._count.enter()
+        self._own_hooks.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._own_hooks.__exit__(*failure)
+        self._count.exit()
+        del _state.device, _state.run
