@@ -388,6 +388,30 @@ struct ActivationArgs {
   int64_t count;
 };
 
+// K invertible 1x1 convolutions in LU factors, each folded with the actnorm before it: W = P L U by rows gathered,
+// (P A)[i] = A[permutation[i]], L with ones and U with sign exp(log_diag) on the diagonal; M = W diag(exp(log_scale)),
+// c = M bias, log_det = sum log_diag + sum log_scale. Of lower and upper only what lies strictly there is read.
+template <class T>
+struct Factors {
+  const int64_t* const* permutation;  // of each convolution (C,)
+  const T *const *lower, *const *upper;          // (C, C), row-major
+  const T *const *log_diag, *const *sign_diag;   // (C,)
+  const T *const *log_scale, *const *bias;       // (C,)
+  int64_t count, channels;
+};
+template <class T>
+struct FoldArgs {
+  Factors<T> factors;
+  T *matrices, *offsets, *log_dets;  // (K, C, C), (K, C), (K,)
+};
+template <class T>
+struct FoldBackwardArgs {
+  Factors<T> factors;
+  const T *grad_matrices, *grad_offsets, *grad_log_dets;
+  T *grad_lower, *grad_upper;                       // (K, C, C), zero elsewhere
+  T *grad_log_diag, *grad_log_scale, *grad_bias;    // (K, C)
+};
+
 // Every kernel and what it takes, on CPU and GPU, then on the CPU alone, then those of the nets, which there are some
 // more instruction sets for; each exists for float and double. What declares, forwards, instantiates or launches
 // kernels goes through these lists: K(kernel, Args).
@@ -410,6 +434,8 @@ struct ActivationArgs {
 #define PYGLOW_CPU_KERNELS(K)                  \
   K(checkerboard_split, CheckerboardSplitArgs) \
   K(checkerboard_merge, CheckerboardMergeArgs) \
+  K(fold, FoldArgs)                            \
+  K(fold_backward, FoldBackwardArgs)           \
   K(elementary, ElementaryArgs)                \
   K(activation, ActivationArgs)
 #define PYGLOW_NET_KERNELS(K) \

@@ -47,9 +47,12 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(  # type: ignore[misc]
-        *[unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in args]
-    )
+    return apply_to_plain(function, *[unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in args])
+
+
+def apply_to_plain(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Do what :func:`apply` does with tensors that no transform has wrapped, outside of torch.compile."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class _Rows(threading.local):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pyglow_fast._backend import require
 
-BLOCK_ON_GPU = 512  # bytes of which torch's allocator gives multiples there
 _state = threading.local()
 M = TypeVar("M", bound=nn.Module)
 
@@ -62,7 +61,7 @@ class DryRun:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._count = device, require().DryRun(BLOCK_ON_GPU if device.type != "cpu" else 1)
+        self._device, self._count = device, require().DryRun(device.type != "cpu")
         # Hooks of the caller's on saved tensors, which may look at values, are not to see these.
         self._own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 

@@ -2,7 +2,6 @@
 
 #include <c10/core/Allocator.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -13,14 +12,17 @@ namespace {
 
 namespace py = pybind11;
 
+constexpr int64_t block_on_gpu = 512;  // of which torch's allocator gives multiples there
+
 // Bytes of tensors: those that there are now, and the most so far.
 struct Count {
-  explicit Count(int64_t block) : block(block) {}
+  explicit Count(bool on_gpu) : on_gpu(on_gpu), block(on_gpu ? block_on_gpu : 1) {}
   void add(int64_t bytes) {
     const int64_t found = now += bytes;
     if (found > most) most = found;
   }
 
+  const bool on_gpu;
   const int64_t block;  // sizes are rounded up to multiples of it
   std::atomic<int64_t> now{0}, most{0};
 };
@@ -61,7 +63,7 @@ void set_allocator() {
 // A context in which tensors on "meta" are counted on this thread.
 class DryRun {
  public:
-  explicit DryRun(int64_t block) : count_(std::make_shared<Count>(std::max<int64_t>(block, 1))) {}
+  explicit DryRun(bool on_gpu) : count_(std::make_shared<Count>(on_gpu)) {}
   void enter() {
     set_allocator();
     before_ = std::exchange(counting, count_);
@@ -76,9 +78,11 @@ class DryRun {
 
 }  // namespace
 
+bool stands_for_gpu() { return counting && counting->on_gpu; }
+
 void define_dry(py::module& m) {
   py::class_<DryRun>(m, "DryRun", "Counts tensors on \"meta\" that this thread makes while it is entered.")
-      .def(py::init<int64_t>(), py::arg("block"))
+      .def(py::init<bool>(), py::arg("on_gpu"))
       .def("enter", &DryRun::enter, "Begin to count.")
       .def("exit", &DryRun::exit, "Count no new tensors any more; those counted are still subtracted.")
       .def_property_readonly("now", &DryRun::now, "Bytes that there are now.")

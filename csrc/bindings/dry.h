@@ -5,6 +5,7 @@
 
 namespace pyglow::bindings {
 
+bool stands_for_gpu();  // this thread's dry run
 void define_dry(pybind11::module& m);
 
 }  // namespace pyglow::bindings

@@ -82,11 +82,14 @@ Back backward(const run::Part& part, const Optional& x, const Optional& z, const
           found.start, found.worst, found.drift,    found.redone};
 }
 
-run::Factors factors_of(const Tensors& raw, bool rounds) {
-  const std::size_t count = raw.size() / 7;
+// raw: of all steps each, log_scale, bias, lower, upper and log_diag.
+run::Factors factors_of(const Tensors& raw, const Tensors& permutations, const Tensors& signs, bool rounds) {
+  const std::size_t count = permutations.size();
+  TORCH_CHECK_VALUE(raw.size() == 5 * count && signs.size() == count, "raw: expected five tensors of each step, found ",
+                    raw.size(), " of ", count, " steps");
   const at::TensorList all(raw);
   const auto part = [&](std::size_t i) { return all.slice(i * count, count); };
-  return {part(2), part(3), part(4), part(5), part(6), part(0), part(1), rounds};
+  return {permutations, part(2), part(3), part(4), signs, part(0), part(1), rounds};
 }
 
 }  // namespace
@@ -142,15 +145,18 @@ void define_run(py::module& m) {
   m.def("run_backward", &backward, "Gradients of a part, its recomputed input, its drift and steps redone.",
         Released());
   m.def(
-      "fold", [](const Tensors& raw, bool rounds) { return as_list(run::fold(factors_of(raw, rounds))); },
-      "Channel maps of actnorms and LU factors: log_scale, bias, permutation, lower, upper, log_diag, sign_diag.",
-      Released());
+      "fold",
+      [](const Tensors& raw, const Tensors& permutations, const Tensors& signs, bool rounds) {
+        return as_list(run::fold(factors_of(raw, permutations, signs, rounds)));
+      },
+      "Channel maps of actnorms and convolutions in LU factors.", Released());
   m.def(
       "fold_backward",
-      [](const Tensors& raw, bool rounds, const Tensor& matrices, const Tensor& offsets, const Tensor& log_dets) {
-        return run::fold_backward(factors_of(raw, rounds), matrices, offsets, log_dets);
+      [](const Tensors& raw, const Tensors& permutations, const Tensors& signs, bool rounds, const Tensor& matrices,
+         const Tensor& offsets, const Tensor& log_dets) {
+        return run::fold_backward(factors_of(raw, permutations, signs, rounds), matrices, offsets, log_dets);
       },
-      "Gradients of lower, upper, log_diag, log_scale and bias.", Released());
+      "Gradients of what the maps are folded from.", Released());
 }
 
 }  // namespace pyglow::bindings

@@ -113,6 +113,8 @@ class Walk {
       grad = differentiated(0, args_.kept.states, *args_.x, args_.grad_z);
     }
     found.x = grad;
+    for (std::size_t i = 0; i < nets_.size(); ++i)
+      if (!args_.wants[i]) nets_[i] = Tensor();
     if (args_.wants_cond) found.cond = cond_.result();
     found.matrices = at::stack(matrices_);
     found.offsets = at::stack(offsets_);

@@ -1,8 +1,13 @@
-#include <ATen/ops/diag_embed.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <array>
+
+#include "bindings/device.h"
+#include "bindings/dry.h"
 #include "run/steps.h"
 
 namespace pyglow::run {
@@ -34,19 +39,99 @@ struct Folded {
   bool rounds;
 };
 
+// Pointers to the tensors of a parameter, which are held for as long as they are read.
+template <class T>
+class Pointers {
+ public:
+  explicit Pointers(at::TensorList tensors) {
+    for (const Tensor& tensor : tensors) {
+      held_.push_back(tensor.contiguous());
+      data_.push_back(held_.back().const_data_ptr<T>());
+    }
+  }
+  const T* const* data() const { return data_.data(); }
+
+ private:
+  Tensors held_;
+  std::vector<const T*> data_;
+};
+
+template <class T>
+struct OnCpu {
+  Pointers<int64_t> permutation;
+  Pointers<T> lower, upper, log_diag, sign_diag, log_scale, bias;
+  int64_t count, channels;
+
+  explicit OnCpu(const Factors& of)
+      : permutation(of.permutation),
+        lower(of.lower),
+        upper(of.upper),
+        log_diag(of.log_diag),
+        sign_diag(of.sign_diag),
+        log_scale(of.log_scale),
+        bias(of.bias),
+        count(static_cast<int64_t>(of.lower.size())),
+        channels(of.lower[0].size(0)) {}
+  pyglow::Factors<T> factors() const {
+    return {permutation.data(), lower.data(),     upper.data(), log_diag.data(),
+            sign_diag.data(),   log_scale.data(), bias.data(),  count, channels};
+  }
+};
+
+Maps fold_on_cpu(const Factors& of) {
+  const Tensor& like = of.lower[0];
+  const auto count = static_cast<int64_t>(of.lower.size()), channels = like.size(0);
+  Tensor matrices = at::empty({count, channels, channels}, like.options());
+  Tensor offsets = at::empty({count, channels}, like.options()), log_dets = at::empty({count}, like.options());
+  bindings::with_dtype(like, [&](auto zero) {
+    using T = decltype(zero);
+    const OnCpu<T> own(of);
+    if (!like.is_cpu()) return;
+    cpu::fold(FoldArgs<T>{own.factors(), matrices.mutable_data_ptr<T>(), offsets.mutable_data_ptr<T>(),
+                          log_dets.mutable_data_ptr<T>()},
+              bindings::torch_threads());
+  });
+  return {matrices, offsets, log_dets, {}};
+}
+
+// Stacked: of log_scale, bias, lower, upper and log_diag.
+std::array<Tensor, 5> fold_backward_on_cpu(const Factors& of, const Tensor& grad_matrices, const Tensor& grad_offsets,
+                                           const Tensor& grad_log_dets) {
+  const Tensor matrices = grad_matrices.contiguous(), offsets = grad_offsets.contiguous();
+  const Tensor log_dets = grad_log_dets.contiguous();
+  std::array<Tensor, 5> found{at::empty_like(offsets), at::empty_like(offsets), at::empty_like(matrices),
+                              at::empty_like(matrices), at::empty_like(offsets)};
+  bindings::with_dtype(matrices, [&](auto zero) {
+    using T = decltype(zero);
+    const OnCpu<T> own(of);
+    if (!matrices.is_cpu()) return;
+    const auto out = [&](std::size_t i) { return found[i].mutable_data_ptr<T>(); };
+    cpu::fold_backward(FoldBackwardArgs<T>{own.factors(), matrices.const_data_ptr<T>(), offsets.const_data_ptr<T>(),
+                                           log_dets.const_data_ptr<T>(), out(2), out(3), out(4), out(0), out(1)},
+                       bindings::torch_threads());
+  });
+  return found;
+}
+
+// Also in a dry run.
+bool is_for_cpu(const Factors& of) {
+  return of.lower[0].is_cpu() || (of.lower[0].is_meta() && !bindings::stands_for_gpu());
+}
+
 }  // namespace
 
 Maps fold(const Factors& factors) {
   const Plain plain;
+  if (is_for_cpu(factors)) return fold_on_cpu(factors);
   const Folded folded(factors);
   const Tensor offsets = folded.product(folded.matrix, folded.bias.unsqueeze(-1)).squeeze(-1);
   const Tensor log_dets = at::stack(factors.log_diag).sum(-1) + at::stack(factors.log_scale).sum(-1);
   return {folded.matrix, offsets, log_dets, {}};
 }
 
-Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const Tensor& grad_offsets,
-                      const Tensor& grad_log_dets) {
-  const Plain plain;
+// On a GPU, by torch's batched ops.
+std::array<Tensor, 5> fold_backward_batched(const Factors& factors, const Tensor& grad_matrices,
+                                            const Tensor& grad_offsets, const Tensor& grad_log_dets) {
   const Folded folded(factors);
   const Tensor of_log_dets = grad_log_dets.unsqueeze(-1);
   const Tensor grad = grad_matrices + grad_offsets.unsqueeze(-1) * folded.bias.unsqueeze(-2);
@@ -57,8 +142,15 @@ Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const
   const Tensor of_lower = folded.product(of_product, folded.upper.mT()).tril(-1);
   const Tensor whole_upper = folded.product(folded.lower.mT(), of_product);
   const Tensor of_log_diag = whole_upper.diagonal(0, -2, -1) * folded.diagonal + of_log_dets;
+  return {of_log_scale, of_bias, of_lower, whole_upper.triu(1), of_log_diag};
+}
+
+Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const Tensor& grad_offsets,
+                      const Tensor& grad_log_dets) {
+  const Plain plain;
+  const auto backward = is_for_cpu(factors) ? &fold_backward_on_cpu : &fold_backward_batched;
   Tensors found;
-  for (const Tensor& stacked : {of_lower, whole_upper.triu(1), of_log_diag, of_log_scale, of_bias})
+  for (const Tensor& stacked : backward(factors, grad_matrices, grad_offsets, grad_log_dets))
     for (const Tensor& one : stacked.unbind()) found.push_back(one);
   return found;
 }

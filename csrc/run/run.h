@@ -96,7 +96,7 @@ struct Factors {
   bool rounds;  // torch's settings let products round float32
 };
 Maps fold(const Factors& factors);
-// Of lower, upper, log_diag, log_scale and bias of every step, in this order.
+// Of log_scale, bias, lower, upper and log_diag of every step, in this order.
 Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const Tensor& grad_offsets,
                       const Tensor& grad_log_dets);
 

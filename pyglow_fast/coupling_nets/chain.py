@@ -26,6 +26,16 @@ class Chain(NamedTuple):
     powers: tuple[float, ...]
     spec: ChainSpec
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors."""
+        return sum([tensor.numel() for tensor in self.tensors]) * self.tensors[0].element_size()
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The weight of the last layer, whose outputs are the net's."""
+        return self.tensors[-2 if self.powers[-1] == 0 else -3]
+
 
 def reach(kernel_sizes: Sequence[Sequence[int]], dilations: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Compute how far an output position of the chain sees, along each dimension: the sum over its layers."""

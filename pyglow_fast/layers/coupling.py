@@ -218,7 +218,8 @@ class Coupling(FlowLayer):
     @property
     def net_is_initialized(self) -> bool:
         """Whether no ActNorm in the net still waits for data."""
-        return not isinstance(self.net, CouplingNet) or self.net.is_initialized
+        net = self._modules["net"]
+        return not isinstance(net, CouplingNet) or net.is_initialized
 
     def run_net_forward(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """Run the net in the forward direction; in training its fresh ActNorms are initialised first."""

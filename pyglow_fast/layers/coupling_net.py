@@ -63,21 +63,17 @@ _HAS_NORMS = list(itertools.product((False, True), repeat=2))
 _SLOTS = {has_norms: _slots_of(*has_norms) for has_norms in _HAS_NORMS}
 _LAYERS = {has_norms: _layers_of(*has_norms) for has_norms in _HAS_NORMS}
 
-_Slots = tuple[tuple[tuple[str, str], ...], ...]
+
+def _chain_of(*norms: type[nn.Module]) -> tuple[tuple[tuple[str, str], ...], tuple[float, ...]]:
+    """Where the tensors of a :class:`Chain` are but for the gain, by submodule and name, and its powers."""
+    slots: list[tuple[str, str]] = []
+    for layer, norm in enumerate(norms, 1):
+        own = [(f"norm{layer}", "bias"), (f"norm{layer}", "log_scale")]
+        slots += [(f"conv{layer}", "weight"), *(own if norm is ActNorm else [(f"conv{layer}", "bias")])]
+    return (*slots, ("conv3", "weight"), ("conv3", "bias")), (*(float(norm is ActNorm) for norm in norms), 3.0)
 
 
-def _chain_of(*has_norms: bool) -> _Slots:
-    """Where the tensors of each layer are, in the order of :class:`Chain`: (submodule, name)."""
-    hidden = [
-        ((f"conv{layer}", "weight"), (f"norm{layer}", "bias"), (f"norm{layer}", "log_scale"))
-        if has_norm
-        else ((f"conv{layer}", "weight"), (f"conv{layer}", "bias"))
-        for layer, has_norm in enumerate(has_norms, 1)
-    ]
-    return *hidden, (("conv3", "weight"), ("conv3", "bias"), ("", "log_gain"))
-
-
-_CHAIN = {has_norms: _chain_of(*has_norms) for has_norms in _HAS_NORMS}
+_CHAINS = {norms: _chain_of(*norms) for norms in itertools.product((nn.Identity, ActNorm), repeat=2)}
 
 
 class CouplingNet(NetShape):
@@ -163,7 +159,8 @@ class CouplingNet(NetShape):
     @property
     def is_initialized(self) -> bool:
         """Whether there is no hidden ActNorm that still waits for data."""
-        return all(norm.is_initialized for norm in (self.norm1, self.norm2) if isinstance(norm, ActNorm))
+        norms = self._modules["norm1"], self._modules["norm2"]
+        return all(norm.is_initialized for norm in norms if isinstance(norm, ActNorm))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> None:
@@ -212,18 +209,18 @@ class CouplingNet(NetShape):
 
     def chain(self) -> Chain | None:
         """The net as a chain of layers, None where something else than its parameters decides what it computes."""
-        if not self.is_plain or self.border or not self.has_own_norms:
+        if not self.is_plain or self.border:
             return None
-        parts, tensors = self._modules, []
-        for layer in _CHAIN[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]:
-            for part, name in layer:
-                owner: Any = parts[part] if part else self
-                tensor = owner._parameters.get(name)
-                if tensor is None:
-                    return None
-                tensors.append(tensor)
-        powers = (float(isinstance(self.norm1, ActNorm)), float(isinstance(self.norm2, ActNorm)), 3.0)
-        return Chain(tensors, powers, coupling_net_spec(self.dims))
+        parts: dict[str, Any] = self._modules
+        found = _CHAINS.get((type(parts["norm1"]), type(parts["norm2"])))
+        if found is None:
+            return None
+        slots, powers = found
+        tensors = [parts[part]._parameters.get(name) for part, name in slots]
+        tensors.append(self._parameters.get("log_gain"))
+        return (
+            None if any(tensor is None for tensor in tensors) else Chain(tensors, powers, coupling_net_spec(self.dims))
+        )
 
     def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> Explicit | None:
         """What runs the net on these parameters without autograd, or None where it has no such form.

@@ -23,12 +23,13 @@ from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_runner import condition_for
 from pyglow_fast.coupling_nets.plan import plan_chunks
 from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.flow_step import FlowStep, couplings_of, map_bytes, raw_maps
+from pyglow_fast.layers.flow_step import FlowStep, map_bytes, raw_maps
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv
 from pyglow_fast.reversible.drift import lowest_precision
-from pyglow_fast.reversible.run import FoldByTorch, FoldFactors, Maps, Steps
+from pyglow_fast.reversible.run import CONSTANTS, FACTORS, Fold, FoldByTorch, FoldFactors, Maps, Steps
 
 
 class ChainNet(Protocol):
@@ -60,10 +61,12 @@ def _computes(precision: str, x: Tensor) -> _Computes | None:
         return _Computes(products, "" if dtype == x.dtype else str(dtype).removeprefix("torch."), lowest)
 
 
-_forms: dict[tuple[object, ...], Any] = {}  # of couplings, by all that decides them; of shapes, not of values
-_REMEMBERED = 1024
+# Couplings and their nets as csrc/run takes them, by all that decides that: shapes and settings, and no values.
+_forms: dict[tuple[object, ...], dict[tuple[object, ...], Any]] = {}
+_REMEMBERED = 256  # shapes and settings
 
 
+<<<<<<< HEAD
 def _form(coupling: Coupling, chain: Chain, state: Sequence[int], x: Tensor, how: _Computes, budget: str | int) -> Any:
     """The coupling and its net for states of a shape, in the form that csrc/run takes."""
     net, board = coupling.net, coupling.board
@@ -72,10 +75,14 @@ def _form(coupling: Coupling, chain: Chain, state: Sequence[int], x: Tensor, how
     kind = (coupling.spec, cond_channels, board, type(coupling))
     key = (kind, chain.spec, chain.powers, sizes, tuple(state), x.dtype, device_of(x).type, how, budget)
     found = _forms.get(key)
+=======
+def _forms_for(*settings: object) -> dict[tuple[object, ...], Any]:
+    found = _forms.get(settings)
+>>>>>>> main
     if found is None:
         if len(_forms) >= _REMEMBERED:
             _forms.clear()
-        found = _forms[key] = _made(coupling, chain, state, x, how, budget, cond_channels)
+        found = _forms[settings] = {}
     return found
 
 
@@ -88,10 +95,10 @@ def _made(
     budget: str | int,
     cond_channels: int,
 ) -> Any:
+    """The coupling and its net for states of a shape, in the form that csrc/run takes."""
     injects, board = isinstance(coupling, AffineInjector), coupling.board
     reads = coupling.reads(state[1])
-    outputs = chain.tensors[-2 if chain.powers[-1] == 0 else -3].shape[0]
-    coupling.runner(budget).check_width(x.new_empty(()).expand(state[0], reads, *state[2:]), outputs)
+    coupling.runner(budget).check_width(x.new_empty(()).expand(state[0], reads, *state[2:]), chain.last_weight.shape[0])
     inputs = (state[0], cast("ChainNet", coupling.net).in_channels if injects else reads, *state[2:])
     with in_precision(coupling.precision, x):
         plan = plan_chunks(
@@ -148,23 +155,34 @@ def described(
     forms: list[Any] = []
     nets: list[Tensor] = []
     counts: list[int] = []
-    computes: dict[str, _Computes | None] = {}
+    nbytes: list[int] = []
+    ways: dict[str, tuple[_Computes, dict[tuple[object, ...], Any]]] = {}
     for coupling in couplings:
         chain = chain_of(coupling, x)
-        if coupling.precision not in computes:
-            computes[coupling.precision] = _computes(coupling.precision, x)
-        how = computes[coupling.precision]
-        if chain is None or how is None:
+        if chain is None:
             return None
-        _check_condition(coupling, state, x, cond)
-        forms.append(_form(coupling, chain, state, x, how, budget))
+        if coupling._precision not in ways:
+            how = _computes(coupling._precision, x)
+            if how is None or (ways and has_tf32(x)):  # settings of the process decide, one for all
+                return None
+            ways[coupling._precision] = how, _forms_for(state, x.dtype, x.device.type, how, budget)
+        how, known = ways[coupling._precision]
+        net: Any = coupling._modules["net"]
+        injects = isinstance(coupling, AffineInjector)
+        cond_channels = 0 if injects else net.cond_channels
+        if cond is not None or cond_channels or injects:
+            _check_condition(coupling, state, x, cond)
+        first, last = chain.tensors[0].shape, chain.last_weight.shape
+        key = (coupling.spec, chain.spec, chain.powers, first, last, cond_channels, coupling.board, injects)
+        form = known.get(key)
+        if form is None:
+            form = known[key] = _made(coupling, chain, state, x, how, budget, cond_channels)
+        forms.append(form)
         nets += chain.tensors
         counts.append(len(chain.tensors))
-    if has_tf32(x) and len(computes) > 1:  # settings of the process decide, one for all
-        return None
-    dtypes = [how.lowest for how in computes.values() if how is not None]
-    lowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return Steps(forms, nets, counts, maps, lowest, next(iter(computes)))
+        nbytes.append(chain.nbytes)
+    lowest = max((how.lowest for how, _ in ways.values()), key=lambda dtype: torch.finfo(dtype).eps)
+    return Steps(forms, nets, counts, nbytes, maps, lowest, next(iter(ways)))
 
 
 class Entered(NamedTuple):
@@ -211,14 +229,18 @@ def _state_shape(x: Tensor, squeezes: bool) -> tuple[int, ...]:
 
 def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
     """The coupling's net as a chain of tensors of x's dtype and device; None where the run does not compute it."""
-    net = coupling.net
+    net: Any = coupling._modules["net"]
     if not hasattr(net, "chain") or not ops.has_kernel(coupling.spec):
         return None
     if coupling.board is not None and device_of(x).type != "cpu":
         return None
-    chain: Chain | None = net.chain()  # type: ignore[operator]
-    if chain is None or any(part.dtype != x.dtype or part.device != x.device for part in chain.tensors):
+    chain: Chain | None = net.chain()
+    if chain is None or chain.tensors[0].device != x.device:
         return None
+    dtype = x.dtype
+    for part in chain.tensors:
+        if part.dtype is not dtype:
+            return None
     return chain
 
 
@@ -247,27 +269,39 @@ def _check_condition(coupling: Coupling, state: Sequence[int], x: Tensor, cond: 
         net.check_inputs(like, cond)
 
 
-def maps_of(steps: Sequence[FlowStep]) -> Maps:
-    """The channel maps before the couplings of steps; the maps of steps behind the last coupling are not among them."""
-    stops = [k + 1 for k, step in enumerate(steps) if step.couplings]
-    bounds = list(pairwise([0, *stops]))
-    ends = list(accumulate(len(couplings_of(steps[start:stop])) for start, stop in bounds))
+def maps_of(steps: Sequence[FlowStep], by_step: Sequence[Sequence[Coupling]]) -> Maps:
+    """The channel maps before the couplings of steps, given these couplings; not the maps behind the last coupling."""
+    counts = list(map(len, by_step))
+    bounds = list(pairwise([0, *(k for k, count in enumerate(counts, 1) if count)]))
+    ends = [end for end, count in zip(accumulate(counts), counts, strict=True) if count]
 
-    def of(begin: int, end: int) -> tuple[Sequence[Tensor], Any]:
+    def of(begin: int, end: int) -> tuple[Sequence[Tensor], Fold]:
         start, stop = bounds[begin][0], bounds[end - 1][1]
         own = steps[start:stop]
+        found = _factors_of(own)
+        if found is not None:
+            return found
         raw, function = raw_maps(own, steps[start - 1] if start else None)
-        return raw, FoldFactors() if _are_factors(own) else FoldByTorch(function)
+        return raw, FoldByTorch(function)
 
-    return Maps(ends, [sum(map(map_bytes, steps[start:stop])) for start, stop in bounds], of)
+    return Maps(ends, lambda unit: sum(map(map_bytes, steps[slice(*bounds[unit])])), of)
 
 
-def _are_factors(steps: Sequence[FlowStep]) -> bool:
-    """Whether each step is an actnorm, a convolution in LU factors and one coupling of channels."""
-
-    def fits(step: FlowStep) -> bool:
-        layer = step.permutation
-        own = isinstance(layer, InvConv) and layer.lu and type(layer).weight_and_log_det is InvConv.weight_and_log_det
-        return own and len(step.couplings) == 1 and step.couplings[0].board is None
-
-    return all(map(fits, steps))
+def _factors_of(steps: Sequence[FlowStep]) -> tuple[Sequence[Tensor], Fold] | None:
+    """The maps of steps each of which is an actnorm, a convolution in LU factors and one coupling of channels."""
+    found: list[list[Tensor]] = [[] for _ in (*FACTORS, *CONSTANTS)]
+    for step in steps:
+        parts: dict[str, Any] = step._modules
+        actnorm, layer, coupling = parts["actnorm"], parts["permutation"], parts.get("coupling")
+        if type(actnorm) is not ActNorm or type(layer) is not InvConv or not layer.lu:
+            return None
+        if coupling is None or parts.get("injector") is not None or coupling.board is not None:
+            return None
+        held = {**actnorm._parameters, **layer._parameters, **layer._buffers}
+        for name, tensors in zip((*FACTORS, *CONSTANTS), found, strict=True):
+            tensor = held.get(name)
+            if tensor is None:
+                return None
+            tensors.append(tensor)
+    *factors, permutations, signs = found
+    return [tensor for some in factors for tensor in some], FoldFactors(permutations, signs)

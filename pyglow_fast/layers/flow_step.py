@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +77,18 @@ def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
 _RUN = ("forward", "inverse", "enter", "leave", "reads", "kept_half", "run_net", "run_net_forward", "runner")
 
 
+_OWN_PARTS = frozenset({ActNorm, InvConv, Permute, Coupling, AffineInjector})
+
+
 def runs_fused(step: nn.Module) -> bool:
     """Whether a step is a FlowStep whose parts do what theirs do, so that it may be joined with its neighbours.
 
     It may not where a subclass overrides a method (a parametrized class does not), or where hooks would not be called.
     """
+    if type(step) is FlowStep:
+        parts = [part for part in step._modules.values() if part is not None]
+        if _OWN_PARTS.issuperset(map(type, parts)):
+            return not any(map(has_hooks, (step, *parts)))
     if not isinstance(step, FlowStep) or not isinstance(step.permutation, ChannelLinear):
         return False
     pairs: tuple[tuple[nn.Module, type, tuple[str, ...]], ...] = (
@@ -526,7 +533,8 @@ class FlowStep(FlowLayer):
     @property
     def couplings(self) -> list[Coupling]:
         """What follows the channel map, in order: the injector and the coupling, as far as the step has them."""
-        return [part for part in (self.injector, self.coupling) if part is not None]
+        parts = self._modules  # and not by attribute, which costs a multiple
+        return [cast(Coupling, part) for part in (parts.get("injector"), parts.get("coupling")) if part is not None]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to z; a fresh step in training first initialises its actnorm from x."""
@@ -545,7 +553,8 @@ class FlowStep(FlowLayer):
     @property
     def is_initialized(self) -> bool:
         """Whether every actnorm of the step, also in its net, has seen data."""
-        return self.actnorm.is_initialized and all(part.net_is_initialized for part in self.couplings)
+        actnorm = cast(ActNorm, self._modules["actnorm"])
+        return actnorm.is_initialized and all(part.net_is_initialized for part in self.couplings)
 
     def _check_together(self, x: Tensor, cond: Tensor | None) -> None:
         """Before an initialisation: refuse what the step cannot take, on all ranks."""

@@ -34,7 +34,12 @@ from pyglow_fast.layers.flow_step import (
     runs_fused,
 )
 from pyglow_fast.layers.folded import Folded
+<<<<<<< HEAD
 from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
+=======
+from pyglow_fast.layers.permutation import InvConv, Permute
+from pyglow_fast.layers.planned import Plans, run_key
+>>>>>>> main
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
@@ -45,12 +50,11 @@ from pyglow_fast.reversible.run import folded_maps, inverted_maps, run_inverse, 
 from pyglow_fast.reversible.setting import parse_memory
 
 
-def _is_initialized(step: nn.Module) -> bool:
+def _is_initialized(step: Any) -> bool:
     """Whether nothing in a step waits for data."""
-    if type(step) is FlowStep:
-        own = step.actnorm.is_initialized and all(type(part.net) is CouplingNet for part in step.couplings)
-        if own:  # of these all is known, without a look into each module
-            return step.is_initialized
+    own = type(step) is FlowStep and type(step._modules["permutation"]) in (InvConv, Permute)
+    if own and all(type(part._modules["net"]) is CouplingNet for part in step.couplings):
+        return bool(step.is_initialized)  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
@@ -279,15 +283,18 @@ class ReversibleSequence(FlowLayer):
         Returns:
             len(at) + 1 states z (N, C, *spatial), and log_det (N,).
         """
-        self._check_at(at)
+        if at:
+            self._check_at(at)
+        steps: list[Any] = list(self)
         fused = self.is_fused
-        if squeeze_first and (not fused or any(part.board is not None for part in self.flow_steps()[0].couplings)):
+        fresh = self.training and not self._is_initialized()
+        if squeeze_first and (not fused or any(part.board is not None for part in steps[0].couplings)):
             x, squeeze_first = functional.squeeze(x), False
         if fused and not squeeze_first:
-            first = self.flow_steps()[0]
-            with refused_alike(first.actnorm.bias.device, lambda: self.training and not self._is_initialized()):
-                check_input("x", x, first.channels, first.actnorm.bias)
-        if self.training and not self._is_initialized():
+            bias = steps[0].actnorm.bias
+            with refused_alike(bias.device) if fresh else contextlib.nullcontext():
+                check_input("x", x, steps[0].channels, bias)
+        if fresh:
             if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else fused:
                 check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing
             self._initialize_steps(x, cond, squeeze_first)
@@ -298,8 +305,7 @@ class ReversibleSequence(FlowLayer):
             plan = self._plan(x, cond, squeeze_first)
         states: list[Tensor] = []
         log_dets: list[Tensor] = []
-        steps, ends = list(self), [*(k + 1 for k in at), len(self)]
-        for begin, end in pairwise([0, *ends]):
+        for begin, end in pairwise([0, *(k + 1 for k in at), len(steps)]):
             for start, stop, mode in plan.pieces(begin, end):
                 squeezes = squeeze_first and start == 0
                 x, log_det = self._run(_Piece(steps[start:stop], fused, mode, records, squeezes, plan.budget), x, cond)
@@ -340,11 +346,10 @@ class ReversibleSequence(FlowLayer):
             return call_untraced(ReversibleSequence._run, self, piece, x, cond)
         if not piece.fused:
             path = self._run_modules_recomputing if recomputes else self._run_modules
-        elif not couplings_of(piece.flow_steps):
-            path = self._run_steps
         elif is_runnable(x) and (found := self._run_described(piece, x, cond)) is not None:
             return found
         else:
+            recomputes = recomputes and any(step.couplings for step in piece.flow_steps)
             path = self._run_steps_recomputing if recomputes else self._run_steps
         check_runs(not is_dry(x) or not couplings_of(piece.flow_steps), self.memory)
         return path(piece, x, cond)
@@ -352,8 +357,11 @@ class ReversibleSequence(FlowLayer):
     def _run_described(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Joined steps by csrc/run; None where it does not compute them."""
         steps = piece.flow_steps
-        couplings = couplings_of(steps)
-        found = entered(couplings, maps_of(steps), x, cond, piece.squeeze_first, piece.budget)
+        by_step = [step.couplings for step in steps]
+        couplings = [coupling for own in by_step for coupling in own]
+        if not couplings:
+            return None
+        found = entered(couplings, maps_of(steps, by_step), x, cond, piece.squeeze_first, piece.budget)
         if found is None:
             return None
         own, x, cond, squeezes = found
@@ -363,7 +371,7 @@ class ReversibleSequence(FlowLayer):
             z, log_det = run_recorded(own, piece.mode, self.control, x, cond, squeezes)
         else:
             z, log_det = run_plain(own, x, cond, squeezes, self._folded.get("maps", lambda: folded_maps(own)))
-        behind = map_behind(steps)
+        behind = None if by_step[-1] else map_behind(steps)
         if behind is not None:
             z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
             log_det = log_det + maps_log_det([behind], z)
@@ -445,7 +453,8 @@ class ReversibleSequence(FlowLayer):
         check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
         found = None
         if couplings and is_runnable(z) and not self._records(z, cond):
-            found = entered(couplings, maps_of(steps), z, cond, False, budget, backwards=True)
+            by_step = [step.couplings for step in steps]
+            found = entered(couplings, maps_of(steps, by_step), z, cond, False, budget, backwards=True)
         if found is None:
             whole = torch.is_grad_enabled() or is_watched()
             return run_couplings_inverse(couplings, Recorded(steps), z, cond, None if whole else budget)
@@ -475,7 +484,7 @@ class ReversibleSequence(FlowLayer):
         return x
 
     def _is_initialized(self) -> bool:
-        return all(map(_is_initialized, self))
+        return all(map(_is_initialized, self._modules.values()))
 
     def folded(self) -> contextlib.AbstractContextManager[None]:
         """A context in which what inference makes of the parameters is kept from call to call.

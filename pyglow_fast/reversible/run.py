@@ -20,7 +20,7 @@ from torch import Tensor
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._captures import is_capturing
-from pyglow_fast._derivatives import apply, backward_key, differentiable_once
+from pyglow_fast._derivatives import apply_to_plain, backward_key, differentiable_once
 from pyglow_fast._dry import device_of
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.precision import in_precision
@@ -74,27 +74,33 @@ class FoldByTorch:
         return [next(given) if leaf.requires_grad else None for leaf in leaves]
 
 
+FACTORS, CONSTANTS = ("log_scale", "bias", "lower", "upper", "log_diag"), ("permutation", "sign_diag")
+
+
 class FoldFactors:
     """Folds actnorms and invertible 1x1 convolutions in LU factors, in csrc/run.
 
-    Raw tensors are, of all steps each, log_scale, bias, permutation, lower, upper, log_diag and sign_diag.
+    Raw tensors are, of all steps each, those that FACTORS names.
+
+    Args:
+        permutations, signs: of all steps.
     """
+
+    def __init__(self, permutations: Sequence[Tensor], signs: Sequence[Tensor]) -> None:
+        self._constants = permutations, signs
 
     def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
         """Fold, without a record."""
-        found: Sequence[Tensor] = require().fold(raw, _float32.rounds(_float32.PRODUCTS, raw[0]))
+        found: Sequence[Tensor] = require().fold(raw, *self._constants, _float32.rounds(_float32.PRODUCTS, raw[0]))
         return found
 
     def gradients(
         self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
     ) -> Sequence[Tensor | None]:
-        """Compute the gradients of the parameters; buffers have none."""
-        rounds, k = _float32.rounds(_float32.PRODUCTS, raw[0]), len(raw) // 7
-        found = require().fold_backward(raw, rounds, matrices, offsets, log_dets)
-        lower, upper, log_diag, log_scale, bias = (found[i * k : (i + 1) * k] for i in range(5))
-        none = [None] * k
-        grads = [*log_scale, *bias, *none, *lower, *upper, *log_diag, *none]
-        return [grad if tensor.requires_grad else None for grad, tensor in zip(grads, raw, strict=True)]
+        """Compute the gradients of the parameters."""
+        rounds = _float32.rounds(_float32.PRODUCTS, raw[0])
+        found: Sequence[Tensor] = require().fold_backward(raw, *self._constants, rounds, matrices, offsets, log_dets)
+        return found
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,12 @@ class Maps:
 
     Attributes:
         ends: one past the last coupling of each unit that may end a node, ascending.
-        nbytes: of the maps of each unit.
+        nbytes: gives the bytes of the maps of a unit.
         of: gives the raw tensors of units first .. end - 1, and what folds them.
     """
 
     ends: Sequence[int]
-    nbytes: Sequence[int]
+    nbytes: Callable[[int], int]
     of: Callable[[int, int], tuple[Sequence[Tensor], Fold]]
 
 
@@ -120,6 +126,7 @@ class Steps:
         forms: of the couplings and their nets.
         nets: the nets' tensors, one net after another.
         counts: how many of them each net has.
+        nbytes: of the tensors of each net.
         maps: where the channel maps come from.
         lowest: the dtype that the nets compute in, if lower than the state's.
         precision: that the nets are to be run in, see in_precision.
@@ -128,24 +135,24 @@ class Steps:
     forms: Sequence[Any]
     nets: Sequence[Tensor]
     counts: Sequence[int]
+    nbytes: Sequence[int]
     maps: Maps
     lowest: torch.dtype
     precision: str = "auto"
 
     def bounds(self, limit: int | None, at_once: int) -> list[tuple[int, int]]:
         """Cut the units into nodes (first, one past the last) of so many bytes of gradients and of maps at most."""
+        ends = self.maps.ends
         if limit is None:
-            return [(0, len(self.maps.ends))]
-        found, start, grads, folded, at, first = [], 0, 0, 0, 0, 0
-        for unit, end in enumerate(self.maps.ends):
-            stop = at + sum(self.counts[first:end])
-            own = sum(tensor.nbytes for tensor in self.nets[at:stop])
-            if unit > start and (grads + own > limit or folded + self.maps.nbytes[unit] > at_once):
+            return [(0, len(ends))]
+        found, start, grads, folded, first = [], 0, 0, 0, 0
+        for unit, end in enumerate(ends):
+            own, maps = sum(self.nbytes[first:end]), self.maps.nbytes(unit)
+            if unit > start and (grads + own > limit or folded + maps > at_once):
                 found.append((start, unit))
                 start, grads, folded = unit, 0, 0
-            grads, folded = grads + own, folded + self.maps.nbytes[unit]
-            at, first = stop, end
-        return [*found, (start, len(self.maps.ends))]
+            grads, folded, first = grads + own, folded + maps, end
+        return [*found, (start, len(ends))]
 
 
 @dataclass(frozen=True)
@@ -267,8 +274,7 @@ class _RunNode(torch.autograd.Function):
         if any(needs[3 + node.n_nets :]):
             each = (grad_log_det.sum() * n_positions(grad_z)).expand(len(node.forms))
             of_maps = node.fold.gradients(raw, matrices, offsets, each)
-        nets_grads = [grad if want else None for grad, want in zip(of_nets, wants, strict=True)]
-        grads = (grad_x, grad_cond, *nets_grads, *of_maps)
+        grads = (grad_x, grad_cond, *of_nets, *of_maps)
         return (None, *grads) if drifted is None else (None, *[_accepted(grad, drifted) for grad in grads])
 
 
@@ -334,14 +340,10 @@ def run_recorded(
     control = control if mode == "reversible" else None
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeezes else 1)
     boundary, few = kept_between(x.nbytes, positions, control is None)
-    step_bytes, at = [], 0
-    for count in steps.counts:
-        step_bytes.append(sum(tensor.nbytes for tensor in steps.nets[at : at + count]))
-        at += count
-    limit = part_limit(x, step_bytes, boundary)
+    limit = part_limit(x, steps.nbytes, boundary)
     units = steps.bounds(limit, FOLDED_AT_ONCE)
     ends = [steps.maps.ends[end - 1] for _, end in units]
-    whole = Pass(control, step_bytes, None, ends[:-1], few)
+    whole = Pass(control, steps.nbytes, None, ends[:-1], few)
     run = _Run(_MODES[mode] if not (mode == "reversible" and whole.keeps_states) else CHECKPOINT)
     signs = sketched = None
     rounds = _float32.rounds(_float32.PRODUCTS, x)
@@ -359,7 +361,7 @@ def run_recorded(
         form = require().Part(forms, squeezes_here, run.mode, part.anchors, part.knows_start, signs, sketched, rounds)
         node = _Node(run, part, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision)
         with in_precision(steps.precision, x):
-            x, log_det = apply(_RunNode, node, x, cond, *nets, *raw)
+            x, log_det = apply_to_plain(_RunNode, node, x, cond, *nets, *raw)
         log_dets.append(log_det)
     return x, functional.summed(log_dets)
 
