@@ -56,7 +56,8 @@ Tensor no_drift(const Tensor& like) { return nothing(like, {}); }
 Tensor project(const Tensor& x, const Signs& signs) {
   const int64_t length = signs.inner.size(0), blocks = signs.outer.size(0);
   if (x.is_meta()) {
-    const Tensor summed = nothing(x, signs.rounds ? x.sizes() : at::IntArrayRef{x.size(0), x.size(1), blocks});
+    const std::vector<int64_t> sums{x.size(0), x.size(1), blocks};
+    const Tensor inside = nothing(x, signs.rounds ? x.sizes() : at::IntArrayRef(sums));
     return nothing(x, {x.size(0), x.size(1)});
   }
   const Tensor f = flat(x);
@@ -96,7 +97,7 @@ Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
 
 Tensor anchor_drift(const Tensor& recomputed, const Tensor& truth) {
   if (truth.is_meta()) {
-    const Tensor error = at::empty_like(truth);
+    const Tensor inside = at::empty_like(truth);
     return no_drift(truth);
   }
   return largest(norms(recomputed - truth) / scale_of(norms(truth)));

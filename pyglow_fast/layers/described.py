@@ -66,19 +66,8 @@ _forms: dict[tuple[object, ...], dict[tuple[object, ...], Any]] = {}
 _REMEMBERED = 256  # shapes and settings
 
 
-<<<<<<< HEAD
-def _form(coupling: Coupling, chain: Chain, state: Sequence[int], x: Tensor, how: _Computes, budget: str | int) -> Any:
-    """The coupling and its net for states of a shape, in the form that csrc/run takes."""
-    net, board = coupling.net, coupling.board
-    cond_channels = 0 if isinstance(coupling, AffineInjector) else cast("ChainNet", net).cond_channels
-    sizes = tuple(tensor.shape for tensor in chain.tensors)
-    kind = (coupling.spec, cond_channels, board, type(coupling))
-    key = (kind, chain.spec, chain.powers, sizes, tuple(state), x.dtype, device_of(x).type, how, budget)
-    found = _forms.get(key)
-=======
 def _forms_for(*settings: object) -> dict[tuple[object, ...], Any]:
     found = _forms.get(settings)
->>>>>>> main
     if found is None:
         if len(_forms) >= _REMEMBERED:
             _forms.clear()
@@ -165,7 +154,7 @@ def described(
             how = _computes(coupling._precision, x)
             if how is None or (ways and has_tf32(x)):  # settings of the process decide, one for all
                 return None
-            ways[coupling._precision] = how, _forms_for(state, x.dtype, x.device.type, how, budget)
+            ways[coupling._precision] = how, _forms_for(state, x.dtype, device_of(x).type, how, budget)
         how, known = ways[coupling._precision]
         net: Any = coupling._modules["net"]
         injects = isinstance(coupling, AffineInjector)

@@ -34,12 +34,8 @@ from pyglow_fast.layers.flow_step import (
     runs_fused,
 )
 from pyglow_fast.layers.folded import Folded
-<<<<<<< HEAD
-from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
-=======
 from pyglow_fast.layers.permutation import InvConv, Permute
-from pyglow_fast.layers.planned import Plans, run_key
->>>>>>> main
+from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
