@@ -12,10 +12,10 @@ from torch import nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.interop.joined import Face, Joined, JoinedList, JoinedRun, Reasons, join
+from pyglow_fast.interop.joined import Face, Joined, JoinedList, Reasons, join
 from pyglow_fast.interop.nets import recognised
 from pyglow_fast.interop.probing import chain_of
-from pyglow_fast.reversible.setting import MEMORY_MODES, memory_text, parse_memory
+from pyglow_fast.reversible.setting import MEMORY_MODES, parse_memory
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
 # Adapters of classes that are recognised by their structure, whatever package they are in. Such an adapter has the
@@ -138,8 +138,9 @@ def accelerate(
         ValueError: a wrong option, such as bytes, or no such layer in the model.
     """
     mode = None if memory is None else parse_memory(memory)
-    if isinstance(mode, int):  # their nets run as they are: no dry run tells how many bytes they would take
-        expect(False, "memory", f"one of {MEMORY_MODES} for layers of other libraries", f'"{memory_text(mode)}"')
+    by_mode = mode is None or isinstance(mode, str)  # their nets run as they are: no dry run tells their bytes
+    expect(by_mode, "memory", f"one of {MEMORY_MODES} for layers of other libraries", repr(memory))
+    assert mode is None or isinstance(mode, str)  # for the type checker: refused above
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     known = {_library(module) for module in model.modules()} & set(_ADAPTERS)
@@ -233,13 +234,13 @@ def _parents(name: str) -> list[str]:
     return ["", *(".".join(parts[:i]) for i in range(1, len(parts)))] if name else []
 
 
-def _join(done: Acceleration, library: str, memory: str | int, budget: str | int) -> None:
+def _join(done: Acceleration, library: str, memory: str, budget: str | int) -> None:
     joining = _adapter(library, ".joining")
     reasons: Reasons = {}
     for name, module in list(done.model.named_modules()):
         if isinstance(module, Joined):
             if module not in done._lists:
-                modes = {memory_text(item.run.memory) for item in module.faces if isinstance(item, Face)}
+                modes = {item.run.memory for item in module.faces if isinstance(item, Face)}
                 reasons |= dict.fromkeys(module.steps(), f"joined before, memory {', '.join(sorted(modes))}")
             continue
         if hasattr(module, "node_list") and _has(library, ".graphs"):
@@ -261,7 +262,7 @@ def _join(done: Acceleration, library: str, memory: str | int, budget: str | int
             done._faces += faces
             done._lists.append(cast(Joined, module))
             steps = ", ".join(str(len(face.run)) for face in faces)
-            done.joined[name] = f"{steps} steps in one chain each, memory {memory_text(memory)!r}"
+            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
     joined = {step for face in done._faces for step in face.modules}
     for name, module in done.model.named_modules():
         if isinstance(module, joining.STEPS) and module not in joined:

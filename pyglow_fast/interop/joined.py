@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched, kernels_step_aside
-from pyglow_fast.coupling_nets.traits import KeptBytes
 from pyglow_fast.interop import nets
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import (
@@ -57,11 +56,6 @@ class OrderedNet(nn.Module):
         return nets.bytes_per_position(self.net)
 
     @property
-    def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-        """A function that computes the bytes the net keeps for its backward; None where not known: see traits.py."""
-        return nets.kept_bytes(self.net, self.output_map is not None)
-
-    @property
     def writes_to_input(self) -> bool:
         """Whether its net may write to what it is called with."""
         return nets.may_write(self.net)
@@ -76,7 +70,7 @@ Reasons = dict[nn.Module, str]  # why a step is not in a run
 ALONE = "no step of its width next to it"
 
 
-def unrepeatable(net: nn.Module, memory: str | int) -> str:
+def unrepeatable(net: nn.Module, memory: str) -> str:
     """Say why a net cannot run again in the backward, as all memory modes but "store" need; empty if it can.
 
     Modules that change when they run in training count whatever mode the net is in now.

@@ -183,7 +183,7 @@ class _Search:
         return sum(run.of(split) for run, split in zip(self.runs, splits, strict=True))
 
     def least(self) -> list[Split]:
-        """The plan of the least bytes: all is inverted, but runs that take less otherwise, of few positions or steps."""
+        """The plan of the least bytes: all is inverted, but runs of few positions or steps that take less otherwise."""
         found = self.inverted
         for index, run in enumerate(self.runs):
             others = [[*found[:index], other, *found[index + 1 :]] for other in ((0, run.last), (0, 0))]
