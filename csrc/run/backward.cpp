@@ -330,7 +330,7 @@ class Walk {
     if (form.takes_state) grad_state = at::zeros_like(x1);
     if (args_.wants_cond && (form.takes_cond || !form.takes_state)) grad_cond = at::zeros_like(*args_.cond);
     std::fill(own, own + static_cast<std::ptrdiff_t>(form.tensors()), Tensor());
-    for (const Chunk& chunk : form.chunks) {
+    for (const Chunk& chunk : form.chunks_for(state)) {
       const Tensor part = chunk.inputs(x1);
       const Optional beside = args_.cond ? Optional(chunk.inputs(*args_.cond)) : args_.cond;
       Tensors kept;

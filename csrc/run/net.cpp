@@ -20,6 +20,7 @@
 
 #include <array>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <set>
 #include <string>
@@ -231,6 +232,15 @@ double NetForm::overlap() const {
     given += static_cast<double>(chunk.samples) * static_cast<double>(chunk.rows);
   }
   return given > 0 ? read / given : 1;
+}
+
+std::vector<Chunk> NetForm::chunks_for(const Tensor& x) const {
+  if (!x.is_meta()) return chunks;
+  std::map<std::array<int64_t, 3>, int> counts;
+  std::vector<Chunk> found;
+  for (const Chunk& chunk : chunks)
+    if (++counts[{chunk.samples, chunk.rows, chunk.takes}] <= 2) found.push_back(chunk);
+  return found;
 }
 
 Net::Net(const NetForm& form, at::TensorList own, const Tensor& like)

@@ -52,6 +52,8 @@ struct NetForm {
   std::size_t tensors() const;
   std::size_t kept() const;  // tensors that forward keeps
   double overlap() const;    // positions that the chunks read, over those that they give
+  // Of a dry run no more than two of each size: the others take what the second does.
+  std::vector<Chunk> chunks_for(const Tensor& x) const;
 };
 
 // What a backward is to compute. A net computes no others where that is cheaper.

@@ -82,9 +82,15 @@ class DryStep(Generic[M]):
         for module in self._twin.modules():
             if isinstance(module, ActNorm):
                 module._known_initialized = True  # or a forward in training would look at values
-        self._runs: Sequence[Planned] = runs(self._twin)
-        for run, spacing in zip(self._runs, spacings, strict=True):
-            run.control.learnt, run.control.deferred = DriftRecord(spacing), False
+        self._runs, self._spacings = runs(self._twin), spacings
+        self._marks: list[int] = []  # bytes before and behind the forward of each run
+        for run in self._runs:
+            run.control.deferred = False
+            run.register_forward_pre_hook(lambda *_: self._mark())
+            run.register_forward_hook(lambda *_: self._mark())
+
+    def _mark(self) -> None:
+        self._marks.append(self._dry.now)
 
     def bytes_of(self, plans: Sequence[RunPlan]) -> Bytes:
         """Go through the step with a plan of each run."""
@@ -94,14 +100,18 @@ class DryStep(Generic[M]):
         return self._known[key][0]
 
     def _run(self, plans: Sequence[RunPlan]) -> tuple[Bytes, dict[int, Any]]:
-        with DryRun(self._device) as dry, torch.enable_grad():
+        for run, spacing in zip(self._runs, self._spacings, strict=True):
+            run.control.learnt = DriftRecord(spacing)  # no drift is found, and anchors would move apart
+        self._marks = []
+        self._dry = DryRun(self._device)
+        with self._dry as dry, torch.enable_grad():
             outputs = [out for out in self._forward(self._twin, plans, self._inputs) if out.requires_grad]
-            kept = dry.now
             torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
             most, noted = dry.most, dry.noted
         for x in self._inputs:
             if x is not None:
                 x.grad = None
+        kept = [behind - before for before, behind in zip(self._marks[::2], self._marks[1::2], strict=True)]
         return Bytes(kept, most), noted
 
     def times(self, budget: str | int) -> list[RunTimes]:

@@ -127,9 +127,9 @@ class RunTimes:
 
 
 class Bytes(NamedTuple):
-    """Bytes of a training step: those between its forward and its backward, and the most at any time."""
+    """Bytes of a training step: those that each run keeps behind its forward, and the most at any time."""
 
-    kept: int
+    kept: Sequence[int]
     most: int
 
 
@@ -170,7 +170,15 @@ class _Search:
 
     def __init__(self, step: Rehearsal, net_budget: str | int) -> None:
         self._step, self.net_budget, self.runs = step, net_budget, step.times(net_budget)
-        self.inverted: list[Split] = [(run.last, run.last) for run in self.runs]
+        self.inverted, self.checkpointed, self.stored = (
+            [(run.last * inverts, run.last * recomputes) for run in self.runs]
+            for inverts, recomputes in ((True, True), (False, True), (False, False))
+        )
+
+    @property
+    def as_inverted(self) -> tuple[float, int]:
+        """Time and bytes of inverting every step."""
+        return self.time(self.inverted), self.bytes_of(self.inverted).most
 
     def plans(self, splits: Sequence[Split]) -> list[RunPlan]:
         pairs = zip(self.runs, splits, strict=True)
@@ -185,22 +193,25 @@ class _Search:
     def least(self) -> list[Split]:
         """The plan of the least bytes: all is inverted, but runs of few positions or steps that take less otherwise."""
         found = self.inverted
-        for index, run in enumerate(self.runs):
-            others = [[*found[:index], other, *found[index + 1 :]] for other in ((0, run.last), (0, 0))]
+        for i in range(len(self.runs)):
+            others = [[*found[:i], uniform[i], *found[i + 1 :]] for uniform in (self.checkpointed, self.stored)]
             found = min([found, *others], key=lambda splits: self.bytes_of(splits).most)
         return found
 
     def _moves(self, start: Sequence[Split]) -> list[_Moves]:
         """Of each run by what all moves to a mode save and keep together: its steps are alike, nearly."""
+        kept = {
+            split: self.bytes_of(splits).kept
+            for split, splits in ((2, self.inverted), (1, self.checkpointed), (0, self.stored))
+        }
         found = []
         for index, run in enumerate(self.runs):
-            splits, before = list(start), start[index]
-            for split, stores in (((0, run.last), False), ((0, 0), True)):
+            before = start[index]
+            for split, stores in ((self.checkpointed[index], False), (self.stored[index], True)):
                 if before[stores] == 0:
                     continue
-                kept = self.bytes_of(splits).kept
-                splits[index] = split
-                size, saved = self.bytes_of(splits).kept - kept, run.of(before) - run.of(split)
+                size = kept[_mode(split)][index] - kept[_mode(before)][index]
+                saved = run.of(before) - run.of(split)
                 found.append(_Moves(index, stores, run.last, max(saved, 1) / run.last, max(size, 1) / run.last))
                 before = split
         return sorted(found, key=lambda one: (-one.saved / one.size, -one.run, one.stores))
@@ -214,30 +225,30 @@ class _Search:
             found[one.run] = (min(a, last - count), last - count) if one.stores else (max(a - count, 0), b)
         return found
 
-    def best(self, budget: int) -> list[Split] | None:
-        """The plan of least time within a budget, nearly; None if there is none."""
-        start = self.inverted if self.bytes_of(self.inverted).most <= budget else self.least()
-        if self.bytes_of(start).most > budget:
+    def best(self, start: Sequence[Split], budget: int) -> list[Split] | None:
+        """The plan of least time within a budget, nearly, from one of few bytes on; None if that does not fit."""
+        spare = budget - self.bytes_of(start).most
+        if spare < 0:
             return None
         moves = self._moves(start)
         counts = [0] * len(moves)
         for i, one in enumerate(moves):  # as many of each as fit, the worthiest first
-
-            def most(count: int, i: int = i) -> int:
-                return self.bytes_of(self._moved(start, moves, [*counts[:i], count, *counts[i + 1 :]])).most
-
-            fits, too_many = 0, one.count + 1
-            guess = one.count
-            while too_many - fits > 1:
-                guess = min(max(guess, fits + 1), too_many - 1)
-                spare = budget - most(guess)
-                if spare >= 0:
-                    fits = guess
+            too_many, guess = one.count + 1, int(spare // one.size)
+            while guess > counts[i] and too_many - counts[i] > 1:
+                guess = min(guess, too_many - 1)
+                left = budget - self.bytes_of(self._moved(start, moves, [*counts[:i], guess, *counts[i + 1 :]])).most
+                if left >= 0:
+                    counts[i], spare = guess, left
+                    guess += max(int(left // one.size), 1)
                 else:
                     too_many = guess
-                guess += int(spare // one.size)
-            counts[i] = fits
+                    guess = max(guess + int(left // one.size), counts[i] + 1)
         return self._moved(start, moves, counts)
+
+
+def _mode(split: Split) -> int:
+    """How many of its numbers are not 0: 2 of a run that is all inverted, 0 of one that is all stored."""
+    return (split[0] > 0) + (split[1] > 0)
 
 
 def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
@@ -264,31 +275,27 @@ def plan_memory(step: Rehearsal, budget: int, net_budget: str | int = "auto", de
         ValueError: not even inverting every step with the smallest chunks takes so few, nor, of tiny states, storing
             all; it names the lesser of both.
     """
-    searches: list[_Search] = []
-    found: list[tuple[float, _Search, list[Split]]] = []  # of budgets of the nets that differ, the largest first
+    searches: list[_Search] = []  # of budgets of the nets that differ, the largest first
+    found: list[tuple[float, _Search, list[Split]]] = []
     for own in _net_budgets(net_budget, device_type):
         search = _Search(step, own)
-        everything: list[Split] = [(0, 0)] * len(search.runs)
-        if searches and all(
-            one == other
-            for one, other in (
-                (search.time(search.inverted), searches[-1].time(search.inverted)),
-                (search.bytes_of(search.inverted), searches[-1].bytes_of(search.inverted)),
-            )
-        ):
+        if not searches and search.bytes_of(search.stored).most <= budget:
+            return MemoryPlan(((0, 0),) * len(search.runs), own, search.bytes_of(search.stored).most, 1.0)
+        if searches and search.as_inverted == searches[-1].as_inverted:
             continue  # no net is cut otherwise
         searches.append(search)
-        stores = len(searches) == 1 and search.bytes_of(everything).most <= budget
-        splits = everything if stores else search.best(budget)
-        if splits is None:
-            continue
-        found.append((search.time(splits), search, splits))
-        if stores or (len(found) > 1 and found[-1][0] >= found[-2][0]):
-            break  # still smaller chunks would take still longer
+        if (splits := search.best(search.inverted, budget)) is not None:
+            found.append((search.time(splits), search, splits))
+            if len(found) > 1 and found[-1][0] >= found[-2][0]:
+                break  # still smaller chunks would take still longer
     if not found:
-        least = min(search.bytes_of(search.least()).most for search in searches)
-        expect(False, "memory", f"at least {least} bytes", memory_text(budget))
+        least, search, splits = min(
+            ((one.bytes_of(one.least()).most, one, one.least()) for one in searches), key=lambda plan: plan[0]
+        )
+        expect(least <= budget, "memory", f"at least {least} bytes", memory_text(budget))
+        splits = search.best(splits, budget) or splits
+        found.append((search.time(splits), search, splits))
     time, search, splits = min(found, key=lambda plan: plan[0])
     steps = tuple((plan.states_from, plan.stored_from) for plan in search.plans(splits))
-    share = time / max(search.time([(0, 0)] * len(splits)), 1)
+    share = time / max(search.time(search.stored), 1)
     return MemoryPlan(steps, search.net_budget, search.bytes_of(splits).most, share)
