@@ -95,6 +95,14 @@ run::Factors factors_of(const Tensors& raw, const Tensors& permutations, const T
 }  // namespace
 
 void define_run(py::module& m) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const run::SingularMatrix& singular) {
+      const py::object own = py::module_::import("pyglow_fast._errors").attr("SingularMatrixError");
+      PyErr_SetString(own.ptr(), singular.what());
+    }
+  });
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<run::NetForm, std::shared_ptr<run::NetForm>>(m, "NetForm", "All about a coupling net but its tensors.")
       .def(py::init([](std::vector<int64_t> activations, std::vector<double> parameters, std::vector<int64_t> dilations,

@@ -50,7 +50,8 @@ from pyglow_fast.reversible.setting import memory_text, parse_memory
 def _is_initialized(step: Any) -> bool:
     """Whether nothing in a step waits for data."""
     own = type(step) is FlowStep and type(step._modules["permutation"]) in (InvConv, Permute)
-    if own and all(type(part._modules["net"]) is CouplingNet for part in step.couplings):
+    nets = [part._modules["net"] for part in step.couplings] if own else ()
+    if own and all(type(net) is CouplingNet and net.has_own_norms for net in nets):
         return bool(step.is_initialized)  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
