@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> inverse(const run::Part& part, const Tensor& z, const
   return run::inverse(part, z, cond, maps_of(maps), nets);
 }
 
-using Back = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, double, int64_t>;
+using Back = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, double, int64_t>;
 
 Back backward(const run::Part& part, const Optional& x, const Optional& z, const Optional& cond, const Tensors& maps,
               const Tensors& nets, const Tensor& grad_z, const Tensor& grad_log_det, const Tensors& anchors,
@@ -78,8 +78,8 @@ Back backward(const run::Part& part, const Optional& x, const Optional& z, const
                          .restored = restored};
   for (std::size_t i = 0; i < anchors.size(); ++i) args.kept.anchors[part.anchors.at(i)] = anchors[i];
   run::Gradients found = run::backward(part, maps_of(maps), nets, std::move(args));
-  return {found.x,     found.cond,  found.matrices, found.offsets, found.nets,
-          found.start, found.worst, found.drift,    found.redone};
+  return {found.x,    found.cond,  found.matrices, found.offsets, found.log_dets,
+          found.nets, found.start, found.worst,    found.drift,   found.redone};
 }
 
 // raw: of all steps each, log_scale, bias, lower, upper and log_diag.

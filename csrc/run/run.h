@@ -85,7 +85,7 @@ struct BackwardArgs {
 
 struct Gradients {
   Tensor x, cond;                   // cond undefined: not wanted
-  Tensor matrices, offsets;         // of the maps
+  Tensor matrices, offsets, log_dets;  // of the maps
   Tensors nets;                     // undefined: not wanted
   Tensor start;                     // the part's input, recomputed or true
   Tensor worst;                     // drift, where the host has not read it

@@ -323,7 +323,12 @@ class ReversibleSequence(FlowLayer):
         return torch.is_grad_enabled() and (
             x.requires_grad
             or (cond is not None and cond.requires_grad)
-            or any(parameter.requires_grad for parameter in self.parameters())
+            or any(
+                tensor.requires_grad
+                for module in self.modules()
+                for tensor in module._parameters.values()
+                if tensor is not None
+            )
         )
 
     def _run(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
