@@ -34,8 +34,11 @@ Tensors as_list(const run::Maps& maps) {
 // z, log_det; then what is kept: anchors, states, outputs, what nets keep, projections, sketch.
 using Run = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensor, Tensor>;
 
+// Kernels read memory as it lies there: a tensor that is negated as it is read is written out first.
+Optional resolved(const Optional& x) { return x ? Optional(x->resolve_neg()) : x; }
+
 Run forward(const run::Part& part, const Tensor& x, const Optional& cond, const Tensors& maps, const Tensors& nets) {
-  run::Forward found = run::forward(part, x, cond, maps_of(maps), nets);
+  run::Forward found = run::forward(part, x.resolve_neg(), resolved(cond), maps_of(maps), nets);
   Tensors anchors;
   for (const auto& [step, state] : found.kept.anchors) anchors.push_back(state);
   return {found.z,
@@ -50,7 +53,7 @@ Run forward(const run::Part& part, const Tensor& x, const Optional& cond, const 
 
 std::tuple<Tensor, Tensor> inverse(const run::Part& part, const Tensor& z, const Optional& cond, const Tensors& maps,
                                    const Tensors& nets) {
-  return run::inverse(part, z, cond, maps_of(maps), nets);
+  return run::inverse(part, z.resolve_neg(), resolved(cond), maps_of(maps), nets);
 }
 
 using Back = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, double, int64_t>;
@@ -60,11 +63,11 @@ Back backward(const run::Part& part, const Optional& x, const Optional& z, const
               const Tensors& states, const Tensors& outputs, const Tensors& kept_nets, const Optional& seen,
               const Optional& start, const std::vector<bool>& wants, bool wants_cond, int64_t judged, double limit,
               const std::function<Tensor()>& restored) {
-  run::BackwardArgs args{.x = x,
+  run::BackwardArgs args{.x = resolved(x),
                          .z = z,
-                         .cond = cond,
-                         .grad_z = grad_z,
-                         .grad_log_det = grad_log_det,
+                         .cond = resolved(cond),
+                         .grad_z = grad_z.resolve_neg(),
+                         .grad_log_det = grad_log_det.resolve_neg(),
                          .kept = {.anchors = {},
                                   .states = states,
                                   .outputs = outputs,

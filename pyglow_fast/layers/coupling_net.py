@@ -185,11 +185,6 @@ class CouplingNet(NetShape):
             return weights
         return [weight.contiguous(memory_format=convolutions.format_for(weight)) for weight in weights]
 
-    def weight_sources(self) -> list[Tensor]:
-        """All tensors that :meth:`folded_weights` are made of."""
-        border = [kernel for kernel in (self.border1, self.border3) if kernel is not None]
-        return [*self._slot_values().values(), *border]
-
     def _slot_values(self) -> dict[str, Tensor]:
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
         parts = self._modules
