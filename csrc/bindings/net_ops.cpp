@@ -246,9 +246,9 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
   if (cond) grads.push_back(empty_reused(cond->sizes(), cond->options(), x.suggest_memory_format()));
   const std::size_t inputs = grads.size(), layers = weights.size();
   if (want_weights) {
-    for (const at::Tensor& weight : net.weights()) grads.push_back(at::empty(weight.sizes(), x.options()));
-    for (const at::Tensor& weight : net.weights()) grads.push_back(at::empty({weight.size(0)}, x.options()));
-    if (log_gain) grads.push_back(at::empty(log_gain->sizes(), x.options()));
+    for (const at::Tensor& weight : net.weights()) grads.push_back(empty_reused(weight.sizes(), x.options()));
+    for (const at::Tensor& weight : net.weights()) grads.push_back(empty_reused({weight.size(0)}, x.options()));
+    if (log_gain) grads.push_back(empty_reused(log_gain->sizes(), x.options()));
   }
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);

@@ -118,6 +118,7 @@ class Walk {
     if (args_.wants_cond) found.cond = cond_.result();
     found.matrices = at::stack(matrices_);
     found.offsets = at::stack(offsets_);
+    found.log_dets = (args_.grad_log_det.sum() * positions_of(args_.grad_z)).expand({part_.size()});
     found.nets = std::move(nets_);
     found.start = start_;
     found.redone = redone_;

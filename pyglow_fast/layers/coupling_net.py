@@ -154,7 +154,7 @@ class CouplingNet(NetShape):
     @property
     def has_own_norms(self) -> bool:
         """Whether the net still has the norms that it was made with."""
-        return {type(self.norm1), type(self.norm2)} <= {nn.Identity, ActNorm}
+        return (type(self._modules["norm1"]), type(self._modules["norm2"])) in _CHAINS
 
     @property
     def is_initialized(self) -> bool:
@@ -184,11 +184,6 @@ class CouplingNet(NetShape):
         if not functional.net_as_convolutions(w3):
             return weights
         return [weight.contiguous(memory_format=convolutions.format_for(weight)) for weight in weights]
-
-    def weight_sources(self) -> list[Tensor]:
-        """All tensors that :meth:`folded_weights` are made of."""
-        border = [kernel for kernel in (self.border1, self.border3) if kernel is not None]
-        return [*self._slot_values().values(), *border]
 
     def _slot_values(self) -> dict[str, Tensor]:
         # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.

@@ -273,7 +273,8 @@ def maps_of(steps: Sequence[FlowStep], by_step: Sequence[Sequence[Coupling]]) ->
         raw, function = raw_maps(own, steps[start - 1] if start else None)
         return raw, FoldByTorch(function)
 
-    return Maps(ends, lambda unit: sum(map(map_bytes, steps[slice(*bounds[unit])])), of)
+    longest = max(stop - start for start, stop in bounds)  # units are of one width
+    return Maps(ends, longest * map_bytes(steps[0]), of)
 
 
 def _factors_of(steps: Sequence[FlowStep]) -> tuple[Sequence[Tensor], Fold] | None:

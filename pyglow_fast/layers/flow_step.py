@@ -77,7 +77,7 @@ def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
 _RUN = ("forward", "inverse", "enter", "leave", "reads", "kept_half", "run_net", "run_net_forward", "runner")
 
 
-_OWN_PARTS = frozenset({ActNorm, InvConv, Permute, Coupling, AffineInjector})
+_OWN_PARTS = frozenset({ActNorm, InvConv, Permute, Coupling, AffineInjector, type(None)})
 
 
 def runs_fused(step: nn.Module) -> bool:
@@ -85,10 +85,8 @@ def runs_fused(step: nn.Module) -> bool:
 
     It may not where a subclass overrides a method (a parametrized class does not), or where hooks would not be called.
     """
-    if type(step) is FlowStep:
-        parts = [part for part in step._modules.values() if part is not None]
-        if _OWN_PARTS.issuperset(map(type, parts)):
-            return not any(map(has_hooks, (step, *parts)))
+    if type(step) is FlowStep and _OWN_PARTS.issuperset(map(type, step._modules.values())):
+        return not has_hooks(step)  # nothing calls its parts as modules, and so no hooks on them
     if not isinstance(step, FlowStep) or not isinstance(step.permutation, ChannelLinear):
         return False
     pairs: tuple[tuple[nn.Module, type, tuple[str, ...]], ...] = (

@@ -174,7 +174,7 @@ class FrozenSteps(FlowLayer):
         def of(first: int, end: int) -> tuple[Sequence[Tensor], FoldByTorch]:
             return self._stacked(MAPS, first, end), FoldByTorch(list)
 
-        maps = Maps(range(1, count + 1), lambda unit: nbytes, of)
+        maps = Maps(range(1, count + 1), nbytes, of)
         return entered(self._own, maps, x, cond, squeezes, self.memory_budget, backwards)
 
     def _by_torch(self) -> tuple[_FoldedSteps, str | int | None]:

@@ -49,7 +49,8 @@ from pyglow_fast.reversible.setting import parse_memory
 def _is_initialized(step: Any) -> bool:
     """Whether nothing in a step waits for data."""
     own = type(step) is FlowStep and type(step._modules["permutation"]) in (InvConv, Permute)
-    if own and all(type(part._modules["net"]) is CouplingNet for part in step.couplings):
+    nets = [part._modules["net"] for part in step.couplings] if own else ()
+    if own and all(type(net) is CouplingNet and net.has_own_norms for net in nets):
         return bool(step.is_initialized)  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
@@ -321,7 +322,12 @@ class ReversibleSequence(FlowLayer):
         return torch.is_grad_enabled() and (
             x.requires_grad
             or (cond is not None and cond.requires_grad)
-            or any(parameter.requires_grad for parameter in self.parameters())
+            or any(
+                tensor.requires_grad
+                for module in self.modules()
+                for tensor in module._parameters.values()
+                if tensor is not None
+            )
         )
 
     def _run(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -109,12 +109,12 @@ class Maps:
 
     Attributes:
         ends: one past the last coupling of each unit that may end a node, ascending.
-        nbytes: gives the bytes of the maps of a unit.
+        nbytes: of the maps of a unit, at most.
         of: gives the raw tensors of units first .. end - 1, and what folds them.
     """
 
     ends: Sequence[int]
-    nbytes: Callable[[int], int]
+    nbytes: int
     of: Callable[[int, int], tuple[Sequence[Tensor], Fold]]
 
 
@@ -142,16 +142,16 @@ class Steps:
 
     def bounds(self, limit: int | None, at_once: int) -> list[tuple[int, int]]:
         """Cut the units into nodes (first, one past the last) of so many bytes of gradients and of maps at most."""
-        ends = self.maps.ends
-        if limit is None:
+        ends, most = self.maps.ends, max(1, at_once // self.maps.nbytes)
+        if limit is None or (len(ends) <= most and sum(self.nbytes) <= limit):
             return [(0, len(ends))]
-        found, start, grads, folded, first = [], 0, 0, 0, 0
+        found, start, grads, first = [], 0, 0, 0
         for unit, end in enumerate(ends):
-            own, maps = sum(self.nbytes[first:end]), self.maps.nbytes(unit)
-            if unit > start and (grads + own > limit or folded + maps > at_once):
+            own = sum(self.nbytes[first:end])
+            if unit > start and (grads + own > limit or unit - start >= most):
                 found.append((start, unit))
-                start, grads, folded = unit, 0, 0
-            grads, folded, first = grads + own, folded + maps, end
+                start, grads = unit, 0
+            grads, first = grads + own, end
         return [*found, (start, len(ends))]
 
 
@@ -259,7 +259,7 @@ class _RunNode(torch.autograd.Function):
         arguments = (maps, nets, grad_z, grad_log_det, *lists, seen, start, wants, needs[2], judged, limit, restored)
         with in_precision(node.precision, grad_z):
             found = require().run_backward(node.form, x, z, cond, *arguments)
-        grad_x, grad_cond, matrices, offsets, of_nets, first, worst, drift, redone = found
+        grad_x, grad_cond, matrices, offsets, log_dets, of_nets, first, worst, drift, redone = found
         drifted = None
         if judged == LATER:
             drifted = drifted_in_this_backward(~(worst <= limit))
@@ -272,8 +272,7 @@ class _RunNode(torch.autograd.Function):
             node.run.leave(part, first)
         of_maps: Sequence[Tensor | None] = [None] * len(raw)
         if any(needs[3 + node.n_nets :]):
-            each = (grad_log_det.sum() * n_positions(grad_z)).expand(len(node.forms))
-            of_maps = node.fold.gradients(raw, matrices, offsets, each)
+            of_maps = node.fold.gradients(raw, matrices, offsets, log_dets)
         grads = (grad_x, grad_cond, *of_nets, *of_maps)
         return (None, *grads) if drifted is None else (None, *[_accepted(grad, drifted) for grad in grads])
 
