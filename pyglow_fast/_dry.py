@@ -41,8 +41,14 @@ def without_values(x: Tensor) -> Tensor:
 
 
 def twin_of(module: M) -> M:
-    """A copy of a module for a dry run: its parameters have no values, and drop their gradients as these come."""
+    """A copy of a module for a dry run: its parameters have no values, and drop their gradients as these come.
+
+    It has no hooks.
+    """
     memo: dict[int, Any] = {id(buffer): without_values(buffer) for buffer in module.buffers()}
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            memo[id(hooks)] = type(hooks)()
     for own in module.parameters():
         memo[id(own)] = twin = nn.Parameter(without_values(own.detach()), own.requires_grad)
         if own.requires_grad:  # as if it were added to those of an earlier batch, which takes torch ten times as long

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyglow_fast import ops
 from pyglow_fast._dry import DryRun, twin_of, without_values
 from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import FlowStep, couplings_of
@@ -25,18 +26,6 @@ from pyglow_fast.reversible.setting import memory_text
 
 REMEMBERED = 16  # plans
 M = TypeVar("M", bound=nn.Module)
-
-
-class Planned(Protocol):
-    """A run of steps that can be planned."""
-
-    control: DriftControl
-
-    def flow_steps(self) -> list[FlowStep]:
-        """The steps."""
-
-    def __len__(self) -> int:
-        """Count them."""
 
 
 def check_runs(runs: bool, budget: str | int) -> None:
@@ -72,7 +61,9 @@ class DryStep(Generic[M]):
         budget: int,
     ) -> None:
         like = next(tensor for tensor in inputs if tensor is not None)
-        check_runs(ops.run_on(like), budget)
+        parts = [part for run in runs(model) for part in run.modules()]
+        fused = all(run.is_fused for run in runs(model)) and not any(map(has_hooks, parts))
+        check_runs(fused and ops.run_on(like), budget)
         self._device, self._forward = like.device, forward
         self._known: dict[tuple[RunPlan, ...], tuple[Bytes, dict[int, Any]]] = {}
         with DryRun(self._device):
@@ -122,8 +113,8 @@ class DryStep(Generic[M]):
         return [_times(run, noted.get(id(run))) for run in self._runs]
 
 
-def _times(run: Planned, entered: Any) -> RunTimes:
-    steps = run.flow_steps()
+def _times(run: Any, entered: Any) -> RunTimes:
+    steps: list[FlowStep] = run.flow_steps()
     stops = [k + 1 for k, step in enumerate(steps) if step.couplings]
     places = [0, *stops[:-1], len(steps)]
     if entered is None:  # of channel maps alone
@@ -137,11 +128,8 @@ def _times(run: Planned, entered: Any) -> RunTimes:
         stored = seen * x.element_size() * sum(weight.shape[0] for weight in weights)
         sizes.append(NetSize(seen * sum(weight.numel() for weight in weights), form.overlap, stored))
         at += count
-    bounds, nets, at = [0, *stops], [], 0
-    for k in range(len(stops)):
-        count = len(couplings_of(steps[bounds[k] : bounds[k + 1]]))
-        nets.append(sizes[at : at + count])
-        at += count
+    each = iter(sizes)
+    nets = [[next(each) for _ in step.couplings] for step in steps if step.couplings]
     return RunTimes(places, nets, x.nbytes, not run.control.checkpoints)
 
 

@@ -419,8 +419,6 @@ class ReversibleSequence(FlowLayer):
         return call_untraced(ReversibleSequence._made_plan, self, budget, x, cond, squeeze_first)
 
     def _made_plan(self, budget: int, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
-        check_runs(self.is_fused, budget)
-
         def forward(
             twin: ReversibleSequence, plans: Sequence[RunPlan], inputs: list[Tensor | None]
         ) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ def test_plans_say_what_is_taken(name: str) -> None:
 
 def test_the_state_of_a_model_is_not_touched() -> None:
     """By a plan, which runs a copy: gradients, drift control, random numbers and hooks are what they were."""
-    model, inputs = case("deep")
+    model, _ = case("deep")
     called: list[object] = []
     model.levels[0].register_forward_hook(lambda *_: called.append(1))
     state, before = torch.get_rng_state(), [sequence["spacing"] for sequence in model.memory_report()]
