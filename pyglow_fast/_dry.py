@@ -6,12 +6,14 @@ a second time what is kept, and for how long. What libraries and kernels take fr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyglow_fast._backend import require
 
@@ -60,6 +62,10 @@ def _drop_gradient(tensor: Tensor) -> None:
     tensor.grad = None
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class DryRun:
     """A context in which tensors on "meta" stand for ones on a device and are counted, on this thread.
 
@@ -72,9 +78,7 @@ class DryRun:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._count = device, require().DryRun(device.type != "cpu")
-        # Hooks of the caller's on saved tensors, which may look at values, are not to see these.
-        self._own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-
+        self._alone = contextlib.ExitStack()
         self.noted: dict[int, Any] = {}
 
     @property
@@ -90,10 +94,12 @@ class DryRun:
     def __enter__(self) -> DryRun:
         _state.device, _state.run = self._device, self
         self._count.enter()
-        self._own_hooks.__enter__()
+        # What watches the caller's ops, and hooks on saved tensors, may look at values: they are not to see these.
+        self._alone.enter_context(_disable_current_modes())
+        self._alone.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
         return self
 
     def __exit__(self, *failure: Any) -> None:
-        self._own_hooks.__exit__(*failure)
+        self._alone.close()
         self._count.exit()
         del _state.device, _state.run
