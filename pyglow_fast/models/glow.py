@@ -7,7 +7,8 @@ import copy
 import dataclasses
 import numbers
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -176,32 +177,30 @@ class Glow(nn.Module):
         budget, sequences = self.memory, self._sequences()
         if isinstance(budget, str):
             return None
-        like = self._parameter().new_empty(())
-        shapes = [self.config.image_shape] * len(self.levels)
-        if isinstance(self.config.cond_channels, tuple):  # each at the size of its level
-            shapes = self.state_shapes
-        channels = [self.config.cond_channels_of(i) for i in range(len(self.levels))]
-        maps = [like.expand(n, count, *shape[1:]) for count, shape in zip(channels, shapes, strict=True)]
-        conds = maps if isinstance(self.config.cond_channels, tuple) else maps[:1] * len(maps)
-        given = [cond if count else None for cond, count in zip(conds, channels, strict=True)]
-        step = self._dry_step(budget, like.expand(n, *self.config.image_shape), given)
+        like, channels = self._parameter().new_empty(()), self.config.cond_channels
+        conds: list[Tensor | None]
+        if isinstance(channels, int):
+            conds = [like.expand(n, channels, *self.config.image_shape[1:]) if channels else None] * len(self.levels)
+        else:
+            conds = [like.expand(n, own, *s[1:]) for own, s in zip(channels, self.state_shapes, strict=True)]
         spacings = [planned_spacing(sequence.control) for sequence in sequences]
-        return plan_memory(step(spacings), budget, sequences[0].memory_budget, like.device.type)
+        step = self._dry_step(budget, like.expand(n, *self.config.image_shape), conds, spacings)
+        return plan_memory(step, budget, sequences[0].memory_budget, like.device.type)
 
     def _dry_step(
-        self, budget: int, x: Tensor, conds: Sequence[Tensor | None]
-    ) -> Callable[[Sequence[int]], DryStep[Glow]]:
-        """A training step like that on x, from the spacing of the anchors of each run."""
+        self, budget: int, x: Tensor, conds: Sequence[Tensor | None], spacings: Sequence[int]
+    ) -> DryStep[Glow]:
+        """A training step like that on x, without values."""
         y = None if self.config.n_classes is None else x.new_empty(x.shape[0], dtype=torch.int64)
-        one = isinstance(self.config.cond_channels, int)
 
         def forward(twin: Glow, plans: Sequence[RunPlan], inputs: list[Tensor | None]) -> list[Tensor]:
             x, y, *conds = inputs
             assert x is not None
             twin._plans.fixed = plans
+            one = isinstance(twin.config.cond_channels, int) and all(cond is conds[0] for cond in conds)
             return [twin.log_prob(x, y, conds[0] if one else conds)]  # type: ignore[arg-type]
 
-        return lambda spacings: DryStep(self, Glow._sequences, spacings, [x, y, *conds], forward, budget)
+        return DryStep(self, Glow._sequences, spacings, [x, y, *conds], forward, budget)
 
     def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
         """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
@@ -216,10 +215,11 @@ class Glow(nn.Module):
             return None
         given = tuple(None if cond is None else (cond.shape, cond.requires_grad) for cond in conds)
         key = (x.shape, x.requires_grad, given, tuple(wants), run_key(x, self._couplings()))
-        controls, step = [sequence.control for sequence in sequences], self._dry_step(budget, x, conds)
         runs = self._plans.fixed
         if runs is None:
-            runs = self._plans.of(controls, key, step, budget, sequences[0].memory_budget, x.device.type).runs
+            controls, net_budget = [sequence.control for sequence in sequences], sequences[0].memory_budget
+            step = partial(self._dry_step, budget, x, conds)
+            runs = self._plans.of(controls, key, step, budget, net_budget, x.device.type).runs
         parts = iter(runs)
         return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
 
