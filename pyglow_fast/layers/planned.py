@@ -34,8 +34,8 @@ def check_runs(runs: bool, budget: str | int) -> None:
     Raises:
         ValueError: with what to give instead.
     """
-    expected = 'a mode such as "reversible" where the compiled run does not compute all steps (nets of your own or with a '
-    expected += "border, hooks, other modules, masks, no extension)"
+    expected = 'a mode such as "reversible" where the compiled run does not compute all steps'
+    expected += " (nets of your own or with a border, hooks, other modules, masks, no extension)"
     expect(runs, "memory", expected, memory_text(budget))
 
 
