@@ -30,7 +30,8 @@ struct Count {
 thread_local std::shared_ptr<Count> counting;  // of this thread's dry run, if it is in one
 
 // What tensors on "meta" are made with, in the place of torch's allocator, which gives nothing as this one does outside
-// of a dry run. Inside, a tensor has an address, so that it can be given to functions of a kernel's form, but no memory.
+// of a dry run. Inside, a tensor has an address, so that it can be given to functions of a kernel's form, but no
+// memory.
 class MetaAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {

@@ -1,5 +1,5 @@
-// CPU schedule of the channel maps that actnorms and convolutions in LU factors are folded into: a map at a time, row by
-// row, in double, so that each number is rounded once; compiled once per instruction set.
+// CPU schedule of the channel maps that actnorms and convolutions in LU factors are folded into: a map at a time, row
+// by row, in double, so that each number is rounded once; compiled once per instruction set.
 #include "core.h"
 #include "cpu/isa.h"
 #include "cpu/tiles.h"

@@ -24,8 +24,8 @@ Tensor scale_of(const Tensor& norm) {
   if (norm.numel() == 0) return norm;
   const int64_t lower_median = (norm.size(-2) - 1) / 2;  // by sorting: median has no deterministic CUDA kernel
   const Tensor typical = std::get<0>(norm.sort(-2)).narrow(-2, lower_median, 1);
-  const double tiny = norm.scalar_type() == at::kDouble ? std::numeric_limits<double>::min()
-                                                        : std::numeric_limits<float>::min();
+  const double tiny =
+      norm.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
   const Tensor floor = (typical.amax(-1, true) * least_norm).clamp_min(tiny);
   return at::maximum(norm, at::maximum(typical, floor));
 }

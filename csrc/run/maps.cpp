@@ -73,8 +73,8 @@ struct OnCpu {
         count(static_cast<int64_t>(of.lower.size())),
         channels(of.lower[0].size(0)) {}
   pyglow::Factors<T> factors() const {
-    return {permutation.data(), lower.data(),     upper.data(), log_diag.data(),
-            sign_diag.data(),   log_scale.data(), bias.data(),  count, channels};
+    return {permutation.data(), lower.data(), upper.data(), log_diag.data(), sign_diag.data(),
+            log_scale.data(),   bias.data(),  count,        channels};
   }
 };
 

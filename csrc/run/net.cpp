@@ -36,9 +36,7 @@ struct Through {
   Activation kind;
   double parameter;
 
-  bool is_relu() const {
-    return kind == Activation::relu || (kind == Activation::leaky_relu && parameter == 0);
-  }
+  bool is_relu() const { return kind == Activation::relu || (kind == Activation::leaky_relu && parameter == 0); }
   // Its derivative takes the argument, not the value.
   bool keeps_argument() const {
     return kind == Activation::silu || kind == Activation::gelu || kind == Activation::gelu_tanh;
@@ -148,8 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
                                   window.dilation, false, window.zeros, 1, mask);
 }
 
-// Whether cuDNN is to compute a convolution and its relu as one. Not where its algorithms are to be deterministic, which
-// that op does not see to, nor beyond what it counts with 32 bits.
+// Whether cuDNN is to compute a convolution and its relu as one. Not where its algorithms are to be deterministic,
+// which that op does not see to, nor beyond what it counts with 32 bits.
 bool cudnn_fuses(const Tensor& h, const Tensor& weight) {
   const auto& context = at::globalContext();
   const auto dtype = h.scalar_type();
@@ -313,9 +311,9 @@ Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const
   const Inputs given = inputs(x1, cond);
   Tensor out;
   if (form_.products) {
-    auto [found, hidden] = bindings::net_chain(given.x1, given.cond, weights_, biases_, log_gain_, form_.activations,
-                                               form_.parameters, form_.dilations, form_.narrow.has_value(),
-                                               kept != nullptr);
+    auto [found, hidden] =
+        bindings::net_chain(given.x1, given.cond, weights_, biases_, log_gain_, form_.activations, form_.parameters,
+                            form_.dilations, form_.narrow.has_value(), kept != nullptr);
     out = std::move(found);
     if (kept != nullptr) kept->push_back(std::move(hidden));
   } else {

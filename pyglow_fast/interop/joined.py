@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched, kernels_step_aside
+from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.interop import nets
 from pyglow_fast.layers import Coupling
+from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     given_maps,
@@ -31,6 +33,15 @@ from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.maps import MapInverse
+from pyglow_fast.reversible.run import (
+    Steps,
+    folded_maps,
+    given_maps_of,
+    inverted_maps,
+    run_inverse,
+    run_plain,
+    run_recorded,
+)
 
 
 class OrderedNet(nn.Module):
@@ -44,6 +55,28 @@ class OrderedNet(nn.Module):
     def __init__(self, net: nn.Module, output_map: Callable[[Tensor, int], Tensor] | None = None) -> None:
         super().__init__()
         self.net, self.output_map = net, output_map
+
+    cond_channels = 0
+
+    @property
+    def in_channels(self) -> int | None:
+        """The channels that a net which is recognised reads; None of another."""
+        known = nets.recognised(self.net)
+        return known.channels[0] if isinstance(known, nets.KnownNet) else None
+
+    def chain(self, x: Tensor) -> Chain | None:
+        """The net as a chain of layers for states like x, None where the library's layers are faster or not known."""
+        known = nets.recognised(self.net)
+        if not isinstance(known, nets.KnownNet) or known.last is not None or known.dims != x.dim() - 2:
+            return None
+        found = known.weights_and_biases() if known.pays(x) else None
+        if found is None:
+            return None
+        weights, biases = found
+        if self.output_map is not None:
+            weights[-1], biases[-1] = self.output_map(weights[-1], 0), self.output_map(biases[-1], 0)
+        tensors = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
+        return Chain(tensors, (0.0,) * len(weights), known.spec)
 
     @property
     def halo(self) -> int | None:
@@ -158,14 +191,27 @@ class JoinedRun:
             or any(own.matrix.requires_grad for own in maps)
             or any(parameter.requires_grad for parameter in params)
         )
-        mode, own = self._mode() if records else "store", stack_maps(maps)
+        mode, stacked = self._mode() if records else "store", stack_maps(maps)
         del maps  # or they would be kept besides
-        z, log_det = self._run(mode, own, x, cond)
+        own = self._described(stacked, x, cond)
+        if own is None:
+            z, log_det = self._run(mode, stacked, x, cond)
+        elif records:
+            z, log_det = run_recorded(own, mode, self.control, x)
+        else:
+            z, log_det = run_plain(own, x, None, False, folded_maps(own))
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
             log_det = log_det + functional.per_sample(z, end.log_det)
         return z, log_det
+
+    def _described(self, maps: ChannelMap, x: Tensor, cond: Tensor | None) -> Steps | None:
+        """The steps for csrc/run, with their maps; None where it does not compute them."""
+        if cond is not None or not is_runnable(x):
+            return None
+        stacked = given_maps_of([part for part in maps if part is not None])
+        return described(self.couplings, stacked, x, None, False, self.memory_budget)
 
     def _run(self, mode: str, maps: ChannelMap, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """All steps, with their maps, in one mode."""
@@ -202,8 +248,13 @@ class JoinedRun:
         if end is not None:
             inverse, index = end.inverse()
             z = functional.channel_unmix(z, inverse, end.offset, index=index)
-        maps = Now(stack_maps(self._maps(z)))
-        x, log_det = run_couplings_inverse(self.couplings, maps, z, cond, budget=self._budget(), masked=self.masked)
+        maps = stack_maps(self._maps(z))
+        own = None if torch.is_grad_enabled() else self._described(maps, z, cond)
+        if own is not None:
+            x, log_det = run_inverse(own, z, None, inverted_maps(folded_maps(own)))
+        else:
+            now, budget = Now(maps), self._budget()
+            x, log_det = run_couplings_inverse(self.couplings, now, z, cond, budget=budget, masked=self.masked)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
 
 

@@ -38,8 +38,8 @@ class ChainNet(Protocol):
     in_channels: int
     cond_channels: int
 
-    def chain(self) -> Chain | None:
-        """The net as a chain, None where something else than its tensors decides what it computes."""
+    def chain(self, x: Tensor) -> Chain | None:
+        """The net as a chain for states like x, None where it is none, or something else than its tensors decides."""
 
 
 class _Computes(NamedTuple):
@@ -223,7 +223,7 @@ def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
         return None
     if coupling.board is not None and device_of(x).type != "cpu":
         return None
-    chain: Chain | None = net.chain()
+    chain: Chain | None = net.chain(x)
     if chain is None or chain.tensors[0].device != x.device:
         return None
     dtype = x.dtype

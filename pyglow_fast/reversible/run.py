@@ -74,6 +74,20 @@ class FoldByTorch:
         return [next(given) if leaf.requires_grad else None for leaf in leaves]
 
 
+class GivenMaps:
+    """Passes on maps that someone has folded: matrices, offsets, log_dets and, of gathers, indices."""
+
+    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return them as they are."""
+        return raw
+
+    def gradients(
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Return their gradients; indices have none."""
+        return [matrices, offsets, log_dets, None][: len(raw)]
+
+
 FACTORS, CONSTANTS = ("log_scale", "bias", "lower", "upper", "log_diag"), ("permutation", "sign_diag")
 
 
@@ -116,6 +130,16 @@ class Maps:
     ends: Sequence[int]
     nbytes: int
     of: Callable[[int, int], tuple[Sequence[Tensor], Fold]]
+
+
+def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
+    """The maps before K couplings, folded and stacked, any of which may end a node."""
+    nbytes = stacked[0][0].nbytes
+
+    def of(first: int, end: int) -> tuple[Sequence[Tensor], Fold]:
+        return [part[first:end] for part in stacked], GivenMaps()
+
+    return Maps(range(1, len(stacked[0]) + 1), nbytes, of)
 
 
 @dataclass(frozen=True)
