@@ -94,8 +94,9 @@ class DryRun:
     def __enter__(self) -> DryRun:
         _state.device, _state.run = self._device, self
         self._count.enter()
-        # What watches the caller's ops, and hooks on saved tensors, may look at values: they are not to see these.
+        # What looks at values in the caller's ops, gradients and saved tensors is not to see these.
         self._alone.enter_context(_disable_current_modes())
+        self._alone.enter_context(torch.autograd.set_detect_anomaly(False))
         self._alone.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
         return self
 
