@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gradients import least_bytes
+from support.gradients import PLANS, least_bytes
 from torch import nn
 
 import pyglow_fast as pgf
@@ -60,6 +60,10 @@ def measured(model: pgf.Glow, inputs: dict[str, torch.Tensor]) -> int:
     return trace.peak_without()
 
 
+plans = pytest.mark.skipif(not PLANS, reason="bytes are planned by the compiled run")
+
+
+@plans
 @pytest.mark.parametrize("name", MODELS)
 def test_plans_say_what_is_taken(name: str) -> None:
     """With the least bytes, with twice as many and with enough to store all, to 10 %."""
@@ -83,6 +87,7 @@ def test_plans_say_what_is_taken(name: str) -> None:
     assert all(each["stored"] == each["steps"] for each in report)
 
 
+@plans
 def test_the_state_of_a_model_is_not_touched() -> None:
     """By a plan, which runs a copy: gradients, drift control, random numbers and hooks are what they were."""
     model, _ = case("deep")
@@ -99,6 +104,7 @@ def test_the_state_of_a_model_is_not_touched() -> None:
     assert [sequence["anchor_every"] for sequence in model.memory_report()] == before
 
 
+@plans
 def test_saved_tensors_of_the_caller_s() -> None:
     """Hooks on saved tensors see those that hold values alone."""
     model, inputs = case("deep")
