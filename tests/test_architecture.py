@@ -12,7 +12,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_settings", "_captures", "_derivatives", "_float32", "_moments"}
+FOUNDATION = {"_tracing", "_dry", "_errors", "_settings", "_captures", "_derivatives", "_float32", "_moments"}
 # Each may import those before it.
 KERNELS = ["_backend", "ops", "convolutions", "autograd", "functional"]
 FLOWS = ["coupling_nets", "reversible", "layers", "models"]
@@ -20,7 +20,8 @@ APPLICATION = ["latents", "train", "experiments", "studio", "web", "cli"]
 STACK = [*KERNELS, *FLOWS, *APPLICATION]
 BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
-    **{name: set() for name in ("_tracing", "_float32", "_moments")},
+    **{name: set() for name in ("_tracing", "_dry", "_moments")},
+    "_float32": {"_dry"},
     "_errors": {"_tracing"},
     "_settings": {"_errors"},
     "_captures": {"_errors", "_tracing"},

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from pyglow_fast import ops
 from pyglow_fast._backend import require
-from pyglow_fast._dry import DryRun, twin_of, without_values
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
@@ -22,6 +21,7 @@ from pyglow_fast.layers.flow_step import FlowStep, couplings_of
 from pyglow_fast.reference import autocast_is_on, n_positions
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.drift import DriftRecord
+from pyglow_fast.reversible.dry_run import DryRun, twin_of, without_values
 from pyglow_fast.reversible.planner import Bytes, MemoryPlan, NetSize, RunPlan, RunTimes, Split, plan_memory
 from pyglow_fast.reversible.setting import memory_text
 
