@@ -88,6 +88,27 @@ def test_plans_say_what_is_taken(name: str) -> None:
 
 
 @plans
+def test_a_run_by_itself() -> None:
+    """Its output and the gradient of that, which the caller may hold, are in the bytes."""
+    sequence, x = pgf.ReversibleSequence([pgf.FlowStep(8, 32) for _ in range(9)]), torch.randn(4, 8, 16, 16)
+    given = torch.randn_like(x), torch.randn(4)
+    sequence(x)
+    sequence.memory = 1
+    least = least_bytes(lambda: sequence(x))
+    for bytes_given in (least, 2 * least, 2**40):
+        sequence.memory = bytes_given
+        for parameter in sequence.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        torch.autograd.backward(sequence(x), given)
+        gc.collect()
+        with AllocatorTrace() as trace:
+            torch.autograd.backward(sequence(x), given)
+        found, planned = trace.peak_without() + x.nbytes, sequence.memory_report()["predicted_bytes"]
+        assert found <= planned <= bytes_given
+        assert planned <= 1.1 * found
+
+
+@plans
 def test_the_state_of_a_model_is_not_touched() -> None:
     """By a plan, which runs a copy: gradients, drift control, random numbers and hooks are what they were."""
     model, _ = case("deep")
