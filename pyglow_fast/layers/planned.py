@@ -166,7 +166,7 @@ def planned_spacing(control: DriftControl) -> int:
 
 
 def run_key(x: Tensor, couplings: Sequence[Coupling]) -> Hashable:
-    """What decides how steps run on a state like x, besides shapes: its form, precisions, autocast, and which parts are known."""
+    """What decides how steps run on a state like x, besides shapes: its form, precisions, autocast and modules."""
     device_type = x.device.type
     autocast = torch.get_autocast_dtype(device_type) if autocast_is_on(device_type) else None
     nets = tuple((coupling.precision, weakref.ref(coupling.net), coupling.net.training) for coupling in couplings)
