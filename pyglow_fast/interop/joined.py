@@ -22,22 +22,21 @@ from pyglow_fast.interop.shared_budget import Call, SharedBudget
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
-    given_maps,
     invert_maps,
+    recomputed_with,
     run_couplings,
     run_couplings_inverse,
     stack_maps,
     unstack_maps,
 )
 from pyglow_fast.layers.planned import run_key
-from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.layers.step_costs import given_run_cost
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible import DriftControl
+from pyglow_fast.reversible import DriftControl, run_steps
 from pyglow_fast.reversible.costs import RunCost
-from pyglow_fast.reversible.maps import MapInverse
 from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.setting import parse_memory
+from pyglow_fast.reversible.steps import MapInverse
 
 
 class OrderedNet(nn.Module):
@@ -182,7 +181,7 @@ class JoinedRun:
         while maps:  # each piece takes its own maps off the list, so that nobody keeps them besides
             start = len(self) - len(maps)
             start, stop, mode = next(plan.pieces(start, len(self)))
-            own, maps = stack_maps(maps[: stop - start]), maps[stop - start :]
+            own, maps = maps[: stop - start], maps[stop - start :]
             z, log_det = self._run(start, stop, mode, own, z, cond, plan.budget)
             log_dets.append(log_det)
         log_det = functional.summed(log_dets)
@@ -193,16 +192,22 @@ class JoinedRun:
         return z, log_det
 
     def _run(
-        self, start: int, stop: int, mode: str, maps: ChannelMap, x: Tensor, cond: Tensor | None, budget: str | int
+        self,
+        start: int,
+        stop: int,
+        mode: str,
+        maps: Sequence[ChannelMap],
+        x: Tensor,
+        cond: Tensor | None,
+        budget: str | int,
     ) -> tuple[Tensor, Tensor]:
         """Some steps, with their maps, in one mode."""
         couplings = self.couplings[start:stop]
         if mode == "store":
-            return run_couplings(couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
-        runners = [coupling.runner(budget) for coupling in couplings]
-        specs = [step.spec for step in self.steps[start:stop]]
+            folded = Now(stack_maps(maps))
+            return run_couplings(couplings, folded, x, cond, budget=self._budget(), masked=self.masked)
         control = self.control if mode == "reversible" else None
-        return run_recomputing(runners, specs, given_maps(maps, len(specs)), control, x, cond, masked=self.masked)
+        return run_steps(recomputed_with(couplings, maps, budget, self.masked), control, x, cond)
 
     def _plan(self, maps: Sequence[ChannelMap], x: Tensor, cond: Tensor | None) -> RunPlan:
         """What a forward that is recorded does."""
@@ -250,7 +255,6 @@ class Now:
 
     def __init__(self, stacked: ChannelMap) -> None:
         self.maps = unstack_maps(stacked)
-        self.nets: list[list[Tensor] | None] = [None] * len(self.maps)
 
     @property
     def inverses(self) -> list[MapInverse]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.masks import mask_of, positions_of
-from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
@@ -22,8 +22,8 @@ from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import COUPLINGS, CouplingSpec, fold_actnorm, full_precision, full_product
-from pyglow_fast.reversible.maps import MapGroup, MapInverse, inverse_of
 from pyglow_fast.reversible.parts import cut
+from pyglow_fast.reversible.steps import CouplingStep, MapInverse, inverse_of
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 NO_COUPLING = "none"  # what is said as the coupling of a step without one
@@ -255,17 +255,46 @@ def map_bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[
     return cut(sizes[: ends[-1]], ends[:-1], FOLDED_AT_ONCE if like.device.type == "cpu" else sum(sizes))
 
 
-def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], ChannelMap | None]:
-    """Group the maps of :func:`fold_in_one` (see map_bounds), and give the one behind the last coupling."""
-    groups, first = [], 0
-    ends = [k + 1 for k, step in enumerate(steps) if step.couplings]
-    for start, end in map_bounds([map_bytes(step) for step in steps], ends, x):
-        own = steps[start:end]
-        raw, fold = raw_maps(own, steps[start - 1] if start else None)
-        last = first + len(couplings_of(own))
-        groups.append(MapGroup(first, last, raw, fold))
-        first = last
-    return groups, map_behind(steps)
+def recomputed(
+    steps: Sequence[FlowStep], couplings: Sequence[Coupling], budget: str | int, masked: bool = False
+) -> list[CouplingStep]:
+    """Make of steps what the generic path runs again in the backward; without the maps behind the last coupling.
+
+    Args:
+        steps: of one width.
+        couplings: theirs, as couplings_of gives them, or others in their places.
+        budget: bytes of one net's activations, or "auto".
+        masked: see run_couplings.
+    """
+    found: list[CouplingStep] = []
+    start, waiting = 0, iter(couplings)
+    for end, step in enumerate(steps, 1):
+        own = [next(waiting) for _ in step.couplings]
+        if own:
+            raw, fold = raw_maps(steps[start:end], steps[start - 1] if start else None)
+            first, *others = own  # between those of one step there is no map
+            found.append(CouplingStep(first.runner(budget), first.spec, raw, partial(_first_map, fold), masked))
+            found += [CouplingStep(other.runner(budget), other.spec) for other in others]
+            start = end
+    return found
+
+
+def _first_map(fold: Fold, raw: Sequence[Tensor]) -> ChannelMap:
+    return unstack_maps(fold(raw))[0]
+
+
+def recomputed_with(
+    couplings: Sequence[Coupling], maps: Sequence[ChannelMap], budget: str | int, masked: bool = False
+) -> list[CouplingStep]:
+    """Do what :func:`recomputed` does of couplings with a map before each that is computed already."""
+    return [
+        CouplingStep(coupling.runner(budget), coupling.spec, [p for p in own if p is not None], _as_map, masked)
+        for coupling, own in zip(couplings, maps, strict=True)
+    ]
+
+
+def _as_map(parts: Sequence[Tensor]) -> ChannelMap:
+    return ChannelMap(*parts)
 
 
 def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:
@@ -276,13 +305,6 @@ def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:
             break
         behind.insert(0, step)
     return fold_steps(behind)[0] if behind else None
-
-
-def given_maps(maps: ChannelMap, count: int) -> tuple[list[MapGroup], ChannelMap | None]:
-    """Bring stacked maps, one for each of ``count`` couplings and perhaps one behind, into the form of map_groups."""
-    raw = [part[:count] for part in maps if part is not None]
-    behind = unstack_maps(maps)[count:]
-    return [MapGroup(0, count, raw, lambda raw: ChannelMap(*raw))], behind[0] if behind else None
 
 
 def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:
@@ -301,7 +323,6 @@ class Folded(Protocol):
     """What K steps are folded into, as :func:`run_couplings` takes it."""
 
     maps: list[ChannelMap]
-    nets: list[list[Tensor] | None]
 
     @property
     def inverses(self) -> list[MapInverse]:
@@ -316,20 +337,11 @@ def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Ten
     return u, u[:, : kept_half.shape[1]]
 
 
-def _run_net(
-    coupling: Coupling,
-    runner: NetRunner | None,
-    weights: list[Tensor] | None,
-    kept_half: Tensor,
-    cond: Tensor | None,
-    budget: str | int | None,
-) -> Tensor:
-    """The coupling's net; with a budget in chunks and without a record, by its folded weights if they are given."""
-    if runner is not None:
-        return runner.run(kept_half, cond, weights)
+def _run_net(coupling: Coupling, kept_half: Tensor, cond: Tensor | None, budget: str | int | None) -> Tensor:
+    """The coupling's net in the forward direction; with a budget in chunks and without a record."""
     if budget is None or not coupling.net_is_initialized:
         return coupling.run_net_forward(kept_half, cond)
-    return coupling.runner(budget).run(kept_half, cond, weights)
+    return coupling.runner(budget).run(kept_half, cond)
 
 
 def run_couplings(
@@ -340,14 +352,13 @@ def run_couplings(
     squeeze_first: bool = False,
     budget: str | int | None = None,
     masked: bool = False,
-    runners: Sequence[NetRunner] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Map x to z through couplings and channel maps: one pass over the state between two nets.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
     (bytes or "auto") the nets run in chunks, without a record. With masked, x is zero where the first channel of cond
     is, and z will be. Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised, but for ActNorms
-    inside their nets. With runners, one for each coupling, these run the nets, which must be initialised then.
+    inside their nets.
     """
     if squeeze_first and couplings and couplings[0].board is not None:
         x, squeeze_first = functional.squeeze(x), False
@@ -361,11 +372,8 @@ def run_couplings(
     z, kept_half = _masked(z, kept_half, masked_by)
     log_det = maps_log_det(maps, z, masked_by)
     behind = [*maps[1:], None][:count]
-    given = [None] * count if runners is None else runners
-    for coupling, runner, weights, following, kept in zip(
-        couplings, given, folded.nets, behind, reads[1:], strict=True
-    ):
-        net_out = _run_net(coupling, runner, weights, kept_half, cond, budget)
+    for coupling, following, kept in zip(couplings, behind, reads[1:], strict=True):
+        net_out = _run_net(coupling, kept_half, cond, budget)
         spec = coupling.spec
         if following is None:
             z, step_log_det = functional.coupling(z, net_out, spec)
@@ -385,7 +393,6 @@ def run_couplings_inverse(
     cond: Tensor | None = None,
     budget: str | int | None = None,
     masked: bool = False,
-    runners: Sequence[NetRunner] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Invert :func:`run_couplings`: one pass over the state for each step, besides its net."""
     if couplings:
@@ -396,14 +403,10 @@ def run_couplings_inverse(
         inverse, index = folded.inverses[count]
         z = functional.channel_unmix(z, inverse, folded.maps[count].offset, index=index)
         z = z if masked_by is None else z * mask_of(masked_by)
-    given = [None] * count if runners is None else runners
-    steps = zip(couplings, given, folded.nets, folded.maps[:count], folded.inverses[:count], strict=True)
-    for coupling, runner, weights, channel_map, (inverse, index) in reversed(list(steps)):
+    steps = zip(couplings, folded.maps[:count], folded.inverses[:count], strict=True)
+    for coupling, channel_map, (inverse, index) in reversed(list(steps)):
         kept_half, spec = coupling.kept_half(z), coupling.spec
-        if runner is None and budget is None:
-            net_out = coupling.run_net(kept_half, cond)
-        else:
-            net_out = (runner or coupling.runner(budget or "auto")).run(kept_half, cond, weights)
+        net_out = coupling.run_net(kept_half, cond) if budget is None else coupling.runner(budget).run(kept_half, cond)
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
         z = z if masked_by is None else z * mask_of(masked_by)
         log_det = log_det + step_log_det
@@ -415,7 +418,6 @@ class Recorded:
 
     def __init__(self, steps: Sequence[FlowStep]) -> None:
         self.maps = fold_steps(steps)
-        self.nets: list[list[Tensor] | None] = [None] * len(couplings_of(steps))
 
     @property
     def inverses(self) -> list[MapInverse]:

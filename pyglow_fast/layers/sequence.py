@@ -20,13 +20,14 @@ from pyglow_fast.layers.flow_step import (
     FlowStep,
     Recorded,
     couplings_of,
-    map_groups,
+    recomputed,
     run_couplings,
     run_couplings_inverse,
 )
-from pyglow_fast.layers.reversible_sequence import ReversibleSequence, run_recomputing
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.layers.wavenet import WaveNet
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible import run_steps
 from pyglow_fast.reversible.planner import RunPlan
 
 
@@ -174,9 +175,8 @@ class MaskedSequence(ReversibleSequence):
                 if mode == "store":
                     x, log_det = run_couplings(parts, Recorded(some), x, extra, masked=True)
                 else:
-                    runners, control = [part.runner(own.budget) for part in parts], self._control(mode)
-                    maps, some_specs = map_groups(some, x), specs[first:end]
-                    x, log_det = run_recomputing(runners, some_specs, maps, control, x, extra, masked=True)
+                    again = recomputed(some, parts, own.budget, masked=True)
+                    x, log_det = run_steps(again, self._control(mode), x, extra)
                 log_dets.append(log_det)
             return x, functional.summed(log_dets)
 

@@ -24,7 +24,7 @@ from pyglow_fast._derivatives import apply_to_plain, backward_key, differentiabl
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
-from pyglow_fast.reversible.deferred import drifted_in_this_backward
+from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
 from pyglow_fast.reversible.drift import DriftControl, signs_of, sketch_signs_of
 from pyglow_fast.reversible.parts import Part, Pass, kept_between, part_limit
 
@@ -273,7 +273,7 @@ class _RunNode(torch.autograd.Function):
             each = (grad_log_det.sum() * n_positions(grad_z)).expand(len(node.forms))
             of_maps = node.fold.gradients(raw, matrices, offsets, each)
         grads = (grad_x, grad_cond, *of_nets, *of_maps)
-        return (None, *grads) if drifted is None else (None, *[_accepted(grad, drifted) for grad in grads])
+        return (None, *[accepted(grad, drifted) for grad in grads])
 
 
 def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
@@ -284,13 +284,6 @@ def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
         found.append(tensors[at : at + count])
         at += count
     return tensors[:5], found
-
-
-def _accepted(grad: Tensor | None, drifted: Tensor) -> Tensor | None:
-    """A gradient, or zero where a deferred verdict has found a drifted state."""
-    if grad is None:
-        return None
-    return torch.where(drifted.to(grad.device), torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
 
 
 def _restored(run: _Run, index: int) -> tuple[Tensor, int]:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyglow_fast.reversible import passes
+from pyglow_fast.reversible import steps
 
 
 @contextlib.contextmanager
@@ -256,14 +256,17 @@ def capture_guard() -> Iterator[None]:
 
 
 def drifting(patch: pytest.MonkeyPatch, like: Tensor) -> Tensor:
-    """Makes recomputed states of flow steps wrong by a factor: the tensor returned, which replays read; 1 at first."""
-    factor, true = like.new_ones(()), passes.step_backward
+    """Makes states that the generic path recomputes wrong by a factor: the tensor returned, which replays read; 1 now.
 
-    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+    Of flow steps with nets or scale maps of the user's; the gradients that go with these states are right.
+    """
+    factor, true = like.new_ones(()), steps.coupling_backward_from_output
+
+    def wrong(*inputs: Any) -> tuple[Tensor, ...]:
         found, *grads = true(*inputs)
         return factor * found, *grads
 
-    patch.setattr(passes, "step_backward", wrong)
+    patch.setattr(steps, "coupling_backward_from_output", wrong)
     return factor
 
 

@@ -1,0 +1,200 @@
+"""The generic path: the autograd node of a run of any invertible steps, in Python over the registered ops.
+
+The forward runs without a record. What it keeps of a run are the states at its anchors, or in mode "checkpoint" of all
+steps, and of every other state its projection on random signs (see drift.py). The backward recomputes the states step
+by step from the output, holds each against its projection, and redoes from its anchor what has drifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import functional
+from pyglow_fast._captures import is_capturing
+from pyglow_fast._derivatives import apply, differentiable_once
+from pyglow_fast._errors import can_read
+from pyglow_fast.coupling_nets.run import GradientSum
+from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
+from pyglow_fast.reversible.drift import DriftControl, anchor_drift, lowest_of, project, witness_drift
+from pyglow_fast.reversible.limits import call_untraced
+from pyglow_fast.reversible.parts import Part, Pass, part_limit
+from pyglow_fast.reversible.steps import Given, Step
+
+
+def run_steps(
+    steps: Sequence[Step], control: DriftControl | None, x: Tensor, cond: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Map x to z and log_det (N,) through steps that the backward runs again.
+
+    torch.compile does not trace it. A part, which ends at an anchor, is a node of its own, see parts.py.
+
+    Args:
+        steps: at least one.
+        control: of the drift; None: all states are kept.
+        x, cond: of the steps.
+    """
+    return call_untraced(_run_steps, steps, control, x, cond)
+
+
+def _run_steps(
+    steps: Sequence[Step], control: DriftControl | None, x: Tensor, cond: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    step_bytes = [sum(tensor.nbytes for tensor in step.params) for step in steps]
+    log_dets = []
+    for part in Pass(control, step_bytes, part_limit(x, step_bytes)).parts:
+        own = steps[part.first : part.end]
+        params = [tensor for step in own for tensor in step.params]
+        part.whole.joins(part.first, x, (cond, *params))
+        x, log_det = apply(_RunSteps, own, part, x, cond, *params)
+        log_dets.append(log_det)
+    return x, functional.summed(log_dets)
+
+
+def _by_step(steps: Sequence[Step], params: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Cut the flat list of the steps' parameters."""
+    at = 0
+    for step in steps:
+        yield params[at : at + len(step.params)]
+        at += len(step.params)
+
+
+class _RunSteps(torch.autograd.Function):
+    """z, log_det of a part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, steps: Sequence[Step], part: Part, x: Tensor, cond: Tensor | None, *params: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """z, log_det (N,)."""
+        keeps_states = part.whole.keeps_states
+        keep = set(range(len(steps)) if keeps_states else (0, *part.anchors))
+        states: dict[int, Tensor] = {}
+        seen: dict[int, Tensor] = {}
+        memos, log_dets, z, lowest = [], [], x, x.dtype
+        for k, (step, own) in enumerate(zip(steps, _by_step(steps, params), strict=True)):
+            if k in keep:
+                states[k] = z
+            else:
+                seen[k] = project(z)
+            z, log_det, memo, own_lowest = step.forward(z, cond, own)
+            lowest = lowest_of(lowest, own_lowest)
+            memos.append(memo)
+            log_dets.append(log_det)
+        z = z.clone() if z is x else z  # which a step may hand on; an output of a function must be its own
+        ctx.steps, ctx.part, ctx.memos, ctx.lowest = steps, part, memos, lowest
+        ctx.states, ctx.seen = list(states), list(seen)
+        ctx.save_for_backward(None if keeps_states else z, cond, *states.values(), *seen.values(), *params)
+        return z, functional.summed(log_dets)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, cond and the parameters."""
+        z, cond, *rest = ctx.saved_tensors
+        counts = len(ctx.states), len(ctx.states) + len(ctx.seen)
+        states = dict(zip(ctx.states, rest[: counts[0]], strict=True))
+        seen = dict(zip(ctx.seen, rest[counts[0] : counts[1]], strict=True))
+        params, part = _by_step(ctx.steps, rest[counts[1] :]), ctx.part
+        given = [Given(cond, ctx.needs_input_grad[3], *own) for own in zip(params, ctx.memos, strict=True)]
+        own = _Backward(ctx.steps, given, states, seen, grad_log_det)
+        whole, drifted = part.whole, None
+        if whole.keeps_states:
+            whole.checkpointed(part.first, grad_z.device)
+            grad_x = own.differentiated(0, len(ctx.steps), grad_z)
+        else:
+            limit = whole.control.limit(grad_z.dtype, ctx.lowest)
+            if whole.control.deferred or is_capturing(grad_z.device):
+                grad_x, worst = own.inverted(z, grad_z, None)
+                drifted = drifted_in_this_backward(~(worst <= limit))
+                whole.deferred(part.first, worst, limit, drifted)
+            else:
+                grad_x, worst = own.inverted(z, grad_z, limit)
+                whole.judged(part.first, float(worst), limit, own.redone)
+        grads = (grad_x, own.of_cond.result(), *[grad for grads in own.of_params for grad in grads])
+        return (None, None, *[accepted(grad, drifted) for grad in grads])
+
+
+class _Backward:
+    """The backward of a part. A step that is redone overwrites the gradients of its parameters.
+
+    Args:
+        steps, given: of the part.
+        states: inputs of the first step and of those at anchors, by number.
+        seen: projections of the inputs of the others.
+        grad_log_det: (N,).
+
+    Attributes:
+        of_params: the gradients of the parameters, by step.
+        of_cond: that of the condition, summed over the steps.
+        redone: the number of steps that were.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        given: Sequence[Given],
+        states: dict[int, Tensor],
+        seen: dict[int, Tensor],
+        grad_log_det: Tensor,
+    ) -> None:
+        self.steps, self.given, self.states, self.seen, self.grad_log_det = steps, given, states, seen, grad_log_det
+        self.of_params: list[Sequence[Tensor | None]] = [()] * len(steps)
+        self.of_cond = GradientSum()
+        self.redone = 0
+
+    def inverted(self, z: Tensor, grad: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+        """Compute the gradient of the input with recomputed states, and their worst drift, a scalar tensor.
+
+        What drifts beyond the limit is redone. On a GPU, where reading a value stops the stream, that is decided once,
+        of all steps; without a limit never.
+        """
+        grad_z, drifts = grad, []
+        at_the_end = limit is not None and not can_read(z)
+        for first, end in reversed(list(pairwise([*self.states, len(self.steps)]))):
+            of_cond, y, found = GradientSum(), z, grad
+            worst = []
+            for k in reversed(range(first, end)):
+                true = self.states.get(k)
+                y, found = self._step(k, y, true, found, of_cond)
+                worst.append(witness_drift(y, self.seen[k]) if true is None else anchor_drift(y, true))
+            drifts.append(torch.stack(worst).amax())
+            if limit is not None and not at_the_end and not float(drifts[-1]) <= limit:
+                found = self._redo(first, end, grad)
+            else:
+                self.of_cond.add(of_cond.result())
+            z, grad = self.states[first], found
+        worst_drift = torch.stack(drifts).amax()
+        if limit is not None and at_the_end and not float(worst_drift) <= limit:
+            self.of_cond = GradientSum()
+            grad = grad_z
+            for first, end in reversed(list(pairwise([*self.states, len(self.steps)]))):
+                grad = self._redo(first, end, grad)
+        return grad, worst_drift
+
+    def _redo(self, first: int, end: int, grad: Tensor) -> Tensor:
+        """Run steps first .. end - 1 forward from the anchor at the first, then differentiate them."""
+        self.redone += end - first
+        for k in range(first, end - 1):
+            self.states[k + 1] = self.steps[k].repeat(self.states[k], self.given[k])
+        grad = self.differentiated(first, end, grad)
+        for k in range(first + 1, end):
+            del self.states[k]
+        return grad
+
+    def differentiated(self, first: int, end: int, grad: Tensor) -> Tensor:
+        """Compute the gradient of the input of steps first .. end - 1, whose inputs are all known."""
+        for k in reversed(range(first, end)):
+            _, grad = self._step(k, None, self.states[k], grad, self.of_cond)
+        return grad
+
+    def _step(
+        self, k: int, y: Tensor | None, x: Tensor | None, grad: Tensor, of_cond: GradientSum
+    ) -> tuple[Tensor, Tensor]:
+        found, grad, grad_cond, self.of_params[k] = self.steps[k].backward(y, x, grad, self.grad_log_det, self.given[k])
+        of_cond.add(grad_cond)
+        return found, grad

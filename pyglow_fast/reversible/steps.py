@@ -1,0 +1,355 @@
+"""Steps as the generic path runs them: forward without a record, and in the backward inverted and differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._derivatives import check_leaves
+from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.masks import mask_of, positions_of
+from pyglow_fast.coupling_nets.net_runner import NetRunner
+from pyglow_fast.coupling_nets.plan import Chunk
+from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
+from pyglow_fast.coupling_nets.state import (
+    GeneratorState,
+    RunState,
+    check_repeated,
+    holding,
+    is_repeatable,
+    leaves_of,
+    output_sums,
+)
+from pyglow_fast.coupling_nets.traits import check_net
+from pyglow_fast.reference import CouplingSpec, n_positions
+from pyglow_fast.reversible.drift import lowest_precision
+from pyglow_fast.reversible.gradients import coupling_backward, coupling_backward_from_output
+
+MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
+
+
+def inverse_of(matrix: Tensor, index: Tensor | None) -> MapInverse:
+    """Invert M, of stacked maps all in one batch; of a gather, which has an index, its scales and its index."""
+    return (functional.invert_matrix(matrix), None) if index is None else functional.invert_gather(matrix, index)
+
+
+class Outcome(NamedTuple):
+    """What a step gives in the forward.
+
+    Attributes:
+        z, log_det: of the step.
+        memo: what repeats it, besides its input.
+        lowest: the lowest dtype that it computes in, see lowest_precision.
+    """
+
+    z: Tensor
+    log_det: Tensor
+    memo: Any
+    lowest: torch.dtype
+
+
+class Given(NamedTuple):
+    """What a step ran with besides its input.
+
+    Attributes:
+        cond: the condition, or None.
+        needs_cond: its gradient is wanted.
+        params: of the step.
+        memo: of its forward.
+    """
+
+    cond: Tensor | None
+    needs_cond: bool
+    params: Sequence[Tensor]
+    memo: Any
+
+
+class Differentiated(NamedTuple):
+    """What a step gives in the backward: its input, the gradient of that, of the condition and of its parameters."""
+
+    x: Tensor
+    grad_x: Tensor
+    grad_cond: Tensor | None
+    grad_params: Sequence[Tensor | None]
+
+
+class Step(Protocol):
+    """One step of a run; all its methods are called without a record."""
+
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """The tensors that it is differentiated by, besides its input and the condition."""
+
+    def forward(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> Outcome:
+        """Run on x, with the given tensors in the place of ``params``."""
+
+    def repeat(self, x: Tensor, given: Given) -> Tensor:
+        """Compute z of the forward again, from its input x."""
+
+    def backward(
+        self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
+    ) -> Differentiated:
+        """Compute the gradients from those of the output.
+
+        Args:
+            y: the output, from which the input is recomputed; None where nothing is to be recomputed.
+            x: the input of the forward to the bit, where it is known; one of the two is given.
+            grad_y, grad_log_det: of the output and of log_det (N,).
+            given: what the forward ran with.
+        """
+
+
+class ModuleStep:
+    """Any module with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``: inverted, then run forward again.
+
+    Args:
+        module: the step.
+        name: for errors.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        check_net(module)
+        self.module, self.name = module, name
+        self.params = list(module.parameters())
+
+    def _call(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], method: str = "forward") -> Any:
+        run = self.module if method == "forward" else getattr(self.module, method)
+        with holding(self.module, params):
+            return run(x) if cond is None else run(x, cond)
+
+    def forward(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> Outcome:
+        """Call the module, and note what repeats the call."""
+        known = is_repeatable(self.module, x.device)
+        before = None if known else GeneratorState.capture(x.device)
+        version = x._version
+        outputs = self._call(x, cond, params)
+        pair = isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(value, Tensor) for value in outputs)
+        expect(pair, self.name, "a forward that returns tensors (z, log_det)", type(outputs).__name__)
+        z, log_det = outputs
+        shape = tuple(log_det.shape)
+        expect(shape == (len(x),), self.name, f"a log_det of shape ({len(x)},)", f"shape {shape}")
+        expect(x._version == version, self.name, "a forward that leaves its input as it is", "one that writes")
+        state = RunState.after(self.module, before, x.device)
+        return Outcome(z, log_det, (state, None if known else output_sums(z)), self._lowest(z, params))
+
+    def _lowest(self, z: Tensor, params: Sequence[Tensor]) -> torch.dtype:
+        lowest = z.dtype
+        for param in params:
+            lowest = lowest_precision(lowest, param) if param.is_floating_point() else lowest
+        for precision in precisions_of(self.module):  # which does not show in a float32 output
+            with in_precision(precision, z):
+                lowest = lowest_precision(lowest, z, params)
+        return lowest
+
+    def repeat(self, x: Tensor, given: Given) -> Tensor:
+        """Call the module again."""
+        state, _ = given.memo
+        with state.restored(self.module):
+            z: Tensor = self._call(x, given.cond, given.params)[0]
+            return z
+
+    def backward(
+        self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
+    ) -> Differentiated:
+        """Call the inverse where x is to be recomputed, then the module, with a record."""
+        state, sums = given.memo
+        found = x
+        if y is not None:
+            with state.restored(self.module):
+                found = self._call(y, given.cond, given.params, "inverse")[0]
+        assert found is not None  # one of the two is given
+        leaf = (found if x is None else x).detach().requires_grad_()
+        cond = None if given.cond is None else given.cond.detach().requires_grad_(given.needs_cond)
+        params = leaves_of(self.module, given.params)
+        with torch.enable_grad(), state.restored(self.module):
+            z, log_det = self._call(leaf, cond, params)
+        if sums is not None and x is not None:
+            check_repeated(sums, output_sums(z), self.name)
+        grad_x, grad_cond, *rest = _passed_back([z, log_det], [grad_y, grad_log_det], [leaf, cond, *params])
+        return Differentiated(found, torch.zeros_like(leaf) if grad_x is None else grad_x, grad_cond, rest)
+
+
+def _passed_back(
+    outputs: Sequence[Tensor], output_grads: Sequence[Tensor], slots: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of a step's slots (input, condition, parameters) from those of its outputs; None where none is."""
+    wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
+    for output in outputs:
+        check_leaves(output, wanted)
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad]
+    own, grads = [o for o, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(own, wanted, grads, allow_unused=True))
+    return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
+
+
+Fold = Callable[[Sequence[Tensor]], Any]  # raw tensors -> matrix, offset, log_det and index (or None) of a channel map
+
+
+class _Tiles:
+    """A tensor that chunks give part by part; nothing is copied if there is one chunk."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.value = like
+
+    def put(self, chunk: Chunk, part: Tensor) -> None:
+        if chunk.whole:
+            self.value = part
+            return
+        if self.value is self.like:
+            self.value = torch.empty_like(self.like)
+        chunk.outputs(self.value).copy_(part)
+
+
+class _Map:
+    """A channel map u = M x + c as a backward has it: folded again, with a record."""
+
+    def __init__(self, raw: Sequence[Tensor], fold: Fold) -> None:
+        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
+        with torch.enable_grad():
+            self.matrix, self.offset, self.log_det, self.index = fold(self.leaves)
+        self._leaf: Tensor | None = None
+        self._outputs: list[Tensor] = []
+
+    def mix(self, x: Tensor, kept: int) -> Tensor:
+        """Compute u with a record, of which a net reads the first ``kept`` channels."""
+        self._leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            found = functional.channel_mix_for_net(self._leaf, self.matrix, self.offset, kept, index=self.index)
+        self._outputs = list(found)
+        return found[0].detach()
+
+    def unmix(self, u: Tensor) -> Tensor:
+        """Compute x from u."""
+        inverse, index = self._inverse
+        return functional.channel_unmix(u, inverse, self.offset.detach(), index=index)
+
+    def invert(self) -> None:
+        """Prepare :meth:`unmix`."""
+        self._inverse = inverse_of(self.matrix.detach(), self.index)
+
+    def gradients(
+        self, grad_u: Tensor, added: Tensor | None, grad_log_det: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Compute the gradients of x and of the raw tensors; ``added``: to the gradient of what the net read."""
+        pairs = zip([*self._outputs, self.log_det], [grad_u, added, grad_log_det], strict=True)
+        outs, grads = zip(*[(o, g) for o, g in pairs if g is not None and o.requires_grad], strict=True)
+        assert self._leaf is not None  # mix comes before
+        wanted = [self._leaf, *[leaf for leaf in self.leaves if leaf.requires_grad]]
+        grad_x, *rest = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
+        self._outputs = []
+        found = iter(rest)
+        return grad_x, [next(found) if leaf.requires_grad else None for leaf in self.leaves]
+
+
+class CouplingStep:
+    """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
+
+    Args:
+        runner: of the net.
+        spec: of the coupling.
+        raw: the tensors that the map is folded from; of the net and these alone anything is kept for the backward.
+        fold: makes the map of them; None: there is no map.
+        masked: the first channel of the condition is a mask (see coupling_nets/masks.py): where it is zero the state is
+            kept zero, which the input and what the net gives are.
+    """
+
+    def __init__(
+        self,
+        runner: NetRunner,
+        spec: CouplingSpec,
+        raw: Sequence[Tensor] = (),
+        fold: Fold | None = None,
+        masked: bool = False,
+    ) -> None:
+        self.runner, self.spec, self.fold, self.masked = runner, spec, fold, masked
+        nets = runner.params
+        self.params: list[Tensor] = [*nets, *raw]
+        self.n_nets = len(nets)
+
+    def _read(self, u: Tensor) -> Tensor:
+        """What the net reads of a state."""
+        return u[:, : self.runner.reads(u.shape[1])]
+
+    def _masked(self, u: Tensor, cond: Tensor | None) -> Tensor:
+        return u * mask_of(cond) if self.masked and cond is not None else u
+
+    def _positions(self, u: Tensor, cond: Tensor | None) -> Tensor | int:
+        """Count the positions: with a mask of each sample its own, (N,)."""
+        return positions_of(cond) if self.masked and cond is not None else n_positions(u)
+
+    def _run(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """u of the coupling and log|det M|."""
+        if self.fold is None:
+            return x, None
+        matrix, offset, log_det, index = self.fold(params[self.n_nets :])
+        return self._masked(functional.channel_mix(x, matrix, offset, index=index), cond), log_det
+
+    def forward(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> Outcome:
+        """Run the map and the coupling, and note what repeats the net."""
+        nets = params[: self.n_nets]
+        u, of_map = self._run(x, cond, params)
+        net_out, memo = self.runner.forward(self._read(u), cond, nets)
+        with in_precision(self.runner.precision, u):  # its precision does not show in an output in float32
+            lowest = lowest_precision(u.dtype, net_out, nets)
+        z, log_det = functional.coupling(u, net_out, self.spec)
+        if of_map is not None:
+            log_det = log_det + of_map * self._positions(u, cond)
+        return Outcome(z, log_det, memo, lowest)
+
+    def repeat(self, x: Tensor, given: Given) -> Tensor:
+        """Run the map, the net and the coupling again."""
+        u, _ = self._run(x, given.cond, given.params)
+        net_out = self.runner.repeat(self._read(u), given.cond, given.params[: self.n_nets], given.memo)
+        return functional.coupling(u, net_out, self.spec)[0]
+
+    def backward(
+        self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
+    ) -> Differentiated:
+        """Run the net once more, chunk by chunk, then the map."""
+        cond, nets, raw = given.cond, given.params[: self.n_nets], given.params[self.n_nets :]
+        own = None if self.fold is None else _Map(raw, self.fold)
+        state, kept = x if y is None else y, 0
+        assert state is not None  # one of the two is given
+        kept = self.runner.reads(state.shape[1])
+        if own is not None and y is None:
+            state = self._masked(own.mix(state, kept), cond)
+        elif own is not None:
+            own.invert()
+        inputs, grads = _Tiles(state), _Tiles(state)
+
+        def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
+            arguments = net_out, chunk.outputs(grad_y), chunk.per_sample(grad_log_det), self.spec
+            if y is None:
+                grad_u, grad_net_out = coupling_backward(chunk.outputs(state), *arguments)
+            else:
+                u, grad_u, grad_net_out = coupling_backward_from_output(chunk.outputs(y), *arguments)
+                inputs.put(chunk, u if own is None else own.unmix(u))
+            grads.put(chunk, grad_u)
+            return grad_net_out
+
+        passed = self.runner.backward(
+            self._read(state), cond, nets, given.memo, consume, given.needs_cond, same_x1=y is None
+        )
+        added, grad_cond, of_nets = passed
+        found, grad_u = x if y is None else self._masked(inputs.value, cond), grads.value
+        assert found is not None
+        if own is None:
+            return Differentiated(found, _sum(grad_u, added), grad_cond, of_nets)
+        if y is not None:
+            own.mix(found if x is None else x, kept)
+        grad_x, of_raw = own.gradients(grad_u, added, (grad_log_det * self._positions(grad_u, cond)).sum())
+        return Differentiated(found, grad_x, grad_cond, [*of_nets, *of_raw])
+
+
+def _sum(grad: Tensor, added: Tensor | None) -> Tensor:
+    """A gradient with that of the first channels added to it."""
+    if added is None:
+        return grad
+    total = grad.clone()
+    total[:, : added.shape[1]] += added
+    return total
