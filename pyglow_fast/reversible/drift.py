@@ -159,13 +159,27 @@ def sketch_signs_of(positions: int, dtype: torch.dtype, device: torch.device) ->
     return inner, outer, inner.sum(0) * outer.sum(0)
 
 
-def witness_drift(x: Tensor, seen: Tensor) -> Tensor:
-    """Estimate the largest relative error of x, whose projection (N, C) should be ``seen``.
+def sketch(x: Tensor) -> Tensor:
+    """Project x on SKETCHED random signs at once, (N, C, SKETCHED): the mean square is about the squared norm."""
+    flat = flat_positions(x)
+    inner, outer, _ = sketch_signs_of(flat.shape[2], x.dtype, x.device)
+    by_block = flat.unflatten(2, (outer.shape[0], inner.shape[0]))
+    if _float32.rounds(PRODUCTS, x):
+        return torch.stack([((by_block * own).sum(3) * outer[:, i]).sum(2) for i, own in enumerate(inner.T)], dim=2)
+    with full_precision(x):
+        return ((by_block @ inner) * outer).sum(2)
+
+
+def projected_drift(x: Tensor, seen: Tensor) -> Tensor:
+    """Estimate the largest relative error of x, whose projections, (N, C) or a sketch, should be ``seen``.
 
     Returns a scalar tensor, NaN if x is. Errors are measured against the norms of x itself: where x is so far off that
     its norms are wrong too, the error is as large as they are, beyond any tolerance.
     """
-    return _largest(project(x) - seen, _scale(norms(x)).mul_(PROJECTION_SLACK))
+    if seen.dim() == 2:
+        return _largest(project(x) - seen, _scale(norms(x)).mul_(PROJECTION_SLACK))
+    error = torch.linalg.vector_norm(sketch(x) - seen, dim=2).div_(SKETCHED**0.5)
+    return _largest(error, _scale(norms(x)))
 
 
 def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:

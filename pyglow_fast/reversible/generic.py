@@ -7,6 +7,7 @@ by step from the output, holds each against its projection, and redoes from its 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -19,10 +20,11 @@ from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import apply, differentiable_once
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.run import GradientSum
+from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
-from pyglow_fast.reversible.drift import DriftControl, anchor_drift, lowest_of, project, witness_drift
+from pyglow_fast.reversible.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift, sketch
 from pyglow_fast.reversible.limits import call_untraced
-from pyglow_fast.reversible.parts import Part, Pass, part_limit
+from pyglow_fast.reversible.parts import Between, Part, Pass, kept_between, part_limit
 from pyglow_fast.reversible.steps import Given, Step
 
 
@@ -31,7 +33,7 @@ def run_steps(
 ) -> tuple[Tensor, Tensor]:
     """Map x to z and log_det (N,) through steps that the backward runs again.
 
-    torch.compile does not trace it. A part, which ends at an anchor, is a node of its own, see parts.py.
+    torch.compile does not trace it. Each part is a node of its own, see parts.py.
 
     Args:
         steps: at least one.
@@ -45,12 +47,14 @@ def _run_steps(
     steps: Sequence[Step], control: DriftControl | None, x: Tensor, cond: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     step_bytes = [sum(tensor.nbytes for tensor in step.params) for step in steps]
+    boundary, few = kept_between(x.nbytes, n_positions(x), control is None)
+    whole, between = Pass(control, step_bytes, part_limit(x, step_bytes, boundary), [], few), Between()
     log_dets = []
-    for part in Pass(control, step_bytes, part_limit(x, step_bytes)).parts:
+    for part in whole.parts:
         own = steps[part.first : part.end]
         params = [tensor for step in own for tensor in step.params]
-        part.whole.joins(part.first, x, (cond, *params))
-        x, log_det = apply(_RunSteps, own, part, x, cond, *params)
+        whole.joins(part.first, x, (cond, *params))
+        x, log_det = apply(_RunSteps, own, part, between, x, cond, *params)
         log_dets.append(log_det)
     return x, functional.summed(log_dets)
 
@@ -68,11 +72,19 @@ class _RunSteps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, steps: Sequence[Step], part: Part, x: Tensor, cond: Tensor | None, *params: Tensor
+        ctx: Any,
+        steps: Sequence[Step],
+        part: Part,
+        between: Between,
+        x: Tensor,
+        cond: Tensor | None,
+        *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """z, log_det (N,)."""
         keeps_states = part.whole.keeps_states
-        keep = set(range(len(steps)) if keeps_states else (0, *part.anchors))
+        keep = set(range(len(steps)) if keeps_states else part.anchors)
+        if part.knows_start:
+            keep.add(0)
         states: dict[int, Tensor] = {}
         seen: dict[int, Tensor] = {}
         memos, log_dets, z, lowest = [], [], x, x.dtype
@@ -80,33 +92,31 @@ class _RunSteps(torch.autograd.Function):
             if k in keep:
                 states[k] = z
             else:
-                seen[k] = project(z)
+                seen[k] = project(z) if k else sketch(z)
             z, log_det, memo, own_lowest = step.forward(z, cond, own)
             lowest = lowest_of(lowest, own_lowest)
             memos.append(memo)
             log_dets.append(log_det)
         z = z.clone() if z is x else z  # which a step may hand on; an output of a function must be its own
-        ctx.steps, ctx.part, ctx.memos, ctx.lowest = steps, part, memos, lowest
+        ctx.steps, ctx.part, ctx.between, ctx.memos, ctx.lowest = steps, part, between, memos, lowest
         ctx.states, ctx.seen = list(states), list(seen)
-        ctx.save_for_backward(None if keeps_states else z, cond, *states.values(), *seen.values(), *params)
+        keeps_z = part.is_last and not keeps_states
+        ctx.save_for_backward(z if keeps_z else None, cond, *states.values(), *seen.values(), *params)
+        between.nodes[part.index] = weakref.ref(ctx)
         return z, functional.summed(log_dets)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, cond and the parameters."""
-        z, cond, *rest = ctx.saved_tensors
-        counts = len(ctx.states), len(ctx.states) + len(ctx.seen)
-        states = dict(zip(ctx.states, rest[: counts[0]], strict=True))
-        seen = dict(zip(ctx.seen, rest[counts[0] : counts[1]], strict=True))
-        params, part = _by_step(ctx.steps, rest[counts[1] :]), ctx.part
-        given = [Given(cond, ctx.needs_input_grad[3], *own) for own in zip(params, ctx.memos, strict=True)]
-        own = _Backward(ctx.steps, given, states, seen, grad_log_det)
+        own, z, part = _Backward(ctx, grad_log_det), ctx.saved_tensors[0], ctx.part
         whole, drifted = part.whole, None
         if whole.keeps_states:
             whole.checkpointed(part.first, grad_z.device)
             grad_x = own.differentiated(0, len(ctx.steps), grad_z)
         else:
+            left = ctx.between.take(part)
+            z = z if left is None else left
             limit = whole.control.limit(grad_z.dtype, ctx.lowest)
             if whole.control.deferred or is_capturing(grad_z.device):
                 grad_x, worst = own.inverted(z, grad_z, None)
@@ -115,35 +125,54 @@ class _RunSteps(torch.autograd.Function):
             else:
                 grad_x, worst = own.inverted(z, grad_z, limit)
                 whole.judged(part.first, float(worst), limit, own.redone)
+            ctx.between.leave(part, own.start)
         grads = (grad_x, own.of_cond.result(), *[grad for grads in own.of_params for grad in grads])
-        return (None, None, *[accepted(grad, drifted) for grad in grads])
+        return (None, None, None, *[accepted(grad, drifted) for grad in grads])
+
+
+def _restored(between: Between, index: int) -> tuple[Tensor, int]:
+    """The true input of a part, forward from the anchor before it, and how many steps that took."""
+    ctxs: list[Any] = [between.nodes[i]() for i in range(index)]
+    begin = next(i for i in reversed(range(index)) if ctxs[i].states)
+    state: Tensor | None = None
+    count = 0
+    for ctx in ctxs[begin:]:
+        own = _Backward(ctx)
+        first = 0 if state is not None else ctx.states[-1]
+        state = own.states[first] if state is None else state
+        for k in range(first, len(ctx.steps)):
+            state = ctx.steps[k].repeat(state, own.given[k])
+            count += 1
+    assert state is not None
+    return state, count
 
 
 class _Backward:
     """The backward of a part. A step that is redone overwrites the gradients of its parameters.
 
     Args:
-        steps, given: of the part.
-        states: inputs of the first step and of those at anchors, by number.
-        seen: projections of the inputs of the others.
-        grad_log_det: (N,).
+        ctx: of the part's node.
+        grad_log_det: (N,); None where nothing is differentiated.
 
     Attributes:
+        states: inputs of steps that are kept, by number.
+        start: the input of the first step, recomputed or true, when the part is done.
         of_params: the gradients of the parameters, by step.
         of_cond: that of the condition, summed over the steps.
         redone: the number of steps that were.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        given: Sequence[Given],
-        states: dict[int, Tensor],
-        seen: dict[int, Tensor],
-        grad_log_det: Tensor,
-    ) -> None:
-        self.steps, self.given, self.states, self.seen, self.grad_log_det = steps, given, states, seen, grad_log_det
-        self.of_params: list[Sequence[Tensor | None]] = [()] * len(steps)
+    def __init__(self, ctx: Any, grad_log_det: Tensor | None = None) -> None:
+        _, cond, *rest = ctx.saved_tensors
+        counts = len(ctx.states), len(ctx.states) + len(ctx.seen)
+        self.states: dict[int, Tensor] = dict(zip(ctx.states, rest[: counts[0]], strict=True))
+        self._seen: dict[int, Tensor] = dict(zip(ctx.seen, rest[counts[0] : counts[1]], strict=True))
+        self.steps: Sequence[Step] = ctx.steps
+        own = zip(_by_step(self.steps, rest[counts[1] :]), ctx.memos, strict=True)
+        self.given = [Given(cond, ctx.needs_input_grad[4], params, memo) for params, memo in own]
+        self._ctx, self._grad_log_det = ctx, grad_log_det
+        self.start: Tensor | None = None
+        self.of_params: list[Sequence[Tensor | None]] = [()] * len(self.steps)
         self.of_cond = GradientSum()
         self.redone = 0
 
@@ -153,32 +182,36 @@ class _Backward:
         What drifts beyond the limit is redone. On a GPU, where reading a value stops the stream, that is decided once,
         of all steps; without a limit never.
         """
-        grad_z, drifts = grad, []
         at_the_end = limit is not None and not can_read(z)
-        for first, end in reversed(list(pairwise([*self.states, len(self.steps)]))):
-            of_cond, y, found = GradientSum(), z, grad
-            worst = []
+        segments = list(pairwise(sorted({0, *self.states, len(self.steps)})))[::-1]
+        grad_z, drifts = grad, []
+        for first, end in segments:
+            of_cond, y, found, worst = GradientSum(), z, grad, []
             for k in reversed(range(first, end)):
                 true = self.states.get(k)
                 y, found = self._step(k, y, true, found, of_cond)
-                worst.append(witness_drift(y, self.seen[k]) if true is None else anchor_drift(y, true))
+                worst.append(projected_drift(y, self._seen[k]) if true is None else anchor_drift(y, true))
             drifts.append(torch.stack(worst).amax())
+            self.start = self.states.get(first, y)
             if limit is not None and not at_the_end and not float(drifts[-1]) <= limit:
                 found = self._redo(first, end, grad)
             else:
                 self.of_cond.add(of_cond.result())
-            z, grad = self.states[first], found
-        worst_drift = torch.stack(drifts).amax()
-        if limit is not None and at_the_end and not float(worst_drift) <= limit:
-            self.of_cond = GradientSum()
-            grad = grad_z
-            for first, end in reversed(list(pairwise([*self.states, len(self.steps)]))):
+            z, grad = self.start, found
+        drift = torch.stack(drifts).amax()
+        if limit is not None and at_the_end and not float(drift) <= limit:
+            self.of_cond, grad = GradientSum(), grad_z
+            for first, end in segments:
                 grad = self._redo(first, end, grad)
-        return grad, worst_drift
+        return grad, drift
 
     def _redo(self, first: int, end: int, grad: Tensor) -> Tensor:
-        """Run steps first .. end - 1 forward from the anchor at the first, then differentiate them."""
+        """Run steps first .. end - 1 forward from the anchor at or before the first, then differentiate them."""
         self.redone += end - first
+        if first not in self.states:
+            self.states[first], count = _restored(self._ctx.between, self._ctx.part.index)
+            self.redone += count
+        self.start = self.states[first]
         for k in range(first, end - 1):
             self.states[k + 1] = self.steps[k].repeat(self.states[k], self.given[k])
         grad = self.differentiated(first, end, grad)
@@ -195,6 +228,9 @@ class _Backward:
     def _step(
         self, k: int, y: Tensor | None, x: Tensor | None, grad: Tensor, of_cond: GradientSum
     ) -> tuple[Tensor, Tensor]:
-        found, grad, grad_cond, self.of_params[k] = self.steps[k].backward(y, x, grad, self.grad_log_det, self.given[k])
+        assert self._grad_log_det is not None  # else nothing is differentiated
+        found, grad, grad_cond, self.of_params[k] = self.steps[k].backward(
+            y, x, grad, self._grad_log_det, self.given[k]
+        )
         of_cond.add(grad_cond)
         return found, grad

@@ -1,11 +1,13 @@
-"""Gradients of a coupling from its output or its input, besides those that pass through its net."""
+"""Gradients of a coupling, besides those that pass through its net, and of a channel map: by kernels or autograd."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional, ops
+from pyglow_fast import functional, ops, reference
 from pyglow_fast._derivatives import check_leaves
 from pyglow_fast.reference import CouplingSpec
 
@@ -35,3 +37,24 @@ def coupling_backward_from_output(
         return u, grad_u, grad_net_out
     u, _ = functional.coupling_inverse(y, net_out, spec)
     return u, *coupling_backward(u, net_out, grad_y, grad_log_det, spec)
+
+
+def channel_mix_backward(
+    x: Tensor, grad_u: Tensor, matrix: Tensor, offset: Tensor, added: Tensor | None, index: Tensor | None
+) -> Sequence[Tensor]:
+    """Compute the gradients of u = M x + c: of x, M and c. ``added``: to the gradient of the first channels of u."""
+    if ops.run_on(x):
+        return ops.channel_mix_backward(x, grad_u, matrix, None, added, False, index)
+    leaves = [value.detach().requires_grad_() for value in (x, matrix, offset)]
+    with torch.enable_grad():
+        u = reference.channel_mix(leaves[0], leaves[1], leaves[2], index=index)
+    return torch.autograd.grad(u, leaves, with_added(grad_u, added))
+
+
+def with_added(grad: Tensor, added: Tensor | None) -> Tensor:
+    """Add to a gradient that of its first channels, if there is one."""
+    if added is None:
+        return grad
+    total = grad.clone()
+    total[:, : added.shape[1]] += added
+    return total

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyglow_fast._captures import is_capturing
+from pyglow_fast._derivatives import backward_key
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
 
 # Several backwards may go through one graph at the same time. One lock for all, since torch.compile cannot trace the
@@ -208,3 +211,31 @@ class Part:
     def anchors(self) -> list[int]:
         """List the steps whose input is stored, but for the first: see :attr:`knows_start`."""
         return [k - self.first for k in self.whole.anchors if self.first < k < self.end]
+
+
+class Between:
+    """What the nodes of one run's parts share.
+
+    Attributes:
+        nodes: their functions by number, as long as the graph lives.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: dict[int, weakref.ref[Any]] = {}
+        # By backward (graph task and row) its thread, and the output of the node that is next, recomputed.
+        self._states: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+    def take(self, part: Part) -> Tensor | None:
+        """Take the state that the node behind has left for this backward; None at the last node."""
+        key, own = backward_key(), threading.get_ident()
+        if part.is_last:  # forget what a backward has left that failed, or wanted late gradients alone
+            for other, (thread, _) in list(self._states.items()):
+                if thread == own and other[0] != key[0]:
+                    self._states.pop(other, None)
+            return None
+        return self._states.pop(key)[1]
+
+    def leave(self, part: Part, state: Tensor) -> None:
+        """Leave the node's input for the node before, if there is one to come."""
+        if not part.is_final:
+            self._states[backward_key()] = threading.get_ident(), state

@@ -8,10 +8,9 @@ folded inside each node from raw parameters, and again in its backward, so that 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,13 +19,13 @@ from torch import Tensor
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._captures import is_capturing
-from pyglow_fast._derivatives import apply_to_plain, backward_key, differentiable_once
+from pyglow_fast._derivatives import apply_to_plain, differentiable_once
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
 from pyglow_fast.reversible.drift import DriftControl, signs_of, sketch_signs_of
-from pyglow_fast.reversible.parts import Part, Pass, kept_between, part_limit
+from pyglow_fast.reversible.parts import Between, Part, Pass, kept_between, part_limit
 
 FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
 NONE, STORE, CHECKPOINT, REVERSIBLE = range(4)  # csrc/run/run.h
@@ -174,34 +173,12 @@ class _Node:
         return self.run.mode
 
 
-@dataclass
-class _Run:
-    """State that the nodes of one forward share.
+class _Run(Between):
+    """State that the nodes of one forward share; mode: what they keep."""
 
-    Attributes:
-        mode: what they keep.
-        nodes: their functions by number, as long as the graph lives.
-        states: by backward (graph task and row), its thread, and the output of the node that is next, recomputed.
-    """
-
-    mode: int
-    nodes: dict[int, weakref.ref[Any]] = field(default_factory=dict)
-    states: dict[tuple[int, int], tuple[int, Tensor]] = field(default_factory=dict)
-
-    def take(self, part: Part) -> Tensor | None:
-        """Take the state that the node behind has left for this backward."""
-        key, own = backward_key(), threading.get_ident()
-        if part.is_last:  # forget what a backward has left that failed, or wanted late gradients alone
-            for other, (thread, _) in list(self.states.items()):
-                if thread == own and other[0] != key[0]:
-                    self.states.pop(other, None)
-            return None
-        return self.states.pop(key)[1]
-
-    def leave(self, part: Part, state: Tensor) -> None:
-        """Leave the node's input for the node before, if there is one to come."""
-        if not part.is_final:
-            self.states[backward_key()] = threading.get_ident(), state
+    def __init__(self, mode: int) -> None:
+        super().__init__()
+        self.mode = mode
 
 
 class _RunNode(torch.autograd.Function):

@@ -27,7 +27,12 @@ from pyglow_fast.coupling_nets.state import (
 from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.drift import lowest_precision
-from pyglow_fast.reversible.gradients import coupling_backward, coupling_backward_from_output
+from pyglow_fast.reversible.gradients import (
+    channel_mix_backward,
+    coupling_backward,
+    coupling_backward_from_output,
+    with_added,
+)
 
 MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
 
@@ -211,38 +216,20 @@ class _Map:
     def __init__(self, raw: Sequence[Tensor], fold: Fold) -> None:
         self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
         with torch.enable_grad():
-            self.matrix, self.offset, self.log_det, self.index = fold(self.leaves)
-        self._leaf: Tensor | None = None
-        self._outputs: list[Tensor] = []
-
-    def mix(self, x: Tensor, kept: int) -> Tensor:
-        """Compute u with a record, of which a net reads the first ``kept`` channels."""
-        self._leaf = x.detach().requires_grad_()
-        with torch.enable_grad():
-            found = functional.channel_mix_for_net(self._leaf, self.matrix, self.offset, kept, index=self.index)
-        self._outputs = list(found)
-        return found[0].detach()
-
-    def unmix(self, u: Tensor) -> Tensor:
-        """Compute x from u."""
-        inverse, index = self._inverse
-        return functional.channel_unmix(u, inverse, self.offset.detach(), index=index)
-
-    def invert(self) -> None:
-        """Prepare :meth:`unmix`."""
-        self._inverse = inverse_of(self.matrix.detach(), self.index)
+            *self._recorded, self.index = fold(self.leaves)
+        self.matrix, self.offset = (tensor.detach() for tensor in self._recorded[:2])
 
     def gradients(
-        self, grad_u: Tensor, added: Tensor | None, grad_log_det: Tensor
+        self, x: Tensor, grad_u: Tensor, added: Tensor | None, grad_log_det: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Compute the gradients of x and of the raw tensors; ``added``: to the gradient of what the net read."""
-        pairs = zip([*self._outputs, self.log_det], [grad_u, added, grad_log_det], strict=True)
-        outs, grads = zip(*[(o, g) for o, g in pairs if g is not None and o.requires_grad], strict=True)
-        assert self._leaf is not None  # mix comes before
-        wanted = [self._leaf, *[leaf for leaf in self.leaves if leaf.requires_grad]]
-        grad_x, *rest = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
-        self._outputs = []
-        found = iter(rest)
+        grad_x, *own = channel_mix_backward(x, grad_u, self.matrix, self.offset, added, self.index)
+        pairs = [pair for pair in zip(self._recorded, [*own, grad_log_det], strict=True) if pair[0].requires_grad]
+        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
+        if not wanted or not pairs:
+            return grad_x, [None] * len(self.leaves)
+        outs, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
         return grad_x, [next(found) if leaf.requires_grad else None for leaf in self.leaves]
 
 
@@ -276,7 +263,8 @@ class CouplingStep:
         return u[:, : self.runner.reads(u.shape[1])]
 
     def _masked(self, u: Tensor, cond: Tensor | None) -> Tensor:
-        return u * mask_of(cond) if self.masked and cond is not None else u
+        """Set a state of our own to zero at masked positions, where a channel map has put its offset."""
+        return u.mul_(mask_of(cond)) if self.masked and cond is not None else u
 
     def _positions(self, u: Tensor, cond: Tensor | None) -> Tensor | int:
         """Count the positions: with a mask of each sample its own, (N,)."""
@@ -313,13 +301,11 @@ class CouplingStep:
         """Run the net once more, chunk by chunk, then the map."""
         cond, nets, raw = given.cond, given.params[: self.n_nets], given.params[self.n_nets :]
         own = None if self.fold is None else _Map(raw, self.fold)
-        state, kept = x if y is None else y, 0
+        inverse = None if own is None or y is None else inverse_of(own.matrix, own.index)
+        state = x if y is None else y
         assert state is not None  # one of the two is given
-        kept = self.runner.reads(state.shape[1])
         if own is not None and y is None:
-            state = self._masked(own.mix(state, kept), cond)
-        elif own is not None:
-            own.invert()
+            state = self._masked(functional.channel_mix(state, own.matrix, own.offset, index=own.index), cond)
         inputs, grads = _Tiles(state), _Tiles(state)
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
@@ -328,7 +314,9 @@ class CouplingStep:
                 grad_u, grad_net_out = coupling_backward(chunk.outputs(state), *arguments)
             else:
                 u, grad_u, grad_net_out = coupling_backward_from_output(chunk.outputs(y), *arguments)
-                inputs.put(chunk, u if own is None else own.unmix(u))
+                if own is not None and inverse is not None:
+                    u = functional.channel_unmix(u, inverse[0], own.offset, index=inverse[1])
+                inputs.put(chunk, u)
             grads.put(chunk, grad_u)
             return grad_net_out
 
@@ -339,17 +327,7 @@ class CouplingStep:
         found, grad_u = x if y is None else self._masked(inputs.value, cond), grads.value
         assert found is not None
         if own is None:
-            return Differentiated(found, _sum(grad_u, added), grad_cond, of_nets)
-        if y is not None:
-            own.mix(found if x is None else x, kept)
-        grad_x, of_raw = own.gradients(grad_u, added, (grad_log_det * self._positions(grad_u, cond)).sum())
+            return Differentiated(found, with_added(grad_u, added), grad_cond, of_nets)
+        of_log_det = (grad_log_det * self._positions(grad_u, cond)).sum()
+        grad_x, of_raw = own.gradients(found if x is None else x, grad_u, added, of_log_det)
         return Differentiated(found, grad_x, grad_cond, [*of_nets, *of_raw])
-
-
-def _sum(grad: Tensor, added: Tensor | None) -> Tensor:
-    """A gradient with that of the first channels added to it."""
-    if added is None:
-        return grad
-    total = grad.clone()
-    total[:, : added.shape[1]] += added
-    return total
