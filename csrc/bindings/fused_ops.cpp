@@ -1,7 +1,5 @@
 // The passes that join a coupling with a channel mixing; with an index that is a gather, see step_ops.cpp.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <optional>
 #include <tuple>
@@ -24,7 +22,7 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
   check_vector("offset", offset_in, "x", x_in, x_in.size(1));
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor offset = offset_in.contiguous();
-  at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
+  at::Tensor out = empty_output(x), log_det = empty_reused({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     if (mix.gathers()) {
@@ -63,7 +61,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
   at::Tensor grad_x = empty_output(x), grad_net_out = empty_output(net_out);
-  at::Tensor grad_matrix = at::empty_like(mix.matrix), grad_offset = at::empty({x.size(1)}, x.options());
+  at::Tensor grad_matrix = empty_reused(mix.matrix.sizes(), mix.matrix.options()),
+             grad_offset = empty_reused({x.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     if (mix.gathers()) {

@@ -1,6 +1,5 @@
 // Inverses and determinants of the matrices of channel mixings.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <tuple>
@@ -17,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor> invert_matrices(const at::Tensor& matrices_in
                     "matrices: expected shape (K, C, C), found ", matrices_in.sizes());
   check_state("matrices", matrices_in);
   const at::Tensor matrices = matrices_in.contiguous();
-  at::Tensor inverses = at::empty_like(matrices), log_dets = at::empty({matrices.size(0)}, matrices.options());
+  at::Tensor inverses = at::empty_like(matrices), log_dets = empty_reused({matrices.size(0)}, matrices.options());
   with_dtype(matrices, [&](auto zero) {
     using T = decltype(zero);
     const InvertMatricesArgs<T> args{.matrices = matrices.const_data_ptr<T>(),

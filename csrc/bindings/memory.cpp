@@ -46,7 +46,9 @@ at::Tensor empty_reused(at::IntArrayRef sizes, const at::TensorOptions& options,
   const std::size_t element = options.dtype().itemsize();
   const std::size_t bytes = at::detail::computeStorageNbytesContiguous(sizes, element);
   const bool small = bytes < static_cast<std::size_t>(cpu::least_reused);
-  if (small || options.device().type() != c10::kCPU) return at::empty(sizes, options, format);
+  if (options.device().type() != c10::kCPU) return at::empty(sizes, options, format);
+  if (small)  // as at::empty, without the dispatcher, which takes longer than the allocation
+    return at::Tensor(at::detail::empty_cpu(sizes, c10::typeMetaToScalarType(options.dtype()), false, format));
   return at::Tensor(at::detail::empty_generic(sizes, &blocks(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                               c10::typeMetaToScalarType(options.dtype()), format));
 }

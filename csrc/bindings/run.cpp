@@ -34,37 +34,34 @@ Tensors as_list(const run::Maps& maps) {
 // z, log_det; then what is kept: anchors, states, outputs, what nets keep, projections, sketch.
 using Run = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensor, Tensor>;
 
+// Kernels read memory as it lies there: a tensor that is negated as it is read is written out first.
+Optional resolved(const Optional& x) { return x ? Optional(x->resolve_neg()) : x; }
+
 Run forward(const run::Part& part, const Tensor& x, const Optional& cond, const Tensors& maps, const Tensors& nets) {
-  run::Forward found = run::forward(part, x, cond, maps_of(maps), nets);
+  run::Forward found = run::forward(part, x.resolve_neg(), resolved(cond), maps_of(maps), nets);
   Tensors anchors;
   for (const auto& [step, state] : found.kept.anchors) anchors.push_back(state);
-  return {found.z,
-          found.log_det,
-          anchors,
-          found.kept.states,
-          found.kept.outputs,
-          found.kept.nets,
-          found.kept.seen,
-          found.kept.start};
+  return {found.z,         found.log_det,   anchors,         found.kept.states, found.kept.outputs,
+          found.kept.nets, found.kept.seen, found.kept.start};
 }
 
 std::tuple<Tensor, Tensor> inverse(const run::Part& part, const Tensor& z, const Optional& cond, const Tensors& maps,
                                    const Tensors& nets) {
-  return run::inverse(part, z, cond, maps_of(maps), nets);
+  return run::inverse(part, z.resolve_neg(), resolved(cond), maps_of(maps), nets);
 }
 
-using Back = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, double, int64_t>;
+using Back = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, double, int64_t>;
 
 Back backward(const run::Part& part, const Optional& x, const Optional& z, const Optional& cond, const Tensors& maps,
               const Tensors& nets, const Tensor& grad_z, const Tensor& grad_log_det, const Tensors& anchors,
               const Tensors& states, const Tensors& outputs, const Tensors& kept_nets, const Optional& seen,
               const Optional& start, const std::vector<bool>& wants, bool wants_cond, int64_t judged, double limit,
               const std::function<Tensor()>& restored) {
-  run::BackwardArgs args{.x = x,
+  run::BackwardArgs args{.x = resolved(x),
                          .z = z,
-                         .cond = cond,
-                         .grad_z = grad_z,
-                         .grad_log_det = grad_log_det,
+                         .cond = resolved(cond),
+                         .grad_z = grad_z.resolve_neg(),
+                         .grad_log_det = grad_log_det.resolve_neg(),
                          .kept = {.anchors = {},
                                   .states = states,
                                   .outputs = outputs,
@@ -78,8 +75,8 @@ Back backward(const run::Part& part, const Optional& x, const Optional& z, const
                          .restored = restored};
   for (std::size_t i = 0; i < anchors.size(); ++i) args.kept.anchors[part.anchors.at(i)] = anchors[i];
   run::Gradients found = run::backward(part, maps_of(maps), nets, std::move(args));
-  return {found.x,     found.cond,  found.matrices, found.offsets, found.nets,
-          found.start, found.worst, found.drift,    found.redone};
+  return {found.x,    found.cond,  found.matrices, found.offsets, found.log_dets,
+          found.nets, found.start, found.worst,    found.drift,   found.redone};
 }
 
 // raw: of all steps each, log_scale, bias, lower, upper and log_diag.
@@ -95,6 +92,14 @@ run::Factors factors_of(const Tensors& raw, const Tensors& permutations, const T
 }  // namespace
 
 void define_run(py::module& m) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const run::SingularMatrix& singular) {
+      const py::object own = py::module_::import("pyglow_fast._errors").attr("SingularMatrixError");
+      PyErr_SetString(own.ptr(), singular.what());
+    }
+  });
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<run::NetForm, std::shared_ptr<run::NetForm>>(m, "NetForm", "All about a coupling net but its tensors.")
       .def(py::init([](std::vector<int64_t> activations, std::vector<double> parameters, std::vector<int64_t> dilations,
@@ -103,9 +108,16 @@ void define_run(py::module& m) {
                        const std::vector<std::array<int64_t, 6>>& chunks) {
              std::optional<at::ScalarType> bits;
              if (!narrow.empty()) bits = narrow == "bfloat16" ? at::kBFloat16 : at::kHalf;
-             run::NetForm form{std::move(activations), std::move(dilations), std::move(parameters), std::move(powers),
-                               products,               bits,                 takes_state,           takes_cond,
-                               parity,                 {}};
+             run::NetForm form{std::move(activations),
+                               std::move(dilations),
+                               std::move(parameters),
+                               std::move(powers),
+                               products,
+                               bits,
+                               takes_state,
+                               takes_cond,
+                               parity,
+                               {}};
              for (const auto& c : chunks) form.chunks.push_back({c[0], c[1], c[2], c[3], c[4], c[5]});
              return std::make_shared<run::NetForm>(std::move(form));
            }),
@@ -118,7 +130,12 @@ void define_run(py::module& m) {
              return run::Step{{map, order, false, bias, eps, clamp, factor}, std::move(net), reads};
            }),
            py::arg("map"), py::arg("order"), py::arg("bias"), py::arg("eps"), py::arg("clamp"), py::arg("factor"),
-           py::arg("net"), py::arg("reads"));
+           py::arg("net"), py::arg("reads"))
+      .def_property_readonly(
+          "tensors", [](const run::Step& step) { return step.net->tensors(); }, "How many tensors the net has.")
+      .def_property_readonly(
+          "overlap", [](const run::Step& step) { return step.net->overlap(); },
+          "Positions that the net's chunks read, over those that they give.");
   py::class_<run::Part>(m, "Part", "Consecutive steps that are one autograd node.")
       .def(py::init([](std::vector<run::Step> steps, bool squeezes, int64_t mode, std::vector<int64_t> anchors,
                        bool knows_start, const std::optional<std::tuple<Tensor, Tensor, double>>& signs,

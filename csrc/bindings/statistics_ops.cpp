@@ -48,7 +48,7 @@ struct Normal {
 
 at::Tensor gaussian_log_prob(const at::Tensor& z, const at::Tensor& mean, const at::Tensor& log_sd) {
   const Normal normal("z", z, mean, log_sd);
-  at::Tensor log_prob = at::empty({z.size(0)}, z.options());
+  at::Tensor log_prob = empty_reused({z.size(0)}, z.options());
   with_dtype(z, [&](auto zero) {
     using T = decltype(zero);
     const GaussianArgs<T> args{.z = input<T>(normal.value),

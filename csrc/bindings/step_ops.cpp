@@ -1,8 +1,6 @@
 // Channel mixing and coupling: tensors in, checked, made into the plain arguments of core.h, and sent to the kernel of
 // their device.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <optional>
 #include <tuple>
@@ -76,8 +74,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Te
   const at::Tensor added = check_added(added_in, "grad_u", grad_u_in);
   const at::Tensor x = squeezes ? x_in : with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
   const at::Tensor center = center_in ? center_in->contiguous() : at::Tensor();
-  at::Tensor grad_x = empty_output(x), grad_matrix = at::empty_like(map.matrix);
-  at::Tensor grad_offset = at::empty({grad_u.size(1)}, x.options());
+  at::Tensor grad_x = empty_output(x), grad_matrix = empty_reused(map.matrix.sizes(), map.matrix.options());
+  at::Tensor grad_offset = empty_reused({grad_u.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const auto in = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0};
@@ -122,7 +120,7 @@ std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Te
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
-  at::Tensor out = empty_output(x), log_det = at::empty({x.size(0)}, x.options());
+  at::Tensor out = empty_output(x), log_det = empty_reused({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     run(x, coupling_args<T>(x, net_out, out, log_det, transformed, kind));
@@ -144,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
   const at::Tensor out = with_position_stride(out_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
   at::Tensor grad_in = empty_output(out), grad_net_out = empty_output(net_out);
-  at::Tensor in = want_input ? empty_output(out) : at::empty({0}, out.options());
+  at::Tensor in = want_input ? empty_output(out) : empty_reused({0}, out.options());
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
     const CouplingBackwardArgs<T> args{.out = input<T>(out),

@@ -21,13 +21,12 @@ Maps inverted(const Maps& maps) {
     auto [inverses, log_dets] = bindings::invert_matrices(maps.matrices);
     if (log_dets.is_cpu()) {
       const bool singular = log_dets.eq(-std::numeric_limits<double>::infinity()).any().item<bool>();
-      TORCH_CHECK_VALUE(!singular, "matrix: expected an invertible matrix, found a singular one");
+      if (singular) throw SingularMatrix("matrix: expected an invertible matrix, found a singular one");
     }
     return {inverses, maps.offsets, maps.log_dets, {}};
   }
-  if (maps.matrices.is_cpu())
-    TORCH_CHECK_VALUE(!maps.matrices.eq(0).any().item<bool>(),
-                      "scale: expected scales that are not zero, found a zero");
+  if (maps.matrices.is_cpu() && maps.matrices.eq(0).any().item<bool>())
+    throw SingularMatrix("scale: expected scales that are not zero, found a zero");
   const Tensor back = maps.indices->argsort(int64_t{-1});
   return {maps.matrices.gather(-1, back).reciprocal(), maps.offsets, maps.log_dets, back};
 }
@@ -48,7 +47,7 @@ Tensor net_output(const Step& step, at::TensorList own, const Tensor& state, con
   const Tensor x1 = read_by(step, state);
   if (kept != nullptr || step.net->chunks.empty()) return net.forward(x1, cond, kept);
   Tensor all;
-  for (const Chunk& chunk : step.net->chunks) {
+  for (const Chunk& chunk : step.net->chunks_for(state)) {
     const Optional beside = cond ? Optional(chunk.inputs(*cond)) : cond;
     const Tensor part = chunk.crop(net.forward(chunk.inputs(x1), beside, nullptr));
     if (!all.defined()) {

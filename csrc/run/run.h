@@ -8,6 +8,7 @@
 // pyglow_fast/reversible/run.py is the autograd node over these functions.
 #pragma once
 #include <map>
+#include <stdexcept>
 
 #include "bindings/coupling_kind.h"
 #include "run/drift.h"
@@ -25,6 +26,11 @@ struct Step {
 struct Maps {
   Tensor matrices, offsets, log_dets;  // (K, C, C), of gathers (K, C); (K, C); (K,)
   Optional indices;                    // (K, C)
+};
+
+// A channel map that has no inverse.
+struct SingularMatrix : std::domain_error {
+  using std::domain_error::domain_error;
 };
 
 enum class Mode { none, store, checkpoint, reversible };
@@ -78,13 +84,13 @@ struct BackwardArgs {
 };
 
 struct Gradients {
-  Tensor x, cond;                   // cond undefined: not wanted
-  Tensor matrices, offsets;         // of the maps
-  Tensors nets;                     // undefined: not wanted
-  Tensor start;                     // the part's input, recomputed or true
-  Tensor worst;                     // drift, where the host has not read it
-  double drift;                     // the worst, where it has
-  int64_t redone;                   // steps
+  Tensor x, cond;                      // cond undefined: not wanted
+  Tensor matrices, offsets, log_dets;  // of the maps
+  Tensors nets;                        // undefined: not wanted
+  Tensor start;                        // the part's input, recomputed or true
+  Tensor worst;                        // drift, where the host has not read it
+  double drift;                        // the worst, where it has
+  int64_t redone;                      // steps
 };
 
 Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args);

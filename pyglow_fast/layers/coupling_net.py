@@ -127,7 +127,7 @@ class CouplingNet(NetShape):
     @property
     def has_own_norms(self) -> bool:
         """Whether the net still has the norms that it was made with."""
-        return {type(self.norm1), type(self.norm2)} <= {nn.Identity, ActNorm}
+        return (type(self._modules["norm1"]), type(self._modules["norm2"])) in _CHAINS
 
     @property
     def is_initialized(self) -> bool:
@@ -175,7 +175,7 @@ class CouplingNet(NetShape):
             return weights
         return without_border(weights, scales[0], self.border1, self.border3)
 
-    def chain(self) -> Chain | None:
+    def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its parameters decides what it computes."""
         if not self.is_plain or self.border:
             return None

@@ -22,7 +22,6 @@ from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import COUPLINGS, CouplingSpec, fold_actnorm, full_precision, full_product
-from pyglow_fast.reversible.parts import cut
 from pyglow_fast.reversible.steps import CouplingStep, MapInverse, inverse_of
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
@@ -77,7 +76,7 @@ def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
 _RUN = ("forward", "inverse", "enter", "leave", "reads", "kept_half", "run_net", "run_net_forward", "runner")
 
 
-_OWN_PARTS = frozenset({ActNorm, InvConv, Permute, Coupling, AffineInjector})
+_OWN_PARTS = frozenset({ActNorm, InvConv, Permute, Coupling, AffineInjector, type(None)})
 
 
 def runs_fused(step: nn.Module) -> bool:
@@ -85,10 +84,8 @@ def runs_fused(step: nn.Module) -> bool:
 
     It may not where a subclass overrides a method (a parametrized class does not), or where hooks would not be called.
     """
-    if type(step) is FlowStep:
-        parts = [part for part in step._modules.values() if part is not None]
-        if _OWN_PARTS.issuperset(map(type, parts)):
-            return not any(map(has_hooks, (step, *parts)))
+    if type(step) is FlowStep and _OWN_PARTS.issuperset(map(type, step._modules.values())):
+        return not has_hooks(step)  # nothing calls its parts as modules, and so no hooks on them
     if not isinstance(step, FlowStep) or not isinstance(step.permutation, ChannelLinear):
         return False
     pairs: tuple[tuple[nn.Module, type, tuple[str, ...]], ...] = (
@@ -232,27 +229,12 @@ def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
     return unstack_maps(fold_in_one(steps))
 
 
-FOLDED_AT_ONCE = 128 * 1024  # bytes of matrices; with fewer a backward would fold more often
-
 
 def map_bytes(step: FlowStep) -> int:
     """Count the bytes of the channel map of a step; with a checkerboard that of both halves."""
     width = step.channels if step.coupling is None or step.coupling.board is None else 2 * step.channels
     gathers = step.permutation.gather_index() is not None
     return step.actnorm.bias.element_size() * width * (1 if gathers else width)
-
-
-def map_bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[tuple[int, int]]:
-    """Say which steps' maps are folded together: pairs (first, one past the last).
-
-    On a GPU all are: there one check of drift covers a whole run of steps, which is redone as one.
-
-    Args:
-        sizes: bytes of the map of each step.
-        ends: one past each step with a coupling, with which a group may end; ascending.
-        like: a tensor of the device.
-    """
-    return cut(sizes[: ends[-1]], ends[:-1], FOLDED_AT_ONCE if like.device.type == "cpu" else sum(sizes))
 
 
 def recomputed(

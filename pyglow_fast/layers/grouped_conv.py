@@ -64,11 +64,6 @@ class GroupedInvConv(ChannelLinear):
         log_det = functional.log_abs_det(self.weight) * (self.channels // self.size)
         return spread_over_groups(self.weight, self.channels), log_det
 
-    def weight_sources(self) -> list[Tensor] | None:
-        """The layer's own tensors; None for a subclass with another W, which has to state its own."""
-        own = type(self).weight_and_log_det is GroupedInvConv.weight_and_log_det
-        return self.own_tensors() if own else None
-
     def extra_repr(self) -> str:
         """Show channels and group size in the repr."""
         return f"{self.channels}, size={self.size}"

@@ -20,9 +20,8 @@ class ChannelLinear(FlowLayer):
     """z = W x at every position; log_det = P log|det W|. A subclass says what W is, and sets ``channels``.
 
     A FlowStep runs any subclass as it does InvConv: it asks for W (outside of autocast), folds it with the actnorm
-    before, joins the product with the couplings around it, and without gradients keeps the folded matrix and its
-    inverse until a tensor of ``weight_sources`` changes, if the class states these. Where all steps of a run state a
-    ``gather_index`` it gathers channels instead. It calls neither forward nor inverse, so whoever overrides them has to
+    before, and joins the product with the couplings around it. Where all steps of a run state a ``gather_index`` it
+    gathers channels instead. It calls neither forward nor inverse, so whoever overrides them has to
     compute the same product. GlowConfig names InvConv and Permute only: any other is put into a Glow by assigning it to
     ``permutation`` of a step of ``model.levels[i].steps``, also before saved weights are loaded.
 
@@ -52,28 +51,12 @@ class ChannelLinear(FlowLayer):
         """The matrix W (C, C) and log|det W| (); a subclass has to define it."""
         raise TypeError(f"{type(self).__name__} must define weight_and_log_det")
 
-    def weight_sources(self) -> list[Tensor] | None:
-        """All tensors that W depends on, such as :meth:`own_tensors`, if it depends on nothing else.
-
-        None, as in this base class, where W may depend on attributes or modes too: it is then computed each time.
-        """
-        return None
-
     def gather_index(self) -> Tensor | None:
         """The index (C,), int64, if W x is x[:, index] and nothing else: no matrix is needed then.
 
         None, as in this base class, if W is to be multiplied with.
         """
         return None
-
-    def own_tensors(self) -> list[Tensor] | None:
-        """Every parameter and buffer, also of submodules; None with parametrizations, which are user code."""
-        found: list[Tensor | None] = []
-        for part in self.modules():
-            if "parametrizations" in part._modules:
-                return None
-            found += [*part._parameters.values(), *part._buffers.values()]
-        return [tensor for tensor in found if tensor is not None]
 
     @classmethod
     def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
@@ -165,10 +148,6 @@ class InvConv(ChannelLinear):
             return weight, self.log_diag.sum()
         return self.weight, functional.log_abs_det(self.weight)
 
-    def weight_sources(self) -> list[Tensor] | None:
-        """The layer's own tensors; None for a subclass with another W, which has to state its own."""
-        return self.own_tensors() if type(self).weight_and_log_det is InvConv.weight_and_log_det else None
-
     @classmethod
     def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
         """W (K, C, C) and log|det W| (K,), in a few batched ops where all layers are of one parameterisation."""
@@ -247,16 +226,9 @@ class Permute(ChannelLinear):
         eye = torch.eye(self.channels, dtype=self.unit.dtype, device=self.unit.device)
         return eye[self.index], self.unit.new_zeros(())
 
-    def _is_own(self) -> bool:
-        return type(self).weight_and_log_det is Permute.weight_and_log_det
-
-    def weight_sources(self) -> list[Tensor] | None:
-        """The layer's own tensors; None for a subclass with another W."""
-        return self.own_tensors() if self._is_own() else None
-
     def gather_index(self) -> Tensor | None:
         """The index (C,); None for a subclass with another W."""
-        return self.index if self._is_own() else None
+        return self.index if type(self).weight_and_log_det is Permute.weight_and_log_det else None
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to z by gathering channels."""

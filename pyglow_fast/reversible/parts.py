@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import backward_key
+from pyglow_fast._dry import device_of
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
 
 # Several backwards may go through one graph at the same time. One lock for all, since torch.compile cannot trace the
@@ -36,7 +37,7 @@ def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int |
     check of drift covers the whole run. The device alone decides, since a plan is made outside of torch.compile for a
     forward that is traced.
     """
-    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if x.device.type == "cpu" else None
+    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if device_of(x).type == "cpu" else None
 
 
 def kept_between(state: int, positions: int, keeps_states: bool) -> tuple[int, bool]:
@@ -114,28 +115,6 @@ class Pass:
         self._deferred: list[Tensor] = []
         self._redone = 0
         self._task = -1
-
-    @classmethod
-    def of_couplings(
-        cls,
-        control: DriftControl | None,
-        step_bytes: Sequence[int],
-        ends: Sequence[int],
-        state: int,
-        positions: int,
-        like: Tensor,
-    ) -> Pass:
-        """Make the pass of one forward of couplings, cut anywhere and where a group of channel maps ends.
-
-        Args:
-            control, step_bytes: as of the constructor.
-            ends: one past the last coupling of each group, ascending.
-            state: bytes of a state.
-            positions: of one.
-            like: a tensor of the device.
-        """
-        boundary, few = kept_between(state, positions, control is None)
-        return cls(control, step_bytes, part_limit(like, step_bytes, boundary), ends[:-1], few)
 
     def joins(self, first: int, x: Tensor, others: Iterable[Tensor | None]) -> None:
         """Note that a part is run on these, in order: a backward ends with the first that has a gradient to give.

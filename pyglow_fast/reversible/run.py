@@ -20,6 +20,7 @@ from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import apply_to_plain, differentiable_once
+from pyglow_fast._dry import device_of
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
@@ -72,6 +73,20 @@ class FoldByTorch:
         return [next(given) if leaf.requires_grad else None for leaf in leaves]
 
 
+class GivenMaps:
+    """Passes on maps that someone has folded: matrices, offsets, log_dets and, of gathers, indices."""
+
+    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return them as they are."""
+        return raw
+
+    def gradients(
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Return their gradients; indices have none."""
+        return [matrices, offsets, log_dets, None][: len(raw)]
+
+
 FACTORS, CONSTANTS = ("log_scale", "bias", "lower", "upper", "log_diag"), ("permutation", "sign_diag")
 
 
@@ -107,13 +122,23 @@ class Maps:
 
     Attributes:
         ends: one past the last coupling of each unit that may end a node, ascending.
-        nbytes: gives the bytes of the maps of a unit.
+        nbytes: of the maps of a unit, at most.
         of: gives the raw tensors of units first .. end - 1, and what folds them.
     """
 
     ends: Sequence[int]
-    nbytes: Callable[[int], int]
+    nbytes: int
     of: Callable[[int, int], tuple[Sequence[Tensor], Fold]]
+
+
+def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
+    """The maps before K couplings, folded and stacked, any of which may end a node."""
+    nbytes = stacked[0][0].nbytes
+
+    def of(first: int, end: int) -> tuple[Sequence[Tensor], Fold]:
+        return [part[first:end] for part in stacked], GivenMaps()
+
+    return Maps(range(1, len(stacked[0]) + 1), nbytes, of)
 
 
 @dataclass(frozen=True)
@@ -140,16 +165,16 @@ class Steps:
 
     def bounds(self, limit: int | None, at_once: int) -> list[tuple[int, int]]:
         """Cut the units into nodes (first, one past the last) of so many bytes of gradients and of maps at most."""
-        ends = self.maps.ends
-        if limit is None:
+        ends, most = self.maps.ends, max(1, at_once // self.maps.nbytes)
+        if limit is None or (len(ends) <= most and sum(self.nbytes) <= limit):
             return [(0, len(ends))]
-        found, start, grads, folded, first = [], 0, 0, 0, 0
+        found, start, grads, first = [], 0, 0, 0
         for unit, end in enumerate(ends):
-            own, maps = sum(self.nbytes[first:end]), self.maps.nbytes(unit)
-            if unit > start and (grads + own > limit or folded + maps > at_once):
+            own = sum(self.nbytes[first:end])
+            if unit > start and (grads + own > limit or unit - start >= most):
                 found.append((start, unit))
-                start, grads, folded = unit, 0, 0
-            grads, folded, first = grads + own, folded + maps, end
+                start, grads = unit, 0
+            grads, first = grads + own, end
         return [*found, (start, len(ends))]
 
 
@@ -220,7 +245,8 @@ class _RunNode(torch.autograd.Function):
             assert control is not None
             limit = control.limit(grad_z.dtype, node.lowest)
             later = control.deferred or is_capturing(grad_z.device)
-            judged = LATER if later else EACH if can_read(grad_z) else AT_THE_END
+            waits = not can_read(grad_z) and device_of(grad_z).type != "cpu"
+            judged = LATER if later else AT_THE_END if waits else EACH
         redone_before = 0
 
         def restored() -> Tensor:
@@ -234,7 +260,7 @@ class _RunNode(torch.autograd.Function):
         arguments = (maps, nets, grad_z, grad_log_det, *lists, seen, start, wants, needs[2], judged, limit, restored)
         with in_precision(node.precision, grad_z):
             found = require().run_backward(node.form, x, z, cond, *arguments)
-        grad_x, grad_cond, matrices, offsets, of_nets, first, worst, drift, redone = found
+        grad_x, grad_cond, matrices, offsets, log_dets, of_nets, first, worst, drift, redone = found
         drifted = None
         if judged == LATER:
             drifted = drifted_in_this_backward(~(worst <= limit))
@@ -247,8 +273,7 @@ class _RunNode(torch.autograd.Function):
             node.run.leave(part, first)
         of_maps: Sequence[Tensor | None] = [None] * len(raw)
         if any(needs[3 + node.n_nets :]):
-            each = (grad_log_det.sum() * n_positions(grad_z)).expand(len(node.forms))
-            of_maps = node.fold.gradients(raw, matrices, offsets, each)
+            of_maps = node.fold.gradients(raw, matrices, offsets, log_dets)
         grads = (grad_x, grad_cond, *of_nets, *of_maps)
         return (None, *[accepted(grad, drifted) for grad in grads])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyglow_fast.coupling_nets.library_net import LibraryNet
 from support.chain_cases import CASES as RUNS
 from support.chain_cases import Case, Mode, gradients
 from support.chain_cases import assert_same_gradients as assert_same
@@ -22,7 +23,6 @@ import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
 from pyglow_fast import _backend, convolutions, functional, reference
 from pyglow_fast.coupling_nets import Chunk, in_precision, plan_chunks, run_net, run_net_backward
-from pyglow_fast.coupling_nets.library_net import LibraryNet
 from pyglow_fast.layers.frozen import FrozenNet
 from pyglow_fast.reference import ACTIVATIONS, Activation, ChainSpec
 

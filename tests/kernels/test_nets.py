@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyglow_fast.coupling_nets.explicit_net import ExplicitNet, LayerNames
 from support.helpers import assert_close, memory_layouts
 from support.kernel_cases import assert_bits_do_not_depend_on_threads, case_name
 from support.library_ops import use_library
@@ -33,7 +34,6 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from pyglow_fast import _backend, functional, ops, reference
 from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
-from pyglow_fast.coupling_nets.explicit_net import ExplicitNet, LayerNames
 from pyglow_fast.reference import ACTIVATIONS, Activation, ChainSpec
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast._captures import Later
-from pyglow_fast.reversible import deferred, generic, steps
+from pyglow_fast.reversible import deferred
 from pyglow_fast.reversible import drift as drift_module
 from pyglow_fast.reversible.drift import DriftControl
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast.layers.kept_values import KeptTensors
+from pyglow_fast.interop.last_seen import LastSeen
 
 
 class Seen(NamedTuple):
     """The tensors of a permutation and its inverse as they were when looked at, and their indices if hard."""
 
-    tensors: KeptTensors
+    tensors: LastSeen
     indices: tuple[Tensor, Tensor] | None
 
     def holds(self, pair: tuple[Tensor, Tensor]) -> bool:
@@ -27,5 +27,4 @@ def look_at(pair: tuple[Tensor, Tensor]) -> Seen:
     indices = first.argmax(1), second.argmax(1)
     eye = torch.eye(len(first), dtype=first.dtype, device=first.device)
     hard = torch.equal(first, eye[indices[0]]) and torch.equal(second, eye[indices[1]]) and torch.equal(first, second.T)
-    # A soft one that becomes hard behind torch's back is multiplied with all the same: its values need no look.
-    return Seen(KeptTensors(pair, by_version=not hard), indices if hard else None)
+    return Seen(LastSeen(pair), indices if hard else None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast.interop.gather import Gather
-from pyglow_fast.layers.kept_values import KeptTensors
+from pyglow_fast.interop.last_seen import LastSeen
 from pyglow_fast.reference import CouplingSpec
 
 
@@ -30,7 +30,7 @@ def _gathered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
 
 
 # The permutations by layer and projection, each with the tensor that it was read from.
-_known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[KeptTensors, Permutation | None]]] = (
+_known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[LastSeen, Permutation | None]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -46,7 +46,7 @@ def permutation_of(layer: nn.Module, axis: str, projection: Tensor) -> Permutati
     if kept is not None and kept[0].same([projection]):
         return kept[1]
     found = _read(projection)
-    _known[layer][axis] = (KeptTensors([projection]), found)
+    _known[layer][axis] = (LastSeen([projection]), found)
     return found
 
 

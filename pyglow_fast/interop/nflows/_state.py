@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.layers.kept_values import KeptTensors
+from pyglow_fast.interop.last_seen import LastSeen
 
 T = TypeVar("T")
 OWNERS = ("nflows", "pyglow_fast")
@@ -40,7 +40,7 @@ def as_it_comes(layer: object, *methods: str) -> bool:
 
 
 class Derived(Generic[T]):
-    """A value for each layer, derived from tensors of it, while these are what they were: see KeptTensors.
+    """A value for each layer, derived from tensors of it, while these are what they were: see LastSeen.
 
     Values are kept beside the layers, so that the layers have no attribute that those of the library lack, and copies
     of them start anew. Tensors made in inference mode, and traced ones, have no version: then the value is derived each
@@ -48,7 +48,7 @@ class Derived(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[KeptTensors, T]] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[nn.Module, tuple[LastSeen, T]] = weakref.WeakKeyDictionary()
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], derive: Callable[[], T]) -> T:
         """Return the value for a layer, from ``derive()`` if any of the tensors is new or was written to."""
@@ -58,7 +58,7 @@ class Derived(Generic[T]):
         if kept is not None and kept[0].same(tensors):
             return held(kept[1], tensors[0].device)
         value = derive()
-        self._kept[layer] = (KeptTensors(tensors), value)
+        self._kept[layer] = (LastSeen(tensors), value)
         return value
 
 

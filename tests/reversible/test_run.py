@@ -1,0 +1,307 @@
+"""The run of csrc/run against the same steps in Python over the registered ops: gradients, drift, parts, folding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.wrong_states import plant
+from torch import Tensor
+
+import pyglow_fast as pgf
+from pyglow_fast import functional
+from pyglow_fast._backend import extension
+from pyglow_fast._errors import SingularMatrixError
+from pyglow_fast.layers import described, frozen, reversible_sequence
+from pyglow_fast.reversible import parts, run
+
+pytestmark = pytest.mark.skipif(extension() is None, reason="the run is compiled")
+MODES = ("store", "checkpoint", "reversible")
+Grads = list[Tensor | None]
+
+
+def steps(count: int = 5, channels: int = 6, cond: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """A run of flow steps that have seen data, with random parameters; x and a condition for it."""
+    torch.manual_seed(1)
+    own = [pgf.FlowStep(channels, hidden=8, cond_channels=cond, **(options | parity(k, options))) for k in range(count)]
+    dims = options.get("dims", 2)
+    sequence = pgf.ReversibleSequence(own, memory="store").to(dtype)
+    with torch.no_grad():
+        for parameter in sequence.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    x = torch.randn(4, channels, *[8, 6, 4][:dims], dtype=dtype)
+    given = torch.randn(4, cond, *[8, 6, 4][:dims], dtype=dtype, requires_grad=True) if cond else None
+    sequence.initialize(x, given)
+    return sequence.eval(), x, given
+
+
+def parity(k: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Checkerboards take turns."""
+    return {"parity": k % 2} if options.get("mask") == "checkerboard" else {}
+
+
+def outcome(sequence: pgf.ReversibleSequence, x: Tensor, cond: Tensor | None = None) -> Grads:
+    """z, log_det and all gradients of a loss of both."""
+    leaf = x.clone().requires_grad_()
+    z, log_det = sequence(leaf, cond)
+    weight = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z)
+    loss = (z.square() * weight).mean() + (log_det * torch.linspace(0.5, 1, len(log_det), dtype=z.dtype)).sum()
+    wanted = [leaf, *(p for p in sequence.parameters() if p.requires_grad), *([] if cond is None else [cond])]
+    return [z.detach(), log_det.detach(), *torch.autograd.grad(loss, wanted, allow_unused=True)]
+
+
+def by_python(call: Callable[[], Any]) -> Any:
+    """What a call gives without the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (reversible_sequence, frozen):
+            patch.setattr(module, "is_runnable", lambda x: False)
+        return call()
+
+
+def assert_same(found: Grads, expected: Grads, eps: float = 1e-12) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert one.shape == other.shape
+            assert float((one - other).norm()) <= eps * (1 + float(other.norm()))
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes of the recorded runs that csrc/run has computed, as they come."""
+    found: list[str] = []
+    true = run.run_recorded
+
+    def noted(own: run.Steps, mode: str, *rest: Any) -> tuple[Tensor, Tensor]:
+        found.append(mode)
+        return true(own, mode, *rest)
+
+    monkeypatch.setattr(reversible_sequence, "run_recorded", noted)
+    return found
+
+
+@pytest.fixture(params=["products", "convolutions"])
+def nets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Nets by our products, and by the library's convolutions as on a GPU."""
+    if request.param == "convolutions":
+        for module in (functional, described.functional):
+            monkeypatch.setattr(module, "net_as_products", lambda x: False)
+            monkeypatch.setattr(module, "net_as_convolutions", lambda x: 3 <= x.dim() <= 5)
+    return str(request.param)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "additive": {"coupling": "additive"},
+    "shuffle": {"permutation": "shuffle"},
+    "plain weights": {"permutation": "invconv_plain"},
+    "norms": {"net_actnorm": True},
+    "exp, scale first": {"coupling": pgf.functional.CouplingSpec("affine", "exp", order="scale_shift")},
+    "condition": {"cond": 3},
+    "injector": {"cond": 3, "injector": True},
+    "checkerboard": {"mask": "checkerboard"},
+    "checkerboard, condition, norms": {"mask": "checkerboard", "cond": 2, "net_actnorm": True},
+    "1d": {"dims": 1},
+    "3d": {"dims": 3},
+}
+
+
+@pytest.mark.parametrize("budget", ["auto", 2000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_step(kind: str, budget: str | int, nets: str, runs: list[str]) -> None:
+    sequence, x, cond = steps(**KINDS[kind])
+    sequence.memory_budget = budget
+    sequence.control.tolerance = 1e-9
+    expected = by_python(lambda: outcome(sequence, x, cond))
+    for mode in MODES:
+        sequence.memory = mode
+        assert_same(outcome(sequence, x, cond), expected)
+    assert runs == list(MODES)
+    with torch.no_grad():
+        z, log_det = sequence(x, cond)
+        back, negative = sequence.inverse(z, cond)
+    assert_same([z, log_det], expected[:2])
+    assert_same([back, -negative], [x, log_det])
+
+
+def test_steps_without_a_coupling_and_one_behind_the_last(runs: list[str]) -> None:
+    torch.manual_seed(0)
+    own = [pgf.FlowStep(4, 8, coupling="none" if k in (0, 2, 5) else "affine") for k in range(6)]
+    sequence, x = pgf.ReversibleSequence(own, memory="store").double(), torch.randn(3, 4, 4, 4, dtype=torch.float64)
+    sequence.initialize(x)
+    expected = by_python(lambda: outcome(sequence, x))
+    for mode in MODES:
+        sequence.memory = mode
+        assert_same(outcome(sequence, x), expected)
+    assert runs == list(MODES)
+    with torch.no_grad():
+        assert_same([sequence.inverse(sequence(x)[0])[0]], [x])
+
+
+def test_an_input_that_is_squeezed_as_it_is_read(nets: str) -> None:
+    sequence, x, _ = steps(channels=8)
+    image = functional.unsqueeze(x)
+    expected = outcome(sequence, x)[:2]
+    for mode in MODES:
+        sequence.memory = mode
+        assert_same([value.detach() for value in sequence(image.requires_grad_(), squeeze_first=True)], expected)
+        loss = sequence(image, squeeze_first=True)[0].square().sum()
+        stored = sequence(functional.squeeze(image))[0].square().sum()
+        assert_same(list(torch.autograd.grad(loss, [image])), list(torch.autograd.grad(stored, [image])))
+
+
+def test_parameters_that_want_no_gradient_have_none(nets: str) -> None:
+    sequence, x, _ = steps()
+    for step in list(sequence)[:2]:
+        step.requires_grad_(False)
+    sequence[3].coupling.net.conv2.weight.requires_grad_(False)
+    expected = by_python(lambda: outcome(sequence, x))
+    for mode in MODES:
+        sequence.memory = mode
+        assert_same(outcome(sequence, x), expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_nets_in_16_bits_of_the_librarys_convolutions(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes: the same roundings in every mode, those of the Python path up to their order."""
+    monkeypatch.setattr(functional, "net_as_products", lambda x: False)
+    monkeypatch.setattr(functional, "net_as_convolutions", lambda x: True)
+    sequence, x, _ = steps(dtype=torch.float32)
+    for step in sequence:
+        step.coupling.precision = precision
+    expected = by_python(lambda: outcome(sequence, x))
+    eps = torch.finfo({"bf16": torch.bfloat16, "fp16": torch.float16}[precision]).eps
+    for mode in MODES:
+        sequence.memory = mode
+        assert_same(outcome(sequence, x), expected, 4 * eps)
+
+
+class TestDrift:
+    """Whatever a recomputed state is off by, gradients are those of the stored states."""
+
+    @pytest.fixture(autouse=True, params=[parts.LEAST_PART, 1, 3000], ids=["one node", "a node a step", "nodes"])
+    def _nodes(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(parts, "LEAST_PART", request.param)
+
+    @pytest.mark.parametrize("factor", [1.001, float("nan"), float("inf")])
+    @pytest.mark.parametrize("every", [None, 2, 3])
+    def test_what_drifts_is_redone(self, monkeypatch: pytest.MonkeyPatch, every: int | None, factor: float) -> None:
+        sequence, x, cond = steps(count=7, cond=2)
+        expected = outcome(sequence, x, cond)
+        sequence.memory, sequence.control = "reversible", pgf.reversible.DriftControl(7, every)
+        plant(monkeypatch, factor)
+        assert_same(outcome(sequence, x, cond), expected)
+        report = sequence.memory_report()
+        assert (report["passes"], report["trips"]) == (1, 1)
+        assert report["redone_steps"] >= 1
+
+    def test_one_node_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, _ = steps(count=7)
+        expected = outcome(sequence, x)
+        sequence.memory, sequence.control = "reversible", pgf.reversible.DriftControl(7, None)
+        plant(monkeypatch, 1.001, only=1)
+        assert_same(outcome(sequence, x), expected)
+        assert sequence.memory_report()["trips"] == 1
+
+    def test_a_tolerance_that_nothing_keeps(self) -> None:
+        sequence, x, _ = steps(count=7)
+        expected = outcome(sequence, x)
+        sequence.memory, sequence.control = "reversible", pgf.reversible.DriftControl(7, 3, 1e-300)
+        assert_same(outcome(sequence, x), expected)
+        assert sequence.memory_report()["redone_steps"] >= 7
+
+    def test_judged_at_the_end_as_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, _ = steps(count=7)
+        expected = outcome(sequence, x)
+        sequence.memory, sequence.control = "reversible", pgf.reversible.DriftControl(7, 2)
+        monkeypatch.setattr(run, "can_read", lambda x: False)
+        assert_same(outcome(sequence, x), expected)
+        plant(monkeypatch, 1.001)
+        assert_same(outcome(sequence, x), expected)
+        report = sequence.memory_report()
+        assert (report["passes"], report["trips"]) == (2, 1)
+
+    def test_later_verdicts_make_gradients_zero(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, _ = steps(count=7)
+        sequence.memory, sequence.control = "reversible", pgf.reversible.DriftControl(7, 4, deferred=True)
+        calm = outcome(sequence, x)
+        off = plant(monkeypatch, 1.0)
+        assert_same(outcome(sequence, x), calm)
+        off.fill_(1.001)
+        drifted = outcome(sequence, x)
+        # On a CPU what the nodes behind a drift give is known before: zero are those of the node and of all before it.
+        assert all(not bool(grad.any()) for grad in drifted[2:4] if grad is not None)
+        assert sequence.memory_report()["skipped"] == 1
+
+    def test_late_gradients_alone_leave_nothing_behind(self) -> None:
+        sequence, x, _ = steps(count=4)
+        sequence.memory, sequence.control = "reversible", pgf.reversible.DriftControl(4, 2, 1e-300)
+        z, log_det = sequence(x)
+        value = z.square().sum() + log_det.sum()
+        last = sequence[3].coupling.net.conv1.weight
+        alone = torch.autograd.grad(value, last, retain_graph=True)[0]
+        value.backward()
+        assert torch.equal(alone, last.grad)
+
+
+def test_states_between_the_steps() -> None:
+    sequence, x, _ = steps(count=6)
+
+    def loss() -> Tensor:
+        states, log_det = sequence.intermediates(x, at=(1, 3))
+        return torch.stack([state.square().sum() * (k + 1) for k, state in enumerate(states)]).sum() + log_det.sum()
+
+    expected = list(torch.autograd.grad(loss(), list(sequence.parameters())))
+    for mode in MODES:
+        sequence.memory = mode
+        assert_same(list(torch.autograd.grad(loss(), list(sequence.parameters()))), expected)
+
+
+def test_a_matrix_without_an_inverse_is_refused() -> None:
+    sequence, x, _ = steps(permutation="invconv_plain")
+    sequence.memory = "reversible"
+    with torch.no_grad():
+        sequence[1].permutation.weight.zero_()
+        with pytest.raises(SingularMatrixError, match="expected an invertible matrix"):
+            sequence.inverse(x)
+    value = sequence(x)[0].sum()
+    with pytest.raises(SingularMatrixError, match="expected an invertible matrix"):
+        value.backward()
+
+
+def test_nets_that_give_other_channels_than_the_coupling_takes_are_refused() -> None:
+    sequence, x, _ = steps()
+    sequence[2].coupling.net = pgf.CouplingNet(3, 4, 8).double()
+    with pytest.raises(ValueError, match=r"net: expected an output of shape \(4, 6, 8, 6\), found \(4, 4, 8, 6\)"):
+        sequence(x)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7, 12, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_maps_of_lu_factors(channels: int, dtype: torch.dtype) -> None:
+    """By the kernel they are those of torch's ops, up to the rounding of sums of so many products; gradients too."""
+    torch.manual_seed(0)
+    own = [pgf.FlowStep(2 * channels, 4, mask="channels") for _ in range(3)]
+    for step in own:
+        for parameter in (*step.actnorm.parameters(), *step.permutation.parameters()):
+            torch.nn.init.normal_(parameter, std=0.3)
+        step.to(dtype)
+    found, fold = described._factors_of(own)  # type: ignore[misc]
+    reference = run.FoldByTorch(described.raw_maps(own)[1])
+    raw = described.raw_maps(own)[0]
+    eps = 4 * channels * torch.finfo(dtype).eps
+    maps, expected = fold(found), reference(raw)
+    assert_same(list(maps), list(expected), eps)
+    grads = [torch.randn_like(part) for part in maps]
+    by_tensor = {id(tensor): grad for tensor, grad in zip(raw, reference.gradients(raw, *grads), strict=True)}
+    assert_same(list(fold.gradients(found, *grads)), [by_tensor[id(tensor)] for tensor in found], 8 * eps)
+
+
+def test_a_run_whose_forms_are_many_keeps_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(described, "_REMEMBERED", 3)
+    sequence, _, _ = steps()
+    for size in range(1, 9):
+        sequence(torch.randn(1, 6, size, size, dtype=torch.float64))
+    assert len(described._forms) <= 3
