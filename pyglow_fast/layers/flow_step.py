@@ -229,7 +229,6 @@ def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
     return unstack_maps(fold_in_one(steps))
 
 
-
 def map_bytes(step: FlowStep) -> int:
     """Count the bytes of the channel map of a step; with a checkerboard that of both halves."""
     width = step.channels if step.coupling is None or step.coupling.board is None else 2 * step.channels

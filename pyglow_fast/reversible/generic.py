@@ -24,7 +24,7 @@ from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
 from pyglow_fast.reversible.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift, sketch
 from pyglow_fast.reversible.limits import call_untraced
-from pyglow_fast.reversible.parts import Between, Part, Pass, kept_between, part_limit
+from pyglow_fast.reversible.parts import Part, Whole, cut, kept_between, part_limit
 from pyglow_fast.reversible.steps import Given, Step
 
 
@@ -48,13 +48,13 @@ def _run_steps(
 ) -> tuple[Tensor, Tensor]:
     step_bytes = [sum(tensor.nbytes for tensor in step.params) for step in steps]
     boundary, few = kept_between(x.nbytes, n_positions(x), control is None)
-    whole, between = Pass(control, step_bytes, part_limit(x, step_bytes, boundary), [], few), Between()
+    whole = Whole(control, cut(step_bytes, part_limit(x, step_bytes, boundary)), few)
     log_dets = []
     for part in whole.parts:
         own = steps[part.first : part.end]
         params = [tensor for step in own for tensor in step.params]
         whole.joins(part.first, x, (cond, *params))
-        x, log_det = apply(_RunSteps, own, part, between, x, cond, *params)
+        x, log_det = apply(_RunSteps, own, part, x, cond, *params)
         log_dets.append(log_det)
     return x, functional.summed(log_dets)
 
@@ -72,13 +72,7 @@ class _RunSteps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        steps: Sequence[Step],
-        part: Part,
-        between: Between,
-        x: Tensor,
-        cond: Tensor | None,
-        *params: Tensor,
+        ctx: Any, steps: Sequence[Step], part: Part, x: Tensor, cond: Tensor | None, *params: Tensor
     ) -> tuple[Tensor, Tensor]:
         """z, log_det (N,)."""
         keeps_states = part.whole.keeps_states
@@ -98,11 +92,11 @@ class _RunSteps(torch.autograd.Function):
             memos.append(memo)
             log_dets.append(log_det)
         z = z.clone() if z is x else z  # which a step may hand on; an output of a function must be its own
-        ctx.steps, ctx.part, ctx.between, ctx.memos, ctx.lowest = steps, part, between, memos, lowest
+        ctx.steps, ctx.part, ctx.memos, ctx.lowest = steps, part, memos, lowest
         ctx.states, ctx.seen = list(states), list(seen)
         keeps_z = part.is_last and not keeps_states
         ctx.save_for_backward(z if keeps_z else None, cond, *states.values(), *seen.values(), *params)
-        between.nodes[part.index] = weakref.ref(ctx)
+        part.whole.nodes[part.index] = weakref.ref(ctx)
         return z, functional.summed(log_dets)
 
     @staticmethod
@@ -115,7 +109,7 @@ class _RunSteps(torch.autograd.Function):
             whole.checkpointed(part.first, grad_z.device)
             grad_x = own.differentiated(0, len(ctx.steps), grad_z)
         else:
-            left = ctx.between.take(part)
+            left = whole.take(part)
             z = z if left is None else left
             limit = whole.control.limit(grad_z.dtype, ctx.lowest)
             if whole.control.deferred or is_capturing(grad_z.device):
@@ -125,14 +119,14 @@ class _RunSteps(torch.autograd.Function):
             else:
                 grad_x, worst = own.inverted(z, grad_z, limit)
                 whole.judged(part.first, float(worst), limit, own.redone)
-            ctx.between.leave(part, own.start)
+            whole.leave(part, own.start)
         grads = (grad_x, own.of_cond.result(), *[grad for grads in own.of_params for grad in grads])
-        return (None, None, None, *[accepted(grad, drifted) for grad in grads])
+        return (None, None, *[accepted(grad, drifted) for grad in grads])
 
 
-def _restored(between: Between, index: int) -> tuple[Tensor, int]:
+def _restored(whole: Whole, index: int) -> tuple[Tensor, int]:
     """The true input of a part, forward from the anchor before it, and how many steps that took."""
-    ctxs: list[Any] = [between.nodes[i]() for i in range(index)]
+    ctxs: list[Any] = [whole.nodes[i]() for i in range(index)]
     begin = next(i for i in reversed(range(index)) if ctxs[i].states)
     state: Tensor | None = None
     count = 0
@@ -169,7 +163,7 @@ class _Backward:
         self._seen: dict[int, Tensor] = dict(zip(ctx.seen, rest[counts[0] : counts[1]], strict=True))
         self.steps: Sequence[Step] = ctx.steps
         own = zip(_by_step(self.steps, rest[counts[1] :]), ctx.memos, strict=True)
-        self.given = [Given(cond, ctx.needs_input_grad[4], params, memo) for params, memo in own]
+        self.given = [Given(cond, ctx.needs_input_grad[3], params, memo) for params, memo in own]
         self._ctx, self._grad_log_det = ctx, grad_log_det
         self.start: Tensor | None = None
         self.of_params: list[Sequence[Tensor | None]] = [()] * len(self.steps)
@@ -209,7 +203,7 @@ class _Backward:
         """Run steps first .. end - 1 forward from the anchor at or before the first, then differentiate them."""
         self.redone += end - first
         if first not in self.states:
-            self.states[first], count = _restored(self._ctx.between, self._ctx.part.index)
+            self.states[first], count = _restored(self._ctx.part.whole, self._ctx.part.index)
             self.redone += count
         self.start = self.states[first]
         for k in range(first, end - 1):

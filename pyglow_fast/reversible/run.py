@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,7 @@ from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
 from pyglow_fast.reversible.drift import DriftControl, signs_of, sketch_signs_of
-from pyglow_fast.reversible.parts import Between, Part, Pass, kept_between, part_limit
+from pyglow_fast.reversible.parts import Part, Whole, kept_between, part_limit
 
 FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
 NONE, STORE, CHECKPOINT, REVERSIBLE = range(4)  # csrc/run/run.h
@@ -182,8 +183,8 @@ class Steps:
 class _Node:
     """One node's part of a run: all but its tensors."""
 
-    run: _Run
     part: Part
+    mode: int
     forms: Sequence[Any]
     squeezes: bool
     form: Any
@@ -191,19 +192,6 @@ class _Node:
     n_nets: int
     lowest: torch.dtype
     precision: str
-
-    @property
-    def mode(self) -> int:
-        """What the node keeps."""
-        return self.run.mode
-
-
-class _Run(Between):
-    """State that the nodes of one forward share; mode: what they keep."""
-
-    def __init__(self, mode: int) -> None:
-        super().__init__()
-        self.mode = mode
 
 
 class _RunNode(torch.autograd.Function):
@@ -226,7 +214,7 @@ class _RunNode(torch.autograd.Function):
             *tensors,
             *(tensor for some in lists for tensor in some),
         )
-        node.run.nodes[part.index] = weakref.ref(ctx)
+        part.whole.nodes[part.index] = weakref.ref(ctx)
         return z, log_det
 
     @staticmethod
@@ -237,7 +225,7 @@ class _RunNode(torch.autograd.Function):
         part, whole, reversible = node.part, node.part.whole, node.mode == REVERSIBLE
         (x, z, cond, seen, start), (nets, raw, *lists) = _saved(ctx)
         if reversible:
-            left = node.run.take(part)
+            left = whole.take(part)
             z = z if left is None else left
         control = whole.control
         judged, limit = EACH, 0.0
@@ -251,7 +239,7 @@ class _RunNode(torch.autograd.Function):
 
         def restored() -> Tensor:
             nonlocal redone_before
-            found, redone_before = _restored(node.run, part.index)
+            found, redone_before = _restored(whole, part.index)
             return found
 
         needs = ctx.needs_input_grad
@@ -270,7 +258,7 @@ class _RunNode(torch.autograd.Function):
         elif node.mode == CHECKPOINT:
             whole.checkpointed(part.first, grad_z.device)
         if reversible:
-            node.run.leave(part, first)
+            whole.leave(part, first)
         of_maps: Sequence[Tensor | None] = [None] * len(raw)
         if any(needs[3 + node.n_nets :]):
             of_maps = node.fold.gradients(raw, matrices, offsets, log_dets)
@@ -288,9 +276,9 @@ def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
     return tensors[:5], found
 
 
-def _restored(run: _Run, index: int) -> tuple[Tensor, int]:
+def _restored(whole: Whole, index: int) -> tuple[Tensor, int]:
     """The true input of a node, forward from the anchor before it, and how many steps that took."""
-    ctxs: list[Any] = [run.nodes[i]() for i in range(index)]
+    ctxs: list[Any] = [whole.nodes[i]() for i in range(index)]
     begin = next(i for i in reversed(range(index)) if ctxs[i].node.part.anchors or ctxs[i].node.part.knows_start)
     state: Tensor | None = None
     count = 0
@@ -336,11 +324,11 @@ def run_recorded(
     limit = part_limit(x, steps.nbytes, boundary)
     units = steps.bounds(limit, FOLDED_AT_ONCE)
     ends = [steps.maps.ends[end - 1] for _, end in units]
-    whole = Pass(control, steps.nbytes, None, ends[:-1], few)
-    run = _Run(_MODES[mode] if not (mode == "reversible" and whole.keeps_states) else CHECKPOINT)
+    whole = Whole(control, list(pairwise([0, *ends])), few)
+    keeps = CHECKPOINT if mode == "reversible" and whole.keeps_states else _MODES[mode]
     signs = sketched = None
     rounds = _float32.rounds(_float32.PRODUCTS, x)
-    if run.mode == REVERSIBLE:
+    if keeps == REVERSIBLE:
         signs = tuple(signs_of(positions, x.dtype, x.device))
         sketched = sketch_signs_of(positions, x.dtype, x.device)
     log_dets, at = [], 0
@@ -351,8 +339,8 @@ def run_recorded(
         at += count
         whole.joins(part.first, x, (cond, *nets, *raw))
         squeezes_here = squeezes and part.index == 0
-        form = require().Part(forms, squeezes_here, run.mode, part.anchors, part.knows_start, signs, sketched, rounds)
-        node = _Node(run, part, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision)
+        form = require().Part(forms, squeezes_here, keeps, part.anchors, part.knows_start, signs, sketched, rounds)
+        node = _Node(part, keeps, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision)
         with in_precision(steps.precision, x):
             x, log_det = apply_to_plain(_RunNode, node, x, cond, *nets, *raw)
         log_dets.append(log_det)
