@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyglow_fast.reversible import steps
+from support.wrong_states import plant
 
 
 @contextlib.contextmanager
@@ -256,11 +257,8 @@ def capture_guard() -> Iterator[None]:
 
 
 def drifting(patch: pytest.MonkeyPatch, like: Tensor) -> Tensor:
-    """Makes states that the generic path recomputes wrong by a factor: the tensor returned, which replays read; 1 now.
-
-    Of flow steps with nets or scale maps of the user's; the gradients that go with these states are right.
-    """
-    factor, true = like.new_ones(()), steps.coupling_backward_from_output
+    """Makes recomputed states of flow steps wrong by a factor: the tensor returned, which replays read; 1 at first."""
+    factor, true = plant(patch, like.new_ones(())), steps.coupling_backward_from_output
 
     def wrong(*inputs: Any) -> tuple[Tensor, ...]:
         found, *grads = true(*inputs)
