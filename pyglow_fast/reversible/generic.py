@@ -103,14 +103,14 @@ class _RunSteps(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, cond and the parameters."""
-        own, z, part = _Backward(ctx, grad_log_det), ctx.saved_tensors[0], ctx.part
+        own, part = _Backward(ctx, grad_log_det), ctx.part
         whole, drifted = part.whole, None
         if whole.keeps_states:
             whole.checkpointed(part.first, grad_z.device)
             grad_x = own.differentiated(0, len(ctx.steps), grad_z)
         else:
             left = whole.take(part)
-            z = z if left is None else left
+            z = own.z if left is None else left
             limit = whole.control.limit(grad_z.dtype, ctx.lowest)
             if whole.control.deferred or is_capturing(grad_z.device):
                 grad_x, worst = own.inverted(z, grad_z, None)
@@ -149,6 +149,7 @@ class _Backward:
         grad_log_det: (N,); None where nothing is differentiated.
 
     Attributes:
+        z: the output of the last part; None of the others.
         states: inputs of steps that are kept, by number.
         start: the input of the first step, recomputed or true, when the part is done.
         of_params: the gradients of the parameters, by step.
@@ -157,7 +158,7 @@ class _Backward:
     """
 
     def __init__(self, ctx: Any, grad_log_det: Tensor | None = None) -> None:
-        _, cond, *rest = ctx.saved_tensors
+        self.z, cond, *rest = ctx.saved_tensors  # once: hooks of torch.utils.checkpoint allow no more
         counts = len(ctx.states), len(ctx.states) + len(ctx.seen)
         self.states: dict[int, Tensor] = dict(zip(ctx.states, rest[: counts[0]], strict=True))
         self._seen: dict[int, Tensor] = dict(zip(ctx.seen, rest[counts[0] : counts[1]], strict=True))
