@@ -15,6 +15,7 @@ from support.gradients import (
     BYTES,
     CONDITION,
     MEMORIES,
+    PLANS,
     RECOMPUTING,
     SHAPE,
     Gradients,
@@ -106,7 +107,7 @@ def test_second_derivatives_are_refused(build: Build) -> None:
             z, log_det = own(x)
             value = z.pow(power).sum() + log_det.sum()
             (gradient,) = torch.autograd.grad(value, x, create_graph=True)
-            if memory != BYTES or gradient.requires_grad:
+            if memory != BYTES or (gradient.requires_grad and PLANS):  # what is stored by torch's ops has one
                 with pytest.raises(RuntimeError, match="double backward"):
                     (value + gradient.square().sum()).backward()
 

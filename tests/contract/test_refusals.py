@@ -367,7 +367,7 @@ LAYERS = [
         "ReversibleSequence",
         "too few bytes",
         lambda m: m(STATE.clone().requires_grad_()),
-        "memory: expected at least .* found",
+        "memory: expected (at least|a mode such as) .* found",
         lambda: trained_sequence("1kB"),
     ),
     Refusal(

@@ -18,6 +18,7 @@ from pyglow_fast import _backend
 HERE = Path(__file__).parent
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 FILES = ("channel_maps", "couplings", "densities", "nets", "elementary")
+RUN = str(HERE.parent / "reversible" / "test_run.py")  # of the loops over the kernels
 # What is no kernel's, and so the same for all.
 ELSEWHERE = ("gradcheck", "functions", "derivatives", "refused", "bad_", "autocast", "explicit", "second", "reference")
 # These differ in the nets in bfloat16 alone.
@@ -63,6 +64,7 @@ def test_kernels_of(instruction_set: str) -> None:
         expect_passed(run_in(chosen, *pytest_of(("nets",), "half")))
     else:
         expect_passed(run_in(chosen, *pytest_of(FILES)))
+        expect_passed(run_in(chosen, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", RUN))
 
 
 @compiled
@@ -132,5 +134,5 @@ def test_bindings_and_kernels_are_clean(tmp_path: Path) -> None:
             if files == FILES[:3]
             else [*("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", *words, str(HERE / "test_every_op.py"))]
         )
-        result = sanitized_module.run(folder, "portable", *arguments)
-        expect_passed(result)
+        expect_passed(sanitized_module.run(folder, "portable", *arguments))
+    expect_passed(sanitized_module.run(folder, "portable", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", RUN))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast._backend import extension
 from support.helpers import tolerance as rounding
 
 # What a rounding of a state may grow by on its way into a gradient, in the small flows of the tests.
@@ -23,6 +24,7 @@ LOOSE = 1e-11
 Gradients = dict[str, Tensor]
 Run = Callable[..., Tensor]
 
+PLANS = extension() is not None  # memory in bytes needs the compiled kernels
 SHAPE = (4, 6, 3)  # of the states that steps() maps, and of batch()
 
 
