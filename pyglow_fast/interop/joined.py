@@ -23,7 +23,7 @@ from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     invert_maps,
-    recomputed_with,
+    recomputed,
     run_couplings,
     run_couplings_inverse,
     stack_maps,
@@ -217,8 +217,8 @@ class JoinedRun:
         if mode == "store":
             return run_couplings(self.couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
         control = self.control if mode == "reversible" else None
-        steps = recomputed_with(self.couplings, unstack_maps(maps), self.memory_budget, self.masked)
-        return run_steps(steps, control, x, cond)
+        steps = recomputed(self.couplings, self.memory_budget, self.masked)
+        return run_steps(steps, control, x, cond, given_maps_of([part for part in maps if part is not None]))
 
     def _mode(self) -> str:
         """The mode of a forward that is recorded.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -236,46 +235,15 @@ def map_bytes(step: FlowStep) -> int:
     return step.actnorm.bias.element_size() * width * (1 if gathers else width)
 
 
-def recomputed(
-    steps: Sequence[FlowStep], couplings: Sequence[Coupling], budget: str | int, masked: bool = False
-) -> list[CouplingStep]:
-    """Make of steps what the generic path runs again in the backward; without the maps behind the last coupling.
+def recomputed(couplings: Sequence[Coupling], budget: str | int, masked: bool = False) -> list[CouplingStep]:
+    """Make of couplings what the generic path runs again in the backward.
 
     Args:
-        steps: of one width.
-        couplings: theirs, as couplings_of gives them, or others in their places.
+        couplings: one after another.
         budget: bytes of one net's activations, or "auto".
         masked: see run_couplings.
     """
-    found: list[CouplingStep] = []
-    start, waiting = 0, iter(couplings)
-    for end, step in enumerate(steps, 1):
-        own = [next(waiting) for _ in step.couplings]
-        if own:
-            raw, fold = raw_maps(steps[start:end], steps[start - 1] if start else None)
-            first, *others = own  # between those of one step there is no map
-            found.append(CouplingStep(first.runner(budget), first.spec, raw, partial(_first_map, fold), masked))
-            found += [CouplingStep(other.runner(budget), other.spec) for other in others]
-            start = end
-    return found
-
-
-def _first_map(fold: Fold, raw: Sequence[Tensor]) -> ChannelMap:
-    return unstack_maps(fold(raw))[0]
-
-
-def recomputed_with(
-    couplings: Sequence[Coupling], maps: Sequence[ChannelMap], budget: str | int, masked: bool = False
-) -> list[CouplingStep]:
-    """Do what :func:`recomputed` does of couplings with a map before each that is computed already."""
-    return [
-        CouplingStep(coupling.runner(budget), coupling.spec, [p for p in own if p is not None], _as_map, masked)
-        for coupling, own in zip(couplings, maps, strict=True)
-    ]
-
-
-def _as_map(parts: Sequence[Tensor]) -> ChannelMap:
-    return ChannelMap(*parts)
+    return [CouplingStep(coupling.runner(budget), coupling.spec, masked) for coupling in couplings]
 
 
 def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:

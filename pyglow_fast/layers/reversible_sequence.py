@@ -356,7 +356,8 @@ class ReversibleSequence(FlowLayer):
         steps, couplings = piece.flow_steps, couplings_of(piece.flow_steps)
         x = functional.squeeze(x) if piece.squeeze_first else x
         x, cond = couplings[0].enter(x, cond)
-        z, log_det = run_steps(recomputed(steps, couplings, piece.budget), self._control(piece.mode), x, cond)
+        maps = maps_of(steps, [step.couplings for step in steps], is_runnable(x))
+        z, log_det = run_steps(recomputed(couplings, piece.budget), self._control(piece.mode), x, cond, maps)
         z, log_det = _through(map_behind(steps), z, log_det)
         return couplings[-1].leave(z), log_det
 

@@ -16,6 +16,7 @@ from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
 from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.layers.described import is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
     FlowStep,
     Recorded,
@@ -177,8 +178,9 @@ class MaskedSequence(ReversibleSequence):
                 if mode == "store":
                     x, log_det = run_couplings(parts, Recorded(some), x, extra, masked=True)
                 else:
-                    again = recomputed(some, parts, own.budget, masked=True)
-                    x, log_det = run_steps(again, self._control(mode), x, extra)
+                    again = recomputed(parts, own.budget, masked=True)
+                    maps = maps_of(some, [step.couplings for step in some], is_runnable(x))
+                    x, log_det = run_steps(again, self._control(mode), x, extra, maps)
                 log_dets.append(log_det)
             return x, functional.summed(log_dets)
 

@@ -8,7 +8,7 @@ by step from the output, holds each against its projection, and redoes from its 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,12 +24,17 @@ from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
 from pyglow_fast.reversible.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift, sketch
 from pyglow_fast.reversible.limits import call_untraced
-from pyglow_fast.reversible.parts import Part, Whole, cut, kept_between, part_limit
-from pyglow_fast.reversible.steps import Given, Step
+from pyglow_fast.reversible.parts import Part, Whole, kept_between, part_limit
+from pyglow_fast.reversible.run import FOLDED_AT_ONCE, Fold, Maps, no_maps
+from pyglow_fast.reversible.steps import Given, Map, Step
 
 
 def run_steps(
-    steps: Sequence[Step], control: DriftControl | None, x: Tensor, cond: Tensor | None = None
+    steps: Sequence[Step],
+    control: DriftControl | None,
+    x: Tensor,
+    cond: Tensor | None = None,
+    maps: Maps | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Map x to z and log_det (N,) through steps that the backward runs again.
 
@@ -39,32 +44,46 @@ def run_steps(
         steps: at least one.
         control: of the drift; None: all states are kept.
         x, cond: of the steps.
+        maps: the channel maps before the steps; None: there are none.
     """
-    return call_untraced(_run_steps, steps, control, x, cond)
+    return call_untraced(_run_steps, steps, control, x, cond, maps)
 
 
 def _run_steps(
-    steps: Sequence[Step], control: DriftControl | None, x: Tensor, cond: Tensor | None
+    steps: Sequence[Step], control: DriftControl | None, x: Tensor, cond: Tensor | None, maps: Maps | None
 ) -> tuple[Tensor, Tensor]:
     step_bytes = [sum(tensor.nbytes for tensor in step.params) for step in steps]
     boundary, few = kept_between(x.nbytes, n_positions(x), control is None)
-    whole = Whole(control, cut(step_bytes, part_limit(x, step_bytes, boundary)), few)
+    maps = maps or no_maps(len(steps))
+    units = maps.bounds(step_bytes, part_limit(x, step_bytes, boundary), FOLDED_AT_ONCE)
+    whole = Whole(control, list(pairwise([0, *(maps.ends[end - 1] for _, end in units)])), few)
     log_dets = []
-    for part in whole.parts:
+    for unit, part in zip(units, whole.parts, strict=True):
         own = steps[part.first : part.end]
-        params = [tensor for step in own for tensor in step.params]
-        whole.joins(part.first, x, (cond, *params))
-        x, log_det = apply(_RunSteps, own, part, x, cond, *params)
+        raw, fold = maps.of(*unit)
+        tensors = [*(tensor for step in own for tensor in step.params), *raw]
+        whole.joins(part.first, x, (cond, *tensors))
+        x, log_det = apply(_RunSteps, own, part, fold, x, cond, *tensors)
         log_dets.append(log_det)
     return x, functional.summed(log_dets)
 
 
-def _by_step(steps: Sequence[Step], params: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Cut the flat list of the steps' parameters."""
-    at = 0
+def _given(
+    steps: Sequence[Step], fold: Fold, cond: Tensor | None, needs_cond: bool, tensors: Sequence[Tensor]
+) -> tuple[list[Given], Sequence[Tensor]]:
+    """What each step runs with, out of the flat list of parameters and, at its end, what the maps are folded from.
+
+    Second, these raw tensors.
+    """
+    found, at = [], 0
     for step in steps:
-        yield params[at : at + len(step.params)]
+        found.append(Given(cond, needs_cond, tensors[at : at + len(step.params)], None))
         at += len(step.params)
+    raw = tensors[at:]
+    folded = [part.unbind() for part in fold(raw)]
+    if folded:
+        found = [own._replace(map=Map(*parts)) for own, *parts in zip(found, *folded, strict=True)]
+    return found, raw
 
 
 class _RunSteps(torch.autograd.Function):
@@ -72,7 +91,7 @@ class _RunSteps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, steps: Sequence[Step], part: Part, x: Tensor, cond: Tensor | None, *params: Tensor
+        ctx: Any, steps: Sequence[Step], part: Part, fold: Fold, x: Tensor, cond: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         """z, log_det (N,)."""
         keeps_states = part.whole.keeps_states
@@ -82,20 +101,20 @@ class _RunSteps(torch.autograd.Function):
         states: dict[int, Tensor] = {}
         seen: dict[int, Tensor] = {}
         memos, log_dets, z, lowest = [], [], x, x.dtype
-        for k, (step, own) in enumerate(zip(steps, _by_step(steps, params), strict=True)):
+        for k, (step, given) in enumerate(zip(steps, _given(steps, fold, cond, False, tensors)[0], strict=True)):
             if k in keep:
                 states[k] = z
             else:
                 seen[k] = project(z) if k else sketch(z)
-            z, log_det, memo, own_lowest = step.forward(z, cond, own)
+            z, log_det, memo, own_lowest = step.forward(z, given)
             lowest = lowest_of(lowest, own_lowest)
             memos.append(memo)
             log_dets.append(log_det)
         z = z.clone() if z is x else z  # which a step may hand on; an output of a function must be its own
-        ctx.steps, ctx.part, ctx.memos, ctx.lowest = steps, part, memos, lowest
+        ctx.steps, ctx.part, ctx.fold, ctx.memos, ctx.lowest = steps, part, fold, memos, lowest
         ctx.states, ctx.seen = list(states), list(seen)
         keeps_z = part.is_last and not keeps_states
-        ctx.save_for_backward(z if keeps_z else None, cond, *states.values(), *seen.values(), *params)
+        ctx.save_for_backward(z if keeps_z else None, cond, *states.values(), *seen.values(), *tensors)
         part.whole.nodes[part.index] = weakref.ref(ctx)
         return z, functional.summed(log_dets)
 
@@ -120,8 +139,9 @@ class _RunSteps(torch.autograd.Function):
                 grad_x, worst = own.inverted(z, grad_z, limit)
                 whole.judged(part.first, float(worst), limit, own.redone)
             whole.leave(part, own.start)
-        grads = (grad_x, own.of_cond.result(), *[grad for grads in own.of_params for grad in grads])
-        return (None, None, *[accepted(grad, drifted) for grad in grads])
+        of_params = [grad for grads in own.of_params for grad in grads]
+        grads = (grad_x, own.of_cond.result(), *of_params, *own.of_raw())
+        return (None, None, None, *[accepted(grad, drifted) for grad in grads])
 
 
 def _restored(whole: Whole, index: int) -> tuple[Tensor, int]:
@@ -163,11 +183,12 @@ class _Backward:
         self.states: dict[int, Tensor] = dict(zip(ctx.states, rest[: counts[0]], strict=True))
         self._seen: dict[int, Tensor] = dict(zip(ctx.seen, rest[counts[0] : counts[1]], strict=True))
         self.steps: Sequence[Step] = ctx.steps
-        own = zip(_by_step(self.steps, rest[counts[1] :]), ctx.memos, strict=True)
-        self.given = [Given(cond, ctx.needs_input_grad[3], params, memo) for params, memo in own]
+        given, self._raw = _given(self.steps, ctx.fold, cond, ctx.needs_input_grad[4], rest[counts[1] :])
+        self.given = [own._replace(memo=memo) for own, memo in zip(given, ctx.memos, strict=True)]
         self._ctx, self._grad_log_det = ctx, grad_log_det
         self.start: Tensor | None = None
         self.of_params: list[Sequence[Tensor | None]] = [()] * len(self.steps)
+        self._of_maps: list[tuple[Tensor, ...]] = [()] * len(self.steps)
         self.of_cond = GradientSum()
         self.redone = 0
 
@@ -224,8 +245,15 @@ class _Backward:
         self, k: int, y: Tensor | None, x: Tensor | None, grad: Tensor, of_cond: GradientSum
     ) -> tuple[Tensor, Tensor]:
         assert self._grad_log_det is not None  # else nothing is differentiated
-        found, grad, grad_cond, self.of_params[k] = self.steps[k].backward(
-            y, x, grad, self._grad_log_det, self.given[k]
-        )
-        of_cond.add(grad_cond)
-        return found, grad
+        found = self.steps[k].backward(y, x, grad, self._grad_log_det, self.given[k])
+        of_cond.add(found.grad_cond)
+        self.of_params[k], self._of_maps[k] = found.grad_params, found.grad_map
+        return found.x, found.grad_x
+
+    def of_raw(self) -> Sequence[Tensor | None]:
+        """Compute the gradients of what the maps are folded from."""
+        if not any(tensor.requires_grad for tensor in self._raw):
+            return [None] * len(self._raw)
+        matrices, offsets, log_dets = (torch.stack(parts) for parts in zip(*self._of_maps, strict=True))
+        found: Sequence[Tensor | None] = self._ctx.fold.gradients(self._raw, matrices, offsets, log_dets)
+        return found

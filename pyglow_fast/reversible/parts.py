@@ -53,24 +53,6 @@ def kept_between(state: int, positions: int, keeps_states: bool) -> tuple[int, b
     return (state if few or keeps_states else state // positions * SKETCHED), few
 
 
-def cut(step_bytes: Sequence[int], limit: int | None) -> list[tuple[int, int]]:
-    """Cut steps into parts (first, one past the last) of at most ``limit`` bytes of gradients, or of one step.
-
-    Args:
-        step_bytes: of the parameters, by step.
-        limit: bytes; None: one part.
-    """
-    if limit is None:
-        return [(0, len(step_bytes))]
-    parts, start, held = [], 0, 0
-    for k, own in enumerate(step_bytes):
-        if k > start and held + own > limit:
-            parts.append((start, k))
-            start, held = k, 0
-        held += own
-    return [*parts, (start, len(step_bytes))]
-
-
 class Whole:
     """One forward of a run as its parts share it: what is kept, and what a backward finds and hands on.
 

@@ -131,6 +131,42 @@ class Maps:
     nbytes: int
     of: Callable[[int, int], tuple[Sequence[Tensor], Fold]]
 
+    def bounds(self, step_bytes: Sequence[int], limit: int | None, at_once: int) -> list[tuple[int, int]]:
+        """Cut the units into nodes (first, one past the last) of so many bytes of gradients and of maps at most.
+
+        step_bytes: of the nets' gradients.
+        """
+        ends, most = self.ends, max(1, at_once // self.nbytes)
+        if limit is None or (len(ends) <= most and sum(step_bytes) <= limit):
+            return [(0, len(ends))]
+        found, start, grads, first = [], 0, 0, 0
+        for unit, end in enumerate(ends):
+            own = sum(step_bytes[first:end])
+            if unit > start and (grads + own > limit or unit - start >= most):
+                found.append((start, unit))
+                start, grads = unit, 0
+            grads, first = grads + own, end
+        return [*found, (start, len(ends))]
+
+
+class NoMaps:
+    """The fold of steps that have no channel maps."""
+
+    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Give nothing."""
+        return []
+
+    def gradients(
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Give nothing."""
+        return []
+
+
+def no_maps(count: int) -> Maps:
+    """The maps of steps that have none, any of which may end a node."""
+    return Maps(range(1, count + 1), 1, lambda first, end: ([], NoMaps()))
+
 
 def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
     """The maps before K couplings, folded and stacked, any of which may end a node."""
@@ -163,20 +199,6 @@ class Steps:
     maps: Maps
     lowest: torch.dtype
     precision: str = "auto"
-
-    def bounds(self, limit: int | None, at_once: int) -> list[tuple[int, int]]:
-        """Cut the units into nodes (first, one past the last) of so many bytes of gradients and of maps at most."""
-        ends, most = self.maps.ends, max(1, at_once // self.maps.nbytes)
-        if limit is None or (len(ends) <= most and sum(self.nbytes) <= limit):
-            return [(0, len(ends))]
-        found, start, grads, first = [], 0, 0, 0
-        for unit, end in enumerate(ends):
-            own = sum(self.nbytes[first:end])
-            if unit > start and (grads + own > limit or unit - start >= most):
-                found.append((start, unit))
-                start, grads = unit, 0
-            grads, first = grads + own, end
-        return [*found, (start, len(ends))]
 
 
 @dataclass(frozen=True)
@@ -322,7 +344,7 @@ def run_recorded(
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeezes else 1)
     boundary, few = kept_between(x.nbytes, positions, control is None)
     limit = part_limit(x, steps.nbytes, boundary)
-    units = steps.bounds(limit, FOLDED_AT_ONCE)
+    units = steps.maps.bounds(steps.nbytes, limit, FOLDED_AT_ONCE)
     ends = [steps.maps.ends[end - 1] for _, end in units]
     whole = Whole(control, list(pairwise([0, *ends])), few)
     keeps = CHECKPOINT if mode == "reversible" and whole.keeps_states else _MODES[mode]

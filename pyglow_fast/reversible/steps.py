@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -57,29 +57,44 @@ class Outcome(NamedTuple):
     lowest: torch.dtype
 
 
+class Map(NamedTuple):
+    """The channel map u = M x + c before a coupling; with a source the matrix is the scales of a gather."""
+
+    matrix: Tensor
+    offset: Tensor
+    log_det: Tensor
+    source: Tensor | None = None
+
+
 class Given(NamedTuple):
-    """What a step ran with besides its input.
+    """What a step runs with besides its input.
 
     Attributes:
         cond: the condition, or None.
         needs_cond: its gradient is wanted.
         params: of the step.
+        map: the channel map before it, or None.
         memo: of its forward.
     """
 
     cond: Tensor | None
     needs_cond: bool
     params: Sequence[Tensor]
-    memo: Any
+    map: Map | None
+    memo: Any = None
 
 
 class Differentiated(NamedTuple):
-    """What a step gives in the backward: its input, the gradient of that, of the condition and of its parameters."""
+    """What a step gives in the backward: its input, the gradient of that, of the condition and of its parameters.
+
+    And those of the map's matrix, offset and log_det, if there is one.
+    """
 
     x: Tensor
     grad_x: Tensor
     grad_cond: Tensor | None
     grad_params: Sequence[Tensor | None]
+    grad_map: tuple[Tensor, ...] = ()
 
 
 class Step(Protocol):
@@ -89,7 +104,7 @@ class Step(Protocol):
     def params(self) -> Sequence[Tensor]:
         """The tensors that it is differentiated by, besides its input and the condition."""
 
-    def forward(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> Outcome:
+    def forward(self, x: Tensor, given: Given) -> Outcome:
         """Run on x, with the given tensors in the place of ``params``."""
 
     def repeat(self, x: Tensor, given: Given) -> Tensor:
@@ -126,12 +141,12 @@ class ModuleStep:
         with holding(self.module, params):
             return run(x) if cond is None else run(x, cond)
 
-    def forward(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> Outcome:
+    def forward(self, x: Tensor, given: Given) -> Outcome:
         """Call the module, and note what repeats the call."""
         known = is_repeatable(self.module, x.device)
         before = None if known else GeneratorState.capture(x.device)
         version = x._version
-        outputs = self._call(x, cond, params)
+        outputs = self._call(x, given.cond, given.params)
         pair = isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(value, Tensor) for value in outputs)
         expect(pair, self.name, "a forward that returns tensors (z, log_det)", type(outputs).__name__)
         z, log_det = outputs
@@ -139,7 +154,7 @@ class ModuleStep:
         expect(shape == (len(x),), self.name, f"a log_det of shape ({len(x)},)", f"shape {shape}")
         expect(x._version == version, self.name, "a forward that leaves its input as it is", "one that writes")
         state = RunState.after(self.module, before, x.device)
-        return Outcome(z, log_det, (state, None if known else output_sums(z)), self._lowest(z, params))
+        return Outcome(z, log_det, (state, None if known else output_sums(z)), self._lowest(z, given.params))
 
     def _lowest(self, z: Tensor, params: Sequence[Tensor]) -> torch.dtype:
         lowest = z.dtype
@@ -191,9 +206,6 @@ def _passed_back(
     return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
 
 
-Fold = Callable[[Sequence[Tensor]], Any]  # raw tensors -> matrix, offset, log_det and index (or None) of a channel map
-
-
 class _Tiles:
     """A tensor that chunks give part by part; nothing is copied if there is one chunk."""
 
@@ -210,53 +222,19 @@ class _Tiles:
         chunk.outputs(self.value).copy_(part)
 
 
-class _Map:
-    """A channel map u = M x + c as a backward has it: folded again, with a record."""
-
-    def __init__(self, raw: Sequence[Tensor], fold: Fold) -> None:
-        self.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
-        with torch.enable_grad():
-            *self._recorded, self.index = fold(self.leaves)
-        self.matrix, self.offset = (tensor.detach() for tensor in self._recorded[:2])
-
-    def gradients(
-        self, x: Tensor, grad_u: Tensor, added: Tensor | None, grad_log_det: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Compute the gradients of x and of the raw tensors; ``added``: to the gradient of what the net read."""
-        grad_x, *own = channel_mix_backward(x, grad_u, self.matrix, self.offset, added, self.index)
-        pairs = [pair for pair in zip(self._recorded, [*own, grad_log_det], strict=True) if pair[0].requires_grad]
-        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
-        if not wanted or not pairs:
-            return grad_x, [None] * len(self.leaves)
-        outs, grads = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
-        return grad_x, [next(found) if leaf.requires_grad else None for leaf in self.leaves]
-
-
 class CouplingStep:
     """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
 
     Args:
         runner: of the net.
         spec: of the coupling.
-        raw: the tensors that the map is folded from; of the net and these alone anything is kept for the backward.
-        fold: makes the map of them; None: there is no map.
         masked: the first channel of the condition is a mask (see coupling_nets/masks.py): where it is zero the state is
             kept zero, which the input and what the net gives are.
     """
 
-    def __init__(
-        self,
-        runner: NetRunner,
-        spec: CouplingSpec,
-        raw: Sequence[Tensor] = (),
-        fold: Fold | None = None,
-        masked: bool = False,
-    ) -> None:
-        self.runner, self.spec, self.fold, self.masked = runner, spec, fold, masked
-        nets = runner.params
-        self.params: list[Tensor] = [*nets, *raw]
-        self.n_nets = len(nets)
+    def __init__(self, runner: NetRunner, spec: CouplingSpec, masked: bool = False) -> None:
+        self.runner, self.spec, self.masked = runner, spec, masked
+        self.params = runner.params
 
     def _read(self, u: Tensor) -> Tensor:
         """What the net reads of a state."""
@@ -270,42 +248,40 @@ class CouplingStep:
         """Count the positions: with a mask of each sample its own, (N,)."""
         return positions_of(cond) if self.masked and cond is not None else n_positions(u)
 
-    def _run(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """u of the coupling and log|det M|."""
-        if self.fold is None:
-            return x, None
-        matrix, offset, log_det, index = self.fold(params[self.n_nets :])
-        return self._masked(functional.channel_mix(x, matrix, offset, index=index), cond), log_det
+    def _mixed(self, x: Tensor, given: Given) -> Tensor:
+        """Compute the coupling's input u."""
+        if given.map is None:
+            return x
+        matrix, offset, _, source = given.map
+        return self._masked(functional.channel_mix(x, matrix, offset, index=source), given.cond)
 
-    def forward(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> Outcome:
+    def forward(self, x: Tensor, given: Given) -> Outcome:
         """Run the map and the coupling, and note what repeats the net."""
-        nets = params[: self.n_nets]
-        u, of_map = self._run(x, cond, params)
-        net_out, memo = self.runner.forward(self._read(u), cond, nets)
+        u = self._mixed(x, given)
+        net_out, memo = self.runner.forward(self._read(u), given.cond, given.params)
         with in_precision(self.runner.precision, u):  # its precision does not show in an output in float32
-            lowest = lowest_precision(u.dtype, net_out, nets)
+            lowest = lowest_precision(u.dtype, net_out, given.params)
         z, log_det = functional.coupling(u, net_out, self.spec)
-        if of_map is not None:
-            log_det = log_det + of_map * self._positions(u, cond)
+        if given.map is not None:
+            log_det = log_det + given.map.log_det * self._positions(u, given.cond)
         return Outcome(z, log_det, memo, lowest)
 
     def repeat(self, x: Tensor, given: Given) -> Tensor:
         """Run the map, the net and the coupling again."""
-        u, _ = self._run(x, given.cond, given.params)
-        net_out = self.runner.repeat(self._read(u), given.cond, given.params[: self.n_nets], given.memo)
+        u = self._mixed(x, given)
+        net_out = self.runner.repeat(self._read(u), given.cond, given.params, given.memo)
         return functional.coupling(u, net_out, self.spec)[0]
 
     def backward(
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
     ) -> Differentiated:
         """Run the net once more, chunk by chunk, then the map."""
-        cond, nets, raw = given.cond, given.params[: self.n_nets], given.params[self.n_nets :]
-        own = None if self.fold is None else _Map(raw, self.fold)
-        inverse = None if own is None or y is None else inverse_of(own.matrix, own.index)
-        state = x if y is None else y
-        assert state is not None  # one of the two is given
-        if own is not None and y is None:
-            state = self._masked(functional.channel_mix(state, own.matrix, own.offset, index=own.index), cond)
+        cond, own = given.cond, given.map
+        inverse = None if own is None or y is None else inverse_of(own.matrix, own.source)
+        state = y
+        if state is None:
+            assert x is not None  # one of the two is given
+            state = self._mixed(x, given)
         inputs, grads = _Tiles(state), _Tiles(state)
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
@@ -320,14 +296,14 @@ class CouplingStep:
             grads.put(chunk, grad_u)
             return grad_net_out
 
-        passed = self.runner.backward(
-            self._read(state), cond, nets, given.memo, consume, given.needs_cond, same_x1=y is None
+        added, grad_cond, of_net = self.runner.backward(
+            self._read(state), cond, given.params, given.memo, consume, given.needs_cond, same_x1=y is None
         )
-        added, grad_cond, of_nets = passed
         found, grad_u = x if y is None else self._masked(inputs.value, cond), grads.value
         assert found is not None
         if own is None:
-            return Differentiated(found, with_added(grad_u, added), grad_cond, of_nets)
+            return Differentiated(found, with_added(grad_u, added), grad_cond, of_net)
+        true = found if x is None else x
+        grad_x, *of_map = channel_mix_backward(true, grad_u, own.matrix, own.offset, added, own.source)
         of_log_det = (grad_log_det * self._positions(grad_u, cond)).sum()
-        grad_x, of_raw = own.gradients(found if x is None else x, grad_u, added, of_log_det)
-        return Differentiated(found, grad_x, grad_cond, [*of_nets, *of_raw])
+        return Differentiated(found, grad_x, grad_cond, of_net, (*of_map, of_log_det))

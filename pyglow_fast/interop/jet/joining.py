@@ -124,9 +124,9 @@ class _Recomputed(CouplingStep):
         super().__init__(runner, coupling.spec)
         self.coupling = coupling
 
-    def forward(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> Outcome:
+    def forward(self, x: Tensor, given: Given) -> Outcome:
         """Run the coupling, and note what repeats the net."""
-        found = super().forward(self.coupling.halved(x), cond, params)
+        found = super().forward(self.coupling.halved(x), given)
         return found._replace(z=self.coupling.whole(found.z))
 
     def repeat(self, x: Tensor, given: Given) -> Tensor:
