@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.explicit_net import Explicit, NetGradients
 
 
 @dataclass(frozen=True)
@@ -60,31 +58,3 @@ class Checkerboard:
         """Make stand-ins for :meth:`net_inputs`, of their shapes, dtypes and devices, to be checked."""
         n, channels, rows, *rest = kept.shape
         return kept.new_empty(()).expand(n, channels, 2 * rows, *rest), None if cond is None else cond.flatten(2, 3)
-
-
-class OnCheckerboard:
-    """Runs a net on whole images, without autograd, given and giving the halves of a checkerboard."""
-
-    def __init__(self, net: Explicit, board: Checkerboard) -> None:
-        self.net, self.board = net, board
-
-    @property
-    def out_channels(self) -> int:
-        """The number of channels of the output."""
-        return self.net.out_channels
-
-    def output(self, x1: Tensor, cond: Tensor | None) -> Tensor:
-        """Compute the net's output alone, without what a backward needs."""
-        return self.board.net_output(self.net.output(*self.board.net_inputs(x1, cond)))
-
-    def forward(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Any]:
-        """Compute the output, and what :meth:`backward` takes."""
-        net_out, kept = self.net.forward(*self.board.net_inputs(x1, cond))
-        return self.board.net_output(net_out), kept
-
-    def backward(self, kept: Any, grad_out: Tensor, needs_inputs: bool = True) -> NetGradients:
-        """Compute gradients of x1, the condition and, by name, the parameters that want one: the transposed moves."""
-        grad_whole = functional.checkerboard_merge(grad_out, 1 - self.board.parity, both=False)
-        grad_x, grad_cond, grads = self.net.backward(kept, grad_whole, needs_inputs)
-        grad_x1 = None if grad_x is None else functional.checkerboard_split(grad_x, self.board.parity, both=False)
-        return grad_x1, None if grad_cond is None else grad_cond.unflatten(2, (-1, 2)), grads

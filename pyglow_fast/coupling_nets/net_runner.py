@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.checkerboard import Checkerboard, OnCheckerboard
-from pyglow_fast.coupling_nets.explicit_net import Explicit
+from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.inputs import inputs_for
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan, plan_chunks
@@ -28,7 +26,6 @@ from pyglow_fast.coupling_nets.state import (
     training_modes,
 )
 from pyglow_fast.coupling_nets.traits import bytes_per_position, check_net, halo_of
-from pyglow_fast.reference import autocast_is_on
 
 Plans = dict[tuple[object, ...], tuple[nn.Module, ChunkPlan]]
 REMEMBERED = 64  # plans of a net: lengths of speech are many
@@ -70,39 +67,18 @@ class NetRunner:
     ) -> None:
         self.net, self.width, self.budget, self._plans, self.precision = net, width, budget, plans, precision
         self.board = board
-        # What such a net does is known without looking into its modules, of which a deep model has thousands.
-        self._known = isinstance(net, NetShape) and net.is_plain
-        # no cached_property: torch.compile cannot trace its lock
-        self._found: tuple[list[str], list[nn.Parameter]] | None = None
-
-    def _named(self) -> tuple[list[str], list[nn.Parameter]]:
-        """The parameters when the run began: torch.func.functional_call may put others in their place for a call."""
-        if self._found is None:
-            found = dict(self.net.named_parameters())
-            self._found = list(found), list(found.values())
-        return self._found
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the net's parameters, in the order of :attr:`params`."""
-        return self._named()[0]
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """Parameters of the net that the run began with."""
-        return self._named()[1]
+        """Parameters that the net has now: torch.func.functional_call may put others in their place for a call."""
+        return list(self.net.parameters())
 
     def _plan(self, x1: Tensor, cond: Tensor | None, random: bool = False) -> ChunkPlan:
         cond_channels = 0 if cond is None else cond.shape[1]
         rows_each = 1 if self.board is None else 2
-        key: tuple[object, ...] = (self.budget, x1.shape, x1.dtype, x1.device.type, cond_channels, random, rows_each)
-        if self._known:
-            products = functional.net_as_products(x1)
-            key += (products, not products and functional.net_as_convolutions(x1), convolutions.dtype_on(x1))
-        else:
-            cost = bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size())
-            modes = () if isinstance(self.net, NetShape) else training_modes(self.net)
-            key += (modes, halo_of(self.net), cost)
+        cost = bytes_per_position(self.net, x1.shape[1] + cond_channels, x1.element_size())
+        given = (self.budget, x1.shape, x1.dtype, x1.device.type, cond_channels, random, rows_each)
+        key = (*given, training_modes(self.net), halo_of(self.net), cost)
         net, plan = self._plans.get(key, (None, None))
         if net is not self.net or plan is None:
             check_net(self.net)
@@ -121,18 +97,6 @@ class NetRunner:
                 self._plans.pop(next(iter(self._plans)), None)
         return plan
 
-    def _explicit(self, x1: Tensor, params: Sequence[Tensor], later: bool) -> Explicit | None:
-        """The net without autograd on those parameters, if it has such a form on x1.
-
-        later: than the run began, since when hooks may have been put on the net, which are to be called.
-        """
-        if not self._known or not isinstance(self.net, NetShape) or (later and not self.net.is_plain):
-            return None
-        found = self.net.explicit(x1, dict(zip(self.names, params, strict=True)))
-        if found is not None:
-            self.check_width(x1, found.out_channels)
-        return found if found is None or self.board is None else OnCheckerboard(found, self.board)
-
     def reads(self, channels: int) -> int:
         """Say how many of a state's C channels, the first ones, are x1: half of them."""
         return channels // 2
@@ -148,11 +112,7 @@ class NetRunner:
             expected, found = ((sizes[0], count, *sizes[1:]) for count in (self._out_channels(x1), channels))
             expect(False, "net", f"an output of shape {expected}", found)
 
-    def _call(self, x1: Tensor, params: Sequence[Tensor], later: bool = False) -> NetCall:
-        explicit = self._explicit(x1, params, later)
-        return self._module_call(params) if explicit is None else explicit.output
-
-    def _module_call(self, params: Sequence[Tensor]) -> NetCall:
+    def _call(self, params: Sequence[Tensor]) -> NetCall:
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
             inputs = inputs_for(self.net, *((x1,) if cond is None else (x1, cond)))
             with holding(self.net, params):
@@ -162,31 +122,14 @@ class NetRunner:
             expect(found == shape, "net", f"an output of shape {shape}", found)
             return net_out
 
-        return self._on_board(call)
-
-    def _on_board(self, call: NetCall) -> NetCall:
-        """A call on what the net sees, as one on x1."""
         board = self.board
         if board is None:
             return call
         return lambda x1, cond: board.net_output(call(*board.net_inputs(x1, cond)))
 
-    def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """Run net(x1, cond) without a record, with its own parameters or, of a NetShape, given folded weights."""
-        if weights is None or not isinstance(self.net, NetShape):
-            with in_precision(self.precision, x1):
-                return self._forward(x1, cond, self.params)[0]
-        self.check_width(x1, weights[4].shape[0])
-        net = self.net
-
-        def call(x1: Tensor, cond: Tensor | None) -> Tensor:
-            return net.run_on(x1, cond, weights)
-
-        with in_precision(self.precision, x1):
-            plan = self._plan(x1, cond)
-            if plan.whole and not torch.is_grad_enabled() and not autocast_is_on(x1.device.type):
-                return self._on_board(call)(x1, cond)  # run_net has nothing to cut, to leave out or to check
-            return run_net(net, x1, cond, plan, self._on_board(call))
+    def run(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """Run net(x1, cond) without a record, with its own parameters."""
+        return self.forward(x1, cond, self.params)[0]
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """Run net(x1, cond) without a record, and note what repeats it."""
@@ -195,18 +138,11 @@ class NetRunner:
 
     def _forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         plan = self._plan(x1, cond)
-        explicit = None if torch.is_grad_enabled() or not plan.whole else self._explicit(x1, params, later=False)
         if isinstance(self.net, NetShape):
             self.net.check_inputs(*((x1, cond) if self.board is None else self.board.shaped(x1, cond)))
-        if explicit is not None:
-            net_out = explicit.output(x1, cond)
-            return net_out, Memo(plan, RunState.of_autocast(x1.device), None)
-        if self._known:
-            net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
-            return net_out, Memo(plan, RunState.of_autocast(x1.device), None)
         known = is_repeatable(self.net, x1.device)
         before = None if known else GeneratorState.capture(x1.device)
-        net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
+        net_out = run_net(self.net, x1, cond, plan, self._call(params))
         state = RunState.after(self.net, before, x1.device)
         if (
             before is not None
@@ -217,13 +153,13 @@ class NetRunner:
             # than the rows that they repeat: it is run again, not in strips.
             plan = self._plan(x1, cond, random=True)
             with before.replayed():
-                net_out = run_net(self.net, x1, cond, plan, self._call(x1, params))
+                net_out = run_net(self.net, x1, cond, plan, self._call(params))
         return net_out, Memo(plan, state, None if known else output_sums(net_out))
 
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
         """Compute the output of :meth:`forward` again."""
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            return run_net(self.net, x1, cond, memo.plan, self._call(x1, params, later=True))
+            return run_net(self.net, x1, cond, memo.plan, self._call(params))
 
     def backward(
         self,
@@ -249,22 +185,16 @@ class NetRunner:
             return consume(net_out, chunk)
 
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            leaves_out = needs_x1 or functional.net_as_convolutions(x1)  # products of ours always compute its gradient
-            explicit = self._explicit(x1, params, later=True) if leaves_out else None
-            if explicit is None:
-                params = leaves_of(self.net, params)
-            wanted = [parameter for parameter in params if parameter.requires_grad]
-            names = [name for name, parameter in zip(self.names, params, strict=True) if parameter.requires_grad]
+            params = leaves_of(self.net, params)
             grad_x1, grad_cond, found = run_net_backward(
-                self._module_call(params) if explicit is None else None,
+                self._call(params),
                 x1,
                 cond,
                 memo.plan,
                 watched,
-                wanted,
+                [parameter for parameter in params if parameter.requires_grad],
                 needs_x1=needs_x1,
                 needs_cond=needs_cond and cond is not None,
-                explicit=None if explicit is None else (explicit, names),
             )
         if seen is not None and memo.sums is not None:
             check_repeated(memo.sums, seen)
@@ -304,10 +234,6 @@ class ConditionRunner(NetRunner):
 
     def _out_channels(self, x1: Tensor) -> int:
         return self.width
-
-    def run(self, x1: Tensor, cond: Tensor | None, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """Run net(cond) without a record; x1 (N, 0, *spatial)."""
-        return super().run(condition_for(x1, cond), None, weights)
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """Run net(cond) without a record, and note what repeats it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pyglow_fast import convolutions, functional, reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets import chain
-from pyglow_fast.coupling_nets.explicit_net import Explicit
 from pyglow_fast.reference import coupling_net_spec
 
 KERNEL_SIZES = ((3,), (1,), (3,))  # along each dimension
@@ -43,10 +42,6 @@ class NetShape(nn.Module):
     def is_plain(self) -> bool:
         """Whether nothing but the net's own parameters is known to decide what it computes."""
         return False
-
-    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> Explicit | None:
-        """What runs the net on these parameters without autograd, or None without such a form. For plain nets."""
-        return None
 
     def bytes_per_position(self, element_size: int) -> int:
         """The most bytes of activations alive in forward and backward, per sample and position.

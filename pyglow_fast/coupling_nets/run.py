@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.explicit_net import Explicit
 from pyglow_fast.coupling_nets.inputs import inputs_for
 from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
 from pyglow_fast.coupling_nets.state import without_autocast_cache
@@ -110,28 +109,6 @@ def _chunk_gradients(
     return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
 
 
-def _explicit_gradients(
-    net: Explicit,
-    names: Sequence[str],
-    x1: Tensor,
-    cond: Tensor | None,
-    chunk: Chunk,
-    consume: Consume,
-    needs_inputs: bool,
-) -> list[Tensor | None]:
-    """The same as :func:`_chunk_gradients`, without autograd."""
-    net_out, kept = net.forward(x1, cond)
-    whole = _checked(net_out, x1)
-    net_out = chunk.crop(whole)
-    grad_out = consume(net_out, chunk)
-    if grad_out.shape != whole.shape:
-        cropped = grad_out
-        grad_out = torch.zeros_like(whole)
-        chunk.crop(grad_out).copy_(cropped)
-    grad_x1, grad_cond, grads = net.backward(kept, grad_out.to(whole.dtype), needs_inputs)
-    return [grad_x1, grad_cond, *map(grads.get, names)]
-
-
 def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     """Zeros for what the net does not use, None for what is not wanted."""
     return None if like is None else torch.zeros_like(like) if gradient is None else gradient
@@ -168,7 +145,7 @@ class GradientSum:
 
 @torch.no_grad()
 def run_net_backward(
-    call: NetCall | None,
+    call: NetCall,
     x1: Tensor,
     cond: Tensor | None,
     plan: ChunkPlan,
@@ -177,7 +154,6 @@ def run_net_backward(
     *,
     needs_x1: bool = True,
     needs_cond: bool = True,
-    explicit: tuple[Explicit, Sequence[str]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
     """d sum(net_out grad_out) / d (x1, cond, params), the net run again, one chunk and one small graph at a time.
 
@@ -185,7 +161,7 @@ def run_net_backward(
     inversion of a coupling and its differentiation. Nothing is accumulated into ``.grad``, no hooks run.
 
     Args:
-        call: runs the net on a chunk of x1 and cond; None where ``explicit`` does.
+        call: runs the net on a chunk of x1 and cond.
         x1: (N, C1, *spatial), detached or not: only values count.
         cond: (N, Cc, *spatial) or None.
         plan: that of the forward, so that random numbers are drawn in the same order.
@@ -193,7 +169,6 @@ def run_net_backward(
             must not be written to.
         params: tensors that require a gradient and that ``call`` uses.
         needs_x1, needs_cond: whether these gradients are wanted.
-        explicit: the net without autograd, to be run instead of ``call``, and the names of params.
 
     Returns:
         grad_x1 and grad_cond (zeros if the net does not use them, None where not wanted or without a condition), and
@@ -206,11 +181,6 @@ def run_net_backward(
     """
 
     def gradients(chunk: Chunk) -> list[Tensor | None]:
-        if explicit is not None:
-            cond_part = None if cond is None else chunk.inputs(cond)
-            needs_inputs = needs_x1 or needs_cond
-            return _explicit_gradients(*explicit, chunk.inputs(x1), cond_part, chunk, consume, needs_inputs)
-        assert call is not None  # one of the two is given
         leaf = _leaf(x1, chunk, needs_x1)
         cond_leaf = None if cond is None else _leaf(cond, chunk, needs_cond)
         check = chunk is plan.chunks[0]

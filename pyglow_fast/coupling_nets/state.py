@@ -221,14 +221,13 @@ class RunState:
     """All that a run of a net depended on besides its arguments and parameters.
 
     Attributes:
-        modes: of :func:`training_modes`: between forward and backward the net may have been put into evaluation. None
-            if neither modes nor buffers matter.
+        modes: of :func:`training_modes`: between forward and backward the net may have been put into evaluation.
         generators: before the run; None if it drew no random numbers.
         buffers: of the net, which a repetition must find as they were.
         autocast: makes the context that it ran in.
     """
 
-    modes: tuple[bool, ...] | None
+    modes: tuple[bool, ...]
     generators: GeneratorState | None
     buffers: _Buffers
     autocast: Callable[[], contextlib.AbstractContextManager[None]]
@@ -243,31 +242,23 @@ class RunState:
             _drew_nothing.pop(net, None)
         return cls(modes, before if drew else None, _buffers(net), captured_autocast(device.type))
 
-    @classmethod
-    def of_autocast(cls, device: torch.device) -> RunState:
-        """Note the state of a net that depends on autocast alone."""
-        return cls(None, None, {}, captured_autocast(device.type))
-
-    def restored(self, net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def restored(self, net: nn.Module) -> Iterator[None]:
         """A context in which a run of the net repeats the one of this state.
 
         Raises:
             ValueError: a buffer of the net is not what it was in that run (at the entry), or this run has changed one
                 (at the exit): it would be, or was, no repetition.
         """
-        return self.autocast() if self.modes is None else self._restored(net, self.modes)
-
-    @contextlib.contextmanager
-    def _restored(self, net: nn.Module, modes: tuple[bool, ...]) -> Iterator[None]:
         modules, now = list(net.modules()), training_modes(net)
         changed = _changed(self.buffers, _buffers(net))
         expected = "the buffers that its forward ran with, as it is run again in the backward"
         expect(not changed, "net", expected, f"{changed} changed since")
-        switched = now != modes
+        switched = now != self.modes
         with self.autocast(), contextlib.nullcontext() if self.generators is None else self.generators.replayed():
             try:
                 if switched:
-                    _set_modes(modules, modes)
+                    _set_modes(modules, self.modes)
                 yield
             finally:
                 if switched:

@@ -22,17 +22,15 @@ from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
-    given_maps,
     invert_maps,
+    recomputed,
     run_couplings,
     run_couplings_inverse,
     stack_maps,
     unstack_maps,
 )
-from pyglow_fast.layers.reversible_sequence import run_recomputing
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible import DriftControl
-from pyglow_fast.reversible.maps import MapInverse
+from pyglow_fast.reversible import DriftControl, run_steps
 from pyglow_fast.reversible.run import (
     Steps,
     folded_maps,
@@ -42,6 +40,7 @@ from pyglow_fast.reversible.run import (
     run_plain,
     run_recorded,
 )
+from pyglow_fast.reversible.steps import MapInverse
 
 
 class OrderedNet(nn.Module):
@@ -217,10 +216,9 @@ class JoinedRun:
         """All steps, with their maps, in one mode."""
         if mode == "store":
             return run_couplings(self.couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
-        runners = [coupling.runner(self.memory_budget) for coupling in self.couplings]
-        specs = [step.spec for step in self.steps]
         control = self.control if mode == "reversible" else None
-        return run_recomputing(runners, specs, given_maps(maps, len(specs)), control, x, cond, masked=self.masked)
+        steps = recomputed(self.couplings, self.memory_budget, self.masked)
+        return run_steps(steps, control, x, cond, given_maps_of([part for part in maps if part is not None]))
 
     def _mode(self) -> str:
         """The mode of a forward that is recorded.
@@ -263,7 +261,6 @@ class Now:
 
     def __init__(self, stacked: ChannelMap) -> None:
         self.maps = unstack_maps(stacked)
-        self.nets: list[list[Tensor] | None] = [None] * len(self.maps)
 
     @property
     def inverses(self) -> list[MapInverse]:

@@ -14,13 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import _float32
-from pyglow_fast.coupling_nets.explicit_net import scaled
 from pyglow_fast.reference import full_precision
 
 
 def border_kernel(out_channels: int, dims: int) -> nn.Parameter:
     """Make the ring's kernel (out_channels, 1, 3, ...), all zeros: no border term yet."""
     return nn.Parameter(torch.zeros(out_channels, 1, *[3] * dims))
+
+
+def scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiply the output channels (dimension 0) of a weight."""
+    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def border_map(kernel: Tensor, spatial: Sequence[int]) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,10 @@ from torch import Tensor, nn
 from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.chain import Chain
-from pyglow_fast.coupling_nets.explicit_net import Explicit, ExplicitNet, FoldedLayers, LayerNames, scaled
-from pyglow_fast.coupling_nets.library_net import LibraryNet
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
-from pyglow_fast.layers.border import border_kernel, border_map, without_border
+from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import coupling_net_spec
 
@@ -38,30 +35,6 @@ def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     """Set the bias of a convolution to zero, if it has one."""
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-
-
-def _slots_of(*has_norms: bool) -> tuple[tuple[str, str, str], ...]:
-    names = ["log_gain", "conv3.bias", *(f"conv{layer}.weight" for layer in (1, 2, 3))]
-    for layer, has_norm in enumerate(has_norms, 1):
-        names += [f"norm{layer}.log_scale", f"norm{layer}.bias"] if has_norm else [f"conv{layer}.bias"]
-    return tuple((name, *name.rpartition(".")[::2]) for name in names)
-
-
-def _layers_of(*has_norms: bool) -> tuple[LayerNames, ...]:
-    """The hidden layers, whose biases are those of their norms where they have one, and the last."""
-    hidden = [
-        LayerNames(f"conv{layer}.weight", f"norm{layer}.bias", f"norm{layer}.log_scale")
-        if has_norm
-        else LayerNames(f"conv{layer}.weight", f"conv{layer}.bias")
-        for layer, has_norm in enumerate(has_norms, 1)
-    ]
-    return *hidden, LayerNames("conv3.weight", "conv3.bias")
-
-
-# By whether the hidden layers have norms. No caches, of which torch.compile warns.
-_HAS_NORMS = list(itertools.product((False, True), repeat=2))
-_SLOTS = {has_norms: _slots_of(*has_norms) for has_norms in _HAS_NORMS}
-_LAYERS = {has_norms: _layers_of(*has_norms) for has_norms in _HAS_NORMS}
 
 
 def _chain_of(*norms: type[nn.Module]) -> tuple[tuple[tuple[str, str], ...], tuple[float, ...]]:
@@ -185,22 +158,22 @@ class CouplingNet(NetShape):
             return weights
         return [weight.contiguous(memory_format=convolutions.format_for(weight)) for weight in weights]
 
-    def _slot_values(self) -> dict[str, Tensor]:
-        # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
-        parts = self._modules
-        return {name: getattr(parts[part] if part else self, attribute) for name, part, attribute in self._slots()}
-
     def _weights(self) -> list[Tensor]:
-        """With log_gain at the end, not folded in."""
-        net = FoldedLayers(self._slot_values(), self._layers())
-        pairs = zip(net.weights, net.biases, strict=True)
-        weights = [*(tensor for pair in pairs for tensor in pair), self.log_gain]
+        """w1, b1, w2, b2, w3, b3 with the norms folded in, and log_gain, which is not."""
+        # By attribute, so that parametrizations, pruning and torch.func.functional_call have their say.
+        weights: list[Tensor] = []
+        scales: list[Tensor | None] = []
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            scale = norm.log_scale.exp().flatten() if isinstance(norm, ActNorm) else None
+            scales.append(scale)
+            if isinstance(norm, ActNorm) and scale is not None:
+                weights += [scaled(conv.weight, scale), norm.bias * scale]
+            else:
+                weights += [conv.weight, cast(Tensor, conv.bias)]
+        weights += [self.conv3.weight, cast(Tensor, self.conv3.bias), self.log_gain]
         if self.border1 is None or self.border3 is None:
             return weights
-        return without_border(weights, net.scales[0], self.border1, self.border3)
-
-    def _layers(self) -> tuple[LayerNames, ...]:
-        return _LAYERS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
+        return without_border(weights, scales[0], self.border1, self.border3)
 
     def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its parameters decides what it computes."""
@@ -216,26 +189,6 @@ class CouplingNet(NetShape):
         return (
             None if any(tensor is None for tensor in tensors) else Chain(tensors, powers, coupling_net_spec(self.dims))
         )
-
-    def explicit(self, x1: Tensor, params: Mapping[str, Tensor]) -> Explicit | None:
-        """What runs the net on these parameters without autograd, or None where it has no such form.
-
-        None with a border term, where autocast is to take parameters of several dtypes, and where neither runs on x1.
-        """
-        fits = params.keys() == {name for name, _, _ in self._slots()}
-        if not fits or any(value.dtype != x1.dtype for value in params.values()):
-            return None
-        spec = coupling_net_spec(self.dims)
-        if functional.net_as_products(x1):
-            return ExplicitNet(params, self._layers(), spec, "log_gain")
-        if functional.net_as_convolutions(x1):
-            *hidden, last = self._layers()
-            return LibraryNet(params, [*hidden, last._replace(log_scale="log_gain", power=3.0)], spec, x1)
-        return None
-
-    def _slots(self) -> tuple[tuple[str, str, str], ...]:
-        """What the parameters (but for a border term's) are called without parametrizations, and where they are."""
-        return _SLOTS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""

@@ -258,8 +258,11 @@ def _check_condition(coupling: Coupling, state: Sequence[int], x: Tensor, cond: 
         net.check_inputs(like, cond)
 
 
-def maps_of(steps: Sequence[FlowStep], by_step: Sequence[Sequence[Coupling]]) -> Maps:
-    """The channel maps before the couplings of steps, given these couplings; not the maps behind the last coupling."""
+def maps_of(steps: Sequence[FlowStep], by_step: Sequence[Sequence[Coupling]], runnable: bool = True) -> Maps:
+    """The channel maps before the couplings of steps, given these couplings; not the maps behind the last coupling.
+
+    runnable: csrc/run may fold them, see :func:`is_runnable`.
+    """
     counts = list(map(len, by_step))
     bounds = list(pairwise([0, *(k for k, count in enumerate(counts, 1) if count)]))
     ends = [end for end, count in zip(accumulate(counts), counts, strict=True) if count]
@@ -267,7 +270,7 @@ def maps_of(steps: Sequence[FlowStep], by_step: Sequence[Sequence[Coupling]]) ->
     def of(begin: int, end: int) -> tuple[Sequence[Tensor], Fold]:
         start, stop = bounds[begin][0], bounds[end - 1][1]
         own = steps[start:stop]
-        found = _factors_of(own)
+        found = _factors_of(own) if runnable else None
         if found is not None:
             return found
         raw, function = raw_maps(own, steps[start - 1] if start else None)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.masks import mask_of, positions_of
-from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
@@ -22,8 +21,7 @@ from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import COUPLINGS, CouplingSpec, fold_actnorm, full_precision, full_product
-from pyglow_fast.reversible.maps import MapGroup, MapInverse, inverse_of
-from pyglow_fast.reversible.parts import cut
+from pyglow_fast.reversible.steps import CouplingStep, MapInverse, inverse_of
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 NO_COUPLING = "none"  # what is said as the coupling of a step without one
@@ -230,9 +228,6 @@ def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
     return unstack_maps(fold_in_one(steps))
 
 
-FOLDED_AT_ONCE = 128 * 1024  # bytes of matrices; with fewer a backward would fold more often
-
-
 def map_bytes(step: FlowStep) -> int:
     """Count the bytes of the channel map of a step; with a checkerboard that of both halves."""
     width = step.channels if step.coupling is None or step.coupling.board is None else 2 * step.channels
@@ -240,30 +235,15 @@ def map_bytes(step: FlowStep) -> int:
     return step.actnorm.bias.element_size() * width * (1 if gathers else width)
 
 
-def map_bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[tuple[int, int]]:
-    """Say which steps' maps are folded together: pairs (first, one past the last).
-
-    On a GPU all are: there one check of drift covers a whole run of steps, which is redone as one.
+def recomputed(couplings: Sequence[Coupling], budget: str | int, masked: bool = False) -> list[CouplingStep]:
+    """Make of couplings what the generic path runs again in the backward.
 
     Args:
-        sizes: bytes of the map of each step.
-        ends: one past each step with a coupling, with which a group may end; ascending.
-        like: a tensor of the device.
+        couplings: one after another.
+        budget: bytes of one net's activations, or "auto".
+        masked: see run_couplings.
     """
-    return cut(sizes[: ends[-1]], ends[:-1], FOLDED_AT_ONCE if like.device.type == "cpu" else sum(sizes))
-
-
-def map_groups(steps: Sequence[FlowStep], x: Tensor) -> tuple[list[MapGroup], ChannelMap | None]:
-    """Group the maps of :func:`fold_in_one` (see map_bounds), and give the one behind the last coupling."""
-    groups, first = [], 0
-    ends = [k + 1 for k, step in enumerate(steps) if step.couplings]
-    for start, end in map_bounds([map_bytes(step) for step in steps], ends, x):
-        own = steps[start:end]
-        raw, fold = raw_maps(own, steps[start - 1] if start else None)
-        last = first + len(couplings_of(own))
-        groups.append(MapGroup(first, last, raw, fold))
-        first = last
-    return groups, map_behind(steps)
+    return [CouplingStep(coupling.runner(budget), coupling.spec, masked) for coupling in couplings]
 
 
 def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:
@@ -274,13 +254,6 @@ def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:
             break
         behind.insert(0, step)
     return fold_steps(behind)[0] if behind else None
-
-
-def given_maps(maps: ChannelMap, count: int) -> tuple[list[MapGroup], ChannelMap | None]:
-    """Bring stacked maps, one for each of ``count`` couplings and perhaps one behind, into the form of map_groups."""
-    raw = [part[:count] for part in maps if part is not None]
-    behind = unstack_maps(maps)[count:]
-    return [MapGroup(0, count, raw, lambda raw: ChannelMap(*raw))], behind[0] if behind else None
 
 
 def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:
@@ -299,7 +272,6 @@ class Folded(Protocol):
     """What K steps are folded into, as :func:`run_couplings` takes it."""
 
     maps: list[ChannelMap]
-    nets: list[list[Tensor] | None]
 
     @property
     def inverses(self) -> list[MapInverse]:
@@ -314,20 +286,11 @@ def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Ten
     return u, u[:, : kept_half.shape[1]]
 
 
-def _run_net(
-    coupling: Coupling,
-    runner: NetRunner | None,
-    weights: list[Tensor] | None,
-    kept_half: Tensor,
-    cond: Tensor | None,
-    budget: str | int | None,
-) -> Tensor:
-    """The coupling's net; with a budget in chunks and without a record, by its folded weights if they are given."""
-    if runner is not None:
-        return runner.run(kept_half, cond, weights)
+def _run_net(coupling: Coupling, kept_half: Tensor, cond: Tensor | None, budget: str | int | None) -> Tensor:
+    """The coupling's net in the forward direction; with a budget in chunks and without a record."""
     if budget is None or not coupling.net_is_initialized:
         return coupling.run_net_forward(kept_half, cond)
-    return coupling.runner(budget).run(kept_half, cond, weights)
+    return coupling.runner(budget).run(kept_half, cond)
 
 
 def run_couplings(
@@ -338,14 +301,13 @@ def run_couplings(
     squeeze_first: bool = False,
     budget: str | int | None = None,
     masked: bool = False,
-    runners: Sequence[NetRunner] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Map x to z through couplings and channel maps: one pass over the state between two nets.
 
     With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
     (bytes or "auto") the nets run in chunks, without a record. With masked, x is zero where the first channel of cond
     is, and z will be. Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised, but for ActNorms
-    inside their nets. With runners, one for each coupling, these run the nets, which must be initialised then.
+    inside their nets.
     """
     if squeeze_first and couplings and couplings[0].board is not None:
         x, squeeze_first = functional.squeeze(x), False
@@ -359,11 +321,8 @@ def run_couplings(
     z, kept_half = _masked(z, kept_half, masked_by)
     log_det = maps_log_det(maps, z, masked_by)
     behind = [*maps[1:], None][:count]
-    given = [None] * count if runners is None else runners
-    for coupling, runner, weights, following, kept in zip(
-        couplings, given, folded.nets, behind, reads[1:], strict=True
-    ):
-        net_out = _run_net(coupling, runner, weights, kept_half, cond, budget)
+    for coupling, following, kept in zip(couplings, behind, reads[1:], strict=True):
+        net_out = _run_net(coupling, kept_half, cond, budget)
         spec = coupling.spec
         if following is None:
             z, step_log_det = functional.coupling(z, net_out, spec)
@@ -383,7 +342,6 @@ def run_couplings_inverse(
     cond: Tensor | None = None,
     budget: str | int | None = None,
     masked: bool = False,
-    runners: Sequence[NetRunner] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Invert :func:`run_couplings`: one pass over the state for each step, besides its net."""
     if couplings:
@@ -394,14 +352,10 @@ def run_couplings_inverse(
         inverse, index = folded.inverses[count]
         z = functional.channel_unmix(z, inverse, folded.maps[count].offset, index=index)
         z = z if masked_by is None else z * mask_of(masked_by)
-    given = [None] * count if runners is None else runners
-    steps = zip(couplings, given, folded.nets, folded.maps[:count], folded.inverses[:count], strict=True)
-    for coupling, runner, weights, channel_map, (inverse, index) in reversed(list(steps)):
+    steps = zip(couplings, folded.maps[:count], folded.inverses[:count], strict=True)
+    for coupling, channel_map, (inverse, index) in reversed(list(steps)):
         kept_half, spec = coupling.kept_half(z), coupling.spec
-        if runner is None and budget is None:
-            net_out = coupling.run_net(kept_half, cond)
-        else:
-            net_out = (runner or coupling.runner(budget or "auto")).run(kept_half, cond, weights)
+        net_out = coupling.run_net(kept_half, cond) if budget is None else coupling.runner(budget).run(kept_half, cond)
         z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
         z = z if masked_by is None else z * mask_of(masked_by)
         log_det = log_det + step_log_det
@@ -413,7 +367,6 @@ class Recorded:
 
     def __init__(self, steps: Sequence[FlowStep]) -> None:
         self.maps = fold_steps(steps)
-        self.nets: list[list[Tensor] | None] = [None] * len(couplings_of(steps))
 
     @property
     def inverses(self) -> list[MapInverse]:

@@ -32,8 +32,8 @@ from pyglow_fast.layers.flow_step import (
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.reference import coupling_net_spec
-from pyglow_fast.reversible.maps import MapInverse
 from pyglow_fast.reversible.run import given_maps_of, run_inverse, run_plain, run_recorded
+from pyglow_fast.reversible.steps import MapInverse
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
 MAPS, INVERSES = ("matrices", "offsets", "log_dets", "indices"), ("inverses", "offsets", "log_dets", "inverse_indices")
@@ -94,7 +94,6 @@ class _FoldedSteps:
     """What run_couplings takes of frozen steps."""
 
     maps: list[ChannelMap]
-    nets: list[list[Tensor] | None]
     inverses: list[MapInverse]
 
 
@@ -177,12 +176,9 @@ class FrozenSteps(FlowLayer):
         maps = unstack_maps(ChannelMap(*self._stacked(MAPS, 0, len(self.like))))
         inverses, _, _, *back = self._stacked(INVERSES, 0, len(self.like))
         indices = back[0].unbind() if back else [None] * len(maps)
-        nets = [coupling.net for coupling in self._own]
-        plain = [net.weights if isinstance(net, FrozenNet) and net.is_plain else None for net in nets]
         whole = torch.is_grad_enabled() or is_watched()
-        return _FoldedSteps(
-            maps, plain, list(zip(inverses, indices, strict=True))
-        ), None if whole else self.memory_budget
+        folded = _FoldedSteps(maps, list(zip(inverses, indices, strict=True)))
+        return folded, None if whole else self.memory_budget
 
     def _records(self, x: Tensor, cond: Tensor | None) -> bool:
         given = (x, cond, *self.buffers())

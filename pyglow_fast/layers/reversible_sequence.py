@@ -14,8 +14,6 @@ from pyglow_fast import functional
 from pyglow_fast._dry import is_dry, note
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
-from pyglow_fast.coupling_nets.masks import mask_of
-from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.layers._base import FlowLayer
@@ -27,8 +25,8 @@ from pyglow_fast.layers.flow_step import (
     Recorded,
     couplings_of,
     map_behind,
-    map_groups,
     maps_log_det,
+    recomputed,
     run_couplings,
     run_couplings_inverse,
     runs_fused,
@@ -37,13 +35,12 @@ from pyglow_fast.layers.folded import Folded
 from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reference import CouplingSpec, n_positions
-from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
+from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
 from pyglow_fast.reversible.limits import call_untraced
-from pyglow_fast.reversible.parts import part_limit
 from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.run import folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
 from pyglow_fast.reversible.setting import parse_memory
+from pyglow_fast.reversible.steps import Step
 
 
 def _is_initialized(step: Any) -> bool:
@@ -55,50 +52,12 @@ def _is_initialized(step: Any) -> bool:
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
-def run_recomputing(
-    runners: Sequence[NetRunner],
-    specs: Sequence[CouplingSpec],
-    maps: tuple[Sequence[MapGroup], ChannelMap | None],
-    control: DriftControl | None,
-    x: Tensor,
-    cond: Tensor | None = None,
-    squeeze_first: bool = False,
-    masked: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Map x to z through K steps, a channel map and a coupling each, that the backward will recompute.
-
-    Args:
-        runners, specs: of the couplings' nets, and of the couplings.
-        maps: as map_groups gives them, or given_maps.
-        control: of the drift; None: all states are kept.
-        x, cond: of the run.
-        squeeze_first: x is squeezed as it is read.
-        masked: see run_couplings.
-    """
-    return call_untraced(_run_recomputing, runners, specs, maps, control, x, cond, squeeze_first, masked)
-
-
-def _run_recomputing(
-    runners: Sequence[NetRunner],
-    specs: Sequence[CouplingSpec],
-    maps: tuple[Sequence[MapGroup], ChannelMap | None],
-    control: DriftControl | None,
-    x: Tensor,
-    cond: Tensor | None,
-    squeeze_first: bool,
-    masked: bool,
-) -> tuple[Tensor, Tensor]:
-    groups, behind = maps
-    step_bytes = [sum(parameter.nbytes for parameter in runner.params) for runner in runners]
-    positions = n_positions(x) // (2 ** (x.dim() - 2) if squeeze_first else 1)
-    whole = Pass.of_couplings(control, step_bytes, [group.end for group in groups], x.nbytes, positions, x)
-    z, log_det = run_chain(runners, specs, groups, whole, x, cond, squeeze_first, masked)
-    if behind is not None:
-        z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
-        masked_by = cond if masked else None
-        z = z if masked_by is None else z * mask_of(masked_by)
-        log_det = log_det + maps_log_det([behind], z, masked_by)
-    return z, log_det
+def _through(behind: ChannelMap | None, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+    """Map z by what is behind the last coupling, if anything is."""
+    if behind is None:
+        return z, log_det
+    z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
+    return z, log_det + maps_log_det([behind], z)
 
 
 class _Piece(NamedTuple):
@@ -373,10 +332,7 @@ class ReversibleSequence(FlowLayer):
             z, log_det = run_recorded(own, piece.mode, self.control, x, cond, squeezes)
         else:
             z, log_det = run_plain(own, x, cond, squeezes, self._folded.get("maps", lambda: folded_maps(own)))
-        behind = None if by_step[-1] else map_behind(steps)
-        if behind is not None:
-            z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
-            log_det = log_det + maps_log_det([behind], z)
+        z, log_det = _through(map_behind(steps), z, log_det)
         return couplings[-1].leave(z), log_det
 
     def _run_modules(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -388,22 +344,21 @@ class ReversibleSequence(FlowLayer):
         return x, total
 
     def _run_modules_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Modules are called without autograd, and again in the backward, part by part."""
-        total = x.new_zeros(x.shape[0])
-        step_bytes = [sum(parameter.nbytes for parameter in step.parameters()) for step in piece.steps]
-        for part in Pass(self._control(piece.mode), step_bytes, part_limit(x, step_bytes)).parts:
-            x, log_det = ModuleChain(piece.steps[part.first : part.end], part).run(x, cond)
-            total = total + log_det
-        return x, total
+        """Modules are called without autograd, and again in the backward."""
+        steps: list[Step] = []
+        for k, module in enumerate(piece.steps):
+            own = getattr(module, "recomputed", None)  # of couplings of interop
+            steps.append(ModuleStep(module, f"steps[{k}]") if own is None else own(x))
+        return run_steps(steps, self._control(piece.mode), x, cond)
 
     def _run_steps_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Joined steps, whose nets run in chunks, and again in the backward."""
-        couplings = couplings_of(piece.flow_steps)
-        runners = [coupling.runner(piece.budget) for coupling in couplings]
-        specs, maps = [coupling.spec for coupling in couplings], map_groups(piece.flow_steps, x)
+        steps, couplings = piece.flow_steps, couplings_of(piece.flow_steps)
+        x = functional.squeeze(x) if piece.squeeze_first else x
         x, cond = couplings[0].enter(x, cond)
-        control = self._control(piece.mode)
-        z, log_det = run_recomputing(runners, specs, maps, control, x, cond, piece.squeeze_first)
+        maps = maps_of(steps, [step.couplings for step in steps], is_runnable(x))
+        z, log_det = run_steps(recomputed(couplings, piece.budget), self._control(piece.mode), x, cond, maps)
+        z, log_det = _through(map_behind(steps), z, log_det)
         return couplings[-1].leave(z), log_det
 
     def _run_steps(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,18 +16,20 @@ from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
 from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.layers.described import is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
     FlowStep,
     Recorded,
     couplings_of,
-    map_groups,
+    recomputed,
     run_couplings,
     run_couplings_inverse,
 )
 from pyglow_fast.layers.planned import check_runs
-from pyglow_fast.layers.reversible_sequence import ReversibleSequence, run_recomputing
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.layers.wavenet import WaveNet
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible import run_steps
 from pyglow_fast.reversible.planner import RunPlan
 
 
@@ -176,9 +178,9 @@ class MaskedSequence(ReversibleSequence):
                 if mode == "store":
                     x, log_det = run_couplings(parts, Recorded(some), x, extra, masked=True)
                 else:
-                    runners, control = [part.runner(own.budget) for part in parts], self._control(mode)
-                    maps, some_specs = map_groups(some, x), specs[first:end]
-                    x, log_det = run_recomputing(runners, some_specs, maps, control, x, extra, masked=True)
+                    again = recomputed(parts, own.budget, masked=True)
+                    maps = maps_of(some, [step.couplings for step in some], is_runnable(x))
+                    x, log_det = run_steps(again, self._control(mode), x, extra, maps)
                 log_dets.append(log_det)
             return x, functional.summed(log_dets)
 

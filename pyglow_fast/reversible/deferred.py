@@ -40,6 +40,13 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
     return flag
 
 
+def accepted(grad: Tensor | None, drifted: Tensor | None) -> Tensor | None:
+    """Pass a gradient on, or zero where a deferred verdict, if there is one, has found a drifted state."""
+    if grad is None or drifted is None:
+        return grad
+    return torch.where(drifted.to(grad.device), torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
+
+
 def _forget(task: int) -> None:
     with _flags_lock:
         _flags.pop(task, None)

@@ -24,7 +24,7 @@ from pyglow_fast import _float32
 from pyglow_fast._captures import can_capture, made_once
 from pyglow_fast._errors import expect
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
-from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision, full_product, n_positions
+from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision
 from pyglow_fast.reversible.deferred import Verdicts
 
 START_SPACING, MOST_ANCHORS = 4, 12  # anchors are 4 steps apart at first, or farther so that they are at most 12
@@ -72,7 +72,12 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tens
     if weights and _float32.has_tf32(net_out):
         operations = {PRODUCTS if weight.dim() == 2 else CONVOLUTIONS for weight in weights if weight.dim() >= 2}
         found |= {torch.float16 for operation in operations if _float32.rounds(operation, net_out)}
-    return dtype if len(found) == 1 else max(found, key=lambda dtype: torch.finfo(dtype).eps)
+    return lowest_of(*found)
+
+
+def lowest_of(*dtypes: torch.dtype) -> torch.dtype:
+    """Find the dtype that rounds most."""
+    return dtypes[0] if len(dtypes) == 1 else max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 class Signs(NamedTuple):
@@ -165,59 +170,16 @@ def sketch(x: Tensor) -> Tensor:
         return ((by_block @ inner) * outer).sum(2)
 
 
-def _sums_of_signs(mask: Tensor | None, like: Tensor, sketched: bool) -> Tensor | float:
-    """What the projections of ones are or, with a mask, of it: what multiplies (C,) or, of a sketch, (C, 1)."""
-    if mask is not None:
-        return sketch(mask) if sketched else project(mask)
-    places = (n_positions(like), like.dtype, like.device)
-    return sketch_signs_of(*places)[2] if sketched else signs_of(*places).sum
-
-
-def witness_drift(x: Tensor, seen: Tensor) -> Tensor:
+def projected_drift(x: Tensor, seen: Tensor) -> Tensor:
     """Estimate the largest relative error of x, whose projections, (N, C) or a sketch, should be ``seen``.
 
     Returns a scalar tensor, NaN if x is. Errors are measured against the norms of x itself: where x is so far off that
     its norms are wrong too, the error is as large as they are, beyond any tolerance.
     """
     if seen.dim() == 2:
-        return projected_drift(project(x), norms(x), seen)
+        return _largest(project(x) - seen, _scale(norms(x)).mul_(PROJECTION_SLACK))
     error = torch.linalg.vector_norm(sketch(x) - seen, dim=2).div_(SKETCHED**0.5)
     return _largest(error, _scale(norms(x)))
-
-
-def projected_drift(found: Tensor, norm: Tensor, seen: Tensor) -> Tensor:
-    """Estimate the largest relative error from projections and norms (..., N, C) of all states."""
-    return _largest(found - seen, _scale(norm).mul_(PROJECTION_SLACK))
-
-
-def before_map(
-    seen: Tensor,
-    like: Tensor,
-    inverse: Tensor,
-    offset: Tensor,
-    index: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Turn projections of m (M x + c) into those of x: they are linear, so no pass over a state is needed.
-
-    Args:
-        seen: (..., N, C) of as many maps; a sketch (N, C, SKETCHED) of one.
-        like: a state of the shape of x.
-        inverse, offset, index: M^-1 (..., C, C), with an index the scales (..., C) of the inverse gather, and c.
-        mask: m (N, 1, T) outside of which x is zero, or None for ones.
-    """
-    if inverse.dim() - (index is None) == 1 and seen.dim() == 3:
-        seen, ones = seen.movedim(2, 0), _sums_of_signs(mask, like, True)
-        ones = ones.movedim(2, 0) if mask is not None else ones[:, None, None]  # type: ignore[union-attr, index]
-        return _unmixed(seen - offset * ones, inverse, index).movedim(0, 2)
-    return _unmixed(seen - offset.unsqueeze(-2) * _sums_of_signs(mask, like, False), inverse, index)
-
-
-def _unmixed(moved: Tensor, inverse: Tensor, index: Tensor | None) -> Tensor:
-    """M^-1 of rows: moved (..., N, C)."""
-    if index is not None:
-        return moved.take_along_dim(index.unsqueeze(-2).expand_as(moved), -1) * inverse.unsqueeze(-2)
-    return full_product(moved, inverse.mT)
 
 
 def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyglow_fast._captures import is_capturing
+from pyglow_fast._derivatives import backward_key
 from pyglow_fast._dry import device_of
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
 
@@ -51,31 +53,12 @@ def kept_between(state: int, positions: int, keeps_states: bool) -> tuple[int, b
     return (state if few or keeps_states else state // positions * SKETCHED), few
 
 
-def cut(step_bytes: Sequence[int], places: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Cut steps into parts (first, one past the last) of at most ``limit`` bytes of gradients, if the places allow it.
+class Whole:
+    """One forward of a run as its parts share it: what is kept, and what a backward finds and hands on.
 
     Args:
-        step_bytes: of the parameters, by step.
-        places: steps before which a cut may lie, ascending, not 0.
-        limit: bytes.
-    """
-    parts, start, end = [], 0, 0
-    for place in [*places, len(step_bytes)]:
-        if end > start and sum(step_bytes[start:place]) > limit:
-            parts.append((start, end))
-            start = end
-        end = place
-    return [*parts, (start, end)]
-
-
-class Pass:
-    """One forward of K steps: what it keeps, and what its backward finds, told to the control when all is known.
-
-    Args:
-        control: of the drift; None: all states are kept.
-        step_bytes: of the parameters, by step.
-        limit: bytes of a part's gradients; None: as few parts as can be.
-        ends: steps before which a part has to end, ascending; None: parts end at anchors alone, others anywhere.
+        control: of the drift, which is told when all is known; None: all states are kept.
+        bounds: of the parts, (first, one past the last).
         knows_starts: the first state of each part is kept.
 
     Attributes:
@@ -83,57 +66,28 @@ class Pass:
         spacing: of the anchors, now.
         anchors: steps whose input is stored; none with keeps_states.
         parts: of the run, in its order.
+        nodes: their autograd functions by number, as long as the graph lives.
     """
 
     def __init__(
-        self,
-        control: DriftControl | None,
-        step_bytes: Sequence[int],
-        limit: int | None,
-        ends: Sequence[int] | None = None,
-        knows_starts: bool = False,
+        self, control: DriftControl | None, bounds: Sequence[tuple[int, int]], knows_starts: bool = False
     ) -> None:
-        n_steps = len(step_bytes)
+        n_steps = bounds[-1][1]
         self.control = control
         self.keeps_states = control is None or control.checkpoints
         self.anchors = [] if control is None or self.keeps_states else [k for k in control.anchors() if k < n_steps]
         self.spacing = n_steps if control is None or self.keeps_states else control.spacing
-        anywhere = self.keeps_states or ends is not None
-        bounds: list[tuple[int, int]] = []
-        for start, end in pairwise([0, *(ends or []), n_steps]):
-            places = range(1, end - start) if anywhere else [k - start for k in self.anchors]
-            own = [(0, end - start)] if limit is None else cut(step_bytes[start:end], places, limit)
-            bounds += [(start + first, start + last) for first, last in own]
         if knows_starts and not self.keeps_states:
             self.anchors = sorted({*self.anchors, *(first for first, _ in bounds[1:])})
         self.parts = [Part(self, index, first, end) for index, (first, end) in enumerate(bounds)]
+        self.nodes: dict[int, weakref.ref[Any]] = {}
         self.final: int | None = None
+        # By backward (graph task and row) its thread, and the output of the node that is next, recomputed.
+        self._states: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._worst: list[float] = []
         self._deferred: list[Tensor] = []
         self._redone = 0
         self._task = -1
-
-    @classmethod
-    def of_couplings(
-        cls,
-        control: DriftControl | None,
-        step_bytes: Sequence[int],
-        ends: Sequence[int],
-        state: int,
-        positions: int,
-        like: Tensor,
-    ) -> Pass:
-        """Make the pass of one forward of couplings, cut anywhere and where a group of channel maps ends.
-
-        Args:
-            control, step_bytes: as of the constructor.
-            ends: one past the last coupling of each group, ascending.
-            state: bytes of a state.
-            positions: of one.
-            like: a tensor of the device.
-        """
-        boundary, few = kept_between(state, positions, control is None)
-        return cls(control, step_bytes, part_limit(like, step_bytes, boundary), ends[:-1], few)
 
     def joins(self, first: int, x: Tensor, others: Iterable[Tensor | None]) -> None:
         """Note that a part is run on these, in order: a backward ends with the first that has a gradient to give.
@@ -179,12 +133,27 @@ class Pass:
         if first == self.final and self.control is not None and not is_capturing(device):
             self.control.record_checkpointed()
 
+    def take(self, part: Part) -> Tensor | None:
+        """Take the state that the node behind has left for this backward; None at the last node."""
+        key, own = backward_key(), threading.get_ident()
+        if part.is_last:  # forget what a backward has left that failed, or wanted late gradients alone
+            for other, (thread, _) in list(self._states.items()):
+                if thread == own and other[0] != key[0]:
+                    self._states.pop(other, None)
+            return None
+        return self._states.pop(key)[1]
+
+    def leave(self, part: Part, state: Tensor) -> None:
+        """Leave the node's input for the node before, if there is one to come."""
+        if not part.is_final:
+            self._states[backward_key()] = threading.get_ident(), state
+
 
 @dataclass(frozen=True)
 class Part:
-    """Steps first .. end - 1 of a pass; steps are counted from the part's own first one outside of this class."""
+    """Steps first .. end - 1 of a run; steps are counted from the part's own first one outside of this class."""
 
-    whole: Pass
+    whole: Whole
     index: int
     first: int
     end: int

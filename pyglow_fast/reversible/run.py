@@ -8,10 +8,10 @@ folded inside each node from raw parameters, and again in its backward, so that 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -20,14 +20,14 @@ from torch import Tensor
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._captures import is_capturing
-from pyglow_fast._derivatives import apply_to_plain, backward_key, differentiable_once
+from pyglow_fast._derivatives import apply_to_plain, differentiable_once
 from pyglow_fast._dry import device_of
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
-from pyglow_fast.reversible.deferred import drifted_in_this_backward
+from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
 from pyglow_fast.reversible.drift import DriftControl, signs_of, sketch_signs_of
-from pyglow_fast.reversible.parts import Part, Pass, kept_between, part_limit
+from pyglow_fast.reversible.parts import Part, Whole, kept_between, part_limit
 
 FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
 NONE, STORE, CHECKPOINT, REVERSIBLE = range(4)  # csrc/run/run.h
@@ -131,6 +131,42 @@ class Maps:
     nbytes: int
     of: Callable[[int, int], tuple[Sequence[Tensor], Fold]]
 
+    def bounds(self, step_bytes: Sequence[int], limit: int | None, at_once: int) -> list[tuple[int, int]]:
+        """Cut the units into nodes (first, one past the last) of so many bytes of gradients and of maps at most.
+
+        step_bytes: of the nets' gradients.
+        """
+        ends, most = self.ends, max(1, at_once // self.nbytes)
+        if limit is None or (len(ends) <= most and sum(step_bytes) <= limit):
+            return [(0, len(ends))]
+        found, start, grads, first = [], 0, 0, 0
+        for unit, end in enumerate(ends):
+            own = sum(step_bytes[first:end])
+            if unit > start and (grads + own > limit or unit - start >= most):
+                found.append((start, unit))
+                start, grads = unit, 0
+            grads, first = grads + own, end
+        return [*found, (start, len(ends))]
+
+
+class NoMaps:
+    """The fold of steps that have no channel maps."""
+
+    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Give nothing."""
+        return []
+
+    def gradients(
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Give nothing."""
+        return []
+
+
+def no_maps(count: int) -> Maps:
+    """The maps of steps that have none, any of which may end a node."""
+    return Maps(range(1, count + 1), 1, lambda first, end: ([], NoMaps()))
+
 
 def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
     """The maps before K couplings, folded and stacked, any of which may end a node."""
@@ -164,27 +200,13 @@ class Steps:
     lowest: torch.dtype
     precision: str = "auto"
 
-    def bounds(self, limit: int | None, at_once: int) -> list[tuple[int, int]]:
-        """Cut the units into nodes (first, one past the last) of so many bytes of gradients and of maps at most."""
-        ends, most = self.maps.ends, max(1, at_once // self.maps.nbytes)
-        if limit is None or (len(ends) <= most and sum(self.nbytes) <= limit):
-            return [(0, len(ends))]
-        found, start, grads, first = [], 0, 0, 0
-        for unit, end in enumerate(ends):
-            own = sum(self.nbytes[first:end])
-            if unit > start and (grads + own > limit or unit - start >= most):
-                found.append((start, unit))
-                start, grads = unit, 0
-            grads, first = grads + own, end
-        return [*found, (start, len(ends))]
-
 
 @dataclass(frozen=True)
 class _Node:
     """One node's part of a run: all but its tensors."""
 
-    run: _Run
     part: Part
+    mode: int
     forms: Sequence[Any]
     squeezes: bool
     form: Any
@@ -192,41 +214,6 @@ class _Node:
     n_nets: int
     lowest: torch.dtype
     precision: str
-
-    @property
-    def mode(self) -> int:
-        """What the node keeps."""
-        return self.run.mode
-
-
-@dataclass
-class _Run:
-    """State that the nodes of one forward share.
-
-    Attributes:
-        mode: what they keep.
-        nodes: their functions by number, as long as the graph lives.
-        states: by backward (graph task and row), its thread, and the output of the node that is next, recomputed.
-    """
-
-    mode: int
-    nodes: dict[int, weakref.ref[Any]] = field(default_factory=dict)
-    states: dict[tuple[int, int], tuple[int, Tensor]] = field(default_factory=dict)
-
-    def take(self, part: Part) -> Tensor | None:
-        """Take the state that the node behind has left for this backward."""
-        key, own = backward_key(), threading.get_ident()
-        if part.is_last:  # forget what a backward has left that failed, or wanted late gradients alone
-            for other, (thread, _) in list(self.states.items()):
-                if thread == own and other[0] != key[0]:
-                    self.states.pop(other, None)
-            return None
-        return self.states.pop(key)[1]
-
-    def leave(self, part: Part, state: Tensor) -> None:
-        """Leave the node's input for the node before, if there is one to come."""
-        if not part.is_final:
-            self.states[backward_key()] = threading.get_ident(), state
 
 
 class _RunNode(torch.autograd.Function):
@@ -249,7 +236,7 @@ class _RunNode(torch.autograd.Function):
             *tensors,
             *(tensor for some in lists for tensor in some),
         )
-        node.run.nodes[part.index] = weakref.ref(ctx)
+        part.whole.nodes[part.index] = weakref.ref(ctx)
         return z, log_det
 
     @staticmethod
@@ -260,7 +247,7 @@ class _RunNode(torch.autograd.Function):
         part, whole, reversible = node.part, node.part.whole, node.mode == REVERSIBLE
         (x, z, cond, seen, start), (nets, raw, *lists) = _saved(ctx)
         if reversible:
-            left = node.run.take(part)
+            left = whole.take(part)
             z = z if left is None else left
         control = whole.control
         judged, limit = EACH, 0.0
@@ -274,7 +261,7 @@ class _RunNode(torch.autograd.Function):
 
         def restored() -> Tensor:
             nonlocal redone_before
-            found, redone_before = _restored(node.run, part.index)
+            found, redone_before = _restored(whole, part.index)
             return found
 
         needs = ctx.needs_input_grad
@@ -293,12 +280,12 @@ class _RunNode(torch.autograd.Function):
         elif node.mode == CHECKPOINT:
             whole.checkpointed(part.first, grad_z.device)
         if reversible:
-            node.run.leave(part, first)
+            whole.leave(part, first)
         of_maps: Sequence[Tensor | None] = [None] * len(raw)
         if any(needs[3 + node.n_nets :]):
             of_maps = node.fold.gradients(raw, matrices, offsets, log_dets)
         grads = (grad_x, grad_cond, *of_nets, *of_maps)
-        return (None, *grads) if drifted is None else (None, *[_accepted(grad, drifted) for grad in grads])
+        return (None, *[accepted(grad, drifted) for grad in grads])
 
 
 def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
@@ -311,16 +298,9 @@ def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
     return tensors[:5], found
 
 
-def _accepted(grad: Tensor | None, drifted: Tensor) -> Tensor | None:
-    """A gradient, or zero where a deferred verdict has found a drifted state."""
-    if grad is None:
-        return None
-    return torch.where(drifted.to(grad.device), torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
-
-
-def _restored(run: _Run, index: int) -> tuple[Tensor, int]:
+def _restored(whole: Whole, index: int) -> tuple[Tensor, int]:
     """The true input of a node, forward from the anchor before it, and how many steps that took."""
-    ctxs: list[Any] = [run.nodes[i]() for i in range(index)]
+    ctxs: list[Any] = [whole.nodes[i]() for i in range(index)]
     begin = next(i for i in reversed(range(index)) if ctxs[i].node.part.anchors or ctxs[i].node.part.knows_start)
     state: Tensor | None = None
     count = 0
@@ -364,13 +344,13 @@ def run_recorded(
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeezes else 1)
     boundary, few = kept_between(x.nbytes, positions, control is None)
     limit = part_limit(x, steps.nbytes, boundary)
-    units = steps.bounds(limit, FOLDED_AT_ONCE)
+    units = steps.maps.bounds(steps.nbytes, limit, FOLDED_AT_ONCE)
     ends = [steps.maps.ends[end - 1] for _, end in units]
-    whole = Pass(control, steps.nbytes, None, ends[:-1], few)
-    run = _Run(_MODES[mode] if not (mode == "reversible" and whole.keeps_states) else CHECKPOINT)
+    whole = Whole(control, list(pairwise([0, *ends])), few)
+    keeps = CHECKPOINT if mode == "reversible" and whole.keeps_states else _MODES[mode]
     signs = sketched = None
     rounds = _float32.rounds(_float32.PRODUCTS, x)
-    if run.mode == REVERSIBLE:
+    if keeps == REVERSIBLE:
         signs = tuple(signs_of(positions, x.dtype, x.device))
         sketched = sketch_signs_of(positions, x.dtype, x.device)
     log_dets, at = [], 0
@@ -381,8 +361,8 @@ def run_recorded(
         at += count
         whole.joins(part.first, x, (cond, *nets, *raw))
         squeezes_here = squeezes and part.index == 0
-        form = require().Part(forms, squeezes_here, run.mode, part.anchors, part.knows_start, signs, sketched, rounds)
-        node = _Node(run, part, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision)
+        form = require().Part(forms, squeezes_here, keeps, part.anchors, part.knows_start, signs, sketched, rounds)
+        node = _Node(part, keeps, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision)
         with in_precision(steps.precision, x):
             x, log_det = apply_to_plain(_RunNode, node, x, cond, *nets, *raw)
         log_dets.append(log_det)

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from pyglow_fast import _backend, functional, ops, reference
 from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
-from pyglow_fast.coupling_nets.explicit_net import ExplicitNet, LayerNames
 from pyglow_fast.reference import ACTIVATIONS, Activation, ChainSpec
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
@@ -307,56 +306,6 @@ def test_chunks_in_half(given: Shape) -> None:
     assert torch.equal(out.double(), rounded[0])
     for error in relative_errors(grads, rounded[1:]):
         assert error < 4 * len(spec.dilations) * ROUNDING["half"]
-
-
-def explicit_net(spec: ChainSpec, numbers: Numbers, scales: Sequence[Tensor | None]) -> ExplicitNet:
-    """With those log_scales of layers, all else as it is."""
-    params, layers = {}, []
-    for index, (weight, bias, scale) in enumerate(zip(numbers.weights, numbers.biases, scales, strict=True)):
-        names = LayerNames(f"{index}.weight", f"{index}.bias", None if scale is None else f"{index}.log_scale")
-        layers.append(names)
-        params |= {names.weight: weight, names.bias: bias}
-        if scale is not None and names.log_scale is not None:
-            params[names.log_scale] = scale
-    if numbers.log_gain is not None:
-        params["gain"] = numbers.log_gain
-    params = {name: value.clone().requires_grad_(name != "0.bias") for name, value in params.items()}
-    return ExplicitNet(params, layers, spec, "gain" if numbers.log_gain is not None else None)
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("gained", [True, False])
-@pytest.mark.parametrize("conditioned", [True, False])
-def test_explicit_net(precision: str, gained: bool, conditioned: bool) -> None:
-    """A net without autograd has the gradients that autograd has through what is folded; none of what is frozen."""
-    spec, numbers = drawn_whole(3, CHUNKED[0])
-    numbers = numbers.to(DTYPES[precision])
-    extra = {} if gained else {"log_gain": None}
-    if not conditioned:
-        extra |= {"x": torch.randn(3, 3, 9, 6).to(numbers.x), "cond": None}
-    numbers = numbers._replace(**extra)
-    scales = [0.3 * torch.randn(10).to(numbers.x), None]
-    net = explicit_net(spec, numbers, scales)
-    cond = numbers.cond
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "half"), torch.no_grad():
-        # A condition in another dtype is as good.
-        out, kept = net.forward(numbers.x, None if cond is None else cond.double())
-        assert torch.equal(net.output(numbers.x, cond), out)
-        grad_x, grad_cond, grads = net.backward(kept, numbers.grad)
-    assert "0.bias" not in grads
-
-    leaves = {name: value.detach().requires_grad_() for name, value in net.params.items()}
-    x, c = (None if value is None else value.detach().requires_grad_() for value in (numbers.x, cond))
-    scale = leaves["0.log_scale"].exp()
-    weights = [leaves["0.weight"] * scale.reshape(-1, 1, 1, 1), leaves["1.weight"]]
-    expected = ours(precision)(x, weights, [leaves["0.bias"] * scale, leaves["1.bias"]], spec, leaves.get("gain"), c)
-    assert torch.equal(out, expected)
-    assert x is not None
-    wanted = [x, *([] if c is None else [c]), *(leaves[name] for name in grads)]
-    found = [grad_x, *([] if grad_cond is None else [grad_cond]), *grads.values()]
-    assert (grad_cond is None) == (c is None)
-    for actual, exact in zip(found, torch.autograd.grad(expected, wanted, numbers.grad), strict=True):
-        assert_close(actual, exact)
 
 
 # ---- Forms ----

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast import ops
-from pyglow_fast.reversible import passes
+from pyglow_fast.reversible import steps
 
 MEMORY = ("store", "checkpoint", "reversible", "200kB")
 
@@ -158,14 +158,14 @@ def test_a_net_that_draws_random_numbers_is_refused_on_a_gpu(memory: str) -> Non
 @pytest.mark.parametrize("name", ["default", "checkerboard", "classes"])
 def test_drift_in_replays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, told of by the report, zero from the level on that drifts; what the backward met before it is right."""
-    factor, true, calls = torch.ones((), dtype=torch.float64), passes.step_backward, []
+    factor, true, calls = torch.ones((), dtype=torch.float64), steps.coupling_backward_from_output, []
 
     def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
         found, *grads = true(*inputs)
         calls.append(found.shape)
         return (factor if is_bad(found) else 1.0) * found, *grads
 
-    monkeypatch.setattr(passes, "step_backward", wrong)
+    monkeypatch.setattr(steps, "coupling_backward_from_output", wrong)
     setting = Setting(name, spread=CALM)
     model, x, y = setting.model, setting.x, setting.y
     shallow = tuple(model.state_shapes[0])

@@ -11,30 +11,26 @@ from support.chain_cases import (
     Case,
     Mode,
     assert_same_gradients,
-    counted_runs,
     gradients,
     objective,
     relative_error,
 )
-from support.helpers import tolerance
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.reference import n_positions
-from pyglow_fast.reversible import backward, passes, walk
 from pyglow_fast.reversible import drift as drift_module
 from pyglow_fast.reversible.drift import (
     PROJECTION_SLACK,
     SKETCHED,
     DriftControl,
     anchor_drift,
-    before_map,
     default_tolerance,
     lowest_precision,
     project,
+    projected_drift,
     sketch,
-    witness_drift,
 )
 
 DEEP = next(case for case in CASES if case.name == "depth-8")
@@ -70,7 +66,7 @@ def whole_error(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[fl
     ids=str,
 )
 def test_ill_conditioned_steps_give_gradients_as_good_as_stored_ones(
-    depth: int, spread: float, every: str | int | None, monkeypatch: pytest.MonkeyPatch
+    depth: int, spread: float, every: str | int | None
 ) -> None:
     sequence, x = strong_steps(depth, spread), torch.randn(2, 12, 8, 8, dtype=torch.float64)
 
@@ -89,34 +85,7 @@ def test_ill_conditioned_steps_give_gradients_as_good_as_stored_ones(
     assert report["redone_steps"] > 0
     assert all(error <= 2.0 * bound for error, bound in zip(got, stored, strict=True)), (got, stored)
 
-    Mode("reversible", every).apply(sequence)
-    # What it would have been without the control.
-    monkeypatch.setattr(walk.Walk, "_judge_each", lambda own, z, grad, _: own._invert_all(z, grad)[0])
-    uncontrolled = whole_error(gradients(sequence, x.float(), None, run), exact)
-    assert not uncontrolled[0] <= 100.0 * stored[0], "a case that needs no control"
-
-
-@pytest.mark.parametrize("at_the_end", [False, True])
-def test_states_that_cannot_be_inverted_at_all(at_the_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scale that underflows to zero: the inverse is a division by zero, the gradient is still the stored one."""
-    if at_the_end:  # as on a GPU
-        monkeypatch.setattr(walk, "can_read", lambda _: False)
-    case = next(case for case in CASES if case.name == "depth-3")
-    sequence, (x, _) = case.build(), case.batch()
-    step = sequence[1]
-    assert isinstance(step, pgf.FlowStep)
-    with torch.no_grad():
-        step.coupling.net.conv3.bias[2:] = -1e4
-    Mode("store").apply(sequence)
-    expected = gradients(sequence, x)
-    assert all(grad.isfinite().all() for grad in expected.values())
-    for every in ("auto", None, 1, 2):
-        Mode("reversible", every).apply(sequence)
-        assert_same_gradients(gradients(sequence, x), expected)
-        report = sequence.memory_report()
-        if every != 1:
-            assert report["trips"] == 1
-            assert not math.isfinite(report["last_drift"])
+    assert not report["last_drift"] <= 10.0 * sequence.control.limit(torch.float32), "a case that needs no control"
 
 
 SEEN = {"projection": project, "sketch": sketch}
@@ -126,87 +95,52 @@ SEEN = {"projection": project, "sketch": sketch}
 class TestWitnesses:
     """The projections of a state on random signs, one (N, C) or several, (N, C, SKETCHED)."""
 
-    def states(self, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, the inverse of a matrix M, c, and M x + c."""
-        sizes = (shape, (shape[1], shape[1]), shape[1:2])
-        x, matrix, offset = (torch.randn(size, dtype=torch.float64) for size in sizes)
-        u = torch.einsum("ij,nj...->ni...", matrix, x) + offset.reshape(-1, *[1] * (x.dim() - 2))
-        return x, matrix.inverse(), offset, u
+    def states(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
 
-    @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 4, 1), (2, 6), (1, 2, 3, 4, 5)], ids=str)
+    @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 4, 1), (2, 6), (1, 2, 3, 4, 5), (0, 4, 5, 5)], ids=str)
     def test_no_drift_is_none(self, witness: str, shape: tuple[int, ...]) -> None:
-        """Of x itself exactly; seen behind a map up to the rounding of the map and of its inverse."""
-        x, inverse, offset, u = self.states(*shape)
-        bound = tolerance(
-            math.prod(shape[2:]), float(torch.linalg.cond(inverse)) * float(u.abs().max() / x.abs().min())
-        )
-        assert bound < 1e-2
-        assert float(witness_drift(x, before_map(SEEN[witness](u), x, inverse, offset))) <= bound
-        assert float(witness_drift(x, SEEN[witness](x))) == 0.0
-
-    def test_the_maps_of_several_steps_at_once(self, witness: str) -> None:
-        """Each as if it were alone, gathers too; a sketch is that of one map."""
-        sizes = ((3, 2, 4, 7), (3, 4, 4), (3, 4), (3, 4))
-        x, inverse, offset, scale = (torch.randn(size, dtype=torch.float64) for size in sizes)
-        index = torch.stack([torch.randperm(4) for _ in range(3)])
-        seen = torch.stack([SEEN[witness](state) for state in x])
-        assert seen.shape == ((3, 2, 4) if witness == "projection" else (3, 2, 4, SKETCHED))
-        for maps, back in ((inverse, None), (scale, index)):
-            alone = [before_map(seen[k], x[k], maps[k], offset[k], None if back is None else back[k]) for k in range(3)]
-            for k in range(3):
-                moved = x[k] - offset[k][:, None]
-                moved = torch.einsum("ij,njt->nit", maps[k], moved) if back is None else moved[:, back[k]]
-                moved = moved if back is None else moved * maps[k][:, None]
-                assert torch.allclose(alone[k], SEEN[witness](moved), rtol=1e-12, atol=1e-12)
-            if witness == "projection":
-                assert torch.allclose(before_map(seen, x[0], maps, offset, back), torch.stack(alone), rtol=1e-12)
+        x = self.states(*shape)
+        assert float(projected_drift(x, SEEN[witness](x))) == 0.0
+        assert float(anchor_drift(x, x)) == 0.0
 
     @pytest.mark.parametrize("relative", [1e-4, 1e-2, 1.0])
     def test_the_measure_is_that_of_an_anchor(self, witness: str, relative: float) -> None:
         """One of many projections of an error on random signs is near its norm."""
-        x, _, _, _ = self.states(16, 12, 16, 16)
+        x = self.states(16, 12, 16, 16)
         wrong = x * (1.0 + relative * torch.randn_like(x))
         # Against its own norms, of which those of a state that is all wrong are 1.4 times as large.
-        exact, seen = float(anchor_drift(wrong, x)), float(witness_drift(wrong, SEEN[witness](x)))
+        exact, seen = float(anchor_drift(wrong, x)), float(projected_drift(wrong, SEEN[witness](x)))
         assert (
             exact / (4.0 if witness == "projection" else 1.5) < seen < (1.5 if witness == "projection" else 2.5) * exact
         )
 
     def test_a_small_channel_cannot_hide(self, witness: str) -> None:
-        x, _, _, _ = self.states(4, 6, 8, 8)
+        x = self.states(4, 6, 8, 8)
         x[:, 2] *= 1e-4
         wrong = x.clone()
         wrong[1, 2] *= 1.01
         assert 5e-3 < float(anchor_drift(wrong, x)) < 2e-2
-        assert 5e-4 < float(witness_drift(wrong, SEEN[witness](x))) < 2e-2
+        assert 5e-4 < float(projected_drift(wrong, SEEN[witness](x))) < 2e-2
         of_all = relative_error(wrong, x)
         assert of_all < 1e-5, "a norm over all channels would have seen nothing"
 
     def test_a_large_sample_does_not_hide_the_others(self, witness: str) -> None:
-        x, _, _, _ = self.states(6, 4, 8, 8)
+        x = self.states(6, 4, 8, 8)
         x[2] *= 1e5
         wrong = x.clone()
         wrong[4] *= 1.01
         assert float(anchor_drift(wrong, x)) > 5e-3
-        assert float(witness_drift(wrong, SEEN[witness](x))) > 5e-4
+        assert float(projected_drift(wrong, SEEN[witness](x))) > 5e-4
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_what_is_not_finite_is_never_within_bounds(self, witness: str, bad: float) -> None:
-        x, inverse, offset, u = self.states(2, 4, 5, 5)
+        x = self.states(2, 4, 5, 5)
         wrong = x.clone()
         wrong[1, 3, 2, 2] = bad
         limit = default_tolerance(torch.float32)
-        for drift in (
-            witness_drift(wrong, before_map(SEEN[witness](u), x, inverse, offset)),
-            witness_drift(wrong, SEEN[witness](x)),
-            anchor_drift(wrong, x),
-        ):
+        for drift in (projected_drift(wrong, SEEN[witness](x)), anchor_drift(wrong, x)):
             assert not float(drift) <= limit
-
-    def test_no_samples(self, witness: str) -> None:
-        x, inverse, offset, u = self.states(0, 4, 5, 5)
-        assert float(witness_drift(x, before_map(SEEN[witness](u), x, inverse, offset))) == 0.0
-        assert float(anchor_drift(x, x)) == 0.0
 
 
 @pytest.mark.parametrize("sizes", [[1.0], [1.0, 4.0], [8.0, 1.0, 2.0], [8.0, 1.0, 64.0, 2.0]], ids=str)
@@ -237,7 +171,7 @@ class TestSketches:
             scale = times * self.LIMIT * x[:, :channels].norm(dim=2) / error.norm(dim=2)
             wrong = x.clone()
             wrong[:, :channels] += error * scale.unsqueeze(2)
-            passed += float(witness_drift(wrong, seen)) <= self.LIMIT
+            passed += float(projected_drift(wrong, seen)) <= self.LIMIT
         return passed / self.TRIALS
 
     def test_what_is_spread_over_the_channels_is_always_found(self) -> None:
@@ -256,7 +190,7 @@ class TestSketches:
     def test_a_single_projection_lets_more_pass(self) -> None:
         """So it is no witness of what ends a part."""
         x = torch.randn(1, 12, 256, dtype=torch.float64)
-        found = [float(witness_drift(x + 2.0 * self.LIMIT * torch.randn_like(x), project(x))) for _ in range(200)]
+        found = [float(projected_drift(x + 2.0 * self.LIMIT * torch.randn_like(x), project(x))) for _ in range(200)]
         passed = sum(drift <= self.LIMIT for drift in found) / len(found)
         # Of 12 Gaussians none is beyond PROJECTION_SLACK / 2.
         exact = math.erf(PROJECTION_SLACK / 2.0 / 2.0**0.5) ** 12
@@ -270,83 +204,12 @@ def test_a_sketch_is_on_signs_of_its_own(positions: int) -> None:
     assert set(sums.flatten().tolist()) == {-1.0, 1.0}
     ones = sketch(torch.ones(1, 1, positions, dtype=torch.float64))[0, 0]
     assert torch.equal(ones, sums.sum(0))
-    assert torch.equal(ones, drift_module._sketch_signs(positions, torch.float64, ones.device)[2])
+    assert torch.equal(ones, drift_module.sketch_signs_of(positions, torch.float64, ones.device)[2])
     if positions > 1000:
         signs = torch.cat([sums, project(torch.eye(positions, dtype=torch.float64).unsqueeze(0))[0][:, None]], dim=1)
         alike = (signs.T @ signs / positions - torch.eye(SKETCHED + 1, dtype=torch.float64)).abs()
         # By blocks: of b blocks and n positions in each the correlation is a product of two, of 1 / sqrt(n b).
         assert float(alike.max()) < 5.0 / positions**0.5
-
-
-@pytest.mark.parametrize("at", [1, 3, 6])
-def test_drift_inside_a_segment_that_its_ends_hide(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state of one step is wrong, and the step before recovers the true one: only the witness knows."""
-    sequence, (x, cond) = CONDITIONED.build(), CONDITIONED.batch()
-    Mode("store").apply(sequence)
-    expected = gradients(sequence, x, cond)
-    states = [x]
-    with torch.no_grad():
-        for step in sequence:
-            states.append(step(states[-1], cond)[0])
-    true, seen = passes.step_backward, []
-
-    def wrong(y: Tensor, *inputs: object) -> tuple[Tensor, ...]:
-        k = len(sequence) - 1 - len(seen)
-        seen.append(k)
-        found, *grads = true(y, *inputs)
-        return (1.01 * found if k == at else states[k], *grads)
-
-    Mode("reversible", None).apply(sequence)
-    monkeypatch.setattr(passes, "step_backward", wrong)
-    assert_same_gradients(gradients(sequence, x, cond), expected)
-    report = sequence.memory_report()
-    assert report["redone_steps"] == 8, "the segment is judged as one"
-    assert 1e-3 < report["last_drift"] < 1e-1
-    assert seen == list(range(7, -1, -1))
-
-    monkeypatch.setattr(backward, "projected_drift", lambda *_: torch.zeros(()))
-    Mode("reversible", None).apply(sequence)
-    seen.clear()
-    with pytest.raises(AssertionError, match="relative error"):
-        assert_same_gradients(gradients(sequence, x, cond), expected)
-
-
-def test_drift_that_the_anchor_alone_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps of the segment are suspect then: it is redone from its end, with the gradient that came in there."""
-    sequence, (x, cond) = CONDITIONED.build(), CONDITIONED.batch()
-    Mode("store").apply(sequence)
-    expected = gradients(sequence, x, cond)
-    true, calls = passes.step_backward, []
-
-    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
-        calls.append(0)
-        found, *grads = true(*inputs)
-        return (1.01 * found if len(calls) <= 4 else found, *grads)
-
-    monkeypatch.setattr(passes, "step_backward", wrong)
-    monkeypatch.setattr(backward, "projected_drift", lambda *_: torch.zeros(()))
-    Mode("reversible", 4).apply(sequence)
-    assert_same_gradients(gradients(sequence, x, cond), expected)
-    assert sequence.memory_report()["redone_steps"] == 4
-
-
-def test_runs_of_the_nets_where_a_segment_is_redone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segment of steps 4..7 drifts as it is begun: its nets run forward and back again, and none of the others."""
-    sequence, (x, _) = DEEP.build(), DEEP.batch()
-    Mode("reversible", 4, 2**40).apply(sequence)
-    true, calls = passes.step_backward, []
-
-    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
-        calls.append(0)
-        found, *grads = true(*inputs)
-        return (1.01 * found if len(calls) == 1 else found, *grads)
-
-    monkeypatch.setattr(passes, "step_backward", wrong)
-    value = objective(sequence(x))
-    with counted_runs(sequence) as runs:
-        value.backward()
-    order = [int(name.split(".")[0]) for name in runs]
-    assert order == [7, 6, 5, 4, *[4, 5, 6], *[7, 6, 5, 4], *[3, 2, 1, 0]]
 
 
 class TestTolerance:
@@ -436,30 +299,12 @@ def test_the_tolerance_decides(tolerance_: float | None, trips: int) -> None:
     assert sequence.memory_report()["trips"] == trips
 
 
-def test_judged_at_the_end_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every look at a value costs a wait there is one look, and all segments are redone."""
-    monkeypatch.setattr(walk, "can_read", lambda _: False)
-    for name in ("depth-1", "depth-8", "callable", "cond"):
-        case = next(case for case in CASES if case.name == name)
-        sequence, (x, cond) = case.build(), case.batch()
-        Mode("store").apply(sequence)
-        expected = gradients(sequence, x, cond)
-        for every in ("auto", None, 3):
-            for limit, trips in ((None, 0), (1e-30, 1)):
-                sequence.control.tolerance = limit
-                Mode("reversible", every).apply(sequence)
-                assert_same_gradients(gradients(sequence, x, cond), expected)
-                report = sequence.memory_report()
-                assert report["trips"] == trips
-                assert report["redone_steps"] == trips * len(sequence)
-
-
 @pytest.mark.parametrize("positions", [3, 1023, 1024, 1025, 1031, 5000])
 def test_projection_is_on_one_sign_a_position(positions: int) -> None:
     sums = project(torch.eye(positions, dtype=torch.float64).unsqueeze(0))[0]
     assert set(sums.tolist()) == {-1.0, 1.0}
     ones = torch.ones(1, 1, positions, dtype=torch.float64)
-    assert float(project(ones)) == float(sums.sum()) == drift_module._signs(positions, torch.float64, ones.device).sum
+    assert float(project(ones)) == float(sums.sum()) == drift_module.signs_of(positions, torch.float64, ones.device).sum
 
 
 @pytest.mark.full
@@ -468,7 +313,7 @@ def test_projection_of_any_layout_without_a_copy(shape: tuple[int, ...]) -> None
     x = torch.randn(shape, dtype=torch.float64)
     for layout in (torch.contiguous_format, torch.channels_last):
         given = x.to(memory_format=layout)
-        drift_module._signs(n_positions(x), x.dtype, x.device)
+        drift_module.signs_of(n_positions(x), x.dtype, x.device)
         found: list[Tensor] = []
         peak = peak_tensor_bytes(lambda given=given, found=found: found.append(project(given)))
         assert torch.allclose(found[0], project(x), rtol=1e-12, atol=1e-12)

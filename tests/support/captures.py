@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyglow_fast.reversible import passes
+from pyglow_fast.reversible import steps
+from support.wrong_states import plant
 
 
 @contextlib.contextmanager
@@ -257,13 +258,13 @@ def capture_guard() -> Iterator[None]:
 
 def drifting(patch: pytest.MonkeyPatch, like: Tensor) -> Tensor:
     """Makes recomputed states of flow steps wrong by a factor: the tensor returned, which replays read; 1 at first."""
-    factor, true = like.new_ones(()), passes.step_backward
+    factor, true = plant(patch, like.new_ones(())), steps.coupling_backward_from_output
 
-    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def wrong(*inputs: Any) -> tuple[Tensor, ...]:
         found, *grads = true(*inputs)
         return factor * found, *grads
 
-    patch.setattr(passes, "step_backward", wrong)
+    patch.setattr(steps, "coupling_backward_from_output", wrong)
     return factor
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.layers import flow_step, reversible_sequence
-from pyglow_fast.reversible import parts
+from pyglow_fast.reversible import generic, run
 from support.bijections import softplus_scale
 from support.gradients import CONDITION as CONDITION
 from support.gradients import assert_same_gradients as assert_same_gradients
@@ -22,8 +21,6 @@ from support.gradients import objective as objective
 from support.gradients import perturbed as perturbed
 from support.gradients import relative_error as relative_error
 from support.gradients import worst_error as worst_error
-
-MAP_BOUNDS = flow_step.map_bounds
 
 
 @dataclass(frozen=True)
@@ -46,32 +43,8 @@ ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients
 def cut_parts(patch: pytest.MonkeyPatch, limit: int, steps: int = 0) -> None:
     """Let runs that begin from now on have parts of ``limit`` bytes, or of ``steps``, if their parameters allow."""
     found = (lambda _, step_bytes, *rest: steps * max(step_bytes)) if steps else (lambda *_: limit)
-    for module in (reversible_sequence, parts):  # of modules that are any, and of couplings
+    for module in (generic, run):
         patch.setattr(module, "part_limit", found)
-
-
-def noted_passes(patch: pytest.MonkeyPatch) -> list[parts.Pass]:
-    """Note the passes that runs of steps make from now on."""
-    found: list[parts.Pass] = []
-
-    class Noted(parts.Pass):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            found.append(self)
-
-    patch.setattr(reversible_sequence, "Pass", Noted)
-    return found
-
-
-def fold_by(patch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let runs that begin from now on fold the channel maps of so many steps at once; 0: of all."""
-
-    def bounds(sizes: Sequence[int], ends: Sequence[int], like: Tensor) -> list[tuple[int, int]]:
-        patch.setattr(flow_step, "FOLDED_AT_ONCE", steps * max(sizes) if steps else 2**60)
-        return true(sizes, ends, like)
-
-    true = MAP_BOUNDS
-    patch.setattr(flow_step, "map_bounds", bounds)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from pyglow_fast.interop.chaiyujin.structure import (
 from pyglow_fast.interop.joined import Now
 from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
 from pyglow_fast.layers import Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, given_maps, run_couplings, run_couplings_inverse
-from pyglow_fast.layers.reversible_sequence import run_recomputing
-from pyglow_fast.reversible import DriftControl
+from pyglow_fast.layers.flow_step import ChannelMap, recomputed, run_couplings, run_couplings_inverse
+from pyglow_fast.reversible import DriftControl, run_steps
+from pyglow_fast.reversible.run import given_maps_of
 
 # For batches of fewer positions, the work on the parameters takes longer than is gained on the data.
 LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
@@ -58,10 +58,9 @@ class Memory:
         self, couplings: Sequence[Coupling], maps: ChannelMap, x: Tensor, features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Map x to z and log_det (N,) by the couplings of a step, keeping what the mode says."""
-        runners = [coupling.runner(self.budget) for coupling in couplings]
-        specs = [coupling.spec for coupling in couplings]
         control = self.control if self.mode == "reversible" else None
-        return run_recomputing(runners, specs, given_maps(maps, len(specs)), control, x, features)
+        given = given_maps_of([part for part in maps if part is not None])
+        return run_steps(recomputed(couplings, self.budget), control, x, features, given)
 
 
 class AdoptedStep(StandIn):

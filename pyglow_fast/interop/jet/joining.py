@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.plan import budget_bytes
+from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.traits import bytes_per_position, is_altered
 from pyglow_fast.interop.jet.couplings import Adopted, OfImages, WithProjections, takes
 from pyglow_fast.interop.jet.tokens import TokenCoupling
 from pyglow_fast.interop.joined import Face, Place, unrepeatable
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
+from pyglow_fast.reversible import CouplingStep
+from pyglow_fast.reversible.steps import Differentiated, Given, Outcome
 
 STEPS = (Adopted,)  # what may be joined
 _MODEL = ("kind_flags", "channel_indices", "spatial_indices", "channel_projections", "spatial_projections")
@@ -65,18 +66,18 @@ class _Step(nn.Module):
         found: TokenCoupling | None = layer.coupling(x, *self.called.arguments())
         return found
 
-    def _known(self, x: Tensor) -> TokenCoupling:
-        found = self.coupling(x)
+    def recomputed(self, x: Tensor) -> _Recomputed:
+        """Make what runs again in the backward, on states of the shape of x."""
+        found, layer = self.coupling(x), cast(Any, self.layer)
         assert found is not None  # asked before the run
-        return found._replace(net=partial(_in_parts, found.net, self.samples_at_once(x)))
+        net = _TokenNet(found.net, layer.dnn, x.shape[1:], found.by_channel)
+        return _Recomputed(NetRunner(net, 2, self.budget, {}), found)
 
-    def samples_at_once(self, x: Tensor) -> int:
-        """How many samples of x the net sees at a time: the fewest parts of near-equal size that the budget holds."""
-        layer: Any = self.layer
-        n, tokens, channels = x.shape
-        one = max(1, tokens * bytes_per_position(layer.dnn, channels, x.element_size()))
-        most = max(1, budget_bytes(self.budget, x.device.type) // one)
-        return max(1, math.ceil(n / max(1, math.ceil(n / most))))
+    def _known(self, x: Tensor) -> TokenCoupling:
+        """How tokens are coupled; without a record the net runs in chunks."""
+        own = self.recomputed(x)
+        recorded = torch.is_grad_enabled()
+        return own.coupling if recorded else own.coupling._replace(net=lambda kept: own.runner.run(kept, None))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x -> y, log_det (N,)."""
@@ -86,20 +87,60 @@ class _Step(nn.Module):
         """y -> x, log_det (N,)."""
         return self._known(y).inverse(y)
 
-    def net_output(self, x: Tensor) -> Tensor:
-        """What the net gives for the half that stays, of x or of y."""
-        coupling = self._known(x)
-        return coupling.net_output(coupling.halved(x))
 
-    def step_backward(
-        self, y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute x from y, and the gradients of x (without the net's part) and of net_out."""
-        return self._known(y).backward(y, net_out, grad_y, grad_log_det)
+class _TokenNet(nn.Module):
+    """A coupling's net (N, A / 2, B) -> (N, A, B) as it is cut into chunks of samples.
+
+    Args:
+        call: the net.
+        dnn: what has its parameters.
+        shape: of a sample of tokens, (T, C).
+        by_channel: whether B are the tokens.
+    """
+
+    writes_to_input = False  # see plain_call in couplings.py
+
+    def __init__(
+        self, call: Callable[[Tensor], Tensor], dnn: nn.Module, shape: Sequence[int], by_channel: bool
+    ) -> None:
+        super().__init__()
+        self.call, self.dnn, self.shape, self.by_channel = call, dnn, shape, by_channel
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """Count the bytes of activations of a token, or of its part of a channel's."""
+        tokens, channels = self.shape
+        of_token = bytes_per_position(self.dnn, channels, element_size)
+        return of_token if self.by_channel else math.ceil(of_token * tokens / channels)
+
+    def forward(self, kept: Tensor) -> Tensor:
+        """Predict shift and raw scale, one behind the other."""
+        return self.call(kept)
 
 
-def _in_parts(net: Callable[[Tensor], Tensor], size: int, kept: Tensor) -> Tensor:
-    return net(kept) if size >= len(kept) else torch.cat([net(part) for part in kept.split(size)])
+class _Recomputed(CouplingStep):
+    """A coupling of tokens as the generic path runs it."""
+
+    def __init__(self, runner: NetRunner, coupling: TokenCoupling) -> None:
+        super().__init__(runner, coupling.spec)
+        self.coupling = coupling
+
+    def forward(self, x: Tensor, given: Given) -> Outcome:
+        """Run the coupling, and note what repeats the net."""
+        found = super().forward(self.coupling.halved(x), given)
+        return found._replace(z=self.coupling.whole(found.z))
+
+    def repeat(self, x: Tensor, given: Given) -> Tensor:
+        """Run the coupling again."""
+        return self.coupling.whole(super().repeat(self.coupling.halved(x), given))
+
+    def backward(
+        self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
+    ) -> Differentiated:
+        """Run the net once more, chunk by chunk."""
+        halved, whole = self.coupling.halved, self.coupling.whole
+        y, x = (None if state is None else halved(state) for state in (y, x))
+        found = super().backward(y, x, halved(grad_y), grad_log_det, given)
+        return found._replace(x=whole(found.x), grad_x=whole(found.grad_x))
 
 
 class TokenRun(Face):

@@ -13,7 +13,6 @@ from pyglow_fast import functional
 from pyglow_fast.interop.gather import Gather
 from pyglow_fast.interop.last_seen import LastSeen
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible.passes import coupling_backward_from_output
 
 
 class Permutation(NamedTuple):
@@ -107,10 +106,3 @@ class TokenCoupling(NamedTuple):
         u = self.halved(y)
         x, log_det = functional.coupling_inverse(u, self.net_output(u), self.spec)
         return self.whole(x), log_det
-
-    def backward(
-        self, y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute x from y, and the gradients of x (without the net's part) and of net_out."""
-        found = coupling_backward_from_output(self.halved(y), net_out, self.halved(grad_y), grad_log_det, self.spec)
-        return self.whole(found[0]), self.whole(found[1]), found[2]

@@ -1,4 +1,7 @@
-"""Runs cut into parts of few steps, with maps folded by few: all that may happen around them gives stored gradients."""
+"""The generic path, cut into parts of few steps: all that may happen around a run gives stored gradients.
+
+It computes here what csrc/run is for: steps with CouplingNets, whose gradients are known by every kind of step.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.captures import drifting
 from support.chain_cases import (
     CASES,
     EVERY_STEP,
     Case,
     Mode,
     assert_same_gradients,
+    counted_runs,
     cut_parts,
-    fold_by,
     gradients,
     objective,
     perturbed,
@@ -29,9 +33,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
-from pyglow_fast.layers import GroupedInvConv, MaskedSequence, WaveNet
-from pyglow_fast.layers.flow_step import map_groups
-from pyglow_fast.reversible import passes
+from pyglow_fast.layers import GroupedInvConv, MaskedSequence, WaveNet, reversible_sequence
+from pyglow_fast.reversible import generic
+from pyglow_fast.reversible import steps as steps_module
 from pyglow_fast.reversible.drift import SKETCHED
 
 BY_NAME = {case.name: case for case in CASES}
@@ -40,20 +44,16 @@ KEEPING = [Mode("checkpoint"), Mode("reversible", None), Mode("reversible", 3)]
 modes = pytest.mark.parametrize("mode", KEEPING, ids=["checkpoint", "reversible", "anchors"])
 
 
-@pytest.fixture(params=[(1, 1), (1, 2), (3, 0), (3, 2)], ids=lambda cut: f"parts-{cut[0]}-groups-{cut[1]}")
-def cuts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Steps of a part, and of a group of channel maps (0: all)."""
-    steps, folded = request.param
-    cut_parts(monkeypatch, EVERY_STEP, steps)
-    fold_by(monkeypatch, folded)
-    return steps, folded
+@pytest.fixture(autouse=True)
+def _generic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reversible_sequence, "is_runnable", lambda x: False)
 
 
-@pytest.fixture
-def single(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of one step, groups of two."""
-    cut_parts(monkeypatch, EVERY_STEP)
-    fold_by(monkeypatch, 2)
+@pytest.fixture(params=[1, 3, 8], ids=lambda steps: f"parts-of-{steps}")
+def cuts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Steps of a part."""
+    cut_parts(monkeypatch, EVERY_STEP, request.param)
+    return int(request.param)
 
 
 def stored(sequence: pgf.ReversibleSequence, *inputs: Any) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def assert_calm(sequence: pgf.ReversibleSequence, passes_: int = 1) -> None:
 @pytest.mark.full
 @modes
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_kind_of_step(case: Case, mode: Mode, cuts: tuple[int, int]) -> None:
+def test_every_kind_of_step(case: Case, mode: Mode, cuts: int) -> None:
     sequence, (x, cond) = case.build(), case.batch()
     expected = stored(sequence, x, cond)
     outputs = [value.detach() for value in sequence(x, cond)]
@@ -81,20 +81,6 @@ def test_every_kind_of_step(case: Case, mode: Mode, cuts: tuple[int, int]) -> No
     for found, wanted in zip(sequence(x, cond), outputs, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
     assert_calm(sequence)
-
-
-@pytest.mark.parametrize("folded", [1, 2, 3])
-def test_groups_are_of_consecutive_steps(folded: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    fold_by(monkeypatch, folded)
-    steps = [step for step in DEEP.build() if isinstance(step, pgf.FlowStep)]
-    groups, behind = map_groups(steps, torch.zeros(1))
-    starts = list(range(0, 8, folded))
-    assert [(group.first, group.end) for group in groups] == list(zip(starts, [*starts[1:], 8], strict=True))
-    assert behind is None
-    kept = [tensor for group in groups for tensor in group.raw]
-    known = {id(tensor) for tensor in (*steps[0].parameters(), *steps[0].buffers())}
-    known |= {id(tensor) for step in steps for tensor in (*step.parameters(), *step.buffers())}
-    assert all(id(tensor) in known for tensor in kept), "nothing that somebody had to make"
 
 
 def mixed_steps(where: str, injectors: bool) -> pgf.ReversibleSequence:
@@ -120,7 +106,6 @@ def mixed_steps(where: str, injectors: bool) -> pgf.ReversibleSequence:
     pytest.mark.parametrize("memory", ["checkpoint", "reversible"]),
     pytest.mark.parametrize("squeeze_first", [False, True]),
     pytest.mark.parametrize("steps", [1, 3]),
-    pytest.mark.parametrize("folded", [1, 2]),
 )
 def test_injectors_and_steps_without_coupling(
     where: str,
@@ -128,11 +113,9 @@ def test_injectors_and_steps_without_coupling(
     memory: str,
     squeeze_first: bool,
     steps: int,
-    folded: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cut_parts(monkeypatch, EVERY_STEP, steps)
-    fold_by(monkeypatch, folded)
     sequence = mixed_steps(where, injectors)
     x = torch.randn(3, *((1, 12, 6) if squeeze_first else (4, 6, 3)), dtype=torch.float64)
     cond = torch.randn(3, 2, 6, 3, dtype=torch.float64) if injectors else None
@@ -150,12 +133,8 @@ def test_injectors_and_steps_without_coupling(
 @pytest.mark.full
 @pytest.mark.parametrize("permutation", ["invconv", "shuffle"])
 @pytest.mark.parametrize("parities", [(0, 0, 1, 1, 0, 1), (1, 0, 1, 0, 1, 0), (1, 1, 1, 1, 1, 0)], ids=str)
-@pytest.mark.parametrize("folded", [1, 2, 4])
-def test_parities_across_groups(
-    parities: Sequence[int], folded: int, permutation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parities(parities: Sequence[int], permutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_parts(monkeypatch, EVERY_STEP)
-    fold_by(monkeypatch, folded)
     steps = [pgf.FlowStep(2, 5, mask="checkerboard", parity=parity, permutation=permutation) for parity in parities]
     sequence = pgf.ReversibleSequence(steps).double()
     sequence.initialize(torch.randn(16, 2, 4, 3, dtype=torch.float64))
@@ -169,7 +148,7 @@ def test_parities_across_groups(
 
 @pytest.mark.full
 @modes
-def test_a_mask(mode: Mode, cuts: tuple[int, int]) -> None:
+def test_a_mask(mode: Mode, cuts: int) -> None:
     steps = [pgf.FlowStep(8, permutation=GroupedInvConv(8), net=WaveNet(4, 8, 6, 3)) for _ in range(6)]
     model = MaskedSequence(steps)
     perturbed(model).double().eval()
@@ -201,7 +180,7 @@ class TestBackwards:
 
     @pytest.mark.full
     @modes
-    def test_twice(self, mode: Mode, cuts: tuple[int, int]) -> None:
+    def test_twice(self, mode: Mode, cuts: int) -> None:
         sequence, x, expected, value = self.graph(mode)
         for retain in (True, True, False):
             assert_same_gradients(self.of_all(sequence, x, value, retain_graph=retain), expected)
@@ -209,21 +188,20 @@ class TestBackwards:
 
     @pytest.mark.full
     @modes
-    def test_late_gradients_alone_and_then_all(self, mode: Mode, cuts: tuple[int, int]) -> None:
+    def test_late_gradients_alone_and_then_all(self, mode: Mode, cuts: int) -> None:
         sequence, x, expected, value = self.graph(mode)
         for k in (7, 4):
             for name in (f"{k}.coupling.net.conv1.weight", f"{k}.actnorm.bias", f"{k}.permutation.upper"):
                 (found,) = torch.autograd.grad(value, sequence.get_parameter(name), retain_graph=True)
                 assert_same_gradients({name: found}, {name: expected[name]})
-        # The gradients of maps that are folded together come when all of their steps are done: here of the whole run.
-        whole = 4 if cuts[1] == 0 else 0
+        whole = 6 if cuts == 8 else 0  # of the only part all gradients come at once
         assert sequence.memory_report()["passes"] == whole * (mode.memory == "reversible")
         assert_same_gradients(self.of_all(sequence, x, value), expected)
         assert_calm(sequence, whole + 1)
 
     @pytest.mark.full
     @modes
-    def test_a_batch_of_gradients(self, mode: Mode, cuts: tuple[int, int]) -> None:
+    def test_a_batch_of_gradients(self, mode: Mode, cuts: int) -> None:
         sequence, x, _, _ = self.graph(mode)
         z, log_det = sequence(x)
         rows = torch.randn(3, *z.shape, dtype=torch.float64), torch.randn(3, *log_det.shape, dtype=torch.float64)
@@ -238,7 +216,7 @@ class TestBackwards:
 
     @pytest.mark.full
     @modes
-    def test_a_jacobian(self, mode: Mode, single: None) -> None:
+    def test_a_jacobian(self, mode: Mode, cuts: int) -> None:
         case = Case("", 5, (2, 2, 2))
         sequence, (x, _) = case.build(tolerance=1e-11), case.batch(2)
         Mode("store").apply(sequence)
@@ -252,9 +230,9 @@ class TestBackwards:
 
     @pytest.mark.full
     @modes
-    def test_in_two_threads_at_a_time(self, mode: Mode, cuts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_in_two_threads_at_a_time(self, mode: Mode, cuts: int, monkeypatch: pytest.MonkeyPatch) -> None:
         sequence, x, expected, value = self.graph(mode)
-        gate, true = threading.Barrier(2, timeout=30), passes.channel_mix_backward
+        gate, true = threading.Barrier(2, timeout=30), steps_module.channel_mix_backward
         found: list[dict[str, Tensor]] = []
         failed: list[BaseException] = []
 
@@ -269,7 +247,7 @@ class TestBackwards:
                 gate.abort()
                 failed.append(error)
 
-        monkeypatch.setattr(passes, "channel_mix_backward", in_step)
+        monkeypatch.setattr(steps_module, "channel_mix_backward", in_step)
         threads = [threading.Thread(target=run) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -281,9 +259,9 @@ class TestBackwards:
 
     @pytest.mark.full
     @modes
-    def test_after_one_that_failed(self, mode: Mode, cuts: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_after_one_that_failed(self, mode: Mode, cuts: int, monkeypatch: pytest.MonkeyPatch) -> None:
         sequence, x, expected, value = self.graph(mode)
-        true, calls = passes.channel_mix_backward, []
+        true, calls = steps_module.channel_mix_backward, []
 
         def failing(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
             calls.append(0)
@@ -292,7 +270,7 @@ class TestBackwards:
             return true(*inputs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(passes, "channel_mix_backward", failing)
+            patch.setattr(steps_module, "channel_mix_backward", failing)
             with pytest.raises(MemoryError, match="planted"):
                 self.of_all(sequence, x, value, retain_graph=True)
         assert_same_gradients(self.of_all(sequence, x, value), expected)
@@ -302,7 +280,7 @@ class TestBackwards:
 @pytest.mark.full
 @modes
 @pytest.mark.parametrize("net", [Checkpointed, Nested])
-def test_a_net_that_recomputes_itself(net: type[nn.Module], mode: Mode, cuts: tuple[int, int]) -> None:
+def test_a_net_that_recomputes_itself(net: type[nn.Module], mode: Mode, cuts: int) -> None:
     steps = [pgf.FlowStep(4, net=net()) if k % 2 else pgf.FlowStep(4, 5) for k in range(6)]
     sequence = pgf.ReversibleSequence(steps).double().eval()
     x = torch.randn(3, 4, 6, 3, dtype=torch.float64)
@@ -317,7 +295,7 @@ class TestParameters:
 
     @pytest.mark.full
     @modes
-    def test_lent(self, mode: Mode, cuts: tuple[int, int]) -> None:
+    def test_lent(self, mode: Mode, cuts: int) -> None:
         """Gradients flow on to what the lent tensors are made of, after they are given back."""
         sequence, (x, _) = DEEP.build(), DEEP.batch()
         leaves = {name: value.detach().clone().requires_grad_() for name, value in sequence.named_parameters()}
@@ -337,7 +315,7 @@ class TestParameters:
         assert_calm(sequence)
 
     @modes
-    def test_parametrized(self, mode: Mode, cuts: tuple[int, int]) -> None:
+    def test_parametrized(self, mode: Mode, cuts: int) -> None:
         class Bounded(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
                 return x.tanh()
@@ -357,7 +335,7 @@ class TestParameters:
         assert_calm(sequence)
 
     @modes
-    def test_hooks(self, mode: Mode, cuts: tuple[int, int]) -> None:
+    def test_hooks(self, mode: Mode, cuts: int) -> None:
         """Each is called once, with the whole gradient, and what it makes of it counts."""
         sequence, (x, _) = DEEP.build(), DEEP.batch()
         expected, calls = stored(sequence, x), []
@@ -377,7 +355,7 @@ class TestParameters:
     @modes
     @pytest.mark.parametrize("frozen", [(0, 1, 2), (5, 6, 7), (2, 3), (0, 7)], ids=str)
     @pytest.mark.parametrize("wants_x", [False, True])
-    def test_frozen(self, frozen: Sequence[int], wants_x: bool, mode: Mode, cuts: tuple[int, int]) -> None:
+    def test_frozen(self, frozen: Sequence[int], wants_x: bool, mode: Mode, cuts: int) -> None:
         sequence, (x, _) = DEEP.build(), DEEP.batch()
         for k in frozen:
             sequence[k].requires_grad_(False)
@@ -391,8 +369,8 @@ class TestParameters:
         assert_calm(sequence)
 
     @modes
-    def test_maps_that_want_no_gradient(self, mode: Mode, cuts: tuple[int, int]) -> None:
-        """Frozen within a group, one kind of them or all."""
+    def test_maps_that_want_no_gradient(self, mode: Mode, cuts: int) -> None:
+        """Of a step one kind of them or all."""
         sequence, (x, _) = DEEP.build(), DEEP.batch()
         for step in list(sequence)[2:4]:
             step.actnorm.requires_grad_(False)
@@ -405,7 +383,7 @@ class TestParameters:
 
 
 @modes
-def test_autocast(mode: Mode, cuts: tuple[int, int]) -> None:
+def test_autocast(mode: Mode, cuts: int) -> None:
     """Nets in bfloat16 repeat to its eps alone where states are inverted, to the bit where they are kept."""
     torch.manual_seed(0)
     sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 16) for _ in range(6)])
@@ -460,7 +438,7 @@ class TestKept:
 
     @pytest.mark.full
     @modes
-    def test_no_matrices(self, mode: Mode, cuts: tuple[int, int]) -> None:
+    def test_no_matrices(self, mode: Mode, cuts: int) -> None:
         found, _ = self.saved(16, mode)
         assert found
         square = [tensor.shape for tensor in found if tensor.shape[-2:] == (self.C, self.C)]
@@ -479,3 +457,152 @@ class TestKept:
         state = 4 * self.N * self.C * self.SIDE**2
         checkpointed = (self.saved(64, Mode("checkpoint"))[1] - self.saved(16, Mode("checkpoint"))[1]) / 48
         assert state <= checkpointed <= 2 * state + slack
+
+
+class TestDrift:
+    """What drifts is redone from the anchor before it, and the gradient is right in any case."""
+
+    def planted(self, monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
+        """The state that the inversion of step ``at`` of 0..7 gives is wrong; an item for each inversion."""
+        true, seen = steps_module.coupling_backward_from_output, []
+
+        def wrong(*inputs: Any) -> tuple[Tensor, ...]:
+            found, *grads = true(*inputs)
+            seen.append(7 - len(seen))  # the step: none before this one is redone
+            return (1.01 * found if seen[-1] == at else found, *grads)
+
+        monkeypatch.setattr(steps_module, "coupling_backward_from_output", wrong)
+        return seen
+
+    @pytest.mark.parametrize("cond", [False, True])
+    @pytest.mark.parametrize(
+        ("steps", "every", "at", "redone"),
+        [
+            (1, None, 6, 7),  # its own first step, which a sketch tells of, far from the run's input
+            (1, None, 0, 1),  # the run's input, which is known
+            (1, 4, 7, 4),  # behind an anchor that begins another part
+            (1, 4, 4, 1),  # the anchor itself
+            (3, None, 7, 8),  # parts 0..2, 3..5, 6 and 7: in the middle, which a projection tells of
+            (3, None, 4, 6),
+            (3, 5, 7, 3),  # an anchor in the middle of the part before
+            (8, None, 3, 8),  # one part alone is judged as one
+            (8, 4, 6, 4),
+        ],
+        ids=str,
+    )
+    def test_a_planted_drift(
+        self, steps: int, every: int | None, at: int, redone: int, cond: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = Case("conditioned", 8, cond_shape=(2, 6, 3)) if cond else DEEP
+        sequence, (x, given) = case.build(), case.batch()
+        Mode("store").apply(sequence)
+        expected = gradients(sequence, x, given)
+        sequence.control.tolerance = 1e-9
+        cut_parts(monkeypatch, EVERY_STEP, steps)
+        Mode("reversible", every).apply(sequence)
+        self.planted(monkeypatch, at)
+        assert_same_gradients(gradients(sequence, x, given), expected)
+        report = sequence.memory_report()
+        assert (report["passes"], report["trips"], report["redone_steps"]) == (1, 1, redone)
+        assert 1e-3 < report["last_drift"] < 1e-1
+
+    @pytest.mark.parametrize("at", [5, 7])
+    def test_behind_parts_without_a_gradient(self, at: int, cuts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of steps 0..2, which are frozen, nothing is kept: the input of the first that is trained is."""
+        sequence, (x, _) = DEEP.build(), DEEP.batch()
+        for step in list(sequence)[:3]:
+            step.requires_grad_(False)
+        expected = stored(sequence, x)
+        sequence.control.tolerance = 1e-9
+        Mode("reversible", None).apply(sequence)
+        self.planted(monkeypatch, at)
+        objective(sequence(x)).backward()
+        found = {name: p.grad for name, p in sequence.named_parameters() if p.requires_grad}
+        assert_same_gradients(found, {name: expected[name] for name in found})
+        assert (sequence.memory_report()["passes"], sequence.memory_report()["trips"]) == (1, 1)
+
+    def test_runs_of_the_nets(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Steps 4..7 drift: their nets run forward and back again, and none of the others."""
+        sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
+        Mode("reversible", 4, 2**40).apply(sequence)
+        cut_parts(monkeypatch, 2**60)
+        self.planted(monkeypatch, 7)
+        value = objective(sequence(x))
+        with counted_runs(sequence) as runs:
+            value.backward()
+        assert [int(name.split(".")[0]) for name in runs] == [7, 6, 5, 4, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0]
+
+    @pytest.mark.parametrize("kind", ["projection", "sketch", "anchor"])
+    def test_each_check_is_needed(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without it the gradient is wrong, of a state that no other check tells of in time."""
+        sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
+        Mode("store").apply(sequence)
+        expected = gradients(sequence, x)
+        Mode("reversible", 4 if kind == "anchor" else None).apply(sequence)
+        cut_parts(monkeypatch, EVERY_STEP if kind == "sketch" else 2**60)
+        true = generic.projected_drift
+
+        def blind(x: Tensor, seen: Tensor) -> Tensor:
+            return true(x, seen) if (seen.dim() == 2) != (kind == "projection") else torch.zeros(()).double()
+
+        if kind == "anchor":
+            monkeypatch.setattr(generic, "anchor_drift", lambda *_: torch.zeros(()).double())
+            at = 4
+        else:
+            monkeypatch.setattr(generic, "projected_drift", blind)
+            monkeypatch.setattr(generic, "anchor_drift", lambda *_: torch.zeros(()).double())
+            at = 5
+        self.planted(monkeypatch, at)
+        if kind == "anchor":  # whose true state goes on: nothing is wrong but what is reported
+            assert_same_gradients(gradients(sequence, x), expected)
+            assert sequence.memory_report()["trips"] == 0
+            return
+        with pytest.raises(AssertionError, match="relative error"):
+            assert_same_gradients(gradients(sequence, x), expected)
+
+    @pytest.mark.parametrize("every", ["auto", None, 3])
+    @pytest.mark.parametrize("name", ["depth-1", "depth-8", "callable", "cond"])
+    def test_judged_at_the_end_as_on_a_gpu(
+        self, name: str, every: str | int | None, cuts: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where every look at a value costs a wait there is one look a part, and all of it is redone."""
+        monkeypatch.setattr(generic, "can_read", lambda _: False)
+        sequence, (x, cond) = BY_NAME[name].build(), BY_NAME[name].batch()
+        Mode("store").apply(sequence)
+        expected = gradients(sequence, x, cond)
+        for limit, trips in ((1e-9, 0), (1e-30, 1)):
+            sequence.control.tolerance = limit
+            Mode("reversible", every).apply(sequence)
+            assert_same_gradients(gradients(sequence, x, cond), expected)
+            assert sequence.memory_report()["trips"] == trips
+
+    @pytest.mark.parametrize("factor", [1.0, 1.001, float("nan"), float("inf")])
+    def test_deferred(self, factor: float, cuts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All parts invert; what has drifted makes its own gradients zero, and those of the parts before it."""
+        sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
+        Mode("store").apply(sequence)
+        expected = gradients(sequence, x)
+        Mode("reversible", 3).apply(sequence)
+        sequence.control.deferred = True
+        drifting(monkeypatch, x).fill_(factor)
+        found = gradients(sequence, x)
+        report = sequence.memory_report()
+        drifted = factor != 1.0
+        assert (report["passes"], report["redone_steps"]) == (1, 0)
+        assert (report["trips"], report["skipped"]) == (drifted, drifted)
+        if drifted:
+            assert not any(grad.any() for grad in found.values())
+        else:
+            assert_same_gradients(found, expected)
+
+    def test_a_scale_that_is_zero(self, cuts: int) -> None:
+        """The inverse is a division by zero, the gradient is still the stored one."""
+        sequence, (x, _) = DEEP.build(), DEEP.batch()
+        with torch.no_grad():
+            sequence[1].coupling.net.conv3.bias[2:] = -1e4  # type: ignore[union-attr, index]
+        Mode("store").apply(sequence)
+        expected = gradients(sequence, x)
+        for every in ("auto", None, 2):
+            Mode("reversible", every).apply(sequence)
+            assert_same_gradients(gradients(sequence, x), expected)
+            assert sequence.memory_report()["trips"] == 1

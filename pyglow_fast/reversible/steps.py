@@ -1,0 +1,309 @@
+"""Steps as the generic path runs them: forward without a record, and in the backward inverted and differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._derivatives import check_leaves
+from pyglow_fast._errors import expect
+from pyglow_fast.coupling_nets.masks import mask_of, positions_of
+from pyglow_fast.coupling_nets.net_runner import NetRunner
+from pyglow_fast.coupling_nets.plan import Chunk
+from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
+from pyglow_fast.coupling_nets.state import (
+    GeneratorState,
+    RunState,
+    check_repeated,
+    holding,
+    is_repeatable,
+    leaves_of,
+    output_sums,
+)
+from pyglow_fast.coupling_nets.traits import check_net
+from pyglow_fast.reference import CouplingSpec, n_positions
+from pyglow_fast.reversible.drift import lowest_precision
+from pyglow_fast.reversible.gradients import (
+    channel_mix_backward,
+    coupling_backward,
+    coupling_backward_from_output,
+    with_added,
+)
+
+MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
+
+
+def inverse_of(matrix: Tensor, index: Tensor | None) -> MapInverse:
+    """Invert M, of stacked maps all in one batch; of a gather, which has an index, its scales and its index."""
+    return (functional.invert_matrix(matrix), None) if index is None else functional.invert_gather(matrix, index)
+
+
+class Outcome(NamedTuple):
+    """What a step gives in the forward.
+
+    Attributes:
+        z, log_det: of the step.
+        memo: what repeats it, besides its input.
+        lowest: the lowest dtype that it computes in, see lowest_precision.
+    """
+
+    z: Tensor
+    log_det: Tensor
+    memo: Any
+    lowest: torch.dtype
+
+
+class Map(NamedTuple):
+    """The channel map u = M x + c before a coupling; with a source the matrix is the scales of a gather."""
+
+    matrix: Tensor
+    offset: Tensor
+    log_det: Tensor
+    source: Tensor | None = None
+
+
+class Given(NamedTuple):
+    """What a step runs with besides its input.
+
+    Attributes:
+        cond: the condition, or None.
+        needs_cond: its gradient is wanted.
+        params: of the step.
+        map: the channel map before it, or None.
+        memo: of its forward.
+    """
+
+    cond: Tensor | None
+    needs_cond: bool
+    params: Sequence[Tensor]
+    map: Map | None
+    memo: Any = None
+
+
+class Differentiated(NamedTuple):
+    """What a step gives in the backward: its input, the gradient of that, of the condition and of its parameters.
+
+    And those of the map's matrix, offset and log_det, if there is one.
+    """
+
+    x: Tensor
+    grad_x: Tensor
+    grad_cond: Tensor | None
+    grad_params: Sequence[Tensor | None]
+    grad_map: tuple[Tensor, ...] = ()
+
+
+class Step(Protocol):
+    """One step of a run; all its methods are called without a record."""
+
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """The tensors that it is differentiated by, besides its input and the condition."""
+
+    def forward(self, x: Tensor, given: Given) -> Outcome:
+        """Run on x, with the given tensors in the place of ``params``."""
+
+    def repeat(self, x: Tensor, given: Given) -> Tensor:
+        """Compute z of the forward again, from its input x."""
+
+    def backward(
+        self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
+    ) -> Differentiated:
+        """Compute the gradients from those of the output.
+
+        Args:
+            y: the output, from which the input is recomputed; None where nothing is to be recomputed.
+            x: the input of the forward to the bit, where it is known; one of the two is given.
+            grad_y, grad_log_det: of the output and of log_det (N,).
+            given: what the forward ran with.
+        """
+
+
+class ModuleStep:
+    """Any module with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``: inverted, then run forward again.
+
+    Args:
+        module: the step.
+        name: for errors.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        check_net(module)
+        self.module, self.name = module, name
+        self.params = list(module.parameters())
+
+    def _call(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], method: str = "forward") -> Any:
+        run = self.module if method == "forward" else getattr(self.module, method)
+        with holding(self.module, params):
+            return run(x) if cond is None else run(x, cond)
+
+    def forward(self, x: Tensor, given: Given) -> Outcome:
+        """Call the module, and note what repeats the call."""
+        known = is_repeatable(self.module, x.device)
+        before = None if known else GeneratorState.capture(x.device)
+        version = x._version
+        outputs = self._call(x, given.cond, given.params)
+        pair = isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(value, Tensor) for value in outputs)
+        expect(pair, self.name, "a forward that returns tensors (z, log_det)", type(outputs).__name__)
+        z, log_det = outputs
+        shape = tuple(log_det.shape)
+        expect(shape == (len(x),), self.name, f"a log_det of shape ({len(x)},)", f"shape {shape}")
+        expect(x._version == version, self.name, "a forward that leaves its input as it is", "one that writes")
+        state = RunState.after(self.module, before, x.device)
+        return Outcome(z, log_det, (state, None if known else output_sums(z)), self._lowest(z, given.params))
+
+    def _lowest(self, z: Tensor, params: Sequence[Tensor]) -> torch.dtype:
+        lowest = z.dtype
+        for param in params:
+            lowest = lowest_precision(lowest, param) if param.is_floating_point() else lowest
+        for precision in precisions_of(self.module):  # which does not show in a float32 output
+            with in_precision(precision, z):
+                lowest = lowest_precision(lowest, z, params)
+        return lowest
+
+    def repeat(self, x: Tensor, given: Given) -> Tensor:
+        """Call the module again."""
+        state, _ = given.memo
+        with state.restored(self.module):
+            z: Tensor = self._call(x, given.cond, given.params)[0]
+            return z
+
+    def backward(
+        self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
+    ) -> Differentiated:
+        """Call the inverse where x is to be recomputed, then the module, with a record."""
+        state, sums = given.memo
+        found = x
+        if y is not None:
+            with state.restored(self.module):
+                found = self._call(y, given.cond, given.params, "inverse")[0]
+        assert found is not None  # one of the two is given
+        leaf = (found if x is None else x).detach().requires_grad_()
+        cond = None if given.cond is None else given.cond.detach().requires_grad_(given.needs_cond)
+        params = leaves_of(self.module, given.params)
+        with torch.enable_grad(), state.restored(self.module):
+            z, log_det = self._call(leaf, cond, params)
+        if sums is not None and x is not None:
+            check_repeated(sums, output_sums(z), self.name)
+        grad_x, grad_cond, *rest = _passed_back([z, log_det], [grad_y, grad_log_det], [leaf, cond, *params])
+        return Differentiated(found, torch.zeros_like(leaf) if grad_x is None else grad_x, grad_cond, rest)
+
+
+def _passed_back(
+    outputs: Sequence[Tensor], output_grads: Sequence[Tensor], slots: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of a step's slots (input, condition, parameters) from those of its outputs; None where none is."""
+    wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
+    for output in outputs:
+        check_leaves(output, wanted)
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad]
+    own, grads = [o for o, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(own, wanted, grads, allow_unused=True))
+    return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
+
+
+class _Tiles:
+    """A tensor that chunks give part by part; nothing is copied if there is one chunk."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.value = like
+
+    def put(self, chunk: Chunk, part: Tensor) -> None:
+        if chunk.whole:
+            self.value = part
+            return
+        if self.value is self.like:
+            self.value = torch.empty_like(self.like)
+        chunk.outputs(self.value).copy_(part)
+
+
+class CouplingStep:
+    """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
+
+    Args:
+        runner: of the net.
+        spec: of the coupling.
+        masked: the first channel of the condition is a mask (see coupling_nets/masks.py): where it is zero the state is
+            kept zero, which the input and what the net gives are.
+    """
+
+    def __init__(self, runner: NetRunner, spec: CouplingSpec, masked: bool = False) -> None:
+        self.runner, self.spec, self.masked = runner, spec, masked
+        self.params = runner.params
+
+    def _read(self, u: Tensor) -> Tensor:
+        """What the net reads of a state."""
+        return u[:, : self.runner.reads(u.shape[1])]
+
+    def _masked(self, u: Tensor, cond: Tensor | None) -> Tensor:
+        """Set a state of our own to zero at masked positions, where a channel map has put its offset."""
+        return u.mul_(mask_of(cond)) if self.masked and cond is not None else u
+
+    def _positions(self, u: Tensor, cond: Tensor | None) -> Tensor | int:
+        """Count the positions: with a mask of each sample its own, (N,)."""
+        return positions_of(cond) if self.masked and cond is not None else n_positions(u)
+
+    def _mixed(self, x: Tensor, given: Given) -> Tensor:
+        """Compute the coupling's input u."""
+        if given.map is None:
+            return x
+        matrix, offset, _, source = given.map
+        return self._masked(functional.channel_mix(x, matrix, offset, index=source), given.cond)
+
+    def forward(self, x: Tensor, given: Given) -> Outcome:
+        """Run the map and the coupling, and note what repeats the net."""
+        u = self._mixed(x, given)
+        net_out, memo = self.runner.forward(self._read(u), given.cond, given.params)
+        with in_precision(self.runner.precision, u):  # its precision does not show in an output in float32
+            lowest = lowest_precision(u.dtype, net_out, given.params)
+        z, log_det = functional.coupling(u, net_out, self.spec)
+        if given.map is not None:
+            log_det = log_det + given.map.log_det * self._positions(u, given.cond)
+        return Outcome(z, log_det, memo, lowest)
+
+    def repeat(self, x: Tensor, given: Given) -> Tensor:
+        """Run the map, the net and the coupling again."""
+        u = self._mixed(x, given)
+        net_out = self.runner.repeat(self._read(u), given.cond, given.params, given.memo)
+        return functional.coupling(u, net_out, self.spec)[0]
+
+    def backward(
+        self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
+    ) -> Differentiated:
+        """Run the net once more, chunk by chunk, then the map."""
+        cond, own = given.cond, given.map
+        inverse = None if own is None or y is None else inverse_of(own.matrix, own.source)
+        state = y
+        if state is None:
+            assert x is not None  # one of the two is given
+            state = self._mixed(x, given)
+        inputs, grads = _Tiles(state), _Tiles(state)
+
+        def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
+            arguments = net_out, chunk.outputs(grad_y), chunk.per_sample(grad_log_det), self.spec
+            if y is None:
+                grad_u, grad_net_out = coupling_backward(chunk.outputs(state), *arguments)
+            else:
+                u, grad_u, grad_net_out = coupling_backward_from_output(chunk.outputs(y), *arguments)
+                if own is not None and inverse is not None:
+                    u = functional.channel_unmix(u, inverse[0], own.offset, index=inverse[1])
+                inputs.put(chunk, u)
+            grads.put(chunk, grad_u)
+            return grad_net_out
+
+        added, grad_cond, of_net = self.runner.backward(
+            self._read(state), cond, given.params, given.memo, consume, given.needs_cond, same_x1=y is None
+        )
+        found, grad_u = x if y is None else self._masked(inputs.value, cond), grads.value
+        assert found is not None
+        if own is None:
+            return Differentiated(found, with_added(grad_u, added), grad_cond, of_net)
+        true = found if x is None else x
+        grad_x, *of_map = channel_mix_backward(true, grad_u, own.matrix, own.offset, added, own.source)
+        of_log_det = (grad_log_det * self._positions(grad_u, cond)).sum()
+        return Differentiated(found, grad_x, grad_cond, of_net, (*of_map, of_log_det))

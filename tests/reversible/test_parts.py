@@ -1,0 +1,99 @@
+"""How runs are cut into parts, each a node of its own, and which of their states are kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.chain_cases import EVERY_STEP, ONE_PART, Mode, cut_parts, objective
+from torch import nn
+
+import pyglow_fast as pgf
+from bench.memory_meter import MemoryMeter
+from pyglow_fast.reversible import DriftControl
+from pyglow_fast.reversible.parts import LEAST_PART, Whole, cut, part_limit
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "expected"),
+    [
+        ([10] * 6, 20, [(0, 2), (2, 4), (4, 6)]),
+        ([10] * 6, 1, [(k, k + 1) for k in range(6)]),
+        ([10] * 6, 60, [(0, 6)]),
+        ([10] * 6, None, [(0, 6)]),
+        ([50, 1, 1, 50], 52, [(0, 3), (3, 4)]),
+        ([10], 0, [(0, 1)]),
+    ],
+    ids=str,
+)
+def test_cut(sizes: list[int], limit: int | None, expected: list[tuple[int, int]]) -> None:
+    assert cut(sizes, limit) == expected
+
+
+def test_the_limit_of_a_part() -> None:
+    """sqrt(boundary sum), where the gradients of one part and what lies between all parts are equally many bytes."""
+    x, sizes = torch.zeros(1), [10**6] * 64
+    assert part_limit(x, sizes) == part_limit(x, [1]) == LEAST_PART
+    limit = part_limit(x, sizes, 10**6)
+    assert limit == 8 * 10**6
+    parts = cut(sizes, limit)
+    assert max(end - first for first, end in parts) * 10**6 == limit == len(parts) * 10**6
+
+
+@pytest.mark.parametrize(
+    ("bounds", "knows_starts", "anchors", "of_parts"),
+    [
+        ([(0, 9)], False, [2, 4, 6, 8], [[2, 4, 6, 8]]),
+        ([(0, 3), (3, 6), (6, 9)], False, [2, 4, 6, 8], [[2], [1], [2]]),
+        ([(0, 3), (3, 6), (6, 9)], True, [2, 3, 4, 6, 8], [[2], [1], [2]]),
+    ],
+    ids=str,
+)
+def test_anchors(
+    bounds: list[tuple[int, int]], knows_starts: bool, anchors: list[int], of_parts: list[list[int]]
+) -> None:
+    """Those of a part are counted from its first step, which is none of them."""
+    whole = Whole(DriftControl(9, 2), bounds, knows_starts)
+    assert whole.anchors == anchors
+    assert [(part.first, part.end) for part in whole.parts] == bounds
+    assert [part.anchors for part in whole.parts] == of_parts
+    assert [part.knows_start for part in whole.parts] == [first in [0, *anchors] for first, _ in bounds]
+    assert [part.is_last for part in whole.parts] == [end == 9 for _, end in bounds]
+
+
+@pytest.mark.parametrize("user", [False, True])
+def test_first_parts_without_a_gradient(user: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward does not reach them, and the pass is counted all the same."""
+    cut_parts(monkeypatch, EVERY_STEP)
+    own: list[nn.Module] = [pgf.FlowStep(4, 5) for _ in range(5)]
+    steps = [pgf.ActNorm(4), *own, pgf.InvConv(4)] if user else own
+    sequence = pgf.ReversibleSequence(steps, anchor_every=2, tolerance=1e-9).double()
+    sequence.initialize(torch.randn(8, 4, 6, 3, dtype=torch.float64))
+    for step in list(sequence)[:3]:
+        step.requires_grad_(False)
+    objective(sequence(torch.randn(3, 4, 6, 3, dtype=torch.float64))).backward()
+    assert sequence.memory_report()["passes"] == 1
+    assert all((p.grad is not None) == p.requires_grad for p in sequence.parameters())
+
+
+@pytest.mark.parametrize("user", [False, True])
+def test_gradients_that_are_added_to_others_exist_twice_by_parts_alone(
+    user: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    own: list[nn.Module] = [pgf.FlowStep(4, 64) for _ in range(16)]
+    steps = pgf.ReversibleSequence([*own, pgf.InvConv(4)] if user else own, anchor_every=4)
+    x = torch.randn(1, 4, 4, 4)
+    steps.initialize(torch.randn(8, 4, 4, 4))
+    size = sum(p.nbytes for p in steps.parameters())
+    peaks = {}
+    for limit in (ONE_PART, EVERY_STEP):
+        cut_parts(monkeypatch, limit)
+        model = copy.deepcopy(steps)
+        Mode("reversible", 4).apply(model)
+        objective(model(x)).backward()
+        with MemoryMeter() as meter:
+            objective(model(x)).backward()
+        peaks[limit] = meter.peak
+    assert peaks[ONE_PART] > size > 4 * peaks[EVERY_STEP]
