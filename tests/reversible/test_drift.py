@@ -350,7 +350,7 @@ def test_runs_of_the_nets_where_a_segment_is_redone(monkeypatch: pytest.MonkeyPa
 
 
 class TestTolerance:
-    """By depth and by what the nets compute in, as docs/memory.md derives it."""
+    """By depth and by what the nets compute in, as docs/memory-derivation.md derives it."""
 
     @pytest.mark.parametrize(
         ("dtype", "n_steps", "lowest", "expected"),
