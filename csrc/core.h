@@ -393,10 +393,10 @@ struct ActivationArgs {
 // c = M bias, log_det = sum log_diag + sum log_scale. Of lower and upper only what lies strictly there is read.
 template <class T>
 struct Factors {
-  const int64_t* const* permutation;  // of each convolution (C,)
-  const T *const *lower, *const *upper;          // (C, C), row-major
-  const T *const *log_diag, *const *sign_diag;   // (C,)
-  const T *const *log_scale, *const *bias;       // (C,)
+  const int64_t* const* permutation;            // of each convolution (C,)
+  const T *const *lower, *const *upper;         // (C, C), row-major
+  const T *const *log_diag, *const *sign_diag;  // (C,)
+  const T *const *log_scale, *const *bias;      // (C,)
   int64_t count, channels;
 };
 template <class T>
@@ -408,8 +408,8 @@ template <class T>
 struct FoldBackwardArgs {
   Factors<T> factors;
   const T *grad_matrices, *grad_offsets, *grad_log_dets;
-  T *grad_lower, *grad_upper;                       // (K, C, C), zero elsewhere
-  T *grad_log_diag, *grad_log_scale, *grad_bias;    // (K, C)
+  T *grad_lower, *grad_upper;                     // (K, C, C), zero elsewhere
+  T *grad_log_diag, *grad_log_scale, *grad_bias;  // (K, C)
 };
 
 // Every kernel and what it takes, on CPU and GPU, then on the CPU alone, then those of the nets, which there are some

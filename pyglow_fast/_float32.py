@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyglow_fast._dry import device_of
+
 PRODUCTS, CONVOLUTIONS = "matmul", "conv"
 TF32, FULL = "tf32", "ieee"
 
@@ -55,12 +57,12 @@ _setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def rounds(operation: str, x: Tensor) -> bool:
     """Whether PRODUCTS or CONVOLUTIONS of x may round it now."""
-    return x.dtype == torch.float32 and _setting(operation, x.device) in (TF32, "bf16")
+    return x.dtype == torch.float32 and _setting(operation, device_of(x)) in (TF32, "bf16")
 
 
 def has_tf32(x: Tensor) -> bool:
     """Whether x is on a GPU that rounds it to TF32 where the settings say so."""
-    return x.dtype == torch.float32 and backend_of(x.device) == "cuda"
+    return x.dtype == torch.float32 and backend_of(device_of(x)) == "cuda"
 
 
 class _Settings:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import ops
+from pyglow_fast._dry import device_of
 from pyglow_fast._errors import expect
 from pyglow_fast.reference import Activation, ChainSpec, activated, autocast_is_on, sides
 
@@ -26,7 +27,7 @@ _without_engine: set[tuple[object, ...]] = set()  # convolutions that cuDNN has 
 
 def dtype_on(x: Tensor) -> torch.dtype:
     """The dtype that a net computes in, given its input: under autocast that of the moment, where x is float32."""
-    device_type = x.device.type
+    device_type = device_of(x).type
     return (
         torch.get_autocast_dtype(device_type) if x.dtype == torch.float32 and autocast_is_on(device_type) else x.dtype
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyglow_fast import _backend, autograd, convolutions, ops, reference
 from pyglow_fast._derivatives import apply
+from pyglow_fast._dry import device_of
 from pyglow_fast._errors import can_read
 from pyglow_fast.reference import (
     Activation,
@@ -210,7 +211,7 @@ def _inverted(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _moves_checkerboards(x: Tensor) -> bool:
     """Whether there are kernels for the halves of x: on the CPU."""
-    return x.device.type == "cpu" and 3 <= x.dim() <= 5 and ops.run_on(x)
+    return device_of(x).type == "cpu" and 3 <= x.dim() <= 5 and ops.run_on(x)
 
 
 def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
@@ -236,7 +237,7 @@ def net_as_products(x: Tensor) -> bool:
     (docs/speed.md), unless PYGLOW_NETS in the environment is "library". Under autocast to bfloat16 too, of a float32 x:
     see :func:`net_in_half`; autocast to float16 is the library's.
     """
-    if x.device.type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() == "library":
+    if device_of(x).type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() == "library":
         return False
     return not torch.is_autocast_enabled("cpu") or net_in_half(x)
 
@@ -249,12 +250,12 @@ def net_as_convolutions(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not 3 <= x.dim() <= 5 or not ops.run_on(x):
         return False
-    return x.device.type == "cuda" or _backend.nets() == "library"
+    return device_of(x).type == "cuda" or _backend.nets() == "library"
 
 
 def net_in_half(x: Tensor) -> bool:
     """Tells whether the products of :func:`net_chain` on x are of bfloat16 numbers: under autocast to that."""
-    if not torch.is_autocast_enabled("cpu") or x.dtype != torch.float32 or x.device.type != "cpu":
+    if not torch.is_autocast_enabled("cpu") or x.dtype != torch.float32 or device_of(x).type != "cpu":
         return False
     return torch.get_autocast_dtype("cpu") == torch.bfloat16
 

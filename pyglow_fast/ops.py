@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import _backend
+from pyglow_fast._dry import device_of
 from pyglow_fast._errors import expect
 from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.reference import (
@@ -328,11 +329,12 @@ runs_on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def run_on(x: Tensor) -> bool:
     """Whether there are compiled kernels for the device and dtype of x, which do not step aside for torch's ops now."""
-    if x.dtype not in (torch.float32, torch.float64) or x.device.type not in _kernel_devices():
+    device = device_of(x)
+    if x.dtype not in (torch.float32, torch.float64) or device.type not in _kernel_devices():
         return False
     if kernels_step_aside():
         return False
-    return x.device.type != "cuda" or runs_on_gpu(x.device.index or 0)
+    return device.type != "cuda" or runs_on_gpu(device.index or 0)
 
 
 def has_kernel(spec: CouplingSpec) -> bool:

@@ -55,7 +55,8 @@ inline void check_extent(const char* name, const at::Tensor& x) {
 inline void check_state(const char* name, const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 2, name, ": expected shape (N, C, *spatial), found ", x.sizes());
   check_dtype(name, x);
-  TORCH_CHECK_VALUE(x.is_cpu() || x.is_cuda(), name, ": expected a CPU or CUDA tensor, found device ", x.device());
+  TORCH_CHECK_VALUE(x.is_cpu() || x.is_cuda() || x.is_meta(), name, ": expected a CPU or CUDA tensor, found device ",
+                    x.device());
   check_extent(name, x);
 }
 

@@ -44,7 +44,7 @@ class CudaScope {
 };
 #endif
 
-// run(x, args): the kernel that takes such args, on the device of x.
+// run(x, args): the kernel that takes such args, on the device of x; nothing in a dry run (dry.h).
 #ifdef PYGLOW_WITH_CUDA
 #define PYGLOW_RUN_ELSEWHERE(kernel)                   \
   CudaScope scope(x);                                  \
@@ -57,6 +57,7 @@ class CudaScope {
   template <class T>                                           \
   void run(const at::Tensor& x, const Args<T>& args) {         \
     if (x.is_cpu()) return cpu::kernel(args, torch_threads()); \
+    if (x.is_meta()) return;                                   \
     PYGLOW_RUN_ELSEWHERE(kernel)                               \
   }
 PYGLOW_KERNELS(PYGLOW_RUN)

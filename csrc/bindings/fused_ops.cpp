@@ -61,7 +61,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
   const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
   at::Tensor grad_x = empty_output(x), grad_net_out = empty_output(net_out);
-  at::Tensor grad_matrix = empty_reused(mix.matrix.sizes(), mix.matrix.options()), grad_offset = empty_reused({x.size(1)}, x.options());
+  at::Tensor grad_matrix = empty_reused(mix.matrix.sizes(), mix.matrix.options()),
+             grad_offset = empty_reused({x.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     if (mix.gathers()) {

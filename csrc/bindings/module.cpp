@@ -17,6 +17,7 @@
 
 #include "bindings/checks.h"
 #include "bindings/device.h"
+#include "bindings/dry.h"
 #include "bindings/ops.h"
 #include "bindings/run.h"
 #include "core.h"
@@ -168,4 +169,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("activation", &activation, "An activation of the CPU kernels, or its backward, for tests of its error bound.",
         pybind11::arg("name"), pybind11::arg("x"), pybind11::arg("parameter"), pybind11::arg("grad") = std::nullopt);
   define_run(m);
+  define_dry(m);
 }

@@ -93,7 +93,7 @@ class Net {
     check_state("x", x);
     extent_ = x.sizes().slice(2).vec();
     const int64_t dims = x.dim() - 2;
-    TORCH_CHECK_VALUE(x.is_cpu() && dims <= 3,
+    TORCH_CHECK_VALUE((x.is_cpu() || x.is_meta()) && dims <= 3,
                       "x: expected (N, C, *spatial) on the CPU, up to three dimensions, found ", x.sizes(), " on ",
                       x.device());
     const std::size_t layers = weights.size();
@@ -213,7 +213,7 @@ std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional
                           .kept = keep ? kept.mutable_data_ptr() : nullptr,
                           .samples = x.size(0),
                           .extent = extent_of(x)};
-    cpu::net_chain(args, torch_threads());
+    if (x.is_cpu()) cpu::net_chain(args, torch_threads());
   });
   return {y, kept};
 }
@@ -272,7 +272,7 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
       }
       if (log_gain) args.grad_log_gain = grads.back().mutable_data_ptr<T>();
     }
-    cpu::net_chain_backward(args, torch_threads());
+    if (x.is_cpu()) cpu::net_chain_backward(args, torch_threads());
   });
   return grads;
 }

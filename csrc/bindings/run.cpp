@@ -41,14 +41,8 @@ Run forward(const run::Part& part, const Tensor& x, const Optional& cond, const 
   run::Forward found = run::forward(part, x.resolve_neg(), resolved(cond), maps_of(maps), nets);
   Tensors anchors;
   for (const auto& [step, state] : found.kept.anchors) anchors.push_back(state);
-  return {found.z,
-          found.log_det,
-          anchors,
-          found.kept.states,
-          found.kept.outputs,
-          found.kept.nets,
-          found.kept.seen,
-          found.kept.start};
+  return {found.z,         found.log_det,   anchors,         found.kept.states, found.kept.outputs,
+          found.kept.nets, found.kept.seen, found.kept.start};
 }
 
 std::tuple<Tensor, Tensor> inverse(const run::Part& part, const Tensor& z, const Optional& cond, const Tensors& maps,
@@ -114,9 +108,16 @@ void define_run(py::module& m) {
                        const std::vector<std::array<int64_t, 6>>& chunks) {
              std::optional<at::ScalarType> bits;
              if (!narrow.empty()) bits = narrow == "bfloat16" ? at::kBFloat16 : at::kHalf;
-             run::NetForm form{std::move(activations), std::move(dilations), std::move(parameters), std::move(powers),
-                               products,               bits,                 takes_state,           takes_cond,
-                               parity,                 {}};
+             run::NetForm form{std::move(activations),
+                               std::move(dilations),
+                               std::move(parameters),
+                               std::move(powers),
+                               products,
+                               bits,
+                               takes_state,
+                               takes_cond,
+                               parity,
+                               {}};
              for (const auto& c : chunks) form.chunks.push_back({c[0], c[1], c[2], c[3], c[4], c[5]});
              return std::make_shared<run::NetForm>(std::move(form));
            }),
@@ -129,7 +130,12 @@ void define_run(py::module& m) {
              return run::Step{{map, order, false, bias, eps, clamp, factor}, std::move(net), reads};
            }),
            py::arg("map"), py::arg("order"), py::arg("bias"), py::arg("eps"), py::arg("clamp"), py::arg("factor"),
-           py::arg("net"), py::arg("reads"));
+           py::arg("net"), py::arg("reads"))
+      .def_property_readonly(
+          "tensors", [](const run::Step& step) { return step.net->tensors(); }, "How many tensors the net has.")
+      .def_property_readonly(
+          "overlap", [](const run::Step& step) { return step.net->overlap(); },
+          "Positions that the net's chunks read, over those that they give.");
   py::class_<run::Part>(m, "Part", "Consecutive steps that are one autograd node.")
       .def(py::init([](std::vector<run::Step> steps, bool squeezes, int64_t mode, std::vector<int64_t> anchors,
                        bool knows_start, const std::optional<std::tuple<Tensor, Tensor, double>>& signs,

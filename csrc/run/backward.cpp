@@ -68,6 +68,9 @@ Tensor per_sample(const Chunk* chunk, const Tensor& values) {
   return chunk == nullptr ? values : chunk->per_sample(values);
 }
 
+// The value of a drift; of a dry run, which has none, no drift.
+double read(const Tensor& drift) { return drift.is_meta() ? 0 : drift.item<double>(); }
+
 // Says what the gradient of a chunk's net output is.
 using Consume = std::function<Tensor(const Tensor& net_out, const Chunk* chunk)>;
 
@@ -138,7 +141,7 @@ class Walk {
     Tensor y = *args_.z, grad = args_.grad_z;
     for (const Segment& segment : segments()) {
       auto [start, grad_start, drift] = inverted_segment(segment, y, grad);
-      const double error = drift.item<double>();
+      const double error = read(drift);
       found.drift = std::isnan(found.drift) || std::isnan(error) ? NAN : std::max(found.drift, error);
       if (!(error <= args_.limit)) {
         cond_.drop_segment();
@@ -163,7 +166,7 @@ class Walk {
     start_ = y;
     found.worst = at::stack(drifts).amax();
     if (args_.judged == Judged::later) return grad;
-    found.drift = found.worst.item<double>();
+    found.drift = read(found.worst);
     if (found.drift <= args_.limit) return grad;
     cond_.clear();
     grad = args_.grad_z;
@@ -328,7 +331,7 @@ class Walk {
     if (form.takes_state) grad_state = at::zeros_like(x1);
     if (args_.wants_cond && (form.takes_cond || !form.takes_state)) grad_cond = at::zeros_like(*args_.cond);
     std::fill(own, own + static_cast<std::ptrdiff_t>(form.tensors()), Tensor());
-    for (const Chunk& chunk : form.chunks) {
+    for (const Chunk& chunk : form.chunks_for(state)) {
       const Tensor part = chunk.inputs(x1);
       const Optional beside = args_.cond ? Optional(chunk.inputs(*args_.cond)) : args_.cond;
       Tensors kept;

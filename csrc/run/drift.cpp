@@ -1,5 +1,7 @@
 #include "run/drift.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/maximum.h>
@@ -22,8 +24,8 @@ Tensor scale_of(const Tensor& norm) {
   if (norm.numel() == 0) return norm;
   const int64_t lower_median = (norm.size(-2) - 1) / 2;  // by sorting: median has no deterministic CUDA kernel
   const Tensor typical = std::get<0>(norm.sort(-2)).narrow(-2, lower_median, 1);
-  const double tiny = norm.scalar_type() == at::kDouble ? std::numeric_limits<double>::min()
-                                                        : std::numeric_limits<float>::min();
+  const double tiny =
+      norm.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
   const Tensor floor = (typical.amax(-1, true) * least_norm).clamp_min(tiny);
   return at::maximum(norm, at::maximum(typical, floor));
 }
@@ -44,12 +46,21 @@ Tensor unmixed(const Tensor& moved, const Unmix& map, bool rounds) {
   return moved.take_along_dim(map.index->unsqueeze(-2).expand_as(moved), -1) * map.matrix.unsqueeze(-2);
 }
 
+// For a dry run, in which torch would ask Python for each op: the memory alone.
+Tensor nothing(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options()); }
+Tensor no_drift(const Tensor& like) { return nothing(like, {}); }
+
 }  // namespace
 
 // Block by block: the rounding of one long sum grows with the root of its length, and would be taken for drift.
 Tensor project(const Tensor& x, const Signs& signs) {
-  const Tensor f = flat(x);
   const int64_t length = signs.inner.size(0), blocks = signs.outer.size(0);
+  if (x.is_meta()) {
+    const std::vector<int64_t> sums{x.size(0), x.size(1), blocks};
+    const Tensor inside = nothing(x, signs.rounds ? x.sizes() : at::IntArrayRef(sums));
+    return nothing(x, {x.size(0), x.size(1)});
+  }
+  const Tensor f = flat(x);
   if (signs.rounds) return ((f.unflatten(2, {blocks, length}) * signs.inner).sum(3) * signs.outer).sum(2);
   if (blocks <= 1) return at::matmul(f, signs.inner);
   const Tensor by_position = f.transpose(1, 2);
@@ -59,6 +70,7 @@ Tensor project(const Tensor& x, const Signs& signs) {
 }
 
 Tensor sketch(const Tensor& x, const Signs& signs) {
+  if (x.is_meta()) return nothing(x, {x.size(0), x.size(1), signs.sketch_inner.size(1)});
   const Tensor by_block = flat(x).unflatten(2, {signs.sketch_outer.size(0), signs.sketch_inner.size(0)});
   if (!signs.rounds) return (at::matmul(by_block, signs.sketch_inner) * signs.sketch_outer).sum(2);
   Tensors found;
@@ -67,28 +79,39 @@ Tensor sketch(const Tensor& x, const Signs& signs) {
   return at::stack(found, 2);
 }
 
-Tensor norms(const Tensor& x) { return at::linalg_vector_norm(flat(x), 2, {2}); }
+Tensor norms(const Tensor& x) {
+  if (x.is_meta()) return nothing(x, {x.size(0), x.size(1)});
+  return at::linalg_vector_norm(flat(x), 2, {2});
+}
 
 Tensor projections_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
+  if (seen.is_meta()) return at::empty_like(seen);
   return unmixed(seen - map.offset.unsqueeze(-2) * signs.sum, map, signs.rounds);
 }
 
 Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
+  if (seen.is_meta()) return at::empty_like(seen);
   const Tensor ones = signs.sketch_sums.view({-1, 1, 1});
   return unmixed(seen.movedim(2, 0) - map.offset * ones, map, signs.rounds).movedim(0, 2);
 }
 
 Tensor anchor_drift(const Tensor& recomputed, const Tensor& truth) {
+  if (truth.is_meta()) {
+    const Tensor inside = at::empty_like(truth);
+    return no_drift(truth);
+  }
   return largest(norms(recomputed - truth) / scale_of(norms(truth)));
 }
 
 Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs) {
+  if (x.is_meta()) return no_drift(x);
   const double root = std::sqrt(static_cast<double>(seen.size(2)));
   const Tensor error = at::linalg_vector_norm(sketch(x, signs) - seen, 2, {2}) / root;
   return largest(error / scale_of(norms(x)));
 }
 
 Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen) {
+  if (seen.is_meta()) return no_drift(seen);
   return largest((found - seen) / (scale_of(norm) * projection_slack));
 }
 

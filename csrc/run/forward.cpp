@@ -47,7 +47,7 @@ Tensor net_output(const Step& step, at::TensorList own, const Tensor& state, con
   const Tensor x1 = read_by(step, state);
   if (kept != nullptr || step.net->chunks.empty()) return net.forward(x1, cond, kept);
   Tensor all;
-  for (const Chunk& chunk : step.net->chunks) {
+  for (const Chunk& chunk : step.net->chunks_for(state)) {
     const Optional beside = cond ? Optional(chunk.inputs(*cond)) : cond;
     const Tensor part = chunk.crop(net.forward(chunk.inputs(x1), beside, nullptr));
     if (!all.defined()) {

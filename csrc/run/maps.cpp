@@ -7,6 +7,7 @@
 #include <array>
 
 #include "bindings/device.h"
+#include "bindings/dry.h"
 #include "run/steps.h"
 
 namespace pyglow::run {
@@ -72,8 +73,8 @@ struct OnCpu {
         count(static_cast<int64_t>(of.lower.size())),
         channels(of.lower[0].size(0)) {}
   pyglow::Factors<T> factors() const {
-    return {permutation.data(), lower.data(),     upper.data(), log_diag.data(),
-            sign_diag.data(),   log_scale.data(), bias.data(),  count, channels};
+    return {permutation.data(), lower.data(), upper.data(), log_diag.data(), sign_diag.data(),
+            log_scale.data(),   bias.data(),  count,        channels};
   }
 };
 
@@ -85,6 +86,7 @@ Maps fold_on_cpu(const Factors& of) {
   bindings::with_dtype(like, [&](auto zero) {
     using T = decltype(zero);
     const OnCpu<T> own(of);
+    if (!like.is_cpu()) return;
     cpu::fold(FoldArgs<T>{own.factors(), matrices.mutable_data_ptr<T>(), offsets.mutable_data_ptr<T>(),
                           log_dets.mutable_data_ptr<T>()},
               bindings::torch_threads());
@@ -102,6 +104,7 @@ std::array<Tensor, 5> fold_backward_on_cpu(const Factors& of, const Tensor& grad
   bindings::with_dtype(matrices, [&](auto zero) {
     using T = decltype(zero);
     const OnCpu<T> own(of);
+    if (!matrices.is_cpu()) return;
     const auto out = [&](std::size_t i) { return found[i].mutable_data_ptr<T>(); };
     cpu::fold_backward(FoldBackwardArgs<T>{own.factors(), matrices.const_data_ptr<T>(), offsets.const_data_ptr<T>(),
                                            log_dets.const_data_ptr<T>(), out(2), out(3), out(4), out(0), out(1)},
@@ -110,11 +113,16 @@ std::array<Tensor, 5> fold_backward_on_cpu(const Factors& of, const Tensor& grad
   return found;
 }
 
+// Also in a dry run.
+bool is_for_cpu(const Factors& of) {
+  return of.lower[0].is_cpu() || (of.lower[0].is_meta() && !bindings::stands_for_gpu());
+}
+
 }  // namespace
 
 Maps fold(const Factors& factors) {
   const Plain plain;
-  if (factors.lower[0].is_cpu()) return fold_on_cpu(factors);
+  if (is_for_cpu(factors)) return fold_on_cpu(factors);
   const Folded folded(factors);
   const Tensor offsets = folded.product(folded.matrix, folded.bias.unsqueeze(-1)).squeeze(-1);
   const Tensor log_dets = at::stack(factors.log_diag).sum(-1) + at::stack(factors.log_scale).sum(-1);
@@ -140,7 +148,7 @@ std::array<Tensor, 5> fold_backward_batched(const Factors& factors, const Tensor
 Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const Tensor& grad_offsets,
                       const Tensor& grad_log_dets) {
   const Plain plain;
-  const auto backward = factors.lower[0].is_cpu() ? &fold_backward_on_cpu : &fold_backward_batched;
+  const auto backward = is_for_cpu(factors) ? &fold_backward_on_cpu : &fold_backward_batched;
   Tensors found;
   for (const Tensor& stacked : backward(factors, grad_matrices, grad_offsets, grad_log_dets))
     for (const Tensor& one : stacked.unbind()) found.push_back(one);

@@ -7,6 +7,7 @@
 #include <ATen/ops/elu.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/leaky_relu.h>
@@ -19,6 +20,7 @@
 
 #include <array>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <set>
 #include <string>
@@ -34,9 +36,7 @@ struct Through {
   Activation kind;
   double parameter;
 
-  bool is_relu() const {
-    return kind == Activation::relu || (kind == Activation::leaky_relu && parameter == 0);
-  }
+  bool is_relu() const { return kind == Activation::relu || (kind == Activation::leaky_relu && parameter == 0); }
   // Its derivative takes the argument, not the value.
   bool keeps_argument() const {
     return kind == Activation::silu || kind == Activation::gelu || kind == Activation::gelu_tanh;
@@ -125,8 +125,29 @@ struct Window {
   }
 };
 
-// Whether cuDNN is to compute a convolution and its relu as one. Not where its algorithms are to be deterministic, which
-// that op does not see to, nor beyond what it counts with 32 bits.
+// What the library's convolutions give; of a dry run's tensors, for which torch asks Python, memory alone.
+Tensor convolution(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window) {
+  if (h.is_meta()) {
+    std::vector<int64_t> shape = h.sizes().vec();
+    shape[1] = weight.size(0);
+    return at::empty(shape, h.options(), h.suggest_memory_format());
+  }
+  return at::convolution(h, weight, bias, window.ones, window.sides, window.dilation, false, window.zeros, 1);
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& h, const Tensor& weight,
+                                                        const Window& window, const std::array<bool, 3>& mask) {
+  const std::vector<int64_t> bias_sizes{weight.size(0)};
+  if (h.is_meta()) {
+    const auto given = [](bool wanted, const Tensor& like) { return wanted ? at::empty_like(like) : Tensor(); };
+    return {given(mask[0], h), given(mask[1], weight), mask[2] ? grad.new_empty(bias_sizes) : Tensor()};
+  }
+  return at::convolution_backward(grad, h, weight, at::OptionalIntArrayRef(bias_sizes), window.ones, window.sides,
+                                  window.dilation, false, window.zeros, 1, mask);
+}
+
+// Whether cuDNN is to compute a convolution and its relu as one. Not where its algorithms are to be deterministic,
+// which that op does not see to, nor beyond what it counts with 32 bits.
 bool cudnn_fuses(const Tensor& h, const Tensor& weight) {
   const auto& context = at::globalContext();
   const auto dtype = h.scalar_type();
@@ -174,7 +195,7 @@ Tensor relu_convolution(const Tensor& h, const Tensor& weight, const Tensor& bia
       }
     }
   }
-  return at::convolution(h, weight, bias, window.ones, window.sides, window.dilation, false, window.zeros, 1).relu_();
+  return convolution(h, weight, bias, window).relu_();
 }
 
 // Images run channels-last, but for float64 on a GPU, which cuDNN takes contiguous only.
@@ -200,6 +221,24 @@ std::size_t NetForm::kept() const {
   std::size_t count = layers();
   for (std::size_t layer = 0; layer + 1 < layers(); ++layer) count += through(*this, layer).keeps_argument();
   return count;
+}
+
+double NetForm::overlap() const {
+  double read = 0, given = 0;
+  for (const Chunk& chunk : chunks) {
+    read += static_cast<double>(chunk.samples) * static_cast<double>(chunk.takes);
+    given += static_cast<double>(chunk.samples) * static_cast<double>(chunk.rows);
+  }
+  return given > 0 ? read / given : 1;
+}
+
+std::vector<Chunk> NetForm::chunks_for(const Tensor& x) const {
+  if (!x.is_meta()) return chunks;
+  std::map<std::array<int64_t, 3>, int> counts;
+  std::vector<Chunk> found;
+  for (const Chunk& chunk : chunks)
+    if (++counts[{chunk.samples, chunk.rows, chunk.takes}] <= 2) found.push_back(chunk);
+  return found;
 }
 
 Net::Net(const NetForm& form, at::TensorList own, const Tensor& like)
@@ -249,9 +288,7 @@ Tensor Net::joined(const Inputs& given) const {
 }
 
 Tensor Net::convolved(std::size_t layer, const Tensor& h) const {
-  const Window window(form_, layer, weights_[layer]);
-  return at::convolution(h, weights_[layer], biases_[layer], window.ones, window.sides, window.dilation, false,
-                         window.zeros, 1);
+  return convolution(h, weights_[layer], biases_[layer], Window(form_, layer, weights_[layer]));
 }
 
 Tensor Net::by_convolutions(Tensor h, Tensors* kept) const {
@@ -274,9 +311,9 @@ Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const
   const Inputs given = inputs(x1, cond);
   Tensor out;
   if (form_.products) {
-    auto [found, hidden] = bindings::net_chain(given.x1, given.cond, weights_, biases_, log_gain_, form_.activations,
-                                               form_.parameters, form_.dilations, form_.narrow.has_value(),
-                                               kept != nullptr);
+    auto [found, hidden] =
+        bindings::net_chain(given.x1, given.cond, weights_, biases_, log_gain_, form_.activations, form_.parameters,
+                            form_.dilations, form_.narrow.has_value(), kept != nullptr);
     out = std::move(found);
     if (kept != nullptr) kept->push_back(std::move(hidden));
   } else {
@@ -342,12 +379,9 @@ NetGradients Net::back_by_convolutions(const Inputs& given, Tensors kept, const 
     const bool own = wants_layer(layer, wanted);
     if (!goes_on && !own) break;
     const Tensor h = taken(), weight = weights_[layer];
-    const Window window(form_, layer, weight);
-    const std::vector<int64_t> bias_sizes{weight.size(0)};
     const std::array<bool, 3> mask{goes_on, own, own};
     std::tie(grad, weights[layer], biases[layer]) =
-        at::convolution_backward(grad, h, weight, at::OptionalIntArrayRef(bias_sizes), window.ones, window.sides,
-                                 window.dilation, false, window.zeros, 1, mask);
+        convolution_backward(grad, h, weight, Window(form_, layer, weight), mask);
     if (layer == 0 || !goes_on) break;
     const Through activation = through(form_, layer - 1);
     const Tensor behind = activation.keeps_argument() ? taken() : h;

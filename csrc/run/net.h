@@ -25,9 +25,7 @@ struct Chunk {
   Tensor outputs(const Tensor& y) const { return cut(y, row, rows); }
   Tensor per_sample(const Tensor& values) const { return values.narrow(0, sample, samples); }
   // Of what a net makes of the inputs: where the outputs are.
-  Tensor crop(const Tensor& net_out) const {
-    return rows == takes ? net_out : net_out.narrow(2, row - taken, rows);
-  }
+  Tensor crop(const Tensor& net_out) const { return rows == takes ? net_out : net_out.narrow(2, row - taken, rows); }
 
  private:
   Tensor cut(const Tensor& x, int64_t first, int64_t count) const {
@@ -41,22 +39,25 @@ struct Chunk {
 struct NetForm {
   std::vector<int64_t> activations, dilations;  // codes and numbers as net_chain takes them
   std::vector<double> parameters;
-  std::vector<double> powers;               // of each layer; 0: the layer has no log_scale
-  bool products;                            // by our matrix products; else by the library's convolutions
-  std::optional<at::ScalarType> narrow;     // the 16 bits that it computes in
-  bool takes_state, takes_cond;             // what it reads: x1 of the state, the condition beside it, or that alone
-  std::optional<int64_t> parity;            // of a checkerboard: the net sees whole images, x1 is a half of them
-  std::vector<Chunk> chunks;                // how a batch is cut where nothing is kept; none: not at all
+  std::vector<double> powers;            // of each layer; 0: the layer has no log_scale
+  bool products;                         // by our matrix products; else by the library's convolutions
+  std::optional<at::ScalarType> narrow;  // the 16 bits that it computes in
+  bool takes_state, takes_cond;          // what it reads: x1 of the state, the condition beside it, or that alone
+  std::optional<int64_t> parity;         // of a checkerboard: the net sees whole images, x1 is a half of them
+  std::vector<Chunk> chunks;             // how a batch is cut where nothing is kept; none: not at all
 
   std::size_t layers() const { return powers.size(); }
   std::size_t tensors() const;
   std::size_t kept() const;  // tensors that forward keeps
+  double overlap() const;    // positions that the chunks read, over those that they give
+  // Of a dry run no more than two of each size: the others take what the second does.
+  std::vector<Chunk> chunks_for(const Tensor& x) const;
 };
 
 // What a backward is to compute. A net computes no others where that is cheaper.
 struct Wanted {
-  bool inputs;             // gradients of what the net reads
-  std::vector<bool> own;   // of each of its tensors
+  bool inputs;            // gradients of what the net reads
+  std::vector<bool> own;  // of each of its tensors
 };
 
 // Undefined where they are not wanted, or there is nothing to differentiate.

@@ -84,13 +84,13 @@ struct BackwardArgs {
 };
 
 struct Gradients {
-  Tensor x, cond;                   // cond undefined: not wanted
+  Tensor x, cond;                      // cond undefined: not wanted
   Tensor matrices, offsets, log_dets;  // of the maps
-  Tensors nets;                     // undefined: not wanted
-  Tensor start;                     // the part's input, recomputed or true
-  Tensor worst;                     // drift, where the host has not read it
-  double drift;                     // the worst, where it has
-  int64_t redone;                   // steps
+  Tensors nets;                        // undefined: not wanted
+  Tensor start;                        // the part's input, recomputed or true
+  Tensor worst;                        // drift, where the host has not read it
+  double drift;                        // the worst, where it has
+  int64_t redone;                      // steps
 };
 
 Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import _float32
+from pyglow_fast._dry import device_of
 from pyglow_fast._errors import expect
 from pyglow_fast.reference import autocast_is_on
 
@@ -51,7 +52,7 @@ def overridden(precision: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _float32_nets(precision: str, x: Tensor) -> Iterator[None]:
     """A context without autocast; on a GPU, which may round what it multiplies to TF32, with or without that."""
-    device_type = x.device.type
+    device_type = device_of(x).type
     without = torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext()
     wanted = _float32.TF32 if precision == "tf32" else _float32.FULL
     with without, _float32.computing_in(wanted) if _float32.has_tf32(x) else contextlib.nullcontext():
@@ -74,7 +75,7 @@ def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager
     Raises:
         ValueError: 16 bits where x is not float32; "fp32" under torch.compile where the settings allow TF32.
     """
-    device_type, compiles = x.device.type, torch.compiler.is_compiling()
+    device_type, compiles = device_of(x).type, torch.compiler.is_compiling()
     if not compiles:
         precision = _override.get() or precision
     if precision in HALF:

@@ -11,13 +11,9 @@ A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *
   with copies of its inputs else, see inputs.py.
 - ``bytes_per_position(element_size) -> int``: the most bytes of activations, per sample and position, that are alive at
   one time during its forward and backward. For a net without it, see :func:`bytes_per_position`.
-- ``kept_bytes(shape, like) -> KeptBytes``: what its forward on an input of that shape, of the dtype and device of
-  ``like``, keeps for its backward. For a net without it ``bytes_per_position`` counts.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 from torch import nn
 
@@ -26,22 +22,6 @@ from pyglow_fast._errors import expect
 # Of each Conv or Linear of a net that does not state its cost: its output, the activation's, and half of the gradients
 # of both (the other half is not there yet or no longer, as the backward passes through).
 TENSORS_PER_LAYER = 3
-
-
-class KeptBytes(NamedTuple):
-    """Bytes that a net keeps for its backward, input and output left out.
-
-    Attributes:
-        each: by sample and position.
-        margin: in all, besides.
-        made: of weights that it makes of its parameters, kept too.
-        inside: by sample and position, of gradients in it that are tensors.
-    """
-
-    each: int
-    margin: int
-    made: int
-    inside: int
 
 
 def halo_of(net: nn.Module) -> int | None:

@@ -12,11 +12,10 @@ from torch import nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.interop.joined import Face, Joined, JoinedList, JoinedRun, Reasons, join
+from pyglow_fast.interop.joined import Face, Joined, JoinedList, Reasons, join
 from pyglow_fast.interop.nets import recognised
 from pyglow_fast.interop.probing import chain_of
-from pyglow_fast.interop.shared_budget import SharedBudget
-from pyglow_fast.reversible.setting import memory_text, parse_memory
+from pyglow_fast.reversible.setting import MEMORY_MODES, parse_memory
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
 # Adapters of classes that are recognised by their structure, whatever package they are in. Such an adapter has the
@@ -31,13 +30,6 @@ _FLOWS = {  # packages of layers; what else the libraries have (distributions, u
 }
 # Flows that only call other flows in turn: nothing of them is replaced but what they hold.
 _CONTAINERS = ("CompositeTransform", "MultiscaleCompositeTransform", "InverseTransform", "Composite", "Reverse")
-
-# By library, the layers that can be trained in a memory mode but not within a number of bytes: their activations are
-# not described, so that nothing can be planned.
-_MODES_ALONE = {
-    "chaiyujin": "steps that their model calls one by one (chaiyujin's)",
-    "jet": "couplings around nets that are whole modules (Jet, JetFormer)",
-}
 
 
 def _library(module: nn.Module) -> str:
@@ -99,12 +91,7 @@ class Acceleration:
         self.replaced, self.left, self.joined = {}, {}, {}
 
     def memory_report(self) -> list[dict[str, Any]]:
-        """Report each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone.
-
-        If memory was given in bytes, the report also says what the last training step did: how many steps of each run
-        were "stored", "checkpointed" and "inverted"; and, once all runs of such a step are known, for all of them
-        together "predicted_bytes", and "predicted_time" as a multiple of that of mode "store".
-        """
+        """Report each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone."""
         return [face.run.memory_report() for face in self._faces]
 
     def __str__(self) -> str:
@@ -140,32 +127,26 @@ def accelerate(
             one. Whoever iterates over or indexes the lists that hold the layers finds one object in the place of a run,
             and the lists cannot be changed. The layers run one by one, as before, while they wait for data to be
             initialised from, while there are hooks on them, in other dtypes than float32 and float64, with a context
-            (nflows), within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel. A number of
-            bytes, such as "4GB" or 4_000_000_000, gives the fastest training in which the tensors of all joined runs of
-            this call together take at most so much at any time of forward and backward; what the rest of the model
-            keeps comes on top. A run that is called for the first time, or with new shapes, inverts its steps, since
-            the shapes of the other runs are not known yet (see SharedBudget). Too few bytes are refused in a forward.
-            Jet's and chaiyujin's layers take modes alone; beside layers of other libraries, they run layer by layer
-            where bytes are given.
+            (nflows), within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel. Numbers of
+            bytes are for this package's models alone: what these layers' nets take is not known.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:
         What was replaced, joined and left, and why; its ``undo()`` takes all of it back.
 
     Raises:
-        ValueError: a wrong option, or no such layer in the model; bytes for a model whose layers take modes alone.
+        ValueError: a wrong option, such as bytes, or no such layer in the model.
     """
     mode = None if memory is None else parse_memory(memory)
+    by_mode = mode is None or isinstance(mode, str)  # their nets run as they are: no dry run tells their bytes
+    expect(by_mode, "memory", f"one of {MEMORY_MODES} for layers of other libraries", repr(memory))
+    assert mode is None or isinstance(mode, str)  # for the type checker: refused above
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     known = {_library(module) for module in model.modules()} & set(_ADAPTERS)
     libraries = sorted(known | {name for name in _BY_STRUCTURE if name not in known and _finds(name, model)})
     expected = f"layers of {', '.join(_ADAPTERS)}, or of the structures in the documentation"
     expect(len(libraries) > 0, "model", expected, "none")
-    if isinstance(mode, int):
-        alone = [_MODES_ALONE[library] for library in libraries if library in _MODES_ALONE]
-        few = len(alone) < len(libraries)
-        expect(few, "memory", f"a mode, for {' and '.join(alone)}", f'"{memory_text(mode)}"')
     done = Acceleration(model)
     for library in libraries:
         names = _adapter(library).adopt(model)
@@ -177,19 +158,10 @@ def accelerate(
             done.left |= _adapter(library).left(model)
     if mode is not None:
         for library in libraries:
-            if isinstance(mode, int) and library in _MODES_ALONE:
-                reason = f"memory in bytes is not for {_MODES_ALONE[library]}"
-                names = [name for name, module in model.named_modules() if module in done._adopted[library]]
-                done.left |= {name: _more(done.left.get(name), reason) for name in names}
-                continue
             if _has(library, ".joining"):
                 _join(done, library, mode, memory_budget)
             if hasattr(_adapter(library), "recompute"):
                 done.joined |= _adapter(library).recompute(model, mode, memory_budget)
-        shared = SharedBudget()
-        for face in done._faces:
-            if isinstance(face.run, JoinedRun):
-                face.run.share(shared)
     return done
 
 
@@ -262,13 +234,13 @@ def _parents(name: str) -> list[str]:
     return ["", *(".".join(parts[:i]) for i in range(1, len(parts)))] if name else []
 
 
-def _join(done: Acceleration, library: str, memory: str | int, budget: str | int) -> None:
+def _join(done: Acceleration, library: str, memory: str, budget: str | int) -> None:
     joining = _adapter(library, ".joining")
     reasons: Reasons = {}
     for name, module in list(done.model.named_modules()):
         if isinstance(module, Joined):
             if module not in done._lists:
-                modes = {memory_text(item.run.memory) for item in module.faces if isinstance(item, Face)}
+                modes = {item.run.memory for item in module.faces if isinstance(item, Face)}
                 reasons |= dict.fromkeys(module.steps(), f"joined before, memory {', '.join(sorted(modes))}")
             continue
         if hasattr(module, "node_list") and _has(library, ".graphs"):
@@ -290,7 +262,7 @@ def _join(done: Acceleration, library: str, memory: str | int, budget: str | int
             done._faces += faces
             done._lists.append(cast(Joined, module))
             steps = ", ".join(str(len(face.run)) for face in faces)
-            done.joined[name] = f"{steps} steps in one chain each, memory {memory_text(memory)!r}"
+            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
     joined = {step for face in done._faces for step in face.modules}
     for name, module in done.model.named_modules():
         if isinstance(module, joining.STEPS) and module not in joined:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched, kernels_step_aside
-from pyglow_fast.coupling_nets.traits import KeptBytes
+from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.interop import nets
-from pyglow_fast.interop.shared_budget import Call, SharedBudget
 from pyglow_fast.layers import Coupling
+from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     given_maps,
@@ -29,15 +29,19 @@ from pyglow_fast.layers.flow_step import (
     stack_maps,
     unstack_maps,
 )
-from pyglow_fast.layers.planned import run_key
 from pyglow_fast.layers.reversible_sequence import run_recomputing
-from pyglow_fast.layers.step_costs import given_run_cost
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl
-from pyglow_fast.reversible.costs import RunCost
 from pyglow_fast.reversible.maps import MapInverse
-from pyglow_fast.reversible.planner import RunPlan
-from pyglow_fast.reversible.setting import parse_memory
+from pyglow_fast.reversible.run import (
+    Steps,
+    folded_maps,
+    given_maps_of,
+    inverted_maps,
+    run_inverse,
+    run_plain,
+    run_recorded,
+)
 
 
 class OrderedNet(nn.Module):
@@ -52,6 +56,28 @@ class OrderedNet(nn.Module):
         super().__init__()
         self.net, self.output_map = net, output_map
 
+    cond_channels = 0
+
+    @property
+    def in_channels(self) -> int | None:
+        """The channels that a net which is recognised reads; None of another."""
+        known = nets.recognised(self.net)
+        return known.channels[0] if isinstance(known, nets.KnownNet) else None
+
+    def chain(self, x: Tensor) -> Chain | None:
+        """The net as a chain of layers for states like x, None where the library's layers are faster or not known."""
+        known = nets.recognised(self.net)
+        if not isinstance(known, nets.KnownNet) or known.last is not None or known.dims != x.dim() - 2:
+            return None
+        found = known.weights_and_biases() if known.pays(x) else None
+        if found is None:
+            return None
+        weights, biases = found
+        if self.output_map is not None:
+            weights[-1], biases[-1] = self.output_map(weights[-1], 0), self.output_map(biases[-1], 0)
+        tensors = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
+        return Chain(tensors, (0.0,) * len(weights), known.spec)
+
     @property
     def halo(self) -> int | None:
         """How many positions to each side an output depends on; None where it is not known."""
@@ -61,11 +87,6 @@ class OrderedNet(nn.Module):
     def bytes_per_position(self) -> Callable[[int], int] | None:
         """A function that computes the bytes of activations of a position; None where they are not known."""
         return nets.bytes_per_position(self.net)
-
-    @property
-    def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-        """A function that computes the bytes the net keeps for its backward; None where not known: see traits.py."""
-        return nets.kept_bytes(self.net, self.output_map is not None)
 
     @property
     def writes_to_input(self) -> bool:
@@ -82,7 +103,7 @@ Reasons = dict[nn.Module, str]  # why a step is not in a run
 ALONE = "no step of its width next to it"
 
 
-def unrepeatable(net: nn.Module, memory: str | int) -> str:
+def unrepeatable(net: nn.Module, memory: str) -> str:
     """Say why a net cannot run again in the backward, as all memory modes but "store" need; empty if it can.
 
     Modules that change when they run in training count whatever mode the net is in now.
@@ -128,8 +149,7 @@ class JoinedRun:
         channels: C, even.
         steps: f_1 to f_K.
         last: g, which computes a channel map; None where nothing follows the steps.
-        memory: "reversible", "checkpoint" or "store"; or a number of bytes for the run's tensors, or for those of all
-            runs that share it.
+        memory: "reversible", "checkpoint" or "store".
         memory_budget: bytes of one net's activations, or "auto".
         masked: whether cond's first channel is a mask outside of which x, and what the nets give, is zero: see
             masks.py.
@@ -140,19 +160,14 @@ class JoinedRun:
         channels: int,
         steps: Sequence[JoinedStep],
         last: Callable[[], ChannelMap] | None = None,
-        memory: str | int = "store",
+        memory: str = "store",
         memory_budget: str | int = "auto",
         masked: bool = False,
     ) -> None:
         self.channels, self.steps, self.last = channels, list(steps), last
-        self.memory, self.memory_budget, self.masked = parse_memory(memory), memory_budget, masked
+        self.memory, self.memory_budget, self.masked = memory, memory_budget, masked
         self.couplings = [Coupling(step.net, *step.spec) for step in steps]
         self.control = DriftControl(len(self.steps), "auto", None, False)
-        self.share(SharedBudget())
-
-    def share(self, shared: SharedBudget) -> None:
-        """Share the bytes, where memory is given in bytes, with all runs of ``shared`` from now on."""
-        self._shared, self._place = shared, shared.add()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -167,7 +182,6 @@ class JoinedRun:
 
         Raises:
             ChangedError: a net cannot be run again any more.
-            ValueError: memory is given in bytes, and these are too few.
         """
         params = [parameter for step in self.steps for parameter in step.net.parameters()]
         maps = self._maps(x)
@@ -177,57 +191,51 @@ class JoinedRun:
             or any(own.matrix.requires_grad for own in maps)
             or any(parameter.requires_grad for parameter in params)
         )
-        plan = self._plan(maps, x, cond) if records else RunPlan.of_mode("store", len(self), self.memory_budget)
-        z, log_dets = x, []
-        while maps:  # each piece takes its own maps off the list, so that nobody keeps them besides
-            start = len(self) - len(maps)
-            start, stop, mode = next(plan.pieces(start, len(self)))
-            own, maps = stack_maps(maps[: stop - start]), maps[stop - start :]
-            z, log_det = self._run(start, stop, mode, own, z, cond, plan.budget)
-            log_dets.append(log_det)
-        log_det = functional.summed(log_dets)
+        mode, stacked = self._mode() if records else "store", stack_maps(maps)
+        del maps  # or they would be kept besides
+        own = self._described(stacked, x, cond)
+        if own is None:
+            z, log_det = self._run(mode, stacked, x, cond)
+        elif records:
+            z, log_det = run_recorded(own, mode, self.control, x)
+        else:
+            z, log_det = run_plain(own, x, None, False, folded_maps(own))
         if self.last is not None:
             end = self.last()
             z = functional.channel_mix(z, end.matrix, end.offset, index=end.source)
             log_det = log_det + functional.per_sample(z, end.log_det)
         return z, log_det
 
-    def _run(
-        self, start: int, stop: int, mode: str, maps: ChannelMap, x: Tensor, cond: Tensor | None, budget: str | int
-    ) -> tuple[Tensor, Tensor]:
-        """Some steps, with their maps, in one mode."""
-        couplings = self.couplings[start:stop]
+    def _described(self, maps: ChannelMap, x: Tensor, cond: Tensor | None) -> Steps | None:
+        """The steps for csrc/run, with their maps; None where it does not compute them."""
+        if cond is not None or not is_runnable(x):
+            return None
+        stacked = given_maps_of([part for part in maps if part is not None])
+        return described(self.couplings, stacked, x, None, False, self.memory_budget)
+
+    def _run(self, mode: str, maps: ChannelMap, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All steps, with their maps, in one mode."""
         if mode == "store":
-            return run_couplings(couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
-        runners = [coupling.runner(budget) for coupling in couplings]
-        specs = [step.spec for step in self.steps[start:stop]]
+            return run_couplings(self.couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
+        runners = [coupling.runner(self.memory_budget) for coupling in self.couplings]
+        specs = [step.spec for step in self.steps]
         control = self.control if mode == "reversible" else None
         return run_recomputing(runners, specs, given_maps(maps, len(specs)), control, x, cond, masked=self.masked)
 
-    def _plan(self, maps: Sequence[ChannelMap], x: Tensor, cond: Tensor | None) -> RunPlan:
-        """What a forward that is recorded does."""
-        if self.memory == "store":
-            return RunPlan.of_mode("store", len(self), self.memory_budget)
+    def _mode(self) -> str:
+        """The mode of a forward that is recorded.
+
+        Raises:
+            ChangedError: see :meth:`forward`.
+        """
         for step in self.steps:  # put on a net since it was joined
             if reason := unrepeatable(step.net, self.memory):
                 raise ChangedError(reason)
-        if isinstance(self.memory, str):
-            return RunPlan.of_mode(self.memory, len(self), self.memory_budget)
-        matrices = [own.matrix.nbytes for own in maps]
-        given = 0 if cond is None else cond.shape[1]
-        wants = tuple(parameter.requires_grad for step in self.steps for parameter in step.net.parameters())
-        key = (x.shape, given, tuple(matrices), wants, run_key(x, self.couplings))
-        shape, like = x.shape, x.new_empty([0] * x.dim())  # not x, which would be kept
-
-        def cost(spacing: int) -> RunCost:
-            return given_run_cost(self.couplings, matrices, shape, like, given, spacing, self.last is not None)
-
-        return self._shared.plan(self._place, Call(key, self.control, cost), self.memory, self.memory_budget, x.device)
+        return self.memory
 
     def memory_report(self) -> dict[str, Any]:
-        """Report mode or bytes, steps, spacing, drift and what was redone; with bytes also what its last plan was."""
-        report = {"memory": self.memory, "steps": len(self), **self.control.report()}
-        return report | (self._shared.report(self._place, len(self)) if isinstance(self.memory, int) else {})
+        """Report mode, steps, spacing of the anchors, drift and what was redone."""
+        return {"memory": self.memory, "steps": len(self), **self.control.report()}
 
     def _budget(self) -> str | int | None:
         """The bytes for nets that run without a record; None for nets that run whole."""
@@ -240,8 +248,13 @@ class JoinedRun:
         if end is not None:
             inverse, index = end.inverse()
             z = functional.channel_unmix(z, inverse, end.offset, index=index)
-        maps = Now(stack_maps(self._maps(z)))
-        x, log_det = run_couplings_inverse(self.couplings, maps, z, cond, budget=self._budget(), masked=self.masked)
+        maps = stack_maps(self._maps(z))
+        own = None if torch.is_grad_enabled() else self._described(maps, z, cond)
+        if own is not None:
+            x, log_det = run_inverse(own, z, None, inverted_maps(folded_maps(own)))
+        else:
+            now, budget = Now(maps), self._budget()
+            x, log_det = run_couplings_inverse(self.couplings, now, z, cond, budget=budget, masked=self.masked)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
 
 

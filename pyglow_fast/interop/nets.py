@@ -9,7 +9,6 @@ the module.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import functional, reference
 from pyglow_fast.coupling_nets import chain, inputs, plain_call
-from pyglow_fast.coupling_nets.traits import KeptBytes, has_hooks
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.known_net import (
     AFFINE_MAPS,
     LAYERS,
@@ -281,40 +280,6 @@ def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
             return partial(chain.bytes_per_position, known.channels, known.kernel_sizes, known.spec, like)
     stated: Callable[[int], int] | None = getattr(net, "bytes_per_position", None)
     return stated
-
-
-def kept_bytes(net: nn.Module, maps_output: bool = False) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-    """Make a function that computes the bytes a net keeps for its backward, see traits.py; None if not known.
-
-    A net that is not recognised may state its own function. ``maps_output`` says that its output is mapped, see
-    :func:`run`.
-    """
-    known = recognised(net)
-    if isinstance(known, KnownNet) and known.last is None and not known.is_parametrized and _as_products(known):
-        return partial(_kept, known, maps_output)
-    stated: Callable[[Sequence[int], Tensor], KeptBytes] | None = getattr(net, "kept_bytes", None)
-    return stated
-
-
-def _as_products(known: KnownNet) -> bool:
-    return functional.net_as_products(known.layers[0].module.weight)
-
-
-def _kept(known: KnownNet, maps_output: bool, shape: Sequence[int], like: Tensor) -> KeptBytes:
-    x, hidden = like.new_empty(1).expand(*shape), known.channels[1:-1]
-    codes, _, dilations = ops.chain_arguments(known.spec)
-    size, positions = like.element_size(), shape[0] * math.prod(shape[2:])
-    each = ops.kept_per_position(hidden, codes) * size
-    made = sum(layer.module.weight.nbytes for layer in known.layers if layer.before or layer.after)
-    last = known.layers[-1]
-    made += last.module.weight.nbytes if maps_output and not (last.before or last.after) else 0
-    if known.dims == 0 and not known.pays(x):  # as it is
-        return KeptBytes(each, 0, 0, 2 * max(hidden, default=0) * size)
-    if not known.pays(x):  # as the library's layers
-        return KeptBytes(each, 0, made, 2 * max(hidden, default=0) * size)
-    weights = [like.new_empty(1).expand(layer.module.weight.shape) for layer in known.layers]
-    whole = ops.kept_elements(x, weights, codes, dilations) * (2 if functional.net_in_half(like) else size)
-    return KeptBytes(whole // max(positions, 1), whole % max(positions, 1), made, 0)
 
 
 def may_write(net: nn.Module) -> bool:

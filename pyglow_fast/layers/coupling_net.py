@@ -202,7 +202,7 @@ class CouplingNet(NetShape):
     def _layers(self) -> tuple[LayerNames, ...]:
         return _LAYERS[isinstance(self.norm1, ActNorm), isinstance(self.norm2, ActNorm)]
 
-    def chain(self) -> Chain | None:
+    def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its parameters decides what it computes."""
         if not self.is_plain or self.border:
             return None

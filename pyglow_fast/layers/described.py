@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import convolutions, functional, ops
 from pyglow_fast._backend import require
+from pyglow_fast._dry import device_of
 from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.chain import Chain
@@ -37,8 +38,8 @@ class ChainNet(Protocol):
     in_channels: int
     cond_channels: int
 
-    def chain(self) -> Chain | None:
-        """The net as a chain, None where something else than its tensors decides what it computes."""
+    def chain(self, x: Tensor) -> Chain | None:
+        """The net as a chain for states like x, None where it is none, or something else than its tensors decides."""
 
 
 class _Computes(NamedTuple):
@@ -94,7 +95,7 @@ def _made(
             inputs,
             x.element_size(),
             budget,
-            device_type=x.device.type,
+            device_type=device_of(x).type,
             cond_channels=cond_channels,
             rows_each=1 if board is None else 2,
         )
@@ -153,7 +154,7 @@ def described(
             how = _computes(coupling._precision, x)
             if how is None or (ways and has_tf32(x)):  # settings of the process decide, one for all
                 return None
-            ways[coupling._precision] = how, _forms_for(state, x.dtype, x.device.type, how, budget)
+            ways[coupling._precision] = how, _forms_for(state, x.dtype, device_of(x).type, how, budget)
         how, known = ways[coupling._precision]
         net: Any = coupling._modules["net"]
         injects = isinstance(coupling, AffineInjector)
@@ -220,9 +221,9 @@ def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
     net: Any = coupling._modules["net"]
     if not hasattr(net, "chain") or not ops.has_kernel(coupling.spec):
         return None
-    if coupling.board is not None and x.device.type != "cpu":
+    if coupling.board is not None and device_of(x).type != "cpu":
         return None
-    chain: Chain | None = net.chain()
+    chain: Chain | None = net.chain(x)
     if chain is None or chain.tensors[0].device != x.device:
         return None
     dtype = x.dtype

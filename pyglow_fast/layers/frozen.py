@@ -33,7 +33,7 @@ from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.reference import coupling_net_spec
 from pyglow_fast.reversible.maps import MapInverse
-from pyglow_fast.reversible.run import FoldByTorch, Maps, run_inverse, run_plain, run_recorded
+from pyglow_fast.reversible.run import given_maps_of, run_inverse, run_plain, run_recorded
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
 MAPS, INVERSES = ("matrices", "offsets", "log_dets", "indices"), ("inverses", "offsets", "log_dets", "inverse_indices")
@@ -69,7 +69,7 @@ class FrozenNet(NetShape):
         own = type(self) is FrozenNet and not is_altered(self)
         return own and not torch.nn.modules.module._has_any_global_hook()
 
-    def chain(self) -> Chain | None:
+    def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its weights decides what it computes."""
         if not self.is_plain or self.border:
             return None
@@ -169,12 +169,7 @@ class FrozenSteps(FlowLayer):
         """The steps for csrc/run; None where it does not compute them."""
         if not self.couplings or not is_runnable(x):
             return None
-        nbytes, count = self.get_buffer("matrices")[0].nbytes, len(self.couplings)
-
-        def of(first: int, end: int) -> tuple[Sequence[Tensor], FoldByTorch]:
-            return self._stacked(MAPS, first, end), FoldByTorch(list)
-
-        maps = Maps(range(1, count + 1), nbytes, of)
+        maps = given_maps_of(self._stacked(MAPS, 0, len(self.couplings)))
         return entered(self._own, maps, x, cond, squeezes, self.memory_budget, backwards)
 
     def _by_torch(self) -> tuple[_FoldedSteps, str | int | None]:

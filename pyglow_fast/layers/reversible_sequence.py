@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
+from pyglow_fast._dry import is_dry, note
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import mask_of
@@ -34,17 +35,15 @@ from pyglow_fast.layers.flow_step import (
 )
 from pyglow_fast.layers.folded import Folded
 from pyglow_fast.layers.permutation import InvConv, Permute
-from pyglow_fast.layers.planned import Plans, run_key
+from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
 from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible import DriftControl, MapGroup, ModuleChain, Pass, run_chain
-from pyglow_fast.reversible.costs import JoinCost, RestCost, RunCost
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.parts import part_limit
 from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.run import folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
-from pyglow_fast.reversible.setting import memory_text, parse_memory
+from pyglow_fast.reversible.setting import parse_memory
 
 
 def _is_initialized(step: Any) -> bool:
@@ -354,6 +353,7 @@ class ReversibleSequence(FlowLayer):
         else:
             recomputes = recomputes and any(step.couplings for step in piece.flow_steps)
             path = self._run_steps_recomputing if recomputes else self._run_steps
+        check_runs(not is_dry(x) or not couplings_of(piece.flow_steps), self.memory)
         return path(piece, x, cond)
 
     def _run_described(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -367,6 +367,8 @@ class ReversibleSequence(FlowLayer):
         if found is None:
             return None
         own, x, cond, squeezes = found
+        if is_dry(x):
+            note(self, found)
         if piece.records:
             z, log_det = run_recorded(own, piece.mode, self.control, x, cond, squeezes)
         else:
@@ -417,18 +419,19 @@ class ReversibleSequence(FlowLayer):
         return call_untraced(ReversibleSequence._made_plan, self, budget, x, cond, squeeze_first)
 
     def _made_plan(self, budget: int, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
-        steps = self.flow_steps()
-        expect(self.is_fused, "memory", "a mode, where steps are no FlowSteps as they come", memory_text(budget))
-        spatial = [size // 2 if squeeze_first else size for size in x.shape[2:]]
-        shapes = (x.shape[0], spatial, 0 if cond is None else cond.shape[1])
+        def forward(
+            twin: ReversibleSequence, plans: Sequence[RunPlan], inputs: list[Tensor | None]
+        ) -> tuple[Tensor, Tensor]:
+            assert inputs[0] is not None
+            return twin(*inputs, squeeze_first, plan=plans[0])
 
-        def costs(spacings: Sequence[int]) -> tuple[list[RunCost], RestCost]:
-            return [run_cost(steps, *shapes, spacings[0], squeeze_first)], RestCost(0, (JoinCost(0, 0),), ())
+        def step(spacings: Sequence[int]) -> DryStep[ReversibleSequence]:
+            return DryStep(self, lambda twin: [twin], spacings, [x, cond], forward, budget)
 
-        wants = tuple(parameter.requires_grad for parameter in self.parameters())
-        key = (x.shape, squeeze_first, shapes[2], wants, run_key(x, couplings_of(steps)))
-        plan = self._plans.of([self.control], key, costs, budget, self.memory_budget, x.device.type)
-        return plan.runs[0]
+        wants = tuple(tensor.requires_grad for tensor in (x, *self.parameters()))
+        given = None if cond is None else (cond.shape, cond.requires_grad)
+        key = (x.shape, squeeze_first, given, wants, run_key(x, couplings_of(self.flow_steps())))
+        return self._plans.of([self.control], key, step, budget, self.memory_budget, x.device.type).runs[0]
 
     def _control(self, mode: str) -> DriftControl | None:
         """The drift control of what is inverted; None where states are kept."""

@@ -24,6 +24,7 @@ from pyglow_fast.layers.flow_step import (
     run_couplings,
     run_couplings_inverse,
 )
+from pyglow_fast.layers.planned import check_runs
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence, run_recomputing
 from pyglow_fast.layers.wavenet import WaveNet
 from pyglow_fast.reference import CouplingSpec
@@ -167,6 +168,7 @@ class MaskedSequence(ReversibleSequence):
             extra, records = masked_condition(mask, cond), self._records(x, cond)
             if not records or kernels_step_aside():
                 return run_couplings(couplings, Recorded(steps), x, extra, budget=self._budget(), masked=True)
+            check_runs(isinstance(self.memory, str), self.memory)
             own = plan or self._plan(x, extra, False)
             log_dets = []
             for first, end, mode in own.pieces(0, len(steps)):

@@ -8,6 +8,7 @@ import dataclasses
 import numbers
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from pyglow_fast._errors import can_read, check_count, check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.traits import submodules
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
-from pyglow_fast.layers.planned import Plans, planned_spacing, run_key
+from pyglow_fast.layers.planned import DryStep, Plans, planned_spacing, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize
@@ -30,7 +31,6 @@ from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
-from pyglow_fast.models.step_costs import glow_costs
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
 from pyglow_fast.reversible.setting import parse_memory
@@ -177,8 +177,30 @@ class Glow(nn.Module):
         budget, sequences = self.memory, self._sequences()
         if isinstance(budget, str):
             return None
-        costs = glow_costs(self, n, [planned_spacing(sequence.control) for sequence in sequences], None)
-        return plan_memory(*costs, budget, sequences[0].memory_budget, self._parameter().device.type)
+        like, channels = self._parameter().new_empty(()), self.config.cond_channels
+        conds: list[Tensor | None]
+        if isinstance(channels, int):
+            conds = [like.expand(n, channels, *self.config.image_shape[1:]) if channels else None] * len(self.levels)
+        else:
+            conds = [like.expand(n, own, *s[1:]) for own, s in zip(channels, self.state_shapes, strict=True)]
+        spacings = [planned_spacing(sequence.control) for sequence in sequences]
+        step = self._dry_step(budget, like.expand(n, *self.config.image_shape), conds, spacings)
+        return plan_memory(step, budget, sequences[0].memory_budget, like.device.type)
+
+    def _dry_step(
+        self, budget: int, x: Tensor, conds: Sequence[Tensor | None], spacings: Sequence[int]
+    ) -> DryStep[Glow]:
+        """A training step like that on x, without values."""
+        y = None if self.config.n_classes is None else x.new_empty(x.shape[0], dtype=torch.int64)
+
+        def forward(twin: Glow, plans: Sequence[RunPlan], inputs: list[Tensor | None]) -> list[Tensor]:
+            x, y, *conds = inputs
+            assert x is not None
+            twin._plans.fixed = plans
+            one = isinstance(twin.config.cond_channels, int) and all(cond is conds[0] for cond in conds)
+            return [twin.log_prob(x, y, conds[0] if one else conds)]  # type: ignore[arg-type]
+
+        return DryStep(self, Glow._sequences, spacings, [x, y, *conds], forward, budget)
 
     def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
         """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
@@ -191,17 +213,14 @@ class Glow(nn.Module):
         wants = [parameter.requires_grad for parameter in self.parameters()]
         if not (any(wants) or x.requires_grad or any(cond is not None and cond.requires_grad for cond in conds)):
             return None
-        conditions = tuple(None if cond is None else cond.shape for cond in conds)
-        key = (x.shape, conditions, tuple(wants), run_key(x, self._couplings()))
-        plan = self._plans.of(
-            [sequence.control for sequence in sequences],
-            key,
-            lambda spacings: glow_costs(self, x.shape[0], spacings, conditions),
-            budget,
-            sequences[0].memory_budget,
-            x.device.type,
-        )
-        parts = iter(plan.runs)
+        given = tuple(None if cond is None else (cond.shape, cond.requires_grad) for cond in conds)
+        key = (x.shape, x.requires_grad, given, tuple(wants), run_key(x, self._couplings()))
+        runs = self._plans.fixed
+        if runs is None:
+            controls, net_budget = [sequence.control for sequence in sequences], sequences[0].memory_budget
+            step = partial(self._dry_step, budget, x, conds)
+            runs = self._plans.of(controls, key, step, budget, net_budget, x.device.type).runs
+        parts = iter(runs)
         return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
 
     def _couplings(self) -> list[Coupling]:

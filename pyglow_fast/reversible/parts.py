@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._captures import is_capturing
+from pyglow_fast._dry import device_of
 from pyglow_fast.reversible.drift import SKETCHED, DriftControl
 
 # Several backwards may go through one graph at the same time. One lock for all, since torch.compile cannot trace the
@@ -33,7 +34,7 @@ def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int |
     check of drift covers the whole run. The device alone decides, since a plan is made outside of torch.compile for a
     forward that is traced.
     """
-    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if x.device.type == "cpu" else None
+    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if device_of(x).type == "cpu" else None
 
 
 def kept_between(state: int, positions: int, keeps_states: bool) -> tuple[int, bool]:

@@ -1,24 +1,32 @@
-"""Plans of which steps keep what, so that training takes least time within a number of bytes, from shapes alone."""
+"""Plans of which steps keep what, so that training takes least time within a number of bytes.
+
+Bytes are those of dry runs of the training step (pyglow_fast/_dry.py), times are estimates.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.reversible.costs import RestCost, RunCost
 from pyglow_fast.reversible.setting import memory_text
-from pyglow_fast.reversible.timeline import Course, RunBytes, bytes_of
 
 LEAST_CHUNK = 128 * 1024  # bytes of a net's activations that a plan goes down to, by halves, from the automatic budget
-EXCHANGES = 4  # of a plan, at most
-FEW_SPLITS = 64  # of all runs: four runs of 4 steps, or three of 5
 Split = tuple[int, int]  # steps before the first are inverted, before the second keep their state, the others all
+
+# Times in multiply-adds of a net, at the rate that nets have on a CPU: from the table of docs/speed.md, where they give
+# for "checkpoint" and "reversible" over "store" 1.30 and 1.31 (a; measured 1.26 and 1.31), 1.26 and 1.32 (b; 1.08 and
+# 1.13), 1.29 and 1.33 (c; 1.24 and 1.27), 1.30 and 1.30 (e; 1.32 and 1.33).
+STEP_WORK = 32 * 10**6  # of a step besides its net: autograd, Python
+INVERTED_STEP_WORK = 16 * 10**6  # what an inverted step takes more, with its check against drift
+INVERTED_VALUE_WORK = 5  # and more for each byte of its state
+RECOMPUTED_STEP_WORK = 8 * 10**6  # what a step takes more to be recomputed, besides its net
+RECOMPUTED_RUN_WORK = 60 * 10**6  # and a run with any such steps, however few: the first step costs 2 to 3 ms (b, c)
+STORED_BYTE_WORK = 8  # to write a net's activations to memory, and read them again
+GRADIENTS_WORK = 3  # forward and backward of a net over its forward
 
 
 class RunPlan(NamedTuple):
@@ -66,6 +74,75 @@ class MemoryPlan:
         return [RunPlan(*split, self.net_budget) for split in self.splits]
 
 
+class NetSize(NamedTuple):
+    """The size of a step's net on a batch.
+
+    Attributes:
+        work: multiply-adds of its forward.
+        overlap: positions that its chunks read, over those that they give.
+        stored: bytes of activations that a backward needs.
+    """
+
+    work: int
+    overlap: float
+    stored: int
+
+
+class RunTimes:
+    """Estimates of the time of forward and backward of a run, in multiply-adds.
+
+    Args:
+        places: steps before which a plan may change the mode, ascending, from 0 to all.
+        nets: of the couplings between each place and the next.
+        state: bytes of a state.
+        inverts: mode "reversible" inverts steps, and does not keep their states too.
+    """
+
+    def __init__(self, places: Sequence[int], nets: Sequence[Sequence[NetSize]], state: int, inverts: bool) -> None:
+        def summed(of_net: list[list[float]]) -> list[float]:
+            return [0.0, *accumulate(map(sum, of_net))]
+
+        more = INVERTED_STEP_WORK + INVERTED_VALUE_WORK * state if inverts else 0
+        recomputed = [
+            [(GRADIENTS_WORK + 1) * net.work * net.overlap + STEP_WORK + RECOMPUTED_STEP_WORK for net in unit]
+            for unit in nets
+        ]
+        self.places = places
+        self._inverted = summed([[time + more for time in unit] for unit in recomputed])
+        self._recomputed = summed(recomputed)
+        self._stored = summed(
+            [[GRADIENTS_WORK * net.work + STORED_BYTE_WORK * net.stored + STEP_WORK for net in unit] for unit in nets]
+        )
+
+    @property
+    def last(self) -> int:
+        """The number of the last place."""
+        return len(self.places) - 1
+
+    def of(self, split: Split) -> float:
+        """Estimate the time of a split between places."""
+        a, b = split
+        recomputed = self._inverted[a] + self._recomputed[b] - self._recomputed[a]
+        return recomputed + self._stored[-1] - self._stored[b] + (RECOMPUTED_RUN_WORK if b else 0)
+
+
+class Bytes(NamedTuple):
+    """Bytes of a training step: those that each run keeps behind its forward, and the most at any time."""
+
+    kept: Sequence[int]
+    most: int
+
+
+class Rehearsal(Protocol):
+    """A training step that can be gone through without values."""
+
+    def times(self, budget: str | int) -> list[RunTimes]:
+        """Estimate the times of each run, for a budget of one net's activations."""
+
+    def bytes_of(self, plans: Sequence[RunPlan]) -> Bytes:
+        """Go through the step with a plan of each run."""
+
+
 @dataclass(frozen=True)
 class _Moves:
     """Moves of one run to one mode: its last steps that are inverted, to be checkpointed or stored.
@@ -74,189 +151,104 @@ class _Moves:
         run: which.
         stores: they are stored, not checkpointed.
         count: of the moves.
-        saved: time that one saves, in multiply-adds.
+        saved: time that one saves.
         size: bytes that one keeps more.
     """
 
     run: int
     stores: bool
     count: int
-    saved: int
-    size: int
-
-
-def _least_so_far(plans: Sequence[tuple[Any, ...]]) -> list[float]:
-    """The least second number of those before each one, so that only what is less is worth its larger first."""
-    return list(accumulate((plan[1] for plan in plans[:-1]), min, initial=math.inf))
+    saved: float
+    size: float
 
 
 class _Search:
-    """Plans for runs with one budget of the nets' activations; places are counted as in RunCost.places.
+    """Plans for runs with one budget of the nets' activations; splits are between places, see RunTimes.
 
-    Of few steps the fastest of all plans. Of many a number of moves of each run to each mode, made in an order: from
-    those of the most time for a byte on.
+    A plan is a number of moves of each run to each mode, made in an order: from those of the most time for a byte on.
     """
 
-    def __init__(self, runs: Sequence[RunCost], rest: RestCost, net_budget: str | int) -> None:
-        self.runs, self.net_budget, self._course = runs, net_budget, Course(rest)
-        self._bytes: dict[tuple[int, int, int], RunBytes] = {}
-        self._known: dict[int, list[tuple[int, int, int, Split]]] = {}
-        self.start = self._inverted()
-        moves = [one for index in range(len(runs)) for one in self._moves_of(index)]
-        moves.sort(key=lambda one: (-(one.saved * 2**20 // one.size), -one.run, one.stores))
-        self.moves = moves
+    def __init__(self, step: Rehearsal, net_budget: str | int) -> None:
+        self._step, self.net_budget, self.runs = step, net_budget, step.times(net_budget)
+        self.inverted, self.checkpointed, self.stored = (
+            [(run.last * inverts, run.last * recomputes) for run in self.runs]
+            for inverts, recomputes in ((True, True), (False, True), (False, False))
+        )
 
-    def peak(self, splits: Sequence[Split]) -> int:
-        return self._course.peak([self._bytes_of(i, *split) for i, split in enumerate(splits)])
+    @property
+    def as_inverted(self) -> tuple[float, int]:
+        """Time and bytes of inverting every step."""
+        return self.time(self.inverted), self.bytes_of(self.inverted).most
 
-    def _bytes_of(self, run: int, first: int, second: int) -> RunBytes:
-        key = run, first, second
-        if key not in self._bytes:
-            places = self.runs[run].places
-            self._bytes[key] = bytes_of(self.runs[run], places[first][1], places[second][1], self.net_budget)
-        return self._bytes[key]
+    def plans(self, splits: Sequence[Split]) -> list[RunPlan]:
+        pairs = zip(self.runs, splits, strict=True)
+        return [RunPlan(run.places[a], run.places[b], self.net_budget) for run, (a, b) in pairs]
 
-    def _work_of(self, run: int, split: Split) -> int:
-        places = self.runs[run].places
-        return self.runs[run].work(places[split[0]][1], places[split[1]][1], self.net_budget)
+    def bytes_of(self, splits: Sequence[Split]) -> Bytes:
+        return self._step.bytes_of(self.plans(splits))
 
-    def work(self, splits: Sequence[Split]) -> int:
-        """The time of a plan, in multiply-adds."""
-        return sum(self._work_of(index, split) for index, split in enumerate(splits))
+    def time(self, splits: Sequence[Split]) -> float:
+        return sum(run.of(split) for run, split in zip(self.runs, splits, strict=True))
 
-    def _inverted(self) -> list[Split]:
-        """Everything is inverted, but for runs that take less otherwise: of few positions or steps."""
-        found = [(len(run.places) - 1,) * 2 for run in self.runs]
-        for index, (last, _) in enumerate(found):
-            others = [[*found[:index], other, *found[index + 1 :]] for other in ((0, last), (0, 0))]
-            found = min([found, *others], key=self.peak)
+    def least(self) -> list[Split]:
+        """The plan of the least bytes: all is inverted, but runs of few positions or steps that take less otherwise."""
+        found = self.inverted
+        for i in range(len(self.runs)):
+            others = [[*found[:i], uniform[i], *found[i + 1 :]] for uniform in (self.checkpointed, self.stored)]
+            found = min([found, *others], key=lambda splits: self.bytes_of(splits).most)
         return found
 
-    def _moves_of(self, index: int) -> Iterator[_Moves]:
-        """Of a run, by what all moves to a mode save and keep together: its steps are alike, nearly."""
-        count, before = len(self.runs[index].places) - 1, self.start[index]
-        for split, stores in (((0, count), False), ((0, 0), True)):
-            if before[stores] == 0:
-                continue
-            saved = self._work_of(index, before) - self._work_of(index, split)
-            size = self._bytes_of(index, *split).kept - self._bytes_of(index, *before).kept
-            yield _Moves(index, stores, count, max(saved // count, 1), max(size // count, 1))
-            before = split
+    def _moves(self, start: Sequence[Split]) -> list[_Moves]:
+        """Of each run by what all moves to a mode save and keep together: its steps are alike, nearly."""
+        kept = {
+            split: self.bytes_of(splits).kept
+            for split, splits in ((2, self.inverted), (1, self.checkpointed), (0, self.stored))
+        }
+        found = []
+        for index, run in enumerate(self.runs):
+            before = start[index]
+            for split, stores in ((self.checkpointed[index], False), (self.stored[index], True)):
+                if before[stores] == 0:
+                    continue
+                size = kept[_mode(split)][index] - kept[_mode(before)][index]
+                saved = run.of(before) - run.of(split)
+                found.append(_Moves(index, stores, run.last, max(saved, 1) / run.last, max(size, 1) / run.last))
+                before = split
+        return sorted(found, key=lambda one: (-one.saved / one.size, -one.run, one.stores))
 
-    def splits(self, counts: Sequence[int]) -> list[Split]:
+    def _moved(self, start: Sequence[Split], moves: Sequence[_Moves], counts: Sequence[int]) -> list[Split]:
         """The plan of so many of each of the moves."""
-        found = list(self.start)
-        for one, count in zip(self.moves, counts, strict=True):
+        found = list(start)
+        for one, count in zip(moves, counts, strict=True):
             a, b = found[one.run]
-            last = len(self.runs[one.run].places) - 1
+            last = self.runs[one.run].last
             found[one.run] = (min(a, last - count), last - count) if one.stores else (max(a - count, 0), b)
         return found
 
-    def _fits(self, counts: Sequence[int], budget: int) -> bool:
-        return self.peak(self.splits(counts)) <= budget
-
-    def _with_most(self, counts: list[int], i: int, budget: int) -> list[int]:
-        """A plan that fits, with as many more of one of the moves as do."""
-        low, high = counts[i], self.moves[i].count
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._fits([*counts[:i], middle, *counts[i + 1 :]], budget):
-                low = middle
-            else:
-                high = middle - 1
-        return [*counts[:i], low, *counts[i + 1 :]]
-
-    def _filled(self, counts: list[int], budget: int) -> list[int]:
-        """A plan that fits, with as many more of each of the moves as do, the worthiest first."""
-        for i in range(len(self.moves)):
-            counts = self._with_most(counts, i, budget)
-        return counts
-
-    def _exchanged(self, counts: list[int], budget: int) -> Iterator[list[int]]:
-        """Plans with more of one of the moves, and the fewest less of another so that they fit."""
-        spare = budget - self.peak(self.splits(counts))
-        waiting = [i for i, one in enumerate(self.moves) if counts[i] < one.count]
-        for i, (j, less) in itertools.product(waiting, enumerate(self.moves)):
-            more = self.moves[i]
-            fewest = max(1, -(-(more.size - spare) // less.size))
-            for given in range(fewest, min(counts[j], fewest + 1) + 1 if i != j else 0):
-                won = min((spare + given * less.size) // more.size, more.count - counts[i]) * more.saved
-                if won <= given * less.saved:
-                    continue
-                trial = self._with_most([*counts[:j], counts[j] - given, *counts[j + 1 :]], i, budget)
-                if trial[i] > counts[i]:
-                    yield self._filled(trial, budget)
-                    break
-
-    @property
-    def _few(self) -> bool:
-        """Whether every split of every run can be looked at."""
-        return sum(len(run.places) * (len(run.places) + 1) // 2 for run in self.runs) <= FEW_SPLITS
-
-    def best(self, budget: int) -> list[Split] | None:
-        """The plan of least time within a budget, of many steps nearly; None if there is none."""
-        return self._fastest(budget) if self._few else self._nearly_fastest(budget)
-
-    def least(self) -> int:
-        """The least bytes that there is a plan for."""
-        if not self._few:
-            return self.peak(self.start)
-        plans = [(0, 0)]  # bytes that the first runs keep, the most so far
-        for index in range(len(self.runs)):
-            pairs = [(kept, need) for kept, need, _, _ in self._splits_of(index)]
-            further = sorted((own + kept, max(most, own + need)) for own, most in plans for kept, need in pairs)
-            plans = [plan for plan, least in zip(further, _least_so_far(further), strict=False) if plan[1] < least]
-        return min(max(most, kept + self._course.priors) for kept, most in plans)
-
-    def _splits_of(self, index: int) -> list[tuple[int, int, int, Split]]:
-        """(bytes kept, bytes needed, time, split) of a run, without splits that are no better in any than another."""
-        if index not in self._known:
-            last = len(self.runs[index].places) - 1
-            found = []
-            for split in [(a, b) for b in range(last + 1) for a in range(b + 1)]:
-                own = self._bytes_of(index, *split)
-                found.append((own.kept, self._course.need(index, own), self._work_of(index, split), split))
-            found.sort()
-            better: list[tuple[int, int, int, Split]] = []
-            for option in found:
-                if not any(other[1] <= option[1] and other[2] <= option[2] for other in better):
-                    better.append(option)
-            self._known[index] = better
-        return self._known[index]
-
-    def _fastest(self, budget: int) -> list[Split] | None:
-        """By dynamic programming over the runs: of the first ones the least time by the bytes that they keep."""
-        plans: list[tuple[int, int, Any]] = [(0, 0, ())]  # the splits as (those before, the last)
-        for index in range(len(self.runs)):
-            further = [
-                (own + kept, time + work, (before, split))
-                for kept, need, work, split in self._splits_of(index)
-                for own, time, before in plans
-                if own + need <= budget
-            ]
-            further.sort(key=lambda plan: plan[:2])
-            least = _least_so_far(further)
-            plans = [plan for plan, other in zip(further, least, strict=False) if plan[1] < other]
-        fitting = [plan for plan in plans if plan[0] + self._course.priors <= budget]
-        if not fitting:
+    def best(self, start: Sequence[Split], budget: int) -> list[Split] | None:
+        """The plan of least time within a budget, nearly, from one of few bytes on; None if that does not fit."""
+        spare = budget - self.bytes_of(start).most
+        if spare < 0:
             return None
-        splits, before = [], min(fitting, key=lambda plan: plan[1])[2]
-        while before:
-            before, split = before
-            splits.append(split)
-        return splits[::-1]
+        moves = self._moves(start)
+        counts = [0] * len(moves)
+        for i, one in enumerate(moves):  # as many of each as fit, the worthiest first
+            too_many, guess = one.count + 1, int(spare // one.size)
+            while guess > counts[i] and too_many - counts[i] > 1:
+                guess = min(guess, too_many - 1)
+                left = budget - self.bytes_of(self._moved(start, moves, [*counts[:i], guess, *counts[i + 1 :]])).most
+                if left >= 0:
+                    counts[i], spare = guess, left
+                    guess += max(int(left // one.size), 1)
+                else:
+                    too_many = guess
+                    guess = max(guess + int(left // one.size), counts[i] + 1)
+        return self._moved(start, moves, counts)
 
-    def _nearly_fastest(self, budget: int) -> list[Split] | None:
-        counts = [0] * len(self.moves)
-        if not self._fits(counts, budget):
-            return None
-        counts = self._filled(counts, budget)
-        for _ in range(EXCHANGES):
-            found = min([counts, *self._exchanged(counts, budget)], key=lambda own: self.work(self.splits(own)))
-            if found is counts:
-                break
-            counts = found
-        return self.splits(counts)
+
+def _mode(split: Split) -> int:
+    """How many of its numbers are not 0: 2 of a run that is all inverted, 0 of one that is all stored."""
+    return (split[0] > 0) + (split[1] > 0)
 
 
 def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
@@ -268,32 +260,13 @@ def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
     return ["auto", *(most >> i for i in range(1, count))]
 
 
-def _distinct(runs: Sequence[RunCost], budgets: Sequence[str | int]) -> Iterator[str | int]:
-    """Those of the budgets that cut some net otherwise than the one before."""
-    nets = list({id(part.net): part.net for run in runs for part in run.couplings}.values())
-    before = None
-    for budget in budgets:
-        cuts = [net.chunk_for(budget) for net in nets]
-        if cuts != before:
-            yield budget
-        before = cuts
-
-
-def least_net_budget(given: str | int, device_type: str) -> str | int:
-    """Choose the least that a plan lets the nets' activations take, for a run whose plan cannot be made yet."""
-    return _net_budgets(given, device_type)[-1]
-
-
-def plan_memory(
-    runs: Sequence[RunCost], rest: RestCost, budget: int, net_budget: str | int = "auto", device_type: str = "cpu"
-) -> MemoryPlan:
+def plan_memory(step: Rehearsal, budget: int, net_budget: str | int = "auto", device_type: str = "cpu") -> MemoryPlan:
     """Find the plan of least time whose tensors, beyond parameters and their gradients, take at most ``budget`` bytes.
 
     The plan depends on the arguments alone, on shapes and no clock or free memory, so that it is the same everywhere.
 
     Args:
-        runs: of steps, in the order of the forward.
-        rest: what a training step costs beside them.
+        step: a training step.
         budget: bytes.
         net_budget: of one net's activations where it is recomputed; "auto": the plan's choice.
         device_type: of the model, "cpu", "cuda", ...
@@ -302,20 +275,27 @@ def plan_memory(
         ValueError: not even inverting every step with the smallest chunks takes so few, nor, of tiny states, storing
             all; it names the lesser of both.
     """
-    everything = [(0, 0)] * len(runs)
-    searches: list[_Search] = []
-    found: list[tuple[int, _Search, list[Split]]] = []  # of budgets of the nets that differ, the largest first
-    for own in _distinct(runs, _net_budgets(net_budget, device_type)):
-        searches.append(search := _Search(runs, rest, own))
-        splits = everything if search.peak(everything) <= budget else search.best(budget)
-        if splits is None:
-            continue
-        found.append((search.work(splits), search, splits))
-        if splits is everything or (len(found) > 1 and found[-1][0] >= found[-2][0]):
-            break  # still smaller chunks would take still longer
+    searches: list[_Search] = []  # of budgets of the nets that differ, the largest first
+    found: list[tuple[float, _Search, list[Split]]] = []
+    for own in _net_budgets(net_budget, device_type):
+        search = _Search(step, own)
+        if not searches and search.bytes_of(search.stored).most <= budget:
+            return MemoryPlan(((0, 0),) * len(search.runs), own, search.bytes_of(search.stored).most, 1.0)
+        if searches and search.as_inverted == searches[-1].as_inverted:
+            continue  # no net is cut otherwise
+        searches.append(search)
+        if (splits := search.best(search.inverted, budget)) is not None:
+            found.append((search.time(splits), search, splits))
+            if len(found) > 1 and found[-1][0] >= found[-2][0]:
+                break  # still smaller chunks would take still longer
     if not found:
-        expect(False, "memory", f"at least {min(search.least() for search in searches)} bytes", memory_text(budget))
-    _, search, splits = min(found, key=lambda plan: plan[0])
-    time = search.work(splits) / max(search.work(everything), 1)
-    steps = tuple((run.places[a][0], run.places[b][0]) for run, (a, b) in zip(runs, splits, strict=True))
-    return MemoryPlan(steps, search.net_budget, search.peak(splits), time)
+        least, search, splits = min(
+            ((one.bytes_of(one.least()).most, one, one.least()) for one in searches), key=lambda plan: plan[0]
+        )
+        expect(least <= budget, "memory", f"at least {least} bytes", memory_text(budget))
+        splits = search.best(splits, budget) or splits
+        found.append((search.time(splits), search, splits))
+    time, search, splits = min(found, key=lambda plan: plan[0])
+    steps = tuple((plan.states_from, plan.stored_from) for plan in search.plans(splits))
+    share = time / max(search.time(search.stored), 1)
+    return MemoryPlan(steps, search.net_budget, search.bytes_of(splits).most, share)

@@ -21,6 +21,7 @@ from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import apply_to_plain, backward_key, differentiable_once
+from pyglow_fast._dry import device_of
 from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
@@ -73,6 +74,20 @@ class FoldByTorch:
         return [next(given) if leaf.requires_grad else None for leaf in leaves]
 
 
+class GivenMaps:
+    """Passes on maps that someone has folded: matrices, offsets, log_dets and, of gathers, indices."""
+
+    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return them as they are."""
+        return raw
+
+    def gradients(
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Return their gradients; indices have none."""
+        return [matrices, offsets, log_dets, None][: len(raw)]
+
+
 FACTORS, CONSTANTS = ("log_scale", "bias", "lower", "upper", "log_diag"), ("permutation", "sign_diag")
 
 
@@ -115,6 +130,16 @@ class Maps:
     ends: Sequence[int]
     nbytes: int
     of: Callable[[int, int], tuple[Sequence[Tensor], Fold]]
+
+
+def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
+    """The maps before K couplings, folded and stacked, any of which may end a node."""
+    nbytes = stacked[0][0].nbytes
+
+    def of(first: int, end: int) -> tuple[Sequence[Tensor], Fold]:
+        return [part[first:end] for part in stacked], GivenMaps()
+
+    return Maps(range(1, len(stacked[0]) + 1), nbytes, of)
 
 
 @dataclass(frozen=True)
@@ -243,7 +268,8 @@ class _RunNode(torch.autograd.Function):
             assert control is not None
             limit = control.limit(grad_z.dtype, node.lowest)
             later = control.deferred or is_capturing(grad_z.device)
-            judged = LATER if later else EACH if can_read(grad_z) else AT_THE_END
+            waits = not can_read(grad_z) and device_of(grad_z).type != "cpu"
+            judged = LATER if later else AT_THE_END if waits else EACH
         redone_before = 0
 
         def restored() -> Tensor:

@@ -144,11 +144,3 @@ def test_within_bytes(make: Callable[[], nn.Module], loss_of: Callable[[Any, Ten
     kept, peak = measured((stored[1] + recomputed[1]) // 2)
     assert recomputed[0] < kept < stored[0]
     assert recomputed[1] < peak < stored[1]
-
-
-def test_bytes_in_the_report() -> None:
-    model, _, _ = prepared("normflows leaky")
-    done = accelerate(model, 4e9)
-    assert done.joined == {f"flows.{i}": "3 steps in one chain each, memory '4 GB'" for i in range(2)}
-    left = accelerate(model, "store").left
-    assert sum("joined before, memory 4 GB" in reason for reason in left.values()) == 6

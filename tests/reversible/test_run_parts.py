@@ -26,10 +26,8 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
-from pyglow_fast.layers.step_costs import run_cost
 from pyglow_fast.reversible import DriftControl, Pass, backward, passes
 from pyglow_fast.reversible.parts import LEAST_PART, cut, part_limit
-from pyglow_fast.reversible.timeline import bytes_of
 
 CASE = next(case for case in CASES if case.name == "depth-8")
 CONDITIONED = Case("conditioned", 8, cond_shape=(2, 6, 3))
@@ -352,10 +350,3 @@ def test_a_compiled_run_is_cut_alike() -> None:
         return sum("_RunPart" in name for name in names)
 
     assert parts_of(torch.compile(sequence, backend="eager")) == parts_of(sequence) > 1
-
-
-def test_anchors_at_every_step_cost_what_kept_states_do() -> None:
-    steps = [pgf.FlowStep(4, 8) for _ in range(6)]
-    close, far = (run_cost(steps, 4, (16, 16), anchor_every=every) for every in (1, 2))
-    assert bytes_of(close, 6, 6, "auto") == bytes_of(close, 0, 6, "auto")
-    assert bytes_of(far, 6, 6, "auto").kept < bytes_of(far, 0, 6, "auto").kept

@@ -97,7 +97,8 @@ class Memory:
     """How a run of steps keeps its states, as a user asks for it.
 
     Args:
-        mode: of ReversibleSequence; or "bytes", for a budget half way from the least to what storing takes.
+        mode: of ReversibleSequence; or "bytes", for a budget half way from the least to what storing takes, and for
+            "store" where bytes are refused, since the compiled run does not compute the steps.
         anchor_every, budget: of ReversibleSequence.
         tolerance: None: LOOSE in float64, else the default.
     """
@@ -115,7 +116,12 @@ class Memory:
         found = type(sequence)(list(sequence), memory, self.anchor_every, tolerance, self.budget)
         found.training = sequence.training
         if self.mode == "bytes":
-            found.memory = bytes_between(found, 0.5, *inputs)
+            try:
+                found.memory = bytes_between(found, 0.5, *inputs)
+            except ValueError as refusal:
+                if "memory: expected a mode such as" not in str(refusal):
+                    raise
+                found.memory = "store"
         return found
 
 

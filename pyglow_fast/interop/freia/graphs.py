@@ -46,7 +46,7 @@ class JoinedGraph(Joined, Ff.GraphINN):
         return self.joined_graph.forward(x_or_z, c, rev, jac, x=x)
 
 
-def join(graph: nn.Module, memory: str | int, budget: str | int) -> tuple[list[Face], Reasons]:
+def join(graph: nn.Module, memory: str, budget: str | int) -> tuple[list[Face], Reasons]:
     """Join the runs of a graph in place; returns what stands for them, and why other modules are in none."""
     if type(graph) is not Ff.GraphINN:
         whose = f"the nodes of a {type(graph).__qualname__} run one by one"
@@ -68,7 +68,7 @@ def join(graph: nn.Module, memory: str | int, budget: str | int) -> tuple[list[F
     return faces, reasons
 
 
-def _place(node: Any, memory: str | int) -> Place:
+def _place(node: Any, memory: str) -> Place:
     if len(node.inputs) != 1 or len(node.outputs) != 1:
         return Place([node.module], reason="more than one input or output")
     reason = reason_against(node.module, memory)

@@ -91,7 +91,7 @@ def _changed(module: nn.Module) -> str:
     return "a forward of its own" if "forward" in vars(module) else ""
 
 
-def reason_against(module: nn.Module, memory: str | int) -> str:
+def reason_against(module: nn.Module, memory: str) -> str:
     """Say why a module is no step of a run; empty if it is one."""
     if not isinstance(module, ServedBlock) or type(module) is not module._home:
         return "only AllInOneBlocks are joined"
@@ -100,7 +100,7 @@ def reason_against(module: nn.Module, memory: str | int) -> str:
     return _changed(module) or unrepeatable(module.subnet, memory)
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
     """Divide the modules of a list into steps that can be joined, if width and condition agree, and others."""
     conditions: list[Any] = getattr(owner, "conditions", None) or [None] * len(modules)  # a SequenceINN has them
     found = []
@@ -110,7 +110,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
     return found
 
 
-def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[BlockRun | Passed]:
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[BlockRun | Passed]:
     """Make what replaces a run: a BlockRun in the place of its first block, a Passed in those of the others."""
     blocks: list[Any] = [block for place in run for block in place.layers]
     steps = []

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast._tracing import kernels_step_aside
-from pyglow_fast.coupling_nets.traits import KeptBytes
 from pyglow_fast.interop import nets
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.reference import CouplingSpec, n_positions
@@ -177,11 +176,6 @@ class OrderedSubnet(nn.Module):
     def bytes_per_position(self) -> Callable[[int], int] | None:
         """A function that computes the bytes of activations of a position; None where they are not known."""
         return nets.bytes_per_position(self.subnet)
-
-    @property
-    def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-        """A function that computes the bytes the net keeps for its backward; None where not known: see traits.py."""
-        return nets.kept_bytes(self.subnet, True)
 
     @property
     def writes_to_input(self) -> bool:

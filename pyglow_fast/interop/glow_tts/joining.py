@@ -125,7 +125,7 @@ def _place(layers: Sequence[Any]) -> Place:
     return Place(layers, actnorm.logs.shape[1], step)
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
     """Divide the layers of a list into steps, each up to a coupling, that can be joined if their widths agree."""
     groups: list[list[nn.Module]] = [[]]
     for module in modules:
@@ -135,7 +135,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
     return [_place(group) for group in groups if group]
 
 
-def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[DecoderRun]:
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[DecoderRun]:
     """Make what replaces a run: one DecoderRun."""
     layers = [layer for place in run for layer in place.layers]
     steps = [place.parts for place in run]

@@ -108,9 +108,7 @@ class TokenRun(Face):
     ``memory`` and ``memory_budget``: see ReversibleSequence.
     """
 
-    def __init__(
-        self, modules: Sequence[nn.Module], called: Sequence[_Called], memory: str | int, budget: str | int
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module], called: Sequence[_Called], memory: str, budget: str | int) -> None:
         steps = [_Step(module, call, budget) for module, call in zip(modules, called, strict=True)]
         super().__init__(modules, cast(Any, ReversibleSequence(steps, memory, memory_budget=budget)))
         self.steps = steps
@@ -183,7 +181,7 @@ class Passed:
         return (x, 0) if self.run is None else self.run.inverse_of_all(x, *given, **named)
 
 
-def _reason(module: nn.Module, owner: nn.Module, memory: str | int) -> str:
+def _reason(module: nn.Module, owner: nn.Module, memory: str) -> str:
     """Why a module is no step of a run, or nothing."""
     if not isinstance(module, Adopted):
         return "no coupling of ours"
@@ -194,7 +192,7 @@ def _reason(module: nn.Module, owner: nn.Module, memory: str | int) -> str:
     return unrepeatable(module.dnn, memory)
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
     """Divide the modules of a list into steps: neighbours are joined that see the same tokens."""
     found = []
     for index, module in enumerate(modules):
@@ -205,7 +203,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
     return found
 
 
-def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[TokenRun | Passed]:
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[TokenRun | Passed]:
     """Make what replaces a run: a TokenRun in the place of its first coupling, a Passed in each other."""
     called = [place.parts for place in run]
     whole = TokenRun([place.layers[0] for place in run], called, memory, budget)

@@ -10,7 +10,6 @@ from nflows import transforms
 from nflows.transforms.coupling import CouplingTransform
 from torch import Tensor, nn
 
-from pyglow_fast.coupling_nets.traits import KeptBytes
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.indices import indices_on, undoing_indices_on
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place, unrepeatable
@@ -46,12 +45,6 @@ class UserNet(nn.Module):
         """A function that computes the bytes of activations of a position; None where they are not known."""
         chain = chain_of(self.net, None)
         return nets.bytes_per_position(self.net if chain is None else chain)
-
-    @property
-    def kept_bytes(self) -> Callable[[Sequence[int], Tensor], KeptBytes] | None:
-        """A function that computes the bytes the net keeps for its backward; None where not known: see traits.py."""
-        chain = chain_of(self.net, None)
-        return nets.kept_bytes(self.net if chain is None else chain)
 
     @property
     def deterministic(self) -> bool | None:
@@ -128,7 +121,7 @@ def _groups(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
     return [group for group in found if group]
 
 
-def _halving(layers: Sequence[nn.Module], memory: str | int) -> StepParts | str:
+def _halving(layers: Sequence[nn.Module], memory: str) -> StepParts | str:
     """The parts of a step that may be joined, or why it may not."""
     parts = step_parts(layers)
     if isinstance(parts, str):
@@ -138,7 +131,7 @@ def _halving(layers: Sequence[nn.Module], memory: str | int) -> StepParts | str:
     return unrepeatable(parts.net, memory) or parts
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
     """Divide the layers of a list into steps, mixing layers up to a coupling, that are joined if widths agree."""
     if isinstance(owner, transforms.MultiscaleCompositeTransform):
         return [Place([module], reason="its flow splits after each of its transforms") for module in modules]
@@ -155,7 +148,7 @@ def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) ->
     return found
 
 
-def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[StepRun]:
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[StepRun]:
     """Make what replaces a run: one StepRun."""
     order: list[int] | None = None
     steps = []

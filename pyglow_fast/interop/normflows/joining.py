@@ -54,7 +54,7 @@ def _channel_map(block: nn.Module, net: nn.Module) -> ChannelMap:
     return parts.channel_map
 
 
-def _place(block: nn.Module, memory: str | int) -> Place:
+def _place(block: nn.Module, memory: str) -> Place:
     parts = flow_parts(block)
     if isinstance(parts, str):
         return Place([block], reason=parts)
@@ -66,12 +66,12 @@ def _place(block: nn.Module, memory: str | int) -> Place:
     return Place([block], channels, step)
 
 
-def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str | int) -> list[Place]:
+def places(modules: Sequence[nn.Module], owner: nn.Module, memory: str) -> list[Place]:
     """Divide the modules of a list into GlowBlocks, which are joined if their widths agree, and others."""
     return [_place(module, memory) for module in modules]
 
 
-def stand_ins(run: Sequence[Place], memory: str | int, budget: str | int) -> list[GlowRun]:
+def stand_ins(run: Sequence[Place], memory: str, budget: str | int) -> list[GlowRun]:
     """Make what replaces a run: one GlowRun."""
     steps = [place.parts for place in reversed(run)]  # from x to z the last block of the list is the first
     blocks = [block for place in run for block in place.layers]

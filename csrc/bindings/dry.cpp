@@ -1,0 +1,93 @@
+#include "bindings/dry.h"
+
+#include <c10/core/Allocator.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+namespace pyglow::bindings {
+namespace {
+
+namespace py = pybind11;
+
+constexpr int64_t block_on_gpu = 512;  // of which torch's allocator gives multiples there
+
+// Bytes of tensors: those that there are now, and the most so far.
+struct Count {
+  explicit Count(bool on_gpu) : on_gpu(on_gpu), block(on_gpu ? block_on_gpu : 1) {}
+  void add(int64_t bytes) {
+    const int64_t found = now += bytes;
+    if (found > most) most = found;
+  }
+
+  const bool on_gpu;
+  const int64_t block;  // sizes are rounded up to multiples of it
+  std::atomic<int64_t> now{0}, most{0};
+};
+
+thread_local std::shared_ptr<Count> counting;  // of this thread's dry run, if it is in one
+
+// What tensors on "meta" are made with, in the place of torch's allocator, which gives nothing as this one does outside
+// of a dry run. Inside, a tensor has an address, so that it can be given to functions of a kernel's form, but no
+// memory.
+class MetaAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(std::size_t bytes) override {
+    if (!counting) return {nullptr, nullptr, &nothing, c10::Device(c10::kMeta)};
+    const int64_t block = counting->block, size = (static_cast<int64_t>(bytes) + block - 1) / block * block;
+    auto* const piece = new Piece{counting, size};
+    counting->add(size);
+    return {piece, piece, &take_back, c10::Device(c10::kMeta)};
+  }
+  void copy_data(void*, const void*, std::size_t) const override {}
+
+ private:
+  struct Piece {
+    std::shared_ptr<Count> count;
+    int64_t bytes;
+  };
+  static void nothing(void*) {}
+  static void take_back(void* context) {
+    auto* const piece = static_cast<Piece*>(context);
+    piece->count->now -= piece->bytes;
+    delete piece;
+  }
+};
+
+void set_allocator() {
+  static MetaAllocator* const own = new MetaAllocator;  // never destroyed: tensors may outlive everything static
+  if (c10::GetAllocator(c10::kMeta) != own) c10::SetAllocator(c10::kMeta, own);
+}
+
+// A context in which tensors on "meta" are counted on this thread.
+class DryRun {
+ public:
+  explicit DryRun(bool on_gpu) : count_(std::make_shared<Count>(on_gpu)) {}
+  void enter() {
+    set_allocator();
+    before_ = std::exchange(counting, count_);
+  }
+  void exit() { counting = std::exchange(before_, nullptr); }
+  int64_t now() const { return count_->now; }
+  int64_t most() const { return count_->most; }
+
+ private:
+  std::shared_ptr<Count> count_, before_;
+};
+
+}  // namespace
+
+bool stands_for_gpu() { return counting && counting->on_gpu; }
+
+void define_dry(py::module& m) {
+  py::class_<DryRun>(m, "DryRun", "Counts tensors on \"meta\" that this thread makes while it is entered.")
+      .def(py::init<bool>(), py::arg("on_gpu"))
+      .def("enter", &DryRun::enter, "Begin to count.")
+      .def("exit", &DryRun::exit, "Count no new tensors any more; those counted are still subtracted.")
+      .def_property_readonly("now", &DryRun::now, "Bytes that there are now.")
+      .def_property_readonly("most", &DryRun::most, "The most so far.");
+}
+
+}  // namespace pyglow::bindings

@@ -1,0 +1,142 @@
+"""Training within a number of bytes: a plan says what torch's allocator gives out, at most, and is refused by name."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from support.gradients import least_bytes
+from torch import nn
+
+import pyglow_fast as pgf
+from bench.memory_meter import AllocatorTrace
+
+MODELS: dict[str, dict[str, Any]] = {
+    "deep": {"n_levels": 2, "n_steps": 10},
+    "one image": {"n_levels": 1, "n_steps": 5},
+    "checkerboards": {"n_levels": 2, "n_steps": 3, "n_checkerboard": 2},
+    "injectors": {"n_levels": 2, "n_steps": 3, "n_transitions": 1, "injector": True, "cond_channels": 3},
+    "classes": {"n_levels": 2, "n_steps": 3, "n_classes": 5},
+    "actnorms in nets": {"n_levels": 2, "n_steps": 3, "net_actnorm": True},
+    "permutations": {"n_levels": 2, "n_steps": 3, "permutation": "reverse"},
+    "volumes": {"n_levels": 1, "n_steps": 4, "image_shape": (2, 8, 8, 8)},
+    "double": {"n_levels": 2, "n_steps": 3},
+    "bfloat16": {"n_levels": 2, "n_steps": 4},
+    "small chunks": {"n_levels": 2, "n_steps": 3},
+}
+
+
+def case(name: str) -> tuple[pgf.Glow, dict[str, torch.Tensor]]:
+    """A model and a batch for it."""
+    options = {"image_shape": (3, 32, 32), "hidden": 64} | MODELS[name]
+    if name == "small chunks":
+        options["memory_budget"] = 2**18
+    if name == "bfloat16":
+        options["precision"] = "bf16"
+    model = pgf.Glow(**options)
+    n = 1 if name == "one image" else 4
+    inputs = {"x": torch.rand(n, *options["image_shape"]) - 0.5}
+    if "cond_channels" in options:
+        inputs["cond"] = torch.randn(n, 3, *options["image_shape"][1:])
+    if name == "double":
+        model, inputs = model.double(), {"x": inputs["x"].double()}
+    if "n_classes" in options:
+        inputs["y"] = torch.zeros(n, dtype=torch.int64)
+    model.initialize(**{key: value for key, value in inputs.items() if key != "y"})
+    return model, inputs
+
+
+def measured(model: pgf.Glow, inputs: dict[str, torch.Tensor]) -> int:
+    """The most that torch's allocator gives out in a training step, the second one of these shapes."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    (-model.log_prob(**inputs)).mean().backward()
+    gc.collect()
+    with AllocatorTrace() as trace:
+        (-model.log_prob(**inputs)).mean().backward()
+    return trace.peak_without()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plans_say_what_is_taken(name: str) -> None:
+    """With the least bytes, with twice as many and with enough to store all, to 10 %."""
+    model, inputs = case(name)
+    model.memory = 1
+    least = least_bytes(lambda: model.log_prob(**inputs))
+    for bytes_given in (least, 2 * least, 2**40):
+        model.memory = bytes_given
+        found = measured(model, inputs)
+        report = model.memory_report()
+        planned = report[0]["predicted_bytes"]
+        assert found <= planned <= bytes_given
+        assert planned <= 1.1 * found, f"planned {planned}, measured {found}"
+        assert len({each["predicted_bytes"] for each in report}) == 1
+        for each in report:
+            assert each["inverted"] + each["checkpointed"] + each["stored"] == each["steps"]
+        plan = model.memory_plan(len(inputs["x"]))
+        assert plan is not None
+        assert (plan.peak, plan.time) == (planned, report[0]["predicted_time"])
+    assert plan.time == 1
+    assert all(each["stored"] == each["steps"] for each in report)
+
+
+def test_the_state_of_a_model_is_not_touched() -> None:
+    """By a plan, which runs a copy: gradients, drift control, random numbers and hooks are what they were."""
+    model, _ = case("deep")
+    called: list[object] = []
+    model.levels[0].register_forward_hook(lambda *_: called.append(1))
+    state, before = torch.get_rng_state(), [sequence["spacing"] for sequence in model.memory_report()]
+    model.memory = "1GB"
+    plan = model.memory_plan(4)
+    assert plan is not None
+    assert plan.peak > 0
+    assert not called
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [sequence["spacing"] for sequence in model.memory_report()] == before
+
+
+def test_saved_tensors_of_the_caller_s() -> None:
+    """Hooks on saved tensors see those that hold values alone."""
+    model, inputs = case("deep")
+    model.memory = "1GB"
+    with torch.autograd.graph.save_on_cpu():
+        model.log_prob(**inputs).mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Shifting(pgf.FlowStep):
+    def forward(self, x: torch.Tensor, cond: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(x, cond)
+
+
+def own_net(channels_in: int, channels_out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels_in, 8, 3, padding=1), nn.Softplus(), nn.Conv2d(8, channels_out, 1))
+
+
+def hooked() -> pgf.ReversibleSequence:
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 8) for _ in range(2)])
+    sequence[0].register_forward_hook(lambda *_: None)
+    return sequence
+
+
+UNKNOWN = {
+    "net": lambda: pgf.Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=2, net=own_net),
+    "hooks": hooked,
+    "subclass": lambda: pgf.ReversibleSequence([Shifting(4, 8)]),
+    "layers": lambda: pgf.ReversibleSequence([pgf.ActNorm(4), pgf.InvConv(4)]),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_steps_that_take_modes_alone(name: str) -> None:
+    """What no compiled run computes is refused in bytes, with what to give instead."""
+    flow, x = UNKNOWN[name](), torch.randn(2, 3 if name == "net" else 4, 8, 8).clamp(-0.5, 0.5)
+    flow(x)
+    flow.memory = "1GB"
+    with pytest.raises(ValueError, match=r'^memory: expected a mode such as "reversible".*, found 1 GB'):
+        flow(x)
+    flow.memory = "reversible"
+    flow(x)[1].sum().backward()
