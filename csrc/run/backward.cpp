@@ -1,6 +1,5 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/pixel_unshuffle.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -116,8 +115,8 @@ class Walk {
     for (std::size_t i = 0; i < nets_.size(); ++i)
       if (!args_.wants[i]) nets_[i] = Tensor();
     if (args_.wants_cond) found.cond = cond_.result();
-    found.matrices = at::stack(matrices_);
-    found.offsets = at::stack(offsets_);
+    found.matrices = stacked(matrices_);
+    found.offsets = stacked(offsets_);
     found.log_dets = (args_.grad_log_det.sum() * positions_of(args_.grad_z)).expand({part_.size()});
     found.nets = std::move(nets_);
     found.start = start_;
@@ -164,7 +163,7 @@ class Walk {
       drifts.push_back(drift);
     }
     start_ = y;
-    found.worst = at::stack(drifts).amax();
+    found.worst = stacked(drifts).amax();
     if (args_.judged == Judged::later) return grad;
     found.drift = read(found.worst);
     if (found.drift <= args_.limit) return grad;
@@ -213,9 +212,9 @@ class Walk {
                       inverse_.indices ? Optional(inverse_.indices->narrow(0, from, count)) : std::nullopt,
                       inverse_.offsets.narrow(0, from, count)};
       const Tensor expected = projections_before(args_.kept.seen.narrow(0, from, count), map, part_.signs);
-      errors.push_back(projected_drift(at::stack(projections), at::stack(all_norms), expected));
+      errors.push_back(projected_drift(stacked(projections), stacked(all_norms), expected));
     }
-    return errors.size() == 1 ? errors[0] : at::stack(errors).amax();
+    return errors.size() == 1 ? errors[0] : stacked(errors).amax();
   }
 
   // Step k's input from its output, and the gradient of it, which uses the true input where that is known. One run of

@@ -52,6 +52,13 @@ Tensor no_drift(const Tensor& like) { return nothing(like, {}); }
 
 }  // namespace
 
+Tensor stacked(const Tensors& parts) {
+  if (!parts[0].is_meta()) return at::stack(parts);
+  std::vector<int64_t> sizes = parts[0].sizes().vec();
+  sizes.insert(sizes.begin(), static_cast<int64_t>(parts.size()));
+  return nothing(parts[0], sizes);
+}
+
 // Block by block: the rounding of one long sum grows with the root of its length, and would be taken for drift.
 Tensor project(const Tensor& x, const Signs& signs) {
   const int64_t length = signs.inner.size(0), blocks = signs.outer.size(0);

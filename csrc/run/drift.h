@@ -14,6 +14,9 @@ struct Signs {
   bool rounds;                        // torch's settings let products round float32: then they are summed
 };
 
+// As at::stack, for which torch asks Python in a dry run.
+Tensor stacked(const Tensors& parts);
+
 Tensor project(const Tensor& x, const Signs& signs);  // (N, C)
 Tensor sketch(const Tensor& x, const Signs& signs);   // (N, C, S)
 Tensor norms(const Tensor& x);                        // (N, C)

@@ -1,5 +1,4 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/stack.h>
 
 #include "run/steps.h"
 
@@ -92,7 +91,7 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
     log_det = k > 0 ? log_det.add_(step_log_det) : step_log_det;
   }
   log_det.add_(maps_in.log_dets.sum(), positions_of(u));
-  if (inverts) kept.seen = at::stack(seen);
+  if (inverts) kept.seen = stacked(seen);
   found.z = u;
   found.log_det = log_det;
   return found;

@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "bindings/coupling_kind.h"
 #include "bindings/device.h"
 #include "bindings/dry.h"
 #include "run/steps.h"
@@ -39,44 +40,70 @@ struct Folded {
   bool rounds;
 };
 
-// Pointers to the tensors of a parameter, which are held for as long as they are read.
+// Pointers to the tensors of each parameter, which are held for as long as they are read. They lie in a tensor, as all
+// that a kernel reads.
 template <class T>
-class Pointers {
+class OnCpu {
  public:
-  explicit Pointers(at::TensorList tensors) {
-    for (const Tensor& tensor : tensors) {
-      held_.push_back(tensor.contiguous());
-      data_.push_back(held_.back().const_data_ptr<T>());
-    }
+  explicit OnCpu(const Factors& of)
+      : count_(static_cast<int64_t>(of.lower.size())),
+        channels_(of.lower[0].size(0)),
+        table_(at::empty({7, count_}, at::kLong)) {
+    put<int64_t>(0, of.permutation);
+    put<T>(1, of.lower);
+    put<T>(2, of.upper);
+    put<T>(3, of.log_diag);
+    put<T>(4, of.sign_diag);
+    put<T>(5, of.log_scale);
+    put<T>(6, of.bias);
   }
-  const T* const* data() const { return data_.data(); }
+  pyglow::Factors<T> factors() const {
+    return {row<int64_t>(0), row<T>(1), row<T>(2), row<T>(3), row<T>(4), row<T>(5), row<T>(6), count_, channels_};
+  }
 
  private:
-  Tensors held_;
-  std::vector<const T*> data_;
-};
-
-template <class T>
-struct OnCpu {
-  Pointers<int64_t> permutation;
-  Pointers<T> lower, upper, log_diag, sign_diag, log_scale, bias;
-  int64_t count, channels;
-
-  explicit OnCpu(const Factors& of)
-      : permutation(of.permutation),
-        lower(of.lower),
-        upper(of.upper),
-        log_diag(of.log_diag),
-        sign_diag(of.sign_diag),
-        log_scale(of.log_scale),
-        bias(of.bias),
-        count(static_cast<int64_t>(of.lower.size())),
-        channels(of.lower[0].size(0)) {}
-  pyglow::Factors<T> factors() const {
-    return {permutation.data(), lower.data(), upper.data(), log_diag.data(), sign_diag.data(),
-            log_scale.data(),   bias.data(),  count,        channels};
+  template <class U>
+  void put(int64_t row, at::TensorList tensors) {
+    int64_t* const to = table_.mutable_data_ptr<int64_t>() + row * count_;
+    for (int64_t k = 0; k < count_; ++k) {
+      held_.push_back(tensors[k].contiguous());
+      to[k] = reinterpret_cast<int64_t>(held_.back().const_data_ptr<U>());
+    }
   }
+  template <class U>
+  const U* const* row(int64_t i) const {
+    return reinterpret_cast<const U* const*>(table_.const_data_ptr<int64_t>() + i * count_);
+  }
+
+  int64_t count_, channels_;
+  Tensor table_;
+  Tensors held_;
 };
+
+// Shapes, dtypes and devices; on the CPU that the permutations name rows.
+void check(const Factors& of) {
+  const Tensor& like = of.lower[0];
+  bindings::check_state("lower", like);
+  const int64_t channels = like.size(0);
+  for (std::size_t k = 0; k < of.lower.size(); ++k) {
+    for (const auto& [name, one] : {std::pair("lower", of.lower[k]), std::pair("upper", of.upper[k])})
+      bindings::check_matrix(name, one, "lower", like, channels);
+    for (const auto& [name, one] : {std::pair("log_diag", of.log_diag[k]), std::pair("sign_diag", of.sign_diag[k]),
+                                    std::pair("log_scale", of.log_scale[k]), std::pair("bias", of.bias[k])})
+      bindings::check_vector(name, one, "lower", like, channels);
+    const Tensor& rows = of.permutation[k];
+    bindings::check_shape("permutation", rows, {channels});
+    TORCH_CHECK_VALUE(rows.scalar_type() == at::kLong && rows.device() == like.device(),
+                      "permutation: expected int64 on ", like.device(), ", found ", rows.scalar_type(), " on ",
+                      rows.device());
+    if (!rows.is_cpu()) continue;
+    const Tensor held = rows.contiguous();
+    for (int64_t i = 0; i < channels; ++i)
+      TORCH_CHECK_VALUE(held.const_data_ptr<int64_t>()[i] >= 0 && held.const_data_ptr<int64_t>()[i] < channels,
+                        "permutation: expected rows from 0 to ", channels - 1, ", found ",
+                        held.const_data_ptr<int64_t>()[i]);
+  }
+}
 
 Maps fold_on_cpu(const Factors& of) {
   const Tensor& like = of.lower[0];
@@ -85,8 +112,8 @@ Maps fold_on_cpu(const Factors& of) {
   Tensor offsets = at::empty({count, channels}, like.options()), log_dets = at::empty({count}, like.options());
   bindings::with_dtype(like, [&](auto zero) {
     using T = decltype(zero);
-    const OnCpu<T> own(of);
     if (!like.is_cpu()) return;
+    const OnCpu<T> own(of);
     cpu::fold(FoldArgs<T>{own.factors(), matrices.mutable_data_ptr<T>(), offsets.mutable_data_ptr<T>(),
                           log_dets.mutable_data_ptr<T>()},
               bindings::torch_threads());
@@ -103,8 +130,8 @@ std::array<Tensor, 5> fold_backward_on_cpu(const Factors& of, const Tensor& grad
                               at::empty_like(matrices), at::empty_like(offsets)};
   bindings::with_dtype(matrices, [&](auto zero) {
     using T = decltype(zero);
-    const OnCpu<T> own(of);
     if (!matrices.is_cpu()) return;
+    const OnCpu<T> own(of);
     const auto out = [&](std::size_t i) { return found[i].mutable_data_ptr<T>(); };
     cpu::fold_backward(FoldBackwardArgs<T>{own.factors(), matrices.const_data_ptr<T>(), offsets.const_data_ptr<T>(),
                                            log_dets.const_data_ptr<T>(), out(2), out(3), out(4), out(0), out(1)},
@@ -122,6 +149,7 @@ bool is_for_cpu(const Factors& of) {
 
 Maps fold(const Factors& factors) {
   const Plain plain;
+  check(factors);
   if (is_for_cpu(factors)) return fold_on_cpu(factors);
   const Folded folded(factors);
   const Tensor offsets = folded.product(folded.matrix, folded.bias.unsqueeze(-1)).squeeze(-1);

@@ -25,6 +25,8 @@ from pyglow_fast.reversible.planner import Bytes, MemoryPlan, NetSize, RunPlan, 
 from pyglow_fast.reversible.setting import memory_text
 
 REMEMBERED = 16  # plans
+BLOCK, LEAST_BLOCKED = 16, 20480  # channels that torch's convolutions lay out together; input numbers of one image
+OF_A_LOSS = 1024  # bytes that the caller may need to make a number of the outputs
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -37,6 +39,35 @@ def check_runs(runs: bool, budget: str | int) -> None:
     expected = 'a mode such as "reversible" where the compiled run does not compute all steps'
     expected += " (nets of your own or with a border, hooks, other modules, masks, no extension)"
     expect(runs, "memory", expected, memory_text(budget))
+
+
+class _Scratch:
+    """What torch's convolutions take besides on a CPU, held while one runs in a dry run, as those of priors do.
+
+    In float32 that is operands laid out in blocks of 16 channels, else (and of a small image) what each tap reads.
+    """
+
+    def __init__(self, conv: nn.modules.conv._ConvNd) -> None:
+        self._conv, self._size, self._held = conv, 0, torch.empty(0)
+        conv.register_forward_pre_hook(lambda _, inputs: self._measure(inputs[0]))
+        conv.register_forward_hook(lambda *_: self._drop())
+        conv.register_full_backward_pre_hook(lambda *_: self._take())
+        conv.register_full_backward_hook(lambda *_: self._drop())
+
+    def _measure(self, x: Tensor) -> None:
+        taps = self._conv.weight[0, 0].numel()
+        positions, widths = x.numel() // x.shape[1], (self._conv.in_channels, self._conv.out_channels)
+        into, out = (-(-width // BLOCK) * BLOCK for width in widths)
+        blocked = ((into + out) * positions + into * out * taps) * x.element_size()
+        small = x.shape[0] == 1 and x.numel() <= LEAST_BLOCKED
+        self._size = x.nbytes * taps if small or x.dtype != torch.float32 else blocked
+        self._take()
+
+    def _take(self) -> None:
+        self._held = torch.empty(self._size, dtype=torch.uint8, device="meta")
+
+    def _drop(self) -> None:
+        self._held = torch.empty(0)
 
 
 class DryStep(Generic[M]):
@@ -70,10 +101,13 @@ class DryStep(Generic[M]):
             self._twin = twin_of(model)
             known: dict[int, Tensor] = {id(x): without_values(x) for x in inputs if x is not None}
             self._inputs = [None if x is None else known[id(x)] for x in inputs]
+        self._runs, self._spacings = runs(self._twin), spacings
+        own = {part for run in self._runs for part in run.modules()}
         for module in self._twin.modules():
             if isinstance(module, ActNorm):
                 module._known_initialized = True  # or a forward in training would look at values
-        self._runs, self._spacings = runs(self._twin), spacings
+            if isinstance(module, nn.modules.conv._ConvNd) and module not in own and like.device.type == "cpu":
+                _Scratch(module)
         self._marks: list[int] = []  # bytes before and behind the forward of each run
         for run in self._runs:
             run.control.deferred = False
@@ -98,7 +132,7 @@ class DryStep(Generic[M]):
         with self._dry as dry, torch.enable_grad():
             outputs = [out for out in self._forward(self._twin, plans, self._inputs) if out.requires_grad]
             torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
-            most, noted = dry.most, dry.noted
+            most, noted = dry.most + OF_A_LOSS, dry.noted
         for x in self._inputs:
             if x is not None:
                 x.grad = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
@@ -168,8 +169,9 @@ class _Search:
     A plan is a number of moves of each run to each mode, made in an order: from those of the most time for a byte on.
     """
 
-    def __init__(self, step: Rehearsal, net_budget: str | int) -> None:
+    def __init__(self, step: Rehearsal, net_budget: str | int, first: _Search | None) -> None:
         self._step, self.net_budget, self.runs = step, net_budget, step.times(net_budget)
+        self._first = first or self  # of the same runs, which keep as much with other chunks
         self.inverted, self.checkpointed, self.stored = (
             [(run.last * inverts, run.last * recomputes) for run in self.runs]
             for inverts, recomputes in ((True, True), (False, True), (False, False))
@@ -198,13 +200,14 @@ class _Search:
             found = min([found, *others], key=lambda splits: self.bytes_of(splits).most)
         return found
 
+    @cached_property
+    def _kept(self) -> list[Sequence[int]]:
+        """The bytes that each run keeps if all is stored, checkpointed and inverted."""
+        return [self.bytes_of(splits).kept for splits in (self.stored, self.checkpointed, self.inverted)]
+
     def _moves(self, start: Sequence[Split]) -> list[_Moves]:
         """Of each run by what all moves to a mode save and keep together: its steps are alike, nearly."""
-        kept = {
-            split: self.bytes_of(splits).kept
-            for split, splits in ((2, self.inverted), (1, self.checkpointed), (0, self.stored))
-        }
-        found = []
+        kept, found = self._first._kept, []
         for index, run in enumerate(self.runs):
             before = start[index]
             for split, stores in ((self.checkpointed[index], False), (self.stored[index], True)):
@@ -278,7 +281,7 @@ def plan_memory(step: Rehearsal, budget: int, net_budget: str | int = "auto", de
     searches: list[_Search] = []  # of budgets of the nets that differ, the largest first
     found: list[tuple[float, _Search, list[Split]]] = []
     for own in _net_budgets(net_budget, device_type):
-        search = _Search(step, own)
+        search = _Search(step, own, searches[0] if searches else None)
         if not searches and search.bytes_of(search.stored).most <= budget:
             return MemoryPlan(((0, 0),) * len(search.runs), own, search.bytes_of(search.stored).most, 1.0)
         if searches and search.as_inverted == searches[-1].as_inverted:

@@ -87,7 +87,7 @@ def test_the_state_of_a_model_is_not_touched() -> None:
     model, _ = case("deep")
     called: list[object] = []
     model.levels[0].register_forward_hook(lambda *_: called.append(1))
-    state, before = torch.get_rng_state(), [sequence["spacing"] for sequence in model.memory_report()]
+    state, before = torch.get_rng_state(), [sequence["anchor_every"] for sequence in model.memory_report()]
     model.memory = "1GB"
     plan = model.memory_plan(4)
     assert plan is not None
@@ -95,7 +95,7 @@ def test_the_state_of_a_model_is_not_touched() -> None:
     assert not called
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert [sequence["spacing"] for sequence in model.memory_report()] == before
+    assert [sequence["anchor_every"] for sequence in model.memory_report()] == before
 
 
 def test_saved_tensors_of_the_caller_s() -> None:

@@ -305,3 +305,20 @@ def test_a_run_whose_forms_are_many_keeps_few(monkeypatch: pytest.MonkeyPatch) -
     for size in range(1, 9):
         sequence(torch.randn(1, 6, size, size, dtype=torch.float64))
     assert len(described._forms) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lower", torch.zeros(6, 5), r"lower: expected shape \[6, 6\], found \[6, 5\]"),
+        ("log_diag", torch.zeros(5), r"log_diag: expected shape \[6\], found \[5\]"),
+        ("permutation", torch.tensor([0, 1, 2, 3, 4, 6]), "permutation: expected rows from 0 to 5, found 6"),
+        ("permutation", torch.tensor([0, 1, -1, 3, 4, 5]), "permutation: expected rows from 0 to 5, found -1"),
+    ],
+)
+def test_factors_of_another_shape_are_refused(name: str, value: Tensor, said: str) -> None:
+    """What someone has put into a layer is never read beyond its end."""
+    sequence, x, _ = steps()
+    getattr(sequence[1].permutation, name).data = value.to(getattr(sequence[1].permutation, name).dtype)
+    with pytest.raises(ValueError, match=said):
+        sequence(x)
