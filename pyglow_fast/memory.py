@@ -1,4 +1,4 @@
-"""Memory of the CPU that the kernels have used and that waits for another use; see docs/memory.md."""
+"""Memory of the CPU that the kernels have used and that waits for another use; see docs/speed.md."""
 
 from __future__ import annotations
 

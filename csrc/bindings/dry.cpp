@@ -1,6 +1,8 @@
 #include "bindings/dry.h"
 
+#include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <atomic>
 #include <cstdint>
@@ -81,7 +83,19 @@ class DryRun {
 
 bool stands_for_gpu() { return counting && counting->on_gpu; }
 
+at::Tensor convolution_scratch(const at::Tensor& x, int64_t outputs, int64_t taps) {
+  constexpr int64_t block = 16, least_blocked = 20480;
+  if (stands_for_gpu()) return {};
+  const int64_t inputs = x.size(1), positions = inputs > 0 ? x.numel() / inputs : 0;
+  const auto blocked = [](int64_t channels) { return (channels + block - 1) / block * block; };
+  int64_t count = (blocked(inputs) + blocked(outputs)) * positions + blocked(inputs) * blocked(outputs) * taps;
+  if (x.scalar_type() == at::kDouble || (x.size(0) == 1 && x.numel() <= least_blocked)) count = x.numel() * taps;
+  return at::empty({count}, x.options());
+}
+
 void define_dry(py::module& m) {
+  m.def("convolution_scratch", &convolution_scratch, "What torch's convolution takes besides on a CPU, in a dry run.",
+        py::arg("x"), py::arg("outputs"), py::arg("taps"));
   py::class_<DryRun>(m, "DryRun", "Counts tensors on \"meta\" that this thread makes while it is entered.")
       .def(py::init<bool>(), py::arg("on_gpu"))
       .def("enter", &DryRun::enter, "Begin to count.")

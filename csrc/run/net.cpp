@@ -25,6 +25,7 @@
 #include <set>
 #include <string>
 
+#include "bindings/dry.h"
 #include "bindings/ops.h"
 #include "math/kinds.h"
 
@@ -125,9 +126,14 @@ struct Window {
   }
 };
 
+Tensor scratch_of(const Tensor& h, const Tensor& weight) {
+  return bindings::convolution_scratch(h, weight.size(0), weight.numel() / (weight.size(0) * weight.size(1)));
+}
+
 // What the library's convolutions give; of a dry run's tensors, for which torch asks Python, memory alone.
 Tensor convolution(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window) {
   if (h.is_meta()) {
+    const Tensor scratch = scratch_of(h, weight);
     std::vector<int64_t> shape = h.sizes().vec();
     shape[1] = weight.size(0);
     return at::empty(shape, h.options(), h.suggest_memory_format());
@@ -139,6 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
                                                         const Window& window, const std::array<bool, 3>& mask) {
   const std::vector<int64_t> bias_sizes{weight.size(0)};
   if (h.is_meta()) {
+    const Tensor scratch = scratch_of(h, weight);
     const auto given = [](bool wanted, const Tensor& like) { return wanted ? at::empty_like(like) : Tensor(); };
     return {given(mask[0], h), given(mask[1], weight), mask[2] ? grad.new_empty(bias_sizes) : Tensor()};
   }

@@ -40,7 +40,7 @@ PARTS: dict[str, Place] = {
     "presets": Place("left", 5, "settings under a name"),
     "layers": Place("spine", 6, "actnorm, 1x1 convolution, coupling, FlowStep"),
     "likelihood": Place("left", 6, "from pixels to bits/dim"),
-    "reversible": Place("spine", 7, "backward of many steps, states recomputed"),
+    "reversible": Place("spine", 7, "many steps as one autograd function, drift"),
     "coupling_nets": Place("spine", 8, "one net, run in chunks within its bytes"),
     "functional": Place("spine", 9, "every operation as a checked function"),
     "info": Place("left", 9, "what was built and is used"),
@@ -54,7 +54,8 @@ PARTS: dict[str, Place] = {
 
 # Folders of csrc, and core.h.
 NATIVE: dict[str, Place] = {
-    "bindings": Place("spine", 14, "checks arguments; alone sees torch"),
+    "bindings": Place("spine", 14, "each operation: checks arguments, allocates"),
+    "run": Place("far", 14, "loops over K steps"),
     "cpu/net": Place("spine", 15, "coupling nets as matrix products"),
     "cuda": Place("right", 15, "grids, tiles"),
     "cpu": Place("spine", 16, "loops, tiles, threads"),
@@ -140,6 +141,8 @@ ARROWS: dict[tuple[str, str], tuple[Point, ...]] = {
     ("memory", "_backend"): (_left("memory"), _right("_backend")),
 }
 NATIVE_ARROWS: dict[tuple[str, str], tuple[Point, ...]] = {
+    ("bindings", "run"): (_right("bindings", -14), _left("run", -14)),
+    ("run", "bindings"): (_left("run", -6), _right("bindings", -6)),
     ("bindings", "core.h"): _across(_left("bindings", 8), GUTTER, _left("core.h")),
     ("cpu/net", "cpu"): _down("cpu/net", "cpu"),
     ("cpu", "core.h"): _down("cpu", "core.h"),
@@ -149,7 +152,7 @@ NATIVE_ARROWS: dict[tuple[str, str], tuple[Point, ...]] = {
 CALLS: tuple[tuple[Point, ...], ...] = (  # at run time, without an import
     _down("_backend", "bindings"),
     _down("bindings", "cpu/net"),
-    (_right("bindings"), (_top("cuda")[0], _middle(14)), _top("cuda")),
+    (_right("bindings", 6), (_top("cuda")[0], _middle(14) + 6), _top("cuda")),
     _across(_left("bindings", -8), INNER, _left("cpu")),
 )
 
@@ -198,7 +201,7 @@ def _whole_step(figure: Figure, top: int) -> None:
     for index, (left, name) in enumerate(zip(lefts, names, strict=True)):
         last = index == len(lefts) - 1
         figure.titled(left, forward, 150, 56, name, ["squeeze, K steps"], COMPUTED, 11)
-        figure.titled(left, kept, 150, 54, "kept", ["input and output,", "anchors, (N, C) sums"], KEPT, 11)
+        figure.titled(left, kept, 150, 54, "kept", ["input and output,", "anchors, projections"], KEPT, 11)
         figure.titled(left, back, 150, 54, f"{name}, back", ["states recomputed,", "nets run again"], AGAIN, 11)
         figure.box(left + 20, density, 130, 30, COMPUTED)
         words = "log p(z_L)" if last else "half leaves, prior"
@@ -252,11 +255,11 @@ def _one_step(figure: Figure, top: int) -> None:
     figure.text(345, row - 21, "u1, u2 pass by", 12, "soft")
     kept = row + 90
     figure.titled(24, kept, 170, 56, "anchor", ["x_k itself, at every", "m-th step only"], KEPT, 11)
-    figure.titled(210, kept, 194, 56, "witness", ["sums of u with random", "signs, (N, C)"], KEPT, 11)
+    figure.titled(210, kept, 194, 56, "projection", ["sum of u with random", "signs, (N, C)"], KEPT, 11)
     figure.titled(
-        420, kept, 200, 56, "nothing of the net", ["but how to repeat its random", "numbers and autocast"], "grey", 11
+        420, kept, 200, 56, "nothing of the net", ["but of one of your own how", "to repeat random numbers"], "grey", 11
     )
-    figure.titled(636, kept, 204, 56, "sketch", ["four such sums, where one", "part of the steps ends"], KEPT, 11)
+    figure.titled(636, kept, 204, 56, "sketch", ["four such sums, where two", "parts of a run meet"], KEPT, 11)
     figure.arrow((66, row + 56), (66, kept))
     figure.arrow((300, row + 56), (300, kept))
     back = kept + 98
@@ -274,7 +277,7 @@ def _one_step(figure: Figure, top: int) -> None:
     judge = back + 108
     verdict = (
         "at each anchor, on a GPU once a level: are the x_k",
-        "what witnesses, sketch and anchor say, up to the",
+        "what projection, sketch or anchor says, up to the",
         "tolerance? if so, on with the steps before",
     )
     figure.titled(24, judge, 380, 68, "judge", verdict, "red", 11)
@@ -293,15 +296,13 @@ def _budget(figure: Figure, top: int) -> None:
     """Draw where a budget of bytes acts."""
     figure.text(24, top, "C. Where bytes that are given act", 15, bold=True)
     names = {
-        "green": "inverted: keeps (N, C) sums",
+        "green": "inverted: keeps (N, C) numbers",
         "yellow": "its state is kept, its net run again",
         "blue": "all of it is stored",
     }
     plan = ("gggggggg", "gggggyyb", "bbbbbbbb")
     colours = {colour[0]: colour for colour in names}
-    figure.text(
-        24, top + 26, 'memory="4GB": of all steps together, a plan from shapes says what each keeps', 12, "soft"
-    )
+    figure.text(24, top + 26, 'memory="4GB": a plan for all steps, whose bytes are counted in dry runs', 12, "soft")
     for level, cells in enumerate(plan):
         y = top + 44 + 30 * level
         figure.text(24, y + 16, ("level 1", "level 2", "level 3")[level], 12)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import ops
-from pyglow_fast._dry import DryRun, twin_of, without_values
+from pyglow_fast._backend import require
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
@@ -21,12 +21,12 @@ from pyglow_fast.layers.flow_step import FlowStep, couplings_of
 from pyglow_fast.reference import autocast_is_on, n_positions
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.drift import DriftRecord
+from pyglow_fast.reversible.dry_run import DryRun, twin_of, without_values
 from pyglow_fast.reversible.planner import Bytes, MemoryPlan, NetSize, RunPlan, RunTimes, Split, plan_memory
 from pyglow_fast.reversible.setting import memory_text
 
 REMEMBERED = 16  # plans
-BLOCK, LEAST_BLOCKED = 16, 20480  # channels that torch's convolutions lay out together; input numbers of one image
-OF_A_LOSS = 1024  # bytes that the caller may need to make a number of the outputs
+BESIDE = 4096  # bytes of tables of pointers, and of the number that the caller makes of the outputs
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -42,32 +42,21 @@ def check_runs(runs: bool, budget: str | int) -> None:
 
 
 class _Scratch:
-    """What torch's convolutions take besides on a CPU, held while one runs in a dry run, as those of priors do.
-
-    In float32 that is operands laid out in blocks of 16 channels, else (and of a small image) what each tap reads.
-    """
+    """Holds what a convolution of torch's takes besides, while it runs in a dry run, as those of priors do."""
 
     def __init__(self, conv: nn.modules.conv._ConvNd) -> None:
-        self._conv, self._size, self._held = conv, 0, torch.empty(0)
-        conv.register_forward_pre_hook(lambda _, inputs: self._measure(inputs[0]))
+        self._conv, self._held = conv, None
+        conv.register_forward_pre_hook(lambda _, inputs: self._take(inputs[0]))
         conv.register_forward_hook(lambda *_: self._drop())
-        conv.register_full_backward_pre_hook(lambda *_: self._take())
+        conv.register_full_backward_pre_hook(lambda *_: self._take(self._like))
         conv.register_full_backward_hook(lambda *_: self._drop())
 
-    def _measure(self, x: Tensor) -> None:
-        taps = self._conv.weight[0, 0].numel()
-        positions, widths = x.numel() // x.shape[1], (self._conv.in_channels, self._conv.out_channels)
-        into, out = (-(-width // BLOCK) * BLOCK for width in widths)
-        blocked = ((into + out) * positions + into * out * taps) * x.element_size()
-        small = x.shape[0] == 1 and x.numel() <= LEAST_BLOCKED
-        self._size = x.nbytes * taps if small or x.dtype != torch.float32 else blocked
-        self._take()
-
-    def _take(self) -> None:
-        self._held = torch.empty(self._size, dtype=torch.uint8, device="meta")
+    def _take(self, x: Tensor) -> None:
+        self._like = x.new_empty(()).expand(x.shape)
+        self._held = require().convolution_scratch(x, self._conv.out_channels, self._conv.weight[0, 0].numel())
 
     def _drop(self) -> None:
-        self._held = torch.empty(0)
+        self._held = None
 
 
 class DryStep(Generic[M]):
@@ -106,7 +95,7 @@ class DryStep(Generic[M]):
         for module in self._twin.modules():
             if isinstance(module, ActNorm):
                 module._known_initialized = True  # or a forward in training would look at values
-            if isinstance(module, nn.modules.conv._ConvNd) and module not in own and like.device.type == "cpu":
+            if isinstance(module, nn.modules.conv._ConvNd) and module not in own:
                 _Scratch(module)
         self._marks: list[int] = []  # bytes before and behind the forward of each run
         for run in self._runs:
@@ -132,7 +121,7 @@ class DryStep(Generic[M]):
         with self._dry as dry, torch.enable_grad():
             outputs = [out for out in self._forward(self._twin, plans, self._inputs) if out.requires_grad]
             torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
-            most, noted = dry.most + OF_A_LOSS, dry.noted
+            most, noted = dry.most + BESIDE, dry.noted
         for x in self._inputs:
             if x is not None:
                 x.grad = None
@@ -177,11 +166,11 @@ def planned_spacing(control: DriftControl) -> int:
 
 
 def run_key(x: Tensor, couplings: Sequence[Coupling]) -> Hashable:
-    """What decides how nets run on a state like x, besides shapes: precisions, autocast, and which parts are known."""
+    """What decides how steps run on a state like x, besides shapes: its form, precisions, autocast and modules."""
     device_type = x.device.type
     autocast = torch.get_autocast_dtype(device_type) if autocast_is_on(device_type) else None
     nets = tuple((coupling.precision, weakref.ref(coupling.net), coupling.net.training) for coupling in couplings)
-    return x.dtype, device_type, autocast, nets
+    return x.dtype, x.is_contiguous(), device_type, autocast, nets
 
 
 class Plans:

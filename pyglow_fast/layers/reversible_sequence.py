@@ -94,7 +94,7 @@ class ReversibleSequence(FlowLayer):
     - "checkpoint": the state of every step is kept, the nets are run again. Exact.
     - "reversible": the output and a few anchors are kept, states are recomputed by inversion: one more run of the net
       a step, as in "checkpoint". What has drifted beyond the tolerance is found and redone by checkpointing, so that
-      the gradient is right in any case; the anchors' spacing adapts (see docs/memory.md).
+      the gradient is right in any case; the anchors' spacing adapts (docs/memory-derivation.md).
 
     In the last two, and always without gradients, the coupling nets of FlowSteps run in chunks of samples and rows, so
     that their activations stay within ``memory_budget``. FlowSteps are joined where they are as they come: with methods

@@ -265,11 +265,10 @@ class Glow(nn.Module):
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
-        """A context for many calls of log_prob, encode or sample without gradients, whose folded steps are kept.
+        """A context for many calls of log_prob, encode or sample without gradients, which share folded steps.
 
-        Else, so that no write to a parameter goes unnoticed, their values are compared before each call on a CPU, and
-        folded anew for each one on a GPU. Inside, a write that torch counts (an optimizer's step, loading) is noticed;
-        none may be made through ``.data`` or numpy. For deployment see :meth:`freeze`.
+        Else steps are folded anew for each call. No write to a parameter, and no change of a module, is noticed inside.
+        For deployment see :meth:`freeze`.
         """
         with contextlib.ExitStack() as stack:
             for steps in self.modules():

@@ -31,7 +31,7 @@ START_SPACING, MOST_ANCHORS = 4, 12  # anchors are 4 steps apart at first, or fa
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
 BLOCK, LEAST_BLOCK = 1024, 32  # positions that are summed in one go; all, if their number has no divisor between
-LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # the tolerance: see docs/memory.md
+LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # see docs/memory-derivation.md
 # The spacing doubles where drift is below this part of the tolerance: roundings of independent steps add up as squares,
 # so that drift over twice as many steps is 1.4 times as large (measured: 1.35 to 1.5 for each doubling from 8 to 256
 # steps), and twice as large where each step amplifies those before it.
@@ -46,7 +46,7 @@ FLOOR = 1e-6
 
 
 def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype | None = None) -> float:
-    """Choose the largest drift of a state whose gradients are as good as stored ones; see docs/memory.md.
+    """Choose the largest drift of a state whose gradients are as good as stored ones; see docs/memory-derivation.md.
 
     Args:
         state: the flow state's dtype.

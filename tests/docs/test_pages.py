@@ -13,13 +13,15 @@ import torch
 from support.glow_tts_cases import TextDecoder
 from support.pages import code, page
 
+from pyglow_fast import _backend
 from pyglow_fast.cli import app, main
 from pyglow_fast.cli.train import from_file
 
 EXAMPLE, ACCELERATE = code(page("README.md"), "python")
-PAGES = ("index", "commands", "training", "own-net", "data", "page", "switching")
+PAGES = ("index", "commands", "training", "own-net", "memory", "data", "page", "switching")
+NEEDS_KERNELS = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 EXAMPLES = [
-    pytest.param(example, id=f"{name}{i}")
+    pytest.param(example, id=f"{name}{i}", marks=[NEEDS_KERNELS] if name == "memory" else [])  # which gives bytes
     for name in PAGES
     for i, example in enumerate(code(page(f"docs/{name}.md"), "python"))
 ]

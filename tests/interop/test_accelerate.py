@@ -20,17 +20,14 @@ from support.accelerate_cases import (
     from_freia,
     from_nflows,
     from_normflows,
-    gradients,
     images,
     nflows_loss,
-    noisy,
     normflows_loss,
     prepared,
     subnet,
 )
 from torch import Tensor, nn
 
-from bench.memory_meter import MemoryMeter
 from pyglow_fast.interop import accelerate
 
 
@@ -115,32 +112,3 @@ def test_what_is_not_joined() -> None:
     hooked.flows[0][1].register_forward_hook(lambda *args: None)
     assert accelerate(hooked, "reversible").joined == {}
     assert len(accelerate(hooked).replaced) == 0  # they are ours already
-
-
-@pytest.mark.full
-@of_each_library
-def test_within_bytes(make: Callable[[], nn.Module], loss_of: Callable[[Any, Tensor], Tensor]) -> None:
-    """With room for all of it a run stores; halfway between two modes it takes less, and its gradients are theirs."""
-    torch.manual_seed(0)
-    theirs, x = noisy(make()), images(32)
-    with torch.no_grad():
-        loss_of(theirs, x)
-    expected = gradients(theirs, loss_of(theirs, x))
-
-    def measured(memory: str | int) -> tuple[int, int]:
-        """Bytes that are kept for the backward, and that there are at most."""
-        model = copy.deepcopy(theirs)
-        accelerate(model, memory)
-        kept = saved_bytes(model, loss_of, x)
-        with MemoryMeter() as meter:
-            found = gradients(model, loss_of(model, x))
-        assert found.keys() == expected.keys()
-        for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-8, atol=1e-9)
-        return kept, meter.peak
-
-    stored, recomputed = measured("store"), measured("reversible")
-    assert measured("1GB") == pytest.approx(stored, rel=1e-2)
-    kept, peak = measured((stored[1] + recomputed[1]) // 2)
-    assert recomputed[0] < kept < stored[0]
-    assert recomputed[1] < peak < stored[1]

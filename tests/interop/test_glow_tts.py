@@ -59,7 +59,7 @@ def batch(dtype: torch.dtype = torch.float64, cond: int = 0) -> tuple[Tensor, Te
 
 @pytest.mark.full
 @pairs(
-    pytest.mark.parametrize("memory", [*MODES, "1GB"]),
+    pytest.mark.parametrize("memory", MODES),
     pytest.mark.parametrize("norm", NORMS),
     pytest.mark.parametrize("sigmoid_scale", [False, True]),
     pytest.mark.parametrize("cond", [0, 3]),

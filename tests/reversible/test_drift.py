@@ -213,7 +213,7 @@ def test_a_sketch_is_on_signs_of_its_own(positions: int) -> None:
 
 
 class TestTolerance:
-    """By depth and by what the nets compute in, as docs/memory.md derives it."""
+    """By depth and by what the nets compute in, as docs/memory-derivation.md derives it."""
 
     @pytest.mark.parametrize(
         ("dtype", "n_steps", "lowest", "expected"),

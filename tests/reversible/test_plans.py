@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gradients import least_bytes
+from support.gradients import PLANS, least_bytes
 from torch import nn
 
 import pyglow_fast as pgf
@@ -21,7 +21,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "classes": {"n_levels": 2, "n_steps": 3, "n_classes": 5},
     "actnorms in nets": {"n_levels": 2, "n_steps": 3, "net_actnorm": True},
     "permutations": {"n_levels": 2, "n_steps": 3, "permutation": "reverse"},
-    "volumes": {"n_levels": 1, "n_steps": 4, "image_shape": (2, 8, 8, 8)},
+    "volumes": {"n_levels": 2, "n_steps": 3, "image_shape": (2, 8, 8, 8)},
+    "series": {"n_levels": 2, "n_steps": 3, "image_shape": (2, 64)},
     "double": {"n_levels": 2, "n_steps": 3},
     "bfloat16": {"n_levels": 2, "n_steps": 4},
     "small chunks": {"n_levels": 2, "n_steps": 3},
@@ -59,6 +60,10 @@ def measured(model: pgf.Glow, inputs: dict[str, torch.Tensor]) -> int:
     return trace.peak_without()
 
 
+plans = pytest.mark.skipif(not PLANS, reason="bytes are planned by the compiled run")
+
+
+@plans
 @pytest.mark.parametrize("name", MODELS)
 def test_plans_say_what_is_taken(name: str) -> None:
     """With the least bytes, with twice as many and with enough to store all, to 10 %."""
@@ -82,6 +87,28 @@ def test_plans_say_what_is_taken(name: str) -> None:
     assert all(each["stored"] == each["steps"] for each in report)
 
 
+@plans
+def test_a_run_by_itself() -> None:
+    """Its output and the gradient of that, which the caller may hold, are in the bytes."""
+    sequence, x = pgf.ReversibleSequence([pgf.FlowStep(8, 32) for _ in range(9)]), torch.randn(4, 8, 16, 16)
+    given = torch.randn_like(x), torch.randn(4)
+    sequence(x)
+    sequence.memory = 1
+    least = least_bytes(lambda: sequence(x))
+    for bytes_given in (least, 2 * least, 2**40):
+        sequence.memory = bytes_given
+        for parameter in sequence.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        torch.autograd.backward(sequence(x), given)
+        gc.collect()
+        with AllocatorTrace() as trace:
+            torch.autograd.backward(sequence(x), given)
+        found, planned = trace.peak_without() + x.nbytes, sequence.memory_report()["predicted_bytes"]
+        assert found <= planned <= bytes_given
+        assert planned <= 1.1 * found
+
+
+@plans
 def test_the_state_of_a_model_is_not_touched() -> None:
     """By a plan, which runs a copy: gradients, drift control, random numbers and hooks are what they were."""
     model, _ = case("deep")
@@ -98,6 +125,7 @@ def test_the_state_of_a_model_is_not_touched() -> None:
     assert [sequence["anchor_every"] for sequence in model.memory_report()] == before
 
 
+@plans
 def test_saved_tensors_of_the_caller_s() -> None:
     """Hooks on saved tensors see those that hold values alone."""
     model, inputs = case("deep")
