@@ -136,8 +136,8 @@ class _RunSteps(torch.autograd.Function):
                 drifted = drifted_in_this_backward(~(worst <= limit))
                 whole.deferred(part.first, worst, limit, drifted)
             else:
-                grad_x, worst = own.inverted(z, grad_z, limit)
-                whole.judged(part.first, float(worst), limit, own.redone)
+                grad_x, _ = own.inverted(z, grad_z, limit)
+                whole.judged(part.first, own.worst, limit, own.redone)
             whole.leave(part, own.start)
         of_params = [grad for grads in own.of_params for grad in grads]
         grads = (grad_x, own.of_cond.result(), *of_params, *own.of_raw())
@@ -174,6 +174,7 @@ class _Backward:
         start: the input of the first step, recomputed or true, when the part is done.
         of_params: the gradients of the parameters, by step.
         of_cond: that of the condition, summed over the steps.
+        worst: the largest drift, where the host knows it.
         redone: the number of steps that were.
     """
 
@@ -190,7 +191,7 @@ class _Backward:
         self.of_params: list[Sequence[Tensor | None]] = [()] * len(self.steps)
         self._of_maps: list[tuple[Tensor, ...]] = [()] * len(self.steps)
         self.of_cond = GradientSum()
-        self.redone = 0
+        self.worst, self.redone = 0.0, 0
 
     def inverted(self, z: Tensor, grad: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
         """Compute the gradient of the input with recomputed states, and their worst drift, a scalar tensor.
@@ -215,7 +216,9 @@ class _Backward:
                 self.of_cond.add(of_cond.result())
             z, grad = self.start, found
         drift = torch.stack(drifts).amax()
-        if limit is not None and at_the_end and not float(drift) <= limit:
+        if limit is not None:
+            self.worst = float(drift)
+        if limit is not None and at_the_end and not self.worst <= limit:
             self.of_cond, grad = GradientSum(), grad_z
             for first, end in segments:
                 grad = self._redo(first, end, grad)

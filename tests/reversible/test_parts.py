@@ -12,7 +12,8 @@ from torch import nn
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
 from pyglow_fast.reversible import DriftControl
-from pyglow_fast.reversible.parts import LEAST_PART, Whole, cut, part_limit
+from pyglow_fast.reversible.parts import LEAST_PART, Whole, part_limit
+from pyglow_fast.reversible.run import no_maps
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ from pyglow_fast.reversible.parts import LEAST_PART, Whole, cut, part_limit
     ids=str,
 )
 def test_cut(sizes: list[int], limit: int | None, expected: list[tuple[int, int]]) -> None:
-    assert cut(sizes, limit) == expected
+    assert no_maps(len(sizes)).bounds(sizes, limit, 2**20) == expected
 
 
 def test_the_limit_of_a_part() -> None:
@@ -37,7 +38,7 @@ def test_the_limit_of_a_part() -> None:
     assert part_limit(x, sizes) == part_limit(x, [1]) == LEAST_PART
     limit = part_limit(x, sizes, 10**6)
     assert limit == 8 * 10**6
-    parts = cut(sizes, limit)
+    parts = no_maps(64).bounds(sizes, limit, 2**20)
     assert max(end - first for first, end in parts) * 10**6 == limit == len(parts) * 10**6
 
 

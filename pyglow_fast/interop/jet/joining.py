@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.net_runner import NetRunner
+from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
 from pyglow_fast.coupling_nets.traits import bytes_per_position, is_altered
 from pyglow_fast.interop.jet.couplings import Adopted, OfImages, WithProjections, takes
 from pyglow_fast.interop.jet.tokens import TokenCoupling
@@ -59,6 +59,8 @@ class _Step(nn.Module):
     def __init__(self, layer: nn.Module, called: _Called, budget: str | int) -> None:
         super().__init__()
         self.layer, self.called, self.budget = layer, called, budget
+        self._nets: dict[tuple[int | bool, ...], _TokenNet] = {}  # not registered: their parameters are the layer's
+        self._plans: Plans = {}
 
     def coupling(self, x: Tensor) -> TokenCoupling | None:
         """How tokens are coupled with the projections of now."""
@@ -70,8 +72,10 @@ class _Step(nn.Module):
         """Make what runs again in the backward, on states of the shape of x."""
         found, layer = self.coupling(x), cast(Any, self.layer)
         assert found is not None  # asked before the run
-        net = _TokenNet(found.net, layer.dnn, x.shape[1:], found.by_channel)
-        return _Recomputed(NetRunner(net, 2, self.budget, {}), found)
+        key = (*x.shape[1:], found.by_channel)
+        if key not in self._nets:  # kept, since what a net does in a capture is known by what it did before
+            self._nets[key] = _TokenNet(found.net, layer.dnn, x.shape[1:], found.by_channel)
+        return _Recomputed(NetRunner(self._nets[key], 2, self.budget, self._plans), found)
 
     def _known(self, x: Tensor) -> TokenCoupling:
         """How tokens are coupled; without a record the net runs in chunks."""
