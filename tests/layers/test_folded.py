@@ -17,7 +17,7 @@ import pyglow_fast as pgf
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.reversible import run
 
-X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def steps(hidden: int = 5, **options: Any) -> pgf.ReversibleSequence:
@@ -25,7 +25,7 @@ def steps(hidden: int = 5, **options: Any) -> pgf.ReversibleSequence:
     for step in sequence:
         nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
         nn.init.normal_(step.coupling.net.log_gain, std=0.2)
-    sequence.initialize(X)
+    sequence.double().initialize(X)
     return sequence.eval()
 
 
@@ -33,8 +33,8 @@ def steps(hidden: int = 5, **options: Any) -> pgf.ReversibleSequence:
 def inference(sequence: pgf.ReversibleSequence) -> Tensor:
     z, log_det = sequence(X)
     x, inverse_log_det = sequence.inverse(z)
-    assert torch.allclose(x, X, atol=1e-4)
-    assert torch.allclose(log_det, -inverse_log_det, atol=1e-3)
+    assert torch.allclose(x, X, atol=1e-11)
+    assert torch.allclose(log_det, -inverse_log_det, atol=1e-11)
     return z
 
 
@@ -43,7 +43,7 @@ def check(sequence: pgf.ReversibleSequence) -> None:
     x = X
     for step in sequence:
         x = step(x)[0]
-    assert torch.allclose(inference(sequence), x, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(inference(sequence), x, rtol=1e-11, atol=1e-11)
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def plain_tensor(sequence: pgf.ReversibleSequence) -> None:
 
 
 def new_net(sequence: pgf.ReversibleSequence) -> None:
-    sequence[0].coupling.net = pgf.CouplingNet(2, 4, 7)
+    sequence[0].coupling.net = pgf.CouplingNet(2, 4, 7).double()
     nn.init.normal_(sequence[0].coupling.net.conv3.weight, std=0.2)
 
 
@@ -96,7 +96,7 @@ def test_a_change_is_followed(change: Callable[[pgf.ReversibleSequence], None]) 
 
 def test_another_parity_is_followed() -> None:
     sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5, mask="checkerboard", parity=k % 2) for k in range(3)])
-    sequence.initialize(X)
+    sequence.double().initialize(X)
     sequence.eval()
     check(sequence)
     sequence[1].coupling.board = Checkerboard(0)
@@ -138,7 +138,7 @@ def test_a_training_step_inside_folded_has_its_own_maps() -> None:
         x = X
         for step in sequence:
             x = step(x)[0]
-        assert torch.allclose(sequence(X)[0], x, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(sequence(X)[0], x, rtol=1e-11, atol=1e-11)
     check(sequence)
 
 
