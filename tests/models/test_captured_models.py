@@ -17,7 +17,7 @@ import pyglow_fast as pgf
 from pyglow_fast import ops
 from pyglow_fast.reversible import steps
 
-MEMORY = ("store", "checkpoint", "reversible", "200kB")
+MEMORY = ("store", "checkpoint", "reversible")
 
 
 def step(model: pgf.Glow, x: Tensor, y: Tensor | None, cond: Any) -> dict[str, Tensor]:

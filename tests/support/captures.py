@@ -37,14 +37,18 @@ def _answering(**answers: bool) -> Iterator[None]:
         yield
 
 
-def like_a_gpu() -> contextlib.AbstractContextManager[None]:
-    """A context in which code takes the CPU for a GPU: values may not be read, a graph might be captured."""
-    return _answering(can_read=False, can_capture=True, is_capturing=False)
+def like_a_gpu(records: bool = True) -> contextlib.AbstractContextManager[None]:
+    """A context in which code takes the CPU for a GPU: values may not be read, a graph might be captured.
+
+    What csrc/run computes no recording sees: where one is made (records), steps take the generic path.
+    """
+    answers = {"is_runnable": False} if records else {}
+    return _answering(can_read=False, can_capture=True, is_capturing=False, **answers)
 
 
 def capturing() -> contextlib.AbstractContextManager[None]:
     """A context in which code is told that a graph is being captured."""
-    return _answering(can_read=False, can_capture=True, is_capturing=True)
+    return _answering(can_read=False, can_capture=True, is_capturing=True, is_runnable=False)
 
 
 def _alias(value: Any) -> Any:
