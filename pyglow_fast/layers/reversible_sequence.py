@@ -60,7 +60,7 @@ def _through(behind: ChannelMap | None, z: Tensor, log_det: Tensor) -> tuple[Ten
     return z, log_det + maps_log_det([behind], z)
 
 
-class _Piece(NamedTuple):
+class _Run(NamedTuple):
     """Neighbouring steps that are computed in one way.
 
     Args:
@@ -81,7 +81,7 @@ class _Piece(NamedTuple):
 
     @property
     def flow_steps(self) -> list[FlowStep]:
-        """The steps of a fused piece."""
+        """The steps of a fused run."""
         return cast("list[FlowStep]", self.steps)
 
 
@@ -262,9 +262,9 @@ class ReversibleSequence(FlowLayer):
         states: list[Tensor] = []
         log_dets: list[Tensor] = []
         for begin, end in pairwise([0, *(k + 1 for k in at), len(steps)]):
-            for start, stop, mode in plan.pieces(begin, end):
+            for start, stop, mode in plan.runs_between(begin, end):
                 squeezes = squeeze_first and start == 0
-                x, log_det = self._run(_Piece(steps[start:stop], fused, mode, records, squeezes, plan.budget), x, cond)
+                x, log_det = self._run(_Run(steps[start:stop], fused, mode, records, squeezes, plan.budget), x, cond)
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
@@ -289,8 +289,8 @@ class ReversibleSequence(FlowLayer):
             )
         )
 
-    def _run(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z and log_det of a piece.
+    def _run(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z and log_det of a run.
 
         ======================================  ==========================  =================================
         steps                                   mode                        computed by
@@ -302,69 +302,69 @@ class ReversibleSequence(FlowLayer):
         any modules                             "store"                     :meth:`_run_modules`
         ======================================  ==========================  =================================
         """
-        recomputes = piece.mode != "store"
+        recomputes = run.mode != "store"
         if torch.compiler.is_compiling() and recomputes:
-            return call_untraced(ReversibleSequence._run, self, piece, x, cond)
-        if not piece.fused:
+            return call_untraced(ReversibleSequence._run, self, run, x, cond)
+        if not run.fused:
             path = self._run_modules_recomputing if recomputes else self._run_modules
-        elif is_runnable(x) and (found := self._run_described(piece, x, cond)) is not None:
+        elif is_runnable(x) and (found := self._run_described(run, x, cond)) is not None:
             return found
         else:
-            recomputes = recomputes and any(step.couplings for step in piece.flow_steps)
+            recomputes = recomputes and any(step.couplings for step in run.flow_steps)
             path = self._run_steps_recomputing if recomputes else self._run_steps
-        check_runs(not is_dry(x) or not couplings_of(piece.flow_steps), self.memory)
-        return path(piece, x, cond)
+        check_runs(not is_dry(x) or not couplings_of(run.flow_steps), self.memory)
+        return path(run, x, cond)
 
-    def _run_described(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def _run_described(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Joined steps by csrc/run; None where it does not compute them."""
-        steps = piece.flow_steps
+        steps = run.flow_steps
         by_step = [step.couplings for step in steps]
         couplings = [coupling for own in by_step for coupling in own]
         if not couplings:
             return None
-        found = entered(couplings, maps_of(steps, by_step), x, cond, piece.squeeze_first, piece.budget)
+        found = entered(couplings, maps_of(steps, by_step), x, cond, run.squeeze_first, run.budget)
         if found is None:
             return None
         own, x, cond, squeezes = found
         if is_dry(x):
             note(self, found)
-        if piece.records:
-            z, log_det = run_recorded(own, piece.mode, self.control, x, cond, squeezes)
+        if run.records:
+            z, log_det = run_recorded(own, run.mode, self.control, x, cond, squeezes)
         else:
             z, log_det = run_plain(own, x, cond, squeezes, self._folded.get("maps", lambda: folded_maps(own)))
         z, log_det = _through(map_behind(steps), z, log_det)
         return couplings[-1].leave(z), log_det
 
-    def _run_modules(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run_modules(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Each module is called; autograd keeps what it will."""
         total = x.new_zeros(x.shape[0])
-        for step in piece.steps:
+        for step in run.steps:
             x, step_log_det = step(x) if cond is None else step(x, cond)
             total = total + step_log_det
         return x, total
 
-    def _run_modules_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run_modules_recomputing(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Modules are called without autograd, and again in the backward."""
         steps: list[Step] = []
-        for k, module in enumerate(piece.steps):
+        for k, module in enumerate(run.steps):
             own = getattr(module, "recomputed", None)  # of couplings of interop
             steps.append(ModuleStep(module, f"steps[{k}]") if own is None else own(x))
-        return run_steps(steps, self._control(piece.mode), x, cond)
+        return run_steps(steps, self._control(run.mode), x, cond)
 
-    def _run_steps_recomputing(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run_steps_recomputing(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Joined steps, whose nets run in chunks, and again in the backward."""
-        steps, couplings = piece.flow_steps, couplings_of(piece.flow_steps)
-        x = functional.squeeze(x) if piece.squeeze_first else x
+        steps, couplings = run.flow_steps, couplings_of(run.flow_steps)
+        x = functional.squeeze(x) if run.squeeze_first else x
         x, cond = couplings[0].enter(x, cond)
         maps = maps_of(steps, [step.couplings for step in steps], is_runnable(x))
-        z, log_det = run_steps(recomputed(couplings, piece.budget), self._control(piece.mode), x, cond, maps)
+        z, log_det = run_steps(recomputed(couplings, run.budget), self._control(run.mode), x, cond, maps)
         z, log_det = _through(map_behind(steps), z, log_det)
         return couplings[-1].leave(z), log_det
 
-    def _run_steps(self, piece: _Piece, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run_steps(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Joined steps, of which autograd keeps what it will; without a record nets run in chunks."""
-        steps, budget = piece.flow_steps, None if torch.is_grad_enabled() or is_watched() else piece.budget
-        return run_couplings(couplings_of(steps), Recorded(steps), x, cond, piece.squeeze_first, budget)
+        steps, budget = run.flow_steps, None if torch.is_grad_enabled() or is_watched() else run.budget
+        return run_couplings(couplings_of(steps), Recorded(steps), x, cond, run.squeeze_first, budget)
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""

@@ -173,7 +173,7 @@ class MaskedSequence(ReversibleSequence):
             check_runs(isinstance(self.memory, str), self.memory)
             own = plan or self._plan(x, extra, False)
             log_dets = []
-            for first, end, mode in own.pieces(0, len(steps)):
+            for first, end, mode in own.runs_between(0, len(steps)):
                 some, parts = steps[first:end], couplings[first:end]
                 if mode == "store":
                     x, log_det = run_couplings(parts, Recorded(some), x, extra, masked=True)

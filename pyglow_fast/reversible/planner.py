@@ -45,7 +45,7 @@ class RunPlan(NamedTuple):
         """Plan all steps in one mode."""
         return cls(n_steps * (mode == "reversible"), n_steps * (mode != "store"), budget)
 
-    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
+    def runs_between(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
         """List (first, one past the last, mode) of consecutive steps among first .. end - 1."""
         bounds = [0, self.states_from, self.stored_from, max(end, self.stored_from)]
         for mode, (start, stop) in zip(("reversible", "checkpoint", "store"), pairwise(bounds), strict=True):
