@@ -488,7 +488,6 @@ PYGLOW_NET_KERNELS(PYGLOW_DECLARE)
 namespace pyglow::cuda {
 
 // Return values are cudaError_t as int, zero for success.
-int device_count(int* count);
 const char* error_string(int error);
 
 // Where kernels are enqueued: `stream` is a cudaStream_t of the current device. scratch gives device memory of so many

@@ -1,13 +1,11 @@
 // The Python module: what it was built from and for, and the kernels of torch's ops, registered when it is loaded.
 // Schemas and shape functions are in pyglow_fast/ops.py.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <iterator>
 #include <map>
 #include <optional>
@@ -51,26 +49,6 @@ std::map<std::string, std::string> build_info() {
       {"cuda_archs", ""},
 #endif
   };
-}
-
-// The number of threads that take part in a parallel loop of this module. One although torch has more would mean that
-// the OpenMP calls compiled in here did not find torch's runtime.
-int parallel_threads() {
-  std::atomic<int> threads{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++threads; });
-  return threads.load();
-}
-
-// The number of GPUs that the CUDA runtime linked into the module sees; an error, in words, where it finds no driver.
-int cuda_device_count() {
-#ifdef PYGLOW_WITH_CUDA
-  int count = 0;
-  const int error = cuda::device_count(&count);
-  TORCH_CHECK(error == 0, "CUDA: ", cuda::error_string(error));
-  return count;
-#else
-  TORCH_CHECK(false, "CUDA: pyglow_fast was built without its CUDA kernels (no nvcc was found, or PYGLOW_CUDA=0)");
-#endif
 }
 
 // The place of a name, which is its enumerator.
@@ -161,10 +139,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What the module was built with, as strings.");
   m.def("instruction_set", &pyglow::cpu::instruction_set,
         "The CPU kernels in use: portable, avx2, avx512, avx512_bf16 or amx.");
-  m.def("parallel_threads", &parallel_threads, "The threads that share a loop of the CPU kernels.");
   m.def("idle_bytes", &pyglow::cpu::idle_bytes, "Bytes of CPU memory that wait for another use.");
   m.def("release_idle", &pyglow::cpu::release_idle, "Return those bytes to the system.");
-  m.def("cuda_device_count", &cuda_device_count, "The GPUs that the CUDA kernels can run on.");
   m.def("elementary", &elementary, "A vector function of the CPU kernels, for tests of its error bound.");
   m.def("activation", &activation, "An activation of the CPU kernels, or its backward, for tests of its error bound.",
         pybind11::arg("name"), pybind11::arg("x"), pybind11::arg("parameter"), pybind11::arg("grad") = std::nullopt);

@@ -5,8 +5,6 @@
 
 namespace pyglow::cuda {
 
-int device_count(int* count) { return cudaGetDeviceCount(count); }
-
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace pyglow::cuda

@@ -21,7 +21,6 @@ class Sum {
     if (segment_.defined()) add_to(total_, owns_total_, segment_);
     segment_ = Tensor();
   }
-  void clear() { segment_ = total_ = Tensor(); }
   Tensor result() {
     close();
     return total_;
@@ -29,15 +28,9 @@ class Sum {
 
  private:
   static void add_to(Tensor& sum, bool& owns, const Tensor& value) {
-    if (!sum.defined()) {
-      sum = value;
-      owns = false;
-    } else if (owns) {
-      sum.add_(value);
-    } else {
-      sum = sum + value;
-      owns = true;
-    }
+    const bool first = !sum.defined();
+    sum = first ? value : owns ? sum.add_(value) : sum + value;
+    owns = !first;
   }
   Tensor segment_, total_;
   bool owns_segment_ = false, owns_total_ = false;
@@ -83,9 +76,9 @@ struct Segment {
   Tensor input;  // of the first step; undefined: not known
 };
 
-class Walk {
+class Backward {
  public:
-  Walk(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs&& args)
+  Backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs&& args)
       : part_(part),
         args_(std::move(args)),
         stacked_(maps),
@@ -94,24 +87,24 @@ class Walk {
         nets_(nets.size()),
         matrices_(part.size()),
         offsets_(part.size()) {
-    std::size_t at = 0;
+    std::size_t at = 0, kept = 0;
     for (const Step& step : part.steps) {
       first_.push_back(at);
+      kept_.push_back(kept);
       at += step.net->tensors();
+      kept += step.net->kept();
     }
   }
 
   Gradients run() {
     Gradients found{};
-    Tensor grad;
     if (part_.mode == Mode::reversible) {
       inverse_ = inverted(stacked_);
       inverses_ = unstacked(inverse_);
-      grad = args_.judged == Judged::each ? judged_each(found) : judged_at_the_end(found);
+      found.x = args_.judged == Judged::each ? judged_each(found) : judged_at_the_end(found);
     } else {
-      grad = differentiated(0, args_.kept.states, *args_.x, args_.grad_z);
+      found.x = differentiated(0, args_.kept.states, *args_.x, args_.grad_z);
     }
-    found.x = grad;
     for (std::size_t i = 0; i < nets_.size(); ++i)
       if (!args_.wants[i]) nets_[i] = Tensor();
     if (args_.wants_cond) found.cond = cond_.result();
@@ -167,7 +160,7 @@ class Walk {
     if (args_.judged == Judged::later) return grad;
     found.drift = read(found.worst);
     if (found.drift <= args_.limit) return grad;
-    cond_.clear();
+    cond_ = Sum();
     grad = args_.grad_z;
     for (const Segment& segment : segments()) std::tie(start_, grad) = redone(segment, grad);
     return grad;
@@ -233,8 +226,7 @@ class Walk {
     };
     const Tensor added = net_backward(k, y, consume);
     const Tensor x = x_parts.get();
-    const Tensor grad_x = mix_backward(k, truth.defined() ? truth : x, grad_parts.get(), added, truth.defined());
-    return {x, grad_x};
+    return {x, mix_backward(k, truth.defined() ? truth : x, grad_parts.get(), added, truth.defined())};
   }
 
   Tensor mix_backward(int64_t k, const Tensor& x, const Tensor& grad_u, const Tensor& added, bool is_input) {
@@ -289,13 +281,12 @@ class Walk {
         grad_parts.put(chunk, grad_u);
         return grad_net_out;
       };
-      const Tensor of_net = net_backward(k, u, consume);
+      added = net_backward(k, u, consume);
       if (i + 1 < count) {
         matrices_[k + 1] = grad_matrix;
         offsets_[k + 1] = grad_offset;
       }
       grad = grad_parts.get();
-      added = of_net;
     }
     return mix_backward(first, x, grad, added, true);
   }
@@ -315,7 +306,7 @@ class Walk {
       Tensors kept;
       Tensor net_out;
       if (part_.mode == Mode::store) {
-        const auto at = args_.kept.nets.begin() + static_cast<std::ptrdiff_t>(kept_before(k));
+        const auto at = args_.kept.nets.begin() + static_cast<std::ptrdiff_t>(kept_[k]);
         kept.assign(at, at + static_cast<std::ptrdiff_t>(form.kept()));
         net_out = args_.kept.outputs[k];
       } else {
@@ -353,19 +344,13 @@ class Walk {
     return grad_state;
   }
 
-  std::size_t kept_before(int64_t k) const {
-    std::size_t count = 0;
-    for (int64_t i = 0; i < k; ++i) count += part_.steps[i].net->kept();
-    return count;
-  }
-
   const Part& part_;
   BackwardArgs args_;
   const Maps& stacked_;
   std::vector<Map> maps_, inverses_;
   Maps inverse_;
   std::vector<at::TensorList> own_;
-  std::vector<std::size_t> first_;  // of each step's tensors among all
+  std::vector<std::size_t> first_, kept_;  // of each step's tensors among all, and of what its net kept
   Tensors nets_, matrices_, offsets_;
   Sum cond_;
   Tensor start_;
@@ -376,7 +361,7 @@ class Walk {
 
 Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args) {
   const Plain plain;
-  return Walk(part, maps, nets, std::move(args)).run();
+  return Backward(part, maps, nets, std::move(args)).run();
 }
 
 }  // namespace pyglow::run

@@ -18,15 +18,13 @@ from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.described import Entered, entered, is_runnable
+from pyglow_fast.layers.described import Entered, entered, folded_steps, is_runnable
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     couplings_of,
-    fold_steps,
     maps_log_det,
     run_couplings,
     run_couplings_inverse,
-    stack_maps,
     unstack_maps,
 )
 from pyglow_fast.layers.injector import AffineInjector
@@ -129,7 +127,7 @@ class FrozenSteps(FlowLayer):
         expect(ready, "steps", "initialised actnorms (a training forward, or initialize)", "fresh ones")
         self.channels, self.memory_budget = own[0].channels, steps.memory_budget
         with torch.no_grad():
-            maps = stack_maps(fold_steps(own))
+            maps = folded_steps(own)
             inverses, back = maps.inverse()
             self.register_buffer("matrices", maps.matrix)
             self.register_buffer("offsets", maps.offset)
