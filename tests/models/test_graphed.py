@@ -55,7 +55,7 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible", "200kB"])
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 def test_the_step_is_the_models_after_an_update_too(recorded: Side, memory: str) -> None:
     model, x = make(memory=memory)
     graphs = model.make_graphed(x)
