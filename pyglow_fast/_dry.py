@@ -1,4 +1,4 @@
-"""What stands for what in a dry run: a training step on tensors without memory, see reversible/dry_run.py."""
+"""The state of a dry run: a training step on tensors of device "meta", whose bytes are counted (see dry_run.py)."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
 
 
 def _chain_of(*norms: type[nn.Module]) -> tuple[tuple[tuple[str, str], ...], tuple[float, ...]]:
-    """Where the tensors of a :class:`Chain` are but for the gain, by submodule and name, and its powers."""
+    """The tensors of a net's :class:`Chain`, by submodule and name, without log_gain; and the chain's powers."""
     slots: list[tuple[str, str]] = []
     for layer, norm in enumerate(norms, 1):
         own = [(f"norm{layer}", "bias"), (f"norm{layer}", "log_scale")]

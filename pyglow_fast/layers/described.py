@@ -118,7 +118,7 @@ def _made(
 
 
 def is_runnable(x: Tensor) -> bool:
-    """Whether the run may compute on x: kernels are there for it, and nothing watches the calls."""
+    """Tells whether csrc/run may compute on x: kernels exist for x, and nothing watches the calls."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or is_watched():
         return False
     return ops.run_on(x) and torch._C._len_torch_dispatch_stack() == 0

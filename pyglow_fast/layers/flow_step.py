@@ -269,7 +269,7 @@ def maps_log_det(maps: Sequence[ChannelMap], x: Tensor, masked_by: Tensor | None
 
 
 class Folded(Protocol):
-    """What K steps are folded into, as :func:`run_couplings` takes it."""
+    """The folded channel maps of K steps, and their inverses, for :func:`run_couplings`."""
 
     maps: list[ChannelMap]
 

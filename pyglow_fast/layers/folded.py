@@ -1,4 +1,4 @@
-"""What ``with model.folded():`` keeps of a run of steps between its calls."""
+"""The cache of ``with model.folded():``, of the folded maps of a run of steps."""
 
 from __future__ import annotations
 

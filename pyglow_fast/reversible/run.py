@@ -288,6 +288,11 @@ class _RunNode(torch.autograd.Function):
         return (None, *[accepted(grad, drifted) for grad in grads])
 
 
+def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False) -> Any:
+    """The steps as a part of csrc/run that no backward follows."""
+    return require().Part(forms, squeezes, NONE, [], True, None, None, False)
+
+
 def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
     """The five tensors that may be missing, and the sequences, that a node has saved."""
     tensors = ctx.saved_tensors
@@ -312,7 +317,7 @@ def _restored(whole: Whole, index: int) -> tuple[Tensor, int]:
             state = anchors[-1] if first else x
         maps = [part[first:] for part in node.fold(raw)]
         skipped = sum(form.tensors for form in node.forms[:first])
-        form = require().Part(node.forms[first:], node.squeezes and first == 0, NONE, [], True, None, None, False)
+        form = _keeps_nothing(node.forms[first:], node.squeezes and first == 0)
         state = require().run_forward(form, state, cond, maps, nets[skipped:])[0]
         count += len(node.forms) - first
     assert state is not None
@@ -373,7 +378,7 @@ def run_plain(
     steps: Steps, x: Tensor, cond: Tensor | None, squeezes: bool, maps: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Compute what :func:`run_recorded` does without a record, given the folded maps."""
-    form = require().Part(steps.forms, squeezes, NONE, [], True, None, None, False)
+    form = _keeps_nothing(steps.forms, squeezes)
     with in_precision(steps.precision, x):
         found: tuple[Tensor, Tensor] = require().run_forward(form, x, cond, maps, steps.nets)[:2]
     return found
@@ -381,7 +386,7 @@ def run_plain(
 
 def run_inverse(steps: Steps, z: Tensor, cond: Tensor | None, inverses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Compute x and log|det dx/dz| without a record, given the inverses of the maps."""
-    form = require().Part(steps.forms, False, NONE, [], True, None, None, False)
+    form = _keeps_nothing(steps.forms)
     with in_precision(steps.precision, z):
         found: tuple[Tensor, Tensor] = require().run_inverse(form, z, cond, inverses, steps.nets)
     return found
