@@ -20,8 +20,8 @@ def test_while_it_trains(tiny: list[str], tmp_path: Path) -> None:
     process = Command([*words, "--sample-every", "5"], tmp_path)
     steps, out = [], tmp_path / "page.html"
     try:
-        until = time.monotonic() + 60
-        while time.monotonic() < until and len(steps) < 20:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and len(set(steps)) < 5:
             if (tmp_path / "r" / "config.toml").is_file():
                 assert main(["report", str(tmp_path / "r"), "--out", str(out)]) == 0
                 page = Page(out.read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def test_while_it_trains(tiny: list[str], tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     assert steps == sorted(steps)
-    assert steps[-1] > 0
+    assert len(set(steps)) >= 5
     assert main(["report", str(tmp_path / "r"), "--out", str(out)]) == 0  # of a run that was killed
 
 
