@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._dry import is_dry, note
+from pyglow_fast._dry import is_dry
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.plan import budget_bytes
@@ -33,7 +33,7 @@ from pyglow_fast.layers.flow_step import (
 )
 from pyglow_fast.layers.folded import Folded
 from pyglow_fast.layers.permutation import InvConv, Permute
-from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
+from pyglow_fast.layers.planned import Plans, check_runs
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
 from pyglow_fast.reversible.limits import call_untraced
@@ -326,8 +326,6 @@ class ReversibleSequence(FlowLayer):
         if found is None:
             return None
         own, x, cond, squeezes = found
-        if is_dry(x):
-            note(self, found)
         if run.records:
             z, log_det = run_recorded(own, run.mode, self.control, x, cond, squeezes)
         else:
@@ -371,22 +369,19 @@ class ReversibleSequence(FlowLayer):
         budget = self.memory
         if isinstance(budget, str):
             return RunPlan.of_mode(budget, len(self), self.memory_budget)
-        return call_untraced(ReversibleSequence._made_plan, self, budget, x, cond, squeeze_first)
+        return call_untraced(ReversibleSequence._made_plan, self, x, cond, squeeze_first)
 
-    def _made_plan(self, budget: int, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
-        def forward(
-            twin: ReversibleSequence, plans: Sequence[RunPlan], inputs: list[Tensor | None]
-        ) -> tuple[Tensor, Tensor]:
-            assert inputs[0] is not None
-            return twin(*inputs, squeeze_first, plan=plans[0])
+    def _made_plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
+        def forward(twin: ReversibleSequence, inputs: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+            x, cond = inputs
+            assert x is not None
+            return twin(x, cond, squeeze_first)
 
-        def step(spacings: Sequence[int]) -> DryStep[ReversibleSequence]:
-            return DryStep(self, lambda twin: [twin], spacings, [x, cond], forward, budget)
+        return self._plans.of(self, (x, cond), forward, squeeze_first)[0]
 
-        wants = tuple(tensor.requires_grad for tensor in (x, *self.parameters()))
-        given = None if cond is None else (cond.shape, cond.requires_grad)
-        key = (x.shape, squeeze_first, given, wants, run_key(x, couplings_of(self.flow_steps())))
-        return self._plans.of([self.control], key, step, budget, self.memory_budget, x.device.type).runs[0]
+    def _sequences(self) -> list[ReversibleSequence]:
+        """The runs that a plan is made for."""
+        return [self]
 
     def _control(self, mode: str) -> DriftControl | None:
         """The drift control of what is inverted; None where states are kept."""
@@ -452,7 +447,7 @@ class ReversibleSequence(FlowLayer):
         """Report mode or budget, spacing of the anchors, drift, and what was redone so far.
 
         With a budget also how many steps the last training step has "inverted", "checkpointed" and "stored", and
-        "predicted_bytes" and "predicted_time", over that of mode "store", of its plan.
+        the "predicted_bytes" of its plan.
         """
         own = {"memory": self.memory, "steps": len(self), **self.control.report()}
         return own if isinstance(self.memory, str) else self._plans.report([own])[0]
