@@ -10,8 +10,7 @@ import math
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,8 +148,7 @@ class Whole:
             self._states[backward_key()] = threading.get_ident(), state
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Steps first .. end - 1 of a run; steps are counted from the part's own first one outside of this class."""
 
     whole: Whole
