@@ -10,7 +10,8 @@ import math
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,8 @@ class Whole:
             self._states[backward_key()] = threading.get_ident(), state
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Steps first .. end - 1 of a run; steps are counted from the part's own first one outside of this class."""
 
     whole: Whole
