@@ -29,6 +29,9 @@ from pyglow_fast.reversible.deferred import Verdicts
 START_SPACING, MOST_ANCHORS = 4, 12  # anchors are 4 steps apart at first, or farther so that they are at most 12
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
+# Projections of a sketch. An error twice as large as allowed, in one channel of one sample and nowhere else, passes 9
+# times in 100, one four times as large once in 140; an inverted step spreads what errors there are over its channels.
+SKETCHED = 4
 BLOCK, LEAST_BLOCK = 1024, 32  # positions that are summed in one go; all, if their number has no divisor between
 LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # see docs/memory-derivation.md
 # The spacing doubles where drift is below this part of the tolerance: roundings of independent steps add up as squares,
@@ -80,11 +83,17 @@ def lowest_of(*dtypes: torch.dtype) -> torch.dtype:
 
 
 class Signs(NamedTuple):
-    """Random signs of positions in blocks of equal length: inner[p % length] outer[p // length]."""
+    """Random signs of positions in blocks of equal length: inner[p % length] outer[p // length].
+
+    Those of a sketch, SKETCHED at once, are of the same form: inner (length, SKETCHED), outer (blocks, SKETCHED).
+    """
 
     inner: Tensor
     outer: Tensor
     sum: float
+    sketch_inner: Tensor
+    sketch_outer: Tensor
+    sketch_sums: Tensor
 
 
 @made_once(16)
@@ -92,11 +101,17 @@ def signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
     generator = torch.Generator("cpu").manual_seed(positions)
     length = next((n for n in range(min(BLOCK, positions), LEAST_BLOCK, -1) if positions % n == 0), positions)
     inner, outer = (
-        torch.randint(2, (n,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
+        torch.randint(2, (1 + SKETCHED, n), generator=generator, device="cpu") * 2 - 1
         for n in (length, positions // max(length, 1))
     )
-    outer = outer if outer.shape[0] > 1 else torch.ones_like(outer)
-    return Signs(inner.to(device, dtype), outer.to(device, dtype), float(inner.sum()) * float(outer.sum()))
+    outer = outer if outer.shape[1] > 1 else torch.ones_like(outer)
+    sums = inner.sum(1) * outer.sum(1)
+
+    def moved(part: Tensor) -> Tensor:
+        return part.to(device, dtype).contiguous()
+
+    single = moved(inner[0]), moved(outer[0]), float(sums[0])
+    return Signs(*single, moved(inner[1:].T), moved(outer[1:].T), moved(sums[1:]))
 
 
 def project(x: Tensor) -> Tensor:
@@ -134,23 +149,6 @@ def _scale(norm: Tensor) -> Tensor:
 def _largest(error: Tensor, scale: Tensor) -> Tensor:
     """The largest |error| / scale; error is overwritten."""
     return torch.linalg.vector_norm(error.div_(scale), torch.inf) if error.numel() else error.new_zeros(())
-
-
-# Projections of a sketch. An error twice as large as allowed, in one channel of one sample and nowhere else, passes 9
-# times in 100, one four times as large once in 140; an inverted step spreads what errors there are over its channels.
-SKETCHED = 4
-
-
-@made_once(16)
-def sketch_signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """As signs_of, of SKETCHED projections: inner (length, SKETCHED), outer (blocks, SKETCHED), sums (SKETCHED,)."""
-    single = signs_of(positions, dtype, device)
-    generator = torch.Generator("cpu").manual_seed(positions + 1)
-    inner, outer = (
-        (torch.randint(2, (len(part), SKETCHED), generator=generator, device="cpu") * 2 - 1).to(device, dtype)
-        for part in (single.inner, single.outer)
-    )
-    return inner, outer, inner.sum(0) * outer.sum(0)
 
 
 def projected_drift(x: Tensor, seen: Tensor) -> Tensor:

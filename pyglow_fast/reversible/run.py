@@ -19,10 +19,11 @@ from torch import Tensor
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._derivatives import apply_to_plain, differentiable_once
+from pyglow_fast._dry import device_of
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.deferred import accepted
-from pyglow_fast.reversible.drift import SKETCHED, DriftControl, signs_of, sketch_signs_of
+from pyglow_fast.reversible.drift import SKETCHED, DriftControl, signs_of
 from pyglow_fast.reversible.parts import EACH, LATER, Part, Whole, part_limit
 
 FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
@@ -346,8 +347,8 @@ def run_recorded(
     signs = sketched = None
     rounds = keeps == REVERSIBLE and _float32.rounds(_float32.PRODUCTS, x)
     if keeps == REVERSIBLE:
-        signs = tuple(signs_of(positions, x.dtype, x.device))
-        sketched = sketch_signs_of(positions, x.dtype, x.device)
+        drawn = signs_of(positions, x.dtype, x.device)
+        signs, sketched = drawn[:3], drawn[3:]
     log_dets, at = [], 0
     for (first, end), part in zip(units, whole.parts, strict=True):
         raw, fold = steps.maps.of(first, end)
