@@ -55,13 +55,18 @@ class Verdicts:
     Attributes:
         values: passes, those that drifted, those whose gradients were zeroed; of the last one drift, limit and spacing;
             (6,) float64, which the replays of a graph update in place. None before the first pass.
+        lock: held while verdicts are noted or taken.
     """
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
         self._known = [0, 0, 0]  # what was taken of the first three
         self._copy: Later | None = None
-        self._lock = threading.Lock()  # or two threads take the same verdict
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Verdicts], tuple[()]]:
+        """Copies take nothing that is under way."""
+        return Verdicts, ()
 
     def prepare(self, device: torch.device) -> Tensor:
         """Give the counters on a device; they begin anew on another one than before.
@@ -69,7 +74,7 @@ class Verdicts:
         Raises:
             ValueError: a CUDA graph is being captured, whose replays would begin to count anew.
         """
-        with self._lock:
+        with self.lock:
             if self.values is None or self.values.device != device:
                 refuse_first_use(device, "counters of drift")
                 self.values = torch.zeros(6, dtype=torch.float64, device=device)
@@ -79,7 +84,7 @@ class Verdicts:
     def add(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
         """Count a pass: its worst drift, and whether its gradients were zeroed (by any run's drift)."""
         values = held(self.prepare(worst.device), worst.device)
-        with self._lock:
+        with self.lock:
             values[0].add_(1)
             values[1].add_(~(worst <= limit))
             values[2].add_(zeroed)
@@ -94,7 +99,7 @@ class Verdicts:
 
         Of several passes since the last call (replays of a graph) all have the last one's drift, limit and spacing.
         """
-        with self._lock:
+        with self.lock:
             if self.values is None or is_capturing(self.values.device):
                 return []  # while a graph is captured, values cannot be read, nor copies be asked whether they are done
             found = self.values.tolist() if wait else None if self._copy is None else self._copy.read()

@@ -10,7 +10,6 @@ more of these projections, which tells an error's size nearly as well as the tru
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -264,17 +263,8 @@ class DriftControl:
         most = max(n_steps, 1)
         start = min(max(START_SPACING, -(-n_steps // MOST_ANCHORS)), most)
         self.first_spacing = anchor_every if isinstance(anchor_every, int) else most if anchor_every is None else start
-        self.verdicts, self._lock = Verdicts(), threading.Lock()
-        self._has_warned = False
+        self.verdicts, self._has_warned = Verdicts(), False
         self.learnt = DriftRecord(start)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the lock and what is under way: copies and pickles have their own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "verdicts")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.verdicts, self._lock = Verdicts(), threading.Lock()
 
     @property
     def spacing(self) -> int:
@@ -321,7 +311,7 @@ class DriftControl:
 
     def record_checkpointed(self) -> None:
         """Note a backward pass that kept every state: after some of them a wider spacing is tried again."""
-        with self._lock:
+        with self.verdicts.lock:
             learnt = self.learnt
             learnt.passes += 1
             learnt.recent_redone -= learnt.recent_redone / min(learnt.passes, WINDOW)
@@ -342,7 +332,7 @@ class DriftControl:
 
         With deferred verdicts: whether a state drifted, and whether the gradients became zero (by any run's drift).
         """
-        with self._lock:
+        with self.verdicts.lock:
             learnt = self.learnt
             learnt.passes += 1
             learnt.last_drift = drift
