@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, cast
+from itertools import pairwise, takewhile
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -248,34 +248,14 @@ def recomputed(couplings: Sequence[Coupling], budget: str | int, masked: bool = 
 
 def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:
     """The map of the steps behind the last coupling, in one; None if the last step has a coupling."""
-    behind: list[FlowStep] = []
-    for step in reversed(steps):
-        if step.couplings:
-            break
-        behind.insert(0, step)
-    return fold_steps(behind)[0] if behind else None
+    count = len(list(takewhile(lambda step: not step.couplings, reversed(steps))))
+    return fold_steps(steps[-count:])[0] if count else None
 
 
-def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:
-    """Invert the matrix of each map of :func:`unstack_maps`, all in one batch."""
-    matrices, indices = stack_maps(maps).inverse()
-    return list(zip(matrices, [None] * len(maps) if indices is None else indices.unbind(), strict=True))
-
-
-def maps_log_det(maps: Sequence[ChannelMap], x: Tensor, masked_by: Tensor | None = None) -> Tensor:
+def maps_log_det(maps: ChannelMap, x: Tensor, masked_by: Tensor | None = None) -> Tensor:
     """P sum log|det M| over the maps, (N,), P all positions or, of a run that is masked by a condition, its own."""
-    total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
+    total = maps.log_det.sum()
     return functional.per_sample(x, total) if masked_by is None else total * positions_of(masked_by)
-
-
-class Folded(Protocol):
-    """The folded channel maps of K steps, and their inverses, for :func:`run_couplings`."""
-
-    maps: list[ChannelMap]
-
-    @property
-    def inverses(self) -> list[MapInverse]:
-        """The inverse matrix of each map, with an index where the map is a gather."""
 
 
 def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -295,7 +275,7 @@ def _run_net(coupling: Coupling, kept_half: Tensor, cond: Tensor | None, budget:
 
 def run_couplings(
     couplings: Sequence[Coupling],
-    folded: Folded,
+    stacked: ChannelMap,
     x: Tensor,
     cond: Tensor | None = None,
     squeeze_first: bool = False,
@@ -304,22 +284,29 @@ def run_couplings(
 ) -> tuple[Tensor, Tensor]:
     """Map x to z through couplings and channel maps: one pass over the state between two nets.
 
-    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
-    (bytes or "auto") the nets run in chunks, without a record. With masked, x is zero where the first channel of cond
-    is, and z will be. Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised, but for ActNorms
-    inside their nets.
+    Args:
+        couplings: of one mask, initialised but for ActNorms inside their nets.
+        stacked: a map before each of them, and perhaps one behind the last.
+        x: (N, C, *spatial); with squeeze_first (N, C / 2^d, *(2 spatial)), squeezed with channel masks as it is read.
+        cond: of the nets, or None.
+        squeeze_first: x is to be squeezed.
+        budget: bytes, or "auto", within which nets run in chunks, without a record; None: they run whole.
+        masked: x is zero where the first channel of cond is, and z will be.
+
+    Returns:
+        z (N, C, *spatial) and log_det (N,).
     """
     if squeeze_first and couplings and couplings[0].board is not None:
         x, squeeze_first = functional.squeeze(x), False
     if couplings:
         x, cond = couplings[0].enter(x, cond)
-    maps, count = folded.maps, len(couplings)
+    maps, count = unstack_maps(stacked), len(couplings)
     first = maps[0]
-    reads = [*(coupling.reads(first.matrix.shape[0]) for coupling in couplings), 0]
+    reads = [*(coupling.reads(stacked.offset.shape[1]) for coupling in couplings), 0]
     z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, reads[0], squeeze_first, first.source)
     masked_by = cond if masked else None
     z, kept_half = _masked(z, kept_half, masked_by)
-    log_det = maps_log_det(maps, z, masked_by)
+    log_det = maps_log_det(stacked, z, masked_by)
     behind = [*maps[1:], None][:count]
     for coupling, following, kept in zip(couplings, behind, reads[1:], strict=True):
         net_out = _run_net(coupling, kept_half, cond, budget)
@@ -337,41 +324,34 @@ def run_couplings(
 
 def run_couplings_inverse(
     couplings: Sequence[Coupling],
-    folded: Folded,
+    stacked: ChannelMap,
     z: Tensor,
     cond: Tensor | None = None,
     budget: str | int | None = None,
     masked: bool = False,
+    inverses: MapInverse | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Invert :func:`run_couplings`: one pass over the state for each step, besides its net."""
+    """Invert :func:`run_couplings`: one pass over the state for each step, besides its net.
+
+    inverses: of the maps, stacked, where they are known.
+    """
     if couplings:
         z, cond = couplings[-1].enter(z, cond)
-    masked_by, count = cond if masked else None, len(couplings)
-    log_det = -maps_log_det(folded.maps, z, masked_by)
-    if len(folded.maps) > count:
-        inverse, index = folded.inverses[count]
-        z = functional.channel_unmix(z, inverse, folded.maps[count].offset, index=index)
+    matrices, indices = stacked.inverse() if inverses is None else inverses
+    offsets, count = stacked.offset.unbind(), len(couplings)
+    back = list(zip(matrices.unbind(), offsets, [None] * len(offsets) if indices is None else indices, strict=True))
+    masked_by = cond if masked else None
+    log_det = -maps_log_det(stacked, z, masked_by)
+    for inverse, offset, index in back[count:]:
+        z = functional.channel_unmix(z, inverse, offset, index=index)
         z = z if masked_by is None else z * mask_of(masked_by)
-    steps = zip(couplings, folded.maps[:count], folded.inverses[:count], strict=True)
-    for coupling, channel_map, (inverse, index) in reversed(list(steps)):
+    for coupling, (inverse, offset, index) in reversed(list(zip(couplings, back[:count], strict=True))):
         kept_half, spec = coupling.kept_half(z), coupling.spec
         net_out = coupling.run_net(kept_half, cond) if budget is None else coupling.runner(budget).run(kept_half, cond)
-        z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
+        z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, offset, spec, index)
         z = z if masked_by is None else z * mask_of(masked_by)
         log_det = log_det + step_log_det
     return (couplings[0].leave(z) if couplings else z), log_det
-
-
-class Recorded:
-    """Folded steps through which gradients reach the parameters: folded anew each time, nets run by themselves."""
-
-    def __init__(self, steps: Sequence[FlowStep]) -> None:
-        self.maps = fold_steps(steps)
-
-    @property
-    def inverses(self) -> list[MapInverse]:
-        """The inverse matrix of each map, with an index where the map is a gather."""
-        return invert_maps(self.maps)
 
 
 class FlowStep(FlowLayer):
@@ -494,12 +474,12 @@ class FlowStep(FlowLayer):
             self.actnorm.initialize_from(x)
         else:
             check_input("x", x, self.channels, self.actnorm.bias)
-        return run_couplings(self.couplings, Recorded([self]), x, cond)
+        return run_couplings(self.couplings, fold_in_one([self]), x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.actnorm.bias)
-        return run_couplings_inverse(self.couplings, Recorded([self]), z, cond)
+        return run_couplings_inverse(self.couplings, fold_in_one([self]), z, cond)
 
     @property
     def is_initialized(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -17,13 +17,14 @@ from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.layers._base import FlowLayer
+from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.described import entered, is_runnable, maps_of
+from pyglow_fast.layers.described import Entered, entered, is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     FlowStep,
-    Recorded,
     couplings_of,
+    fold_in_one,
     map_behind,
     maps_log_det,
     recomputed,
@@ -38,7 +39,7 @@ from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.planner import RunPlan
-from pyglow_fast.reversible.run import folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
+from pyglow_fast.reversible.run import Maps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
 from pyglow_fast.reversible.setting import parse_memory
 from pyglow_fast.reversible.steps import Step
 
@@ -52,37 +53,96 @@ def _is_initialized(step: Any) -> bool:
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
-def _through(behind: ChannelMap | None, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
-    """Map z by what is behind the last coupling, if anything is."""
-    if behind is None:
-        return z, log_det
-    z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
-    return z, log_det + maps_log_det([behind], z)
+class Run(NamedTuple):
+    """K couplings of one mask with a channel map before each, and perhaps one behind the last, computed together.
 
+    They are computed by csrc/run where :meth:`entered` says so, else in Python over the registered ops.
 
-class _Run(NamedTuple):
-    """Neighbouring steps that are computed in one way.
-
-    Args:
-        steps: at least one.
-        fused: all are FlowSteps as they come.
-        mode: "store", "checkpoint" or "reversible".
-        records: a backward may follow; always so in other modes than "store".
-        squeeze_first: x is squeezed as it is read.
+    Attributes:
+        couplings: initialised, but for ActNorms inside their nets.
+        maps: gives those before the couplings, of which a part folds its own; told whether csrc/run may fold them.
+        fold: folds all maps in one batch, with a record; stacked.
+        behind: folds the map behind the last coupling, or gives None.
         budget: bytes of one net's activations, or "auto".
+        kept: gives what the function makes, or made before under that name.
     """
 
-    steps: list[nn.Module]
-    fused: bool
-    mode: str
-    records: bool
-    squeeze_first: bool
+    couplings: Sequence[Coupling]
+    maps: Callable[[bool], Maps]
+    fold: Callable[[], ChannelMap]
+    behind: Callable[[], ChannelMap | None]
     budget: str | int
+    kept: Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]] = lambda _, make: make()
 
-    @property
-    def flow_steps(self) -> list[FlowStep]:
-        """The steps of a fused run."""
-        return cast("list[FlowStep]", self.steps)
+    def entered(self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False) -> Entered | None:
+        """Describe the run for csrc/run; None where it does not compute it."""
+        if not self.couplings or not is_runnable(x):
+            return None
+        return entered(self.couplings, self.maps(True), x, cond, squeezes, self.budget, backwards)
+
+    def _chunks(self) -> str | int | None:
+        """The budget of nets that run without a record, None where they may have one."""
+        return None if torch.is_grad_enabled() or is_watched() else self.budget
+
+    def forward(
+        self,
+        found: Entered | None,
+        x: Tensor,
+        cond: Tensor | None,
+        squeezes: bool,
+        mode: str = "store",
+        control: DriftControl | None = None,
+        records: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Map x to z and log_det (N,).
+
+        Args:
+            found: what :meth:`entered` gives.
+            x, cond, squeezes: as given there.
+            mode: "store", "checkpoint" or "reversible"; where no backward follows "store".
+            control: of the drift, of mode "reversible".
+            records: a backward may follow.
+        """
+        couplings = self.couplings
+        if found is not None:
+            own, x, cond, squeezes = found
+            if records:
+                z, log_det = run_recorded(own, mode, control, x, cond, squeezes)
+            else:
+                z, log_det = run_plain(own, x, cond, squeezes, self.kept("maps", lambda: folded_maps(own)))
+        elif mode == "store" or not couplings:
+            return run_couplings(couplings, self.fold(), x, cond, squeezes, self._chunks())
+        else:
+            x, cond = couplings[0].enter(functional.squeeze(x) if squeezes else x, cond)
+            z, log_det = run_steps(recomputed(couplings, self.budget), control, x, cond, self.maps(is_runnable(x)))
+        behind = self.behind()
+        if behind is not None:
+            z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
+            log_det = log_det + maps_log_det(behind, z)
+        return couplings[-1].leave(z), log_det
+
+    def inverse(
+        self, z: Tensor, cond: Tensor | None, records: bool, inverses: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Map z back to x, with minus the log-det.
+
+        inverses: of all maps where they are known, stacked: matrices, offsets, log_dets and, of gathers, indices.
+        """
+        found = None if records else self.entered(z, cond, False, backwards=True)
+        if found is None:
+            known = (inverses[0], inverses[3] if len(inverses) > 3 else None) if inverses else None
+            return run_couplings_inverse(self.couplings, self.fold(), z, cond, self._chunks(), inverses=known)
+        own, z, cond, _ = found
+        behind, log_det = self.behind(), z.new_zeros(())
+        if behind is not None:
+            matrix, index = behind.inverse()
+            z = functional.channel_unmix(z, matrix, behind.offset, index=index)
+            log_det = maps_log_det(behind, z)
+        before = [part[: len(self.couplings)] for part in inverses]
+        x, own_log_det = run_inverse(
+            own, z, cond, before or self.kept("inverses", lambda: inverted_maps(folded_maps(own)))
+        )
+        return self.couplings[0].leave(x), own_log_det - log_det
 
 
 class ReversibleSequence(FlowLayer):
@@ -264,7 +324,7 @@ class ReversibleSequence(FlowLayer):
         for begin, end in pairwise([0, *(k + 1 for k in at), len(steps)]):
             for start, stop, mode in plan.runs_between(begin, end):
                 squeezes = squeeze_first and start == 0
-                x, log_det = self._run(_Run(steps[start:stop], fused, mode, records, squeezes, plan.budget), x, cond)
+                x, log_det = self._through(steps[start:stop], fused, x, cond, squeezes, mode, plan.budget, records)
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
@@ -289,82 +349,53 @@ class ReversibleSequence(FlowLayer):
             )
         )
 
-    def _run(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z and log_det of a run.
-
-        ======================================  ==========================  =================================
-        steps                                   mode                        computed by
-        ======================================  ==========================  =================================
-        FlowSteps that csrc/run computes        any                         :meth:`_run_described`
-        other FlowSteps as they come            "checkpoint", "reversible"  :meth:`_run_steps_recomputing`
-        other FlowSteps, or steps in a trace    "store"                     :meth:`_run_steps`
-        any modules                             "checkpoint", "reversible"  :meth:`_run_modules_recomputing`
-        any modules                             "store"                     :meth:`_run_modules`
-        ======================================  ==========================  =================================
-        """
-        recomputes = run.mode != "store"
-        if torch.compiler.is_compiling() and recomputes:
-            return call_untraced(ReversibleSequence._run, self, run, x, cond)
-        if not run.fused:
-            path = self._run_modules_recomputing if recomputes else self._run_modules
-        elif is_runnable(x) and (found := self._run_described(run, x, cond)) is not None:
-            return found
-        else:
-            recomputes = recomputes and any(step.couplings for step in run.flow_steps)
-            path = self._run_steps_recomputing if recomputes else self._run_steps
-        check_runs(not is_dry(x) or not couplings_of(run.flow_steps), self.memory)
-        return path(run, x, cond)
-
-    def _run_described(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Joined steps by csrc/run; None where it does not compute them."""
-        steps = run.flow_steps
-        by_step = [step.couplings for step in steps]
-        couplings = [coupling for own in by_step for coupling in own]
-        if not couplings:
-            return None
-        found = entered(couplings, maps_of(steps, by_step), x, cond, run.squeeze_first, run.budget)
-        if found is None:
-            return None
-        own, x, cond, squeezes = found
-        if is_dry(x):
-            note(self, found)
-        if run.records:
-            z, log_det = run_recorded(own, run.mode, self.control, x, cond, squeezes)
-        else:
-            z, log_det = run_plain(own, x, cond, squeezes, self._folded.get("maps", lambda: folded_maps(own)))
-        z, log_det = _through(map_behind(steps), z, log_det)
-        return couplings[-1].leave(z), log_det
-
-    def _run_modules(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Each module is called; autograd keeps what it will."""
+    def _through(
+        self,
+        steps: list[nn.Module],
+        fused: bool,
+        x: Tensor,
+        cond: Tensor | None,
+        squeezes: bool,
+        mode: str,
+        budget: str | int,
+        records: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """z and log_det of neighbouring steps in one mode; fused: all are FlowSteps as they come."""
+        if torch.compiler.is_compiling() and mode != "store":
+            arguments = (self, steps, fused, x, cond, squeezes, mode, budget, records)
+            return call_untraced(ReversibleSequence._through, *arguments)
+        control = self.control if mode == "reversible" else None
+        if fused:
+            run = self._run_of(cast("list[FlowStep]", steps), budget)
+            found = run.entered(x, cond, squeezes)
+            if is_dry(x):
+                check_runs(found is not None or not run.couplings, self.memory)
+                note(self, found)
+            return run.forward(found, x, cond, squeezes, mode, control, records)
+        check_runs(not is_dry(x), self.memory)
+        if mode != "store":
+            again: list[Step] = []
+            for k, module in enumerate(steps):
+                own = getattr(module, "recomputed", None)  # of couplings of interop
+                again.append(ModuleStep(module, f"steps[{k}]") if own is None else own(x))
+            return run_steps(again, control, x, cond)
         total = x.new_zeros(x.shape[0])
-        for step in run.steps:
-            x, step_log_det = step(x) if cond is None else step(x, cond)
-            total = total + step_log_det
+        for step in steps:
+            x, log_det = step(x) if cond is None else step(x, cond)
+            total = total + log_det
         return x, total
 
-    def _run_modules_recomputing(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Modules are called without autograd, and again in the backward."""
-        steps: list[Step] = []
-        for k, module in enumerate(run.steps):
-            own = getattr(module, "recomputed", None)  # of couplings of interop
-            steps.append(ModuleStep(module, f"steps[{k}]") if own is None else own(x))
-        return run_steps(steps, self._control(run.mode), x, cond)
-
-    def _run_steps_recomputing(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Joined steps, whose nets run in chunks, and again in the backward."""
-        steps, couplings = run.flow_steps, couplings_of(run.flow_steps)
-        x = functional.squeeze(x) if run.squeeze_first else x
-        x, cond = couplings[0].enter(x, cond)
-        maps = maps_of(steps, [step.couplings for step in steps], is_runnable(x))
-        z, log_det = run_steps(recomputed(couplings, run.budget), self._control(run.mode), x, cond, maps)
-        z, log_det = _through(map_behind(steps), z, log_det)
-        return couplings[-1].leave(z), log_det
-
-    def _run_steps(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Joined steps, of which autograd keeps what it will; without a record nets run in chunks."""
-        steps, budget = run.flow_steps, None if torch.is_grad_enabled() or is_watched() else run.budget
-        return run_couplings(couplings_of(steps), Recorded(steps), x, cond, run.squeeze_first, budget)
+    def _run_of(self, steps: list[FlowStep], budget: str | int) -> Run:
+        """The run of FlowSteps as they come."""
+        by_step = [step.couplings for step in steps]
+        return Run(
+            [coupling for own in by_step for coupling in own],
+            lambda runnable: maps_of(steps, by_step, runnable),
+            lambda: fold_in_one(steps),
+            lambda: map_behind(steps),
+            budget,
+            self._folded.get,
+        )
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""
@@ -388,40 +419,17 @@ class ReversibleSequence(FlowLayer):
         key = (x.shape, squeeze_first, given, wants, run_key(x, couplings_of(self.flow_steps())))
         return self._plans.of([self.control], key, step, budget, self.memory_budget, x.device.type).runs[0]
 
-    def _control(self, mode: str) -> DriftControl | None:
-        """The drift control of what is inverted; None where states are kept."""
-        return self.control if mode == "reversible" else None
-
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, from the last step to the first."""
         if self.is_fused:
-            return self._inverse_fused(z, cond)
+            steps = self.flow_steps()
+            check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
+            return self._run_of(steps, self.memory_budget).inverse(z, cond, self._records(z, cond))
         log_det = z.new_zeros(z.shape[0])
         for step in reversed(list(self)):
             z, step_log_det = step.inverse(z) if cond is None else step.inverse(z, cond)  # type: ignore[operator]
             log_det = log_det + step_log_det
         return z, log_det
-
-    def _inverse_fused(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        steps, budget = self.flow_steps(), self.memory_budget
-        couplings = couplings_of(steps)
-        check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
-        found = None
-        if couplings and is_runnable(z) and not self._records(z, cond):
-            by_step = [step.couplings for step in steps]
-            found = entered(couplings, maps_of(steps, by_step), z, cond, False, budget, backwards=True)
-        if found is None:
-            whole = torch.is_grad_enabled() or is_watched()
-            return run_couplings_inverse(couplings, Recorded(steps), z, cond, None if whole else budget)
-        own, z, cond, _ = found
-        behind = map_behind(steps)
-        if behind is not None:
-            matrix, index = behind.inverse()
-            z = functional.channel_unmix(z, matrix, behind.offset, index=index)
-        inverses = self._folded.get("inverses", lambda: inverted_maps(folded_maps(own)))
-        x, log_det = run_inverse(own, z, cond, inverses)
-        log_det = log_det if behind is None else log_det - maps_log_det([behind], z)
-        return couplings[0].leave(x), log_det
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise step after step from data, each from the output of those before it; returns z."""
