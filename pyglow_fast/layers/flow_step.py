@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise, takewhile, zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -258,14 +258,6 @@ def maps_log_det(maps: ChannelMap, x: Tensor, masked_by: Tensor | None = None) -
     return functional.per_sample(x, total) if masked_by is None else total * positions_of(masked_by)
 
 
-def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Set masked positions of a state, and of the half of it that a net reads, back to zero behind a channel map."""
-    if masked_by is None:
-        return u, kept_half
-    u = u * mask_of(masked_by)
-    return u, u[:, : kept_half.shape[1]]
-
-
 def _run_net(coupling: Coupling, kept_half: Tensor, cond: Tensor | None, budget: str | int | None) -> Tensor:
     """The coupling's net in the forward direction; with a budget in chunks and without a record."""
     if budget is None or not coupling.net_is_initialized:
@@ -278,48 +270,34 @@ def run_couplings(
     stacked: ChannelMap,
     x: Tensor,
     cond: Tensor | None = None,
-    squeeze_first: bool = False,
     budget: str | int | None = None,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Map x to z through couplings and channel maps: one pass over the state between two nets.
+    """Map x to z through channel maps and couplings, one after the other.
 
     Args:
         couplings: of one mask, initialised but for ActNorms inside their nets.
         stacked: a map before each of them, and perhaps one behind the last.
-        x: (N, C, *spatial); with squeeze_first (N, C / 2^d, *(2 spatial)), squeezed with channel masks as it is read.
+        x: (N, C, *spatial).
         cond: of the nets, or None.
-        squeeze_first: x is to be squeezed.
         budget: bytes, or "auto", within which nets run in chunks, without a record; None: they run whole.
         masked: x is zero where the first channel of cond is, and z will be.
 
     Returns:
         z (N, C, *spatial) and log_det (N,).
     """
-    if squeeze_first and couplings and couplings[0].board is not None:
-        x, squeeze_first = functional.squeeze(x), False
     if couplings:
         x, cond = couplings[0].enter(x, cond)
-    maps, count = unstack_maps(stacked), len(couplings)
-    first = maps[0]
-    reads = [*(coupling.reads(stacked.offset.shape[1]) for coupling in couplings), 0]
-    z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, reads[0], squeeze_first, first.source)
     masked_by = cond if masked else None
-    z, kept_half = _masked(z, kept_half, masked_by)
-    log_det = maps_log_det(stacked, z, masked_by)
-    behind = [*maps[1:], None][:count]
-    for coupling, following, kept in zip(couplings, behind, reads[1:], strict=True):
-        net_out = _run_net(coupling, kept_half, cond, budget)
-        spec = coupling.spec
-        if following is None:
-            z, step_log_det = functional.coupling(z, net_out, spec)
-        else:
-            z, kept_half, step_log_det = functional.coupling_mix_for_net(
-                z, net_out, following.matrix, following.offset, spec, kept, following.source
-            )
-            z, kept_half = _masked(z, kept_half, masked_by)
-        log_det = log_det + step_log_det
-    return (couplings[-1].leave(z) if couplings else z), log_det
+    log_det = maps_log_det(stacked, x, masked_by)
+    for own, coupling in zip_longest(unstack_maps(stacked), couplings):
+        x = functional.channel_mix(x, own.matrix, own.offset, own.source)
+        x = x if masked_by is None else x * mask_of(masked_by)
+        if coupling is not None:
+            net_out = _run_net(coupling, coupling.kept_half(x), cond, budget)
+            x, step_log_det = functional.coupling(x, net_out, coupling.spec)
+            log_det = log_det + step_log_det
+    return (couplings[-1].leave(x) if couplings else x), log_det
 
 
 def run_couplings_inverse(

@@ -111,7 +111,8 @@ class Run(NamedTuple):
             else:
                 z, log_det = run_plain(own, x, cond, squeezes, self.kept("maps", lambda: folded_maps(own)))
         elif mode == "store" or not couplings:
-            return run_couplings(couplings, self.fold(), x, cond, squeezes, self._chunks())
+            x = functional.squeeze(x) if squeezes else x
+            return run_couplings(couplings, self.fold(), x, cond, self._chunks())
         else:
             x, cond = couplings[0].enter(functional.squeeze(x) if squeezes else x, cond)
             z, log_det = run_steps(recomputed(couplings, self.budget), control, x, cond, self.maps(is_runnable(x)))
