@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
@@ -71,35 +72,21 @@ def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
     return [ChannelMap(*parts) for parts in zip(*(p.unbind() for p in stacked if p is not None), strict=True)]
 
 
-# What a run of steps asks a coupling for, or does in its place.
-_RUN = ("forward", "inverse", "enter", "leave", "reads", "kept_half", "run_net", "run_net_forward", "runner")
-
-
-_OWN_PARTS = frozenset({ActNorm, InvConv, Permute, Coupling, AffineInjector, type(None)})
+_AS_IT_COMES = frozenset({ActNorm, Coupling, AffineInjector, type(None)})
 
 
 def runs_fused(step: nn.Module) -> bool:
-    """Whether a step is a FlowStep whose parts do what theirs do, so that it may be joined with its neighbours.
+    """Whether a step is a FlowStep whose parts are those of this package, so that it may be joined with its neighbours.
 
-    It may not where a subclass overrides a method (a parametrized class does not), or where hooks would not be called.
+    A ChannelLinear of any kind is. Subclasses of the others may do something else; parametrized ones do not. Hooks on
+    the parts are never called, those on the step are.
     """
-    if type(step) is FlowStep and _OWN_PARTS.issuperset(map(type, step._modules.values())):
-        return not has_hooks(step)  # nothing calls its parts as modules, and so no hooks on them
-    if not isinstance(step, FlowStep) or not isinstance(step.permutation, ChannelLinear):
+    if type(step) is not FlowStep and type_before_parametrizations(step) is not FlowStep:
         return False
-    pairs: tuple[tuple[nn.Module, type, tuple[str, ...]], ...] = (
-        (step, FlowStep, ("forward", "inverse")),
-        (step.actnorm, ActNorm, ("forward", "inverse")),
-        (step.permutation, ChannelLinear, ()),  # a step asks it for its weight alone
-    )
-    couplings = ((part, AffineInjector if part is step.injector else Coupling, _RUN) for part in step.couplings)
-    for part, own, names in (*pairs, *couplings):
-        part_class = type(part)
-        if part_class is not own and any(getattr(part_class, name, None) is not getattr(own, name) for name in names):
-            return False
-        if has_hooks(part):
-            return False
-    return True
+    parts = step._modules
+    own: list[Any] = [parts["actnorm"], parts.get("injector"), parts.get("coupling")]
+    known = all(type(part) in _AS_IT_COMES or type_before_parametrizations(part) in _AS_IT_COMES for part in own)
+    return known and isinstance(parts["permutation"], ChannelLinear) and not has_hooks(step)
 
 
 def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:

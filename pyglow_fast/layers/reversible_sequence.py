@@ -158,8 +158,9 @@ class ReversibleSequence(FlowLayer):
       the gradient is right in any case; the anchors' spacing adapts (docs/memory-derivation.md).
 
     In the last two, and always without gradients, the coupling nets of FlowSteps run in chunks of samples and rows, so
-    that their activations stay within ``memory_budget``. FlowSteps are joined where they are as they come: with methods
-    overridden in a subclass, with hooks on them, or among other modules, they run one by one, and their nets whole.
+    that their activations stay within ``memory_budget``. FlowSteps are joined where they are as they come: of a
+    subclass, or with couplings of one, with hooks on them, or among other modules, they run one by one, and their nets
+    whole.
 
     Within torch.func and forward-mode AD every mode is "store", of torch's own ops: any derivative, and vmap.
 

@@ -7,9 +7,9 @@ import copy
 import dataclasses
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ from pyglow_fast.reversible.setting import parse_memory
 
 class _Encoded(NamedTuple):
     latents: list[Tensor]
-    priors: list[tuple[Split, Tensor, Tensor | None]]  # of each split: what its prior reads, kept channels and cond
+    kept: list[Tensor]  # what the prior of each latent reads; the top latent itself at the end
+    conds: list[Tensor | None]
     log_det: Tensor
     states: list[list[Tensor]]
 
@@ -148,7 +149,14 @@ class Glow(nn.Module):
 
     def _sequences(self) -> list[ReversibleSequence]:
         """All runs of steps, in their order; none of a frozen model."""
-        return [run for level in self.levels for run in level.children() if isinstance(run, ReversibleSequence)]
+        return [run for level in self._flow_levels for run in level.children() if isinstance(run, ReversibleSequence)]
+
+    @property
+    def _flow_levels(self) -> list[FlowLevel]:
+        return cast("list[FlowLevel]", list(self.levels))
+
+    def _split(self, i: int) -> Split:
+        return cast(Split, self.splits[i])
 
     @property
     def memory(self) -> str | int:
@@ -202,17 +210,17 @@ class Glow(nn.Module):
 
         return DryStep(self, Glow._sequences, spacings, [x, y, *conds], forward, budget)
 
-    def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
-        """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
+    def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
+        """With a budget, what each run of steps does in a forward that is recorded; else nothing."""
         if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
-            return None
+            return {}
         return call_untraced(Glow._made_plans, self, self.memory, x, conds)
 
-    def _made_plans(self, budget: int, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+    def _made_plans(self, budget: int, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
         sequences = self._sequences()
         wants = [parameter.requires_grad for parameter in self.parameters()]
         if not (any(wants) or x.requires_grad or any(cond is not None and cond.requires_grad for cond in conds)):
-            return None
+            return {}
         given = tuple(None if cond is None else (cond.shape, cond.requires_grad) for cond in conds)
         key = (x.shape, x.requires_grad, given, tuple(wants), run_key(x, self._couplings()))
         runs = self._plans.fixed
@@ -220,8 +228,7 @@ class Glow(nn.Module):
             controls, net_budget = [sequence.control for sequence in sequences], sequences[0].memory_budget
             step = partial(self._dry_step, budget, x, conds)
             runs = self._plans.of(controls, key, step, budget, net_budget, x.device.type).runs
-        parts = iter(runs)
-        return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
+        return dict(zip(sequences, runs, strict=True))
 
     def _couplings(self) -> list[Coupling]:
         return [module for module in submodules(self) if isinstance(module, Coupling)]
@@ -257,8 +264,7 @@ class Glow(nn.Module):
             ValueError: an actnorm has seen no data; steps with hooks or overridden methods.
         """
         frozen = copy.deepcopy(self)
-        for level in frozen.levels:
-            assert isinstance(level, FlowLevel)
+        for level in frozen._flow_levels:
             level.freeze()
         frozen.requires_grad_(False)
         return frozen.eval()
@@ -376,8 +382,7 @@ class Glow(nn.Module):
         """
         with refused_alike(self._parameter().device, lambda: not self.is_initialized):
             conds = self._check_x(x, cond)
-        for i, level in enumerate(self.levels):
-            assert isinstance(level, FlowLevel)
+        for i, level in enumerate(self._flow_levels):
             x = level.initialize(x, conds[i])
             if i < len(self.splits):
                 x, _ = self._split(i).parts(x)
@@ -419,13 +424,11 @@ class Glow(nn.Module):
         kept: list[Tensor] = []
         states: list[list[Tensor]] = []
         plans = self._run_plans(x, conds)
-        for i, level in enumerate(self.levels):
-            assert isinstance(level, FlowLevel)
-            own = None if plans is None else plans[i]
+        for i, level in enumerate(self._flow_levels):
             if at is None:
-                x, level_log_det = level(x, conds[i], own) if own else level(x, conds[i])
+                x, level_log_det = level(x, conds[i], plans)
             else:
-                found, level_log_det = level.intermediates(x, conds[i], at, own)
+                found, level_log_det = level.intermediates(x, conds[i], at, plans)
                 states.append(found)
                 x = found[-1]
             log_det = log_det + level_log_det
@@ -433,25 +436,39 @@ class Glow(nn.Module):
                 x, factored = self._split(i).parts(x)
                 kept.append(x)
                 latents.append(factored)
-        latents.append(x)
-        parts = zip(self._splits(), kept, conds, strict=False)
-        priors = [(split, part, fitted(beside, part.shape[2:])) for split, part, beside in parts]
-        return _Encoded(latents, priors, log_det, states)
+        return _Encoded([*latents, x], [*kept, x], conds, log_det, states)
+
+    def _prior(self, i: int, kept: Tensor, cond: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log_sd of latent i, given the channels that its split keeps, or a tensor like the top latent."""
+        if i == len(self.splits):
+            return self.prior(kept, y)
+        return self._split(i).prior(kept, fitted(cond, kept.shape[2:]))
+
+    def _decode(
+        self,
+        like: Tensor,
+        y: Tensor | None,
+        conds: Sequence[Tensor | None],
+        choose: Callable[[int, Callable[[], tuple[Tensor, Tensor]]], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """x and the log-det of the inverse flow; ``choose(i, prior)`` gives latent i, and prior() its mean and log_sd.
+
+        The deepest latent, which is like ``like``, is chosen first: a prior sees what those below it are.
+        """
+        x = choose(len(self.splits), partial(self._prior, len(self.splits), like, None, y))
+        log_det = x.new_zeros(x.shape[0])
+        for i, level in reversed(list(enumerate(self._flow_levels))):
+            if i < len(self.splits):
+                x = torch.cat([x, choose(i, partial(self._prior, i, x, conds[i], y))], dim=1)
+            x, level_log_det = level.inverse(x, conds[i])
+            log_det = log_det + level_log_det
+        return x, log_det
 
     def inverse(self, latents: list[Tensor], cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         """Map latents back to x; log_det is the negative of the forward one."""
         self._check_latents(latents)
         conds = self._check_cond(cond, latents[0].shape[0])
-        x = latents[-1]
-        log_det = x.new_zeros(x.shape[0])
-        for i in reversed(range(len(self.levels))):
-            if i < len(self.splits):
-                x = torch.cat([x, latents[i]], dim=1)
-            level = self.levels[i]
-            assert isinstance(level, FlowLevel)
-            x, level_log_det = level.inverse(x, conds[i])
-            log_det = log_det + level_log_det
-        return x, log_det
+        return self._decode(latents[-1], None, conds, lambda i, _: latents[i])
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None) -> Tensor:
         """log p(x), or log p(x | y) for a model with classes, in nats, (N,)."""
@@ -463,10 +480,10 @@ class Glow(nn.Module):
             expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
             check_labels(y, x.shape[0], self.config.n_classes)
         found = self._encode(x, cond)
-        log_prob, top = found.log_det, found.latents[-1]
-        for (split, kept, split_cond), factored in zip(found.priors, found.latents[:-1], strict=True):
-            log_prob = log_prob + split.log_prob(kept, factored, split_cond)
-        return log_prob + functional.gaussian_log_prob(top, *self.prior(top, y)), top
+        log_prob = found.log_det
+        for i, (latent, kept) in enumerate(zip(found.latents, found.kept, strict=True)):
+            log_prob = log_prob + functional.gaussian_log_prob(latent, *self._prior(i, kept, found.conds[i], y))
+        return log_prob, found.latents[-1]
 
     def class_logits(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         """Logits of the classes of x, (N, config.classify), by the head on its top latent; no label is asked for.
@@ -567,19 +584,15 @@ class Glow(nn.Module):
         return self._from_noise(noise[::-1], y, conds)[0]
 
     def _from_noise(self, noise: list[Tensor], y: Tensor | None, conds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        mean, log_sd = self.prior(noise[-1], y)
-        x = functional.gaussian_sample(noise[-1], mean, log_sd)
-        log_det = log_sd.expand_as(x).flatten(1).sum(1)
-        for i in reversed(range(len(self.levels))):
-            if i < len(self.splits):
-                mean, log_sd = self._split(i).prior(x, fitted(conds[i], x.shape[2:]))
-                x = torch.cat([x, functional.gaussian_sample(noise[i], mean, log_sd)], dim=1)
-                log_det = log_det + log_sd.flatten(1).sum(1)
-            level = self.levels[i]
-            assert isinstance(level, FlowLevel)
-            x, level_log_det = level.inverse(x, conds[i])
-            log_det = log_det + level_log_det
-        return x, log_det
+        scales: list[Tensor] = []
+
+        def drawn(i: int, prior: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+            mean, log_sd = prior()
+            scales.append(log_sd.expand_as(noise[i]).flatten(1).sum(1))
+            return functional.gaussian_sample(noise[i], mean, log_sd)
+
+        x, log_det = self._decode(noise[-1], y, conds, drawn)
+        return x, log_det + functional.summed(scales)
 
     def from_noise(
         self, noise: list[Tensor], y: Tensor | None = None, cond: Condition | None = None
@@ -601,21 +614,12 @@ class Glow(nn.Module):
         """Compute eps_l = (z_l - mean_l) / sd_l of every level and log|det deps/dx|, undoing :meth:`from_noise`."""
         check_labels(y, x.shape[0], self.config.n_classes)
         found = self._encode(x, cond)
-        latents, log_det = found.latents, found.log_det
-        priors = [split.prior(kept, split_cond) for split, kept, split_cond in found.priors]
-        noise = []
-        for latent, (mean, log_sd) in zip(latents, [*priors, self.prior(latents[-1], y)], strict=True):
+        noise, log_det = [], found.log_det
+        for i, (latent, kept) in enumerate(zip(found.latents, found.kept, strict=True)):
+            mean, log_sd = self._prior(i, kept, found.conds[i], y)
             noise.append(standardised(latent, mean, log_sd))
             log_det = log_det - log_sd.expand_as(latent).flatten(1).sum(1)
         return noise, log_det
-
-    def _split(self, i: int) -> Split:
-        split = self.splits[i]
-        assert isinstance(split, Split)
-        return split
-
-    def _splits(self) -> list[Split]:
-        return [split for split in self.splits if isinstance(split, Split)]
 
     def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
         """Wrap the model in the interface of torch.distributions; see GlowDistribution."""
