@@ -21,7 +21,6 @@ from pyglow_fast.reference import (
     Activation,
     ChainSpec,
     CouplingSpec,
-    coupling_net_spec,
     fold_actnorm,
     gather_actnorm,
     invert_gather,
@@ -47,7 +46,6 @@ __all__ = [
     "coupling_inverse",
     "coupling_mix",
     "coupling_mix_inverse",
-    "coupling_net",
     "fold_actnorm",
     "gather_actnorm",
     "gaussian_log_prob",
@@ -261,26 +259,6 @@ def _convolved(
     if _records_gradient(*inputs, *weights, *biases):
         return apply(autograd.Convolutions, x, cond, spec, *weights, *biases)
     return convolutions.run(convolutions.prepared(weights, biases, spec, x), convolutions.joined(x, cond))
-
-
-def coupling_net(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    log_gain: Tensor | None = None,
-    *,
-    leak: float = 0.0,
-    cond: Tensor | None = None,
-) -> Tensor:
-    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3), a(h) = max(h, 0) + leak min(h, 0).
-
-    See :func:`pyglow_fast.reference.coupling_net`.
-    """
-    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain, cond)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ Sources: Dinh et al. 2014 (NICE), Dinh et al. 2017 (RealNVP), Kingma & Dhariwal 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -467,45 +466,8 @@ def net_chain(
     return hidden
 
 
-def coupling_net_spec(dims: int, leak: float = 0.0) -> ChainSpec:
-    """Describe Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
-    if torch.compiler.is_compiling():  # which warns of caches
-        return _coupling_net_spec(dims, leak)
-    return _known_coupling_net_spec(dims, leak)
-
-
-def _coupling_net_spec(dims: int, leak: float) -> ChainSpec:
-    expect(0.0 <= leak <= 1.0, "leak", "a slope from 0 to 1", leak)
-    return ChainSpec((Activation("leaky_relu", leak) if leak else Activation(),) * 2, ((1,) * dims,) * 3)
-
-
-_known_coupling_net_spec = functools.cache(_coupling_net_spec)
-
-
-def coupling_net(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    log_gain: Tensor | None = None,
-    *,
-    leak: float = 0.0,
-    cond: Tensor | None = None,
-) -> Tensor:
-    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3): Glow's net, convolutions 3x3, 1x1, 3x3.
-
-    a(h) = max(h, 0) + leak min(h, 0), which is relu without a leak. See :func:`net_chain` for cond, and other nets.
-
-    x (N, C_in, *spatial), w1 (hidden, C_in, 3, ...), w2 (hidden, hidden, 1, ...), w3 (C_out, hidden, 3, ...), 1-d and
-    3-d alike; log_gain: C_out elements, or None for zeros; leak: 0 to 1.
-
-    Raises:
-        ValueError: another leak.
-    """
-    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain, cond)
+# Glow's own coupling net as a chain, by spatial dimensions: three convolutions with relus in between.
+COUPLING_NETS = tuple(ChainSpec((Activation(), Activation()), ((1,) * dims,) * 3) for dims in range(4))
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

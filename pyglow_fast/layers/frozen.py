@@ -19,7 +19,7 @@ from pyglow_fast.layers.described import folded_steps
 from pyglow_fast.layers.flow_step import ChannelMap, couplings_of, unstack_maps
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
-from pyglow_fast.reference import coupling_net_spec
+from pyglow_fast.reference import COUPLING_NETS
 from pyglow_fast.reversible.run import given_maps_of
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
@@ -60,7 +60,7 @@ class FrozenNet(NetShape):
         """The net as a chain of layers, None where something else than its weights decides what it computes."""
         if not self.is_plain or self.border:
             return None
-        return Chain(self.weights, (0.0, 0.0, 0.0), coupling_net_spec(self.dims))
+        return Chain(self.weights, (0.0, 0.0, 0.0), COUPLING_NETS[self.dims])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""
