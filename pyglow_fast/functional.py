@@ -25,6 +25,7 @@ from pyglow_fast.reference import (
     gather_actnorm,
     invert_gather,
     n_positions,
+    per_channel,
     squeeze,
     unsqueeze,
 )
@@ -309,18 +310,14 @@ def channel_linear_inverse(z: Tensor, weight: Tensor, weight_log_det: Tensor) ->
     return x, per_sample(z, -weight_log_det)
 
 
-def _per_channel(x: Tensor, value: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (x.dim() - 2))
-
-
 def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """z = (x + bias) exp(log_scale) per channel, log_det = P sum log_scale; log_scale and bias are (C,)."""
     scale = log_scale.exp()
-    z = torch.addcmul(_per_channel(x, bias * scale), x, _per_channel(x, scale))
+    z = torch.addcmul(per_channel(bias * scale, x), x, per_channel(scale, x))
     return z, per_sample(x, log_scale.sum())
 
 
 def actnorm_inverse(z: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """x = z exp(-log_scale) - bias, the inverse of :func:`actnorm`; log_det = -P sum log_scale."""
-    x = torch.addcmul(_per_channel(z, -bias), z, _per_channel(z, (-log_scale).exp()))
+    x = torch.addcmul(per_channel(-bias, z), z, per_channel((-log_scale).exp(), z))
     return x, per_sample(z, -log_scale.sum())

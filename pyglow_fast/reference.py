@@ -212,7 +212,8 @@ def _matrix_product(flat: Tensor, matrix: Tensor, offset: Tensor | None = None) 
         return product if offset is None else product + offset.unsqueeze(-1)
 
 
-def _per_channel(value: Tensor, x: Tensor) -> Tensor:
+def per_channel(value: Tensor, x: Tensor) -> Tensor:
+    """View values (C,) so that they broadcast to x (N, C, *spatial)."""
     return value.reshape(-1, *[1] * (x.dim() - 2))
 
 
@@ -225,7 +226,7 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None 
     """
     if index is not None:
         check_index(index, x.shape[1])
-        return torch.addcmul(_per_channel(offset, x), x.index_select(1, index), _per_channel(matrix, x))
+        return torch.addcmul(per_channel(offset, x), x.index_select(1, index), per_channel(matrix, x))
     return _matrix_product(flat_positions(x), matrix, offset).reshape(x.shape)
 
 
@@ -234,10 +235,10 @@ def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, index: Tens
 
     With an index x_i = inverse_matrix_i (u_j - c_j), j = index_i: both are :func:`invert_gather`'s.
     """
-    centred = u - _per_channel(offset, u)
+    centred = u - per_channel(offset, u)
     if index is not None:
         check_index(index, u.shape[1])
-        return centred.index_select(1, index) * _per_channel(inverse_matrix, u)
+        return centred.index_select(1, index) * per_channel(inverse_matrix, u)
     return _matrix_product(flat_positions(centred), inverse_matrix).reshape(u.shape)
 
 

@@ -465,10 +465,7 @@ class FlowStep(FlowLayer):
             self._check_together(x, cond)
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
-            channel_map = fold_steps([self])[0]
-            halves, _ = self.couplings[0].enter(x, None) if self.couplings else (x, None)
-            z = functional.channel_mix(halves, channel_map.matrix, channel_map.offset, index=channel_map.source)
-            z = self.couplings[0].leave(z) if self.couplings else z
+            z, _ = self.permutation(self.actnorm(x)[0])
             for part in self.couplings:
                 z = part.initialize(z, cond)
             return z

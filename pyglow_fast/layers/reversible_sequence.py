@@ -33,7 +33,6 @@ from pyglow_fast.layers.flow_step import (
     runs_fused,
 )
 from pyglow_fast.layers.folded import Folded
-from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
 from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
@@ -46,10 +45,8 @@ from pyglow_fast.reversible.steps import Step
 
 def _is_initialized(step: Any) -> bool:
     """Whether nothing in a step waits for data."""
-    own = type(step) is FlowStep and type(step._modules["permutation"]) in (InvConv, Permute)
-    nets = [part._modules["net"] for part in step.couplings] if own else ()
-    if own and all(type(net) is CouplingNet and net.has_own_norms for net in nets):
-        return bool(step.is_initialized)  # of these all is known, without a look into each module
+    if type(step) is FlowStep and all(type(part._modules["net"]) is CouplingNet for part in step.couplings):
+        return step.is_initialized  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 

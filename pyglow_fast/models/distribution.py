@@ -23,18 +23,6 @@ def _flat(values: Tensor, event_dims: int) -> tuple[Tensor, Size]:
     return values.reshape(-1, *values.shape[values.dim() - event_dims :]), lead
 
 
-def _labels(y: Tensor | int, model: Glow) -> Tensor:
-    """y as a tensor of labels, refused if it is not of whole numbers or (on the CPU only) out of range."""
-    n_classes = model.config.n_classes
-    found = torch.as_tensor(y)
-    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
-    assert n_classes is not None  # else no y
-    expect(whole, "y", f"whole numbers, labels in 0..{n_classes - 1}", found.dtype)
-    found = found.to(model._parameter().device, torch.int64)
-    check_labels(found.flatten(), found.numel(), n_classes)
-    return found
-
-
 def _condition_dims(cond: Tensor, channels: int, spatial: Sequence[int]) -> int:
     """Dimensions of one condition: 1 for a vector (C,), or 1 + dims for a map (C, *spatial)."""
     spread = 1 + len(spatial)
@@ -60,7 +48,9 @@ class _Given:
             expect(False, "model", "one with one condition for all levels", "one with a condition of each")
             raise AssertionError  # for the type checker: refused above
         expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
-        self.y = None if y is None else _labels(y, model)
+        self.y = None if y is None else torch.as_tensor(y, device=model._parameter().device)
+        if self.y is not None:
+            check_labels(self.y.flatten(), self.y.numel(), n_classes)
         self.cond = cond
         self.cond_dims = 0 if cond is None else _condition_dims(cond, channels, model.config.image_shape[1:])
         shapes = [Size() if self.y is None else self.y.shape]

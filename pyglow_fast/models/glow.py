@@ -413,8 +413,8 @@ class Glow(nn.Module):
         found = self._encode(x, cond, at)
         return found.latents, found.states, found.log_det
 
-    def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] | None = None) -> _Encoded:
-        """x -> its latents; with ``at`` states between the steps too."""
+    def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] = ()) -> _Encoded:
+        """Map x to its latents, with the states of each level behind its steps ``at`` and its last one."""
         with self._refused_alike():
             conds = self._check_x(x, cond)
         if self.training and not self.is_initialized:
@@ -425,13 +425,9 @@ class Glow(nn.Module):
         states: list[list[Tensor]] = []
         plans = self._run_plans(x, conds)
         for i, level in enumerate(self._flow_levels):
-            if at is None:
-                x, level_log_det = level(x, conds[i], plans)
-            else:
-                found, level_log_det = level.intermediates(x, conds[i], at, plans)
-                states.append(found)
-                x = found[-1]
-            log_det = log_det + level_log_det
+            found, level_log_det = level(x, conds[i], plans, at)
+            states.append(found)
+            x, log_det = found[-1], log_det + level_log_det
             if i < len(self.splits):
                 x, factored = self._split(i).parts(x)
                 kept.append(x)

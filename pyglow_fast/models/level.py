@@ -57,29 +57,31 @@ class FlowLevel(nn.Module):
         runs = ((self.checkerboard, False), (self.steps, True))
         return [(steps, squeezes) for steps, squeezes in runs if steps is not None]
 
-    def forward(self, x: Tensor, cond: Tensor | None, plans: Mapping[nn.Module, RunPlan]) -> tuple[Tensor, Tensor]:
-        """Map x (N, C, *spatial) to z (N, C 2^d, *spatial / 2), unless the level has no squeeze; log_det (N,).
+    def forward(
+        self, x: Tensor, cond: Tensor | None, plans: Mapping[nn.Module, RunPlan], at: Sequence[int] = ()
+    ) -> tuple[list[Tensor], Tensor]:
+        """Map x (N, C, *spatial) to the states behind the steps ``at`` and behind the last one, and log_det (N,).
 
-        plans: of runs of steps; the others do what their memory mode says.
+        A state is (N, C 2^d, *spatial / 2), unless the level has no squeeze.
+
+        Args:
+            x: of the level before.
+            cond: of the level, at any size.
+            plans: of runs of steps; the others do what their memory mode says.
+            at: numbers of steps; none in a frozen level, or one with checkerboards.
         """
-        log_dets = []
+        log_dets, states = [], [x]
         for steps, squeezes in self._runs():
             own = fitted(cond, [size // (1 + squeezes) for size in x.shape[2:]])
             planned = {"plan": plans[steps]} if steps in plans else {}
-            x, log_det = steps(x, own, squeezes, **planned)
+            if at:
+                assert isinstance(steps, ReversibleSequence)
+                states, log_det = steps.intermediates(x, own, at, squeezes, **planned)
+            else:
+                x, log_det = steps(x, own, squeezes, **planned)
+                states = [x]
             log_dets.append(log_det)
-        return x, functional.summed(log_dets)
-
-    def intermediates(
-        self, x: Tensor, cond: Tensor | None, at: Sequence[int], plans: Mapping[nn.Module, RunPlan]
-    ) -> tuple[list[Tensor], Tensor]:
-        """Map x to the states behind the steps ``at`` after the squeeze, and behind the last one; log_det (N,).
-
-        A frozen level, or one with checkerboards, has no such states.
-        """
-        assert isinstance(self.steps, ReversibleSequence)
-        halved = fitted(cond, [size // 2 for size in x.shape[2:]])
-        return self.steps.intermediates(x, halved, at, squeeze_first=True, plan=plans.get(self.steps))
+        return states, functional.summed(log_dets)
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Map z back to x; log_det (N,) is the negative of the forward one."""
