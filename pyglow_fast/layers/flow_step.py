@@ -303,19 +303,19 @@ def run_couplings_inverse(
     if couplings:
         z, cond = couplings[-1].enter(z, cond)
     matrices, indices = stacked.inverse() if inverses is None else inverses
-    offsets, count = stacked.offset.unbind(), len(couplings)
-    back = list(zip(matrices.unbind(), offsets, [None] * len(offsets) if indices is None else indices, strict=True))
+    gathers = [None] * len(matrices) if indices is None else indices.unbind()
+    back = zip(matrices.unbind(), stacked.offset.unbind(), gathers, strict=True)
     masked_by = cond if masked else None
     log_det = -maps_log_det(stacked, z, masked_by)
-    for inverse, offset, index in back[count:]:
-        z = functional.channel_unmix(z, inverse, offset, index=index)
+    for (inverse, offset, index), coupling in reversed(list(zip_longest(back, couplings))):
+        if coupling is None:
+            z = functional.channel_unmix(z, inverse, offset, index)
+        else:
+            half = coupling.kept_half(z)
+            net_out = coupling.run_net(half, cond) if budget is None else coupling.runner(budget).run(half, cond)
+            z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, offset, coupling.spec, index)
+            log_det = log_det + step_log_det
         z = z if masked_by is None else z * mask_of(masked_by)
-    for coupling, (inverse, offset, index) in reversed(list(zip(couplings, back[:count], strict=True))):
-        kept_half, spec = coupling.kept_half(z), coupling.spec
-        net_out = coupling.run_net(kept_half, cond) if budget is None else coupling.runner(budget).run(kept_half, cond)
-        z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, offset, spec, index)
-        z = z if masked_by is None else z * mask_of(masked_by)
-        log_det = log_det + step_log_det
     return (couplings[0].leave(z) if couplings else z), log_det
 
 
