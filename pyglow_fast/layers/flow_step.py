@@ -20,7 +20,6 @@ from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
-from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import COUPLINGS, CouplingSpec, fold_actnorm, full_precision, full_product
 from pyglow_fast.reversible.steps import CouplingStep, MapInverse, inverse_of
 
@@ -435,7 +434,7 @@ class FlowStep(FlowLayer):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to z; a fresh step in training first initialises its actnorm from x."""
         if self.training and not self.actnorm.is_initialized:
-            self._check_together(x, cond)
+            self._check(x, cond)
             self.actnorm.initialize_from(x)
         else:
             check_input("x", x, self.channels, self.actnorm.bias)
@@ -452,17 +451,16 @@ class FlowStep(FlowLayer):
         actnorm = cast(ActNorm, self._modules["actnorm"])
         return actnorm.is_initialized and all(part.net_is_initialized for part in self.couplings)
 
-    def _check_together(self, x: Tensor, cond: Tensor | None) -> None:
-        """Before an initialisation: refuse what the step cannot take, on all ranks."""
-        with refused_alike(self.actnorm.bias.device, lambda: not self.is_initialized):
-            check_input("x", x, self.channels, self.actnorm.bias)
-            for part in self.couplings:
-                part.check_inputs(x, cond)
+    def _check(self, x: Tensor, cond: Tensor | None) -> None:
+        """Before an initialisation: refuse what the step cannot take."""
+        check_input("x", x, self.channels, self.actnorm.bias)
+        for part in self.couplings:
+            part.check_inputs(x, cond)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise every actnorm of the step (also those of the net) from x, and return z."""
         with torch.no_grad():
-            self._check_together(x, cond)
+            self._check(x, cond)
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
             z, _ = self.permutation(self.actnorm(x)[0])

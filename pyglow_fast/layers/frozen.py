@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -17,7 +18,6 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.described import folded_steps
 from pyglow_fast.layers.flow_step import ChannelMap, couplings_of, unstack_maps
-from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
 from pyglow_fast.reference import COUPLING_NETS
 from pyglow_fast.reversible.run import given_maps_of
@@ -50,15 +50,10 @@ class FrozenNet(NetShape):
         """List the weights and biases of the three convolutions: w1, b1, w2, b2, w3, b3."""
         return [getattr(self, name) for name in WEIGHTS]
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether its weights alone decide what it computes: no subclass, hook or parametrization has a part in it."""
-        own = type(self) is FrozenNet and not is_altered(self)
-        return own and not torch.nn.modules.module._has_any_global_hook()
-
     def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its weights decides what it computes."""
-        if not self.is_plain or self.border:
+        altered = type(self) is not FrozenNet or is_altered(self) or torch.nn.modules.module._has_any_global_hook()
+        if altered or self.border:
             return None
         return Chain(self.weights, (0.0, 0.0, 0.0), COUPLING_NETS[self.dims])
 
@@ -68,12 +63,11 @@ class FrozenNet(NetShape):
 
 
 def _frozen(coupling: Coupling) -> Coupling:
-    """The same with the net frozen, where that is a CouplingNet as it comes."""
-    net = FrozenNet(coupling.net) if type(coupling.net) is CouplingNet and coupling.net.is_plain else coupling.net
-    if isinstance(coupling, AffineInjector):
-        return AffineInjector(coupling.channels, net=net, spec=coupling.spec, precision=coupling.precision)
-    parity = 0 if coupling.board is None else coupling.board.parity
-    return Coupling(net, *coupling.spec, coupling.precision, coupling.mask, parity)
+    """A copy with the net frozen, where that is a CouplingNet as it comes."""
+    found = copy.deepcopy(coupling)
+    if type(found.net) is CouplingNet and found.net.is_plain:
+        found.net = FrozenNet(found.net)
+    return found
 
 
 class FrozenSteps(FlowLayer):

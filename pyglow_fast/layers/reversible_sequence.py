@@ -34,7 +34,6 @@ from pyglow_fast.layers.flow_step import (
 )
 from pyglow_fast.layers.folded import Folded
 from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
-from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.planner import RunPlan
@@ -306,9 +305,7 @@ class ReversibleSequence(FlowLayer):
         if squeeze_first and (not fused or any(part.board is not None for part in steps[0].couplings)):
             x, squeeze_first = functional.squeeze(x), False
         if fused and not squeeze_first:
-            bias = steps[0].actnorm.bias
-            with refused_alike(bias.device) if fresh else contextlib.nullcontext():
-                check_input("x", x, steps[0].channels, bias)
+            check_input("x", x, steps[0].channels, steps[0].actnorm.bias)
         if fresh:
             if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else fused:
                 check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing

@@ -20,7 +20,6 @@ from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.traits import submodules
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.planned import DryStep, Plans, planned_spacing, run_key
-from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
@@ -329,10 +328,6 @@ class Glow(nn.Module):
         """Whether every actnorm has seen data (or was loaded so)."""
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
-    def _refused_alike(self) -> contextlib.AbstractContextManager[None]:
-        """Around the checks of a forward: where it would initialise, all ranks refuse what one does."""
-        return refused_alike(self._parameter().device, lambda: self.training and not self.is_initialized)
-
     def _parameter(self) -> Tensor:
         """A tensor of the model's dtype and device."""
         for steps in self.levels[0].children():
@@ -347,14 +342,18 @@ class Glow(nn.Module):
         if isinstance(x, Tensor) and not x.is_floating_point():
             expect(False, "x", "float values, pyglow_fast.likelihood.dequantize(x) of integer levels", x.dtype)
         check_input("x", x, self.config.image_shape[0], self._parameter())
-        shape = self.config.image_shape
-        expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+        self._check_shape("x", x)
         if can_read(x):
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
             if not self._range_is_known and not is_watched() and x.numel():
                 _warn_of_other_range(x)
                 self._range_is_known = True
         return self._check_cond(cond, x.shape[0])
+
+    def _check_shape(self, name: str, x: Tensor) -> None:
+        shape = self.config.image_shape
+        fits = x.dim() > 0 and tuple(x.shape[1:]) == shape
+        expect(fits, name, f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
 
     def _check_cond(self, cond: Condition | None, n: int) -> list[Tensor | None]:
         """Checks it, and gives that of each level."""
@@ -380,8 +379,7 @@ class Glow(nn.Module):
         x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
         Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
         """
-        with refused_alike(self._parameter().device, lambda: not self.is_initialized):
-            conds = self._check_x(x, cond)
+        conds = self._check_x(x, cond)
         for i, level in enumerate(self._flow_levels):
             x = level.initialize(x, conds[i])
             if i < len(self.splits):
@@ -415,8 +413,7 @@ class Glow(nn.Module):
 
     def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] = ()) -> _Encoded:
         """Map x to its latents, with the states of each level behind its steps ``at`` and its last one."""
-        with self._refused_alike():
-            conds = self._check_x(x, cond)
+        conds = self._check_x(x, cond)
         if self.training and not self.is_initialized:
             self.initialize(x, cond)
         log_det = x.new_zeros(x.shape[0])
@@ -472,9 +469,8 @@ class Glow(nn.Module):
 
     def _log_prob(self, x: Tensor, y: Tensor | None, cond: Condition | None) -> tuple[Tensor, Tensor]:
         """log p(x), and the top latent that a head may look at: one pass for both."""
-        with self._refused_alike():
-            expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
-            check_labels(y, x.shape[0], self.config.n_classes)
+        expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
+        check_labels(y, x.shape[0], self.config.n_classes)
         found = self._encode(x, cond)
         log_prob = found.log_det
         for i, (latent, kept) in enumerate(zip(found.latents, found.kept, strict=True)):
@@ -514,18 +510,11 @@ class Glow(nn.Module):
         Levels are 0..n_bins-1; y and cond as in log_prob.
         """
         # Everything is checked before the noise is drawn: a refused call leaves the generator as it was.
-        with self._refused_alike():
-            expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
-            shape = (*images.shape[:1], *self.config.image_shape)
-            expect(
-                tuple(images.shape) == shape,
-                "images",
-                f"shape (N, {', '.join(map(str, shape[1:]))})",
-                tuple(images.shape),
-            )
-            check_labels(y, images.shape[0], self.config.n_classes)
-            self._check_cond(cond, images.shape[0])
-            x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
+        expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
+        self._check_shape("images", images)
+        check_labels(y, images.shape[0], self.config.n_classes)
+        self._check_cond(cond, images.shape[0])
+        x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
     def encode(self, x: Tensor, cond: Condition | None = None, precision: str = "fp32") -> list[Tensor]:
