@@ -302,7 +302,7 @@ class ReversibleSequence(FlowLayer):
         steps: list[Any] = list(self)
         fused = self.is_fused
         fresh = self.training and not self._is_initialized()
-        if squeeze_first and (not fused or any(part.board is not None for part in steps[0].couplings)):
+        if squeeze_first and not fused:
             x, squeeze_first = functional.squeeze(x), False
         if fused and not squeeze_first:
             check_input("x", x, steps[0].channels, steps[0].actnorm.bias)
