@@ -124,6 +124,11 @@ class CouplingNet(NetShape):
         return True
 
     @property
+    def has_own_norms(self) -> bool:
+        """Whether the net still has the norms that it was made with."""
+        return (type(self._modules["norm1"]), type(self._modules["norm2"])) in _CHAINS
+
+    @property
     def is_initialized(self) -> bool:
         """Whether there is no hidden ActNorm that still waits for data."""
         norms = self._modules["norm1"], self._modules["norm2"]
