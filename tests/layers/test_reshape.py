@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import assert_close, memory_layouts
+from support.helpers import assert_close
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -22,11 +22,6 @@ class TestSqueeze:
         z, log_det = pgf.Squeeze(factor)(x)
         assert torch.equal(z, F.pixel_unshuffle(x, factor))
         assert torch.equal(log_det, torch.zeros(2))
-
-    def test_any_layout(self) -> None:
-        x = torch.randn(2, 3, 4, 6)
-        for layout in memory_layouts(x).values():
-            assert torch.equal(pgf.Squeeze()(layout)[0], F.pixel_unshuffle(x, 2))
 
 
 class TestSplit:
