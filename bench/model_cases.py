@@ -186,9 +186,9 @@ class PlainStep(nn.Module):
     def _net(self, state: Tensor) -> Tensor:
         net: Any = self.step.coupling.net
         gain = (3.0 * net.log_gain).exp().reshape(-1, 1, 1, 1)
-        first, second = (net.conv1.weight, net.conv1.bias), (net.conv2.weight, net.conv2.bias)
-        third = (net.conv3.weight * gain, net.conv3.bias * gain.flatten())
-        return reference.coupling_net(state[:, : self.step.channels // 2], *first, *second, *third)
+        weights = net.conv1.weight, net.conv2.weight, net.conv3.weight * gain
+        biases = net.conv1.bias, net.conv2.bias, net.conv3.bias * gain.flatten()
+        return reference.net_chain(state[:, : self.step.channels // 2], weights, biases, reference.COUPLING_NETS[2])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map x to z and log_det (N,)."""

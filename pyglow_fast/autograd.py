@@ -13,85 +13,53 @@ from torch import Tensor
 
 from pyglow_fast import convolutions, ops
 from pyglow_fast._derivatives import differentiable_once
-from pyglow_fast.reference import ChainSpec, full_product, squeeze, transpose_map
+from pyglow_fast.reference import ChainSpec, full_product, transpose_map
 
 _CouplingArguments = tuple[int, int, bool, float, float, float, float]
 
 
 class ChannelMix(torch.autograd.Function):
-    """u = M x + c, x squeezed first if asked; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u.
+    """u = M x + c; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u.
 
     With an index (C,) M is the scales of a gather, here and below: grad_M_i = sum grad_u_i x_j, j = index_i.
-
-    Returns u and its first `kept` channels (a view: what a coupling net reads), whose gradients stay apart until the
-    backward kernel adds them in passing.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool, index: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Compute u, like x, and u[:, :kept]."""
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None) -> Tensor:
+        """Compute u, like x."""
         ctx.save_for_backward(x, matrix, index)
-        ctx.squeeze_first = squeeze_first
-        ctx.set_materialize_grads(False)
-        u = ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input" if squeeze_first else "none"], index)
-        return u, u[:, :kept]
+        return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["none"], index)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_u: Tensor | None, grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, M and c."""
-        if grad_u is None and grad_kept is None:
-            return (None,) * 6
         x, matrix, index = ctx.saved_tensors
-        grad_u, grad_kept = _whole_gradient(grad_u, grad_kept, matrix.shape[0])
-        frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
-        if frozen and grad_kept is None and not ctx.squeeze_first:
-            transposed = transpose_map(matrix, index)
-            grad_x = ops.channel_mix(grad_u, transposed[0], grad_u.new_zeros(matrix.shape[0]), False, 0, transposed[1])
-            return grad_x, None, None, None, None, None
-        grads = ops.channel_mix_backward(x, grad_u, matrix, None, grad_kept, ctx.squeeze_first, index)
-        return (*grads, None, None, None)
-
-
-def _whole_gradient(grad: Tensor | None, grad_kept: Tensor | None, channels: int) -> tuple[Tensor, Tensor | None]:
-    """The gradient of all channels and, if there is one, what is to be added to the first ones."""
-    if grad is not None:
-        return grad, grad_kept
-    assert grad_kept is not None  # the callers have made sure that there is a gradient
-    whole = grad_kept.new_zeros(grad_kept.shape[0], channels, *grad_kept.shape[2:])
-    whole[:, : grad_kept.shape[1]] = grad_kept
-    return whole, None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            return (*ops.channel_mix_backward(x, grad_u, matrix, None, None, False, index), None)
+        transposed, back = transpose_map(matrix, index)
+        grad_x = ops.channel_mix(grad_u, transposed, grad_u.new_zeros(matrix.shape[0]), False, 0, back)
+        return grad_x, None, None, None
 
 
 class ChannelUnmix(torch.autograd.Function):
-    """x = A (u - c) with A = M^-1, unsqueezed afterwards if asked.
-
-    grad_u = A^T grad_x, grad_A = sum grad_x (u - c)^T, grad_c = -sum grad_u.
-    """
+    """x = A (u - c) with A = M^-1; grad_u = A^T grad_x, grad_A = sum grad_x (u - c)^T, grad_c = -sum grad_u."""
 
     @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool, index: Tensor | None
-    ) -> Tensor:
-        """Compute x, which has the shape of u."""
+    def forward(ctx: Any, u: Tensor, inverse_matrix: Tensor, offset: Tensor, index: Tensor | None) -> Tensor:
+        """Compute x, like u."""
         ctx.save_for_backward(u, inverse_matrix, offset, index)
-        ctx.unsqueeze_after = unsqueeze_after
-        code = ops.SQUEEZE_CODES["output" if unsqueeze_after else "none"]
-        return ops.channel_mix(u, inverse_matrix, offset, True, code, index)
+        return ops.channel_mix(u, inverse_matrix, offset, True, ops.SQUEEZE_CODES["none"], index)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of u, A and c."""
         u, inverse_matrix, offset, index = ctx.saved_tensors
-        if ctx.unsqueeze_after:
-            grad_x = squeeze(grad_x)
         grad_u, grad_matrix, summed = ops.channel_mix_backward(u, grad_x, inverse_matrix, offset, None, False, index)
         transposed, back = transpose_map(inverse_matrix, index)
         grad_offset = -(full_product(transposed, summed) if back is None else transposed * summed[back])
-        return grad_u, grad_matrix, grad_offset, None, None
+        return grad_u, grad_matrix, grad_offset, None
 
 
 class InvertMatrices(torch.autograd.Function):
@@ -142,10 +110,7 @@ class Coupling(torch.autograd.Function):
 
 
 class CouplingMix(torch.autograd.Function):
-    """M couple(u) + c, its first `kept` channels (see ChannelMix) and the coupling's log-det.
-
-    The backward evaluates the coupling again, from the true u.
-    """
+    """M couple(u) + c and the coupling's log-det; the backward evaluates the coupling again, from the true u."""
 
     @staticmethod
     def forward(
@@ -154,34 +119,22 @@ class CouplingMix(torch.autograd.Function):
         net_out: Tensor,
         matrix: Tensor,
         offset: Tensor,
-        kept: int,
         arguments: _CouplingArguments,
         index: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the mixed output, like u, its kept channels, and log_det (N,)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the mixed output, like u, and log_det (N,)."""
         ctx.save_for_backward(u, net_out, matrix, index)
         ctx.arguments = arguments
-        ctx.set_materialize_grads(False)
-        out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *arguments, index)
-        return out, out[:, :kept], log_det
+        return ops.coupling_mix(u, net_out, matrix, offset, *arguments, index)
 
     @staticmethod
     @differentiable_once
-    def backward(
-        ctx: Any, grad_out: Tensor | None, grad_kept: Tensor | None, grad_log_det: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Compute gradients of u (without what flows through the net), of the net's output, M and c."""
-        if grad_out is None and grad_kept is None and grad_log_det is None:
-            return (None,) * 7
         u, net_out, matrix, index = ctx.saved_tensors
-        if grad_out is None and grad_kept is None:
-            grad_out = torch.zeros_like(u)
-        grad_out, grad_kept = _whole_gradient(grad_out, grad_kept, u.shape[1])
-        if grad_log_det is None:
-            grad_log_det = u.new_zeros(u.shape[0])
         scale_map, order, _, *parameters = ctx.arguments
-        arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters, grad_kept, index)
-        return (*ops.coupling_mix_backward(*arguments), None, None, None)
+        arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters, None, index)
+        return (*ops.coupling_mix_backward(*arguments), None, None)
 
 
 class NetChain(torch.autograd.Function):

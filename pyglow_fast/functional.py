@@ -21,11 +21,11 @@ from pyglow_fast.reference import (
     Activation,
     ChainSpec,
     CouplingSpec,
-    coupling_net_spec,
     fold_actnorm,
     gather_actnorm,
     invert_gather,
     n_positions,
+    per_channel,
     squeeze,
     unsqueeze,
 )
@@ -39,7 +39,6 @@ __all__ = [
     "channel_linear",
     "channel_linear_inverse",
     "channel_mix",
-    "channel_mix_for_net",
     "channel_moments",
     "channel_unmix",
     "checkerboard_merge",
@@ -47,9 +46,7 @@ __all__ = [
     "coupling",
     "coupling_inverse",
     "coupling_mix",
-    "coupling_mix_for_net",
     "coupling_mix_inverse",
-    "coupling_net",
     "fold_actnorm",
     "gather_actnorm",
     "gaussian_log_prob",
@@ -74,42 +71,20 @@ def _is_seen(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or _records_gradient(*tensors)
 
 
-def _squeeze_code(squeeze_first: bool) -> int:
-    return ops.SQUEEZE_CODES["input" if squeeze_first else "none"]
-
-
-def channel_mix(
-    x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False, index: Tensor | None = None
-) -> Tensor:
+def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None = None) -> Tensor:
     """u = M x + c at every position, or with an index a gather; see :func:`pyglow_fast.reference.channel_mix`."""
-    if ops.run_on(x) and (x.dim() == 4 or not squeeze_first) and not _is_seen(x, matrix, offset):
-        return ops.channel_mix(x, matrix, offset, False, _squeeze_code(squeeze_first), index)
-    return channel_mix_for_net(x, matrix, offset, 0, squeeze_first, index)[0]
+    if not ops.run_on(x):
+        return reference.channel_mix(x, matrix, offset, index)
+    if _is_seen(x, matrix, offset):
+        return apply(autograd.ChannelMix, x, matrix, offset, index)
+    return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["none"], index)
 
 
-def channel_mix_for_net(
-    x: Tensor, matrix: Tensor, offset: Tensor, kept: int, squeeze_first: bool = False, index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """u = M x + c at every position, and its first `kept` channels for a coupling net to read.
-
-    The second has the values of u[:, :kept]; its gradient is added to that of u within the backward kernel.
-    """
-    if not ops.run_on(x) or (x.dim() != 4 and squeeze_first):
-        u = reference.channel_mix(x, matrix, offset, squeeze_first, index)
-    elif _is_seen(x, matrix, offset):
-        return apply(autograd.ChannelMix, x, matrix, offset, kept, squeeze_first, index)
-    else:
-        u = ops.channel_mix(x, matrix, offset, False, _squeeze_code(squeeze_first), index)
-    return u, u[:, :kept]
-
-
-def channel_unmix(
-    u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False, index: Tensor | None = None
-) -> Tensor:
+def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, index: Tensor | None = None) -> Tensor:
     """x = M^-1 (u - c) at every position; see :func:`pyglow_fast.reference.channel_unmix`."""
-    if ops.run_on(u) and (u.dim() == 4 or not unsqueeze_after):
-        return apply(autograd.ChannelUnmix, u, inverse_matrix, offset, unsqueeze_after, index)
-    return reference.channel_unmix(u, inverse_matrix, offset, unsqueeze_after, index)
+    if not ops.run_on(u):
+        return reference.channel_unmix(u, inverse_matrix, offset, index)
+    return apply(autograd.ChannelUnmix, u, inverse_matrix, offset, index)
 
 
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
@@ -144,31 +119,13 @@ def coupling_mix(
     u: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, spec: CouplingSpec, index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """M y + c with y, log_det = coupling(u, net_out), in one pass; see :func:`pyglow_fast.reference.coupling_mix`."""
-    if ops.run_on(u) and ops.has_kernel(spec) and not _is_seen(u, net_out, matrix, offset):
-        arguments = ops.coupling_arguments(spec, inverse=False)
-        return ops.coupling_mix(u, readable_net_output(net_out, u), matrix, offset, *arguments, index)
-    out, _, log_det = coupling_mix_for_net(u, net_out, matrix, offset, spec, 0, index)
-    return out, log_det
-
-
-def coupling_mix_for_net(
-    u: Tensor,
-    net_out: Tensor,
-    matrix: Tensor,
-    offset: Tensor,
-    spec: CouplingSpec,
-    kept: int,
-    index: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """M y + c, its first `kept` channels for the next net (see :func:`channel_mix_for_net`), and log_det."""
-    if ops.run_on(u) and ops.has_kernel(spec):
-        arguments, net_out = ops.coupling_arguments(spec, inverse=False), readable_net_output(net_out, u)
-        if _is_seen(u, net_out, matrix, offset):
-            return apply(autograd.CouplingMix, u, net_out, matrix, offset, kept, arguments, index)
-        out, log_det = ops.coupling_mix(u, net_out, matrix, offset, *arguments, index)
-        return out, out[:, :kept], log_det
-    y, log_det = coupling(u, net_out, spec)
-    return *channel_mix_for_net(y, matrix, offset, kept, index=index), log_det
+    if not ops.run_on(u) or not ops.has_kernel(spec):
+        y, log_det = coupling(u, net_out, spec)
+        return channel_mix(y, matrix, offset, index), log_det
+    arguments, net_out = ops.coupling_arguments(spec, inverse=False), readable_net_output(net_out, u)
+    if _is_seen(u, net_out, matrix, offset):
+        return apply(autograd.CouplingMix, u, net_out, matrix, offset, arguments, index)
+    return ops.coupling_mix(u, net_out, matrix, offset, *arguments, index)
 
 
 def coupling_mix_inverse(
@@ -183,7 +140,7 @@ def coupling_mix_inverse(
         arguments = ops.coupling_arguments(spec, inverse=True)
         return ops.coupling_mix(y, readable_net_output(net_out, y), inverse_matrix, offset, *arguments, index)
     u, log_det = coupling_inverse(y, net_out, spec)
-    return channel_unmix(u, inverse_matrix, offset, index=index), log_det
+    return channel_unmix(u, inverse_matrix, offset, index), log_det
 
 
 def invert_matrix(matrix: Tensor) -> Tensor:
@@ -305,26 +262,6 @@ def _convolved(
     return convolutions.run(convolutions.prepared(weights, biases, spec, x), convolutions.joined(x, cond))
 
 
-def coupling_net(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    log_gain: Tensor | None = None,
-    *,
-    leak: float = 0.0,
-    cond: Tensor | None = None,
-) -> Tensor:
-    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3), a(h) = max(h, 0) + leak min(h, 0).
-
-    See :func:`pyglow_fast.reference.coupling_net`.
-    """
-    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain, cond)
-
-
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Compute mean and sum of squared deviations per channel, in float64 and without a gradient.
 
@@ -373,18 +310,14 @@ def channel_linear_inverse(z: Tensor, weight: Tensor, weight_log_det: Tensor) ->
     return x, per_sample(z, -weight_log_det)
 
 
-def _per_channel(x: Tensor, value: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (x.dim() - 2))
-
-
 def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """z = (x + bias) exp(log_scale) per channel, log_det = P sum log_scale; log_scale and bias are (C,)."""
     scale = log_scale.exp()
-    z = torch.addcmul(_per_channel(x, bias * scale), x, _per_channel(x, scale))
+    z = torch.addcmul(per_channel(bias * scale, x), x, per_channel(scale, x))
     return z, per_sample(x, log_scale.sum())
 
 
 def actnorm_inverse(z: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """x = z exp(-log_scale) - bias, the inverse of :func:`actnorm`; log_det = -P sum log_scale."""
-    x = torch.addcmul(_per_channel(z, -bias), z, _per_channel(z, (-log_scale).exp()))
+    x = torch.addcmul(per_channel(-bias, z), z, per_channel((-log_scale).exp(), z))
     return x, per_sample(z, -log_scale.sum())

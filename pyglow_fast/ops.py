@@ -40,17 +40,25 @@ ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
 
 _COUPLING_ARGUMENTS = "int map, int order, bool inverse, float bias, float eps, float clamp, float factor"
 _FORWARD_ARGUMENTS = "int map, int order, float bias, float eps, float clamp, float factor"
+_CHAIN_ARGUMENTS = "int[] activations, float[] parameters, int[] dilations, bool half"
 _library = torch.library.Library("pyglow_fast", "DEF")
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Declare an op, whose kernels are the extension's; the callable torch.ops.pyglow_fast.<name>, resolved once."""
-    name = schema.split("(")[0]
-    _library.define(schema)
-    _library.impl(name, functools.partial(_without_kernel, name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyglow_fast::{name}", functools.partial(_shapes_alone, fake), lib=_library)
-    op: torch._ops.OpOverload = getattr(torch.ops.pyglow_fast, name).default
-    return op
+def _op(schema: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """Declare an op whose kernels are the extension's, by its arguments and by a function that gives outputs' shapes.
+
+    What the function is called by is then the callable torch.ops.pyglow_fast.<name>, resolved once.
+    """
+
+    def declared(shapes: Callable[..., Any]) -> torch._ops.OpOverload:
+        name = shapes.__name__
+        _library.define(name + schema)
+        _library.impl(name, functools.partial(_without_kernel, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pyglow_fast::{name}", functools.partial(_shapes_alone, shapes), lib=_library)
+        op: torch._ops.OpOverload = getattr(torch.ops.pyglow_fast, name).default
+        return op
+
+    return declared
 
 
 def _without_kernel(name: str, *args: Any) -> Any:
@@ -110,7 +118,14 @@ def _like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     return x.new_empty(x.shape if shape is None else shape).to(memory_format=memory_format_of(x))
 
 
-def _fake_channel_mix(
+def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An output in the memory format that the strides of x suggest, also those of a slice."""
+    return x.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+# A channel map is a matrix (C, C), or with an index (C,) the scales (C,) of a gather; so in all ops that take one.
+@_op("(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze, Tensor? index=None) -> Tensor")
+def channel_mix(
     x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool, squeeze: int, index: Tensor | None = None
 ) -> Tensor:
     if squeeze == SQUEEZE_CODES["none"]:
@@ -121,76 +136,117 @@ def _fake_channel_mix(
     return _like(x, (n, channels // 4, 2 * height, 2 * width))
 
 
-def _fake_channel_mix_backward(
-    x: Tensor, grad_u: Tensor, matrix: Tensor, center: Tensor | None, *added_and_squeeze: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+@_op(
+    "(Tensor x, Tensor grad_u, Tensor matrix, Tensor? center, Tensor? added, bool squeeze, Tensor? index=None) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def channel_mix_backward(x: Tensor, grad_u: Tensor, matrix: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x), x.new_empty(matrix.shape), x.new_empty(grad_u.shape[1])
 
 
-def _fake_coupling(x: Tensor, net_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+@_op(f"(Tensor x, Tensor net_out, {_COUPLING_ARGUMENTS}) -> (Tensor, Tensor)")
+def coupling(x: Tensor, net_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _like(x), x.new_empty(x.shape[0])
 
 
-def _fake_coupling_backward(
-    out: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, *arguments_and_want: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    recovered = _like(out) if arguments_and_want[-1] else out.new_empty(0)
-    return _like(out), _like(net_out), recovered
+@_op(
+    f"(Tensor out, Tensor net_out, Tensor grad_out, Tensor grad_log_det, {_COUPLING_ARGUMENTS}, bool want_input) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def coupling_backward(out: Tensor, net_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(out), _like(net_out), _like(out) if rest[-1] else out.new_empty(0)
 
 
-def _fake_coupling_mix_backward(
-    x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *arguments: Any
+@_op(
+    f"(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_COUPLING_ARGUMENTS}, Tensor? index=None) "
+    "-> (Tensor, Tensor)"
+)
+def coupling_mix(x: Tensor, net_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty(x.shape[0])
+
+
+@_op(
+    "(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
+    f"{_FORWARD_ARGUMENTS}, Tensor? added, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def coupling_mix_backward(
+    x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _like(x), _like(net_out), x.new_empty(matrix.shape), x.new_empty(x.shape[1])
 
 
-def _fake_step_backward(y: Tensor, net_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+@_op(
+    "(Tensor y, Tensor net_out, Tensor grad_y, Tensor grad_log_det, Tensor inverse_matrix, Tensor offset, "
+    f"{_FORWARD_ARGUMENTS}, Tensor? index=None) -> (Tensor, Tensor, Tensor)"
+)
+def step_backward(y: Tensor, net_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(y), _like(y), _like(net_out)
 
 
-def _fake_checkerboard_split(x: Tensor, parity: int, both: bool) -> Tensor:
+@_op("(Tensor x) -> (Tensor, Tensor)")
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
+
+
+@_op("(Tensor z, Tensor mean, Tensor log_sd) -> Tensor")
+def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    return z.new_empty(z.shape[0])
+
+
+@_op("(Tensor z, Tensor mean, Tensor log_sd, Tensor grad_log_prob) -> (Tensor, Tensor, Tensor)")
+def gaussian_log_prob_backward(z: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(z), _like(z), _like(z)
+
+
+@_op("(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor")
+def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    return _like(noise)
+
+
+@_op("(Tensor matrices) -> (Tensor, Tensor)")
+def invert_matrices(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    return matrices.new_empty(matrices.shape), matrices.new_empty(matrices.shape[0])
+
+
+# Moves of values, on the CPU only: elsewhere torch's are as fast.
+@_op("(Tensor x, int parity, bool both) -> Tensor")
+def checkerboard_split(x: Tensor, parity: int, both: bool) -> Tensor:
     n, channels, rows, *rest = x.shape
     return x.new_empty(n, (1 + both) * channels, rows // 2, *rest)
 
 
-def _fake_checkerboard_merge(halves: Tensor, parity: int, both: bool) -> Tensor:
+@_op("(Tensor halves, int parity, bool both) -> Tensor")
+def checkerboard_merge(halves: Tensor, parity: int, both: bool) -> Tensor:
     n, channels, rows, *rest = halves.shape
     return halves.new_empty(n, channels // (1 + both), 2 * rows, *rest)
 
 
-def _fake_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
-
-
-def _fake_gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
-    return z.new_empty(z.shape[0])
-
-
-def _fake_gaussian_log_prob_backward(
-    z: Tensor, mean: Tensor, log_sd: Tensor, grad_log_prob: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(z), _like(z), _like(z)
-
-
-def _fake_gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
-    return _like(noise)
-
-
-def _fake_invert_matrices(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    return matrices.new_empty(matrices.shape), matrices.new_empty(matrices.shape[0])
-
-
-def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """An output in the memory format that the strides of x suggest, also those of a slice."""
-    return x.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(x))
-
-
-def _fake_net_chain(x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+# Coupling nets as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
+@_op(
+    "(Tensor x, Tensor? cond, Tensor[] weights, Tensor[] biases, Tensor? log_gain, "
+    f"{_CHAIN_ARGUMENTS}, bool keep) -> (Tensor, Tensor)"
+)
+def net_chain(x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     _, _, activations, _, dilations, half, keep = rest
     kept = x.new_empty(
         kept_elements(x, weights, activations, dilations) if keep else 0, dtype=torch.bfloat16 if half else x.dtype
     )
     return _in_format_of(x, (x.shape[0], weights[-1].shape[0], *x.shape[2:])), kept
+
+
+@_op(
+    "(Tensor grad_out, Tensor x, Tensor? cond, Tensor kept, Tensor[] weights, Tensor? last_bias, "
+    f"Tensor? log_gain, {_CHAIN_ARGUMENTS}, bool want_weights) -> Tensor[]"
+)
+def net_chain_backward(
+    grad_out: Tensor, x: Tensor, cond: Tensor | None, kept: Tensor, weights: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    _, log_gain, *_, want_weights = rest
+    inputs = [_in_format_of(x, given.shape) for given in (x, cond) if given is not None]
+    if not want_weights:
+        return inputs
+    grads = [x.new_empty(weight.shape) for weight in weights] + [x.new_empty(weight.shape[0]) for weight in weights]
+    return [*inputs, *grads, *([] if log_gain is None else [x.new_empty(log_gain.shape)])]
 
 
 def kept_per_position(hidden: Sequence[int], activations: Sequence[int]) -> int:
@@ -209,81 +265,6 @@ def kept_elements(x: Tensor, weights: Sequence[Tensor], activations: Sequence[in
             own = own * size + kernel // 2 * min(dilation, max(size, 1))
         reach = max(reach, own)
     return rows * math.prod([x.shape[0], *x.shape[2:]]) + 2 * (reach + 64)
-
-
-def _fake_net_chain_backward(
-    grad_out: Tensor, x: Tensor, cond: Tensor | None, kept: Tensor, weights: Sequence[Tensor], *rest: Any
-) -> list[Tensor]:
-    _, log_gain, *_, want_weights = rest
-    inputs = [_in_format_of(x, given.shape) for given in (x, cond) if given is not None]
-    if not want_weights:
-        return inputs
-    grads = [x.new_empty(weight.shape) for weight in weights] + [x.new_empty(weight.shape[0]) for weight in weights]
-    return [*inputs, *grads, *([] if log_gain is None else [x.new_empty(log_gain.shape)])]
-
-
-# A channel map is a matrix (C, C), or with an index (C,) the scales (C,) of a gather; so in all ops that take one.
-channel_mix = _define(
-    "channel_mix(Tensor x, Tensor matrix, Tensor offset, bool subtract_first, int squeeze, Tensor? index=None)"
-    " -> Tensor",
-    _fake_channel_mix,
-)
-channel_mix_backward = _define(
-    "channel_mix_backward(Tensor x, Tensor grad_u, Tensor matrix, Tensor? center, Tensor? added, bool squeeze, "
-    "Tensor? index=None) -> (Tensor, Tensor, Tensor)",
-    _fake_channel_mix_backward,
-)
-coupling = _define(f"coupling(Tensor x, Tensor net_out, {_COUPLING_ARGUMENTS}) -> (Tensor, Tensor)", _fake_coupling)
-coupling_backward = _define(
-    "coupling_backward(Tensor out, Tensor net_out, Tensor grad_out, Tensor grad_log_det, "
-    f"{_COUPLING_ARGUMENTS}, bool want_input) -> (Tensor, Tensor, Tensor)",
-    _fake_coupling_backward,
-)
-coupling_mix = _define(
-    f"coupling_mix(Tensor x, Tensor net_out, Tensor matrix, Tensor offset, {_COUPLING_ARGUMENTS}, Tensor? index=None)"
-    " -> (Tensor, Tensor)",
-    _fake_coupling,
-)
-coupling_mix_backward = _define(
-    "coupling_mix_backward(Tensor x, Tensor net_out, Tensor grad_out, Tensor grad_log_det, Tensor matrix, "
-    f"{_FORWARD_ARGUMENTS}, Tensor? added, Tensor? index=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_coupling_mix_backward,
-)
-step_backward = _define(
-    "step_backward(Tensor y, Tensor net_out, Tensor grad_y, Tensor grad_log_det, Tensor inverse_matrix, Tensor offset, "
-    f"{_FORWARD_ARGUMENTS}, Tensor? index=None) -> (Tensor, Tensor, Tensor)",
-    _fake_step_backward,
-)
-channel_moments = _define("channel_moments(Tensor x) -> (Tensor, Tensor)", _fake_channel_moments)
-gaussian_log_prob = _define(
-    "gaussian_log_prob(Tensor z, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_log_prob
-)
-gaussian_log_prob_backward = _define(
-    "gaussian_log_prob_backward(Tensor z, Tensor mean, Tensor log_sd, Tensor grad_log_prob)"
-    " -> (Tensor, Tensor, Tensor)",
-    _fake_gaussian_log_prob_backward,
-)
-gaussian_sample = _define("gaussian_sample(Tensor noise, Tensor mean, Tensor log_sd) -> Tensor", _fake_gaussian_sample)
-invert_matrices = _define("invert_matrices(Tensor matrices) -> (Tensor, Tensor)", _fake_invert_matrices)
-
-# Moves of values, on the CPU only: elsewhere torch's are as fast.
-checkerboard_split = _define("checkerboard_split(Tensor x, int parity, bool both) -> Tensor", _fake_checkerboard_split)
-checkerboard_merge = _define(
-    "checkerboard_merge(Tensor halves, int parity, bool both) -> Tensor", _fake_checkerboard_merge
-)
-
-# Coupling nets as matrix products, on the CPU only: elsewhere the libraries' convolutions do it.
-_CHAIN = "int[] activations, float[] parameters, int[] dilations, bool half"
-net_chain = _define(
-    "net_chain(Tensor x, Tensor? cond, Tensor[] weights, Tensor[] biases, Tensor? log_gain, "
-    f"{_CHAIN}, bool keep) -> (Tensor, Tensor)",
-    _fake_net_chain,
-)
-net_chain_backward = _define(
-    "net_chain_backward(Tensor grad_out, Tensor x, Tensor? cond, Tensor kept, Tensor[] weights, Tensor? last_bias, "
-    f"Tensor? log_gain, {_CHAIN}, bool want_weights) -> Tensor[]",
-    _fake_net_chain_backward,
-)
 
 
 @functools.cache

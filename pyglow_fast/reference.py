@@ -10,7 +10,6 @@ Sources: Dinh et al. 2014 (NICE), Dinh et al. 2017 (RealNVP), Kingma & Dhariwal 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -213,44 +212,34 @@ def _matrix_product(flat: Tensor, matrix: Tensor, offset: Tensor | None = None) 
         return product if offset is None else product + offset.unsqueeze(-1)
 
 
-def _per_channel(value: Tensor, x: Tensor) -> Tensor:
+def per_channel(value: Tensor, x: Tensor) -> Tensor:
+    """View values (C,) so that they broadcast to x (N, C, *spatial)."""
     return value.reshape(-1, *[1] * (x.dim() - 2))
 
 
-def channel_mix(
-    x: Tensor, matrix: Tensor, offset: Tensor, squeeze_first: bool = False, index: Tensor | None = None
-) -> Tensor:
+def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None = None) -> Tensor:
     """u = M x + c at every position of x (N, C, *spatial), with matrix M (C, C) and offset c (C,).
 
     With an index (C,), a permutation in int64, it is a gather: u_i = matrix_i x_j + c_i, j = index_i, and matrix (C,).
     The same holds wherever an index is given beside a matrix. In a gather NaN and inf stay in their channel, while a
     product, which adds zeros times them to all others, spreads them.
-
-    With squeeze_first, u = M squeeze(x) + c, x (N, C / 2^d, *(2 spatial)).
     """
-    x = squeeze(x) if squeeze_first else x
     if index is not None:
         check_index(index, x.shape[1])
-        return torch.addcmul(_per_channel(offset, x), x.index_select(1, index), _per_channel(matrix, x))
+        return torch.addcmul(per_channel(offset, x), x.index_select(1, index), per_channel(matrix, x))
     return _matrix_product(flat_positions(x), matrix, offset).reshape(x.shape)
 
 
-def channel_unmix(
-    u: Tensor, inverse_matrix: Tensor, offset: Tensor, unsqueeze_after: bool = False, index: Tensor | None = None
-) -> Tensor:
+def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, index: Tensor | None = None) -> Tensor:
     """x = M^-1 (u - c) at every position of u (N, C, *spatial), with inverse_matrix M^-1 (C, C) and offset c (C,).
 
     With an index x_i = inverse_matrix_i (u_j - c_j), j = index_i: both are :func:`invert_gather`'s.
-
-    With unsqueeze_after, x = unsqueeze(M^-1 (u - c)).
     """
-    centred = u - _per_channel(offset, u)
+    centred = u - per_channel(offset, u)
     if index is not None:
         check_index(index, u.shape[1])
-        x = centred.index_select(1, index) * _per_channel(inverse_matrix, u)
-        return unsqueeze(x) if unsqueeze_after else x
-    x = _matrix_product(flat_positions(centred), inverse_matrix).reshape(u.shape)
-    return unsqueeze(x) if unsqueeze_after else x
+        return centred.index_select(1, index) * per_channel(inverse_matrix, u)
+    return _matrix_product(flat_positions(centred), inverse_matrix).reshape(u.shape)
 
 
 def stacked(matrices: Tensor) -> Tensor:
@@ -478,45 +467,8 @@ def net_chain(
     return hidden
 
 
-def coupling_net_spec(dims: int, leak: float = 0.0) -> ChainSpec:
-    """Describe Glow's own coupling net as a chain: three convolutions, (leaky) relus in between."""
-    if torch.compiler.is_compiling():  # which warns of caches
-        return _coupling_net_spec(dims, leak)
-    return _known_coupling_net_spec(dims, leak)
-
-
-def _coupling_net_spec(dims: int, leak: float) -> ChainSpec:
-    expect(0.0 <= leak <= 1.0, "leak", "a slope from 0 to 1", leak)
-    return ChainSpec((Activation("leaky_relu", leak) if leak else Activation(),) * 2, ((1,) * dims,) * 3)
-
-
-_known_coupling_net_spec = functools.cache(_coupling_net_spec)
-
-
-def coupling_net(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    log_gain: Tensor | None = None,
-    *,
-    leak: float = 0.0,
-    cond: Tensor | None = None,
-) -> Tensor:
-    """exp(3 log_gain) (w3 * a(w2 * a(w1 * x + b1) + b2) + b3): Glow's net, convolutions 3x3, 1x1, 3x3.
-
-    a(h) = max(h, 0) + leak min(h, 0), which is relu without a leak. See :func:`net_chain` for cond, and other nets.
-
-    x (N, C_in, *spatial), w1 (hidden, C_in, 3, ...), w2 (hidden, hidden, 1, ...), w3 (C_out, hidden, 3, ...), 1-d and
-    3-d alike; log_gain: C_out elements, or None for zeros; leak: 0 to 1.
-
-    Raises:
-        ValueError: another leak.
-    """
-    return net_chain(x, (w1, w2, w3), (b1, b2, b3), coupling_net_spec(x.dim() - 2, leak), log_gain, cond)
+# Glow's own coupling net as a chain, by spatial dimensions: three convolutions with relus in between.
+COUPLING_NETS = tuple(ChainSpec((Activation(), Activation()), ((1,) * dims,) * 3) for dims in range(4))
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -623,33 +575,3 @@ def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
 def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     """z = mean + exp(log_sd) noise; noise (N, ...) carries the temperature, mean and log_sd broadcast to it."""
     return mean + log_sd.exp() * noise
-
-
-def flow_step(
-    x: Tensor,
-    matrix: Tensor,
-    offset: Tensor,
-    matrix_log_det: Tensor,
-    net: Callable[[Tensor], Tensor],
-    spec: CouplingSpec,
-) -> tuple[Tensor, Tensor]:
-    """One step of Glow: u = M x + c, then the coupling; log_det = P log|det M| + sum log s.
-
-    ``net`` maps the kept half (N, C // 2, *spatial) to the coupling net's output; ``matrix_log_det`` is log|det M|, ().
-    """
-    u = channel_mix(x, matrix, offset)
-    y, log_det = coupling(u, net(u[:, : u.shape[1] // 2]), spec)
-    return y, log_det + matrix_log_det * n_positions(x)
-
-
-def flow_step_inverse(
-    y: Tensor,
-    inverse_matrix: Tensor,
-    offset: Tensor,
-    matrix_log_det: Tensor,
-    net: Callable[[Tensor], Tensor],
-    spec: CouplingSpec,
-) -> tuple[Tensor, Tensor]:
-    """Undo :func:`flow_step`, given M^-1; log_det is the negative of the forward one."""
-    u, log_det = coupling_inverse(y, net(y[:, : y.shape[1] // 2]), spec)
-    return channel_unmix(u, inverse_matrix, offset), log_det - matrix_log_det * n_positions(y)

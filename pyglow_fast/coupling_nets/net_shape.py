@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyglow_fast import convolutions, functional, reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets import chain
-from pyglow_fast.reference import coupling_net_spec
+from pyglow_fast.reference import COUPLING_NETS
 
 KERNEL_SIZES = ((3,), (1,), (3,))  # along each dimension
 
@@ -21,7 +21,7 @@ class NetShape(nn.Module):
     ``halo`` and :meth:`bytes_per_position` are what chunked execution asks any net for: see traits.py.
     """
 
-    halo = max(chain.reach(KERNEL_SIZES, coupling_net_spec(1).dilations))
+    halo = max(chain.reach(KERNEL_SIZES, COUPLING_NETS[1].dilations))
 
     def __init__(
         self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int, border: bool = False
@@ -58,7 +58,7 @@ class NetShape(nn.Module):
         if not functional.net_as_products(self.like):
             return (4 * hidden + 5 * self.out_channels + 2 * inputs) * element_size
         channels = (inputs, hidden, hidden, self.out_channels)
-        spec = coupling_net_spec(self.dims)
+        spec = COUPLING_NETS[self.dims]
         return chain.bytes_per_position(channels, KERNEL_SIZES, spec, self.like, element_size)
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
@@ -84,9 +84,13 @@ class NetShape(nn.Module):
         """Run the net on checked x and cond by w1, b1, w2, b2, w3, b3 and maybe log_gain, a border term folded in."""
         if self.border:  # which then is a channel of ones
             x = self.with_condition(x, cond)
-            return functional.coupling_net(torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1), *weights)
+            x = torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1)
+            return functional.net_chain(x, weights[:6:2], weights[1:6:2], COUPLING_NETS[self.dims], *weights[6:])
         self.check_inputs(x, cond)
         of_data = cond is None and not x.requires_grad and torch.is_grad_enabled()
         if of_data and functional.net_as_products(x) and not torch.is_autocast_enabled(x.device.type):
-            return reference.coupling_net(x, *weights)  # the library leaves out the gradient of x, which ours computes
-        return functional.coupling_net(x, *weights, cond=None if cond is None else cond.to(x.dtype))
+            net = reference.net_chain  # the library leaves out the gradient of x, which ours computes
+        else:
+            net = functional.net_chain
+        gain, beside = weights[6] if len(weights) > 6 else None, None if cond is None else cond.to(x.dtype)
+        return net(x, weights[:6:2], weights[1:6:2], COUPLING_NETS[self.dims], gain, beside)

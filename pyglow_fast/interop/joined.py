@@ -22,12 +22,10 @@ from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
-    invert_maps,
     recomputed,
     run_couplings,
     run_couplings_inverse,
     stack_maps,
-    unstack_maps,
 )
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl, run_steps
@@ -40,7 +38,6 @@ from pyglow_fast.reversible.run import (
     run_plain,
     run_recorded,
 )
-from pyglow_fast.reversible.steps import MapInverse
 
 
 class OrderedNet(nn.Module):
@@ -215,7 +212,7 @@ class JoinedRun:
     def _run(self, mode: str, maps: ChannelMap, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """All steps, with their maps, in one mode."""
         if mode == "store":
-            return run_couplings(self.couplings, Now(maps), x, cond, budget=self._budget(), masked=self.masked)
+            return run_couplings(self.couplings, maps, x, cond, budget=self._budget(), masked=self.masked)
         control = self.control if mode == "reversible" else None
         steps = recomputed(self.couplings, self.memory_budget, self.masked)
         return run_steps(steps, control, x, cond, given_maps_of([part for part in maps if part is not None]))
@@ -251,21 +248,8 @@ class JoinedRun:
         if own is not None:
             x, log_det = run_inverse(own, z, None, inverted_maps(folded_maps(own)))
         else:
-            now, budget = Now(maps), self._budget()
-            x, log_det = run_couplings_inverse(self.couplings, now, z, cond, budget=budget, masked=self.masked)
+            x, log_det = run_couplings_inverse(self.couplings, maps, z, cond, self._budget(), self.masked)
         return x, log_det if end is None else log_det - functional.per_sample(x, end.log_det)
-
-
-class Now:
-    """The channel maps of a run, stacked, with the parameters of now, as run_couplings takes them."""
-
-    def __init__(self, stacked: ChannelMap) -> None:
-        self.maps = unstack_maps(stacked)
-
-    @property
-    def inverses(self) -> list[MapInverse]:
-        """The inverse matrix M^-1 of each step."""
-        return invert_maps(self.maps)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +10,6 @@ from torch import Tensor
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import overridden
 from pyglow_fast.models import Glow
-from pyglow_fast.models.condition import fitted
-from pyglow_fast.models.level import FlowLevel
 from pyglow_fast.models.prior import check_labels
 
 SPACES = ("noise", "latent")
@@ -165,18 +162,6 @@ def decode_chosen(
         cond: condition, if the model has one.
         choose: gives the latent of a level; calling its second argument computes (mean, log_sd) of that level's prior.
     """
-    n, top = len(latents[-1]), len(latents) - 1
-    state: Tensor | None = None
     with overridden("fp32"):
-        conds = model._check_cond(cond, n)
-        for i in reversed(range(len(model.levels))):
-            if state is None:
-                state = choose(top, lambda: model.prior(latents[top], y))
-            elif i < top:  # a latent enters: its level has a split
-                beside = fitted(conds[i], state.shape[2:])
-                state = torch.cat([state, choose(i, partial(model._split(i).prior, state, beside))], dim=1)
-            level = model.levels[i]
-            assert isinstance(level, FlowLevel)
-            state, _ = level.inverse(state, conds[i])
-    assert state is not None  # a model has at least one level
-    return state
+        conds = model._check_cond(cond, len(latents[-1]))
+        return model._decode(latents[-1], y, conds, choose)[0]

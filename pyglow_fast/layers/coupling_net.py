@@ -15,8 +15,7 @@ from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
-from pyglow_fast.layers.ranks import refused_alike
-from pyglow_fast.reference import coupling_net_spec
+from pyglow_fast.reference import COUPLING_NETS
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -141,8 +140,7 @@ class CouplingNet(NetShape):
 
         Only the coupling's forward calls it: an inverse pass must never initialise.
         """
-        with refused_alike(self.conv1.weight.device, lambda: not self.is_initialized):
-            hidden = self.with_condition(x, cond)
+        hidden = self.with_condition(x, cond)
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             hidden = self._convolved(conv, hidden)
             if isinstance(norm, ActNorm):
@@ -186,9 +184,7 @@ class CouplingNet(NetShape):
         slots, powers = found
         tensors = [parts[part]._parameters.get(name) for part, name in slots]
         tensors.append(self._parameters.get("log_gain"))
-        return (
-            None if any(tensor is None for tensor in tensors) else Chain(tensors, powers, coupling_net_spec(self.dims))
-        )
+        return None if any(tensor is None for tensor in tensors) else Chain(tensors, powers, COUPLING_NETS[self.dims])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, cast
+from itertools import pairwise, takewhile, zip_longest
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
@@ -19,7 +20,6 @@ from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
-from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reference import COUPLINGS, CouplingSpec, fold_actnorm, full_precision, full_product
 from pyglow_fast.reversible.steps import CouplingStep, MapInverse, inverse_of
 
@@ -71,35 +71,21 @@ def unstack_maps(stacked: ChannelMap) -> list[ChannelMap]:
     return [ChannelMap(*parts) for parts in zip(*(p.unbind() for p in stacked if p is not None), strict=True)]
 
 
-# What a run of steps asks a coupling for, or does in its place.
-_RUN = ("forward", "inverse", "enter", "leave", "reads", "kept_half", "run_net", "run_net_forward", "runner")
-
-
-_OWN_PARTS = frozenset({ActNorm, InvConv, Permute, Coupling, AffineInjector, type(None)})
+_AS_IT_COMES = frozenset({ActNorm, Coupling, AffineInjector, type(None)})
 
 
 def runs_fused(step: nn.Module) -> bool:
-    """Whether a step is a FlowStep whose parts do what theirs do, so that it may be joined with its neighbours.
+    """Whether a step is a FlowStep whose parts are those of this package, so that it may be joined with its neighbours.
 
-    It may not where a subclass overrides a method (a parametrized class does not), or where hooks would not be called.
+    A ChannelLinear of any kind is. Subclasses of the others may do something else; parametrized ones do not. Hooks on
+    the parts are never called, those on the step are.
     """
-    if type(step) is FlowStep and _OWN_PARTS.issuperset(map(type, step._modules.values())):
-        return not has_hooks(step)  # nothing calls its parts as modules, and so no hooks on them
-    if not isinstance(step, FlowStep) or not isinstance(step.permutation, ChannelLinear):
+    if type(step) is not FlowStep and type_before_parametrizations(step) is not FlowStep:
         return False
-    pairs: tuple[tuple[nn.Module, type, tuple[str, ...]], ...] = (
-        (step, FlowStep, ("forward", "inverse")),
-        (step.actnorm, ActNorm, ("forward", "inverse")),
-        (step.permutation, ChannelLinear, ()),  # a step asks it for its weight alone
-    )
-    couplings = ((part, AffineInjector if part is step.injector else Coupling, _RUN) for part in step.couplings)
-    for part, own, names in (*pairs, *couplings):
-        part_class = type(part)
-        if part_class is not own and any(getattr(part_class, name, None) is not getattr(own, name) for name in names):
-            return False
-        if has_hooks(part):
-            return False
-    return True
+    parts = step._modules
+    own: list[Any] = [parts["actnorm"], parts.get("injector"), parts.get("coupling")]
+    known = all(type(part) in _AS_IT_COMES or type_before_parametrizations(part) in _AS_IT_COMES for part in own)
+    return known and isinstance(parts["permutation"], ChannelLinear) and not has_hooks(step)
 
 
 def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
@@ -248,42 +234,14 @@ def recomputed(couplings: Sequence[Coupling], budget: str | int, masked: bool = 
 
 def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:
     """The map of the steps behind the last coupling, in one; None if the last step has a coupling."""
-    behind: list[FlowStep] = []
-    for step in reversed(steps):
-        if step.couplings:
-            break
-        behind.insert(0, step)
-    return fold_steps(behind)[0] if behind else None
+    count = len(list(takewhile(lambda step: not step.couplings, reversed(steps))))
+    return fold_steps(steps[-count:])[0] if count else None
 
 
-def invert_maps(maps: Sequence[ChannelMap]) -> list[MapInverse]:
-    """Invert the matrix of each map of :func:`unstack_maps`, all in one batch."""
-    matrices, indices = stack_maps(maps).inverse()
-    return list(zip(matrices, [None] * len(maps) if indices is None else indices.unbind(), strict=True))
-
-
-def maps_log_det(maps: Sequence[ChannelMap], x: Tensor, masked_by: Tensor | None = None) -> Tensor:
+def maps_log_det(maps: ChannelMap, x: Tensor, masked_by: Tensor | None = None) -> Tensor:
     """P sum log|det M| over the maps, (N,), P all positions or, of a run that is masked by a condition, its own."""
-    total = torch.stack([channel_map.log_det for channel_map in maps]).sum()
+    total = maps.log_det.sum()
     return functional.per_sample(x, total) if masked_by is None else total * positions_of(masked_by)
-
-
-class Folded(Protocol):
-    """The folded channel maps of K steps, and their inverses, for :func:`run_couplings`."""
-
-    maps: list[ChannelMap]
-
-    @property
-    def inverses(self) -> list[MapInverse]:
-        """The inverse matrix of each map, with an index where the map is a gather."""
-
-
-def _masked(u: Tensor, kept_half: Tensor, masked_by: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Set masked positions of a state, and of the half of it that a net reads, back to zero behind a channel map."""
-    if masked_by is None:
-        return u, kept_half
-    u = u * mask_of(masked_by)
-    return u, u[:, : kept_half.shape[1]]
 
 
 def _run_net(coupling: Coupling, kept_half: Tensor, cond: Tensor | None, budget: str | int | None) -> Tensor:
@@ -295,83 +253,69 @@ def _run_net(coupling: Coupling, kept_half: Tensor, cond: Tensor | None, budget:
 
 def run_couplings(
     couplings: Sequence[Coupling],
-    folded: Folded,
+    stacked: ChannelMap,
     x: Tensor,
     cond: Tensor | None = None,
-    squeeze_first: bool = False,
     budget: str | int | None = None,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Map x to z through couplings and channel maps: one pass over the state between two nets.
+    """Map x to z through channel maps and couplings, one after the other.
 
-    With squeeze_first, x is (N, C / 2^d, *(2 spatial)) and is squeezed, with channel masks as it is read. With a budget
-    (bytes or "auto") the nets run in chunks, without a record. With masked, x is zero where the first channel of cond
-    is, and z will be. Returns z (N, C, *spatial) and log_det (N,). The steps must be initialised, but for ActNorms
-    inside their nets.
+    Args:
+        couplings: of one mask, initialised but for ActNorms inside their nets.
+        stacked: a map before each of them, and perhaps one behind the last.
+        x: (N, C, *spatial).
+        cond: of the nets, or None.
+        budget: bytes, or "auto", within which nets run in chunks, without a record; None: they run whole.
+        masked: x is zero where the first channel of cond is, and z will be.
+
+    Returns:
+        z (N, C, *spatial) and log_det (N,).
     """
-    if squeeze_first and couplings and couplings[0].board is not None:
-        x, squeeze_first = functional.squeeze(x), False
     if couplings:
         x, cond = couplings[0].enter(x, cond)
-    maps, count = folded.maps, len(couplings)
-    first = maps[0]
-    reads = [*(coupling.reads(first.matrix.shape[0]) for coupling in couplings), 0]
-    z, kept_half = functional.channel_mix_for_net(x, first.matrix, first.offset, reads[0], squeeze_first, first.source)
     masked_by = cond if masked else None
-    z, kept_half = _masked(z, kept_half, masked_by)
-    log_det = maps_log_det(maps, z, masked_by)
-    behind = [*maps[1:], None][:count]
-    for coupling, following, kept in zip(couplings, behind, reads[1:], strict=True):
-        net_out = _run_net(coupling, kept_half, cond, budget)
-        spec = coupling.spec
-        if following is None:
-            z, step_log_det = functional.coupling(z, net_out, spec)
-        else:
-            z, kept_half, step_log_det = functional.coupling_mix_for_net(
-                z, net_out, following.matrix, following.offset, spec, kept, following.source
-            )
-            z, kept_half = _masked(z, kept_half, masked_by)
-        log_det = log_det + step_log_det
-    return (couplings[-1].leave(z) if couplings else z), log_det
+    log_det = maps_log_det(stacked, x, masked_by)
+    for own, coupling in zip_longest(unstack_maps(stacked), couplings):
+        x = functional.channel_mix(x, own.matrix, own.offset, own.source)
+        x = x if masked_by is None else x * mask_of(masked_by)
+        if coupling is not None:
+            net_out = _run_net(coupling, coupling.kept_half(x), cond, budget)
+            x, step_log_det = functional.coupling(x, net_out, coupling.spec)
+            log_det = log_det + step_log_det
+    return (couplings[-1].leave(x) if couplings else x), log_det
 
 
 def run_couplings_inverse(
     couplings: Sequence[Coupling],
-    folded: Folded,
+    stacked: ChannelMap,
     z: Tensor,
     cond: Tensor | None = None,
     budget: str | int | None = None,
     masked: bool = False,
+    inverses: MapInverse | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Invert :func:`run_couplings`: one pass over the state for each step, besides its net."""
+    """Invert :func:`run_couplings`: one pass over the state for each step, besides its net.
+
+    inverses: of the maps, stacked, where they are known.
+    """
     if couplings:
         z, cond = couplings[-1].enter(z, cond)
-    masked_by, count = cond if masked else None, len(couplings)
-    log_det = -maps_log_det(folded.maps, z, masked_by)
-    if len(folded.maps) > count:
-        inverse, index = folded.inverses[count]
-        z = functional.channel_unmix(z, inverse, folded.maps[count].offset, index=index)
+    matrices, indices = stacked.inverse() if inverses is None else inverses
+    gathers = [None] * len(matrices) if indices is None else indices.unbind()
+    back = list(zip(matrices.unbind(), stacked.offset.unbind(), gathers, strict=True))
+    masked_by = cond if masked else None
+    log_det = -maps_log_det(stacked, z, masked_by)
+    for (inverse, offset, index), coupling in reversed(list(zip_longest(back, couplings))):
+        if coupling is None:
+            z = functional.channel_unmix(z, inverse, offset, index)
+        else:
+            half = coupling.kept_half(z)
+            net_out = coupling.run_net(half, cond) if budget is None else coupling.runner(budget).run(half, cond)
+            z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, offset, coupling.spec, index)
+            log_det = log_det + step_log_det
         z = z if masked_by is None else z * mask_of(masked_by)
-    steps = zip(couplings, folded.maps[:count], folded.inverses[:count], strict=True)
-    for coupling, channel_map, (inverse, index) in reversed(list(steps)):
-        kept_half, spec = coupling.kept_half(z), coupling.spec
-        net_out = coupling.run_net(kept_half, cond) if budget is None else coupling.runner(budget).run(kept_half, cond)
-        z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, channel_map.offset, spec, index)
-        z = z if masked_by is None else z * mask_of(masked_by)
-        log_det = log_det + step_log_det
     return (couplings[0].leave(z) if couplings else z), log_det
-
-
-class Recorded:
-    """Folded steps through which gradients reach the parameters: folded anew each time, nets run by themselves."""
-
-    def __init__(self, steps: Sequence[FlowStep]) -> None:
-        self.maps = fold_steps(steps)
-
-    @property
-    def inverses(self) -> list[MapInverse]:
-        """The inverse matrix of each map, with an index where the map is a gather."""
-        return invert_maps(self.maps)
 
 
 class FlowStep(FlowLayer):
@@ -490,16 +434,16 @@ class FlowStep(FlowLayer):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to z; a fresh step in training first initialises its actnorm from x."""
         if self.training and not self.actnorm.is_initialized:
-            self._check_together(x, cond)
+            self._check(x, cond)
             self.actnorm.initialize_from(x)
         else:
             check_input("x", x, self.channels, self.actnorm.bias)
-        return run_couplings(self.couplings, Recorded([self]), x, cond)
+        return run_couplings(self.couplings, fold_in_one([self]), x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.actnorm.bias)
-        return run_couplings_inverse(self.couplings, Recorded([self]), z, cond)
+        return run_couplings_inverse(self.couplings, fold_in_one([self]), z, cond)
 
     @property
     def is_initialized(self) -> bool:
@@ -507,23 +451,19 @@ class FlowStep(FlowLayer):
         actnorm = cast(ActNorm, self._modules["actnorm"])
         return actnorm.is_initialized and all(part.net_is_initialized for part in self.couplings)
 
-    def _check_together(self, x: Tensor, cond: Tensor | None) -> None:
-        """Before an initialisation: refuse what the step cannot take, on all ranks."""
-        with refused_alike(self.actnorm.bias.device, lambda: not self.is_initialized):
-            check_input("x", x, self.channels, self.actnorm.bias)
-            for part in self.couplings:
-                part.check_inputs(x, cond)
+    def _check(self, x: Tensor, cond: Tensor | None) -> None:
+        """Before an initialisation: refuse what the step cannot take."""
+        check_input("x", x, self.channels, self.actnorm.bias)
+        for part in self.couplings:
+            part.check_inputs(x, cond)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise every actnorm of the step (also those of the net) from x, and return z."""
         with torch.no_grad():
-            self._check_together(x, cond)
+            self._check(x, cond)
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
-            channel_map = fold_steps([self])[0]
-            halves, _ = self.couplings[0].enter(x, None) if self.couplings else (x, None)
-            z = functional.channel_mix(halves, channel_map.matrix, channel_map.offset, index=channel_map.source)
-            z = self.couplings[0].leave(z) if self.couplings else z
+            z, _ = self.permutation(self.actnorm(x)[0])
             for part in self.couplings:
                 z = part.initialize(z, cond)
             return z

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import functional
 from pyglow_fast._errors import check_input, expect
-from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.described import Entered, entered, folded_steps, is_runnable
-from pyglow_fast.layers.flow_step import (
-    ChannelMap,
-    couplings_of,
-    maps_log_det,
-    run_couplings,
-    run_couplings_inverse,
-    unstack_maps,
-)
-from pyglow_fast.layers.injector import AffineInjector
-from pyglow_fast.layers.reversible_sequence import ReversibleSequence
-from pyglow_fast.reference import coupling_net_spec
-from pyglow_fast.reversible.run import given_maps_of, run_inverse, run_plain, run_recorded
-from pyglow_fast.reversible.steps import MapInverse
+from pyglow_fast.layers.described import folded_steps
+from pyglow_fast.layers.flow_step import ChannelMap, couplings_of, unstack_maps
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
+from pyglow_fast.reference import COUPLING_NETS
+from pyglow_fast.reversible.run import given_maps_of
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
 MAPS, INVERSES = ("matrices", "offsets", "log_dets", "indices"), ("inverses", "offsets", "log_dets", "inverse_indices")
@@ -61,17 +50,12 @@ class FrozenNet(NetShape):
         """List the weights and biases of the three convolutions: w1, b1, w2, b2, w3, b3."""
         return [getattr(self, name) for name in WEIGHTS]
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether its weights alone decide what it computes: no subclass, hook or parametrization has a part in it."""
-        own = type(self) is FrozenNet and not is_altered(self)
-        return own and not torch.nn.modules.module._has_any_global_hook()
-
     def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its weights decides what it computes."""
-        if not self.is_plain or self.border:
+        altered = type(self) is not FrozenNet or is_altered(self) or torch.nn.modules.module._has_any_global_hook()
+        if altered or self.border:
             return None
-        return Chain(self.weights, (0.0, 0.0, 0.0), coupling_net_spec(self.dims))
+        return Chain(self.weights, (0.0, 0.0, 0.0), COUPLING_NETS[self.dims])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""
@@ -79,20 +63,11 @@ class FrozenNet(NetShape):
 
 
 def _frozen(coupling: Coupling) -> Coupling:
-    """The same with the net frozen, where that is a CouplingNet as it comes."""
-    net = FrozenNet(coupling.net) if type(coupling.net) is CouplingNet and coupling.net.is_plain else coupling.net
-    if isinstance(coupling, AffineInjector):
-        return AffineInjector(coupling.channels, net=net, spec=coupling.spec, precision=coupling.precision)
-    parity = 0 if coupling.board is None else coupling.board.parity
-    return Coupling(net, *coupling.spec, coupling.precision, coupling.mask, parity)
-
-
-@dataclass
-class _FoldedSteps:
-    """What run_couplings takes of frozen steps."""
-
-    maps: list[ChannelMap]
-    inverses: list[MapInverse]
+    """A copy with the net frozen, where that is a CouplingNet as it comes."""
+    found = copy.deepcopy(coupling)
+    if type(found.net) is CouplingNet and found.net.is_plain:
+        found.net = FrozenNet(found.net)
+    return found
 
 
 class FrozenSteps(FlowLayer):
@@ -144,39 +119,25 @@ class FrozenSteps(FlowLayer):
         """A tensor that has the dtype and device of the steps."""
         return self.get_buffer("offsets")
 
-    @property
-    def _own(self) -> list[Coupling]:
-        return cast("list[Coupling]", list(self.couplings))
-
-    def _stacked(self, names: Sequence[str], first: int, end: int) -> list[Tensor]:
+    def _stacked(self, names: Sequence[str], first: int = 0, end: int | None = None) -> list[Tensor]:
         """Buffers of the maps first .. end - 1."""
         found = [self._buffers[name] for name in names]
         return [buffer[first:end] for buffer in found if buffer is not None]
 
-    def _behind(self) -> tuple[ChannelMap, MapInverse] | None:
-        """The map behind the last coupling, if there is one, with its inverse."""
+    def _behind(self) -> ChannelMap | None:
+        """The map behind the last coupling, if there is one."""
         count = len(self.couplings)
-        if len(self.like) == count:
-            return None
-        inverse, _, _, *index = self._stacked(INVERSES, count, count + 1)
-        last = unstack_maps(ChannelMap(*self._stacked(MAPS, count, count + 1)))[0]
-        return last, (inverse[0], index[0][0] if index else None)
+        return None if len(self.like) == count else unstack_maps(ChannelMap(*self._stacked(MAPS, count)))[0]
 
-    def _entered(self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False) -> Entered | None:
-        """The steps for csrc/run; None where it does not compute them."""
-        if not self.couplings or not is_runnable(x):
-            return None
-        maps = given_maps_of(self._stacked(MAPS, 0, len(self.couplings)))
-        return entered(self._own, maps, x, cond, squeezes, self.memory_budget, backwards)
-
-    def _by_torch(self) -> tuple[_FoldedSteps, str | int | None]:
-        """What run_couplings takes, and the bytes that nets may take without a record."""
-        maps = unstack_maps(ChannelMap(*self._stacked(MAPS, 0, len(self.like))))
-        inverses, _, _, *back = self._stacked(INVERSES, 0, len(self.like))
-        indices = back[0].unbind() if back else [None] * len(maps)
-        whole = torch.is_grad_enabled() or is_watched()
-        folded = _FoldedSteps(maps, list(zip(inverses, indices, strict=True)))
-        return folded, None if whole else self.memory_budget
+    def _run(self) -> Run:
+        couplings = cast("list[Coupling]", list(self.couplings))
+        return Run(
+            couplings,
+            lambda _: given_maps_of(self._stacked(MAPS, 0, len(couplings))),
+            lambda: ChannelMap(*self._stacked(MAPS)),
+            self._behind,
+            self.memory_budget,
+        )
 
     def _records(self, x: Tensor, cond: Tensor | None) -> bool:
         given = (x, cond, *self.buffers())
@@ -186,36 +147,14 @@ class FrozenSteps(FlowLayer):
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
         if not squeeze_first:
             check_input("x", x, self.channels, self.like)
-        found = self._entered(x, cond, squeeze_first)
-        if found is None:
-            folded, budget = self._by_torch()
-            return run_couplings(self._own, folded, x, cond, squeeze_first, budget)
-        own, state, given, squeezes = found
-        if self._records(x, cond):
-            z, log_det = run_recorded(own, "store", None, state, given, squeezes)
-        else:
-            z, log_det = run_plain(own, state, given, squeezes, self._stacked(MAPS, 0, len(self.couplings)))
-        if (behind := self._behind()) is not None:
-            last, _ = behind
-            z = functional.channel_mix(z, last.matrix, last.offset, index=last.source)
-            log_det = log_det + maps_log_det([last], z)
-        return self._own[-1].leave(z), log_det
+        run = self._run()
+        found = run.entered(x, cond, squeeze_first)
+        return run.forward(found, x, cond, squeeze_first, records=self._records(x, cond))
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.like)
-        found = None if self._records(z, cond) else self._entered(z, cond, False, backwards=True)
-        if found is None:
-            folded, budget = self._by_torch()
-            return run_couplings_inverse(self._own, folded, z, cond, budget)
-        own, state, given, _ = found
-        behind = self._behind()
-        if behind is not None:
-            last, (matrix, index) = behind
-            state = functional.channel_unmix(state, matrix, last.offset, index=index)
-        x, log_det = run_inverse(own, state, given, self._stacked(INVERSES, 0, len(self.couplings)))
-        log_det = log_det if behind is None else log_det - maps_log_det([behind[0]], state)
-        return self._own[0].leave(x), log_det
+        return self._run().inverse(z, cond, self._records(z, cond), self._stacked(INVERSES))
 
     def train(self, mode: bool = True) -> FrozenSteps:
         """Do nothing: frozen steps stay in evaluation mode."""

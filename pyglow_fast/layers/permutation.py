@@ -59,19 +59,14 @@ class ChannelLinear(FlowLayer):
         return None
 
     @classmethod
-    def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
-        """Stack W (K, C, C) and log|det W| (K,) of K layers of one width; subclasses may be faster."""
-        pairs = [layer.weight_and_log_det() for layer in layers]
-        return torch.stack([weight for weight, _ in pairs]), torch.stack([log_det for _, log_det in pairs])
-
-    @classmethod
     def raw_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf]:
-        """List tensors, and give the function of them that computes what :meth:`stack_weights` does.
+        """List tensors of K layers of one width, and give what makes W (K, C, C) and log|det W| (K,) of them.
 
         A backward can so make W again instead of keeping it. In this base class, where it is not known what W is made
         of, the tensors are W and log|det W| themselves.
         """
-        return list(cls.stack_weights(layers)), lambda made: (made[0], made[1])
+        weights, log_dets = zip(*(layer.weight_and_log_det() for layer in layers), strict=True)
+        return [torch.stack(weights), torch.stack(log_dets)], lambda made: (made[0], made[1])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Multiply by W at every position: z = W x."""
@@ -149,42 +144,29 @@ class InvConv(ChannelLinear):
         return self.weight, functional.log_abs_det(self.weight)
 
     @classmethod
-    def stack_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[Tensor, Tensor]:
-        """W (K, C, C) and log|det W| (K,), in a few batched ops where all layers are of one parameterisation."""
-        raw = _raw_of_convs(layers)
-        return super().stack_weights(layers) if raw is None else raw[1](raw[0])
-
-    @classmethod
     def raw_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf]:
         """List the parameters and buffers of all layers, if they are of one parameterisation."""
-        same = cls.stack_weights.__func__ is InvConv.stack_weights.__func__  # type: ignore[attr-defined]
-        raw = _raw_of_convs(layers) if same else None
-        return super().raw_weights(layers) if raw is None else raw
+        own, k = InvConv.weight_and_log_det, len(layers)
+        convs = [conv for conv in layers if isinstance(conv, InvConv) and type(conv).weight_and_log_det is own]
+        if len(convs) < k or len({conv.lu for conv in convs}) > 1:
+            return super().raw_weights(layers)
+        if not convs[0].lu:
+
+            def plain(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+                weight = torch.stack(list(raw))
+                return weight, functional.log_abs_det(weight)
+
+            return [conv.weight for conv in convs], plain
+
+        def from_factors(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            factors = [torch.stack(list(raw[i * k : (i + 1) * k])) for i in range(len(LU_FACTORS))]
+            return lu_weight(*factors), factors[LU_FACTORS.index("log_diag")].sum(-1)
+
+        return [getattr(conv, name) for name in LU_FACTORS for conv in convs], from_factors
 
     def extra_repr(self) -> str:
         """Show channels and parameterisation in the repr."""
         return f"{self.channels}, lu={self.lu}"
-
-
-def _raw_of_convs(layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf] | None:
-    """What :meth:`InvConv.raw_weights` gives; None where not all are InvConvs of one parameterisation."""
-    own, k = InvConv.weight_and_log_det, len(layers)
-    convs = [conv for conv in layers if isinstance(conv, InvConv) and type(conv).weight_and_log_det is own]
-    if len(convs) < k or len({conv.lu for conv in convs}) > 1:
-        return None
-    if not convs[0].lu:
-
-        def plain(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            weight = torch.stack(list(raw))
-            return weight, functional.log_abs_det(weight)
-
-        return [conv.weight for conv in convs], plain
-
-    def from_factors(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        factors = [torch.stack(list(raw[i * k : (i + 1) * k])) for i in range(len(LU_FACTORS))]
-        return lu_weight(*factors), factors[LU_FACTORS.index("log_diag")].sum(-1)
-
-    return [getattr(conv, name) for name in LU_FACTORS for conv in convs], from_factors
 
 
 class Permute(ChannelLinear):

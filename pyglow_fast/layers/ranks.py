@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -26,17 +26,16 @@ def gather(row: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def refused_alike(device: torch.device, waits: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """A context for checks of a batch to initialise from: what one rank refuses, all refuse, and none waits.
+def refused_alike(device: torch.device) -> Iterator[None]:
+    """A context for checks of a batch to initialise an actnorm from: what one rank refuses, all refuse.
 
     Args:
         device: where the parameters are.
-        waits: whether anything is to be initialised, the same on all ranks; if not, each rank checks for itself.
 
     Raises:
         ValueError: the rank's own refusal; or where another rank refused its batch, one that names that rank.
     """
-    if _n_ranks() == 1 or not waits():
+    if _n_ranks() == 1:
         yield
         return
     refusal: ValueError | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional
@@ -164,12 +163,3 @@ class Split(FlowLayer):
     def extra_repr(self) -> str:
         """Show the channels and whether the prior is learned in the repr."""
         return f"{self.channels}, learn_prior={self.learn_prior}"
-
-
-def fit_condition(cond: Tensor, spatial: tuple[int, ...]) -> Tensor:
-    """Bring a condition to the spatial size of a level: a vector is spread over it, a map averaged down to it."""
-    if cond.dim() == 2:
-        return cond.reshape(*cond.shape, *[1] * len(spatial)).expand(*cond.shape, *spatial)
-    if tuple(cond.shape[2:]) == spatial:
-        return cond
-    return F.interpolate(cond, size=spatial, mode="area")

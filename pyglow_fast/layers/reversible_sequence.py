@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,13 +17,14 @@ from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.layers._base import FlowLayer
+from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.described import entered, is_runnable, maps_of
+from pyglow_fast.layers.described import Entered, entered, is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
     ChannelMap,
     FlowStep,
-    Recorded,
     couplings_of,
+    fold_in_one,
     map_behind,
     maps_log_det,
     recomputed,
@@ -32,56 +33,112 @@ from pyglow_fast.layers.flow_step import (
     runs_fused,
 )
 from pyglow_fast.layers.folded import Folded
-from pyglow_fast.layers.permutation import InvConv, Permute
 from pyglow_fast.layers.planned import Plans, check_runs
-from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
 from pyglow_fast.reversible.planner import RunPlan
-from pyglow_fast.reversible.run import folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
+from pyglow_fast.reversible.run import Maps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
 from pyglow_fast.reversible.setting import parse_memory
 from pyglow_fast.reversible.steps import Step
 
 
 def _is_initialized(step: Any) -> bool:
     """Whether nothing in a step waits for data."""
-    own = type(step) is FlowStep and type(step._modules["permutation"]) in (InvConv, Permute)
-    nets = [part._modules["net"] for part in step.couplings] if own else ()
-    if own and all(type(net) is CouplingNet and net.has_own_norms for net in nets):
-        return bool(step.is_initialized)  # of these all is known, without a look into each module
+    if type(step) is FlowStep and all(type(part._modules["net"]) is CouplingNet for part in step.couplings):
+        return step.is_initialized  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
-def _through(behind: ChannelMap | None, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
-    """Map z by what is behind the last coupling, if anything is."""
-    if behind is None:
-        return z, log_det
-    z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
-    return z, log_det + maps_log_det([behind], z)
+class Run(NamedTuple):
+    """K couplings of one mask with a channel map before each, and perhaps one behind the last, computed together.
 
+    They are computed by csrc/run where :meth:`entered` says so, else in Python over the registered ops.
 
-class _Run(NamedTuple):
-    """Neighbouring steps that are computed in one way.
-
-    Args:
-        steps: at least one.
-        fused: all are FlowSteps as they come.
-        mode: "store", "checkpoint" or "reversible".
-        records: a backward may follow; always so in other modes than "store".
-        squeeze_first: x is squeezed as it is read.
+    Attributes:
+        couplings: initialised, but for ActNorms inside their nets.
+        maps: gives those before the couplings, of which a part folds its own; told whether csrc/run may fold them.
+        fold: folds all maps in one batch, with a record; stacked.
+        behind: folds the map behind the last coupling, or gives None.
         budget: bytes of one net's activations, or "auto".
+        kept: gives what the function makes, or made before under that name.
     """
 
-    steps: list[nn.Module]
-    fused: bool
-    mode: str
-    records: bool
-    squeeze_first: bool
+    couplings: Sequence[Coupling]
+    maps: Callable[[bool], Maps]
+    fold: Callable[[], ChannelMap]
+    behind: Callable[[], ChannelMap | None]
     budget: str | int
+    kept: Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]] = lambda _, make: make()
 
-    @property
-    def flow_steps(self) -> list[FlowStep]:
-        """The steps of a fused run."""
-        return cast("list[FlowStep]", self.steps)
+    def entered(self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False) -> Entered | None:
+        """Describe the run for csrc/run; None where it does not compute it."""
+        if not self.couplings or not is_runnable(x):
+            return None
+        return entered(self.couplings, self.maps(True), x, cond, squeezes, self.budget, backwards)
+
+    def _chunks(self) -> str | int | None:
+        """The budget of nets that run without a record, None where they may have one."""
+        return None if torch.is_grad_enabled() or is_watched() else self.budget
+
+    def forward(
+        self,
+        found: Entered | None,
+        x: Tensor,
+        cond: Tensor | None,
+        squeezes: bool,
+        mode: str = "store",
+        control: DriftControl | None = None,
+        records: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Map x to z and log_det (N,).
+
+        Args:
+            found: what :meth:`entered` gives.
+            x, cond, squeezes: as given there.
+            mode: "store", "checkpoint" or "reversible"; where no backward follows "store".
+            control: of the drift, of mode "reversible".
+            records: a backward may follow.
+        """
+        couplings = self.couplings
+        if found is not None:
+            own, x, cond, squeezes = found
+            if records:
+                z, log_det = run_recorded(own, mode, control, x, cond, squeezes)
+            else:
+                z, log_det = run_plain(own, x, cond, squeezes, self.kept("maps", lambda: folded_maps(own)))
+        elif mode == "store" or not couplings:
+            x = functional.squeeze(x) if squeezes else x
+            return run_couplings(couplings, self.fold(), x, cond, self._chunks())
+        else:
+            x, cond = couplings[0].enter(functional.squeeze(x) if squeezes else x, cond)
+            z, log_det = run_steps(recomputed(couplings, self.budget), control, x, cond, self.maps(is_runnable(x)))
+        behind = self.behind()
+        if behind is not None:
+            z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
+            log_det = log_det + maps_log_det(behind, z)
+        return couplings[-1].leave(z), log_det
+
+    def inverse(
+        self, z: Tensor, cond: Tensor | None, records: bool, inverses: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Map z back to x, with minus the log-det.
+
+        inverses: of all maps where they are known, stacked: matrices, offsets, log_dets and, of gathers, indices.
+        """
+        found = None if records else self.entered(z, cond, False, backwards=True)
+        if found is None:
+            known = (inverses[0], inverses[3] if len(inverses) > 3 else None) if inverses else None
+            return run_couplings_inverse(self.couplings, self.fold(), z, cond, self._chunks(), inverses=known)
+        own, z, cond, _ = found
+        behind, log_det = self.behind(), z.new_zeros(())
+        if behind is not None:
+            matrix, index = behind.inverse()
+            z = functional.channel_unmix(z, matrix, behind.offset, index=index)
+            log_det = maps_log_det(behind, z)
+        before = [part[: len(self.couplings)] for part in inverses]
+        x, own_log_det = run_inverse(
+            own, z, cond, before or self.kept("inverses", lambda: inverted_maps(folded_maps(own)))
+        )
+        return self.couplings[0].leave(x), own_log_det - log_det
 
 
 class ReversibleSequence(FlowLayer):
@@ -96,8 +153,9 @@ class ReversibleSequence(FlowLayer):
       the gradient is right in any case; the anchors' spacing adapts (docs/memory-derivation.md).
 
     In the last two, and always without gradients, the coupling nets of FlowSteps run in chunks of samples and rows, so
-    that their activations stay within ``memory_budget``. FlowSteps are joined where they are as they come: with methods
-    overridden in a subclass, with hooks on them, or among other modules, they run one by one, and their nets whole.
+    that their activations stay within ``memory_budget``. FlowSteps are joined where they are as they come: of a
+    subclass, or with couplings of one, with hooks on them, or among other modules, they run one by one, and their nets
+    whole.
 
     Within torch.func and forward-mode AD every mode is "store", of torch's own ops: any derivative, and vmap.
 
@@ -243,12 +301,10 @@ class ReversibleSequence(FlowLayer):
         steps: list[Any] = list(self)
         fused = self.is_fused
         fresh = self.training and not self._is_initialized()
-        if squeeze_first and (not fused or any(part.board is not None for part in steps[0].couplings)):
+        if squeeze_first and not fused:
             x, squeeze_first = functional.squeeze(x), False
         if fused and not squeeze_first:
-            bias = steps[0].actnorm.bias
-            with refused_alike(bias.device) if fresh else contextlib.nullcontext():
-                check_input("x", x, steps[0].channels, bias)
+            check_input("x", x, steps[0].channels, steps[0].actnorm.bias)
         if fresh:
             if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else fused:
                 check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing
@@ -263,7 +319,7 @@ class ReversibleSequence(FlowLayer):
         for begin, end in pairwise([0, *(k + 1 for k in at), len(steps)]):
             for start, stop, mode in plan.runs_between(begin, end):
                 squeezes = squeeze_first and start == 0
-                x, log_det = self._run(_Run(steps[start:stop], fused, mode, records, squeezes, plan.budget), x, cond)
+                x, log_det = self._through(steps[start:stop], fused, x, cond, squeezes, mode, plan.budget, records)
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
@@ -277,91 +333,56 @@ class ReversibleSequence(FlowLayer):
 
     def _records(self, x: Tensor, cond: Tensor | None) -> bool:
         """Whether autograd asks for a backward."""
-        return torch.is_grad_enabled() and (
-            x.requires_grad
-            or (cond is not None and cond.requires_grad)
-            or any(
-                tensor.requires_grad
-                for module in self.modules()
-                for tensor in module._parameters.values()
-                if tensor is not None
-            )
+        own = (tensor for module in self.modules() for tensor in module._parameters.values())
+        return torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in chain((x, cond), own)
         )
 
-    def _run(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z and log_det of a run.
-
-        ======================================  ==========================  =================================
-        steps                                   mode                        computed by
-        ======================================  ==========================  =================================
-        FlowSteps that csrc/run computes        any                         :meth:`_run_described`
-        other FlowSteps as they come            "checkpoint", "reversible"  :meth:`_run_steps_recomputing`
-        other FlowSteps, or steps in a trace    "store"                     :meth:`_run_steps`
-        any modules                             "checkpoint", "reversible"  :meth:`_run_modules_recomputing`
-        any modules                             "store"                     :meth:`_run_modules`
-        ======================================  ==========================  =================================
-        """
-        recomputes = run.mode != "store"
-        if torch.compiler.is_compiling() and recomputes:
-            return call_untraced(ReversibleSequence._run, self, run, x, cond)
-        if not run.fused:
-            path = self._run_modules_recomputing if recomputes else self._run_modules
-        elif is_runnable(x) and (found := self._run_described(run, x, cond)) is not None:
-            return found
-        else:
-            recomputes = recomputes and any(step.couplings for step in run.flow_steps)
-            path = self._run_steps_recomputing if recomputes else self._run_steps
-        check_runs(not is_dry(x) or not couplings_of(run.flow_steps), self.memory)
-        return path(run, x, cond)
-
-    def _run_described(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Joined steps by csrc/run; None where it does not compute them."""
-        steps = run.flow_steps
-        by_step = [step.couplings for step in steps]
-        couplings = [coupling for own in by_step for coupling in own]
-        if not couplings:
-            return None
-        found = entered(couplings, maps_of(steps, by_step), x, cond, run.squeeze_first, run.budget)
-        if found is None:
-            return None
-        own, x, cond, squeezes = found
-        if run.records:
-            z, log_det = run_recorded(own, run.mode, self.control, x, cond, squeezes)
-        else:
-            z, log_det = run_plain(own, x, cond, squeezes, self._folded.get("maps", lambda: folded_maps(own)))
-        z, log_det = _through(map_behind(steps), z, log_det)
-        return couplings[-1].leave(z), log_det
-
-    def _run_modules(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Each module is called; autograd keeps what it will."""
+    def _through(
+        self,
+        steps: list[nn.Module],
+        fused: bool,
+        x: Tensor,
+        cond: Tensor | None,
+        squeezes: bool,
+        mode: str,
+        budget: str | int,
+        records: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """z and log_det of neighbouring steps in one mode; fused: all are FlowSteps as they come."""
+        if torch.compiler.is_compiling() and mode != "store":
+            arguments = (self, steps, fused, x, cond, squeezes, mode, budget, records)
+            return call_untraced(ReversibleSequence._through, *arguments)
+        control = self.control if mode == "reversible" else None
+        if fused:
+            run = self._run_of(cast("list[FlowStep]", steps), budget)
+            found = run.entered(x, cond, squeezes)
+            check_runs(found is not None or not run.couplings or not is_dry(x), self.memory)
+            return run.forward(found, x, cond, squeezes, mode, control, records)
+        check_runs(not is_dry(x), self.memory)
+        if mode != "store":
+            again: list[Step] = []
+            for k, module in enumerate(steps):
+                own = getattr(module, "recomputed", None)  # of couplings of interop
+                again.append(ModuleStep(module, f"steps[{k}]") if own is None else own(x))
+            return run_steps(again, control, x, cond)
         total = x.new_zeros(x.shape[0])
-        for step in run.steps:
-            x, step_log_det = step(x) if cond is None else step(x, cond)
-            total = total + step_log_det
+        for step in steps:
+            x, log_det = step(x) if cond is None else step(x, cond)
+            total = total + log_det
         return x, total
 
-    def _run_modules_recomputing(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Modules are called without autograd, and again in the backward."""
-        steps: list[Step] = []
-        for k, module in enumerate(run.steps):
-            own = getattr(module, "recomputed", None)  # of couplings of interop
-            steps.append(ModuleStep(module, f"steps[{k}]") if own is None else own(x))
-        return run_steps(steps, self._control(run.mode), x, cond)
-
-    def _run_steps_recomputing(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Joined steps, whose nets run in chunks, and again in the backward."""
-        steps, couplings = run.flow_steps, couplings_of(run.flow_steps)
-        x = functional.squeeze(x) if run.squeeze_first else x
-        x, cond = couplings[0].enter(x, cond)
-        maps = maps_of(steps, [step.couplings for step in steps], is_runnable(x))
-        z, log_det = run_steps(recomputed(couplings, run.budget), self._control(run.mode), x, cond, maps)
-        z, log_det = _through(map_behind(steps), z, log_det)
-        return couplings[-1].leave(z), log_det
-
-    def _run_steps(self, run: _Run, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Joined steps, of which autograd keeps what it will; without a record nets run in chunks."""
-        steps, budget = run.flow_steps, None if torch.is_grad_enabled() or is_watched() else run.budget
-        return run_couplings(couplings_of(steps), Recorded(steps), x, cond, run.squeeze_first, budget)
+    def _run_of(self, steps: list[FlowStep], budget: str | int) -> Run:
+        """The run of FlowSteps as they come."""
+        by_step = [step.couplings for step in steps]
+        return Run(
+            [coupling for own in by_step for coupling in own],
+            lambda runnable: maps_of(steps, by_step, runnable),
+            lambda: fold_in_one(steps),
+            lambda: map_behind(steps),
+            budget,
+            self._folded.get,
+        )
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         """What a forward that is recorded does, of a run that is not told by its model."""
@@ -382,40 +403,17 @@ class ReversibleSequence(FlowLayer):
         """The runs that a plan is made for."""
         return [self]
 
-    def _control(self, mode: str) -> DriftControl | None:
-        """The drift control of what is inverted; None where states are kept."""
-        return self.control if mode == "reversible" else None
-
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, from the last step to the first."""
         if self.is_fused:
-            return self._inverse_fused(z, cond)
+            steps = self.flow_steps()
+            check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
+            return self._run_of(steps, self.memory_budget).inverse(z, cond, self._records(z, cond))
         log_det = z.new_zeros(z.shape[0])
         for step in reversed(list(self)):
             z, step_log_det = step.inverse(z) if cond is None else step.inverse(z, cond)  # type: ignore[operator]
             log_det = log_det + step_log_det
         return z, log_det
-
-    def _inverse_fused(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        steps, budget = self.flow_steps(), self.memory_budget
-        couplings = couplings_of(steps)
-        check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
-        found = None
-        if couplings and is_runnable(z) and not self._records(z, cond):
-            by_step = [step.couplings for step in steps]
-            found = entered(couplings, maps_of(steps, by_step), z, cond, False, budget, backwards=True)
-        if found is None:
-            whole = torch.is_grad_enabled() or is_watched()
-            return run_couplings_inverse(couplings, Recorded(steps), z, cond, None if whole else budget)
-        own, z, cond, _ = found
-        behind = map_behind(steps)
-        if behind is not None:
-            matrix, index = behind.inverse()
-            z = functional.channel_unmix(z, matrix, behind.offset, index=index)
-        inverses = self._folded.get("inverses", lambda: inverted_maps(folded_maps(own)))
-        x, log_det = run_inverse(own, z, cond, inverses)
-        log_det = log_det if behind is None else log_det - maps_log_det([behind], z)
-        return couplings[0].leave(x), log_det
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise step after step from data, each from the output of those before it; returns z."""
@@ -459,22 +457,9 @@ class ReversibleSequence(FlowLayer):
         """Continue with a saved drift control."""
         self.control.load_state(state)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + "_extra_state"
-        if key in missing_keys:  # weights saved without it, such as converted ones: the control begins anew
-            missing_keys.remove(key)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + "_extra_state", self.control.state())  # of weights without it: converted ones
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Show the memory mode in the repr."""

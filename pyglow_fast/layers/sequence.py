@@ -19,8 +19,8 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.described import is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
     FlowStep,
-    Recorded,
     couplings_of,
+    fold_in_one,
     recomputed,
     run_couplings,
     run_couplings_inverse,
@@ -169,18 +169,18 @@ class MaskedSequence(ReversibleSequence):
         def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
             extra, records = masked_condition(mask, cond), self._records(x, cond)
             if not records or kernels_step_aside():
-                return run_couplings(couplings, Recorded(steps), x, extra, budget=self._budget(), masked=True)
+                return run_couplings(couplings, fold_in_one(steps), x, extra, budget=self._budget(), masked=True)
             check_runs(isinstance(self.memory, str), self.memory)
             own = plan or self._plan(x, extra, False)
             log_dets = []
             for first, end, mode in own.runs_between(0, len(steps)):
                 some, parts = steps[first:end], couplings[first:end]
                 if mode == "store":
-                    x, log_det = run_couplings(parts, Recorded(some), x, extra, masked=True)
+                    x, log_det = run_couplings(parts, fold_in_one(some), x, extra, masked=True)
                 else:
                     again = recomputed(parts, own.budget, masked=True)
                     maps = maps_of(some, [step.couplings for step in some], is_runnable(x))
-                    x, log_det = run_steps(again, self._control(mode), x, extra, maps)
+                    x, log_det = run_steps(again, self.control if mode == "reversible" else None, x, extra, maps)
                 log_dets.append(log_det)
             return x, functional.summed(log_dets)
 
@@ -197,7 +197,7 @@ class MaskedSequence(ReversibleSequence):
 
         def run(z: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
             extra, budget = masked_condition(mask, cond), self._budget()
-            return run_couplings_inverse(couplings, Recorded(steps), z, extra, budget=budget, masked=True)
+            return run_couplings_inverse(couplings, fold_in_one(steps), z, extra, budget=budget, masked=True)
 
         x, log_det = run_sorted(run, without_padding(z, mask), cond, mask)
         return without_padding(x, mask), log_det + log_scale_of_padding(specs, mask, z.shape[1] // 2)
@@ -242,7 +242,7 @@ class MaskedSequence(ReversibleSequence):
         for step, coupling in zip(steps, couplings, strict=True):
             if not step.actnorm.is_initialized:
                 step.actnorm.initialize_from(x.transpose(1, 2)[there])  # as a batch of vectors
-            x, _ = run_couplings([coupling], Recorded([step]), x, extra, masked=True)
+            x, _ = run_couplings([coupling], fold_in_one([step]), x, extra, masked=True)
         return x
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyglow_fast._errors import can_read, expect
-from pyglow_fast.layers.reshape import fit_condition
 
 Condition = Tensor | Sequence[Tensor] | Mapping[int, Tensor]
 
@@ -58,8 +58,12 @@ def level_conditions(
 
 
 def fitted(cond: Tensor | None, spatial: Sequence[int]) -> Tensor | None:
-    """Bring the condition of a level to a state's sizes; see :func:`pyglow_fast.layers.reshape.fit_condition`."""
-    return None if cond is None else fit_condition(cond, tuple(spatial))
+    """Bring a condition to the spatial size of a state: a vector is spread over it, a map averaged down to it."""
+    if cond is None or tuple(cond.shape[2:]) == tuple(spatial):
+        return cond
+    if cond.dim() == 2:
+        return cond.reshape(*cond.shape, *[1] * len(spatial)).expand(*cond.shape, *spatial)
+    return F.interpolate(cond, size=tuple(spatial), mode="area")
 
 
 def _check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -181,10 +182,7 @@ class GlowConfig:
     @property
     def n_values(self) -> int:
         """D, the number of values of one image."""
-        total = 1
-        for size in self.image_shape:
-            total *= size
-        return total
+        return math.prod(self.image_shape)
 
     def squeezes(self, level: int) -> bool:
         """Whether a level, counted from 0, has a squeeze."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution, Transform, constraints
+from torch.distributions import Independent, Normal, Transform, TransformedDistribution, constraints
 
 from pyglow_fast._errors import expect
 from pyglow_fast.models.prior import check_labels
@@ -21,18 +21,6 @@ def _flat(values: Tensor, event_dims: int) -> tuple[Tensor, Size]:
     """(n, *event) and the shape before the event."""
     lead = values.shape[: values.dim() - event_dims]
     return values.reshape(-1, *values.shape[values.dim() - event_dims :]), lead
-
-
-def _labels(y: Tensor | int, model: Glow) -> Tensor:
-    """y as a tensor of labels, refused if it is not of whole numbers or (on the CPU only) out of range."""
-    n_classes = model.config.n_classes
-    found = torch.as_tensor(y)
-    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
-    assert n_classes is not None  # else no y
-    expect(whole, "y", f"whole numbers, labels in 0..{n_classes - 1}", found.dtype)
-    found = found.to(model._parameter().device, torch.int64)
-    check_labels(found.flatten(), found.numel(), n_classes)
-    return found
 
 
 def _condition_dims(cond: Tensor, channels: int, spatial: Sequence[int]) -> int:
@@ -60,7 +48,9 @@ class _Given:
             expect(False, "model", "one with one condition for all levels", "one with a condition of each")
             raise AssertionError  # for the type checker: refused above
         expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
-        self.y = None if y is None else _labels(y, model)
+        self.y = None if y is None else torch.as_tensor(y, device=model._parameter().device)
+        if self.y is not None:
+            check_labels(self.y.flatten(), self.y.numel(), n_classes)
         self.cond = cond
         self.cond_dims = 0 if cond is None else _condition_dims(cond, channels, model.config.image_shape[1:])
         shapes = [Size() if self.y is None else self.y.shape]
@@ -92,7 +82,6 @@ class GlowTransform(Transform):
         y: label of a model with classes: a number, or a tensor that broadcasts to the leading shape of the events.
         cond: condition of a model that takes one, (*batch, C) or (*batch, C, *spatial); what can be read as both is a
             map if it has the spatial sizes of x, and refused else.
-        cache_size: see torch's Transform.
 
     Shapes: eps (..., D), x (..., C, *spatial).
 
@@ -102,29 +91,13 @@ class GlowTransform(Transform):
 
     bijective = True
 
-    def __init__(
-        self, model: Glow, y: Tensor | int | None = None, cond: Tensor | None = None, cache_size: int = 0
-    ) -> None:
-        super().__init__(cache_size=cache_size)
+    def __init__(self, model: Glow, y: Tensor | int | None = None, cond: Tensor | None = None) -> None:
+        super().__init__()
         self.model, self._given = model, _Given(model, y, cond)
         self.event_dims = 1 + model.config.dims
         self.sizes = [math.prod(shape) for shape in model.latent_shapes]
         self.domain = constraints.real_vector
         self.codomain = constraints.independent(constraints.real, self.event_dims)
-
-    def with_cache(self, cache_size: int = 1) -> GlowTransform:
-        """Make the same transform with another cache; see torch's Transform."""
-        if self._cache_size == cache_size:
-            return self
-        return GlowTransform(self.model, self._given.y, self._given.cond, cache_size)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, GlowTransform):
-            return False
-        one, two = self._given, other._given
-        return self.model is other.model and one.y is two.y and one.cond is two.cond
-
-    __hash__ = Transform.__hash__
 
     def call_and_ladj(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Compute T(eps) and log|det dx/deps| in one pass, which zuko asks of a transform."""
@@ -161,7 +134,7 @@ class GlowTransform(Transform):
         return (*shape[: -len(event)], sum(self.sizes))
 
 
-class GlowDistribution(Distribution):
+class GlowDistribution(TransformedDistribution):
     """p(x) of a Glow, or p(x | y, cond), with the interface of torch.distributions.
 
     ``rsample`` is x = T(eps), eps ~ N(0, 1), differentiable in the parameters (see GlowTransform); events are x as
@@ -179,9 +152,6 @@ class GlowDistribution(Distribution):
         ValueError: labels or a condition that the model does not take; events of another shape.
     """
 
-    has_rsample = True
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 (as torch declares it)
-
     def __init__(
         self,
         model: Glow,
@@ -189,45 +159,22 @@ class GlowDistribution(Distribution):
         cond: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.model = model
-        self.transform = GlowTransform(model, y, cond)
-        batch_shape = self.transform._given.batch_shape
-        super().__init__(batch_shape, Size(model.config.image_shape), validate_args=validate_args)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """The values that events may have: any real (C, *spatial)."""
-        found: constraints.Constraint = self.transform.codomain
-        return found
+        transform = GlowTransform(model, y, cond)
+        zeros = model._parameter().detach().new_zeros(sum(transform.sizes))
+        noise = Independent(Normal(zeros, zeros + 1), 1).expand(transform._given.batch_shape)
+        super().__init__(noise, [transform], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GlowDistribution:
         """Spread the distribution over a larger batch shape, the same for every new element."""
-        given = self.transform._given
-        found = GlowDistribution(self.model, given.y, given.cond, validate_args=False)
-        wide = Size(batch_shape)
-        ours = self.batch_shape[::-1]
-        fits = len(ours) <= len(wide) and all(a in (1, b) for a, b in zip(ours, wide[::-1], strict=False))
-        expect(fits, "batch_shape", f"one that {tuple(self.batch_shape)} expands to", tuple(wide))
-        found._batch_shape = wide
-        found._validate_args = self._validate_args
+        found: GlowDistribution = super().expand(Size(batch_shape), _instance or self.__new__(type(self)))
         return found
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw (*sample_shape, *batch_shape, C, *spatial), differentiable in the parameters."""
-        like, lead = self.model._parameter(), (*sample_shape, *self.batch_shape)
-        eps = torch.randn(*lead, sum(self.transform.sizes), dtype=like.dtype, device=like.device)
-        return self.transform(eps)
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw as :meth:`rsample` does, but without gradients."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value) in nats; value (..., *batch_shape, C, *spatial) -> (..., *batch_shape)."""
         if self._validate_args:
             self._validate_sample(value)
-        flat, lead = _flat(value, self.transform.event_dims)
+        transform = cast(GlowTransform, self.transforms[0])
+        _, lead = _flat(value, transform.event_dims)
         lead = torch.broadcast_shapes(lead, self.batch_shape)
-        flat = value.expand(*lead, *value.shape[value.dim() - self.transform.event_dims :]).reshape(-1, *flat.shape[1:])
-        return self.model.log_prob(flat, *self.transform._given.spread(lead)).reshape(lead)
+        flat, _ = _flat(value.expand(*lead, *value.shape[value.dim() - transform.event_dims :]), transform.event_dims)
+        return transform.model.log_prob(flat, *transform._given.spread(lead)).reshape(lead)

@@ -7,8 +7,9 @@ import copy
 import dataclasses
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.traits import submodules
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.planned import Forward, Plans
-from pyglow_fast.layers.ranks import refused_alike
 from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
@@ -36,7 +36,8 @@ from pyglow_fast.reversible.setting import parse_memory
 
 class _Encoded(NamedTuple):
     latents: list[Tensor]
-    priors: list[tuple[Split, Tensor, Tensor | None]]  # of each split: what its prior reads, kept channels and cond
+    kept: list[Tensor]  # what the prior of each latent reads; the top latent itself at the end
+    conds: list[Tensor | None]
     log_det: Tensor
     states: list[list[Tensor]]
 
@@ -112,16 +113,9 @@ class Glow(nn.Module):
         makes = net is None or (callable(net) and not isinstance(net, nn.Module))
         expect(makes, "net", "a factory net(in_channels, out_channels) -> nn.Module", type(net).__name__)
         self.config = GlowConfig.from_dict(fields) if config is None else config
-        memory = parse_memory(memory)
         self.state_shapes = self.config.level_shapes()
-        options = {
-            "memory": memory,
-            "anchor_every": anchor_every,
-            "tolerance": tolerance,
-            "memory_budget": memory_budget,
-            "deferred_check": deferred_check,
-        }
-        self.levels = nn.ModuleList(FlowLevel(self.config, i, net, **options) for i in range(self.config.n_levels))
+        options = (parse_memory(memory), anchor_every, tolerance, memory_budget, deferred_check)
+        self.levels = nn.ModuleList(FlowLevel(self.config, i, net, *options) for i in range(self.config.n_levels))
         self.splits = nn.ModuleList(
             Split(
                 self.state_shapes[i][0],
@@ -146,7 +140,14 @@ class Glow(nn.Module):
 
     def _sequences(self) -> list[ReversibleSequence]:
         """All runs of steps, in their order; none of a frozen model."""
-        return [run for level in self.levels for run in level.children() if isinstance(run, ReversibleSequence)]
+        return [run for level in self._flow_levels for run in level.children() if isinstance(run, ReversibleSequence)]
+
+    @property
+    def _flow_levels(self) -> list[FlowLevel]:
+        return cast("list[FlowLevel]", list(self.levels))
+
+    def _split(self, i: int) -> Split:
+        return cast(Split, self.splits[i])
 
     @property
     def memory(self) -> str | int:
@@ -196,17 +197,16 @@ class Glow(nn.Module):
 
         return [x, y, *conds], forward
 
-    def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
-        """With a budget, what each level's runs of steps do in a forward that is recorded; else None."""
+    def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
+        """With a budget, what each run of steps does in a forward that is recorded; else nothing."""
         if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
-            return None
+            return {}
         return call_untraced(Glow._made_plans, self, x, conds)
 
-    def _made_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> list[list[RunPlan]] | None:
+    def _made_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
         if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), x, *conds)):
-            return None
-        parts, sequences = iter(self._plans.of(self, *self._dry_step(x, conds))), self._sequences()
-        return [[next(parts) for run in level.children() if run in sequences] for level in self.levels]
+            return {}
+        return dict(zip(self._sequences(), self._plans.of(self, *self._dry_step(x, conds)), strict=True))
 
     def _couplings(self) -> list[Coupling]:
         return [module for module in submodules(self) if isinstance(module, Coupling)]
@@ -241,8 +241,7 @@ class Glow(nn.Module):
             ValueError: an actnorm has seen no data; steps with hooks or overridden methods.
         """
         frozen = copy.deepcopy(self)
-        for level in frozen.levels:
-            assert isinstance(level, FlowLevel)
+        for level in frozen._flow_levels:
             level.freeze()
         frozen.requires_grad_(False)
         return frozen.eval()
@@ -307,10 +306,6 @@ class Glow(nn.Module):
         """Whether every actnorm has seen data (or was loaded so)."""
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
-    def _refused_alike(self) -> contextlib.AbstractContextManager[None]:
-        """Around the checks of a forward: where it would initialise, all ranks refuse what one does."""
-        return refused_alike(self._parameter().device, lambda: self.training and not self.is_initialized)
-
     def _parameter(self) -> Tensor:
         """A tensor of the model's dtype and device."""
         for steps in self.levels[0].children():
@@ -325,14 +320,18 @@ class Glow(nn.Module):
         if isinstance(x, Tensor) and not x.is_floating_point():
             expect(False, "x", "float values, pyglow_fast.likelihood.dequantize(x) of integer levels", x.dtype)
         check_input("x", x, self.config.image_shape[0], self._parameter())
-        shape = self.config.image_shape
-        expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+        self._check_shape("x", x)
         if can_read(x):
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
             if not self._range_is_known and not is_watched() and x.numel():
                 _warn_of_other_range(x)
                 self._range_is_known = True
         return self._check_cond(cond, x.shape[0])
+
+    def _check_shape(self, name: str, x: Tensor) -> None:
+        shape = self.config.image_shape
+        fits = x.dim() > 0 and tuple(x.shape[1:]) == shape
+        expect(fits, name, f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
 
     def _check_cond(self, cond: Condition | None, n: int) -> list[Tensor | None]:
         """Checks it, and gives that of each level."""
@@ -358,10 +357,8 @@ class Glow(nn.Module):
         x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
         Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
         """
-        with refused_alike(self._parameter().device, lambda: not self.is_initialized):
-            conds = self._check_x(x, cond)
-        for i, level in enumerate(self.levels):
-            assert isinstance(level, FlowLevel)
+        conds = self._check_x(x, cond)
+        for i, level in enumerate(self._flow_levels):
             x = level.initialize(x, conds[i])
             if i < len(self.splits):
                 x, _ = self._split(i).parts(x)
@@ -392,10 +389,9 @@ class Glow(nn.Module):
         found = self._encode(x, cond, at)
         return found.latents, found.states, found.log_det
 
-    def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] | None = None) -> _Encoded:
-        """x -> its latents; with ``at`` states between the steps too."""
-        with self._refused_alike():
-            conds = self._check_x(x, cond)
+    def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] = ()) -> _Encoded:
+        """Map x to its latents, with the states of each level behind its steps ``at`` and its last one."""
+        conds = self._check_x(x, cond)
         if self.training and not self.is_initialized:
             self.initialize(x, cond)
         log_det = x.new_zeros(x.shape[0])
@@ -403,39 +399,47 @@ class Glow(nn.Module):
         kept: list[Tensor] = []
         states: list[list[Tensor]] = []
         plans = self._run_plans(x, conds)
-        for i, level in enumerate(self.levels):
-            assert isinstance(level, FlowLevel)
-            own = None if plans is None else plans[i]
-            if at is None:
-                x, level_log_det = level(x, conds[i], own) if own else level(x, conds[i])
-            else:
-                found, level_log_det = level.intermediates(x, conds[i], at, own)
-                states.append(found)
-                x = found[-1]
-            log_det = log_det + level_log_det
+        for i, level in enumerate(self._flow_levels):
+            found, level_log_det = level(x, conds[i], plans, at)
+            states.append(found)
+            x, log_det = found[-1], log_det + level_log_det
             if i < len(self.splits):
                 x, factored = self._split(i).parts(x)
                 kept.append(x)
                 latents.append(factored)
-        latents.append(x)
-        parts = zip(self._splits(), kept, conds, strict=False)
-        priors = [(split, part, fitted(beside, part.shape[2:])) for split, part, beside in parts]
-        return _Encoded(latents, priors, log_det, states)
+        return _Encoded([*latents, x], [*kept, x], conds, log_det, states)
+
+    def _prior(self, i: int, kept: Tensor, cond: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log_sd of latent i, given the channels that its split keeps, or a tensor like the top latent."""
+        if i == len(self.splits):
+            return self.prior(kept, y)
+        return self._split(i).prior(kept, fitted(cond, kept.shape[2:]))
+
+    def _decode(
+        self,
+        like: Tensor,
+        y: Tensor | None,
+        conds: Sequence[Tensor | None],
+        choose: Callable[[int, Callable[[], tuple[Tensor, Tensor]]], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """x and the log-det of the inverse flow; ``choose(i, prior)`` gives latent i, and prior() its mean and log_sd.
+
+        The deepest latent, which is like ``like``, is chosen first: a prior sees what those below it are.
+        """
+        x = choose(len(self.splits), partial(self._prior, len(self.splits), like, None, y))
+        log_det = x.new_zeros(x.shape[0])
+        for i, level in reversed(list(enumerate(self._flow_levels))):
+            if i < len(self.splits):
+                x = torch.cat([x, choose(i, partial(self._prior, i, x, conds[i], y))], dim=1)
+            x, level_log_det = level.inverse(x, conds[i])
+            log_det = log_det + level_log_det
+        return x, log_det
 
     def inverse(self, latents: list[Tensor], cond: Condition | None = None) -> tuple[Tensor, Tensor]:
         """Map latents back to x; log_det is the negative of the forward one."""
         self._check_latents(latents)
         conds = self._check_cond(cond, latents[0].shape[0])
-        x = latents[-1]
-        log_det = x.new_zeros(x.shape[0])
-        for i in reversed(range(len(self.levels))):
-            if i < len(self.splits):
-                x = torch.cat([x, latents[i]], dim=1)
-            level = self.levels[i]
-            assert isinstance(level, FlowLevel)
-            x, level_log_det = level.inverse(x, conds[i])
-            log_det = log_det + level_log_det
-        return x, log_det
+        return self._decode(latents[-1], None, conds, lambda i, _: latents[i])
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None) -> Tensor:
         """log p(x), or log p(x | y) for a model with classes, in nats, (N,)."""
@@ -443,14 +447,13 @@ class Glow(nn.Module):
 
     def _log_prob(self, x: Tensor, y: Tensor | None, cond: Condition | None) -> tuple[Tensor, Tensor]:
         """log p(x), and the top latent that a head may look at: one pass for both."""
-        with self._refused_alike():
-            expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
-            check_labels(y, x.shape[0], self.config.n_classes)
+        expect(isinstance(x, Tensor) and x.dim() >= 1, "x", "a Tensor (N, C, *spatial)", type(x).__name__)
+        check_labels(y, x.shape[0], self.config.n_classes)
         found = self._encode(x, cond)
-        log_prob, top = found.log_det, found.latents[-1]
-        for (split, kept, split_cond), factored in zip(found.priors, found.latents[:-1], strict=True):
-            log_prob = log_prob + split.log_prob(kept, factored, split_cond)
-        return log_prob + functional.gaussian_log_prob(top, *self.prior(top, y)), top
+        log_prob = found.log_det
+        for i, (latent, kept) in enumerate(zip(found.latents, found.kept, strict=True)):
+            log_prob = log_prob + functional.gaussian_log_prob(latent, *self._prior(i, kept, found.conds[i], y))
+        return log_prob, found.latents[-1]
 
     def class_logits(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         """Logits of the classes of x, (N, config.classify), by the head on its top latent; no label is asked for.
@@ -485,18 +488,11 @@ class Glow(nn.Module):
         Levels are 0..n_bins-1; y and cond as in log_prob.
         """
         # Everything is checked before the noise is drawn: a refused call leaves the generator as it was.
-        with self._refused_alike():
-            expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
-            shape = (*images.shape[:1], *self.config.image_shape)
-            expect(
-                tuple(images.shape) == shape,
-                "images",
-                f"shape (N, {', '.join(map(str, shape[1:]))})",
-                tuple(images.shape),
-            )
-            check_labels(y, images.shape[0], self.config.n_classes)
-            self._check_cond(cond, images.shape[0])
-            x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
+        expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
+        self._check_shape("images", images)
+        check_labels(y, images.shape[0], self.config.n_classes)
+        self._check_cond(cond, images.shape[0])
+        x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
     def encode(self, x: Tensor, cond: Condition | None = None, precision: str = "fp32") -> list[Tensor]:
@@ -551,19 +547,15 @@ class Glow(nn.Module):
         return self._from_noise(noise[::-1], y, conds)[0]
 
     def _from_noise(self, noise: list[Tensor], y: Tensor | None, conds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        mean, log_sd = self.prior(noise[-1], y)
-        x = functional.gaussian_sample(noise[-1], mean, log_sd)
-        log_det = log_sd.expand_as(x).flatten(1).sum(1)
-        for i in reversed(range(len(self.levels))):
-            if i < len(self.splits):
-                mean, log_sd = self._split(i).prior(x, fitted(conds[i], x.shape[2:]))
-                x = torch.cat([x, functional.gaussian_sample(noise[i], mean, log_sd)], dim=1)
-                log_det = log_det + log_sd.flatten(1).sum(1)
-            level = self.levels[i]
-            assert isinstance(level, FlowLevel)
-            x, level_log_det = level.inverse(x, conds[i])
-            log_det = log_det + level_log_det
-        return x, log_det
+        scales: list[Tensor] = []
+
+        def drawn(i: int, prior: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+            mean, log_sd = prior()
+            scales.append(log_sd.expand_as(noise[i]).flatten(1).sum(1))
+            return functional.gaussian_sample(noise[i], mean, log_sd)
+
+        x, log_det = self._decode(noise[-1], y, conds, drawn)
+        return x, log_det + functional.summed(scales)
 
     def from_noise(
         self, noise: list[Tensor], y: Tensor | None = None, cond: Condition | None = None
@@ -585,21 +577,12 @@ class Glow(nn.Module):
         """Compute eps_l = (z_l - mean_l) / sd_l of every level and log|det deps/dx|, undoing :meth:`from_noise`."""
         check_labels(y, x.shape[0], self.config.n_classes)
         found = self._encode(x, cond)
-        latents, log_det = found.latents, found.log_det
-        priors = [split.prior(kept, split_cond) for split, kept, split_cond in found.priors]
-        noise = []
-        for latent, (mean, log_sd) in zip(latents, [*priors, self.prior(latents[-1], y)], strict=True):
+        noise, log_det = [], found.log_det
+        for i, (latent, kept) in enumerate(zip(found.latents, found.kept, strict=True)):
+            mean, log_sd = self._prior(i, kept, found.conds[i], y)
             noise.append(standardised(latent, mean, log_sd))
             log_det = log_det - log_sd.expand_as(latent).flatten(1).sum(1)
         return noise, log_det
-
-    def _split(self, i: int) -> Split:
-        split = self.splits[i]
-        assert isinstance(split, Split)
-        return split
-
-    def _splits(self) -> list[Split]:
-        return [split for split in self.splits if isinstance(split, Split)]
 
     def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
         """Wrap the model in the interface of torch.distributions; see GlowDistribution."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.layers import FlowStep, FrozenSteps, ReversibleSequence, Squeeze
+from pyglow_fast.layers import FlowStep, FrozenSteps, ReversibleSequence
 from pyglow_fast.layers.flow_step import NO_COUPLING
 from pyglow_fast.models.condition import fitted
 from pyglow_fast.models.config import GlowConfig
@@ -31,20 +32,19 @@ class FlowLevel(nn.Module):
         memory: options of the ReversibleSequences.
     """
 
-    def __init__(self, config: GlowConfig, level: int, net: NetFactory | None, **memory: Any) -> None:
+    def __init__(self, config: GlowConfig, level: int, net: NetFactory | None, *memory: Any) -> None:
         super().__init__()
         squeezes, channels = config.squeezes(level), config.level_shapes()[level][0]
         n_boards = config.n_checkerboard if squeezes else config.n_last_checkerboard
         width = channels // 2**config.dims if squeezes else channels
         # Dinh et al. 2017, figure 3: the first mask keeps where the sum of the indices is odd.
         boards = [_step(config, level, width, net, mask="checkerboard", parity=(k + 1) % 2) for k in range(n_boards)]
-        self.checkerboard: Steps | None = ReversibleSequence(boards, **memory) if boards else None
-        self.squeeze = Squeeze(2)
+        self.checkerboard: Steps | None = ReversibleSequence(boards, *memory) if boards else None
         steps: list[FlowStep] = []
         if squeezes:
             steps += [_transition(config, channels) for _ in range(config.n_transitions)]
             steps += [_step(config, level, channels, net) for _ in range(config.n_steps - n_boards)]
-        self.steps: Steps | None = ReversibleSequence(steps, **memory) if steps else None
+        self.steps: Steps | None = ReversibleSequence(steps, *memory) if steps else None
 
     def freeze(self) -> None:
         """Replace all steps by their folded ones; see FrozenSteps."""
@@ -52,53 +52,51 @@ class FlowLevel(nn.Module):
             if isinstance(steps, ReversibleSequence):
                 setattr(self, name, FrozenSteps(steps))
 
-    def forward(self, x: Tensor, cond: Tensor | None, plans: Sequence[RunPlan] | None = None) -> tuple[Tensor, Tensor]:
-        """Map x (N, C, *spatial) to z (N, C 2^d, *spatial / 2), unless the level has no squeeze; log_det (N,).
+    def _runs(self) -> list[tuple[Steps, bool]]:
+        """The runs of steps that there are, in their order, and whether a squeeze comes before them."""
+        runs = ((self.checkerboard, False), (self.steps, True))
+        return [(steps, squeezes) for steps, squeezes in runs if steps is not None]
 
-        plans: of its runs of steps, None: as the memory mode of each says.
-        """
-        log_det: Tensor | None = None
-        planned = iter([] if plans is None else [{"plan": plan} for plan in plans])
-        if self.checkerboard is not None:
-            x, log_det = self.checkerboard(x, fitted(cond, x.shape[2:]), **next(planned, {}))
-        if self.steps is not None:
-            halved = fitted(cond, [size // 2 for size in x.shape[2:]])
-            x, step_log_det = self.steps(x, halved, squeeze_first=True, **next(planned, {}))
-            log_det = step_log_det if log_det is None else log_det + step_log_det
-        assert log_det is not None  # a level has steps
-        return x, log_det
-
-    def intermediates(
-        self, x: Tensor, cond: Tensor | None, at: Sequence[int], plans: Sequence[RunPlan] | None = None
+    def forward(
+        self, x: Tensor, cond: Tensor | None, plans: Mapping[nn.Module, RunPlan], at: Sequence[int] = ()
     ) -> tuple[list[Tensor], Tensor]:
-        """Map x to the states behind the steps ``at`` after the squeeze, and behind the last one; log_det (N,).
+        """Map x (N, C, *spatial) to the states behind the steps ``at`` and behind the last one, and log_det (N,).
 
-        A frozen level, or one with checkerboards, has no such states.
+        A state is (N, C 2^d, *spatial / 2), unless the level has no squeeze.
+
+        Args:
+            x: of the level before.
+            cond: of the level, at any size.
+            plans: of runs of steps; the others do what their memory mode says.
+            at: numbers of steps; none in a frozen level, or one with checkerboards.
         """
-        assert isinstance(self.steps, ReversibleSequence)
-        assert self.checkerboard is None
-        halved, plan = fitted(cond, [size // 2 for size in x.shape[2:]]), None if plans is None else plans[0]
-        return self.steps.intermediates(x, halved, at, squeeze_first=True, plan=plan)
+        log_dets, states = [], [x]
+        for steps, squeezes in self._runs():
+            own = fitted(cond, [size // (1 + squeezes) for size in x.shape[2:]])
+            planned = {"plan": plans[steps]} if steps in plans else {}
+            if at:
+                assert isinstance(steps, ReversibleSequence)
+                states, log_det = steps.intermediates(x, own, at, squeezes, **planned)
+            else:
+                x, log_det = steps(x, own, squeezes, **planned)
+                states = [x]
+            log_dets.append(log_det)
+        return states, functional.summed(log_dets)
 
     def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """Map z back to x; log_det (N,) is the negative of the forward one."""
-        log_det: Tensor | None = None
-        if self.steps is not None:
-            z, log_det = self.steps.inverse(z, fitted(cond, z.shape[2:]))
-            z, _ = self.squeeze.inverse(z)
-        if self.checkerboard is not None:
-            z, board_log_det = self.checkerboard.inverse(z, fitted(cond, z.shape[2:]))
-            log_det = board_log_det if log_det is None else log_det + board_log_det
-        assert log_det is not None  # a level has steps
-        return z, log_det
+        log_dets = []
+        for steps, squeezes in reversed(self._runs()):
+            z, log_det = steps.inverse(z, fitted(cond, z.shape[2:]))
+            z = functional.unsqueeze(z) if squeezes else z
+            log_dets.append(log_det)
+        return z, functional.summed(log_dets)
 
     def initialize(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """Initialise step after step from data, each from the output of those before it."""
-        if self.checkerboard is not None:
-            x = self.checkerboard.initialize(x, fitted(cond, x.shape[2:]))
-        if self.steps is not None:
-            x, _ = self.squeeze(x)
-            x = self.steps.initialize(x, fitted(cond, x.shape[2:]))
+        for steps, squeezes in self._runs():
+            x = functional.squeeze(x) if squeezes else x
+            x = steps.initialize(x, fitted(cond, x.shape[2:]))
         return x
 
 

@@ -176,9 +176,8 @@ class GlowModule(LightningModule):
         model, config = self.model, self.model.config
         if model.head is None:
             return self(pixels, labels, generator), None
-        with model._refused_alike():
-            check_labels(labels, len(pixels), config.classify)
-            x = dequantize(pixels, self.n_bins, generator, dtype=model._parameter().dtype)
+        check_labels(labels, len(pixels), config.classify)
+        x = dequantize(pixels, self.n_bins, generator, dtype=model._parameter().dtype)
         log_prob, logits = model.log_prob_and_logits(x, labels if config.n_classes is not None else None)
         return bits_per_dim(log_prob, config.n_values, self.n_bins), logits
 

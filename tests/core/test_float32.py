@@ -119,19 +119,6 @@ class TestState:
                 function, x, matrix, offset, setting=setting, device=device, magnitude=float(x.abs().max()) * C**0.5
             )
 
-    @pairs(pytest.mark.parametrize("dims", [1, 2, 3]), by_setting)
-    def test_what_is_squeezed_first(self, dims: int, setting: str, device: torch.device) -> None:
-        channels = C // 2**dims or 1
-        width = channels * 2**dims
-        x, matrix, offset = torch.randn(2, channels, *[6] * dims), torch.randn(width, width), torch.randn(width)
-        assert_not_rounded(
-            lambda x, m, c: functional.channel_mix(x, m, c, squeeze_first=True),
-            *(x, matrix, offset),
-            setting=setting,
-            device=device,
-            magnitude=float(x.abs().max()) * width**0.5,
-        )
-
     @by_setting
     def test_gradients_by_the_reference(self, setting: str, device: torch.device) -> None:
         x, matrix, offset = torch.randn(3, C, 40), torch.randn(C, C), torch.randn(C)

@@ -43,10 +43,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     for name, place in (
         ("channel_mix", 2),
-        ("channel_mix_for_net", 2),
         ("channel_unmix", 2),
         ("coupling_mix", 3),
-        ("coupling_mix_for_net", 3),
         ("coupling_mix_inverse", 3),
     ):
         true = getattr(functional, name)

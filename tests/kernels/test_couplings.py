@@ -346,27 +346,3 @@ def test_gradcheck(name: str, gathers: bool, device: torch.device) -> None:
 def called(function: Callable[..., Any], spec: CouplingSpec, index: tuple[Any, ...], *tensors: Tensor) -> Any:
     """A function of tensors alone."""
     return function(*tensors, spec, *index)
-
-
-@pytest.mark.parametrize("both", [True, False])
-def test_kept_channels_carry_their_gradient(both: bool) -> None:
-    """What a net makes of the kept channels flows back as through a slice, also when it is the only use."""
-    inputs, _ = drawn("coupling_mix", (2, 6, 3, 4), CouplingSpec(), False, torch.device("cpu"))
-
-    def objective(in_passing: bool, x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-        if in_passing:
-            u, kept = functional.channel_mix_for_net(x, matrix, offset, 3)
-            y, kept_y, log_det = functional.coupling_mix_for_net(u, net_out, matrix, offset, CouplingSpec(), 3)
-        else:
-            u = reference.channel_mix(x, matrix, offset)
-            y, log_det = reference.coupling_mix(u, net_out, matrix, offset, CouplingSpec())
-            kept, kept_y = u[:, :3], y[:, :3]
-        value = kept.square().sum() + kept_y.sin().sum()
-        return value + y.cos().sum() + log_det.sum() if both else value
-
-    gradients = []
-    for in_passing in (True, False):
-        leaves = [value.clone().requires_grad_() for value in inputs]
-        gradients.append(torch.autograd.grad(objective(in_passing, *leaves), leaves))
-    for actual, expected in zip(*gradients, strict=True):
-        assert_close(actual, expected, condition=10.0)

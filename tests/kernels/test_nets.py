@@ -519,15 +519,19 @@ def weights_for(shape: tuple[int, ...], hidden: int, out: int, dtype: torch.dtyp
     ]
 
 
+def leaky(leak: float) -> ChainSpec:
+    return ChainSpec((Activation("leaky_relu", leak),) * 2, ((1, 1),) * 3)
+
+
 @pytest.mark.parametrize("leak", [0.0, 0.2, 1.0])
 def test_the_leak_is_written_out(leak: float) -> None:
     """Against the formula, element by element: the reference itself could be wrong."""
-    x, w1, b1, w2, b2, w3, b3 = inputs = weights_for((2, 3, 5, 4), 8, 4, torch.float64)
+    x, w1, b1, w2, b2, w3, b3 = weights_for((2, 3, 5, 4), 8, 4, torch.float64)
     hidden = torch.nn.functional.conv2d(x, w1, b1, padding=1)
     hidden = torch.nn.functional.conv2d(hidden.clamp(min=0) + leak * hidden.clamp(max=0), w2, b2)
     expected = torch.nn.functional.conv2d(hidden.clamp(min=0) + leak * hidden.clamp(max=0), w3, b3, padding=1)
     for home in (functional, reference):
-        assert_close(home.coupling_net(*inputs, leak=leak), expected)
+        assert_close(home.net_chain(x, (w1, w2, w3), (b1, b2, b3), leaky(leak)), expected)
 
 
 def test_hidden_values_of_zero_take_the_slope_below() -> None:
@@ -539,7 +543,7 @@ def test_hidden_values_of_zero_take_the_slope_below() -> None:
     found = []
     for home in (functional, reference):
         leaves = [value.clone().requires_grad_() for value in inputs]
-        out = home.coupling_net(*leaves, leak=0.25)
+        out = home.net_chain(leaves[0], leaves[1::2], leaves[2::2], leaky(0.25))
         found.append([out, *torch.autograd.grad(out.sum(), leaves)])
     assert all(found[1][index].abs().max() > 0 for index in (3, 5))  # of b1 and b2
     for actual, wanted in zip(*found, strict=True):

@@ -83,17 +83,6 @@ def test_what_the_net_says_of_kept_positions_is_not_used(parity: int) -> None:
     assert torch.equal(log_det, log_det_again)
 
 
-@pytest.mark.parametrize("cond_channels", [0, 1])
-@pytest.mark.parametrize("shape", [(2, 4, 3), (1, 4), (1, 2, 2, 3)], ids=str)
-def test_gradcheck(shape: tuple[int, ...], cond_channels: int) -> None:
-    net = pgf.CouplingNet(shape[0], 2 * shape[0], 4, cond_channels=cond_channels, dims=len(shape) - 1)
-    layer = perturbed(pgf.Coupling(net, mask="checkerboard", parity=1).double(), 0.3)
-    sizes = [shape, *([(1, *shape[1:])] if cond_channels else [])]
-    inputs = [torch.randn(2, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
-    assert torch.autograd.gradcheck(layer, inputs)
-    assert torch.autograd.gradcheck(layer.inverse, inputs)
-
-
 def test_hidden_actnorms_are_initialised_from_what_the_net_sees() -> None:
     def build() -> pgf.Coupling:
         return pgf.Coupling(pgf.CouplingNet(3, 6, 5, actnorm=True, cond_channels=1), mask="checkerboard", parity=1)

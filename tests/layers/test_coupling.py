@@ -108,20 +108,6 @@ class TestHiddenActNorms:
         for name, value in layer.state_dict().items():
             assert torch.equal(value, before[name]), name
 
-    @pytest.mark.parametrize("training", [True, False])
-    def test_the_inverse_does_not(self, training: bool) -> None:
-        layer = self.build().train(training)
-        before = copy.deepcopy(layer.state_dict())
-        layer.inverse(torch.randn(4, 4, 3, 3), torch.randn(4, 1, 3, 3))
-        assert not layer.net.is_initialized
-        for name, value in layer.state_dict().items():
-            assert torch.equal(value, before[name]), name
-
-    def test_evaluation_does_not(self) -> None:
-        layer = self.build().eval()
-        layer(torch.randn(4, 4, 3, 3), torch.randn(4, 1, 3, 3))
-        assert not layer.net.is_initialized
-
 
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -40,18 +40,6 @@ def test_the_condition_alone_shifts_and_scales_every_channel(order: str) -> None
     assert_close(layer(other, COND)[1], log_det)  # it knows nothing of x
 
 
-@pytest.mark.full
-def test_gradients_of_everything() -> None:
-    layer = moved(pgf.AffineInjector(4, 3, 6))
-    x, cond = X.clone().requires_grad_(), COND.clone().requires_grad_()
-    names = [name for name, _ in layer.named_parameters()]
-
-    def function(x: Tensor, cond: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x, cond))
-
-    assert torch.autograd.gradcheck(function, (x, cond, *layer.parameters()))
-
-
 def test_actnorms_of_the_net_start_from_the_condition() -> None:
     layer = pgf.AffineInjector(4, 3, 6, net_actnorm=True).double()
     layer(X, COND)

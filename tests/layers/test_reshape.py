@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.helpers import assert_close, memory_layouts
+from support.helpers import assert_close
 from torch import Tensor
 from torch.distributions import Normal
 
 import pyglow_fast as pgf
-from pyglow_fast.layers.reshape import fit_condition
+from pyglow_fast.models.condition import fitted
 
 
 class TestSqueeze:
@@ -22,11 +22,6 @@ class TestSqueeze:
         z, log_det = pgf.Squeeze(factor)(x)
         assert torch.equal(z, F.pixel_unshuffle(x, factor))
         assert torch.equal(log_det, torch.zeros(2))
-
-    def test_any_layout(self) -> None:
-        x = torch.randn(2, 3, 4, 6)
-        for layout in memory_layouts(x).values():
-            assert torch.equal(pgf.Squeeze()(layout)[0], F.pixel_unshuffle(x, 2))
 
 
 class TestSplit:
@@ -76,16 +71,16 @@ class TestFitCondition:
     @pytest.mark.parametrize("spatial", [(4,), (2, 3), (1, 2, 3)], ids=str)
     def test_a_vector_is_spread(self, spatial: tuple[int, ...]) -> None:
         cond = torch.randn(3, 2)
-        fitted = fit_condition(cond, spatial)
-        assert fitted.shape == (3, 2, *spatial)
-        assert torch.equal(fitted.flatten(2), cond[:, :, None].expand(3, 2, math.prod(spatial)))
+        found = fitted(cond, spatial)
+        assert found.shape == (3, 2, *spatial)
+        assert torch.equal(found.flatten(2), cond[:, :, None].expand(3, 2, math.prod(spatial)))
 
     def test_a_map_of_the_right_size_is_left_alone(self) -> None:
         cond = torch.randn(3, 2, 4, 6)
-        assert fit_condition(cond, (4, 6)) is cond
+        assert fitted(cond, (4, 6)) is cond
 
     @pytest.mark.parametrize(("size", "spatial"), [((8,), (4,)), ((4, 6), (2, 3)), ((2, 4, 4), (1, 2, 2))], ids=str)
     def test_a_larger_map_is_averaged(self, size: tuple[int, ...], spatial: tuple[int, ...]) -> None:
         cond = torch.randn(3, 2, *size)
         blocks: Tensor = pgf.reference.squeeze(cond).reshape(3, 2, 2 ** len(size), *spatial)
-        assert_close(fit_condition(cond, spatial), blocks.mean(2))
+        assert_close(fitted(cond, spatial), blocks.mean(2))

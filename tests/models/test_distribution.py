@@ -100,10 +100,8 @@ def test_it_composes_with_torch_distributions(model: Glow) -> None:
     stretched = TransformedDistribution(model.as_distribution(), [AffineTransform(0.5, 256.0, event_dim=3)])
     expected = model.log_prob(x) - 32 * math.log(256.0)
     torch.testing.assert_close(stretched.log_prob(0.5 + 256 * x), expected, rtol=1e-10, atol=1e-10)
-    both = ComposeTransform([GlowTransform(model).with_cache(), AffineTransform(0.5, 256.0, event_dim=3)])
+    both = ComposeTransform([GlowTransform(model), AffineTransform(0.5, 256.0, event_dim=3)])
     assert both(torch.randn(2, 32).double()).shape == (2, *SHAPE)
-    assert GlowTransform(model) == GlowTransform(model)
-    assert GlowTransform(model) != GlowTransform(make())
 
 
 def test_it_composes_with_zuko(model: Glow) -> None:
@@ -128,7 +126,7 @@ def test_independent_and_expanded(model: Glow) -> None:
     assert p.log_prob(x[0, 0]).shape == (3,)
     assert p.expand((2, 3)).sample().shape == (2, 3, *SHAPE)
     for shape in ((2,), (), (3, 1)):
-        with pytest.raises(ValueError, match=r"batch_shape: expected one that \(3,\) expands to"):
+        with pytest.raises(RuntimeError, match="expand"):
             p.expand(shape)
 
 

@@ -21,7 +21,6 @@ from pyglow_fast.interop.chaiyujin.structure import (
     looks_like,
     read,
 )
-from pyglow_fast.interop.joined import Now
 from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, recomputed, run_couplings, run_couplings_inverse
@@ -142,9 +141,9 @@ def run(
     if not reverse and memory is not None and memory.recomputes(step, x, features):
         x, gained = memory.run(couplings, maps, x, features)
     elif reverse:
-        x, gained = run_couplings_inverse(couplings, Now(maps), x, features, budget)
+        x, gained = run_couplings_inverse(couplings, maps, x, features, budget)
     else:
-        x, gained = run_couplings(couplings, Now(maps), x, features, budget=budget)
+        x, gained = run_couplings(couplings, maps, x, features, budget=budget)
     return x, logdet + gained
 
 

@@ -16,7 +16,7 @@ from pyglow_fast.interop.indices import indices_on
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, stack_maps
-from pyglow_fast.reference import CouplingSpec, coupling_net_spec, fold_actnorm, full_precision, plu_weight
+from pyglow_fast.reference import COUPLING_NETS, CouplingSpec, fold_actnorm, full_precision, plu_weight
 
 _CALL = ["self", "input", "logdet", "reverse"]
 _PERMUTATIONS = ("invconv", "shuffle", "reverse")
@@ -46,7 +46,7 @@ class SharedNet(nn.Module):
     @property
     def known(self) -> KnownNet:
         """The chain of the net's three convolutions, without actnorms."""
-        return KnownNet(tuple(Layer(self.net[i], [], []) for i in (0, 2, 4)), coupling_net_spec(2))
+        return KnownNet(tuple(Layer(self.net[i], [], []) for i in (0, 2, 4)), COUPLING_NETS[2])
 
     @property
     def pays(self) -> bool:
@@ -87,7 +87,7 @@ class SharedNet(nn.Module):
         if self.is_interleaved:
             values = [torch.cat([value[0::2], value[1::2]]) for value in values]
         weight, bias, log_gain = values
-        return functional.net_chain(x, [*weights, weight], [*biases, bias], coupling_net_spec(2), log_gain, cond)
+        return functional.net_chain(x, [*weights, weight], [*biases, bias], COUPLING_NETS[2], log_gain, cond)
 
 
 @dataclass(frozen=True)

@@ -242,18 +242,17 @@ class ServedBlock(nn.Module):
         spec, order = self._spec()
         if rev:
             begin = self._after_inverse(back)
-            y, kept_half = functional.channel_mix_for_net(x, begin.matrix, begin.offset, kept, index=begin.source)
-            net_out = self._net_out(kept_half, c, order)
+            y = functional.channel_mix(x, begin.matrix, begin.offset, index=begin.source)
+            net_out = self._net_out(y[:, :kept], c, order)
             if self.reverse_pre_permute:
                 u, log_det = functional.coupling_mix_inverse(y, net_out, there.matrix, there.offset, spec, there.source)
             else:
                 u, log_det = functional.coupling_inverse(y, net_out, spec)
             return u, log_det + functional.per_sample(x, begin.log_det)
-        kept_half = x[:, :kept]
         if self.reverse_pre_permute:
-            x, kept_half = functional.channel_mix_for_net(x, back.matrix, back.offset, kept, index=back.source)
+            x = functional.channel_mix(x, back.matrix, back.offset, index=back.source)
         after = self._after(there)
-        net_out = self._net_out(kept_half, c, order)
+        net_out = self._net_out(x[:, :kept], c, order)
         z, log_det = functional.coupling_mix(x, net_out, after.matrix, after.offset, spec, after.source)
         return z, log_det + functional.per_sample(z, after.log_det)
 
