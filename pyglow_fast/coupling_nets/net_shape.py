@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import convolutions, functional, reference
+from pyglow_fast import functional, reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets import chain
+from pyglow_fast.coupling_nets.precision import dtype_on
 from pyglow_fast.reference import coupling_net_spec
 
 KERNEL_SIZES = ((3,), (1,), (3,))  # along each dimension
@@ -54,7 +55,7 @@ class NetShape(nn.Module):
         hidden, inputs = self.hidden + self.border, self.in_channels + self.cond_channels + self.border
         if functional.net_as_convolutions(self.like):
             edges = 3 * (self.out_channels + inputs) * element_size
-            return 4 * hidden * convolutions.dtype_on(self.like).itemsize + edges
+            return 4 * hidden * dtype_on(self.like).itemsize + edges
         if not functional.net_as_products(self.like):
             return (4 * hidden + 5 * self.out_channels + 2 * inputs) * element_size
         channels = (inputs, hidden, hidden, self.out_channels)

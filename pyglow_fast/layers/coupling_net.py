@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_shape import NetShape
@@ -153,10 +152,7 @@ class CouplingNet(NetShape):
         """w1, b1, w2, b2, w3, b3 of a net without ActNorms and gain that computes the same."""
         *hidden, w3, b3, log_gain = self._weights()
         gain = (3.0 * log_gain).exp().flatten()
-        weights = [*hidden, scaled(w3, gain), b3 * gain]
-        if not functional.net_as_convolutions(w3):
-            return weights
-        return [weight.contiguous(memory_format=convolutions.format_for(weight)) for weight in weights]
+        return [*hidden, scaled(w3, gain), b3 * gain]
 
     def _weights(self) -> list[Tensor]:
         """w1, b1, w2, b2, w3, b3 with the norms folded in, and log_gain, which is not."""
