@@ -99,7 +99,7 @@ def _made(
             cond_channels=cond_channels,
             rows_each=1 if board is None else 2,
         )
-    chunks = [] if plan.whole else [chunk.numbers for chunk in plan.chunks]
+    chunks = [] if plan[0].whole else [chunk.numbers for chunk in plan]
     activations, parameters, dilations = ops.chain_arguments(chain.spec)
     form = require().NetForm(
         activations,
