@@ -154,7 +154,7 @@ def check_net(net: nn.Module) -> None:
 
     Raises:
         ValueError: a BatchNorm that uses the statistics of the batch (in training mode, or without running ones), an
-            InstanceNorm that updates running statistics, a halo or a cost that is no number.
+            InstanceNorm that updates running statistics, a halo that is no number.
     """
     for name, module in net.named_modules():
         where, found = f"net.{name}" if name else "net", type(module).__name__
@@ -168,4 +168,3 @@ def check_net(net: nn.Module) -> None:
             still = not (module.training and module.track_running_stats)
             expect(still, where, "no running statistics that each run of the net updates", f"{found} in training mode")
     halo_of(net)
-    bytes_per_position(net, 1, 4)
