@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional, reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
-from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
+from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, masked_condition, run_masked, without_padding
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.described import is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
@@ -28,7 +27,6 @@ from pyglow_fast.layers.flow_step import (
 from pyglow_fast.layers.planned import check_runs
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.layers.wavenet import WaveNet
-from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import run_steps
 from pyglow_fast.reversible.planner import RunPlan
 
@@ -92,25 +90,6 @@ def unsqueeze_time(z: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Te
     return x.reshape(n, channels // factor, time * factor), mask.repeat_interleave(factor, dim=2)
 
 
-def masked_condition(mask: Tensor, cond: Tensor | None) -> Tensor:
-    """Join mask and condition, (N, 1 + C_c, T), as nets of a masked run get them: see coupling_nets/masks.py."""
-    return mask if cond is None else torch.cat([mask, cond.to(mask.dtype).expand(-1, -1, mask.shape[2])], dim=1)
-
-
-def log_scale_of_padding(specs: Sequence[CouplingSpec], mask: Tensor, channels: int) -> Tensor:
-    """Sum the log s that couplings count at masked positions, where a net's output is zero: (N,).
-
-    Args:
-        specs: of the couplings.
-        mask: (N, 1, T).
-        channels: that a coupling transforms.
-    """
-    zero = mask.new_zeros(1)
-    scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.coupling == "affine"]
-    total = torch.cat(scaled).sum() if scaled else zero
-    return (mask.shape[2] - mask.sum(dim=(1, 2))) * (channels * total)
-
-
 class MaskedSequence(ReversibleSequence):
     """z = f_K(... f_1(x)) of the positions that a mask says are there, log_det theirs; f_k FlowSteps of one width.
 
@@ -164,28 +143,17 @@ class MaskedSequence(ReversibleSequence):
         if self.training and not self._is_initialized():
             self._initialize_masked(steps, x, cond, mask)
         couplings = _couplings(steps, cond)
-        specs = [coupling.spec for coupling in couplings]
 
-        def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-            extra, records = masked_condition(mask, cond), self._records(x, cond)
-            if not records or kernels_step_aside():
+        def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+            mode = self.memory
+            if mode == "store" or not self._records(x, cond) or kernels_step_aside():
                 return run_couplings(couplings, fold_in_one(steps), x, extra, budget=self._budget(), masked=True)
-            check_runs(isinstance(self.memory, str), self.memory)
-            own = plan or self._plan(x, extra, False)
-            log_dets = []
-            for first, end, mode in own.runs_between(0, len(steps)):
-                some, parts = steps[first:end], couplings[first:end]
-                if mode == "store":
-                    x, log_det = run_couplings(parts, fold_in_one(some), x, extra, masked=True)
-                else:
-                    again = recomputed(parts, own.budget, masked=True)
-                    maps = maps_of(some, [step.couplings for step in some], is_runnable(x))
-                    x, log_det = run_steps(again, self.control if mode == "reversible" else None, x, extra, maps)
-                log_dets.append(log_det)
-            return x, functional.summed(log_dets)
+            check_runs(isinstance(mode, str), mode)
+            again = recomputed(couplings, self.memory_budget, masked=True)
+            maps = maps_of(steps, [step.couplings for step in steps], is_runnable(x))
+            return run_steps(again, self.control if mode == "reversible" else None, x, extra, maps)
 
-        z, log_det = run_sorted(run, without_padding(x, mask), cond, mask)
-        return without_padding(z, mask), log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)
+        return run_masked(run, x, cond, mask, [coupling.spec for coupling in couplings])
 
     def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x at the positions that the mask says are there."""
@@ -193,14 +161,11 @@ class MaskedSequence(ReversibleSequence):
             return super().inverse(z, cond)
         steps, mask = self._checked("z", z, cond, mask)
         couplings = _couplings(steps, cond)
-        specs = [coupling.spec for coupling in couplings]
 
-        def run(z: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-            extra, budget = masked_condition(mask, cond), self._budget()
-            return run_couplings_inverse(couplings, fold_in_one(steps), z, extra, budget=budget, masked=True)
+        def run(z: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+            return run_couplings_inverse(couplings, fold_in_one(steps), z, extra, budget=self._budget(), masked=True)
 
-        x, log_det = run_sorted(run, without_padding(z, mask), cond, mask)
-        return without_padding(x, mask), log_det + log_scale_of_padding(specs, mask, z.shape[1] // 2)
+        return run_masked(run, z, cond, mask, [coupling.spec for coupling in couplings], inverse=True)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Initialise step after step from the positions that are there; returns z."""
