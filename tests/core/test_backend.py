@@ -83,16 +83,6 @@ def test_every_op_has_its_kernels() -> None:
 
 
 @compiled
-@pytest.mark.full
-def test_the_instruction_set_can_be_chosen() -> None:
-    best = _backend.require().instruction_set()
-    built = _backend.build_info()["instruction_sets"].split(",")
-    for name in built[: built.index(best) + 1]:
-        code = "import torch, pyglow_fast._C as c; print(c.instruction_set())"
-        assert run_python(code, PYGLOW_CPU=name).strip() == name
-
-
-@compiled
 def test_an_unknown_instruction_set_is_refused() -> None:
     """By the kernels; ``info`` tells it and goes on."""
     code = """
