@@ -108,9 +108,9 @@ class CouplingNet(NetShape):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether there is no hidden ActNorm that still waits for data."""
-        norms = self._modules["norm1"], self._modules["norm2"]
-        return all(norm.is_initialized for norm in norms if isinstance(norm, ActNorm))
+        """Whether there is no hidden ActNorm, or a norm put in its place, that still waits for data."""
+        norms: list[Any] = [self._modules["norm1"], self._modules["norm2"]]
+        return all(type(norm) is nn.Identity or getattr(norm, "is_initialized", True) for norm in norms)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> None:
