@@ -19,9 +19,9 @@ state = _State()
 
 def device_of(x: Tensor) -> torch.device:
     """The device of x; in a dry run the one that it stands for."""
-    return x.device if x.device.type != "meta" else state.device or x.device
+    return state.device or x.device if x.is_meta else x.device
 
 
 def is_dry(x: Tensor) -> bool:
     """Tells whether x is a tensor of a dry run of this thread."""
-    return x.device.type == "meta" and state.device is not None
+    return x.is_meta and state.device is not None
