@@ -27,7 +27,6 @@ from support.covering import pairs
 from support.glow_tts_cases import mask_of_lengths
 from support.user_steps import Checkpointed, Nested
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
@@ -157,41 +156,18 @@ def test_a_net_that_recomputes_itself(net: type[nn.Module], mode: Mode, cuts: in
     assert_calm(sequence)
 
 
-class TestParameters:
-    """Tensors in the place of parameters, and some that want no gradient."""
-
-    @modes
-    def test_parametrized(self, mode: Mode, cuts: int) -> None:
-        class Bounded(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x.tanh()
-
-        case = Case("", 6, options={"permutation": "invconv_plain"})
-        sequence, (x, _) = case.build(), case.batch()
-        for k, step in enumerate(sequence):
-            assert isinstance(step, pgf.FlowStep)
-            if k != 3:
-                parametrizations.orthogonal(step.permutation, "weight")
-            parametrize.register_parametrization(step.actnorm, "log_scale", Bounded())
-        assert sequence.is_fused
-        expected = stored(sequence, x)
-        assert any("parametrizations.weight" in name for name in expected)
-        mode.apply(sequence)
-        assert_same_gradients(gradients(sequence, x), expected)
-        assert_calm(sequence)
-
-    @modes
-    def test_maps_that_want_no_gradient(self, mode: Mode, cuts: int) -> None:
-        """Of a step one kind of them or all."""
-        sequence, (x, _) = DEEP.build(), DEEP.batch()
-        for step in list(sequence)[2:4]:
-            step.actnorm.requires_grad_(False)
-            step.permutation.requires_grad_(False)
-        sequence[5].actnorm.bias.requires_grad_(False)
-        sequence[6].permutation.requires_grad_(False)
-        expected = stored(sequence, x)
-        mode.apply(sequence)
-        assert_same_gradients(gradients(sequence, x), expected)
+@modes
+def test_maps_that_want_no_gradient(mode: Mode, cuts: int) -> None:
+    """Of a step one kind of them or all."""
+    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    for step in list(sequence)[2:4]:
+        step.actnorm.requires_grad_(False)
+        step.permutation.requires_grad_(False)
+    sequence[5].actnorm.bias.requires_grad_(False)
+    sequence[6].permutation.requires_grad_(False)
+    expected = stored(sequence, x)
+    mode.apply(sequence)
+    assert_same_gradients(gradients(sequence, x), expected)
 
 
 @modes

@@ -87,26 +87,6 @@ def test_a_net_that_closes_over_a_foreign_tensor(mode: Mode, leaf: bool) -> None
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("fused", [True, False])
-def test_batch_norm_in_training(mode: Mode, fused: bool) -> None:
-    net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
-    sequence = of_net(net)
-    if not fused:
-        sequence = pgf.ReversibleSequence([*sequence, Scale()]).double()
-    x, _ = PLAIN.batch()
-    Mode("store").apply(sequence)
-    sequence(x)
-    mode.apply(sequence)
-    with pytest.raises(ValueError, match=r"BatchNorm2d in training mode"):
-        sequence(x)
-    sequence.eval()
-    objective(sequence(x)).backward()
-    net[1].train()  # alone: the net as a whole is not in training mode
-    with pytest.raises(ValueError, match=r"BatchNorm2d in training mode"):
-        sequence(x)
-
-
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("fused", [True, False])
 def test_a_net_that_changes_as_it_runs(mode: Mode, fused: bool) -> None:
     """Spectral normalisation improves its estimate with every run in training: a second run is not the same."""
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 1)), nn.Tanh())
