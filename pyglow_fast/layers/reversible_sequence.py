@@ -90,14 +90,9 @@ class Run(NamedTuple):
         control: DriftControl | None = None,
         records: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Map x to z and log_det (N,).
+        """Map x to z and log_det (N,), given what :meth:`entered` has found for the same x.
 
-        Args:
-            found: what :meth:`entered` gives.
-            x, cond, squeezes: as given there.
-            mode: "store", "checkpoint" or "reversible"; where no backward follows "store".
-            control: of the drift, of mode "reversible".
-            records: a backward may follow.
+        The mode is "store" where no backward follows; where one may, it ``records``. The control is of "reversible".
         """
         couplings = self.couplings
         if found is not None:
