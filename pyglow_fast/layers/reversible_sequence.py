@@ -44,8 +44,9 @@ from pyglow_fast.reversible.steps import Step
 
 def _is_initialized(step: Any) -> bool:
     """Whether nothing in a step waits for data."""
-    if type(step) is FlowStep and all(type(part._modules["net"]) is CouplingNet for part in step.couplings):
-        return step.is_initialized  # of these all is known, without a look into each module
+    nets = [part._modules["net"] for part in step.couplings] if type(step) is FlowStep else [step]
+    if all(type(net) is CouplingNet and net.has_own_norms for net in nets):
+        return bool(step.is_initialized)  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
