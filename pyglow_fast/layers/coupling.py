@@ -210,11 +210,6 @@ class Coupling(FlowLayer):
         return net_out if self.board is None else self.board.net_output(net_out)
 
     @property
-    def has_own_scale(self) -> bool:
-        """Whether the scale map is a callable of the user's."""
-        return callable(self.spec.scale_map)
-
-    @property
     def net_is_initialized(self) -> bool:
         """Whether no ActNorm in the net still waits for data."""
         net = self._modules["net"]

@@ -42,7 +42,8 @@ class FlowLevel(nn.Module):
         self.checkerboard: Steps | None = ReversibleSequence(boards, *memory) if boards else None
         steps: list[FlowStep] = []
         if squeezes:
-            steps += [_transition(config, channels) for _ in range(config.n_transitions)]
+            for _ in range(config.n_transitions):
+                steps.append(FlowStep(channels, coupling=NO_COUPLING, permutation=config.permutation))
             steps += [_step(config, level, channels, net) for _ in range(config.n_steps - n_boards)]
         self.steps: Steps | None = ReversibleSequence(steps, *memory) if steps else None
 
@@ -62,13 +63,8 @@ class FlowLevel(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Map x (N, C, *spatial) to the states behind the steps ``at`` and behind the last one, and log_det (N,).
 
-        A state is (N, C 2^d, *spatial / 2), unless the level has no squeeze.
-
-        Args:
-            x: of the level before.
-            cond: of the level, at any size.
-            plans: of runs of steps; the others do what their memory mode says.
-            at: numbers of steps; none in a frozen level, or one with checkerboards.
+        A state is (N, C 2^d, *spatial / 2), unless the level has no squeeze. ``plans`` are of runs of steps, the
+        others do what their memory mode says; ``at`` is empty for a frozen level, or one with checkerboards.
         """
         log_dets, states = [], [x]
         for steps, squeezes in self._runs():
@@ -98,10 +94,6 @@ class FlowLevel(nn.Module):
             x = functional.squeeze(x) if squeezes else x
             x = steps.initialize(x, fitted(cond, x.shape[2:]))
         return x
-
-
-def _transition(config: GlowConfig, channels: int) -> FlowStep:
-    return FlowStep(channels, coupling=NO_COUPLING, permutation=config.permutation)
 
 
 def _step(
