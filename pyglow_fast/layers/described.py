@@ -165,6 +165,8 @@ def described(
         key = (coupling.spec, chain.spec, chain.powers, first, last, cond_channels, coupling.board, injects)
         form = known.get(key)
         if form is None:
+            if not ops.has_kernel(coupling.spec):
+                return None
             form = known[key] = _made(coupling, chain, state, x, how, budget, cond_channels)
         forms.append(form)
         nets += chain.tensors
@@ -219,7 +221,7 @@ def _state_shape(x: Tensor, squeezes: bool) -> tuple[int, ...]:
 def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
     """The coupling's net as a chain of tensors of x's dtype and device; None where the run does not compute it."""
     net: Any = coupling._modules["net"]
-    if not hasattr(net, "chain") or not ops.has_kernel(coupling.spec):
+    if not hasattr(net, "chain"):
         return None
     if coupling.board is not None and device_of(x).type != "cpu":
         return None

@@ -3,16 +3,15 @@
 A run is cut into parts, each a node of its own, since a node hands out the gradients of all its tensors when it ends:
 where they are added to those of an earlier batch or lie in a process group's buckets, they exist twice until then.
 A node saves its input or output, the parameters, and what its memory mode keeps between the steps. Channel maps are
-folded inside each node from raw parameters, and again in its backward, so that they are not kept.
+folded inside each node from raw parameters, and again in its backward: only mode "store" keeps them.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -105,20 +104,24 @@ class FoldFactors:
 
     def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
         """Fold, without a record."""
-        found: Sequence[Tensor] = require().fold(raw, *self._constants, _float32.rounds(_float32.PRODUCTS, raw[0]))
+        found: Sequence[Tensor] = require().fold(raw, *self._constants, _products_round(raw[0]))
         return found
 
     def gradients(
         self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
     ) -> Sequence[Tensor | None]:
         """Compute the gradients of the parameters."""
-        rounds = _float32.rounds(_float32.PRODUCTS, raw[0])
-        found: Sequence[Tensor] = require().fold_backward(raw, *self._constants, rounds, matrices, offsets, log_dets)
+        arguments = (raw, *self._constants, _products_round(raw[0]), matrices, offsets, log_dets)
+        found: Sequence[Tensor] = require().fold_backward(*arguments)
         return found
 
 
-@dataclass(frozen=True)
-class Maps:
+def _products_round(x: Tensor) -> bool:
+    """Whether torch's products, by which maps are folded on a GPU alone, may round x."""
+    return device_of(x).type != "cpu" and _float32.rounds(_float32.PRODUCTS, x)
+
+
+class Maps(NamedTuple):
     """Where the channel maps before the couplings of a run come from.
 
     Attributes:
@@ -178,8 +181,7 @@ def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
     return Maps(range(1, len(stacked[0]) + 1), nbytes, of)
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """K couplings of a run with the channel map before each, described for csrc/run.
 
     Attributes:
@@ -201,8 +203,7 @@ class Steps:
     precision: str = "auto"
 
 
-@dataclass(frozen=True)
-class _Node:
+class _Node(NamedTuple):
     """One node's part of a run: all but its tensors."""
 
     part: Part
@@ -223,10 +224,12 @@ class _RunNode(torch.autograd.Function):
     def forward(ctx: Any, node: _Node, x: Tensor, cond: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """z like x (squeezed), log_det (N,). tensors: of the nets, then what the maps are folded from."""
         nets, raw = tensors[: node.n_nets], tensors[node.n_nets :]
-        z, log_det, *lists, seen, start = require().run_forward(node.form, x, cond, node.fold(raw), nets)
-        part, reversible = node.part, node.mode == REVERSIBLE
+        maps = node.fold(raw)
+        z, log_det, *lists, seen, start = require().run_forward(node.form, x, cond, maps, nets)
+        part, reversible, stores = node.part, node.mode == REVERSIBLE, node.mode == STORE
+        lists.append(maps if stores else [])
         ctx.node, ctx.counts = node, [len(nets), len(raw), *map(len, lists)]
-        keeps_z = node.mode == STORE or (reversible and part.is_last)
+        keeps_z = stores or (reversible and part.is_last)
         ctx.save_for_backward(
             x if not reversible or part.knows_start else None,
             z if keeps_z else None,
@@ -245,7 +248,7 @@ class _RunNode(torch.autograd.Function):
         """Gradients of x, cond, the nets' tensors and what the maps are folded from."""
         node: _Node = ctx.node
         part, whole, reversible = node.part, node.part.whole, node.mode == REVERSIBLE
-        (x, z, cond, seen, start), (nets, raw, *lists) = _saved(ctx)
+        (x, z, cond, seen, start), (nets, raw, *lists, maps) = _saved(ctx)
         if reversible:
             left = whole.take(part)
             z = z if left is None else left
@@ -266,7 +269,7 @@ class _RunNode(torch.autograd.Function):
 
         needs = ctx.needs_input_grad
         wants = needs[3 : 3 + node.n_nets]
-        maps = node.fold(raw)
+        maps = maps or node.fold(raw)
         arguments = (maps, nets, grad_z, grad_log_det, *lists, seen, start, wants, needs[2], judged, limit, restored)
         with in_precision(node.precision, grad_z):
             found = require().run_backward(node.form, x, z, cond, *arguments)
@@ -354,7 +357,7 @@ def run_recorded(
     whole = Whole(control, list(pairwise([0, *ends])), few)
     keeps = CHECKPOINT if mode == "reversible" and whole.keeps_states else _MODES[mode]
     signs = sketched = None
-    rounds = _float32.rounds(_float32.PRODUCTS, x)
+    rounds = keeps == REVERSIBLE and _float32.rounds(_float32.PRODUCTS, x)
     if keeps == REVERSIBLE:
         signs = tuple(signs_of(positions, x.dtype, x.device))
         sketched = sketch_signs_of(positions, x.dtype, x.device)
