@@ -197,7 +197,8 @@ class DriftRecord:
             ValueError: other than a tensor of so many numbers, or numbers that no pass can have found.
         """
         own = fields(cls)
-        if isinstance(vector, Tensor) and vector.shape == (13,):  # earlier checkpoints have two numbers more, the fifth and the last
+        # Earlier checkpoints have two numbers more, the fifth and the last.
+        if isinstance(vector, Tensor) and vector.shape == (13,):
             vector = torch.cat([vector[:4], vector[5:12]])
         is_vector = isinstance(vector, Tensor) and vector.shape == (len(own),)
         found = getattr(vector, "shape", type(vector).__name__)
