@@ -177,12 +177,12 @@ class ModuleStep:
 
 
 def _passed_back(
-    outputs: Sequence[Tensor], output_grads: Sequence[Tensor], slots: Sequence[Tensor | None]
+    outputs: Sequence[Tensor], output_grads: Sequence[Tensor], slots: Sequence[Tensor | None], what: str = "net"
 ) -> list[Tensor | None]:
     """The gradients of a step's slots (input, condition, parameters) from those of its outputs; None where none is."""
     wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
     for output in outputs:
-        check_leaves(output, wanted)
+        check_leaves(output, wanted, what)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad]
     own, grads = [o for o, _ in pairs], [g for _, g in pairs]
     found = iter(torch.autograd.grad(own, wanted, grads, allow_unused=True))
@@ -196,11 +196,9 @@ def coupling_backward(
     leaves = [u.detach().requires_grad_(), net_out.detach().requires_grad_()]
     with torch.enable_grad():
         outputs = functional.coupling(leaves[0], leaves[1], spec)
-    for output in outputs:
-        check_leaves(output, leaves, "scale_map")
-    pairs = [(out, grad) for out, grad in zip(outputs, (grad_y, grad_log_det), strict=True) if out.requires_grad]
-    outs, grads = zip(*pairs, strict=True)
-    grad_u, grad_net_out = torch.autograd.grad(outs, leaves, grads, materialize_grads=True)
+    grad_u, grad_net_out = _passed_back(outputs, (grad_y, grad_log_det), leaves, "scale_map")
+    assert grad_u is not None
+    assert grad_net_out is not None  # y depends on both
     return grad_u, grad_net_out
 
 
