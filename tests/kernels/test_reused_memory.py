@@ -27,11 +27,6 @@ def mixed(n: int, channels: int = 4, size: int = 256) -> Tensor:
     return functional.channel_mix(x, torch.eye(channels), torch.zeros(channels))
 
 
-def idle() -> int:
-    gc.collect()
-    return idle_memory()
-
-
 @pytest.fixture(autouse=True)
 def _forgotten() -> None:
     """What ran before is remembered no more: the last steps needed 4 MiB each."""
@@ -45,10 +40,10 @@ def test_the_next_of_its_size_gets_it() -> None:
     first = mixed(2)
     address = first.data_ptr()
     del first
-    before = idle()
+    before = idle_memory()
     second = mixed(2)
     assert second.data_ptr() == address
-    assert before - idle() >= 2 * 4 * 256 * 256 * 4  # it may have been given a larger one
+    assert before - idle_memory() >= 2 * 4 * 256 * 256 * 4  # it may have been given a larger one
     third = mixed(2)
     assert third.data_ptr() != address
     assert torch.equal(second, third)
@@ -72,17 +67,17 @@ def test_much_smaller_ones_do_not() -> None:
 def test_no_more_than_the_limits_waits() -> None:
     kept = [mixed(16) for _ in range(6)]  # 16 MiB each
     del kept[2:]  # a third is left
-    assert idle() == MOST_IDLE
+    assert idle_memory() == MOST_IDLE
     kept.clear()
-    assert idle() == MOST_AFTER_STEP
+    assert idle_memory() == MOST_AFTER_STEP
 
 
 def test_what_is_beyond_the_limit_drives_nothing_out() -> None:
     small, large = mixed(16), mixed(80)
     del small
-    before = idle()
+    before = idle_memory()
     del large
-    assert idle() == before == 16 * 2**20
+    assert idle_memory() == before == 16 * 2**20
 
 
 def test_no_more_waits_than_the_last_steps_needed() -> None:
@@ -90,17 +85,17 @@ def test_no_more_waits_than_the_last_steps_needed() -> None:
     state = mixed(1)
     large = [mixed(4) for _ in range(4)]
     del large
-    assert idle() == 16 * 2**20
+    assert idle_memory() == 16 * 2**20
     for step in range(STEPS + 1):
         mixed(4)
-        assert idle() == (16 if step < STEPS else 4) * 2**20
+        assert idle_memory() == (16 if step < STEPS else 4) * 2**20
     del state
 
 
 def test_it_is_given_back_on_request() -> None:
     mixed(8)
-    assert idle() == pgf.release_memory() == 8 * 2**20
-    assert idle() == pgf.release_memory() == 0
+    assert idle_memory() == pgf.release_memory() == 8 * 2**20
+    assert idle_memory() == pgf.release_memory() == 0
 
 
 def test_workspaces_of_nets_are_part_of_it() -> None:
@@ -109,7 +104,7 @@ def test_workspaces_of_nets_are_part_of_it() -> None:
     weights = [torch.ones(256, 2, 3, 3), torch.ones(2, 256, 3, 3)]
     y = functional.net_chain(torch.ones(1, 2, 64, 64), weights, [torch.zeros(256), torch.zeros(2)], spec)
     assert y.nbytes < 2**17
-    assert 2**17 <= idle() <= MOST_AFTER_STEP
+    assert 2**17 <= idle_memory() <= MOST_AFTER_STEP
     assert pgf.release_memory() > 0
 
 
