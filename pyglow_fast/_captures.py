@@ -8,9 +8,7 @@ step before, as torch asks for one anyway (its libraries allocate in it), and a 
 from __future__ import annotations
 
 import functools
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -69,22 +67,15 @@ def made_once(size: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        lock, last = threading.Lock(), OrderedDict[Hashable, Any]()
+        @functools.lru_cache(size)
+        def made(*key: Any) -> T:
+            refuse_first_use(key[-1], "constants for its shapes")
+            return function(*key)
 
         @functools.wraps(function)
         def found(*key: Any) -> T:
-            if is_traced():  # a constant of what is recorded
-                return function(*key)
-            with lock:
-                value = last.pop(key, None)
-            if value is None:
-                refuse_first_use(key[-1], "constants for its shapes")
-                value = function(*key)
-            with lock:
-                last[key] = value
-                while len(last) > size:
-                    last.popitem(last=False)
-            return held(value, key[-1])
+            # A constant of what is recorded is made anew.
+            return function(*key) if is_traced() else held(made(*key), key[-1])
 
         return found
 

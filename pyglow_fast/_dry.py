@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ class _State(threading.local):
     """The dry run of a thread, if it is in one."""
 
     device: torch.device | None = None  # for which tensors on "meta" stand
-    noted: dict[int, Any] | None = None  # by id of its owner
 
 
 state = _State()
@@ -27,9 +25,3 @@ def device_of(x: Tensor) -> torch.device:
 def is_dry(x: Tensor) -> bool:
     """Tells whether x is a tensor of a dry run of this thread."""
     return x.device.type == "meta" and state.device is not None
-
-
-def note(owner: object, value: object) -> None:
-    """Note something of an object, for whoever has begun the dry run."""
-    assert state.noted is not None
-    state.noted[id(owner)] = value

@@ -16,7 +16,7 @@ class Folded:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entered = 0
-        self._kept: dict[Hashable, Any] = {}
+        self._kept: dict[Hashable, Any] | None = None
 
     def __reduce__(self) -> tuple[type[Folded], tuple[()]]:
         """A copy of a run begins with nothing."""
@@ -27,22 +27,17 @@ class Folded:
         """A context in which :meth:`get` keeps what it makes."""
         with self._lock:
             self._entered += 1
+            self._kept = {} if self._kept is None else self._kept
         try:
             yield
         finally:
             with self._lock:
                 self._entered -= 1
-                if not self._entered:
-                    self._kept.clear()
+                self._kept = self._kept if self._entered else None
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Make something, or give what was made for that key in this context."""
-        if not self._entered:
+        kept: dict[Hashable, T] | None = self._kept
+        if kept is None:
             return make()
-        found = self._kept.get(key)
-        if found is None:
-            found = make()
-            with self._lock:
-                if self._entered:
-                    self._kept[key] = found
-        return found
+        return kept[key] if key in kept else kept.setdefault(key, make())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +16,16 @@ from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.flow_step import FlowStep, couplings_of
-from pyglow_fast.reference import autocast_is_on, n_positions
-from pyglow_fast.reversible import DriftControl
+from pyglow_fast.reference import autocast_is_on
 from pyglow_fast.reversible.drift import DriftRecord
 from pyglow_fast.reversible.dry_run import DryRun, twin_of, without_values
-from pyglow_fast.reversible.planner import Bytes, MemoryPlan, NetSize, RunPlan, RunTimes, Split, plan_memory
+from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
 from pyglow_fast.reversible.setting import memory_text
 
 REMEMBERED = 16  # plans
 BESIDE = 4096  # bytes of tables of pointers, and of the number that the caller makes of the outputs
-M = TypeVar("M", bound=nn.Module)
+Inputs = Sequence[Tensor | None]
+Forward = Callable[[Any, Inputs], Sequence[Tensor]]
 
 
 def check_runs(runs: bool, budget: str | int) -> None:
@@ -59,199 +57,134 @@ class _Scratch:
         self._held = None
 
 
-class DryStep(Generic[M]):
-    """A training step of a model, or of a run of steps, without values.
-
-    Args:
-        model: of which.
-        runs: gives the runs in it, in the order of the forward.
-        spacings: of the anchors of each run.
-        inputs: tensors that the step gets.
-        forward: computes outputs that the backward begins with, from a model, plans of its runs and inputs.
-        budget: bytes, for a refusal.
-    """
-
-    def __init__(
-        self,
-        model: M,
-        runs: Callable[[M], Sequence[Any]],
-        spacings: Sequence[int],
-        inputs: Sequence[Tensor | None],
-        forward: Callable[[M, Sequence[RunPlan], list[Tensor | None]], Sequence[Tensor]],
-        budget: int,
-    ) -> None:
-        like = next(tensor for tensor in inputs if tensor is not None)
-        parts = [part for run in runs(model) for part in run.modules()]
-        fused = all(run.is_fused for run in runs(model)) and not any(map(has_hooks, parts))
-        check_runs(fused and ops.run_on(like), budget)
-        self._device, self._forward = like.device, forward
-        self._known: dict[tuple[RunPlan, ...], tuple[Bytes, dict[int, Any]]] = {}
-        with DryRun(self._device):
-            self._twin = twin_of(model)
-            known: dict[int, Tensor] = {id(x): without_values(x) for x in inputs if x is not None}
-            self._inputs = [None if x is None else known[id(x)] for x in inputs]
-        self._runs, self._spacings = runs(self._twin), spacings
-        own = {part for run in self._runs for part in run.modules()}
-        for module in self._twin.modules():
-            if isinstance(module, ActNorm):
-                module._known_initialized = True  # or a forward in training would look at values
-            if isinstance(module, nn.modules.conv._ConvNd) and module not in own:
-                _Scratch(module)
-        self._marks: list[int] = []  # bytes before and behind the forward of each run
-        for run in self._runs:
-            run.control.deferred = False
-            run.register_forward_pre_hook(lambda *_: self._mark())
-            run.register_forward_hook(lambda *_: self._mark())
-
-    def _mark(self) -> None:
-        self._marks.append(self._dry.now)
-
-    def bytes_of(self, plans: Sequence[RunPlan]) -> Bytes:
-        """Go through the step with a plan of each run."""
-        key = tuple(plans)
-        if key not in self._known:
-            self._known[key] = self._run(plans)
-        return self._known[key][0]
-
-    def _run(self, plans: Sequence[RunPlan]) -> tuple[Bytes, dict[int, Any]]:
-        for run, spacing in zip(self._runs, self._spacings, strict=True):
-            run.control.learnt = DriftRecord(spacing)  # no drift is found, and anchors would move apart
-        self._marks = []
-        self._dry = DryRun(self._device)
-        with self._dry as dry, torch.enable_grad():
-            outputs = [out for out in self._forward(self._twin, plans, self._inputs) if out.requires_grad]
-            torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
-            most, noted = dry.most + BESIDE, dry.noted
-        for x in self._inputs:
-            if x is not None:
-                x.grad = None
-        kept = [behind - before for before, behind in zip(self._marks[::2], self._marks[1::2], strict=True)]
-        return Bytes(kept, most), noted
-
-    def times(self, budget: str | int) -> list[RunTimes]:
-        """Estimate the times of each run, for a budget of one net's activations."""
-        plans = tuple(RunPlan.of_mode("reversible", len(run), budget) for run in self._runs)
-        self.bytes_of(plans)
-        noted = self._known[plans][1]
-        return [_times(run, noted.get(id(run))) for run in self._runs]
-
-
-def _times(run: Any, entered: Any) -> RunTimes:
-    steps: list[FlowStep] = run.flow_steps()
-    stops = [k + 1 for k, step in enumerate(steps) if step.couplings]
-    places = [0, *stops[:-1], len(steps)]
-    if entered is None:  # of channel maps alone
-        return RunTimes(places, [[]] * (len(places) - 1), 0, False)
-    own, x, _, squeezes = entered
-    positions = x.shape[0] * n_positions(x) // (2 ** (x.dim() - 2) if squeezes else 1)
-    sizes, at = [], 0
-    for coupling, form, count in zip(couplings_of(steps), own.forms, own.counts, strict=True):
-        weights = [tensor for tensor in own.nets[at : at + count] if tensor.dim() == x.dim()]
-        seen = positions * (1 if coupling.board is None else 2)
-        stored = seen * x.element_size() * sum(weight.shape[0] for weight in weights)
-        sizes.append(NetSize(seen * sum(weight.numel() for weight in weights), form.overlap, stored))
-        at += count
-    each = iter(sizes)
-    nets = [[next(each) for _ in step.couplings] for step in steps if step.couplings]
-    return RunTimes(places, nets, x.nbytes, not run.control.checkpoints)
-
-
-def planned_spacing(control: DriftControl) -> int:
-    """The distance between stored states (anchors) that a plan reckons with.
-
-    That is the distance which a drift control begins with, since anchors that move apart take less; or the present one,
-    where a drift has moved them closer together.
-    """
-    return min(control.spacing, control.first_spacing)
-
-
-def run_key(x: Tensor, couplings: Sequence[Coupling]) -> Hashable:
-    """What decides how steps run on a state like x, besides shapes: its form, precisions, autocast and modules."""
-    device_type = x.device.type
-    autocast = torch.get_autocast_dtype(device_type) if autocast_is_on(device_type) else None
-    nets = tuple((coupling.precision, weakref.ref(coupling.net), coupling.net.training) for coupling in couplings)
-    return x.dtype, x.is_contiguous(), device_type, autocast, nets
-
-
 class Plans:
     """The plans of a model or a run of steps, by shapes, and what the last forward did.
 
     Attributes:
         last: the plan of the last forward.
-        fixed: of each run, in a dry run.
+        tried: in a dry run, what it tries.
     """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, MemoryPlan] = OrderedDict()
+        self._known: dict[Hashable, MemoryPlan] = {}
         self.last: MemoryPlan | None = None
-        self.fixed: Sequence[RunPlan] | None = None
+        self.tried: RunPlan | None = None
 
     def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
         """Copies of a model begin without plans, which are of its own nets."""
         return Plans, ()
 
-    def of(
-        self,
-        controls: Sequence[DriftControl],
-        key: Hashable,
-        step: Callable[[Sequence[int]], DryStep[Any]],
-        budget: int,
-        net_budget: str | int,
-        device_type: str,
-    ) -> MemoryPlan:
-        """Give the plan of a forward that begins now, made anew for shapes that have none.
+    def of(self, model: Any, inputs: Inputs, forward: Forward, *settings: Hashable) -> list[RunPlan]:
+        """Give the plan of each run in a forward that begins now, made anew for shapes that have none.
 
         Args:
-            controls: of the runs.
-            key: tells all that decides the bytes.
-            step: makes the training step, from the spacing of the anchors of each run.
-            budget, net_budget, device_type: as of plan_memory.
+            model: that has these plans, whose ``_sequences()`` are its runs, in order.
+            inputs: tensors that the forward gets.
+            forward: calls a model with inputs, and gives the outputs that the backward begins with.
+            settings: what decides the bytes besides.
 
         Raises:
             ValueError: no plan takes so few bytes, or steps are not computed by csrc/run.
         """
-        now, first = [planned_spacing(control) for control in controls], [control.first_spacing for control in controls]
-        known = (key, budget, net_budget, device_type, tuple(now))
-        plan = self._known.get(known)
-        if plan is None:
-            plan = self._known[known] = self._made(now, first, step, budget, net_budget, device_type)
-            while len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
-        self.last = plan
-        return plan
-
-    @staticmethod
-    def _made(
-        now: list[int],
-        first: list[int],
-        step: Callable[[Sequence[int]], DryStep[Any]],
-        budget: int,
-        net_budget: str | int,
-        device_type: str,
-    ) -> MemoryPlan:
-        try:
-            return plan_memory(step(now), budget, net_budget, device_type)
-        except ValueError:
-            if now == first:
-                raise
-            plan = plan_memory(step(first), budget, net_budget, device_type)  # which may raise
-            warnings.warn(
-                f"recomputed states drift, so that more of them are stored than the {budget} bytes of memory= allow: "
-                "this training step takes more",
-                stacklevel=2,
-            )
-            return plan
+        if self.tried is not None:
+            return _of_runs(self.tried, map(len, model._sequences()))
+        # Anchors that move apart take less than those that a control begins with. Drift moves them closer together.
+        first = [run.control.first_spacing for run in model._sequences()]
+        now = [min(run.control.spacing, own) for run, own in zip(model._sequences(), first, strict=True)]
+        key = (_key(model, inputs), model.memory, model._sequences()[0].memory_budget, tuple(now), settings)
+        self.last = self._known.get(key)
+        if self.last is None:
+            self.last = _made(model, inputs, forward, now, first)
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            self._known[key] = self.last
+        return _of_runs(self.last.steps, map(len, model._sequences()))
 
     def report(self, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The reports of the runs, with what the last plan says of each and predicts for all."""
+        """The reports of the runs, with what the last plan says of each, and predicts for all."""
         if self.last is None:
             return reports
-        total = {"predicted_bytes": self.last.peak, "predicted_time": self.last.time}
-        told = zip(reports, self.last.splits, strict=True)
-        return [report | _counts(report["steps"], split) | total for report, split in told]
+        found = []
+        plans = _of_runs(self.last.steps, [report["steps"] for report in reports])
+        for report, (states_from, stored_from, _) in zip(reports, plans, strict=True):
+            counts = {"inverted": states_from, "checkpointed": stored_from - states_from}
+            counts |= {"stored": report["steps"] - stored_from, "predicted_bytes": self.last.peak}
+            found.append(report | counts)
+        return found
 
 
-def _counts(n_steps: int, split: Split) -> dict[str, int]:
-    """Count the steps of a run that are inverted, checkpointed and stored, for its report."""
-    inverted, stored_from = split
-    return {"inverted": inverted, "checkpointed": stored_from - inverted, "stored": n_steps - stored_from}
+def _of_runs(plan: RunPlan, lengths: Iterable[int]) -> list[RunPlan]:
+    """Cut the plan of a model into those of its runs."""
+    ends = list(accumulate(lengths, initial=0))
+    return [plan.between(first, end) for first, end in pairwise(ends)]
+
+
+def _key(model: nn.Module, inputs: Inputs) -> Hashable:
+    """What decides how many bytes a forward takes: its inputs, parameters, precisions, autocast and mode."""
+    given = [None if x is None else (x.shape, x.dtype, x.device, x.is_contiguous(), x.requires_grad) for x in inputs]
+    own = [(parameter.shape, parameter.requires_grad) for parameter in model.parameters()]
+    device_type = next(model.parameters()).device.type
+    autocast = torch.get_autocast_dtype(device_type) if autocast_is_on(device_type) else None
+    precisions = [module.precision for module in model.modules() if isinstance(module, Coupling)]
+    return (*given, *own, *precisions, autocast, model.training)
+
+
+def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: list[int]) -> MemoryPlan:
+    """A plan with anchors that lie as they do now; with a warning as they did at first, where that takes too much."""
+    runs, budget, like = model._sequences(), model.memory, next(x for x in inputs if x is not None)
+    parts = [part for run in runs for part in run.modules()]
+    check_runs(all(run.is_fused for run in runs) and not any(map(has_hooks, parts)) and ops.run_on(like), budget)
+    step, n_steps = _DryStep(model, inputs, forward), sum(map(len, runs))
+
+    def planned(spacings: list[int]) -> MemoryPlan:
+        step.spacings = spacings
+        return plan_memory(step.bytes_of, n_steps, budget, runs[0].memory_budget, like.device.type)
+
+    try:
+        return planned(now)
+    except ValueError:
+        if now == first:
+            raise
+    plan = planned(first)  # which may raise
+    warnings.warn(
+        f"recomputed states drift, so that more of them are stored than the {budget} bytes of memory= allow: "
+        "this training step takes more",
+        stacklevel=2,
+    )
+    return plan
+
+
+class _DryStep:
+    """A training step of a model, or of a run of steps, without values; see :meth:`Plans.of`.
+
+    Attributes:
+        spacings: of the anchors of each run.
+    """
+
+    def __init__(self, model: Any, inputs: Inputs, forward: Forward) -> None:
+        self._device, self._forward = next(model.parameters()).device, forward
+        with DryRun(self._device):
+            self._twin: Any = twin_of(model)
+            known = {id(x): without_values(x) for x in inputs if x is not None}
+            self._inputs = [None if x is None else known[id(x)] for x in inputs]
+        own = {part for run in self._twin._sequences() for part in run.modules()}
+        for module in self._twin.modules():
+            if isinstance(module, ActNorm):
+                module._known_initialized = True  # or a forward in training would look at values
+            if isinstance(module, nn.modules.conv._ConvNd) and module not in own:
+                _Scratch(module)
+        self.spacings: list[int] = []
+
+    def bytes_of(self, plan: RunPlan) -> int:
+        """Go through the step with a plan: the most bytes at any time."""
+        for run, spacing in zip(self._twin._sequences(), self.spacings, strict=True):
+            run.control.deferred, run.control.learnt = False, DriftRecord(spacing)  # or anchors would move apart
+        self._twin._plans.tried = plan
+        with DryRun(self._device) as dry, torch.enable_grad():
+            outputs = [out for out in self._forward(self._twin, self._inputs) if out.requires_grad]
+            torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+            most = dry.most + BESIDE
+        for x in self._inputs:
+            if x is not None:
+                x.grad = None
+        return most

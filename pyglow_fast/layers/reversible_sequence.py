@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._dry import is_dry, note
+from pyglow_fast._dry import is_dry
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.plan import budget_bytes
@@ -33,7 +33,7 @@ from pyglow_fast.layers.flow_step import (
     runs_fused,
 )
 from pyglow_fast.layers.folded import Folded
-from pyglow_fast.layers.planned import DryStep, Plans, check_runs, run_key
+from pyglow_fast.layers.planned import Plans, check_runs
 from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
 from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.planner import RunPlan
@@ -364,9 +364,7 @@ class ReversibleSequence(FlowLayer):
         if fused:
             run = self._run_of(cast("list[FlowStep]", steps), budget)
             found = run.entered(x, cond, squeezes)
-            if is_dry(x):
-                check_runs(found is not None or not run.couplings, self.memory)
-                note(self, found)
+            check_runs(found is not None or not run.couplings or not is_dry(x), self.memory)
             return run.forward(found, x, cond, squeezes, mode, control, records)
         check_runs(not is_dry(x), self.memory)
         if mode != "store":
@@ -398,22 +396,19 @@ class ReversibleSequence(FlowLayer):
         budget = self.memory
         if isinstance(budget, str):
             return RunPlan.of_mode(budget, len(self), self.memory_budget)
-        return call_untraced(ReversibleSequence._made_plan, self, budget, x, cond, squeeze_first)
+        return call_untraced(ReversibleSequence._made_plan, self, x, cond, squeeze_first)
 
-    def _made_plan(self, budget: int, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
-        def forward(
-            twin: ReversibleSequence, plans: Sequence[RunPlan], inputs: list[Tensor | None]
-        ) -> tuple[Tensor, Tensor]:
-            assert inputs[0] is not None
-            return twin(*inputs, squeeze_first, plan=plans[0])
+    def _made_plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
+        def forward(twin: ReversibleSequence, inputs: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+            x, cond = inputs
+            assert x is not None
+            return twin(x, cond, squeeze_first)
 
-        def step(spacings: Sequence[int]) -> DryStep[ReversibleSequence]:
-            return DryStep(self, lambda twin: [twin], spacings, [x, cond], forward, budget)
+        return self._plans.of(self, (x, cond), forward, squeeze_first)[0]
 
-        wants = tuple(tensor.requires_grad for tensor in (x, *self.parameters()))
-        given = None if cond is None else (cond.shape, cond.requires_grad)
-        key = (x.shape, squeeze_first, given, wants, run_key(x, couplings_of(self.flow_steps())))
-        return self._plans.of([self.control], key, step, budget, self.memory_budget, x.device.type).runs[0]
+    def _sequences(self) -> list[ReversibleSequence]:
+        """The runs that a plan is made for."""
+        return [self]
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, from the last step to the first."""
@@ -456,7 +451,7 @@ class ReversibleSequence(FlowLayer):
         """Report mode or budget, spacing of the anchors, drift, and what was redone so far.
 
         With a budget also how many steps the last training step has "inverted", "checkpointed" and "stored", and
-        "predicted_bytes" and "predicted_time", over that of mode "store", of its plan.
+        the "predicted_bytes" of its plan.
         """
         own = {"memory": self.memory, "steps": len(self), **self.control.report()}
         return own if isinstance(self.memory, str) else self._plans.report([own])[0]

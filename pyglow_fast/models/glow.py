@@ -19,7 +19,7 @@ from pyglow_fast._errors import can_read, check_count, check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.traits import submodules
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
-from pyglow_fast.layers.planned import DryStep, Plans, planned_spacing, run_key
+from pyglow_fast.layers.planned import Forward, Plans
 from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
@@ -31,7 +31,7 @@ from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
 from pyglow_fast.reversible.limits import call_untraced
-from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
+from pyglow_fast.reversible.planner import MemoryPlan, RunPlan
 from pyglow_fast.reversible.setting import parse_memory
 
 
@@ -181,8 +181,7 @@ class Glow(nn.Module):
             ValueError: the budget is too small for them; the message says how many bytes are enough.
         """
         check_count("n", n)
-        budget, sequences = self.memory, self._sequences()
-        if isinstance(budget, str):
+        if isinstance(self.memory, str):
             return None
         like, channels = self._parameter().new_empty(()), self.config.cond_channels
         conds: list[Tensor | None]
@@ -190,44 +189,32 @@ class Glow(nn.Module):
             conds = [like.expand(n, channels, *self.config.image_shape[1:]) if channels else None] * len(self.levels)
         else:
             conds = [like.expand(n, own, *s[1:]) for own, s in zip(channels, self.state_shapes, strict=True)]
-        spacings = [planned_spacing(sequence.control) for sequence in sequences]
-        step = self._dry_step(budget, like.expand(n, *self.config.image_shape), conds, spacings)
-        return plan_memory(step, budget, sequences[0].memory_budget, like.device.type)
+        plans = Plans()
+        plans.of(self, *self._dry_step(like.expand(n, *self.config.image_shape), conds))
+        return plans.last
 
-    def _dry_step(
-        self, budget: int, x: Tensor, conds: Sequence[Tensor | None], spacings: Sequence[int]
-    ) -> DryStep[Glow]:
-        """A training step like that on x, without values."""
+    def _dry_step(self, x: Tensor, conds: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Forward]:
+        """What a plan needs to know of a training step on x: its inputs, and the forward of a twin."""
         y = None if self.config.n_classes is None else x.new_empty(x.shape[0], dtype=torch.int64)
 
-        def forward(twin: Glow, plans: Sequence[RunPlan], inputs: list[Tensor | None]) -> list[Tensor]:
+        def forward(twin: Glow, inputs: Sequence[Tensor | None]) -> list[Tensor]:
             x, y, *conds = inputs
             assert x is not None
-            twin._plans.fixed = plans
             one = isinstance(twin.config.cond_channels, int) and all(cond is conds[0] for cond in conds)
             return [twin.log_prob(x, y, conds[0] if one else conds)]  # type: ignore[arg-type]
 
-        return DryStep(self, Glow._sequences, spacings, [x, y, *conds], forward, budget)
+        return [x, y, *conds], forward
 
     def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
         """With a budget, what each run of steps does in a forward that is recorded; else nothing."""
         if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
             return {}
-        return call_untraced(Glow._made_plans, self, self.memory, x, conds)
+        return call_untraced(Glow._made_plans, self, x, conds)
 
-    def _made_plans(self, budget: int, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
-        sequences = self._sequences()
-        wants = [parameter.requires_grad for parameter in self.parameters()]
-        if not (any(wants) or x.requires_grad or any(cond is not None and cond.requires_grad for cond in conds)):
+    def _made_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
+        if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), x, *conds)):
             return {}
-        given = tuple(None if cond is None else (cond.shape, cond.requires_grad) for cond in conds)
-        key = (x.shape, x.requires_grad, given, tuple(wants), run_key(x, self._couplings()))
-        runs = self._plans.fixed
-        if runs is None:
-            controls, net_budget = [sequence.control for sequence in sequences], sequences[0].memory_budget
-            step = partial(self._dry_step, budget, x, conds)
-            runs = self._plans.of(controls, key, step, budget, net_budget, x.device.type).runs
-        return dict(zip(sequences, runs, strict=True))
+        return dict(zip(self._sequences(), self._plans.of(self, *self._dry_step(x, conds)), strict=True))
 
     def _couplings(self) -> list[Coupling]:
         return [module for module in submodules(self) if isinstance(module, Coupling)]
@@ -246,8 +233,7 @@ class Glow(nn.Module):
         """Report on each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report.
 
         With a budget each also says what the last training step's plan was: how many of its steps are "stored",
-        "checkpointed" and "inverted", and of all runs together "predicted_bytes" and "predicted_time" over that of
-        mode "store".
+        "checkpointed" and "inverted", and the "predicted_bytes" of all runs together.
         """
         reports = [sequence.memory_report() for sequence in self._sequences()]
         return reports if isinstance(self.memory, str) else self._plans.report(reports)

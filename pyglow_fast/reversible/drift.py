@@ -4,14 +4,12 @@ Inverting a step amplifies rounding, so a state recomputed over many steps drift
 recomputation, and each tells the exact drift of its segment. In between, every step has kept an N x C projection of its
 state on random signs: a recomputed state is held against it. A segment that drifts beyond the tolerance is redone from
 its anchor by checkpointing, and the anchors move closer for the passes that follow; while it stays far below, they move
-apart. Between two anchors gradients are handed out part by part: what ends a part is held against a sketch, some more
-of these projections, which tells an error's size nearly as well as the true state would.
+apart. Between two anchors csrc/run hands gradients out part by part: what ends a part is held against a sketch, some
+more of these projections, which tells an error's size nearly as well as the true state would.
 """
 
 from __future__ import annotations
 
-import math
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -30,6 +28,9 @@ from pyglow_fast.reversible.deferred import Verdicts
 START_SPACING, MOST_ANCHORS = 4, 12  # anchors are 4 steps apart at first, or farther so that they are at most 12
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
 PROJECTION_SLACK = 4.0
+# Projections of a sketch. An error twice as large as allowed, in one channel of one sample and nowhere else, passes 9
+# times in 100, one four times as large once in 140; an inverted step spreads what errors there are over its channels.
+SKETCHED = 4
 BLOCK, LEAST_BLOCK = 1024, 32  # positions that are summed in one go; all, if their number has no divisor between
 LEAST_EPS, EPS_PER_ROOT, MOST_EPS, NET_EPS = 16.0, 6.0, 32.0, 4.0  # see docs/memory-derivation.md
 # The spacing doubles where drift is below this part of the tolerance: roundings of independent steps add up as squares,
@@ -81,11 +82,17 @@ def lowest_of(*dtypes: torch.dtype) -> torch.dtype:
 
 
 class Signs(NamedTuple):
-    """Random signs of positions in blocks of equal length: inner[p % length] outer[p // length]."""
+    """Random signs of positions in blocks of equal length: inner[p % length] outer[p // length].
+
+    Those of a sketch, SKETCHED at once, are of the same form: inner (length, SKETCHED), outer (blocks, SKETCHED).
+    """
 
     inner: Tensor
     outer: Tensor
     sum: float
+    sketch_inner: Tensor
+    sketch_outer: Tensor
+    sketch_sums: Tensor
 
 
 @made_once(16)
@@ -93,31 +100,32 @@ def signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
     generator = torch.Generator("cpu").manual_seed(positions)
     length = next((n for n in range(min(BLOCK, positions), LEAST_BLOCK, -1) if positions % n == 0), positions)
     inner, outer = (
-        torch.randint(2, (n,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
+        torch.randint(2, (1 + SKETCHED, n), generator=generator, device="cpu") * 2 - 1
         for n in (length, positions // max(length, 1))
     )
-    outer = outer if outer.shape[0] > 1 else torch.ones_like(outer)
-    return Signs(inner.to(device, dtype), outer.to(device, dtype), float(inner.sum()) * float(outer.sum()))
+    outer = outer if outer.shape[1] > 1 else torch.ones_like(outer)
+    sums = inner.sum(1) * outer.sum(1)
+
+    def moved(part: Tensor) -> Tensor:
+        return part.to(device, dtype).contiguous()
+
+    single = moved(inner[0]), moved(outer[0]), float(sums[0])
+    return Signs(*single, moved(inner[1:].T), moved(outer[1:].T), moved(sums[1:]))
 
 
-def project(x: Tensor, signs: Signs | None = None) -> Tensor:
+def project(x: Tensor) -> Tensor:
     """Project x on random signs: the sum over its positions of sign x, per sample and channel, (N, C).
 
     Block by block: the rounding of one long sum, relative to the norm, grows with the root of its length, and would be
     taken for drift at high resolution.
     """
     flat = flat_positions(x)
-    signs = signs or signs_of(flat.shape[2], x.dtype, x.device)
-    blocks = (signs.outer.shape[0], signs.inner.shape[0])
+    signs = signs_of(flat.shape[2], x.dtype, x.device)
+    by_block = flat.unflatten(2, (signs.outer.shape[0], signs.inner.shape[0]))
     if _float32.rounds(PRODUCTS, x):  # of single numbers, which nothing rounds
-        return ((flat.unflatten(2, blocks) * signs.inner).sum(3) * signs.outer).sum(2)
+        return ((by_block * signs.inner).sum(3) * signs.outer).sum(2)
     with full_precision(x):
-        if blocks[0] <= 1:
-            return flat @ signs.inner
-        by_position = flat.transpose(1, 2)
-        if by_position.is_contiguous():  # channels last, of which the other product would make a copy
-            return signs.outer @ (signs.inner @ by_position.unflatten(1, blocks))
-        return (flat.unflatten(2, blocks) @ signs.inner) @ signs.outer
+        return (by_block @ signs.inner) @ signs.outer
 
 
 def norms(x: Tensor) -> Tensor:
@@ -142,44 +150,13 @@ def _largest(error: Tensor, scale: Tensor) -> Tensor:
     return torch.linalg.vector_norm(error.div_(scale), torch.inf) if error.numel() else error.new_zeros(())
 
 
-# Projections of a sketch. An error twice as large as allowed, in one channel of one sample and nowhere else, passes 9
-# times in 100, one four times as large once in 140; an inverted step spreads what errors there are over its channels.
-SKETCHED = 4
-
-
-@made_once(16)
-def sketch_signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """As _signs, of SKETCHED projections: inner (length, SKETCHED), outer (blocks, SKETCHED), sums (SKETCHED,)."""
-    single = signs_of(positions, dtype, device)
-    generator = torch.Generator("cpu").manual_seed(positions + 1)
-    inner, outer = (
-        (torch.randint(2, (len(part), SKETCHED), generator=generator, device="cpu") * 2 - 1).to(device, dtype)
-        for part in (single.inner, single.outer)
-    )
-    return inner, outer, inner.sum(0) * outer.sum(0)
-
-
-def sketch(x: Tensor) -> Tensor:
-    """Project x on SKETCHED random signs at once, (N, C, SKETCHED): the mean square is about the squared norm."""
-    flat = flat_positions(x)
-    inner, outer, _ = sketch_signs_of(flat.shape[2], x.dtype, x.device)
-    by_block = flat.unflatten(2, (outer.shape[0], inner.shape[0]))
-    if _float32.rounds(PRODUCTS, x):
-        return torch.stack([((by_block * own).sum(3) * outer[:, i]).sum(2) for i, own in enumerate(inner.T)], dim=2)
-    with full_precision(x):
-        return ((by_block @ inner) * outer).sum(2)
-
-
 def projected_drift(x: Tensor, seen: Tensor) -> Tensor:
-    """Estimate the largest relative error of x, whose projections, (N, C) or a sketch, should be ``seen``.
+    """The largest relative error of a recomputed state, by the projections ``seen`` (N, C) of the true one.
 
     Returns a scalar tensor, NaN if x is. Errors are measured against the norms of x itself: where x is so far off that
     its norms are wrong too, the error is as large as they are, beyond any tolerance.
     """
-    if seen.dim() == 2:
-        return _largest(project(x) - seen, _scale(norms(x)).mul_(PROJECTION_SLACK))
-    error = torch.linalg.vector_norm(sketch(x) - seen, dim=2).div_(SKETCHED**0.5)
-    return _largest(error, _scale(norms(x)))
+    return _largest(project(x) - seen, _scale(norms(x)).mul_(PROJECTION_SLACK))
 
 
 def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:
@@ -198,7 +175,6 @@ class DriftRecord:
     calm: int = 0  # passes in a row far below the tolerance
     hold: int = 0  # passes until a spacing that drifted is tried again
     next_hold: int = FIRST_HOLD
-    too_wide: int = 0  # the spacing that drifted last
     passes: int = 0
     trips: int = 0  # passes in which a state drifted
     redone_steps: int = 0
@@ -206,10 +182,9 @@ class DriftRecord:
     last_drift: float = 0.0
     largest_drift: float = 0.0
     recent_redone: float = 0.0  # share of the steps, over about WINDOW passes
-    warned_at: int = -1  # the pass of the last warning
 
     def vector(self) -> Tensor:
-        """List the fields in their order, (13,) float64."""
+        """List the fields in their order, (11,) float64."""
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     @classmethod
@@ -222,21 +197,17 @@ class DriftRecord:
             ValueError: other than a tensor of so many numbers, or numbers that no pass can have found.
         """
         own = fields(cls)
-        is_record = isinstance(vector, Tensor) and vector.shape == (len(own),)
+        is_vector = isinstance(vector, Tensor) and vector.shape == (len(own),)
         found = getattr(vector, "shape", type(vector).__name__)
-        expect(is_record, "drift control state", f"{len(own)} numbers", found)
-        values = []
-        for item, value in zip(own, vector.double().tolist(), strict=True):
+        expect(is_vector, "drift control state", f"{len(own)} numbers", found)
+        values = dict(zip([item.name for item in own], vector.double().tolist(), strict=True))
+        for item in own:
             if item.type == "int":
-                least = -1 if item.name == "warned_at" else 0
-                whole, words = value.is_integer() and value >= least, f"a whole number, {least} or more"
-                expect(whole, f"drift control state: {item.name}", words, value)
-                value = int(value)
-            else:
-                possible = 0 <= value < math.inf if item.name == "recent_redone" else not value < 0
-                expect(possible, f"drift control state: {item.name}", "a number, 0 or more", value)
-            values.append(value)
-        return cls(*values)
+                value = values[item.name]
+                whole = value >= 0 and value.is_integer()
+                expect(whole, f"drift control state: {item.name}", "a whole number, 0 or more", value)
+                values[item.name] = int(value)
+        return cls(**values)
 
 
 class DriftControl:
@@ -248,6 +219,11 @@ class DriftControl:
         tolerance: largest relative drift of a state; None: by dtype and depth.
         deferred: the host never waits for a verdict: where a state has drifted all gradients are zero, and the next
             pass learns of it. For CUDA graphs, in whose capture it is always so.
+
+    Attributes:
+        first_spacing: of a run that begins, in which nothing has been learnt.
+        learnt: from earlier passes.
+        verdicts: that the host does not wait for.
 
     Raises:
         ValueError: a wrong option.
@@ -284,38 +260,16 @@ class DriftControl:
         expect(tolerance is None or number, "tolerance", "None or a positive number", repr(tolerance))
         expect(isinstance(deferred, bool), "deferred_check", "a bool", repr(deferred))
         self.n_steps, self.anchor_every, self.tolerance, self.deferred = n_steps, anchor_every, tolerance, deferred
-        self._verdicts = Verdicts()
-        self._lock = threading.Lock()
-        self.learnt = DriftRecord(self._start)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the lock and what is under way: copies and pickles have their own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_verdicts")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock, self._verdicts = threading.Lock(), Verdicts()
+        most = max(n_steps, 1)
+        start = min(max(START_SPACING, -(-n_steps // MOST_ANCHORS)), most)
+        self.first_spacing = anchor_every if isinstance(anchor_every, int) else most if anchor_every is None else start
+        self.verdicts, self._has_warned = Verdicts(), False
+        self.learnt = DriftRecord(start)
 
     @property
     def spacing(self) -> int:
         """How many steps there are now from one anchor to the next."""
-        return self._fixed or self.learnt.spacing
-
-    @property
-    def first_spacing(self) -> int:
-        """The spacing of a run that begins, in which nothing has been learnt."""
-        return self._fixed or self._start
-
-    @property
-    def _fixed(self) -> int:
-        """The spacing that does not adapt; 0 where it does."""
-        if self.anchor_every is None:
-            return max(self.n_steps, 1)
-        return self.anchor_every if isinstance(self.anchor_every, int) else 0
-
-    @property
-    def _start(self) -> int:
-        return min(max(START_SPACING, -(-self.n_steps // MOST_ANCHORS)), max(self.n_steps, 1))
+        return self.learnt.spacing if self.anchor_every == "auto" else self.first_spacing
 
     def limit(self, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
         """Give the tolerance for states of that dtype between nets that compute in ``lowest``."""
@@ -340,27 +294,24 @@ class DriftControl:
             ValueError: a CUDA graph is being captured there, and no pass has come before.
         """
         if self.deferred or can_capture(device):
-            self._verdicts.prepare(device)
+            self.verdicts.prepare(device)
 
     def zeroed(self, device: torch.device) -> Tensor | None:
         """How many passes' gradients have become zero on a device, where it is counted there: a scalar tensor.
 
         The host is not to wait for it, and a graph's replay changes it.
         """
-        return self._verdicts.zeroed(device)
-
-    def defer(self, worst: Tensor, zeroed: Tensor, limit: float, spacing: int) -> None:
-        """Count a backward pass that the host does not wait for: its worst drift, whether gradients were zeroed."""
-        self._verdicts.add(worst, zeroed, limit, spacing)
+        found = self.verdicts.values
+        return None if found is None or found.device != device else found[2]
 
     def settle(self, wait: bool = False) -> None:
         """Take in the verdict of an earlier pass if it is known by now, or wait for it."""
-        for found in self._verdicts.take(wait):
-            self.record(found.drift, found.limit, 0, found.spacing, found.drifted, found.zeroed)
+        for drift, limit, spacing, drifted, zeroed in self.verdicts.take(wait):
+            self.record(drift, limit, 0, spacing, drifted, zeroed)
 
     def record_checkpointed(self) -> None:
         """Note a backward pass that kept every state: after some of them a wider spacing is tried again."""
-        with self._lock:
+        with self.verdicts.lock:
             learnt = self.learnt
             learnt.passes += 1
             learnt.recent_redone -= learnt.recent_redone / min(learnt.passes, WINDOW)
@@ -381,7 +332,7 @@ class DriftControl:
 
         With deferred verdicts: whether a state drifted, and whether the gradients became zero (by any run's drift).
         """
-        with self._lock:
+        with self.verdicts.lock:
             learnt = self.learnt
             learnt.passes += 1
             learnt.last_drift = drift
@@ -393,8 +344,8 @@ class DriftControl:
             learnt.trips += bool(redone) or drifted
             self._adapt(drift, limit, bool(redone) or drifted, spacing)
             frequent = learnt.recent_redone > FREQUENT and learnt.passes >= WINDOW // 4
-            if frequent and (learnt.warned_at < 0 or learnt.passes - learnt.warned_at >= 16 * WINDOW):
-                learnt.warned_at = learnt.passes
+            if frequent and not self._has_warned:
+                self._has_warned = True
                 what = "lost, with all gradients," if skipped else "redone from their anchors"
                 warnings.warn(
                     f"reversible backward: {100 * learnt.recent_redone:.0f} % of the steps are {what}, "
@@ -411,15 +362,14 @@ class DriftControl:
             learnt.calm = 0
             if spacing <= learnt.spacing:  # else a pass that began before the last adaptation
                 # The spacing of this pass is halved: a graph keeps its own while calm replays widen the learnt one.
-                learnt.too_wide, learnt.spacing = spacing, max(1, spacing // 2)
+                learnt.spacing = max(1, spacing // 2)
                 learnt.hold, learnt.next_hold = learnt.next_hold, min(2 * learnt.next_hold, LAST_HOLD)
             return
         if spacing < learnt.spacing:
             return  # that a pass with closer anchors is calm says nothing about wider ones
         learnt.calm = learnt.calm + 1 if drift <= GROW_BELOW * limit else 0
         wider = min(2 * learnt.spacing, max(self.n_steps, 1))
-        held = learnt.hold > 0 and wider >= learnt.too_wide > 0
-        if learnt.calm >= GROW_AFTER and wider > learnt.spacing and not held:
+        if learnt.calm >= GROW_AFTER and wider > learnt.spacing and learnt.hold == 0:
             learnt.spacing, learnt.calm = wider, 0
 
     def report(self) -> dict[str, Any]:

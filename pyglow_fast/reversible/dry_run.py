@@ -54,20 +54,11 @@ class DryRun:
 
     Args:
         device: for which they stand.
-
-    Attributes:
-        noted: what was noted, by id of its owner.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._count = device, require().DryRun(device.type != "cpu")
         self._alone = contextlib.ExitStack()
-        self.noted: dict[int, Any] = {}
-
-    @property
-    def now(self) -> int:
-        """The bytes of tensors that there are now."""
-        return int(self._count.now)
 
     @property
     def most(self) -> int:
@@ -75,7 +66,7 @@ class DryRun:
         return int(self._count.most)
 
     def __enter__(self) -> DryRun:
-        state.device, state.noted = self._device, self.noted
+        state.device = self._device
         self._count.enter()
         # What looks at values in the caller's ops, gradients and saved tensors is not to see these.
         self._alone.enter_context(_disable_current_modes())
@@ -86,4 +77,4 @@ class DryRun:
     def __exit__(self, *failure: Any) -> None:
         self._alone.close()
         self._count.exit()
-        state.device = state.noted = None
+        state.device = None

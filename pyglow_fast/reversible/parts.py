@@ -18,39 +18,29 @@ from torch import Tensor
 
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import backward_key
-from pyglow_fast._dry import device_of
-from pyglow_fast.reversible.drift import SKETCHED, DriftControl
+from pyglow_fast._dry import device_of, is_dry
+from pyglow_fast._errors import can_read
+from pyglow_fast.reversible.deferred import drifted_in_this_backward
+from pyglow_fast.reversible.drift import DriftControl
 
 # Several backwards may go through one graph at the same time. One lock for all, since torch.compile cannot trace the
 # making of one.
 _judging = threading.Lock()
 
+EACH, AT_THE_END, LATER = range(3)  # csrc/run/run.h
+
 LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
 
-def part_limit(x: Tensor, step_bytes: Sequence[int], boundary: int = 0) -> int | None:
+def part_limit(x: Tensor, step_bytes: Sequence[int], between: int) -> int | None:
     """Choose how many bytes of gradients a part may have, for so many bytes that are kept between two parts.
 
     Small parts keep much between them, large ones have many gradients at a time: the sum is least where both cost the
-    same, with parts of sqrt(boundary sum(step_bytes)). None stands for one part of all steps, as on a GPU, where one
+    same, with parts of sqrt(between sum(step_bytes)). None stands for one part of all steps, as on a GPU, where one
     check of drift covers the whole run. The device alone decides, since a plan is made outside of torch.compile for a
     forward that is traced.
     """
-    return max(LEAST_PART, math.isqrt(boundary * sum(step_bytes))) if device_of(x).type == "cpu" else None
-
-
-def kept_between(state: int, positions: int, keeps_states: bool) -> tuple[int, bool]:
-    """Count the bytes that are kept where one part ends and another begins, and whether they are the state itself.
-
-    Otherwise they are a sketch of it. Of a state with few positions a sketch would be no smaller.
-
-    Args:
-        state: bytes of one.
-        positions: of one.
-        keeps_states: of every step.
-    """
-    few = positions <= SKETCHED
-    return (state if few or keeps_states else state // positions * SKETCHED), few
+    return max(LEAST_PART, math.isqrt(between * sum(step_bytes))) if device_of(x).type == "cpu" else None
 
 
 class Whole:
@@ -84,10 +74,8 @@ class Whole:
         self.final: int | None = None
         # By backward (graph task and row) its thread, and the output of the node that is next, recomputed.
         self._states: dict[tuple[int, int], tuple[int, Tensor]] = {}
-        self._worst: list[float] = []
-        self._deferred: list[Tensor] = []
-        self._redone = 0
-        self._task = -1
+        self._worst: list[Any] = []
+        self._redone, self._task = 0, -1
 
     def joins(self, first: int, x: Tensor, others: Iterable[Tensor | None]) -> None:
         """Note that a part is run on these, in order: a backward ends with the first that has a gradient to give.
@@ -100,37 +88,44 @@ class Whole:
         if self.final is None and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
             self.final = first
 
-    def judged(self, first: int, worst: float, limit: float, redone: int) -> None:
-        """Note the worst drift of the part that begins at ``first``, and how many steps it has redone."""
+    def judges(self, state: Tensor) -> int:
+        """Tell when a backward on such states judges drift: at EACH anchor, AT_THE_END or LATER.
+
+        On a GPU, where to read a value makes the host wait, once of all steps; where it is not to wait, never.
+        """
+        assert self.control is not None
+        if self.control.deferred or is_capturing(state.device):
+            return LATER
+        reads = can_read(state) or (is_dry(state) and device_of(state).type == "cpu")
+        return EACH if reads else AT_THE_END
+
+    def judged(self, part: Part, worst: Tensor | float, limit: float, redone: int) -> Tensor | None:
+        """Note the worst drift of a part, a tensor where it is judged LATER, and how many steps it has redone.
+
+        Returns whether the part's gradients are to become zero, a scalar tensor; None where what drifted was redone.
+        """
+        assert self.control is not None
+        drifted = drifted_in_this_backward(~(worst <= limit)) if isinstance(worst, Tensor) else None
         with _judging:
-            self._begin()
+            task = torch._C._current_graph_task_id()
+            if task != self._task:  # an earlier one ended before the final part, as it wanted late gradients alone
+                self._task, self._worst, self._redone = task, [], 0
             self._worst.append(worst)
             self._redone += redone
-            if first != self.final or self.control is None:
-                return
-            drifts, redone, self._worst, self._redone = self._worst, self._redone, [], 0
-        nan = any(drift != drift for drift in drifts)
-        self.control.record(float("nan") if nan else max(drifts), limit, redone, self.spacing)
+            if not part.is_final:
+                return drifted
+            found, redone, self._worst, self._redone = self._worst, self._redone, [], 0
+        if drifted is None:
+            nan_or_largest = max(found, key=lambda drift: (drift != drift, drift))
+            self.control.record(nan_or_largest, limit, redone, self.spacing)
+        else:
+            drifts = torch.stack([drift.to(drifted.device) for drift in found])
+            self.control.verdicts.add(drifts.amax(), drifted, limit, self.spacing)
+        return drifted
 
-    def deferred(self, first: int, worst: Tensor, limit: float, zeroed: Tensor) -> None:
-        """Note a part's worst drift where the host is not to wait for it; ``zeroed``: whether its gradients were."""
-        with _judging:
-            self._begin()
-            self._deferred.append(worst)
-            if first != self.final or self.control is None:
-                return
-            drifts, self._deferred = torch.stack([drift.to(worst.device) for drift in self._deferred]), []
-        self.control.defer(drifts.amax(), zeroed, limit, self.spacing)
-
-    def _begin(self) -> None:
-        """Forget what an earlier backward found that ended before the final part, as it wanted late gradients alone."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task, self._worst, self._deferred, self._redone = task, [], [], 0
-
-    def checkpointed(self, first: int, device: torch.device) -> None:
+    def checkpointed(self, part: Part, device: torch.device) -> None:
         """Note that a part's states were all kept; within a capture nothing has run, and nothing is noted."""
-        if first == self.final and self.control is not None and not is_capturing(device):
+        if part.is_final and self.control is not None and not is_capturing(device):
             self.control.record_checkpointed()
 
     def take(self, part: Part) -> Tensor | None:

@@ -18,20 +18,17 @@ from torch import Tensor
 
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
-from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import apply_to_plain, differentiable_once
 from pyglow_fast._dry import device_of
-from pyglow_fast._errors import can_read
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
-from pyglow_fast.reversible.deferred import accepted, drifted_in_this_backward
-from pyglow_fast.reversible.drift import DriftControl, signs_of, sketch_signs_of
-from pyglow_fast.reversible.parts import Part, Whole, kept_between, part_limit
+from pyglow_fast.reversible.deferred import accepted
+from pyglow_fast.reversible.drift import SKETCHED, DriftControl, signs_of
+from pyglow_fast.reversible.parts import EACH, LATER, Part, Whole, part_limit
 
 FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
 NONE, STORE, CHECKPOINT, REVERSIBLE = range(4)  # csrc/run/run.h
 _MODES = {"store": STORE, "checkpoint": CHECKPOINT, "reversible": REVERSIBLE}
-EACH, AT_THE_END, LATER = range(3)
 
 
 class Fold(Protocol):
@@ -252,15 +249,9 @@ class _RunNode(torch.autograd.Function):
         if reversible:
             left = whole.take(part)
             z = z if left is None else left
-        control = whole.control
-        judged, limit = EACH, 0.0
-        if reversible:
-            assert control is not None
-            limit = control.limit(grad_z.dtype, node.lowest)
-            later = control.deferred or is_capturing(grad_z.device)
-            waits = not can_read(grad_z) and device_of(grad_z).type != "cpu"
-            judged = LATER if later else AT_THE_END if waits else EACH
-        redone_before = 0
+        when, limit, redone_before = EACH, 0.0, 0
+        if whole.control is not None and reversible:
+            when, limit = whole.judges(grad_z), whole.control.limit(grad_z.dtype, node.lowest)
 
         def restored() -> Tensor:
             nonlocal redone_before
@@ -270,20 +261,16 @@ class _RunNode(torch.autograd.Function):
         needs = ctx.needs_input_grad
         wants = needs[3 : 3 + node.n_nets]
         maps = maps or node.fold(raw)
-        arguments = (maps, nets, grad_z, grad_log_det, *lists, seen, start, wants, needs[2], judged, limit, restored)
+        arguments = (maps, nets, grad_z, grad_log_det, *lists, seen, start, wants, needs[2], when, limit, restored)
         with in_precision(node.precision, grad_z):
             found = require().run_backward(node.form, x, z, cond, *arguments)
         grad_x, grad_cond, matrices, offsets, log_dets, of_nets, first, worst, drift, redone = found
         drifted = None
-        if judged == LATER:
-            drifted = drifted_in_this_backward(~(worst <= limit))
-            whole.deferred(part.first, worst, limit, drifted)
-        elif reversible:
-            whole.judged(part.first, drift, limit, redone + redone_before)
-        elif node.mode == CHECKPOINT:
-            whole.checkpointed(part.first, grad_z.device)
         if reversible:
+            drifted = whole.judged(part, worst if when == LATER else drift, limit, redone + redone_before)
             whole.leave(part, first)
+        elif node.mode == CHECKPOINT:
+            whole.checkpointed(part, grad_z.device)
         of_maps: Sequence[Tensor | None] = [None] * len(raw)
         if any(needs[3 + node.n_nets :]):
             of_maps = node.fold.gradients(raw, matrices, offsets, log_dets)
@@ -350,8 +337,9 @@ def run_recorded(
     """
     control = control if mode == "reversible" else None
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeezes else 1)
-    boundary, few = kept_between(x.nbytes, positions, control is None)
-    limit = part_limit(x, steps.nbytes, boundary)
+    few = positions <= SKETCHED  # a sketch of such a state would be no smaller
+    between = x.nbytes if few or control is None else x.nbytes // positions * SKETCHED
+    limit = part_limit(x, steps.nbytes, between)
     units = steps.maps.bounds(steps.nbytes, limit, FOLDED_AT_ONCE)
     ends = [steps.maps.ends[end - 1] for _, end in units]
     whole = Whole(control, list(pairwise([0, *ends])), few)
@@ -359,8 +347,8 @@ def run_recorded(
     signs = sketched = None
     rounds = keeps == REVERSIBLE and _float32.rounds(_float32.PRODUCTS, x)
     if keeps == REVERSIBLE:
-        signs = tuple(signs_of(positions, x.dtype, x.device))
-        sketched = sketch_signs_of(positions, x.dtype, x.device)
+        drawn = signs_of(positions, x.dtype, x.device)
+        signs, sketched = drawn[:3], drawn[3:]
     log_dets, at = [], 0
     for (first, end), part in zip(units, whole.parts, strict=True):
         raw, fold = steps.maps.of(first, end)

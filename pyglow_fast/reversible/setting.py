@@ -39,27 +39,14 @@ def parse_memory(memory: str | int | float, name: str = "memory") -> str | int:
     """
     if isinstance(memory, str) and memory in MEMORY_MODES:
         return memory
-    found = _bytes(memory)
-    expect(found > 0, name, MEMORY_EXPECTED, _shown(memory))
-    return found
-
-
-def _bytes(memory: str | int | float) -> int:
-    """The bytes that a number or a text stands for; 0 for what is no whole number of them, or too many."""
     number = Fraction(0)
     if isinstance(memory, str):
         if match := _TEXT.fullmatch(memory):
             number = Fraction(match[1]) * _SIZES[(match[2] or "B").lower()]
     elif isinstance(memory, int | float) and not isinstance(memory, bool) and 0 < memory < _LIMIT:
         number = Fraction(memory)
-    return int(number) if number.denominator == 1 and number < _LIMIT else 0
-
-
-def _shown(memory: str | int | float) -> str:
-    """What was found; of an int that is too long for Python to write it out, its length."""
-    if isinstance(memory, int) and memory.bit_length() > 64:
-        return f"an int of {memory.bit_length()} bits"
-    return repr(memory)
+    expect(0 < number < _LIMIT and number.denominator == 1, name, MEMORY_EXPECTED, repr(memory))
+    return int(number)
 
 
 def memory_text(memory: str | int) -> str:

@@ -36,7 +36,6 @@ from bench.memory_meter import MemoryMeter
 from pyglow_fast.layers import GroupedInvConv, MaskedSequence, WaveNet, reversible_sequence
 from pyglow_fast.reversible import generic
 from pyglow_fast.reversible import steps as steps_module
-from pyglow_fast.reversible.drift import SKETCHED
 
 BY_NAME = {case.name: case for case in CASES}
 DEEP = BY_NAME["depth-8"]
@@ -446,14 +445,13 @@ class TestKept:
 
     @pytest.mark.full
     def test_growth_by_a_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """N C floats of projections; in parts of one step besides a sketch, SKETCHED as many, and log_det (N,)."""
+        """N C floats of projections; where parts end, a state."""
         # Log-dets of parts and of nets wait to be summed.
         projections, slack = 4 * self.N * self.C, 64 + 16 * self.N
-        for limit, most in ((2**60, projections), (EVERY_STEP, (1 + SKETCHED) * projections)):
-            cut_parts(monkeypatch, limit)
-            growth = (self.saved(64, Mode("reversible", None))[1] - self.saved(16, Mode("reversible", None))[1]) / 48
-            assert projections <= growth <= most + slack, limit
-        assert most + slack < 4 * self.C**2, "one matrix a step would be seen"
+        cut_parts(monkeypatch, 2**60)
+        growth = (self.saved(64, Mode("reversible", None))[1] - self.saved(16, Mode("reversible", None))[1]) / 48
+        assert projections <= growth <= projections + slack
+        assert projections + slack < 4 * self.C**2, "one matrix a step would be seen"
         state = 4 * self.N * self.C * self.SIDE**2
         checkpointed = (self.saved(64, Mode("checkpoint"))[1] - self.saved(16, Mode("checkpoint"))[1]) / 48
         assert state <= checkpointed <= 2 * state + slack
@@ -478,15 +476,14 @@ class TestDrift:
     @pytest.mark.parametrize(
         ("steps", "every", "at", "redone"),
         [
-            (1, None, 6, 7),  # its own first step, which a sketch tells of, far from the run's input
-            (1, None, 0, 1),  # the run's input, which is known
-            (1, 4, 7, 4),  # behind an anchor that begins another part
-            (1, 4, 4, 1),  # the anchor itself
-            (3, None, 7, 8),  # parts 0..2, 3..5, 6 and 7: in the middle, which a projection tells of
-            (3, None, 4, 6),
-            (3, 5, 7, 3),  # an anchor in the middle of the part before
+            (1, None, 6, 1),  # the input of a part, which is known
+            (1, 4, 7, 1),
+            (3, None, 7, 2),  # parts 0..2, 3..5, 6 and 7: in the middle, which a projection tells of
+            (3, None, 4, 3),
+            (3, 5, 7, 2),
             (8, None, 3, 8),  # one part alone is judged as one
-            (8, 4, 6, 4),
+            (8, None, 0, 8),
+            (8, 4, 6, 8),
         ],
         ids=str,
     )
@@ -522,7 +519,7 @@ class TestDrift:
         assert (sequence.memory_report()["passes"], sequence.memory_report()["trips"]) == (1, 1)
 
     def test_runs_of_the_nets(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Steps 4..7 drift: their nets run forward and back again, and none of the others."""
+        """Each net once; where states have drifted once more, and forward from the anchors but for the last of each."""
         sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
         Mode("reversible", 4, 2**40).apply(sequence)
         cut_parts(monkeypatch, 2**60)
@@ -530,43 +527,24 @@ class TestDrift:
         value = objective(sequence(x))
         with counted_runs(sequence) as runs:
             value.backward()
-        assert [int(name.split(".")[0]) for name in runs] == [7, 6, 5, 4, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0]
+        inverted, redone = [7, 6, 5, 4, 3, 2, 1, 0], [4, 5, 6, 7, 6, 5, 4, 0, 1, 2, 3, 2, 1, 0]
+        assert [int(name.split(".")[0]) for name in runs] == [*inverted, *redone]
 
-    @pytest.mark.parametrize("kind", ["projection", "sketch", "anchor"])
-    def test_each_check_is_needed(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Without it the gradient is wrong, of a state that no other check tells of in time."""
+    def test_projections_are_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without them the gradient is wrong, and an anchor tells of it too late."""
         sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
         Mode("store").apply(sequence)
         expected = gradients(sequence, x)
-        Mode("reversible", 4 if kind == "anchor" else None).apply(sequence)
-        cut_parts(monkeypatch, EVERY_STEP if kind == "sketch" else 2**60)
-        true = generic.projected_drift
-
-        def blind(x: Tensor, seen: Tensor) -> Tensor:
-            return true(x, seen) if (seen.dim() == 2) != (kind == "projection") else torch.zeros(()).double()
-
-        if kind == "anchor":
-            monkeypatch.setattr(generic, "anchor_drift", lambda *_: torch.zeros(()).double())
-            at = 4
-        else:
-            monkeypatch.setattr(generic, "projected_drift", blind)
-            monkeypatch.setattr(generic, "anchor_drift", lambda *_: torch.zeros(()).double())
-            at = 5
-        self.planted(monkeypatch, at)
-        if kind == "anchor":  # whose true state goes on: nothing is wrong but what is reported
-            assert_same_gradients(gradients(sequence, x), expected)
-            assert sequence.memory_report()["trips"] == 0
-            return
+        Mode("reversible", None).apply(sequence)
+        monkeypatch.setattr(generic, "projected_drift", lambda *_: torch.zeros(()).double())
+        monkeypatch.setattr(generic, "anchor_drift", lambda *_: torch.zeros(()).double())
+        self.planted(monkeypatch, 5)
         with pytest.raises(AssertionError, match="relative error"):
             assert_same_gradients(gradients(sequence, x), expected)
 
     @pytest.mark.parametrize("every", ["auto", None, 3])
     @pytest.mark.parametrize("name", ["depth-1", "depth-8", "callable", "cond"])
-    def test_judged_at_the_end_as_on_a_gpu(
-        self, name: str, every: str | int | None, cuts: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Where every look at a value costs a wait there is one look a part, and all of it is redone."""
-        monkeypatch.setattr(generic, "can_read", lambda _: False)
+    def test_the_tolerance_decides(self, name: str, every: str | int | None, cuts: int) -> None:
         sequence, (x, cond) = BY_NAME[name].build(), BY_NAME[name].batch()
         Mode("store").apply(sequence)
         expected = gradients(sequence, x, cond)

@@ -33,9 +33,9 @@ def test_cut(sizes: list[int], limit: int | None, expected: list[tuple[int, int]
 
 
 def test_the_limit_of_a_part() -> None:
-    """sqrt(boundary sum), where the gradients of one part and what lies between all parts are equally many bytes."""
+    """sqrt(between sum), where the gradients of one part and what lies between all parts are equally many bytes."""
     x, sizes = torch.zeros(1), [10**6] * 64
-    assert part_limit(x, sizes) == part_limit(x, [1]) == LEAST_PART
+    assert part_limit(x, sizes, 0) == part_limit(x, [1], 1) == LEAST_PART
     limit = part_limit(x, sizes, 10**6)
     assert limit == 8 * 10**6
     parts = no_maps(64).bounds(sizes, limit, 2**20)

@@ -82,8 +82,7 @@ def test_plans_say_what_is_taken(name: str) -> None:
             assert each["inverted"] + each["checkpointed"] + each["stored"] == each["steps"]
         plan = model.memory_plan(len(inputs["x"]))
         assert plan is not None
-        assert (plan.peak, plan.time) == (planned, report[0]["predicted_time"])
-    assert plan.time == 1
+        assert plan.peak == planned
     assert all(each["stored"] == each["steps"] for each in report)
 
 

@@ -215,7 +215,7 @@ class TestDrift:
         sequence, x, _ = steps(count=7)
         expected = outcome(sequence, x)
         sequence.memory, sequence.control = "reversible", pgf.reversible.DriftControl(7, 2)
-        monkeypatch.setattr(run, "can_read", lambda x: False)
+        monkeypatch.setattr(parts, "can_read", lambda x: False)
         assert_same(outcome(sequence, x), expected)
         plant(monkeypatch, 1.001)
         assert_same(outcome(sequence, x), expected)

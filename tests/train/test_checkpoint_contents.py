@@ -195,10 +195,10 @@ def everything(state: TrainState) -> list[Any]:
         (lambda c: c.rank.update({"1.torch": c.rank["0.torch"]}), r"found no \['levels.0.steps._extra_state'\]"),
         (
             lambda c: c.rank.update({"0.levels.0.steps._extra_state": torch.zeros(3).double()}),
-            r"rank.0.levels.0.steps._extra_state of shape \(13,\)",
+            r"rank.0.levels.0.steps._extra_state of shape \(11,\)",
         ),
         (
-            lambda c: c.model.update({"levels.0.steps._extra_state": torch.full((13,), math.nan).double()}),
+            lambda c: c.model.update({"levels.0.steps._extra_state": torch.full((11,), math.nan).double()}),
             r"x: levels.0.steps._extra_state: ",
         ),
         (lambda c: c.model.update({"prior.mean_log_sd": torch.zeros(3)}), "prior.mean_log_sd of shape"),
