@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast import convolutions, ops
+from pyglow_fast import ops
 from pyglow_fast._derivatives import differentiable_once
-from pyglow_fast.reference import ChainSpec, full_product, transpose_map
+from pyglow_fast.reference import full_product, transpose_map
 
 _CouplingArguments = tuple[int, int, bool, float, float, float, float]
 
@@ -166,38 +166,6 @@ class NetChain(torch.autograd.Function):
         grad_cond = None if cond is None else grads.pop(0)
         grad_gain = None if log_gain is None or not want_weights else grads.pop()
         return (grad_x, grad_cond, grad_gain, None, *(grads or [None] * (2 * len(weights))))
-
-
-class Convolutions(torch.autograd.Function):
-    """w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l), by the library's convolutions.
-
-    Keeps x and cond side by side and the hidden layers behind their activations, as :mod:`pyglow_fast.convolutions`
-    runs them, and computes those gradients alone that are wanted.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cond: Tensor | None, spec: ChainSpec, *layers: Tensor) -> Tensor:
-        """Compute the net's output (N, C_out, *spatial); layers: all weights, then all biases."""
-        count = len(layers) // 2
-        chain = convolutions.prepared(layers[:count], layers[count:], spec, x)
-        kept: list[Tensor] = []
-        out = convolutions.run(chain, convolutions.joined(x, cond), kept)
-        ctx.spec, ctx.source = spec, convolutions.Source.of(x, cond)
-        ctx.dtypes = [layer.dtype for layer in layers]
-        ctx.save_for_backward(*chain.weights, *kept)
-        return out
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute gradients of x, cond, the weights and the biases."""
-        count = len(ctx.dtypes) // 2
-        weights, kept = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
-        needs = ctx.needs_input_grad
-        wanted = convolutions.Wanted(needs[0] or needs[1], needs[3 : 3 + count], needs[3 + count :])
-        grad, *of_layers = convolutions.backward(grad_out, kept, weights, ctx.spec, wanted)
-        grads = convolutions.like_parameters([*of_layers[0], *of_layers[1]], ctx.dtypes)
-        return (*ctx.source.split(grad), None, *grads)
 
 
 class GaussianLogProb(torch.autograd.Function):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import _backend, autograd, convolutions, ops, reference
+from pyglow_fast import _backend, autograd, ops, reference
 from pyglow_fast._derivatives import apply
 from pyglow_fast._dry import device_of
 from pyglow_fast._errors import can_read
@@ -200,10 +200,9 @@ def net_as_products(x: Tensor) -> bool:
 
 
 def net_as_convolutions(x: Tensor) -> bool:
-    """Tells whether :func:`net_chain` on x is the library's convolutions, called op by op and without autograd.
+    """Tells whether csrc/run computes nets on x by the library's convolutions, without autograd.
 
-    They are on a GPU, and on the CPU where PYGLOW_NETS in the environment is "library": see
-    :mod:`pyglow_fast.convolutions`. torch.compile, which joins ops in its own ways, is given the reference.
+    It does on a GPU, and on the CPU where PYGLOW_NETS in the environment is "library".
     """
     if torch.compiler.is_compiling() or not 3 <= x.dim() <= 5 or not ops.run_on(x):
         return False
@@ -229,11 +228,10 @@ def net_chain(
 
     See :func:`pyglow_fast.reference.net_chain`. Computed by this package's matrix products the output is float32, also
     under autocast to bfloat16, where the activations between the layers, and what is multiplied, are rounded to that.
-    Computed by torch's convolutions it has autocast's dtype, and images are channels-last.
+    Computed by torch's convolutions it has autocast's dtype.
     """
     if not net_as_products(x):
-        compute = _convolved if net_as_convolutions(x) else reference.net_chain
-        return compute(x, weights, biases, spec, log_gain, cond)
+        return reference.net_chain(x, weights, biases, spec, log_gain, cond)
     half = net_in_half(x)
     if half:  # autocast takes inputs and parameters of any dtype
         weights, biases = [value.to(x.dtype) for value in weights], [value.to(x.dtype) for value in biases]
@@ -243,23 +241,6 @@ def net_chain(
     if _records_gradient(x, *weights, *biases, *optional):
         return apply(autograd.NetChain, x, cond, log_gain, arguments, *weights, *biases)
     return ops.net_chain(x, cond, weights, biases, log_gain, *arguments, False)[0]
-
-
-def _convolved(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    spec: ChainSpec,
-    log_gain: Tensor | None,
-    cond: Tensor | None,
-) -> Tensor:
-    """:func:`net_chain` where it is the library's convolutions."""
-    reference.check_chain(weights, spec)
-    weights, biases = reference.with_gain(weights, biases, log_gain)
-    inputs = [x] if cond is None else [x, cond]
-    if _records_gradient(*inputs, *weights, *biases):
-        return apply(autograd.Convolutions, x, cond, spec, *weights, *biases)
-    return convolutions.run(convolutions.prepared(weights, biases, spec, x), convolutions.joined(x, cond))
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:

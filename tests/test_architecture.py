@@ -14,7 +14,7 @@ PACKAGE = "pyglow_fast"
 # child of the package: layers stands for all modules in layers/.
 FOUNDATION = {"_tracing", "_errors", "_settings", "_captures", "_derivatives", "_dry", "_float32", "_moments"}
 # Each may import those before it.
-KERNELS = ["_backend", "ops", "convolutions", "autograd", "functional"]
+KERNELS = ["_backend", "ops", "autograd", "functional"]
 FLOWS = ["coupling_nets", "reversible", "layers", "models"]
 APPLICATION = ["latents", "train", "experiments", "studio", "web", "cli"]
 STACK = [*KERNELS, *FLOWS, *APPLICATION]

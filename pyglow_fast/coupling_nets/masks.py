@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast._errors import can_read, expect
-from pyglow_fast.coupling_nets.inputs import may_write
-from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic
+from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic, may_write
 
 # Samples run together while the shortest has this part of the positions of the longest at least: the rest is computed
 # for nothing. More groups would compute less, but a net's calls have a price of their own.

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import convolutions, functional, reference
+from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast.coupling_nets import chain
 from pyglow_fast.reference import COUPLING_NETS
-
-KERNEL_SIZES = ((3,), (1,), (3,))  # along each dimension
 
 
 class NetShape(nn.Module):
@@ -21,7 +18,7 @@ class NetShape(nn.Module):
     ``halo`` and :meth:`bytes_per_position` are what chunked execution asks any net for: see traits.py.
     """
 
-    halo = max(chain.reach(KERNEL_SIZES, COUPLING_NETS[1].dilations))
+    halo = 2
 
     def __init__(
         self, in_channels: int, out_channels: int, hidden: int, cond_channels: int, dims: int, border: bool = False
@@ -43,23 +40,20 @@ class NetShape(nn.Module):
         """Whether nothing but the net's own parameters is known to decide what it computes."""
         return False
 
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether the net may write to what it is called with: where code that we cannot know has a part in it."""
+        return not self.is_plain
+
     def bytes_per_position(self, element_size: int) -> int:
         """The most bytes of activations alive in forward and backward, per sample and position.
 
-        Run as matrix products these are the two hidden layers after their relu, in bfloat16 where the net runs in that,
-        the output, its gradient and the input; run as torch's convolutions, of which autograd keeps the layers, the
-        gradients of the hidden layers too. A hidden ActNorm costs nothing: it is folded into the weights.
+        These are the two hidden layers after their relu, the gradients of both, the output, its gradient and the input.
+        By products of ours it is less. A hidden ActNorm costs nothing: it is folded into the weights.
         """
         # With a border term there is one input channel and one hidden unit more.
         hidden, inputs = self.hidden + self.border, self.in_channels + self.cond_channels + self.border
-        if functional.net_as_convolutions(self.like):
-            edges = 3 * (self.out_channels + inputs) * element_size
-            return 4 * hidden * convolutions.dtype_on(self.like).itemsize + edges
-        if not functional.net_as_products(self.like):
-            return (4 * hidden + 5 * self.out_channels + 2 * inputs) * element_size
-        channels = (inputs, hidden, hidden, self.out_channels)
-        spec = COUPLING_NETS[self.dims]
-        return chain.bytes_per_position(channels, KERNEL_SIZES, spec, self.like, element_size)
+        return (4 * hidden + 5 * self.out_channels + 3 * inputs) * element_size
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse x or cond of the wrong shape, dtype or device."""
@@ -87,10 +81,5 @@ class NetShape(nn.Module):
             x = torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1)
             return functional.net_chain(x, weights[:6:2], weights[1:6:2], COUPLING_NETS[self.dims], *weights[6:])
         self.check_inputs(x, cond)
-        of_data = cond is None and not x.requires_grad and torch.is_grad_enabled()
-        if of_data and functional.net_as_products(x) and not torch.is_autocast_enabled(x.device.type):
-            net = reference.net_chain  # the library leaves out the gradient of x, which ours computes
-        else:
-            net = functional.net_chain
         gain, beside = weights[6] if len(weights) > 6 else None, None if cond is None else cond.to(x.dtype)
-        return net(x, weights[:6:2], weights[1:6:2], COUPLING_NETS[self.dims], gain, beside)
+        return functional.net_chain(x, weights[:6:2], weights[1:6:2], COUPLING_NETS[self.dims], gain, beside)

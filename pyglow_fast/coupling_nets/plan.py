@@ -71,49 +71,6 @@ class Chunk:
         return net_out[:, :, start : start + self.rows.stop - self.rows.start]
 
 
-@dataclass(frozen=True)
-class ChunkPlan:
-    """The chunks that together are the whole batch, in the order in which they run.
-
-    Attributes:
-        chunks: one at least.
-        peak: bytes of activations of the largest chunk.
-        budget: what ``peak`` should not exceed.
-
-    Examples:
-        >>> import torch
-        >>> from pyglow_fast.coupling_nets import ChunkPlan, plan_chunks
-        >>> net = torch.nn.Conv2d(2, 4, 1)
-        >>> plan: ChunkPlan = plan_chunks(net, (8, 2, 16, 16), element_size=4, budget=50_000)
-        >>> [(chunk.samples.start, chunk.samples.stop) for chunk in plan.chunks], plan.fits
-        ([(0, 2), (2, 5), (5, 8)], True)
-    """
-
-    chunks: tuple[Chunk, ...]
-    peak: int
-    budget: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether there is one chunk: nothing is cut."""
-        return len(self.chunks) == 1
-
-    @property
-    def work(self) -> float:
-        """The rows that the net runs on over those it gives: 1 without strips, (height + 2 halo) / height with many."""
-        taken, given = 0, 0
-        for chunk in self.chunks:
-            n_samples = chunk.samples.stop - chunk.samples.start
-            taken += n_samples * (chunk.taken.stop - chunk.taken.start)
-            given += n_samples * (chunk.rows.stop - chunk.rows.start)
-        return taken / given if given else 1.0
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within the budget; it is not where even one sample or row with its halo exceeds it."""
-        return self.peak <= self.budget
-
-
 def budget_bytes(budget: str | int, device_type: str) -> int:
     """Convert a memory budget, "auto" or an int, to bytes.
 
@@ -154,15 +111,14 @@ def plan_chunks(
     *,
     device_type: str = "cpu",
     cond_channels: int = 0,
-    random: bool = False,
     rows_each: int = 1,
-) -> ChunkPlan:
+) -> tuple[Chunk, ...]:
     """Cut a net's work so that peak = samples rows width bytes_per_position <= budget, into as few chunks as fit.
 
     A chunk has as many whole samples as fit, else a strip of one sample's rows. The plan depends on the arguments and
-    the net's structure alone. Only a net that states its ``halo`` is cut into strips,
-    and not while it draws random numbers (a strip's halo would get other numbers than the neighbour's rows) or if it
-    normalises over positions. Where the smallest possible chunk exceeds the budget, it is taken: see ChunkPlan.fits.
+    the net's structure alone. Only a net that states its ``halo`` is cut into strips, and not if it has dropout (a
+    strip's halo would get other random numbers than the neighbour's rows) or normalises over positions. Where the
+    smallest possible chunk exceeds the budget, it is taken.
 
     Args:
         net: the coupling net; see :mod:`pyglow_fast.coupling_nets.traits`.
@@ -171,38 +127,35 @@ def plan_chunks(
         budget: bytes of activations, or "auto": a fixed number for the type of device.
         device_type: where x1 is, "cpu", "cuda", ...
         cond_channels: of the condition, for the cost of nets that do not state it.
-        random: the net is known to draw random numbers, though no submodule shows it.
         rows_each: how many rows the net runs on for each row of x1 (of a checkerboard's half: 2).
+
+    Returns:
+        The chunks that together are the whole batch, in the order in which they run; one at least.
 
     Raises:
         ValueError: a budget that is neither "auto" nor a positive int, a shape without channels, a wrong statement of
             the net.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.coupling_nets import plan_chunks
+        >>> plan = plan_chunks(torch.nn.Conv2d(2, 4, 1), (8, 2, 16, 16), element_size=4, budget=50_000)
+        >>> [(chunk.samples.start, chunk.samples.stop) for chunk in plan]
+        [(0, 2), (2, 5), (5, 8)]
     """
     expect(len(shape) >= 2, "shape", "(N, C, *spatial)", tuple(shape))
     limit = budget_bytes(budget, device_type)
     n_samples, channels, *spatial = shape
     n_rows, row_positions = (spatial[0], math.prod(spatial[1:])) if spatial else (1, 1)
     row_bytes = rows_each * row_positions * bytes_per_position(net, channels + cond_channels, element_size)
-    halo = halo_of(net) if spatial else None
-    if random or draws_random_numbers(net) or mixes_positions(net):
-        halo = None
-    if halo is not None:
-        halo = math.ceil(halo / rows_each)
+    halo = halo_of(net) if spatial and not (draws_random_numbers(net) or mixes_positions(net)) else None
 
-    all_rows, sample_bytes = slice(0, n_rows), n_rows * row_bytes
-    at_once = limit // sample_bytes if sample_bytes else n_samples
-    if at_once >= min(n_samples, 1):
-        batches = list(_pieces(n_samples, max(1, math.ceil(n_samples / max(1, at_once)))))
-        strips = [(all_rows, all_rows)]
-    else:
-        batches = list(_pieces(n_samples, n_samples))
-        count = 1 if halo is None else n_strips(n_rows, halo, limit // row_bytes)
-        reach = halo or 0
-        strips = [
-            (rows, slice(max(0, rows.start - reach), min(n_rows, rows.stop + reach))) for rows in _pieces(n_rows, count)
-        ]
+    strips, sample_bytes = [(slice(0, n_rows), slice(0, n_rows))], n_rows * row_bytes
+    at_once = limit // sample_bytes if sample_bytes else max(1, n_samples)
+    if at_once == 0 and halo is not None and n_samples:
+        reach = math.ceil(halo / rows_each)
+        pieces = _pieces(n_rows, n_strips(n_rows, reach, limit // row_bytes))
+        strips = [(rows, slice(max(0, rows.start - reach), min(n_rows, rows.stop + reach))) for rows in pieces]
+    batches = list(_pieces(n_samples, max(1, math.ceil(n_samples / max(1, at_once)))))
     whole = len(batches) * len(strips) == 1
-    chunks = tuple(Chunk(samples, rows, taken, whole) for samples in batches for rows, taken in strips)
-    most_rows = max(taken.stop - taken.start for _, taken in strips)
-    most_samples = max(samples.stop - samples.start for samples in batches)
-    return ChunkPlan(chunks, most_samples * most_rows * row_bytes, limit)
+    return tuple(Chunk(samples, rows, taken, whole) for samples in batches for rows, taken in strips)

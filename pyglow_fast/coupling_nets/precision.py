@@ -29,6 +29,13 @@ def of_prior(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return in_precision("fp32", x)
 
 
+def dtype_on(x: Tensor) -> torch.dtype:
+    """The dtype that a net computes in, given its input: under autocast that of the moment, where x is float32."""
+    device_type = device_of(x).type
+    narrow = x.dtype == torch.float32 and autocast_is_on(device_type)
+    return torch.get_autocast_dtype(device_type) if narrow else x.dtype
+
+
 def check_precision(precision: str) -> str:
     """Refuse what is no known precision, and return it as it is.
 

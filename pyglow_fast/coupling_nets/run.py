@@ -13,105 +13,55 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves
-from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.inputs import inputs_for
-from pyglow_fast.coupling_nets.plan import Chunk, ChunkPlan
+from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.state import without_autocast_cache
+from pyglow_fast.coupling_nets.traits import may_write
 from pyglow_fast.ops import memory_format_of
 
 NetCall = Callable[[Tensor, Tensor | None], Tensor]  # (x1, cond) -> net output
 Consume = Callable[[Tensor, Chunk], Tensor]  # (net output of the chunk, chunk) -> its gradient
 
 
+def inputs_for(net: nn.Module, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, ...]:
+    """What a net is called with: x1, and cond if there is one; copies where it may write to what it is given.
+
+    The half that a net reads is a part of the state, and often of the caller's tensor. A net that begins with
+    ``ReLU(inplace=True)`` would change it before the coupling passes it on.
+    """
+    inputs = (x1,) if cond is None else (x1, cond)
+    return tuple(given.clone() for given in inputs) if may_write(net) else inputs
+
+
 def plain_call(net: nn.Module) -> NetCall:
     """Call the net as it is: with x1 alone where there is no condition, with copies of what it may write to."""
-    return lambda x1, cond: net(*inputs_for(net, *((x1,) if cond is None else (x1, cond))))
-
-
-def _checked(net_out: Tensor, x1: Tensor) -> Tensor:
-    expect(isinstance(net_out, Tensor), "net", "an output that is a Tensor", type(net_out).__name__)
-    if net_out.dim() == x1.dim() and net_out.shape[0] == x1.shape[0] and net_out.shape[2:] == x1.shape[2:]:
-        return net_out
-    shape = tuple(net_out.shape)
-    kept = net_out.dim() == x1.dim() and shape[0] == x1.shape[0] and shape[2:] == tuple(x1.shape[2:])
-    expect(kept, "net", f"an output of shape ({x1.shape[0]}, C_out, *{tuple(x1.shape[2:])})", f"shape {shape}")
-    return net_out
-
-
-def _empty_output(part: Tensor, x1: Tensor) -> Tensor:
-    """Room for the outputs of all chunks, in the memory format of the first one."""
-    shape = (x1.shape[0], part.shape[1], *x1.shape[2:])
-    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=memory_format_of(part))
+    return lambda x1, cond: net(*inputs_for(net, x1, cond))
 
 
 @torch.no_grad()
-def run_net(net: nn.Module, x1: Tensor, cond: Tensor | None, plan: ChunkPlan, call: NetCall | None = None) -> Tensor:
-    """Compute net(x1, cond) chunk by chunk without recording a gradient, equal to the plain call up to rounding.
+def run_net(call: NetCall, x1: Tensor, cond: Tensor | None, plan: Sequence[Chunk]) -> Tensor:
+    """Compute call(x1, cond) chunk by chunk without recording a gradient, equal to the plain call up to rounding.
 
     Args:
-        net: the coupling net.
+        call: runs the net on a chunk of x1 and cond; it gives the samples and positions of x1.
         x1: (N, C1, *spatial).
         cond: (N, Cc, *spatial) or None.
         plan: of x1's shape.
-        call: runs the net on a chunk of x1 and cond; the net itself if None.
 
     Returns:
-        (N, C_out, *spatial), of the dtype that the net gives.
-
-    Raises:
-        ValueError: an output with other samples or positions than x1.
+        (N, C_out, *spatial), of the dtype that the net gives, and in the memory format of its first chunk.
     """
-    run = call or plain_call(net)
+    net_out: Tensor | None = None
     with without_autocast_cache(x1.device.type):
-        if plan.whole:
-            return _checked(run(x1, cond), x1)
-        net_out: Tensor | None = None
-        for chunk in plan.chunks:
-            taken = chunk.inputs(x1)
-            part = chunk.crop(_checked(run(taken, None if cond is None else chunk.inputs(cond)), taken))
+        for chunk in plan:
+            part = chunk.crop(call(chunk.inputs(x1), None if cond is None else chunk.inputs(cond)))
+            if chunk.whole:
+                return part
             if net_out is None:
-                net_out = _empty_output(part, x1)
+                shape = (x1.shape[0], part.shape[1], *x1.shape[2:])
+                net_out = part.new_empty(shape).to(memory_format=memory_format_of(part))
             chunk.outputs(net_out).copy_(part)
     assert net_out is not None  # for the type checker: a plan has a chunk
     return net_out
-
-
-def _leaf(x: Tensor, chunk: Chunk, requires_grad: bool) -> Tensor:
-    return chunk.inputs(x).detach().requires_grad_(requires_grad)
-
-
-def _chunk_gradients(
-    call: NetCall,
-    x1: Tensor,
-    cond: Tensor | None,
-    chunk: Chunk,
-    consume: Consume,
-    params: Sequence[Tensor],
-    check: bool,
-) -> list[Tensor | None]:
-    """The gradients of x1, cond and params from one chunk, x1 and cond being leaves; its graph ends with the call."""
-    with torch.enable_grad():
-        net_out = chunk.crop(_checked(call(x1, cond), x1))
-    slots = [x1, cond, *params]
-    wanted = [tensor for tensor in slots if tensor is not None and tensor.requires_grad]
-    if check:
-        check_leaves(net_out, wanted)
-    grad_out = consume(net_out.detach(), chunk)
-    if not wanted or not net_out.requires_grad:
-        return [None] * (2 + len(params))
-    expect(
-        grad_out.shape == net_out.shape,
-        "grad_out",
-        f"the shape of the net's output, {tuple(net_out.shape)}",
-        f"shape {tuple(grad_out.shape)}",
-    )
-    found = iter(torch.autograd.grad(net_out, wanted, grad_out, allow_unused=True))
-    return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
-
-
-def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """Zeros for what the net does not use, None for what is not wanted."""
-    return None if like is None else torch.zeros_like(like) if gradient is None else gradient
 
 
 class GradientSum:
@@ -148,7 +98,7 @@ def run_net_backward(
     call: NetCall,
     x1: Tensor,
     cond: Tensor | None,
-    plan: ChunkPlan,
+    plan: Sequence[Chunk],
     consume: Consume,
     params: Sequence[Tensor],
     *,
@@ -167,42 +117,48 @@ def run_net_backward(
         plan: that of the forward, so that random numbers are drawn in the same order.
         consume: (net_out, chunk) -> grad_out of the same shape, any floating dtype; net_out is without gradient and
             must not be written to.
-        params: tensors that require a gradient and that ``call`` uses.
+        params: that ``call`` uses; those that require no gradient get none.
         needs_x1, needs_cond: whether these gradients are wanted.
 
     Returns:
         grad_x1 and grad_cond (zeros if the net does not use them, None where not wanted or without a condition), and
-        the gradients of params (None for those not used), summed in the order of the chunks. They are not to be
+        the gradients of params (None for those not used), summed in the order of the chunks. These are not to be
         written to: as autograd's gradients they may share memory with each other and with grad_out.
 
     Raises:
-        ValueError: the net uses a tensor that requires a gradient and is not in params; outputs or gradients of the
-            wrong shape.
+        ValueError: the net uses a tensor that requires a gradient and is not in params.
     """
 
     def gradients(chunk: Chunk) -> list[Tensor | None]:
-        leaf = _leaf(x1, chunk, needs_x1)
-        cond_leaf = None if cond is None else _leaf(cond, chunk, needs_cond)
-        check = chunk is plan.chunks[0]
-        return _chunk_gradients(call, leaf, cond_leaf, chunk, consume, params, check)
+        """Those of x1, cond and params from one chunk; its graph ends with the call."""
+        leaf = chunk.inputs(x1).detach().requires_grad_(needs_x1)
+        cond_leaf = None if cond is None else chunk.inputs(cond).detach().requires_grad_(needs_cond)
+        with torch.enable_grad():
+            net_out = chunk.crop(call(leaf, cond_leaf))
+        slots = [leaf, cond_leaf, *params]
+        wanted = [tensor for tensor in slots if tensor is not None and tensor.requires_grad]
+        if chunk is plan[0]:
+            check_leaves(net_out, wanted)
+        grad_out = consume(net_out.detach(), chunk)
+        if not wanted or not net_out.requires_grad:
+            return [None] * len(slots)
+        found = iter(torch.autograd.grad(net_out, wanted, grad_out, allow_unused=True))
+        return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
 
-    wanted = (x1 if needs_x1 else None, cond if needs_cond else None)
+    whole = (x1 if needs_x1 else None, cond if needs_cond else None)
+    totals = [None if like is None else torch.zeros_like(like) for like in whole]  # halos of strips overlap
+    sums = [GradientSum(parameter.dtype) for parameter in params]
+
+    def add(chunk: Chunk) -> None:
+        """A call, so that the gradients of one chunk are freed before those of the next are there."""
+        found = gradients(chunk)
+        for total, gradient in zip(totals, found[:2], strict=True):
+            if total is not None and gradient is not None:
+                chunk.inputs(total).add_(gradient)
+        for accumulated, gradient in zip(sums, found[2:], strict=True):
+            accumulated.add(gradient)
+
     with without_autocast_cache(x1.device.type):
-        if plan.whole:
-            grad_x1, grad_cond, *of_params = gradients(plan.chunks[0])
-            return _or_zeros(grad_x1, wanted[0]), _or_zeros(grad_cond, wanted[1]), tuple(of_params)
-        totals = [None if like is None else torch.zeros_like(like) for like in wanted]  # halos of strips overlap
-        sums = [GradientSum(parameter.dtype) for parameter in params]
-
-        def add(chunk: Chunk) -> None:
-            """A call, so that the gradients of one chunk are freed before those of the next are there."""
-            found = gradients(chunk)
-            for total, gradient in zip(totals, found[:2], strict=True):
-                if total is not None and gradient is not None:
-                    chunk.inputs(total).add_(gradient)
-            for accumulated, gradient in zip(sums, found[2:], strict=True):
-                accumulated.add(gradient)
-
-        for chunk in plan.chunks:
+        for chunk in plan:
             add(chunk)
-    return totals[0], totals[1], tuple(total.result() for total in sums)
+    return totals[0], totals[1], tuple(accumulated.result() for accumulated in sums)

@@ -91,91 +91,43 @@ def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractConte
     known = [name for name in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(name)]
     states = [(name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name)) for name in known]
 
-    def enter() -> contextlib.AbstractContextManager[None]:
-        changed = [state for state in states if state[2] or torch.is_autocast_enabled(state[0])]
-        return _autocast(changed) if changed else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, dtype, enabled in states:
+                if enabled or torch.is_autocast_enabled(name):
+                    stack.enter_context(torch.autocast(name, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
 
     return enter
 
 
-@contextlib.contextmanager
-def _autocast(states: Sequence[tuple[str, torch.dtype, bool]]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for device_type, dtype, enabled in states:
-            stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False))
-        yield
-
-
-@dataclass(frozen=True)
-class GeneratorState:
-    """The states of torch's default generators, of the CPU and, for tensors on CUDA, of their device.
+def generator_states(device: torch.device) -> list[Tensor]:
+    """Read the states of torch's default generators that a net on ``device`` draws from, without waiting for it.
 
     They are shared by all threads: nets that are not known to be deterministic must not run in two threads at a time.
 
-    Attributes:
-        cpu: as ``torch.get_rng_state`` gives it, 5 kB.
-        device: the CUDA device, or None.
-        on_device: its generator's state, a few bytes in host memory, or None.
-
-    Examples:
-        >>> import torch
-        >>> from pyglow_fast.coupling_nets import GeneratorState
-        >>> before = GeneratorState.capture(torch.device("cpu"))
-        >>> drawn = torch.rand(2)
-        >>> with before.replayed():
-        ...     again = torch.rand(2)
-        >>> torch.equal(drawn, again), before.moved()
-        (True, True)
+    Raises:
+        ValueError: a CUDA graph is being captured, where the device's generator has no state to be read.
     """
+    expect(
+        not is_capturing(device),
+        "net",
+        "one of torch's modules without dropout, one that states deterministic = True, or one that drew no random "
+        "numbers in a step before, to be run again within a CUDA graph",
+        "another",
+    )
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
-    cpu: Tensor
-    device: torch.device | None
-    on_device: Tensor | None
 
-    @classmethod
-    def capture(cls, device: torch.device) -> GeneratorState:
-        """Capture the present states, for nets that run on ``device``, without waiting for the device.
-
-        Raises:
-            ValueError: a CUDA graph is being captured, where the device's generator has no state to be read.
-        """
-        expect(
-            not is_capturing(device),
-            "net",
-            "one of torch's modules without dropout, one that states deterministic = True, or one that drew no random "
-            "numbers in a step before, to be run again within a CUDA graph",
-            "another",
-        )
-        if device.type != "cuda":
-            return cls(torch.get_rng_state(), None, None)
-        return cls(torch.get_rng_state(), device, torch.cuda.get_rng_state(device))
-
-    def moved(self) -> bool:
-        """Whether random numbers have been drawn (or a seed set) since the capture."""
-        now = self._now()
-        if not torch.equal(self.cpu, now.cpu):
-            return True
-        return (
-            self.on_device is not None and now.on_device is not None and not torch.equal(self.on_device, now.on_device)
-        )
-
-    @contextlib.contextmanager
-    def replayed(self) -> Iterator[None]:
-        """A context in which the generators continue from the captured state; behind it from where they were."""
-        outside = self._now()
-        self._set()
-        try:
-            yield
-        finally:
-            outside._set()
-
-    def _now(self) -> GeneratorState:
-        return self.capture(self.device or torch.device("cpu"))
-
-    def _set(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.on_device is not None and self.device is not None:
-            torch.cuda.set_rng_state(self.on_device, self.device)
+@contextlib.contextmanager
+def drawing_from(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """A context in which the generators continue from these states; behind it from where they were."""
+    with torch.random.fork_rng([device] if len(states) > 1 else []):
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], device)
+        yield
 
 
 def training_modes(net: nn.Module) -> tuple[bool, ...]:
@@ -187,33 +139,29 @@ def training_modes(net: nn.Module) -> tuple[bool, ...]:
 _drew_nothing: weakref.WeakKeyDictionary[nn.Module, tuple[bool, ...]] = weakref.WeakKeyDictionary()
 
 
-def is_repeatable(net: nn.Module, device: torch.device) -> bool:
-    """Whether a net's output is known to be a function of its input.
+def states_before(net: nn.Module, device: torch.device) -> list[Tensor] | None:
+    """Read the generators for :meth:`RunState.after`; None if the net's output is known to depend on its input alone.
 
-    By its modules and what it states; while a CUDA graph is captured, in which nobody can look whether it draws random
-    numbers, also since it drew none when it ran last.
+    It is known by the net's modules and what it states; while a CUDA graph is captured, in which nobody can look
+    whether it draws random numbers, also since it drew none when it ran last.
     """
-    return is_deterministic(net) or (is_capturing(device) and _drew_nothing.get(net) == training_modes(net))
+    if is_deterministic(net) or (is_capturing(device) and _drew_nothing.get(net) == training_modes(net)):
+        return None
+    return generator_states(device)
 
 
-_Buffers = dict[str, tuple[Tensor, int]]
+_Buffers = dict[str, tuple[int, int, Tensor]]
 
 
 def _buffers(net: nn.Module) -> _Buffers:
-    """The net's buffers and their versions."""
-    return {name: (buffer, 0 if buffer.is_inference() else buffer._version) for name, buffer in net.named_buffers()}
+    """The net's buffers with their ids and versions, all of which are equal if nothing has been changed."""
+    found = net.named_buffers()
+    return {name: (id(buffer), 0 if buffer.is_inference() else buffer._version, buffer) for name, buffer in found}
 
 
 def _changed(before: _Buffers, after: _Buffers) -> list[str]:
     """The names of those that are others, or were written to."""
-
-    def same(name: str) -> bool:
-        if name not in before or name not in after:
-            return False
-        (one, version), (other, now) = before[name], after[name]
-        return one is other and version == now
-
-    return sorted(name for name in before.keys() | after.keys() if not same(name))
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
 @dataclass(frozen=True)
@@ -222,25 +170,31 @@ class RunState:
 
     Attributes:
         modes: of :func:`training_modes`: between forward and backward the net may have been put into evaluation.
-        generators: before the run; None if it drew no random numbers.
+        device: that it ran on.
+        generators: their states before the run; None if it drew no random numbers.
         buffers: of the net, which a repetition must find as they were.
         autocast: makes the context that it ran in.
+        sums: of the output, (N, 2); None if the net is known to repeat.
     """
 
     modes: tuple[bool, ...]
-    generators: GeneratorState | None
+    device: torch.device
+    generators: list[Tensor] | None
     buffers: _Buffers
     autocast: Callable[[], contextlib.AbstractContextManager[None]]
+    sums: Tensor | None
 
     @classmethod
-    def after(cls, net: nn.Module, before: GeneratorState | None, device: torch.device) -> RunState:
-        """Note the state of a run that has just ended on ``device``, given the generators before it."""
-        drew, modes = before is not None and before.moved(), training_modes(net)
-        if before is not None and not drew:
-            _drew_nothing[net] = modes
-        elif drew:
-            _drew_nothing.pop(net, None)
-        return cls(modes, before if drew else None, _buffers(net), captured_autocast(device.type))
+    def after(cls, net: nn.Module, before: list[Tensor] | None, output: Tensor) -> RunState:
+        """Note the state of a run that has just given an output, with :func:`states_before` it."""
+        device, modes, sums = output.device, training_modes(net), None
+        if before is not None:
+            sums = output_sums(output)
+            if all(map(torch.equal, before, generator_states(device))):
+                _drew_nothing[net], before = modes, None
+            else:
+                _drew_nothing.pop(net, None)
+        return cls(modes, device, before, _buffers(net), captured_autocast(device.type), sums)
 
     @contextlib.contextmanager
     def restored(self, net: nn.Module) -> Iterator[None]:
@@ -255,7 +209,8 @@ class RunState:
         expected = "the buffers that its forward ran with, as it is run again in the backward"
         expect(not changed, "net", expected, f"{changed} changed since")
         switched = now != self.modes
-        with self.autocast(), contextlib.nullcontext() if self.generators is None else self.generators.replayed():
+        draws = contextlib.nullcontext() if self.generators is None else drawing_from(self.generators, self.device)
+        with self.autocast(), draws:
             try:
                 if switched:
                     _set_modes(modules, self.modes)

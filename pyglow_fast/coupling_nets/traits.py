@@ -7,8 +7,8 @@ A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *
   dilation (kernel_size - 1) / 2 over its convolutions. A net that states none is never cut inside a sample.
 - ``deterministic``: True if it gives the same output when run again, whatever the state of random generators. Nets of
   torch's and of our own modules alone are known to be, but for dropout and the like.
-- ``writes_to_input``: False if it leaves what it is called with as it is. A net with code that we cannot know is called
-  with copies of its inputs else, see inputs.py.
+- ``writes_to_input``: False if it leaves what it is called with as it is. Nets are called with copies of their inputs
+  else.
 - ``bytes_per_position(element_size) -> int``: the most bytes of activations, per sample and position, that are alive at
   one time during its forward and backward. For a net without it, see :func:`bytes_per_position`.
 """
@@ -72,8 +72,7 @@ def bytes_per_position(net: nn.Module, in_channels: int, element_size: int) -> i
 def draws_random_numbers(net: nn.Module) -> bool:
     """Whether a submodule is a dropout or the like in training mode.
 
-    Calls of ``F.dropout`` inside a forward do not show here: :class:`~pyglow_fast.coupling_nets.state.GeneratorState`
-    tells them by what they do.
+    Calls of ``F.dropout`` inside a forward do not show here: they are told by what they do to torch's generators.
     """
 
     def draws(module: nn.Module) -> bool:
@@ -129,6 +128,17 @@ def is_deterministic(net: nn.Module) -> bool:
         expect(isinstance(stated, bool), "net.deterministic", "a bool or None", repr(stated))
         return bool(stated)
     return has_known_modules(net) and not draws_random_numbers(net)
+
+
+def may_write(net: nn.Module) -> bool:
+    """Whether a net may write to what it is called with: it does not state that it leaves that as it is.
+
+    Raises:
+        ValueError: it states something else than a bool.
+    """
+    stated = getattr(net, "writes_to_input", None)
+    expect(stated is None or isinstance(stated, bool), "net.writes_to_input", "a bool or None", repr(stated))
+    return stated is not False
 
 
 def mixes_positions(net: nn.Module) -> bool:

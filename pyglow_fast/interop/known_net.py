@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast import functional
-from pyglow_fast.coupling_nets import chain
-from pyglow_fast.reference import Activation, ChainSpec, n_positions
+from pyglow_fast.reference import Activation, ChainSpec, n_positions, sides
 
 Affine = tuple[Tensor, Tensor]  # scale and offset of a map per channel, (C,) each
 
@@ -82,12 +81,9 @@ class KnownNet:
     @property
     def reach(self) -> tuple[int, ...]:
         """How many positions to each side an output depends on, along each spatial dimension."""
-        return chain.reach(self.kernel_sizes, self.spec.dilations)
-
-    @property
-    def kernel_sizes(self) -> list[tuple[int, ...]]:
-        """The kernel size of each layer, along each spatial dimension."""
-        return [layer.module.kernel_size if self.dims else () for layer in self.layers]
+        kernels = [layer.module.kernel_size if self.dims else () for layer in self.layers]
+        every = [sides(kernel, dilation) for kernel, dilation in zip(kernels, self.spec.dilations, strict=True)]
+        return tuple(map(sum, zip(*every, strict=True)))
 
     @property
     def channels(self) -> list[int]:

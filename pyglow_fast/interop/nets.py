@@ -10,7 +10,6 @@ the module.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyglow_fast import functional, reference
-from pyglow_fast.coupling_nets import chain, inputs, plain_call
+from pyglow_fast.coupling_nets import plain_call, traits
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.known_net import (
     AFFINE_MAPS,
@@ -269,22 +268,14 @@ def halo(net: nn.Module) -> int | None:
 
 
 def bytes_per_position(net: nn.Module) -> Callable[[int], int] | None:
-    """Make a function of a number's bytes that gives the bytes of activations of a position; None if not known.
-
-    A net that the executor does not run may state its own function.
-    """
-    known = recognised(net)
-    if isinstance(known, KnownNet) and not known.is_parametrized:
-        like = known.layers[0].module.weight
-        if functional.net_as_products(like):
-            return partial(chain.bytes_per_position, known.channels, known.kernel_sizes, known.spec, like)
+    """Find the function of a number's bytes by which a net states the bytes of a position; None if it states none."""
     stated: Callable[[int], int] | None = getattr(net, "bytes_per_position", None)
     return stated
 
 
 def may_write(net: nn.Module) -> bool:
     """Tells whether a net may write to its input: one that is recognised begins with what makes a tensor of its own."""
-    return not isinstance(recognised(net), KnownNet) and inputs.may_write(net)
+    return not isinstance(recognised(net), KnownNet) and traits.may_write(net)
 
 
 def run(

@@ -12,7 +12,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast._settings import Range
 from pyglow_fast.coupling_nets import check_precision, in_precision, plain_call
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
-from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
+from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
@@ -75,8 +75,8 @@ class Coupling(FlowLayer):
     Args:
         net: module mapping x1 (N, C/2, *spatial) and, if given, cond to (N, C, *spatial): shift, then raw (affine), or
             to (N, C/2, *spatial): shift (additive). With a checkerboard b x (N, C, *spatial) and cond, of the same
-            positions, to (N, 2 C, *spatial) or (N, C, *spatial); what it gives where b = 1 is not used. One that may
-            write to its input (``ReLU(inplace=True)`` first, hooks, code of its own) gets copies.
+            positions, to (N, 2 C, *spatial) or (N, C, *spatial); what it gives where b = 1 is not used. It gets
+            copies, which it may write to, unless it states ``writes_to_input = False``.
         coupling: "affine" or "additive".
         scale_map: "sigmoid": s = scale_factor sigmoid(raw + scale_bias) + scale_eps; "exp"; "tanh":
             exp(clamp tanh(raw / clamp)); "atan": exp(clamp 0.636 atan(raw)); or a callable raw -> (s, log s), which
@@ -138,7 +138,6 @@ class Coupling(FlowLayer):
         self.net = net
         if isinstance(scale_map, nn.Module):
             self.scale_module = scale_map  # its parameters are the model's
-        self._plans: Plans = {}
 
     @property
     def precision(self) -> str:
@@ -198,7 +197,7 @@ class Coupling(FlowLayer):
     def runner(self, budget: str | int) -> NetRunner:
         """What runs the net in chunks whose activations fit a budget of bytes."""
         width = 2 if self.spec.coupling == "affine" else 1
-        return NetRunner(self.net, width, budget, self._plans, self.precision, self.board)
+        return NetRunner(self.net, width, budget, self.precision, self.board)
 
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """Run the net on the kept half, the same before and after the coupling, and check the shape of its output."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import convolutions, functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_shape import NetShape
-from pyglow_fast.coupling_nets.traits import has_hooks
+from pyglow_fast.coupling_nets.traits import has_hooks, is_altered
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
 from pyglow_fast.reference import COUPLING_NETS
@@ -34,18 +32,6 @@ def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     """Set the bias of a convolution to zero, if it has one."""
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-
-
-def _chain_of(*norms: type[nn.Module]) -> tuple[tuple[tuple[str, str], ...], tuple[float, ...]]:
-    """The tensors of a net's :class:`Chain`, by submodule and name, without log_gain; and the chain's powers."""
-    slots: list[tuple[str, str]] = []
-    for layer, norm in enumerate(norms, 1):
-        own = [(f"norm{layer}", "bias"), (f"norm{layer}", "log_scale")]
-        slots += [(f"conv{layer}", "weight"), *(own if norm is ActNorm else [(f"conv{layer}", "bias")])]
-    return (*slots, ("conv3", "weight"), ("conv3", "bias")), (*(float(norm is ActNorm) for norm in norms), 3.0)
-
-
-_CHAINS = {norms: _chain_of(*norms) for norms in itertools.product((nn.Identity, ActNorm), repeat=2)}
 
 
 class CouplingNet(NetShape):
@@ -114,9 +100,7 @@ class CouplingNet(NetShape):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
-        if type(self) is not CouplingNet or has_hooks(self):
-            return False
-        if "forward" in self.__dict__ or torch.nn.modules.module._has_any_global_hook():
+        if type(self) is not CouplingNet or is_altered(self) or torch.nn.modules.module._has_any_global_hook():
             return False
         for part in self._modules.values():
             if part is not None and (has_hooks(part) or "parametrizations" in part._modules):
@@ -126,7 +110,7 @@ class CouplingNet(NetShape):
     @property
     def has_own_norms(self) -> bool:
         """Whether the net still has the norms that it was made with."""
-        return (type(self._modules["norm1"]), type(self._modules["norm2"])) in _CHAINS
+        return all(type(self._modules[name]) in (nn.Identity, ActNorm) for name in ("norm1", "norm2"))
 
     @property
     def is_initialized(self) -> bool:
@@ -151,10 +135,7 @@ class CouplingNet(NetShape):
         """w1, b1, w2, b2, w3, b3 of a net without ActNorms and gain that computes the same."""
         *hidden, w3, b3, log_gain = self._weights()
         gain = (3.0 * log_gain).exp().flatten()
-        weights = [*hidden, scaled(w3, gain), b3 * gain]
-        if not functional.net_as_convolutions(w3):
-            return weights
-        return [weight.contiguous(memory_format=convolutions.format_for(weight)) for weight in weights]
+        return [*hidden, scaled(w3, gain), b3 * gain]
 
     def _weights(self) -> list[Tensor]:
         """w1, b1, w2, b2, w3, b3 with the norms folded in, and log_gain, which is not."""
@@ -175,16 +156,21 @@ class CouplingNet(NetShape):
 
     def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its parameters decides what it computes."""
-        if not self.is_plain or self.border:
+        if not self.is_plain or self.border or not self.has_own_norms:
             return None
         parts: dict[str, Any] = self._modules
-        found = _CHAINS.get((type(parts["norm1"]), type(parts["norm2"])))
-        if found is None:
-            return None
-        slots, powers = found
-        tensors = [parts[part]._parameters.get(name) for part, name in slots]
-        tensors.append(self._parameters.get("log_gain"))
-        return None if any(tensor is None for tensor in tensors) else Chain(tensors, powers, COUPLING_NETS[self.dims])
+        norms = parts["norm1"]._parameters, parts["norm2"]._parameters
+        tensors: list[Any] = []
+        for name, norm in zip(("conv1", "conv2"), norms, strict=True):
+            conv = parts[name]._parameters
+            tensors += [conv.get("weight"), *((norm["bias"], norm["log_scale"]) if norm else (conv.get("bias"),))]
+        powers = float(bool(norms[0])), float(bool(norms[1])), 3.0
+        last = parts["conv3"]._parameters
+        tensors += [last.get("weight"), last.get("bias"), self._parameters.get("log_gain")]
+        for tensor in tensors:
+            if tensor is None:
+                return None
+        return Chain(tensors, powers, COUPLING_NETS[self.dims])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import convolutions, functional, ops
+from pyglow_fast import functional, ops
 from pyglow_fast._backend import require
 from pyglow_fast._dry import device_of
 from pyglow_fast._float32 import has_tf32
@@ -22,7 +22,7 @@ from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_runner import condition_for
 from pyglow_fast.coupling_nets.plan import plan_chunks
-from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast.coupling_nets.precision import dtype_on, in_precision
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, fold_steps, map_bytes, raw_maps, stack_maps
@@ -56,7 +56,7 @@ def _computes(precision: str, x: Tensor) -> _Computes | None:
         products = functional.net_as_products(x)
         if not products and not functional.net_as_convolutions(x):
             return None
-        dtype = torch.bfloat16 if products and functional.net_in_half(x) else convolutions.dtype_on(x)
+        dtype = torch.bfloat16 if products and functional.net_in_half(x) else dtype_on(x)
         lowest = lowest_precision(x.dtype, x, [x.new_empty(0, 0, 0)] if has_tf32(x) else ())
         return _Computes(products, "" if dtype == x.dtype else str(dtype).removeprefix("torch."), lowest)
 
@@ -99,7 +99,7 @@ def _made(
             cond_channels=cond_channels,
             rows_each=1 if board is None else 2,
         )
-    chunks = [] if plan.whole else [chunk.numbers for chunk in plan.chunks]
+    chunks = [] if plan[0].whole else [chunk.numbers for chunk in plan]
     activations, parameters, dilations = ops.chain_arguments(chain.spec)
     form = require().NetForm(
         activations,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, expect
-from pyglow_fast.coupling_nets.net_runner import ConditionRunner, condition_for
+from pyglow_fast.coupling_nets.net_runner import NetRunner, condition_for
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.reference import CouplingSpec
@@ -88,9 +88,9 @@ class AffineInjector(Coupling):
     def _net_width(self, kept: Tensor) -> int:
         return 2 * self.channels
 
-    def runner(self, budget: str | int) -> ConditionRunner:
+    def runner(self, budget: str | int) -> NetRunner:
         """What runs the net in chunks whose activations fit a budget of bytes."""
-        return ConditionRunner(self.net, 2 * self.channels, budget, self._plans, self.precision)
+        return NetRunner(self.net, 2 * self.channels, budget, self.precision, injects=True)
 
     def extra_repr(self) -> str:
         """Show channels and scale map in the repr."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional, reference
+from pyglow_fast import reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
@@ -167,22 +167,13 @@ class MaskedSequence(ReversibleSequence):
         specs = [coupling.spec for coupling in couplings]
 
         def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-            extra, records = masked_condition(mask, cond), self._records(x, cond)
-            if not records or kernels_step_aside():
+            extra, mode = masked_condition(mask, cond), self.memory
+            if mode == "store" or not self._records(x, cond) or kernels_step_aside():
                 return run_couplings(couplings, fold_in_one(steps), x, extra, budget=self._budget(), masked=True)
-            check_runs(isinstance(self.memory, str), self.memory)
-            own = plan or self._plan(x, extra, False)
-            log_dets = []
-            for first, end, mode in own.runs_between(0, len(steps)):
-                some, parts = steps[first:end], couplings[first:end]
-                if mode == "store":
-                    x, log_det = run_couplings(parts, fold_in_one(some), x, extra, masked=True)
-                else:
-                    again = recomputed(parts, own.budget, masked=True)
-                    maps = maps_of(some, [step.couplings for step in some], is_runnable(x))
-                    x, log_det = run_steps(again, self.control if mode == "reversible" else None, x, extra, maps)
-                log_dets.append(log_det)
-            return x, functional.summed(log_dets)
+            check_runs(isinstance(mode, str), mode)
+            again = recomputed(couplings, self.memory_budget, masked=True)
+            maps = maps_of(steps, [step.couplings for step in steps], is_runnable(x))
+            return run_steps(again, self.control if mode == "reversible" else None, x, extra, maps)
 
         z, log_det = run_sorted(run, without_padding(x, mask), cond, mask)
         return without_padding(z, mask), log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)

@@ -4,52 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyglow_fast import ops
-from pyglow_fast._derivatives import apply, differentiable_once
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.masks import run_by_length
-
-CHANNELS_LAST = 1000  # positions of a batch from which on it pays to lay the weights out for it
-
-
-class _Gate(torch.autograd.Function):
-    """t s = tanh(a) sigmoid(b) of the halves of h, which keeps the factors and the result, and not h."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, dim: int) -> Tensor:
-        ctx.dim = dim
-        a, b = h.chunk(2, dim)
-        tanh, sigmoid = a.tanh(), b.sigmoid()
-        out = tanh * sigmoid
-        ctx.save_for_backward(tanh, sigmoid, out)
-        return out
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """(s - t (t s)) grad and (t s - (t s) s) grad, side by side."""
-        tanh, sigmoid, out = ctx.saved_tensors
-        grad_h = grad.new_empty([size * (1 + (dim == ctx.dim)) for dim, size in enumerate(grad.shape)])
-        of_tanh, of_sigmoid = grad_h.chunk(2, ctx.dim)
-        torch.addcmul(sigmoid, out, tanh, value=-1.0, out=of_tanh).mul_(grad)
-        torch.addcmul(out, out, sigmoid, value=-1.0, out=of_sigmoid).mul_(grad)
-        return grad_h, None
-
-
-def gated(h: Tensor, dim: int) -> Tensor:
-    """tanh(a) sigmoid(b), the gate of WaveNet; a and b are the halves of h along dimension ``dim``."""
-    if is_watched() or not ops.run_on(h):
-        a, b = h.chunk(2, dim)
-        return a.tanh() * b.sigmoid()
-    out: Tensor = apply(_Gate, h, dim)
-    return out
 
 
 class Conv(NamedTuple):
@@ -60,19 +22,13 @@ class Conv(NamedTuple):
     dilation: int = 1
 
     def laid_out(self) -> Conv:
-        """Lay the weight out in memory as :meth:`of` reads it fastest, (C_out, C_in[, 1, size]), once for all calls."""
+        """Lay the weight out in memory as :meth:`of` reads it, (C_out, C_in[, 1, size]), once for all calls."""
         if self.weight.shape[2] == 1:
             return self._replace(weight=self.weight.squeeze(2))
         return self._replace(weight=self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last))
 
     def of(self, x: Tensor) -> Tensor:
-        """Convolve x (N, C_in, T) to (N, C_out, T); with a weight laid out, x (N, T, C_in) to (N, T, C_out).
-
-        To torch the second is an image of one row, with its channels last.
-        """
-        if self.weight.dim() == 3:
-            padding = self.dilation * (self.weight.shape[2] // 2)
-            return F.conv1d(x, self.weight, self.bias, padding=padding, dilation=self.dilation)
+        """Convolve x (N, T, C_in) to (N, T, C_out), with a weight laid out: an image of one row, channels last."""
         if self.weight.dim() == 2:
             return F.linear(x, self.weight, self.bias)
         image, pads = x.transpose(1, 2).unsqueeze(2), (0, self.dilation * (self.weight.shape[3] // 2))
@@ -103,7 +59,7 @@ def run_wavenet(
     """Run the formula of :class:`WaveNet` on given convolutions.
 
     Samples of similar lengths run together. The channels are last in memory, where torch's convolutions are faster and
-    those of size 1 are one product, unless there are too few positions to pay for laying the weights out so.
+    those of size 1 are one product.
 
     Args:
         parts: the convolutions.
@@ -115,17 +71,12 @@ def run_wavenet(
     Returns:
         (N, C_out, T), zero where the mask is.
     """
-    last = x.shape[0] * x.shape[2] >= CHANNELS_LAST
-    return run_by_length(partial(_run, parts.laid_out() if last else parts, dropout, last), x, cond, mask)
+    return run_by_length(partial(_run, parts.laid_out(), dropout), x, cond, mask)
 
 
-def _run(
-    parts: WaveNetParts, dropout: float, last: bool, x: Tensor, cond: Tensor | None, mask: Tensor | None
-) -> Tensor:
-    if last:
-        x = x.transpose(1, 2)
-        cond, mask = (None if part is None else part.transpose(1, 2) for part in (cond, mask))
-    h, dim = x.contiguous(), 2 if last else 1
+def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
+    h = x.transpose(1, 2).contiguous()
+    cond, mask = (None if part is None else part.transpose(1, 2) for part in (cond, mask))
 
     def masked(value: Tensor) -> Tensor:
         return value if mask is None else value * mask
@@ -140,16 +91,16 @@ def _run(
         if dropout:
             before = F.dropout(before, dropout)
         if given is not None:
-            before = before + given.narrow(dim, layer * before.shape[dim], before.shape[dim])
-        mixed = mixing.of(gated(before, dim))
+            before = before + given.narrow(2, layer * before.shape[2], before.shape[2])
+        a, b = before.chunk(2, 2)
+        mixed = mixing.of(a.tanh() * b.sigmoid())
         if layer + 1 < len(layers):
-            residual, mixed = mixed.chunk(2, dim)
+            residual, mixed = mixed.chunk(2, 2)
             h = masked(h + residual)
         skips = mixed.to(h.dtype) if skips is None else skips + mixed  # under autocast h is wider
     assert skips is not None  # there is a layer
     out = masked(skips)
-    out = out if parts.end is None else masked(parts.end.of(out))
-    return out.transpose(1, 2) if last else out
+    return (out if parts.end is None else masked(parts.end.of(out))).transpose(1, 2)
 
 
 def wavenet_halo(kernel_size: int, dilations: Sequence[int]) -> int:
@@ -201,10 +152,6 @@ class NormedConv(nn.Module):
         """The tensors of the convolution, with the weight of the present parameters."""
         return Conv(self.weight, self.bias, self.dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x (N, C_in, T) to (N, C_out, T)."""
-        return self.parts().of(x)
-
 
 class WaveNet(nn.Module):
     """m end(sum_l skip_l), h_0 = m start(x), (residual_l, skip_l) = mix_l(gate(dropout(conv_l(h_l)) + cond_l)).
@@ -242,6 +189,7 @@ class WaveNet(nn.Module):
     """
 
     takes_mask = True
+    writes_to_input = False
 
     def __init__(
         self,

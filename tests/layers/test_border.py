@@ -13,7 +13,6 @@ from support.library_ops import use_library
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.coupling_nets import check_halo
 from pyglow_fast.layers.border import border_map
 from pyglow_fast.models.prior import TopPrior
 
@@ -106,10 +105,6 @@ def test_hidden_actnorms_initialise_behind_it() -> None:
     net.initialize(x)
     hidden = net.norm1(with_ring(x, net.conv1.weight, net.border1, None))[0]
     assert_close(hidden.mean((0, 2, 3)), torch.zeros(6).double(), condition=10.0)
-
-
-def test_its_halo_is_that_of_the_convolutions() -> None:
-    check_halo(pgf.CouplingNet(2, 4, 5, border=True), (2, 2, 9, 4))
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.covering import pairs
 from support.glow_tts_cases import TextWaveNet, mask_of_lengths, moved
+from support.halos import halo_is_enough
 from support.helpers import assert_close
 from torch import Tensor, nn
 
 from bench.memory_meter import peak_tensor_bytes
-from pyglow_fast.coupling_nets import check_halo, is_deterministic, plain_call, plan_chunks, run_net, run_net_backward
-from pyglow_fast.layers import WaveNet, wavenet
-from pyglow_fast.layers.wavenet import gated
+from pyglow_fast.coupling_nets import is_deterministic, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.layers import WaveNet
 
 
 def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -34,7 +33,8 @@ def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> 
         del own.weight
         own.weight, own.bias = other.weight, other.bias
     m = 1.0 if mask is None else mask
-    return net.end(twin(net.start(x) * m, m, cond)) * m
+    start = nn.functional.conv1d(x, net.start.weight, net.start.bias)
+    return net.end(twin(start * m, m, cond)) * m
 
 
 @pairs(
@@ -43,7 +43,6 @@ def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> 
     pytest.mark.parametrize("layers", [1, 3]),
     pytest.mark.parametrize("cond", [None, 1, 11]),
     pytest.mark.parametrize("lengths", [None, (11, 11), (11, 4), (3, 2)]),
-    pytest.mark.parametrize("least", [0, 1000]),
 )
 def test_is_a_plain_one(
     kernel: int,
@@ -51,10 +50,7 @@ def test_is_a_plain_one(
     layers: int,
     cond: int | None,
     lengths: tuple[int, ...] | None,
-    least: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wavenet, "CHANNELS_LAST", least)
     net = moved(WaveNet(2, 6, 4, kernel, rate, layers, 3 if cond else 0)).double()
     x = torch.randn(2, 2, 11, dtype=torch.float64, requires_grad=True)
     given = torch.randn(2, 3, cond, dtype=torch.float64, requires_grad=True) if cond else None
@@ -80,25 +76,13 @@ def test_padding_is_not_seen() -> None:
         assert_close(both[:1, :, :7], alone)
 
 
-def test_gate_has_the_right_gradient() -> None:
-    h = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
-    for dim, value in ((2, h), (1, h.transpose(1, 2))):
-        assert torch.autograd.gradcheck(partial(gated, dim=dim), (value,))
-        a, b = value.detach().chunk(2, dim)
-        assert_close(gated(value, dim), a.tanh() * b.sigmoid())
-        assert_close(torch.func.vmap(partial(gated, dim=dim - 1))(value.detach()), gated(value, dim))
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(torch.autograd.grad(gated(h, 2).sum(), h, create_graph=True)[0].sum(), h)
-
-
 @pytest.mark.parametrize(("kernel", "rate"), [(3, 2), (5, 1)])
 def test_halo_is_what_it_sees(kernel: int, rate: int) -> None:
     net = WaveNet(2, 4, 4, kernel, rate, 3)
     assert net.halo == {(3, 2): 7, (5, 1): 6}[kernel, rate]
-    check_halo(net, (1, 2, 2 * net.halo + 9))
+    assert halo_is_enough(net, (1, 2, 2 * net.halo + 9))
     short = type("Short", (WaveNet,), {"halo": net.halo - 1})
-    with pytest.raises(ValueError, match=r"net\.halo"):
-        check_halo(short(2, 4, 4, kernel, rate, 3), (1, 2, 2 * net.halo + 9))
+    assert not halo_is_enough(short(2, 4, 4, kernel, rate, 3), (1, 2, 2 * net.halo + 9))
 
 
 @pytest.mark.full
@@ -113,15 +97,16 @@ def test_bytes_that_it_states_are_enough_and_not_far_too_much(dropout: float) ->
     weights = 4 * sum(
         parameter.numel() for parameter in parameters
     )  # and as they are normalised, laid out, their gradients
-    assert peak - weights <= plan.peak
-    assert peak >= 0.6 * plan.peak
+    stated = 2 * 3000 * net.bytes_per_position(4)
+    assert peak - weights <= stated
+    assert peak >= 0.6 * stated
 
 
 def test_strips_give_the_whole() -> None:
     net, x = moved(WaveNet(2, 4, 4, 5, 1, 2)).double(), torch.randn(2, 2, 40).double()
     plan = plan_chunks(net, x.shape, 8, 20 * net.bytes_per_position(8))
-    assert len(plan.chunks) > 2
-    assert_close(run_net(net, x, None, plan), net(x))
+    assert len(plan) > 2
+    assert_close(run_net(plain_call(net), x, None, plan), net(x))
 
 
 def test_dropout_is_said() -> None:
@@ -129,7 +114,7 @@ def test_dropout_is_said() -> None:
     assert not is_deterministic(net)
     assert is_deterministic(net.eval())
     assert torch.equal(net(torch.ones(1, 2, 3)), net(torch.ones(1, 2, 3)))
-    assert plan_chunks(net.train(), (1, 2, 1000), 4, 1).whole  # strips would draw other numbers
+    assert plan_chunks(net.train(), (1, 2, 1000), 4, 1)[0].taken.stop == 1000  # strips would draw other numbers
 
 
 def test_starts_at_zero() -> None:

@@ -22,12 +22,10 @@ MODES = (None, "store", "checkpoint", "reversible")
 EXACT = 1e-9
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["", "channels last"])
-def _sizes_that_pay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours runs on the small batches here, in both memory layouts of the nets."""
+@pytest.fixture(autouse=True)
+def _sizes_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours runs on the small batches here."""
     monkeypatch.setattr(AdoptedLayer, "least_positions", 0)
-    if request.param:
-        monkeypatch.setattr(wavenet, "CHANNELS_LAST", 0)
 
 
 def decoder(dtype: torch.dtype = torch.float64, channels: int = 6, steps: int = 3, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from support.chain_cases import Mode, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.coupling_nets import GeneratorState
+from pyglow_fast.coupling_nets import state
 
 RECOMPUTING = [Mode("checkpoint"), Mode("reversible"), Mode("reversible", None)]
 
@@ -100,12 +100,12 @@ class TestRefusals:
 
 class TestGenerators:
     def test_nets_of_known_modules_leave_them_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(_: torch.device) -> GeneratorState:
+        def refuse(_: torch.device) -> list[Tensor]:
             raise AssertionError("captured")
 
         sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])
         sequence.initialize(X.float())
-        monkeypatch.setattr(GeneratorState, "capture", refuse)
+        monkeypatch.setattr(state, "generator_states", refuse)
         for mode in RECOMPUTING:
             mode.apply(sequence)
             objective(sequence(X.float())).backward()

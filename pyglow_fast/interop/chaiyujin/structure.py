@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast.coupling_nets import chain
-from pyglow_fast.coupling_nets.net_shape import KERNEL_SIZES
 from pyglow_fast.interop.indices import indices_on
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
@@ -58,13 +56,6 @@ class SharedNet(nn.Module):
     def halo(self) -> int:
         """How many positions to each side an output depends on."""
         return max(self.known.reach)
-
-    def bytes_per_position(self, element_size: int) -> int:
-        """The bytes of activations of a position, see pyglow_fast.coupling_nets.traits."""
-        like, channels = cast(Tensor, self.net[0].weight), self.known.channels
-        if functional.net_as_products(like):
-            return chain.bytes_per_position(channels, KERNEL_SIZES, self.known.spec, like, element_size)
-        return (2 * sum(channels[1:3]) + 5 * channels[3] + 2 * channels[0]) * element_size
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Map x (N, C1, H, W) and cond (N, C_c, H, W), or None, to shift and raw scale (or shift alone)."""
@@ -175,7 +166,7 @@ def _net(net: nn.Module, name: str, is_interleaved: bool) -> SharedNet:
     convs = layers[::2]
     known = known and all(isinstance(conv, nn.Conv2d) for conv in convs)
     _expect(known, f"{name} is no chain of three convolutions with ReLUs between")
-    for conv, (size,) in zip(convs, KERNEL_SIZES, strict=True):
+    for conv, size in zip(convs, (3, 1, 3), strict=True):
         shape = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
         expected = ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
         _expect(shape == expected, f"{name} has a convolution with kernel, padding, stride, ... {shape}")

@@ -20,7 +20,7 @@ from pyglow_fast.interop.glow_tts.structure import (
 from pyglow_fast.interop.stand_in import StandIn
 from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
-from pyglow_fast.layers.wavenet import CHANNELS_LAST, run_wavenet, wavenet_bytes, wavenet_halo
+from pyglow_fast.layers.wavenet import run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.reference import CouplingSpec
 
 _SIGMOID_EPS = 1e-6  # what Glow-TTS adds to a scale
@@ -33,7 +33,7 @@ class AdoptedLayer(StandIn):
     does not pay (a few hundred positions, as when one sentence is spoken).
     """
 
-    least_positions = CHANNELS_LAST  # samples times time steps from which on ours runs
+    least_positions = 1000  # samples times time steps from which on ours runs
 
     def is_small(self, x: Any) -> bool:
         """Whether a batch has so few positions that the layer's own code is as fast or faster."""

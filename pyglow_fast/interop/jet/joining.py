@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.net_runner import NetRunner, Plans
+from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.traits import bytes_per_position, is_altered
 from pyglow_fast.interop.jet.couplings import Adopted, OfImages, WithProjections, takes
 from pyglow_fast.interop.jet.tokens import TokenCoupling
@@ -60,7 +60,6 @@ class _Step(nn.Module):
         super().__init__()
         self.layer, self.called, self.budget = layer, called, budget
         self._nets: dict[tuple[int | bool, ...], _TokenNet] = {}  # not registered: their parameters are the layer's
-        self._plans: Plans = {}
 
     def coupling(self, x: Tensor) -> TokenCoupling | None:
         """How tokens are coupled with the projections of now."""
@@ -75,7 +74,7 @@ class _Step(nn.Module):
         key = (*x.shape[1:], found.by_channel)
         if key not in self._nets:  # kept, since what a net does in a capture is known by what it did before
             self._nets[key] = _TokenNet(found.net, layer.dnn, x.shape[1:], found.by_channel)
-        return _Recomputed(NetRunner(self._nets[key], 2, self.budget, self._plans), found)
+        return _Recomputed(NetRunner(self._nets[key], 2, self.budget), found)
 
     def _known(self, x: Tensor) -> TokenCoupling:
         """How tokens are coupled; without a record the net runs in chunks."""

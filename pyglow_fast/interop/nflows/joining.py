@@ -43,8 +43,7 @@ class UserNet(nn.Module):
     @property
     def bytes_per_position(self) -> Callable[[int], int] | None:
         """A function that computes the bytes of activations of a position; None where they are not known."""
-        chain = chain_of(self.net, None)
-        return nets.bytes_per_position(self.net if chain is None else chain)
+        return nets.bytes_per_position(self.net)
 
     @property
     def deterministic(self) -> bool | None:
