@@ -303,7 +303,7 @@ def run_couplings_inverse(
         z, cond = couplings[-1].enter(z, cond)
     matrices, indices = stacked.inverse() if inverses is None else inverses
     gathers = [None] * len(matrices) if indices is None else indices.unbind()
-    back = zip(matrices.unbind(), stacked.offset.unbind(), gathers, strict=True)
+    back = list(zip(matrices.unbind(), stacked.offset.unbind(), gathers, strict=True))
     masked_by = cond if masked else None
     log_det = -maps_log_det(stacked, z, masked_by)
     for (inverse, offset, index), coupling in reversed(list(zip_longest(back, couplings))):
