@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -337,15 +337,9 @@ class ReversibleSequence(FlowLayer):
 
     def _records(self, x: Tensor, cond: Tensor | None) -> bool:
         """Whether autograd asks for a backward."""
-        return torch.is_grad_enabled() and (
-            x.requires_grad
-            or (cond is not None and cond.requires_grad)
-            or any(
-                tensor.requires_grad
-                for module in self.modules()
-                for tensor in module._parameters.values()
-                if tensor is not None
-            )
+        own = (tensor for module in self.modules() for tensor in module._parameters.values())
+        return torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in chain((x, cond), own)
         )
 
     def _through(
@@ -467,22 +461,9 @@ class ReversibleSequence(FlowLayer):
         """Continue with a saved drift control."""
         self.control.load_state(state)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + "_extra_state"
-        if key in missing_keys:  # weights saved without it, such as converted ones: the control begins anew
-            missing_keys.remove(key)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + "_extra_state", self.control.state())  # of weights without it: converted ones
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Show the memory mode in the repr."""

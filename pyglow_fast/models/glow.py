@@ -114,16 +114,9 @@ class Glow(nn.Module):
         makes = net is None or (callable(net) and not isinstance(net, nn.Module))
         expect(makes, "net", "a factory net(in_channels, out_channels) -> nn.Module", type(net).__name__)
         self.config = GlowConfig.from_dict(fields) if config is None else config
-        memory = parse_memory(memory)
         self.state_shapes = self.config.level_shapes()
-        options = {
-            "memory": memory,
-            "anchor_every": anchor_every,
-            "tolerance": tolerance,
-            "memory_budget": memory_budget,
-            "deferred_check": deferred_check,
-        }
-        self.levels = nn.ModuleList(FlowLevel(self.config, i, net, **options) for i in range(self.config.n_levels))
+        options = (parse_memory(memory), anchor_every, tolerance, memory_budget, deferred_check)
+        self.levels = nn.ModuleList(FlowLevel(self.config, i, net, *options) for i in range(self.config.n_levels))
         self.splits = nn.ModuleList(
             Split(
                 self.state_shapes[i][0],

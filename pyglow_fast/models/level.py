@@ -32,19 +32,19 @@ class FlowLevel(nn.Module):
         memory: options of the ReversibleSequences.
     """
 
-    def __init__(self, config: GlowConfig, level: int, net: NetFactory | None, **memory: Any) -> None:
+    def __init__(self, config: GlowConfig, level: int, net: NetFactory | None, *memory: Any) -> None:
         super().__init__()
         squeezes, channels = config.squeezes(level), config.level_shapes()[level][0]
         n_boards = config.n_checkerboard if squeezes else config.n_last_checkerboard
         width = channels // 2**config.dims if squeezes else channels
         # Dinh et al. 2017, figure 3: the first mask keeps where the sum of the indices is odd.
         boards = [_step(config, level, width, net, mask="checkerboard", parity=(k + 1) % 2) for k in range(n_boards)]
-        self.checkerboard: Steps | None = ReversibleSequence(boards, **memory) if boards else None
+        self.checkerboard: Steps | None = ReversibleSequence(boards, *memory) if boards else None
         steps: list[FlowStep] = []
         if squeezes:
             steps += [_transition(config, channels) for _ in range(config.n_transitions)]
             steps += [_step(config, level, channels, net) for _ in range(config.n_steps - n_boards)]
-        self.steps: Steps | None = ReversibleSequence(steps, **memory) if steps else None
+        self.steps: Steps | None = ReversibleSequence(steps, *memory) if steps else None
 
     def freeze(self) -> None:
         """Replace all steps by their folded ones; see FrozenSteps."""
