@@ -121,8 +121,8 @@ def test_stages_fit_into_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_stage_that_is_stopped_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another stage's file of an earlier run stays, and measurements are not written among a rehearsal's."""
-    write = "import pathlib, time; pathlib.Path('{out}', 'a.json').write_text('[1]'); print('so far'); time.sleep(60)"
-    stages = [Stage("one", 1, "", f'-c "{write}"'), Stage("two", 9, "", '-c "raise SystemExit(7)"')]
+    write = "import pathlib, time; pathlib.Path('{out}', 'a.json').write_text('[1]'); print('so far'); time.sleep(600)"
+    stages = [Stage("one", 1, "", f'-c "{write}"'), Stage("two", 60, "", '-c "raise SystemExit(7)"')]
     for module in (gpu_check, gpu_stages):
         monkeypatch.setattr(module, "STAGES", stages)
     monkeypatch.setattr(gpu_check, "MACHINE_SECONDS", 0)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from support.commands import run_ranks
 from support.covering import pairs
-from support.glow_settings import CALM, CONDITION, Setting
+from support.glow_settings import CALM, CONDITION, CONFIGS, Setting
 from support.gradients import assert_same_gradients, gradients, objective, perturbed
 from support.helpers import assert_close, assert_kernel_close, jacobian, log_abs_det
 from support.plain_glow import plain_encode, plain_log_prob
@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 import pyglow_fast as pgf
 from pyglow_fast import functional
 
-SETTINGS = ["default", "one dimension", "three dimensions", "everything", "last checkerboard", "realnvp"]
+QUICK = ("default", "one dimension", "three dimensions", "everything", "last checkerboard", "realnvp")
+SETTINGS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in CONFIGS]
 
 
 @pytest.mark.parametrize("name", SETTINGS)

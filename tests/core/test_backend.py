@@ -36,9 +36,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run_python(code: str, **environment: str) -> str:
     """The output of a new interpreter, in which nothing is imported yet."""
     environment = os.environ | environment
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -80,16 +78,6 @@ def test_every_op_has_its_kernels() -> None:
         assert ops.is_compiled(op, "cpu"), op
         on_gpus = bool(_backend.build_info()["cuda"]) and not op.startswith(CPU_ALONE)
         assert ops.is_compiled(op, "cuda") == on_gpus, op
-
-
-@compiled
-@pytest.mark.full
-def test_the_instruction_set_can_be_chosen() -> None:
-    best = _backend.require().instruction_set()
-    built = _backend.build_info()["instruction_sets"].split(",")
-    for name in built[: built.index(best) + 1]:
-        code = "import torch, pyglow_fast._C as c; print(c.instruction_set())"
-        assert run_python(code, PYGLOW_CPU=name).strip() == name
 
 
 @compiled

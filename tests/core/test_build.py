@@ -1,17 +1,16 @@
-"""The policy of setup.py, the checks of the build, and what is told of wheels; one is compiled with --full alone."""
+"""The policy of setup.py, the checks of the build, and what is told of wheels; one is made with --full alone."""
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import yaml
 from packaging.requirements import Requirement
 from support import ROOT
@@ -203,9 +202,8 @@ def test_the_version_is_that_of_the_package(policy: ModuleType) -> None:
 
 @pytest.mark.full
 def test_a_wheel_of_the_source_distribution_works(tmp_path: Path) -> None:
-    """It has all that it needs to be compiled; installed elsewhere, the wheel computes what the reference does."""
-    environment = {**os.environ, "PYGLOW_CUDA": "0", "PYGLOW_NO_EXTENSION": "0", "PYGLOW_WHEEL_LABEL": "1"}
-    environment = {**environment, "MAX_JOBS": "2", "PIP_NO_INDEX": "1"}
+    """The sources have all that is compiled; the wheel, here without kernels, works where it is installed."""
+    environment = {**os.environ, "PYGLOW_CUDA": "0", "PYGLOW_NO_EXTENSION": "1", "PIP_NO_INDEX": "1"}
     environment.pop("PYTHONPATH", None)
 
     def run(*command: str) -> str:
@@ -217,12 +215,14 @@ def test_a_wheel_of_the_source_distribution_works(tmp_path: Path) -> None:
 
     run("-m", "build", "--no-isolation", "--outdir", "dist", str(ROOT))
     (sources,), (wheel,) = (tmp_path / "dist").glob("*.tar.gz"), (tmp_path / "dist").glob("*.whl")
-    label = f"cputorch{'.'.join(_backend.release(torch.__version__))}"
-    assert sources.name == f"pyglow_fast-{pyglow_fast.__version__}.tar.gz"
-    assert wheel.name.startswith(f"pyglow_fast-{pyglow_fast.__version__}+{label}-cp3")
+    name = f"pyglow_fast-{pyglow_fast.__version__}"
+    assert sources.name == f"{name}.tar.gz"
+    assert wheel.name.startswith(f"{name}-py3-none")
+    with tarfile.open(sources) as archive:
+        packed = {member.removeprefix(f"{name}/") for member in archive.getnames()}
+    needed = [ROOT / file for file in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE")]
+    needed += [path for folder in ("csrc", "cmake") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert {str(path.relative_to(ROOT)) for path in needed} <= packed
     run("-m", "pip", "install", "--quiet", "--no-deps", "--target", "installed", str(wheel))
-    (metadata,) = (tmp_path / "installed").glob("*.dist-info/METADATA")
-    assert f"Requires-Dist: torch=={'.'.join(_backend.release(torch.__version__))}.*" in metadata.read_text()
     environment["PYTHONPATH"] = str(tmp_path / "installed")
-    version = re.escape(f"{pyglow_fast.__version__}+{label}")
-    assert re.search(rf"^  extension +{version}$", run(str(ROOT / ".ci" / "smoke.py")), re.MULTILINE)
+    assert str(tmp_path / "installed") in run("-m", "pyglow_fast", "info")

@@ -84,7 +84,7 @@ def test_examples_print_the_same_without_the_extension() -> None:
     environment = {**os.environ, "PYGLOW_FORCE_REFERENCE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_examples and not print"]
     result = subprocess.run(
-        [*command, __file__], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False
+        [*command, __file__], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout

@@ -108,7 +108,7 @@ def look_at(words: list[str]) -> None:
             with urllib.request.urlopen(address) as answer:
                 assert b"pyglow_fast" in answer.read()
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=20) == 0
+            assert process.wait(timeout=300) == 0
         finally:
             process.kill()
 

@@ -248,7 +248,7 @@ def first_passes(library: Any, batch: Tensor) -> list[Tensor]:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timeout)
     batch = whole_batch()[rank::RANKS]
     found = {"theirs": first_passes(nf, batch), "ours": first_passes(fast, batch)}

@@ -1,4 +1,4 @@
-"""Glow: its density against a second writing of it, exact latents, bits per dimension."""
+"""Glow: gradients of its density against those of a second writing of it, shapes, layouts, bits per dimension."""
 
 from __future__ import annotations
 
@@ -6,51 +6,17 @@ import math
 
 import pytest
 import torch
-from support.glow_settings import CALM, CONDITION, CONFIGS, Setting
-from support.helpers import assert_close, jacobian, memory_layouts
-from support.plain_glow import plain_encode, plain_log_prob
-from torch import Tensor
+from support.glow_settings import CONDITION, Setting
+from support.helpers import assert_close, memory_layouts
+from support.plain_glow import plain_log_prob
 
 import pyglow_fast as pgf
 from pyglow_fast import likelihood
 
-every_config = pytest.mark.parametrize("name", CONFIGS)
 some_configs = pytest.mark.parametrize("name", ["default", "one dimension", "classes", "map", "everything"])
 
 
-@pytest.mark.full
-@every_config
-def test_the_settings_are_well_conditioned(name: str) -> None:
-    setting = Setting(name)
-
-    def flat(x: Tensor, cond: Tensor | None) -> Tensor:
-        return torch.cat([z.flatten(1) for z in setting.model.encode(x, cond)], dim=1)
-
-    assert torch.linalg.cond(jacobian(flat, setting.x, setting.cond)).max() < CONDITION
-
-
 class TestDensity:
-    @pytest.mark.full
-    @every_config
-    def test_log_prob_is_what_it_says(self, name: str, device: torch.device) -> None:
-        setting = Setting(name, device)
-        expected = plain_log_prob(setting.state, setting.config, setting.x, setting.y, setting.cond)
-        log_prob = setting.model.log_prob(setting.x, setting.y, setting.cond)
-        assert log_prob.shape == (4,)
-        assert_close(log_prob / setting.config.n_values, expected / setting.config.n_values, condition=CONDITION)
-
-    @pytest.mark.full
-    @every_config
-    def test_latents_are_what_they_should_be(self, name: str) -> None:
-        setting = Setting(name)
-        latents, log_det = setting.model(setting.x, setting.cond)
-        expected, expected_log_det = plain_encode(setting.state, setting.config, setting.x, setting.y, setting.cond)
-        assert [tuple(z.shape[1:]) for z in latents] == setting.model.latent_shapes
-        assert sum(math.prod(shape) for shape in setting.model.latent_shapes) == setting.config.n_values
-        for z, (plain, _, _) in zip(latents, expected, strict=True):
-            assert_close(z, plain, condition=CONDITION)
-        assert_close(log_det, expected_log_det, condition=CONDITION * setting.config.n_values)
-
     @some_configs
     def test_gradients_are_those_of_the_plain_computation(self, name: str) -> None:
         setting = Setting(name)
@@ -102,25 +68,6 @@ class TestDensity:
 
 
 class TestEncodeAndDecode:
-    @pytest.mark.full
-    @every_config
-    def test_are_exact(self, name: str) -> None:
-        setting = Setting(name)
-        latents = setting.model.encode(setting.x, setting.cond)
-        assert_close(setting.model.decode(latents, setting.cond), setting.x, condition=CONDITION)
-
-    @pytest.mark.full
-    @every_config
-    def test_decode_then_encode(self, name: str) -> None:
-        setting = Setting(name, spread=CALM)
-        latents = [torch.randn(4, *shape, dtype=torch.float64) for shape in setting.model.latent_shapes]
-        x, log_det = setting.model.inverse(latents, setting.cond)
-        again, forward_log_det = setting.model(x, setting.cond)
-        largest = max(1.0, float(x.detach().abs().max()))
-        for got, expected in zip(again, latents, strict=True):
-            assert_close(got, expected, condition=CONDITION * largest)
-        assert_close(forward_log_det / x[0].numel(), -log_det / x[0].numel(), condition=CONDITION * largest)
-
     def test_float32(self) -> None:
         setting = Setting("default")
         model, x = setting.model.float(), setting.x.float()

@@ -22,15 +22,6 @@ def model() -> pgf.Glow:
 
 
 @pytest.mark.full
-def test_log_prob_is_one_graph(model: pgf.Glow) -> None:
-    x = torch.rand(4, 2, 8, 8) - 0.5
-    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Dynamo detected")  # a cache, for one
-        assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
-
-
-@pytest.mark.full
 def test_sampling_is_one_graph(model: pgf.Glow) -> None:
     compiled = torch.compile(model.sample, fullgraph=True, backend="aot_eager")
     found = []
@@ -46,18 +37,9 @@ def test_inductor_agrees_with_the_fake_kernels(model: pgf.Glow) -> None:
     """The code generator relies on the strides that the fake kernels promise."""
     x = (torch.rand(4, 8, 2, 8) - 0.5).transpose(1, 2)
     compiled = torch.compile(model.log_prob, fullgraph=True)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo detected")  # a cache, for one
         assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
-
-
-@pytest.mark.full
-def test_gradients(model: pgf.Glow) -> None:
-    x = torch.rand(4, 2, 8, 8) - 0.5
-    parameters = list(model.parameters())
-    expected = torch.autograd.grad(model.log_prob(x).sum(), parameters)
-    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
-    for got, exact in zip(torch.autograd.grad(compiled(x).sum(), parameters), expected, strict=True):
-        assert torch.allclose(got, exact, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.full

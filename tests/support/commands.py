@@ -103,7 +103,7 @@ class Command:
         return out, err
 
 
-def run_ranks(work: Callable[..., None], folder: Path, ranks: int, seconds: float = 120) -> list[dict[str, Any]]:
+def run_ranks(work: Callable[..., None], folder: Path, ranks: int, seconds: float = 300) -> list[dict[str, Any]]:
     """What ``work(rank, folder)`` leaves in ``folder/RANK.pt``, each rank in a process of its own; none may hang."""
     context()
     processes = torch.multiprocessing.start_processes(

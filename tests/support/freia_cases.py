@@ -222,7 +222,7 @@ def unequal_batches() -> list[Tensor]:
 def initialise_on_a_rank(rank: int, folder: str) -> None:
     """What FrEIA's and our ActNorm set from the batches of two ranks, and what is said of a bad one, into a file."""
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=60)
+    wait = datetime.timedelta(seconds=300)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=wait
     )

@@ -19,8 +19,8 @@ from support.toolchain import JOBS
 def cmake(source: Path, folder: Path, *targets: str, **options: object) -> None:
     """Configures ``source`` into ``folder`` with the options that setup.py gives and these, and builds the targets.
 
-    ``folder`` is kept between runs, so that only what has changed is compiled again. The test is skipped where CMake or
-    Ninja is missing.
+    The module's bindings are compiled as quickly.cmake says. ``folder`` is kept between runs, so that only what has
+    changed is compiled again. The test is skipped where CMake or Ninja is missing.
     """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     program, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
@@ -28,6 +28,7 @@ def cmake(source: Path, folder: Path, *targets: str, **options: object) -> None:
         pytest.skip("needs cmake and ninja")
     known = {
         "CMAKE_MAKE_PROGRAM": ninja,
+        "CMAKE_PROJECT_pyglow_fast_INCLUDE": Path(__file__).with_name("quickly.cmake"),
         "Python_EXECUTABLE": sys.executable,
         "PYGLOW_VERSION": "0",
         "PYGLOW_TORCH_DIR": Path(torch.__file__).parent,

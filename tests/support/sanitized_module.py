@@ -15,9 +15,8 @@ from support.toolchain import KEPT, compiler
 FOLDER = KEPT.parent / "sanitized"
 FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so.6")  # that a python without them must load first
-LEFT_OUT = ("avx2", "avx512_bf16", "amx")  # kernels that are those of the other sets with other vectors
+LEFT_OUT = ("avx2", "avx512", "avx512_bf16", "amx")  # the same kernels with other vectors
 OPTIONS = {
-    # GCC's frames on its fake stack are less aligned than the vectors of AVX-512 that lie in them.
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
@@ -38,16 +37,16 @@ def package(folder: Path) -> Path:
     """A folder to import the package from. What was compiled is kept in build/sanitized: minutes the first time."""
     left_out = {f"PYGLOW_COMPILER_HAS_{name}": 0 for name in LEFT_OUT}
     # The sanitizers' own symbols are not those that the build checks for by nm.
-    native_builds.cmake(ROOT, FOLDER, CMAKE_BUILD_TYPE="None", CMAKE_CXX_FLAGS=FLAGS, CMAKE_NM="", **left_out)
+    options = {"CMAKE_CXX_FLAGS": FLAGS, "CMAKE_NM": "", "PYGLOW_UNOPTIMISED": "pyglow_cpu_portable"}
+    native_builds.cmake(ROOT, FOLDER, CMAKE_BUILD_TYPE="None", **options, **left_out)
     modules = [*FOLDER.glob("_C*.so")]
     assert all(b"__asan_init" in module.read_bytes() for module in modules)
     return native_builds.package(folder, modules)
 
 
-def run(package: Path, instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python ARGUMENTS`` with that package and these CPU kernels."""
-    paths = os.pathsep.join([str(package), str(ROOT / "tests")])
-    environment = {**os.environ, **OPTIONS, "PYTHONPATH": paths, "PYGLOW_CPU": instruction_set}
+def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` with that package."""
+    environment = {**os.environ, **OPTIONS, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT / "tests")])}
     return subprocess.run(
         [sys.executable, *arguments],
         env={**environment, "LD_PRELOAD": _libraries(), "OMP_NUM_THREADS": "1"},

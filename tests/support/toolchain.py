@@ -87,8 +87,8 @@ def execute(program: Path, *arguments: str, address_options: str = "") -> subpro
     prefix = [setarch, os.uname().machine, "-R"] if setarch else []
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": f"detect_leaks=0:{address_options}"}
     command = [*prefix, str(program), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if prefix and result.returncode != 0 and "setarch" in result.stderr:  # not permitted here
         command = command[len(prefix) :]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return result

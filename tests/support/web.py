@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 MUST = "PYGLOW_BROWSER"  # "must": what is missing fails a test instead of skipping it
-WAIT = 60.0  # seconds that anything may take on a busy machine, where a test waits for it
+WAIT = 120.0  # seconds that anything may take on a busy machine, where a test waits for it
 START = 2 * WAIT  # seconds that a server may take to print its address
 SMALL_PAGE = ROOT / "tests" / "web" / "small_page.py"
 # Tells of each message that pops up on a page, which goes by itself after some seconds: its text, and how many elements

@@ -21,7 +21,7 @@ TINY += ["--device", "cpu", "--sample-count", "4", "--warmup", "10", "--decay-st
 TRAIN = ["-m", "pyglow_fast", "train", "digits", *TINY]
 
 
-def ended(processes: list[Command], seconds: float = 120) -> list[tuple[int | None, str, str]]:
+def ended(processes: list[Command], seconds: float = 300) -> list[tuple[int | None, str, str]]:
     """(code, output, errors) of each."""
     found = []
     for process in processes:
@@ -47,10 +47,9 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("memory", ["reversible", pytest.param("store", marks=pytest.mark.full)])
-def test_two_ranks_are_one_run(tmp_path: Path, memory: str) -> None:
+def test_two_ranks_are_one_run(tmp_path: Path) -> None:
     """2 x 8 images against 1 x 16, with noise that belongs to the images; and torchrun itself."""
-    options = ["--max-steps", "50", "--log-every", "1", "--check-ranks-every", "10", "--memory", memory]
+    options = ["--max-steps", "50", "--log-every", "1", "--check-ranks-every", "10"]
     run_alone([*options, "--out", "one"], tmp_path)
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     command = [sys.executable, *torchrun, *TRAIN, *options, "--out", "two"]
@@ -90,7 +89,7 @@ def test_a_resumed_run_on_as_many_and_on_other_ranks(tmp_path: Path) -> None:
 
 
 def wait_for_steps(run: Path, count: int) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().splitlines()) > count:
             return

@@ -95,7 +95,7 @@ def test_the_page_is_encrypted(files: Path, tmp_path: Path) -> None:
         assert running.address.startswith("https://127.0.0.1:")
         name, _, port = running.host.rpartition(":")
         trusted = ssl.create_default_context(cafile=files / "cert.pem")
-        connection = HTTPSConnection(name, int(port), timeout=10, context=trusted)
+        connection = HTTPSConnection(name, int(port), timeout=web.WAIT, context=trusted)
         form = {"Content-Type": "application/x-www-form-urlencoded", "Origin": f"https://{running.host}"}
         connection.request("POST", "/login", "username=ada&password=pass", form)
         answer = connection.getresponse()
@@ -106,7 +106,7 @@ def test_the_page_is_encrypted(files: Path, tmp_path: Path) -> None:
         answer = connection.getresponse()
         assert (answer.status, b"Double" in answer.read()) == (200, True)
         connection.close()
-        untrusted = HTTPSConnection(name, int(port), timeout=10, context=ssl.create_default_context())
+        untrusted = HTTPSConnection(name, int(port), timeout=web.WAIT, context=ssl.create_default_context())
         with pytest.raises(ssl.SSLCertVerificationError):
             untrusted.request("GET", "/")
         assert running.end() == 0

@@ -166,7 +166,7 @@ def test_other_cookies_of_this_machine_do_not_hinder_a_login(guarded: web.Server
 
 def test_a_login_is_kept_from_scripts_and_other_sites(guarded: web.Server) -> None:
     form = f"username={USER}&password={PASSWORD.replace(' ', '+')}".encode()
-    connection = HTTPConnection(*guarded.host.split(":"), timeout=10)  # type: ignore[arg-type]
+    connection = HTTPConnection(*guarded.host.split(":"), timeout=web.WAIT)  # type: ignore[arg-type]
     connection.request("POST", "/login", form, {"Content-Type": "application/x-www-form-urlencoded"})
     cookies = [value for name, value in connection.getresponse().getheaders() if name.lower() == "set-cookie"]
     connection.close()
@@ -352,7 +352,7 @@ def test_a_visitor_who_leaves_is_no_fault(small: web.Server) -> None:
     name, _, port = small.host.rpartition(":")
     before = small.log()
     for path, kind in ((UPLOAD, "multipart/form-data; boundary=b"), ("/login", "application/x-www-form-urlencoded")):
-        connection = HTTPConnection(name, int(port), timeout=10)
+        connection = HTTPConnection(name, int(port), timeout=web.WAIT)
         connection.putrequest("POST", path)
         connection.putheader("Content-Type", kind)
         connection.putheader("Content-Length", "5000")
