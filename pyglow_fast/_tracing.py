@@ -7,6 +7,10 @@ torch.compile takes the kernels into its graphs.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_batchedtensor
@@ -49,3 +53,19 @@ def is_of_several(x: Tensor) -> bool:
 def kernels_step_aside() -> bool:
     """Tells whether functions are to be made of torch's own ops: see the module."""
     return is_exporting() or has_transforms()
+
+
+_untraced: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def call_untraced(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call function(*inputs) where torch.compile must not trace it: its backward decides by values."""
+    # torch.compiler.disable imports all of torch._dynamo; where that has not happened nothing compiles.
+    if "torch._dynamo" not in sys.modules:
+        return function(*inputs)
+    if function not in _untraced:
+        _untraced[function] = torch.compiler.disable(function)
+    return _untraced[function](*inputs)
+
+
+call_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]

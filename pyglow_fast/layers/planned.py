@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -92,13 +93,14 @@ class Plans:
         first = [run.control.first_spacing for run in model._sequences()]
         now = [min(run.control.spacing, own) for run, own in zip(model._sequences(), first, strict=True)]
         key = (_key(model, inputs), model.memory, model._sequences()[0].memory_budget, tuple(now), settings)
-        self.last = self._known.get(key)
-        if self.last is None:
-            self.last = _made(model, inputs, forward, now, first)
+        plan = self._known.get(key)
+        if plan is None:
+            plan = _made(model, inputs, forward, now, first)
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            self._known[key] = self.last
-        return _of_runs(self.last.steps, map(len, model._sequences()))
+            self._known[key] = plan
+        self.last = plan
+        return _of_runs(plan.steps, map(len, model._sequences()))
 
     def report(self, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The reports of the runs, with what the last plan says of each, and predicts for all."""
@@ -137,8 +139,8 @@ def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: l
     step, n_steps = _DryStep(model, inputs, forward), sum(map(len, runs))
 
     def planned(spacings: list[int]) -> MemoryPlan:
-        step.spacings = spacings
-        return plan_memory(step.bytes_of, n_steps, budget, runs[0].memory_budget, like.device.type)
+        bytes_of = partial(step.bytes_of, spacings)
+        return plan_memory(bytes_of, n_steps, budget, runs[0].memory_budget, like.device.type)
 
     try:
         return planned(now)
@@ -155,11 +157,7 @@ def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: l
 
 
 class _DryStep:
-    """A training step of a model, or of a run of steps, without values; see :meth:`Plans.of`.
-
-    Attributes:
-        spacings: of the anchors of each run.
-    """
+    """A training step of a model, or of a run of steps, without values; see :meth:`Plans.of`."""
 
     def __init__(self, model: Any, inputs: Inputs, forward: Forward) -> None:
         self._device, self._forward = next(model.parameters()).device, forward
@@ -173,11 +171,10 @@ class _DryStep:
                 module._known_initialized = True  # or a forward in training would look at values
             if isinstance(module, nn.modules.conv._ConvNd) and module not in own:
                 _Scratch(module)
-        self.spacings: list[int] = []
 
-    def bytes_of(self, plan: RunPlan) -> int:
-        """Go through the step with a plan: the most bytes at any time."""
-        for run, spacing in zip(self._twin._sequences(), self.spacings, strict=True):
+    def bytes_of(self, spacings: list[int], plan: RunPlan) -> int:
+        """Go through the step with a spacing of the anchors of each run and a plan: the most bytes at any time."""
+        for run, spacing in zip(self._twin._sequences(), spacings, strict=True):
             run.control.deferred, run.control.learnt = False, DriftRecord(spacing)  # or anchors would move apart
         self._twin._plans.tried = plan
         with DryRun(self._device) as dry, torch.enable_grad():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._dry import is_dry
 from pyglow_fast._errors import check_input, expect
-from pyglow_fast._tracing import is_watched, kernels_step_aside
+from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.layers._base import FlowLayer
@@ -35,7 +35,6 @@ from pyglow_fast.layers.flow_step import (
 from pyglow_fast.layers.folded import Folded
 from pyglow_fast.layers.planned import Plans, check_runs
 from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
-from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.run import Maps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
 from pyglow_fast.reversible.setting import parse_memory

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_count, check_input, expect
-from pyglow_fast._tracing import is_watched, kernels_step_aside
+from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
 from pyglow_fast.coupling_nets.traits import submodules
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.planned import Forward, Plans
@@ -30,7 +30,6 @@ from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
-from pyglow_fast.reversible.limits import call_untraced
 from pyglow_fast.reversible.planner import MemoryPlan, RunPlan
 from pyglow_fast.reversible.setting import parse_memory
 

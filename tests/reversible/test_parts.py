@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import copy
+import threading
+from typing import Any
 
 import pytest
 import torch
-from support.chain_cases import EVERY_STEP, ONE_PART, Mode, cut_parts, objective
-from torch import nn
+from support.chain_cases import (
+    CASES,
+    EVERY_STEP,
+    ONE_PART,
+    Mode,
+    assert_same_gradients,
+    cut_parts,
+    gradients,
+    objective,
+)
+from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
+from pyglow_fast._backend import extension
 from pyglow_fast.reversible import DriftControl
 from pyglow_fast.reversible.parts import LEAST_PART, Whole, part_limit
 from pyglow_fast.reversible.run import no_maps
@@ -98,3 +110,96 @@ def test_gradients_that_are_added_to_others_exist_twice_by_parts_alone(
             objective(model(x)).backward()
         peaks[limit] = meter.peak
     assert peaks[ONE_PART] > size > 4 * peaks[EVERY_STEP]
+
+
+@pytest.mark.full
+@pytest.mark.skipif(extension() is None, reason="the parts of the compiled run hand states on")
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("mode", [Mode("checkpoint"), Mode("reversible", None), Mode("reversible", 3)], ids=str)
+class TestBackwards:
+    """More than one backward through one graph, or one that is not the whole: each has the states of its own."""
+
+    def graph(
+        self, mode: Mode, steps: int, patch: pytest.MonkeyPatch
+    ) -> tuple[pgf.ReversibleSequence, Tensor, dict[str, Tensor]]:
+        """A run in parts of so many steps, its input that wants a gradient, and the stored gradients."""
+        cut_parts(patch, EVERY_STEP, steps)
+        case = next(case for case in CASES if case.name == "depth-8")
+        sequence, (x, _) = case.build(tolerance=1e-11), case.batch()
+        Mode("store").apply(sequence)
+        expected = gradients(sequence, x)
+        mode.apply(sequence)
+        return sequence, x.requires_grad_(), expected
+
+    def of_all(self, sequence: pgf.ReversibleSequence, x: Tensor, value: Tensor) -> dict[str, Tensor]:
+        named = {"x": x, **dict(sequence.named_parameters())}
+        return dict(zip(named, torch.autograd.grad(value, list(named.values()), retain_graph=True), strict=True))
+
+    def test_late_gradients_alone_and_then_all(self, mode: Mode, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, expected = self.graph(mode, steps, monkeypatch)
+        value = objective(sequence(x))
+        for k in (7, 4):
+            for name in (f"{k}.coupling.net.conv1.weight", f"{k}.actnorm.bias", f"{k}.permutation.upper"):
+                (found,) = torch.autograd.grad(value, sequence.get_parameter(name), retain_graph=True)
+                assert_same_gradients({name: found}, {name: expected[name]})
+        assert sequence.memory_report()["passes"] == 0
+        for passes in (1, 2):
+            assert_same_gradients(self.of_all(sequence, x, value), expected)
+            assert sequence.memory_report()["passes"] == passes * (mode.memory == "reversible")
+
+    def test_a_batch_of_gradients(self, mode: Mode, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, _ = self.graph(mode, steps, monkeypatch)
+        z, log_det = sequence(x)
+        rows = torch.randn(3, *z.shape, dtype=torch.float64), torch.randn(3, *log_det.shape, dtype=torch.float64)
+        inputs = [x, *sequence.parameters()]
+        at_once = torch.autograd.grad((z, log_det), inputs, rows, is_grads_batched=True, retain_graph=True)
+        Mode("store").apply(sequence)
+        z, log_det = sequence(x)
+        for i in range(3):
+            one = torch.autograd.grad((z, log_det), inputs, [row[i] for row in rows], retain_graph=True)
+            for found, wanted in zip(at_once, one, strict=True):
+                assert_same_gradients({"": found[i]}, {"": wanted})
+
+    def test_in_two_threads_at_a_time(self, mode: Mode, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, expected = self.graph(mode, steps, monkeypatch)
+        value = objective(sequence(x))
+        gate, true = threading.Barrier(2, timeout=30), Whole.take
+        found: list[Any] = []
+
+        def in_the_middle(whole: Whole, part: Any) -> Tensor | None:
+            gate.wait()  # each is in the middle of its backward while the other is
+            return true(whole, part)
+
+        def run() -> None:
+            try:
+                found.append(self.of_all(sequence, x, value))
+            except BaseException as error:
+                gate.abort()
+                found.append(error)
+
+        monkeypatch.setattr(Whole, "take", in_the_middle)
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for one in found:
+            assert_same_gradients(one, expected)
+
+    def test_after_one_that_failed(self, mode: Mode, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        sequence, x, expected = self.graph(mode, steps, monkeypatch)
+        value = objective(sequence(x))
+        with monkeypatch.context() as patch:
+            calls: list[int] = []
+
+            def failing(*_: Any) -> None:
+                calls.append(0)
+                if len(calls) == 2:
+                    raise MemoryError("planted")
+
+            for method in ("judged", "checkpointed"):
+                true = getattr(Whole, method)
+                patch.setattr(Whole, method, lambda *given, true=true: (failing(), true(*given))[1])  # type: ignore[func-returns-value]
+            with pytest.raises(MemoryError, match="planted"):
+                self.of_all(sequence, x, value)
+        assert_same_gradients(self.of_all(sequence, x, value), expected)

@@ -97,23 +97,6 @@ def test_vmap_without_gradients() -> None:
         torch.testing.assert_close(one, sequence.inverse(alone)[0])
 
 
-@pytest.mark.parametrize("memory", MODES)
-def test_second_derivatives_are_refused_however_they_are_asked_for(memory: str) -> None:
-    sequence, x = sequence_of(), torch.randn(1, 4, 2, 2, requires_grad=True)
-    sequence.memory = memory
-
-    def log_prob(x: Tensor) -> Tensor:
-        z, log_det = sequence(x)
-        return z.square().sum() + log_det.sum()
-
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.functional.hessian(log_prob, x)
-    (grad,) = torch.autograd.grad(log_prob(x), x, create_graph=True)
-    for wanted in (x, next(sequence.parameters())):
-        with pytest.raises(RuntimeError, match="double backward"):
-            torch.autograd.grad(grad.sum(), wanted, allow_unused=True, retain_graph=True)
-
-
 def test_a_norm_that_is_put_into_a_net_is_asked() -> None:
     """Whether it waits for data, as it was before the net was known by its class."""
 

@@ -167,3 +167,18 @@ def test_steps_that_take_modes_alone(name: str) -> None:
         flow(x)
     flow.memory = "reversible"
     flow(x)[1].sum().backward()
+
+
+@plans
+def test_anchors_that_drift_has_moved_closer_together() -> None:
+    """They are reckoned with; where that does not fit the step is taken all the same, and takes more."""
+    model, inputs = case("deep")
+    model.memory = 1
+    model.memory = least = least_bytes(lambda: model.log_prob(**inputs))
+    model.log_prob(**inputs)
+    for sequence in model._sequences():
+        sequence.control.learnt.spacing = 2
+    with pytest.warns(UserWarning, match=f"the {least} bytes of memory= allow: this training step takes more"):
+        model.log_prob(**inputs)
+    model.memory = 2 * least
+    assert measured(model, inputs) <= model.memory_report()[0]["predicted_bytes"] <= 2 * least

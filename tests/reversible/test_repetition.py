@@ -31,14 +31,6 @@ class Scaled(nn.Module):
         return out if self.draw is None else out * self.draw(out)
 
 
-def hooked() -> nn.Module:
-    """A net of torch's own modules, of which a hook draws the random numbers."""
-    net = nn.Conv2d(2, 4, 3, padding=1)
-    nn.init.normal_(net.weight, std=0.2)
-    net.register_forward_hook(lambda *given: nn.functional.dropout(given[-1], 0.3))
-    return net
-
-
 def run_of(nets: list[nn.Module], user: bool) -> pgf.ReversibleSequence:
     """FlowSteps around the nets, or the same as a step of the user's."""
     steps: list[nn.Module] = [pgf.FlowStep(4, net=net) for net in nets]
@@ -84,18 +76,6 @@ class TestRefusals:
         value = objective(sequence(X))
         with pytest.raises(ValueError, match=r"expected the same output when it is run again in the backward"):
             value.backward()
-
-    @pytest.mark.parametrize("where", ["forward", "hook"])
-    def test_ordinary_dropout_is_none_of_these(self, mode: Mode, user: bool, where: str) -> None:
-        own = [Scaled(lambda x: nn.functional.dropout(torch.ones_like(x), 0.3)) for _ in range(2)]
-        sequence = run_of(own if where == "forward" else [hooked(), hooked()], user)
-        found = []
-        for memory in (Mode("store"), mode):
-            memory.apply(sequence)
-            torch.manual_seed(3)
-            found.append(torch.autograd.grad(objective(sequence(X)), list(sequence.parameters())))
-        for expected, actual in zip(*found, strict=True):
-            assert torch.allclose(expected, actual, rtol=1e-8, atol=1e-10)
 
 
 class TestGenerators:

@@ -34,37 +34,6 @@ def test_a_mix_of_steps(mode: Mode, n: int) -> None:
     assert sequence.memory_report()["trips"] == 0
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_conditioned_with_dropout(mode: Mode) -> None:
-    sequence, x, cond = mixed(cond=True), batch(), batch()
-
-    def run(x: Tensor, cond: Tensor | None) -> Tensor:
-        torch.manual_seed(11)
-        return objective(sequence(x, cond))
-
-    Mode("store").apply(sequence)
-    expected = gradients(sequence, x, cond, run)
-    mode.apply(sequence)
-    assert_same_gradients(gradients(sequence, x, cond, run), expected)
-
-
-@pytest.mark.parametrize("mode", [Mode("checkpoint"), Mode("reversible", None)], ids=str)
-def test_dropout_masks_outlive_a_switch_to_evaluation(mode: Mode) -> None:
-    sequence, x, cond = mixed(cond=True), batch(), batch()
-
-    def run(x: Tensor, cond: Tensor | None) -> Tensor:
-        torch.manual_seed(11)
-        value = objective(sequence.train()(x, cond))
-        sequence.eval()
-        return value
-
-    Mode("store").apply(sequence)
-    expected = gradients(sequence, x, cond, run)
-    mode.apply(sequence)
-    assert_same_gradients(gradients(sequence, x, cond, run), expected)
-    assert not any(module.training for module in sequence.modules())
-
-
 @pairs(
     pytest.mark.parametrize("mode", MODES, ids=str),
     pytest.mark.parametrize("where", [(0,), (2,), (0, 1, 2), (0, 2)], ids=str),

@@ -80,31 +80,6 @@ def test_parametrized_steps_are_still_joined() -> None:
     assert runs_fused(step)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_weight_norm_and_pruning_inside_the_net(mode: Mode) -> None:
-    import torch.nn.utils.prune as prune
-
-    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    sequence = initialised(pgf.FlowStep(4, 5), pgf.FlowStep(4, 5))
-    for step in sequence:
-        nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
-    expected = sequence(x)[0].detach()
-    for step in sequence:
-        nn.utils.parametrizations.weight_norm(step.coupling.net.conv1)
-    mode.apply(sequence)
-    z = sequence(x)[0]
-    assert torch.allclose(z, expected, rtol=1e-10, atol=1e-10), "weight norm changes the parameters, not the function"
-    conv = sequence[0].coupling.net.conv2
-    prune.l1_unstructured(conv, "weight", amount=0.5)
-    objective(sequence(x)).backward()
-    assert all(p.grad is not None for p in sequence.parameters())
-    with torch.no_grad():
-        conv.weight_orig.mul_(2.0)  # a hook makes the weight of it whenever the convolution is called
-    pruned = sequence(x)[0].detach()
-    prune.remove(conv, "weight")
-    assert torch.allclose(sequence(x)[0], pruned, rtol=1e-10, atol=1e-10)
-
-
 class Adapted(nn.Module):
     """A net that uses a tensor which is not its own."""
 
