@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyglow_fast import reference
 from pyglow_fast._errors import can_read, expect
 from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic, may_write
+from pyglow_fast.reference import CouplingSpec
 
 # Samples run together while the shortest has this part of the positions of the longest at least: the rest is computed
 # for nothing. More groups would compute less, but a net's calls have a price of their own.
@@ -98,20 +100,53 @@ def run_by_length(call: MaskedCall, x: Tensor, cond: Tensor | None, mask: Tensor
     return torch.cat(outputs).index_select(0, order.argsort())
 
 
-def run_sorted(
-    call: Callable[..., tuple[Tensor, Tensor]], x: Tensor, cond: Tensor | None, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """call(x, cond, mask) of the samples by length, so that chunks of them have little padding; in their order again.
+def masked_condition(mask: Tensor, cond: Tensor | None) -> Tensor:
+    """Join mask and condition, (N, 1 + C_c, T), as nets of a masked run get them."""
+    return mask if cond is None else torch.cat([mask, cond.to(mask.dtype).expand(-1, -1, mask.shape[2])], dim=1)
 
-    ``call`` gives two tensors (N, ...).
+
+def log_scale_of_padding(specs: Sequence[CouplingSpec], mask: Tensor, channels: int) -> Tensor:
+    """Sum the log s that couplings count at masked positions, where a net's output is zero: (N,).
+
+    Args:
+        specs: of the couplings.
+        mask: (N, 1, T).
+        channels: that a coupling transforms.
     """
+    zero = mask.new_zeros(1)
+    scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.coupling == "affine"]
+    total = torch.cat(scaled).sum() if scaled else zero
+    return (mask.shape[2] - mask.sum(dim=(1, 2))) * (channels * total)
+
+
+def run_masked(
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    cond: Tensor | None,
+    mask: Tensor,
+    specs: Sequence[CouplingSpec],
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """z and log_det (N,) of the positions that are there; z is zero at the others, whatever x holds there.
+
+    The samples run by length, so that chunks of them have little padding.
+
+    Args:
+        run: gives z and log_det of x (N, C, T), zero at masked positions, and of what nets get besides.
+        x, cond, mask: (N, C, T), (N, C_c, T or 1) or None, (N, 1, T).
+        specs: of the couplings that it runs.
+        inverse: it is the inverse, with minus their log s.
+    """
+    channels, x, extra = x.shape[1], without_padding(x, mask), masked_condition(mask, cond)
     ends = lengths(mask) if can_read(mask) and mask.numel() else []
-    if len(set(ends)) < 2 or ends == sorted(ends, reverse=True):
-        return call(x, cond, mask)
-    order = torch.tensor(sorted(range(len(ends)), key=lambda i: -ends[i]))
-    one, other = call(*(None if part is None else part.index_select(0, order) for part in (x, cond, mask)))
-    back = order.argsort()
-    return one.index_select(0, back), other.index_select(0, back)
+    if ends == sorted(ends, reverse=True):
+        z, log_det = run(x, extra)
+    else:
+        order = torch.tensor(sorted(range(len(ends)), key=lambda i: -ends[i]))
+        z, log_det = run(x.index_select(0, order), extra.index_select(0, order))
+        z, log_det = (part.index_select(0, order.argsort()) for part in (z, log_det))
+    padding = log_scale_of_padding(specs, mask, channels // 2)
+    return without_padding(z, mask), log_det + padding if inverse else log_det - padding
 
 
 class MaskedNet(nn.Module):

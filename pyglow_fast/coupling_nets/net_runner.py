@@ -104,17 +104,12 @@ class NetRunner:
             return call
         return lambda x1, cond: board.net_output(call(*board.net_inputs(x1, cond)))
 
-    def run(self, x1: Tensor, cond: Tensor | None) -> Tensor:
-        """Run net(x1, cond) without a record, with its own parameters."""
-        return self.forward(x1, cond, self.params)[0]
-
-    def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
-        """Run net(x1, cond) without a record, and note what repeats it."""
-        x1, cond = self._inputs(x1, cond)
+    def _plan(self, x1: Tensor, cond: Tensor | None) -> tuple[Chunk, ...]:
+        """Check the net and its inputs, and cut them."""
         check_net(self.net)
         if isinstance(self.net, NetShape):
             self.net.check_inputs(*((x1, cond) if self.board is None else self.board.shaped(x1, cond)))
-        plan = plan_chunks(
+        return plan_chunks(
             self.net,
             x1.shape,
             x1.element_size(),
@@ -123,6 +118,17 @@ class NetRunner:
             cond_channels=0 if cond is None else cond.shape[1],
             rows_each=1 if self.board is None else 2,
         )
+
+    def run(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """Run net(x1, cond) without a record, with its own parameters."""
+        x1, cond = self._inputs(x1, cond)
+        with in_precision(self.precision, x1):
+            return run_net(self._call(self.params), x1, cond, self._plan(x1, cond))
+
+    def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
+        """Run net(x1, cond) without a record, and note what repeats it."""
+        x1, cond = self._inputs(x1, cond)
+        plan = self._plan(x1, cond)
         with in_precision(self.precision, x1):
             before = states_before(self.net, x1.device)
             net_out = run_net(self._call(params), x1, cond, plan)

@@ -84,23 +84,15 @@ def budget_bytes(budget: str | int, device_type: str) -> int:
     return int(budget)
 
 
-def n_strips(n_rows: int, halo: int, rows_that_fit: int) -> int:
-    """Count the fewest strips of near-equal height that take at most ``rows_that_fit`` rows each, halo included.
-
-    Where not even one row fits with its halo, the strips are as low as can be; there is one where a cut saves nothing.
-    """
-    most = max(rows_that_fit, 2 * halo + 1)
-    if most >= n_rows:
-        return 1
-    if most >= math.ceil(n_rows / 2) + halo:  # two strips have one inner border each
-        return 2
-    return math.ceil(n_rows / (most - 2 * halo))
-
-
 def _pieces(total: int, count: int) -> Iterator[slice]:
     """0..total in ``count`` consecutive slices whose lengths differ by one at most."""
     for i in range(count):
         yield slice(i * total // count, (i + 1) * total // count)
+
+
+def _cut_with(net: nn.Module) -> int | None:
+    """The halo that strips of the net's rows take on each side; None where it cannot be cut into strips."""
+    return None if draws_random_numbers(net) or mixes_positions(net) else halo_of(net)
 
 
 def plan_chunks(
@@ -148,13 +140,12 @@ def plan_chunks(
     n_samples, channels, *spatial = shape
     n_rows, row_positions = (spatial[0], math.prod(spatial[1:])) if spatial else (1, 1)
     row_bytes = rows_each * row_positions * bytes_per_position(net, channels + cond_channels, element_size)
-    halo = halo_of(net) if spatial and not (draws_random_numbers(net) or mixes_positions(net)) else None
-
     strips, sample_bytes = [(slice(0, n_rows), slice(0, n_rows))], n_rows * row_bytes
     at_once = limit // sample_bytes if sample_bytes else max(1, n_samples)
-    if at_once == 0 and halo is not None and n_samples:
+    if at_once == 0 and spatial and n_samples and (halo := _cut_with(net)) is not None:
         reach = math.ceil(halo / rows_each)
-        pieces = _pieces(n_rows, n_strips(n_rows, reach, limit // row_bytes))
+        most = max(limit // row_bytes, 2 * reach + 1)  # rows at once, with the halo on both sides
+        pieces = _pieces(n_rows, 1 if most >= n_rows else math.ceil(n_rows / (most - 2 * reach)))
         strips = [(rows, slice(max(0, rows.start - reach), min(n_rows, rows.stop + reach))) for rows in pieces]
     batches = list(_pieces(n_samples, max(1, math.ceil(n_samples / max(1, at_once)))))
     whole = len(batches) * len(strips) == 1

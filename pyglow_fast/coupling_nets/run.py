@@ -51,7 +51,7 @@ def run_net(call: NetCall, x1: Tensor, cond: Tensor | None, plan: Sequence[Chunk
         (N, C_out, *spatial), of the dtype that the net gives, and in the memory format of its first chunk.
     """
     net_out: Tensor | None = None
-    with without_autocast_cache(x1.device.type):
+    with without_autocast_cache():
         for chunk in plan:
             part = chunk.crop(call(chunk.inputs(x1), None if cond is None else chunk.inputs(cond)))
             if chunk.whole:
@@ -158,7 +158,7 @@ def run_net_backward(
         for accumulated, gradient in zip(sums, found[2:], strict=True):
             accumulated.add(gradient)
 
-    with without_autocast_cache(x1.device.type):
+    with without_autocast_cache():
         for chunk in plan:
             add(chunk)
     return totals[0], totals[1], tuple(accumulated.result() for accumulated in sums)

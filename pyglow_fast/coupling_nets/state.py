@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import can_read, expect
 from pyglow_fast.coupling_nets.traits import is_deterministic
-from pyglow_fast.reference import autocast_is_on
 
 REPEAT_TOLERANCE = 0.01  # of the norm of a net's output
 _lending = threading.RLock()  # a net may have others inside, to which tensors are lent too
@@ -60,8 +59,8 @@ def holding(net: nn.Module, params: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Weights cast to low precision here are not remembered.
+def without_autocast_cache() -> Iterator[None]:
+    """A context in which weights that are cast to low precision are not remembered.
 
     Autocast would keep a copy of every weight until its region ends: all nets' weights at once, where one net's matter.
     In some versions of torch it also hands what was cast under no_grad to code that records, which finds no gradient.
@@ -72,11 +71,6 @@ def _without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
-
-
-def without_autocast_cache(device_type: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which autocast keeps no casts of weights; nothing where autocast is off."""
-    return _without_autocast_cache() if autocast_is_on(device_type) else contextlib.nullcontext()
 
 
 def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[None]]:

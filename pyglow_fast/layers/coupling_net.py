@@ -15,17 +15,11 @@ from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
 from pyglow_fast.reference import COUPLING_NETS
 
-_CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
-
 
 def conv_for(dims: int) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:
     """The convolution class for a number of spatial dimensions."""
-    expect(dims in _CONVOLUTIONS, "dims", "1, 2 or 3 spatial dimensions", dims)
-    return _CONVOLUTIONS[dims]
+    expect(dims in (1, 2, 3), "dims", "1, 2 or 3 spatial dimensions", dims)
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
 
 
 def zero_bias(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:

@@ -10,20 +10,15 @@ from pyglow_fast._errors import check_count, expect
 from pyglow_fast.layers.permutation import ChannelLinear
 
 
-def group_channels(channels: int, size: int, device: torch.device | None = None) -> Tensor:
-    """List the channels of each group, (C / size, size): size / 2 neighbours of each half of the channels.
+def spread_over_groups(weight: Tensor, channels: int) -> Tensor:
+    """Make W (C, C) that multiplies every group of channels by weight (size, size): size / 2 neighbours of each half.
 
     Group j has the channels j size / 2 .. (j + 1) size / 2 - 1, and the same ones counted from C / 2.
     """
-    order = torch.arange(channels, device=device)
-    return order.reshape(2, channels // size, size // 2).transpose(0, 1).reshape(-1, size)
-
-
-def spread_over_groups(weight: Tensor, channels: int) -> Tensor:
-    """Make W (C, C) that multiplies every group of channels by weight (size, size): see :func:`group_channels`."""
-    groups = group_channels(channels, weight.shape[0], weight.device)
-    whole = weight.new_zeros(channels, channels)
-    return whole.index_put((groups.unsqueeze(2), groups.unsqueeze(1)), weight.expand(len(groups), *weight.shape))
+    count, half = channels // weight.shape[0], weight.shape[0] // 2
+    same = torch.eye(count, dtype=weight.dtype, device=weight.device)
+    whole = weight.reshape(2, 1, half, 2, 1, half) * same.reshape(1, count, 1, 1, count, 1)
+    return whole.reshape(channels, channels)
 
 
 class GroupedInvConv(ChannelLinear):

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import reference
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import kernels_step_aside
-from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, run_sorted, without_padding
+from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, masked_condition, run_masked, without_padding
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import (
     FlowStep,
@@ -25,7 +24,6 @@ from pyglow_fast.layers.flow_step import (
 from pyglow_fast.layers.planned import check_runs
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
 from pyglow_fast.layers.wavenet import WaveNet
-from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible.planner import RunPlan
 
 
@@ -88,25 +86,6 @@ def unsqueeze_time(z: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Te
     return x.reshape(n, channels // factor, time * factor), mask.repeat_interleave(factor, dim=2)
 
 
-def masked_condition(mask: Tensor, cond: Tensor | None) -> Tensor:
-    """Join mask and condition, (N, 1 + C_c, T), as nets of a masked run get them: see coupling_nets/masks.py."""
-    return mask if cond is None else torch.cat([mask, cond.to(mask.dtype).expand(-1, -1, mask.shape[2])], dim=1)
-
-
-def log_scale_of_padding(specs: Sequence[CouplingSpec], mask: Tensor, channels: int) -> Tensor:
-    """Sum the log s that couplings count at masked positions, where a net's output is zero: (N,).
-
-    Args:
-        specs: of the couplings.
-        mask: (N, 1, T).
-        channels: that a coupling transforms.
-    """
-    zero = mask.new_zeros(1)
-    scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.coupling == "affine"]
-    total = torch.cat(scaled).sum() if scaled else zero
-    return (mask.shape[2] - mask.sum(dim=(1, 2))) * (channels * total)
-
-
 class MaskedSequence(ReversibleSequence):
     """z = f_K(... f_1(x)) of the positions that a mask says are there, log_det theirs; f_k FlowSteps of one width.
 
@@ -161,16 +140,13 @@ class MaskedSequence(ReversibleSequence):
             self._initialize_masked(steps, x, cond, mask)
         own = self._masked_run(steps, cond)
 
-        def run(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-            extra = masked_condition(mask, cond)
-            mode = self.memory if self._records(x, cond) and not kernels_step_aside() else "store"
+        def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+            mode = self.memory if self._records(x, extra) and not kernels_step_aside() else "store"
             check_runs(isinstance(mode, str), mode)
             control = self.control if mode == "reversible" else None
             return own.forward(None, x, extra, False, str(mode), control)
 
-        z, log_det = run_sorted(run, without_padding(x, mask), cond, mask)
-        padding = log_scale_of_padding([part.spec for part in own.couplings], mask, x.shape[1] // 2)
-        return without_padding(z, mask), log_det - padding
+        return run_masked(run, x, cond, mask, [part.spec for part in own.couplings])
 
     def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x at the positions that the mask says are there."""
@@ -179,12 +155,10 @@ class MaskedSequence(ReversibleSequence):
         steps, mask = self._checked("z", z, cond, mask)
         own = self._masked_run(steps, cond)
 
-        def run(z: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-            return own.inverse(z, masked_condition(mask, cond), records=True)
+        def run(z: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+            return own.inverse(z, extra, records=True)
 
-        x, log_det = run_sorted(run, without_padding(z, mask), cond, mask)
-        padding = log_scale_of_padding([part.spec for part in own.couplings], mask, z.shape[1] // 2)
-        return without_padding(x, mask), log_det + padding
+        return run_masked(run, z, cond, mask, [part.spec for part in own.couplings], inverse=True)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Initialise step after step from the positions that are there; returns z."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.masks import run_by_length
 
 
@@ -25,7 +26,10 @@ class Conv(NamedTuple):
         """Lay the weight out in memory as :meth:`of` reads it, (C_out, C_in[, 1, size]), once for all calls."""
         if self.weight.shape[2] == 1:
             return self._replace(weight=self.weight.squeeze(2))
-        return self._replace(weight=self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last))
+        weight = self.weight.unsqueeze(2)
+        if not is_watched():  # torch.func has no layouts
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return self._replace(weight=weight)
 
     def of(self, x: Tensor) -> Tensor:
         """Convolve x (N, T, C_in) to (N, T, C_out), with a weight laid out: an image of one row, channels last."""

@@ -178,7 +178,7 @@ class GraphedGlow:
         return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64, device=device)
 
     def _sample(self) -> Tensor:
-        with without_autocast_cache(self._temperature.device.type):
+        with without_autocast_cache():
             return self.model.sample(self.n_samples, self._temperature, self._conditions["y"], self._conditions["cond"])
 
     def _attach(self, gradients: Sequence[Tensor | None]) -> None:

@@ -62,7 +62,7 @@ class TestWhatTheNetStates:
 
 @pytest.mark.full
 @pytest.mark.parametrize("actnorm", [False, True])
-@pytest.mark.parametrize("fraction", [0.5, 0.25, 0.15])
+@pytest.mark.parametrize("fraction", [0.25, 0.15])
 def test_backward_stays_within_the_budget(actnorm: bool, fraction: float) -> None:
     net, x = net_for(actnorm), torch.randn(2, 6, 64, 64)
     sample = 64 * 64 * net.bytes_per_position(4)

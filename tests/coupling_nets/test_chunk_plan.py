@@ -99,12 +99,9 @@ class TestEveryPlan:
                 assert fewer * h * w * PER_POSITION > budget
                 continue
             assert h * w * PER_POSITION > budget  # a whole sample does not fit
-            for count in range(1, strips):
-                rows = [(i * h // count, (i + 1) * h // count) for i in range(count)]
-                taken = max(min(h, stop + halo) - max(0, start - halo) for start, stop in rows)
-                # Among three strips or more the highest counts with both halos, even where it lies at the border.
-                bound = taken if count < 3 else min(h, -(-h // count) + 2 * halo)
-                assert bound * w * PER_POSITION > budget
+            # The highest counts with both halos, even where it lies at the border.
+            bound = min(h, -(-h // (strips - 1)) + 2 * halo)
+            assert bound * w * PER_POSITION > budget
 
     def test_runs_samples_in_order_and_strips_from_the_top(self, plans: Plans) -> None:
         for _, plan in plans:
@@ -120,7 +117,7 @@ class TestEveryPlan:
 @pytest.mark.parametrize("spatial", [(6,), (6, 2), (6, 1, 2)], ids=str)
 def test_strips_lie_along_the_first_spatial_dimension(spatial: tuple[int, ...]) -> None:
     width = torch.Size(spatial[1:]).numel()
-    plan = plan_chunks(Stated(1), (1, 2, *spatial), 4, 4 * width * PER_POSITION)
+    plan = plan_chunks(Stated(1), (1, 2, *spatial), 4, 5 * width * PER_POSITION)
     assert [chunk.rows for chunk in plan] == [slice(0, 3), slice(3, 6)]
     assert [chunk.taken for chunk in plan] == [slice(0, 4), slice(2, 6)]
     x = torch.arange(6 * width).reshape(1, 1, *spatial)
@@ -133,7 +130,7 @@ def test_rows_that_stand_for_several_of_the_net() -> None:
     """Each costs as many as it stands for, and half as many of them hold the halo, rounded up."""
     cost = 2 * 4 * PER_POSITION
     for halo, reach in ((0, 0), (1, 1), (2, 1), (3, 2)):
-        plan = plan_chunks(Stated(halo), (1, 2, 12, 4), 4, 8 * cost, rows_each=2)
+        plan = plan_chunks(Stated(halo), (1, 2, 12, 4), 4, 10 * cost, rows_each=2)
         assert [chunk.rows for chunk in plan] == [slice(0, 6), slice(6, 12)], halo
         assert [chunk.taken for chunk in plan] == [slice(0, 6 + reach), slice(6 - reach, 12)]
     assert plan_chunks(Stated(1), (1, 2, 12, 4), 4, 12 * cost, rows_each=2)[0].whole
@@ -223,15 +220,14 @@ class TestSampleChunksOnly:
 class TestWhatNetsState:
     @pytest.mark.parametrize("halo", [-1, 1.0, True, "2"])
     def test_wrong_halo(self, halo: object) -> None:
-        for refuse in (check_net, lambda net: plan_chunks(net, (1, 2, 4, 4), 4)):
+        for refuse in (check_net, lambda net: plan_chunks(net, (1, 2, 4, 4), 4, 1)):
             with pytest.raises(ValueError, match=r"net.halo: expected an int, at least 0, or None, found"):
                 refuse(Stated(halo))
 
     @pytest.mark.parametrize("size", [0, -4, 8.0, None, True])
     def test_wrong_cost(self, size: object) -> None:
-        for refuse in (check_net, lambda net: plan_chunks(net, (1, 2, 4, 4), 4)):
-            with pytest.raises(ValueError, match=r"net.bytes_per_position: expected a positive int, found"):
-                refuse(Stated(1, size))
+        with pytest.raises(ValueError, match=r"net.bytes_per_position: expected a positive int, found"):
+            plan_chunks(Stated(1, size), (1, 2, 4, 4), 4)
 
     def test_estimate_of_the_others(self) -> None:
         assert bytes_per_position(WideNet(2), 2, 8) == (3 * (3 + 4) + 2 * 2) * 8

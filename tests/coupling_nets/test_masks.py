@@ -8,6 +8,7 @@ from support.glow_tts_cases import mask_of_lengths
 from torch import Tensor, nn
 
 from pyglow_fast.coupling_nets import masks
+from pyglow_fast.reference import CouplingSpec
 
 
 def test_lengths_end_with_the_last_position() -> None:
@@ -45,19 +46,18 @@ def test_cutting_by_length_changes_nothing(lengths: tuple[int, ...], positions: 
     assert lengths == (9, 9, 9) or work < 27
 
 
-def test_sorted_runs_give_the_samples_in_their_order() -> None:
+def test_samples_run_by_length_and_come_back_in_their_order() -> None:
     x, mask = torch.randn(4, 2, 5), mask_of_lengths((2, 5, 1, 4), 5, torch.float32)
     seen = []
 
-    def call(x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(masks.lengths(mask))
-        assert cond is not None
-        return x * mask + cond, mask.sum((1, 2))
+    def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(masks.lengths(masks.mask_of(extra)))
+        return x + extra[:, 1:], masks.positions_of(extra)
 
     cond = torch.randn(4, 2, 1)
-    z, counts = masks.run_sorted(call, x, cond, mask)
+    z, counts = masks.run_masked(run, x, cond, mask, [CouplingSpec("additive")])
     assert seen == [[5, 4, 2, 1]]
-    assert torch.equal(z, x * mask + cond)
+    assert torch.equal(z, (x + cond) * mask)
     assert counts.tolist() == [2, 5, 1, 4]
 
 

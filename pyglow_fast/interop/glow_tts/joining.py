@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read
-from pyglow_fast.coupling_nets.masks import MaskedNet, run_sorted, without_padding
+from pyglow_fast.coupling_nets.masks import MaskedNet, run_masked
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.glow_tts.layers import BlockNet, CouplingBlock, InvConvNear, runs_on, spec_of
 from pyglow_fast.interop.glow_tts.probe import actnorm_fault
@@ -19,7 +19,6 @@ from pyglow_fast.interop.glow_tts.structure import coupling_fault
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place
 from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.layers.grouped_conv import spread_over_groups
-from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 
 STEPS = (CouplingBlock,)  # what may be joined
@@ -45,14 +44,8 @@ class DecoderRun(Face):
         def joined() -> tuple[Tensor, Tensor | None]:
             mask = x.new_ones(x.shape[0], 1, x.shape[2]) if x_mask is None else x_mask.to(x.dtype)
             run = self.run.inverse if reverse else self.run.forward
-
-            def masked(x: Tensor, g: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-                return run(x, masked_condition(mask, g))
-
-            z, log_det = run_sorted(masked, without_padding(x, mask), g, mask)
-            specs = [step.spec for step in self.run.steps]
-            log_det = log_det - log_scale_of_padding(specs, mask, x.shape[1] // 2)
-            return without_padding(z, mask), None if reverse else log_det
+            z, log_det = run_masked(run, x, g, mask, [step.spec for step in self.run.steps], reverse)
+            return z, None if reverse else log_det
 
         def alone() -> tuple[Tensor, Tensor | None]:
             z, total = x, None

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.coupling_nets.masks import MaskedNet, is_mask, positions_of, without_padding
+from pyglow_fast.coupling_nets.masks import (
+    MaskedNet,
+    is_mask,
+    log_scale_of_padding,
+    masked_condition,
+    positions_of,
+    without_padding,
+)
 from pyglow_fast.interop.glow_tts.structure import (
     coupling_fault,
     dropout_probability,
@@ -19,7 +26,6 @@ from pyglow_fast.interop.glow_tts.structure import (
 )
 from pyglow_fast.interop.stand_in import StandIn
 from pyglow_fast.layers.grouped_conv import spread_over_groups
-from pyglow_fast.layers.sequence import log_scale_of_padding, masked_condition
 from pyglow_fast.layers.wavenet import run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.reference import CouplingSpec
 
