@@ -43,8 +43,9 @@ from pyglow_fast.reversible.steps import Step
 
 def _is_initialized(step: Any) -> bool:
     """Whether nothing in a step waits for data."""
-    if type(step) is FlowStep and all(type(part._modules["net"]) is CouplingNet for part in step.couplings):
-        return step.is_initialized  # of these all is known, without a look into each module
+    nets = [part._modules["net"] for part in step.couplings] if type(step) is FlowStep else [step]
+    if all(type(net) is CouplingNet and net.has_own_norms for net in nets):
+        return bool(step.is_initialized)  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
@@ -91,14 +92,9 @@ class Run(NamedTuple):
         control: DriftControl | None = None,
         records: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Map x to z and log_det (N,).
+        """Map x to z and log_det (N,), given what :meth:`entered` has found for the same x.
 
-        Args:
-            found: what :meth:`entered` gives.
-            x, cond, squeezes: as given there.
-            mode: "store", "checkpoint" or "reversible"; where no backward follows "store".
-            control: of the drift, of mode "reversible".
-            records: a backward may follow.
+        The mode is "store" where no backward follows; where one may, it ``records``. The control is of "reversible".
         """
         couplings = self.couplings
         if found is not None:

@@ -34,19 +34,12 @@ class _Loss(nn.Module):
 
 
 class _Step(NamedTuple):
-    """What a training step leaves on the device; of a graph the tensors that each replay fills.
+    """What a training step leaves on the device; of a graph the tensors that each replay fills."""
 
-    Attributes:
-        loss: a scalar, nats.
-        gradients: of the parameters that want one, None of those that the loss does not use.
-        lost: whether some of them are zero instead, since states drifted; a bool scalar.
-        zeroed: how many gradients of levels have become zero so far, a scalar.
-    """
-
-    loss: Tensor
-    gradients: Sequence[Tensor | None]
-    lost: Tensor
-    zeroed: Tensor
+    loss: Tensor  # a scalar, nats
+    gradients: Sequence[Tensor | None]  # of the parameters that want one, None of those that the loss does not use
+    lost: Tensor  # whether some of them are zero instead, since states drifted; a bool scalar
+    zeroed: Tensor  # how many gradients of levels have become zero so far, a scalar
 
 
 class GraphedGlow:

@@ -62,13 +62,8 @@ class FlowLevel(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Map x (N, C, *spatial) to the states behind the steps ``at`` and behind the last one, and log_det (N,).
 
-        A state is (N, C 2^d, *spatial / 2), unless the level has no squeeze.
-
-        Args:
-            x: of the level before.
-            cond: of the level, at any size.
-            plans: of runs of steps; the others do what their memory mode says.
-            at: numbers of steps; none in a frozen level, or one with checkerboards.
+        A state is (N, C 2^d, *spatial / 2), unless the level has no squeeze. ``plans`` are of runs of steps, the
+        others do what their memory mode says; ``at`` is empty for a frozen level, or one with checkerboards.
         """
         log_dets, states = [], [x]
         for steps, squeezes in self._runs():
