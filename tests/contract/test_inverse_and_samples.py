@@ -29,11 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 import pyglow_fast as pgf
 from pyglow_fast import functional
 
-QUICK = ("default", "one dimension", "three dimensions", "everything", "last checkerboard", "realnvp")
-SETTINGS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in CONFIGS]
+SETTINGS = ["default", "one dimension", "three dimensions", "everything", "last checkerboard", "realnvp"]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_log_prob_latents_and_back(name: str) -> None:
     """log_prob is the definition written out in plain torch, encode and decode undo each other, to rounding."""
     setting = Setting(name)

@@ -34,12 +34,4 @@ int64_t emulated_launches(Launch* out, int64_t room) {
   return count;
 }
 
-// The same for the bytes of the arguments of one of them.
-int64_t emulated_parameters(int64_t launch, unsigned char* out, int64_t room) {
-  const std::vector<unsigned char>& bytes = emu::launched.at(launch).parameters;
-  const int64_t size = static_cast<int64_t>(bytes.size());
-  std::copy_n(bytes.begin(), std::min(size, room), out);
-  return size;
-}
-
 }  // extern "C"

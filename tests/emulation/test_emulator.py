@@ -14,7 +14,7 @@ import torch
 from support.covering import pairs
 from support.emulator import EmulatedOps, Room
 from support.inverse_cases import assert_inverses, rotations
-from support.kernel_cases import Case, Kernels, codes, dtypes, gathers, laid_out, layouts, option, same_values, shapes
+from support.kernel_cases import Case, Kernels, codes, dtypes, laid_out, layouts, option, same_values, shapes
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, float64
 
@@ -272,38 +272,3 @@ def test_the_checks_of_memory_reject() -> None:
             base.view(torch.int16).flatten()[0] = 1
             with pytest.raises(AssertionError, match="beside"):
                 room.expect_only_written()
-
-
-# ---- Paths ----
-
-PATCHES = {
-    "coupling": ("coupling_patches_kernel", ()),
-    "coupling_mix": ("CoupledSource<float, true, true>", ("matrix", "offset")),
-    "coupling_backward": ("coupling_backward_patches_kernel", ("grads",)),
-    "coupling_mix_backward": ("CouplingSink<float, true>", ("grads", "matrix")),
-    "step_backward": ("StepSource<float, true>", ("grads", "matrix", "offset")),
-}
-
-
-@gathers
-@pytest.mark.parametrize("op", PATCHES)
-def test_channels_last_nets_are_read_in_patches(kernels: Kernels, op: str, gathers: bool) -> None:
-    """Even halves of channels-last nets beside states of whole vectors, and nothing else."""
-    kernels.home.only_recorded = True
-    for channels, width, layout, expected in (
-        (24, 8, "channels_last", True),
-        (12, 8, "channels_last_slice", op in ("coupling", "coupling_mix")),  # the gradient is contiguous
-        (12, 8, "contiguous", False),
-        (10, 8, "channels_last", False),  # odd halves
-        (12, 7, "channels_last", False),  # no whole vectors of positions
-    ):
-        case = Case(kernels, (2, channels, 8 if width == 8 else 9, width), float32, SPEC)
-        matrix, offset, index = case.maps[gathers]
-        parts = {"grads": (case.grad, case.grad_log_det), "matrix": (matrix,), "offset": (offset,)}
-        rest = [value for name in PATCHES[op][1] for value in parts[name]]
-        ways = codes(SPEC, False) if op in ("coupling", "coupling_mix", "coupling_backward") else codes(SPEC)
-        last = {"coupling": (), "coupling_backward": (True,), "coupling_mix_backward": (None, index)}.get(op, (index,))
-        kernels(op, case.x, laid_out(case.net_out, layout), *rest, *ways, *last)
-        names = " ".join(f"{launch.kernel} {launch.arguments}" for launch in kernels.home.launches())
-        patches = "patches_kernel" if gathers and "mix" in op + "mix" * (op == "step_backward") else PATCHES[op][0]
-        assert (patches in names) == expected, (channels, width, layout, names)

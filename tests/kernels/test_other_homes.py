@@ -64,8 +64,7 @@ def test_kernels_of(instruction_set: str) -> None:
     if {instruction_set, _backend.require().instruction_set()} <= FAMILY:
         expect_passed(run_in(chosen, *pytest_of(("nets",), "half")))
     else:
-        expect_passed(run_in(chosen, *pytest_of(FILES)))
-        expect_passed(run_in(chosen, *PYTEST, RUN))
+        expect_passed(run_in(chosen, *pytest_of(FILES), RUN))
 
 
 @pytest.mark.full

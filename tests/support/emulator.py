@@ -198,15 +198,6 @@ class EmulatedOps:
         names = _kernels(self._path)
         return [Launch(*names[r.kernel], r.blocks, (r.x, r.y), r.dynamic_bytes) for r in records[:number]]
 
-    def parameters(self, launch: int) -> bytes:
-        """The arguments of one of :meth:`launches` as they lie in the kernel's constant memory."""
-        size = self._library.emulated_parameters
-        size.restype = ctypes.c_int64
-        room = ctypes.create_string_buffer(4096)  # what CUDA passes at most, where nothing is said
-        number = size(ctypes.c_int64(launch), room, ctypes.c_int64(len(room)))
-        assert number <= len(room), f"arguments of {number} bytes"
-        return room.raw[:number]
-
     # ---- The ops ----
 
     def channel_mix(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,21 @@ def test_unreadable_images_do_not_count_in_a_score(tiny_config: MakeConfig, phot
         state.score(state.held_out)
 
 
+def _read(started: Event) -> None:
+    started.set()
+    time.sleep(600)
+
+
 def test_readers_do_not_hold_the_lock(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
     """A run that is killed leaves them for some seconds; it can be resumed at once all the same."""
     folder = RunFolder(tmp_path / "run")
     folder.make()
+    context = multiprocessing.get_context("fork")
     with folder.locked():
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+        started = context.Event()
+        child = context.Process(target=_read, args=(started,))
         child.start()
-        time.sleep(0.5)  # in which it closes what it was born with
+        assert started.wait(60)  # it has closed what it was born with
     try:
         with folder.locked():
             pass

@@ -48,10 +48,6 @@ def transparent() -> bytes:
     return encoded(image, "PNG")
 
 
-def deep() -> bytes:
-    return encoded(Image.fromarray(np.arange(0, 60000, 50, dtype=np.uint16).reshape(30, 40)), "PNG")
-
-
 def moving() -> bytes:
     return encoded(photo(32, 32, 1), "GIF", save_all=True, append_images=[photo(32, 32, 2)], duration=100)
 
@@ -61,13 +57,9 @@ def test_pictures_are_shown_as_the_model_sees_them(
 ) -> None:
     """Upright, without what else a file tells; the command gives the same bytes; nothing stays on the server."""
     files = {
-        "plain.png": encoded(photo(40, 30), "PNG"),
         "turned.jpg": turned_jpeg(),
         "transparent.png": transparent(),
-        "deep.png": deep(),
         "moving.gif": moving(),
-        "exact.png": encoded(photo(SIDE, SIDE), "PNG"),
-        "photo.webp": encoded(photo(50, 50, 3), "WEBP"),
     }
     for name, data in files.items():
         editor.give("edit-upload", (name, data))
@@ -90,16 +82,10 @@ def test_pictures_are_shown_as_the_model_sees_them(
     wait_for(lambda: len(site.uploaded()), 0)
 
 
-HOSTILE = {
-    "small.png": encoded(photo(3, 3), "PNG"),
-    "text.png": b"this is no picture",
+HOSTILE = {  # more of them are in tests/data
     "empty.png": b"",
-    "truncated.png": encoded(photo(400, 400), "PNG")[:-2000],
     "bomb.png": bomb(),
-    "icon.ico": encoded(photo(32, 32), "ICO"),  # may hold a larger image than it says
-    "rare.pcx": encoded(photo(32, 32), "PCX"),
     "script.svg": b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"><script>alert(1)</script></svg>',
-    "page.html": b"<html><script>alert(1)</script></html>",
     "large.png": encoded(photo(20, 20), "PNG") + bytes(20 * 2**20),
 }
 
@@ -133,12 +119,8 @@ def test_files_that_are_no_pictures_are_refused(editor: Visitor, site: Site) -> 
 
 NAMES = (
     "<img src=x onerror=alert(1)>.png",
-    "{{7*7}} ${1+1} 'quoted' \"twice\".png",
-    "a\nb.png",
     "../../etc/passwd.png",
     "größe \u202egnp.png",
-    "7.png",
-    "-x.png",
 )
 
 

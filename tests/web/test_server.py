@@ -261,7 +261,7 @@ def test_signals_that_come_together_are_one(second: str, tmp_path: Path) -> None
         "    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\nserve(page)\n"
     )
     with web.Server(["-c", code], tmp_path) as running:
-        running.process.wait(30)
+        running.process.wait(web.WAIT)
         assert running.process.returncode == 0
         assert not list(tmp_path.glob("pyglow-serve-*"))
         assert running.log() == ""

@@ -7,6 +7,7 @@
 #error "This is the CUDA emulator of the tests: build with -DPYGLOW_EMULATE_CUDA, or take it off the include path."
 #endif
 #include <cmath>
+#include <cstring>
 
 #include "emu/launches.h"
 #include "emu/sync.h"
@@ -98,10 +99,7 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  std::vector<unsigned char> parameters;
-  (emu::append(parameters, static_cast<Parameters>(arguments)), ...);
-  const bool valid =
-      emu::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                  std::move(parameters), [&] { kernel(static_cast<Parameters>(arguments)...); });
+  const bool valid = emu::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+                                 config->dynamicSmemBytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
   return valid ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
