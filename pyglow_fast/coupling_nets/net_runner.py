@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,16 +86,19 @@ class NetRunner:
         """Refuse an output of a shape, found, that is not the one which the coupling takes, given what the net sees."""
         channels = self.width if self.injects else self.width * seen.shape[1]
         shape = (seen.shape[0], channels, *seen.shape[2:])
-        expect(found == shape, "net", f"an output of shape {shape}", found)
+        if found != shape:
+            expect(False, "net", f"an output of shape {shape}", found)
 
     def check_width(self, x1: Tensor, channels: int) -> None:
         """Refuse a net that gives so many channels on x1, if these are not those that the coupling takes."""
         seen = x1 if self.board is None else self.board.shaped(x1, None)[0]
         self.check_output(seen, (seen.shape[0], channels, *seen.shape[2:]))
 
-    def _call(self, params: Sequence[Tensor]) -> NetCall:
+    def _call(self, params: Sequence[Tensor] | None) -> NetCall:
+        """A call of the net with given parameters, or as it is; its output is checked."""
+
         def call(x1: Tensor, cond: Tensor | None) -> Tensor:
-            with holding(self.net, params):
+            with contextlib.nullcontext() if params is None else holding(self.net, params):
                 net_out = self.net(*inputs_for(self.net, x1, cond))
             self.check_output(x1, tuple(net_out.shape) if isinstance(net_out, Tensor) else type(net_out).__name__)
             return net_out
@@ -119,11 +123,17 @@ class NetRunner:
             rows_each=1 if self.board is None else 2,
         )
 
-    def run(self, x1: Tensor, cond: Tensor | None) -> Tensor:
-        """Run net(x1, cond) without a record, with its own parameters."""
+    def whole(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """Run net(x1, cond) in one piece, as autograd records it."""
         x1, cond = self._inputs(x1, cond)
         with in_precision(self.precision, x1):
-            return run_net(self._call(self.params), x1, cond, self._plan(x1, cond))
+            return self._call(None)(x1, cond)
+
+    def run(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """Run net(x1, cond) without a record."""
+        x1, cond = self._inputs(x1, cond)
+        with in_precision(self.precision, x1):
+            return run_net(self._call(None), x1, cond, self._plan(x1, cond))
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """Run net(x1, cond) without a record, and note what repeats it."""

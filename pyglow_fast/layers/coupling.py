@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import Range
-from pyglow_fast.coupling_nets import check_precision, in_precision, plain_call
+from pyglow_fast.coupling_nets import check_precision
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.layers._base import FlowLayer
@@ -190,10 +190,6 @@ class Coupling(FlowLayer):
         """What the net is called with."""
         return (kept, cond) if self.board is None else self.board.net_inputs(kept, cond)
 
-    def _net_width(self, kept: Tensor) -> int:
-        """The channels that the net must give."""
-        return 2 * kept.shape[1] if self.spec.coupling == "affine" else kept.shape[1]
-
     def runner(self, budget: str | int) -> NetRunner:
         """What runs the net in chunks whose activations fit a budget of bytes."""
         width = 2 if self.spec.coupling == "affine" else 1
@@ -201,13 +197,7 @@ class Coupling(FlowLayer):
 
     def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
         """Run the net on the kept half, the same before and after the coupling, and check the shape of its output."""
-        seen, beside = self._net_inputs(kept, cond)
-        with in_precision(self.precision, kept):
-            net_out = plain_call(self.net)(seen, beside)
-        expected = (seen.shape[0], self._net_width(seen), *seen.shape[2:])
-        if net_out.shape != expected:
-            expect(False, "net", f"an output of shape {expected}", f"shape {tuple(net_out.shape)}")
-        return net_out if self.board is None else self.board.net_output(net_out)
+        return self.runner("auto").whole(kept, cond)
 
     @property
     def has_own_scale(self) -> bool:

@@ -85,9 +85,6 @@ class AffineInjector(Coupling):
     def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return condition_for(kept, cond), None
 
-    def _net_width(self, kept: Tensor) -> int:
-        return 2 * self.channels
-
     def runner(self, budget: str | int) -> NetRunner:
         """What runs the net in chunks whose activations fit a budget of bytes."""
         return NetRunner(self.net, 2 * self.channels, budget, self.precision, injects=True)

@@ -18,21 +18,22 @@ from pyglow_fast.coupling_nets.masks import run_by_length
 class Conv(NamedTuple):
     """One convolution along time, as its tensors: padded by zeros, so that it keeps the length."""
 
-    weight: Tensor  # (C_out, C_in, odd size)
+    weight: Tensor  # (C_out, C_in[, 1, odd size]), as :meth:`of` reads it
     bias: Tensor | None
-    dilation: int = 1
+    dilation: int
 
-    def laid_out(self) -> Conv:
-        """Lay the weight out in memory as :meth:`of` reads it, (C_out, C_in[, 1, size]), once for all calls."""
-        if self.weight.shape[2] == 1:
-            return self._replace(weight=self.weight.squeeze(2))
-        weight = self.weight.unsqueeze(2)
+    @classmethod
+    def laid_out(cls, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Conv:
+        """Lay a weight (C_out, C_in, odd size) out in memory as :meth:`of` reads it, once for all calls."""
+        if weight.shape[2] == 1:
+            return cls(weight.squeeze(2), bias, dilation)
+        weight = weight.unsqueeze(2)
         if not is_watched():  # torch.func has no layouts
             weight = weight.contiguous(memory_format=torch.channels_last)
-        return self._replace(weight=weight)
+        return cls(weight, bias, dilation)
 
     def of(self, x: Tensor) -> Tensor:
-        """Convolve x (N, T, C_in) to (N, T, C_out), with a weight laid out: an image of one row, channels last."""
+        """Convolve x (N, T, C_in) to (N, T, C_out): an image of one row, channels last."""
         if self.weight.dim() == 2:
             return F.linear(x, self.weight, self.bias)
         image, pads = x.transpose(1, 2).unsqueeze(2), (0, self.dilation * (self.weight.shape[3] // 2))
@@ -48,13 +49,6 @@ class WaveNetParts(NamedTuple):
     cond: Conv | None = None  # of size 1, to 2 H L channels
     start: Conv | None = None  # of size 1, to H channels
     end: Conv | None = None  # of size 1
-
-    def laid_out(self) -> WaveNetParts:
-        """Lay out the weights of all convolutions as :meth:`Conv.laid_out` does."""
-        around = (None if conv is None else conv.laid_out() for conv in (self.cond, self.start, self.end))
-        return WaveNetParts(
-            [conv.laid_out() for conv in self.dilated], [conv.laid_out() for conv in self.mixing], *around
-        )
 
 
 def run_wavenet(
@@ -75,7 +69,7 @@ def run_wavenet(
     Returns:
         (N, C_out, T), zero where the mask is.
     """
-    return run_by_length(partial(_run, parts.laid_out(), dropout), x, cond, mask)
+    return run_by_length(partial(_run, parts, dropout), x, cond, mask)
 
 
 def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -154,7 +148,7 @@ class NormedConv(nn.Module):
 
     def parts(self) -> Conv:
         """The tensors of the convolution, with the weight of the present parameters."""
-        return Conv(self.weight, self.bias, self.dilation)
+        return Conv.laid_out(self.weight, self.bias, self.dilation)
 
 
 class WaveNet(nn.Module):
@@ -263,7 +257,7 @@ class WaveNet(nn.Module):
     def _parts(self) -> WaveNetParts:
         cond = None if self.cond is None else self.cond.parts()
         dilated, mixing = ([conv.parts() for conv in convs] for convs in self._layers())
-        return WaveNetParts(dilated, mixing, cond, self.start.parts(), Conv(self.end.weight, self.end.bias))
+        return WaveNetParts(dilated, mixing, cond, self.start.parts(), Conv.laid_out(self.end.weight, self.end.bias))
 
     def _layers(self) -> tuple[list[NormedConv], list[NormedConv]]:
         return cast("list[NormedConv]", list(self.dilated)), cast("list[NormedConv]", list(self.mixing))

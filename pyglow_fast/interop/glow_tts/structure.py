@@ -115,7 +115,7 @@ def conv_parts(conv: Any) -> Conv:
     weight = conv.weight
     for hook in conv._forward_pre_hooks.values():
         weight = hook.compute_weight(conv)
-    return Conv(weight, conv.bias, conv.dilation[0])
+    return Conv.laid_out(weight, conv.bias, conv.dilation[0])
 
 
 def wavenet_parts(wavenet: Any, start: nn.Module | None = None, end: nn.Module | None = None) -> WaveNetParts:
