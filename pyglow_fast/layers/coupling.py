@@ -200,11 +200,6 @@ class Coupling(FlowLayer):
         return self.runner("auto").whole(kept, cond)
 
     @property
-    def has_own_scale(self) -> bool:
-        """Whether the scale map is a callable of the user's."""
-        return callable(self.spec.scale_map)
-
-    @property
     def net_is_initialized(self) -> bool:
         """Whether no ActNorm in the net still waits for data."""
         net = self._modules["net"]

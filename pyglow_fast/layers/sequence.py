@@ -177,7 +177,7 @@ class MaskedSequence(ReversibleSequence):
             plain = coupling is not None and step.injector is None and coupling.board is None
             expect(plain, f"steps[{k}]", "a step with a coupling of channels alone, with a mask", "another")
             assert coupling is not None  # for the type checker: refused above
-            own = coupling.has_own_scale
+            own = callable(coupling.spec.scale_map)
             expect(not own, f"steps[{k}].coupling", "a scale map by name, with a mask", "a callable")
         if cond is not None:
             expect(isinstance(cond, Tensor), "cond", "a Tensor or None", type(cond).__name__)

@@ -42,7 +42,8 @@ class FlowLevel(nn.Module):
         self.checkerboard: Steps | None = ReversibleSequence(boards, *memory) if boards else None
         steps: list[FlowStep] = []
         if squeezes:
-            steps += [_transition(config, channels) for _ in range(config.n_transitions)]
+            for _ in range(config.n_transitions):
+                steps.append(FlowStep(channels, coupling=NO_COUPLING, permutation=config.permutation))
             steps += [_step(config, level, channels, net) for _ in range(config.n_steps - n_boards)]
         self.steps: Steps | None = ReversibleSequence(steps, *memory) if steps else None
 
@@ -93,10 +94,6 @@ class FlowLevel(nn.Module):
             x = functional.squeeze(x) if squeezes else x
             x = steps.initialize(x, fitted(cond, x.shape[2:]))
         return x
-
-
-def _transition(config: GlowConfig, channels: int) -> FlowStep:
-    return FlowStep(channels, coupling=NO_COUPLING, permutation=config.permutation)
 
 
 def _step(
