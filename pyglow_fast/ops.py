@@ -249,14 +249,10 @@ def net_chain_backward(
     return [*inputs, *grads, *([] if log_gain is None else [x.new_empty(log_gain.shape)])]
 
 
-def kept_per_position(hidden: Sequence[int], activations: Sequence[int]) -> int:
-    """Count the numbers that hidden layers of these widths keep for one position: NetChain::kept_per_position."""
-    return sum(width * (2 if code in KEEPS_INPUT else 1) for width, code in zip(hidden, activations, strict=True))
-
-
 def kept_elements(x: Tensor, weights: Sequence[Tensor], activations: Sequence[int], dilations: Sequence[int]) -> int:
     """Count what net_chain keeps for its backward, as csrc/core.h does (NetChain::kept)."""
-    rows = kept_per_position([weight.shape[0] for weight in weights[:-1]], activations)
+    # A hidden layer is kept behind its activation, or before and behind it.
+    rows = sum(len(w) * (2 if code in KEEPS_INPUT else 1) for w, code in zip(weights, activations, strict=False))
     dims = x.dim() - 2
     reach = 0
     for i, weight in enumerate(weights):

@@ -60,6 +60,7 @@ class Run(NamedTuple):
         fold: folds all maps in one batch, with a record; stacked.
         behind: folds the map behind the last coupling, or gives None.
         budget: bytes of one net's activations, or "auto".
+        masked: x is zero where the first channel of the condition is, and z will be; then without csrc/run.
         kept: gives what the function makes, or made before under that name.
     """
 
@@ -68,11 +69,12 @@ class Run(NamedTuple):
     fold: Callable[[], ChannelMap]
     behind: Callable[[], ChannelMap | None]
     budget: str | int
+    masked: bool = False
     kept: Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]] = lambda _, make: make()
 
     def entered(self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False) -> Entered | None:
         """Describe the run for csrc/run; None where it does not compute it."""
-        if not self.couplings or not is_runnable(x):
+        if not self.couplings or self.masked or not is_runnable(x):
             return None
         return entered(self.couplings, self.maps(True), x, cond, squeezes, self.budget, backwards)
 
@@ -103,10 +105,11 @@ class Run(NamedTuple):
                 z, log_det = run_plain(own, x, cond, squeezes, self.kept("maps", lambda: folded_maps(own)))
         elif mode == "store" or not couplings:
             x = functional.squeeze(x) if squeezes else x
-            return run_couplings(couplings, self.fold(), x, cond, self._chunks())
+            return run_couplings(couplings, self.fold(), x, cond, self._chunks(), self.masked)
         else:
             x, cond = couplings[0].enter(functional.squeeze(x) if squeezes else x, cond)
-            z, log_det = run_steps(recomputed(couplings, self.budget), control, x, cond, self.maps(is_runnable(x)))
+            again = recomputed(couplings, self.budget, self.masked)
+            z, log_det = run_steps(again, control, x, cond, self.maps(is_runnable(x)))
         behind = self.behind()
         if behind is not None:
             z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
@@ -123,7 +126,7 @@ class Run(NamedTuple):
         found = None if records else self.entered(z, cond, False, backwards=True)
         if found is None:
             known = (inverses[0], inverses[3] if len(inverses) > 3 else None) if inverses else None
-            return run_couplings_inverse(self.couplings, self.fold(), z, cond, self._chunks(), inverses=known)
+            return run_couplings_inverse(self.couplings, self.fold(), z, cond, self._chunks(), self.masked, known)
         own, z, cond, _ = found
         behind, log_det = self.behind(), z.new_zeros(())
         if behind is not None:
@@ -377,7 +380,7 @@ class ReversibleSequence(FlowLayer):
             lambda: fold_in_one(steps),
             lambda: map_behind(steps),
             budget,
-            self._folded.get,
+            kept=self._folded.get,
         )
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:

@@ -12,22 +12,18 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import is_watched, kernels_step_aside
+from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, masked_condition, run_masked, without_padding
 from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.described import is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
     FlowStep,
     couplings_of,
     fold_in_one,
-    recomputed,
     run_couplings,
-    run_couplings_inverse,
 )
 from pyglow_fast.layers.planned import check_runs
-from pyglow_fast.layers.reversible_sequence import ReversibleSequence
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
 from pyglow_fast.layers.wavenet import WaveNet
-from pyglow_fast.reversible import run_steps
 from pyglow_fast.reversible.planner import RunPlan
 
 
@@ -142,30 +138,27 @@ class MaskedSequence(ReversibleSequence):
         steps, mask = self._checked("x", x, cond, mask)
         if self.training and not self._is_initialized():
             self._initialize_masked(steps, x, cond, mask)
-        couplings = _couplings(steps, cond)
+        own = self._masked_run(steps, cond)
 
         def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-            mode = self.memory
-            if mode == "store" or not self._records(x, cond) or kernels_step_aside():
-                return run_couplings(couplings, fold_in_one(steps), x, extra, budget=self._budget(), masked=True)
+            mode = self.memory if self._records(x, extra) and not kernels_step_aside() else "store"
             check_runs(isinstance(mode, str), mode)
-            again = recomputed(couplings, self.memory_budget, masked=True)
-            maps = maps_of(steps, [step.couplings for step in steps], is_runnable(x))
-            return run_steps(again, self.control if mode == "reversible" else None, x, extra, maps)
+            control = self.control if mode == "reversible" else None
+            return own.forward(None, x, extra, False, str(mode), control)
 
-        return run_masked(run, x, cond, mask, [coupling.spec for coupling in couplings])
+        return run_masked(run, x, cond, mask, [part.spec for part in own.couplings])
 
     def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x at the positions that the mask says are there."""
         if mask is None:
             return super().inverse(z, cond)
         steps, mask = self._checked("z", z, cond, mask)
-        couplings = _couplings(steps, cond)
+        own = self._masked_run(steps, cond)
 
         def run(z: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-            return run_couplings_inverse(couplings, fold_in_one(steps), z, extra, budget=self._budget(), masked=True)
+            return own.inverse(z, extra, records=True)
 
-        return run_masked(run, z, cond, mask, [coupling.spec for coupling in couplings], inverse=True)
+        return run_masked(run, z, cond, mask, [part.spec for part in own.couplings], inverse=True)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Initialise step after step from the positions that are there; returns z."""
@@ -192,8 +185,8 @@ class MaskedSequence(ReversibleSequence):
             expect(fits, "cond", f"shape ({len(x)}, C_c, {x.shape[2]} or 1)", f"shape {tuple(cond.shape)}")
         return steps, check_mask(mask, x)
 
-    def _budget(self) -> str | int | None:
-        return None if torch.is_grad_enabled() or is_watched() else self.memory_budget
+    def _masked_run(self, steps: list[FlowStep], cond: Tensor | None) -> Run:
+        return self._run_of(steps, self.memory_budget)._replace(couplings=_couplings(steps, cond), masked=True)
 
     @torch.no_grad()
     def _initialize_masked(self, steps: list[FlowStep], x: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
