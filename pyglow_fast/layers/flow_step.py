@@ -251,6 +251,11 @@ def _run_net(coupling: Coupling, kept_half: Tensor, cond: Tensor | None, budget:
     return coupling.runner(budget).run(kept_half, cond)
 
 
+def _masked(x: Tensor, masked_by: Tensor | None) -> Tensor:
+    """Set a state to zero at masked positions, where a channel map has put its offset."""
+    return x if masked_by is None else x * mask_of(masked_by)
+
+
 def run_couplings(
     couplings: Sequence[Coupling],
     stacked: ChannelMap,
@@ -259,7 +264,7 @@ def run_couplings(
     budget: str | int | None = None,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Map x to z through channel maps and couplings, one after the other.
+    """Map x to z through channel maps and couplings: one pass over the state between two nets.
 
     Args:
         couplings: of one mask, initialised but for ActNorms inside their nets.
@@ -276,13 +281,17 @@ def run_couplings(
         x, cond = couplings[0].enter(x, cond)
     masked_by = cond if masked else None
     log_det = maps_log_det(stacked, x, masked_by)
-    for own, coupling in zip_longest(unstack_maps(stacked), couplings):
-        x = functional.channel_mix(x, own.matrix, own.offset, own.source)
-        x = x if masked_by is None else x * mask_of(masked_by)
-        if coupling is not None:
-            net_out = _run_net(coupling, coupling.kept_half(x), cond, budget)
+    first, *others = unstack_maps(stacked)
+    x = _masked(functional.channel_mix(x, first.matrix, first.offset, first.source), masked_by)
+    for coupling, own in zip_longest(couplings, others):
+        net_out = _run_net(coupling, coupling.kept_half(x), cond, budget)
+        if own is None:
             x, step_log_det = functional.coupling(x, net_out, coupling.spec)
-            log_det = log_det + step_log_det
+        else:
+            arguments = x, net_out, own.matrix, own.offset, coupling.spec, own.source
+            x, step_log_det = functional.coupling_mix(*arguments)
+            x = _masked(x, masked_by)
+        log_det = log_det + step_log_det
     return (couplings[-1].leave(x) if couplings else x), log_det
 
 
@@ -314,7 +323,7 @@ def run_couplings_inverse(
             net_out = coupling.run_net(half, cond) if budget is None else coupling.runner(budget).run(half, cond)
             z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, offset, coupling.spec, index)
             log_det = log_det + step_log_det
-        z = z if masked_by is None else z * mask_of(masked_by)
+        z = _masked(z, masked_by)
     return (couplings[0].leave(z) if couplings else z), log_det
 
 
