@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leaves what has been imported and collected out of later collections of garbage, which take a second each."""
+    """Leaves what has been imported and collected out of every later collection of garbage: a second each otherwise."""
     gc.collect()
     gc.freeze()
 
