@@ -177,6 +177,22 @@ def _op_case(
     return Case(op, mode, data.shape, build, compiles=mode != "backward")
 
 
+def _squeezed_case(data: Data, unsqueezed: Tensor) -> Case:
+    """The map of an image that ours squeezes as it reads it, the reference before."""
+
+    def build(library: ModuleType, compiled: bool) -> Run:
+        def plain(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+            return library.channel_mix(library.squeeze(x), matrix, offset)
+
+        def ours(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+            return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input"])
+
+        call = ours if library is functional else _compiled(plain, compiled)
+        return without_gradient(call, (unsqueezed, data.matrix, data.offset), ())
+
+    return Case(SQUEEZED, "forward", data.shape, build)
+
+
 def _step_backward_case(data: Data) -> Case:
     """Input and gradients from the output: one op of ours; of the reference the inverse, then forward and backward."""
     scale_map, order, _, *parameters = ops.coupling_arguments(SPEC, inverse=False)
@@ -234,22 +250,14 @@ def op_cases(data: Data) -> list[Case]:
     unmixed, gaussian = (d.x, d.inverse_matrix, d.offset), (d.x, d.mean, d.log_sd)
     fused, unfused = (*coupled, d.matrix, d.offset), (*coupled, d.inverse_matrix, d.offset)
     gathered, couple_gathered = (d.x, d.scale, d.offset), (*coupled, d.scale, d.offset)
-    squeezed = []
-    if d.unsqueezed is not None:
-        unsqueezed = (d.unsqueezed, *mixed[1:])
-        squeezed = [
-            _op_case(d, SQUEEZED, "forward", "channel_mix", unsqueezed, True),
-            _op_case(d, SQUEEZED, "inverse", "channel_unmix", unmixed, True),
-            _op_case(d, SQUEEZED, "backward", "channel_mix", unsqueezed, True, grads=(d.grad,)),
-        ]
     return [
         _op_case(d, "channel_mix", "forward", "channel_mix", mixed),
         _op_case(d, "channel_mix", "inverse", "channel_unmix", unmixed),
         _op_case(d, "channel_mix", "backward", "channel_mix", mixed, grads=(d.grad,)),
-        *squeezed,
-        _op_case(d, GATHERED, "forward", "channel_mix", gathered, False, d.index),
-        _op_case(d, GATHERED, "inverse", "channel_unmix", gathered, False, d.index),
-        _op_case(d, GATHERED, "backward", "channel_mix", gathered, False, d.index, grads=(d.grad,)),
+        *([] if d.unsqueezed is None else [_squeezed_case(d, d.unsqueezed)]),
+        _op_case(d, GATHERED, "forward", "channel_mix", gathered, d.index),
+        _op_case(d, GATHERED, "inverse", "channel_unmix", gathered, d.index),
+        _op_case(d, GATHERED, "backward", "channel_mix", gathered, d.index, grads=(d.grad,)),
         _op_case(d, "coupling", "forward", "coupling", coupled, SPEC),
         _op_case(d, "coupling", "inverse", "coupling_inverse", coupled, SPEC),
         _op_case(d, "coupling", "backward", "coupling", coupled, SPEC, grads=pair),
