@@ -108,8 +108,8 @@ def plan_chunks(
     """Cut a net's work so that peak = samples rows width bytes_per_position <= budget, into as few chunks as fit.
 
     A chunk has as many whole samples as fit, else a strip of one sample's rows. The plan depends on the arguments and
-    the net's structure alone. Only a net that states its ``halo`` is cut into strips, and not if it has dropout (a
-    strip's halo would get other random numbers than the neighbour's rows) or normalises over positions. Where the
+    the net's structure alone. Only a net that states its ``halo`` is cut into strips, and not if it has a module of
+    dropout (a strip's halo would get other random numbers than the neighbour's rows) or normalises over positions. Where the
     smallest possible chunk exceeds the budget, it is taken.
 
     Args:

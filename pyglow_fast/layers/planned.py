@@ -122,13 +122,14 @@ def _of_runs(plan: RunPlan, lengths: Iterable[int]) -> list[RunPlan]:
 
 
 def _key(model: nn.Module, inputs: Inputs) -> Hashable:
-    """What decides how many bytes a forward takes: its inputs, parameters, precisions, autocast and mode."""
+    """What decides how many bytes a forward takes: its inputs, parameters, nets, autocast and mode."""
     given = [None if x is None else (x.shape, x.dtype, x.device, x.is_contiguous(), x.requires_grad) for x in inputs]
     own = [(parameter.shape, parameter.requires_grad) for parameter in model.parameters()]
-    device_type = next(model.parameters()).device.type
+    device_type = next(x for x in inputs if x is not None).device.type
     autocast = torch.get_autocast_dtype(device_type) if autocast_is_on(device_type) else None
-    precisions = [module.precision for module in model.modules() if isinstance(module, Coupling)]
-    return (*given, *own, *precisions, autocast, model.training)
+    couplings = [module for module in model.modules() if isinstance(module, Coupling)]
+    nets = [(coupling.precision, type(coupling.net), coupling.net.training) for coupling in couplings]
+    return (*given, *own, *nets, autocast, model.training)
 
 
 def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: list[int]) -> MemoryPlan:

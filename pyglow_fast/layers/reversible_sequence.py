@@ -380,7 +380,7 @@ class ReversibleSequence(FlowLayer):
             lambda: fold_in_one(steps),
             lambda: map_behind(steps),
             budget,
-            kept=self._folded.get,
+            kept=lambda name, make: self._folded.get((name, id(steps[0]), len(steps)), make),
         )
 
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:

@@ -50,6 +50,8 @@ class _Given:
         expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
         self.y = None if y is None else torch.as_tensor(y, device=model._parameter().device)
         if self.y is not None:
+            whole = not self.y.is_floating_point() and self.y.dtype != torch.bool
+            self.y = self.y.long() if whole else self.y
             check_labels(self.y.flatten(), self.y.numel(), n_classes)
         self.cond = cond
         self.cond_dims = 0 if cond is None else _condition_dims(cond, channels, model.config.image_shape[1:])

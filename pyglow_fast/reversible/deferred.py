@@ -46,7 +46,8 @@ def accepted(grad: Tensor | None, drifted: Tensor | None) -> Tensor | None:
 
 
 def _forget(task: int) -> None:
-    _flags.pop(task, None)
+    with _flags_lock:
+        _flags.pop(task, None)
 
 
 class Verdicts:

@@ -129,6 +129,20 @@ def test_once_inside_folded(folds: list[int], on_gpu: bool) -> None:
     assert len(folds) == outside + 4
 
 
+@torch.no_grad()
+def test_each_part_of_a_run_has_its_own_maps_inside_folded() -> None:
+    sequence, x = steps(), X
+    places = range(len(sequence) - 1)
+    states, log_det = sequence.intermediates(x, at=places)
+    with sequence.folded():
+        for first in (True, False):  # before the whole run, and after it
+            found, own_log_det = sequence.intermediates(x, at=places)
+            for state, own in zip(states, found, strict=True):
+                torch.testing.assert_close(own, state, rtol=0, atol=0)
+            torch.testing.assert_close(own_log_det, log_det, rtol=0, atol=0)
+            torch.testing.assert_close(sequence(x)[0], states[-1], msg=str(first))
+
+
 def test_a_training_step_inside_folded_has_its_own_maps() -> None:
     sequence = steps()
     with sequence.folded():

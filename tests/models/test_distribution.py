@@ -149,6 +149,7 @@ def test_labels_and_conditions() -> None:
     assert p.batch_shape == (2,)
     x = images(2)
     torch.testing.assert_close(p.log_prob(x), classes.log_prob(x, y), rtol=1e-12, atol=0)
+    torch.testing.assert_close(classes.as_distribution(y.to(torch.uint8)).log_prob(x), p.log_prob(x), rtol=0, atol=0)
     torch.testing.assert_close(classes.as_distribution(1).log_prob(x), classes.log_prob(x, torch.tensor([1, 1])))
     assert p.sample((4,)).shape == (4, 2, *SHAPE)
     for channels, shape in ((2, (2,)), (2, (5, 2)), (2, (5, 2, 4, 4)), (4, (5, 4, 4, 4)), (4, (4, 4, 4))):

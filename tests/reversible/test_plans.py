@@ -169,6 +169,12 @@ def test_steps_that_take_modes_alone(name: str) -> None:
     flow(x)[1].sum().backward()
 
 
+def test_a_layer_without_parameters_takes_modes_alone() -> None:
+    flow = pgf.ReversibleSequence([pgf.Squeeze()], memory="1MB")
+    with pytest.raises(ValueError, match=r'^memory: expected a mode such as "reversible".*, found 1 MB'):
+        flow(torch.randn(2, 4, 8, 8, requires_grad=True))
+
+
 @plans
 def test_anchors_that_drift_has_moved_closer_together() -> None:
     """They are reckoned with; where that does not fit the step is taken all the same, and takes more."""
