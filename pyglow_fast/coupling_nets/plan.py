@@ -109,8 +109,8 @@ def plan_chunks(
 
     A chunk has as many whole samples as fit, else a strip of one sample's rows. The plan depends on the arguments and
     the net's structure alone. Only a net that states its ``halo`` is cut into strips, and not if it has a module of
-    dropout (a strip's halo would get other random numbers than the neighbour's rows) or normalises over positions. Where the
-    smallest possible chunk exceeds the budget, it is taken.
+    dropout (a strip's halo would get other random numbers than the neighbour's rows) or normalises over positions.
+    Where the smallest possible chunk exceeds the budget, it is taken.
 
     Args:
         net: the coupling net; see :mod:`pyglow_fast.coupling_nets.traits`.
