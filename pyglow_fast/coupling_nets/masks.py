@@ -179,7 +179,7 @@ class MaskedNet(nn.Module):
 
     @property
     def writes_to_input(self) -> bool:
-        """Whether the net may write to what it is called with."""
+        """Whether the net may write to its inputs."""
         return may_write(self.net)
 
     def bytes_per_position(self, element_size: int) -> int:

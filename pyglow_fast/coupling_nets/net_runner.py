@@ -79,7 +79,7 @@ class NetRunner:
         return 0 if self.injects else channels // 2
 
     def _inputs(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is cut into chunks: for an injector's net the condition stands in the place of x1."""
+        """Give the tensors that chunks are cut from: x1 and cond, or for an injector the condition in place of x1."""
         return (condition_for(x1, cond), None) if self.injects else (x1, cond)
 
     def check_output(self, seen: Tensor, found: object) -> None:

@@ -42,7 +42,7 @@ class NetShape(nn.Module):
 
     @property
     def writes_to_input(self) -> bool:
-        """Whether the net may write to what it is called with: where code that we cannot know has a part in it."""
+        """Whether the net may write to its inputs x1 and cond: a subclass, hooks or parametrizations may."""
         return not self.is_plain
 
     def bytes_per_position(self, element_size: int) -> int:

@@ -23,7 +23,7 @@ Consume = Callable[[Tensor, Chunk], Tensor]  # (net output of the chunk, chunk) 
 
 
 def inputs_for(net: nn.Module, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, ...]:
-    """What a net is called with: x1, and cond if there is one; copies where it may write to what it is given.
+    """Give the inputs of a net, x1 and cond if there is one: copies where the net may write to its inputs.
 
     The half that a net reads is a part of the state, and often of the caller's tensor. A net that begins with
     ``ReLU(inplace=True)`` would change it before the coupling passes it on.

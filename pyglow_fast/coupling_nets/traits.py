@@ -111,7 +111,7 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def is_deterministic(net: nn.Module) -> bool:
-    """Whether the net states that it is, or is made of torch's and our modules alone, of which none draws numbers."""
+    """Whether a net gives one output for an input: as it states, or if its known modules draw no random numbers."""
     stated = getattr(net, "deterministic", None)
     if stated is not None:
         expect(isinstance(stated, bool), "net.deterministic", "a bool or None", repr(stated))
@@ -124,7 +124,7 @@ def is_deterministic(net: nn.Module) -> bool:
 
 
 def may_write(net: nn.Module) -> bool:
-    """Whether a net may write to what it is called with: it does not state that it leaves that as it is.
+    """Whether a net may write to its inputs x1 and cond: it does not state ``writes_to_input = False``.
 
     Raises:
         ValueError: it states something else than a bool.

@@ -25,7 +25,7 @@ from pyglow_fast.coupling_nets.plan import plan_chunks
 from pyglow_fast.coupling_nets.precision import dtype_on, in_precision
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, fold_steps, map_bytes, raw_maps, stack_maps
+from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, fold_in_one, map_bytes, raw_maps
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv
 from pyglow_fast.reversible.drift import lowest_precision
@@ -286,7 +286,7 @@ def folded_steps(steps: Sequence[FlowStep]) -> ChannelMap:
     """The maps before the couplings of steps, and perhaps one behind the last, stacked; as csrc/run folds them."""
     found = _factors_of(steps) if is_runnable(steps[0].actnorm.bias) else None
     if found is None:
-        return stack_maps(fold_steps(steps))
+        return fold_in_one(steps)
     raw, fold = found
     return ChannelMap(*fold(raw))
 
