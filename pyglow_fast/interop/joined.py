@@ -20,13 +20,7 @@ from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.interop import nets
 from pyglow_fast.layers import Coupling
 from pyglow_fast.layers.described import described, is_runnable
-from pyglow_fast.layers.flow_step import (
-    ChannelMap,
-    recomputed,
-    run_couplings,
-    run_couplings_inverse,
-    stack_maps,
-)
+from pyglow_fast.layers.flow_step import recomputed, run_couplings, run_couplings_inverse, stack_maps
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.reversible import DriftControl, run_steps
 from pyglow_fast.reversible.run import (
@@ -38,6 +32,7 @@ from pyglow_fast.reversible.run import (
     run_plain,
     run_recorded,
 )
+from pyglow_fast.reversible.steps import ChannelMap
 
 
 class OrderedNet(nn.Module):

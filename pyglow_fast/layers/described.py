@@ -25,11 +25,12 @@ from pyglow_fast.coupling_nets.plan import plan_chunks
 from pyglow_fast.coupling_nets.precision import dtype_on, in_precision
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, FlowStep, fold_in_one, map_bytes, raw_maps
+from pyglow_fast.layers.flow_step import FlowStep, fold_in_one, map_bytes, raw_maps
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv
 from pyglow_fast.reversible.drift import lowest_precision
 from pyglow_fast.reversible.run import CONSTANTS, FACTORS, Fold, FoldByTorch, FoldFactors, Maps, Steps
+from pyglow_fast.reversible.steps import ChannelMap
 
 
 class ChainNet(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise, takewhile, zip_longest
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,41 +21,10 @@ from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
 from pyglow_fast.reference import COUPLINGS, CouplingSpec, fold_actnorm, full_precision, full_product
-from pyglow_fast.reversible.steps import CouplingStep, MapInverse, inverse_of
+from pyglow_fast.reversible.steps import ChannelMap, CouplingStep, MapInverse
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 NO_COUPLING = "none"  # what is said as the coupling of a step without one
-
-
-class ChannelMap(NamedTuple):
-    """One step's actnorm and channel permutation folded into a single product: u = matrix x + offset.
-
-    With a source it is a gather: u_i = matrix_i x_j + offset_i, j = source_i; see
-    :func:`pyglow_fast.reference.channel_mix`. The maps of K steps are stacked in one such tuple, with K in front of
-    every shape.
-    """
-
-    matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
-    offset: Tensor  # (C,)
-    log_det: Tensor  # (), log|det matrix|
-    source: Tensor | None = None  # (C,), a permutation in int64: the index of the functions that take a map
-
-    @staticmethod
-    def nothing(like: Tensor) -> ChannelMap:
-        """The map, a gather, that leaves all channels as they are; there are as many as ``like`` (C,) has."""
-        zeros = torch.zeros_like(like)
-        return ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=like.device))
-
-    def as_product(self) -> ChannelMap:
-        """A map with a matrix that does what this one does, also where it is a gather."""
-        if self.source is None:
-            return self
-        eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
-        return ChannelMap(eye[self.source] * self.matrix.unsqueeze(-1), self.offset, self.log_det)
-
-    def inverse(self) -> MapInverse:
-        """Invert the matrix; of stacked maps all in one batch, of a gather its scales and its index."""
-        return inverse_of(self.matrix, self.source)
 
 
 def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:

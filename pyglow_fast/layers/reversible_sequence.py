@@ -21,7 +21,6 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.described import Entered, entered, is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
-    ChannelMap,
     FlowStep,
     couplings_of,
     fold_in_one,
@@ -38,7 +37,7 @@ from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
 from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.run import Maps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
 from pyglow_fast.reversible.setting import parse_memory
-from pyglow_fast.reversible.steps import Step
+from pyglow_fast.reversible.steps import ChannelMap, Step
 
 
 def _is_initialized(step: Any) -> bool:

@@ -23,7 +23,7 @@ from pyglow_fast.reversible.deferred import accepted
 from pyglow_fast.reversible.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift
 from pyglow_fast.reversible.parts import LATER, Part, Whole, part_limit
 from pyglow_fast.reversible.run import Fold, Maps, no_maps
-from pyglow_fast.reversible.steps import Given, Map, Step
+from pyglow_fast.reversible.steps import ChannelMap, Given, Step
 
 
 def run_steps(
@@ -78,7 +78,7 @@ def _given(
     raw = tensors[at:]
     folded = [part.unbind() for part in fold(raw)]
     if folded:
-        found = [own._replace(map=Map(*parts)) for own, *parts in zip(found, *folded, strict=True)]
+        found = [own._replace(map=ChannelMap(*parts)) for own, *parts in zip(found, *folded, strict=True)]
     return found, raw
 
 

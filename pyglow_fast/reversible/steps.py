@@ -43,13 +43,35 @@ class Outcome(NamedTuple):
     lowest: torch.dtype
 
 
-class Map(NamedTuple):
-    """The channel map u = M x + c before a coupling; with a source the matrix is the scales of a gather."""
+class ChannelMap(NamedTuple):
+    """One step's actnorm and channel permutation folded into a single product: u = matrix x + offset.
 
-    matrix: Tensor
-    offset: Tensor
-    log_det: Tensor
-    source: Tensor | None = None
+    With a source it is a gather: u_i = matrix_i x_j + offset_i, j = source_i; see
+    :func:`pyglow_fast.reference.channel_mix`. The maps of K steps are stacked in one such tuple, with K in front of
+    every shape.
+    """
+
+    matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
+    offset: Tensor  # (C,)
+    log_det: Tensor  # (), log|det matrix|
+    source: Tensor | None = None  # (C,), a permutation in int64: the index of the functions that take a map
+
+    @staticmethod
+    def nothing(like: Tensor) -> ChannelMap:
+        """The map, a gather, that leaves all channels as they are; there are as many as ``like`` (C,) has."""
+        zeros = torch.zeros_like(like)
+        return ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=like.device))
+
+    def as_product(self) -> ChannelMap:
+        """A map with a matrix that does what this one does, also where it is a gather."""
+        if self.source is None:
+            return self
+        eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
+        return ChannelMap(eye[self.source] * self.matrix.unsqueeze(-1), self.offset, self.log_det)
+
+    def inverse(self) -> MapInverse:
+        """Invert the matrix; of stacked maps all in one batch, of a gather its scales and its index."""
+        return inverse_of(self.matrix, self.source)
 
 
 class Given(NamedTuple):
@@ -66,7 +88,7 @@ class Given(NamedTuple):
     cond: Tensor | None
     needs_cond: bool
     params: Sequence[Tensor]
-    map: Map | None
+    map: ChannelMap | None
     memo: Any = None
 
 

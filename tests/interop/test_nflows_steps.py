@@ -18,7 +18,7 @@ from pyglow_fast import functional
 from pyglow_fast.interop import accelerate
 from pyglow_fast.interop.nflows import StepParts, channel_map, coupling_parts, step_parts, waits_for_data
 from pyglow_fast.interop.nflows import transforms as ours
-from pyglow_fast.layers.flow_step import ChannelMap
+from pyglow_fast.reversible.steps import ChannelMap
 
 libraries = pytest.mark.parametrize("lib", [theirs, ours], ids=["theirs", "ours"])
 HALVES, MIXED = [0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 1, 0]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.functional import CouplingSpec
-from pyglow_fast.layers.flow_step import PERMUTATIONS, ChannelMap, fold_steps, stack_maps
+from pyglow_fast.layers.flow_step import PERMUTATIONS, fold_steps, stack_maps
+from pyglow_fast.reversible.steps import ChannelMap
 
 
 def trained(step: nn.Module, x: Tensor, cond: Tensor | None = None) -> nn.Module:

@@ -13,8 +13,9 @@ from torch import Tensor
 import pyglow_fast as pgf
 from pyglow_fast import reference
 from pyglow_fast.layers import Permute
-from pyglow_fast.layers.flow_step import ChannelMap, fold_steps, stack_maps, unstack_maps
+from pyglow_fast.layers.flow_step import fold_steps, stack_maps, unstack_maps
 from pyglow_fast.layers.frozen import FrozenSteps
+from pyglow_fast.reversible.steps import ChannelMap
 
 
 class Multiplied(Permute):

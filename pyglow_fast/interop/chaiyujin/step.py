@@ -23,9 +23,10 @@ from pyglow_fast.interop.chaiyujin.structure import (
 )
 from pyglow_fast.interop.stand_in import StandIn, give_back, stand_in
 from pyglow_fast.layers import Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, recomputed, run_couplings, run_couplings_inverse
+from pyglow_fast.layers.flow_step import recomputed, run_couplings, run_couplings_inverse
 from pyglow_fast.reversible import DriftControl, run_steps
 from pyglow_fast.reversible.run import given_maps_of
+from pyglow_fast.reversible.steps import ChannelMap
 
 # For batches of fewer positions, the work on the parameters takes longer than is gained on the data.
 LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400

@@ -13,8 +13,9 @@ from pyglow_fast import functional
 from pyglow_fast.interop.indices import indices_on
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.layers import AffineInjector, Coupling
-from pyglow_fast.layers.flow_step import ChannelMap, stack_maps
+from pyglow_fast.layers.flow_step import stack_maps
 from pyglow_fast.reference import COUPLING_NETS, CouplingSpec, fold_actnorm, full_precision, plu_weight
+from pyglow_fast.reversible.steps import ChannelMap
 
 _CALL = ["self", "input", "logdet", "reverse"]
 _PERMUTATIONS = ("invconv", "shuffle", "reverse")

@@ -26,8 +26,8 @@ from pyglow_fast.interop.freia.layout import (
 )
 from pyglow_fast.interop.freia.permutation import Seen, look_at
 from pyglow_fast.interop.gather import Gather
-from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.steps import ChannelMap
 
 SUBNET_GAIN = 0.1  # FrEIA's: of the whole output of the subnet
 

@@ -19,7 +19,8 @@ from pyglow_fast.interop.joined import (
     Place,
     unrepeatable,
 )
-from pyglow_fast.layers.flow_step import ChannelMap, after
+from pyglow_fast.layers.flow_step import after
+from pyglow_fast.reversible.steps import ChannelMap
 
 STEPS = (ServedBlock,)  # what may be joined
 

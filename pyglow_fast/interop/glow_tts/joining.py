@@ -17,9 +17,9 @@ from pyglow_fast.interop.glow_tts.layers import BlockNet, CouplingBlock, InvConv
 from pyglow_fast.interop.glow_tts.probe import actnorm_fault
 from pyglow_fast.interop.glow_tts.structure import coupling_fault
 from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep, Place
-from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
+from pyglow_fast.reversible.steps import ChannelMap
 
 STEPS = (CouplingBlock,)  # what may be joined
 OTHER = 1e-4  # how much W^-1 W may differ from 1 when the inverse was rounded to float32

@@ -16,7 +16,7 @@ from pyglow_fast.interop.joined import ChangedError, Face, JoinedRun, JoinedStep
 from pyglow_fast.interop.nflows.coupling import run_net
 from pyglow_fast.interop.nflows.steps import StepParts, step_parts, waits_for_data
 from pyglow_fast.interop.probing import chain_of
-from pyglow_fast.layers.flow_step import ChannelMap
+from pyglow_fast.reversible.steps import ChannelMap
 
 STEPS = (transforms.AffineCouplingTransform,)  # what may be joined
 

@@ -19,8 +19,9 @@ from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.nflows import convolution as conv
 from pyglow_fast.interop.nflows import coupling as couplings
 from pyglow_fast.interop.nflows._state import as_it_comes, is_initialized
-from pyglow_fast.layers.flow_step import ChannelMap, after
+from pyglow_fast.layers.flow_step import after
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.steps import ChannelMap
 
 
 class CouplingParts(NamedTuple):

@@ -14,8 +14,8 @@ from pyglow_fast.interop.normflows.adoption import adopt, is_untouched, stands_i
 from pyglow_fast.interop.normflows.coupling import TO_Z, AffineCouplingBlock, ShiftThenRaw, reciprocal_sigmoid
 from pyglow_fast.interop.normflows.layers import ActNorm, Invertible1x1Conv, check_images, in_full
 from pyglow_fast.layers.actnorm import refused_alike
-from pyglow_fast.layers.flow_step import ChannelMap
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.steps import ChannelMap
 
 
 @stands_in

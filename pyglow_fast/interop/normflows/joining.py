@@ -18,7 +18,7 @@ from pyglow_fast.interop.joined import (
     unrepeatable,
 )
 from pyglow_fast.interop.normflows.glow import GlowBlock, flow_parts
-from pyglow_fast.layers.flow_step import ChannelMap
+from pyglow_fast.reversible.steps import ChannelMap
 
 STEPS = (GlowBlock,)  # what may be joined
 
