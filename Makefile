@@ -30,7 +30,7 @@ LIVE := build/live
 .PHONY: venv demo serve test test-full test-live mutants faults lint format docs wheel clean
 .DELETE_ON_ERROR:
 
-venv: $(VENV)/.built
+venv: $(VENV)/.tools
 
 # Three steps, because the package is compiled without isolation against the torch that is already there, by a setuptools
 # newer than the one a fresh environment starts with. The file keeps that torch in place in the last step.
@@ -43,17 +43,22 @@ $(VENV)/.torch:
 	$(PIP) freeze | grep '^torch==' > $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable '.[train,dev,docs]'
+	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable '.[web]'
 	@$(BIN)/python -c 'from pyglow_fast import _backend; print("compiled kernels:", _backend.reason() or "ready")'
 	@touch $@
 
-demo: venv
+# What checks, tests and the documentation need on top. Ninja finds nothing to compile.
+$(VENV)/.tools: $(VENV)/.built
+	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable '.[dev,docs]'
+	@touch $@
+
+demo: $(VENV)/.built
 	$(BIN)/python -m pyglow_fast demo --overwrite --out runs/demo
 
-runs/demo/best.safetensors: | venv
+runs/demo/best.safetensors: | $(VENV)/.built
 	$(MAKE) demo
 
-serve: venv | runs/demo/best.safetensors
+serve: $(VENV)/.built | runs/demo/best.safetensors
 	$(BIN)/python -m pyglow_fast serve runs/demo
 
 # The checks come first, so that the suite's own summary is the last line.
@@ -98,4 +103,4 @@ wheel: venv
 	PYGLOW_WHEEL_LABEL=1 $(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
-	rm -rf build dist *.egg-info pyglow_fast/_C*.so $(VENV)/.built
+	rm -rf build dist *.egg-info pyglow_fast/_C*.so $(VENV)/.built $(VENV)/.tools

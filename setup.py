@@ -52,12 +52,21 @@ def extensions() -> list[setuptools.Extension]:
     return [setuptools.Extension("pyglow_fast._C", [])]
 
 
+def torch_has_cuda() -> bool:
+    """Whether the torch that is installed was built for CUDA; beside another one the CUDA kernels are of no use."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.version.cuda is not None
+
+
 def cuda_compiler() -> tuple[str, tuple[int, int]] | None:
     """The nvcc that compiles the CUDA kernels and its release, such as (12, 8); None where they are not built."""
     wanted = switch("PYGLOW_CUDA")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
-    if wanted == "0" or (nvcc is None and wanted == "auto"):
+    if wanted == "0" or (wanted == "auto" and (nvcc is None or not torch_has_cuda())):
         return None
     if nvcc is None:
         sys.exit(

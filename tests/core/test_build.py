@@ -34,7 +34,7 @@ CMAKE = shutil.which("cmake", path=TOOLS) or shutil.which("cmake")
 
 @pytest.fixture
 def policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """setup.py as a module, with no switch set, an empty PATH and no CUDA toolkit."""
+    """setup.py as a module beside a torch for CUDA, with no switch set, an empty PATH and no CUDA toolkit."""
     for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -44,6 +44,7 @@ def policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "torch_has_cuda", lambda: True)
     return module
 
 
@@ -103,6 +104,16 @@ def test_cuda_where_nvcc_is_found(policy: ModuleType, monkeypatch: pytest.Monkey
     assert policy.cuda_options() == [f"-DPYGLOW_NVCC={tmp_path / 'nvcc'}", archs]
     monkeypatch.setenv("PYGLOW_CUDA", "0")
     assert policy.cuda_options() == ["-DPYGLOW_NVCC="]
+
+
+def test_beside_a_torch_without_cuda_its_kernels_are_compiled_when_asked_for(
+    policy: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_nvcc(tmp_path, "13.0")
+    monkeypatch.setattr(policy, "torch_has_cuda", lambda: False)
+    assert policy.cuda_options() == ["-DPYGLOW_NVCC="]
+    monkeypatch.setenv("PYGLOW_CUDA", "1")
+    assert policy.cuda_options()[0] == f"-DPYGLOW_NVCC={tmp_path / 'nvcc'}"
 
 
 def test_the_named_toolkit_comes_before_the_path(
