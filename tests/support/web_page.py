@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,9 @@ class Site:
         return self.folder / "runs" / name
 
     def uploaded(self) -> list[Path]:
-        """What was uploaded and is still on the disk."""
+        """What was uploaded and is still on the disk; folders may vanish while they are listed, which os.walk bears."""
         (cache,) = self.folder.glob("pyglow-serve-*")
-        return [path for path in cache.rglob("*") if path.is_file()]
+        return [Path(place, name) for place, _, names in os.walk(cache) for name in names]
 
 
 class Visitor:
