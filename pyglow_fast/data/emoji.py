@@ -104,12 +104,13 @@ def _groups(root: Path, pictures: list[_Picture], on_unreadable: str) -> tuple[s
     return tuple(lead(picture.emoji) for picture in pictures)
 
 
-def load_emoji(root: Path, preparation: Preparation) -> Images:
+def load_emoji(root: Path, preparation: Preparation, name: str = "emoji") -> Images:
     """Loads all emoji and their skin tones on white, labelled by category.
 
     Args:
         root: holds emoji.json and img/VENDOR/64/*.png.
         preparation: how the files are prepared; its size and margin make at most 64.
+        name: what the user calls the set.
 
     Raises:
         ValueError: a file is missing or is not what it should be; or a picture cannot be read and is not to be skipped.
@@ -117,7 +118,7 @@ def load_emoji(root: Path, preparation: Preparation) -> Images:
     pictures = _pictures(root)
     labels, classes = numbered([picture.category for picture in pictures])
     listing = Listing(labels, classes, _groups(root, pictures, preparation.on_unreadable))
-    return from_files("emoji", root, [picture.file for picture in pictures], preparation, listing)
+    return from_files(name, root, [picture.file for picture in pictures], preparation, listing)
 
 
 def emoji_tone_pairs(root: str | Path) -> tuple[TonePair, ...]:

@@ -75,7 +75,8 @@ def _idx(name: str) -> bool:
 
 
 def _emoji(name: str) -> bool:
-    return name == "emoji.json" or (name.startswith("img/twitter/64/") and name.endswith(".png"))
+    folder, _, _ = name.rpartition("/")
+    return name == "emoji.json" or (folder in ("img/twitter/64", "img/google/64") and name.endswith(".png"))
 
 
 def _photo(name: str) -> bool:
@@ -141,6 +142,20 @@ FETCHABLE: dict[str, Fetchable] = {
         ),
         _emoji,
         "5c03830688315606388912a7dff6299f8f93d8d2ccdd4a45892a1e80aa2c1f5b",
+    ),
+    "emoji-google": Fetchable(
+        "Noto emoji: 3,786 emoji, 64x64 in colour, 10 categories, skin tones as pairs",
+        "15 MB",
+        "Apache-2.0",
+        (
+            NpmPackage(
+                "emoji-datasource-google",
+                "16.0.0",
+                "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+            ),
+        ),
+        _emoji,
+        "094059c45979fac9fc92e9caebe8d270a31ed511128fd9cf080ec1d2ab76d689",
     ),
     "photos": Fetchable(
         "14 photographs of 3840x2160 and larger, to be cut into tiles",

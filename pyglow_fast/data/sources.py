@@ -146,6 +146,12 @@ SOURCES: dict[str, _Source] = {
         "optional",
         "its images are single small files",
     ),
+    "emoji-google": _Source(
+        lambda config, path: load_emoji(path, config.preparation(), "emoji-google"),
+        _FILES,
+        "optional",
+        "its images are single small files",
+    ),
     "photos": _Source(
         lambda config, path: load_photos(path, config.preparation(), config.scale),
         (*_TILES, "scale"),
