@@ -15,7 +15,7 @@ from pyglow_fast.data.emoji import TonePair, emoji_tone_pairs, load_emoji
 from pyglow_fast.data.fetch import FETCHABLE, Fetchable, FetchError, fetch
 from pyglow_fast.data.folder import load_folder
 from pyglow_fast.data.idx import load_idx
-from pyglow_fast.data.image_set import Images, ImageSet, split
+from pyglow_fast.data.image_set import Attributes, Images, ImageSet, split
 from pyglow_fast.data.imagenet import load_imagenet
 from pyglow_fast.data.lazy import LazyImages
 from pyglow_fast.data.loader import Batch, batches
@@ -29,6 +29,7 @@ from pyglow_fast.data.yardsticks import Yardstick, histogram_bits_per_dim, measu
 __all__ = [
     "DATA_HELP",
     "FETCHABLE",
+    "Attributes",
     "Augmentation",
     "Batch",
     "DataConfig",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.folder import check_folder
-from pyglow_fast.data.image_set import Images
+from pyglow_fast.data.image_set import Attributes, Images
 from pyglow_fast.data.lazy import Listing, from_files
 from pyglow_fast.data.prepare import Preparation
 
@@ -45,12 +45,6 @@ def _table(path: Path, names: list[str], wanted: str | None = None) -> tuple[tup
     for name in names:
         expect(name in value, str(path), f"a line for {name}", "none")
     return tuple(known), torch.tensor([value[name] for name in names])
-
-
-def _labels(path: Path, attribute: str, names: list[str]) -> Tensor:
-    """1 where an image has the attribute, else 0."""
-    known, table = _table(path, names, attribute)
-    return table[:, known.index(attribute)].long()
 
 
 def _folder(root: Path) -> Path:
@@ -96,7 +90,11 @@ def load_celeba(root: Path, preparation: Preparation, attribute: str | None = No
     index = {part: torch.tensor([i for i, row in enumerate(rows) if row[1] == part]) for part in _PARTS}
     for part in ("0", "2"):
         expect(len(index[part]) > 0, str(folder / PARTITION), f"images of part {part} ({_PARTS[part]})", "none")
-    labels = None if attribute is None else _labels(folder / ATTRIBUTES, attribute, names)
+    attributes, labels = None, None
+    if attribute is not None or (folder / ATTRIBUTES).is_file():
+        attributes = Attributes(*_table(folder / ATTRIBUTES, names, attribute))
+    if attribute is not None and attributes is not None:
+        labels = attributes.has[:, attributes.names.index(attribute)].long()
     classes = () if attribute is None else (f"not {attribute}", attribute)
-    listing = Listing(labels, classes, official=(index["0"], index["2"]))
+    listing = Listing(labels, classes, official=(index["0"], index["2"]), attributes=attributes)
     return from_files("celeba", folder / IMAGES, names, preparation, listing)

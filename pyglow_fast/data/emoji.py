@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.decode import UnreadableImageError, check_regular
 from pyglow_fast.data.folder import check_folder, numbered
-from pyglow_fast.data.image_set import Images
+from pyglow_fast.data.image_set import Attributes, Images
 from pyglow_fast.data.lazy import Listing, from_files
 from pyglow_fast.data.prepare import Preparation
 
@@ -104,6 +106,13 @@ def _groups(root: Path, pictures: list[_Picture], on_unreadable: str) -> tuple[s
     return tuple(lead(picture.emoji) for picture in pictures)
 
 
+def _tones(pictures: list[_Picture]) -> Attributes:
+    """Which pictures show all their people in one skin tone; no tone: yellow, or no people."""
+    shown = [set(picture.tones.split("-")) for picture in pictures]
+    has = torch.tensor([[tones == {code} for code in TONES] for tones in shown])
+    return Attributes(tuple(f"skin tone {tone}" for tone in TONES.values()), has)
+
+
 def load_emoji(root: Path, preparation: Preparation, name: str = "emoji") -> Images:
     """Loads all emoji and their skin tones on white, labelled by category.
 
@@ -117,7 +126,7 @@ def load_emoji(root: Path, preparation: Preparation, name: str = "emoji") -> Ima
     """
     pictures = _pictures(root)
     labels, classes = numbered([picture.category for picture in pictures])
-    listing = Listing(labels, classes, _groups(root, pictures, preparation.on_unreadable))
+    listing = Listing(labels, classes, _groups(root, pictures, preparation.on_unreadable), attributes=_tones(pictures))
     return from_files(name, root, [picture.file for picture in pictures], preparation, listing)
 
 

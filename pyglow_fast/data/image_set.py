@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,24 @@ from pyglow_fast.data.augment import Augmentation
 
 DEFAULT_HELD_OUT = 0.1  # where nothing is asked for and the source has no split of its own
 HELD_OUT = Range(above=0, below=1)
+
+
+class Attributes(NamedTuple):
+    """What each image has or has not, besides its class: names, and a bool tensor (N, len(names)).
+
+    >>> import torch
+    >>> from pyglow_fast.data import Attributes
+    >>> attributes = Attributes(("smiling",), torch.tensor([[True], [False]]))
+    >>> attributes.at(torch.tensor([1])).has.tolist()
+    [[False]]
+    """
+
+    names: tuple[str, ...]
+    has: Tensor
+
+    def at(self, index: Tensor) -> Attributes:
+        """Gives the rows of the images at ``index``."""
+        return Attributes(self.names, self.has[index])
 
 
 class Images(ABC):
@@ -40,6 +59,7 @@ class Images(ABC):
             image is its own group.
         official: the source's own split as indices (train, test), or None.
         augmentation: what :meth:`item` draws for training.
+        attributes: what each image has besides its class, or None; a fingerprint does not depend on it.
     """
 
     name: str
@@ -49,6 +69,7 @@ class Images(ABC):
     groups: tuple[str, ...]
     official: tuple[Tensor, Tensor] | None
     augmentation: Augmentation
+    attributes: Attributes | None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -103,6 +124,20 @@ def check_labels(labels: Tensor | None, class_names: Sequence[str], count: int) 
     expect(low >= 0 and high < n, "labels", f"values in 0..{n - 1}", f"{low}..{high}")
 
 
+def check_attributes(attributes: Attributes | None, count: int) -> None:
+    """Refuse attributes that are not a bool (count, len(names)).
+
+    Raises:
+        ValueError: they are not.
+    """
+    if attributes is None:
+        return
+    names, has = attributes
+    fits = has.dtype == torch.bool and has.shape == (count, len(names))
+    found = f"{has.dtype} {tuple(has.shape)}"
+    expect(fits, "attributes", f"a bool tensor of shape ({count}, {len(names)})", found)
+
+
 def hash_parts(digest: hashlib._Hash, data: Images) -> None:
     """Add to a digest what is said of the images besides their pixels; fields at their defaults add nothing."""
     if data.labels is not None:
@@ -137,6 +172,7 @@ class ImageSet(Images):
         groups: one key an image, or empty; see :class:`Images`.
         official: the source's own split as indices (train, test), or None.
         augmentation: what training sees of them.
+        attributes: what each image has besides its class, or None.
 
     Raises:
         ValueError: wrong shape or dtype, a value outside 0..n_bins-1, or labels, groups or a margin that do not fit.
@@ -150,6 +186,7 @@ class ImageSet(Images):
     groups: tuple[str, ...] = ()
     official: tuple[Tensor, Tensor] | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
+    attributes: Attributes | None = None
 
     def __post_init__(self) -> None:
         pixels = self.pixels
@@ -164,6 +201,7 @@ class ImageSet(Images):
         expect(margin < min(pixels.shape[2:]), "pixels", f"sides above the margin of {margin}", tuple(pixels.shape))
         expect(not self.groups or len(self.groups) == len(pixels), "groups", f"{len(pixels)} keys", len(self.groups))
         check_labels(self.labels, self.class_names, len(pixels))
+        check_attributes(self.attributes, len(pixels))
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -184,7 +222,8 @@ class ImageSet(Images):
         index = torch.as_tensor(indices, dtype=torch.int64)
         labels = None if self.labels is None else self.labels[index]
         groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
-        return replace(self, pixels=self.pixels[index], labels=labels, groups=groups, official=None)
+        had = None if self.attributes is None else self.attributes.at(index)
+        return replace(self, pixels=self.pixels[index], labels=labels, groups=groups, official=None, attributes=had)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gives (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""

@@ -18,7 +18,7 @@ from pyglow_fast._errors import expect, visible
 from pyglow_fast._settings import check_setting
 from pyglow_fast.data.augment import Augmentation
 from pyglow_fast.data.decode import UnreadableImageError, read_image
-from pyglow_fast.data.image_set import Images, ImageSet, check_labels, hash_parts
+from pyglow_fast.data.image_set import Attributes, Images, ImageSet, check_attributes, check_labels, hash_parts
 from pyglow_fast.data.prepare import Preparation
 
 MEMORY_LIMIT = 1 << 30  # bytes of pixels up to which a set is kept in memory unless told otherwise
@@ -110,6 +110,7 @@ class LazyImages(Images):
         augmentation: what training sees of them.
         on_unreadable: what :meth:`batch` does about an image that cannot be read: "raise", or "skip" to the next.
         positions: int64 (N,), which of the reader's images these are; None: all.
+        attributes: what each image has besides its class, or None.
 
     Raises:
         ValueError: labels or groups that do not fit, or no images.
@@ -127,6 +128,7 @@ class LazyImages(Images):
     augmentation: Augmentation = field(default_factory=Augmentation)
     on_unreadable: str = "raise"
     positions: Tensor | None = None
+    attributes: Attributes | None = None
 
     def __post_init__(self) -> None:
         check_setting(Preparation, "on_unreadable", self.on_unreadable)
@@ -134,6 +136,7 @@ class LazyImages(Images):
         expect(count > 0, "data", "at least one image", f"none in {self.name}")
         expect(not self.groups or len(self.groups) == count, "groups", f"{count} keys", len(self.groups))
         check_labels(self.labels, self.class_names, count)
+        check_attributes(self.attributes, count)
 
     def __len__(self) -> int:
         return len(self.reader) if self.positions is None else len(self.positions)
@@ -150,7 +153,8 @@ class LazyImages(Images):
         labels = None if self.labels is None else self.labels[index]
         groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
         positions = index if self.positions is None else self.positions[index]
-        return replace(self, labels=labels, groups=groups, official=None, positions=positions)
+        had = None if self.attributes is None else self.attributes.at(index)
+        return replace(self, labels=labels, groups=groups, official=None, positions=positions, attributes=had)
 
     def stored(self, index: int) -> Tensor:
         """Reads the pixels of one image with its margin, uint8 (C, H + margin, W + margin)."""
@@ -247,11 +251,12 @@ def _without_errors(data: LazyImages, pixels: Tensor, errors: list[str | None]) 
     """The images that could be read, with one warning about the rest."""
     bad = [error for error in errors if error is not None]
     expect(len(bad) < len(data), "data", f"at least one image that can be read in {data.name}", f"none: {bad[:1]}")
-    labels, groups, official = data.labels, data.groups, data.official
+    labels, groups, official, attributes = data.labels, data.groups, data.official, data.attributes
     if bad:
         good = torch.tensor([error is None for error in errors])
         pixels, labels = pixels[good], None if labels is None else labels[good]
         groups = tuple(group for group, error in zip(groups, errors, strict=False) if error is None)
+        attributes = None if attributes is None else attributes.at(good)
         if official is not None:
             moved = good.cumsum(0) - 1
             official = (moved[official[0][good[official[0]]]], moved[official[1][good[official[1]]]])
@@ -259,7 +264,9 @@ def _without_errors(data: LazyImages, pixels: Tensor, errors: list[str | None]) 
             expect(not empty, "data", f"images that can be read in both splits of {data.name}", f"none: {bad[0]}")
         text = f"{len(bad)} of {len(data)} images of {data.name} could not be read and were left out; the first: "
         warnings.warn(visible(text + bad[0]), stacklevel=2)
-    return ImageSet(data.name, pixels, data.n_bins, labels, data.class_names, groups, official, data.augmentation)
+    return ImageSet(
+        data.name, pixels, data.n_bins, labels, data.class_names, groups, official, data.augmentation, attributes
+    )
 
 
 @dataclass(frozen=True)
@@ -270,6 +277,7 @@ class Listing:
     class_names: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     official: tuple[Tensor, Tensor] | None = None
+    attributes: Attributes | None = None
 
 
 def from_files(name: str, root: Path, names: Sequence[str], preparation: Preparation, listing: Listing) -> Images:
@@ -296,5 +304,6 @@ def from_reader(name: str, reader: Reader, identity: str, preparation: Preparati
         listing.official,
         preparation.augmentation,
         preparation.on_unreadable,
+        attributes=listing.attributes,
     )
     return kept(lazy, preparation.in_memory)

@@ -148,6 +148,7 @@ def test_every_recipe_names_its_origins() -> None:
         "the folder /usr/share/datasets/fashion-mnist or "
         "the Debian package dataset-fashion-mnist 0.0~git20200523.55506a9-1",
         "emoji": "the npm package emoji-datasource-twitter 16.0.0",
+        "emoji-google": "the npm package emoji-datasource-google 16.0.0",
         "photos": "the folder /usr/share/backgrounds/budgie or the Debian package budgie-backgrounds 3.0-1",
         "cifar10": "torchvision.datasets.CIFAR10",
         "celeba": "torchvision.datasets.CelebA",
@@ -155,7 +156,9 @@ def test_every_recipe_names_its_origins() -> None:
 
 
 def test_wrong_calls(cache: Path, tmp_path: Path) -> None:
-    message = "data: expected one of mnist, fashion-mnist, emoji, photos, cifar10, celeba, found 'imagenet'"
+    message = (
+        "data: expected one of mnist, fashion-mnist, emoji, emoji-google, photos, cifar10, celeba, found 'imagenet'"
+    )
     with pytest.raises(ValueError, match=message):
         fetch("imagenet")
     (tmp_path / "file").write_text("")

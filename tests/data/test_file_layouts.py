@@ -54,7 +54,7 @@ def test_celeba(tmp_path: Path) -> None:
         ("list_eval_partition.txt", "../x.jpg 0\n", "expected a file name and 0, 1 or 2 a line"),
         ("list_eval_partition.txt", "000001.jpg\n", "expected a file name and 0, 1 or 2 a line"),
         ("list_eval_partition.txt", "000001.jpg 0\n", r"expected images of part 2 \(test\), found none"),
-        ("list_eval_partition.txt", "000001.jpg 0\n7.jpg 2\n", "7.jpg: expected an image file, found No such file"),
+        ("list_eval_partition.txt", "000001.jpg 0\n7.jpg 2\n", "expected a line for 7.jpg, found none"),
     ],
 )
 def test_celeba_refusals(tmp_path: Path, file: str, text: str, message: str) -> None:

@@ -30,7 +30,7 @@ def test_the_config_goes_through_json() -> None:
 
 def test_the_help_names_every_source() -> None:
     assert DATA_HELP.startswith(
-        "digits, mnist[:PATH], fashion-mnist[:PATH], emoji[:PATH], photos[:PATH], cifar10[:PATH]"
+        "digits, mnist[:PATH], fashion-mnist[:PATH], emoji[:PATH], emoji-google[:PATH], photos[:PATH], cifar10[:PATH]"
     )
     assert DATA_HELP.endswith("celeba[:PATH], imagenet:PATH, lsun:PATH or folder:PATH")
 
