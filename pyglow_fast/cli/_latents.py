@@ -13,7 +13,7 @@ from pyglow_fast.cli._common import check_counts, number, user_input, whole
 from pyglow_fast.data import Batch, Images, optional
 from pyglow_fast.latents import DEFAULT_SPACE, SPACES
 from pyglow_fast.studio.reading import read as reading_of
-from pyglow_fast.train import GridRow, save_labelled_grid, to_pixels
+from pyglow_fast.train import save_grid, to_pixels
 from pyglow_fast.train.seeds import random_subset
 
 SPACE_WORDS = "z of every level (latent), or what the priors standardise it to (noise)"
@@ -83,5 +83,5 @@ def save(
     path: Path, rows: list[tuple[str, Tensor]], n_bins: int, columns: list[str], title: str, scale: int | None
 ) -> None:
     """Write rows of model outputs x (n, C, H, W) as a labelled grid."""
-    shown = [GridRow(label, to_pixels(x, n_bins).cpu()) for label, x in rows]
-    save_labelled_grid(shown, n_bins, path, columns, title, scale)
+    shown = [(label, to_pixels(x, n_bins).cpu()) for label, x in rows]
+    save_grid(shown, n_bins, path, columns, scale, title)

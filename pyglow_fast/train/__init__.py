@@ -1,5 +1,6 @@
 """Training: configuration, the loop, checkpoints, evaluation and pictures. Uses models, likelihood and data."""
 
+from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.checkpoint import Checkpoint, DataStamp
 from pyglow_fast.train.config import ADJUSTABLE, LIMITS, OPTIONAL, TrainConfig
 from pyglow_fast.train.config_file import read_config, to_toml
@@ -15,9 +16,8 @@ from pyglow_fast.train.evaluation import (
     score_images,
 )
 from pyglow_fast.train.feed import InputLostError
-from pyglow_fast.train.figures import class_columns, class_cycle, save_curve, save_grid, to_pixels
+from pyglow_fast.train.figures import class_columns, class_cycle, grid, save_curve, save_grid, to_pixels
 from pyglow_fast.train.files import FolderError
-from pyglow_fast.train.labelled import GridRow, labelled_grid, save_labelled_grid
 from pyglow_fast.train.loop import Result, Run
 from pyglow_fast.train.optim import OPTIMIZERS, learning_rate, make_optimizer
 from pyglow_fast.train.page import page_of
@@ -37,7 +37,6 @@ __all__ = [
     "DataStamp",
     "Ema",
     "FolderError",
-    "GridRow",
     "ImageScores",
     "InputLostError",
     "RankError",
@@ -56,19 +55,19 @@ __all__ = [
     "derive",
     "device_of",
     "evaluate",
-    "labelled_grid",
+    "grid",
     "labels_for",
     "learning_rate",
     "load_model",
     "make_optimizer",
     "open_ranks",
     "page_of",
+    "progress_line",
     "read_config",
     "resolve_device",
     "resume",
     "save_curve",
     "save_grid",
-    "save_labelled_grid",
     "score_images",
     "start",
     "to_pixels",

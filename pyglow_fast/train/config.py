@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -34,7 +35,11 @@ LIMITS = presets.LIMITS
 _PRODUCTS: dict[str, Any] = {"most": 10**6, "why": "float32 has to hold its products"}
 _DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"
 _COUNT, _COUNT_OR_0 = Range(least=1), Range(least=0)
-_OUTPUT: dict[str, Any] = {"range": _COUNT, "group": OUTPUT, "adjustable": True}
+# Fields by what they have in common; numbers are counts unless another range is given.
+_learning = functools.partial(setting, range=_COUNT, group=OPTIMISATION)
+_limit = functools.partial(_learning, adjustable=True)
+_computing = functools.partial(setting, group=COMPUTING, adjustable=True)
+_output = functools.partial(setting, range=_COUNT, group=OUTPUT, adjustable=True)
 
 
 @settings
@@ -71,112 +76,77 @@ class TrainConfig:
     class_conditional: bool = setting(
         False, "condition the top prior on the labels; the model's n_classes is then that of the data", group=MODEL
     )
-    class_weight: float = setting(
+    class_weight: float = _learning(
         0.0,
         "w in the loss, bits/dim of the image + w times the bits that its label costs by a linear classifier on the "
         "top latent (released code: 0.01), with class_conditional or without; 0: no such term. The model's classify is "
         "then the number of classes",
         range=Range(least=0, **_PRODUCTS),
-        group=OPTIMISATION,
     )
-    optimizer: str = setting("adam", "adam, adamw or adamax", choices=OPTIMIZERS, group=OPTIMISATION)
-    lr: float = setting(1e-3, "learning rate after warm-up", range=Range(above=0, **_PRODUCTS), group=OPTIMISATION)
-    warmup_steps: int = setting(
+    optimizer: str = _learning("adam", "adam, adamw or adamax", choices=OPTIMIZERS)
+    lr: float = _learning(1e-3, "learning rate after warm-up", range=Range(above=0, **_PRODUCTS))
+    warmup_steps: int = _learning(
         100,
         "the learning rate rises linearly over the first so many training steps",
         range=_COUNT_OR_0,
-        group=OPTIMISATION,
         flag="--warmup",
     )
-    max_steps: int | None = setting(
-        10_000,
-        "the run ends after so many training steps; given another limit alone, this one does not count",
-        range=_COUNT,
-        group=OPTIMISATION,
-        adjustable=True,
+    max_steps: int | None = _limit(
+        10_000, "the run ends after so many training steps; given another limit alone, this one does not count"
     )
-    max_epochs: int | None = setting(
-        None, "or after so many passes over the training images", range=_COUNT, group=OPTIMISATION, adjustable=True
-    )
-    max_minutes: float | None = setting(
-        None, "or after so many minutes", range=Range(above=0), group=OPTIMISATION, adjustable=True
-    )
-    decay_steps: int | None = setting(
+    max_epochs: int | None = _limit(None, "or after so many passes over the training images")
+    max_minutes: float | None = _limit(None, "or after so many minutes", range=Range(above=0))
+    decay_steps: int | None = _learning(
         None,
         "the learning rate then falls along half a cosine, to a hundredth at this training step",
-        range=_COUNT,
         absent="it stays",
-        group=OPTIMISATION,
     )
-    weight_decay: float = setting(
-        0.0, "decoupled weight decay, of adamw only", range=Range(least=0, **_PRODUCTS), group=OPTIMISATION
-    )
-    beta2: float = setting(
+    weight_decay: float = _learning(0.0, "decoupled weight decay, of adamw only", range=Range(least=0, **_PRODUCTS))
+    beta2: float = _learning(
         0.999,
         "decay of the optimizer's second moment (Adamax: of its largest gradient)",
         range=Range(least=0, below=1),
-        group=OPTIMISATION,
     )
-    ema_decay: float | None = setting(
+    ema_decay: float | None = _learning(
         0.999,
         "decay of a moving average of the weights, which evaluation and samples then use, see Ema",
         range=Range(above=0, below=1),
         absent="no average",
-        group=OPTIMISATION,
         flag="--ema",
         other=("--no-ema", "no averaged weights"),
     )
-    clip_norm: float | None = setting(
+    clip_norm: float | None = _learning(
         1.0,
         "gradients are scaled down to this norm (of the loss, which is in bits/dim)",
         range=Range(above=0, most=1e30, why="float32 has to hold it; none is no clipping"),
         absent="no clipping",
-        group=OPTIMISATION,
         flag="--clip",
         other=("--no-clip", "no clipping"),
     )
-    max_skipped: int = setting(
+    max_skipped: int = _learning(
         10,
         "training steps in a row whose loss or gradient is not finite and that are left out before the run ends",
         range=_COUNT_OR_0,
-        group=OPTIMISATION,
         adjustable=True,
     )
-    batch_size: int = setting(
-        64, "images a training step, over all ranks and accumulated parts together", range=_COUNT, group=OPTIMISATION
-    )
-    accumulate: int = setting(
-        1,
-        "parts that a batch is cut into, one after the other, for memory",
-        range=_COUNT,
-        group=OPTIMISATION,
-        adjustable=True,
-    )
-    init_images: int = setting(
-        256, "images that the data-dependent initialisation of actnorm sees", range=_COUNT, group=OPTIMISATION
-    )
-    memory: str | int = setting(
+    batch_size: int = _learning(64, "images a training step, over all ranks and accumulated parts together")
+    accumulate: int = _learning(1, "parts that a batch is cut into, one after the other, for memory", adjustable=True)
+    init_images: int = _learning(256, "images that the data-dependent initialisation of actnorm sees")
+    memory: str | int = _computing(
         "reversible",
         f"memory mode of training: {', '.join(MEMORY_MODES)}; or the bytes that the tensors of a training step (of a "
         "part where accumulated) may take on each rank beyond parameters and gradients, as a number or a text such as "
         "4GB: the fastest training within them",
-        group=COMPUTING,
-        adjustable=True,
         expected=MEMORY_EXPECTED,
     )
-    precision: str = setting(
+    precision: str = _computing(
         "auto",
         "what the nets compute in while they are trained: auto (as torch is set), fp32, tf32, bf16 or fp16",
         choices=PRECISIONS,
-        group=COMPUTING,
-        adjustable=True,
     )
-    compile: bool = setting(False, "train through torch.compile", group=COMPUTING, adjustable=True)
-    cuda_graphs: bool = setting(
-        False,
-        "train through a CUDA graph; on one GPU, without accumulation and without class_weight",
-        group=COMPUTING,
-        adjustable=True,
+    compile: bool = _computing(False, "train through torch.compile")
+    cuda_graphs: bool = _computing(
+        False, "train through a CUDA graph; on one GPU, without accumulation and without class_weight"
     )
     workers: int | None = setting(
         None,
@@ -186,19 +156,13 @@ class TrainConfig:
         group=IMAGES,
         adjustable=True,
     )
-    patience: int | None = setting(
-        None,
-        "the run also ends after so many evaluations without a better held-out score",
-        range=_COUNT,
-        absent="it does not",
-        group=OPTIMISATION,
-        adjustable=True,
+    patience: int | None = _limit(
+        None, "the run also ends after so many evaluations without a better held-out score", absent="it does not"
     )
-    seed: int = setting(
+    seed: int = _learning(
         0,
         "decides the split, the initial weights, the order of the images and the dequantisation noise",
         range=_COUNT_OR_0,
-        group=OPTIMISATION,
     )
     threads: int | None = setting(
         None,
@@ -207,63 +171,51 @@ class TrainConfig:
         absent="as many as torch chooses",
         group=COMPUTING,
     )
-    device: str = setting(
-        "auto",
-        "cpu, cuda, cuda:N or auto (cuda where there is one)",
-        group=COMPUTING,
-        adjustable=True,
-        expected=_DEVICES,
-    )
-    log_every: int = setting(20, "training steps between rows of metrics.csv", **_OUTPUT)
-    eval_every: int = setting(500, "training steps between evaluations on held-out images", **_OUTPUT)
-    save_every: int = setting(500, "training steps between checkpoints", **_OUTPUT)
-    sample_every: int = setting(500, "training steps between pictures of samples", **_OUTPUT)
-    eval_images: int = setting(
+    device: str = _computing("auto", "cpu, cuda, cuda:N or auto (cuda where there is one)", expected=_DEVICES)
+    log_every: int = _output(20, "training steps between rows of metrics.csv")
+    eval_every: int = _output(500, "training steps between evaluations on held-out images")
+    save_every: int = _output(500, "training steps between checkpoints")
+    sample_every: int = _output(500, "training steps between pictures of samples")
+    eval_images: int = _output(
         1000,
         "during training at most so many images of each side of the split are evaluated, always the same, drawn by the "
         "seed (at the end all that are held out, and at most 10,000 of the others)",
-        **_OUTPUT,
     )
-    sample_count: int = setting(64, "images in samples.png", **_OUTPUT | {"range": PICTURE_IMAGES})
-    sample_temperature: float = setting(
+    sample_count: int = _output(64, "images in samples.png", range=PICTURE_IMAGES)
+    sample_temperature: float = _output(
         0.7,
         "temperature of samples.png",
         range=Range(least=0, most=1e30, why="float32 has to hold it"),
-        group=OUTPUT,
         flag="--temperature",
-        adjustable=True,
     )
-    keep: int = setting(3, "newest checkpoints that are kept", **_OUTPUT)
-    tensorboard: bool = setting(False, "write events for TensorBoard too", group=OUTPUT, adjustable=True)
-    check_ranks_every: int = setting(500, "training steps after which all ranks compare their weights", **_OUTPUT)
+    keep: int = _output(3, "newest checkpoints that are kept")
+    tensorboard: bool = _output(False, "write events for TensorBoard too")
+    check_ranks_every: int = _output(500, "training steps after which all ranks compare their weights")
 
     def __post_init__(self) -> None:
-        expect(isinstance(self.data, DataConfig), "data", "a DataConfig", type(self.data).__name__)
-        expect(isinstance(self.model, GlowConfig), "model", "a GlowConfig", type(self.model).__name__)
+        for name, kind in (("data", DataConfig), ("model", GlowConfig)):
+            found = getattr(self, name)
+            expect(isinstance(found, kind), name, f"a {kind.__name__}", type(found).__name__)
         object.__setattr__(self, "memory", parse_memory(self.memory))
         check_device(self.device)
         check_settings(self)
-        decays = self.weight_decay == 0.0 or self.optimizer == "adamw"
+        model, weight = self.model, self.class_weight
+        decays = self.weight_decay == 0 or self.optimizer == "adamw"
         expect(decays, "weight_decay", f"0 with optimizer {self.optimizer!r} (adamw has it)", self.weight_decay)
         even = self.batch_size % self.accumulate == 0
         expect(even, "accumulate", f"a divisor of batch_size, {self.batch_size}", self.accumulate)
         graphed = not self.cuda_graphs or (self.accumulate == 1 and not self.compile)
         expect(graphed, "cuda_graphs", "no accumulation and no torch.compile beside it", "one of them")
-        plain = not self.cuda_graphs or self.class_weight == 0
-        expect(plain, "cuda_graphs", "class_weight 0 beside it (a graph has the likelihood alone)", self.class_weight)
+        plain = not self.cuda_graphs or weight == 0
+        expect(plain, "cuda_graphs", "class_weight 0 beside it (a graph has the likelihood alone)", weight)
         limited = any(getattr(self, name) is not None for name in LIMITS)
         expect(limited, "max_steps", "a limit, or max_epochs or max_minutes", "none")
-        conditioned = self.model.n_classes is not None
-        expect(
-            conditioned == self.class_conditional,
-            "model",
-            "n_classes exactly if class_conditional",
-            self.model.n_classes,
-        )
-        judged = (self.model.classify > 0) == (self.class_weight > 0)
-        expect(judged, "model", "classify above 0 exactly if class_weight is", self.model.classify)
-        no_cond = self.model.cond_channels == 0
-        expect(no_cond, "model", "cond_channels=0 (image sources give no condition)", self.model.cond_channels)
+        conditioned = (model.n_classes is not None) == self.class_conditional
+        expect(conditioned, "model", "n_classes exactly if class_conditional", model.n_classes)
+        judged = (model.classify > 0) == (weight > 0)
+        expect(judged, "model", "classify above 0 exactly if class_weight is", model.classify)
+        no_cond = model.cond_channels == 0
+        expect(no_cond, "model", "cond_channels=0 (image sources give no condition)", model.cond_channels)
 
     @classmethod
     def preset(cls, name: str, data: str | None = None, **given: Any) -> TrainConfig:

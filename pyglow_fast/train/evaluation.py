@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,18 +47,44 @@ class Score:
     def of(cls, values: Tensor, unreadable: int = 0, ranks: Ranks | None = None) -> Score:
         """mean = sum b_i / n, standard error = sqrt(sum (b_i - mean)^2 / (n - 1) / n), over the images of all ranks.
 
-        Args:
-            values: b (n,), float64, bits/dim of this rank's images. Without any image on any rank the mean is 0.
-            unreadable: how many images of all ranks are not among the values, as they could not be read.
-            ranks: the processes that have the other images.
+        ``values`` (n,) are the b_i of this rank; without any image on any rank the mean is 0.
         """
         found = Moments.of(values, (ranks or Ranks()).total)
         return cls(found.mean if found.n else 0.0, found.standard_error, found.n, unreadable)
 
     @property
     def error_text(self) -> str:
-        """The standard error as text for people; "n/a" for one image, which has none."""
-        return f"{self.standard_error:.3f}" if self.images > 1 else "n/a"
+        """The standard error as text for people; "n/a" where there is none, as for one image."""
+        return "n/a" if math.isnan(self.standard_error) else f"{self.standard_error:.3f}"
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """The bits/dim of single images, -log2 p(x) / D + log2(n_bins), for each draw of the dequantisation noise.
+
+    Args:
+        indices: int64 (n,), which images these are.
+        draws: float64 (n, S), bits/dim of each image under S draws of the dequantisation noise. Not finite where the
+            model gives the image no likelihood.
+        unreadable: indices of images that could not be read.
+        classes: float64 (n, 2) where the model has a classifier for the images' labels: -log2 p(label | top latent)
+            under the first draw, and 1 or 0 as the likeliest class is the label or not. None elsewhere.
+    """
+
+    indices: Tensor
+    draws: Tensor
+    unreadable: tuple[int, ...] = ()
+    classes: Tensor | None = None
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """The bits/dim of each image, (n,): the mean over the draws of noise."""
+        return self.draws.mean(1)
+
+    @property
+    def spread(self) -> Tensor:
+        """The standard deviation over the draws of noise, (n,); NaN for a single draw."""
+        return self.draws.std(1) if self.draws.shape[1] > 1 else torch.full_like(self.bits_per_dim, math.nan)
 
 
 def device_of(model: Glow) -> torch.device:
@@ -82,66 +107,11 @@ def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:
 
 def check_fits(model: Glow, data: Images, n_bins: int) -> None:
     """Refuse images that are not of the model's shape, or not of the number of grey levels that it was trained on."""
-    expect(
-        data.image_shape == model.config.image_shape,
-        "data",
-        f"images of shape {tuple(model.config.image_shape)}, as the model was trained on",
-        data.image_shape,
-    )
-    expect(data.n_bins == n_bins, "data", f"n_bins {n_bins}, as the model was trained on", data.n_bins)
-    n_classes = model.config.n_classes
-    if n_classes is not None:
-        found = len(data.class_names)
-        expect(found == n_classes, "data", f"{n_classes} classes, as the model was trained on", found)
-
-
-def classifies(model: Glow, data: Images) -> bool:
-    """Whether the model has a classifier for the labels of these images."""
-    return model.head is not None and data.labels is not None and len(data.class_names) == model.config.classify
-
-
-@dataclass(frozen=True)
-class ImageScores:
-    """The bits/dim of single images, -log2 p(x) / D + log2(n_bins), for each draw of the dequantisation noise.
-
-    Args:
-        indices: int64 (n,), which images these are.
-        draws: float64 (n, S), bits/dim of each image under S draws of the dequantisation noise. Not finite where the
-            model gives the image no likelihood.
-        unreadable: indices of images that could not be read.
-        classes: float64 (n, 2) where the model has a classifier for the images' labels: -log2 p(label | top latent)
-            under the first draw, and 1 or 0 as the likeliest class is the label or not. None elsewhere.
-
-    Examples:
-        >>> import torch
-        >>> from pyglow_fast import Glow, GlowConfig
-        >>> from pyglow_fast.data import ImageSet
-        >>> from pyglow_fast.train import ImageScores, score_images
-        >>> images = ImageSet("mine", torch.randint(32, (3, 1, 4, 4), dtype=torch.uint8), n_bins=32)
-        >>> model = Glow(GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4))
-        >>> scores = score_images(model, images, batch_size=3, seed=0, draws=2)
-        >>> scores.draws.shape, scores.bits_per_dim.equal(scores.draws.mean(1))
-        (torch.Size([3, 2]), True)
-        >>> ImageScores(torch.tensor([5]), torch.tensor([[3.0, 4.0]])).spread  # made by hand: image 5, two draws
-        tensor([0.7071])
-    """
-
-    indices: Tensor
-    draws: Tensor
-    unreadable: tuple[int, ...] = ()
-    classes: Tensor | None = None
-
-    @property
-    def bits_per_dim(self) -> Tensor:
-        """The bits/dim of each image, (n,): the mean over the draws of noise."""
-        return self.draws.mean(1)
-
-    @property
-    def spread(self) -> Tensor:
-        """The standard deviation over the draws of noise, (n,); NaN for a single draw."""
-        if self.draws.shape[1] < 2:
-            return torch.full_like(self.bits_per_dim, math.nan)
-        return self.draws.std(1)
+    shape, classes, trained = tuple(model.config.image_shape), model.config.n_classes, "as the model was trained on"
+    expect(data.image_shape == shape, "data", f"images of shape {shape}, {trained}", data.image_shape)
+    expect(data.n_bins == n_bins, "data", f"n_bins {n_bins}, {trained}", data.n_bins)
+    found = len(data.class_names)
+    expect(classes in (None, found), "data", f"{classes} classes, {trained}", found)
 
 
 @torch.no_grad()
@@ -155,7 +125,7 @@ def score_images(
     on_unreadable: str = "raise",
     ranks: Ranks | None = None,
     draws: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> ImageScores:
     """Measure the bits/dim of each image, with dequantisation noise of its own that is the same at every call.
 
@@ -171,53 +141,49 @@ def score_images(
         workers, on_unreadable: see :func:`pyglow_fast.data.batches`.
         ranks: share the images among these; every rank gets its own part.
         draws: S, how often the noise of each image is drawn.
-        progress: told after each batch how many images it had.
+        progress: told after each batch how many images it had, as ``progress_line(...).update`` is.
 
     Raises:
         ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.
     """
     check_fits(model, data, data.n_bins)
     expect(draws >= 1, "draws", "a positive whole number", draws)
-    device, n_values = device_of(model), model.config.n_values
     chosen = (ranks or Ranks()).share(random_subset(seed, len(data), len(data) if limit is None else limit))
-    plan: list[list[tuple[int, int | None]]] = [
-        [(index, None) for index in part.tolist()] for part in chosen.split(batch_size) if len(part)
-    ]
-    was_training = model.training
+    plan = [[(index, None) for index in part.tolist()] for part in chosen.split(batch_size) if len(part)]
+    judged = model.head is not None and data.labels is not None and len(data.class_names) == model.config.classify
+    bits, classes = [torch.zeros(0, draws, dtype=torch.float64)], [torch.zeros(0, 2, dtype=torch.float64)]
+    found, was_training = [torch.zeros(0, dtype=torch.int64)], model.training
     model.eval()
-    bits, found = [torch.zeros(0, draws, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
-    classify, classes = classifies(model, data), [torch.zeros(0, 2, dtype=torch.float64)]
-    kept = contextlib.ExitStack()
-    kept.enter_context(model.folded())  # nobody writes to it meanwhile
     try:
-        for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
-            labels = labels_for(model, batch.labels)
-            own = batch.indices == torch.tensor([index for index, _ in wanted])  # others stand in for unreadable ones
-            columns = []
-            for draw in range(draws):
-                keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
-                x = noisy(batch.pixels, keys, data.n_bins, device)
-                if classify and draw == 0:
-                    log_prob, logits = model.log_prob_and_logits(x, labels)
-                    classes.append(_judged(logits, batch.labels)[own])
-                else:
-                    log_prob = model.log_prob(x, labels)
-                columns.append(bits_per_dim(log_prob, n_values, data.n_bins).double().cpu()[own])
-            bits.append(torch.stack(columns, 1))
-            found.append(batch.indices[own])
-            if progress is not None:
-                progress(len(wanted))
+        with model.folded():  # nobody writes to it meanwhile
+            for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
+                labels, columns = labels_for(model, batch.labels), []
+                # Others stand in for unreadable ones.
+                own = batch.indices == torch.tensor([index for index, _ in wanted])
+                for draw in range(draws):
+                    keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
+                    x = noisy(batch.pixels, keys, data.n_bins, device_of(model))
+                    if judged and draw == 0:
+                        log_prob, logits = model.log_prob_and_logits(x, labels)
+                        classes.append(_judged(logits, batch.labels)[own])
+                    else:
+                        log_prob = model.log_prob(x, labels)
+                    scores = bits_per_dim(log_prob, model.config.n_values, data.n_bins)
+                    columns.append(scores.double().cpu()[own])
+                bits.append(torch.stack(columns, 1))
+                found.append(batch.indices[own])
+                if progress is not None:
+                    progress(len(wanted))
     finally:
-        kept.close()
         model.train(was_training)
     indices = torch.cat(found)
     unreadable = tuple(sorted(set(chosen.tolist()) - set(indices.tolist())))
-    return ImageScores(indices, torch.cat(bits), unreadable, torch.cat(classes) if classify else None)
+    return ImageScores(indices, torch.cat(bits), unreadable, torch.cat(classes) if judged else None)
 
 
 def _judged(logits: Tensor, labels: Tensor | None) -> Tensor:
     """float64 (n, 2): see ImageScores.classes."""
-    assert labels is not None  # classifies() says so
+    assert labels is not None  # else there is no classifier for them
     labels = labels.to(logits.device)
     return torch.stack([class_bits(logits.double(), labels), (logits.argmax(1) == labels).double()], 1).cpu()
 
@@ -231,6 +197,7 @@ def evaluate(
     workers: int = 0,
     on_unreadable: str = "raise",
     ranks: Ranks | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Score:
     """Average what :func:`score_images` gives, which explains the arguments; over all ranks, on every one of them.
 
@@ -238,7 +205,7 @@ def evaluate(
         ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.
     """
     ranks = ranks or Ranks()
-    scores = score_images(model, data, batch_size, seed, limit, workers, on_unreadable, ranks)
+    scores = score_images(model, data, batch_size, seed, limit, workers, on_unreadable, ranks, progress=progress)
     (unreadable,) = ranks.total(len(scores.unreadable))
     score = Score.of(scores.bits_per_dim, int(unreadable), ranks)
     expect(score.images > 0, "data", f"at least one image that can be read in {data.name}", f"none of {unreadable:.0f}")

@@ -24,8 +24,7 @@ from pyglow_fast.train.files import FolderError, refusing, write_text
 from pyglow_fast.train.interrupt import StopRequest
 from pyglow_fast.train.memory import memory_mb
 from pyglow_fast.train.metrics import Row, read_metrics
-from pyglow_fast.train.page import write_page
-from pyglow_fast.train.report import environment
+from pyglow_fast.train.page import environment, write_page
 from pyglow_fast.train.run_folder import RunFolder
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError, TrainState

@@ -1,54 +1,82 @@
-"""Writes report.html of a run: scores, curves, samples, settings and environment on one page."""
+"""Writes report.html of a run: scores, curves, samples, settings and environment in one file that needs no other."""
 
 from __future__ import annotations
 
+import base64
+import html
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from pyglow_fast.data import Yardstick
-from pyglow_fast.train.config import TrainConfig
+import torch
+
+from pyglow_fast import info
+from pyglow_fast._errors import visible
 from pyglow_fast.train.evaluation import Score
-from pyglow_fast.train.figures import bits_png
+from pyglow_fast.train.figures import bits_png, curve_png
 from pyglow_fast.train.files import write_text
 from pyglow_fast.train.metrics import Row, read_metrics
-from pyglow_fast.train.report import curve_png, is_png, report_html
 from pyglow_fast.train.run_folder import RunFolder, step_of
 
-_CURVES = (
-    ({"lr": "learning rate"}, "learning rate", "lr", True),
-    ({"grad_norm": "gradient norm"}, "gradient norm before clipping", "bits/dim", True),
-    ({"images_per_s": "images/s"}, "speed", "images/s", False),
-    ({"memory_mb": "MB"}, "memory of the process, or of the GPU's tensors", "MB", False),
-)
 HISTORY = 6  # earlier samples that are shown
+_CURVES = (
+    ("learning rate", "lr", "lr", True),
+    ("gradient norm before clipping", "grad_norm", "bits/dim", True),
+    ("speed", "images_per_s", "images/s", False),
+    ("memory of the process, or of the GPU's tensors", "memory_mb", "MB", False),
+)
 _UNTRAINED, _HELD_OUT, _TRAIN = "held-out, untrained", "held-out", "train"
 _KEYS = {_UNTRAINED: "before", _HELD_OUT: "held_out", _TRAIN: "train"}  # the names of these scores in report.json
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --quiet: #5f6670; --line: #d9dde3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e6ea; --paper: #16181c; --quiet: #9aa2ad; --line: #353a42; }
+}
+body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink); background: var(--paper);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+h3 { font-size: 0.95rem; margin: 1rem 0 0.3rem; }
+table { border-collapse: collapse; } th, td { text-align: left; padding: 0.2rem 1.2rem 0.2rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+th { min-width: 6rem; font-weight: 500; color: var(--quiet); }
+figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: 0.9rem; }
+img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; image-rendering: pixelated; }
+.columns { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$parts
+</body>
+</html>
+""")
 
 
-@dataclass(frozen=True)
-class _End:
-    """What report.json says, in words."""
-
-    step: int
-    facts: dict[str, str]
-    scores: list[tuple[str, str, str]]
-    yardsticks: dict[str, float]
-    environment: dict[str, str]
-    data: str
-    config: TrainConfig
+def environment() -> dict[str, str]:
+    """Look up versions, processor, GPUs and kernels: what the numbers of this run depend on besides its settings."""
+    facts = info.collect()
+    found = {name: facts["versions"][name] for name in ("pyglow_fast", "torch", "python")}
+    found |= {"processor": f"{info.processor()}, {os.cpu_count()} cores"} | facts["devices"]
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return found | {f"ops on {device}": facts["backends"][device] for device in devices}
 
 
-def write_page(folder: RunFolder) -> None:
-    """Write report.html into the folder of a run.
-
-    Raises:
-        ValueError, MissingExtraError: see :func:`page_of`.
-        OSError: it cannot be written.
-    """
-    write_text(folder.page, page_of(folder))
+def time_text(seconds: float) -> str:
+    """A time for people: "12 s", "3 min 20 s", "1 h 05 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def title_of(folder: RunFolder, data: str) -> str:
@@ -56,115 +84,110 @@ def title_of(folder: RunFolder, data: str) -> str:
     return f"{folder.path.resolve().name}: a Glow on {data}"
 
 
+def write_page(folder: RunFolder) -> None:
+    """Write report.html into the folder of a run; see :func:`page_of`."""
+    write_text(folder.page, page_of(folder))
+
+
 def page_of(folder: RunFolder) -> str:
     """Make the HTML page of a run from the files in its folder, whether it is at its end, goes on, or was stopped.
 
     The page of a run at its end has scores, settings and environment as report.json has them. Before, it has the step
-    that was reached, the scores of the last evaluation in metrics.csv and the settings of config.toml. See report_html.
+    that was reached, the scores of the last evaluation in metrics.csv and the settings of config.toml.
 
     Raises:
         ValueError: not a run, or a configuration that cannot be read.
         MissingExtraError: matplotlib is not installed.
     """
-    notes: list[str] = []
-    rows, end = read_metrics(folder.metrics), _end_of(folder, notes)
+    rows, notes = read_metrics(folder.metrics), []
     reached = max([step_of(folder.checkpoint), *(int(row["step"] or 0) for row in rows)])
-    yardsticks = {} if end is None else end.yardsticks
-    if end is not None and (rows or folder.saved()) and end.step != reached:
-        end = None  # a run that goes on keeps the report of its former end until it has another one
-    if end is not None:
-        config, data, facts, scores, environment = end.config, end.data, end.facts, end.scores, end.environment
-        when = "samples at the end"
-    else:
-        config = folder.read_config()
-        facts, scores = _so_far(rows, reached, config)
-        environment, when, data = {}, "the newest samples", config.data.name
-    curves = []
-    bits = None if end is None else _read(folder.curve)
-    if bits is not None and is_png(bits):
-        curves.append(("bits per dimension", bits))
-    elif rows:
-        curves.append(("bits per dimension", bits_png(rows, yardsticks)))
-    if rows:
-        curves += [(title, curve_png(rows, columns, title, label, log)) for columns, title, label, log in _CURVES]
-    pictures = _pictures(folder, f"{when}, temperature {config.sample_temperature:g}", notes)
-    settings = config.to_dict()
-    tables = {name: value for name, value in settings.items() if isinstance(value, dict)}
-    tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
-    title = title_of(folder, data)
-    return report_html(title, {"images": data} | facts, curves, pictures, tables, environment, scores, notes)
-
-
-def _end_of(folder: RunFolder, notes: list[str]) -> _End | None:
-    """None: there is no report.json, or, which is noted, one that cannot be read."""
     try:
         report = folder.read_report()
-        scores = {name: _score(report[key]) for name, key in _KEYS.items()}
-        yardsticks = [Yardstick(**_numbers(item, "bits_per_dim")) for item in report["yardsticks"]]
-        shown = [
-            (name, f"{score.mean:.3f} ± {score.error_text}", f"bits/dim, {score.images} images")
-            for name, score in scores.items()
-            if score is not None
-        ]
-        shown += [(str(item.name), f"{item.bits_per_dim:.3f}", f"bits/dim, {item.how}") for item in yardsticks]
-        held_out = scores[_HELD_OUT]
-        facts = _facts(
-            str(report["step"]),
-            report["seconds"],
-            report["skipped"],
-            report["unreadable"],
-            "early, since the held-out score stopped improving" if report["stopped_early"] else "at its limit",
-            None if held_out is None else held_out.accuracy,
-        )
-        return _End(
-            report["step"],
-            facts,
-            shown,
-            {str(item.name): item.bits_per_dim for item in yardsticks if math.isfinite(item.bits_per_dim)},
-            dict(report["environment"]),
-            str(report["data"]),
-            TrainConfig.from_dict(report["config"]),
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        # A run that goes on keeps the report of its former end until it has another one.
+        end = _of_end(report) if report["step"] == reached or not (rows or folder.saved()) else None
+    except FileNotFoundError:
+        end = None
     except (ValueError, KeyError, TypeError, AttributeError):  # an editor, or another version
-        notes.append(f"{folder.report.name} cannot be read and is left out")
-        return None
+        end, notes = None, [f"{folder.report.name} cannot be read and is left out"]
+    found = end or _so_far(rows, reached, folder.read_config().to_dict())
+    curves = [("bits per dimension", bits_png(rows, found["yardsticks"]))] if rows else []
+    curves += [(title, curve_png(rows, {column: title}, unit, log)) for title, column, unit, log in _CURVES if rows]
+    settings, when = found["settings"], "the newest samples" if end is None else "samples at the end"
+    tables = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
+    tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
+    parts = [
+        _table([("images", found["data"]), *found["facts"]]),
+        *(f"<p>{html.escape(note)}</p>" for note in notes),
+        *_section("Scores", [_table(found["scores"])] if found["scores"] else []),
+        *_section("Curves", [_figure(*curve) for curve in curves]),
+        *_section("Pictures", _pictures(folder, f"{when}, temperature {settings['sample_temperature']:g}")),
+        '<h2>Settings</h2>\n<div class="columns">',
+        *(f"<div><h3>{name}</h3>\n{_table(values.items())}</div>" for name, values in tables.items()),
+        "</div>",
+        *_section("Environment", [_table(found["environment"].items())] if found["environment"] else []),
+    ]
+    page = _PAGE.substitute(title=html.escape(title_of(folder, found["data"])), parts="\n".join(parts))
+    return visible(page, lines=True)  # HTML has no control characters, and UTF-8 no half of a name that is no UTF-8
 
 
-def _numbers(found: dict[str, Any], *names: str) -> dict[str, Any]:
+def _of_end(report: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of a run by its report.json."""
+    scores, yardsticks = [], [item | {"bits_per_dim": _number(item["bits_per_dim"])} for item in report["yardsticks"]]
+    for name, key in _KEYS.items():
+        if report[key] is not None:
+            numbers = {part: _number(report[key][part]) for part in ("mean", "standard_error")}
+            score = Score(**report[key] | numbers)
+            scores.append((name, f"{score.mean:.3f} ± {score.error_text}", f"bits/dim, {score.images} images"))
+    scores += [(item["name"], f"{item['bits_per_dim']:.3f}", f"bits/dim, {item['how']}") for item in yardsticks]
+    early, accuracy = report["stopped_early"], (report["held_out"] or {}).get("accuracy")
+    ended = "early, since the held-out score stopped improving" if early else "at its limit"
+    return {
+        "data": str(report["data"]),
+        "facts": _facts(
+            str(report["step"]), report["seconds"], report["skipped"], report["unreadable"], ended, accuracy
+        ),
+        "scores": scores,
+        "yardsticks": {
+            item["name"]: item["bits_per_dim"] for item in yardsticks if math.isfinite(item["bits_per_dim"])
+        },
+        "settings": dict(report["config"]),
+        "environment": dict(report["environment"]),
+    }
+
+
+def _number(value: float | None) -> float:
     """Numbers that are not finite, which report.json has as null, are NaN again."""
-    return found | {name: math.nan for name in names if found[name] is None}
+    return math.nan if value is None else value
 
 
-def _score(found: dict[str, Any] | None) -> Score | None:
-    return None if found is None else Score(**_numbers(found, "mean", "standard_error"))
-
-
-def _so_far(
-    rows: Sequence[Row], reached: int, config: TrainConfig
-) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
-    """Facts and scores of a run that is not at its end."""
+def _so_far(rows: Sequence[Row], reached: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of a run that is not at its end."""
     last: Row = rows[-1] if rows else {}
     evaluated = [row for row in rows if row["held_out_bpd"] is not None]
+    shown = [(_UNTRAINED, evaluated[0], "held_out")] if evaluated and evaluated[0]["step"] == 0 else []
     newest: Row = evaluated[-1] if evaluated else {}
-    facts = _facts(
-        f"at step {reached}" + ("" if config.max_steps is None else f" of {config.max_steps}"),
-        last.get("seconds"),
-        last.get("skipped_steps"),
-        last.get("unreadable_images"),
-        "not yet: it goes on, or was stopped",
-        newest.get("held_out_accuracy"),
-    )
-    first = [(_UNTRAINED, row, "held_out") for row in evaluated[:1] if row["step"] == 0]
-    later = [(_HELD_OUT, newest, "held_out"), (_TRAIN, newest, "train_subset")] if newest.get("step") else []
+    shown += [(_HELD_OUT, newest, "held_out"), (_TRAIN, newest, "train_subset")] if newest.get("step") else []
     scores = []
-    for name, row, column in (*first, *later):
-        mean, error = row[f"{column}_bpd"], row[f"{column}_se"]
-        if mean is not None:
-            text = f"{mean:.3f}" if error is None or math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
-            scores.append((name, text, f"bits/dim at step {row['step']}, at most {config.eval_images} images"))
-    return facts, scores
+    for name, row, column in shown:
+        score = Score(_number(row[f"{column}_bpd"]), _number(row[f"{column}_se"]), settings["eval_images"])
+        note = f"bits/dim at step {row['step']}, at most {score.images} images"
+        scores.append((name, f"{score.mean:.3f} ± {score.error_text}", note))
+    most = settings["max_steps"]
+    return {
+        "data": settings["data"]["name"],
+        "facts": _facts(
+            f"at step {reached}" + ("" if most is None else f" of {most}"),
+            last.get("seconds"),
+            last.get("skipped_steps"),
+            last.get("unreadable_images"),
+            "not yet: it goes on, or was stopped",
+            newest.get("held_out_accuracy"),
+        ),
+        "scores": scores,
+        "yardsticks": {},
+        "settings": settings,
+        "environment": {},
+    }
 
 
 def _facts(
@@ -174,38 +197,46 @@ def _facts(
     unreadable: float | None,
     ended: str,
     accuracy: float | None,
-) -> dict[str, str]:
+) -> list[tuple[str, Any]]:
     """The table at the top; what is not known is left out."""
     found = {
         "steps": steps,
-        "hours": None if seconds is None else f"{seconds / 3600:.2f}",
-        "steps without an update (not finite)": None if skipped is None else str(skipped),
-        "images that could not be read": None if unreadable is None else str(unreadable),
+        "time": None if seconds is None else time_text(seconds),
+        "steps without an update (not finite)": skipped,
+        "images that could not be read": unreadable,
         "ended": ended,
         "held-out labels that the classifier has right": None if accuracy is None else f"{accuracy:.1%}",
     }
-    return {name: text for name, text in found.items() if text is not None}
+    return [(name, text) for name, text in found.items() if text is not None]
 
 
-def _pictures(folder: RunFolder, caption: str, notes: list[str]) -> list[tuple[str, bytes]]:
-    """The newest samples and some of the earlier ones; what is there and no PNG is noted."""
+def _pictures(folder: RunFolder, caption: str) -> list[str]:
+    """The newest samples and some of the earlier ones, where they are there."""
     history = folder.drawn()[:-1]
     earlier = history[:: max(1, -(-len(history) // HISTORY))]
-    found = []
-    for text, path in ((caption, folder.samples), *((f"samples at {p.stem.replace('-', ' ')}", p) for p in earlier)):
-        picture = _read(path)
-        if picture is not None and is_png(picture):
-            found.append((text, picture))
-        elif picture is not None:
-            notes.append(f"{path.relative_to(folder.path)} is no PNG and is left out")
-    return found
+    captions = [(caption, folder.samples), *((f"samples at {path.stem.replace('-', ' ')}", path) for path in earlier)]
+    return [_figure(text, path.read_bytes()) for text, path in captions if Path.is_file(path)]
 
 
-def _read(path: Path) -> bytes | None:
-    """None: it is not there, or not yet; nothing of what cannot be read, such as a folder."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError:
-        return b""
+def _section(heading: str, parts: Sequence[str]) -> list[str]:
+    return [f"<h2>{heading}</h2>", *parts] if parts else []
+
+
+def _table(rows: Iterable[Sequence[Any]]) -> str:
+    """A table of names and values, which are escaped here."""
+    lines = []
+    for name, *values in rows:
+        cells = "".join(f"<td>{html.escape(_text(value))}</td>" for value in values)
+        lines.append(f"<tr><th>{html.escape(str(name))}</th>{cells}</tr>")
+    return "\n".join(["<table>", *lines, "</table>"])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _figure(caption: str, png: bytes) -> str:
+    source, words = base64.b64encode(png).decode("ascii"), html.escape(caption)
+    return f'<figure><img src="data:image/png;base64,{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'

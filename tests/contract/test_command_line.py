@@ -358,9 +358,6 @@ def test_a_saved_picture_is_large_enough_to_look_at(place: Path, tmp_path: Path,
     assert min(size(tmp_path / "x.png")) >= 256
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a yardstick below the run's own bits/dim is outside of the curve's axis"
-)
 def test_the_curve_shows_its_yardsticks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PNG needs fewer bits for these images than the young model."""
     seen: list[tuple[float, float, float]] = []

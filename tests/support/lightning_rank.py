@@ -84,19 +84,18 @@ def main(folder: Path) -> None:
     )
     trainer.fit(module)
     rank = trainer.global_rank
-    assert module.ema is not None
     noise = torch.Generator().manual_seed(derive(0, "training", 0, 0, rank))
     bits = []
-    with torch.no_grad(), module.averaged():
+    with torch.no_grad():
         for index, pixels in enumerate(module.val_dataloader()):
             generator = torch.Generator().manual_seed(derive(0, "evaluation", 0, index, rank))
-            bits.append(module.model.eval().bits_per_dim(pixels, N_BINS, generator=generator).double())
+            bits.append(module.averaged.eval().bits_per_dim(pixels, N_BINS, generator=generator).double())
     results = {
         **noted.found,
         "x": dequantize(next(iter(module.train_dataloader())), N_BINS, noise),
         "trained": {name: value.detach() for name, value in module.model.named_parameters()},
-        "average": module.ema.average,
-        "metrics": {name: float(trainer.callback_metrics[name]) for name in ("val_bpd", "val_bpd_se")},
+        "average": dict(module.averaged.named_parameters()),
+        "val_bpd": float(trainer.callback_metrics["val_bpd"]),
         "bits": torch.cat(bits),
     }
     torch.save(results, folder / f"{rank}.pt")

@@ -1,61 +1,117 @@
-"""TrainConfig: JSON and back, refusals, and what a resumed run may change."""
+"""TrainConfig: files there and back, refusals, and what a resumed run may change."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig
-from pyglow_fast.train import TrainConfig
+from pyglow_fast.train import TrainConfig, read_config, to_toml
+
+CONFIG = TrainConfig(
+    data=DataConfig('folder:a "quoted" \\ path', size=16, gray=True, n_bits=5, split_by="folder", held_out=0.2),
+    model=GlowConfig(image_shape=(1, 16, 16), n_levels=2, n_classes=3, classify=3),
+    class_conditional=True,
+    class_weight=0.01,
+    clip_norm=None,
+    max_steps=None,
+    max_minutes=1.5,
+    ema_decay=None,
+    lr=1e-05,
+)
+WRITERS: dict[str, Callable[[TrainConfig], str]] = {
+    "x.toml": to_toml,
+    "x.json": lambda config: json.dumps(config.to_dict()),
+    "x.yaml": lambda config: yaml.safe_dump(config.to_dict()),
+}
 
 
-def test_json_round_trip() -> None:
-    config = TrainConfig(
-        data=DataConfig("folder:x", size=16, gray=True, n_bits=5, split_by="folder", held_out=0.2),
-        model=GlowConfig(image_shape=(1, 16, 16), n_levels=2, n_classes=3, classify=3),
-        class_conditional=True,
-        class_weight=0.01,
-        beta2=0.99,
-        clip_norm=None,
-        max_minutes=1.5,
-    )
-    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+@pytest.mark.parametrize("config", [CONFIG, TrainConfig(), TrainConfig(memory=2**63 - 1)], ids=["a", "b", "c"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_holds_every_field(config: TrainConfig, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(WRITERS[name](config))
+    assert TrainConfig.from_dict(read_config(tmp_path / name)) == config
 
 
-@pytest.mark.parametrize("memory", ["4GB", "4 gb", "4000000000", 4_000_000_000, 4e9])
-def test_memory_in_bytes(memory: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("x.toml", f"memory = {value}") for value in ('"4GB"', "4_000_000_000", "4e9", '"4000000000"')),
+        *(("x.yaml", f"memory: {value}") for value in ("4 GB", "4000000000", "4e9")),
+        ("x.json", '{"memory": 4e9}'),
+    ],
+)
+def test_memory_in_bytes(tmp_path: Path, name: str, text: str) -> None:
     """However it is said: a number of bytes here, a text where people read it."""
-    config = TrainConfig(memory=memory)
+    (tmp_path / name).write_text(text)
+    config = TrainConfig.from_dict(read_config(tmp_path / name))
     assert config == TrainConfig(memory="4GB")
     assert (config.memory, type(config.memory)) == (4_000_000_000, int)
-    assert config.to_dict()["memory"] == "4 GB"
-    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert config.changes(TrainConfig(memory="4 GB")) == {}
     assert config.changes(TrainConfig()) == {"memory": ("4 GB", "reversible")}
 
 
-def test_memory_may_change_in_a_resumed_run() -> None:
-    config = TrainConfig(memory="store").adjusted(memory="1.5 GiB")
-    assert config.memory == 1_610_612_736
-    assert config.adjusted(memory=4e9).memory == 4_000_000_000
-    assert config.adjusted(log_every=7).memory == 1_610_612_736
-    assert config.adjusted(memory="checkpoint").memory == "checkpoint"
-    with pytest.raises(ValueError, match=r"^memory: expected one of .*, found '4XB'"):
-        config.adjusted(memory="4XB")
+def test_values_in_files(tmp_path: Path) -> None:
+    """1e-3 is a number in YAML, and "none" is null only where null may be."""
+    (tmp_path / "x.yaml").write_text(
+        "lr: 1e-3\nema_decay: 9.99E-1\nseed: 3\nclip_norm: .5e1\nmodel: {scale_eps: -1E-2}"
+    )
+    expected = {"lr": 1e-3, "ema_decay": 0.999, "seed": 3, "clip_norm": 5.0, "model": {"scale_eps": -0.01}}
+    assert read_config(tmp_path / "x.yaml") == expected
+    (tmp_path / "x.toml").write_text('clip_norm = "none"\noptimizer = "none"\n')
+    assert read_config(tmp_path / "x.toml") == {"clip_norm": None, "optimizer": "none"}
 
 
-def test_adjusted(tiny_config: Callable[..., TrainConfig]) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.ini", "", r"config: expected a file ending in one of .toml, .yaml, .yml, .json, found '.*x.ini'"),
+        ("x.toml", "lr = 1\nlr = 2", r"x.toml: expected a configuration as TOML, found .*"),
+        ("x.toml", "a\x1b[31m = 1", r"x.toml: expected a configuration as TOML, found .*"),
+        ("x.toml", "\xff", r"x.toml: expected a configuration as TOML, found .*utf-8"),
+        ("x.yaml", "a: [", r"x.yaml: expected a configuration as YAML, found .*"),
+        ("x.yaml", "!!python/object/apply:os.getcwd []", r"x.yaml: expected a configuration as YAML, found .*"),
+        ("x.yaml", "- 1", r"x.yaml: expected tables of settings, found list"),
+        ("x.json", "[" * 20_000 + "]" * 20_000, r"x.json: expected a configuration as JSON, found .*recursion"),
+        ("x.json", '{"size": 3}', r"config: expected known keys, found size"),
+        ("x.json", '{"data": [3]}', r"data: expected a mapping, found list"),
+        ("x.yaml", "lr: &a [*a]", r"lr: expected a positive number, found \[\[\.\.\.\]\]"),
+        ("x.toml", "[data.size]\nx = 1", r"size: expected a positive whole number, or none, found {'x': 1}"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message) as caught:
+        TrainConfig.from_dict(read_config(tmp_path / name))
+    assert len(str(caught.value).splitlines()) == 1
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config: expected an existing file, found '.*none.toml'"):
+        read_config(tmp_path / "none.toml")
+
+
+def test_what_a_resumed_run_may_change(tiny_config: Callable[..., TrainConfig]) -> None:
     config = tiny_config(lr=0.5)
-    longer = config.adjusted(max_steps=100, lr=0.5, log_every=7)
-    assert longer.changes(config) == {"max_steps": (100, 12), "log_every": (7, 2)}
+    longer = config.adjusted(max_steps=100, lr=0.5, log_every=7, memory="1.5 GiB")
+    changes: dict[str, Any] = {"max_steps": (100, 12), "log_every": (7, 2)}
+    assert {name: value for name, value in longer.changes(config).items() if name != "memory"} == changes
+    assert longer.adjusted(log_every=8).memory == 1_610_612_736
     by_epochs = longer.adjusted(max_epochs=5)
     assert (by_epochs.max_steps, by_epochs.max_epochs, by_epochs.max_minutes) == (None, 5, None)
     both = by_epochs.adjusted(max_steps=7, max_minutes=2.5)
     assert (both.max_steps, both.max_epochs, both.max_minutes) == (7, None, 2.5)
     assert both.adjusted(save_every=1).max_steps == 7
-    with pytest.raises(ValueError, match=r"lr: expected 0.5, as the run was started with, found 0.1"):
-        config.adjusted(lr=0.1)
+    for given, message in (
+        ({"lr": 0.1}, "lr: expected 0.5, as the run was started with, found 0.1"),
+        ({"speed": 1}, "speed: expected a setting, found an unknown name"),
+        ({"memory": "4XB"}, "memory: expected one of .*, found '4XB'"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            config.adjusted(**given)
