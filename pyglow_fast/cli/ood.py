@@ -13,9 +13,10 @@ from pyglow_fast.cli._common import add_run, open_run, output_path, picture_path
 from pyglow_fast.cli._images import add_images
 from pyglow_fast.cli.score import add_scoring, check_scoring, scored
 from pyglow_fast.data import DATA_HELP, optional
-from pyglow_fast.experiments import ScoredImages, auroc, save_histogram, typicality, write_scores
+from pyglow_fast.experiments import ScoredImages, auroc, histogram_png, typicality, write_scores
 from pyglow_fast.studio.selection import PARTS, Selection, selection, trained_on
 from pyglow_fast.train import Score
+from pyglow_fast.train.files import write_bytes
 
 CAVEAT = (
     "note: the foreign images are the MORE likely ones. A likelihood follows what images have in common, such as\n"
@@ -75,8 +76,7 @@ def _titles(args: argparse.Namespace, own: Selection, foreign: Selection) -> tup
 def run(args: argparse.Namespace) -> int:
     """Compare the scores of both sets; returns the exit code."""
     with user_input():
-        for module in ("sklearn.metrics", "matplotlib.figure"):
-            optional(module, "AUROC and histogram")  # better missed now than when all is computed
+        optional("matplotlib.figure", "the histogram")  # better missed now than when all is computed
         check_scoring(args)
         expect(args.n >= 2, "n", "2 images or more", args.n)
         out = picture_path(args.out, args.data, args.other)
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         lines.append("note: the model has classes: each image is scored under its own label, a foreign one's too")
     if found.below_chance:
         lines.append(CAVEAT)
-    save_histogram(out, first, second, titles, f"{Path(args.run).resolve().name}: AUROC {found.text}")
+    title = f"{Path(args.run).resolve().name}: AUROC {found.text}"
+    write_bytes(out, histogram_png(dict(zip(titles, (first, second), strict=True)), title))
     if csv is not None:
         write_scores(csv, dict(zip(titles, results, strict=True)))
     for line in [*lines, out, *([] if csv is None else [csv])]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
+import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from typing import Any
 import torch
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import Images
-from pyglow_fast.experiments.outcomes import CURVES, PICTURE, TABLE, Outcome, write_outcomes
+from pyglow_fast._moments import Moments
+from pyglow_fast.data import Images, optional
+from pyglow_fast.layers.flow_step import PERMUTATIONS
+from pyglow_fast.models import Glow
 from pyglow_fast.train import (
     ADJUSTABLE,
     LIMITS,
@@ -29,12 +34,16 @@ from pyglow_fast.train import (
     start,
 )
 from pyglow_fast.train.config import flatten
-from pyglow_fast.train.files import TEMPORARY
+from pyglow_fast.train.csv_text import Cell, csv_text
+from pyglow_fast.train.files import TEMPORARY, refusing, write_bytes, write_text
+from pyglow_fast.train.metrics import read_metrics
+from pyglow_fast.train.page import time_text
 
-RUNS = "runs"
+RUNS, CURVES, TABLE, PICTURE = "runs", "curves.csv", "table.md", "curves.png"
 VARIED = frozenset({"model.permutation", "model.coupling", "model.n_checkerboard", "seed"})
 # Errors that end one run, after which the others are still trained.
 FAILURES = (TrainingDivergedError, InputLostError, SaveError, FolderError, torch.OutOfMemoryError)
+_EARLY = 0.1  # the first share of the steps, which the axis of the picture need not show
 
 
 def variants(
@@ -55,47 +64,46 @@ def variants(
 
     Reference: Kingma & Dhariwal 2018, section 6.1 and figure 3.
     """
-    if checkerboards is None:
-        checkerboards = [base.model.n_checkerboard]
+    boards = [base.model.n_checkerboard] if checkerboards is None else checkerboards
     varied: dict[str, Sequence[Any]] = {"permutations": permutations, "couplings": couplings, "seeds": seeds}
-    for name, values in (varied | {"checkerboards": checkerboards}).items():
+    for name, values in (varied | {"checkerboards": boards}).items():
         expect(len(values) > 0, name, "at least one", "none")
         twice = sorted({str(value) for value in values if list(values).count(value) > 1})
         expect(not twice, name, "each once", f"{', '.join(twice)} again")
     return [
-        replace(base, seed=seed, model=replace(base.model, permutation=one, coupling=coupling, n_checkerboard=boards))
+        replace(base, seed=seed, model=replace(base.model, permutation=one, coupling=coupling, n_checkerboard=count))
         for seed in seeds
         for one in permutations
-        for boards in checkerboards
+        for count in boards
         for coupling in couplings
     ]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a comparison: its settings and its folder.
-
-    Examples:
-        >>> from pyglow_fast import GlowConfig
-        >>> from pyglow_fast.data import load_digits
-        >>> from pyglow_fast.experiments import Trial
-        >>> from pyglow_fast.train import RunFolder, TrainConfig
-        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
-        >>> trial = Trial(TrainConfig(model=model, max_steps=1), RunFolder("trials/first"))
-        >>> trial.finished() is None
-        True
-        >>> _ = trial.ready(load_digits()).execute(quiet=True)
-        >>> trial.name, trial.finished().progress["step"]
-        ('first', 1)
-    """
+    """One run of a comparison: its settings and its folder."""
 
     config: TrainConfig
     folder: RunFolder
+
+    @classmethod
+    def of(cls, config: TrainConfig, runs: Path) -> Trial:
+        """The run of these settings, in a folder of its own among ``runs``."""
+        model = config.model
+        boards = f"-checkerboard{model.n_checkerboard}" if model.n_checkerboard else ""
+        return cls(config, RunFolder(runs / f"{model.permutation}{boards}-{model.coupling}-seed{config.seed}"))
 
     @property
     def name(self) -> str:
         """The name of the run's folder within the comparison's."""
         return self.folder.path.name
+
+    @property
+    def variant(self) -> tuple[str, str]:
+        """The pair (permutation, coupling); a number of checkerboards, if any, stands in the permutation's name."""
+        model = self.config.model
+        boards = f" + {model.n_checkerboard} checkerboard{'s' if model.n_checkerboard > 1 else ''}"
+        return model.permutation + (boards if model.n_checkerboard else ""), model.coupling
 
     def finished(self) -> Checkpoint | None:
         """Load the last checkpoint of a run that ended under the limits of ``config``; None of any other."""
@@ -108,16 +116,24 @@ class Trial:
         return checkpoint if same and limits else None
 
     def ready(self, data: Images) -> Run:
-        """Make the run ready to train, new or from its last checkpoint on.
-
-        Raises:
-            ValueError: see start and resume.
-        """
+        """Make the run ready to train, new or from its last checkpoint on; it raises what start and resume raise."""
         path = str(self.folder.path)
         if self.folder.saved():
             flat = flatten(self.config.to_dict())
             return resume(path, self.config.data.name, data, **{name: flat[name] for name in sorted(ADJUSTABLE)})
         return start(self.config, path, self.folder.exists, data)  # one that was killed before its first checkpoint
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a run came to: bits/dim at its end, if it came to it, and on the way there by step; what is wrong, if so."""
+
+    trial: Trial
+    step: int
+    held_out: float | None
+    curve: dict[int, float]
+    seconds_per_step: float
+    note: str
 
 
 class Comparison:
@@ -147,18 +163,31 @@ class Comparison:
 
     def __init__(self, configs: Sequence[TrainConfig], out: str | Path, data: Images) -> None:
         self.out, self.data = Path(out), data
-        _check_place(self.out)
+        self.failures: dict[str, str] = {}
+        self.files = tuple(self.out / name for name in (TABLE, CURVES, PICTURE))
+        self._check_place()
         runs = self.out / RUNS
-        self.planned = [Trial(config, RunFolder(runs / name_of(config))) for config in configs]
+        self.planned = [Trial.of(config, runs) for config in configs]
         paths = {trial.folder.path for trial in self.planned}
         found = [RunFolder(path) for path in sorted(runs.iterdir())] if runs.is_dir() else []
         others = [Trial(folder.read_config(), folder) for folder in found if folder.exists and folder.path not in paths]
         self.trials = [*self.planned, *others]
-        self.failures: dict[str, str] = {}
-        self._outcomes: dict[str, Outcome] = {}
         for trial in self.trials:
             self._check_settings(trial)
-        self._check_startable()
+        for trial in self.planned:  # of runs that begin, one of each variant tells of all
+            first = trial.config.seed == configs[0].seed
+            if (first or trial.folder.saved()) and trial.finished() is None:
+                trial.ready(data)
+
+    def _check_place(self) -> None:
+        """Refuse a folder that holds anything but a comparison."""
+        out = self.out
+        expect(not out.exists() or out.is_dir(), "out", "a folder", f"a file, {str(out)!r}")
+        if out.is_dir():
+            own = (RUNS, CURVES, TABLE, PICTURE)
+            held = sorted(p.name for p in out.iterdir() if p.name not in own and not p.name.endswith(TEMPORARY))
+            expected = "a new or empty folder, or that of a comparison"
+            expect(not held, "out", expected, f"{str(out)!r}, which holds {held[:3]}")
 
     def _check_settings(self, trial: Trial) -> None:
         """Refuse to compare what differs in more than it should."""
@@ -174,18 +203,6 @@ class Comparison:
             same = trial.folder.load().data.fingerprint == self.data.fingerprint()
             expect(same, "data", f"the images that run {trial.name} in {str(self.out)!r} was started with", "others")
 
-    def _check_startable(self) -> None:
-        """Try out, without a step, all runs that go on and one new run of each variant."""
-        tried: set[tuple[str, str, int]] = set()
-        for trial in self.planned:
-            model = trial.config.model
-            goes_on = bool(trial.folder.saved())
-            variant = (model.permutation, model.coupling, model.n_checkerboard)
-            if (goes_on or variant not in tried) and trial.finished() is None:
-                trial.ready(self.data)
-                if not goes_on:
-                    tried.add(variant)
-
     def execute(self, quiet: bool = False) -> int | None:
         """Train whatever is not at its end, and write curves, table and picture after each run.
 
@@ -196,57 +213,29 @@ class Comparison:
             The number of the signal that stopped the comparison, if one did (the run that it stopped is saved); else
             None. What went wrong with single runs is in ``failures`` then.
         """
-        say = _say_nothing if quiet else functools.partial(print, flush=True)  # seen at once, in a log file too
+        say = functools.partial(print, flush=True) if not quiet else lambda text: None  # seen at once, in a log too
         waiting = [trial for trial in self.planned if trial.finished() is None]
         if done := len(self.planned) - len(waiting):
             say(f"{done} of {len(self.planned)} runs are finished already")
         began = time.monotonic()
         for i, trial in enumerate(waiting):
-            left = "" if i == 0 else f", about {(time.monotonic() - began) / i * (len(waiting) - i) / 60:.1f} min left"
-            say(f"run {i + 1} of {len(waiting)}: {trial.name}{left}")
-            signum = self._train(trial, quiet, say)
-            self.write()
-            if signum is not None:
-                return signum
-        if not waiting:
+            left = (time.monotonic() - began) / max(i, 1) * (len(waiting) - i)
+            say(f"run {i + 1} of {len(waiting)}: {trial.name}" + (f", about {time_text(left)} left" if i else ""))
+            if trial.finished() is not None:  # another process has trained it since
+                continue
+            try:
+                result = trial.ready(self.data).execute(quiet)
+            except FAILURES as error:
+                self.failures[trial.name] = str(error).split("\n")[0]
+                say(f"{trial.name} failed: {error}")
+            else:
+                if result.held_out is not None:
+                    say(f"{trial.name}: held-out {result.held_out.mean:.3f} bits/dim, {result.step} steps")
+                if result.stopped_by is not None:
+                    self.write()
+                    return result.stopped_by
             self.write()
         return None
-
-    def _train(self, trial: Trial, quiet: bool, say: Callable[[str], None]) -> int | None:
-        if trial.finished() is not None:  # another process has trained it since
-            return None
-        try:
-            result = trial.ready(self.data).execute(quiet)
-        except FAILURES as error:
-            self.failures[trial.name] = str(error).split("\n")[0]
-            say(f"{trial.name} failed: {error}")
-            return None
-        if result.stopped_by is None and result.held_out is not None:
-            say(f"{trial.name}: held-out {result.held_out.mean:.3f} bits/dim, {result.step} steps")
-        return result.stopped_by
-
-    def outcomes(self) -> list[Outcome]:
-        """Read what is known of each run by now."""
-        for trial in self.trials:
-            if trial.name not in self._outcomes or self._outcomes[trial.name].held_out is None:
-                self._outcomes[trial.name] = self._outcome(trial)
-        return [self._outcomes[trial.name] for trial in self.trials]
-
-    def _outcome(self, trial: Trial) -> Outcome:
-        note = self.failures.get(trial.name, "")
-        if (checkpoint := trial.finished()) is not None:
-            held_out = trial.folder.read_report()["held_out"].get("mean")
-            note = note or ("" if held_out is not None else "its held-out bits/dim is not finite")
-            return Outcome.of(trial.config, trial.folder, held_out, checkpoint.progress["step"], note)
-        if not trial.folder.saved():
-            return Outcome.of(trial.config, trial.folder, None, 0, note)
-        step = trial.folder.load().progress["step"]
-        return Outcome.of(trial.config, trial.folder, None, step, note or f"not finished, at step {step}")
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The paths of what :meth:`write` writes."""
-        return tuple(self.out / name for name in (TABLE, CURVES, PICTURE))
 
     def write(self) -> str:
         """Write curves.csv, table.md and curves.png from what the runs have left on the disk; returns the table.
@@ -254,31 +243,114 @@ class Comparison:
         Raises:
             FolderError: the folder cannot be written.
         """
-        return write_outcomes(self.outcomes(), self.out, self.data.name)
+        found: dict[tuple[str, str], list[_Outcome]] = {}
+        for trial in self.trials:
+            found.setdefault(trial.variant, []).append(self._outcome(trial))
+        table, curves = _table(found, self.data.name), {variant: _curve(runs) for variant, runs in found.items()}
+        with refusing():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_text(self.out / TABLE, table)
+            write_text(self.out / CURVES, _csv(curves))
+            write_bytes(self.out / PICTURE, _picture(curves, self.data.name))
+        return table
+
+    def _outcome(self, trial: Trial) -> _Outcome:
+        """Read what is known of a run by now."""
+        checkpoint, note, held_out = trial.finished(), self.failures.get(trial.name, ""), None
+        if checkpoint is not None:
+            held_out = trial.folder.read_report()["held_out"].get("mean")
+            note = note or ("" if held_out is not None else "its held-out bits/dim is not finite")
+        elif trial.folder.saved():
+            checkpoint = trial.folder.load()
+            note = note or f"not finished, at step {checkpoint.progress['step']}"
+        step = 0 if checkpoint is None else checkpoint.progress["step"]
+        rows = [row for row in read_metrics(trial.folder.metrics) if int(row["step"] or 0) <= step]
+        curve = {int(row["step"] or 0): float(value) for row in rows if (value := row["held_out_bpd"]) is not None}
+        # Rows with an evaluation have its time in their speed: they count only where there are no others.
+        timed = [row for row in rows if row["images_per_s"]]
+        plain = [row for row in timed if row["held_out_bpd"] is None] or timed
+        seconds = [trial.config.batch_size / float(row["images_per_s"] or math.nan) for row in plain]
+        return _Outcome(trial, step, held_out, curve, statistics.median(seconds or [math.nan]), note)
 
 
-def _say_nothing(text: str) -> None:
-    pass
+def _curve(runs: Sequence[_Outcome]) -> dict[int, Moments]:
+    """The bits/dim of a variant by step, over those seeds that were evaluated there."""
+    steps = sorted({step for run in runs for step in run.curve})
+    return {step: _moments([run.curve[step] for run in runs if step in run.curve]) for step in steps}
 
 
-def name_of(config: TrainConfig) -> str:
-    """Name the folder of a run within its comparison."""
-    model = config.model
-    boards = f"-checkerboard{model.n_checkerboard}" if model.n_checkerboard else ""
-    return f"{model.permutation}{boards}-{model.coupling}-seed{config.seed}"
+def _moments(values: Sequence[float]) -> Moments:
+    return Moments.of(torch.tensor(values, dtype=torch.float64))
 
 
-def _check_place(out: Path) -> None:
-    """Refuse a folder that holds anything but a comparison.
+def _csv(curves: dict[tuple[str, str], dict[int, Moments]]) -> str:
+    """A line for each variant and step; the deviation over seeds is empty for one."""
+    rows: list[list[Cell]] = [["permutation", "coupling", "step", "held_out_bpd", "held_out_bpd_sd", "seeds"]]
+    for variant, points in curves.items():
+        for step, over in points.items():
+            rows.append([*variant, step, over.mean, over.deviation if over.n > 1 else None, over.n])
+    return csv_text(rows)
 
-    Raises:
-        ValueError: it does.
-    """
-    expect(not out.exists() or out.is_dir(), "out", "a folder", f"a file, {str(out)!r}")
-    if out.is_dir():
-        own = (RUNS, CURVES, TABLE, PICTURE)
-        held = sorted(p.name for p in out.iterdir() if p.name not in own and not p.name.endswith(TEMPORARY))
-        expected = "a new or empty folder, or that of a comparison"
-        expect(not held, "out", expected, f"{str(out)!r}, which holds {held[:3]}")
-        runs = out / RUNS
-        expect(not runs.exists() or runs.is_dir(), "out", expected, f"a file {str(runs)!r}")
+
+def _table(found: dict[tuple[str, str], list[_Outcome]], images: str) -> str:
+    """A Markdown table with one row for each variant, the best first, which can be read as it stands."""
+    titles = ("permutation", "coupling", "held-out bits/dim", "seeds", "steps", "parameters", "ms/step")
+    keyed = []
+    for variant, runs in found.items():
+        ended = [run for run in runs if run.held_out is not None]
+        score = _moments([float(run.held_out or math.nan) for run in ended])
+        spread = "" if score.n < 2 else f" ± {score.deviation:.4f}"
+        steps = sorted({run.step for run in ended or runs})
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in Glow(runs[0].trial.config.model).parameters())
+        speeds = [run.seconds_per_step for run in runs if not math.isnan(run.seconds_per_step)]
+        cells = (
+            *variant,
+            f"{score.mean:.4f}{spread}" if ended else "none",
+            str(len(runs)) if len(ended) == len(runs) else f"{len(ended)} of {len(runs)}",
+            " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))),
+            f"{parameters:,}",
+            f"{1000 * statistics.fmean(speeds):.1f}" if speeds else "n/a",
+        )
+        keyed.append((math.inf if math.isnan(score.mean) else score.mean, cells))
+    rows = [titles, *(cells for _, cells in sorted(keyed, key=lambda item: item[0]))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
+    lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    runs = [run for of_variant in found.values() for run in of_variant]
+    config, model = runs[0].trial.config, runs[0].trial.config.model
+    size = f"L={model.n_levels}, K={model.n_steps}, hidden width {model.hidden}, batches of {config.batch_size}"
+    wrong = [f"- {', '.join(run.trial.variant)}, seed {run.trial.config.seed}: {run.note}" for run in runs if run.note]
+    note = "± is the standard deviation over the seeds. Runs of one seed have the same split and batches."
+    head = f"{images}: {size}, {config.optimizer} with lr {config.lr:g}."
+    return "\n".join([head, "", *lines, "", note, *(["", *wrong] if wrong else []), ""])
+
+
+def _picture(curves: dict[tuple[str, str], dict[int, Moments]], images: str) -> bytes:
+    """A panel for each coupling, a line for each permutation: mean over the seeds, and one standard deviation."""
+    figure_class = optional("matplotlib.figure", "the curves").Figure  # no pyplot: no global state
+    couplings = list(dict.fromkeys(coupling for _, coupling in curves))
+    colours = list(dict.fromkeys([*PERMUTATIONS, *(name for name, _ in curves)]))
+    figure = figure_class(figsize=(1.5 + 4.5 * len(couplings), 4.5), layout="constrained")
+    panels = dict(zip(couplings, figure.subplots(1, len(couplings), sharey=True, squeeze=False)[0], strict=True))
+    last, shown = max((step for points in curves.values() for step in points), default=0), []
+    for (permutation, coupling), points in curves.items():
+        means = [over.mean for over in points.values()]
+        spreads = [0.0 if math.isnan(over.deviation) else over.deviation for over in points.values()]
+        low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+        seeds = max((over.n for over in points.values()), default=0)
+        label, colour = f"{permutation}, {seeds} seed{'s' if seeds != 1 else ''}", f"C{colours.index(permutation)}"
+        panels[coupling].plot(list(points), means, color=colour, marker="o", ms=3, lw=1.4, label=label)
+        panels[coupling].fill_between(list(points), low, high, color=colour, alpha=0.2, lw=0)
+        shown += [end for step, *ends in zip(points, low, high, strict=True) if step >= _EARLY * last for end in ends]
+    for coupling, axes in panels.items():
+        axes.set(title=f"{coupling} coupling", xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[couplings[0]].set_ylabel("held-out bits/dim")
+    if shown := [value for value in shown if math.isfinite(value)]:  # but for the first, higher steps
+        margin = 0.05 * (max(shown) - min(shown)) + 0.01
+        panels[couplings[0]].set_ylim(min(shown) - margin, max(shown) + margin)
+    figure.suptitle(f"{images}: mean over the seeds, and one standard deviation", parse_math=False)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=120)
+    return buffer.getvalue()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect, visible
+from pyglow_fast._errors import visible
 from pyglow_fast.data import Images, LazyImages
 from pyglow_fast.data.lazy import FileReader
 from pyglow_fast.train import ImageScores
@@ -29,34 +29,22 @@ class ScoredImages:
         positions: int64 (len(images),), the index of each image in the set that the images come from; None: the same as
             here.
 
-    Raises:
-        ValueError: positions of another number of images.
-
     Examples:
         >>> import torch
         >>> from pyglow_fast.data import load_digits
         >>> from pyglow_fast.experiments import ScoredImages, score_csv
         >>> from pyglow_fast.train import ImageScores
-        >>> few = load_digits().subset([5, 7, 9])
-        >>> scores = ImageScores(torch.arange(3), torch.tensor([[2.5], [2.75], [float("inf")]]))
-        >>> scored = ScoredImages(few, scores, positions=torch.tensor([5, 7, 9]))
-        >>> print(score_csv({"digits": scored}), end="")
+        >>> few = load_digits().subset([5, 7])
+        >>> scores = ImageScores(torch.arange(2), torch.tensor([[2.5], [float("inf")]]))
+        >>> print(score_csv({"digits": ScoredImages(few, scores, positions=torch.tensor([5, 7]))}), end="")
         index,label,bits_per_dim
         5,5,2.5
-        7,7,2.75
-        9,9,inf
-        >>> scored.complaints()
-        ['1 image without a finite likelihood, left out of the figures: 9']
+        7,7,inf
     """
 
     images: Images
     scores: ImageScores
     positions: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        fits = self.positions is None or len(self.positions) == len(self.images)
-        found = None if self.positions is None else len(self.positions)
-        expect(fits, "positions", f"{len(self.images)} of them, one an image", found)
 
     @property
     def finite(self) -> Tensor:
@@ -85,22 +73,21 @@ class ScoredImages:
 
     def listing(self, indices: list[int]) -> str:
         """Name images in words: the first few by position and name, and how many more."""
-        names = {i: visible(self.name(i)) for i in indices[:NAMED]}
-        shown = [f"{self.position(i)}{f' ({name})' if name else ''}" for i, name in names.items()]
-        more = len(indices) - len(shown)
-        return ", ".join(shown) + (f" and {more} more" if more else "")
+        names = [(i, visible(self.name(i))) for i in indices[:NAMED]]
+        shown = ", ".join(f"{self.position(i)}{f' ({name})' if name else ''}" for i, name in names)
+        return shown + (f" and {len(indices) - NAMED} more" if len(indices) > NAMED else "")
 
     def complaints(self) -> list[str]:
         """Write lines about images without a finite score, and about those that could not be read."""
-        bad = self.scores.indices[~self.finite].tolist()
-        lost = list(self.scores.unreadable)
-        what = "without a finite likelihood, left out of the figures"
-        lines = [f"{_images(len(bad))} {what}: {self.listing(bad)}"] if bad else []
-        return lines + ([f"{_images(len(lost))} that cannot be read: {self.listing(lost)}"] if lost else [])
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
+        found = {
+            "without a finite likelihood, left out of the figures": self.scores.indices[~self.finite].tolist(),
+            "that cannot be read": list(self.scores.unreadable),
+        }
+        return [
+            f"{len(indices)} image{'s' if len(indices) > 1 else ''} {what}: {self.listing(indices)}"
+            for what, indices in found.items()
+            if indices
+        ]
 
 
 def score_csv(sets: Mapping[str, ScoredImages]) -> str:
@@ -110,9 +97,7 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     several sets, images with names, images with classes, and more than one draw. Scores that are not finite are ``nan``
     and ``inf``.
 
-    The texts in ``set``, ``name`` and ``label`` come from elsewhere: what a spreadsheet would take for a formula has an
-    apostrophe before it, and what would act in a terminal is written out. Numbers are numbers. See
-    :func:`pyglow_fast.train.csv_text.csv_text`.
+    Texts are written as by :func:`pyglow_fast.train.csv_text.csv_text`: no spreadsheet takes one for a formula.
 
     Args:
         sets: the scored images, by the name that each set has in the column ``set``.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast.data import ImageSet
-from pyglow_fast.experiments import ScoredImages, score_csv
-from pyglow_fast.experiments.ood import marked_histogram
+from pyglow_fast.experiments import ScoredImages, histogram_png, score_csv
 from pyglow_fast.studio.commands import COMMAND, Made, command_line, taken_names
 from pyglow_fast.studio.opened import OpenRun, Picked, Progress
 from pyglow_fast.studio.words import shown_name
@@ -77,7 +76,7 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
         marks[number if len(scores) > 1 else short] = score.bits
     name = f"held-out {opened.checkpoint.config.data.name}"
     title = f"{opened.folder.path.resolve().name} at step {opened.step}"
-    data, taken = marked_histogram(held_out, name, marks, title, {COMMAND: command}), _taken(opened, scores)
+    data, taken = histogram_png({name: held_out}, title, marks, {COMMAND: command}), _taken(opened, scores)
     return Made(data, command, option="--picture", taken=taken)
 
 

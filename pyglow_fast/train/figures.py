@@ -30,11 +30,11 @@ LONGEST_TEXT = 1 << 16  # characters of a text in a picture; readers refuse what
 PICTURE_IMAGES = Range(least=1, most=1 << 16, why="all of them are in one picture")
 ANIMATIONS = ("gif", "webp")
 FONT_SIZE = 14
-_GAP = 6  # pixels between images, and around text
+_GAP = 6  # pixels between images, and around text; 2 where there is no text
 _WIDEST_LABEL = 260  # pixels of a row's label; longer ones are broken into lines
 _LETTER = 8  # pixels of a letter, about
 _NARROWEST = 400  # a page under a title that is longer
-_WHITE, _BLACK, _FRAME = (255,) * 3, (0,) * 3, (190,) * 3
+_WHITE, _BLACK, _FRAME, _GREY = (255,) * 3, (0,) * 3, (190,) * 3, (128,) * 3
 # Characters that XML, where a WebP keeps its text, does not have; a carriage return would be read as a line end.
 _NO_TEXT = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _XMP = (
@@ -87,7 +87,7 @@ def grid(
     scale: int | None = None,
     title: str = "",
 ) -> Tensor:
-    """Place images side by side, with what labels they have; uint8 (3, height, width), black on white.
+    """Place images side by side, with what labels they have; uint8 (3, height, width); labels are black on white.
 
     Args:
         images: (N, C, H, W) of grey levels 0..n_bins-1; or rows with a label each, which may differ in length. All have
@@ -128,7 +128,8 @@ def grid(
 def _page(images: list[Tensor], labels: list[str], heads: list[str], title: str) -> Tensor:
     """Rows of images, uint8 (n, 3, h, w), below and beside their labels."""
     pil, draw_module = optional("PIL.Image", "pictures"), optional("PIL.ImageDraw", "pictures")
-    font = _font() if any([*labels, *heads, title]) else None
+    has_text = any([*labels, *heads, title])
+    font, gap, paper = (_font(), _GAP, _WHITE) if has_text else (None, 2, _GREY)
     pen = draw_module.Draw(pil.new("RGB", (1, 1)))
 
     def size(text: str) -> tuple[int, int]:
@@ -138,29 +139,30 @@ def _page(images: list[Tensor], labels: list[str], heads: list[str], title: str)
     height, width = images[0].shape[2:]
     heads = [_wrapped(text, width) for text in heads]
     sides = [_wrapped(text, _WIDEST_LABEL) for text in labels]
-    pitch = _GAP + max([width, *(size(text)[0] for text in heads)])
+    pitch = gap + max([width, *(size(text)[0] for text in heads)])
     left = max(size(text)[0] for text in sides) if any(sides) else 0
-    left += 2 * _GAP if left else _GAP
+    left += 2 * gap if left else gap
     total_width = left + pitch * max(len(row) for row in images)
-    heading = _wrapped(title, max(total_width, _NARROWEST) - 2 * _GAP)
-    total_width = max(total_width, size(heading)[0] + 2 * _GAP)
-    top = _GAP + (size(heading)[1] + _GAP if heading else 0)
-    y = top + (max(size(text)[1] for text in heads) + _GAP if heads else 0)
-    heights = [max(height, size(text)[1]) + _GAP for text in sides]
-    page = pil.new("RGB", (total_width, y + sum(heights)), _WHITE)
+    heading = _wrapped(title, max(total_width, _NARROWEST) - 2 * gap)
+    total_width = max(total_width, size(heading)[0] + 2 * gap)
+    top = gap + (size(heading)[1] + gap if heading else 0)
+    y = top + (max(size(text)[1] for text in heads) + gap if heads else 0)
+    heights = [max(height, size(text)[1]) + gap for text in sides]
+    page = pil.new("RGB", (total_width, y + sum(heights)), paper)
     pen = draw_module.Draw(page)
-    pen.multiline_text((_GAP, _GAP), heading, fill=_BLACK, font=font)
+    pen.multiline_text((gap, gap), heading, fill=_BLACK, font=font)
     for i, text in enumerate(heads):
-        middle = left + i * pitch + (pitch - _GAP) / 2
-        pen.multiline_text((middle, y - _GAP), text, fill=_BLACK, font=font, anchor="md", align="center")
+        middle = left + i * pitch + (pitch - gap) / 2
+        pen.multiline_text((middle, y - gap), text, fill=_BLACK, font=font, anchor="md", align="center")
     for row, text, tall in zip(images, sides, heights, strict=True):
         if text:
-            middle = y + (tall - _GAP) / 2
-            pen.multiline_text((left - _GAP, middle), text, fill=_BLACK, font=font, anchor="rm", align="right")
+            middle = y + (tall - gap) / 2
+            pen.multiline_text((left - gap, middle), text, fill=_BLACK, font=font, anchor="rm", align="right")
         for i, image in enumerate(row):
-            x = left + i * pitch + (pitch - _GAP - width) // 2
-            above = y + (tall - _GAP - height) // 2
-            pen.rectangle((x - 1, above - 1, x + width, above + height), outline=_FRAME)
+            x = left + i * pitch + (pitch - gap - width) // 2
+            above = y + (tall - gap - height) // 2
+            if has_text:
+                pen.rectangle((x - 1, above - 1, x + width, above + height), outline=_FRAME)
             page.paste(_image(image), (x, above))
         y += tall
     pixels = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8)
