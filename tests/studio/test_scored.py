@@ -20,11 +20,11 @@ def test_many_marks_have_numbers_alone(tmp_path: Path, monkeypatch: pytest.Monke
     opened = OpenRun.open(str(tmp_path / "run"), device="cpu")
     found: list[Mapping[str, float]] = []
 
-    def noted(own: torch.Tensor, name: str, marks: Mapping[str, float], title: str, text: Mapping[str, str]) -> bytes:
+    def noted(sets: object, title: str, marks: Mapping[str, float], text: Mapping[str, str]) -> bytes:
         found.append(marks)
         return b""
 
-    monkeypatch.setattr(scored, "marked_histogram", noted)
+    monkeypatch.setattr(scored, "histogram_png", noted)
     score = FileScore(opened.pick(parse_image("7")), 2.0, 0.5)
     for count in (1, 2, scored.NAMED, scored.NAMED + 1):
         scored.made_picture(opened, [score] * count)

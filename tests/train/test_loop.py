@@ -67,7 +67,7 @@ def test_what_a_run_writes(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_p
     assert steps == [12, 9, 6]  # the newest three
     assert sorted(path.name for path in folder.sample_history.iterdir()) == ["step-0000006.png", "step-0000012.png"]
     with Image.open(folder.samples) as picture:
-        assert picture.size == (2 * 66 + 2, 2 * 66 + 2)  # four images of 4x4, enlarged 16 times, 2 pixels apart
+        assert picture.size == (2 * 130 + 2, 2 * 130 + 2)  # four images of 4x4, enlarged 32 times, 2 pixels apart
     assert result.step == 12
     assert result.held_out.images == 10
     assert result.train.images == 30
