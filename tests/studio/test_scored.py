@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import torch
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.studio import FileScore, OpenRun, parse_image, scored
