@@ -6,7 +6,7 @@ import argparse
 
 from pyglow_fast.data import DATA_HELP, Images
 from pyglow_fast.models import Glow
-from pyglow_fast.studio.selection import PARTS, selection
+from pyglow_fast.studio.reading import PARTS, selection
 from pyglow_fast.train import Checkpoint
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import check_seed, expect
 from pyglow_fast.cli._common import check_counts, number, user_input, whole
-from pyglow_fast.data import Batch, Images, optional
+from pyglow_fast.data import Images, optional
 from pyglow_fast.latents import DEFAULT_SPACE, SPACES
 from pyglow_fast.studio.reading import read as reading_of
 from pyglow_fast.train import save_grid, to_pixels
@@ -59,7 +59,7 @@ def chosen(images: Images, count: int, seed: int) -> Tensor:
     return random_subset(seed, len(images), min(count, len(images)))
 
 
-def read(images: Images, indices: Tensor) -> Iterator[Batch]:
+def read(images: Images, indices: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Read the images at ``indices`` in batches.
 
     Raises:

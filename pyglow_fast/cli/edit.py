@@ -21,9 +21,9 @@ from pyglow_fast.cli._common import (
 )
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
-from pyglow_fast.studio.edits import Edit, Subject, check_adds, likelihood_text
+from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
 from pyglow_fast.studio.opened import TRAIN_IMAGES
-from pyglow_fast.studio.words import IMAGE_HELP, NAME_HELP, parse_image, word_name
+from pyglow_fast.studio.words import IMAGE_HELP, parse_image
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +35,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("image", metavar="IMAGE", help=f"{IMAGE_HELP}; a file is cropped and scaled as in training")
     text = (
         "S times the way from the mean latent of MINUS to that of PLUS, each a class or attribute of the run's images; "
-        f"MINUS may be {REST}, those without PLUS; may be repeated. {NAME_HELP}"
+        f"MINUS may be {REST}, those without PLUS; may be repeated."
     )
     parser.add_argument("--add", nargs=3, action="append", metavar=("PLUS", "MINUS", "S"), help=text)
     parser.add_argument(
@@ -58,7 +58,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     add_train_images(parser)
     parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument("--scale", type=whole, metavar="N", default=1, help="enlarge each pixel by this factor")
+    parser.add_argument("--scale", type=whole, metavar="N", help="enlarge each pixel by this factor (default: to 256 pixels)")
 
 
 def add_train_images(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
         except ValueError:
             raise ValueError(f"add: expected a number as the third word, found {text!r}") from None
         expect(abs(strength) < float("inf"), "add", "a finite number as the third word", text)
-        found.append(Add(word_name(plus), word_name(minus), strength))
+        found.append(Add(plus(minus), strength))
     return tuple(found)
 
 
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             len(edit.keep),
         )
         with progress_bar("mean latents") as progress:
-            check_adds(opened, edit.adds, space, progress)
+            opened.directions(space, progress).shift(edit.adds)
         subject = Subject(opened, picked, space)
     found = subject.edited(edit, args.pixel_shift)
     shown = found.pixels if found.shifted is None else found.shifted

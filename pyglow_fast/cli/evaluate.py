@@ -8,7 +8,7 @@ from pyglow_fast._errors import check_seed
 from pyglow_fast.cli._common import add_run, check_counts, open_run, say, table, user_input, whole
 from pyglow_fast.cli._images import add_images, images_of
 from pyglow_fast.data import measure_yardsticks
-from pyglow_fast.studio.selection import trained_on
+from pyglow_fast.studio.reading import trained_on
 from pyglow_fast.train import evaluate
 
 

@@ -27,9 +27,10 @@ from pyglow_fast.cli._latents import SPACE_WORDS, add_picture, check_options, no
 from pyglow_fast.data import DATA_HELP, Images
 from pyglow_fast.latents import DEFAULT_SPACE, SPACES, interpolate
 from pyglow_fast.likelihood import count_not_finite
-from pyglow_fast.studio.between import ANIMATED, Between
+from pyglow_fast.studio.edits import Subject
+from pyglow_fast.studio.pictures import ANIMATED, Between
 from pyglow_fast.studio.reading import inputs, name_of
-from pyglow_fast.studio.words import IMAGE_HELP, parse_image, word_name
+from pyglow_fast.studio.words import IMAGE_HELP, parse_image
 from pyglow_fast.train import derive, to_pixels
 
 PAIRS = 4
@@ -128,14 +129,15 @@ def _between(args: argparse.Namespace) -> int:
         opened = open_to_look(args)
         read_from = (opened.checkpoint.config.data.name, *(image.text for image in images))
         out = output_path(args.out, suffix, "out", *read_from)
-        labels = [opened.label(word_name(word)) for word in args.labels] if args.labels else [None, None]
+        labels = [opened.label(word) for word in args.labels] if args.labels else [None, None]
         first, last = (opened.pick(image, label) for image, label in zip(images, labels, strict=True))
-        path = Between(opened, first, last, args.space or opened.space, args.spherical)
+        space = args.space or opened.space
+        path = Between(Subject(opened, first, space), Subject(opened, last, space), args.spherical)
         frames, bad = path.frames(args.frames, None if args.at is None else (args.at,))
     if args.at is None:
         write_made(path.made(frames, out.suffix.lower(), args.scale), out)
     else:
-        write_made(path.made_frame(frames[0], args.at, args.scale or 1), out)
+        write_made(path.made_frame(frames[0], args.at, args.scale), out)
     how = "spherical" if args.spherical else "linear"
     what = f"{len(frames)} images" if args.at is None else f"the image at {args.at:g}"
     say(f"{what} of a {how} path in {path.space} space{not_finite_note(bad)}: {out}")
@@ -156,13 +158,13 @@ def _pairs(args: argparse.Namespace) -> int:
     n_bins, rows, error, changed, bad = images.n_bins, [], 0.0, 0, 0
     # Both ends of a pair follow each other, and a batch is even: no pair is cut.
     first = 0
-    for batch in read(images, pairs.flatten()):
-        x, y = inputs(batch.pixels, batch.labels, n_bins, model)
-        labels = None if y is None else (y[::2], y[1::2])
-        paths = interpolate(model, x[::2], x[1::2], args.frames, args.spherical, args.space, labels)
+    for pixels, labels in read(images, pairs.flatten()):
+        x, y = inputs(pixels, labels, n_bins, model)
+        ends_y = None if y is None else (y[::2], y[1::2])
+        paths = interpolate(model, x[::2], x[1::2], args.frames, args.spherical, args.space, ends_y)
         ends = paths[:, [0, -1]].flatten(0, 1)  # in the order of x
         error = float(torch.cat([ends - x, torch.full_like(x[:1], error)]).abs().max())  # unlike max(), keeps a NaN
-        changed += int((to_pixels(ends, n_bins).cpu() != batch.pixels).sum())
+        changed += int((to_pixels(ends, n_bins).cpu() != pixels).sum())
         bad += count_not_finite(paths.flatten(0, 1))
         for i, path in enumerate(paths):
             names = [name_of(images, int(index)) for index in pairs[first + i]]

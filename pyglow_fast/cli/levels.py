@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         indices = chosen(images, args.n, args.seed)
     originals: list[Tensor] = []
     kept: list[list[Tensor]] = [[] for _ in subsets]
-    for part_number, batch in enumerate(read(images, indices)):
-        x, y = inputs(batch.pixels, batch.labels, images.n_bins, model)
+    for part_number, (pixels, labels) in enumerate(read(images, indices)):
+        x, y = inputs(pixels, labels, images.n_bins, model)
         originals.append(x)
         for found, levels in zip(kept, subsets, strict=True):
             noise = stream(x.device, derive(args.seed, "levels", part_number))  # the same for every subset

@@ -12,7 +12,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast._settings import value_text
 from pyglow_fast.cli._common import add_run, number, open_run, output_path, picture_path, say, user_input, whole
 from pyglow_fast.cli._latents import add_picture, add_space, check_options, not_finite_note, read, save
-from pyglow_fast.cli._tones import copy_and_table, write_scores
+from pyglow_fast.cli._tones import TonePairs, copy_and_table, tone_pairs, write_scores
 from pyglow_fast.data import DATA_HELP, Images, load_data, split
 from pyglow_fast.data.emoji import TONES
 from pyglow_fast.latents import MeanLatent, attribute_direction, manipulate, to_space
@@ -20,8 +20,7 @@ from pyglow_fast.latents.spaces import check_levels, check_numbers
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.reading import inputs, middles, name_of
-from pyglow_fast.studio.selection import config_for
-from pyglow_fast.studio.tones import TonePairs, tone_pairs
+from pyglow_fast.studio.reading import config_for
 from pyglow_fast.train import Checkpoint, check_fits
 from pyglow_fast.train.seeds import random_subset
 
@@ -137,8 +136,8 @@ def _tone_task(args: argparse.Namespace, checkpoint: Checkpoint, data: Images, m
 def mean_over(model: Glow, data: Images, indices: Tensor, space: str) -> tuple[MeanLatent, MeanLatent]:
     """Average over the images at ``indices``: their latents, and x itself."""
     latents, pixels = MeanLatent(), MeanLatent()
-    for batch in read(data, indices):
-        x, y = inputs(batch.pixels, batch.labels, data.n_bins, model)
+    for pixel, label in read(data, indices):
+        x, y = inputs(pixel, label, data.n_bins, model)
         latents.add(to_space(model, x, space, y))
         pixels.add([x])
     return latents, pixels
@@ -164,8 +163,8 @@ def run(args: argparse.Namespace) -> int:
     (plus, plus_x), (minus, minus_x) = (mean_over(model, data, side, args.space) for side in (task.plus, task.minus))
     direction = attribute_direction(plus, minus)
     originals, edits = [], []
-    for batch in read(data, task.edited):
-        x, y = inputs(batch.pixels, batch.labels, data.n_bins, model)
+    for part in read(data, task.edited):
+        x, y = inputs(*part, data.n_bins, model)
         originals.append(x)
         with user_input():  # strengths that float32 cannot hold in an edit
             edits.append(manipulate(model, x, direction, strengths, levels, args.space, y))
@@ -181,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     columns = ["original", *(f"{value:+g}" for value in strengths)]
     target = None
     if task.tones is not None:
-        target = torch.cat([middles(b.pixels, data.n_bins, model) for b in read(data, task.tones.targets)])
+        target = torch.cat([middles(part, data.n_bins, model) for part, _ in read(data, task.tones.targets)])
         (pixels,) = attribute_direction(plus_x, minus_x)
         scores, text = copy_and_table(x, edited, target, pixels, strengths)
         say(text, lines=True)

@@ -14,7 +14,7 @@ from pyglow_fast.cli._images import add_images
 from pyglow_fast.cli.score import add_scoring, check_scoring, scored
 from pyglow_fast.data import DATA_HELP, optional
 from pyglow_fast.experiments import ScoredImages, auroc, histogram_png, typicality, write_scores
-from pyglow_fast.studio.selection import PARTS, Selection, selection, trained_on
+from pyglow_fast.studio.reading import PARTS, Selection, selection, trained_on
 from pyglow_fast.train import Score
 from pyglow_fast.train.files import write_bytes
 

@@ -15,9 +15,8 @@ from pyglow_fast.cli._common import (
     whole,
     write_made,
 )
-from pyglow_fast.studio.grids import Grid
-from pyglow_fast.studio.samples import TEMPERATURE, Draw, N
-from pyglow_fast.studio.words import word_name
+from pyglow_fast.studio.pictures import Grid
+from pyglow_fast.studio.words import TEMPERATURE, Draw, N
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         plain = Draw(args.n, args.temperature, args.seed)
         opened = open_to_look(args)
         out = picture_path(args.out, opened.checkpoint.config.data.name)
-        labels = tuple(opened.label(word_name(word)) for word in args.label or ())
+        labels = tuple(opened.label(word) for word in args.label or ())
         draw = Draw(plain.n, plain.temperature, plain.seed, labels)
     grid = Grid(opened, draw)
     write_made(grid.made(args.columns, args.scale), out)

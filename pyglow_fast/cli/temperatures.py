@@ -11,7 +11,7 @@ from pyglow_fast.cli._common import add_run, number, open_to_look, picture_path,
 from pyglow_fast.cli._latents import add_picture, check_options, save
 from pyglow_fast.latents import temperature_sweep
 from pyglow_fast.likelihood import count_not_finite
-from pyglow_fast.studio.samples import Draw
+from pyglow_fast.studio.words import Draw
 from pyglow_fast.train import device_of
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         opened = open_to_look(args)
         draw = Draw(args.n, labels=tuple(opened.label(name) for name in args.label or ()))
         model, n_bins = opened.model, opened.n_bins
-        y, device = draw.labels_of(model), device_of(model)
+        y, device = opened.labels_of(draw), device_of(model)
     sweep = temperature_sweep(model, args.temperatures, args.n, y, generator=stream(device, args.seed))
     columns = [] if y is None else [opened.classes[label] for label in y.tolist()]
     rows = [(f"T = {value:g}", x) for value, x in zip(args.temperatures, sweep, strict=True)]

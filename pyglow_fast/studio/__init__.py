@@ -8,15 +8,12 @@
 The commands ``edit``, ``sample``, ``interpolate`` and ``score``, and the page of ``serve``, use these classes.
 """
 
-from pyglow_fast.studio.between import Between
-from pyglow_fast.studio.commands import Made
 from pyglow_fast.studio.directions import Add, Directions
 from pyglow_fast.studio.edits import Edit, Edited, Subject, likelihood_text
-from pyglow_fast.studio.grids import Grid
-from pyglow_fast.studio.opened import OpenRun, OwnImages, Picked, Scores
-from pyglow_fast.studio.samples import Draw, Drawn
+from pyglow_fast.studio.opened import Drawn, OpenRun, Picked, Scores
+from pyglow_fast.studio.pictures import Between, Grid, Made
 from pyglow_fast.studio.scored import FileScore, score_files
-from pyglow_fast.studio.words import File, HeldOut, Sample, parse_image
+from pyglow_fast.studio.words import Draw, File, HeldOut, Sample, parse_image
 
 __all__ = [
     "Add",
@@ -32,7 +29,6 @@ __all__ = [
     "HeldOut",
     "Made",
     "OpenRun",
-    "OwnImages",
     "Picked",
     "Sample",
     "Scores",

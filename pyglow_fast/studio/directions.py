@@ -1,4 +1,4 @@
-"""Finds directions of attributes: differences of mean latents of training images with and without each."""
+"""Finds directions of what images can have: differences of mean latents of training images with and without it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images
-from pyglow_fast.latents import MeanLatent, to_space
+from pyglow_fast.latents import to_space
 from pyglow_fast.models import Glow
-from pyglow_fast.studio.groups import Group, drawn_images
-from pyglow_fast.studio.kept import progress_of
 from pyglow_fast.studio.reading import inputs, read
 
-REST = "rest"  # as minus: the images without the attribute, also where a class has this name
+REST = "rest"  # as minus: the images without, also where a class has this name
+Progress = Callable[[int, int], None]  # (done, of how many)
 
 
 class Add(NamedTuple):
-    """A change of an image: ``strength`` times the way from the images of ``minus`` to those of ``plus``.
-
-    Examples:
-        >>> from pyglow_fast.studio import Add, Edit
-        >>> smile = Add("Smiling", "rest", 1.5)  # beyond the faces with a smile, from those without
-        >>> Edit((smile, Add("Young", "rest", 0.0))).active
-        (Add(plus='Smiling', minus='rest', strength=1.5),)
-    """
+    """A change of an image: ``strength`` times the way from the images of ``minus`` to those of ``plus``."""
 
     plus: str
     minus: str
@@ -36,39 +29,34 @@ class Add(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """The mean latents and mean pixels of the training images with each attribute, and of those without.
-
-    Args:
-        space: which latents these are, "noise" or "latent".
-        names: the names of the A attributes.
-        counts: int64 (A, 2), how many images have each attribute and how many do not.
-        means: float32, a tensor (A, 2, C, *spatial) for each level: the mean latents with and without.
-        pixels: float32 (A, 2, C, *spatial), the mean x with and without.
+    """The mean latents and mean pixels of the training images of each class or attribute, and of those without.
 
     Examples:
         >>> import torch
         >>> from pyglow_fast.studio import Add, Directions
         >>> means = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]).reshape(1, 2, 2, 1, 1)  # with it, without
-        >>> directions = Directions("latent", ("Smiling",), torch.tensor([[30, 70]]), (means,), means / 10)
+        >>> directions = Directions(("Smiling",), 0, (means,), means / 10)
         >>> latents, pixels = directions.shift([Add("Smiling", "rest", 1.5)])
         >>> latents[0].flatten(), pixels.flatten()
         (tensor([1.5000, 3.0000]), tensor([0.1500, 0.3000]))
     """
 
-    space: str
-    names: tuple[str, ...]
-    counts: Tensor
-    means: tuple[Tensor, ...]
-    pixels: Tensor
+    names: tuple[str, ...]  # of the classes, and behind them those of the attributes
+    n_classes: int
+    means: tuple[Tensor, ...]  # float32 (names, 2, C, *spatial) for each level: with it, without
+    pixels: Tensor  # the same of x
+
+    def label(self, plus: str, minus: str = REST) -> str:
+        """Say for people what adding this does: "more like 3" of a class, an attribute's own name, or "from A to B"."""
+        if minus != REST:
+            return f"from {minus} to {plus}"
+        return f"more like {plus}" if plus in self.names[: self.n_classes] else plus
 
     def shift(self, adds: Sequence[Add]) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Compute sum_j s_j (mean_plus_j - mean_minus_j), of the latents and of the pixels; None for no sum.
-
-        Returns:
-            A tensor (C, *spatial) for each level, and one of the image's shape; float32.
+        """Compute sum_j s_j (mean_plus_j - mean_minus_j), of the latents of each level and of x; None for no sum.
 
         Raises:
-            ValueError: an attribute that there is not, a strength that is not finite, or one that makes the sum so.
+            ValueError: a name that there is not, a strength that is not finite, or one that makes the sum so.
         """
         every = [(*self._sides(add), add.strength) for add in adds]
         sides = [side for side in every if side[2] != 0.0]
@@ -83,67 +71,80 @@ class Directions(NamedTuple):
         return sums[:-1], sums[-1]
 
     def _sides(self, add: Add) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Finds the means of both ends: each as (attribute, 0 with it or 1 without)."""
+        """The places of the means of both ends: each (name, 0 with it or 1 without)."""
         known = ", ".join(self.names)
-        one = f"one of {known}" if known else "no attribute, since the run's images have no classes"
+        one = f"one of {known}" if known else "none, since the run's images have no classes or attributes"
         expect(add.plus in self.names, "plus", one, repr(add.plus))
         expect(add.minus in (*self.names, REST), "minus", f"{REST} or one of {known}", repr(add.minus))
-        other = add.minus == REST or add.plus != add.minus
-        expect(other, "minus", "another attribute than plus", repr(add.minus))
+        expect(add.minus == REST or add.plus != add.minus, "minus", "another one than plus", repr(add.minus))
         expect(abs(add.strength) < float("inf"), "strength", "a finite number", add.strength)
         plus = self.names.index(add.plus)
         return (plus, 0), ((plus, 1) if add.minus == REST else (self.names.index(add.minus), 0))
 
 
+def compared(data: Images, chosen: Tensor) -> tuple[list[str], int, Tensor]:
+    """List (names, how many are classes, float64 (2, names, n): each chosen image's weight in both means of each).
+
+    Where images come in groups, such as an emoji in its skin tones, those with an attribute are compared with those of
+    the same group that have none, and each group counts once: so that what else it shows makes no difference.
+    """
+    names: list[str] = []
+    weights = torch.zeros(2, 0, len(chosen), dtype=torch.float64)
+    if data.labels is not None and len(data.class_names) > 1:
+        names = list(data.class_names)
+        has = one_hot(data.labels[chosen], len(names)).T
+        weights = torch.stack([has, 1 - has]).double()
+    n_classes = len(names)
+    if data.attributes is not None:
+        new = [i for i, name in enumerate(data.attributes.names) if name not in names]
+        names += [data.attributes.names[i] for i in new]
+        has = data.attributes.has[chosen][:, new].T
+        sides = torch.stack([has, ~has]).double()
+        if data.groups:
+            plain = torch.stack([has, ~has.any(0).expand_as(has)]).double()
+            number = {name: i for i, name in enumerate(dict.fromkeys(data.groups))}
+            group = torch.tensor([number[data.groups[i]] for i in chosen.tolist()])
+            counts = torch.zeros(2, len(new), len(number), dtype=torch.float64).index_add_(2, group, plain)
+            matched = plain * (counts > 0).all(0)[:, group] / counts.clamp(min=1)[:, :, group]
+            sides = torch.where(matched.sum(2, keepdim=True) > 0, matched, sides)
+        weights = torch.cat([weights, sides], 1)
+    there = (weights.sum(2) > 0).all(0)
+    kept = [name for name, both in zip(names, there.tolist(), strict=True) if both]
+    weights = weights[:, there]
+    return kept, int(there[:n_classes].sum()), weights / weights.sum(2, keepdim=True)
+
+
 @torch.no_grad()
 def measure(
-    model: Glow,
-    data: Images,
-    groups: list[Group],
-    space: str,
-    on_unreadable: str = "raise",
-    progress: Callable[[int, int], None] | None = None,
+    model: Glow, data: Images, chosen: Tensor, space: str, progress: Progress | None = None
 ) -> dict[str, Tensor]:
-    """Compute the tensors of :class:`Directions` by name, and its names as bytes of JSON, in one pass over the images.
+    """Compute the tensors of :class:`Directions` by name, and its names as bytes of JSON, over the ``chosen`` images.
 
     Raises:
-        ValueError: an image that cannot be read, or a group of which none can.
+        ValueError: an image that cannot be read, or whose latents are not finite.
     """
-    names = {"names": torch.tensor(list(json.dumps([group.name for group in groups]).encode()), dtype=torch.uint8)}
-    if not groups:
-        return names | {"pixels": torch.zeros(0), "counts": torch.zeros(0, 2, dtype=torch.int64)}
-    drawn = drawn_images(groups)
-    shared = drawn_images([group for group in groups if group.others is None])
-    advance = progress_of(len(drawn), progress)
-    everything, sides = MeanLatent(), [(MeanLatent(), MeanLatent()) for _ in groups]
-    for batch in read(data, drawn, on_unreadable):
-        x, y = inputs(batch.pixels, batch.labels, data.n_bins, model)
+    names, n_classes, weights = compared(data, chosen)
+    facts = json.dumps({"names": names, "classes": n_classes}).encode()
+    sums: list[Tensor] = []
+    done = 0
+    for part in read(data, chosen if names else chosen[:1]):
+        x, y = inputs(*part, data.n_bins, model)
         values = [*to_space(model, x, space, y), x]
-        everything.add(_chosen(values, torch.isin(batch.indices, shared)))
-        for group, (with_it, without) in zip(groups, sides, strict=True):
-            with_it.add(_chosen(values, torch.isin(batch.indices, group.images)))
-            if group.others is not None:
-                without.add(_chosen(values, torch.isin(batch.indices, group.others)))
-        advance(len(batch.pixels))
-    means = []
-    counts = []
-    for group, (with_it, without) in zip(groups, sides, strict=True):
-        other = everything.without(with_it) if group.others is None else without
-        counts.append((with_it.count, other.count))
-        means.append([torch.stack([a, b]).float().cpu() for a, b in zip(with_it.mean(), other.mean(), strict=True)])
-    *levels, pixels = (torch.stack(parts) for parts in zip(*means, strict=True))
-    found = {f"level{i}": level for i, level in enumerate(levels)}
-    return names | found | {"pixels": pixels, "counts": torch.tensor(counts)}
+        own = weights[:, :, done : done + len(x)].to(x.device)
+        found = [torch.tensordot(own, value.double(), 1) for value in values]
+        sums = [old + new for old, new in zip(sums, found, strict=True)] if sums else found
+        done += len(x)
+        if progress is not None:
+            progress(done, len(chosen))
+    finite = all(bool(each.isfinite().all()) for each in sums)
+    expect(finite, "data", "training images whose latents are finite", "NaN or inf in those of some")
+    *levels, pixels = (each.transpose(0, 1).float().contiguous().cpu() for each in sums)
+    tensors = {f"level{i}": level for i, level in enumerate(levels)}
+    return tensors | {"pixels": pixels, "facts": torch.tensor(list(facts), dtype=torch.uint8)}
 
 
-def _chosen(values: list[Tensor], mask: Tensor) -> list[Tensor]:
-    return [value[mask.to(value.device)] for value in values]
-
-
-def from_tensors(tensors: dict[str, Tensor], space: str) -> Directions:
+def from_tensors(tensors: dict[str, Tensor]) -> Directions:
     """Make the directions from tensors that :func:`measure` gave, now or when they were kept."""
-    names = json.loads(bytes(tensors["names"].tolist()))
-    levels = sorted((name for name in tensors if name.startswith("level")), key=lambda name: int(name[5:]))
-    return Directions(
-        space, tuple(names), tensors["counts"], tuple(tensors[name] for name in levels), tensors["pixels"]
-    )
+    facts = json.loads(bytes(tensors["facts"].tolist()))
+    levels = tuple(tensors[f"level{i}"] for i in range(len(tensors) - 2))
+    return Directions(tuple(facts["names"]), facts["classes"], levels, tensors["pixels"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.latents import edited, to_space
-from pyglow_fast.studio.commands import Made, command_line, made_png, taken_names
-from pyglow_fast.studio.directions import Add
-from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked, Progress
-from pyglow_fast.studio.words import File, name_word, number_text
+from pyglow_fast.studio.directions import Add, Progress
+from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked
+from pyglow_fast.studio.pictures import Made, command_line, made_png
+from pyglow_fast.studio.words import File, number_text
 from pyglow_fast.train import to_pixels
 from pyglow_fast.train.figures import image_picture
 
@@ -24,52 +23,22 @@ DIGITS = 6  # behind the point of a strength or a share: finer than any slider
 
 
 class Edited(NamedTuple):
-    """An image after an edit: its pixels, and whether all that the model decoded were numbers.
+    """An image after an edit."""
 
-    Args:
-        pixels: int64 (C, H, W), grey levels 0..n_bins-1.
-        finite: whether all values of the decoded image are numbers; those that are not are shown grey.
-        shifted: the pixels of the twin, x + sum_j s_j (mean x with - without) as grey levels; None if it was not asked
-            for.
-
-    Examples:
-        >>> from pyglow_fast import GlowConfig
-        >>> from pyglow_fast.studio import Edit, Edited, OpenRun, Subject, parse_image
-        >>> from pyglow_fast.train import TrainConfig, start
-        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
-        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/first").execute(quiet=True)
-        >>> opened = OpenRun.open("runs/first")
-        >>> subject = Subject(opened, opened.pick(parse_image("0")), opened.space)
-        >>> found = subject.edited(Edit(keep=(0.0,)))  # nothing of the image's own latents
-        >>> isinstance(found, Edited), found.finite, found.pixels.shape
-        (True, True, torch.Size([1, 8, 8]))
-    """
-
-    pixels: Tensor
-    finite: bool
-    shifted: Tensor | None
+    pixels: Tensor  # int64 (C, H, W), grey levels 0..n_bins-1
+    finite: bool  # whether all values that the model decoded are numbers; those that are not are shown grey
+    shifted: Tensor | None  # the twin, x + sum_j s_j (mean x with - without) as grey levels, if it was asked for
 
 
 @dataclass(frozen=True)
 class Edit:
     """A description of what is done to an image: attributes that are added, and what each level of latents keeps.
 
-    Args:
-        adds: attributes, each with its strength.
-        keep: the share of the image's own latents that each level keeps, shallowest first; empty if every level keeps
-            all.
-
     Strengths and shares are rounded to DIGITS behind the point: a slider's 0.30000000000000004 is 0.3.
-
-    Examples:
-        >>> from pyglow_fast.studio import Add, Edit
-        >>> edit = Edit((Add("3", "8", 0.5), Add("7", "1", 0.0)), keep=(0.5, 1.0))
-        >>> edit.is_none, edit.options()  # of the command line: what has no strength is left out
-        (False, ['--add', '3', '8', '0.5', '--keep', '0.5', '1'])
     """
 
     adds: tuple[Add, ...] = ()
-    keep: tuple[float, ...] = ()
+    keep: tuple[float, ...] = ()  # the share of the image's own latents a level, shallowest first; empty: all
 
     def __post_init__(self) -> None:
         adds = tuple(add._replace(strength=round(add.strength, DIGITS)) for add in self.adds)
@@ -88,23 +57,16 @@ class Edit:
 
     def options(self, pixel_shift: bool = False) -> list[str]:
         """The options of the command ``edit`` that describe this; a shift of the pixels keeps nothing of latents."""
-        words = [
-            word
-            for add in self.active
-            for word in ("--add", name_word(add.plus), name_word(add.minus), number_text(add.strength))
-        ]
+        words = []
+        for add in self.active:
+            words += ["--add", add.plus, add.minus, number_text(add.strength)]
         if any(share != 1.0 for share in self.keep) and not pixel_shift:
             words += ["--keep", *map(number_text, self.keep)]
         return words
 
 
 class Subject:
-    """An image whose latents were taken once, to be edited many times.
-
-    Args:
-        opened: the run.
-        picked: the image.
-        space: the space of the edits, "noise" or "latent".
+    """An image whose latents, in the space "noise" or "latent", were taken once: to be edited, or the end of a path.
 
     Raises:
         ValueError: the image does not fit the model; its latents are not finite.
@@ -148,12 +110,7 @@ class Subject:
 
     @torch.no_grad()
     def edited(self, edit: Edit, pixel_shift: bool = False, progress: Progress | None = None) -> Edited:
-        """Compute the image after an edit; without one it is the image itself, bit for bit.
-
-        Args:
-            edit: what is done.
-            pixel_shift: whether the twin whose pixels are shifted is computed too.
-            progress: is told of the means over training images, where they are not measured yet.
+        """Compute the image after an edit, and its twin if asked for; without an edit it is the image, bit for bit.
 
         Raises:
             ValueError: an attribute that there is not, shares that do not fit the model's levels.
@@ -161,56 +118,49 @@ class Subject:
         shift = difference = None
         if edit.active:
             shift, difference = self.opened.directions(self.space, progress).shift(edit.active)
-        n_levels = len(self.latents)
+        n_levels, x = len(self.latents), self._x
         expect(len(edit.keep) in (0, n_levels), "keep", f"{n_levels} shares, one a level", len(edit.keep))
-        x = self._x
         if not edit.is_none:
             x = edited(self.opened.model, self.latents, shift, edit.keep or None, self.space, self.y)
         twin = None
         if pixel_shift:
             moved = self._x if difference is None else self._x + difference.to(self._x)
             twin = to_pixels(moved, self.opened.n_bins)[0].cpu()
-        finite = bool(x.isfinite().all())
-        return Edited(self.pixels if edit.is_none else to_pixels(x, self.opened.n_bins)[0].cpu(), finite, twin)
+        pixels = self.pixels if edit.is_none else to_pixels(x, self.opened.n_bins)[0].cpu()
+        return Edited(pixels, bool(x.isfinite().all()), twin)
 
-    def command(self, edit: Edit, pixel_shift: bool, scale: int = 1) -> str:
+    def outside(self, found: Edited, bits: float) -> str:
+        """Say in one sentence that an edit, of so many bits/dim, leads far out of what the model has seen; else ""."""
+        if not found.finite:
+            return "Parts of the edit are not finite, shown grey: it leads out of the model's range."
+        seen = self.opened.scores_at_hand() if self.opened.has_scores else None
+        if seen is None or bits <= float(seen.train.max()):
+            return ""
+        return f"Far out: it is less likely than each of {len(seen.train)} training images that were scored."
+
+    def command(self, edit: Edit, pixel_shift: bool, scale: int | None = None) -> str:
         """Write the command that gives the same picture, without ``--out``."""
         opened = self.opened
         words = [self.picked.image.text, *edit.options(pixel_shift), "--space", self.space]
         if self.picked.label is not None:
-            words += ["--label", name_word(opened.classes[self.picked.label])]
+            words += ["--label", opened.classes[self.picked.label]]
         if opened.train_images != TRAIN_IMAGES and edit.active:
             words += ["--train-images", str(opened.train_images)]
-        words += ["--pixel-shift"] if pixel_shift else []
-        return command_line(opened, "edit", words + (["--scale", str(scale)] if scale != 1 else []))
+        return command_line(opened, "edit", words + (["--pixel-shift"] if pixel_shift else []), scale)
 
-    def made(self, pixels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int = 1) -> Made:
-        """Encode what :meth:`edited` gave as a PNG, one pixel for each of the image unless ``scale`` says otherwise."""
+    def made(self, pixels: Tensor, edit: Edit, pixel_shift: bool = False, scale: int | None = None) -> Made:
+        """Encode what :meth:`edited` gave as a PNG, large enough to look at unless ``scale`` says otherwise."""
         picture = image_picture(pixels, self.opened.n_bins, scale)
-        return made_png(picture, self.command(edit, pixel_shift, scale), taken_names(self.opened, [self.picked]))
+        return made_png(picture, self.command(edit, pixel_shift, scale))
 
 
 def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = None, wait: bool = True) -> str:
-    """Say in words how likely an image is: its bits/dim, and its rank among training images where these are at hand.
+    """Say in words how likely an image is: its bits/dim, and its rank among training images.
 
-    Args:
-        opened: the run.
-        bits: the bits/dim of the image.
-        progress: is told of the scores of training images, where they are not measured yet.
-        wait: whether they are measured then, rather than left out.
+    Where these were not scored yet they are scored now; with ``wait`` False their rank is left out.
     """
     if not math.isfinite(bits):
         return "no finite likelihood"
     scores = opened.scores_at_hand(progress) if wait or opened.has_scores else None
     beside = f", more than {scores.share_below(bits):.1%} of {len(scores.train)} training images" if scores else ""
     return f"{bits:.3f} bits/dim{beside}"
-
-
-def check_adds(opened: OpenRun, adds: Sequence[Add], space: str, progress: Progress | None = None) -> None:
-    """Refuse attributes that the run does not have.
-
-    Raises:
-        ValueError: there are such.
-    """
-    if adds:
-        opened.directions(space, progress).shift(adds)

@@ -1,19 +1,23 @@
-"""Reads images as a model takes them: pixels in batches, the middle of each grey level's interval, labels."""
+"""Reads images to look at: which ones of a source, and as a model takes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyglow_fast.data import Batch, Images, batches
+from pyglow_fast._errors import expect
+from pyglow_fast.data import DataConfig, Images, load_data, options_of, split
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.models import Glow
-from pyglow_fast.train import labels_for
+from pyglow_fast.train import Checkpoint, check_fits, labels_for
 
 BATCH = 64  # images that go through the model at a time
+PARTS = ("held-out", "train", "all")
 
 
 def middles(pixels: Tensor, n_bins: int, model: Glow) -> Tensor:
@@ -28,28 +32,78 @@ def inputs(pixels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> t
     return middles(pixels, n_bins, model), labels_for(model, labels)
 
 
-def read(images: Images, indices: Tensor, on_unreadable: str = "raise") -> Iterator[Batch]:
-    """Read the images at ``indices`` in batches of BATCH; with "skip" fewer, where some cannot be read.
-
-    Raises:
-        UnreadableImageError: one that cannot be read.
-    """
-    parts = [part for part in indices.split(BATCH) if len(part)]
-    plan: list[list[tuple[int, int | None]]] = [[(index, None) for index in part.tolist()] for part in parts]
-    for batch, part in zip(batches(images, plan, on_unreadable=on_unreadable), parts, strict=True):
-        own = batch.indices == part  # others stand in for unreadable ones
-        if bool(own.all()):
-            yield batch
-        elif bool(own.any()):
-            labels = None if batch.labels is None else batch.labels[own]
-            yield replace(batch, pixels=batch.pixels[own], labels=labels, indices=batch.indices[own])
+def read(images: Images, indices: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Read (pixels, labels) of the images at ``indices`` in batches of BATCH; one that cannot be read is refused."""
+    return (images.batch(part) for part in indices.split(BATCH) if len(part))
 
 
 def name_of(images: Images, index: int, number: int | None = None) -> str:
     """Name an image in a few words: an emoji by its own name, others by number (``index`` if None) and class."""
-    if images.name == "emoji" and images.groups:
+    if images.name.startswith("emoji") and images.groups:
         return images.groups[index]
     number = index if number is None else number
-    if images.labels is None:
-        return str(number)
-    return f"{number}: {images.class_names[int(images.labels[index])]}"
+    return str(number) if images.labels is None else f"{number}: {images.class_names[int(images.labels[index])]}"
+
+
+def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
+    """Make the settings by which ``name`` is prepared to fit a model trained on ``stored``."""
+    if name.partition(":")[0] == stored.name.partition(":")[0]:
+        return replace(stored, name=name)
+    plain = DataConfig(name, held_out=stored.held_out)
+    channels, *sides = model.config.image_shape
+    expect(len(set(sides)) == 1 and channels in (1, 3), "data", f"images of shape {(channels, *sides)}", repr(name))
+    wanted: dict[str, Any] = {"size": sides[0], "gray": channels == 1, "n_bits": stored.n_bits}
+    return replace(plain, **{key: value for key, value in wanted.items() if key in options_of(name)})
+
+
+class Selection(NamedTuple):
+    """The images of a set that are looked at."""
+
+    images: Images
+    positions: Tensor  # int64, the place of each of them in the whole set
+    train: Images | None  # the training images of the run, if the set is the run's own
+    part: str  # one of PARTS
+
+
+def selection(name: str, part: str | None, checkpoint: Checkpoint, model: Glow) -> Selection:
+    """Load the images ``name`` (see DATA_HELP), prepared for the model, of which ``part`` (see PARTS) is looked at.
+
+    By default that is held-out of the run's own images, and all of any others. What does not fit is refused.
+    """
+    config = checkpoint.config
+    data = load_data(config_for(name, config.data, model))
+    check_fits(model, data, checkpoint.data.n_bins)
+    own = data.fingerprint() == checkpoint.data.fingerprint
+    part = part or ("held-out" if own else "all")
+    everything = torch.arange(len(data))
+    if not own:
+        expect(part == "all", "part", "all, since these are not the images of the run", part)
+        return Selection(data, everything, None, part)
+    train, held_out = split(data, config.data.held_out, config.seed)
+    positions = {"held-out": held_out, "train": train, "all": everything}[part]
+    return Selection(data if part == "all" else data.subset(positions), positions, data.subset(train), part)
+
+
+def own_images(checkpoint: Checkpoint, sheet: Path | None = None) -> tuple[Images, Tensor, Tensor]:
+    """Load (all images of a run, indices of its training images, indices of its held-out ones).
+
+    A ``sheet`` of few images, if it is there, is shown instead; each of its images counts for both. Images that are no
+    longer where they were, or have changed since, are refused.
+    """
+    config = checkpoint.config
+    if sheet is not None and sheet.is_dir():
+        data = load_data(DataConfig(f"sheet:{sheet}", n_bits=config.data.n_bits))
+        return data, torch.arange(len(data)), torch.arange(len(data))
+    data = load_data(config.data)
+    same = data.fingerprint() == checkpoint.data.fingerprint
+    expect(same, "data", f"the images of {config.data.name} that the run was trained on", "others")
+    return data, *split(data, config.data.held_out, config.seed)
+
+
+def trained_on(checkpoint: Checkpoint) -> Images | None:
+    """Load the run's training images, if they are still where they were and as they were."""
+    try:
+        data, train, _ = own_images(checkpoint)
+    except ValueError:
+        return None
+    return data.subset(train)

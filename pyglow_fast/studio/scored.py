@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from pyglow_fast.data import ImageSet
 from pyglow_fast.experiments import ScoredImages, histogram_png, score_csv
-from pyglow_fast.studio.commands import COMMAND, Made, command_line, taken_names
-from pyglow_fast.studio.opened import OpenRun, Picked, Progress
+from pyglow_fast.studio.directions import Progress
+from pyglow_fast.studio.opened import OpenRun, Picked
+from pyglow_fast.studio.pictures import COMMAND, Made, command_line
 from pyglow_fast.studio.words import shown_name
 from pyglow_fast.train import ImageScores
 
@@ -21,21 +21,7 @@ NAMED = 12  # marks that have names in the picture; of more each has its number 
 
 
 class FileScore(NamedTuple):
-    """The bits/dim of one image, and the share of training images with fewer; NaN without any to compare with.
-
-    Examples:
-        >>> from PIL import Image
-        >>> from pyglow_fast import GlowConfig
-        >>> from pyglow_fast.studio import FileScore, OpenRun, parse_image, score_files
-        >>> from pyglow_fast.train import TrainConfig, start
-        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
-        >>> result = start(TrainConfig(model=model, max_steps=1), "runs/tiny").execute(quiet=True)
-        >>> opened = OpenRun.open("runs/tiny")
-        >>> Image.new("L", (8, 8), 255).save("white.png")
-        >>> (score,) = score_files(opened, [opened.pick(parse_image("white.png"))])
-        >>> isinstance(score, FileScore), score.share_below  # all training images are likelier than a white one
-        (True, 1.0)
-    """
+    """The bits/dim of one image, and the share of training images with fewer; NaN without any to compare with."""
 
     picked: Picked
     bits: float
@@ -56,19 +42,9 @@ def _command(opened: OpenRun, scores: Sequence[FileScore]) -> str:
     return command_line(opened, "score", [score.picked.image.text for score in scores])
 
 
-def _taken(opened: OpenRun, scores: Sequence[FileScore]) -> frozenset[str]:
-    return taken_names(opened, [score.picked for score in scores])
-
-
 def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
-    """Draw the images as lines on the histogram of held-out ones, a PNG: what ``score ... --picture`` writes.
-
-    Raises:
-        ValueError: the run's images are no longer there.
-    """
-    command = _command(opened, scores)
-    held_out = opened.scores().held_out
-    marks = {}
+    """Draw the images as lines on the histogram of held-out ones, a PNG: what ``score ... --picture`` writes."""
+    command, marks = _command(opened, scores), {}
     for i, score in enumerate(scores):
         name = shown_name(score.picked.image)
         short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
@@ -76,26 +52,16 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
         marks[number if len(scores) > 1 else short] = score.bits
     name = f"held-out {opened.checkpoint.config.data.name}"
     title = f"{opened.folder.path.resolve().name} at step {opened.step}"
-    data, taken = histogram_png({name: held_out}, title, marks, {COMMAND: command}), _taken(opened, scores)
-    return Made(data, command, option="--picture", taken=taken)
+    data = histogram_png({name: opened.scores().held_out}, title, marks, {COMMAND: command})
+    return Made(data, command, option="--picture")
 
 
 def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
     """Write the scores as a CSV file: what ``score ... --out`` writes."""
-    images = ImageSet(
-        "files",
-        torch.stack([score.picked.pixels for score in scores]).to(torch.uint8),
-        opened.n_bins,
-        _labels(opened, scores),
-        opened.classes,
-        groups=tuple(score.picked.image.text for score in scores),
-    )
+    pixels = torch.stack([score.picked.pixels for score in scores]).to(torch.uint8)
+    labels = torch.tensor([score.picked.label for score in scores]) if opened.classes else None
+    names = tuple(score.picked.image.text for score in scores)
+    images = ImageSet("files", pixels, opened.n_bins, labels, opened.classes, groups=names)
     bits = torch.tensor([[score.bits] for score in scores], dtype=torch.float64)
     table = score_csv({"files": ScoredImages(images, ImageScores(torch.arange(len(scores)), bits))})
-    return Made(table.encode(), _command(opened, scores), ".csv", taken=_taken(opened, scores))
-
-
-def _labels(opened: OpenRun, scores: Sequence[FileScore]) -> Tensor | None:
-    if not opened.classes:
-        return None
-    return torch.tensor([score.picked.label for score in scores])
+    return Made(table.encode(), _command(opened, scores), ".csv")

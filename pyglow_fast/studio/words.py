@@ -1,20 +1,24 @@
-"""Writes and reads short texts: numbers as the command line takes them, and names of images."""
+"""Names images in short texts that a command line takes: a held-out image, a sample, a file."""
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from pyglow_fast._errors import expect
-from pyglow_fast.studio.samples import Draw
-from pyglow_fast.train.figures import holds_text
+from pyglow_fast._errors import check_seed, expect
+from pyglow_fast.train.figures import PICTURE_IMAGES
 
 IMAGE_HELP = (
     "the number of a held-out image, from 0; a file; "
     "or sample:I[:n=N][:seed=S][:temperature=X][:label=C], C the number of a class"
 )
-NAME_HELP = r"A name that begins with - is written \-..."
+N, TEMPERATURE = 64, 0.7  # of samples, unless told otherwise
+_SAMPLE = re.compile(
+    r"sample:(\d{1,9})(?::n=(\d{1,9}))?(?::seed=(\d{1,19}))?(?::temperature=(\d+(?:\.\d+)?))?((?::label=\d{1,9})*)",
+    re.ASCII,
+)
+_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # in no line, and in no picture's text
 
 
 def number_text(value: float) -> str:
@@ -24,30 +28,24 @@ def number_text(value: float) -> str:
     return "0" if text == "-0" else text
 
 
-def name_word(name: str) -> str:
-    """Write a class as a word of a command line: with a backslash where it begins with -, as options do."""
-    return f"\\{name}" if name.startswith(("-", "\\")) else name
+@dataclass(frozen=True)
+class Draw:
+    """A description of samples to draw: how many, at which temperature, from which seed, of which classes in turn."""
 
+    n: int = N
+    temperature: float = TEMPERATURE  # multiplies the standard deviation of the priors; 0 is the mode
+    seed: int = 0
+    labels: tuple[int, ...] = ()  # numbers of classes; empty: all of them
 
-def word_name(word: str) -> str:
-    """Read the class that :func:`name_word` made a word of."""
-    return word.removeprefix("\\")
-
-
-def one_line(text: str) -> bool:
-    """Whether a text can be shown in a line and kept in a picture: without control characters, valid Unicode."""
-    return holds_text(text) and not any(unicodedata.category(character) == "Cc" for character in text)
+    def __post_init__(self) -> None:
+        PICTURE_IMAGES.check("n", self.n, whole=True)
+        expect(0.0 <= self.temperature < float("inf"), "temperature", "a number, 0 or more", self.temperature)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The name of a held-out image of a run: its number, from 0.
-
-    Examples:
-        >>> from pyglow_fast.studio import HeldOut, parse_image
-        >>> parse_image("12") == HeldOut(12), HeldOut(12).text
-        (True, '12')
-    """
+    """The name of a held-out image of a run: its number, from 0."""
 
     number: int
 
@@ -59,16 +57,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Sample:
-    """The name of one image of the samples of ``draw``: its number, from 0.
-
-    Examples:
-        >>> from pyglow_fast.studio import Draw, Sample, parse_image
-        >>> sample = Sample(2, Draw(n=4, temperature=0.7, seed=7))
-        >>> sample.text
-        'sample:2:n=4:seed=7:temperature=0.7'
-        >>> parse_image(sample.text) == sample
-        True
-    """
+    """The name of one image of the samples of ``draw``: its number, from 0."""
 
     number: int
     draw: Draw
@@ -77,30 +66,19 @@ class Sample:
     def text(self) -> str:
         """The name as :func:`parse_image` reads it."""
         draw = self.draw
-        options = {"n": str(draw.n), "seed": str(draw.seed), "temperature": number_text(draw.temperature)}
-        parts = [f"sample:{self.number}", *(f"{name}={value}" for name, value in options.items())]
+        parts = [f"sample:{self.number}", f"n={draw.n}", f"seed={draw.seed}"]
+        parts.append(f"temperature={number_text(draw.temperature)}")
         return ":".join([*parts, *(f"label={label}" for label in draw.labels)])
 
 
 @dataclass(frozen=True)
 class File:
-    """The name of the image in a file: its path.
-
-    Raises:
-        ValueError: its name has control characters, which no command line that is shown can hold.
-
-    Examples:
-        >>> from pyglow_fast.studio import File, parse_image
-        >>> parse_image("photos/me.png")
-        File(path='photos/me.png')
-        >>> File("12").text  # a file of this name is told from held-out image 12
-        './12'
-    """
+    """The name of the image in a file: its path, without control characters, which no line that is shown can hold."""
 
     path: str
 
     def __post_init__(self) -> None:
-        expect(one_line(self.path), "file", "a name without control characters", ascii(self.path))
+        expect(not _NOT_SHOWN.search(self.path), "file", "a name without control characters", ascii(self.path))
 
     @property
     def text(self) -> str:
@@ -124,31 +102,25 @@ def parse_image(text: str, argument: str = "image") -> Image:
 
     Raises:
         ValueError: it names nothing.
+
+    Examples:
+        >>> from pyglow_fast.studio import Draw, File, HeldOut, Sample, parse_image
+        >>> parse_image("12") == HeldOut(12), parse_image("photos/me.png") == File("photos/me.png")
+        (True, True)
+        >>> parse_image("sample:2:seed=7") == Sample(2, Draw(seed=7))
+        True
     """
     if text.isascii() and text.isdecimal():
-        expect(len(text) <= 99, argument, IMAGE_HELP, f"a number of {len(text)} digits")
+        expect(len(text) <= 18, argument, IMAGE_HELP, f"a number of {len(text)} digits")
         return HeldOut(int(text))
     if not text.startswith("sample:"):
         expect(text != "", argument, IMAGE_HELP, "an empty text")
         return File(text)
-    number, *options = text.removeprefix("sample:").split(":")
-    named: dict[str, list[str]] = {"n": [], "seed": [], "temperature": [], "label": []}
-    for option in options:
-        name, equals, value = option.partition("=")
-        expect(equals == "=" and name in named, argument, IMAGE_HELP, repr(text))
-        named[name].append(value)
-    once = all(len(values) <= 1 for name, values in named.items() if name != "label")
-    expect(once, argument, "each option of a sample once", repr(text))
-    try:
-        labels = tuple(map(int, named.pop("label")))
-        types = {"n": int, "seed": int, "temperature": float}
-        given = {name: types[name](values[0]) for name, values in named.items() if values}
-        index = int(number)
-    except ValueError as error:
-        raise ValueError(f"{argument}: expected {IMAGE_HELP}, found {text!r}") from error
-    try:
-        draw = Draw(**given, labels=labels)
-    except ValueError as error:  # says which number is out of its range
-        raise ValueError(f"{argument}: expected {IMAGE_HELP}, found {text!r} ({error})") from error
-    expect(0 <= index < draw.n, argument, f"a sample in 0..{draw.n - 1}", repr(text))
-    return Sample(index, draw)
+    found = _SAMPLE.fullmatch(text)
+    expect(found is not None, argument, IMAGE_HELP, repr(text)[:99])
+    assert found is not None  # for the type checker: refused above
+    number, n, seed, temperature, labels = found.groups()
+    of_classes = tuple(map(int, labels.split(":label=")[1:]))
+    draw = Draw(int(n or N), float(temperature or TEMPERATURE), int(seed or 0), of_classes)
+    expect(int(number) < draw.n, argument, f"a sample in 0..{draw.n - 1}", repr(text))
+    return Sample(int(number), draw)

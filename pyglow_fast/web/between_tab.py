@@ -156,9 +156,9 @@ class BetweenTab:
             return [gr.skip(), gr.skip()]
         shown = row(
             [
-                _end(between.first, "from", opened),
+                _end(between.first.picked, "from", opened),
                 figure(pixels[0], opened.n_bins, f"{at:.0%} of the way", part="frame", made=made),
-                _end(between.last, "to", opened),
+                _end(between.last.picked, "to", opened),
             ]
         )
         grey = note("Parts are not finite, shown grey." if bad else "")

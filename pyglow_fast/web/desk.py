@@ -11,9 +11,9 @@ import gradio as gr
 from pyglow_fast._errors import expect
 from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.models import GlowConfig
-from pyglow_fast.studio.between import Between
+from pyglow_fast.studio.pictures import Between
 from pyglow_fast.studio.edits import Edit, Subject
-from pyglow_fast.studio.grids import Grid
+from pyglow_fast.studio.pictures import Grid
 from pyglow_fast.studio.opened import OpenRun, OwnImages, Picked, Progress
 from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.shelf import Shelf, Stamp
@@ -117,8 +117,7 @@ class Desk:
             self.waits_for = name
             raise
         self.waits_for = None
-        opened.images.look_again()
-        with self._lock:
+                with self._lock:
             self._clear(name)
             self._common = opened.images, opened.model.config
         return opened
@@ -214,7 +213,7 @@ class Desk:
             if first is None or last is None:
                 return None
             space = self.space_of(opened)
-            return Between.of(first.subject(opened, space), last.subject(opened, space), spherical)
+            return Between(first.subject(opened, space), last.subject(opened, space), spherical)
 
 
 def picked_upload(opened: OpenRun, upload: Upload, label: int | None = None) -> Picked:

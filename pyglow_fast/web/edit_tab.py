@@ -13,7 +13,7 @@ from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio.directions import REST, Add
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
-from pyglow_fast.studio.opened import AbandonedError, LostImagesError, OpenRun, Progress
+from pyglow_fast.studio.opened import LostImagesError, OpenRun
 from pyglow_fast.studio.words import HeldOut, shown_name
 from pyglow_fast.web.desk import NO_CLASS, Desk, picked_number, picked_upload, progress_on, with_class
 from pyglow_fast.web.errors import on_page, reason
@@ -161,23 +161,9 @@ class EditTab:
         opened = desk.opened(self._shelf)
         space, as_they_are = desk.space_of(opened), [gr.skip() for _ in self.measured[:-2]]
 
-        def while_wanted(words: str) -> Progress:
-            show = progress_on(progress, words)
-
-            def tell(done: int, total: int) -> None:
-                if not desk.has(opened) or desk.space_of(opened) != space:
-                    raise AbandonedError
-                show(done, total)
-
-            return tell
-
         try:
-            directions = opened.directions(space, while_wanted("measuring the attributes"))
-            opened.scores(while_wanted("measuring bits/dim of the run's images"))
-        except AbandonedError:
-            if desk.has(opened):  # in another space
-                return self.measure(desk, progress)
-            return [gr.skip() for _ in self.measured]  # as below
+            directions = opened.directions(space, progress_on(progress, "measuring the attributes"))
+            opened.scores(progress_on(progress, "measuring bits/dim of the run's images"))
         except (LostImagesError, UnreadableImageError) as error:
             return [*as_they_are, reason(error, "No attributes: "), anew()]
         except ValueError as error:  # of a model that gives no finite latents, of which no image can be shown either
@@ -306,7 +292,7 @@ class EditTab:
             seen = f"{os.path.splitext(name)[0]}.png"
             whole = subject.made(subject.pixels, Edit())
             # A picture of the webcam or the clipboard is in no other file: under its own name the commands find it.
-            links.append(save_link(whole._replace(taken=frozenset()), seen, f"Save {name} as the model sees it"))
+            links.append(save_link(whole, seen, f"Save {name} as the model sees it"))
             commands.append(whole.whole_command(seen))
         if not desk.has(opened):  # another run was chosen meanwhile
             return [gr.skip(), gr.skip()]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pyglow_fast.studio.commands import Made
+from pyglow_fast.studio.pictures import Made
 from pyglow_fast.train.figures import image_picture, png_bytes
 
 LEAST_HEIGHT = 224  # pixels on the page that an image under edit is high, or as many as it has

@@ -8,7 +8,6 @@ from typing import Any
 
 import gradio as gr
 
-from pyglow_fast.studio.commands import free_name, path_word, taken_names
 from pyglow_fast.train import RunFolder
 from pyglow_fast.train.page import page_of
 from pyglow_fast.web.desk import Desk
@@ -64,8 +63,7 @@ class RunTab:
         opened = desk.opened(self._shelf)
         stamps = stamps_of(opened.folder)
         page = _report(opened.name, stamps)
-        out = free_name("report.html", taken_names(opened))
-        command = shlex.join(["pyglow-fast", "report", path_word(opened.name), "--out", out])
+        command = shlex.join(["pyglow-fast", "report", opened.name, "--out", "report.html"])
         if not desk.has(opened):  # another run was chosen meanwhile
             return self.as_they_are
         desk.report = stamps
