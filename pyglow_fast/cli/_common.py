@@ -17,8 +17,9 @@ from pyglow_fast._errors import expect, visible
 from pyglow_fast._settings import Range, value_text
 from pyglow_fast.data import Yardstick, optional
 from pyglow_fast.models import Glow
+from pyglow_fast.studio.directions import Progress
+from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun
 from pyglow_fast.studio.pictures import Made
-from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Progress
 from pyglow_fast.train import Checkpoint, RunFolder, Score, load_model, resolve_device
 from pyglow_fast.train.figures import PICTURE_IMAGES
 from pyglow_fast.train.files import write_bytes

@@ -15,8 +15,7 @@ from pyglow_fast.cli._latents import add_picture, add_temperature, check_options
 from pyglow_fast.data import Images
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
-from pyglow_fast.studio.reading import BATCH
-from pyglow_fast.studio.reading import selection
+from pyglow_fast.studio.reading import BATCH, selection
 from pyglow_fast.train import Checkpoint, RunFolder, class_cycle, evaluate
 from pyglow_fast.train.metrics import read_metrics
 

@@ -58,7 +58,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     add_train_images(parser)
     parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument("--scale", type=whole, metavar="N", help="enlarge each pixel by this factor (default: to 256 pixels)")
+    parser.add_argument(
+        "--scale", type=whole, metavar="N", help="enlarge each pixel by this factor (default: to 256 pixels)"
+    )
 
 
 def add_train_images(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +82,7 @@ def adds_of(given: list[list[str]] | None) -> tuple[Add, ...]:
         except ValueError:
             raise ValueError(f"add: expected a number as the third word, found {text!r}") from None
         expect(abs(strength) < float("inf"), "add", "a finite number as the third word", text)
-        found.append(Add(plus(minus), strength))
+        found.append(Add(plus, minus, strength))
     return tuple(found)
 
 
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         opened = open_to_look(args)
         out = picture_path(args.out, opened.checkpoint.config.data.name, image.text)
         space = args.space or opened.space
-        picked = opened.pick(image, None if args.label is None else opened.label(word_name(args.label)))
+        picked = opened.pick(image, None if args.label is None else opened.label(args.label))
         expect(
             len(edit.keep) in (0, len(opened.model.latent_shapes)),
             "keep",

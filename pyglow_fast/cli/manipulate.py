@@ -19,8 +19,7 @@ from pyglow_fast.latents import MeanLatent, attribute_direction, manipulate, to_
 from pyglow_fast.latents.spaces import check_levels, check_numbers
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
-from pyglow_fast.studio.reading import inputs, middles, name_of
-from pyglow_fast.studio.reading import config_for
+from pyglow_fast.studio.reading import config_for, inputs, middles, name_of
 from pyglow_fast.train import Checkpoint, check_fits
 from pyglow_fast.train.seeds import random_subset
 

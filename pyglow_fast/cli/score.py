@@ -24,8 +24,8 @@ from pyglow_fast.data.sources import SOURCES
 from pyglow_fast.experiments import ScoredImages, write_scores
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.edits import likelihood_text
-from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.studio.reading import PARTS, Selection, selection
+from pyglow_fast.studio.scored import made_csv, made_picture, score_files
 from pyglow_fast.studio.words import File, parse_image
 from pyglow_fast.train import Checkpoint, Score, score_images
 

@@ -241,7 +241,7 @@ class OpenRun:
         most_pixels: int | None = None,
         formats: Sequence[str] | None = None,
     ) -> Picked:
-        """Read the image in a file, or in its contents, as the model sees it; see :func:`pyglow_fast.data.read_single`."""
+        """Read the image in a file, or in its contents, as the model sees it; see pyglow_fast.data.read_single."""
         config = self.checkpoint.config
         channels, height, width = config.model.image_shape
         shape = (channels, height, width)

@@ -11,10 +11,10 @@ import gradio as gr
 from pyglow_fast._errors import expect
 from pyglow_fast.data import UnreadableImageError
 from pyglow_fast.models import GlowConfig
-from pyglow_fast.studio.pictures import Between
+from pyglow_fast.studio.directions import Progress
 from pyglow_fast.studio.edits import Edit, Subject
-from pyglow_fast.studio.pictures import Grid
-from pyglow_fast.studio.opened import OpenRun, OwnImages, Picked, Progress
+from pyglow_fast.studio.opened import OpenRun, OwnImages, Picked
+from pyglow_fast.studio.pictures import Between, Grid
 from pyglow_fast.studio.words import File, HeldOut
 from pyglow_fast.web.shelf import Shelf, Stamp
 from pyglow_fast.web.uploads import Upload
@@ -117,7 +117,7 @@ class Desk:
             self.waits_for = name
             raise
         self.waits_for = None
-                with self._lock:
+        with self._lock:
             self._clear(name)
             self._common = opened.images, opened.model.config
         return opened

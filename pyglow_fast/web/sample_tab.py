@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from pyglow_fast.studio.pictures import Grid
 from pyglow_fast.studio.opened import OpenRun
+from pyglow_fast.studio.pictures import Grid
 from pyglow_fast.studio.words import TEMPERATURE, Draw
 from pyglow_fast.web.desk import NO_CLASS, Desk, check_number, clicked
 from pyglow_fast.web.errors import on_page, reason

@@ -346,9 +346,6 @@ def test_an_edit_of_nothing_is_the_image(place: Path, tmp_path: Path) -> None:
     assert np.array_equal(pixels(tmp_path / "x.png"), pixels(place / "images" / "dark" / "03.png"))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a picture that a user saves has the few pixels of the model's images"
-)
 @pytest.mark.parametrize(
     "words", [["edit", "run", "0"], ["interpolate", "run", "--from", "0", "--to", "1", "--at", "0.5"]]
 )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pyglow_fast.studio.commands import free_name, path_word, taken_names
 
 from pyglow_fast.cli import main
 from pyglow_fast.studio import Between, Draw, Edit, File, Grid, HeldOut, Made, OpenRun, Subject, score_files
-from pyglow_fast.studio.commands import free_name, path_word, taken_names
 from pyglow_fast.studio.scored import made_csv, made_picture
 
 

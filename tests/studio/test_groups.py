@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyglow_fast.studio.groups import Group, drawn_images, groups_of
 from support import tiny_data
 from support.data_layouts import picture, write_celeba
 
 from pyglow_fast.data import DataConfig, emoji_tone_pairs, load_data, split
 from pyglow_fast.data.celeba import attribute_table
-from pyglow_fast.studio.groups import Group, drawn_images, groups_of
 
 PARTS = "0" * 9 + "12"
 

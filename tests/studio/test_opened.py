@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyglow_fast.studio.grids import Grid
+from pyglow_fast.studio.samples import Draw
 from support.edits import ByHand
 from support.latent_runs import train
 
@@ -21,9 +23,7 @@ from pyglow_fast.latents import from_space, likeliest_class, to_space
 from pyglow_fast.studio import opened as module
 from pyglow_fast.studio.directions import Add, measure
 from pyglow_fast.studio.edits import Edit, Subject, likelihood_text
-from pyglow_fast.studio.grids import Grid
 from pyglow_fast.studio.opened import AbandonedError, OpenRun, Scores
-from pyglow_fast.studio.samples import Draw
 from pyglow_fast.studio.words import File, HeldOut, parse_image
 from pyglow_fast.train import RunFolder, load_model, score_images
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyglow_fast.studio.samples import BATCH, Draw
 
 from pyglow_fast.studio.opened import OpenRun
-from pyglow_fast.studio.samples import BATCH, Draw
 from pyglow_fast.train import to_pixels
 
 

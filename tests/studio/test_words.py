@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-
 from pyglow_fast.studio.samples import Draw
+
 from pyglow_fast.studio.words import (
     File,
     HeldOut,

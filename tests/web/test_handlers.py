@@ -21,18 +21,18 @@ web.require("gradio")
 
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
+from pyglow_fast.studio.between import Between  # noqa: E402
+from pyglow_fast.studio.grids import Grid  # noqa: E402
+from pyglow_fast.studio.samples import Draw  # noqa: E402
 from support import web_runs  # noqa: E402
 from support.figures import leave_undrawn  # noqa: E402
 from support.web_runs import CLASSES, COLOUR, DIGITS, NAMES  # noqa: E402
 
 from pyglow_fast.cli._common import picture_path  # noqa: E402
 from pyglow_fast.data import UnreadableImageError  # noqa: E402
-from pyglow_fast.studio.between import Between  # noqa: E402
 from pyglow_fast.studio.directions import REST, Directions  # noqa: E402
 from pyglow_fast.studio.edits import Subject  # noqa: E402
-from pyglow_fast.studio.grids import Grid  # noqa: E402
 from pyglow_fast.studio.opened import OpenRun  # noqa: E402
-from pyglow_fast.studio.samples import Draw  # noqa: E402
 from pyglow_fast.studio.scored import FileScore  # noqa: E402
 from pyglow_fast.studio.words import HeldOut  # noqa: E402
 from pyglow_fast.train.figures import image_picture, png_bytes  # noqa: E402

@@ -13,6 +13,7 @@ from support import web
 web.require("gradio")
 
 from pyglow_fast.studio.commands import Made  # noqa: E402
+
 from pyglow_fast.web.html import TYPES, buttons, figure, framed, image, note, plot, save_link, table  # noqa: E402
 
 PIXELS = torch.arange(48).reshape(3, 4, 4) % 17
