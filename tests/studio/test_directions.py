@@ -67,7 +67,7 @@ def test_what_is_compared() -> None:
 
 
 def test_groups_are_compared_within_themselves() -> None:
-    """Each group counts once; an image with another attribute is not compared, and a group without both sides neither."""
+    """Each counts once; images with another attribute are not compared, nor groups that have one side alone."""
     groups = ("x", "x", "x", "x", "y", "z")
     has = [NO, [True, False], [True, False], [False, True], [True, False], NO]
     names, _, weights = compared(dots(groups, has), torch.arange(6))

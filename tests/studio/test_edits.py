@@ -99,12 +99,12 @@ def test_nothing_is_written_over_what_is_read(
         subject.made(subject.pixels, Edit(), scale=2),
         path.made(frames, ".png"),
         path.made_frame(path.frames(times=(0.25,))[0][0], 0.25),
-        Grid(opened, Draw(4)).made(),
     ):
         one = "--at" in made.command or made.command.startswith("pyglow-fast edit")
         large = max(Image.open(io.BytesIO(made.data)).size) >= 256
         assert large == ("--scale" not in made.command) or not one
         written(made, name)
+    written(Grid(opened, Draw(4)).made(), "samples.png")
     written(path.made(frames, ".gif"), "path.gif")
     written(made_csv(opened, scores), "scores.csv")
     written(made_picture(opened, scores), name)
