@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images
@@ -73,7 +72,7 @@ class Directions(NamedTuple):
     def _sides(self, add: Add) -> tuple[tuple[int, int], tuple[int, int]]:
         """The places of the means of both ends: each (name, 0 with it or 1 without)."""
         known = ", ".join(self.names)
-        one = f"one of {known}" if known else "none, since the run's images have no classes or attributes"
+        one = f"one of {known}" if known else "no attribute, since the run's images have none"
         expect(add.plus in self.names, "plus", one, repr(add.plus))
         expect(add.minus in (*self.names, REST), "minus", f"{REST} or one of {known}", repr(add.minus))
         expect(add.minus == REST or add.plus != add.minus, "minus", "another one than plus", repr(add.minus))
@@ -85,33 +84,44 @@ class Directions(NamedTuple):
 def compared(data: Images, chosen: Tensor) -> tuple[list[str], int, Tensor]:
     """List (names, how many are classes, float64 (2, names, n): each chosen image's weight in both means of each).
 
-    Where images come in groups, such as an emoji in its skin tones, those with an attribute are compared with those of
-    the same group that have none, and each group counts once: so that what else it shows makes no difference.
+    A class is compared with all other images. An attribute is compared with images that differ in it alone where there
+    are groups that hold such, as emoji in several skin tones; else within each class, where one holds both; so that
+    what else images show makes little difference.
     """
     names: list[str] = []
-    weights = torch.zeros(2, 0, len(chosen), dtype=torch.float64)
-    if data.labels is not None and len(data.class_names) > 1:
-        names = list(data.class_names)
-        has = one_hot(data.labels[chosen], len(names)).T
-        weights = torch.stack([has, 1 - has]).double()
+    labels = data.labels[chosen] if data.labels is not None and len(data.class_names) > 1 else None
+    sides: list[Tensor] = []
+    if labels is not None:
+        names += data.class_names
+        sides += [torch.stack([labels == k, labels != k]).double() for k in range(len(names))]
     n_classes = len(names)
     if data.attributes is not None:
-        new = [i for i, name in enumerate(data.attributes.names) if name not in names]
-        names += [data.attributes.names[i] for i in new]
-        has = data.attributes.has[chosen][:, new].T
-        sides = torch.stack([has, ~has]).double()
-        if data.groups:
-            plain = torch.stack([has, ~has.any(0).expand_as(has)]).double()
-            number = {name: i for i, name in enumerate(dict.fromkeys(data.groups))}
-            group = torch.tensor([number[data.groups[i]] for i in chosen.tolist()])
-            counts = torch.zeros(2, len(new), len(number), dtype=torch.float64).index_add_(2, group, plain)
-            matched = plain * (counts > 0).all(0)[:, group] / counts.clamp(min=1)[:, :, group]
-            sides = torch.where(matched.sum(2, keepdim=True) > 0, matched, sides)
-        weights = torch.cat([weights, sides], 1)
-    there = (weights.sum(2) > 0).all(0)
-    kept = [name for name, both in zip(names, there.tolist(), strict=True) if both]
-    weights = weights[:, there]
-    return kept, int(there[:n_classes].sum()), weights / weights.sum(2, keepdim=True)
+        has = data.attributes.has[chosen]
+        alike = [*([] if labels is None else [labels]), torch.zeros_like(chosen)]
+        number = {name: i for i, name in enumerate(dict.fromkeys(data.groups))}
+        group = torch.tensor([number[data.groups[i]] for i in chosen.tolist()]) if number else None
+        for i, name in enumerate(data.attributes.names):
+            if name in names[:n_classes]:
+                continue
+            cells = list(alike)
+            if group is not None:
+                others = torch.cat([has[:, :i], has[:, i + 1 :], group[:, None]], 1)
+                cells.insert(0, others.unique(dim=0, return_inverse=True)[1])
+            found = [_matched(has[:, i], cell) for cell in cells]
+            names.append(name)
+            sides.append(next((each for each in found if each.any()), found[-1]))
+    there = [bool((side.sum(1) > 0).all()) for side in sides]
+    weights = [side / side.sum(1, keepdim=True) for side, both in zip(sides, there, strict=True) if both]
+    kept = [name for name, both in zip(names, there, strict=True) if both]
+    empty = torch.zeros(2, 0, len(chosen), dtype=torch.float64)
+    return kept, sum(there[:n_classes]), torch.stack(weights, 1) if weights else empty
+
+
+def _matched(has: Tensor, cells: Tensor) -> Tensor:
+    """Weights (2, n) of images with and without, by which each cell that has both counts once."""
+    sides = torch.stack([has, ~has]).double()
+    counts = torch.zeros(2, int(cells.max()) + 1, dtype=torch.float64).index_add_(1, cells, sides)
+    return sides * (counts > 0).all(0)[cells] / counts.clamp(min=1)[:, cells]
 
 
 @torch.no_grad()

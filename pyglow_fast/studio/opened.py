@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import Images, ImageSet, MissingExtraError, UnreadableImageError
-from pyglow_fast.data.single import read_single
+from pyglow_fast.data import Images, ImageSet, MissingExtraError, UnreadableImageError, read_single
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow

@@ -39,7 +39,7 @@ def read(images: Images, indices: Tensor) -> Iterator[tuple[Tensor, Tensor | Non
 
 def name_of(images: Images, index: int, number: int | None = None) -> str:
     """Name an image in a few words: an emoji by its own name, others by number (``index`` if None) and class."""
-    if images.name.startswith("emoji") and images.groups:
+    if images.name.startswith(("emoji", "sheet")) and images.groups:
         return images.groups[index]
     number = index if number is None else number
     return str(number) if images.labels is None else f"{number}: {images.class_names[int(images.labels[index])]}"

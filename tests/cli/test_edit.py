@@ -277,5 +277,5 @@ def test_a_run_without_classes_has_no_attributes(tmp_path: Path, capsys: Capture
     train(f"folder:{images}", tmp_path / "run", "--size", "8", "--n-levels", "1", "--batch-size", "2")
     capsys.readouterr()
     assert main(["edit", str(tmp_path / "run"), "0", "--add", "a", "rest", "1", "--out", str(tmp_path / "x.png")]) == 2
-    message = "error: plus: expected no attribute, since the run's images have no classes, found 'a'\n"
+    message = "error: plus: expected no attribute, since the run's images have none, found 'a'\n"
     assert capsys.readouterr().err == message

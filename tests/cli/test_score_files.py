@@ -114,7 +114,7 @@ def test_both_files_at_once_and_the_scores_are_kept(
     first = said(capsys, "score", run, files[3], "--out", "x.csv", "--picture", "x.png")
     assert first.splitlines()[-2:] == ["x.csv", "x.png"]
     assert [path.name.split("-")[0] for path in RunFolder(run).cache.iterdir()] == ["scores"]
-    monkeypatch.setattr("pyglow_fast.studio.opened.OpenRun._scored", lambda *args: pytest.fail("scored again"))
+    monkeypatch.setattr("pyglow_fast.studio.opened.random_subset", lambda *args: pytest.fail("scored again"))
     assert said(capsys, "score", run, files[3], "--out", "x.csv", "--picture", "x.png") == first
     said(capsys, "score", run, "./12", "--out", "x.csv")
     assert rows(Path("x.csv"))[0]["name"] == "./12"

@@ -54,14 +54,14 @@ NO = [False, False]
 
 
 def test_what_is_compared() -> None:
-    """Classes with all others; an attribute whose name a class has is that class; what no chosen image has is none."""
-    names, n_classes, weights = compared(
-        dots(labels=[0, 0, 1, 1, 1, 2], has=[[True, True], *[NO] * 5]), torch.arange(5)
-    )
+    """Classes with all others, attributes within a class, where one has both; a name that a class has is that class."""
+    labels, first, red = [0, 0, 1, 1, 1, 2], [1, 0, 0, 0, 0], [[True, True], *[NO] * 5]
+    names, n_classes, weights = compared(dots(labels=labels, has=red), torch.arange(5))
     assert (names, n_classes) == (["a", "b", "red"], 2)
-    thirds, halves = 1 / 3, 0.5
-    assert weights[0].tolist() == [[halves] * 2 + [0] * 3, [0] * 2 + [thirds] * 3, [1, 0, 0, 0, 0]]
-    assert weights[1].tolist() == [[0] * 2 + [thirds] * 3, [halves] * 2 + [0] * 3, [0, *[0.25] * 4]]
+    assert weights[0].tolist() == [[0.5] * 2 + [0] * 3, [0] * 2 + [1 / 3] * 3, first]
+    assert weights[1].tolist() == [[0] * 2 + [1 / 3] * 3, [0.5] * 2 + [0] * 3, [0, 1, 0, 0, 0]]
+    everywhere = compared(dots(labels=[0, 1, 1, 1, 1, 1], has=red), torch.arange(5))[2]
+    assert everywhere[:, 2].tolist() == [first, [0, *[0.25] * 4]]
     for nothing in (dots(), dots(labels=[1] * 6), dots(has=[[True, True]] * 6)):
         assert compared(nothing, torch.arange(6))[0] == []
 

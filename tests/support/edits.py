@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pyglow_fast.cli import main
-from pyglow_fast.data import Images, emoji_tone_pairs, load_data, split
+from pyglow_fast.data import Images, load_data, split
 from pyglow_fast.latents import MeanLatent, edited, to_space
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.models import Glow
@@ -67,10 +67,12 @@ class ByHand:
     def chosen(self, name: str) -> tuple[Tensor, Tensor]:
         """Indices of the training images with an attribute, and of those without."""
         if name.startswith("skin tone "):
-            root = Path(self.config.data.name.partition(":")[2])
-            pairs = [pair for pair in emoji_tone_pairs(root) if pair.tone == name.removeprefix("skin tone ")]
-            pairs = [pair for pair in pairs if pair.base in self.train.tolist()]
-            return torch.tensor([pair.variant for pair in pairs]), torch.tensor([pair.base for pair in pairs])
+            assert self.data.attributes is not None
+            names, has = self.data.attributes
+            toned = [i for i in self.train.tolist() if has[i, names.index(name)]]
+            emoji = {self.data.groups[i] for i in toned}
+            plain = [i for i in self.train.tolist() if self.data.groups[i] in emoji and not has[i].any()]
+            return torch.tensor(toned), torch.tensor(plain)
         assert self.data.labels is not None
         has = self.data.labels[self.train] == self.data.class_names.index(name)
         return self.train[has], self.train[~has]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from support.latent_runs import train, write_emoji
 
-CLASSES = ("-odd", "12", "\\back", "a 'quoted' \"$HOME\" `x`", "grün ✓")
+CLASSES = ("odd", "12", "\\back", "a 'quoted' \"$HOME\" `x`", "grün ✓")
 FILES = ("./12", "./sample:1", "./-n", "a b.png", 'it\'s "$HOME"*.png', "grün ✓.png", "\\back.png", "digits", "~x")
 
 
