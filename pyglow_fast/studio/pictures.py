@@ -83,7 +83,7 @@ class Grid:
         words = ["--n", str(draw.n), "--temperature", number_text(draw.temperature), "--seed", str(draw.seed)]
         words += [word for label in draw.labels for word in ("--label", opened.classes[label])]
         words += ["--columns", str(columns)] if columns else []
-        picture = grid(self.drawn.pixels, opened.n_bins, columns or len(self.heads) or None, scale)
+        picture = grid(self.drawn.pixels, opened.n_bins, columns or self.heads or None, scale)
         return made_png(picture, command_line(opened, "sample", words, scale))
 
 

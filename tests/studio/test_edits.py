@@ -116,7 +116,7 @@ def test_nothing_is_written_over_what_is_read(
 def test_many_marks_have_numbers_alone(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One image has its name, some have number and name, of which there is no room for many."""
     found: list[list[str]] = []
-    monkeypatch.setattr("pyglow_fast.studio.scored.marked_histogram", lambda *args: found.append([*args[2]]) or b"")
+    monkeypatch.setattr("pyglow_fast.studio.scored.histogram_png", lambda *args: found.append([*args[2]]) or b"")
     score = FileScore(Picked(torch.zeros(1, 8, 8), 0, HeldOut(7)), 2.0, 0.5)
     for count in (1, 2, NAMED + 1):
         made_picture(OpenRun.open(str(digits_run)), [score] * count)
