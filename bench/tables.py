@@ -21,7 +21,7 @@ from bench.model_cases import CHECKPOINTED, LOG_PROB, MEMCNN, PEER_STEPS, SAMPLE
 from bench.nets import BOTH, FORWARD
 from pyglow_fast.train.files import write_text
 
-_PAGES = ("memory", "memory-derivation", "sequences", "speed", "switching")
+_PAGES = ("memory", "memory-derivation", "other-models", "speed", "switching")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in _PAGES))
 MODELS = {
     "a": "(a) 3x32x32, L 3, K 8, hidden 512, batch 16",
