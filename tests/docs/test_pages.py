@@ -1,72 +1,177 @@
-"""What README and the pages show works: their Python runs, their commands and settings parse."""
+"""What README and the pages show works.
+
+Each block of Python and of commands runs as printed, alone: in an empty folder, knowing nothing of the other blocks.
+Commands that stand in the text parse, and links lead somewhere.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import importlib.util
 import re
+import signal
+import subprocess
+import sys
+import tomllib
+import urllib.request
 from pathlib import Path
-from typing import Any
 
-import normflows
 import pytest
-import torch
-from support.glow_tts_cases import TextDecoder
-from support.pages import code, page
+from support import ROOT
+from support.figures import leave_undrawn
+from support.pages import Block, blocks, page, shell_commands
 
 from pyglow_fast import _backend
 from pyglow_fast.cli import app, main
 from pyglow_fast.cli.train import from_file
 
-EXAMPLE, ACCELERATE = code(page("README.md"), "python")
-PAGES = ("index", "commands", "training", "own-net", "memory", "data", "page", "switching")
-NEEDS_KERNELS = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
-EXAMPLES = [
-    pytest.param(example, id=f"{name}{i}", marks=[NEEDS_KERNELS] if name == "memory" else [])  # which gives bytes
-    for name in PAGES
-    for i, example in enumerate(code(page(f"docs/{name}.md"), "python"))
-]
+leave_undrawn()
+
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+LINKING = (*PAGES, "CONTRIBUTING.md", "docs/reference/index.md")
+SHOWN = [(name, block) for name in PAGES for block in blocks(page(name))]
+LANGUAGES = ("python", "sh", "console", "text", "toml")
+COMMAND = re.compile(r"`(pyglow-fast [^`]+)`")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def test_python_of_the_readme_runs() -> None:
-    names: dict[str, Any] = {}
-    exec(EXAMPLE, names)
-    assert tuple(names["samples"].shape) == (16, 3, 32, 32)
-    assert names["log_prob"].isfinite().all()
-    blocks = [normflows.flows.GlowBlock(4, 8)]
-    exec(ACCELERATE, {"model": normflows.NormalizingFlow(normflows.distributions.DiagGaussian((4, 4, 4)), blocks)})
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_python_of_the_pages_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(example, {})
-
-
-def test_python_of_the_page_of_sequences_runs() -> None:
-    """The blocks go on from one another, and from a decoder of coqui's interface."""
-    names: dict[str, Any] = {"decoder": TextDecoder(4, 6, 2, kernel=3, rate=1, layers=2)}
-    for example in code(page("docs/sequences.md"), "python"):
-        exec(example, names)
-    assert torch.allclose(names["back"], names["x"], atol=1e-3)
-    assert len(names["report"].replaced) == 6
-
-
-def test_settings_of_the_pages_are_known(tmp_path: Path) -> None:
-    (text,) = code(page("docs/training.md"), "toml")
-    (tmp_path / "x.toml").write_text(text)
-    assert from_file(str(tmp_path / "x.toml"))[1] == "fashion-mnist"
-
-
-def test_commands_parse() -> None:
-    """Those of README and of the pages, by the command that is installed."""
-    shown = [
-        re.sub(r"\[[^]]*\]", "", line.split("#")[0]).split()[1:]  # [what may follow] is for readers
-        for name in ("README.md", *(f"docs/{name}.md" for name in (*PAGES, "speed")))
-        for line in page(name).splitlines()
-        if line.startswith("    pyglow-fast ")
+def cases(language: str) -> list[object]:
+    """The blocks in one language, named by page and line."""
+    return [
+        pytest.param(block, id=f"{Path(name).stem}-line{block.line}")
+        for name, block in SHOWN
+        if block.language == language
     ]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, one thread, and no data set that was fetched before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYGLOW_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.mark.parametrize("block", cases("python"))
+def test_python_runs(block: Block) -> None:
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(block.code))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    missing = sorted(name for name in imported if importlib.util.find_spec(name) is None)
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if " MB" in block.code and _backend.extension() is None:
+        pytest.skip(f"bytes need the extension: {_backend.reason()}")
+    exec(block.code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("block", cases("sh"))
+def test_commands_run(block: Block) -> None:
+    for words in shell_commands(block.code):
+        if words[:2] == ["pyglow-fast", "serve"]:
+            look_at(words[1:])
+        elif words[0] == "torchrun":
+            module = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+            done = subprocess.run(module, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+        else:
+            assert words[0] == "pyglow-fast", f"only this package's commands can be shown as sh: {words}"
+            assert main(words[1:]) == 0, words
+        if "--out" in words:
+            assert Path(words[words.index("--out") + 1]).exists(), words
+
+
+def look_at(words: list[str]) -> None:
+    """Serve a page, read it, and end it by Ctrl-C."""
+    pytest.importorskip("gradio")
+    command = [sys.executable, "-m", "pyglow_fast", *words, "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            (address,) = re.findall(r"http://\S+", process.stdout.readline())
+            with urllib.request.urlopen(address) as answer:
+                assert b"pyglow_fast" in answer.read()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=300) == 0
+        finally:
+            process.kill()
+
+
+def test_all_code_is_of_a_kind_that_is_tested() -> None:
+    """A block of commands or of Python cannot stand where nothing runs it."""
+    for name, block in SHOWN:
+        assert block.language in LANGUAGES, (name, block.line)
+        if block.language in ("console", "text"):
+            assert not re.search(r"^(pyglow-fast|python|torchrun|import|from) ", block.code, re.MULTILINE), (
+                name,
+                block.line,
+            )
+    for name in PAGES:
+        assert not re.search(
+            r"^    (pyglow-fast|python|torchrun|make|pip|import|from) ",
+            re.sub(r"```.*?```", "", page(name), flags=re.DOTALL),
+            re.MULTILINE,
+        ), name
+
+
+def test_what_sets_up_a_machine_exists() -> None:
+    """The targets of make and the extras of pip that blocks and text name."""
+    targets = set(re.findall(r"^([\w-]+):", page("Makefile"), re.MULTILINE))
+    extras = set(tomllib.loads(page("pyproject.toml"))["project"]["optional-dependencies"])
+    named = "\n".join(page(name) for name in (*PAGES, "CONTRIBUTING.md"))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", named, re.MULTILINE)) <= targets
+    found = {
+        extra for extras in re.findall(r"(?:pyglow-fast|'\.|`\.)\[([\w,]+)\]", named) for extra in extras.split(",")
+    }
+    assert found
+    assert found <= extras
+
+
+def test_commands_in_the_text_parse() -> None:
+    """Those that are shown without being run, and the command is installed under the name that the pages say."""
+    shown = [command for name in (*PAGES, "CONTRIBUTING.md") for command in COMMAND.findall(page(name))]
     assert len(shown) > 20
-    for arguments in shown:
-        assert app.parser().parse_args(arguments) is not None, arguments
+    for command in shown:
+        ((_, *arguments),) = shell_commands(command.replace("\n", " "))
+        if arguments[0] not in ("info", "bench") and "--help" not in command:
+            app.parser().parse_args(arguments)
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="pyglow-fast")
     assert entry.load() is main
+
+
+def test_settings_of_the_pages_are_known() -> None:
+    ((_, block),) = [shown for shown in SHOWN if shown[1].language == "toml"]
+    Path("x.toml").write_text(block.code)
+    assert from_file("x.toml")[1] == "fashion-mnist"
+
+
+def anchors(text: str) -> set[str]:
+    """What a link into a page can end with: its headings as mkdocs and GitHub spell them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.mark.parametrize("name", LINKING)
+def test_links_lead_somewhere(name: str) -> None:
+    text = re.sub(r"```.*?```", "", page(name), flags=re.DOTALL)
+    for link in LINK.findall(text):
+        if re.match(r"https?:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / file if file else ROOT / name
+        assert target.is_file(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_is_in_the_table_of_the_front_page_and_in_the_menu() -> None:
+    front, menu = page("docs/index.md"), page("mkdocs.yml")
+    for name in PAGES[1:]:
+        short = name.removeprefix("docs/")
+        assert short == "index.md" or f"]({short})" in front, name
+        assert f": {short}" in menu, name
