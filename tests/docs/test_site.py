@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,22 +37,48 @@ def public(module: ModuleType) -> Iterator[type]:
             yield value
 
 
-@pytest.mark.full
-def test_the_site_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket.socket, "connect", no_network)
-    monkeypatch.chdir(ROOT)
-    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path))
-    config.plugins.run_event("startup", command="build", dirty=False)
-    build(config)  # a warning, such as that of a broken link, ends it
-    config.plugins.run_event("shutdown")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built without a network. A warning, such as that of a broken link, fails."""
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", no_network)
+        patch.chdir(ROOT)
+        config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder))
+        config.plugins.run_event("startup", command="build", dirty=False)
+        build(config)
+        config.plugins.run_event("shutdown")
+    return folder
 
-    with (tmp_path / "objects.inv").open("rb") as file:
+
+@pytest.mark.full
+def test_the_site_is_whole(site: Path) -> None:
+    with (site / "objects.inv").open("rb") as file:
         known = set(Inventory.parse_sphinx(file))
     modules = [importlib.import_module(name) for name in (PACKAGE, *MODULES)]
     offered = {f"{value.__module__}.{value.__qualname__}" for module in modules for value in public(module)}
     assert len(offered) > 100
     assert sorted(offered - known) == []
-    for path in tmp_path.rglob("*.html"):
+    for path in site.rglob("*.html"):
         loaded = re.findall(r"<(?:script|img)[^>]* src=\"(.*?)\"|<link[^>]* href=\"(.*?)\"", path.read_text("utf-8"))
         elsewhere = [name for pair in loaded for name in pair if name.startswith(("http:", "https:", "//"))]
         assert not elsewhere, path
+
+
+@pytest.mark.full
+def test_the_search_works_from_the_disk(site: Path) -> None:
+    """A word in the box of any page leads to a list of links, and a link to a page that is there."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto((site / "tour.html").as_uri())
+        page.fill("input[name=q]", "onnx")
+        page.press("input[name=q]", "Enter")
+        page.wait_for_selector("#mkdocs-search-results a")
+        page.click("#mkdocs-search-results a >> nth=0")
+        page.wait_for_url("**/export.html*")
+        browser.close()

@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import ROOT
-from support.peer_glows import Shape, rosinality_state
 
 import pyglow_fast as pgf
 from pyglow_fast.interop import convert
@@ -216,14 +214,3 @@ class TestOwnFile:
         save_file({**state, name: torch.zeros(4, 4)}, path, header)
         with pytest.raises(ValueError, match=rf"{name} of shape \(4, 4, 1, 1\), found shape \(4, 4\)"):
             convert.load_glow(path)
-
-
-def test_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ROOT / "docs" / "convert.md"
-    code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
-    state = rosinality_state(Shape(size=64))
-    torch.save(state, "model.pt")
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert set(names["state"]) == set(state)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from support.helpers import assert_close
-from support.pages import code, page
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -175,13 +174,3 @@ def test_kept_levels_of_fewer_latents() -> None:
 def test_no_distribution_of_a_condition_of_each_level() -> None:
     with pytest.raises(ValueError, match="model: expected one with one condition for all levels"):
         model_of().as_distribution(cond=batch(2)[1][0])
-
-
-@pytest.mark.full
-def test_the_example_of_the_page_runs() -> None:
-    example, *_ = code(page("docs/superresolution.md"), "python")
-    names: dict[str, Any] = {}
-    exec(example, names)
-    assert names["sample"].shape == names["x"].shape == (1, 3, 160, 160)
-    assert names["wide"].config.image_shape == (3, 320, 240)
-    assert all(parameter.grad is not None for parameter in names["flow"].parameters())
