@@ -50,12 +50,8 @@ def default_words(item: Declared) -> str:
 
 
 def values_words(item: Declared) -> str:
-    """Say what a value must be: in the words of the error, with the bound that has a reason."""
-    words = item.expected()
-    if item.rule.choices:
-        words = ", ".join(item.rule.choices)
-    bound = item.rule.range.bound() if item.type in (int, float) else ""
-    return f"{words}; {bound}" if bound else words
+    """Say what a value must be, in the words of the error."""
+    return ", ".join(item.rule.choices) if item.rule.choices else item.expected()
 
 
 def row(item: Declared) -> str:
