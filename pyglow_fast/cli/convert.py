@@ -43,7 +43,7 @@ def sides(text: str) -> int | tuple[int, int]:
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command ``convert`` and its options."""
     about = "checkpoints of other Glow implementations to this package's models, and back"
-    parser = commands.add_parser("convert", help=about, description=about + "; see docs/other-models.md")
+    parser = commands.add_parser("convert", help=about, description=about + "; see docs/convert.md")
     parser.set_defaults(run_command=run)
     names = [*FORMATS, OWN]
     parser.add_argument("format", choices=names, metavar="FORMAT", help=f"of IN: {', '.join(names)}")
