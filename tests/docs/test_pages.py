@@ -7,6 +7,7 @@ Commands that stand in the text parse, and links lead somewhere.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.metadata
 import importlib.util
 import re
@@ -24,7 +25,9 @@ from support.pages import Block, blocks, page, shell_commands
 
 from pyglow_fast import _backend
 from pyglow_fast.cli import app, main
-from pyglow_fast.cli.train import from_file
+from pyglow_fast.data import DataConfig
+from pyglow_fast.models import GlowConfig
+from pyglow_fast.train import TrainConfig
 
 leave_undrawn()
 
@@ -152,8 +155,10 @@ def test_commands_in_the_text_parse() -> None:
 
 def test_settings_of_the_pages_are_known() -> None:
     ((_, block),) = [shown for shown in SHOWN if shown[1].language == "toml"]
-    Path("x.toml").write_text(block.code)
-    assert from_file("x.toml")[1] == "fashion-mnist"
+    shown = tomllib.loads(block.code)
+    DataConfig(**shown.pop("data"))
+    assert shown.pop("model").keys() <= {field.name for field in dataclasses.fields(GlowConfig)}
+    assert shown.keys() <= {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def anchors(text: str) -> set[str]:
