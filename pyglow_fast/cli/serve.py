@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyglow_fast._errors import expect
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from pyglow_fast.web import Shelf
 
 OLDEST = 6  # version of Gradio whose handlers and components the page is made of
-PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # Gradio cannot be imported with some, and asks this machine alone
 DRAWING = ("PIL.Image", "torchvision.utils", "matplotlib.figure")  # a second and a half; imported once the page answers
+SHIPPED = Path(__file__).parent.parent / "shown"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,27 +33,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     about = "open trained runs in the browser: sample, edit, interpolate, score"
     parser = commands.add_parser("serve", help=about, description=about)
     parser.set_defaults(run_command=run)
-    parser.add_argument(
-        "runs",
-        type=folder_name,
-        nargs="+",
-        metavar="RUN",
-        help="the folder of a run, or of several runs; no others are shown",
-    )
-    parser.add_argument(
-        "--best", action="store_true", help="the checkpoint with the best held-out bits/dim, not the last"
-    )
+    runs = "the folder of a run, or of several runs; no others are shown (default: the small model that is shipped)"
+    parser.add_argument("runs", type=folder_name, nargs="*", metavar="RUN", help=runs, default=[str(SHIPPED)])
+    best = "the checkpoint with the best held-out bits/dim, not the last"
+    parser.add_argument("--best", action="store_true", help=best)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at")
     parser.add_argument("--port", type=whole, metavar="N", help="the port (default: the first free one from 7860)")
-    parser.add_argument(
-        "--auth",
-        metavar="USER",
-        help="a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts",
-    )
-    parser.add_argument(
-        "--certificate", metavar="FILE", help="the server's certificate in PEM format, for an encrypted connection"
-    )
+    auth = "a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts"
+    parser.add_argument("--auth", metavar="USER", help=auth)
+    certificate = "the server's certificate in PEM format, for an encrypted connection"
+    parser.add_argument("--certificate", metavar="FILE", help=certificate)
     parser.add_argument("--key", metavar="FILE", help="its private key, if the file of the certificate has none")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
     add_train_images(parser)
@@ -68,54 +60,43 @@ def _without(wanted: Callable[[str], bool]) -> Iterator[None]:
 
 
 def _import_gradio() -> None:
-    """Import it and what else the page needs. Gradio asks nobody, but cannot be imported with some proxies set.
+    """Import it and what else the page needs.
 
     Raises:
         MissingExtraError: one is not installed.
         ValueError: Gradio is too old.
     """
-    with _without(lambda name: name.lower() in PROXIES):
-        version = str(getattr(optional("gradio", "the page"), "__version__", "?"))
-        major = version.partition(".")[0]
-        new = major.isdecimal() and int(major) >= OLDEST
-        expect(new, "gradio", f'version {OLDEST} or newer (pip install --upgrade "pyglow-fast[web]")', version)
-        for module in DRAWING:
-            check_installed(module, "the page")
-        importlib.import_module("pyglow_fast.web")
+    version = str(getattr(optional("gradio", "the page"), "__version__", "?"))
+    major = version.partition(".")[0]
+    new = major.isdecimal() and int(major) >= OLDEST
+    expect(new, "gradio", f'version {OLDEST} or newer (pip install --upgrade "pyglow-fast[web]")', version)
+    for module in DRAWING:
+        check_installed(module, "the page")
+    importlib.import_module("pyglow_fast.web")
 
 
 def _warm(shelf: Shelf) -> None:
     """Do what the first visitor would wait for, in the order of need. What goes wrong is said on the page."""
     with contextlib.suppress(Exception):
-        shelf.open(shelf.names()[0]).images.find()
-    with contextlib.suppress(Exception):
+        opened = shelf.open(shelf.names()[0])
         for module in DRAWING:
             optional(module, "the page")
+        opened.directions(opened.space)
+        opened.scores()
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C; returns the exit code."""
     # Settings that the user has for Gradio are for other pages; some would open this one to others.
-    with user_input(), _without(lambda name: name.startswith("GRADIO_")):
+    with user_input(), _without(lambda name: name.startswith("GRADIO_") or name.lower() in PROXIES):
         _import_gradio()
-        from pyglow_fast.web import CSS, Shelf, check_certificate, check_host, credentials, page, serve
+        from pyglow_fast.web import CSS, Place, Shelf, credentials, page, serve
 
         check_counts(args, "train_images")
         resolve_device(args.device)  # else only what is done on the page would refuse it
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
-        check_host(args.host, auth)
-        check_certificate(args.certificate, args.key)
-        shelf = Shelf(args.runs, args.best, args.device, args.train_images)
-        serve(
-            lambda: page(shelf),
-            host=args.host,
-            port=args.port,
-            auth=auth,
-            open_browser=not args.no_browser,
-            css=CSS,
-            certificate=args.certificate,
-            key=args.key,
-            meanwhile=lambda: _warm(shelf),
-        )
+        place = Place(args.host.strip("[]"), args.port, auth, args.certificate, args.key)
+        shelf = Shelf(args.runs, args.best, args.device, train_images=args.train_images)
+        serve(lambda: page(shelf), place, css=CSS, open_browser=not args.no_browser, meanwhile=lambda: _warm(shelf))
     return 0

@@ -1,144 +1,93 @@
-"""Takes files that a user gives: their bytes reach the handler unread, and soon nothing of them is on disk."""
+"""Takes images that visitors upload, within limits of pixels that Gradio does not have."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
+import math
 from abc import ABCMeta
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.component_meta import ComponentMeta
 from gradio.data_classes import FileData, ImageData, ListFiles
 
-from pyglow_fast.web.errors import refusal
-from pyglow_fast.web.gate import FILES_AT_ONCE, MAX_FILE_SIZE
+from pyglow_fast._errors import expect
+from pyglow_fast.data import optional
+from pyglow_fast.studio import File, OpenRun, Picked
 
-LONGEST_NAME = 255  # characters: file systems have none longer
-MOST_FILES = 64  # files that one handler gets; all of them are in memory at once
-MOST_BYTES = FILES_AT_ONCE * MAX_FILE_SIZE  # and the bytes of all: as many as one upload may bring
-LINGER = 3.0  # seconds that a file stays after it was read: the browser may still be fetching it to show it
+MOST_FILES = 64  # of one event
+MOST_PIXELS = 40_000_000  # of an image: as many as a large camera's photograph has
+EVENT_PIXELS = 160_000_000  # of all images of one event, which take a second or two to decode
+# What cameras and the web have; Pillow's decoders of the other forty are older, and few look for faults in them.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 
 
-@dataclass(frozen=True)
-class Upload:
-    """A file as it was uploaded: its name on the user's machine (the last part), and its bytes.
-
-    A picture of the webcam is named image.png, one from the clipboard clipboard.png.
-    """
+class Upload(NamedTuple):
+    """An uploaded file: its name on the visitor's machine (of a path the last part), and where it lies here."""
 
     name: str
-    data: bytes
+    path: Path
+
+    @classmethod
+    def of(cls, payload: FileData | ImageData) -> Upload:
+        """Take what the page sent; Gradio has looked that the path is one of an upload."""
+        last = (payload.orig_name or "").replace("\\", "/").rpartition("/")[2]
+        last = "".join(character for character in last if character.isprintable()).strip()
+        return cls("upload" if last in ("", ".", "..") else last, Path(payload.path or ""))
 
 
-def clean_name(name: str | None, otherwise: str = "upload") -> str:
-    """Take the last part of a path, without characters that do not print, of at most LONGEST_NAME characters.
-
-    Args:
-        name: the name as the browser gave it, which may be a path of any system.
-        otherwise: the name where nothing is left of it.
-    """
-    last = (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
-    last = "".join(character for character in last if character.isprintable())
-    if len(last) > LONGEST_NAME:
-        stem, ending = os.path.splitext(last)
-        ending = ending[:10]
-        last = stem[: LONGEST_NAME - len(ending)] + ending
-    return otherwise if last.strip() in ("", ".", "..") else last
-
-
-def _forget(path: Path, inode: int) -> None:
-    """Unlink a file, unless the same was uploaded again meanwhile: it has the same name and another inode."""
-    try:
-        if path.stat().st_ino == inode:
-            path.unlink()
-            path.parent.rmdir()  # named by the file's hash, it holds nothing else
-    except OSError:
-        pass  # gone already, or the folder is in use again
-
-
-def sweep(folder: Path, before: float) -> None:
-    """Remove the files in a folder, not below it, that were last written before a moment: uploads that were broken off.
-
-    Args:
-        folder: where Gradio writes what arrives; what arrived as a whole it moves to a folder below.
-        before: seconds as ``time.time`` has them.
-    """
-    for path in folder.iterdir():
-        with contextlib.suppress(OSError):  # gone meanwhile
-            if path.is_file() and path.lstat().st_mtime < before:
-                path.unlink()
-
-
-def take(payload: FileData | ImageData, cache: str, linger: float = LINGER) -> Upload:
-    """Read an uploaded file, which is unlinked ``linger`` seconds later.
-
-    Args:
-        payload: what the page sent; its path must lie in the cache. Its url is not looked at.
-        cache: the folder that holds what was uploaded.
-
-    Raises:
-        gr.Error: it is not there any more, or lies elsewhere.
-    """
-    name = clean_name(payload.orig_name)
-    folder = Path(cache).resolve()
-    path = Path(payload.path or "").resolve()
-    if not path.is_relative_to(folder) or not path.is_file():
-        raise refusal(f"{name}: not on the server any more; choose the file again")
-    try:
-        with path.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            data = file.read()
-    except OSError:
-        raise refusal(f"{name}: not on the server any more; choose the file again") from None
-    timer = threading.Timer(linger, _forget, (path, inode))
-    timer.daemon = True
-    timer.start()
-    return Upload(name, data)
-
-
-class WithoutStub(ComponentMeta):
+class _WithoutStub(ComponentMeta):
     """Makes a component's class as Gradio does, but writes no .pyi beside this file."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
         return ABCMeta.__new__(cls, name, bases, namespace)
 
 
-class UploadedImage(gr.Image, metaclass=WithoutStub):
-    """A ``gr.Image`` for input whose handler gets an :class:`Upload`, or None; nothing opens the picture before it.
-
-    The file is gone some seconds after a handler read it. So listen to ``upload`` alone, which a file, the webcam and
-    the clipboard cause (``input`` and ``change`` also come with None, when a source is chosen), keep what you make of
-    the picture in a ``gr.State``, give this component None and show the picture elsewhere.
-    """
+class ImageBox(gr.Image, metaclass=_WithoutStub):
+    """A ``gr.Image`` for input whose handler gets a list of one :class:`Upload`, or none; nothing has opened it yet."""
 
     is_template = True  # the browser shows it as an image
 
-    def preprocess(self, payload: ImageData | None) -> Upload | None:  # type: ignore[override]
-        return None if payload is None else take(payload, self.GRADIO_CACHE)
+    def preprocess(self, payload: ImageData | None) -> list[Upload]:  # type: ignore[override]
+        return [] if payload is None else [Upload.of(payload)]
 
 
-class UploadedFiles(gr.File, metaclass=WithoutStub):
-    """A ``gr.File`` for input, also with ``file_count="multiple"``, whose handler gets a list of :class:`Upload`.
-
-    As with :class:`UploadedImage` the files can be read once. More than MOST_FILES are refused unread, and those that
-    have more than MOST_BYTES together.
-    """
+class FilesBox(gr.File, metaclass=_WithoutStub):
+    """A ``gr.File`` for input of several files, whose handler gets a list of :class:`Upload`."""
 
     is_template = True
 
-    def preprocess(self, payload: ListFiles | FileData | None) -> list[Upload]:  # type: ignore[override]
-        if payload is None:
-            return []
-        files = [payload] if isinstance(payload, FileData) else list(payload)
-        if len(files) > MOST_FILES:  # a request may name one file thousands of times
-            raise refusal(f"files: expected at most {MOST_FILES} at once, found {len(files)}")
-        taken: list[Upload] = []
-        for file in files:
-            taken.append(take(file, self.GRADIO_CACHE))
-            if sum(len(upload.data) for upload in taken) > MOST_BYTES:
-                raise refusal(f"files: expected at most {MOST_BYTES // 2**20} MB at once, found more")
-        return taken
+    def preprocess(self, payload: ListFiles | None) -> list[Upload]:  # type: ignore[override]
+        return [Upload.of(file) for file in payload or ()]
+
+
+def read(opened: OpenRun, uploads: Sequence[Upload]) -> tuple[list[Picked], list[str]]:
+    """Bring uploaded images to what the model sees, and say in a sentence what is wrong with each of the others.
+
+    Raises:
+        ValueError: none can be read; more files or pixels than one event may have, of which none is decoded.
+    """
+    expect(1 <= len(uploads) <= MOST_FILES, "files", f"1 to {MOST_FILES} at once", len(uploads))
+    pixels = sum(map(_pixels, uploads))
+    most = f"at most {EVENT_PIXELS // 10**6} million pixels in all images together"
+    expect(pixels <= EVENT_PIXELS, "files", most, f"{pixels // 10**6} million")
+    found, refused = [], []
+    for name, path in uploads:
+        try:
+            found.append(opened.pick_file(path, File(name), None, MOST_PIXELS, FORMATS))
+        except ValueError as error:
+            refused.append(str(error))
+    if not found:
+        raise ValueError(refused[0])
+    return found, refused
+
+
+def _pixels(upload: Upload) -> int:
+    """How many pixels the head of a file says that it has; none where it has no such head, which is refused later."""
+    pil = optional("PIL.Image", "the page")
+    try:
+        with pil.open(upload.path, formats=FORMATS) as image:
+            return math.prod(image.size)
+    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError):
+        return 0

@@ -110,8 +110,8 @@ def test_all_words_of_computed_defaults_are_in_use() -> None:
 @pytest.mark.full
 def test_numbers_in_words_of_computed_defaults() -> None:
     """Those that the words hold and no parser has."""
-    gate = pytest.importorskip("pyglow_fast.web.server", exc_type=ImportError)
-    assert gate.FIRST_PORT == 7860
+    gradio = pytest.importorskip("gradio.http_server", exc_type=ImportError)
+    assert gradio.INITIAL_PORT_VALUE == 7860
     assert pictures(torch.zeros(1, 1, 8, 8), 17).shape[-2:] == (256, 256)
     assert [class_columns(100, count) for count in (16, 17)] == [16, None]
     assert inspect.signature(save_chaiyujin).parameters["batch_size"].default == 1

@@ -1,52 +1,39 @@
-"""What tests of the web page share: its server in a process, and a browser's page of which everything is noted."""
+"""What tests of the web page share: its server in a process, a Chromium, and small runs to look at."""
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import importlib.util
-import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
+import numpy as np
 import pytest
-import torch
+from PIL import Image
 
+from pyglow_fast.cli import main
 from support import ROOT
-
-if TYPE_CHECKING:
-    from playwright.sync_api import ConsoleMessage, Page, Request
 
 Value = TypeVar("Value")
 
 MUST = "PYGLOW_BROWSER"  # "must": what is missing fails a test instead of skipping it
 WAIT = 120.0  # seconds that anything may take on a busy machine, where a test waits for it
-START = 2 * WAIT  # seconds that a server may take to print its address
-SMALL_PAGE = ROOT / "tests" / "web" / "small_page.py"
-# Tells of each message that pops up on a page, which goes by itself after some seconds: its text, and how many elements
-# are in it.
-NOTE_TOASTS = """
-if (window === window.top) {
-    const seen = new WeakSet();
-    new MutationObserver(() => document.querySelectorAll("[data-testid=toast-text]").forEach(found => {
-        if (seen.has(found) || !found.textContent) return;
-        seen.add(found);
-        noteToast(found.innerText, found.querySelectorAll("*").length);
-    })).observe(document, {childList: true, subtree: true, characterData: true});
-}
-"""
+SMALL_PAGE = ROOT / "tests" / "support" / "small_page.py"
+FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+NAMES = ("<img src=x onerror=alert(1)>", 'größe & "so" on')  # of folders of images
+SIDE = 16
 
 
 def chromium() -> str | None:
@@ -80,41 +67,34 @@ class Server:
     def __init__(self, arguments: list[str], cwd: Path, **environment: str) -> None:
         self.cwd = cwd
         settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd), **environment}
-        command = [*_with_its_parent(), sys.executable, *arguments]
+        setpriv = shutil.which("setpriv")
+        command = [*([setpriv, "--pdeathsig", "TERM"] if setpriv else []), sys.executable, *arguments]
         with tempfile.NamedTemporaryFile("w", prefix="serve-", suffix=".log", dir=cwd, delete=False) as err:
             self._err = Path(err.name)
             self.process = subprocess.Popen(
                 command, cwd=cwd, env=settings, stdout=subprocess.PIPE, stderr=err, text=True
             )
-        try:
-            self.address = self._started()
-        except BaseException:  # a test that is interrupted, too
-            self.__exit__(None, None, None)
-            raise
-
-    def _started(self) -> str:
-        """Waits for the first line and returns the address in it."""
         assert self.process.stdout is not None
-        guard = threading.Timer(START, self.process.kill)
+        guard = threading.Timer(2 * WAIT, self.process.kill)
         guard.start()
         try:
-            self.first = self.process.stdout.readline()
+            first = self.process.stdout.readline()
         finally:
             guard.cancel()
-        words = [word for word in self.first.split() if word.startswith(("http://", "https://"))]
+        words = [word for word in first.split() if word.startswith(("http://", "https://"))]
         if len(words) != 1:
             self.end()
-            pytest.fail(f"no server: {self.first!r}, {self.log()}")
-        return words[0]
-
-    @property
-    def host(self) -> str:
-        """The address as a Host header has it."""
-        return urlsplit(self.address).netloc
+            pytest.fail(f"no server: {first!r}, {self.log()}")
+        self.address = words[0]
 
     def log(self) -> str:
         """What it wrote to stderr."""
         return self._err.read_text()
+
+    def files(self) -> list[Path]:
+        """What was uploaded and is still on the disk; folders may vanish while they are listed, which os.walk bears."""
+        (cache,) = self.cwd.glob("pyglow-serve-*")
+        return [Path(place, name) for place, _, names in os.walk(cache) for name in names]
 
     def end(self, signum: int = signal.SIGTERM) -> int:
         """Sends a signal and returns the process's exit code: that of SIGKILL if it lives on for WAIT."""
@@ -137,109 +117,47 @@ class Server:
         self.process.stdout.close()
 
 
-def _with_its_parent() -> list[str]:
-    """The beginning of a command that ends when the process that starts it does, killed or not, where there is one."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
-
-
-def small_server(folder: Path, **options: Any) -> Server:
-    """The server of tests/web/small_page.py; the options are those of ``serve``."""
-    require("gradio")
-    return Server([str(SMALL_PAGE), json.dumps(options)], folder)
-
-
-def handler_index(server: Server, button: str) -> int:
-    """The number by which a request names the handler of a button."""
-    with urllib.request.urlopen(f"{server.address}config") as answer:
-        config = json.load(answer)
-    (target,) = [part["id"] for part in config["components"] if part["props"].get("value") == button]
-    (index,) = [handler["id"] for handler in config["dependencies"] if [target, "click"] in handler["targets"]]
-    return int(index)
-
-
-class Watched:
-    """Notes what a page asks for, says in its console, throws and pops up; :meth:`check` finds what must not be.
-
-    Attributes:
-        page: the page.
-        requests: the addresses that were asked for.
-        errors: those of the console, and exceptions.
-        dialogs: texts of dialogs.
-        toasts: messages that popped up and were not read yet, each with how many elements are in it.
-    """
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self.dialogs: list[str] = []
-        self.toasts: list[tuple[str, int]] = []
-        page.expose_function("noteToast", self._popped_up)
-        page.add_init_script(NOTE_TOASTS)
-        page.on("request", self._asked)
-        page.on("console", self._said)
-        page.on("pageerror", lambda error: self.errors.append(f"thrown: {error}"))
-        page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
-
-    def _popped_up(self, text: str, elements: int) -> None:
-        if not text.startswith("Connection to the server was lost"):  # Gradio says it of a page that is left
-            self.toasts.append((text, elements))
-
-    def _asked(self, request: Request) -> None:
-        self.requests.append(request.url)
-
-    def _said(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
-            self.errors.append(f"console: {message.text}")
-
-    def wait_for_toasts(self) -> None:
-        """Waits until a message has popped up."""
-        wait_for(lambda: (self.page.evaluate("1"), len(self.toasts) > 0)[1], True)  # calls come while the page is asked
-
-    def toast(self) -> str:
-        """Waits for messages that pop up, which say one thing and have no elements in them; closes them, returns it."""
-        self.wait_for_toasts()
-        close = self.page.get_by_test_id("toast-close")
-        wait_for(lambda: close.evaluate_all("found => (found.forEach(each => each.click()), found.length)"), 0)
-        found = set(self.toasts)
-        self.toasts.clear()
-        ((text, elements),) = found
-        assert elements == 0, text
-        return text
-
-    def check(self, address: str) -> None:
-        """Fails on requests to any other server, errors in the console, exceptions, dialogs, messages nobody read."""
-        foreign = self.foreign(address)
-        assert not foreign, foreign
-        assert not self.errors, self.errors
-        assert not self.dialogs, self.dialogs
-        assert not self.toasts, self.toasts
-
-    def foreign(self, address: str) -> list[str]:
-        """What was asked for of any other server than that at ``address``."""
-        own = urlsplit(address)[:2]
-        parts = [(url, urlsplit(url)) for url in self.requests]
-        return [url for url, part in parts if part.scheme not in ("data", "blob") and part[:2] != own]
-
-
-def completed(work: Coroutine[Any, Any, Value]) -> Value:
-    """Runs a coroutine to its end in a thread of its own: in this one Playwright's event loop may be running."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
-
-
-def wait_for(read: Callable[[], Value], wanted: Value) -> None:
+def wait_for(read: Callable[[], Any], wanted: Any) -> None:
     """Reads until what is read is what is wanted, and fails with both when it never is."""
     end, found = time.monotonic() + WAIT, read()
-    while not _same(found, wanted):
-        if time.monotonic() > end:
-            assert _same(found, wanted), f"found {found!r}\nwanted {wanted!r}"
+    while found != wanted:
+        assert time.monotonic() < end, f"found {found!r}\nwanted {wanted!r}"
         time.sleep(0.02)
         found = read()
 
 
-def _same(found: Any, wanted: Any) -> bool:
-    if isinstance(wanted, torch.Tensor):
-        return found.shape == wanted.shape and torch.equal(found, wanted)
-    return bool(found == wanted)
+def make_runs(root: Path) -> None:
+    """Writes small runs: ``digits`` with classes, ``colour`` on images whose folders have hostile names."""
+    rng, images = np.random.default_rng(0), root / "images"
+    for i, name in enumerate(NAMES):
+        (images / name).mkdir(parents=True)
+        for j in range(8):
+            values = rng.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
+            values[..., i] += np.uint8(100)
+            Image.fromarray(values).save(images / name / f"{j}.png")
+    tiny = ["--n-steps", "2", "--hidden", "4", "--device", "cpu", "--sample-count", "4", "--quiet", "--max-steps", "10"]
+    words = ["digits", "--out", str(root / "runs" / "digits"), "--class-conditional", "--n-levels", "1"]
+    assert main(["train", *words, "--eval-images", "32", *tiny]) == 0
+    words = [f"folder:{images}", "--out", str(root / "runs" / "colour"), "--size", str(SIDE), "--held-out", "0.3"]
+    assert main(["train", *words, "--n-levels", "2", "--batch-size", "4", "--eval-images", "4", *tiny]) == 0
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture of soft colours."""
+    values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height))
+
+
+def headed(width: int, height: int) -> bytes:
+    """A PNG that says it has so many pixels, and has none."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def in_base64(path: Path) -> str:
+    """What a file holds, as data: addresses have it."""
+    return base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,315 @@
+"""Makes the tabs of edits and of paths: an image that follows sliders, and the way from one image to another."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from pyglow_fast._errors import expect
+from pyglow_fast.latents import SPACES
+from pyglow_fast.studio import Add, Between, Edit, File, HeldOut, Made, OpenRun, Picked, Subject, likelihood_text
+from pyglow_fast.studio.directions import REST
+from pyglow_fast.studio.words import shown_name
+from pyglow_fast.web import parts
+from pyglow_fast.web.desk import Chosen, Desk
+from pyglow_fast.web.handlers import anew, check_count, clicked, follow, listen, told
+from pyglow_fast.web.parts import LARGE, MEDIUM, PICK_JS, SMALL, figure, image, note, row, save_link
+from pyglow_fast.web.tabs import button, command_box
+from pyglow_fast.web.uploads import ImageBox, Upload, read
+
+OFFERED = 12  # held-out images to choose from
+ATTRIBUTES, LEVELS = 48, 10  # sliders that there are at most
+STRONGEST = 3.0
+FRAMES, MOST = 9, 25  # of the strip
+ENDS = ("from", "to")
+KEPT = "How much of the image's own latents each level keeps. At 0 it is what the model finds likeliest there."
+SPACE = "the latents, or the noise: latents without the means and scales of their priors"
+LINE = "through the latents, on straight lines or on great circles"
+
+
+class Source:
+    """Where an image comes from: held-out ones to click on, and one of the visitor's own; to be made in gr.Blocks.
+
+    Args:
+        desk: the visitor's.
+        name: of the tab.
+        take: is called as ``take(desk, chosen, *inputs)``.
+        inputs, outputs: components.
+    """
+
+    def __init__(self, desk: gr.State, name: str, take: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=300):
+                self.strip = gr.HTML(js_on_load=PICK_JS, elem_id=f"{name}-thumbs")
+                others = button("Other images to choose from", f"{name}-others")
+            with gr.Column(scale=1, min_width=220):
+                words, box = "an image of yours", f"{name}-upload"
+                self.upload = ImageBox(label=words, sources=["upload", "webcam", "clipboard"], height=130, elem_id=box)
+        self.outputs = [self.strip, self.upload]
+
+        def click(found: Desk, event: gr.EventData, *values: Any) -> Any:
+            opened = found.opened()
+            number = found.offered[clicked(event, len(found.offered))]
+            return take(found, Chosen(opened.pick(HeldOut(number)), opened), *values)
+
+        def upload(found: Desk, given: list[Upload], *values: Any) -> list[Any]:
+            opened = found.opened()
+            return [None, take(found, Chosen(read(opened, given)[0][0], opened), *values)]
+
+        listen(others.click, self.other, desk, self.strip)
+        listen(self.strip.click, click, [desk, *inputs], outputs)
+        took = listen(self.upload.upload, upload, [desk, self.upload, *inputs], [self.upload, *outputs])
+        listen(took.failure, lambda: None, None, self.upload)  # it is empty again, as the image is shown elsewhere
+
+    def fill(self, desk: Desk, opened: OpenRun) -> list[Any]:
+        """Offer the first held-out images of a run; none where they are lost."""
+        if not desk.offered and not opened.images.missing:
+            desk.offered = list(range(min(OFFERED, len(opened.images.find()[2]))))
+        return [self._strip(desk, opened), None]
+
+    def other(self, desk: Desk) -> str:
+        """Offer other held-out images."""
+        opened = desk.opened()
+        count = len(opened.images.find()[2])
+        desk.offered = sorted(random.sample(range(count), min(OFFERED, count)))
+        return self._strip(desk, opened)
+
+    def _strip(self, desk: Desk, opened: OpenRun) -> str:
+        found = [opened.pick(HeldOut(number)) for number in desk.offered]
+        return parts.strip([each.pixels for each in found], opened.n_bins, [_name(each, opened) for each in found])
+
+
+def _name(picked: Picked, opened: OpenRun) -> str:
+    return with_class(shown_name(picked.image), picked, opened)
+
+
+def with_class(text: str, picked: Picked, opened: OpenRun) -> str:
+    """Write the class of an image behind what is said of it, where it has one."""
+    return text if picked.label is None else f"{text}; class {opened.classes[picked.label]}"
+
+
+class EditTab:
+    """An image, a slider for each attribute and level, and the image that follows them."""
+
+    def __init__(self, desk: gr.State) -> None:
+        self.redraw = gr.State(0)
+        self.source = Source(desk, "edit", self.take, [], [self.redraw])
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300, elem_id="edit-shown"):
+                pictures = gr.HTML(elem_id="edited")
+            with gr.Column(scale=3, min_width=300):
+                self.why = gr.HTML(elem_id="edit-why")
+                with gr.Column(elem_id="adds"):
+                    self.adds = [_slider(-STRONGEST, STRONGEST, 0, f"add-{i}") for i in range(ATTRIBUTES)]
+                gr.HTML(note(KEPT))
+                with gr.Column(elem_id="keeps"):
+                    keeps = [_slider(0.0, 1.0, 1, f"keep-{i}") for i in range(LEVELS)]
+                back = button("Back to the original", "edit-back")
+        with gr.Row():
+            twin = gr.Checkbox(False, label="beside it: shift the pixels by the same differences", elem_id="edit-twin")
+            space = gr.Radio(list(SPACES), label="space of the edit", info=SPACE, elem_id="edit-space")
+        command = command_box("edit-command")
+        gr.HTML(note(parts.BITS))
+        self.inputs, self.sliders = [desk, twin, *self.adds, *keeps], [*self.adds, *keeps]
+        self.outputs = [*self.source.outputs, space, self.why, *self.sliders, self.redraw]
+        # One listener: no earlier picture comes after a later one.
+        follow(self.sliders, [twin.input, self.redraw.change], self.draw, self.inputs, [pictures, command])
+        listen(back.click, self.rest, desk, [*self.sliders, self.redraw])
+        self.measure_after(listen(space.input, self.take_space, [desk, space], None), desk)
+
+    def measure_after(self, event: Any, desk: gr.State) -> None:
+        """Add the measurement of the attributes to what follows an event."""
+        shown = {"show_progress": "full", "show_progress_on": self.why}
+        listen(event.success, self.measure, desk, [*self.adds, self.why, self.redraw], **shown)
+
+    def fill(self, desk: Desk) -> list[Any]:
+        """Fill the tab for a run that was chosen; the attributes come when they are measured."""
+        opened = desk.opened()
+        if desk.edited is None and not opened.images.missing:
+            desk.edited = Chosen(opened.pick(HeldOut(0)), opened)
+        elif desk.edited is None and desk.grid is not None:
+            desk.edited = Chosen(desk.grid.picked(0), opened)
+        hidden = [gr.Slider(value=0, visible=False)] * ATTRIBUTES
+        rest = self.rest(desk)[ATTRIBUTES:]
+        return [*self.source.fill(desk, opened), gr.Radio(value=desk.space_of(opened)), "", *hidden, *rest]
+
+    def rest(self, desk: Desk) -> list[Any]:
+        """Set all sliders to rest, which gives the original."""
+        n = len(desk.opened().model.latent_shapes)
+        ends = {0: " (finest)", n - 1: " (deepest)"} if n > 1 else {}
+        keeps = [gr.Slider(value=1, visible=i < n, label=f"level {i}{ends.get(i, '')}") for i in range(LEVELS)]
+        return [*[0] * ATTRIBUTES, *keeps, anew()]
+
+    def measure(self, desk: Desk, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+        """Measure the attributes and likelihoods of training images, where they are not kept; name their sliders."""
+        opened = desk.opened()
+        try:
+            found = opened.directions(desk.space_of(opened), told(progress, "measuring the attributes"))
+            opened.scores(told(progress, "measuring bits/dim of the run's images"))
+        except ValueError as error:
+            return [*[gr.skip()] * ATTRIBUTES, note(f"No attributes: {error}"), anew()]
+        if not desk.has(opened):
+            return [gr.skip()] * (ATTRIBUTES + 2)
+        names = found.names[:ATTRIBUTES]
+        why = "" if names else "The images of this run have no classes and no attributes."
+        if len(found.names) > ATTRIBUTES:
+            why = f"The first {ATTRIBUTES} of {len(found.names)} attributes; the command line has all of them."
+        shown = [gr.Slider(visible=True, label=f"more like {name}") for name in names]
+        return [*shown, *[gr.Slider(value=0, visible=False)] * (ATTRIBUTES - len(names)), note(why), anew()]
+
+    def take(self, desk: Desk, chosen: Chosen) -> int:
+        """Put another image under edit."""
+        desk.edited = chosen
+        return anew()
+
+    def take_space(self, desk: Desk, space: str) -> None:
+        """Set the space that is edited."""
+        expect(space in SPACES, "space", f"one of {', '.join(SPACES)}", repr(space))
+        desk.space = space
+
+    def edit_of(self, subject: Subject, values: Sequence[float]) -> Edit:
+        """Describe the edit that the sliders say."""
+        strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
+        names = subject.opened.directions(subject.space).names if any(strengths) else ()
+        adds = tuple(Add(name, REST, float(strength)) for name, strength in zip(names, strengths, strict=False))
+        return Edit(adds, tuple(map(float, shares[: len(subject.latents)])))
+
+    def draw(self, desk: Desk, twin: bool, *values: float) -> list[Any]:
+        """Compute the image as the sliders say, and the command that gives it."""
+        if desk.edited is None:
+            return [note("Choose an image: an upload, or a sample by a click on it."), ""]
+        subject = desk.subject(desk.opened())
+        opened, edit = subject.opened, self.edit_of(subject, values)
+        found, figures = subject.edited(edit, twin), []
+        files = [("edit.png", "Save PNG", subject.made(found.pixels, edit))]
+        if found.shifted is not None:
+            files.append(("shifted.png", "Save the shifted one", subject.made(found.shifted, edit, pixel_shift=True)))
+        if subject.from_file:
+            name = shown_name(subject.picked.image)
+            seen = f"{os.path.splitext(name)[0]}-seen.png"
+            files.append((seen, f"Save {name} as the model sees it", subject.made(subject.pixels, Edit())))
+        made = [file for _, _, file in files]
+
+        def show(title: str, pixels: Any, bits: float, width: int, file: Made | None = None) -> None:
+            words = with_class(likelihood_text(opened, bits, wait=False), subject.picked, opened)
+            figures.append(figure(image(pixels, opened.n_bins, title, width, file), title, words, width))
+
+        bits = subject.bits_of(found.pixels)
+        show("edited", found.pixels, bits, LARGE, made[0])
+        show("original", subject.pixels, subject.bits, SMALL)
+        if found.shifted is not None:
+            show("pixels shifted", found.shifted, subject.bits_of(found.shifted), SMALL, made[1])
+        if not desk.has(opened):
+            return [gr.skip()] * 2
+        links = "".join(save_link(file, name, words) for name, words, file in files)
+        commands = "\n".join(file.whole_command(name) for name, _, file in files)
+        outside = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."
+        return [f"{row(figures)}{note(outside)}<p>{links}</p>", commands]
+
+
+def _slider(low: float, high: float, value: float, elem_id: str) -> gr.Slider:
+    """A slider that is not there before it has a name."""
+    style = "pgf-signed" if low < 0 else ""
+    return gr.Slider(low, high, value, step=0.05, visible=False, elem_id=elem_id, elem_classes=style)
+
+
+class BetweenTab:
+    """The way from one image to another through the latents, as frame, strip and animation."""
+
+    def __init__(self, desk: gr.State, edit: EditTab) -> None:
+        self._edit = edit
+        redraw, restrip, end = gr.State(0), gr.State(0), gr.Radio(list(ENDS), value=ENDS[0], render=False)
+        self.source = Source(desk, "path", self.take, [end], [restrip])
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                frame = gr.HTML(elem_id="path-frame")
+                at = gr.Slider(0.0, 1.0, 0.5, step=0.01, label="the way along the path", elem_id="path-at")
+            with gr.Column(scale=2, min_width=300):
+                movie = gr.HTML(elem_id="path-movie")
+                end.label, end.elem_id = "a click on an image at the top sets", "path-end"
+                end.render()
+                taken = button("Take the image under Edit", "path-take")
+                line = gr.Radio(["linear", "spherical"], value="linear", label="path", info=LINE, elem_id="path-line")
+                count = gr.Slider(2, MOST, FRAMES, step=1, label="images of the strip", elem_id="path-count")
+        strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
+        command = command_box("path-command")
+        self.outputs = [*self.source.outputs, restrip]
+        follow([at], [redraw.change], self.draw, [desk, line, at], [frame, command])
+        events = [line.input, count.release, restrip.change]
+        listen(events, self.draw_strip, [desk, line, count], [movie, strip, redraw])
+        listen(strip.click, self.point, count, [at, redraw])
+        listen(taken.click, self.take_edit, [desk, end, *edit.inputs[2:]], restrip)
+
+    def fill(self, desk: Desk) -> list[Any]:
+        """Fill the tab; a run that was chosen begins with the path between its first held-out images."""
+        opened = desk.opened()
+        found = self.source.fill(desk, opened)
+        if desk.ends == [None, None]:
+            first = [Chosen(opened.pick(HeldOut(number)), opened) for number in desk.offered[:2]]
+            desk.ends = [*first, None, None][:2]
+        return [*found, anew()]
+
+    def take(self, desk: Desk, chosen: Chosen, end: str) -> int:
+        """Make an image one end of the path."""
+        expect(end in ENDS, "end", f"one of {', '.join(ENDS)}", repr(end))
+        desk.ends[ENDS.index(end)] = chosen
+        return anew()
+
+    def take_edit(self, desk: Desk, end: str, *values: float) -> int:
+        """Make the image as it is under edit one end of the path; an edit is then a file that a command writes."""
+        opened = desk.opened()
+        subject, name = desk.subject(opened), f"edit-{end}.png"
+        edit = self._edit.edit_of(subject, values)
+        if edit.is_none:
+            return self.take(desk, Chosen(subject.picked, opened), end)
+        made = subject.made(subject.edited(edit).pixels, edit, scale=1)
+        picked = opened.pick_file(made.data, File(made.file_name(name)), subject.picked.label)
+        return self.take(desk, Chosen(picked, opened, made.whole_command(name)), end)
+
+    def point(self, count: float, event: gr.EventData) -> tuple[float, int]:
+        """Find where on the path the image of the strip is that was clicked."""
+        last = check_count("images", count, MOST) - 1
+        return clicked(event, last + 1) / last, anew()
+
+    def draw(self, desk: Desk, line: str, at: float) -> list[Any]:
+        """Make the image at one point of the path, and the commands that give it and the strip."""
+        opened = desk.opened()
+        ends = desk.subjects(opened)
+        if len(ends) < 2:
+            return [note("Choose two images."), ""]
+        between = Between.of(ends[0], ends[1], line == "spherical")
+        pixels, bad = between.frames(times=(float(at),))
+        made, n_bins = between.made_frame(pixels[0], float(at)), opened.n_bins
+        first, last = [
+            figure(image(end.pixels, n_bins, name, SMALL), name, _name(end.picked, opened), SMALL)
+            for name, end in zip(ENDS, ends, strict=True)
+        ]
+        frame = figure(image(pixels[0], n_bins, "frame", MEDIUM, made), f"{at:.0%} of the way", "", MEDIUM)
+        if not desk.has(opened):
+            return [gr.skip()] * 2
+        edits = [end.command for end in desk.ends if end is not None and end.command]
+        commands = [*edits, made.whole_command("between.png"), desk.strip]
+        link = f"<p>{save_link(made, 'between.png', 'Save the frame')}</p>"
+        return [row([first, frame, last]) + link + parts.not_finite(bad), "\n".join(commands)]
+
+    def draw_strip(self, desk: Desk, line: str, count: float) -> list[Any]:
+        """Draw the strip of the whole path, and its animation."""
+        opened, number = desk.opened(), check_count("images", count, MOST)
+        ends = desk.subjects(opened)
+        if len(ends) < 2:
+            return ["", "", anew()]
+        between = Between.of(ends[0], ends[1], line == "spherical")
+        pixels, bad = between.frames(number)
+        files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
+        made = {suffix: between.made(pixels, suffix) for suffix in files}
+        if not desk.has(opened):
+            return [gr.skip()] * 3
+        desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
+        links = "".join(save_link(made[suffix], f"path{suffix}", words) for suffix, words in files.items())
+        shown = parts.strip(list(pixels), opened.n_bins, [f"at {i / (number - 1):.2f}" for i in range(number)])
+        movie = image(pixels[0], opened.n_bins, "the path, there and back", SMALL, made[".webp"])
+        return [movie, f"{shown}<p>{links}</p>{parts.not_finite(bad)}", anew()]
