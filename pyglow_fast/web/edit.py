@@ -158,7 +158,7 @@ class EditTab:
         why = "" if names else "The images of this run have no classes and no attributes."
         if len(found.names) > ATTRIBUTES:
             why = f"The first {ATTRIBUTES} of {len(found.names)} attributes; the command line has all of them."
-        shown = [gr.Slider(visible=True, label=f"more like {name}") for name in names]
+        shown = [gr.Slider(visible=True, label=found.label(name)) for name in names]
         return [*shown, *[gr.Slider(value=0, visible=False)] * (ATTRIBUTES - len(names)), note(why), anew()]
 
     def take(self, desk: Desk, chosen: Chosen) -> int:
@@ -207,8 +207,7 @@ class EditTab:
             return [gr.skip()] * 2
         links = "".join(save_link(file, name, words) for name, words, file in files)
         commands = "\n".join(file.whole_command(name) for name, _, file in files)
-        outside = "" if found.finite else "Parts are not finite, shown grey: the edit leads out of the model's range."
-        return [f"{row(figures)}{note(outside)}<p>{links}</p>", commands]
+        return [f"{row(figures)}{note(subject.outside(found, bits))}<p>{links}</p>", commands]
 
 
 def _slider(low: float, high: float, value: float, elem_id: str) -> gr.Slider:
@@ -281,7 +280,7 @@ class BetweenTab:
         ends = desk.subjects(opened)
         if len(ends) < 2:
             return [note("Choose two images."), ""]
-        between = Between.of(ends[0], ends[1], line == "spherical")
+        between = Between(ends[0], ends[1], line == "spherical")
         pixels, bad = between.frames(times=(float(at),))
         made, n_bins = between.made_frame(pixels[0], float(at)), opened.n_bins
         first, last = [
@@ -302,7 +301,7 @@ class BetweenTab:
         ends = desk.subjects(opened)
         if len(ends) < 2:
             return ["", "", anew()]
-        between = Between.of(ends[0], ends[1], line == "spherical")
+        between = Between(ends[0], ends[1], line == "spherical")
         pixels, bad = between.frames(number)
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(pixels, suffix) for suffix in files}

@@ -70,8 +70,8 @@ class SampleTab:
 
     def draw(self, desk: Desk, temperature: float, label: str | None, n: float, seed: float | None) -> list[Any]:
         """Draw samples, and write the command that draws them."""
-        opened, every = desk.opened(), label in (None, ALL)
-        labels = () if every else (opened.label(str(label)),)
+        opened = desk.opened()
+        labels = () if label in (None, ALL) else (opened.label(str(label)),)
         count, number = check_count("n", n, MOST), check_count("seed", seed or 0, MOST_SEED)
         found = Grid(opened, Draw(count, float(temperature), number, labels))
         drawn, made = found.drawn, found.made()
@@ -80,8 +80,7 @@ class SampleTab:
         desk.grid = found
         names = [""] * count if drawn.labels is None else [f", {opened.classes[int(y)]}" for y in drawn.labels]
         words = [f"sample {i}{name}: edit it" for i, name in enumerate(names)]
-        columns = opened.classes if every and class_columns(count, len(opened.classes) or None) else ()
-        shown = parts.grid(list(drawn.pixels), opened.n_bins, words, columns)
+        shown = parts.grid(list(drawn.pixels), opened.n_bins, words, found.heads)
         below = f"{parts.save_link(made, 'samples.png', 'Save PNG')} A click on an image takes it to Edit."
         return [f"{shown}<p>{below}</p>{parts.not_finite(drawn.not_finite)}", made.whole_command("samples.png")]
 

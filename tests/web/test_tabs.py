@@ -18,8 +18,7 @@ web.require("gradio")
 import gradio as gr  # noqa: E402
 
 from pyglow_fast.cli import main  # noqa: E402
-from pyglow_fast.studio import OwnImages  # noqa: E402
-from pyglow_fast.studio.opened import LostImagesError  # noqa: E402
+from pyglow_fast.studio.opened import LostImagesError, OwnImages  # noqa: E402
 from pyglow_fast.train import RunFolder  # noqa: E402
 from pyglow_fast.web import uploads  # noqa: E402
 from pyglow_fast.web.desk import Desk, Shelf  # noqa: E402
