@@ -4,11 +4,6 @@ What else says something of a setting is made from that: the check when the data
 the options and help texts of ``train`` and ``compare`` (cli/_train_options), the keys of configuration files and which
 may say "none" (train/config_file), what a resumed run may change (train/config), the list of fields in the class's
 docstring (``settings`` below), and docs/settings.md (``python docs/_site/settings_page.py``).
-
-The command line stays argparse's. tyro 1.0 and jsonargparse 4.53 were tried on two nested dataclasses: both want
---model.n-levels where --n-levels has to stay, refuse "none" for ``float | None``, and report errors in several lines,
-tyro in a box; jsonargparse takes the -1e-1 behind --lr for another option. What they would have made, one loop over the
-fields makes.
 """
 
 from __future__ import annotations
@@ -43,10 +38,7 @@ Class = TypeVar("Class", bound=type[Any])
 class Range:
     """The numbers that a setting may be: all finite ones unless it says more.
 
-    Args:
-        least, above: the smallest number, or the number that all are above.
-        most, below: the largest number, or the number that all are below.
-        why: the reason of ``most`` where larger numbers have a meaning, but no good end: it is said in the message.
+    ``why`` is the reason of ``most`` where larger numbers have a meaning, but no good end: the message says it.
     """
 
     least: float | None = None
@@ -78,16 +70,9 @@ class Range:
         return "" if self.most is None or not self.why else f"at most {value_text(self.most)} ({self.why})"
 
     def check(self, name: str, value: Any, whole: bool = False, or_none: str = "") -> None:
-        """Refuse what is no number of this range.
+        """Refuse what is no number of this range, or no int where it is to be ``whole``.
 
-        Args:
-            name: of the value.
-            value: any.
-            whole: ints alone.
-            or_none: what else may be, in words, for the message: ", or none".
-
-        Raises:
-            ValueError: it is not.
+        ``or_none`` says what else may be, in words, for the message: ", or none".
         """
         number_types = int if whole else int | float
         is_number = isinstance(value, number_types) and not isinstance(value, bool) and abs(value) < math.inf
@@ -134,14 +119,8 @@ class Setting:
 
 
 class Declared(NamedTuple):
-    """A field with what it declares.
-
-    Args:
-        name: of the field.
-        type: bool, int, float or str; another one where the class checks it by itself.
-        optional: it may be None.
-        default: the value that it has by default; dataclasses.MISSING if a factory makes it.
-        rule: all else.
+    """A field with what it declares: its type (another than bool, int, float or str where the class checks it itself),
+    whether it may be None, its default (dataclasses.MISSING if a factory makes it), and all else.
     """
 
     name: str
@@ -174,11 +153,7 @@ class Declared(NamedTuple):
         return ", or none" if self.optional else ""
 
     def check(self, value: Any) -> None:
-        """Refuse a value that is not in the range.
-
-        Raises:
-            ValueError: it is not.
-        """
+        """Refuse a value that is not in the range."""
         if self.rule.expected or (self.optional and value is None):
             return
         if self.type in (int, float):
@@ -201,13 +176,7 @@ def declaration(help: str, **rule: Any) -> Mapping[str, Setting]:
 
 
 def same_setting(cls: type, name: str, **changes: Any) -> Any:
-    """A field that means the same as that of another class.
-
-    Args:
-        cls: the other class.
-        name: of its field.
-        changes: ``default``, and what of its Setting is another.
-    """
+    """A field that means the same as ``name`` of another class, but for ``default`` and what of its Setting changes."""
     declared = declared_of(cls)[name]
     default = changes.pop("default", declared.default)
     return dataclasses.field(default=default, metadata={_KEY: dataclasses.replace(declared.rule, **changes)})
@@ -231,20 +200,12 @@ def _is_union(hint: Any) -> bool:
 
 
 def check_setting(cls: type, name: str, value: object) -> None:
-    """Refuse a value that a field of a class does not declare, where it is an argument of something else.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Refuse a value that a field of a class does not declare, where it is an argument of something else."""
     declared_of(cls)[name].check(value)
 
 
 def check_settings(config: Any) -> None:
-    """Refuse a value that its field does not declare; for ``__post_init__``.
-
-    Raises:
-        ValueError: there is one; the message names it, what it must be and what it is.
-    """
+    """Refuse a value that its field does not declare, by a message that names both; for ``__post_init__``."""
     for name, declared in declared_of(config.__class__).items():
         declared.check(getattr(config, name))
 

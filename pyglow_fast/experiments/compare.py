@@ -266,21 +266,18 @@ class Comparison:
         step = 0 if checkpoint is None else checkpoint.progress["step"]
         rows = [row for row in read_metrics(trial.folder.metrics) if int(row["step"] or 0) <= step]
         curve = {int(row["step"] or 0): float(value) for row in rows if (value := row["held_out_bpd"]) is not None}
-        # Rows with an evaluation have its time in their speed: they count only where there are no others.
-        timed = [row for row in rows if row["images_per_s"]]
-        plain = [row for row in timed if row["held_out_bpd"] is None] or timed
-        seconds = [trial.config.batch_size / float(row["images_per_s"] or math.nan) for row in plain]
-        return _Outcome(trial, step, held_out, curve, statistics.median(seconds or [math.nan]), note)
+        speeds = [trial.config.batch_size / speed for row in rows if (speed := row["images_per_s"])]
+        return _Outcome(trial, step, held_out, curve, statistics.median(speeds or [math.nan]), note)
+
+
+def _moments(values: Sequence[float]) -> Moments:
+    return Moments.of(torch.tensor(values, dtype=torch.float64))
 
 
 def _curve(runs: Sequence[_Outcome]) -> dict[int, Moments]:
     """The bits/dim of a variant by step, over those seeds that were evaluated there."""
     steps = sorted({step for run in runs for step in run.curve})
     return {step: _moments([run.curve[step] for run in runs if step in run.curve]) for step in steps}
-
-
-def _moments(values: Sequence[float]) -> Moments:
-    return Moments.of(torch.tensor(values, dtype=torch.float64))
 
 
 def _csv(curves: dict[tuple[str, str], dict[int, Moments]]) -> str:

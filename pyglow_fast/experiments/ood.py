@@ -83,11 +83,7 @@ def _below(scores: Tensor, others: Tensor) -> Tensor:
 
 
 def typicality(bits_per_dim: Tensor, typical: float) -> Tensor:
-    """Compute |b - b_typical|: how far bits/dim are from those typical of training images, in either direction.
-
-    Args:
-        bits_per_dim: b, any shape.
-        typical: the mean bits/dim of training images.
+    """Compute |b - b_typical|: how far bits/dim are from the mean of training images, in either direction.
 
     Reference: Nalisnick et al. 2019, "Detecting out-of-distribution inputs to deep generative models using typicality"
     (their test for a single image).

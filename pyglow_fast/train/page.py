@@ -28,8 +28,8 @@ _CURVES = (
     ("speed", "images_per_s", "images/s", False),
     ("memory of the process, or of the GPU's tensors", "memory_mb", "MB", False),
 )
-_UNTRAINED, _HELD_OUT, _TRAIN = "held-out, untrained", "held-out", "train"
-_KEYS = {_UNTRAINED: "before", _HELD_OUT: "held_out", _TRAIN: "train"}  # the names of these scores in report.json
+_SCORES = {"before": "held-out, untrained", "held_out": "held-out", "train": "train"}  # by their names in report.json
+_NEWEST = {"held_out": "held_out", "train": "train_subset"}  # and the columns of metrics.csv that have them so far
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -49,7 +49,7 @@ table { border-collapse: collapse; } th, td { text-align: left; padding: 0.2rem 
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 th { min-width: 6rem; font-weight: 500; color: var(--quiet); }
 figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: 0.9rem; }
-img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; image-rendering: pixelated; }
+img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 .columns { display: flex; flex-wrap: wrap; gap: 0 3rem; }
 </style>
 </head>
@@ -71,7 +71,7 @@ def environment() -> dict[str, str]:
 
 
 def time_text(seconds: float) -> str:
-    """A time for people: "12 s", "3 min 20 s", "1 h 05 min"."""
+    """Write a time for people: "12 s", "3 min 20 s", "1 h 05 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -99,24 +99,30 @@ def page_of(folder: RunFolder) -> str:
         ValueError: not a run, or a configuration that cannot be read.
         MissingExtraError: matplotlib is not installed.
     """
-    rows, notes = read_metrics(folder.metrics), []
+    rows, notes, end = read_metrics(folder.metrics), [], None
     reached = max([step_of(folder.checkpoint), *(int(row["step"] or 0) for row in rows)])
     try:
         report = folder.read_report()
         # A run that goes on keeps the report of its former end until it has another one.
-        end = _of_end(report) if report["step"] == reached or not (rows or folder.saved()) else None
+        if report["step"] == reached or not (rows or folder.saved()):
+            why = "early, since the held-out score stopped improving" if report["stopped_early"] else "at its limit"
+            end = _told(report, str(report["step"]), why)
     except FileNotFoundError:
-        end = None
+        pass
     except (ValueError, KeyError, TypeError, AttributeError):  # an editor, or another version
-        end, notes = None, [f"{folder.report.name} cannot be read and is left out"]
-    found = end or _so_far(rows, reached, folder.read_config().to_dict())
+        notes.append(f"{folder.report.name} cannot be read and is left out")
+    found, when = end, "samples at the end"
+    if found is None:
+        settings, when = folder.read_config().to_dict(), "the newest samples"
+        steps = f"at step {reached}" + (f" of {settings['max_steps']}" if settings["max_steps"] else "")
+        found = _told(_so_far(rows, settings), steps, "not yet: it goes on, or was stopped")
     curves = [("bits per dimension", bits_png(rows, found["yardsticks"]))] if rows else []
     curves += [(title, curve_png(rows, {column: title}, unit, log)) for title, column, unit, log in _CURVES if rows]
-    settings, when = found["settings"], "the newest samples" if end is None else "samples at the end"
+    settings = found["settings"]
     tables = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
     tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
     parts = [
-        _table([("images", found["data"]), *found["facts"]]),
+        _table((name, value) for name, value in found["facts"].items() if value is not None),
         *(f"<p>{html.escape(note)}</p>" for note in notes),
         *_section("Scores", [_table(found["scores"])] if found["scores"] else []),
         *_section("Curves", [_figure(*curve) for curve in curves]),
@@ -126,30 +132,57 @@ def page_of(folder: RunFolder) -> str:
         "</div>",
         *_section("Environment", [_table(found["environment"].items())] if found["environment"] else []),
     ]
-    page = _PAGE.substitute(title=html.escape(title_of(folder, found["data"])), parts="\n".join(parts))
+    title = title_of(folder, found["facts"]["images"])
+    page = _PAGE.substitute(title=html.escape(title), parts="\n".join(parts))
     return visible(page, lines=True)  # HTML has no control characters, and UTF-8 no half of a name that is no UTF-8
 
 
-def _of_end(report: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of a run by its report.json."""
-    scores, yardsticks = [], [item | {"bits_per_dim": _number(item["bits_per_dim"])} for item in report["yardsticks"]]
-    for name, key in _KEYS.items():
-        if report[key] is not None:
-            numbers = {part: _number(report[key][part]) for part in ("mean", "standard_error")}
-            score = Score(**report[key] | numbers)
-            scores.append((name, f"{score.mean:.3f} ± {score.error_text}", f"bits/dim, {score.images} images"))
-    scores += [(item["name"], f"{item['bits_per_dim']:.3f}", f"bits/dim, {item['how']}") for item in yardsticks]
-    early, accuracy = report["stopped_early"], (report["held_out"] or {}).get("accuracy")
-    ended = "early, since the held-out score stopped improving" if early else "at its limit"
+def _so_far(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    """What report.json will say at the end, as far as metrics.csv has it."""
+    last: Row = rows[-1] if rows else {}
+    evaluated = [row for row in rows if row["held_out_bpd"] is not None]
+    found: dict[str, Any] = {"before": None, "held_out": None, "train": None}
+    columns = [("before", row, "held_out") for row in evaluated[:1] if row["step"] == 0]
+    columns += [(key, row, column) for row in evaluated[-1:] if row["step"] for key, column in _NEWEST.items()]
+    for key, row, column in columns:
+        found[key] = {
+            "mean": row[f"{column}_bpd"],
+            "standard_error": row[f"{column}_se"],
+            "images": settings["eval_images"],
+            "accuracy": row["held_out_accuracy"],
+            "step": row["step"],
+        }
+    found |= {"seconds": last.get("seconds"), "skipped": last.get("skipped_steps"), "environment": {}}
+    found |= {"unreadable": last.get("unreadable_images"), "yardsticks": [], "config": settings}
+    return found | {"data": settings["data"]["name"]}
+
+
+def _told(report: dict[str, Any], steps: str, ended: str) -> dict[str, Any]:
+    """The contents of report.json, or of :func:`_so_far`, for people."""
+    scores, yardsticks = [], {}
+    for key, name in _SCORES.items():
+        if (score := report[key]) is not None:
+            mean, error = _number(score["mean"]), _number(score["standard_error"])
+            where = f" at step {score['step']}, at most" if "step" in score else ","
+            text = f"{mean:.3f} ± {Score(mean, error, score['images']).error_text}"
+            scores.append((name, text, f"bits/dim{where} {score['images']} images"))
+    for item in report["yardsticks"]:
+        value = yardsticks[item["name"]] = _number(item["bits_per_dim"])
+        scores.append((item["name"], f"{value:.3f}", f"bits/dim, {item['how']}"))
+    accuracy = (report["held_out"] or {}).get("accuracy")
+    facts = {
+        "images": report["data"],
+        "steps": steps,
+        "time": None if report["seconds"] is None else time_text(report["seconds"]),
+        "steps without an update (not finite)": report["skipped"],
+        "images that could not be read": report["unreadable"],
+        "ended": ended,
+        "held-out labels that the classifier has right": None if accuracy is None else f"{accuracy:.1%}",
+    }
     return {
-        "data": str(report["data"]),
-        "facts": _facts(
-            str(report["step"]), report["seconds"], report["skipped"], report["unreadable"], ended, accuracy
-        ),
+        "facts": facts,
         "scores": scores,
-        "yardsticks": {
-            item["name"]: item["bits_per_dim"] for item in yardsticks if math.isfinite(item["bits_per_dim"])
-        },
+        "yardsticks": {name: value for name, value in yardsticks.items() if math.isfinite(value)},
         "settings": dict(report["config"]),
         "environment": dict(report["environment"]),
     }
@@ -158,56 +191,6 @@ def _of_end(report: dict[str, Any]) -> dict[str, Any]:
 def _number(value: float | None) -> float:
     """Numbers that are not finite, which report.json has as null, are NaN again."""
     return math.nan if value is None else value
-
-
-def _so_far(rows: Sequence[Row], reached: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of a run that is not at its end."""
-    last: Row = rows[-1] if rows else {}
-    evaluated = [row for row in rows if row["held_out_bpd"] is not None]
-    shown = [(_UNTRAINED, evaluated[0], "held_out")] if evaluated and evaluated[0]["step"] == 0 else []
-    newest: Row = evaluated[-1] if evaluated else {}
-    shown += [(_HELD_OUT, newest, "held_out"), (_TRAIN, newest, "train_subset")] if newest.get("step") else []
-    scores = []
-    for name, row, column in shown:
-        score = Score(_number(row[f"{column}_bpd"]), _number(row[f"{column}_se"]), settings["eval_images"])
-        note = f"bits/dim at step {row['step']}, at most {score.images} images"
-        scores.append((name, f"{score.mean:.3f} ± {score.error_text}", note))
-    most = settings["max_steps"]
-    return {
-        "data": settings["data"]["name"],
-        "facts": _facts(
-            f"at step {reached}" + ("" if most is None else f" of {most}"),
-            last.get("seconds"),
-            last.get("skipped_steps"),
-            last.get("unreadable_images"),
-            "not yet: it goes on, or was stopped",
-            newest.get("held_out_accuracy"),
-        ),
-        "scores": scores,
-        "yardsticks": {},
-        "settings": settings,
-        "environment": {},
-    }
-
-
-def _facts(
-    steps: str,
-    seconds: float | None,
-    skipped: float | None,
-    unreadable: float | None,
-    ended: str,
-    accuracy: float | None,
-) -> list[tuple[str, Any]]:
-    """The table at the top; what is not known is left out."""
-    found = {
-        "steps": steps,
-        "time": None if seconds is None else time_text(seconds),
-        "steps without an update (not finite)": skipped,
-        "images that could not be read": unreadable,
-        "ended": ended,
-        "held-out labels that the classifier has right": None if accuracy is None else f"{accuracy:.1%}",
-    }
-    return [(name, text) for name, text in found.items() if text is not None]
 
 
 def _pictures(folder: RunFolder, caption: str) -> list[str]:
