@@ -56,11 +56,7 @@ class ScoredImages:
         return index if self.positions is None else int(self.positions[index])
 
     def name(self, index: int) -> str:
-        """The file of image ``index`` if images are read when needed, else the key of its group; "" if it has neither.
-
-        Images in memory have kept their groups of their names: the file of an image of a folder, the photo of a tile,
-        the emoji without its skin tone.
-        """
+        """The file of image ``index`` where images are read when needed, else the key of its group, or ""."""
         images = self.images
         if isinstance(images, LazyImages) and isinstance(images.reader, FileReader):
             return images.reader.names[index if images.positions is None else int(images.positions[index])]

@@ -221,10 +221,8 @@ class TrainConfig:
     def preset(cls, name: str, data: str | None = None, **given: Any) -> TrainConfig:
         """Make the settings of a preset, see :mod:`pyglow_fast.presets`; its images are not looked for.
 
-        Args:
-            name: of the preset.
-            data: the name of the images, for DataConfig; None: those that the preset is made for.
-            given: fields of DataConfig, GlowConfig or TrainConfig, by name, which come before the preset's.
+        ``data`` is the name of the images (None: those that the preset is made for), ``given`` are fields of
+        DataConfig, GlowConfig or TrainConfig that come before the preset's.
 
         Raises:
             ValueError: no such preset, an unknown field, no ``data`` where a folder must be named, or a value that is
@@ -232,19 +230,19 @@ class TrainConfig:
         """
         preset = presets.find(name)
         images = images_for(name, data)
-        known = {section: {item.name for item in fields(section)} for section in (DataConfig, GlowConfig, cls)}
-        unknown = sorted(set(given) - set().union(*known.values()))
+        known = [name for section in _SECTIONS for name in declared_of(section)]
+        unknown = sorted(set(given).difference(known))
         expect(not unknown, "preset", "known fields beside it", ", ".join(unknown))
         values = presets.resolve(preset.settings, given)
 
-        def among(names: set[str], values: Mapping[str, Any]) -> dict[str, Any]:
-            return {key: value for key, value in values.items() if key in names}
+        def among(section: type, values: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in values.items() if key in declared_of(section)}
 
-        source = DataConfig(**{"name": images, **among(known[DataConfig], values)})
+        source = DataConfig(**{"name": images} | among(DataConfig, values))
         unused: dict[str, Any] = {} if values.get("class_conditional", False) else {"n_classes": None}
         unused |= {} if values.get("class_weight", 0.0) else {"classify": 0}
-        model = GlowConfig.preset(name, **unused | among(known[GlowConfig], given))
-        return cls(**{**among(known[cls], values), "data": source, "model": model})
+        model = GlowConfig.preset(name, **unused | among(GlowConfig, given))
+        return cls(**among(cls, values) | {"data": source, "model": model})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dict that JSON can hold; :meth:`from_dict` reads it back."""
@@ -260,9 +258,9 @@ class TrainConfig:
             ValueError: an unknown key, or a value that is refused.
         """
         expect(isinstance(values, Mapping), "config", "a mapping", type(values).__name__)
-        for name, section, given in (("config", cls, values), ("data", DataConfig, values.get("data", {}))):
+        for name, given in (("config", values), ("data", values.get("data", {}))):
             expect(isinstance(given, Mapping), name, "a mapping", type(given).__name__)
-            unknown = sorted(set(given) - {item.name for item in fields(section)})
+            unknown = sorted(set(given).difference(declared_of(DataConfig if name == "data" else cls)))
             expect(not unknown, name, "known keys", ", ".join(unknown))
         parsed = dict(values)
         if "data" in values:
@@ -296,6 +294,7 @@ class TrainConfig:
         return replace(self, **changed, data=replace(self.data, **data))
 
 
+_SECTIONS = (DataConfig, GlowConfig, TrainConfig)
 # By dotted name, those of the data with "data.": what a resumed run may change, which is how long it goes on, what it
 # shows, and by which means it computes the same steps.
 ADJUSTABLE = frozenset(
@@ -306,10 +305,7 @@ ADJUSTABLE = frozenset(
 )
 # In a file, which knows no null: "none" in these fields.
 OPTIONAL = frozenset(
-    name
-    for section in (TrainConfig, DataConfig, GlowConfig)
-    for name, declared in declared_of(section).items()
-    if declared.optional
+    name for section in _SECTIONS for name, declared in declared_of(section).items() if declared.optional
 )
 
 

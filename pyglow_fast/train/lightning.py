@@ -36,18 +36,16 @@ except ImportError as error:
 class GlowModule(LightningModule):
     """loss = mean bits/dim = mean(-log p(x) / (D ln 2)) + log2(n_bins), x = (pixel + u) / n_bins - 0.5.
 
-    With ``class_weight`` w > 0 the loss is this plus w mean(-log2 p(label | top latent)), by the model's head. Then
-    ``train_class_bits`` and, of evaluations, ``val_accuracy`` and ``test_accuracy`` are logged too, and batches must
-    have labels in 0..classify-1.
+    With ``class_weight`` w > 0 the loss is this plus w mean(-log2 p(label | top latent)), by the model's head.
 
-    The first training batch, that of all ranks together, initialises the actnorms (an evaluation before it, such as the
-    Trainer's sanity check, takes the model as it is and initialises nothing). The noise u of a training batch is a
-    function of seed, update, batch and rank, so that a resumed run goes on as the uninterrupted one would; the noise of
-    an evaluation is the same every time. Logged, in bits/dim, are ``train_bpd`` of each batch, and ``val_bpd`` and
-    ``test_bpd`` over all evaluated images of all ranks.
+    The first training batch, that of all ranks together, initialises the actnorms (an evaluation before it initialises
+    nothing). The noise u of a training batch is a function of seed, update, batch and rank, so that a resumed run goes
+    on as the uninterrupted one would; the noise of an evaluation is the same every time. Logged are ``train_bpd`` of
+    each batch, and ``val_bpd`` and ``test_bpd`` over all evaluated images of all ranks; with a head
+    ``train_class_bits``, ``val_accuracy`` and ``test_accuracy``, too.
 
-    Batches are integer pixels (N, C, *spatial) in 0..n_bins-1, or (pixels, labels (N,)); a model without classes takes
-    no notice of labels. Under DDP every rank has a model of its own; sharded ones (FSDP) are to be initialised before.
+    Batches are integer pixels (N, C, *spatial) in 0..n_bins-1, or (pixels, labels (N,)), which only a model with
+    classes or a head reads. Under DDP every rank has a whole model; sharded ones (FSDP) are to be initialised before.
 
     Args:
         model: a Glow, or the configuration of a new one (memory mode "reversible"); ``Glow(config, memory="4GB")`` for
