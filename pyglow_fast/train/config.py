@@ -258,9 +258,10 @@ class TrainConfig:
             ValueError: an unknown key, or a value that is refused.
         """
         expect(isinstance(values, Mapping), "config", "a mapping", type(values).__name__)
-        for name, given in (("config", values), ("data", values.get("data", {}))):
+        data = values.get("data", {})
+        for name, given, known in (("config", values, declared_of(cls)), ("data", data, declared_of(DataConfig))):
             expect(isinstance(given, Mapping), name, "a mapping", type(given).__name__)
-            unknown = sorted(set(given).difference(declared_of(DataConfig if name == "data" else cls)))
+            unknown = sorted(set(given).difference(known))
             expect(not unknown, name, "known keys", ", ".join(unknown))
         parsed = dict(values)
         if "data" in values:
