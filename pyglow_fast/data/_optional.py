@@ -12,27 +12,11 @@ _EXTRAS = {"lmdb": "lmdb", "gradio": "web"}  # where it is not in the extra trai
 
 
 class MissingExtraError(ImportError):
-    """A library that one of the package's extras names is not installed; the message says which and how to get it.
-
-    >>> from pyglow_fast.data import MissingExtraError, optional
-    >>> try:
-    ...     optional("no_such_library", "an example")
-    ... except MissingExtraError as error:
-    ...     print(str(error).split(" (")[0])
-    no_such_library is needed for an example and cannot be imported
-    """
+    """A library that one of the package's extras names is not installed; the message says which and how to get it."""
 
 
 def optional(module: str, purpose: str) -> ModuleType:
-    """Import ``module``, or say what it is needed for and how to install it.
-
-    Args:
-        module: dotted name, such as ``"PIL.Image"``.
-        purpose: what it is needed for, for the message.
-
-    Raises:
-        MissingExtraError: it cannot be imported.
-    """
+    """Import ``module``, such as "PIL.Image", or say by a MissingExtraError what it is needed for."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -40,21 +24,13 @@ def optional(module: str, purpose: str) -> ModuleType:
 
 
 def check_installed(module: str, purpose: str) -> None:
-    """Refuse at once what :func:`optional` will not find; a library that takes long to import is not imported yet.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    if importlib.util.find_spec(_top(module)) is None:
+    """Refuse at once what :func:`optional` will not find; a library that takes long to import is not imported yet."""
+    if importlib.util.find_spec(module.split(".")[0]) is None:
         raise _missing(module, purpose, "it is not installed")
 
 
-def _top(module: str) -> str:
-    return module.split(".")[0]
-
-
 def _missing(module: str, purpose: str, reason: str) -> MissingExtraError:
-    top = _top(module)
+    top = module.split(".")[0]
     return MissingExtraError(
         f"{_PACKAGES.get(top, top)} is needed for {purpose} and cannot be imported ({reason}): "
         f'pip install "pyglow-fast[{_EXTRAS.get(top, "train")}]"'

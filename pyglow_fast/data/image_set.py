@@ -7,28 +7,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import check_count, expect
 from pyglow_fast._settings import Range
-from pyglow_fast.data.augment import Augmentation
 
 DEFAULT_HELD_OUT = 0.1  # where nothing is asked for and the source has no split of its own
 HELD_OUT = Range(above=0, below=1)
 
 
 class Attributes(NamedTuple):
-    """What each image has or has not, besides its class: names, and a bool tensor (N, len(names)).
-
-    >>> import torch
-    >>> from pyglow_fast.data import Attributes
-    >>> attributes = Attributes(("smiling",), torch.tensor([[True], [False]]))
-    >>> attributes.at(torch.tensor([1])).has.tolist()
-    [[False]]
-    """
+    """What each image has or has not, besides its class: names, and a bool tensor (N, len(names))."""
 
     names: tuple[str, ...]
     has: Tensor
@@ -38,6 +30,45 @@ class Attributes(NamedTuple):
         return Attributes(self.names, self.has[index])
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """Says how a training view is cut from a stored image; without a key the view is the central window as it is.
+
+    Args:
+        crop_margin: the sides of stored images are so many pixels longer, and training sees a random window.
+        flip: training sees half of the images mirrored, left to right.
+    """
+
+    crop_margin: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("crop_margin", self.crop_margin, 0)
+
+    @property
+    def is_plain(self) -> bool:
+        """Tells whether every view is the stored image itself."""
+        return self.crop_margin == 0 and not self.flip
+
+    def central(self, images: Tensor) -> Tensor:
+        """Cuts the central windows out of images (..., H + margin, W + margin): a view (..., H, W)."""
+        before, margin = self.crop_margin // 2, self.crop_margin
+        height, width = images.shape[-2] - margin, images.shape[-1] - margin
+        return images.narrow(-2, before, height).narrow(-1, before, width)
+
+    def view(self, image: Tensor, key: int | None) -> Tensor:
+        """Cuts one view, (C, H, W), out of a stored image; it is a function of the image and ``key`` alone."""
+        if key is None or self.is_plain:
+            return self.central(image)
+        # The window is drawn with or without a margin, so that the flip does not depend on whether there is one.
+        draw = torch.randint(1 << 30, (3,), generator=torch.Generator().manual_seed(key)).tolist()
+        margin = self.crop_margin
+        top, left = draw[0] % (margin + 1), draw[1] % (margin + 1)
+        window = image[:, top : top + image.shape[1] - margin, left : left + image.shape[2] - margin]
+        return window.flip(-1) if self.flip and draw[2] % 2 else window
+
+
+@dataclass(frozen=True)
 class Images(ABC):
     """A set of images as integer pixels, wherever they are kept; the base of what all sources give.
 
@@ -50,8 +81,9 @@ class Images(ABC):
     >>> len(data.subset(train)), len(data.subset(held_out))
     (8, 2)
 
-    Attributes:
+    Args:
         name: what the user calls it, such as ``digits``.
+        pixels: a tensor (N, C, H, W), or what reads its images; with the margin of ``augmentation``.
         n_bins: number of grey levels, 2..256; every value is in 0..n_bins-1.
         labels: int64 (N,) in 0..len(class_names)-1, or None.
         class_names: one per class; empty without labels.
@@ -60,94 +92,92 @@ class Images(ABC):
         official: the source's own split as indices (train, test), or None.
         augmentation: what :meth:`item` draws for training.
         attributes: what each image has besides its class, or None; a fingerprint does not depend on it.
+
+    Raises:
+        ValueError: labels, groups or attributes that are not one an image, or no images.
     """
 
     name: str
+    pixels: Any
     n_bins: int
-    labels: Tensor | None
-    class_names: tuple[str, ...]
-    groups: tuple[str, ...]
-    official: tuple[Tensor, Tensor] | None
-    augmentation: Augmentation
-    attributes: Attributes | None
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    official: tuple[Tensor, Tensor] | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    attributes: Attributes | None = None
 
-    @abstractmethod
+    def __post_init__(self) -> None:
+        count = len(self)
+        expect(count > 0, "pixels", "at least one image", f"none in {self.name}")
+        expect(not self.groups or len(self.groups) == count, "groups", f"{count} keys", len(self.groups))
+        if self.labels is not None:
+            expect(self.labels.shape == (count,), "labels", f"shape ({count},)", tuple(self.labels.shape))
+            low, high, last = int(self.labels.min()), int(self.labels.max()), len(self.class_names) - 1
+            expect(low >= 0 and high <= last, "labels", f"values in 0..{last}", f"{low}..{high}")
+        if self.attributes is not None:
+            names, has = self.attributes
+            fits = has.dtype == torch.bool and has.shape == (count, len(names))
+            expected = f"a bool tensor of shape ({count}, {len(names)})"
+            expect(fits, "attributes", expected, f"{has.dtype} {tuple(has.shape)}")
+
     def __len__(self) -> int:
-        """Counts the images, N."""
+        return len(self.pixels)
 
     @property
-    @abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of an image as the model sees it."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height - self.augmentation.crop_margin, width - self.augmentation.crop_margin
 
     @property
     def n_dims(self) -> int:
         """The dimensions that bits/dim divides by: D = C*H*W."""
         return math.prod(self.image_shape)
 
-    @abstractmethod
-    def subset(self, indices: Tensor | Sequence[int]) -> Images:
-        """Takes the images at ``indices``, in that order; they have no split of their own."""
+    def item(self, index: int, key: int | None = None) -> Tensor:
+        """Gives one image as uint8 (C, H, W), or an UnreadableImageError.
+
+        Args:
+            index: 0..N-1.
+            key: None for the central window, as in :meth:`batch`; otherwise the training view that this number in
+                0..2^63-1 alone decides, the same in every process.
+        """
+        return self.augmentation.view(self.pixels[index], key)
 
     @abstractmethod
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gives (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
 
     @abstractmethod
-    def item(self, index: int, key: int | None = None) -> Tensor:
-        """Gives one image as uint8 (C, H, W).
-
-        Args:
-            index: 0..N-1.
-            key: None for the central window, as in :meth:`batch`; otherwise the training view that this number alone
-                decides, the same in every process.
-
-        Raises:
-            UnreadableImageError: it lies in a file that cannot be read.
-        """
+    def subset(self, indices: Tensor | Sequence[int]) -> Images:
+        """Takes the images at ``indices``, in that order; they have no split of their own."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Makes a digest of everything a run depends on: a resumed run must see the same images in the same order."""
 
+    def facts_of(self, index: Tensor) -> dict[str, Any]:
+        """Gives the fields that say something of single images as :meth:`subset` has them."""
+        return {
+            "labels": None if self.labels is None else self.labels[index],
+            "groups": tuple(self.groups[i] for i in index.tolist()) if self.groups else (),
+            "official": None,
+            "attributes": None if self.attributes is None else self.attributes.at(index),
+        }
 
-def check_labels(labels: Tensor | None, class_names: Sequence[str], count: int) -> None:
-    """Refuse labels that are not one in 0..len(class_names)-1 an image.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if labels is None:
-        return
-    expect(labels.shape == (count,), "labels", f"shape ({count},)", tuple(labels.shape))
-    low, high, n = int(labels.min()), int(labels.max()), len(class_names)
-    expect(low >= 0 and high < n, "labels", f"values in 0..{n - 1}", f"{low}..{high}")
-
-
-def check_attributes(attributes: Attributes | None, count: int) -> None:
-    """Refuse attributes that are not a bool (count, len(names)).
-
-    Raises:
-        ValueError: they are not.
-    """
-    if attributes is None:
-        return
-    names, has = attributes
-    fits = has.dtype == torch.bool and has.shape == (count, len(names))
-    found = f"{has.dtype} {tuple(has.shape)}"
-    expect(fits, "attributes", f"a bool tensor of shape ({count}, {len(names)})", found)
-
-
-def hash_parts(digest: hashlib._Hash, data: Images) -> None:
-    """Add to a digest what is said of the images besides their pixels; fields at their defaults add nothing."""
-    if data.labels is not None:
-        digest.update(data.labels.contiguous().numpy().data)
-    digest.update("\0".join(data.groups).encode("utf-8", "surrogateescape"))
-    if not data.augmentation.is_plain:
-        digest.update(repr(data.augmentation).encode())
-    for side in data.official or ():
-        digest.update(b"official")
-        digest.update(side.contiguous().numpy().data)
+    def digest(self, facts: str, *values: Tensor) -> str:
+        """Makes the fingerprint of what is given and of the fields; those at their defaults add nothing."""
+        digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
+        for tensor in (*values, *(() if self.labels is None else (self.labels,))):
+            digest.update(tensor.contiguous().numpy().data)
+        digest.update("\0".join(self.groups).encode("utf-8", "surrogateescape"))
+        if not self.augmentation.is_plain:
+            digest.update(repr(self.augmentation).encode())
+        for side in self.official or ():
+            digest.update(b"official")
+            digest.update(side.contiguous().numpy().data)
+        return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -163,82 +193,44 @@ class ImageSet(Images):
     ([16, 0], [1, 0])
 
     Args:
-        name: what the user calls it, such as ``digits``.
         pixels: uint8 (N, C, H, W), grey levels 0..n_bins-1; its sides are augmentation.crop_margin longer than those
             of image_shape.
-        n_bins: number of grey levels, 2..256.
-        labels: int64 (N,) in 0..len(class_names)-1, or None.
-        class_names: one per class; empty without labels.
-        groups: one key an image, or empty; see :class:`Images`.
-        official: the source's own split as indices (train, test), or None.
-        augmentation: what training sees of them.
-        attributes: what each image has besides its class, or None.
+        name, n_bins, labels, class_names, groups, official, augmentation, attributes: see :class:`Images`.
 
     Raises:
         ValueError: wrong shape or dtype, a value outside 0..n_bins-1, or labels, groups or a margin that do not fit.
     """
 
-    name: str
     pixels: Tensor
-    n_bins: int
-    labels: Tensor | None = None
-    class_names: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    official: tuple[Tensor, Tensor] | None = None
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    attributes: Attributes | None = None
 
     def __post_init__(self) -> None:
         pixels = self.pixels
         expect(2 <= self.n_bins <= 256, "n_bins", "a value in 2..256", self.n_bins)
         expect(pixels.dtype == torch.uint8, "pixels", "dtype uint8", pixels.dtype)
         expect(pixels.dim() == 4, "pixels", "shape (N, C, H, W)", tuple(pixels.shape))
-        expect(len(pixels) > 0, "pixels", "at least one image", tuple(pixels.shape))
-        top = int(pixels.max())
-        last = self.n_bins - 1
+        super().__post_init__()
+        top, last = int(pixels.max()), self.n_bins - 1
         expect(top <= last, "pixels", f"values in 0..{last} (n_bins={self.n_bins})", f"a value of {top}")
         margin = self.augmentation.crop_margin
         expect(margin < min(pixels.shape[2:]), "pixels", f"sides above the margin of {margin}", tuple(pixels.shape))
-        expect(not self.groups or len(self.groups) == len(pixels), "groups", f"{len(pixels)} keys", len(self.groups))
-        check_labels(self.labels, self.class_names, len(pixels))
-        check_attributes(self.attributes, len(pixels))
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image as the model sees it."""
-        channels, height, width = self.central.shape[1:]
-        return channels, height, width
 
     @property
     def central(self) -> Tensor:
         """What :meth:`batch` gives of all images, uint8 (N, C, H, W): a view of ``pixels``, not a copy."""
         return self.augmentation.central(self.pixels)
 
-    def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """Takes the images at ``indices``, in that order; they have no split of their own."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
-        labels = None if self.labels is None else self.labels[index]
-        groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
-        had = None if self.attributes is None else self.attributes.at(index)
-        return replace(self, pixels=self.pixels[index], labels=labels, groups=groups, official=None, attributes=had)
-
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gives (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
         return self.central[indices], None if self.labels is None else self.labels[indices]
 
-    def item(self, index: int, key: int | None = None) -> Tensor:
-        """Gives one image as uint8 (C, H, W); see :meth:`Images.item`."""
-        return self.augmentation.view(self.pixels[index], key)
+    def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
+        """Takes the images at ``indices``, in that order; they have no split of their own."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return replace(self, pixels=self.pixels[index], **self.facts_of(index))
 
     def fingerprint(self) -> str:
         """Makes a digest of every pixel, label and setting."""
-        digest = hashlib.sha256(f"{tuple(self.pixels.shape)} {self.n_bins} {self.class_names}".encode())
-        digest.update(self.pixels.contiguous().numpy().data)
-        hash_parts(digest, self)
-        return digest.hexdigest()[:32]
+        return self.digest(f"{tuple(self.pixels.shape)} {self.n_bins} {self.class_names}", self.pixels)
 
 
 def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tensor]:

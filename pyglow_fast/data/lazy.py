@@ -1,77 +1,46 @@
-"""Reads images when they are asked for, and brings such a set into memory where it fits."""
+"""Images that are read when they are asked for: of files or of any torch Dataset; in memory where they fit."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
-from pyglow_fast._settings import check_setting
-from pyglow_fast.data.augment import Augmentation
-from pyglow_fast.data.decode import UnreadableImageError, read_image
-from pyglow_fast.data.image_set import Attributes, Images, ImageSet, check_attributes, check_labels, hash_parts
-from pyglow_fast.data.prepare import Preparation
+from pyglow_fast.data.config import DataConfig
+from pyglow_fast.data.files import UnreadableImageError, as_values, read_image
+from pyglow_fast.data.image_set import Images, ImageSet
 
 MEMORY_LIMIT = 1 << 30  # bytes of pixels up to which a set is kept in memory unless told otherwise
-
-
-class Reader(Protocol):
-    """Gives the images of a LazyImages, one at a time; it goes to worker processes, so it can be pickled."""
-
-    @property
-    def parallel(self) -> bool:
-        """Tells whether several threads may read at once."""
-
-    def __len__(self) -> int:
-        """Counts the images."""
-
-    def read(self, index: int) -> Tensor:
-        """Reads one image, uint8 (C, H, W) with 8-bit values.
-
-        Raises:
-            UnreadableImageError: it cannot be read.
-        """
+_BLOCK = 1024  # images that are handed out to threads at a time, so that an error ends the reading soon
+_LOOKED_AT = 16  # images that go into the fingerprint of a Dataset that is not read into memory
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads image files below a folder and brings them to one size.
-
-    Args:
-        root: the folder.
-        names: relative to it, one an image.
-        side: of the square that each is scaled to.
-        gray: one channel.
-    """
+    """A Dataset of the image files ``names`` below ``root`` as squares of ``side``, in one channel if ``gray``."""
 
     root: Path
     names: Sequence[str]
     side: int
     gray: bool
-    parallel: bool = True  # decoding releases the GIL
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int) -> Tensor:
-        """Reads one file as uint8 (C, side, side)."""
+    def __getitem__(self, index: int) -> Tensor:
         return read_image(self.root / self.names[index], self.side, self.gray)
 
     def identity(self) -> str:
-        """Makes a digest of the names and sizes of all files.
-
-        Raises:
-            ValueError: a file is not there.
-        """
+        """Makes a digest of the names and sizes of all files, each of which must be there."""
         digest = hashlib.sha256()
         for name in self.names:
             path = self.root / name
@@ -84,226 +53,232 @@ class FileReader:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """The images of a map-style Dataset in the place of a tensor of pixels; it goes to worker processes.
+
+    Args:
+        dataset: its items are an image or (image, label, ...).
+        name: for messages.
+        n_bins: number of grey levels, a power of two: the lower bits are dropped.
+        image_shape: (C, H, W) that each image must have; empty: any.
+        positions: int64 (N,), which of its items these are. None: all.
+    """
+
+    dataset: Any
+    name: str
+    n_bins: int
+    image_shape: tuple[int, ...] = ()
+    positions: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.positions is None else len(self.positions)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape (N, C, H, W)."""
+        return (len(self), *self.image_shape)
+
+    def position(self, index: int) -> int:
+        """Says which item of the Dataset image ``index`` is."""
+        return index if self.positions is None else int(self.positions[index])
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.read(index)[0]
+
+    def read(self, index: int) -> tuple[Tensor, Any]:
+        """Reads one image, uint8 (C, H, W), and its label, or None; whatever its Dataset raises, it is unreadable."""
+        where = f"{self.name}[{self.position(index)}]"
+        try:
+            item = self.dataset[self.position(index)]
+        except UnreadableImageError:
+            raise
+        except Exception as error:
+            raise UnreadableImageError(f"{where}: expected an image, found {type(error).__name__}: {error}") from error
+        image, *rest = item if isinstance(item, tuple | list) else (item,)
+        values = as_values(image, where)
+        fits = self.image_shape in ((), tuple(values.shape))
+        expect(fits, where, f"the shape of the first image, {self.image_shape}", tuple(values.shape))
+        return values >> (9 - self.n_bins.bit_length()), rest[0] if rest else None
+
+    def chosen(self, index: Tensor) -> Reader:
+        """Takes the images at ``index``."""
+        return replace(self, positions=index if self.positions is None else self.positions[index])
+
+    def identity(self) -> str:
+        """Makes a digest that changes when the images do: the Dataset's own, or of a few images spread over it."""
+        if hasattr(self.dataset, "identity"):
+            return str(self.dataset.identity())
+        count = len(self)
+        digest = hashlib.sha256(f"{self.name} {count}".encode())
+        for i in range(min(count, _LOOKED_AT)):
+            try:
+                digest.update(self[i * count // min(count, _LOOKED_AT)].numpy().data)
+            except UnreadableImageError:
+                digest.update(b"unreadable")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
 class LazyImages(Images):
     """A set of images each of which is read whenever it is asked for.
 
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> from PIL import Image
-    >>> from pyglow_fast.data import LazyImages, load_folder
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     Image.new("RGB", (8, 8), "red").save(Path(folder, "red.png"))
-    ...     data = load_folder(folder, size=8, in_memory=False)
-    ...     print(isinstance(data, LazyImages), data.item(0)[:, 0, 0].tolist())
-    True [255, 0, 0]
-
     Args:
-        name: what the user calls it.
-        reader: gives 8-bit images of ``stored_shape``.
-        stored_shape: (C, H, W) of an image as the reader gives it, the margin included.
-        n_bins: number of grey levels, a power of two up to 256: the lower bits of the samples are dropped.
-        identity: a digest that changes when the images do; see :meth:`fingerprint`.
-        labels: int64 (N,), or None.
-        class_names: one per class.
-        groups: one key an image, or empty.
-        official: the source's own split as indices (train, test), or None.
-        augmentation: what training sees of them.
+        pixels: reads them.
         on_unreadable: what :meth:`batch` does about an image that cannot be read: "raise", or "skip" to the next.
-        positions: int64 (N,), which of the reader's images these are; None: all.
-        attributes: what each image has besides its class, or None.
-
-    Raises:
-        ValueError: labels or groups that do not fit, or no images.
+        identity: that of the reader; the fingerprint is made of it, of the settings and the labels.
+        name, n_bins, labels, class_names, groups, official, augmentation, attributes: see :class:`Images`.
     """
 
-    name: str
-    reader: Reader
-    stored_shape: tuple[int, int, int]
-    n_bins: int
-    identity: str
-    labels: Tensor | None = None
-    class_names: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    official: tuple[Tensor, Tensor] | None = None
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    pixels: Reader
     on_unreadable: str = "raise"
-    positions: Tensor | None = None
-    attributes: Attributes | None = None
-
-    def __post_init__(self) -> None:
-        check_setting(Preparation, "on_unreadable", self.on_unreadable)
-        count = len(self)
-        expect(count > 0, "data", "at least one image", f"none in {self.name}")
-        expect(not self.groups or len(self.groups) == count, "groups", f"{count} keys", len(self.groups))
-        check_labels(self.labels, self.class_names, count)
-        check_attributes(self.attributes, count)
-
-    def __len__(self) -> int:
-        return len(self.reader) if self.positions is None else len(self.positions)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of an image as the model sees it."""
-        channels, height, width = self.stored_shape
-        return channels, height - self.augmentation.crop_margin, width - self.augmentation.crop_margin
-
-    def subset(self, indices: Tensor | Sequence[int]) -> LazyImages:
-        """Takes the images at ``indices``, in that order; they have no split of their own."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
-        labels = None if self.labels is None else self.labels[index]
-        groups = tuple(self.groups[i] for i in index.tolist()) if self.groups else ()
-        positions = index if self.positions is None else self.positions[index]
-        had = None if self.attributes is None else self.attributes.at(index)
-        return replace(self, labels=labels, groups=groups, official=None, positions=positions, attributes=had)
-
-    def stored(self, index: int) -> Tensor:
-        """Reads the pixels of one image with its margin, uint8 (C, H + margin, W + margin)."""
-        position = index if self.positions is None else int(self.positions[index])
-        return self.reader.read(position) >> (9 - self.n_bins.bit_length())
-
-    def item(self, index: int, key: int | None = None) -> Tensor:
-        """Reads one image as uint8 (C, H, W); see :meth:`Images.item`."""
-        return self.augmentation.view(self.stored(index), key)
+    identity: str = ""
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Reads (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``, one after the other.
-
-        Raises:
-            UnreadableImageError: an image cannot be read and on_unreadable is "raise"; with "skip" the next one that
-                can be read is in its place, and its label.
-        """
+        """Reads (pixels uint8 (n, C, H, W), labels (n,) or None); of what is skipped, the next is in its place."""
         found = [readable(self, index, None, self.on_unreadable) for index in indices.tolist()]
         used = torch.tensor([at for _, at in found], dtype=torch.int64)
         return torch.stack([image for image, _ in found]), None if self.labels is None else self.labels[used]
 
+    def subset(self, indices: Tensor | Sequence[int]) -> LazyImages:
+        """Takes the images at ``indices``, in that order; they have no split of their own."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return replace(self, pixels=self.pixels.chosen(index), **self.facts_of(index))
+
     def fingerprint(self) -> str:
         """Makes a digest of all settings and ``identity`` (for files: relative names and sizes, not contents)."""
-        facts = f"{self.stored_shape} {self.n_bins} {self.class_names} {self.identity}"
-        digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape"))
-        if self.positions is not None:
-            digest.update(self.positions.contiguous().numpy().data)
-        hash_parts(digest, self)
-        return digest.hexdigest()[:32]
+        chosen = () if self.pixels.positions is None else (self.pixels.positions,)
+        return self.digest(f"{tuple(self.pixels.shape[1:])} {self.n_bins} {self.class_names} {self.identity}", *chosen)
 
 
 def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> tuple[Tensor, int]:
-    """Reads a view of image ``index``, or with "skip" of the next that can be read; gives it and the index it has.
-
-    Raises:
-        UnreadableImageError: it cannot be read and on_unreadable is "raise".
-        ValueError: with "skip", none can.
-    """
-    try:
-        return data.item(index, key), index
-    except UnreadableImageError as error:
-        if on_unreadable == "raise":
-            raise
-        first = error
-    for step in range(1, len(data)):
-        other = (index + step) % len(data)
+    """Reads a view of image ``index``, or with "skip" of the next that can be read; gives it and the index it has."""
+    first: UnreadableImageError | None = None
+    for step in range(len(data)):
+        at = (index + step) % len(data)
         try:
-            return data.item(other, key), other
-        except UnreadableImageError:
-            continue
-    expect(False, "data", f"at least one image that can be read in {data.name}", f"none: {first}")
-    raise AssertionError  # for the type checker: refused above
+            return data.item(at, key), at
+        except UnreadableImageError as error:
+            if on_unreadable == "raise":
+                raise
+            first = first or error
+    raise ValueError(f"data: expected at least one image that can be read in {visible(data.name)}, found none: {first}")
 
 
-def kept(data: LazyImages, in_memory: bool | None) -> Images:
-    """Gives the set itself, or the same with all its images in memory.
+def _in_memory(data: LazyImages) -> ImageSet:
+    """The same set with all its images in memory, without those that are to be skipped; a warning counts these."""
+    reader, official = data.pixels, data.official
+    pixels = torch.empty(reader.shape, dtype=torch.uint8)
+    labels: list[Any] = [None] * len(data)
 
-    Args:
-        data: the images.
-        in_memory: whether to read them now; None: if their pixels take at most MEMORY_LIMIT bytes.
-
-    Raises:
-        UnreadableImageError: an image cannot be read and data.on_unreadable is "raise".
-        ValueError: none can be read.
-    """
-    channels, height, width = data.stored_shape
-    small = len(data) * channels * height * width <= MEMORY_LIMIT
-    if not (small if in_memory is None else in_memory):
-        return data
-    pixels = torch.empty((len(data), *data.stored_shape), dtype=torch.uint8)
-
-    def read(index: int) -> str | None:
+    def read(index: int) -> str:
         try:
-            pixels[index] = data.stored(index)
+            pixels[index], labels[index] = reader.read(index)
         except UnreadableImageError as error:
             if data.on_unreadable == "raise":
                 raise
             return str(error)
-        return None
+        return ""
 
-    threads = min(4, os.cpu_count() or 1) if data.reader.parallel else 1
-    with ThreadPoolExecutor(threads) as pool:
-        errors = list(_ordered(pool, read, len(data)))
-    return _without_errors(data, pixels, errors)
-
-
-def _ordered(pool: ThreadPoolExecutor, read: Callable[[int], str | None], count: int) -> Iterable[str | None]:
-    """What ``read`` gives for 0..count-1; handed out in blocks, so that an error ends the reading soon."""
-    for start in range(0, count, 1024):
-        yield from pool.map(read, range(start, min(count, start + 1024)))
-
-
-def _without_errors(data: LazyImages, pixels: Tensor, errors: list[str | None]) -> ImageSet:
-    """The images that could be read, with one warning about the rest."""
-    bad = [error for error in errors if error is not None]
-    expect(len(bad) < len(data), "data", f"at least one image that can be read in {data.name}", f"none: {bad[:1]}")
-    labels, groups, official, attributes = data.labels, data.groups, data.official, data.attributes
-    if bad:
-        good = torch.tensor([error is None for error in errors])
-        pixels, labels = pixels[good], None if labels is None else labels[good]
-        groups = tuple(group for group, error in zip(groups, errors, strict=False) if error is None)
-        attributes = None if attributes is None else attributes.at(good)
+    errors: list[str] = []
+    # Decoding releases the GIL; nothing says that another Dataset may be used by several threads.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1) if isinstance(reader.dataset, FileReader) else 1) as pool:
+        for start in range(0, len(data), _BLOCK):
+            errors += pool.map(read, range(start, min(len(data), start + _BLOCK)))
+    if any(errors):
+        good = torch.tensor([not error for error in errors])
+        first = next(filter(None, errors))
+        expect(bool(good.any()), "data", f"at least one image that can be read in {data.name}", f"none: {first}")
         if official is not None:
             moved = good.cumsum(0) - 1
             official = (moved[official[0][good[official[0]]]], moved[official[1][good[official[1]]]])
-            empty = min(len(side) for side in official) == 0
-            expect(not empty, "data", f"images that can be read in both splits of {data.name}", f"none: {bad[0]}")
-        text = f"{len(bad)} of {len(data)} images of {data.name} could not be read and were left out; the first: "
-        warnings.warn(visible(text + bad[0]), stacklevel=2)
-    return ImageSet(
-        data.name, pixels, data.n_bins, labels, data.class_names, groups, official, data.augmentation, attributes
-    )
+            both = min(map(len, official)) > 0
+            expect(both, "data", f"images that can be read in both splits of {data.name}", f"none: {first}")
+        pixels, data = pixels[good], data.subset(good.nonzero().flatten())
+        labels = [label for label, error in zip(labels, errors, strict=True) if not error]
+        text = f"{len(errors) - len(data)} of {len(errors)} images of {data.name} could not be read and were left out"
+        warnings.warn(visible(f"{text}; the first: {first}"), stacklevel=2)
+    known = (data.labels, data.class_names)
+    if data.labels is None and None not in labels:
+        known = _classes(labels, reader.dataset, data.name)
+    return ImageSet(data.name, pixels, data.n_bins, *known, data.groups, official, data.augmentation, data.attributes)
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a source says of its images before any is read; the fields are those of :class:`Images`."""
+def images_of(name: str, dataset: Any, config: DataConfig, image_shape: tuple[int, ...] = (), **facts: Any) -> Images:
+    """Makes a set of a Dataset's images, read now or later.
 
-    labels: Tensor | None = None
-    class_names: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    official: tuple[Tensor, Tensor] | None = None
-    attributes: Attributes | None = None
+    Args:
+        name: what the user calls it.
+        dataset: see :class:`Reader`.
+        config: how they are prepared.
+        image_shape: (C, H, W) of each image; empty: of the first one that can be read.
+        facts: fields of the set.
+    """
+    data = LazyImages(name, Reader(dataset, name, config.n_bins, image_shape), config.n_bins, **facts)
+    shape = image_shape or tuple(readable(data, 0, None, config.on_unreadable)[0].shape)
+    reader = replace(data.pixels, image_shape=shape)
+    data = replace(data, pixels=reader, augmentation=config.augmentation, on_unreadable=config.on_unreadable)
+    expect(min(data.image_shape) > 0, "crop_margin", f"less than the sides {shape[1:]}", config.crop_margin)
+    small = torch.Size(reader.shape).numel() <= MEMORY_LIMIT
+    if small if config.in_memory is None else config.in_memory:
+        return _in_memory(data)
+    return replace(data, identity=reader.identity())
 
 
-def from_files(name: str, root: Path, names: Sequence[str], preparation: Preparation, listing: Listing) -> Images:
-    """Makes a set of the image files ``names`` below ``root``, prepared as ``preparation`` says, read now or later.
+def from_files(name: str, root: Path, names: Sequence[str], config: DataConfig, **facts: Any) -> Images:
+    """Makes a set of the image files ``names`` below ``root``; see :func:`images_of`."""
+    reader = FileReader(root, names, config.side, config.gray)
+    return images_of(name, reader, config, (1 if config.gray else 3, config.side, config.side), **facts)
+
+
+def _classes(labels: Sequence[Any], dataset: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
+    """(labels, class names); the names are dataset.classes where there are enough, else numbers."""
+    values = torch.as_tensor(labels)
+    whole = values.dim() == 1 and not values.is_floating_point() and values.dtype != torch.bool
+    expect(whole, name, "one whole number an image as labels", f"{values.dtype} {tuple(values.shape)}")
+    names = getattr(dataset, "classes", None)
+    if not (isinstance(names, list | tuple) and len(names) > int(values.max())):
+        names = range(int(values.max()) + 1)
+    return values.long(), tuple(str(word) for word in names)
+
+
+def from_dataset(
+    dataset: Any,
+    name: str,
+    n_bits: int = 8,
+    crop_margin: int = 0,
+    flip: bool = False,
+    labels: Sequence[int] | None = None,
+    on_unreadable: str = "raise",
+    in_memory: bool | None = None,
+) -> Images:
+    """Takes the images of a map-style Dataset whose items are an image or (image, label, ...), all of one shape.
+
+    An image is a PIL image, or a uint8 tensor or array (C, H, W) or (H, W). A transform of the Dataset (of
+    torchvision.transforms.v2, say) may crop, scale or make grey. What it draws at random it would draw anew each time:
+    use ``crop_margin`` and ``flip`` for that.
+
+    Args:
+        dataset: has ``__len__`` and ``__getitem__``; where it is read later it goes to worker processes.
+        name: what to call it.
+        n_bits: 1..8; the lower bits are dropped, so n_bins = 2^n_bits.
+        crop_margin: training sees a random window whose sides are so much shorter, and the rest the central one.
+        flip: training sees half of the images mirrored.
+        labels: one an image. None: dataset.targets; without it those of the items if they are read into memory, and
+            otherwise none, since every image would have to be read to know them.
+        on_unreadable: "raise" when an item raises an exception, or "skip" it.
+        in_memory: read all of them now (True) or each when it is used (False); None: now if they take up to 1 GiB.
 
     Raises:
-        ValueError: a file is not there; or, where they are read now, cannot be read.
+        ValueError: no images, an item that is no image or has another shape, or labels that do not fit.
     """
-    reader = FileReader(root, names, preparation.stored_side, preparation.gray)
-    return from_reader(name, reader, reader.identity(), preparation, listing)
-
-
-def from_reader(name: str, reader: Reader, identity: str, preparation: Preparation, listing: Listing) -> Images:
-    """Makes a set of the images of a reader that gives preparation.stored_shape; see :func:`from_files`."""
-    lazy = LazyImages(
-        name,
-        reader,
-        preparation.stored_shape,
-        preparation.n_bins,
-        identity,
-        listing.labels,
-        listing.class_names,
-        listing.groups,
-        listing.official,
-        preparation.augmentation,
-        preparation.on_unreadable,
-        attributes=listing.attributes,
-    )
-    return kept(lazy, preparation.in_memory)
+    for method in ("__len__", "__getitem__"):
+        expect(hasattr(dataset, method), "dataset", f"a map-style Dataset ({method})", type(dataset).__name__)
+    expect(len(dataset) > 0, "dataset", "at least one image", f"none in {name}")
+    # The options are those of files in a folder.
+    kinds: dict[str, Any] = {"crop_margin": crop_margin, "flip": flip, "on_unreadable": on_unreadable}
+    config = DataConfig("folder:.", n_bits=n_bits, in_memory=in_memory, **kinds)
+    given = labels if labels is not None else getattr(dataset, "targets", None)
+    facts: dict[str, Any] = {}
+    if given is not None:
+        facts["labels"], facts["class_names"] = _classes(given, dataset, name)
+    return images_of(name, dataset, config, **facts)

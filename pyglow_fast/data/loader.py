@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -19,10 +13,9 @@ from torch.utils.data import DataLoader
 
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import Range, check_setting
-from pyglow_fast.data.decode import UnreadableImageError
+from pyglow_fast.data.config import DataConfig
 from pyglow_fast.data.image_set import Images, ImageSet
 from pyglow_fast.data.lazy import readable
-from pyglow_fast.data.prepare import Preparation
 
 # No machine has more processors; a hundred thousand would be started until it has no room left.
 WORKERS = Range(least=0, most=1024, why="each is a process with torch in it")
@@ -34,15 +27,8 @@ Entry = tuple[int, int | None]  # (index, key of the training view, or None for 
 class Batch:
     """A batch of images, in the order they were asked for.
 
-    >>> import torch
-    >>> from pyglow_fast.data import Batch, batches, load_digits
-    >>> batch = next(batches(load_digits(), [[(5, None), (0, None)]]))
-    >>> isinstance(batch, Batch), batch.pixels.shape, batch.labels.tolist(), batch.unreadable
-    (True, torch.Size([2, 1, 8, 8]), [5, 0], 0)
-
     Args:
-        pixels: uint8 (n, C, H, W), grey levels 0..n_bins-1.
-        labels: int64 (n,), or None.
+        pixels, labels: uint8 (n, C, H, W), grey levels 0..n_bins-1; int64 (n,), or None.
         indices: int64 (n,), of the images that are there: a substitute's own.
         unreadable: how many images are substitutes for ones that cannot be read.
     """
@@ -59,26 +45,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Refusal:
-    """What a worker gives for a batch that it cannot read: an exception would come with the worker's traceback."""
-
-    error_type: type[ValueError]
-    message: str
-
-
-@dataclass(frozen=True)
 class _Reading:
     """What a DataLoader takes for a dataset: whole batches are asked for at once."""
 
     data: Images
     on_unreadable: str
 
-    def batch(self, entries: Sequence[Entry]) -> Batch:
-        """Read the images of one batch, each prepared as training sees it.
+    def __getitem__(self, entries: Sequence[Entry]) -> Batch | ValueError:
+        """Reads one batch; gives an error rather than raise it, since a worker would add its traceback to the text."""
+        try:
+            return self._batch(entries)
+        except ValueError as error:
+            return error
 
-        Raises:
-            ValueError: an index outside the set, an empty batch, or what cannot be read.
-        """
+    def _batch(self, entries: Sequence[Entry]) -> Batch:
         data, count = self.data, len(self.data)
         expect(len(entries) > 0, "plan", "batches of at least one image", "an empty one")
         for index, _ in entries:
@@ -91,49 +71,11 @@ class _Reading:
         labels = None if data.labels is None else data.labels[used]
         return Batch(torch.stack([view for view, _ in found]), labels, used, int((used != indices).sum()))
 
-    def __getitems__(self, entries: Sequence[Entry]) -> Batch | _Refusal:
-        try:
-            return self.batch(entries)
-        except ValueError as error:
-            return _Refusal(UnreadableImageError if isinstance(error, UnreadableImageError) else ValueError, str(error))
 
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-_FOR_THE_MAIN_PROCESS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _start_worker(worker: int) -> None:
-    """A signal to the whole group (Ctrl-C, a scheduler's warning) is for the main process, which may still save.
-
-    That the main process was killed escapes torch, which watches for a change of parent, where this comes too late to
-    see one and where a server forks the workers: they would wait for ever.
-    """
-    for signum in _FOR_THE_MAIN_PROCESS:
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's warning reach all processes; they are for the main one, which may still save."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-    main = multiprocessing.parent_process()
-    if main is not None:
-        threading.Thread(target=_end_with, args=(main,), daemon=True).start()
-
-
-def _end_with(main: multiprocessing.process.BaseProcess) -> None:
-    main.join()  # it has a pipe whose other end ends with that process
-    os._exit(1)
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """While workers start, which inherit this, so that none comes before :func:`_start_worker`."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_MAIN_PROCESS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def batches(
@@ -144,6 +86,11 @@ def batches(
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Read batches in the order of ``plan``; what they hold does not depend on ``workers``.
+
+    >>> from pyglow_fast.data import batches, load_digits
+    >>> batch = next(batches(load_digits(), [[(5, None), (0, None)]]))
+    >>> batch.pixels.shape, batch.labels.tolist()
+    (torch.Size([2, 1, 8, 8]), [5, 0])
 
     Torch's global generator is not drawn from. Closing the iterator, or dropping it, ends the workers.
 
@@ -162,54 +109,32 @@ def batches(
         RuntimeError: a worker died; from the iterator, or by torch's signal handler wherever the main thread is.
     """
     WORKERS.check("workers", workers, whole=True)
-    check_setting(Preparation, "on_unreadable", on_unreadable)
-    reading = _Reading(data, on_unreadable)
-    pin = pin_memory and torch.accelerator.is_available()
-    return _by_workers(reading, plan, workers, pin) if workers else _here(reading, plan, pin)
-
-
-def _here(reading: _Reading, plan: Iterable[Sequence[Entry]], pin: bool) -> Iterator[Batch]:
-    for entries in plan:
-        batch = reading.batch(entries)
-        yield batch.pin_memory() if pin else batch
-
-
-def _one_died(workers: Sequence[BaseProcess]) -> bool:
-    """Whether a worker is dead; its connections are closed a moment before it can be seen to be."""
-    until = time.monotonic() + 1.0
-    while all(worker.is_alive() for worker in workers):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def _by_workers(reading: _Reading, plan: Iterable[Sequence[Entry]], workers: int, pin: bool) -> Iterator[Batch]:
+    check_setting(DataConfig, "on_unreadable", on_unreadable)
     loader: Any = DataLoader(
-        reading,  # type: ignore[arg-type]  # __getitems__ alone is asked for
-        batch_sampler=plan,  # type: ignore[arg-type]  # any iterable of batches will do
+        _Reading(data, on_unreadable),  # type: ignore[arg-type]  # __getitem__ alone is asked for
+        batch_size=None,  # what the sampler gives is a whole batch
+        sampler=plan,  # any iterable will do
         num_workers=workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # what __getitems__ gave, no list
-        pin_memory=pin,
-        worker_init_fn=_start_worker,
+        pin_memory=pin_memory and torch.accelerator.is_available(),
+        worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # a seed for the workers is drawn from it, which nothing there uses
     )
-    with _signals_held_back():
-        iterator: Any = iter(loader)
+    return _read(loader, data.name)
+
+
+def _read(loader: Any, name: str) -> Iterator[Batch]:
+    iterator: Any = iter(loader)
     try:
-        while True:
-            try:
-                found = next(iterator)
-            except StopIteration:
-                return
-            except (RuntimeError, EOFError, OSError) as error:  # the plan may raise these too
-                if not _one_died(iterator._workers):
-                    raise
-                why = str(error) or "its connection is closed"
-                raise RuntimeError(f"a process that reads images of {reading.data.name} died: {why}") from error
-            if isinstance(found, _Refusal):
-                raise found.error_type(found.message)
+        for found in iterator:
+            if isinstance(found, ValueError):
+                raise found
             yield found
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two if it dies while it hands over a batch
+        if type(error) is RuntimeError and "DataLoader worker" not in str(error):
+            raise
+        why = " ".join(str(error).split()) or "its connection is closed"
+        raise RuntimeError(f"a process that reads images of {name} died: {why}") from error
     finally:
         # Not left to the garbage collector: the traceback of an exception would keep the iterator, and so the workers.
-        iterator._shutdown_workers()
+        if loader.num_workers:
+            iterator._shutdown_workers()

@@ -1,218 +1,325 @@
-"""Turns the words on a command line into images: the one table of data sources."""
+"""Loads the images that a DataConfig names: small sets by themselves, the usual ones by torchvision, LSUN by lmdb."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
-from pyglow_fast._settings import IMAGES, check_settings, same_setting, setting, settings
-from pyglow_fast.data.cache import cached
-from pyglow_fast.data.celeba import load_celeba
-from pyglow_fast.data.cifar import SIDE as CIFAR_SIDE
-from pyglow_fast.data.cifar import load_cifar10
-from pyglow_fast.data.digits import load_digits
-from pyglow_fast.data.emoji import load_emoji
-from pyglow_fast.data.folder import SPLIT_BY, load_folder
-from pyglow_fast.data.idx import SIDE as IDX_SIDE
-from pyglow_fast.data.idx import load_idx
-from pyglow_fast.data.image_set import DEFAULT_HELD_OUT, HELD_OUT, Images
-from pyglow_fast.data.imagenet import load_imagenet
-from pyglow_fast.data.lsun import load_lsun
-from pyglow_fast.data.photos import SCALE, load_photos
-from pyglow_fast.data.prepare import FILE_SIZE, Preparation, check_side
+from pyglow_fast.data._optional import optional
+from pyglow_fast.data.config import SOURCES, DataConfig
+from pyglow_fast.data.fetch import IDX_FILES, cached
+from pyglow_fast.data.files import (
+    UnreadableImageError,
+    check_folder,
+    decode,
+    find_images,
+    fixed_size,
+    padded,
+    pixels,
+    read_image,
+)
+from pyglow_fast.data.image_set import Attributes, Images, ImageSet
+from pyglow_fast.data.lazy import from_files, images_of
+
+TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+# Pictures of the package budgie-backgrounds that are no photographs: a woodblock print, a planet on plain black, and
+# two drawings of plain areas.
+NOT_PHOTOS = frozenset({"ocean-waves.jpg", "saturnian-profile.jpg", "valley-midnight.jpg", "waves-midnight.jpg"})
+_MNIST = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
+_TRAIN, _VAL = "_train_lmdb", "_val_lmdb"
 
 
-@settings
-@dataclass(frozen=True)
-class DataConfig:
-    """Says which images to load, and how they are prepared; a source takes only options that mean something to it.
+def load_digits(config: DataConfig | None = None) -> ImageSet:
+    """Loads scikit-learn's handwritten digits: an ImageSet of shape (1797, 1, 8, 8) with n_bins=17 and ten classes."""
+    config = config or DataConfig("digits")
+    bunch = optional("sklearn.datasets", "the digits").load_digits()
+    values = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    names = tuple(str(name) for name in bunch.target_names)
+    return ImageSet("digits", padded(values, config.side), 17, labels, names, augmentation=config.augmentation)
 
-    >>> from pyglow_fast.data import DataConfig, load_data
-    >>> load_data(DataConfig("digits", size=16)).image_shape
-    (1, 16, 16)
 
-    Raises:
-        ValueError: an unknown name, a value outside its range, or an option that the source does not take.
+def load_folder(config: DataConfig, root: Path) -> Images:
+    """Loads all images below a folder; its subfolders are the classes, where every image lies in one of several."""
+    check_folder(root, "folder")
+    parts = [path.relative_to(root).parts for path in find_images(root)]
+    expect(len(parts) > 0, "folder", "a folder with images that Pillow reads", f"none in {str(root)!r}")
+    by_file = config.split_by == "file"
+    facts: dict[str, Any] = {"groups": tuple("/".join(part if by_file else part[:-1]) for part in parts)}
+    tops = [part[0] for part in parts]
+    if min(map(len, parts)) > 1 and len(set(tops)) > 1:
+        facts["labels"], facts["class_names"] = numbered(tops)
+    return from_files(f"folder:{root}", root, ["/".join(part) for part in parts], config, **facts)
+
+
+def load_photos(config: DataConfig, root: Path) -> ImageSet:
+    """Loads tiles of all photos in a folder, into memory; they do not overlap, and those of one photo are a group.
+
+    Photos are shrunk first, by config.scale: small tiles of a large photo would show little but smooth areas.
     """
+    check_folder(root, "photos")
+    paths = [path for path in find_images(root) if path.name not in NOT_PHOTOS]
+    expect(len(paths) > 0, "photos", "a folder with photos", f"none in {str(root)!r}")
+    size = config.side - config.crop_margin
+    scale = config.scale or (4 if size <= 64 else 2 if size <= 256 else 1)
+    parts = [_tiles(path, config.side, scale, config.gray) for path in paths]
+    names = (path.relative_to(root).as_posix() for path in paths)
+    groups = tuple(name for name, part in zip(names, parts, strict=True) for _ in part)
+    values = torch.cat(parts) >> (9 - config.n_bins.bit_length())
+    return ImageSet("photos", values, config.n_bins, groups=groups, augmentation=config.augmentation)
 
-    name: str = setting(
-        "digits",
-        "one of SOURCES, with :PATH where it takes one; docs/data.md lists them",
-        expected="a name of docs/data.md",
-    )
-    size: int | None = same_setting(Preparation, "size")
-    gray: bool = same_setting(Preparation, "gray")
-    n_bits: int | None = same_setting(Preparation, "n_bits", default=None, absent="8; the digits have 17 grey levels")
-    split_by: str = setting(
-        "file",
-        "what a random split keeps together: each file alone, or all files of one folder",
-        choices=SPLIT_BY,
-        group=IMAGES,
-    )
-    held_out: float | None = setting(
-        None,
-        "fraction of the images held out, drawn at random",
-        range=HELD_OUT,
-        absent=f"the source's own split where it has one, else {DEFAULT_HELD_OUT:g}",
-        group=IMAGES,
-    )
-    crop_margin: int = same_setting(Preparation, "crop_margin")
-    flip: bool = same_setting(Preparation, "flip")
-    scale: int | None = setting(
-        None,
-        "photos alone: whole factor by which they are shrunk before they are cut into tiles",
-        range=SCALE,
-        absent="by the size: 4 up to 64, 2 up to 256, else 1",
-        group=IMAGES,
-    )
-    attribute: str | None = setting(None, "celeba alone: the attribute that makes two classes", group=IMAGES)
-    on_unreadable: str = same_setting(Preparation, "on_unreadable")
-    in_memory: bool | None = same_setting(Preparation, "in_memory")
 
-    def __post_init__(self) -> None:
-        scheme, colon, path = self.name.partition(":") if isinstance(self.name, str) else ("", "", "")
-        source = SOURCES.get(scheme)
-        if source is None or (path == "" if colon else source.path == "needed") or (colon and source.path == "none"):
-            raise ValueError(visible(f"data: expected {DATA_HELP}, found {self.name!r}"))
-        check_settings(self)
-        for option in fields(self):
-            value = getattr(self, option.name)
-            fits = option.name in ("name", "held_out", *source.options) or value == option.default
-            expect(fits, option.name, f"no such option for {self.name} ({source.fixed})", value)
-        if source.side is not None:
-            check_side(self.size, source.side, scheme)
+def _tiles(path: Path, side: int, scale: int, gray: bool) -> Tensor:
+    """uint8 (n, C, side, side), row by row."""
+    image = decode(path, str(path), gray)
+    width, height = image.width // scale, image.height // scale
+    across, down = width // side, height // side
+    if across * down == 0:
+        needed, found = side * scale, f"{image.width}x{image.height}"
+        raise UnreadableImageError(f"{path}: expected an image of at least {needed}x{needed}, found {found}")
+    values = pixels(image.crop((0, 0, width * scale, height * scale)).reduce(scale))
+    values = values[:, : down * side, : across * side].reshape(-1, down, side, across, side)
+    return values.permute(1, 3, 0, 2, 4).reshape(down * across, -1, side, side)
 
-    def preparation(self) -> Preparation:
-        """The options that all sources share."""
-        n_bits = 8 if self.n_bits is None else self.n_bits
-        views = (self.crop_margin, self.flip)
-        return Preparation(self.size, self.gray, n_bits, *views, self.on_unreadable, self.in_memory)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Gives the fields as a dict that JSON can hold."""
-        return asdict(self)
+class _Picture(NamedTuple):
+    file: str  # relative to the folder of the set
+    emoji: str  # its short name, which no other emoji has
+    category: str
+    tones: str  # code points of the tones joined by "-"; empty for the emoji itself
+
+
+def _pictures(root: Path) -> list[_Picture]:
+    """Every picture that is there, in the order of the list; an emoji comes before its variants."""
+    check_folder(root, "emoji")
+    path = root / "emoji.json"
+    expect(path.is_file(), "emoji", f"the file {path}", "none")
+    folders = sorted(folder for folder in root.glob("img/*/64") if folder.is_dir())
+    expect(len(folders) == 1, "emoji", f"one folder {root / 'img' / '*' / '64'}", len(folders))
+    present = {file.name for file in folders[0].iterdir()}
+    inside = folders[0].relative_to(root).as_posix()
+    found = []
+    try:
+        for entry in json.loads(path.read_text(encoding="utf-8")):
+            for tones, item in {"": entry, **entry.get("skin_variations", {})}.items():
+                if item["image"] in present:  # only then, so that a name cannot lead out of the folder
+                    file = f"{inside}/{item['image']}"
+                    found.append(_Picture(file, str(entry["short_name"]), str(entry["category"]), tones))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        text = f"{path}: expected the list of an emoji-datasource package, found {type(error).__name__}: {error}"
+        raise ValueError(visible(text)) from error
+    expect(len(found) > 0, "emoji", f"the pictures that {path} names in {folders[0]}", "none of them")
+    return found
+
+
+def _groups(root: Path, pictures: list[_Picture]) -> tuple[str, ...]:
+    """One key an image: the emoji, or the first emoji that shares a picture with it (some flags, the families)."""
+    shown: dict[str, list[bytes]] = {}
+    for picture in pictures:
+        shown.setdefault(picture.emoji, []).append(hashlib.sha256((root / picture.file).read_bytes()).digest())
+    key: dict[str, str] = {}
+    owner: dict[bytes, str] = {}
+    for emoji in sorted(shown):
+        key[emoji] = min((owner[digest] for digest in shown[emoji] if digest in owner), default=emoji)
+        for digest in shown[emoji]:
+            owner.setdefault(digest, key[emoji])
+    return tuple(key[picture.emoji] for picture in pictures)
+
+
+def load_emoji(config: DataConfig, root: Path) -> Images:
+    """Loads emoji and their skin tones on white, labelled by category, from emoji.json and img/VENDOR/64/*.png.
+
+    Attributes say which pictures show all their people in one skin tone; those of no tone are yellow, or no people.
+    """
+    pictures = _pictures(root)
+    labels, class_names = numbered([picture.category for picture in pictures])
+    shown = [set(picture.tones.split("-")) for picture in pictures]
+    has = torch.tensor([[tones == {code} for code in TONES] for tones in shown])
+    attributes = Attributes(tuple(f"skin tone {tone}" for tone in TONES.values()), has)
+    facts = {"labels": labels, "class_names": class_names, "attributes": attributes, "groups": _groups(root, pictures)}
+    return from_files(config.name.partition(":")[0], root, [picture.file for picture in pictures], config, **facts)
+
+
+@contextmanager
+def _torchvision(name: str, root: Path) -> Iterator[Any]:
+    """Gives torchvision.datasets to read files with; its errors are of many kinds and have several lines."""
+    check_folder(root, name)
+    datasets = optional("torchvision.datasets", name)
+    try:
+        yield datasets
+    except Exception as error:
+        said = str(error).partition("\n")[0].partition(". You can use")[0] or type(error).__name__
+        text = f"{name}: expected a whole copy that torchvision reads in {str(root)!r}, found {said}"
+        raise ValueError(visible(text)) from error
+
+
+def _train_first(n_train: int, count: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(n_train), torch.arange(n_train, count)
+
+
+def numbered(names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+    """Numbers the class of each image: (labels (N,), class names sorted)."""
+    class_names = tuple(sorted(set(names)))
+    number = {name: i for i, name in enumerate(class_names)}
+    return torch.tensor([number[name] for name in names], dtype=torch.int64), class_names
+
+
+def load_mnist(config: DataConfig, root: Path) -> Images:
+    """Loads MNIST or Fashion-MNIST from a folder with its four files, unpacked, or the one torchvision put them in."""
+    name = config.name.partition(":")[0]
+    folder = root / _MNIST[name] / "raw"
+    folder = folder if folder.is_dir() else root
+    with _torchvision(name, root) as datasets:
+        images, labels = (
+            [read(str(folder / file)) for file in files]
+            for read, files in (
+                (datasets.mnist.read_image_file, IDX_FILES[::2]),
+                (datasets.mnist.read_label_file, IDX_FILES[1::2]),
+            )
+        )
+        names = tuple(word.partition(" - ")[0] for word in getattr(datasets, _MNIST[name]).classes)
+    pixels = fixed_size(torch.cat(images).unsqueeze(1), config)
+    official = _train_first(len(images[0]), len(pixels))
+    return ImageSet(name, pixels, config.n_bins, torch.cat(labels), names, (), official, config.augmentation)
+
+
+def load_cifar10(config: DataConfig, root: Path) -> Images:
+    """Loads CIFAR-10 from the folder ``cifar-10-batches-py`` or the one it lies in."""
+    top = root.parent if root.resolve().name == "cifar-10-batches-py" else root
+    with _torchvision("cifar10", root) as datasets:  # it unpickles files, after a look at their MD5
+        train, test = (datasets.CIFAR10(top, is_train) for is_train in (True, False))
+    values = torch.cat([torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)])
+    labels = torch.tensor([*train.targets, *test.targets])
+    official, names = _train_first(len(train.targets), len(labels)), tuple(train.classes)
+    pixels = fixed_size(values.contiguous(), config)
+    return ImageSet("cifar10", pixels, config.n_bins, labels, names, (), official, config.augmentation)
+
+
+def load_celeba(config: DataConfig, root: Path) -> Images:
+    """Loads CelebA from the folder ``celeba`` or the one it lies in; the valid part is on neither side of its split.
+
+    All attributes go with the images; config.attribute makes the classes "not NAME" and "NAME".
+    """
+    top = root if (root / "celeba").is_dir() else root.parent
+    with _torchvision("celeba", root) as datasets:
+        parts = [datasets.CelebA(top, part) for part in ("train", "valid", "test")]
+    names = [str(name) for part in parts for name in part.filename]
+    known = tuple(name for name in parts[0].attr_names if name)
+    has = torch.cat([part.attr for part in parts]).bool()
+    first, second = len(parts[0].filename), len(parts[1].filename)
+    official = torch.arange(first), torch.arange(first + second, len(names))
+    facts: dict[str, Any] = {"official": official, "attributes": Attributes(known, has)}
+    wanted = config.attribute
+    if wanted is not None:
+        expect(wanted in known, "attribute", f"one of {', '.join(known)}", repr(wanted))
+        facts |= {"labels": has[:, known.index(wanted)].long(), "class_names": (f"not {wanted}", wanted)}
+    return from_files("celeba", top / "celeba" / "img_align_celeba", names, config, **facts)
+
+
+def load_imagenet(config: DataConfig, root: Path) -> Images:
+    """Loads ImageNet, or anything laid out like it: train/CLASS/FILE and val/CLASS/FILE, the official split."""
+    names: list[str] = []
+    counts = []
+    for part in ("train", "val"):
+        with _torchvision("imagenet", root / part) as datasets:
+            samples = datasets.ImageFolder(root / part).samples
+        names += [Path(path).relative_to(root).as_posix() for path, _ in samples]
+        counts.append(len(samples))
+    labels, class_names = numbered([name.split("/")[1] for name in names])
+    unknown = set(labels[counts[0] :].tolist()) - set(labels[: counts[0]].tolist())
+    expect(not unknown, "imagenet", "only classes of train in val", ", ".join(class_names[i] for i in sorted(unknown)))
+    official = _train_first(counts[0], len(names))
+    return from_files("imagenet", root, names, config, labels=labels, class_names=class_names, official=official)
 
 
 @dataclass(frozen=True)
-class _Source:
-    load: Callable[[DataConfig, Path], Images]
-    options: tuple[str, ...]
-    path: str  # what follows the name: "needed", "optional" (else the cached copy) or "none"
-    fixed: str  # why it does not take the other options
-    side: int | None = None  # of its images, if they have one size
+class _LmdbReader:
+    """The images of several databases; each is opened for one reading, since a process may have it open but once."""
+
+    paths: Sequence[Path]
+    keys: Any  # one array of bytes: the number of an image's database in one byte, and its key there
+    side: int
+    gray: bool
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Tensor:
+        path, key = self.paths[self.keys[index][0]], bytes(self.keys[index][1:])
+        where = f"{path}: {key.decode('ascii', 'replace')}"
+        with _opened(path) as database, database.begin() as transaction:
+            value = transaction.get(key)
+        if value is None:
+            raise UnreadableImageError(f"{where}: expected an image, found no such key any more")
+        return read_image(value, self.side, self.gray, where)
+
+    def identity(self) -> str:
+        """Makes a digest of the names and sizes of the databases and all their keys."""
+        sizes = [(path.name, (path / "data.mdb").stat().st_size) for path in self.paths]
+        return hashlib.sha256(f"{sizes}".encode() + self.keys.tobytes()).hexdigest()
 
 
-def _folder(config: DataConfig, path: Path) -> Images:
-    rest = config.preparation()
-    views = (rest.crop_margin, rest.flip, rest.on_unreadable, rest.in_memory)
-    return load_folder(path, rest.size or FILE_SIZE, rest.gray, rest.n_bits, config.split_by, *views)
+def _opened(path: Path) -> Any:
+    lmdb = optional("lmdb", "LSUN")
+    try:
+        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)
+    except lmdb.Error as error:
+        raise ValueError(visible(f"{path}: expected an LMDB, found {error}")) from error
 
 
-_VIEWS = ("size", "crop_margin", "flip")
-_ARRAYS = (*_VIEWS, "gray", "n_bits")
-_TILES = (*_ARRAYS, "on_unreadable")
-_FILES = (*_TILES, "in_memory")
-_GREY28 = "its images are 28x28, grey, and held in memory"
+def load_lsun(config: DataConfig, root: Path) -> Images:
+    """Loads LSUN: all CATEGORY_train_lmdb in a folder, or one of them; several categories are the classes.
 
-# A new source is one row: how it loads, which options it takes, whether a path follows its name.
-SOURCES: dict[str, _Source] = {
-    "digits": _Source(
-        lambda config, path: load_digits(config.preparation()),
-        _VIEWS,
-        "none",
-        "its images are 8x8, grey, with 17 grey levels",
-        side=8,
-    ),
-    "mnist": _Source(
-        lambda config, path: load_idx("mnist", path, config.preparation()),
-        _ARRAYS,
-        "optional",
-        _GREY28,
-        side=IDX_SIDE,
-    ),
-    "fashion-mnist": _Source(
-        lambda config, path: load_idx("fashion-mnist", path, config.preparation()),
-        _ARRAYS,
-        "optional",
-        _GREY28,
-        side=IDX_SIDE,
-    ),
-    "emoji": _Source(
-        lambda config, path: load_emoji(path, config.preparation()),
-        _FILES,
-        "optional",
-        "its images are single small files",
-    ),
-    "emoji-google": _Source(
-        lambda config, path: load_emoji(path, config.preparation(), "emoji-google"),
-        _FILES,
-        "optional",
-        "its images are single small files",
-    ),
-    "photos": _Source(
-        lambda config, path: load_photos(path, config.preparation(), config.scale),
-        (*_TILES, "scale"),
-        "optional",
-        "its images are tiles of photos, held in memory",
-    ),
-    "cifar10": _Source(
-        lambda config, path: load_cifar10(path, config.preparation()),
-        _ARRAYS,
-        "optional",
-        "its images are 32x32 and held in memory",
-        side=CIFAR_SIDE,
-    ),
-    "celeba": _Source(
-        lambda config, path: load_celeba(path, config.preparation(), config.attribute),
-        (*_FILES, "attribute"),
-        "optional",
-        "its images are single files, each of one person",
-    ),
-    "imagenet": _Source(
-        lambda config, path: load_imagenet(path, config.preparation()),
-        _FILES,
-        "needed",
-        "its images are single files with one label",
-    ),
-    "lsun": _Source(
-        lambda config, path: load_lsun(path, config.preparation()),
-        _FILES,
-        "needed",
-        "its images are the entries of databases",
-    ),
-    "folder": _Source(_folder, (*_FILES, "split_by"), "needed", "its images are files without attributes"),
+    Where every category has a CATEGORY_val_lmdb beside it, these are the official split.
+    """
+    check_folder(root, "lsun")
+    trains = [root] if root.name.endswith(_TRAIN) else sorted(root.glob(f"*{_TRAIN}"))
+    expect(len(trains) > 0, "lsun", f"a folder with CATEGORY{_TRAIN}", f"none in {str(root)!r}")
+    vals = [path.with_name(path.name.removesuffix(_TRAIN) + _VAL) for path in trains]
+    has_split = all(path.is_dir() for path in vals)
+    paths = [*trains, *(vals if has_split else ())]
+    keys: list[bytes] = []
+    for which, path in enumerate(paths):
+        with _opened(path) as database, database.begin() as transaction:
+            keys += [bytes([which]) + key for key in transaction.cursor().iternext(keys=True, values=False)]
+    facts: dict[str, Any] = {}
+    if has_split:
+        facts["official"] = _train_first(sum(key[0] < len(trains) for key in keys), len(keys))
+    if len(trains) > 1:
+        categories = [path.name.removesuffix(_TRAIN).removesuffix(_VAL) for path in paths]
+        facts["labels"], facts["class_names"] = numbered([categories[key[0]] for key in keys])
+    reader = _LmdbReader(paths, np.array(keys), config.side, config.gray)
+    return images_of("lsun", reader, config, (1 if config.gray else 3, config.side, config.side), **facts)
+
+
+# A new source is a row here, and one of config.SOURCES.
+_LOADERS: dict[str, Callable[[DataConfig, Path], Images]] = {
+    "digits": lambda config, path: load_digits(config),
+    "mnist": load_mnist,
+    "fashion-mnist": load_mnist,
+    "emoji": load_emoji,
+    "emoji-google": load_emoji,
+    "photos": load_photos,
+    "cifar10": load_cifar10,
+    "celeba": load_celeba,
+    "imagenet": load_imagenet,
+    "lsun": load_lsun,
+    "folder": load_folder,
 }
 
 
-def _help() -> str:
-    ending = {"none": "", "optional": "[:PATH]", "needed": ":PATH"}
-    *names, last = (name + ending[source.path] for name, source in SOURCES.items())
-    return f"{', '.join(names)} or {last}"
-
-
-DATA_HELP = _help()
-
-
-def options_of(name: str) -> tuple[str, ...]:
-    """Lists the fields of DataConfig that the source of ``name`` takes."""
-    return SOURCES[name.partition(":")[0]].options
-
-
-def side_of(name: str) -> int | None:
-    """Says the side of the images of a source, if they have one size: what a larger size pads with zeros."""
-    return SOURCES[name.partition(":")[0]].side
-
-
 def load_data(config: DataConfig) -> Images:
-    """Load the images that ``config`` names.
-
-    Raises:
-        ValueError: the source's own errors, each naming what is wrong.
-        MissingExtraError: a library the source needs is not installed.
-    """
+    """Load the images that ``config`` names; its errors are those of the source, and each names what is wrong."""
     scheme, _, path = config.name.partition(":")
-    source = SOURCES[scheme]
-    return source.load(config, cached(scheme) if source.path == "optional" and not path else Path(path))
+    fetched = SOURCES[scheme].path == "optional" and not path
+    return _LOADERS[scheme](config, cached(scheme) if fetched else Path(path))

@@ -24,17 +24,7 @@ _COUNTS_MAX = 1 << 24  # counters held at a time by the histogram model
 
 @dataclass(frozen=True)
 class Yardstick:
-    """A figure to set beside a model's: ``bits_per_dim`` of ``images`` images, and in words how it was measured.
-
-    >>> import torch
-    >>> from pyglow_fast.data import ImageSet, Yardstick, measure_yardsticks
-    >>> black = ImageSet("black", torch.zeros(8, 1, 8, 8, dtype=torch.uint8), n_bins=2)
-    >>> histogram, png = measure_yardsticks(black, black)
-    >>> isinstance(png, Yardstick), png.images
-    (True, 8)
-    >>> round(histogram.bits_per_dim, 4)  # -log2(9 / 10): each pixel was seen dark eight times
-    0.152
-    """
+    """A figure to set beside a model's: ``bits_per_dim`` of ``images`` images, and in words how it was measured."""
 
     name: str
     bits_per_dim: float
@@ -54,14 +44,8 @@ def _read(data: Images) -> ImageSet:
 def histogram_bits_per_dim(train: Images, test: Images) -> float:
     """Computes the mean bits/dim of ``test`` under independent pixels, p[d, v] = (count[d, v] + 1) / (N + n_bins).
 
-    Args:
-        train: the images that are counted, N of them.
-        test: the images that are coded; of the same shape and n_bins.
-
-    Of sets that are not in memory, at most READ_MAX_IMAGES and READ_MAX_VALUES are looked at.
-
-    Raises:
-        ValueError: the sets differ in shape or n_bins.
+    ``train``, of the same shape and n_bins, is what is counted, N images. Of sets that are not in memory, at most
+    READ_MAX_IMAGES and READ_MAX_VALUES are looked at.
     """
     expect(test.image_shape == train.image_shape, "test", f"images of shape {train.image_shape}", test.image_shape)
     expect(test.n_bins == train.n_bins, "test", f"n_bins {train.n_bins}", test.n_bins)
@@ -97,9 +81,6 @@ def png_bits_per_dim(test: Images) -> tuple[float, int]:
     The smallest of several lossless encodings counts: sheet or column, filtered or not, every zlib strategy, level 9;
     pixels are stored as they are (0..n_bins-1). At most the first PNG_MAX_VALUES values are coded, and of a set that
     is not in memory at most READ_MAX_IMAGES images spread over it.
-
-    Raises:
-        MissingExtraError: Pillow is not installed.
     """
     pil = optional("PIL.Image", "the PNG yardstick")
     read = _read(test)
@@ -109,14 +90,12 @@ def png_bits_per_dim(test: Images) -> tuple[float, int]:
         pixels = pixels.flatten(0, 1).unsqueeze(1)
     sizes = []
     for layout in _layouts(pixels):
-        height, width, channels = layout.shape
-        mode = "L" if channels == 1 else "RGB"
-        image = pil.frombytes(mode, (width, height), layout.contiguous().numpy().tobytes())
-        variants = [image]
-        if channels == 1:  # Pillow filters grey rows and leaves palette rows alone: smaller, at times, with few values
-            plain = pil.frombytes("P", image.size, image.tobytes())
-            plain.putpalette(bytes(value for level in range(test.n_bins) for value in (level, level, level)))
-            variants.append(plain)
+        array = layout.contiguous().numpy()
+        variants = [pil.fromarray(array[..., 0] if array.shape[2] == 1 else array)]
+        if array.shape[2] == 1:  # Pillow filters grey rows and leaves palette rows alone: smaller, at times
+            palette = variants[0].copy()
+            palette.putpalette([value for level in range(test.n_bins) for value in (level, level, level)])
+            variants.append(palette)
         for variant in variants:
             for strategy in range(4):
                 buffer = io.BytesIO()
@@ -130,18 +109,18 @@ def measure_yardsticks(train: Images | None, test: Images) -> list[Yardstick]:
 
     Of a set that is not in memory some images are read, once; ``how`` says how many of how many.
     """
+
+    def of_all(read: ImageSet, data: Images) -> str:
+        return str(len(read)) if len(read) == len(data) else f"{len(read)} of {len(data)}"
+
     found = []
     read = _read(test)
     if train is not None:
         fitted = _read(train)
-        how = f"per-pixel categorical with add-one smoothing, fitted on {_of(fitted, train)} training images"
-        how += "" if len(read) == len(test) else f", measured on {_of(read, test)}"
+        how = f"per-pixel categorical with add-one smoothing, fitted on {of_all(fitted, train)} training images"
+        how += "" if len(read) == len(test) else f", measured on {of_all(read, test)}"
         found.append(Yardstick("histogram", histogram_bits_per_dim(fitted, read), len(read), how))
     bits, count = png_bits_per_dim(read)
-    of_all = "" if len(read) == len(test) else f" of {len(test)}"
-    found.append(Yardstick("PNG", bits, count, f"one optimised PNG of {count}{of_all} tiled images"))
+    of_more = "" if len(read) == len(test) else f" of {len(test)}"
+    found.append(Yardstick("PNG", bits, count, f"one optimised PNG of {count}{of_more} tiled images"))
     return found
-
-
-def _of(read: ImageSet, data: Images) -> str:
-    return str(len(read)) if len(read) == len(data) else f"{len(read)} of {len(data)}"

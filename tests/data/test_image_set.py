@@ -1,12 +1,15 @@
-"""ImageSet and the held-out split."""
+"""Sets of images: subsets, the held-out split, training views, and the digest that a resumed run compares."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from pyglow_fast.data import ImageSet, split
+from pyglow_fast.data import Attributes, Augmentation, ImageSet, split
+
+IMAGE = torch.arange(2 * 7 * 8, dtype=torch.uint8).reshape(2, 7, 8)
 
 
 def images(n: int = 20, **fields: Any) -> ImageSet:
@@ -14,18 +17,35 @@ def images(n: int = 20, **fields: Any) -> ImageSet:
     return ImageSet("test", pixels, 256, **fields)
 
 
-def test_shape_and_subset() -> None:
-    data = images(5, labels=torch.tensor([0, 1, 0, 1, 1]), class_names=("a", "b"), groups=tuple("vwxyz"))
+def test_a_subset_has_what_is_said_of_its_images() -> None:
+    fields = {"labels": torch.tensor([0, 1, 0, 1, 1]), "class_names": ("a", "b"), "groups": tuple("vwxyz")}
+    data = images(5, attributes=Attributes(("round",), torch.tensor([[1], [0], [0], [0], [1]]).bool()), **fields)
     assert (data.image_shape, data.n_dims, len(data)) == ((3, 4, 2), 24, 5)
     part = data.subset([4, 1])
     assert part.pixels[:, 0, 0, 0].tolist() == [4, 1]
     assert part.labels is not None
     assert part.labels.tolist() == [1, 1]
     assert part.groups == ("z", "w")
-    pixels, labels = data.batch(torch.tensor([2]))
-    assert pixels[0, 0, 0, 0] == 2
-    assert labels is not None
-    assert labels.tolist() == [0]
+    assert part.attributes is not None
+    assert part.attributes.has.tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"labels": torch.tensor([0])}, r"labels: expected shape \(2,\), found \(1,\)"),
+        (
+            {"labels": torch.tensor([0, 2]), "class_names": ("a", "b")},
+            r"labels: expected values in 0\.\.1, found 0",
+        ),
+        ({"groups": ("a",)}, "groups: expected 2 keys, found 1"),
+        ({"attributes": Attributes(("a",), torch.ones(2, 1))}, r"attributes: expected a bool tensor of shape \(2, 1\)"),
+        ({"augmentation": Augmentation(2)}, "pixels: expected sides above the margin of 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        images(2, **fields)
 
 
 def test_split_is_a_partition_that_only_data_and_seed_decide() -> None:
@@ -34,38 +54,34 @@ def test_split_is_a_partition_that_only_data_and_seed_decide() -> None:
     assert len(held_out) == 10
     assert torch.cat([train, held_out]).sort().values.tolist() == list(range(50))
     torch.manual_seed(999)  # the global generator has no say
-    again = split(images(50), 0.2, seed=3)
-    assert torch.equal(train, again[0])
-    assert torch.equal(held_out, again[1])
+    assert torch.equal(held_out, split(images(50), 0.2, seed=3)[1])
     assert not torch.equal(held_out, split(data, 0.2, seed=4)[1])
-
-
-def test_split_does_not_change_with_versions() -> None:
-    """Written down, so that a change of the drawing is noticed: resumed runs would train on what they held out."""
-    assert split(images(10), 0.3, seed=0)[1].tolist() == [1, 4, 7]
 
 
 def test_groups_never_part() -> None:
     groups = tuple(f"photo{i // 5}" for i in range(30))
-    data = images(30, groups=groups)
-    train, held_out = split(data, 0.3, seed=1)
+    train, held_out = split(images(30, groups=groups), 0.3, seed=1)
     assert len(held_out) == 10
     assert not {groups[i] for i in train} & {groups[i] for i in held_out}
+    # A large group leaves something to train on, whichever is drawn first.
+    parts = [split(images(10, groups=("a",) * 9 + ("b",)), 0.9, seed) for seed in range(4)]
+    assert {(len(train), len(held_out)) for train, held_out in parts} == {(1, 9), (9, 1)}
 
 
-def test_a_large_group_leaves_something_to_train_on() -> None:
-    """Whichever is drawn first."""
-    sizes = set()
-    for seed in range(4):
-        train, held_out = split(images(10, groups=("a",) * 9 + ("b",)), 0.9, seed)
-        sizes.add((len(train), len(held_out)))
-    assert sizes == {(1, 9), (9, 1)}
+def test_nothing_drawn_changes_with_versions() -> None:
+    """Written down: resumed runs would train on what they held out, or refuse images that are the same."""
+    assert split(images(10), 0.3, seed=0)[1].tolist() == [1, 4, 7]
+    ramp = torch.arange(81, dtype=torch.uint8).reshape(1, 9, 9)
+    views = [Augmentation(8, True).view(ramp, key).flatten().tolist() for key in range(4)]
+    assert views == [[66], [20], [60], [45]]
+    labelled = images(4, labels=torch.tensor([0, 1, 0, 1]), class_names=("a", "b"), groups=tuple("vwxy"))
+    assert labelled.fingerprint() == "41ccfdee550262be563b41a5fb878062"
+    official = images(4, official=(torch.tensor([0]), torch.tensor([3])), augmentation=Augmentation(1, True))
+    assert official.fingerprint() == "116026c5882c612e4f55d24cd980189d"
 
 
-def test_fingerprint_sees_every_part() -> None:
+def test_the_fingerprint_sees_every_part_but_attributes() -> None:
     base = images(6, labels=torch.zeros(6, dtype=torch.int64), class_names=("a", "b"))
-    same = images(6, labels=torch.zeros(6, dtype=torch.int64), class_names=("a", "b"))
-    assert base.fingerprint() == same.fingerprint()
     changed_level = base.pixels.clone()
     changed_level[3, 2, 1, 0] += 1
     others = [
@@ -74,6 +90,32 @@ def test_fingerprint_sees_every_part() -> None:
         ImageSet("test", base.pixels.reshape(6, 3, 2, 4), 256, base.labels, base.class_names),
         ImageSet("test", base.pixels, 256, torch.tensor([0, 0, 0, 1, 0, 0]), base.class_names),
         ImageSet("test", base.pixels, 256, base.labels, base.class_names, tuple("abcdef")),
+        ImageSet("test", base.pixels, 256, base.labels, base.class_names, augmentation=Augmentation(1)),
         base.subset([1, 0, 2, 3, 4, 5]),
     ]
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)
+    named = Attributes(("a",), torch.ones(6, 1, dtype=torch.bool))
+    same = ImageSet("else", base.pixels, 256, base.labels, base.class_names, attributes=named)
+    assert same.fingerprint() == base.fingerprint()
+
+
+def test_without_a_key_it_is_the_central_window() -> None:
+    data = ImageSet("test", IMAGE[None], 256, augmentation=Augmentation(3, True))
+    assert data.image_shape == (2, 4, 5)
+    assert torch.equal(data.item(0), IMAGE[:, 1:5, 1:6])
+    assert torch.equal(data.batch(torch.tensor([0]))[0][0], IMAGE[:, 1:5, 1:6])
+    assert torch.equal(Augmentation().view(IMAGE, 5), IMAGE)
+
+
+def test_every_window_and_both_sides_occur_about_equally_often() -> None:
+    view = Augmentation(crop_margin=2, flip=True)
+    state = torch.get_rng_state()
+    counts: dict[bytes, int] = {}
+    for key in range(3600):
+        found = view.view(IMAGE, key).contiguous().numpy().tobytes()
+        counts[found] = counts.get(found, 0) + 1
+    windows = [IMAGE[:, top : top + 5, left : left + 6] for top in range(3) for left in range(3)]
+    sides = (side for window in windows for side in (window, window.flip(-1)))
+    assert set(counts) == {side.contiguous().numpy().tobytes() for side in sides}
+    assert all(130 < count < 275 for count in counts.values())  # 200 each, deviation 14
+    assert torch.equal(torch.get_rng_state(), state)

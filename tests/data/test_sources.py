@@ -1,56 +1,282 @@
-"""DataConfig, the digits, and what happens without the optional libraries."""
+"""Each source, from small files in its layout: what is read, and what is refused by its name."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from support.data_layouts import picture, trust, write_celeba, write_cifar, write_emoji, write_idx, write_lmdb
 
-from pyglow_fast.data import DATA_HELP, DataConfig, MissingExtraError, load_data, load_digits, optional
+from pyglow_fast.data import (
+    DATA_HELP,
+    DataConfig,
+    Images,
+    ImageSet,
+    LazyImages,
+    MissingExtraError,
+    load_data,
+    load_digits,
+    split,
+)
+
+Values = np.ndarray[Any, Any]
+
+
+@pytest.fixture(autouse=True)
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    trust(monkeypatch)
+
+
+def load(name: str, **options: Any) -> ImageSet:
+    data = load_data(DataConfig(name, **options))
+    assert isinstance(data, ImageSet)
+    return data
+
+
+def both(name: str, **options: Any) -> ImageSet:
+    """The source read at once; it shows the same as read later."""
+    now, later = (load_data(DataConfig(name, in_memory=kept, **options)) for kept in (True, False))
+    assert isinstance(now, ImageSet)
+    assert isinstance(later, LazyImages)
+    assert torch.equal(now.batch(torch.arange(len(now)))[0], later.batch(torch.arange(len(now)))[0])
+    assert all(torch.equal(now.item(0, key), later.item(0, key)) for key in range(5))
+    for what in ("name", "class_names", "groups", "image_shape", "n_bins"):
+        assert getattr(now, what) == getattr(later, what)
+    assert [side.tolist() for side in split(now, None, 0)] == [side.tolist() for side in split(later, None, 0)]
+    assert torch.equal(pickle.loads(pickle.dumps(later)).item(1), now.item(1))
+    return now
+
+
+def labels_of(data: Images) -> list[int]:
+    assert data.labels is not None
+    return data.labels.tolist()
+
+
+def official(data: Images) -> list[list[int]]:
+    return [side.tolist() for side in split(data, None, 0)]
 
 
 def test_digits() -> None:
-    data = load_data(DataConfig("digits"))
+    data, padded = load("digits"), load("digits", size=16, crop_margin=2, flip=True)
     assert (len(data), data.image_shape, data.n_bins) == (1797, (1, 8, 8), 17)
     assert data.class_names == tuple("0123456789")
-    assert data.labels is not None
-    assert data.labels[:10].tolist() == list(range(10))
-    assert int(data.pixels.max()) == 16
-    # The first image of the set, a zero: its second row.
-    assert data.pixels[0, 0, 1].tolist() == [0, 0, 13, 15, 10, 15, 5, 0]
-    assert data.pixels.dtype == torch.uint8
+    assert labels_of(data)[:10] == list(range(10))
+    assert data.pixels[0, 0, 1].tolist() == [0, 0, 13, 15, 10, 15, 5, 0]  # the second row of the first, a zero
+    assert padded.image_shape == (1, 16, 16)
+    assert torch.equal(padded.batch(torch.arange(9))[0][:, :, 4:12, 4:12], data.pixels[:9])
+    assert data.fingerprint() == "2c8f13fc17f5b3b11c4842a5d29114b6" != padded.fingerprint()
 
 
-def test_the_config_goes_through_json() -> None:
+@pytest.mark.parametrize("below", ["", "MNIST/raw"])
+def test_mnist(tmp_path: Path, below: str) -> None:
+    values, labels = write_idx(tmp_path / below)
+    data, padded = load(f"mnist:{tmp_path}"), load(f"mnist:{tmp_path}", size=32, n_bits=3)
+    assert np.array_equal(data.pixels[:, 0].numpy(), values)
+    assert (labels_of(data), data.class_names) == (labels, tuple("0123456789"))
+    assert official(data) == [list(range(6)), [6, 7, 8, 9]]
+    assert np.array_equal(padded.pixels[:, 0, 2:30, 2:30].numpy(), values >> 5)
+    assert int(padded.pixels.int().sum()) == int((values >> 5).sum())
+
+
+def test_fashion_mnist(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    assert load(f"fashion-mnist:{tmp_path}").class_names[::9] == ("T-shirt/top", "Ankle boot")
+
+
+def test_cifar10(tmp_path: Path) -> None:
+    values, labels = write_cifar(tmp_path)
+    for path in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        data = load(f"cifar10:{path}")
+        assert np.array_equal(data.pixels.numpy(), values)
+        assert (labels_of(data), data.class_names[9]) == (labels, "thing 9")
+        assert official(data) == [list(range(10)), [10, 11]]
+    grey = np.asarray(Image.fromarray(values[3].transpose(1, 2, 0)).convert("L"))
+    assert np.array_equal(load(f"cifar10:{tmp_path}", gray=True).pixels[3, 0].numpy(), grey)
+
+
+def test_celeba(tmp_path: Path) -> None:
+    write_celeba(tmp_path)
+    data = both(f"celeba:{tmp_path}", size=16, attribute="Smiling", crop_margin=2, flip=True)
+    assert (len(data), data.image_shape, data.class_names) == (7, (3, 16, 16), ("not Smiling", "Smiling"))
+    assert labels_of(data) == [0, 1, 0, 1, 0, 1, 0]
+    assert official(data) == [[0, 1, 2], [5, 6]]
+    plain = load(f"celeba:{tmp_path / 'celeba'}", size=16)
+    assert plain.labels is None
+    assert plain.attributes is not None
+    assert plain.attributes.names == ("Smiling", "Young")
+    assert plain.subset([1, 2]).attributes.has.tolist() == [[True, False], [False, False]]  # type: ignore[union-attr]
+
+
+def test_imagenet(tmp_path: Path) -> None:
+    for i, name in enumerate(("train/n2/a.JPEG", "train/n1/b.JPEG", "train/n1/c.JPEG", "val/n2/d.JPEG")):
+        picture(tmp_path / name, i, (20, 16))
+    data = both(f"imagenet:{tmp_path}", size=8, n_bits=5)
+    assert (data.class_names, labels_of(data)) == (("n1", "n2"), [0, 0, 1, 1])
+    assert official(data) == [[0, 1, 2], [3]]
+    picture(tmp_path / "val/n3/e.JPEG")
+    with pytest.raises(ValueError, match="imagenet: expected only classes of train in val, found n3"):
+        load(f"imagenet:{tmp_path}")
+
+
+def test_lsun(tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    for i, (name, count) in enumerate((("tower_train", 3), ("bedroom_train", 4), ("bedroom_val", 2), ("tower_val", 1))):
+        write_lmdb(tmp_path / f"{name}_lmdb", count, 10 * i)
+    data = both(f"lsun:{tmp_path}", size=16)
+    assert (len(data), data.class_names) == (10, ("bedroom", "tower"))
+    assert labels_of(data) == [0, 0, 0, 0, 1, 1, 1, 0, 0, 1]
+    assert official(data) == [list(range(7)), [7, 8, 9]]
+    one = both(f"lsun:{tmp_path / 'tower_train_lmdb'}", size=16)
+    assert (len(one), one.labels) == (4, None)
+    assert torch.equal(one.pixels[:3], data.pixels[4:7])
+    write_lmdb(tmp_path / "a_train_lmdb", 3, bad=[1])
+    with pytest.raises(ValueError, match=r"a_train_lmdb: 0{39}1: expected an image that Pillow can decode"):
+        load(f"lsun:{tmp_path / 'a_train_lmdb'}", size=16)
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-google"])
+def test_emoji(tmp_path: Path, name: str) -> None:
+    write_emoji(tmp_path)
+    data = both(f"{name}:{tmp_path}", size=60, crop_margin=4)
+    assert (data.name, len(data), data.image_shape, data.class_names) == (name, 7, (3, 60, 60), ("Flags", "People"))
+    assert labels_of(data) == [1, 1, 1, 1, 1, 0, 0]
+    assert data.groups == ("wave", "wave", "wave", "pair", "pair", "flag1", "flag1")  # the flags share a picture
+    assert data.attributes is not None
+    names, has = data.attributes
+    assert names == tuple(f"skin tone {tone}" for tone in ("light", "medium-light", "medium", "medium-dark", "dark"))
+    assert has.nonzero().tolist() == [[1, 0], [2, 4]]
+    path = tmp_path / "img" / "twitter" / "64" / "a.png"
+    white = Image.alpha_composite(Image.new("RGBA", (64, 64), "white"), Image.open(path)).convert("RGB")
+    assert np.array_equal(data.pixels[0].permute(1, 2, 0).numpy(), np.asarray(white))
+
+
+def test_photos(tmp_path: Path) -> None:
+    first = picture(tmp_path / "a.png", 0, (75, 50))
+    picture(tmp_path / "b.png", 1, (32, 32))
+    picture(tmp_path / "waves-midnight.jpg", 2, (64, 64))  # a drawing
+    data = load(f"photos:{tmp_path}", size=14, crop_margin=2, scale=2)
+    assert (data.image_shape, data.labels, data.groups) == ((3, 14, 14), None, ("a.png", "a.png", "b.png"))
+    shrunk = np.asarray(Image.fromarray(first[:50, :74]).reduce(2))
+    assert np.array_equal(data.pixels[1].permute(1, 2, 0).numpy(), shrunk[:16, 16:32])
+    plain = load(f"photos:{tmp_path}", size=16, scale=1, gray=True, n_bits=4)
+    assert plain.groups == ("a.png",) * 12 + ("b.png",) * 4
+    grey = np.asarray(Image.fromarray(first).convert("L")) >> 4
+    assert np.array_equal(plain.pixels[5, 0].numpy(), grey[16:32, 16:32])
+
+
+def test_folder(tmp_path: Path) -> None:
+    for i, name in enumerate(("dog/1.png", "cat/1.bmp", "cat/more/2.png", ".hidden.png", ".cache/x.png")):
+        picture(tmp_path / name, i, (4, 4))
+    (tmp_path / "notes.txt").write_text("not an image")
+    data = both(f"folder:{tmp_path}", size=4, split_by="folder")
+    assert (data.class_names, labels_of(data)) == (("cat", "dog"), [0, 0, 1])
+    assert data.groups == ("cat", "cat/more", "dog")
+    picture(tmp_path / "stray.png")
+    stray = load(f"folder:{tmp_path}", size=4)
+    assert (stray.labels, stray.groups[0]) == (None, "cat/1.bmp")
+
+
+def write_text(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "no folder": (lambda at: None, "folder:{}/none", "folder: expected an existing folder, found '.*none'"),
+    "a file": (lambda at: write_text(at / "x"), "folder:{}/x", r"folder: expected an existing folder, .*x' \(a file\)"),
+    "no images": (
+        lambda at: write_text(at / "x.txt"),
+        "folder:{}",
+        "folder: expected a folder with images that Pillow",
+    ),
+    "no mnist": (lambda at: None, "mnist:{}", "mnist: expected a whole copy that torchvision reads in '.*', found"),
+    "half a mnist": (
+        lambda at: (write_idx(at), (at / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\10\3\0\0\0\4\0\0")),
+        "mnist:{}",
+        "mnist: expected a whole copy that torchvision reads",
+    ),
+    "no cifar": (lambda at: None, "cifar10:{}", "cifar10: expected a whole copy that torchvision reads in"),
+    "no celeba": (lambda at: None, "celeba:{}", "celeba: expected a whole copy that torchvision reads in"),
+    "no train": (lambda at: None, "imagenet:{}", "imagenet: expected an existing folder, found '.*/train'"),
+    "no class": (
+        lambda at: picture(at / "train" / "x.png"),
+        "imagenet:{}",
+        "imagenet: expected a whole copy that torchvision reads in '.*train', found Couldn't find any class folder",
+    ),
+    "no database": (lambda at: None, "lsun:{}", "lsun: expected a folder with CATEGORY_train_lmdb, found none"),
+    "a broken one": (
+        lambda at: write_text(at / "b_train_lmdb" / "data.mdb", "x" * 9000),
+        "lsun:{}",
+        "b_train_lmdb: expected an LMDB, found",
+    ),
+    "no list": (lambda at: None, "emoji:{}", "emoji: expected the file .*emoji.json, found none"),
+    "a wrong list": (
+        lambda at: (write_emoji(at), write_text(at / "emoji.json", '[{"image": "a.png"}]')),
+        "emoji:{}",
+        "emoji.json: expected the list of an emoji-datasource package, found KeyError",
+    ),
+    "no photos": (lambda at: picture(at / "valley-midnight.jpg"), "photos:{}", "photos: expected a folder with photos"),
+    "a small photo": (
+        lambda at: picture(at / "a.png", 0, (75, 50)),
+        "photos:{}",
+        r"a\.png: expected an image of at least 128x128, found 75x50",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_name_the_source_and_what_is_missing(case: str, tmp_path: Path) -> None:
+    write, name, message = REFUSALS[case]
+    write(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_data(DataConfig(name.format(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_copy_of_cifar_that_was_changed_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    write_cifar(tmp_path)
+    with pytest.raises(ValueError, match=r"cifar10: expected a whole copy .* found Dataset not found or corrupted$"):
+        load_data(DataConfig(f"cifar10:{tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "digit"}, "data: expected digits, .* or folder:PATH, found 'digit'"),
+        ({"name": "digits:x"}, "data: expected digits, .* found 'digits:x'"),
+        ({"name": "folder"}, "data: expected digits, .* found 'folder'"),
+        ({"gray": True}, r"gray: expected no such option for digits \(it takes size, crop_margin, flip\), found True"),
+        ({"size": 7}, "size: expected at least 8, the side of the images of digits, found 7: they are padded"),
+        ({"name": "folder:x", "size": 0}, "size: expected a positive whole number"),
+        ({"name": "folder:x", "split_by": "x"}, "split_by: expected one of"),
+        ({"name": "folder:x", "crop_margin": -1}, "crop_margin: expected a whole number, 0 or more"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
+def test_the_config_goes_through_json_and_the_help_names_every_source() -> None:
     config = DataConfig("celeba:x", 64, True, 5, held_out=0.2, crop_margin=4, flip=True, attribute="Bald")
     assert DataConfig(**json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_the_help_names_every_source() -> None:
-    assert DATA_HELP.startswith(
-        "digits, mnist[:PATH], fashion-mnist[:PATH], emoji[:PATH], emoji-google[:PATH], photos[:PATH], cifar10[:PATH]"
-    )
+    assert DATA_HELP.startswith("digits, mnist[:PATH], fashion-mnist[:PATH], emoji[:PATH], emoji-google[:PATH], photos")
     assert DATA_HELP.endswith("celeba[:PATH], imagenet:PATH, lsun:PATH or folder:PATH")
 
 
-def test_digits_are_padded_and_mirrored() -> None:
-    plain, padded = load_digits(), load_data(DataConfig("digits", size=16, crop_margin=2, flip=True))
-    assert (padded.image_shape, padded.n_bins) == ((1, 16, 16), 17)
-    assert torch.equal(padded.batch(torch.arange(9))[0][:, :, 4:12, 4:12], plain.pixels[:9])
-    assert padded.fingerprint() != plain.fingerprint()
-
-
-def test_a_missing_library_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # None makes the import fail
-    with pytest.raises(
-        MissingExtraError, match=r'scikit-learn is needed for the digits.*pip install "pyglow-fast\[train\]"'
-    ):
+    with pytest.raises(MissingExtraError, match=r'scikit-learn is needed .*pip install "pyglow-fast\[train\]"'):
         load_digits()
-
-
-def test_a_library_of_the_web_page_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(MissingExtraError, match=r'gradio is needed for the page.*pip install "pyglow-fast\[web\]"'):
-        optional("gradio", "the page")
+    monkeypatch.setenv("PYGLOW_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"mnist: expected its files in '.*mnist' \(run: pyglow-fast data mnist\) or"):
+        load_data(DataConfig("mnist"))

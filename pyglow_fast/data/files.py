@@ -1,0 +1,202 @@
+"""Decodes image files with Pillow and brings them to what a model sees; what cannot be is an UnreadableImageError."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast._errors import expect, visible
+from pyglow_fast.data._optional import optional
+from pyglow_fast.data.config import SOURCES, DataConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Pillow knows more: it would start Ghostscript for an EPS, and does not tell the size of an ICO before it decodes it.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_ENDINGS = frozenset([".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"])
+
+
+class UnreadableImageError(ValueError):
+    """One image cannot be decoded, or is too small; the message, made visible, names its file."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
+
+
+def check_folder(root: Path, argument: str) -> None:
+    """Refuse what is not an existing folder."""
+    expect(root.is_dir(), argument, "an existing folder", f"{str(root)!r}" + (" (a file)" if root.exists() else ""))
+
+
+def find_images(root: Path) -> list[Path]:
+    """Finds every image file below a folder by its ending, sorted; hidden files and folders are skipped."""
+
+    def refuse(error: OSError) -> None:
+        text = f"{error.filename}: expected a folder that can be listed, found {error.strerror}"
+        raise ValueError(visible(text)) from error
+
+    found = []
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        seen = (Path(folder, name) for name in files if not name.startswith("."))
+        found += [path for path in seen if path.suffix.lower() in _ENDINGS]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def plain(image: Image, gray: bool) -> Image:
+    """Turns a Pillow image upright by its EXIF tag and makes it "L" or "RGB": 8 bits, transparency laid on white."""
+    pil = optional("PIL.Image", "image files")
+    image = optional("PIL.ImageOps", "image files").exif_transpose(image)
+    if image.mode.startswith("I;16"):  # a plain conversion would clip everything above 255 rather than scale it
+        image = pil.fromarray((optional("numpy", "image files").asarray(image) >> 8).astype("uint8"))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode!r} samples (32 bits), which have no fixed range")
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("L" if gray else "RGB")
+
+
+def decode(
+    source: Path | bytes, where: str, gray: bool, most_pixels: int | None = None, formats: Sequence[str] | None = None
+) -> Image:
+    """Decodes an image to a :func:`plain` Pillow image; of several frames or pages the first.
+
+    Args:
+        source: a file, or its contents.
+        where: what messages call it.
+        gray: "L" rather than "RGB".
+        most_pixels: of its width times height, looked at before any are decoded; no TIFF is then taken, since a tile in
+            it may be larger than the image. None: what Pillow allows (PIL.Image.MAX_IMAGE_PIXELS).
+        formats: Pillow's names of those that are taken, of FORMATS. None: all of these.
+    """
+    pil = optional("PIL.Image", "image files")
+    taken = [name for name in FORMATS if name in (formats or FORMATS) and (most_pixels is None or name != "TIFF")]
+    try:
+        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=taken) as opened:
+            width, height = opened.size
+            if most_pixels is not None and width * height > most_pixels:
+                text = f"{where}: expected an image of at most {most_pixels} pixels, found {width}x{height}"
+                raise UnreadableImageError(text)
+            return plain(opened, gray)
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # decoders raise many errors: OSError, SyntaxError, struct.error and others
+        said = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        if isinstance(error, pil.UnidentifiedImageError):  # it names the file once more
+            said = "cannot identify image file"
+        known = "" if formats is None else f" ({', '.join(taken)})"
+        raise UnreadableImageError(f"{where}: expected an image that Pillow can decode{known}, found {said}") from error
+
+
+def to_square(image: Image, side: int, where: str) -> Image:
+    """Cuts out the centred square of an image and scales it down to ``side``; smaller ones are unreadable."""
+    if min(image.size) < side:
+        found = "{}x{}".format(*image.size)
+        raise UnreadableImageError(f"{where}: expected an image of at least {side}x{side}, found {found}")
+    if image.size == (side, side):
+        return image
+    whole = min(image.size)
+    left, top = (image.width - whole) // 2, (image.height - whole) // 2
+    # Cropped first: a resize of a region would let its surroundings bleed in.
+    square = image.crop((left, top, left + whole, top + whole))
+    return square.resize((side, side), optional("PIL.Image", "image files").Resampling.LANCZOS)
+
+
+def pixels(image: Image) -> Tensor:
+    """Copies an "L" or "RGB" image to a tensor, uint8 (C, H, W)."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+
+def read_image(source: Path | bytes, side: int, gray: bool, where: str | None = None) -> Tensor:
+    """Decodes a file, or its contents, to uint8 (C, side, side): upright, its centred square, scaled down."""
+    name = str(source) if where is None else where
+    return pixels(to_square(decode(source, name, gray), side, name))
+
+
+def as_values(image: Any, where: str) -> Tensor:
+    """Gives a PIL image, or a uint8 tensor or array (C, H, W) or (H, W), as uint8 (C, H, W)."""
+    if hasattr(image, "getbands"):
+        return pixels(plain(image, image.mode in ("L", "1", "I;16")))  # what is grey stays grey
+    found = type(image).__name__
+    if hasattr(image, "__array_interface__"):
+        image = torch.from_numpy(optional("numpy", "arrays").array(image))
+    if isinstance(image, Tensor):
+        found = f"{image.dtype} {tuple(image.shape)}"
+    fits = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() in (2, 3)
+    expect(fits, where, "a PIL image, or a uint8 tensor or array (C, H, W) or (H, W)", found)
+    return (image.unsqueeze(0) if image.dim() == 2 else image).contiguous()
+
+
+def luma(values: Tensor) -> Tensor:
+    """Turns RGB uint8 (N, 3, H, W) into grey (N, 1, H, W) as Pillow does."""
+    count, _, height, width = values.shape
+    tall = values.permute(0, 2, 3, 1).reshape(count * height, width, 3).contiguous().numpy()
+    gray = optional("PIL.Image", "grey images").fromarray(tall).convert("L")
+    return pixels(gray).reshape(count, 1, height, width)
+
+
+def padded(values: Tensor, side: int) -> Tensor:
+    """Surrounds images (..., own, own) evenly with zeros to (..., side, side)."""
+    more = side - values.shape[-1]
+    return torch.nn.functional.pad(values, (more // 2, more - more // 2) * 2) if more else values
+
+
+def fixed_size(values: Tensor, config: DataConfig) -> Tensor:
+    """Gives 8-bit images of one size, uint8 (N, C, own, own), the side, colours and grey levels that are asked for."""
+    values = luma(values) if config.gray and values.shape[1] == 3 else values
+    return padded(values, config.side) >> (9 - config.n_bins.bit_length())
+
+
+def read_single(
+    source: Path | bytes,
+    where: str,
+    config: DataConfig,
+    image_shape: tuple[int, int, int],
+    n_bins: int,
+    most_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> Tensor:
+    """Reads an image file as pixels, uint8 (C, H, W) in 0..n_bins-1, prepared as the held-out images of ``config`` are.
+
+    An image of exactly H x W pixels is taken as it is, since a model may have drawn it. Of any other the centred square
+    is scaled: to the side of the source's images, if they have one, and padded with zeros to H x W; otherwise to H x W
+    and the margin that held-out images are cut out of. A photo is taken whole, not in tiles. Nothing is inverted:
+    digits are bright on dark.
+
+    Args:
+        source: a file, or its contents.
+        where: what messages call it.
+        config: the data that the model was trained on.
+        image_shape: (C, H, W) of the model, C 1 or 3, H = W.
+        n_bins: number of grey levels of the model's images, 2..256; an 8-bit value v becomes v n_bins // 256, so that
+            a grey level l that was shown as round(255 l / (n_bins - 1)) comes back as l.
+        most_pixels, formats: what is decoded at all, see :func:`pyglow_fast.data.files.decode`.
+
+    Raises:
+        ValueError: an image_shape or n_bins that no file can have, or one that does not go with ``config``.
+        UnreadableImageError: the file cannot be decoded, has too many pixels, or is smaller than it is to be scaled to.
+    """
+    shape = tuple(image_shape)
+    fits = len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2] and shape[1] >= 1
+    expect(fits, "image_shape", "(C, side, side) with 1 or 3 channels", shape)
+    expect(n_bins in range(2, 257), "n_bins", "a number of grey levels in 2..256", n_bins)
+    channels, side = shape[:2]
+    name = config.name.partition(":")[0]
+    own, margin = SOURCES[name].side, config.crop_margin
+    expect(own is None or side >= own, "image_shape", f"sides of at least {own}, as {name} has", shape)
+    image = decode(source, where, channels == 1, most_pixels, formats)
+    if image.size == (side, side):
+        values = pixels(image)
+    else:
+        values = padded(pixels(to_square(image, own or side + margin, where)), side + margin)
+        values = config.augmentation.central(values)
+    return (values.int() * n_bins // 256).to(torch.uint8)

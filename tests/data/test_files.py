@@ -1,0 +1,189 @@
+"""How image files become pixels, what is decoded at all, and that whatever is wrong is told in one line."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import EpsImagePlugin, Image
+from torch import Tensor
+
+from pyglow_fast.data import DataConfig, UnreadableImageError, load_data, read_single
+from pyglow_fast.train.figures import image_picture, png_bytes
+
+FOLDER = DataConfig("folder:x")
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def contents(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def read(image: Image.Image | bytes, side: int, channels: int = 3, n_bins: int = 256, **options: Any) -> Tensor:
+    """A file as a model on a folder sees it."""
+    data = image if isinstance(image, bytes) else contents(image)
+    return read_single(data, "upload 1", FOLDER, (channels, side, side), n_bins, **options)
+
+
+def refusal(data: bytes, **options: Any) -> str:
+    """The message, which is one line and begins with the name."""
+    with pytest.raises(UnreadableImageError) as caught:
+        read(data, 8, **options)
+    text = str(caught.value)
+    assert text.startswith("upload 1: expected an image")
+    assert "\n" not in text
+    return text.removeprefix("upload 1: ")
+
+
+def test_of_the_right_size_it_is_not_resampled() -> None:
+    image = noise(9, 9)
+    assert np.array_equal(read(image, 9).permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (6, 12)])
+def test_the_centre_is_kept(shape: tuple[int, int]) -> None:
+    image = Image.new("L", shape, 0)
+    left, top = (shape[0] - 6) // 2, (shape[1] - 6) // 2
+    image.paste(200, (left, top, left + 6, top + 6))
+    assert read(image, 3, 1).unique().tolist() == [200]
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "level"),
+    [
+        (Image.new("RGB", (4, 4), (255, 0, 0)), 1, 76),  # the luma, 0.299 * 255
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), 3, 255),  # on white
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 128)), 3, 127),
+        (Image.fromarray(np.full((4, 4), 0x8040, dtype=np.uint16)), 1, 0x80),  # scaled, not clipped
+    ],
+)
+def test_kinds_of_pixels(image: Image.Image, channels: int, level: int) -> None:
+    assert read(image, 4, channels).unique().tolist() == [level]
+
+
+def test_exif_turns_it_upright() -> None:
+    image = Image.new("L", (8, 4), 0)
+    image.paste(255, (0, 0, 8, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    assert read(contents(image, exif=exif), 4, 1, 2)[0].tolist() == [[0, 0, 1, 1]] * 4  # what was above is at the right
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_is_the_image(kind: str) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "lime")]
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    data = contents(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert read(data, 4)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("n_bits", range(1, 9))
+def test_n_bits_drops_the_lower_bits(tmp_path: Path, n_bits: int) -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    data = load_data(DataConfig(f"folder:{tmp_path}", size=16, gray=True, n_bits=n_bits))
+    expected = [value // 2 ** (8 - n_bits) for value in range(256)]
+    assert data.item(0).flatten().tolist() == expected
+    assert read(Image.fromarray(values), 16, 1, data.n_bins).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("n_bins", [2, 4, 16, 17, 32, 256])
+def test_a_grey_level_that_was_shown_comes_back(n_bins: int) -> None:
+    every = torch.arange(n_bins, dtype=torch.uint8).repeat(256 // n_bins + 1)[:256].reshape(1, 16, 16)
+    for channels in (1, 3):
+        found = read(png_bytes(image_picture(every, n_bins)), 16, channels, n_bins)
+        assert torch.equal(found, every.expand(channels, -1, -1))
+
+
+@pytest.mark.parametrize("options", [{}, {"gray": True}, {"n_bits": 5}, {"crop_margin": 3, "flip": True}, {"size": 8}])
+@pytest.mark.parametrize("size", [(40, 40), (50, 41)])
+def test_one_file_is_read_as_the_folder_it_lies_in(
+    tmp_path: Path, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    noise(*size).save(tmp_path / "x.png")
+    config = DataConfig(f"folder:{tmp_path}", **options)
+    data = load_data(config)
+    found = read_single(tmp_path / "x.png", "x", config, data.image_shape, data.n_bins)
+    assert torch.equal(found, data.item(0))
+
+
+def test_the_place_in_the_padding_is_that_of_training() -> None:
+    """A digit saved as it is, 8x8, is where the run's own digits are."""
+    own = load_data(DataConfig("digits")).item(5)
+    for margin in range(4):
+        config = DataConfig("digits", size=13, crop_margin=margin)
+        found = read_single(png_bytes(image_picture(own, 17)), "x", config, (1, 13, 13), 17)
+        assert torch.equal(found, load_data(config).item(5))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM"])
+def test_pixels_are_counted_before_they_are_decoded(kind: str) -> None:
+    data = contents(noise(32, 24), kind)
+    assert read(data, 8, most_pixels=32 * 24).shape == (3, 8, 8)
+    assert refusal(data, most_pixels=767) == "expected an image of at most 767 pixels, found 32x24"
+    if kind != "WEBP":  # whose decoder wants the whole file before it tells the size
+        # Its pixels cannot be decoded, which one who looks at them first would say.
+        assert "of at most 9 pixels, found 32x24" in refusal(data[: len(data) * 3 // 4], most_pixels=9)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header says a size, without its pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+# Where limits or formats are given, a TIFF's tile may be larger than the image, and an ICO tells its size too late.
+NOT_DECODED: dict[str, tuple[Callable[[], bytes], dict[str, Any], str]] = {
+    "no image": (lambda: b"this is no image", {}, "that Pillow can decode, found cannot identify image file"),
+    "half of one": (lambda: contents(noise(64, 64), "JPEG")[:1500], {}, "found image file is truncated"),
+    "too small": (lambda: contents(noise(20, 7)), {}, "of at least 8x8, found 20x7"),
+    "32 bits": (lambda: contents(Image.new("F", (9, 9), 0.5), "TIFF"), {}, "found 'F' samples"),
+    "a bomb": (lambda: bomb(20000), {}, "could be decompression bomb"),
+    "a large one": (lambda: bomb(9000), {"most_pixels": 50}, "of at most 50 pixels, found 9000x9000"),
+    "a program": (lambda: EPS, {}, "found cannot identify image file"),
+    "a program by name": (lambda: EPS, {"formats": ("EPS",)}, "found cannot identify image file"),
+    "TIFF": (lambda: contents(noise(9, 9), "TIFF"), {"most_pixels": 10**6}, "found cannot identify image file"),
+    "ICO": (lambda: contents(noise(32, 32), "ICO"), {}, "found cannot identify image file"),
+    "another": (lambda: contents(noise(9, 9), "BMP"), {"formats": ("PNG",)}, "decode (PNG), found cannot identify"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DECODED)
+def test_what_is_not_decoded(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: pytest.fail("it was started"))
+    make, options, message = NOT_DECODED[case]
+    assert message in refusal(make(), **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_bins", "message"),
+    [
+        ((2, 8, 8), 256, r"image_shape: expected \(C, side, side\) with 1 or 3 channels, found \(2, 8, 8\)"),
+        ((3, 8, 4), 256, r"image_shape: expected .* found \(3, 8, 4\)"),
+        ((1, 4, 4), 17, r"image_shape: expected sides of at least 8, as digits has, found \(1, 4, 4\)"),
+        ((1, 8, 8), 257, "n_bins: expected a number of grey levels in"),
+        ((1, 8, 8), math.nan, "n_bins: expected .* found nan"),
+    ],
+)
+def test_models_that_no_file_fits(shape: Any, n_bins: int, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + message):
+        read_single(contents(noise(20, 20)), "x", DataConfig("digits"), shape, n_bins)
