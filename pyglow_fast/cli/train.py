@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -260,10 +262,12 @@ def finish(result: Result, folder: RunFolder) -> int:
     say(summary(result), lines=True)
     say(folder.samples)
     say(folder.page)
+    name = shlex.quote(str(folder.path))
+    say(f"next: pyglow-fast sample {name} --out samples.png, or on a page: pyglow-fast serve {name}")
     return 0
 
 
-def _run(args: argparse.Namespace, given: Given, out: str, ranks: Ranks) -> int:
+def _run(args: argparse.Namespace, given: Given, out: str, ranks: Ranks, began: float) -> int:
     """Apart from ``run``, so that nothing of the training is left when the ranks part."""
     if ranks.first and not args.quiet:
         for note in given.notes:
@@ -275,12 +279,13 @@ def _run(args: argparse.Namespace, given: Given, out: str, ranks: Ranks) -> int:
             assert given.data is not None  # see run
             config, data = make_config(given.settings, given.data, given.preset)
             ready = start(config, out, args.overwrite, data, ranks)
-    result = ready.execute(args.quiet)
+    result = ready.execute(args.quiet, began)
     return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Train the model; returns the exit code."""
+    began = time.monotonic()  # max_minutes bounds all that follows
     with user_input():
         given = gathered(args, _SPECIAL)
         if given.preset is not None:
@@ -296,4 +301,4 @@ def run(args: argparse.Namespace) -> int:
         resolve_device(device)
         group = open_ranks(device)
     with group as ranks:
-        return _run(args, given, out, ranks)
+        return _run(args, given, out, ranks, began)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyglow_fast.data import optional
 
-INTERVAL = 30.0  # seconds between lines where there is no terminal
+INTERVAL = 10.0  # seconds between lines where there is no terminal
 
 
 def progress_line(words: str, total: int | None, unit: str = "image", initial: int = 0, quiet: bool = False) -> Any:

@@ -17,17 +17,15 @@ def csv_text(rows: Iterable[Sequence[Cell]], digits: int = 6) -> str:
     """The text of a CSV file with these rows, each ended by a newline.
 
     A text may come from elsewhere, and a spreadsheet would take some of it for a formula. One that begins with =, +,
-    -, @ (or their wide forms) or an apostrophe has an apostrophe before it, as spreadsheets mark a text: to have the
-    text itself, take one leading apostrophe away. Control characters in it, and bytes that are no UTF-8, are written
-    out, as \\n or \\udcff.
+    -, @ (or their wide forms) or an apostrophe has an apostrophe before it, as spreadsheets mark a text. Control
+    characters in it, and bytes that are no UTF-8, are written out, as \\n or \\udcff.
 
     Args:
         rows: of cells: texts, ints, floats, and None for an empty cell.
         digits: significant digits of floats; those that are not finite are ``nan``, ``inf`` and ``-inf``.
     """
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([_cell(value, digits) for value in row] for row in rows)
+    csv.writer(buffer, lineterminator="\n").writerows([_cell(value, digits) for value in row] for row in rows)
     return buffer.getvalue()
 
 

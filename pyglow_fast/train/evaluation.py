@@ -15,9 +15,8 @@ from pyglow_fast.data import Images, batches
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
 from pyglow_fast.models.class_head import class_bits
-from pyglow_fast.train.feed import noisy
 from pyglow_fast.train.ranks import Ranks
-from pyglow_fast.train.seeds import derive, random_subset
+from pyglow_fast.train.seeds import derive, noisy, random_subset
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,7 @@ TEMPORARY = ".partial"
 
 
 class FolderError(ValueError):
-    """Raised when the folder of a run cannot be made or written, or is that of another run by now.
-
-    Examples:
-        >>> from pathlib import Path
-        >>> from pyglow_fast.train import FolderError, RunFolder
-        >>> _ = Path("runs").write_text("a file where the folder of runs should be")
-        >>> try:
-        ...     RunFolder("runs/first").make()
-        ... except FolderError as error:
-        ...     print("no run was started:", error)
-        no run was started: out: ...
-    """
+    """Raised when the folder of a run cannot be made or written, or another process trains in it."""
 
 
 @contextmanager
@@ -48,9 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # some writers (safetensors) make files that only the owner can read
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -76,5 +63,4 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())

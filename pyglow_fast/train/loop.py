@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,70 +17,44 @@ import torch
 from pyglow_fast._errors import SingularMatrixError
 from pyglow_fast.data import UnreadableImageError, Yardstick, measure_yardsticks, optional
 from pyglow_fast.likelihood import count_not_finite
-from pyglow_fast.train.board import writer_class
+from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.evaluation import Score
-from pyglow_fast.train.feed import READER_DIED, InputLostError
 from pyglow_fast.train.figures import class_cycle, save_curve, to_pixels
 from pyglow_fast.train.files import FolderError, refusing, write_text
-from pyglow_fast.train.interrupt import StopRequest
-from pyglow_fast.train.memory import memory_mb
+from pyglow_fast.train.machine import memory_mb
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.page import environment, write_page
 from pyglow_fast.train.run_folder import RunFolder
 from pyglow_fast.train.seeds import derive
-from pyglow_fast.train.state import TrainingDivergedError, TrainState
-from pyglow_fast.train.writer import RunWriter
+from pyglow_fast.train.state import EVAL_BATCH, InputLostError, TrainingDivergedError, TrainState, reader_died
+from pyglow_fast.train.writer import RunWriter, board_class
 
 FINAL_TRAIN = 10_000  # training images that are scored at the end: more would take longer than they tell
+RESERVE = 0.2  # share of max_minutes that is kept for the end at most
+REPORTING = 3.0  # seconds that yardsticks, curve and page take, roughly
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: its last step, its scores, and why it ended.
-
-    Args:
-        step: steps done.
-        seconds: time spent, over all parts of the run.
-        stopped_by: number of the signal that ended it early, or None.
-        stopped_early: whether it ended since the held-out score did not improve any more.
-        held_out, train: final scores; None after a signal.
-        before: held-out score right after the data-dependent initialisation; None for a resumed run.
-        yardsticks: measured on the held-out images; empty after a signal.
-        skipped: steps without an update, since loss or gradient were not finite.
-        unreadable: images that could not be read and had another one in their place.
-
-    Examples:
-        >>> from pyglow_fast.train import Result, Score
-        >>> result = Result(step=1000, seconds=60.0, held_out=Score(3.21, 0.02, images=180))
-        >>> f"{result.held_out.mean} bits/dim after {result.step} steps"
-        '3.21 bits/dim after 1000 steps'
-        >>> result.stopped_by is None  # no signal ended it
-        True
-    """
+    """What a run came to: its last step, its scores, and why it ended."""
 
     step: int
-    seconds: float
-    stopped_by: int | None = None
-    stopped_early: bool = False
-    held_out: Score | None = None
+    seconds: float  # over all parts of the run
+    stopped_by: int | None = None  # the number of the signal that ended it
+    stopped_early: bool = False  # since the held-out score did not improve any more
+    held_out: Score | None = None  # of the end; None after a signal
     train: Score | None = None
-    before: Score | None = None
-    yardsticks: tuple[Yardstick, ...] = ()
-    skipped: int = 0
-    unreadable: int = 0
+    before: Score | None = None  # held out, right after the initialisation; None for a resumed run or a hurried one
+    yardsticks: tuple[Yardstick, ...] = ()  # measured on the held-out images
+    skipped: int = 0  # steps without an update, since loss or gradient were not finite
+    unreadable: int = 0  # images that could not be read and had another one in their place
 
 
 class Run:
     """A run that is ready to train: all that can be refused has been checked, and nothing has been written.
 
-    :func:`~pyglow_fast.train.start` and :func:`~pyglow_fast.train.resume` make it.
-
-    Args:
-        state: the model, the optimizer and how far the run is.
-        folder: where the run is kept.
-        resumed: whether it goes on from a checkpoint.
-        check: refuses a folder that is not as it was when the run was made ready; asked again under its lock.
-        notes: what to tell the user at the beginning.
+    :func:`~pyglow_fast.train.start` and :func:`~pyglow_fast.train.resume` make it. ``check`` refuses a folder that is
+    not as it was when the run was made ready; ``notes`` are told to the user at the beginning.
 
     Examples:
         >>> from pyglow_fast import GlowConfig
@@ -93,67 +68,61 @@ class Run:
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        folder: RunFolder,
-        resumed: bool,
-        check: Callable[[], object],
-        notes: tuple[str, ...] = (),
+        self, state: TrainState, folder: RunFolder, resumed: bool, check: Callable[[], object], notes: list[str]
     ) -> None:
-        for module in ("PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w"):
+        for module in ("PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w", "filelock"):
             optional(module, "training")  # better missed now than at the first picture
         if state.config.tensorboard:
-            writer_class()
+            board_class()
         self.state, self.folder, self.resumed, self.check, self.notes = state, folder, resumed, check, notes
-        self.writer = RunWriter(folder, state.config, state.ranks.first, quiet=True)
-        self._first_step = state.progress.step
-        self._scores: tuple[int, Score, Score] | None = None  # step, held out, train
+        self.writer = RunWriter(folder, state.config, state.ranks.first)
         self._before: Score | None = None
+        self._began = 0.0  # by the clock, as if all parts of the run had followed each other
         self._mark = (0.0, 0)  # time and step of the last row, for the speed
-        self._quiet = False
+        self._image_seconds, self._sample_seconds = 0.0, 0.0  # what it took to score an image and to draw samples
+        self._step_seconds = 0.0  # from the end of a step to that of the next one
+        self._hurried = False  # there is no time for what is due before the end
         self._signum = 0  # the signal that ends the run, whichever rank it was sent to
 
-    def execute(self, quiet: bool = False) -> Result:
+    def execute(self, quiet: bool = False, began: float | None = None) -> Result:
         """Train until a limit is reached or a signal comes.
 
         Args:
-            quiet: no progress bar and no lines.
+            quiet: no progress line and no other lines.
+            began: ``time.monotonic()`` at the beginning of what max_minutes bounds; None: now.
 
         Raises:
-            TrainingDivergedError: loss or gradient are NaN or inf again and again, or an update ruined the weights. The
-                folder keeps the last good checkpoint.
-            FolderError: the folder cannot be made or written, another process trains in it, or has since the run was
-                made ready.
-            SaveError: the last checkpoint cannot be written, or what follows it: scores, pictures and report.
-            RankError: another rank is gone.
-            InputLostError: an image cannot be read, or a process that reads them died; what was reached is saved where
-                that happened between two steps.
+            TrainingDivergedError, FolderError, SaveError, RankError, InputLostError: each says what is left.
         """
-        state, progress, first = self.state, self.state.progress, self.state.ranks.first
-        self._quiet = self.writer.quiet = quiet or not first
-        began = time.monotonic() - progress.seconds
+        state, progress = self.state, self.state.progress
+        threads, first = torch.get_num_threads(), state.ranks.first
+        self.writer.quiet = quiet or not first
+        self._began = (time.monotonic() if began is None else began) - progress.seconds
         state.ranks.wait()  # all have looked at the folder before one of them writes to it
-        if first:
-            self.folder.make()
-        with _threads(state.config.threads), StopRequest() as stop, self.folder.locked(first), self._reading():
+        with self.folder.locked() if first else nullcontext(), self._reported():
+            torch.set_num_threads(state.config.threads or threads)
             try:
-                self._open()
-                self._mark = (time.monotonic(), progress.step)
-                with self._bar() as bar:
-                    while not self._ended(stop):
-                        self._step()
-                        progress.seconds = time.monotonic() - began
-                        bar.update()
-                        self._after_step(bar)
-                progress.seconds = time.monotonic() - began
-                return self._stopped(self._signum) if self._signum else self._finish(stop)
+                with noted_signals() as signals:
+                    self._open()
+                    self._mark = (time.monotonic(), progress.step)
+                    progress.seconds = time.monotonic() - self._began
+                    with self._line("training", self._last_step() or progress.step + 1, "step", progress.step) as line:
+                        while not self._ended(signals):
+                            state.step()
+                            passed = time.monotonic() - self._began
+                            self._step_seconds, progress.seconds = passed - progress.seconds, passed
+                            self._show(line)
+                            self._after_step()
+                    self._save(final=True)  # before anything else can go wrong
+                return self._stopped() if self._signum else self._finish()
             finally:
+                torch.set_num_threads(threads)
                 state.close()
                 self.writer.close()
 
     def _open(self) -> None:
         """Bring the folder into the state that it must have before the first step."""
-        state, writer = self.state, self.writer
+        state, writer, count = self.state, self.writer, min(self.state.config.init_images, len(self.state.train))
         if state.ranks.first:
             with refusing():
                 try:
@@ -165,159 +134,117 @@ class Run:
             writer.say(note)
         if self.resumed:
             return
+        writer.say(f"the model is initialised from {count} images")
+        began = time.monotonic()
         state.initialize()
-        self._before = self._evaluate()
-        writer.add(self._row())
+        self._image_seconds = state.ranks.largest(time.monotonic() - began)[0] / count
+        scores = self._evaluate()
+        self._before = scores[0] if scores else None
+        writer.add(self._row(scores))
         writer.save(state.checkpoint())  # a good checkpoint is there from the first step on
 
-    def _bar(self) -> Any:
-        config, state = self.state.config, self.state
-        by_epochs = None if config.max_epochs is None else config.max_epochs * state.steps_per_epoch
-        total = min((limit for limit in (config.max_steps, by_epochs) if limit is not None), default=None)
-        tqdm = optional("tqdm", "the progress bar").tqdm
-        # disable=None: no bar where the output is not a terminal
-        return tqdm(total=total, initial=state.progress.step, unit="step", disable=True if self._quiet else None)
-
-    def _save(self, final: bool = False) -> None:
-        with self._reporting():
-            self.state.check()
-        self.writer.save(self.state.checkpoint(), final)
-
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Adds to the report of a divergence what is left and what to do; a singular matrix of the flow is one, too."""
-        try:
-            yield
-        except (TrainingDivergedError, SingularMatrixError) as error:
-            path, report = self.folder.checkpoint, str(error)
-            if isinstance(error, SingularMatrixError):
-                step = self.state.progress.step
-                report = f"training diverged at step {step}: after its update a matrix of the flow is singular"
-            raise TrainingDivergedError(
-                f"{report}\n  kept: {path}, the last good checkpoint\n"
-                "  try: a lower learning rate, a longer warm-up, or a smaller gradient clipping norm"
-            ) from error
-
-    def _step(self) -> None:
-        """One step. It reads before it changes anything, so what was reached is saved when that fails."""
-        try:
-            with self._reporting():
-                self.state.step()
-        except InputLostError as error:  # on all ranks
-            raise self._saved(error) from error
-
-    def _saved(self, error: Exception) -> InputLostError:
-        """Save what was reached, and return the error that tells so."""
-        if self.state.progress.step == self._first_step:
-            return InputLostError(str(error))
-        self.writer.save(self.state.checkpoint())
-        return InputLostError(f"{error}\n  saved: {self.folder.checkpoint}; go on with --resume")
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """A context for all else that reads; torch raises in the main thread when a reading process dies."""
-        try:
-            yield
-        except UnreadableImageError as error:  # raised in an evaluation, on this rank only
-            raise self._saved(error) if self.state.ranks.world == 1 else InputLostError(str(error)) from error
-        except RuntimeError as error:
-            if isinstance(error, InputLostError) or not READER_DIED.search(str(error)):
-                raise
-            # Perhaps in the middle of an update: there is nothing that could be saved.
-            raise InputLostError(f"{error}\n  the last checkpoint: {self.folder.checkpoint}") from error
-
-    def _finished(self) -> bool:
-        """Whether a limit that all ranks see alike is reached."""
-        config, progress = self.state.config, self.state.progress
-        return (
-            (config.max_steps is not None and progress.step >= config.max_steps)
-            or (config.max_epochs is not None and self.state.epoch >= config.max_epochs)
-            or self._stale()
-        )
-
-    def _stale(self) -> bool:
-        patience = self.state.config.patience
-        return patience is not None and self.state.progress.stale >= patience
-
-    def _ended(self, stop: StopRequest) -> bool:
-        """Whether no step is to follow: the ranks end together, whichever of them has a signal or the time over."""
-        minutes, seconds = self.state.config.max_minutes, self.state.progress.seconds
-        late = minutes is not None and seconds >= 60 * minutes
-        signum, late_somewhere = self.state.ranks.largest(stop.signum or 0, late)
-        self._signum = int(signum)
-        return bool(signum or late_somewhere) or self._finished()
-
-    def _after_step(self, bar: Any) -> None:
+    def _after_step(self) -> None:
         """Do whatever is due at this step, the last one too: a run that goes on later is as if it had not ended."""
         config, step = self.state.config, self.state.progress.step
         due = {name: step % getattr(config, f"{name}_every") == 0 for name in ("log", "eval", "sample", "save")}
         if step % config.check_ranks_every == 0:
             self.state.ranks.check_same(self.state.model)
-        if due["eval"]:
-            self._evaluate()
+        scores = self._evaluate() if due["eval"] else None
+        self._hurried = due["eval"] and scores is None
         if due["log"] or due["eval"]:
-            row = self._row()
-            self.writer.add(row)
-            shown = {"bits/dim": row["train_bpd"], "img/s": row["images_per_s"], "MB": row["memory_mb"]}
-            bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items() if value is not None})
-        if due["sample"]:
+            self.writer.add(self._row(scores))
+        if due["sample"] and not self._hurried:
             self._sample()
         if due["save"]:
             self._save()
 
-    def _evaluate(self, everything: bool = False) -> Score:
-        """Score both sides of the split, by default on at most config.eval_images each; returns the held-out score.
+    def _line(self, words: str, total: int | None, unit: str = "image", done: int = 0) -> Any:
+        return progress_line(words, total, unit, done, self.writer.quiet)
 
-        With ``everything`` all held-out images are scored, and at most FINAL_TRAIN of the others.
-        """
-        state, progress, config = self.state, self.state.progress, self.state.config
-        with state.averaged():
-            held_out = state.score(state.held_out, None if everything else config.eval_images)
-            train = state.score(state.train, FINAL_TRAIN if everything else config.eval_images)
-        self._scores = (progress.step, held_out, train)
-        lost = held_out.unreadable + train.unreadable
-        if lost:
-            self.writer.say(f"step {progress.step}: {lost} images of the evaluation cannot be read and are left out")
-        self.writer.say(
-            f"step {progress.step}: held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, "
-            f"train {train.mean:.3f}" + ("" if held_out.accuracy is None else f", accuracy {held_out.accuracy:.3f}")
+    def _show(self, line: Any) -> None:
+        """Move the progress line, which ends at the nearest limit."""
+        progress, left = self.state.progress, self._left()
+        if math.isfinite(left) and self._step_seconds > 0:
+            reach = progress.step + int(max(0.0, left) / self._step_seconds)
+            line.total = min((end for end in (self._last_step(), reach) if end is not None), default=None)
+        if progress.steps_summed:
+            line.set_postfix_str(f"{progress.loss_sum / progress.steps_summed:.3f} bits/dim", refresh=False)
+        line.update()
+
+    # Limits.
+
+    def _last_step(self) -> int | None:
+        """The step at which the run ends, as far as that is known."""
+        config = self.state.config
+        by_epochs = None if config.max_epochs is None else config.max_epochs * self.state.steps_per_epoch
+        return min((limit for limit in (config.max_steps, by_epochs) if limit is not None), default=None)
+
+    def _left(self, closing: bool = False) -> float:
+        """The seconds that max_minutes leaves until the end must begin, or in the end, for its scores (``closing``)."""
+        minutes, held_out, train = self.state.config.max_minutes, len(self.state.held_out), len(self.state.train)
+        if minutes is None:
+            return math.inf
+        end = self._sample_seconds + REPORTING
+        if not closing:
+            end = min(end + self._image_seconds * (held_out + min(FINAL_TRAIN, train)), RESERVE * 60 * minutes)
+        return 60 * minutes - (time.monotonic() - self._began) - end
+
+    def _ended(self, signals: list[int]) -> bool:
+        """Whether no step is to follow: the ranks end together, whichever of them has a signal or the time over."""
+        step, last = self.state.progress.step, self._last_step()
+        signum, late = self.state.ranks.largest(
+            max(signals, default=0), self._hurried or self._left() <= self._step_seconds
         )
-        if everything:  # these are scores of other images than those that they would be compared to
-            return held_out
-        # A folder that was removed has no best checkpoint any more.
-        (gone,) = state.ranks.largest(state.ranks.first and not self.folder.best.is_file())
-        better = progress.best is None or held_out.mean < progress.best
-        if math.isfinite(held_out.mean) and (better or gone):
-            progress.best = held_out.mean if better else progress.best
-            progress.stale = 0 if better else progress.stale + 1
+        self._signum = int(signum)
+        return bool(signum or late) or (last is not None and step >= last) or self._stale()
+
+    def _stale(self) -> bool:
+        patience = self.state.config.patience
+        return patience is not None and self.state.progress.stale >= patience
+
+    # What a run tells and keeps.
+
+    def _score(self, held_out: int, train: int) -> tuple[Score, Score]:
+        """Score so many images of each side of the split."""
+        state, began, images = self.state, time.monotonic(), held_out + train
+        with self._line("scoring", -(-images // state.ranks.world)) as line:
+            scores = state.score(state.held_out, held_out, line.update), state.score(state.train, train, line.update)
+        self._image_seconds = state.ranks.largest(time.monotonic() - began)[0] / images
+        if lost := sum(score.unreadable for score in scores):
+            self.writer.say(f"{lost} images cannot be read and are left out of the scores")
+        return scores
+
+    def _evaluate(self) -> tuple[Score, Score] | None:
+        """Score both sides of the split on at most config.eval_images each; None: there is no time for it."""
+        state, progress, count = self.state, self.state.progress, self.state.config.eval_images
+        counts = min(count, len(state.held_out)), min(count, len(state.train))
+        if state.ranks.largest(self._left() < self._image_seconds * sum(counts))[0]:
+            return None
+        held_out, train = self._score(*counts)
+        accuracy = "" if held_out.accuracy is None else f", accuracy {held_out.accuracy:.3f}"
+        self.writer.say(f"step {progress.step}: {_words(held_out, train)}{accuracy}")
+        if math.isfinite(held_out.mean) and (progress.best is None or held_out.mean < progress.best):
+            progress.best, progress.stale = held_out.mean, 0
             self.writer.save_best(state.checkpoint())
         else:
             progress.stale += 1
-        return held_out
+        return held_out, train
 
-    def _row(self, last: bool = False) -> Row:
+    def _row(self, scores: tuple[Score, Score] | None, last: bool = False) -> Row:
         """The row of this step; starts a new running mean unless it is the ``last`` one."""
         state, progress = self.state, self.state.progress
-        now, step = time.monotonic(), progress.step
-        then, last_step = self._mark
-        row: Row = {
-            "step": step,
-            "epoch": state.epoch,
-            "seconds": progress.seconds,
-            "memory_mb": memory_mb(state.device),
-            "skipped_steps": progress.skipped,
-            "unreadable_images": progress.unreadable,
-        }
-        row |= {"train_bpd": None, "images_per_s": None}
-        if progress.steps_summed:
-            row["train_bpd"] = progress.loss_sum / progress.steps_summed
+        now, step, (then, last_step) = time.monotonic(), progress.step, self._mark
+        row: Row = {"step": step, "epoch": state.epoch, "seconds": progress.seconds}
+        row |= {"memory_mb": memory_mb(state.device), "skipped_steps": progress.skipped}
+        row["unreadable_images"] = progress.unreadable
+        if count := progress.steps_summed:
+            row |= {"train_bpd": progress.loss_sum / count, "lr": state.lr, "grad_norm": state.grad_norm}
             if state.model.head is not None:
-                row["train_class_bits"] = progress.class_sum / progress.steps_summed
-            row |= {"lr": state.lr, "grad_norm": state.grad_norm}
+                row["train_class_bits"] = progress.class_sum / count
         if step > last_step:
             row["images_per_s"] = (step - last_step) * state.config.batch_size / (now - then)
-        if self._scores is not None and self._scores[0] == step:
-            _, held_out, train = self._scores
+        if scores is not None:
+            held_out, train = scores
             row |= {"held_out_bpd": held_out.mean, "held_out_se": held_out.standard_error}
             row |= {"train_subset_bpd": train.mean, "train_subset_se": train.standard_error}
             row |= {"held_out_class_bits": held_out.class_bits, "held_out_accuracy": held_out.accuracy}
@@ -327,79 +254,123 @@ class Run:
         return row
 
     def _sample(self) -> None:
-        state, config = self.state, self.state.config
+        state, config, began = self.state, self.state.config, time.monotonic()
         if not state.ranks.first:
             return
         generator = torch.Generator(state.device).manual_seed(derive(config.seed, "samples"))
         y = class_cycle(config.sample_count, config.model.n_classes, state.device)
-        with state.averaged() as model:
-            model.eval()
-            with self._reporting():
-                x = model.sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
-        bad = count_not_finite(x)
-        if bad:
+        x = state.averaged.eval().sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
+        if bad := count_not_finite(x):
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
-        self.writer.samples(state.progress.step, to_pixels(x, state.n_bins), state.n_bins)
+        self.writer.samples(state.progress.step, to_pixels(x, state.train.n_bins), state.train.n_bins)
+        self._sample_seconds = time.monotonic() - began
 
-    def _stopped(self, signum: int) -> Result:
+    def _save(self, final: bool = False) -> None:
+        self.state.check()
+        self.writer.save(self.state.checkpoint(), final)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Makes of what ends a run a report that says what is left and what to do."""
+        try:
+            yield
+        except (TrainingDivergedError, SingularMatrixError) as error:
+            report = str(error)
+            if isinstance(error, SingularMatrixError):
+                step = self.state.progress.step
+                report = f"training diverged at step {step}: after its update a matrix of the flow is singular"
+            raise TrainingDivergedError(
+                f"{report}\n  kept: {self.folder.checkpoint}, the last good checkpoint\n"
+                "  try: a lower learning rate, a longer warm-up, or a smaller gradient clipping norm"
+            ) from error
+        except (InputLostError, UnreadableImageError, RuntimeError) as error:
+            if not isinstance(error, InputLostError | UnreadableImageError) and not reader_died(error):
+                raise
+            # The first is between two steps, on all ranks; the second in an evaluation, of which others know nothing; a
+            # reader's death may have come in the middle of an update.
+            alone = isinstance(error, UnreadableImageError) and self.state.ranks.world == 1 and self.folder.saved()
+            saved = isinstance(error, InputLostError) or alone
+            if saved:
+                self.writer.save(self.state.checkpoint())
+            kept = f"saved: {self.folder.checkpoint}; go on with --resume" if saved else ""
+            raise InputLostError(f"{error}\n  {kept or f'the last checkpoint: {self.folder.checkpoint}'}") from error
+
+    # The end.
+
+    def _result(self, **found: Any) -> Result:
         progress = self.state.progress
-        self._save(final=True)
-        self.writer.say(f"stopped by {signal.Signals(signum).name} at step {progress.step}; saved")
-        return Result(progress.step, progress.seconds, signum, skipped=progress.skipped, unreadable=progress.unreadable)
+        found |= {"skipped": progress.skipped, "unreadable": progress.unreadable}
+        return Result(progress.step, progress.seconds, **found)
 
-    def _finish(self, stop: StopRequest) -> Result:
-        """Save the last checkpoint; write scores on all images, pictures and report, which leave the run as it is."""
-        state, progress, folder = self.state, self.state.progress, self.folder
-        self._save(final=True)  # before anything else can go wrong
-        stop.release()
-        refused = len(self.writer.refused)
-        self._evaluate(everything=True)
-        assert self._scores is not None
-        _, held_out, train = self._scores
-        self.writer.add_last(self._row(last=True))
+    def _stopped(self) -> Result:
+        name, step = signal.Signals(self._signum).name, self.state.progress.step
+        self.writer.say(f"stopped by {name} at step {step}; saved")
+        for lost in self.writer.lost_rows():
+            self.writer.say(f"warning: {lost}")
+        return self._result(stopped_by=self._signum)
+
+    def _finish(self) -> Result:
+        """Write scores on all images, pictures and report, which leave the run as it is."""
+        state, folder, refused = self.state, self.folder, len(self.writer.refused)
+        held_out, train = self._score(*self._final_counts())
+        self.writer.add(self._row((held_out, train), last=True))
         self._sample()
-        # The other ranks are done: whatever follows would only make them wait.
-        found = tuple(measure_yardsticks(state.train, state.held_out)) if state.ranks.first else ()
-        result = Result(
-            progress.step,
-            progress.seconds,
-            None,
-            self._stale(),
-            held_out,
-            train,
-            self._before,
-            found,
-            progress.skipped,
-            progress.unreadable,
-        )
-        yardsticks = {item.name: item.bits_per_dim for item in found}
+        scores = {"held_out": held_out, "train": train, "before": self._before, "stopped_early": self._stale()}
+        if not state.ranks.first:  # it is done: whatever follows would only make it wait
+            return self._result(**scores)
+        found = tuple(measure_yardsticks(state.train, state.held_out))
+        result = self._result(**scores, yardsticks=found)
         # The page needs what the other files do not hold, or may not hold any more.
         about = {"data": state.train.name, "config": state.config.to_dict(), "environment": environment()}
-        text = json.dumps(_json_able(asdict(result) | about), indent=2) + "\n"
+        plain = json.loads(json.dumps(asdict(result) | about), parse_constant=lambda name: None)  # JSON has no NaN
+        yardsticks = {item.name: item.bits_per_dim for item in found}
         write = self.writer.attempt
         write("the curve", lambda: save_curve(read_metrics(folder.metrics), folder.curve, yardsticks))
-        if write("the report", lambda: write_text(folder.report, text)) is None:
+        if write("the report", lambda: write_text(folder.report, json.dumps(plain, indent=2) + "\n")) is None:
             write("the page of the report", lambda: write_page(folder))
-        reached = f"held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, train {train.mean:.3f}"
-        self.writer.check_end(refused, reached)
+        self.writer.check_end(refused, _words(held_out, train))
         return result
+
+    def _final_counts(self) -> tuple[int, int]:
+        """How many images of each side are scored at the end: fewer than wanted where max_minutes leaves no time."""
+        state = self.state
+        held_out, train = len(state.held_out), min(FINAL_TRAIN, len(state.train))
+        affordable = -state.ranks.largest(-self._left(closing=True) / max(self._image_seconds, 1e-9))[0]
+        if affordable >= held_out + train:
+            return held_out, train
+        few_held_out = min(held_out, max(EVAL_BATCH, int(affordable)))
+        few_train = min(train, max(EVAL_BATCH, int(affordable) - few_held_out))
+        self.writer.say(
+            f"scored at the end: {few_held_out} of {held_out} held-out images and {few_train} of the others, as "
+            "--max-minutes leaves no time for more"
+        )
+        return few_held_out, few_train
+
+
+def _words(held_out: Score, train: Score) -> str:
+    return f"held-out {held_out.mean:.3f} ± {held_out.error_text} bits/dim, train {train.mean:.3f}"
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Lets torch use ``count`` threads for a while; None leaves its choice."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(count or former)
+def noted_signals() -> Iterator[list[int]]:
+    """A context in which the first SIGINT or SIGTERM is only put into the list; a second has its ordinary effect.
+
+    Python lets only the main thread handle signals; in another thread none is noted.
+    """
+    found: list[int] = []
+    former: dict[int, Any] = {}
+
+    def note(signum: int, frame: object) -> None:
+        found.append(signum)
+        restore()
+
+    def restore() -> None:
+        while former:
+            signal.signal(*former.popitem())
+
+    if threading.current_thread() is threading.main_thread():
+        former.update({signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)})
     try:
-        yield
+        yield found
     finally:
-        torch.set_num_threads(former)
-
-
-def _json_able(value: Any) -> Any:
-    """JSON has no NaN (the standard error of one image): null instead."""
-    if isinstance(value, dict):
-        return {key: _json_able(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_able(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        restore()

@@ -1,13 +1,13 @@
-"""Writes metrics.csv, one row for every step that is logged or evaluated, appended as the run goes."""
+"""The rows of metrics.csv, one for every step that is logged or evaluated: their columns, text and reading."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from pyglow_fast._errors import visible
 from pyglow_fast.train.csv_text import csv_text
-from pyglow_fast.train.files import write_text
 
 COLUMNS = (
     "step",
@@ -31,24 +31,15 @@ COLUMNS = (
 Row = dict[str, float | int | None]
 
 
-class MetricsLog:
-    """A CSV file that rows are appended to; a resumed run drops the rows after its checkpoint and writes them again."""
+def rows_text(rows: Iterable[Row]) -> str:
+    """Write rows as lines; names that are missing stay empty."""
+    return csv_text([row.get(name) for name in COLUMNS] for row in rows)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def start(self, last_step: int | None = None) -> None:
-        """Write the header (``last_step`` None), or keep the rows up to ``last_step``."""
-        former = [] if last_step is None else read_metrics(self.path)
-        rows = [row for row in former if last_step is not None and int(row["step"] or 0) <= last_step]
-        write_text(self.path, csv_text([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]))
-
-    def add(self, row: Row) -> None:
-        """Append one row; names that are missing stay empty."""
-        line = csv_text([[row.get(name) for name in COLUMNS]])
-        # One write of one whole line: a reader sees a row or none.
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode())
+def merged(known: Row, new: Row) -> Row:
+    """Take two rows of one step for one: what is known stays, but for scores, which the new row may have of more."""
+    scores = {name: value for name, value in new.items() if name.startswith(("held_out", "train_subset"))}
+    return new | {name: value for name, value in (*known.items(), *scores.items()) if value is not None}
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -63,8 +54,7 @@ def read_metrics(path: Path) -> list[Row]:
     # The rows are read by hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
     header, *lines = text.split("\n")
     torn = lines.pop() if lines else ""  # what follows the last line end: nothing, unless the last row was cut off
-    names = header.split(",")
-    rows = [_row(names, line) for line in lines]
+    rows = [_row(header.split(","), line) for line in lines]
     bad = rows.count(None) + (torn != "")
     if bad:
         what = "1 row that cannot be read is" if bad == 1 else f"{bad} rows that cannot be read are"

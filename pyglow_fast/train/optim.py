@@ -1,4 +1,4 @@
-"""Makes the optimizers, and the schedule of the learning rate."""
+"""Makes the optimizers and the average of the weights, and has the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
 
@@ -39,3 +40,18 @@ def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int 
     falling = max(1, decay_steps - warmup_steps)
     done = min(1.0, max(0.0, (step - warmup_steps) / falling))
     return lr * warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
+    """Make an average of the weights: average += (1 - d) (weights - average), d = min(decay, (1 + t) / (10 + t)).
+
+    The first ``update_parameters(model)`` copies the weights, the t-th after it does the above. The rising decay lets
+    the average forget the first, quickly changing weights (as in TensorFlow's ExponentialMovingAverage with
+    num_updates, which the released Glow uses). ``.module`` is a model with the averaged weights.
+    """
+
+    def average(averaged: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
+        t = int(updates)
+        torch._foreach_lerp_(averaged, weights, 1.0 - min(decay, (1 + t) / (10 + t)))
+
+    return AveragedModel(model, multi_avg_fn=average).requires_grad_(False)  # type: ignore[arg-type]

@@ -1,13 +1,13 @@
-"""Runs one training in several processes: who is who, sums over all, and what to say when one is gone."""
+"""Runs one training in the processes that torchrun starts: who is who, and sums over all of them."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import gc
+import hashlib
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,55 +16,26 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before a group is joined: its default arguments would keep that group for good
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from pyglow_fast._errors import expect
-from pyglow_fast.train.devices import resolve_device
+from pyglow_fast.train.machine import resolve_device
 
 TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits for one that is silent
-_REASON_WAIT = 2.0  # seconds that a failing rank has to leave its reason
 _LOST = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store", re.IGNORECASE)
 
 
 class RankError(RuntimeError):
-    """Raised when another process of the run is gone, or its weights differ from those of this one.
-
-    Examples:
-        >>> from pyglow_fast.train import RankError, open_ranks
-        >>> try:
-        ...     with open_ranks() as ranks:  # the processes of torchrun, if it started this one
-        ...         print("rank", ranks.rank, "of", ranks.world)  # start(..., ranks=ranks) trains in all
-        ... except RankError as error:
-        ...     print("another process is gone:", error)
-        rank 0 of 1
-    """
+    """Raised when another process of the run is gone, or its weights differ from those of this one."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train one model together, as one of them sees them.
-
-    Args:
-        rank, world: the number of this process, from 0, and how many there are.
-        local: its number on this machine, which is that of its GPU.
-        device: where small tensors are put that all ranks add up.
-
-    Examples:
-        >>> import torch
-        >>> from pyglow_fast.train import Ranks
-        >>> second = Ranks(rank=1, world=3)
-        >>> second.share(torch.arange(10))  # the others have 0..3 and 7..9
-        tensor([4, 5, 6])
-        >>> second.first, Ranks().first
-        (False, True)
-    """
+    """The processes that train one model together, as one of them sees them."""
 
     rank: int = 0
     world: int = 1
-    local: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    store: Any = None
+    local: int = 0  # the number on this machine, which is that of the rank's GPU
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # of what all ranks add up
 
     @property
     def first(self) -> bool:
@@ -89,12 +60,11 @@ class Ranks:
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def gathered(self, value: Any) -> list[Any]:
-        """Collect ``value`` of every rank, in their order, on the first rank; the others get a list of None."""
-        if self.world == 1:
-            return [value]
-        found: list[Any] = [None] * self.world
-        with self.talking():
-            dist.gather_object(value, found if self.first else None)
+        """Collect ``value`` of every rank, in their order, on every rank."""
+        found = [value] * self.world
+        if self.world > 1:
+            with self.talking():
+                dist.all_gather_object(found, value)
         return found
 
     def wait(self) -> None:
@@ -107,89 +77,43 @@ class Ranks:
 
     @contextlib.contextmanager
     def talking(self) -> Iterator[None]:
-        """A context for whatever waits for other ranks: what fails there becomes a RankError.
-
-        Raises:
-            RankError: one of them is gone.
-        """
+        """A context for whatever waits for other ranks: that one is gone becomes a RankError."""
         try:
             yield
         except RuntimeError as error:
             if self.world == 1 or isinstance(error, RankError) or not _LOST.search(str(error)):
                 raise
-            raise RankError(f"rank {self.rank} of {self.world} stops: {self._reason(error)}") from error
-
-    def tell(self, reason: str) -> None:
-        """Leave the other ranks the reason why this one ends."""
-        if self.world > 1:
-            with contextlib.suppress(Exception):  # the store may be gone too, and the reason is printed here anyway
-                self.store.set(f"ended.{self.rank}", reason)
-
-    def _reason(self, error: RuntimeError) -> str:
-        found = []
-        time.sleep(_REASON_WAIT)
-        for rank in range(self.world):
-            with contextlib.suppress(Exception):
-                if rank != self.rank and self.store.check([f"ended.{rank}"]):
-                    found.append(f"rank {rank} ended: {self.store.get(f'ended.{rank}').decode()}")
-        text = "; ".join(found) or "another rank ended without a word (killed, or out of memory?)"
-        return f"{text} ({' '.join(str(error).split())[:200]})"
+            why = " ".join(str(error).split())[:200]
+            raise RankError(f"rank {self.rank} of {self.world} stops: another rank ended ({why})") from error
 
     def check_images(self, digest: str, count: int) -> None:
-        """Compare the images of all ranks by their fingerprints, and refuse to train on different ones.
-
-        Args:
-            digest: the fingerprint of this rank's images, see :meth:`pyglow_fast.data.Images.fingerprint`.
-            count: how many images there are.
-
-        Raises:
-            ValueError: on every rank, naming those that have others than the first one.
-            RankError: another rank is gone.
-        """
-        found: list[Any] = [(digest, count)] * self.world
-        if self.world > 1:
-            with self.talking():
-                dist.all_gather_object(found, (digest, count))
+        """Refuse, on every rank, to train on images whose fingerprints differ."""
+        found = self.gathered((digest, count))
         others = [f"rank {rank} has {own[1]}" for rank, own in enumerate(found) if own != found[0]]
         same = f"the same images on all {self.world} ranks"
         expect(not others, "data", same, f"others than the {found[0][1]} of rank 0: {', '.join(others)}")
 
     def check_same(self, model: nn.Module) -> None:
-        """Compare a digest of every parameter over all ranks, and refuse weights that are not the same bit for bit.
-
-        Raises:
-            RankError: on every rank, naming the first parameter that differs.
-        """
+        """Refuse, by a RankError on every rank, weights that are not the same on all of them bit for bit."""
         if self.world == 1:
             return
-        named = dict(model.named_parameters())
-        digests = torch.stack([_digest(value.detach()) for value in named.values()]).to(self.device)
-        low, high = digests.clone(), digests.clone()
-        with self.talking():
-            dist.all_reduce(low, dist.ReduceOp.MIN)
-            dist.all_reduce(high, dist.ReduceOp.MAX)
-        differ = (low != high).flatten(1).any(1).nonzero().flatten().tolist()
+        found = self.gathered({name: _digest(value.detach()) for name, value in model.named_parameters()})
+        differ = [name for name, digest in found[0].items() if any(own[name] != digest for own in found)]
         if differ:
-            first = list(named)[differ[0]]
             raise RankError(
                 f"weights: expected the same on all {self.world} ranks, found {len(differ)} parameters that differ, "
-                f"the first {first}"
+                f"the first {differ[0]}"
             )
 
 
-def _digest(values: Tensor) -> Tensor:
-    """Two sums over the bits of ``values``, the second one weighted by place: int64 that wraps around."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = values.contiguous().flatten().view(integers[values.element_size()]).long()
-    places = torch.arange(1, bits.numel() + 1, device=bits.device)
-    return torch.stack([bits.sum(), (bits * places).sum()])
+def _digest(values: Tensor) -> bytes:
+    return hashlib.sha256(values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
 
 
 def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
     """A context with the process group that torchrun's environment describes; one rank alone without it.
 
-    Args:
-        device: the ``device`` of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one for each rank, by nccl.
+    ``device`` is that of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one for each rank, by nccl.
 
     Raises:
         ValueError: an environment that is not torchrun's; a device that the ranks cannot have.
@@ -205,7 +129,22 @@ def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
         expect(fits, name, "a value that torchrun sets", value)
     expect(":" not in device, "device", "'cpu', 'cuda' or 'auto' for several ranks", repr(device))
     local = int(os.environ["LOCAL_RANK"])
-    return _opened(resolve_device(device, local), local)
+    return _joined(resolve_device(device, local), local)
+
+
+@contextlib.contextmanager
+def _joined(device: torch.device, local: int) -> Iterator[Ranks]:
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)  # where torch.distributed puts what it pickles
+    try:
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=device if gpu else None)
+    except (RuntimeError, OSError) as error:
+        raise RankError(f"the ranks cannot be joined: {' '.join(str(error).split())[:300]}") from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local, device)
+    finally:
+        leave_group()
 
 
 def leave_group() -> None:
@@ -216,34 +155,3 @@ def leave_group() -> None:
     """
     gc.collect()  # a DistributedDataParallel is part of a cycle
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _opened(device: torch.device, local: int) -> Iterator[Ranks]:
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.set_device(device)  # where torch.distributed puts what it pickles
-    try:
-        # The store is asked for by hand, so that reasons can be left in it.
-        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-        store.set_timeout(TIMEOUT)
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            store=PrefixStore("group", store),
-            rank=rank,
-            world_size=size,
-            timeout=TIMEOUT,
-            device_id=device if gpu else None,
-        )
-    except (RuntimeError, OSError) as error:
-        raise RankError(f"the ranks cannot be joined: {' '.join(str(error).split())[:300]}") from error
-    ranks = Ranks(rank, size, local, device, PrefixStore("reasons", store))
-    try:
-        yield ranks
-    except BaseException as error:
-        ranks.tell(f"{type(error).__name__}: {error}".split("\n")[0])
-        if ranks.first:  # the store may be this process's: the others are given time to read the reason
-            time.sleep(_REASON_WAIT + 1.0)
-        raise
-    finally:
-        leave_group()

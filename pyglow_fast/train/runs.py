@@ -7,14 +7,12 @@ from typing import Any
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, load_data
-from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import LIMITS, TrainConfig
-from pyglow_fast.train.config_file import to_toml
 from pyglow_fast.train.loop import Run
+from pyglow_fast.train.machine import versions
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.run_folder import RunFolder
 from pyglow_fast.train.state import TrainState
-from pyglow_fast.train.versions import versions
 
 
 def start(
@@ -36,9 +34,8 @@ def start(
     """
     folder = RunFolder(out)
     folder.check_new(overwrite)
-    _check_text(config)
     state = TrainState(config, load_data(config.data) if data is None else data, ranks)
-    return Run(state, folder, resumed=False, check=lambda: folder.check_new(overwrite))
+    return Run(state, folder, resumed=False, check=lambda: folder.check_new(overwrite), notes=[])
 
 
 def resume(
@@ -63,8 +60,7 @@ def resume(
             other images; nothing has been written then.
     """
     folder = RunFolder(out)
-    mark = folder.mark()
-    checkpoint = folder.load()
+    listed, checkpoint = folder.saved(), folder.load()
     # The file may say more than the checkpoint: what was changed by hand, or by a resume that saved nothing yet.
     written = folder.read_config()
     config = written.adjusted(**changes)
@@ -74,46 +70,25 @@ def resume(
         config = replace(config, data=replace(config.data, name=data_name))
     state = TrainState(config, load_data(config.data) if data is None else data, ranks)
     state.restore(checkpoint, str(folder.of_step(checkpoint.progress["step"])))
+    progress = state.progress
     if config.eval_images != checkpoint.config.eval_images:  # scores of other images are not compared
-        state.progress.best, state.progress.stale = None, 0
-    done = _done(state)
-    for name in LIMITS:
-        value, (reached, text) = changes.get(name), done[name]
+        progress.best, progress.stale = None, 0
+    for name, reached in zip(LIMITS, (progress.step, state.epoch, progress.seconds / 60), strict=True):
+        value, unit = changes.get(name), name.removeprefix("max_")
         # The limit that the run had may be named again: whoever repeats a command gets the report once more.
         ahead = value is None or value > reached or value == getattr(written, name)
-        expect(ahead, name, f"more than the {text} done", value)
-    notes = _differences(checkpoint, config)
-    return Run(state, folder, resumed=True, check=lambda: folder.check_unchanged(mark), notes=notes)
+        expect(ahead, name, f"more than the {reached:.6g} {unit} done", value)
 
+    def check() -> None:
+        same = folder.saved() == listed
+        expect(same, "out", "the run as it was when it was read", f"another state in {out!r} (resume again)")
 
-def _check_text(config: TrainConfig) -> None:
-    """Refuse, before a former run is removed, what could not be written to config.toml."""
-    try:
-        to_toml(config).encode()
-    except UnicodeEncodeError:
-        found = ascii(config.data.name)
-        raise ValueError(f"data: expected a path that is text in UTF-8, found {found}") from None
-
-
-def _differences(checkpoint: Checkpoint, config: TrainConfig) -> tuple[str, ...]:
-    """What is not as it was when the checkpoint was written, in lines."""
-    lines = [
+    notes = [
         f"resumed with {name} = {now!r} (it was {was!r})"
         for name, (was, now) in checkpoint.config.changes(config).items()
     ]
     for name, now in versions().items():
-        was = checkpoint.written_by.get(name, "unknown")
+        was, what = checkpoint.written_by.get(name, "unknown"), "code of pyglow_fast" if name == "code" else name
         if was != now:
-            what = "code of pyglow_fast" if name == "code" else name
-            lines.append(f"resumed with another version: {what} {now} (it was {was}); results may differ in rounding")
-    return tuple(lines)
-
-
-def _done(state: TrainState) -> dict[str, tuple[float, str]]:
-    """How far a run is by each of its limits, as a number and in words."""
-    step, epoch, minutes = state.progress.step, state.epoch, state.progress.seconds / 60
-    return {
-        "max_steps": (step, f"{step} steps"),
-        "max_epochs": (epoch, f"{epoch} epochs"),
-        "max_minutes": (minutes, f"{minutes:.3g} minutes"),
-    }
+            notes.append(f"resumed with another version: {what} {now} (it was {was}); results may differ in rounding")
+    return Run(state, folder, resumed=True, check=check, notes=notes)

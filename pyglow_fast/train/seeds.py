@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyglow_fast.likelihood import dequantize
+
 
 def derive(seed: int, *names: str | int) -> int:
     """Derive a 63-bit seed for the stream that ``names`` describe; it is the same on every machine."""
@@ -53,3 +55,9 @@ def keyed_noise(keys: Sequence[int], shape: Sequence[int], device: torch.device)
     for key, part in zip(keys, noise, strict=True):
         torch.rand(part.shape, generator=generator.manual_seed(key), device=device, out=part)
     return noise
+
+
+def noisy(pixels: Tensor, keys: list[int], n_bins: int, device: torch.device) -> Tensor:
+    """Dequantise ``pixels``: x in [-0.5, 0.5), each image with the noise that its key determines."""
+    pixels = pixels.to(device, non_blocking=True)
+    return dequantize(pixels, n_bins, noise=keyed_noise(keys, pixels.shape[1:], device))

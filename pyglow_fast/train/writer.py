@@ -2,57 +2,55 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from pyglow_fast.data import optional
-from pyglow_fast.train.board import Board
+from pyglow_fast.data import MissingExtraError, optional
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.figures import class_columns, grid, save_picture
-from pyglow_fast.train.files import refusing
-from pyglow_fast.train.metrics import MetricsLog, Row, read_metrics
+from pyglow_fast.train.files import refusing, write_text
+from pyglow_fast.train.metrics import COLUMNS, Row, merged, read_metrics, rows_text
 from pyglow_fast.train.run_folder import RunFolder
 
 
 class SaveError(OSError):
-    """Raised when the end of a run cannot be written; the message says what is on the disk.
+    """Raised when the end of a run cannot be written; the message says what is on the disk."""
 
-    Examples:
-        >>> from pathlib import Path
-        >>> from pyglow_fast import GlowConfig
-        >>> from pyglow_fast.train import SaveError, TrainConfig, start
-        >>> model = GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4)
-        >>> run = start(TrainConfig(model=model, max_steps=1), "runs/tiny")
-        >>> run.folder.page = Path("gone/report.html")  # a place that cannot be written
-        >>> try:
-        ...     run.execute(quiet=True)
-        ... except SaveError as error:
-        ...     print(error)
-        the end of the run cannot be written: the page of the report ...
-    """
+
+def board_class() -> Any:
+    """Import TensorBoard's SummaryWriter, which is an optional library."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError(
+            f"tensorboard is needed for event files and cannot be imported ({error}): "
+            'pip install "pyglow-fast[tensorboard]"'
+        ) from error
 
 
 class RunWriter:
-    """A writer of all files of one run; it writes on the first rank only, and does nothing on the others.
+    """A writer of all files of one run; it writes on the ``first`` rank only, and does nothing on the others.
 
-    Args:
-        folder: the folder of the run.
-        config: the settings of the run.
-        first: whether this is the rank that writes.
-        quiet: print nothing.
+    A write that fails is said, and the run goes on. A row that cannot be written waits, and is written with the next.
     """
 
-    def __init__(self, folder: RunFolder, config: TrainConfig, first: bool, quiet: bool) -> None:
-        self.folder, self.config, self.first, self.quiet = folder, config, first, quiet
-        self.metrics = MetricsLog(folder.metrics)
+    def __init__(self, folder: RunFolder, config: TrainConfig, first: bool) -> None:
+        self.folder, self.config, self.first, self.quiet = folder, config, first, not first
         self.refused: list[str] = []  # what could not be written so far, and why
-        self._board = Board(None)
+        self._waiting: list[Row] = []
+        self._last_row: float | int | None = None  # the step of the last row in the file
+        self._board: Any = None
 
     def open(self, step: int | None) -> None:
         """Make the folder of a new run (``step`` None), or go on in that of a resumed one after ``step``.
+
+        Rows after the step of a resumed run are dropped: they will be written again.
 
         Raises:
             FolderError: it cannot be made or written.
@@ -62,36 +60,24 @@ class RunWriter:
         with refusing():
             if step is None:
                 self.folder.create(self.config)
-                self.metrics.start()
             else:
                 self.folder.set_aside(step)
-                self.metrics.start(step)
                 self.folder.write_config(self.config)
+            self._rewrite([row for row in read_metrics(self.folder.metrics) if int(row["step"] or 0) <= (step or 0)])
             if self.config.tensorboard:
-                self._board = Board(self.folder.events, None if step is None else step + 1)
+                purge = None if step is None else step + 1  # TensorBoard hides what was written from there on
+                self._board = board_class()(str(self.folder.events), purge_step=purge)
 
     def say(self, text: str) -> None:
-        """Print a line for people, above the progress bar."""
-        if self.first and not self.quiet:
-            optional("tqdm", "the progress bar").tqdm.write(text)
+        """Print a line for people, above the progress line."""
+        if not self.quiet:
+            (optional("tqdm", "the progress line").tqdm.write if sys.stderr.isatty() else print)(text)
+            sys.stdout.flush()
 
     def attempt(self, what: str, action: Callable[[], Any]) -> OSError | None:
-        """Try to write; what the disk refuses is said and kept in ``refused``, and the run goes on.
-
-        A folder that was removed is made again first, and locked.
-
-        Raises:
-            FolderError: another run was made in its place.
-        """
-        if not self.first:
-            return None
+        """Try to write; what the disk refuses is said and kept in ``refused``, and the run goes on."""
         try:
-            try:
-                if self.folder.is_lost:
-                    self._make_again()
-                action()
-            except FileNotFoundError:
-                self._make_again()
+            if self.first:
                 action()
         except OSError as error:
             self.refused.append(f"{what} ({error})")
@@ -99,40 +85,33 @@ class RunWriter:
             return error
         return None
 
-    def _make_again(self) -> None:
-        self.folder.make_again()
-        if not self.folder.exists:
-            self.say(f"warning: the folder of the run was removed; it is made again: {self.folder.path}")
-            self.folder.write_config(self.config)
-        if not self.folder.metrics.exists():
-            self.metrics.start()
-
-    def add_last(self, row: Row) -> None:
-        """Add the row of the end, in the place of one of the same step, whose other values it keeps."""
-        if not self.first:
-            return
-        step = int(row["step"] or 0)
-        known: Row = {}
-        scores = {name: value for name, value in row.items() if name.startswith(("held_out", "train_subset"))}
-
-        def replace() -> None:
-            for found in read_metrics(self.folder.metrics):
-                if found["step"] == step:
-                    known.update({name: value for name, value in found.items() if value is not None})
-            self.metrics.start(step - 1)
-            self.metrics.add(row | known | scores)
-
-        self.attempt("the last row of metrics.csv", replace)
-        self._event(step, {name: value for name, value in row.items() if name in scores or name not in known})
-
     def add(self, row: Row) -> None:
-        """Add a row to metrics.csv, and its numbers to TensorBoard's files."""
-        self.attempt("a row of metrics.csv", lambda: self.metrics.add(row))
-        self._event(int(row["step"] or 0), row)
+        """Add a row to metrics.csv, and its numbers to TensorBoard's; one of a step that is there is completed."""
+        self._waiting.append(row)
+        self.attempt("a row of metrics.csv", self._write_rows)
 
-    def _event(self, step: int, row: Row) -> None:
-        scalars = {name: value for name, value in row.items() if name != "step"}
-        self.attempt("an event", lambda: self._board.scalars(step, scalars))
+    def _write_rows(self) -> None:
+        path, (*failed, row) = self.folder.metrics, self._waiting
+        if failed or self._last_row == row["step"] or not path.exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the write that failed may have left a part of a row
+                rows = {found["step"]: found for found in read_metrics(path)}
+            for new in self._waiting:
+                rows[new["step"]] = merged(rows.get(new["step"], {}), new)
+            self._rewrite(list(rows.values()))
+        else:
+            with open(path, "ab", buffering=0) as file:  # one write of a whole line: a reader sees a row or none
+                file.write(rows_text([row]).encode())
+            self._last_row = row["step"]
+        for new in self._waiting if self._board is not None else []:
+            for name, value in new.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, new["step"])
+        self._waiting.clear()
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        write_text(self.folder.metrics, ",".join(COLUMNS) + "\n" + rows_text(rows))
+        self._last_row = rows[-1]["step"] if rows else None
 
     def save(self, checkpoint: Checkpoint, final: bool = False) -> None:
         """Save a checkpoint of this step.
@@ -140,18 +119,11 @@ class RunWriter:
         Raises:
             SaveError: ``final``, and it cannot be written.
         """
-        error = self.attempt("a checkpoint", lambda: self._save(checkpoint))
+        error = self.attempt("a checkpoint", lambda: self.folder.save(checkpoint, self.config.keep))
         if error is not None and final:
-            kept = self.folder.saved()
-            raise SaveError(
-                f"the checkpoint of step {checkpoint.progress['step']} cannot be written: {error}\n"
-                f"  kept: {kept[0] if kept else 'none'}"
-            ) from error
-
-    def _save(self, checkpoint: Checkpoint) -> None:
-        if not self.folder.exists:
-            self._make_again()  # a checkpoint without its configuration could not be resumed
-        self.folder.save(checkpoint, self.config.keep)
+            kept = next(iter(self.folder.saved()), "none")
+            step = checkpoint.progress["step"]
+            raise SaveError(f"the checkpoint of step {step} cannot be written: {error}\n  kept: {kept}") from error
 
     def save_best(self, checkpoint: Checkpoint) -> None:
         """Save the checkpoint with the best held-out score so far."""
@@ -159,30 +131,28 @@ class RunWriter:
 
     def samples(self, step: int, pixels: Tensor, n_bins: int) -> None:
         """Write samples.png, and a copy that stays."""
-        if not self.first:
-            return
         picture = grid(pixels, n_bins, class_columns(len(pixels), self.config.model.n_classes))
-        paths = (self.folder.sample_history / f"step-{step:07d}.png", self.folder.samples)
 
         def write() -> None:
             self.folder.sample_history.mkdir(exist_ok=True)
-            for path in paths:
-                save_picture(picture, path)
+            save_picture(picture, self.folder.sample_history / f"step-{step:07d}.png")
+            save_picture(picture, self.folder.samples)
+            if self._board is not None:
+                self._board.add_image("samples", picture, step)
 
         self.attempt("samples", write)
-        self.attempt("an event", lambda: self._board.image(step, "samples", picture))
+
+    def lost_rows(self) -> list[str]:
+        """What is to be said of rows that could never be written: nothing, if there are none."""
+        return [f"{len(self._waiting)} rows of metrics.csv, which are lost"] if self.first and self._waiting else []
 
     def check_end(self, since: int, reached: str) -> None:
-        """Tell whether all that belongs to the end is written.
-
-        Args:
-            since: how many writes had been refused before the end.
-            reached: what the run came to, in words, which the error shows as it is written nowhere.
+        """Refuse an end of which something could not be written: ``since`` so many refusals, or rows at any time.
 
         Raises:
-            SaveError: something is not.
+            SaveError: with what was ``reached``, which is written nowhere.
         """
-        lost = self.refused[since:]
+        lost = [*self.lost_rows(), *self.refused[since:]]
         if lost:
             raise SaveError(
                 f"the end of the run cannot be written: {'; '.join(lost)}\n  reached: {reached}\n"
@@ -191,4 +161,5 @@ class RunWriter:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self.attempt("events", self._board.close)
+        if self._board is not None:
+            self.attempt("events", self._board.close)

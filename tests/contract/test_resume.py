@@ -193,11 +193,6 @@ def test_a_disk_that_stays_full(place: Path, whole: Path) -> None:
     assert_same_run(place / "run", whole)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a row of metrics.csv whose write failed is lost, and the end does not say so",
-)
 def test_a_row_that_could_not_be_written_is_written_later(place: Path, whole: Path) -> None:
     """The curve of a run has no hole where the disk was full for a while."""
     process, run = train(place, "run"), place / "run"

@@ -60,3 +60,9 @@ def sorted_images() -> ImageSet:
     pixels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
     pixels[80:] = 4
     return ImageSet("sorted", pixels, 5, (torch.arange(100) >= 80).long(), ("black", "white"))
+
+
+@pytest.fixture
+def many_images() -> ImageSet:
+    """400 images of 4x4 with 5 grey levels."""
+    return ImageSet("many", torch.randint(5, (400, 1, 4, 4), dtype=torch.uint8), 5)

@@ -1,10 +1,11 @@
-"""Checkpoints: what goes in comes out; a crash, a truncated or a foreign file never passes for one."""
+"""Checkpoints: what goes in comes out; a crash, a damaged or a foreign file never passes for one."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from safetensors.torch import save_file
 from pyglow_fast import Glow, GlowConfig
 from pyglow_fast.data import ImageSet
 from pyglow_fast.train import Checkpoint, TrainConfig, TrainState
+from pyglow_fast.train.files import replacing, write_text
 
 MakeConfig = Callable[..., TrainConfig]
+MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
 
 
 @pytest.fixture
@@ -30,9 +33,6 @@ def state(tiny_config: MakeConfig, tiny_images: ImageSet) -> TrainState:
     for _ in range(3):
         state.step()
     return state
-
-
-MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
 
 
 def assert_same_checkpoint(actual: Checkpoint, expected: Checkpoint) -> None:
@@ -47,96 +47,129 @@ def assert_same_checkpoint(actual: Checkpoint, expected: Checkpoint) -> None:
 
 
 def test_round_trip(state: TrainState, tmp_path: Path) -> None:
-    saved = state.checkpoint()
-    saved.save(tmp_path / "x.safetensors")
-    assert_same_checkpoint(Checkpoint.load(tmp_path / "x.safetensors"), saved)
-    assert {name.partition(".")[0] for name in saved.optimizer} == {"step", "exp_avg", "exp_avg_sq"}
+    """The file is safetensors, which anybody can read, with JSON in its metadata."""
+    saved, path = state.checkpoint(), tmp_path / "x.safetensors"
+    saved.save(path)
+    loaded = Checkpoint.load(path)
+    assert_same_checkpoint(loaded, saved)
     assert saved.rank.keys() == {"0.torch", "0.levels.0.steps._extra_state"}
     assert saved.ema.keys() == dict(state.model.named_parameters()).keys()
-
-
-def test_the_digest_is_that_of_the_file(state: TrainState, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    assert state.checkpoint().digest == ""
-    digests = []
-    for _ in range(2):
-        state.checkpoint().save(path)
-        with safe_open(path, "pt") as file:
-            written = json.loads(file.metadata()["pyglow_fast"])["digest"]
-        digests.append(Checkpoint.load(path).digest)
-        assert digests[-1] == written
-        assert len(written) == 64  # SHA-256
-        state.step()
-    assert digests[0] != digests[1]
-    again = Checkpoint.load(path)
-    again.save(tmp_path / "again.safetensors")
-    assert Checkpoint.load(tmp_path / "again.safetensors").digest == digests[1]
-
-
-def test_a_file_that_goes_away_before_it_is_opened(
-    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.safetensors"
-    state.checkpoint().save(path)
-    monkeypatch.setattr(Path, "is_file", lambda self: self.unlink() is None)
-    with pytest.raises(ValueError, match=r"x.safetensors: expected a checkpoint file that can be read, found"):
-        Checkpoint.load(path)
-
-
-def test_the_file_is_safetensors_with_a_json_header(state: TrainState, tmp_path: Path) -> None:
-    state.checkpoint().save(tmp_path / "x.safetensors")
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+    with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["pyglow_fast"])
-        assert header["progress"]["step"] == 3
-        assert header["data"]["class_names"] == ["even", "odd"]
+        assert (header["progress"]["step"], header["data"]["class_names"]) == (3, ["even", "odd"])
+        assert header["digest"] == loaded.digest != ""
         assert "model.levels.0.steps.0.actnorm.bias" in file.keys()  # noqa: SIM118 (not a mapping)
+    loaded.save(tmp_path / "again.safetensors")
+    assert Checkpoint.load(tmp_path / "again.safetensors").digest == loaded.digest
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])
 def test_a_restored_state_takes_the_same_steps(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, optimizer: str
 ) -> None:
-    config = tiny_config(optimizer=optimizer)
-    state = TrainState(config, tiny_images)
+    state = TrainState(tiny_config(optimizer=optimizer), tiny_images)
     state.initialize()
     state.step()
     state.checkpoint().save(tmp_path / "x.safetensors")
     expected = [state.step() for _ in range(8)]  # more than an epoch
-    saved = Checkpoint.load(tmp_path / "x.safetensors")
-    other = TrainState(config, tiny_images)
+    other = TrainState(state.config, tiny_images)
     torch.rand(7)  # whatever the generator did meanwhile
-    other.restore(saved, "x")
-    assert torch.equal(torch.get_rng_state(), saved.rank["0.torch"])
+    other.restore(Checkpoint.load(tmp_path / "x.safetensors"), "x")
     assert [other.step() for _ in range(8)] == expected
     assert_same_checkpoint(other.checkpoint(), state.checkpoint())
 
 
-def test_a_crash_in_the_middle_of_writing_keeps_the_old_file(
-    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damage_anywhere_is_noticed(state: TrainState, tmp_path: Path) -> None:
+    """A bit that is flipped, in the header, the tensors and the digest, and an end that is cut off."""
     path = tmp_path / "x.safetensors"
-    old = state.checkpoint()
-    old.save(path)
-    old = Checkpoint.load(path)
-    state.step()
+    state.checkpoint().save(path)
+    data = path.read_bytes()
+    for place in [*range(0, len(data), len(data) // 150), data.index(Checkpoint.load(path).digest.encode())]:
+        spoilt = bytearray(data)
+        spoilt[place] ^= 1
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=r"x\.safetensors: expected"):
+            Checkpoint.load(path)
+    for length in (0, 7, 300, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"x\.safetensors: expected a complete safetensors file, found"):
+            Checkpoint.load(path)
 
-    def half(tensors: dict[str, torch.Tensor], name: str, metadata: dict[str, str]) -> None:
-        save_file(tensors, name, metadata)
-        os.truncate(name, os.path.getsize(name) // 2)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyglow_fast.train.checkpoint.save_file", half)
-    with pytest.raises(KeyboardInterrupt):
-        state.checkpoint().save(path)
-    assert_same_checkpoint(Checkpoint.load(path), old)
+class _Trap:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, ("sprung",)
+
+
+def test_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("x.safetensors")
+    for make, message in [
+        (lambda: None, "a checkpoint file, found nothing there"),
+        (lambda: path.mkdir(), "a checkpoint file, found a folder"),
+        (lambda: (path.rmdir(), path.write_bytes(pickle.dumps(_Trap()))), "a complete safetensors file"),
+        (lambda: save_file({"w": torch.zeros(2)}, path), "a checkpoint of pyglow_fast, found another safetensors file"),
+        (lambda: save_file({}, path, {"pyglow_fast": '{"format": 9}'}), "format 3 .another version .*, found 9"),
+    ]:
+        make()
+        with pytest.raises(ValueError, match=f"x.safetensors: expected {message}"):
+            Checkpoint.load(path)
+    assert not Path("sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights.pop("prior.mean_log_sd"),
+        lambda weights: weights.update(prior_too=torch.zeros(1)),
+        lambda weights: weights.update({"prior.mean_log_sd": torch.zeros(3)}),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(state: TrainState, change: Callable[[dict[str, Any]], Any]) -> None:
+    checkpoint = state.checkpoint()
+    checkpoint.model = dict(checkpoint.model)
+    change(checkpoint.model)
+    model = Glow(checkpoint.config.model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"x: expected weights that fit .*, found 1 that differ, the first 'prior"):
+        checkpoint.load_model(model, "x")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_other_images_are_refused(state: TrainState, tiny_images: ImageSet) -> None:
+    with pytest.raises(ValueError, match="data: expected the images that the run was started with, found others"):
+        TrainState(state.config, tiny_images.subset(range(39))).restore(state.checkpoint(), "x")
+
+
+# How files are replaced.
+
+
+def test_an_error_in_the_middle_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    write_text(path, "old")
+
+    def crash() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise RuntimeError("disk full")
+
+    def refuse(source: object, target: object) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        crash()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(os, "replace", refuse)
+        write_text(path, "new")
+    assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.full
-def test_a_killed_process_keeps_the_old_file(state: TrainState, tmp_path: Path) -> None:
-    """Nothing is cleaned up then: the half-written temporary file stays, is not read, and the next save succeeds."""
-    path = tmp_path / "x.safetensors"
-    state.checkpoint().save(path)
+def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
+    """Nothing is cleaned up then: the half-written temporary file stays, is not read, and the next write succeeds."""
+    path = tmp_path / "x"
+    write_text(path, "old")
     program = f"""
 import os
 from pathlib import Path
@@ -147,81 +180,19 @@ with replacing(Path({str(path)!r})) as temporary:
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
     assert len(list(tmp_path.iterdir())) == 2
-    assert Checkpoint.load(path).progress["step"] == 3
-    state.step()
-    state.checkpoint().save(path)
-    assert Checkpoint.load(path).progress["step"] == 4
+    assert path.read_text() == "old"
+    write_text(path, "new")
+    assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.999])
-def test_truncated(state: TrainState, tmp_path: Path, fraction: float) -> None:
-    path = tmp_path / "x.safetensors"
-    state.checkpoint().save(path)
-    os.truncate(path, int(path.stat().st_size * fraction))
-    with pytest.raises(ValueError, match=r"x\.safetensors: expected a complete safetensors file, found"):
-        Checkpoint.load(path)
-
-
-def test_foreign_files(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    with pytest.raises(ValueError, match="expected a checkpoint file, found nothing there"):
-        Checkpoint.load(path)
-    with pytest.raises(ValueError, match="expected a checkpoint file, found a folder"):
-        Checkpoint.load(tmp_path)
-    save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="expected a checkpoint of pyglow_fast, found another safetensors file"):
-        Checkpoint.load(path)
-    save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": "{"})
-    with pytest.raises(ValueError, match="expected a JSON header, found"):
-        Checkpoint.load(path)
-    save_file({"weight": torch.zeros(2)}, path, {"pyglow_fast": '{"format": 3}'})
-    with pytest.raises(ValueError, match=r"expected a header with \['config', .*, found \['format'\]"):
-        Checkpoint.load(path)
-
-
-class _Trap:
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, ("sprung",)
-
-
-def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("x.safetensors").write_bytes(pickle.dumps(_Trap()))
-    with pytest.raises(ValueError, match="expected a complete safetensors file"):
-        Checkpoint.load(Path("x.safetensors"))
-    assert not Path("sprung").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda weights: weights.pop("prior.mean_log_sd"), r"found no tensor 'prior.mean_log_sd' \(1 missing\)"),
-        (lambda weights: weights.update(extra=torch.zeros(1)), "found an unknown tensor 'extra'"),
-        (
-            lambda weights: weights.update({"prior.mean_log_sd": torch.zeros(3)}),
-            r"expected prior.mean_log_sd of shape \(8,\), torch.float32, found \(3,\)",
-        ),
-        (
-            lambda weights: weights.update({"prior.mean_log_sd": torch.zeros(8).double()}),
-            r"expected prior.mean_log_sd of shape \(8,\), torch.float32, found \(8,\), torch.float64",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_change_nothing(
-    state: TrainState, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
-    checkpoint = state.checkpoint()
-    checkpoint.model = dict(checkpoint.model)
-    change(checkpoint.model)
-    model = Glow(checkpoint.config.model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
-        checkpoint.load_model(model, "x")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_other_images_are_refused(state: TrainState, tiny_images: ImageSet) -> None:
-    fewer = tiny_images.subset(range(39))
-    with pytest.raises(ValueError, match="data: expected the images that the run was started with, found others"):
-        TrainState(state.config, fewer).restore(state.checkpoint(), "x")
+def test_files_are_flushed_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    replace, fsync = os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("flush"), fsync(handle)))
+    write_text(tmp_path / "x", "text")
+    assert events[:2] == ["flush", "rename"]
+    (tmp_path / "ordinary").touch()  # others may read what the umask lets them
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "x")}
+    assert len(modes) == 1

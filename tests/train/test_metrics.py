@@ -1,94 +1,169 @@
-"""metrics.csv: what is written is read back, and damage costs the damaged rows only."""
+"""metrics.csv and TensorBoard: what is written is read back, damage costs damaged rows only, none is lost."""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pyglow_fast.data import ImageSet
-from pyglow_fast.train import TrainConfig, resume, start
-from pyglow_fast.train.metrics import COLUMNS, MetricsLog, Row, read_metrics
+from pyglow_fast.data import ImageSet, MissingExtraError
+from pyglow_fast.train import RunFolder, SaveError, TrainConfig, resume, start
+from pyglow_fast.train.csv_text import csv_text
+from pyglow_fast.train.metrics import COLUMNS, Row, read_metrics
+from pyglow_fast.train.writer import RunWriter
 
 EMPTY = "," * (len(COLUMNS) - 2)  # all cells but step and epoch
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> MetricsLog:
-    """Rows of the steps 0..3."""
-    log = MetricsLog(tmp_path / "metrics.csv")
-    log.start()
+def writer(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> RunWriter:
+    """Of a run with rows of the steps 0..3, some of them in TensorBoard too."""
+    writer = RunWriter(RunFolder(tmp_path / "run"), tiny_config(tensorboard=True), first=True)
+    writer.open(None)
     for step in range(4):
-        log.add({"step": step, "epoch": 0, "lr": 0.5, "held_out_se": math.nan})
-    return log
+        writer.add({"step": step, "epoch": 0, "lr": 0.5, "held_out_se": math.nan})
+    return writer
 
 
 def steps(rows: list[Row]) -> list[float | int | None]:
     return [row["step"] for row in rows]
 
 
-def test_there_and_back(log: MetricsLog) -> None:
+def curve(folder: RunFolder, name: str) -> list[tuple[int, float]]:
+    """(step, value), as TensorBoard shows them."""
+    events: Any = EventAccumulator(str(folder.events), size_guidance={"scalars": 0})
+    return [(event.step, event.value) for event in events.Reload().Scalars(name)]
+
+
+def test_there_and_back(writer: RunWriter) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = read_metrics(log.path)
-        assert read_metrics(log.path.with_name("none.csv")) == []
+        rows = read_metrics(writer.folder.metrics)
+        assert read_metrics(writer.folder.path / "none.csv") == []
     assert steps(rows) == [0, 1, 2, 3]
-    assert rows[0]["lr"] == 0.5
-    assert rows[0]["seconds"] is None
+    assert (rows[0]["lr"], rows[0]["seconds"]) == (0.5, None)
     assert math.isnan(rows[0]["held_out_se"])  # type: ignore[arg-type]  # the error of one image
+    writer.close()
+    assert curve(writer.folder, "lr") == [(step, 0.5) for step in range(4)]
 
 
 @pytest.mark.parametrize(
     "damaged",
     [
-        "3,0,abc" + EMPTY[1:],
-        "3,0",
-        "3,0" + EMPTY + ",7",
-        "3.5,0" + EMPTY,
-        ",0" + EMPTY,
-        '3,"0' + EMPTY,
-        "",
-        "\0" * 200_000,
-        "3,\udcff" + EMPTY,
+        *("3,0,abc" + EMPTY[1:], "3,0", "3,0" + EMPTY + ",7", "3.5,0" + EMPTY, ",0" + EMPTY, '3,"0' + EMPTY, ""),
+        *("\0" * 200_000, "3,\udcff" + EMPTY),
     ],
     ids=lambda text: ascii(text[:12]),
 )
-def test_a_damaged_row_is_left_out(log: MetricsLog, damaged: str) -> None:
-    with open(log.path, "ab") as file:
+def test_a_damaged_row_is_left_out(writer: RunWriter, damaged: str) -> None:
+    with open(writer.folder.metrics, "ab") as file:
         file.write(f"{damaged}\n5,1{EMPTY}\n".encode(errors="surrogateescape"))
     with pytest.warns(UserWarning, match=r"metrics.csv: 1 row that cannot be read is left out"):
-        assert steps(read_metrics(log.path)) == [0, 1, 2, 3, 5]
+        assert steps(read_metrics(writer.folder.metrics)) == [0, 1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("torn", ["4", "4,0,1.", "4,0" + EMPTY])
-def test_a_torn_last_line_is_left_out(log: MetricsLog, torn: str) -> None:
+def test_a_torn_last_line_is_left_out(writer: RunWriter, torn: str) -> None:
     """Without its end even a line that can be read may have lost digits."""
-    with open(log.path, "a") as file:
+    with open(writer.folder.metrics, "a") as file:
         file.write(torn)
     with pytest.warns(UserWarning, match="1 row that cannot be read is left out"):
-        assert steps(read_metrics(log.path)) == [0, 1, 2, 3]
+        assert steps(read_metrics(writer.folder.metrics)) == [0, 1, 2, 3]
 
 
-def test_a_damaged_header_costs_all_rows(log: MetricsLog) -> None:
-    log.path.write_text(log.path.read_text().replace("step", "stop"))
-    with pytest.warns(UserWarning, match="4 rows that cannot be read are left out"):
-        assert read_metrics(log.path) == []
-    log.path.write_text("")
-    assert read_metrics(log.path) == []
+def test_rows_that_failed_are_written_with_the_next(writer: RunWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where half of one got to the file."""
+    path, true = writer.folder.metrics, open
+
+    def refused(*arguments: Any, **options: Any) -> Any:
+        os.write(descriptor := os.open(path, os.O_WRONLY | os.O_APPEND), b"4,0,1")
+        os.close(descriptor)
+        raise OSError("disk full")
+
+    monkeypatch.setattr("builtins.open", refused)
+    writer.add({"step": 4, "lr": 0.25})
+    monkeypatch.setattr("builtins.open", true)
+    writer.folder.metrics.rename(writer.folder.path / "aside")
+    writer.folder.metrics.mkdir()
+    writer.add({"step": 5, "lr": 0.125})
+    writer.folder.metrics.rmdir()
+    (writer.folder.path / "aside").rename(path)
+    assert len(writer.lost_rows()) == 1
+    writer.add({"step": 6})
+    assert writer.lost_rows() == []
+    rows = read_metrics(path)
+    assert steps(rows) == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["lr"] for row in rows[3:]] == [0.5, 0.25, 0.125, None]
+    writer.close()
+    assert curve(writer.folder, "lr")[-2:] == [(4, 0.25), (5, 0.125)]
+
+
+def test_the_last_row_is_completed(writer: RunWriter) -> None:
+    """By the scores of the end, which are of more images; what was measured in the steps stays."""
+    writer.add({"step": 4, "lr": 0.25, "seconds": 1.5, "held_out_bpd": 3.5, "train_bpd": 3.25})
+    writer.add({"step": 4, "seconds": 2.5, "held_out_bpd": 3.0, "held_out_accuracy": 0.5})
+    *_, row = read_metrics(writer.folder.metrics)
+    assert {name: value for name, value in row.items() if value is not None} == {
+        **{"step": 4, "lr": 0.25, "seconds": 1.5, "held_out_bpd": 3.0, "train_bpd": 3.25, "held_out_accuracy": 0.5}
+    }
+    assert len(read_metrics(writer.folder.metrics)) == 5
+
+
+def test_rows_that_never_could_be_written_are_said(
+    tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    run = start(tiny_config(max_steps=6), str(tmp_path), data=tiny_images)
+    run.folder.metrics = tmp_path / "gone" / "metrics.csv"
+    opened = run.writer.open
+
+    def without_a_place(step: int | None) -> None:
+        (tmp_path / "gone").mkdir()
+        opened(step)
+        run.folder.metrics.unlink()
+        (tmp_path / "gone").rmdir()
+
+    run.writer.open = without_a_place  # type: ignore[method-assign]
+    with pytest.raises(SaveError, match=r"the end of the run cannot be written: 5 rows of metrics.csv, which are lost"):
+        run.execute(quiet=True)
+    assert RunFolder(tmp_path).load().progress["step"] == 6
 
 
 def test_a_run_with_damaged_metrics_goes_on(
     tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path
 ) -> None:
-    start(tiny_config(max_steps=6), str(tmp_path), data=tiny_images).execute(quiet=True)
-    metrics = tmp_path / "metrics.csv"
-    lines = metrics.read_text().splitlines()
-    metrics.write_text("\n".join([*lines[:2], "2,0,abc" + EMPTY[1:], *lines[3:], "7,0,1"]))
+    """A resumed run writes again what came after its checkpoint, and TensorBoard hides what was there."""
+    config, folder = tiny_config(max_steps=6, tensorboard=True), RunFolder(tmp_path)
+    start(config, str(tmp_path), data=tiny_images).execute(quiet=True)
+    lines = folder.metrics.read_text().splitlines()
+    folder.metrics.write_text("\n".join([*lines[:2], "2,0,abc" + EMPTY[1:], *lines[3:], "7,0,1"]))
     with pytest.warns(UserWarning, match="2 rows that cannot be read are left out"):
         resume(str(tmp_path), max_steps=8).execute(quiet=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert steps(read_metrics(metrics)) == [0, 4, 6, 8]
+        assert steps(read_metrics(folder.metrics)) == [0, 4, 6, 8]
+    assert [step for step, _ in curve(folder, "held_out_bpd")][-1] == 8
+    events: Any = EventAccumulator(str(folder.events)).Reload()
+    assert [event.step for event in events.Images("samples")] == [6, 6, 8]
+
+
+def test_without_tensorboard_it_says_what_to_install(
+    tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r'tensorboard is needed .* pip install "pyglow-fast\[tensorboard\]"'):
+        start(tiny_config(tensorboard=True), str(tmp_path / "run"), data=tiny_images)
+    assert list(tmp_path.iterdir()) == []
+    start(tiny_config(max_steps=1), str(tmp_path / "run"), data=tiny_images).execute(quiet=True)
+
+
+def test_cells_of_a_csv_file() -> None:
+    rows = [("name", "n"), ('a "b", c', 1_000_000), (None, -1234.5678), ("", math.nan), ("=x", -math.inf), ("-1", -1)]
+    assert csv_text(rows) == 'name,n\n"a ""b"", c",1000000\n,-1234.57\n,nan\n\'=x,-inf\n\'-1,-1\n'
+    assert csv_text([(-1 / 3, -12345), ("a\nb\udcff", "@c")], digits=1) == "-0.3,-12345\na\\nb\\udcff,'@c\n"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-import time
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +79,6 @@ def test_an_unreadable_image_at_the_start(tiny_config: MakeConfig, photos: Path,
 
 
 @pytest.mark.full
-def test_a_reader_that_is_killed(
-    tiny_config: MakeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = photo_config(tiny_config, photos, flip=True, workers=2)
-    start(config, str(tmp_path / "whole")).execute(quiet=True)
-    run = start(config, str(tmp_path / "parts"))
-
-    def kill() -> None:
-        for process in multiprocessing.active_children():
-            process.kill()
-
-    before_step(run, 5, kill, monkeypatch)
-    with pytest.raises(InputLostError, match=r"died[\s\S]*saved|killed[\s\S]*saved"):
-        run.execute(quiet=True)
-    resume(str(tmp_path / "parts")).execute(quiet=True)
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
-
-
-@pytest.mark.full
 @pytest.mark.parametrize("delay", [0.0, 0.003, 0.006, 0.009, 0.012])
 def test_a_reader_that_is_killed_at_any_moment(
     tiny_config: MakeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delay: float
@@ -135,29 +114,6 @@ def test_unreadable_images_do_not_count_in_a_score(tiny_config: MakeConfig, phot
         (photos / f"{i:02}.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="data: expected at least one image that can be read"):
         state.score(state.held_out)
-
-
-def _read(started: Event) -> None:
-    started.set()
-    time.sleep(600)
-
-
-def test_readers_do_not_hold_the_lock(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
-    """A run that is killed leaves them for some seconds; it can be resumed at once all the same."""
-    folder = RunFolder(tmp_path / "run")
-    folder.make()
-    context = multiprocessing.get_context("fork")
-    with folder.locked():
-        started = context.Event()
-        child = context.Process(target=_read, args=(started,))
-        child.start()
-        assert started.wait(60)  # it has closed what it was born with
-    try:
-        with folder.locked():
-            pass
-    finally:
-        child.kill()
-        child.join()
 
 
 @pytest.mark.full

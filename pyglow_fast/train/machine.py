@@ -1,0 +1,53 @@
+"""Tells what a run depends on besides its settings: the device, its memory, and the code that writes checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from pyglow_fast import _backend, info
+from pyglow_fast._errors import expect
+from pyglow_fast.train.config import check_device
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """Choose the device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank.
+
+    Raises:
+        ValueError: no such name, CUDA is asked for and torch finds none, or the environment variable PYGLOW_CPU names
+            kernels that do not run here.
+    """
+    check_device(name)
+    module = _backend.extension()
+    if module is not None:
+        module.instruction_set()  # else the first kernel would refuse, when a run folder is there already
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        found = f"{name!r} with {count} CUDA devices"
+        expect((device.index or 0) < count, "device", "a device that torch finds", found)
+    return device
+
+
+def memory_mb(device: torch.device) -> float:
+    """Measure the CUDA memory that tensors use on ``device``, or this process's resident memory, in MB (10^6 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e6
+    statm = Path("/proc/self/statm")  # elsewhere there is no cheap way without another dependency
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if statm.exists() else 0.0
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Look up the versions of the package and of torch, and a digest of the package's own files."""
+    root = Path(info.__file__).parent
+    files = sorted([*root.rglob("*.py"), *root.glob("_C*")])
+    digest = hashlib.sha256(b"".join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in files))
+    version = info.version_of("pyglow-fast")
+    return {"pyglow_fast": version, "code": digest.hexdigest()[:12], "torch": torch.__version__}

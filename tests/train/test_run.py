@@ -1,0 +1,383 @@
+"""Whole runs: what they write, their limits, that a resumed one is the same run, and what is kept when one fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from support.run_cases import MakeConfig, assert_same_weights, before_step, train
+
+from pyglow_fast import GlowConfig
+from pyglow_fast.data import ImageSet, histogram_bits_per_dim, png_bits_per_dim, split
+from pyglow_fast.layers import ActNorm
+from pyglow_fast.train import (
+    Checkpoint,
+    RunFolder,
+    SaveError,
+    TrainConfig,
+    TrainingDivergedError,
+    TrainState,
+    evaluate,
+    load_model,
+    read_config,
+    resume,
+    start,
+)
+from pyglow_fast.train.loop import noted_signals
+from pyglow_fast.train.metrics import COLUMNS, read_metrics
+
+
+def test_what_a_run_writes(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    config, folder = tiny_config(), RunFolder(tmp_path / "run")
+    result = start(config, str(folder.path), data=tiny_images).execute(quiet=True)
+    written = {path.name for path in folder.path.iterdir()} - {folder.lock.name}
+    assert written == {
+        *("best.safetensors", "checkpoints", "config.toml", "curve.png", "metrics.csv"),
+        *("report.html", "report.json", "samples", "samples.png"),
+    }
+    assert TrainConfig.from_dict(read_config(folder.config)) == config
+    assert [path.stem for path in folder.saved()] == [
+        "step-0000012",
+        "step-0000009",
+        "step-0000006",
+    ]  # the newest three
+    assert [path.name for path in folder.drawn()] == ["step-0000006.png", "step-0000012.png"]
+    with Image.open(folder.samples) as picture:
+        assert picture.width == picture.height > 2 * 4
+    assert (result.step, result.held_out.images, result.train.images) == (12, 10, 30)
+    report = folder.read_report()
+    assert report["held_out"]["mean"] == result.held_out.mean
+    # Scores and yardsticks are those of the saved model.
+    train_images, held_out = (tiny_images.subset(index) for index in split(tiny_images, 0.25, 0))
+    assert {item.name: item.bits_per_dim for item in result.yardsticks} == {
+        "histogram": histogram_bits_per_dim(train_images, held_out),
+        "PNG": png_bits_per_dim(held_out)[0],
+    }
+    again = evaluate(load_model(folder.load(), "x"), held_out, 64, seed=5)
+    # Other dequantisation noise, so equal only within a few standard errors of the ten images.
+    assert abs(again.mean - result.held_out.mean) < 5 * again.standard_error
+    assert result.before.mean > result.held_out.mean
+
+
+def test_metrics(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    train(tiny_config(), tmp_path, tiny_images)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8, 10, 12]
+    assert [row["epoch"] for row in rows] == [0, 0, 1, 2, 2, 3, 4]  # 30 training images: three batches of 8 an epoch
+    assert [row["held_out_bpd"] is not None for row in rows] == [True, False, True, False, True, False, True]
+    assert [row["lr"] for row in rows[1:4]] == pytest.approx([5e-4, 1e-3, 1e-3])  # four steps of warm-up
+    assert all(row[name] > 0 for row in rows[1:] for name in ("images_per_s", "memory_mb", "grad_norm"))  # type: ignore[operator]
+    state = TrainState(tiny_config(), tiny_images)
+    state.initialize()
+    losses = [state.step() for _ in range(4)]  # whose means are the train_bpd of the rows
+    assert [row["train_bpd"] for row in rows[1:3]] == pytest.approx(
+        [sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-5
+    )
+
+
+def test_threads_are_those_asked_for_and_given_back(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, found = start(tiny_config(max_steps=1, threads=2), str(tmp_path), data=tiny_images), list[int]()
+    before_step(run, 0, lambda: found.append(torch.get_num_threads()), monkeypatch)
+    run.execute(quiet=True)
+    assert [*found, torch.get_num_threads()] == [2, 1]
+
+
+# Limits.
+
+
+class Clock:
+    """Stands in for the clock: a step takes ``step`` seconds, an image that is scored ``image`` seconds."""
+
+    def __init__(self, run: Any, patch: pytest.MonkeyPatch, step: float = 30.0, image: float = 0.0) -> None:
+        self.now, take, score, initialize = 0.0, run.state.step, run.state.score, run.state.initialize
+
+        def stepping() -> float:
+            self.now += step
+            return float(take())
+
+        def scoring(data: ImageSet, limit: int, progress: Callable[[int], object]) -> Any:
+            self.now += image * limit
+            return score(data, limit, progress)
+
+        def initializing() -> None:
+            self.now += image * 16
+            initialize()
+
+        for name, stand_in in (("step", stepping), ("score", scoring), ("initialize", initializing)):
+            patch.setattr(run.state, name, stand_in)
+        patch.setattr("pyglow_fast.train.loop.time.monotonic", lambda: self.now)
+
+
+@pytest.mark.parametrize(
+    ("limits", "step"),
+    [
+        ({"max_steps": 2}, 2),
+        ({"max_steps": None, "max_epochs": 2}, 6),
+        ({"max_steps": 4, "max_epochs": 2}, 4),
+        ({"max_steps": None, "max_minutes": 1.25}, 2),  # no step is begun that would take longer
+    ],
+)
+def test_limits(
+    tiny_config: MakeConfig,
+    tiny_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limits: dict[str, Any],
+    step: int,
+) -> None:
+    run = start(tiny_config(**limits), str(tmp_path), data=tiny_images)
+    Clock(run, monkeypatch)
+    assert run.execute(quiet=True).step == step
+
+
+@pytest.mark.parametrize(("minutes", "image"), [(40.0, 1.0), (10.0, 5.0), (20.0, 30.0)])
+def test_minutes_bound_scores_too(
+    tiny_config: MakeConfig,
+    many_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    minutes: float,
+    image: float,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Initialisation, evaluations, and the scores of the end, of which there are fewer where time is short."""
+    config = tiny_config(max_steps=None, max_minutes=minutes, eval_every=10, eval_images=10)
+    run = start(config, str(tmp_path), data=many_images)
+    clock = Clock(run, monkeypatch, image=image)
+    result = run.execute()
+    assert result.step > 1
+    least = 2 * 64 * image  # a batch of each side is scored in any case
+    assert clock.now <= 60 * minutes + max(0.0, least - 0.2 * 60 * minutes)
+    few = result.held_out.images + result.train.images < 400
+    assert few == (image > 1.0)
+    assert few == ("as --max-minutes leaves no time for more" in capfd.readouterr().out)
+    assert (result.before is None) == (20 * image > 0.8 * 60 * minutes - 16 * image)
+
+
+def test_early_stopping(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    # A learning rate far too small to improve anything, with noise that is the same at every evaluation.
+    fields = {"lr": 1e-30, "warmup_steps": 0, "eval_every": 2, "max_steps": 100, "patience": 3, "ema_decay": None}
+    result = start(tiny_config(**fields), str(tmp_path), data=tiny_images).execute(quiet=True)
+    assert (result.step, result.stopped_early) == (6, True)
+    assert json.loads((tmp_path / "report.json").read_text())["stopped_early"] is True
+    assert resume(str(tmp_path), patience=5).execute(quiet=True).step == 10
+
+
+# Resumed.
+
+
+def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_config(), tmp_path / "whole", tiny_images)
+    run = start(tiny_config(), str(tmp_path / "parts"), data=tiny_images)
+    before_step(run, 8, lambda: 1 / 0, monkeypatch)  # saved at 6, rows written up to 8
+    with pytest.raises(ZeroDivisionError):
+        run.execute(quiet=True)
+    with open(tmp_path / "parts" / "metrics.csv", "a") as file:
+        file.write("9,2,0.")  # a line cut off by the crash
+    with pytest.warns(UserWarning, match="1 row"):
+        resume(str(tmp_path / "parts")).execute(quiet=True)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+    rows = [
+        [[row[name] for name in COLUMNS if name not in ("seconds", "images_per_s", "memory_mb")] for row in found]
+        for found in (read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "parts"))
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
+def test_a_run_in_parts_is_the_whole_run(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, optimizer: str
+) -> None:
+    """To the bit; running means, the best score and the patience, too."""
+    fields = {"optimizer": optimizer, "decay_steps": 20, "log_every": 4, "eval_every": 4, "patience": 9}
+    fields |= {"class_conditional": True, "model": GlowConfig((1, 4, 4), 1, 2, hidden=4, n_classes=2)}
+    train(tiny_config(max_steps=24, **fields), tmp_path / "whole", tiny_images)
+    train(tiny_config(max_steps=6, **fields), tmp_path / "parts", tiny_images)
+    for steps in (6, 13, 24):
+        torch.rand(5)
+        resume(str(tmp_path / "parts"), max_steps=steps).execute(quiet=True)
+    whole, parts = (Checkpoint.load(RunFolder(tmp_path / name).checkpoint) for name in ("whole", "parts"))
+    for part in ("model", "ema", "optimizer", "rank"):
+        found, wanted = getattr(parts, part), getattr(whole, part)
+        assert set(found) == set(wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), part
+    assert {**parts.progress, "seconds": 0} == {**whole.progress, "seconds": 0}
+    train_bpd = [
+        {row["step"]: row["train_bpd"] for row in read_metrics(tmp_path / name / "metrics.csv")}
+        for name in ("whole", "parts")
+    ]
+    assert train_bpd[0].items() <= train_bpd[1].items()
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
+) -> None:
+    run = train(tiny_config(max_steps=3, eval_every=2), tmp_path, tiny_images)
+    before, checkpoint = (tmp_path / "metrics.csv").read_text(), RunFolder(tmp_path).load()
+    again = resume(str(tmp_path))
+    assert again.state.model.memory_report() == run.state.model.memory_report()  # its anchors go on where they were
+    assert again.execute(quiet=True).step == 3
+    assert (tmp_path / "metrics.csv").read_text() == before
+    after = RunFolder(tmp_path).load()
+    assert all(torch.equal(after.model[name], value) for name, value in checkpoint.model.items())
+
+
+# What goes wrong.
+
+
+def ruin(run: Any, at: int, change: Callable[[Any], None], patch: pytest.MonkeyPatch) -> None:
+    """Change the weights after step ``at``, those of the average too."""
+    take = run.state.step
+
+    def stepping() -> float:
+        loss = float(take())
+        if run.state.progress.step == at:
+            with torch.no_grad():
+                change(run.state.model)
+                change(run.state.averaged)
+        return loss
+
+    patch.setattr(run.state, "step", stepping)
+
+
+def no_number(model: Any, value: float = math.nan) -> None:
+    model.prior.mean_log_sd.fill_(value)
+
+
+def singular(model: Any) -> None:
+    next(module for module in model.modules() if isinstance(module, ActNorm)).log_scale.fill_(-1e4)
+
+
+@pytest.mark.parametrize(
+    ("change", "at", "fields", "report"),
+    [
+        (no_number, 7, {}, "step 8: loss nan bits/dim, gradient norm nan, lr 0.001, 1 steps in a row without"),
+        (lambda model: no_number(model, math.inf), 7, {}, "step 8: loss nan"),
+        (no_number, 3, {"save_every": 1}, "step 3: after its update training images have nan bits/dim"),
+        (
+            singular,
+            3,
+            {"sample_every": 1, "save_every": 2},
+            "step 3: after its update a matrix of the flow is singular",
+        ),
+        (
+            singular,
+            3,
+            {"sample_every": 99, "save_every": 2},
+            "step 3: after its update a matrix of the flow is singular",
+        ),
+    ],
+)
+def test_a_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(
+    tiny_config: MakeConfig,
+    tiny_images: ImageSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any], None],
+    at: int,
+    fields: dict[str, Any],
+    report: str,
+) -> None:
+    """Weights that an update ruined are not saved."""
+    run = start(tiny_config(max_skipped=0, eval_every=99, **fields), str(tmp_path), data=tiny_images)
+    ruin(run, at, change, monkeypatch)
+    with pytest.raises(TrainingDivergedError) as caught:
+        run.execute(quiet=True)
+    good = 6 if at == 7 else 2
+    assert f"training diverged at {report}" in str(caught.value)
+    assert f"step-000000{good}.safetensors, the last good checkpoint\n  try: a lower" in str(caught.value)
+    checkpoint = RunFolder(tmp_path).load()
+    assert checkpoint.progress["step"] == good
+    assert all(tensor.isfinite().all() for tensor in checkpoint.model.values())
+    assert resume(str(tmp_path)).execute(quiet=True).step == 12  # and it can go on
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights stay; max_skipped counts those in a row, and is forgotten after a good one."""
+    run = start(tiny_config(optimizer="adamax", max_skipped=2), str(tmp_path), data=tiny_images)
+    log_prob, seen = run.state.model.log_prob, list[torch.Tensor]()
+
+    def spoilt(x: torch.Tensor, y: Any = None) -> torch.Tensor:
+        if run.state.model.training and run.state.progress.step in (4, 5, 7):
+            seen.append(torch.cat([value.detach().flatten() for value in run.state.model.parameters()]))
+            return log_prob(x, y) * (math.nan if run.state.progress.step == 4 else math.inf)
+        return log_prob(x, y)
+
+    monkeypatch.setattr(run.state.model, "log_prob", spoilt)
+    result = run.execute(quiet=True)
+    assert (result.step, result.skipped) == (12, 3)
+    assert torch.equal(seen[0], seen[1])  # step 5 found the weights that step 4 found
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 2, 3, 3, 3]
+    assert all(math.isfinite(row["train_bpd"]) for row in rows if row["train_bpd"] is not None)
+
+
+def test_older_checkpoints_give_way_on_a_full_disk(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder, save = start(tiny_config(), str(tmp_path), data=tiny_images), RunFolder(tmp_path), Checkpoint.save
+
+    def limited(checkpoint: Checkpoint, path: Path) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if run.state.progress.step > 5 and len(folder.saved()) >= 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            save(checkpoint, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(Checkpoint, "save", limited)
+    run.execute(quiet=True)
+    assert len(run.writer.refused) == 2  # best.safetensors, at steps 8 and 12, asks for no place
+    assert folder.saved()[0].stem == "step-0000012"
+
+
+def test_an_end_that_cannot_be_written(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    """It is said what was reached, and another run of the command writes the rest."""
+    run = start(tiny_config(max_steps=2), str(tmp_path), data=tiny_images)
+    run.folder.page = tmp_path / "gone" / "report.html"
+    with pytest.raises(
+        SaveError, match=r"(?s)the end .* the page of the report .*reached: held-out .*kept: .*step-0000002"
+    ):
+        run.execute(quiet=True)
+    resume(str(tmp_path)).execute(quiet=True)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_second_signal_has_its_ordinary_effect() -> None:
+    # A shell starts its background jobs with SIGINT ignored, and so this test may find it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with noted_signals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals == [signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_in_another_thread(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    """Python gives signals to the main thread alone."""
+    run = start(tiny_config(max_steps=1), str(tmp_path), data=tiny_images)
+    thread = threading.Thread(target=run.execute, args=(True,))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "report.html").exists()
