@@ -109,7 +109,7 @@ class TrainConfig:
     )
     ema_decay: float | None = _learning(
         0.999,
-        "decay of a moving average of the weights, which evaluation and samples then use, see Ema",
+        "decay of a moving average of the weights, which evaluation and samples then use",
         range=Range(above=0, below=1),
         absent="no average",
         flag="--ema",

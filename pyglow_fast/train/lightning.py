@@ -52,7 +52,7 @@ class GlowModule(LightningModule):
             the fastest training within so many bytes.
         n_bins: number of grey levels.
         optimizer, lr, warmup_steps, decay_steps, weight_decay: see TrainConfig.
-        ema_decay: the decay of the average of the weights that evaluations use, see Ema; None for no average.
+        ema_decay: the decay of the average of the weights that evaluations use; None for no average.
         seed: decides the dequantisation noise.
         class_weight: w above; 0 exactly if the model has no head (classify=0).
 
