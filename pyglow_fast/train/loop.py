@@ -106,11 +106,14 @@ class Run:
                     self._open()
                     self._mark = (time.monotonic(), progress.step)
                     progress.seconds = time.monotonic() - self._began
-                    with self._line("training", self._last_step() or progress.step + 1, "step", progress.step) as line:
+                    last = self._last_step() or progress.step + 1  # _show sets it where it is not known
+                    with progress_line("training", last, "step", progress.step, self.writer.quiet) as line:
                         while not self._ended(signals):
                             state.step()
                             passed = time.monotonic() - self._began
                             self._step_seconds, progress.seconds = passed - progress.seconds, passed
+                            # Of a resumed run nothing was scored yet; a step takes longer than the scores of its batch.
+                            self._image_seconds = self._image_seconds or self._step_seconds / state.config.batch_size
                             self._show(line)
                             self._after_step()
                     self._save(final=True)  # before anything else can go wrong
@@ -158,9 +161,6 @@ class Run:
         if due["save"]:
             self._save()
 
-    def _line(self, words: str, total: int | None, unit: str = "image", done: int = 0) -> Any:
-        return progress_line(words, total, unit, done, self.writer.quiet)
-
     def _show(self, line: Any) -> None:
         """Move the progress line, which ends at the nearest limit."""
         progress, left = self.state.progress, self._left()
@@ -207,7 +207,7 @@ class Run:
     def _score(self, held_out: int, train: int) -> tuple[Score, Score]:
         """Score so many images of each side of the split."""
         state, began, images = self.state, time.monotonic(), held_out + train
-        with self._line("scoring", -(-images // state.ranks.world)) as line:
+        with progress_line("scoring", -(-images // state.ranks.world), quiet=self.writer.quiet) as line:
             scores = state.score(state.held_out, held_out, line.update), state.score(state.train, train, line.update)
         self._image_seconds = state.ranks.largest(time.monotonic() - began)[0] / images
         if lost := sum(score.unreadable for score in scores):

@@ -100,7 +100,7 @@ def test_threads_are_those_asked_for_and_given_back(
 class Clock:
     """Stands in for the clock: a step takes ``step`` seconds, an image that is scored ``image`` seconds."""
 
-    def __init__(self, run: Any, patch: pytest.MonkeyPatch, step: float = 30.0, image: float = 0.0) -> None:
+    def __init__(self, run: Any, patch: pytest.MonkeyPatch, step: float = 30.0, image: float = 1e-6) -> None:
         self.now, take, score, initialize = 0.0, run.state.step, run.state.score, run.state.initialize
 
         def stepping() -> float:
