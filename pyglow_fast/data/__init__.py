@@ -5,7 +5,6 @@ It imports torch and data libraries only.
 
 from pyglow_fast.data._optional import MissingExtraError, check_installed, optional
 from pyglow_fast.data.config import DATA_HELP, SOURCES, DataConfig, options_of
-from pyglow_fast.data.emoji import TonePair, emoji_tone_pairs
 from pyglow_fast.data.fetch import FETCHABLE, Fetchable, FetchError, data_folder, fetch
 from pyglow_fast.data.files import UnreadableImageError, read_single
 from pyglow_fast.data.image_set import Attributes, Augmentation, Images, ImageSet, split
@@ -28,13 +27,11 @@ __all__ = [
     "Images",
     "LazyImages",
     "MissingExtraError",
-    "TonePair",
     "UnreadableImageError",
     "Yardstick",
     "batches",
     "check_installed",
     "data_folder",
-    "emoji_tone_pairs",
     "fetch",
     "from_dataset",
     "histogram_bits_per_dim",

@@ -72,12 +72,7 @@ class DataConfig:
         absent=f"{FILE_SIZE} for files, their own for images of a fixed size",
         group=IMAGES,
     )
-    gray: bool = setting(
-        False,
-        "one channel, the luma of ITU-R 601",
-        group=IMAGES,
-        other=("--color", "three channels"),
-    )
+    gray: bool = setting(False, "one channel, the luma of ITU-R 601", group=IMAGES, other=("--color", "three channels"))
     n_bits: int | None = setting(
         None,
         "bits kept of each sample, n_bins = 2^n_bits grey levels; the lower bits are dropped",

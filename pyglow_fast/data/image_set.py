@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -32,15 +33,10 @@ class Attributes(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Says how a training view is cut from a stored image; without a key the view is the central window as it is.
+    """Says how a training view is cut from a stored image; without a key the view is the central window as it is."""
 
-    Args:
-        crop_margin: the sides of stored images are so many pixels longer, and training sees a random window.
-        flip: training sees half of the images mirrored, left to right.
-    """
-
-    crop_margin: int = 0
-    flip: bool = False
+    crop_margin: int = 0  # the sides of stored images are so many pixels longer, and training sees a random window
+    flip: bool = False  # training sees half of the images mirrored, left to right
 
     def __post_init__(self) -> None:
         check_count("crop_margin", self.crop_margin, 0)
@@ -138,10 +134,8 @@ class Images(ABC):
     def item(self, index: int, key: int | None = None) -> Tensor:
         """Gives one image as uint8 (C, H, W), or an UnreadableImageError.
 
-        Args:
-            index: 0..N-1.
-            key: None for the central window, as in :meth:`batch`; otherwise the training view that this number in
-                0..2^63-1 alone decides, the same in every process.
+        Without a key it is the central window, as in :meth:`batch`; otherwise the training view that this number in
+        0..2^63-1 alone decides, the same in every process.
         """
         return self.augmentation.view(self.pixels[index], key)
 
@@ -241,9 +235,6 @@ def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tens
         held_out: fraction of the images to hold out, in (0, 1). None: the source's own split where it has one, whose
             test images are held out and whose other images are in neither side; elsewhere as 0.1.
         seed: of the draw; the same data and seed give the same split everywhere.
-
-    Raises:
-        ValueError: a fraction outside (0, 1), or fewer than two groups, so that one side would be empty.
     """
     if held_out is None:
         if data.official is not None:
@@ -254,16 +245,14 @@ def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tens
     keys = data.groups or tuple(str(i) for i in range(len(data)))
     names = sorted(set(keys))
     expect(len(names) >= 2, "data", "at least 2 images (or groups of images) to hold some out", len(names))
-    members: dict[str, list[int]] = {name: [] for name in names}
-    for i, key in enumerate(keys):
-        members[key].append(i)
+    sizes = Counter(keys)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = max(1, round(held_out * len(data)))
-    held: list[int] = []
+    wanted, count = max(1, round(held_out * len(data))), 0
+    held: set[str] = set()
     for position in order[:-1]:  # the last group is never held out, so there is always something to train on
-        if len(held) >= wanted:
+        if count >= wanted:
             break
-        held += members[names[position]]
-    chosen = torch.zeros(len(data), dtype=torch.bool)
-    chosen[held] = True
+        held.add(names[position])
+        count += sizes[names[position]]
+    chosen = torch.tensor([key in held for key in keys])
     return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()

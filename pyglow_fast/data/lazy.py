@@ -133,16 +133,6 @@ class LazyImages(Images):
     on_unreadable: str = "raise"
     identity: str = ""
 
-    @property
-    def reader(self) -> Any:
-        """The Dataset; the former name."""
-        return self.pixels.dataset
-
-    @property
-    def positions(self) -> Tensor | None:
-        """Which of its items these are; the former name."""
-        return self.pixels.positions
-
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Reads (pixels uint8 (n, C, H, W), labels (n,) or None); of what is skipped, the next is in its place."""
         found = [readable(self, index, None, self.on_unreadable) for index in indices.tolist()]

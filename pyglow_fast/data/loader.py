@@ -25,18 +25,12 @@ Entry = tuple[int, int | None]  # (index, key of the training view, or None for 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of images, in the order they were asked for.
+    """A batch of images, in the order they were asked for."""
 
-    Args:
-        pixels, labels: uint8 (n, C, H, W), grey levels 0..n_bins-1; int64 (n,), or None.
-        indices: int64 (n,), of the images that are there: a substitute's own.
-        unreadable: how many images are substitutes for ones that cannot be read.
-    """
-
-    pixels: Tensor
-    labels: Tensor | None
-    indices: Tensor
-    unreadable: int
+    pixels: Tensor  # uint8 (n, C, H, W), grey levels 0..n_bins-1
+    labels: Tensor | None  # int64 (n,)
+    indices: Tensor  # int64 (n,), of the images that are there: a substitute's own
+    unreadable: int  # how many images are substitutes for ones that cannot be read
 
     def pin_memory(self, device: Any = None) -> Batch:
         """Copies the batch to page-locked memory; ``device`` is what the DataLoader may pass and does not matter."""
@@ -104,8 +98,7 @@ def batches(
         pin_memory: give page-locked tensors; ignored without an accelerator.
 
     Raises:
-        ValueError: a wrong option, at once; from the iterator: an image that cannot be read (its file is named), or an
-            index outside the set.
+        ValueError: a wrong option, at once; from the iterator: an image that cannot be read, or is not in the set.
         RuntimeError: a worker died; from the iterator, or by torch's signal handler wherever the main thread is.
     """
     WORKERS.check("workers", workers, whole=True)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
 from pyglow_fast.data._optional import optional
-from pyglow_fast.data.config import SOURCES as SOURCES
-from pyglow_fast.data.config import DataConfig
+from pyglow_fast.data.config import SOURCES, DataConfig
 from pyglow_fast.data.fetch import IDX_FILES, cached
 from pyglow_fast.data.files import (
     UnreadableImageError,

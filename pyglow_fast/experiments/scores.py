@@ -58,8 +58,8 @@ class ScoredImages:
     def name(self, index: int) -> str:
         """The file of image ``index`` where images are read when needed, else the key of its group, or ""."""
         images = self.images
-        if isinstance(images, LazyImages) and isinstance(images.reader, FileReader):
-            return images.reader.names[index if images.positions is None else int(images.positions[index])]
+        if isinstance(images, LazyImages) and isinstance(images.pixels.dataset, FileReader):
+            return images.pixels.dataset.names[images.pixels.position(index)]
         return images.groups[index] if images.groups else ""
 
     def label(self, index: int) -> str:

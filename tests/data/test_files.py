@@ -17,13 +17,17 @@ from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 from pyglow_fast.data import DataConfig, UnreadableImageError, load_data, read_single
-from pyglow_fast.train.figures import image_picture, png_bytes
 
 FOLDER = DataConfig("folder:x")
 
 
 def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def shown(levels: Tensor, n_bins: int) -> Image.Image:
+    """Grey levels (1, H, W) as a picture shows them."""
+    return Image.fromarray((levels[0] * (255 / (n_bins - 1))).round().to(torch.uint8).numpy())
 
 
 def contents(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -104,7 +108,7 @@ def test_n_bits_drops_the_lower_bits(tmp_path: Path, n_bits: int) -> None:
 def test_a_grey_level_that_was_shown_comes_back(n_bins: int) -> None:
     every = torch.arange(n_bins, dtype=torch.uint8).repeat(256 // n_bins + 1)[:256].reshape(1, 16, 16)
     for channels in (1, 3):
-        found = read(png_bytes(image_picture(every, n_bins)), 16, channels, n_bins)
+        found = read(shown(every, n_bins), 16, channels, n_bins)
         assert torch.equal(found, every.expand(channels, -1, -1))
 
 
@@ -125,7 +129,7 @@ def test_the_place_in_the_padding_is_that_of_training() -> None:
     own = load_data(DataConfig("digits")).item(5)
     for margin in range(4):
         config = DataConfig("digits", size=13, crop_margin=margin)
-        found = read_single(png_bytes(image_picture(own, 17)), "x", config, (1, 13, 13), 17)
+        found = read_single(contents(shown(own, 17)), "x", config, (1, 13, 13), 17)
         assert torch.equal(found, load_data(config).item(5))
 
 

@@ -47,7 +47,7 @@ def photo_config(tiny_config: MakeConfig, photos: Path, **fields: Any) -> TrainC
 
 def spoil_some(run: Run, photos: Path) -> None:
     """Six of the training images become unreadable, of the size they had."""
-    for i in run.state.train.positions[3:9].tolist():
+    for i in run.state.train.pixels.positions[3:9].tolist():
         path = photos / f"{i:02}.png"
         content = path.read_bytes()
         path.write_bytes(content[:40] + bytes(len(content) - 40))
@@ -104,13 +104,13 @@ def test_unreadable_images_do_not_count_in_a_score(tiny_config: MakeConfig, phot
     state = TrainState(config, load_data(config.data))
     state.initialize()
     whole = state.score(state.held_out)
-    bad = photos / f"{int(state.held_out.positions[0]):02}.png"
+    bad = photos / f"{int(state.held_out.pixels.positions[0]):02}.png"
     bad.write_bytes(bytes(bad.stat().st_size))
     found = state.score(state.held_out)
     assert (whole.images, whole.unreadable, found.images, found.unreadable) == (10, 0, 9, 1)
     others = evaluate(state.model, state.held_out.subset(range(1, 10)), 64, 0)
     assert abs(found.mean - others.mean) < 5 * others.standard_error
-    for i in state.held_out.positions.tolist():
+    for i in state.held_out.pixels.positions.tolist():
         (photos / f"{i:02}.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="data: expected at least one image that can be read"):
         state.score(state.held_out)
