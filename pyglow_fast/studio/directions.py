@@ -16,6 +16,7 @@ from pyglow_fast.models import Glow
 from pyglow_fast.studio.reading import inputs, read
 
 REST = "rest"  # as minus: the images without, also where a class has this name
+SPAN = 500  # training images, at least, that say how far images lie along each direction
 Progress = Callable[[int, int], None]  # (done, of how many)
 
 
@@ -34,16 +35,19 @@ class Directions(NamedTuple):
         >>> import torch
         >>> from pyglow_fast.studio import Add, Directions
         >>> means = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]).reshape(1, 2, 2, 1, 1)  # with it, without
-        >>> directions = Directions(("Smiling",), 0, (means,), means / 10)
+        >>> directions = Directions(("Smiling",), 0, (means,), means / 10, torch.tensor([[-0.5, 1.4]]))
         >>> latents, pixels = directions.shift([Add("Smiling", "rest", 1.5)])
         >>> latents[0].flatten(), pixels.flatten()
         (tensor([1.5000, 3.0000]), tensor([0.1500, 0.3000]))
+        >>> directions.beyond([latents[0][None]])  # no training image smiles as much
+        ['Smiling']
     """
 
     names: tuple[str, ...]  # of the classes, and behind them those of the attributes
     n_classes: int
     means: tuple[Tensor, ...]  # float32 (names, 2, C, *spatial) for each level: with it, without
     pixels: Tensor  # the same of x
+    reach: Tensor  # float64 (names, 2), the least and the greatest of places() that training images have
 
     def label(self, plus: str, minus: str = REST) -> str:
         """Say for people what adding this does: "more like 3" of a class, an attribute's own name, or "from A to B"."""
@@ -68,6 +72,19 @@ class Directions(NamedTuple):
         finite = all(bool(part.isfinite().all()) for part in sums)
         expect(finite, "strength", "numbers whose edit float32 can hold", [add.strength for add in adds])
         return sums[:-1], sums[-1]
+
+    def places(self, latents: Sequence[Tensor]) -> Tensor:
+        """Compute where latents of n images lie along each direction, (names, n): means without at 0, with at 1."""
+        with_it, without = (torch.cat([mean[:, i].double().flatten(1) for mean in self.means], 1) for i in (0, 1))
+        z, way = torch.cat([latent.double().flatten(1).cpu() for latent in latents], 1), with_it - without
+        along = way @ z.T - (way * without).sum(1, keepdim=True)
+        return along / way.square().sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+
+    def beyond(self, latents: Sequence[Tensor]) -> list[str]:
+        """List the names along whose directions latents of one image lie further than any training image's."""
+        low, high = self.reach.unbind(1)
+        place = self.places(latents)[:, 0]
+        return [name for name, far in zip(self.names, ((place < low) | (place > high)).tolist(), strict=True) if far]
 
     def _sides(self, add: Add) -> tuple[tuple[int, int], tuple[int, int]]:
         """The places of the means of both ends: each (name, 0 with it or 1 without)."""
@@ -136,13 +153,15 @@ def measure(
     names, n_classes, weights = compared(data, chosen)
     facts = json.dumps({"names": names, "classes": n_classes}).encode()
     sums: list[Tensor] = []
-    done = 0
+    seen: list[list[Tensor]] = []
+    done, step = 0, max(1, len(chosen) // SPAN)
     for part in read(data, chosen if names else chosen[:1]):
         x, y = inputs(*part, data.n_bins, model)
         values = [*to_space(model, x, space, y), x]
         own = weights[:, :, done : done + len(x)].to(x.device)
         found = [torch.tensordot(own, value.double(), 1) for value in values]
         sums = [old + new for old, new in zip(sums, found, strict=True)] if sums else found
+        seen.append([value[-done % step :: step].cpu() for value in values[:-1]])
         done += len(x)
         if progress is not None:
             progress(done, len(chosen))
@@ -150,11 +169,14 @@ def measure(
     expect(finite, "data", "training images whose latents are finite", "NaN or inf in those of some")
     *levels, pixels = (each.transpose(0, 1).float().contiguous().cpu() for each in sums)
     tensors = {f"level{i}": level for i, level in enumerate(levels)}
-    return tensors | {"pixels": pixels, "facts": torch.tensor(list(facts), dtype=torch.uint8)}
+    tensors |= {"pixels": pixels, "facts": torch.tensor(list(facts), dtype=torch.uint8)}
+    places = from_tensors(tensors).places([torch.cat(parts) for parts in zip(*seen, strict=True)])
+    return tensors | {"reach": torch.stack([places.amin(1), places.amax(1)], 1)}
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> Directions:
     """Make the directions from tensors that :func:`measure` gave, now or when they were kept."""
     facts = json.loads(bytes(tensors["facts"].tolist()))
-    levels = tuple(tensors[f"level{i}"] for i in range(len(tensors) - 2))
-    return Directions(tuple(facts["names"]), facts["classes"], levels, tensors["pixels"])
+    levels = tuple(tensors[f"level{i}"] for i in range(sum(name.startswith("level") for name in tensors)))
+    reach = tensors.get("reach", torch.zeros(0, 2))  # which places() gives
+    return Directions(tuple(facts["names"]), facts["classes"], levels, tensors["pixels"], reach)

@@ -27,6 +27,7 @@ class Edited(NamedTuple):
 
     pixels: Tensor  # int64 (C, H, W), grey levels 0..n_bins-1
     finite: bool  # whether all values that the model decoded are numbers; those that are not are shown grey
+    beyond: tuple[str, ...]  # what was added so far that no training image lies there
     shifted: Tensor | None  # the twin, x + sum_j s_j (mean x with - without) as grey levels, if it was asked for
 
 
@@ -116,8 +117,13 @@ class Subject:
             ValueError: an attribute that there is not, shares that do not fit the model's levels.
         """
         shift = difference = None
+        beyond: tuple[str, ...] = ()
         if edit.active:
-            shift, difference = self.opened.directions(self.space, progress).shift(edit.active)
+            directions = self.opened.directions(self.space, progress)
+            shift, difference = directions.shift(edit.active)
+            if shift is not None:
+                far = directions.beyond([z + part.to(z) for z, part in zip(self.latents, shift, strict=True)])
+                beyond = tuple(add.plus for add in edit.active if add.plus in far)
         n_levels, x = len(self.latents), self._x
         expect(len(edit.keep) in (0, n_levels), "keep", f"{n_levels} shares, one a level", len(edit.keep))
         if not edit.is_none:
@@ -127,16 +133,18 @@ class Subject:
             moved = self._x if difference is None else self._x + difference.to(self._x)
             twin = to_pixels(moved, self.opened.n_bins)[0].cpu()
         pixels = self.pixels if edit.is_none else to_pixels(x, self.opened.n_bins)[0].cpu()
-        return Edited(pixels, bool(x.isfinite().all()), twin)
+        return Edited(pixels, bool(x.isfinite().all()), beyond, twin)
 
     def outside(self, found: Edited, bits: float) -> str:
         """Say in one sentence that an edit, of so many bits/dim, leads far out of what the model has seen; else ""."""
         if not found.finite:
             return "Parts of the edit are not finite, shown grey: it leads out of the model's range."
-        seen = self.opened.scores_at_hand() if self.opened.has_scores else None
-        if seen is None or bits <= float(seen.train.max()):
-            return ""
-        return f"Far out: it is less likely than each of {len(seen.train)} training images that were scored."
+        if found.beyond:
+            return f"Far out: no training image that was measured goes so far along {', '.join(found.beyond)}."
+        scored = torch.cat([*self.opened.scores()]) if self.opened.has_scores else torch.tensor([math.inf])
+        if len(scored) and bits > float(scored.max()):
+            return f"Far out: it is less likely than each of {len(scored)} images that were scored."
+        return ""
 
     def command(self, edit: Edit, pixel_shift: bool, scale: int | None = None) -> str:
         """Write the command that gives the same picture, without ``--out``."""

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.data_layouts import write_celeba
 from support.edits import ByHand
-from support.latent_runs import train
 
 from pyglow_fast.data import Attributes, ImageSet
 from pyglow_fast.latents import to_space
@@ -62,6 +60,7 @@ def test_what_is_compared() -> None:
     assert weights[1].tolist() == [[0] * 2 + [1 / 3] * 3, [0.5] * 2 + [0] * 3, [0, 1, 0, 0, 0]]
     everywhere = compared(dots(labels=[0, 1, 1, 1, 1, 1], has=red), torch.arange(5))[2]
     assert everywhere[:, 2].tolist() == [first, [0, *[0.25] * 4]]
+    assert compared(dots(has=red), torch.arange(5))[2].tolist() == [[first] * 2, [[0, *[0.25] * 4]] * 2]
     for nothing in (dots(), dots(labels=[1] * 6), dots(has=[[True, True]] * 6)):
         assert compared(nothing, torch.arange(6))[0] == []
 
@@ -78,19 +77,8 @@ def test_groups_are_compared_within_themselves() -> None:
     assert apart[1, 0].nonzero().flatten().tolist() == [3, 4, 5]  # no group has both: all the others
 
 
-def test_attributes_of_faces(tmp_path: Path) -> None:
-    """Of the 12 training images 6 smile; nobody is young, so that there is no such direction."""
-    write_celeba(tmp_path, "0" * 12 + "22")
-    train(f"celeba:{tmp_path}", tmp_path / "run", "--size", "16", "--n-levels", "1")
-    found, by_hand = OpenRun.open(str(tmp_path / "run")).directions("noise"), ByHand(tmp_path / "run")
-    assert (found.names, found.n_classes) == (("Smiling",), 0)
-    x = by_hand.x(by_hand.data.batch(torch.arange(12))[0]).double()
-    for side, mean in enumerate((x[1::2].mean(0), x[::2].mean(0))):
-        assert torch.allclose(found.pixels[0, side].double(), mean, rtol=0, atol=2**-24)  # |x| <= 1/2, and 12 of them
-
-
 MEANS = torch.arange(6.0).reshape(3, 2, 1)
-THREE = Directions(("3", "8", "rest"), 2, (MEANS,), 10 * MEANS)
+THREE = Directions(("3", "8", "rest"), 2, (MEANS,), 10 * MEANS, torch.tensor([[-1.0, 2.0]] * 3))
 
 
 def test_the_sum_of_shifts() -> None:
@@ -123,3 +111,22 @@ def test_refused(wrong: Add, message: str) -> None:
 def test_what_sliders_are_called() -> None:
     """A class is one to be more like; an attribute is what it is."""
     assert [THREE.label("3"), THREE.label("rest"), THREE.label("3", "8")] == ["more like 3", "rest", "from 8 to 3"]
+
+
+def test_how_far_training_images_lie(emoji_run: Path) -> None:
+    """Along each direction: 0 as those without are on average, 1 as those with; no training image is beyond."""
+    opened, by_hand = OpenRun.open(str(emoji_run)), ByHand(emoji_run)
+    found = opened.directions("latent")
+    pixels, _ = by_hand.data.batch(by_hand.train)
+    with torch.no_grad():
+        latents = to_space(opened.model, by_hand.x(pixels), "latent")
+    places = found.places(latents)
+    assert torch.allclose(found.reach, torch.stack([places.amin(1), places.amax(1)], 1), atol=1e-5)
+    for a, name in enumerate(found.names):
+        for side, indices in zip((1.0, 0.0), by_hand.chosen(name), strict=True):
+            assert float(places[a, torch.isin(by_hand.train, indices)].mean()) == pytest.approx(side, abs=1e-4)
+    shift, _ = found.shift([Add("Squares", "rest", 9.0)])
+    assert shift is not None
+    moved = [z[:1] + part for z, part in zip(latents, shift, strict=True)]
+    assert "Squares" in found.beyond(moved)
+    assert found.beyond([z.mean(0, keepdim=True) for z in latents]) == []

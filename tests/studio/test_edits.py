@@ -70,7 +70,10 @@ def test_an_edit_that_leads_far_out_says_so(digits_run: Path) -> None:
     opened.scores()
     assert subject.outside(found, subject.bits) == ""
     noise = 16 * torch.randint(2, (1, 8, 8), generator=torch.Generator().manual_seed(0))
-    assert subject.outside(Edited(noise, True, None), subject.bits_of(noise)).startswith("Far out: ")
+    assert subject.outside(Edited(noise, True, (), None), subject.bits_of(noise)).startswith("Far out: ")
+    near, far = (subject.edited(Edit((Add("3", "rest", strength),))) for strength in (0.2, 9.0))
+    assert (near.beyond, far.beyond) == ((), ("3",))
+    assert subject.outside(far._replace(finite=True), 1.0).endswith(" so far along 3.")
 
 
 def written(made: Made, name: str) -> Path:
