@@ -109,6 +109,7 @@ class Desk:
         self.grid: Grid | None = None
         self.edited: Chosen | None = None
         self.ends: list[Chosen | None] = [None, None]
+        self.scored = False  # whether uploads were scored
         self.strip = ""  # the commands that write the path's strip
 
     def opened(self) -> OpenRun:

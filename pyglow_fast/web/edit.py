@@ -48,8 +48,7 @@ class Source:
                 others = button("Other images to choose from", f"{name}-others")
             with gr.Column(scale=1, min_width=220):
                 words, box = "an image of yours", f"{name}-upload"
-                self.upload = ImageBox(label=words, sources=["upload", "webcam", "clipboard"], height=130, elem_id=box)
-        self.outputs = [self.strip, self.upload]
+                upload_box = ImageBox(label=words, sources=["upload", "webcam", "clipboard"], height=130, elem_id=box)
 
         def click(found: Desk, event: gr.EventData, *values: Any) -> Any:
             opened = found.opened()
@@ -62,14 +61,14 @@ class Source:
 
         listen(others.click, self.other, desk, self.strip)
         listen(self.strip.click, click, [desk, *inputs], outputs)
-        took = listen(self.upload.upload, upload, [desk, self.upload, *inputs], [self.upload, *outputs])
-        listen(took.failure, lambda: None, None, self.upload)  # it is empty again, as the image is shown elsewhere
+        took = listen(upload_box.upload, upload, [desk, upload_box, *inputs], [upload_box, *outputs])
+        listen(took.failure, lambda: None, None, upload_box)  # it is empty again, as the image is shown elsewhere
 
-    def fill(self, desk: Desk, opened: OpenRun) -> list[Any]:
+    def fill(self, desk: Desk, opened: OpenRun) -> str:
         """Offer the first held-out images of a run; none where they are lost."""
         if not desk.offered and not opened.images.missing:
             desk.offered = list(range(min(OFFERED, len(opened.images.find()[2]))))
-        return [self._strip(desk, opened), None]
+        return self._strip(desk, opened)
 
     def other(self, desk: Desk) -> str:
         """Offer other held-out images."""
@@ -115,7 +114,7 @@ class EditTab:
         command = command_box("edit-command")
         gr.HTML(note(parts.BITS))
         self.inputs, self.sliders = [desk, twin, *self.adds, *keeps], [*self.adds, *keeps]
-        self.outputs = [*self.source.outputs, space, self.why, *self.sliders, self.redraw]
+        self.outputs = [self.source.strip, space, self.why, *self.sliders, self.redraw]
         # One listener: no earlier picture comes after a later one.
         follow(self.sliders, [twin.input, self.redraw.change], self.draw, self.inputs, [pictures, command])
         listen(back.click, self.rest, desk, [*self.sliders, self.redraw])
@@ -135,7 +134,7 @@ class EditTab:
             desk.edited = Chosen(desk.grid.picked(0), opened)
         hidden = [gr.Slider(value=0, visible=False)] * ATTRIBUTES
         rest = self.rest(desk)[ATTRIBUTES:]
-        return [*self.source.fill(desk, opened), gr.Radio(value=desk.space_of(opened)), "", *hidden, *rest]
+        return [self.source.fill(desk, opened), gr.Radio(value=desk.space_of(opened)), "", *hidden, *rest]
 
     def rest(self, desk: Desk) -> list[Any]:
         """Set all sliders to rest, which gives the original."""
@@ -236,7 +235,7 @@ class BetweenTab:
                 count = gr.Slider(2, MOST, FRAMES, step=1, label="images of the strip", elem_id="path-count")
         strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
         command = command_box("path-command")
-        self.outputs = [*self.source.outputs, restrip]
+        self.outputs = [self.source.strip, restrip]
         follow([at], [redraw.change], self.draw, [desk, line, at], [frame, command])
         events = [line.input, count.release, restrip.change]
         listen(events, self.draw_strip, [desk, line, count], [movie, strip, redraw])
@@ -250,7 +249,7 @@ class BetweenTab:
         if desk.ends == [None, None]:
             first = [Chosen(opened.pick(HeldOut(number)), opened) for number in desk.offered[:2]]
             desk.ends = [*first, None, None][:2]
-        return [*found, anew()]
+        return [found, anew()]
 
     def take(self, desk: Desk, chosen: Chosen, end: str) -> int:
         """Make an image one end of the path."""

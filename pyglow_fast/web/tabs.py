@@ -96,8 +96,8 @@ class ScoreTab:
     def __init__(self, desk: gr.State) -> None:
         words, kinds = "images to score", ["image"]
         files = FilesBox(label=words, file_count="multiple", file_types=kinds, height=140, elem_id="score-files")
-        self.outputs = [files, gr.HTML(elem_id="scores"), command_box("score-command")]
-        scored = listen(files.upload, self.score, [desk, files], self.outputs, show_progress="full")
+        self.outputs = [gr.HTML(elem_id="scores"), command_box("score-command")]
+        scored = listen(files.upload, self.score, [desk, files], [files, *self.outputs], show_progress="full")
         listen(scored.failure, lambda: None, None, files)
 
     def fill(self, desk: Desk) -> list[Any]:
@@ -106,16 +106,19 @@ class ScoreTab:
         try:
             held_out = [opened.pick(HeldOut(number)) for number in range(2)]
         except ValueError as error:
-            return [None, parts.note(f"No example: {error}"), ""]
+            return [parts.note(f"No example: {error}"), gr.Textbox("", visible=False)]
         pixels = held_out[0].pixels
         noise = torch.randint(opened.n_bins, pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
         shown, _, _ = _results(opened, [*held_out, opened.relabelled(Picked(noise, None, File("noise")), None)])
-        return [None, parts.note(EXAMPLE) + shown, gr.Textbox("", visible=False)]
+        if desk.scored:  # meanwhile
+            return [gr.skip()] * 2
+        return [parts.note(EXAMPLE) + shown, gr.Textbox("", visible=False)]
 
     def score(self, desk: Desk, uploads: list[Upload], progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
         """Make the table and the histogram of what was dropped, and the command that does."""
         opened = desk.opened()
         files, refused = read(opened, uploads)
+        desk.scored = True
         shown, links, command = _results(opened, files, told(progress, "measuring bits/dim of the run's images"))
         return [None, shown + "".join(map(parts.note, refused)) + links, gr.Textbox(command, visible=True)]
 
