@@ -258,8 +258,8 @@ class TrainConfig:
             ValueError: an unknown key, or a value that is refused.
         """
         expect(isinstance(values, Mapping), "config", "a mapping", type(values).__name__)
-        data = values.get("data", {})
-        for name, given, known in (("config", values, declared_of(cls)), ("data", data, declared_of(DataConfig))):
+        data, declared = values.get("data", {}), declared_of(DataConfig)
+        for name, given, known in (("config", values, declared_of(TrainConfig)), ("data", data, declared)):
             expect(isinstance(given, Mapping), name, "a mapping", type(given).__name__)
             unknown = sorted(set(given).difference(known))
             expect(not unknown, name, "known keys", ", ".join(unknown))

@@ -191,7 +191,8 @@ class GlowModule(LightningModule):
     def _evaluate(self, name: str, batch: Any, *which: int) -> None:
         pixels, labels = _labelled(batch)
         bits, logits = self._scored(self.averaged, pixels, labels, self._noise(pixels, "evaluation", *which))
-        options: dict[str, Any] = {"sync_dist": True, "on_epoch": True, "batch_size": len(pixels)}
+        # The ranks average their numbers of images: as floats, since a mean of whole numbers is cut to one.
+        options: dict[str, Any] = {"sync_dist": True, "on_epoch": True, "batch_size": float(len(pixels))}
         self.log(f"{name}_bpd", bits.double().mean(), prog_bar=True, **options)
         if logits is not None and labels is not None:
             self.log(f"{name}_accuracy", logits.argmax(1).eq(labels).double().mean(), **options)
