@@ -256,14 +256,14 @@ class Comparison:
 
     def _outcome(self, trial: Trial) -> _Outcome:
         """Read what is known of a run by now."""
-        checkpoint, note, held_out = trial.finished(), self.failures.get(trial.name, ""), None
-        if checkpoint is not None:
-            held_out = trial.folder.read_report()["held_out"].get("mean")
-            note = note or ("" if held_out is not None else "its held-out bits/dim is not finite")
+        held_out, step, note = None, 0, ""
+        if (checkpoint := trial.finished()) is not None:
+            held_out, step = trial.folder.read_report()["held_out"].get("mean"), checkpoint.progress["step"]
+            note = "" if held_out is not None else "its held-out bits/dim is not finite"
         elif trial.folder.saved():
-            checkpoint = trial.folder.load()
-            note = note or f"not finished, at step {checkpoint.progress['step']}"
-        step = 0 if checkpoint is None else checkpoint.progress["step"]
+            step = trial.folder.load().progress["step"]
+            note = f"not finished, at step {step}"
+        note = self.failures.get(trial.name, note)
         rows = [row for row in read_metrics(trial.folder.metrics) if int(row["step"] or 0) <= step]
         curve = {int(row["step"] or 0): float(value) for row in rows if (value := row["held_out_bpd"]) is not None}
         speeds = [trial.config.batch_size / speed for row in rows if (speed := row["images_per_s"])]
@@ -295,7 +295,7 @@ def _table(found: dict[tuple[str, str], list[_Outcome]], images: str) -> str:
     keyed = []
     for variant, runs in found.items():
         ended = [run for run in runs if run.held_out is not None]
-        score = _moments([float(run.held_out or math.nan) for run in ended])
+        score = _moments([run.held_out for run in ended if run.held_out is not None])
         spread = "" if score.n < 2 else f" ± {score.deviation:.4f}"
         steps = sorted({run.step for run in ended or runs})
         with torch.device("meta"):

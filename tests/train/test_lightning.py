@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -192,25 +193,22 @@ def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path) -> None:
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model": 3}, "model: expected a Glow or a GlowConfig, found int"),
-    ({"model": GlowConfig(**FIELDS, cond_channels=2)}, "model: expected a model with cond_channels=0, found 2"),
-    ({"n_bins": 1}, "n_bins: expected an int in 2..65536, found 1"),
-    ({"optimizer": "sgd"}, "optimizer: expected one of"),
-    ({"lr": 0.0}, "lr: expected a positive number, found 0.0"),
-    ({"weight_decay": 0.1}, "weight_decay: expected 0 for adamax, found 0.1"),
-    ({"warmup_steps": 5, "decay_steps": 5}, "decay_steps: expected a number above warmup_steps=5, or none"),
-    ({"ema_decay": 1.0}, "ema_decay: expected a number between 0 and 1, or none, found 1.0"),
-    ({"seed": 0.5}, "seed: expected a whole number, 0 or more, found 0.5"),
-    ({"class_weight": 0.1}, "class_weight: expected a number above 0 exactly if classify=0 is, found 0.1"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[str(list(given)[-1]) for given, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": 3}, "model: expected a Glow or a GlowConfig, found int"),
+        ({"model": GlowConfig(**FIELDS, cond_channels=2)}, "model: expected a model with cond_channels=0, found 2"),
+        ({"n_bins": 1}, "n_bins: expected an int in 2..65536, found 1"),
+        ({"lr": 0.0}, "lr: expected a positive number, found 0.0"),
+        ({"weight_decay": 0.1}, "weight_decay: expected 0 for adamax, found 0.1"),
+        ({"warmup_steps": 5, "decay_steps": 5}, "decay_steps: expected a number above warmup_steps=5, or none"),
+        ({"class_weight": 0.1}, "class_weight: expected a number above 0 exactly if classify=0 is, found 0.1"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
 def test_arguments_that_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         GlowModule(**({"model": CONFIG} | arguments))
-    assert str(refusal.value).startswith(message)
 
 
 @pytest.mark.parametrize(
