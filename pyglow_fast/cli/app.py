@@ -1,4 +1,4 @@
-"""Runs the ``pyglow-fast`` command: one module for each subcommand, errors in one line."""
+"""Runs the ``pyglow-fast`` command: its subcommands, and errors in one line."""
 
 from __future__ import annotations
 
@@ -8,76 +8,30 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 
-from pyglow_fast.cli import (
-    bench,
-    compare,
-    convert,
-    data,
-    demo,
-    depths,
-    edit,
-    evaluate,
-    info,
-    interpolate,
-    levels,
-    manipulate,
-    ood,
-    reconstruct,
-    report,
-    sample,
-    score,
-    serve,
-    temperatures,
-    train,
-)
-from pyglow_fast.cli._common import InputError, Parser, say_error
+from pyglow_fast.cli import convert, looking, measuring, others, serve, training
+from pyglow_fast.cli._arguments import Parser
+from pyglow_fast.cli._output import InputError, say_error
 from pyglow_fast.data import MissingExtraError, UnreadableImageError
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
 NO_MEMORY = "can't allocate memory"  # part of what torch raises on the CPU
-COMMANDS: tuple[ModuleType, ...] = (
-    train,
-    sample,
-    evaluate,
-    score,
-    ood,
-    compare,
-    report,
-    reconstruct,
-    interpolate,
-    edit,
-    manipulate,
-    temperatures,
-    levels,
-    depths,
-    serve,
-    convert,
-    demo,
-    data,
-    bench,
-    info,
-)
 
 
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the whole command line."""
-    top = Parser(prog="pyglow-fast", description="Glow normalizing flows: train, sample, evaluate.")
-    top.add_argument("--version", action="version", version=f"pyglow-fast {_version()}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
-    for command in COMMANDS:
-        command.add(commands)
-    return top
-
-
-def _version() -> str:
     try:
-        return importlib.metadata.version("pyglow-fast")
+        version = importlib.metadata.version("pyglow-fast")
     except importlib.metadata.PackageNotFoundError:  # a source tree on the path
-        return "(not installed)"
+        version = "(not installed)"
+    top = Parser(prog="pyglow-fast", opening="Glow normalizing flows: train, sample, edit, evaluate.")
+    top.add_argument("--version", action="version", version=f"pyglow-fast {version}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
+    for part in (training, looking, measuring, serve, convert, others):
+        part.add(commands)
+    return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,10 +74,9 @@ def _run(argv: Sequence[str] | None) -> int:
     """Run a command; returns the exit code."""
     try:
         args = parser().parse_args(argv)
+        code: int = args.run_command(args)
     except SystemExit as stop:  # argparse printed its error, or the help
         return stop.code if isinstance(stop.code, int) else 2
-    try:
-        code: int = args.run_command(args)
     except (InputError, FolderError, MissingExtraError, UnreadableImageError) as error:
         say_error(error)
         return 2

@@ -10,12 +10,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._common import check_counts, folder_name, user_input, whole
-from pyglow_fast.cli.edit import add_train_images
+from pyglow_fast.cli._arguments import (
+    RUN_HELP,
+    Commands,
+    check_numbers,
+    command,
+    folder_name,
+    is_shown,
+    shown_run,
+    whole,
+)
+from pyglow_fast.cli._output import user_input
 from pyglow_fast.data import check_installed, optional
 from pyglow_fast.train import resolve_device
 
@@ -25,28 +33,22 @@ if TYPE_CHECKING:
 OLDEST = 6  # version of Gradio whose handlers and components the page is made of
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # Gradio cannot be imported with some, and asks this machine alone
 DRAWING = ("PIL.Image", "torchvision.utils", "matplotlib.figure")  # a second and a half; imported once the page answers
-SHIPPED = Path(__file__).parent.parent / "shown"
 
 
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Commands[Any]) -> None:
     """Declare the command ``serve`` and its options."""
     about = "open trained runs in the browser: sample, edit, interpolate, score"
-    parser = commands.add_parser("serve", help=about, description=about)
-    parser.set_defaults(run_command=run)
-    runs = "the folder of a run, or of several runs; no others are shown (default: the small model that is shipped)"
-    parser.add_argument("runs", type=folder_name, nargs="*", metavar="RUN", help=runs, default=[str(SHIPPED)])
-    best = "the checkpoint with the best held-out bits/dim, not the last"
-    parser.add_argument("--best", action="store_true", help=best)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    parser = command(commands, run, about, "serve runs/demo", "--best", "--device", "--train-images")
+    text = f"{RUN_HELP}; several may be given, and no others are shown (default: the small model)"
+    parser.add_argument("runs", type=folder_name, nargs="*", metavar="RUN", help=text)
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at")
     parser.add_argument("--port", type=whole, metavar="N", help="the port (default: the first free one from 7860)")
-    auth = "a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts"
-    parser.add_argument("--auth", metavar="USER", help=auth)
-    certificate = "the server's certificate in PEM format, for an encrypted connection"
-    parser.add_argument("--certificate", metavar="FILE", help=certificate)
+    text = "a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts"
+    parser.add_argument("--auth", metavar="USER", help=text)
+    text = "the server's certificate in PEM format, for an encrypted connection"
+    parser.add_argument("--certificate", metavar="FILE", help=text)
     parser.add_argument("--key", metavar="FILE", help="its private key, if the file of the certificate has none")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    add_train_images(parser)
 
 
 @contextmanager
@@ -90,13 +92,25 @@ def run(args: argparse.Namespace) -> int:
     # Settings that the user has for Gradio are for other pages; some would open this one to others.
     with user_input(), _without(lambda name: name.startswith("GRADIO_") or name.lower() in PROXIES):
         _import_gradio()
-        from pyglow_fast.web import CSS, Place, Shelf, credentials, page, serve
+        from pyglow_fast.web import CSS, Shelf, check_certificate, check_host, credentials, page, serve
 
-        check_counts(args, "train_images")
+        check_numbers(args)
         resolve_device(args.device)  # else only what is done on the page would refuse it
+        runs = [shown_run() if is_shown(name) else name for name in args.runs] or [shown_run()]
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
-        place = Place(args.host.strip("[]"), args.port, auth, args.certificate, args.key)
-        shelf = Shelf(args.runs, args.best, args.device, train_images=args.train_images)
-        serve(lambda: page(shelf), place, css=CSS, open_browser=not args.no_browser, meanwhile=lambda: _warm(shelf))
+        check_host(args.host, auth)
+        check_certificate(args.certificate, args.key)
+        shelf = Shelf(runs, args.best, args.device, args.train_images)
+        serve(
+            lambda: page(shelf),
+            host=args.host,
+            port=args.port,
+            auth=auth,
+            open_browser=not args.no_browser,
+            css=CSS,
+            certificate=args.certificate,
+            key=args.key,
+            meanwhile=lambda: _warm(shelf),
+        )
     return 0

@@ -1,4 +1,4 @@
-"""Experiments on what each level of the latents holds, and on what the temperature does."""
+"""What each level of the latents holds, which class the top one fits, and what the temperature does."""
 
 from __future__ import annotations
 
@@ -29,19 +29,11 @@ def keep_levels(
     From the deepest level up: each prior sees what the deeper levels are now, kept or drawn.
 
     Args:
-        model: a Glow.
-        x: images (N, C, *spatial), in about [-0.5, 0.5].
+        model, x: a Glow, and images (N, C, *spatial) in about [-0.5, 0.5].
         levels: that are kept, 0 the shallowest; all of them give x back.
         temperature: of what is drawn; 0 takes the mean of the priors.
-        y: labels (N,) of x, for a model with classes: the top prior is that of the class.
-        cond: condition, if the model has one.
+        y, cond: labels of x, for a model with classes, and condition, if the model has one.
         generator: source of the noise, drawn for every level so that what is kept does not shift it.
-
-    Returns:
-        (N, C, *spatial).
-
-    Raises:
-        ValueError: levels that the model does not have, a temperature below 0, images that do not fit the model.
 
     Reference: Dinh et al. 2017, appendix on the semantics of latent variables; Kingma & Dhariwal 2018.
     """
@@ -68,19 +60,8 @@ def temperature_sweep(
 ) -> Tensor:
     """x = decode(mean_l + T sd_l eps_l) for every temperature T, with the same eps (and the same drawn labels).
 
-    Args:
-        model: a Glow.
-        temperatures: T, 0 or more.
-        n: samples of each.
-        y: labels (n,), drawn uniformly if the model has classes and None is given.
-        cond: condition, if the model has one.
-        generator: source of the noise; it moves on as one call of :meth:`Glow.sample` moves it.
-
-    Returns:
-        (len(temperatures), n, C, *spatial); row i is ``model.sample(n, temperatures[i], ...)``.
-
-    Raises:
-        ValueError: a temperature below 0 or not finite, or what sample refuses.
+    Row i of (len(temperatures), n, C, *spatial) is ``model.sample(n, temperatures[i], y, cond, generator)``, and the
+    generator moves on as in one such call.
 
     Reference: Kingma & Dhariwal 2018, figure 8.
     """
@@ -89,11 +70,33 @@ def temperature_sweep(
     for value in values:
         expect(value >= 0.0, "temperatures", "numbers, 0 or more", value)
     if generator is None:
-        generator = torch.Generator(next(iter(model.state_dict().values())).device)
-        generator.manual_seed(int(torch.randint(2**63 - 1, ())))
-    start = generator.get_state()
-    rows = []
+        generator = torch.Generator(model._parameter().device).manual_seed(int(torch.randint(2**63 - 1, ())))
+    start, rows = generator.get_state(), []
     for value in values:
         generator.set_state(start)
         rows.append(model.sample(n, value, y, cond, generator))
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def likeliest_class(model: Glow, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    """argmax_y log p(x | y), int64 (N,): the class under which each image is likeliest, all equally common.
+
+    Of log p(x | y) the prior of the top latent alone depends on y, so one pass encodes x. A classifier that was trained
+    beside the flow (:meth:`Glow.class_logits`) is not asked.
+
+    Raises:
+        ValueError: a model without classes, or images that have no finite density under any class.
+    """
+    expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
+    n_classes = model.config.n_classes
+    expect(n_classes is not None, "model", "one with classes (n_classes)", "n_classes=None")
+    top = model.encode(x, cond)[-1]
+    scores = top.new_zeros(len(top), n_classes or 0, dtype=torch.float64)
+    for label in range(scores.shape[1]):
+        mean, log_sd = model.prior(top, torch.full((len(top),), label, device=top.device))
+        # Doubles: classes may differ by less than a sum over many values is rounded by.
+        scores[:, label] = functional.gaussian_log_prob(top.double(), mean.double(), log_sd.double())
+    decided = ~scores.isnan().any(1) & scores.amax(1).isfinite()
+    expect(bool(decided.all()), "x", "images with a finite log-likelihood", f"{int((~decided).sum())} without one")
+    return scores.argmax(1)

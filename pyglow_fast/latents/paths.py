@@ -16,7 +16,7 @@ from pyglow_fast.latents.spaces import (
     check_images,
     check_numbers,
     check_space,
-    decode_each,
+    from_space,
     to_space,
 )
 from pyglow_fast.layers.reshape import standardised
@@ -43,12 +43,6 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
         a, b: (N, ...), floating; one shape.
         t: 0 gives a and 1 gives b, exactly.
 
-    Returns:
-        (N, ...), like a.
-
-    Raises:
-        ValueError: shapes or dtypes differ, or t outside 0..1.
-
     Reference: Shoemake 1985; White 2016, "Sampling generative networks".
 
     Examples:
@@ -58,11 +52,8 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
         >>> round(slerp(a, b, 0.5).norm().item(), 3), round(linear(a, b, 0.5).norm().item(), 3)  # of norms 1 and 3
         (2.0, 1.581)
     """
-    expect(
-        isinstance(a, Tensor) and isinstance(b, Tensor), "a, b", "tensors", f"{type(a).__name__}, {type(b).__name__}"
-    )
-    expect(a.is_floating_point() and a.dtype == b.dtype, "b", f"a floating dtype, that of a ({a.dtype})", b.dtype)
-    expect(a.dim() >= 1 and a.shape == b.shape, "b", f"shape {tuple(a.shape)}, that of a", tuple(b.shape))
+    fits = a.is_floating_point() and a.dtype == b.dtype and a.dim() >= 1 and a.shape == b.shape
+    expect(fits, "b", f"floating and like a, {a.dtype} {tuple(a.shape)}", f"{b.dtype} {tuple(b.shape)}")
     expect(0.0 <= t <= 1.0, "t", "a number in 0..1", t)
     first, second = a.flatten(1).double(), b.flatten(1).double()
     norms = [vector.norm(dim=1, keepdim=True) for vector in (first, second)]
@@ -81,52 +72,6 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return (weights[0] * first + weights[1] * second).reshape(a.shape).to(a.dtype)
 
 
-def interpolate_latents(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    frames: int = 8,
-    spherical: bool = False,
-    times: Sequence[float] | None = None,
-) -> list[list[Tensor]]:
-    """List latents at t = 0, 1 / (frames - 1), ..., 1 between a and b, each level on its own.
-
-    Args:
-        a, b: one tensor (N, C, *spatial) a level.
-        frames: points, both ends included.
-        spherical: :func:`slerp` rather than :func:`linear`. Every level keeps its own norm: over all levels together
-            the directions of the many shallow values would decide how the few deep ones turn.
-        times: the points t, each in 0..1, instead of ``frames`` of them.
-
-    Raises:
-        ValueError: fewer than two frames, a point outside of 0..1, latents that do not fit each other or are not
-            finite.
-    """
-    points = _times(frames, times)
-    expect(isinstance(spherical, bool), "spherical", "True or False", repr(spherical))
-    check_finite("a", a)
-    check_finite("b", b)
-    expect(len(a) == len(b), "b", f"{len(a)} tensors, as in a", len(b))
-    for i, (first, second) in enumerate(zip(a, b, strict=True)):
-        expect(first.shape == second.shape, f"b[{i}]", f"shape {tuple(first.shape)}, as in a", tuple(second.shape))
-    between = slerp if spherical else linear
-    return [[between(first, second, t) for first, second in zip(a, b, strict=True)] for t in points]
-
-
-def _times(frames: int, times: Sequence[float] | None) -> list[float]:
-    """The points of a path.
-
-    Raises:
-        ValueError: fewer than two frames, or points that are not in 0..1.
-    """
-    if times is None:
-        _FRAMES.check("frames", frames, whole=True)
-        return [i / (frames - 1) for i in range(frames)]
-    points = check_numbers("times", times)
-    for point in points:
-        expect(0.0 <= point <= 1.0, "times", "numbers in 0..1", point)
-    return points
-
-
 @torch.no_grad()
 def interpolate(
     model: Glow,
@@ -135,7 +80,7 @@ def interpolate(
     frames: int = 8,
     spherical: bool = False,
     space: str = DEFAULT_SPACE,
-    y: tuple[Tensor | None, Tensor | None] | None = None,
+    y: tuple[Tensor | None, Tensor | None] = (None, None),
     cond: Tensor | None = None,
     times: Sequence[float] | None = None,
 ) -> Tensor:
@@ -145,20 +90,15 @@ def interpolate(
     a to those of the class of b, so that the path is continuous and both ends are the images.
 
     Args:
-        model: a Glow.
-        a, b: images (N, C, *spatial), in about [-0.5, 0.5].
+        model, a, b: a Glow, and images (N, C, *spatial) in about [-0.5, 0.5].
         frames: images of the path, both ends included.
-        spherical: on great circles, level by level; see :func:`slerp`.
-        space: "latent" or "noise", see :func:`to_space`.
+        spherical: on great circles, see :func:`slerp`; every level keeps its own norm.
+        space, cond: as of :func:`to_space`.
         y: labels (N,) of a and of b, for a model with classes.
-        cond: the condition of both, if the model has one.
         times: the points t, each in 0..1, instead of ``frames`` of them.
 
     Returns:
         (N, frames, C, *spatial), or (N, len(times), C, *spatial); at t = 0 it is a and at t = 1 b, up to rounding.
-
-    Raises:
-        ValueError: images that are not as many in b as in a or do not fit the model, or an option out of its range.
 
     Reference: Kingma & Dhariwal 2018, figure 5 (linear).
 
@@ -174,13 +114,11 @@ def interpolate(
         (torch.Size([3, 5, 1, 8, 8]), True, True)
     """
     check_space(space)
-    pair = y if y is not None else (None, None)
-    expect(isinstance(pair, tuple | list) and len(pair) == 2, "y", "a pair: labels of a and of b", type(y).__name__)
-    for name, x, labels in (("a", a, pair[0]), ("b", b, pair[1])):
+    for name, x, labels in (("a", a, y[0]), ("b", b, y[1])):
         check_images(name, model, x, labels)
     expect(len(a) == len(b), "b", f"{len(a)} images, one for each of a", len(b))
-    start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), pair, strict=True))
-    return decode_path(model, start, end, frames, spherical, space, pair, cond, times)
+    start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), y, strict=True))
+    return decode_path(model, start, end, frames, spherical, space, y, cond, times)
 
 
 @torch.no_grad()
@@ -197,28 +135,26 @@ def decode_path(
 ) -> Tensor:
     """x(t) = decode(path(start, end, t)): what :func:`interpolate` gives, from latents that were taken before.
 
-    Args:
-        model: a Glow.
-        start, end: latents of N images each, one tensor (N, C, *spatial) a level, from :func:`to_space` in the same
-            space.
-        frames, spherical, space, y, cond, times: see :func:`interpolate`.
-
-    Returns:
-        (N, frames, C, *spatial), or (N, len(times), C, *spatial).
-
-    Raises:
-        ValueError: latents that do not fit each other or the model or are not finite, or an option out of its range.
+    ``start`` and ``end`` are latents of N images each from :func:`to_space` in the same space.
     """
-    at = _times(frames, times)
-    points = interpolate_latents(start, end, spherical=spherical, times=at)
-    if space == "noise" and y[0] is not None:
-        points = [_between_classes(model, point, y, t) for point, t in zip(points, at, strict=True)]
-    return decode_each(model, points, space, y[0], cond)
+    if times is None:
+        _FRAMES.check("frames", frames, whole=True)
+    points = [i / (frames - 1) for i in range(frames)] if times is None else check_numbers("times", times)
+    for point in points:
+        expect(0.0 <= point <= 1.0, "times", "numbers in 0..1", point)
+    check_finite("start", start)
+    check_finite("end", end, [tuple(level.shape) for level in start])
+    between, found = slerp if spherical else linear, []
+    for t in points:
+        latents = [between(first, second, t) for first, second in zip(start, end, strict=True)]
+        if space == "noise" and y[0] is not None:
+            latents[-1] = _between_classes(model, latents[-1], y, t)
+        found.append(from_space(model, latents, space, y[0], cond))
+    return torch.stack(found, dim=1)
 
 
-def _between_classes(model: Glow, noise: list[Tensor], y: Sequence[Tensor | None], t: float) -> list[Tensor]:
+def _between_classes(model: Glow, top: Tensor, y: Sequence[Tensor | None], t: float) -> Tensor:
     """The noise that under the class of a gives the top latent of a prior between both classes."""
-    top = noise[-1]
     (mean_a, log_sd_a), (mean_b, log_sd_b) = (model.prior(top, labels) for labels in y)
     latent = functional.gaussian_sample(top, linear(mean_a, mean_b, t), linear(log_sd_a, log_sd_b, t))
-    return [*noise[:-1], standardised(latent, mean_a, log_sd_a)]
+    return standardised(latent, mean_a, log_sd_a)

@@ -481,7 +481,6 @@ LATENTS = rows(
         ),
         "class of none": (lambda m: tools.likeliest_class(m, X), r"model: expected one with classes \(n_classes\)"),
         "sweep": (lambda m: tools.temperature_sweep(m, [0.5, -1.0]), "temperatures: expected numbers, 0 or more"),
-        "score": (lambda m: tools.edit_score(X, X[:1], X), r"target: expected shape \(2, 1, 4, 8\)"),
     },
 )
 

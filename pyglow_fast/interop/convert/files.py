@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
             with np.load(name, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         content = torch.load(name, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's text would advise to run the file's code
+        found = "one that is damaged or holds other Python objects, which only its own code could make"
+        mend = "where it comes from, torch.save(model.state_dict(), PATH) writes tensors alone"
+        raise ValueError(
+            f"{name}: expected a file of tensors that is read without running code, found {found}; {mend}"
+        ) from error
     except Exception as error:  # a damaged or foreign file may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -1,0 +1,273 @@
+"""Arguments that commands share: a run, its images, where the result goes; and the parser that reads them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import pyglow_fast
+from pyglow_fast._errors import check_seed, expect
+from pyglow_fast._settings import Range, value_text
+from pyglow_fast.cli._output import did_you_mean, say_error
+from pyglow_fast.data import DATA_HELP, optional
+from pyglow_fast.latents import SPACES
+from pyglow_fast.studio import OpenRun
+from pyglow_fast.studio.opened import TRAIN_IMAGES
+from pyglow_fast.studio.reading import PARTS, Selection, selection
+from pyglow_fast.train import RunFolder, check_fits
+from pyglow_fast.train.figures import PICTURE_IMAGES
+
+Function = Callable[[argparse.Namespace], int]  # what a command does; gives the exit code
+Commands = argparse._SubParsersAction  # of argparse.ArgumentParser: where a command is declared
+SHOWN = "shown"  # as RUN: the small model that comes with the package
+LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
+_NEGATIVE = re.compile(r"-\.?[0-9]|-(inf|infinity|nan)$", re.IGNORECASE)  # as a number begins, and no option
+_RANGES = {
+    "n": PICTURE_IMAGES,
+    "columns": PICTURE_IMAGES,
+    "scale": Range(least=1, most=256, why="a pixel of the image is then a picture of its own"),
+    "frames": Range(least=2, most=1000, why="each is a pass through the model"),
+    "pairs": Range(least=1),
+    "samples": Range(least=1, most=10_000, why="each goes through all images once more"),
+    "batch_size": Range(least=1, most=1 << 16, why="all of them are in memory at once"),
+    "eval_images": Range(least=1),
+    "train_images": Range(least=1),
+}
+
+
+def whole(text: str) -> int:
+    """Read an int, as an argument type of argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+
+
+def number(text: str) -> float:
+    """Read a float, as an argument type of argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
+def folder_name(text: str) -> str:
+    """Read the name of a folder, as an argument type: an empty one, which would mean the current folder, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"expected the name of a folder, found {text!r}")
+    return text
+
+
+COUNT: dict[str, Any] = {"type": whole, "metavar": "N"}
+SPACE_HELP = (
+    "what is edited: z of every level (latent), or what the priors standardise it to (noise; default: noise, for a "
+    "model with classes latent, since noise holds little of the class)"
+)
+RUN_HELP = f"the folder of a run, or {SHOWN}: the small model that comes with the package"
+_SHARED: dict[str, dict[str, Any]] = {
+    "run": {"metavar": "RUN", "type": folder_name, "help": RUN_HELP},
+    "--best": {"action": "store_true", "help": "the checkpoint with the best held-out bits/dim, not the last"},
+    "--device": {"default": "auto", "help": "cpu, cuda, cuda:N or auto"},
+    "data": {"metavar": "DATA", "nargs": "?", "help": f"{DATA_HELP}; prepared as the run's own (default: those)"},
+    "--part": {"choices": PARTS, "help": "which part (default: held-out of the run's own images, all of any others)"},
+    "--out": {"metavar": "FILE", "help": "where the result goes (default: in the folder of the run)"},
+    "--scale": COUNT | {"help": "enlarge each pixel by this factor (default: a picture to 256 pixels at least)"},
+    "--n": COUNT | {"help": "how many images"},
+    "--columns": COUNT | {"help": "images in a row (default: a column a class for up to 16, else a square)"},
+    "--seed": COUNT | {"default": 0, "help": "of all that is random: the same seed gives the same result"},
+    "--temperature": {"type": number, "metavar": "X", "help": "multiplies the priors' deviation; 0 is the mean"},
+    "--label": {"metavar": "CLASS", "action": "append", "help": "a class; may be repeated (default: all in turn)"},
+    "--space": {"choices": SPACES, "help": SPACE_HELP},
+    "--train-images": COUNT | {"default": TRAIN_IMAGES, "help": "that the mean latents are measured on, at most"},
+    "--batch-size": COUNT | {"default": 64, "help": "images at a time"},
+    "--samples": COUNT | {"default": 1, "help": "draws of the dequantisation noise an image"},
+}
+RUN = ("run", "--best", "--device")
+IMAGES = (*RUN, "data", "--part")
+PICTURE = ("--out", "--scale")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Writes behind the help of each option the default that it has, which nobody then types by hand."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, value = action.help or "", action.default
+        if not action.option_strings or value is None or value is argparse.SUPPRESS or isinstance(value, bool):
+            return text
+        about = text.partition(" (default:")[0]  # in words, where the parser alone would have none
+        return f"{about} (default: {value_text(value).replace('%', '%%')})".strip()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help opens with what is done and an example.
+
+    Options must be written out: an abbreviation that works today would be ambiguous with tomorrow's options.
+    """
+
+    def __init__(self, *args: Any, opening: str = "", **options: Any) -> None:
+        ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": HelpFormatter}
+        super().__init__(*args, **ours | options)
+        self.opening = opening
+        self._negative_number_matcher = _NEGATIVE  # so that -1e-1 is a number as -0.1 is
+
+    def format_help(self) -> str:
+        """As of any, below the opening."""
+        return f"{self.opening}\n\n{super().format_help()}"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As of any, with the nearest of the choices."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), action.choices or ())
+            raise
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; DATA, which may be left out, may stand behind options.
+
+        Before Python 3.13 argparse does not look for it there. What nothing takes is refused here, where the options of
+        the command are known.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        last = next((action for action in self._actions if action.metavar == "DATA"), None)
+        options = [word for word in rest if word.startswith("-")]
+        if last is not None and rest and not options and not getattr(found, last.dest):
+            several = last.nargs == "*"
+            setattr(found, last.dest, rest if several else rest[0])
+            rest = [] if several else rest[1:]
+        if rest:
+            nearest = did_you_mean(options[0].partition("=")[0], self._option_string_actions) if options else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{nearest}")
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        say_error(f"{message} (see {self.prog} --help)")
+        raise SystemExit(2)
+
+
+def command(
+    commands: Commands[Any],
+    run: Function,
+    about: str,
+    example: str,
+    *shared: str,
+    defaults: dict[str, Any] | None = None,
+    **more: Any,
+) -> argparse.ArgumentParser:
+    """Declare a command: what it does, the same in words, an example whose first word is its name, shared arguments.
+
+    ``defaults`` are those of the shared arguments where the command has others, ``more`` are options of the parser.
+    """
+    opening = f"{about[0].upper()}{about[1:]}.\n\n  pyglow-fast {example}"
+    parser: argparse.ArgumentParser = commands.add_parser(example.split()[0], help=about, opening=opening, **more)
+    for name in shared:
+        parser.add_argument(name, **_SHARED[name])
+    parser.set_defaults(run_command=run, **defaults or {})
+    return parser
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers of the shared options that are out of their ranges.
+
+    Raises:
+        ValueError: one is.
+    """
+    for key, value in vars(args).items():
+        if key in _RANGES and value is not None:
+            _RANGES[key].check(key, value, whole=True)
+    check_seed(getattr(args, "seed", 0))
+    temperature = getattr(args, "temperature", 0.0)
+    expect(0.0 <= temperature < float("inf"), "temperature", "a number, 0 or more", temperature)
+
+
+def open_run(args: argparse.Namespace, name: str | None = None) -> OpenRun:
+    """Check the numbers that were given, and open RUN, or of several the one ``name``.
+
+    Raises:
+        ValueError: a number out of its range; no run, or what it holds does not fit together.
+    """
+    check_numbers(args)
+    name = name or args.run
+    ours = is_shown(name)
+    place = shown_run() if ours else name
+    opened = OpenRun.open(place, args.best or ours, args.device, getattr(args, "train_images", TRAIN_IMAGES))
+    opened.name = name
+    return opened
+
+
+def is_shown(name: str) -> bool:
+    """Whether RUN names the model that comes with the package."""
+    return name == SHOWN and not Path(name).exists()
+
+
+def shown_run() -> str:
+    """Find the run that comes with the package.
+
+    Raises:
+        ValueError: this copy has none.
+    """
+    place = Path(pyglow_fast.__file__).parent / "shown"
+    expect(place.is_dir(), "run", "the folder of a run", "none, and this copy of pyglow_fast comes without a model")
+    return str(place)
+
+
+def own_name(opened: OpenRun) -> str:
+    """Name the run's own images."""
+    return opened.checkpoint.config.data.name
+
+
+def select(opened: OpenRun, data: str | None = None, part: str | None = None) -> Selection:
+    """Load the images ``data`` prepared for the run, by default its own, and the part that is looked at.
+
+    Raises:
+        ValueError: images that do not fit the model, or a part that they do not have.
+    """
+    if data is not None:
+        return selection(data, part, opened.checkpoint, opened.model)
+    images, train, held_out = opened.images.find()
+    check_fits(opened.model, images, opened.n_bins)
+    part = part or PARTS[0]
+    positions = {"held-out": held_out, "train": train, "all": torch.arange(len(images))}[part]
+    return Selection(images.subset(positions), positions, images.subset(train), part)
+
+
+def output(args: argparse.Namespace, suffix: str, *images: str | None) -> Path:
+    """Find where --out will go, by default into the run's folder: see :func:`output_path`."""
+    if suffix == ".png":
+        optional("PIL.ImageDraw", "pictures")  # better missed now than after minutes
+    folder = args.run if isinstance(args.run, str) else args.run[0]
+    place = Path() if is_shown(folder) else Path(folder)
+    return output_path(args.out or str(place / f"{args.command}{suffix}"), suffix, "out", *images)
+
+
+def output_path(text: str, suffix: str, argument: str, *images: str | None) -> Path:
+    """Find where a file will go, and check it before anything is computed.
+
+    Nothing is written over one of the ``images`` that are read, or among them where they are loose files.
+
+    Raises:
+        ValueError: the folder is not there or cannot be written, the name does not end in ``suffix``, or the file is
+            one that a run keeps, or would be among the images.
+    """
+    path = Path(text)
+    expect(path.suffix.lower() == suffix, argument, f"a name ending in {suffix}", repr(text))
+    expect(path.parent.is_dir(), argument, "a file in an existing folder", repr(text))
+    expect(not path.is_dir(), argument, "a file", f"a folder, {text!r}")
+    expect(os.access(path.parent, os.W_OK), argument, "a file in a folder that can be written", repr(text))
+    place = path.resolve()
+    folder = RunFolder(place.parent)
+    kept = folder.exists and place in folder.kept
+    expect(not kept, argument, "another file than those that a run keeps", repr(text))
+    for name in filter(None, images):
+        expect(Path(name).resolve() != place, argument, "another file than one that is read", repr(text))
+        scheme, _, root = name.partition(":")
+        among = scheme in LOOSE and bool(root) and Path(root).resolve() in place.parents
+        expect(not among, argument, f"a file outside of the folder of {name}", repr(text))
+    return path

@@ -1,0 +1,102 @@
+"""What commands say: lines in which nothing acts on the terminal, errors of one line, progress, what comes next."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pyglow_fast._errors import visible
+from pyglow_fast.data import Yardstick
+from pyglow_fast.studio.directions import Progress
+from pyglow_fast.train import Score, progress_line
+
+# "preset: expected one of cifar10, lsun64, found 'cifar'": the end of a message about a name, and the names.
+_UNKNOWN = re.compile(r"(?:expected one of|data: expected) (?P<known>.*), found '(?P<word>[^':]+)[^']*'")
+_NAME = re.compile(r"[A-Za-z][\w./-]+")
+
+
+class InputError(Exception):
+    """Raised when something the user gave is wrong; the message says what, what was expected and what was found."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """A context for code that looks at what the user gave: a ValueError there is the user's to mend.
+
+    Errors raised outside of it are bugs and keep their traceback.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Name the nearest of the known words, as the end of a message; empty if none is near."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def say(text: object, lines: bool = False) -> None:
+    """Print a line, or a text that has lines of its own, in which nothing acts on the terminal."""
+    print(visible(str(text), lines))
+
+
+def say_error(error: object, lines: bool = False) -> None:
+    """Print an error, in one line unless it has lines of its own; of an unknown name with the nearest that is known."""
+    text = str(error)
+    found = _UNKNOWN.fullmatch(text.partition(": ")[2]) or _UNKNOWN.fullmatch(text)
+    if found is not None:
+        text += did_you_mean(found["word"], _NAME.findall(found["known"]))
+    print(f"error: {visible(text, lines)}", file=sys.stderr)
+
+
+def say_next(*words: str) -> None:
+    """Print a command that may come next, ready to be copied."""
+    say(f"next: {shlex.join(['pyglow-fast', *words])}")
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people: "47 s", "2 min 5 s", "3 h 20 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{value} {unit}" for value, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if value]
+    return " ".join(parts[:2]) or "0 s"
+
+
+@contextmanager
+def progress(words: str) -> Iterator[Progress]:
+    """A context with a function that is told (done, total), and shows how far that is from the first call on."""
+    line: Any = None
+
+    def told(done: int, total: int) -> None:
+        nonlocal line
+        line = progress_line(words, total) if line is None else line
+        line.update(done - line.n)
+
+    try:
+        yield told
+    finally:
+        if line is not None:
+            line.close()
+
+
+def not_finite_note(count: int, of: str = "of them") -> str:
+    """Say how many images were not finite, as the end of a sentence; empty for none."""
+    return f" ({count} {of} not finite, shown grey)" if count else ""
+
+
+def table(scores: dict[str, Score], yardsticks: Iterable[Yardstick] = ()) -> str:
+    """Write scores and yardsticks as aligned lines."""
+    rows = []
+    for name, score in scores.items():
+        labels = "" if score.accuracy is None else f"; labels {score.accuracy:.1%} right, {score.class_bits:.3f} bits"
+        rows.append((name, score.mean, f"± {score.error_text} bits/dim, {score.images} images{labels}"))
+    rows += [(item.name, item.bits_per_dim, f"bits/dim, {item.how}") for item in yardsticks]
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(f"  {name.ljust(width)}  {value:>7.3f}  {rest}" for name, value, rest in rows)

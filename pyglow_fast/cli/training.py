@@ -1,0 +1,362 @@
+"""Runs the commands that train: train, resume, demo, compare."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pyglow_fast import presets
+from pyglow_fast._errors import expect
+from pyglow_fast._settings import GROUPS, Declared, declared_of, value_text
+from pyglow_fast.cli._arguments import Commands, Function, command, folder_name, number, whole
+from pyglow_fast.cli._output import duration, say, say_next, table, user_input
+from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
+from pyglow_fast.experiments import Comparison, variants
+from pyglow_fast.models import GlowConfig
+from pyglow_fast.train import (
+    LIMITS,
+    Ranks,
+    Result,
+    Run,
+    RunFolder,
+    TrainConfig,
+    open_ranks,
+    read_config,
+    resolve_device,
+    resume,
+    start,
+)
+from pyglow_fast.train.config import images_for
+
+_DATA = tuple(item.name for item in fields(DataConfig) if item.name != "name")
+_MODEL = tuple(item.name for item in fields(GlowConfig))
+_TRAIN = tuple(item.name for item in fields(TrainConfig) if item.name not in ("data", "model"))
+_SETTINGS = frozenset((*_DATA, *_MODEL, *_TRAIN))
+# The settings that --help shows; --help-all shows all.
+COMMON = (
+    *("size", "class_conditional", "n_levels", "n_steps", "hidden"),
+    *("batch_size", "lr", "max_steps", "max_minutes", "seed", "device"),
+)
+# The settings are those of the digits' preset, with classes. All steps fit into two minutes on two cores.
+DEMO = {"class_conditional": True, "max_steps": 1500, "eval_every": 250, "sample_every": 250, "sample_count": 80}
+_TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {int: (whole, "N"), float: (number, "X")}
+_DIGITS = presets.PRESETS["digits"].settings  # the preset of the images that come with the package
+
+
+def add(commands: Commands[Any]) -> None:
+    """Declare the commands and their options."""
+    about = "train a Glow on images; under torchrun, on several processes"
+    parser = _trainer(commands, train, about, "train fashion-mnist --size 32 --out runs/fashion")
+    text = "the folder of the run (default: with --config RUN/config.toml RUN-2, or the next that is free)"
+    parser.add_argument("--out", type=folder_name, default=None, metavar="DIR", help=text)
+    existing = parser.add_mutually_exclusive_group()
+    text = "go on from the last checkpoint in --out, as the command resume does"
+    existing.add_argument("--resume", action="store_true", default=False, help=text)
+    text = "replace a run that is in --out"
+    existing.add_argument("--overwrite", action="store_true", default=False, help=text)
+    _add_settings(parser)
+
+    about = "go on with a run from its last checkpoint; settings that may change are options"
+    parser = _trainer(commands, train, about, "resume runs/fashion --max-minutes 30", sources=False)
+    parser.add_argument("out", type=folder_name, metavar="RUN", help="the folder of the run")
+    parser.add_argument("data", metavar="DATA", nargs="?", default=None, help="the same images, if they were moved")
+    parser.set_defaults(config=None, preset=None, resume=True)
+    _add_settings(parser)
+
+    about = "train on handwritten digits for two minutes at most, and show the result"
+    parser = command(commands, demo, about, "demo", "--seed", "--device")
+    text = "the folder of the run"
+    parser.add_argument("--out", type=folder_name, default="runs/demo", metavar="DIR", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
+    parser.add_argument("--minutes", type=number, metavar="X", default=2.0, help="at most so long")
+
+    about = "train permutations x couplings over several seeds, and compare their held-out bits/dim"
+    example = "compare fashion-mnist --n-steps 4 --hidden 48 --out runs/ablation"
+    parser = _trainer(commands, compare, about, example)
+    text = "a folder; runs that are finished in it are not trained again, others go on"
+    parser.add_argument("--out", required=True, type=folder_name, metavar="DIR", help=text)
+    names: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    text = "what the models mix channels by; invconv_plain too"
+    parser.add_argument("--permutations", default=["reverse", "shuffle", "invconv"], help=text, **names)
+    parser.add_argument("--couplings", default=["additive", "affine"], help="affine, additive or both", **names)
+    numbers: dict[str, Any] = {"nargs": "+", "type": whole, "metavar": "N"}
+    text = "how many of the K steps have checkerboard masks (default: as in the settings)"
+    parser.add_argument("--checkerboards", default=None, help=text, **numbers)
+    parser.add_argument("--seeds", default=[0, 1, 2], help="each model is trained once with each", **numbers)
+    _add_settings(parser, without=("permutation", "coupling", "seed", "n_checkerboard"))
+
+
+# Options
+
+
+class _ListPresets(argparse.Action):
+    """Prints the table of presets and ends, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        say(presets.table(), lines=True)
+        parser.exit()
+
+
+class _Help(argparse.Action):
+    """Prints the help and ends; without the settings that few need, unless all are asked for (``const``)."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        for action in parser._actions:
+            if not self.const and action.dest in _SETTINGS and action.dest not in COMMON:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
+
+
+def _trainer(
+    commands: Commands[Any], run: Function, about: str, example: str, sources: bool = True
+) -> argparse.ArgumentParser:
+    """A command that has an option for each setting; one that is not given does not appear in the namespace."""
+    usage = f"%(prog)s {'[DATA] --out DIR' if sources else 'RUN'} [options]"
+    more: dict[str, Any] = {"argument_default": argparse.SUPPRESS, "add_help": False, "usage": usage}
+    parser = command(commands, run, about, example, **more)
+    for flags, every, text in ((("-h", "--help"), False, "the options that most need"), (("--help-all",), True, "all")):
+        parser.add_argument(*flags, action=_Help, nargs=0, const=every, dest="help", help=f"show {text} and exit")
+    parser.add_argument("--quiet", action="store_true", default=False, help="print the final figures only")
+    if sources:
+        parser.add_argument("data", metavar="DATA", nargs="?", default=None, help=DATA_HELP)
+        text = "settings of the paper's models and of small ones; options and --config come before them"
+        parser.add_argument("--preset", default=None, metavar="NAME", help=text)
+        parser.add_argument("--list-presets", action=_ListPresets, nargs=0, help="show the presets and exit")
+        text = "settings from a TOML, YAML or JSON file, such as another run's config.toml; options come before them"
+        parser.add_argument("--config", default=None, metavar="FILE", help=text)
+    return parser
+
+
+def settings() -> Iterator[Declared]:
+    """The settings that have an option, in the order of the groups."""
+    found = [item for section in (DataConfig, GlowConfig, TrainConfig) for item in declared_of(section).values()]
+    for group in GROUPS:
+        yield from (item for item in found if item.rule.group == group)
+
+
+def default_text(item: Declared) -> str:
+    """What is taken where a setting is not given: "3; digits: 2", since the digits have a preset by themselves."""
+    digits = _DIGITS.get(item.name, item.default)
+    own, theirs = (
+        item.rule.absent if value is None and item.rule.absent else value_text(value)
+        for value in (item.default, digits)
+    )
+    return own if digits == item.default else f"{own}; digits: {theirs}"
+
+
+def _add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for item in (item for item in settings() if item.name not in without):
+        text = f"{item.rule.help} (default: {default_text(item)})".replace("%", "%%")
+        parse, metavar = _TYPES.get(item.type, (str, "NAME"))
+        how: dict[str, Any] = {"type": _or_none(parse) if item.optional else parse, "metavar": metavar}
+        if item.type is bool:
+            how = {"action": argparse.BooleanOptionalAction if item.rule.other is None else "store_true"}
+            how["default"] = argparse.SUPPRESS
+        group: Any = groups[item.rule.group]
+        group = group if item.rule.other is None else group.add_mutually_exclusive_group()
+        group.add_argument(item.flag, dest=item.name, help=text, **how)
+        if item.rule.other is not None:
+            flag, words = item.rule.other
+            opposite = False if item.type is bool else None
+            group.add_argument(flag, action="store_const", const=opposite, dest=item.name, help=words)
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Where a setting may be absent: "none" takes back what a file or a preset says."""
+    return lambda text: None if text == "none" else parse(text)
+
+
+# Settings
+
+
+def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
+    """Read (settings as if they were given as options, name of the images, preset) from a configuration file.
+
+    Raises:
+        ValueError: see read_config; or a key that is no setting.
+    """
+    rest = read_config(Path(path))
+    preset, data, model = (rest.pop(name, empty) for name, empty in (("preset", None), ("data", {}), ("model", {})))
+    tables = ("", rest, _TRAIN), (": data", data, ("name", *_DATA)), (": model", model, _MODEL)
+    for place, values, known in tables:
+        expect(isinstance(values, Mapping), f"{path}{place}", "a table", type(values).__name__)
+        unknown = ", ".join(sorted(set(values) - set(known)))
+        expect(not unknown, f"{path}{place}", f"settings among {', '.join(sorted(known))}", unknown)
+    images = data.get("name")
+    for name, text in (("preset", preset), ("data.name", images)):
+        expect(text is None or isinstance(text, str), f"{path}: {name}", "a text", text)
+    return {key: value for key, value in {**rest, **data, **model}.items() if key != "name"}, images, preset
+
+
+def gathered(args: argparse.Namespace) -> tuple[dict[str, Any], str | None, str | None]:
+    """Collect (settings, name of the images, preset) from the options, and behind them from the file of --config.
+
+    Raises:
+        ValueError: see from_file.
+    """
+    options = {key: value for key, value in vars(args).items() if key in _SETTINGS}
+    if args.config is None:
+        return options, args.data, args.preset
+    settings, data, preset = from_file(args.config)
+    if any(limit in options for limit in LIMITS):
+        settings = {key: value for key, value in settings.items() if key not in LIMITS}
+    return settings | options, args.data or data, args.preset or preset
+
+
+def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> tuple[TrainConfig, Images]:
+    """Make the configuration for what was given, and load the images that decide its shape.
+
+    Args:
+        given: fields of DataConfig, GlowConfig and TrainConfig, by name.
+        name: the name of the images.
+        preset: the preset whose settings count where nothing is given; None: that of the digits for the digits, else
+            none.
+
+    Raises:
+        ValueError: see DataConfig, GlowConfig and TrainConfig.
+    """
+    preset = "digits" if preset is None and name == "digits" else preset
+    values = presets.resolve({} if preset is None else presets.find(preset).settings, given)
+    data_config = DataConfig(name, **{key: values[key] for key in _DATA if key in values})
+    conditional, weight = values.get("class_conditional", False), values.get("class_weight", 0.0)
+    expect(type(conditional) is bool, "class_conditional", "true or false", conditional)
+    data = load_data(data_config)
+    for key, wanted in (("class_conditional", conditional), ("class_weight", weight)):
+        expect(not wanted or data.labels is not None, key, "images with labels", f"none in {data.name}")
+    n_classes = len(data.class_names)
+    found = {"image_shape": data.image_shape, "n_classes": n_classes if conditional else None}
+    found["classify"] = n_classes if weight else 0
+    for key, value in found.items():
+        given_value = tuple(given[key]) if isinstance(given.get(key), list) else given.get(key, value)
+        expect(given_value == value, key, f"{value}, as the images have it", given_value)
+    model = GlowConfig(**{key: values[key] for key in _MODEL if key in values} | found)
+    rest = {key: value for key, value in values.items() if key not in (*_DATA, *_MODEL)}
+    return TrainConfig(data=data_config, model=model, **rest), data
+
+
+# Commands
+
+
+def next_out(config: str | None) -> str:
+    """Name the folder of a run that repeats the one with that config.toml: beside it, under a number.
+
+    Raises:
+        ValueError: it is not that of a run, or none is given.
+    """
+    run = RunFolder(Path(config or "").parent)
+    expect(config is not None and run.config == Path(config), "out", "the folder of the run (--out DIR)", "none")
+    place, number = run.path.resolve(), 2
+    while place.with_name(f"{place.name}-{number}").exists():
+        number += 1
+    return os.path.relpath(place.with_name(f"{place.name}-{number}"))
+
+
+def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> Run:
+    """Make the run to go on with; whatever was given is as it was, or may change."""
+    sections = {**dict.fromkeys(_DATA, "data."), **dict.fromkeys(_MODEL, "model.")}
+    changes = {f"{sections.get(key, '')}{key}": value for key, value in given.items()}
+    try:
+        return resume(out, name, ranks=ranks, **changes)
+    except ValueError as error:  # options have no sections
+        raise ValueError(re.sub(r"^(data|model)\.", "", str(error))) from error
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train the model; returns the exit code."""
+    with user_input():
+        given, data, preset = gathered(args)
+        if preset is not None:
+            expect(not args.resume, "preset", "none with --resume: the run has its settings", repr(preset))
+            data = images_for(preset, data)
+        expect(args.resume or data is not None, "data", DATA_HELP, "none")
+        out = args.out or next_out(None if args.resume else args.config)
+        device = given.get("device")
+        if device is None:
+            device = RunFolder(out).read_config().device if args.resume else "auto"
+        resolve_device(device)
+        group = open_ranks(device)
+    with group as ranks:
+        if ranks.first and args.out is None and not args.quiet:
+            say(f"the run goes to {out}, since no --out is given")
+        return _execute(args, given, data, preset, out, ranks)
+
+
+def _execute(
+    args: argparse.Namespace, given: dict[str, Any], data: str | None, preset: str | None, out: str, ranks: Ranks
+) -> int:
+    """Apart from ``train``, so that nothing of the training is left when the ranks part."""
+    with user_input():
+        if args.resume:
+            ready = resumed(given, data, out, ranks)
+        else:
+            config, images = make_config(given, data or "", preset)
+            ready = start(config, out, args.overwrite, images, ranks)
+    result = ready.execute(args.quiet)
+    return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0
+
+
+def finish(result: Result, folder: RunFolder) -> int:
+    """Report how a run ended; returns the exit code, by shell convention 128 + N after signal N."""
+    path = str(folder.path)
+    if result.stopped_by is not None:
+        say(f"the run in {path} stopped at step {result.step}, saved")
+        say_next("resume", path)
+        return 128 + result.stopped_by
+    early = ", early: the held-out score stopped improving" if result.stopped_early else ""
+    say(f"{result.step} steps in {duration(result.seconds)}{early}")
+    for count, what in (
+        (result.skipped, "steps without an update, since loss or gradient were not finite"),
+        (result.unreadable, "images that could not be read, with others in their places"),
+    ):
+        if count:
+            say(f"{count} {what}")
+    if result.held_out is not None and result.train is not None:
+        before = {} if result.before is None else {"held-out, untrained": result.before}
+        scores = before | {"held-out": result.held_out, "train": result.train}
+        say(table(scores, result.yardsticks), lines=True)
+    say(folder.samples)
+    say(folder.page)
+    say_next("sample", path)
+    say_next("serve", path)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Train a Glow on handwritten digits, and report it beside honest yardsticks; returns the exit code."""
+    given = DEMO | {"max_minutes": args.minutes, "seed": args.seed, "device": args.device}
+    with user_input():
+        config, data = make_config(given, "digits")
+        ready = start(config, args.out, args.overwrite, data)
+    say(f"training on {len(ready.state.train)} handwritten digits; {len(ready.state.held_out)} are held out")
+    return finish(ready.execute(), ready.folder)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Train all variants and compare them; returns the exit code."""
+    with user_input():
+        world = os.environ.get("WORLD_SIZE", "1")
+        expect(world == "1", "WORLD_SIZE", "1, since the runs follow one another in one process", repr(world))
+        given, name, preset = gathered(args)
+        name = name if preset is None else images_for(preset, name)
+        expect(name is not None, "data", DATA_HELP, "none")
+        given |= {"permutation": args.permutations[0], "coupling": args.couplings[0], "seed": args.seeds[0]}
+        if args.checkerboards:
+            given["n_checkerboard"] = args.checkerboards[0]
+        base, data = make_config(given, name or "", preset)
+        configs = variants(base, args.permutations, args.couplings, args.seeds, args.checkerboards)
+        comparison = Comparison(configs, args.out, data)
+    signum = comparison.execute(args.quiet)
+    say(f"\n{comparison.write()}", lines=True)
+    if signum is not None:
+        say(f"stopped; the same command goes on in {args.out}")
+        return 128 + signum
+    for path in comparison.files:
+        say(path)
+    return 1 if comparison.failures else 0

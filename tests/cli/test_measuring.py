@@ -1,0 +1,249 @@
+"""The commands that measure: the files they write, the figures they print, what they warn of."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.edits import ByHand, assert_repeatable
+from torch import Tensor
+
+from pyglow_fast import Glow
+from pyglow_fast.cli import main
+from pyglow_fast.data import ImageSet, load_digits, split
+from pyglow_fast.train import score_images
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders of 8x8 images of two classes, smooth and rough, the first one with a file that is no image."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for name, roughness in (("smooth", 8), ("rough", 255)):
+        for i in range(24):
+            path = root / name / f"class{i % 2}"
+            path.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, roughness, (8, 8), dtype=np.uint8)).save(path / f"{i:02}.png")
+    (root / "smooth" / "class0" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
+    return root
+
+
+@pytest.fixture(scope="module")
+def smooth(folders: Path, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the smooth ones, which reads them when needed and skips what it cannot read. Not to be changed."""
+    out = tmp_path_factory.mktemp("run") / "smooth"
+    options = "--size 8 --gray --from-files --on-unreadable skip --workers 0 --batch-size 4 --max-steps 30"
+    command = ["train", f"folder:{folders / 'smooth'}", "--out", str(out), "--held-out", "0.5", "--quiet"]
+    assert main([*command, *options.split(), *tiny]) == 0
+    return out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def said(capsys: Capture, *words: object) -> str:
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def printed(text: str, name: str = "model") -> tuple[float, float]:
+    """(mean, standard error) in the line that begins with ``name``."""
+    found = re.search(rf"^  {re.escape(name)} +([\d.]+|nan) +± ([\d.]+|n/a) bits/dim", text, re.MULTILINE)
+    assert found is not None, text
+    return float(found.group(1)), float(found.group(2))
+
+
+@pytest.mark.parametrize("part", ["held-out", "train", "all"])
+def test_score_is_evaluate_image_by_image(trained: Path, tmp_path: Path, part: str, capsys: Capture) -> None:
+    out = tmp_path / "x.csv"
+    wanted = printed(said(capsys, "evaluate", trained, "--part", part, "--seed", 3))
+    text = said(capsys, "score", trained, "digits", "--part", part, "--seed", 3, "--out", out)
+    assert printed(text) == wanted
+    assert text.splitlines()[-1] == str(out)
+    found = rows(out)
+    values = np.array([float(row["bits_per_dim"]) for row in found])
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    assert wanted == (round(float(values.mean()), 3), round(float(error), 3))
+    digits = load_digits()
+    assert digits.labels is not None
+    train, held_out = split(digits, None, 0)
+    positions = {"held-out": held_out, "train": train, "all": torch.arange(len(digits))}[part].tolist()
+    assert [int(row["index"]) for row in found] == positions  # in the whole set, whichever part is scored
+    assert [int(row["label"]) for row in found] == digits.labels[positions].tolist()
+
+
+def test_score_with_several_draws(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    text = said(capsys, "score", trained, "--out", tmp_path / "x.csv", "--samples", 4)
+    assert "4 draws each with a mean standard deviation of 0." in text
+    assert all(float(row["bits_per_dim_sd"]) > 0 for row in rows(tmp_path / "x.csv"))
+
+
+def test_a_full_disk(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    (out := tmp_path / "s.csv").write_text("before")
+
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr("pyglow_fast.train.files.os.replace", full)
+    assert main(["score", str(trained), "digits", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"error: [Errno {errno.ENOSPC}] No space left on device: '{out}'\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
+    assert out.read_text() == "before"
+
+
+def test_images_that_cannot_be_read(
+    smooth: Path, folders: Path, tiny: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    """They are left out and named where the run leaves them out, else refused in one line that names the file."""
+    data, out = f"folder:{folders / 'smooth'}", tmp_path / "x.csv"
+    assert "  1 image that cannot be read: 12 (class0/torn.png)\n" in said(
+        capsys, "score", smooth, data, "--part", "all", "--out", out
+    )
+    assert [row["name"] for row in rows(out)[:2]] == ["class0/00.png", "class0/02.png"]
+    assert [int(row["index"]) for row in rows(out)] == [*range(12), *range(13, 25)]
+    spoilt = Path(shutil.copytree(folders / "rough", tmp_path / "spoilt"))
+    options = "--size 8 --gray --from-files --workers 0 --batch-size 4 --max-steps 1 --quiet"
+    said(capsys, "train", f"folder:{spoilt}", "--out", tmp_path / "r", *options.split(), *tiny)
+    for path in spoilt.rglob("*.png"):
+        path.write_bytes(b"\x89PNG\r\n\x1a\n".ljust(path.stat().st_size))
+    out.write_text("precious")
+    for command in (["score", "--part", "all", "--out", str(out)], ["evaluate"], ["reconstruct"]):
+        assert main([command[0], str(tmp_path / "r"), f"folder:{spoilt}", *command[1:]]) == 2
+        assert "png: expected an image that Pillow can decode" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+
+
+def test_images_without_a_likelihood(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, bad, log_prob = tmp_path / "x.csv", {2: float("nan"), 5: float("-inf")}, Glow.log_prob
+
+    def spoilt(self: Glow, *args: Any, **options: Any) -> Tensor:
+        found = log_prob(self, *args, **options).clone()
+        for index, value in bad.items():
+            found[index] = value
+        return found
+
+    command = ["score", trained, "digits", "--out", out, "--batch-size", 180]
+    said(capsys, *command)
+    kept = [float(row["bits_per_dim"]) for i, row in enumerate(rows(out)) if i not in bad]
+    monkeypatch.setattr(Glow, "log_prob", spoilt)
+    text = said(capsys, *command)
+    assert "  2 images without a finite likelihood, left out of the figures: " in text
+    assert [rows(out)[i]["bits_per_dim"] for i in bad] == ["nan", "inf"]
+    assert printed(text)[0] == round(float(np.mean(kept)), 3)
+    bad.update(dict.fromkeys(range(180), float("nan")))
+    assert "no image has a likelihood" in said(capsys, *command)
+    ood = ["ood", str(trained), "digits", "--other-part", "train", "--batch-size", "180", "--n", "180"]
+    assert main([*ood, "--out", str(tmp_path / "x.png")]) == 2
+    message = "error: data: expected at least 2 images with a finite likelihood, found 0 in digits\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_score_of_files(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """Each image by itself, so that the order does not matter; samples and held-out images too."""
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("12", "it's $odd.png", "digits")):  # names that could be something else
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(name, "PNG")
+    names = ["./12", "it's $odd.png", "3", "sample:1:n=2:seed=0:temperature=0.7:label=4"]
+    texts = [said(capsys, "score", trained, *order, "--out", "x.csv") for order in (names, names[::-1])]
+    assert texts[0].splitlines()[1:5] == texts[1].splitlines()[4:0:-1]
+    found = rows(Path("x.csv"))
+    assert [row["name"] for row in found] == names[::-1]
+    by_hand = ByHand(trained)
+    pixels, label = by_hand.held(3)
+    assert label is not None
+    one = ImageSet("one", pixels[None], 17, torch.tensor([label]), by_hand.data.class_names)
+    bits = float(score_images(by_hand.model, one, 1, seed=0).bits_per_dim[0])
+    assert float(found[1]["bits_per_dim"]) == pytest.approx(bits, abs=1e-6)
+    assert found[0]["label"] == "4"
+    said(capsys, "score", trained, "digits", "--out", "y.csv")  # the file of that name, not the images
+    assert len(rows(Path("y.csv"))) == 1
+
+
+@pytest.mark.drawn
+def test_the_picture_of_files(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """A histogram with a line for each image; it repeats by the command that it holds."""
+    monkeypatch.chdir(tmp_path)
+    assert said(capsys, "score", trained, 3, 4, "--picture", "p.png").splitlines()[-1] == "p.png"
+    assert assert_repeatable(Path("p.png"), "--picture") == ["score", str(trained), "3", "4"]
+    assert not (trained / "score.csv").exists()
+
+
+def test_evaluate_on_other_images(
+    smooth: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The histogram model is fitted on the run's own training images, as long as they are there."""
+    text = said(capsys, "evaluate", smooth, f"folder:{folders / 'rough'}")
+    assert "24 images" in text
+    assert f"(the histogram model was fitted on the run's own training images, folder:{folders / 'smooth'})" in text
+    monkeypatch.setattr("pyglow_fast.cli.measuring.trained_on", lambda checkpoint: None)
+    text = said(capsys, "evaluate", smooth, f"folder:{folders / 'rough'}")
+    assert "(no histogram model: it would be fitted on the images that the run was trained on, but folder:" in text
+    assert "PNG" in text
+
+
+@pytest.mark.drawn
+def test_ood_of_rougher_images(smooth: Path, folders: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Which have far more bits/dim: AUROC 1. The CSV file holds both sets, each with its indices and names."""
+    own, foreign = (f"folder:{folders / name}" for name in ("smooth", "rough"))
+    out, table = tmp_path / "x.png", tmp_path / "x.csv"
+    text = said(capsys, "ood", smooth, foreign, "--out", out, "--csv", table, "--typicality")
+    assert "AUROC 1.0000 ± n/a: how often" in text
+    assert "AUROC 1.0000 ± n/a by typicality" in text
+    assert "MORE likely" not in text
+    assert text.splitlines()[-2:] == [str(out), str(table)]
+    for name in (f"{own}, held-out", f"{foreign}, all"):
+        part = [float(row["bits_per_dim"]) for row in rows(table) if row["set"] == name]
+        assert printed(text, name)[0] == round(float(np.mean(part)), 3)
+
+
+def test_the_caveat(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """Foreign images that are more likely: said, and typicality flags them all the same."""
+    data, log_prob = load_digits(), Glow.log_prob
+
+    def liking_flat_images(self: Glow, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        return log_prob(self, x, *args, **options) + 1e4 * (x.flatten(1).std(1) < 0.1)
+
+    monkeypatch.setattr(Glow, "log_prob", liking_flat_images)
+    pixels = torch.randint(3, data.pixels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sources = iter([data, replace(data, name="flat", pixels=pixels)])
+    monkeypatch.setattr("pyglow_fast.studio.reading.load_data", lambda config: next(sources))
+    text = said(capsys, "ood", trained, "digits", "digits", "--n", 150, "--typicality", "--out", tmp_path / "x.png")
+    assert "AUROC 0.0000 ± n/a: how often an image of flat, all has more bits/dim than one of digits, held-out" in text
+    assert "AUROC 1.0000 ± n/a by typicality" in text
+    assert "note: the foreign images are the MORE likely ones." in text
+    assert "note: the model has classes" in text
+
+
+def test_the_run_against_its_own_training_images(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    """After 20 steps nothing is learnt by heart: chance, which is no reason for the caveat."""
+    text = said(capsys, "ood", trained, "digits", "--other-part", "train", "--out", tmp_path / "x.png")
+    found = re.search(r"^AUROC ([\d.]+) ± ([\d.]+):", text, re.MULTILINE)
+    assert found is not None
+    assert abs(float(found.group(1)) - 0.5) < 4 * float(found.group(2))
+    assert "MORE likely" not in text
+
+
+def test_depths_are_scored_on_the_same_images(trained: Path, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    text = said(capsys, "depths", trained, run, "--n", 4, "--eval-images", 50, "--out", tmp_path / "x.png")
+    wanted = printed(said(capsys, "evaluate", trained))[0]
+    found = [float(value) for value in re.findall(r"([\d.]+) ± [\d.]+ bits/dim held out \(50 images\)", text)]
+    assert found[0] == found[1] == pytest.approx(wanted, abs=0.3)
