@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 
-import pyglow_fast
 from pyglow_fast._errors import check_seed, expect
 from pyglow_fast._settings import Range, value_text
 from pyglow_fast.cli._output import did_you_mean, say_error
@@ -26,6 +25,7 @@ from pyglow_fast.train.figures import PICTURE_IMAGES
 Function = Callable[[argparse.Namespace], int]  # what a command does; gives the exit code
 Commands = argparse._SubParsersAction  # of argparse.ArgumentParser: where a command is declared
 SHOWN = "shown"  # as RUN: the small model that comes with the package
+SHIPPED = Path(__file__).parent.parent / "shown"
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 _NEGATIVE = re.compile(r"-\.?[0-9]|-(inf|infinity|nan)$", re.IGNORECASE)  # as a number begins, and no option
 _RANGES = {
@@ -213,9 +213,8 @@ def shown_run() -> str:
     Raises:
         ValueError: this copy has none.
     """
-    place = Path(pyglow_fast.__file__).parent / "shown"
-    expect(place.is_dir(), "run", "the folder of a run", "none, and this copy of pyglow_fast comes without a model")
-    return str(place)
+    expect(SHIPPED.is_dir(), "run", "the folder of a run", "none, and this copy of pyglow_fast comes without a model")
+    return str(SHIPPED)
 
 
 def own_name(opened: OpenRun) -> str:

@@ -103,7 +103,7 @@ def test_without_the_model_that_comes_with_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_arguments.pyglow_fast, "__file__", str(tmp_path / "pyglow_fast" / "__init__.py"))
+    monkeypatch.setattr(_arguments, "SHIPPED", tmp_path / "shown")
     assert main(["sample", "shown"]) == 2
     message = (
         "error: run: expected the folder of a run, found none, and this copy of pyglow_fast comes without a model\n"
