@@ -57,13 +57,6 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
 
 
-def folder_name(text: str) -> str:
-    """Read the name of a folder, as an argument type: an empty one, which would mean the current folder, is refused."""
-    if not text:
-        raise argparse.ArgumentTypeError(f"expected the name of a folder, found {text!r}")
-    return text
-
-
 COUNT: dict[str, Any] = {"type": whole, "metavar": "N"}
 SPACE_HELP = (
     "what is edited: z of every level (latent), or what the priors standardise it to (noise; default: noise, for a "
@@ -71,7 +64,7 @@ SPACE_HELP = (
 )
 RUN_HELP = f"the folder of a run, or {SHOWN}: the small model that comes with the package"
 _SHARED: dict[str, dict[str, Any]] = {
-    "run": {"metavar": "RUN", "type": folder_name, "help": RUN_HELP},
+    "run": {"metavar": "RUN", "help": RUN_HELP},
     "--best": {"action": "store_true", "help": "the checkpoint with the best held-out bits/dim, not the last"},
     "--device": {"default": "auto", "help": "cpu, cuda, cuda:N or auto"},
     "data": {"metavar": "DATA", "nargs": "?", "help": f"{DATA_HELP}; prepared as the run's own (default: those)"},
@@ -174,11 +167,7 @@ def command(
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers of the shared options that are out of their ranges.
-
-    Raises:
-        ValueError: one is.
-    """
+    """Refuse numbers of the shared options that are out of their ranges."""
     for key, value in vars(args).items():
         if key in _RANGES and value is not None:
             _RANGES[key].check(key, value, whole=True)
@@ -188,11 +177,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def open_run(args: argparse.Namespace, name: str | None = None) -> OpenRun:
-    """Check the numbers that were given, and open RUN, or of several the one ``name``.
-
-    Raises:
-        ValueError: a number out of its range; no run, or what it holds does not fit together.
-    """
+    """Check the numbers that were given, and open RUN, or of several the one ``name``."""
     check_numbers(args)
     name = name or args.run
     ours = is_shown(name)
@@ -208,11 +193,7 @@ def is_shown(name: str) -> bool:
 
 
 def shown_run() -> str:
-    """Find the run that comes with the package.
-
-    Raises:
-        ValueError: this copy has none.
-    """
+    """Find the run that comes with the package."""
     expect(SHIPPED.is_dir(), "run", "the folder of a run", "none, and this copy of pyglow_fast comes without a model")
     return str(SHIPPED)
 
@@ -223,11 +204,7 @@ def own_name(opened: OpenRun) -> str:
 
 
 def select(opened: OpenRun, data: str | None = None, part: str | None = None) -> Selection:
-    """Load the images ``data`` prepared for the run, by default its own, and the part that is looked at.
-
-    Raises:
-        ValueError: images that do not fit the model, or a part that they do not have.
-    """
+    """Load the images ``data`` prepared for the run, by default its own, and the part that is looked at."""
     if data is not None:
         return selection(data, part, opened.checkpoint, opened.model)
     images, train, held_out = opened.images.find()
@@ -250,10 +227,6 @@ def output_path(text: str, suffix: str, argument: str, *images: str | None) -> P
     """Find where a file will go, and check it before anything is computed.
 
     Nothing is written over one of the ``images`` that are read, or among them where they are loose files.
-
-    Raises:
-        ValueError: the folder is not there or cannot be written, the name does not end in ``suffix``, or the file is
-            one that a run keeps, or would be among the images.
     """
     path = Path(text)
     expect(path.suffix.lower() == suffix, argument, f"a name ending in {suffix}", repr(text))

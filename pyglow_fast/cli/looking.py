@@ -128,10 +128,8 @@ def temperatures(args: argparse.Namespace) -> int:
     columns = [] if y is None else [opened.classes[label] for label in y.tolist()]
     rows = [(f"T = {value:g}", x) for value, x in zip(args.temperatures, sweep, strict=True)]
     _save(out, rows, opened, columns, f"{args.run}: samples of the same noise", args.scale)
-    bad = ((count_not_finite(x), label.removeprefix("T = ")) for label, x in rows)
-    counts = ", ".join(f"{count} at {value}" for count, value in bad if count)
-    note = f"not finite, shown grey: {counts}" if counts else "all finite"
-    say(f"{args.n} samples at each of {len(args.temperatures)} temperatures, {note}: {out}")
+    note = not_finite_note(count_not_finite(sweep.flatten(0, 1)))
+    say(f"{args.n} samples at each of {len(args.temperatures)} temperatures{note}: {out}")
     return 0
 
 

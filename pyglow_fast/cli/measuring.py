@@ -59,7 +59,7 @@ def add(commands: shared.Commands[Any]) -> None:
     usual = {"n": 16, "columns": 8, "temperature": TEMPERATURE}
     parser = command(commands, depths, about, "depths runs/shallow runs/deep", *every, defaults=usual)
     text = "the folders of two runs or more"
-    parser.add_argument("run", type=shared.folder_name, nargs="+", metavar="RUN", help=text)
+    parser.add_argument("run", nargs="+", metavar="RUN", help=text)
     text = "held-out images that are scored, at most"
     parser.add_argument("--eval-images", default=1000, help=text, **shared.COUNT)
 

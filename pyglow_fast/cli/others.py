@@ -10,7 +10,7 @@ from typing import Any
 
 from pyglow_fast import info
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._arguments import Commands, command, folder_name, output_path
+from pyglow_fast.cli._arguments import Commands, command, output_path
 from pyglow_fast.cli._output import InputError, say, say_next, user_input
 from pyglow_fast.data import FETCHABLE, FetchError, data_folder, fetch
 from pyglow_fast.train import RunFolder, page_of
@@ -23,7 +23,7 @@ def add(commands: Commands[Any]) -> None:
     parser = command(commands, data, about, "data fashion-mnist")
     parser.add_argument("name", metavar="NAME", nargs="?", help=f"{', '.join(FETCHABLE)}; none: list them")
     text = "the folder for its files (default: one in the cache)"
-    parser.add_argument("--to", type=folder_name, metavar="DIR", help=text)
+    parser.add_argument("--to", metavar="DIR", help=text)
 
     about = "write one HTML page of a run, at its end or not: scores, curves, samples, settings"
     parser = command(commands, report, about, "report runs/demo", "run")

@@ -18,7 +18,6 @@ from pyglow_fast.cli._arguments import (
     Commands,
     check_numbers,
     command,
-    folder_name,
     is_shown,
     shown_run,
     whole,
@@ -40,7 +39,7 @@ def add(commands: Commands[Any]) -> None:
     about = "open trained runs in the browser: sample, edit, interpolate, score"
     parser = command(commands, run, about, "serve runs/demo", "--best", "--device", "--train-images")
     text = f"{RUN_HELP}; several may be given, and no others are shown (default: the small model)"
-    parser.add_argument("runs", type=folder_name, nargs="*", metavar="RUN", help=text)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=text)
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at")
     parser.add_argument("--port", type=whole, metavar="N", help="the port (default: the first free one from 7860)")
     text = "a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts"

@@ -13,7 +13,7 @@ from typing import Any
 from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import GROUPS, Declared, declared_of, value_text
-from pyglow_fast.cli._arguments import Commands, Function, command, folder_name, number, whole
+from pyglow_fast.cli._arguments import Commands, Function, command, number, whole
 from pyglow_fast.cli._output import duration, say, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
 from pyglow_fast.experiments import Comparison, variants
@@ -53,7 +53,7 @@ def add(commands: Commands[Any]) -> None:
     about = "train a Glow on images; under torchrun, on several processes"
     parser = _trainer(commands, train, about, "train fashion-mnist --size 32 --out runs/fashion")
     text = "the folder of the run (default: with --config RUN/config.toml RUN-2, or the next that is free)"
-    parser.add_argument("--out", type=folder_name, default=None, metavar="DIR", help=text)
+    parser.add_argument("--out", default=None, metavar="DIR", help=text)
     existing = parser.add_mutually_exclusive_group()
     text = "go on from the last checkpoint in --out, as the command resume does"
     existing.add_argument("--resume", action="store_true", default=False, help=text)
@@ -63,7 +63,7 @@ def add(commands: Commands[Any]) -> None:
 
     about = "go on with a run from its last checkpoint; settings that may change are options"
     parser = _trainer(commands, train, about, "resume runs/fashion --max-minutes 30", sources=False)
-    parser.add_argument("out", type=folder_name, metavar="RUN", help="the folder of the run")
+    parser.add_argument("out", metavar="RUN", help="the folder of the run")
     parser.add_argument("data", metavar="DATA", nargs="?", default=None, help="the same images, if they were moved")
     parser.set_defaults(config=None, preset=None, resume=True)
     _add_settings(parser)
@@ -71,7 +71,7 @@ def add(commands: Commands[Any]) -> None:
     about = "train on handwritten digits for two minutes at most, and show the result"
     parser = command(commands, demo, about, "demo", "--seed", "--device")
     text = "the folder of the run"
-    parser.add_argument("--out", type=folder_name, default="runs/demo", metavar="DIR", help=text)
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
     parser.add_argument("--minutes", type=number, metavar="X", default=2.0, help="at most so long")
 
@@ -79,7 +79,7 @@ def add(commands: Commands[Any]) -> None:
     example = "compare fashion-mnist --n-steps 4 --hidden 48 --out runs/ablation"
     parser = _trainer(commands, compare, about, example)
     text = "a folder; runs that are finished in it are not trained again, others go on"
-    parser.add_argument("--out", required=True, type=folder_name, metavar="DIR", help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help=text)
     names: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     text = "what the models mix channels by; invconv_plain too"
     parser.add_argument("--permutations", default=["reverse", "shuffle", "invconv"], help=text, **names)
@@ -177,11 +177,7 @@ def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
-    """Read (settings as if they were given as options, name of the images, preset) from a configuration file.
-
-    Raises:
-        ValueError: see read_config; or a key that is no setting.
-    """
+    """Read (settings as if they were given as options, name of the images, preset) from a configuration file."""
     rest = read_config(Path(path))
     preset, data, model = (rest.pop(name, empty) for name, empty in (("preset", None), ("data", {}), ("model", {})))
     tables = ("", rest, _TRAIN), (": data", data, ("name", *_DATA)), (": model", model, _MODEL)
@@ -196,11 +192,7 @@ def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
 
 
 def gathered(args: argparse.Namespace) -> tuple[dict[str, Any], str | None, str | None]:
-    """Collect (settings, name of the images, preset) from the options, and behind them from the file of --config.
-
-    Raises:
-        ValueError: see from_file.
-    """
+    """Collect (settings, name of the images, preset) from the options, and behind them from the file of --config."""
     options = {key: value for key, value in vars(args).items() if key in _SETTINGS}
     if args.config is None:
         return options, args.data, args.preset
@@ -218,9 +210,6 @@ def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> 
         name: the name of the images.
         preset: the preset whose settings count where nothing is given; None: that of the digits for the digits, else
             none.
-
-    Raises:
-        ValueError: see DataConfig, GlowConfig and TrainConfig.
     """
     preset = "digits" if preset is None and name == "digits" else preset
     values = presets.resolve({} if preset is None else presets.find(preset).settings, given)
@@ -245,11 +234,7 @@ def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> 
 
 
 def next_out(config: str | None) -> str:
-    """Name the folder of a run that repeats the one with that config.toml: beside it, under a number.
-
-    Raises:
-        ValueError: it is not that of a run, or none is given.
-    """
+    """Name the folder of a run that repeats the one with that config.toml: beside it, under a number."""
     run = RunFolder(Path(config or "").parent)
     expect(config is not None and run.config == Path(config), "out", "the folder of the run (--out DIR)", "none")
     place, number = run.path.resolve(), 2
