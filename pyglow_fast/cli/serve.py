@@ -91,25 +91,14 @@ def run(args: argparse.Namespace) -> int:
     # Settings that the user has for Gradio are for other pages; some would open this one to others.
     with user_input(), _without(lambda name: name.startswith("GRADIO_") or name.lower() in PROXIES):
         _import_gradio()
-        from pyglow_fast.web import CSS, Shelf, check_certificate, check_host, credentials, page, serve
+        from pyglow_fast.web import CSS, Place, Shelf, credentials, page, serve
 
         check_numbers(args)
         resolve_device(args.device)  # else only what is done on the page would refuse it
         runs = [shown_run() if is_shown(name) else name for name in args.runs] or [shown_run()]
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
-        check_host(args.host, auth)
-        check_certificate(args.certificate, args.key)
-        shelf = Shelf(runs, args.best, args.device, args.train_images)
-        serve(
-            lambda: page(shelf),
-            host=args.host,
-            port=args.port,
-            auth=auth,
-            open_browser=not args.no_browser,
-            css=CSS,
-            certificate=args.certificate,
-            key=args.key,
-            meanwhile=lambda: _warm(shelf),
-        )
+        place = Place(args.host.strip("[]"), args.port, auth, args.certificate, args.key)
+        shelf = Shelf(runs, args.best, args.device, train_images=args.train_images)
+        serve(lambda: page(shelf), place, css=CSS, open_browser=not args.no_browser, meanwhile=lambda: _warm(shelf))
     return 0

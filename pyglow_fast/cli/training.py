@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -255,6 +256,7 @@ def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> 
 
 def train(args: argparse.Namespace) -> int:
     """Train the model; returns the exit code."""
+    began = time.monotonic()  # max_minutes bounds all that follows
     with user_input():
         given, data, preset = gathered(args)
         if preset is not None:
@@ -270,11 +272,17 @@ def train(args: argparse.Namespace) -> int:
     with group as ranks:
         if ranks.first and args.out is None and not args.quiet:
             say(f"the run goes to {out}, since no --out is given")
-        return _execute(args, given, data, preset, out, ranks)
+        return _execute(args, given, data, preset, out, ranks, began)
 
 
 def _execute(
-    args: argparse.Namespace, given: dict[str, Any], data: str | None, preset: str | None, out: str, ranks: Ranks
+    args: argparse.Namespace,
+    given: dict[str, Any],
+    data: str | None,
+    preset: str | None,
+    out: str,
+    ranks: Ranks,
+    began: float,
 ) -> int:
     """Apart from ``train``, so that nothing of the training is left when the ranks part."""
     with user_input():
@@ -283,7 +291,7 @@ def _execute(
         else:
             config, images = make_config(given, data or "", preset)
             ready = start(config, out, args.overwrite, images, ranks)
-    result = ready.execute(args.quiet)
+    result = ready.execute(args.quiet, began)
     return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0
 
 
@@ -315,12 +323,12 @@ def finish(result: Result, folder: RunFolder) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """Train a Glow on handwritten digits, and report it beside honest yardsticks; returns the exit code."""
-    given = DEMO | {"max_minutes": args.minutes, "seed": args.seed, "device": args.device}
+    began, given = time.monotonic(), DEMO | {"max_minutes": args.minutes, "seed": args.seed, "device": args.device}
     with user_input():
         config, data = make_config(given, "digits")
         ready = start(config, args.out, args.overwrite, data)
     say(f"training on {len(ready.state.train)} handwritten digits; {len(ready.state.held_out)} are held out")
-    return finish(ready.execute(), ready.folder)
+    return finish(ready.execute(began=began), ready.folder)
 
 
 def compare(args: argparse.Namespace) -> int:
