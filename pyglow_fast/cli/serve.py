@@ -13,15 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._arguments import (
-    RUN_HELP,
-    Commands,
-    check_numbers,
-    command,
-    is_shown,
-    shown_run,
-    whole,
-)
+from pyglow_fast.cli import _arguments as shared
+from pyglow_fast.cli._arguments import SHOWN, command, is_shown
 from pyglow_fast.cli._output import user_input
 from pyglow_fast.data import check_installed, optional
 from pyglow_fast.train import resolve_device
@@ -34,14 +27,16 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # Gradio cannot be importe
 DRAWING = ("PIL.Image", "torchvision.utils", "matplotlib.figure")  # a second and a half; imported once the page answers
 
 
-def add(commands: Commands[Any]) -> None:
+def add(commands: shared.Commands[Any]) -> None:
     """Declare the command ``serve`` and its options."""
     about = "open trained runs in the browser: sample, edit, interpolate, score"
     parser = command(commands, run, about, "serve runs/demo", "--best", "--device", "--train-images")
-    text = f"{RUN_HELP}; several may be given, and no others are shown (default: the small model)"
+    text = f"{shared.RUN_HELP}; several may be given, and no others are shown (default: the small model)"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=text)
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="the address to listen at")
-    parser.add_argument("--port", type=whole, metavar="N", help="the port (default: the first free one from 7860)")
+    parser.add_argument(
+        "--port", type=shared.whole, metavar="N", help="the port (default: the first free one from 7860)"
+    )
     text = "a login, its password prompted for or from PYGLOW_SERVE_AUTH=USER:PASSWORD; a must for other hosts"
     parser.add_argument("--auth", metavar="USER", help=text)
     text = "the server's certificate in PEM format, for an encrypted connection"
@@ -93,12 +88,13 @@ def run(args: argparse.Namespace) -> int:
         _import_gradio()
         from pyglow_fast.web import CSS, Place, Shelf, credentials, page, serve
 
-        check_numbers(args)
+        shared.check_numbers(args)
         resolve_device(args.device)  # else only what is done on the page would refuse it
-        runs = [shown_run() if is_shown(name) else name for name in args.runs] or [shown_run()]
+        given = args.runs or [SHOWN]
+        runs = [shared.shown_run() if is_shown(name) else name for name in given]
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
         place = Place(args.host.strip("[]"), args.port, auth, args.certificate, args.key)
-        shelf = Shelf(runs, args.best, args.device, train_images=args.train_images)
+        shelf = Shelf(runs, args.best or all(map(is_shown, given)), args.device, train_images=args.train_images)
         serve(lambda: page(shelf), place, css=CSS, open_browser=not args.no_browser, meanwhile=lambda: _warm(shelf))
     return 0
