@@ -28,6 +28,7 @@ _FILES = (*_ARRAYS, "on_unreadable", "in_memory")
 
 SOURCES: dict[str, Source] = {
     "digits": Source(_VIEWS, "none", side=8),
+    "emoji-small": Source((*_VIEWS, "n_bits"), "none", side=32),
     "mnist": Source(_ARRAYS, side=28),
     "fashion-mnist": Source(_ARRAYS, side=28),
     "emoji": Source(_FILES),

@@ -31,6 +31,7 @@ from pyglow_fast.data.files import (
 from pyglow_fast.data.image_set import Attributes, Images, ImageSet
 from pyglow_fast.data.lazy import from_files, images_of
 
+SHOWN = Path(__file__).parent.parent / "shown"  # the small model that comes with the package, and its images
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 # Pictures of the package budgie-backgrounds that are no photographs: a woodblock print, a planet on plain black, and
 # two drawings of plain areas.
@@ -47,6 +48,25 @@ def load_digits(config: DataConfig | None = None) -> ImageSet:
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     names = tuple(str(name) for name in bunch.target_names)
     return ImageSet("digits", padded(values, config.side), 17, labels, names, augmentation=config.augmentation)
+
+
+def load_emoji_small(config: DataConfig) -> ImageSet:
+    """Loads the 2,590 Noto emoji of 32x32 that come with the package (Apache-2.0), with their classes and attributes.
+
+    They are faces, hands and heads of people in six skin tones, each on two of six grounds; shown/README.md tells more.
+    """
+    listed = json.loads((SHOWN / "images.json").read_text(encoding="utf-8"))
+    sheet, side = pixels(decode(SHOWN / "images.png", "images.png", gray=False)), listed["size"]
+    tiles = sheet.reshape(3, sheet.shape[1] // side, side, sheet.shape[2] // side, side)
+    count = len(listed["classes"])
+    values = fixed_size(tiles.permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)[:count].contiguous(), config)
+    labels, class_names = numbered(listed["classes"])
+    has = torch.zeros(count, len(listed["attributes"]), dtype=torch.bool)
+    for i, images in enumerate(listed["attributes"].values()):
+        has[images, i] = True
+    attributes = Attributes(tuple(listed["attributes"]), has)
+    facts = {"groups": tuple(listed["groups"]), "augmentation": config.augmentation, "attributes": attributes}
+    return ImageSet("emoji-small", values, config.n_bins, labels, class_names, **facts)
 
 
 def load_folder(config: DataConfig, root: Path) -> Images:
@@ -305,6 +325,7 @@ def load_lsun(config: DataConfig, root: Path) -> Images:
 # A new source is a row here, and one of config.SOURCES.
 _LOADERS: dict[str, Callable[[DataConfig, Path], Images]] = {
     "digits": lambda config, path: load_digits(config),
+    "emoji-small": lambda config, path: load_emoji_small(config),
     "mnist": load_mnist,
     "fashion-mnist": load_mnist,
     "emoji": load_emoji,
