@@ -70,11 +70,7 @@ class Checkpoint:
     digest: str = ""  # that of the file, a key for what is computed of it; empty unless the checkpoint was loaded
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all.
-
-        Raises:
-            OSError: it cannot be written; an older file of that name is then unharmed.
-        """
+        """Write the file, whole or not at all; an older one of that name is unharmed then."""
         tensors = {
             f"{part}.{name}": tensor.detach().to("cpu", copy=True).contiguous()  # safetensors refuses shared storage
             for part in _PARTS
@@ -98,12 +94,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read the file; all tensors come to the CPU, and none of them needs the file any more.
-
-        Raises:
-            ValueError: no such file, one that cannot be read, a truncated, damaged or foreign one, one of another
-                format, or settings that this version does not know.
-        """
+        """Read the file, or refuse it by a ValueError: one that is not there, damaged, foreign or of another format."""
         name = str(path)
         what = "a folder" if path.is_dir() else "something else" if path.exists() else "nothing there"
         expect(path.is_file(), name, "a checkpoint file", what)
@@ -138,11 +129,7 @@ class Checkpoint:
             raise ValueError(f"{name}: {error}") from error
 
     def load_model(self, model: nn.Module, name: str, averaged: bool = False) -> None:
-        """Copy the weights into ``model``, ``averaged`` ones where there are some; messages call the file ``name``.
-
-        Raises:
-            ValueError: names or shapes differ; the model is then unchanged.
-        """
+        """Copy the weights into ``model``, ``averaged`` ones where there are some; messages call the file ``name``."""
         weights = self.model | (self.ema if averaged else {})
         wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         found = {key: tuple(value.shape) for key, value in weights.items()}

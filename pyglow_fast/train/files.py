@@ -16,11 +16,7 @@ class FolderError(ValueError):
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """A context for the first writes of a run: what the disk refuses is reported as the user's to mend.
-
-    Raises:
-        FolderError: a write failed.
-    """
+    """A context for the first writes of a run: what the disk refuses is a FolderError, the user's to mend."""
     try:
         yield
     except OSError as error:

@@ -98,7 +98,7 @@ class Run:
         threads, first = torch.get_num_threads(), state.ranks.first
         self.writer.quiet = quiet or not first
         self._began = (time.monotonic() if began is None else began) - progress.seconds
-        state.ranks.wait()  # all have looked at the folder before one of them writes to it
+        state.ranks.total(0.0)  # waits: all have looked at the folder before one of them writes to it
         with self.folder.locked() if first else nullcontext(), self._reported():
             torch.set_num_threads(state.config.threads or threads)
             try:

@@ -67,10 +67,6 @@ class Ranks:
                 dist.all_gather_object(found, value)
         return found
 
-    def wait(self) -> None:
-        """Wait until all ranks have called this."""
-        self.total(0.0)
-
     def share(self, values: Tensor) -> Tensor:
         """Take this rank's part of the rows of ``values``: consecutive, as many as other ranks have but for one."""
         return values.tensor_split(self.world)[self.rank]
@@ -114,10 +110,6 @@ def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
     """A context with the process group that torchrun's environment describes; one rank alone without it.
 
     ``device`` is that of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one for each rank, by nccl.
-
-    Raises:
-        ValueError: an environment that is not torchrun's; a device that the ranks cannot have.
-        RankError: (when entered) the others cannot be reached.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     expect(world.isdecimal() and int(world) >= 1, "WORLD_SIZE", "a positive whole number", repr(world))

@@ -73,11 +73,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step:07d}.safetensors"
 
     def check_new(self, overwrite: bool) -> None:
-        """Refuse a place where a new run would destroy something that was not given up by ``overwrite``.
-
-        Raises:
-            ValueError: a file, a folder that holds something else, or a run without ``overwrite``.
-        """
+        """Refuse a place where a new run would destroy something that was not given up by ``overwrite``."""
         place = repr(str(self.path))
         expect(not self.path.exists() or self.path.is_dir(), "out", "a folder", f"a file, {place}")
         ancestor = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
@@ -90,11 +86,7 @@ class RunFolder:
             expect(not held, "out", "a new or empty folder, or a run", f"{place}, which holds {held[:3]}")
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder, remove the files of a former run in it (no others), and write the configuration.
-
-        Raises:
-            FolderError: the folder cannot be made or written.
-        """
+        """Make the folder, remove the files of a former run in it (no others), and write the configuration."""
         with refusing():
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.checkpoints, self.sample_history, self.events):
@@ -109,11 +101,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """A context in which nobody else trains in this folder, which is made if it is not there.
-
-        Raises:
-            FolderError: somebody else does, or the folder cannot be made or written.
-        """
+        """A context in which nobody else trains in this folder, which is made if it is not there."""
         filelock = optional("filelock", "training")
         lock = filelock.FileLock(self.lock, blocking=False)
         with refusing():
@@ -133,11 +121,7 @@ class RunFolder:
         write_text(self.config, to_toml(config))
 
     def read_config(self) -> TrainConfig:
-        """Read the settings of the run from config.toml.
-
-        Raises:
-            ValueError: not a run; a file that cannot be read, or holds what is no configuration.
-        """
+        """Read the settings of the run from config.toml."""
         run, what = str(self.path), "a file" if self.path.exists() else "which does not exist"
         expect(self.path.is_dir(), "run", "the folder of a run", f"{run!r}, {what}")
         expect(self.exists, "run", "the folder of a run (with config.toml)", f"{run!r} without one")
@@ -146,8 +130,7 @@ class RunFolder:
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
         """Write a checkpoint, then remove the oldest ones beyond ``keep``, and none that claims to be newer.
 
-        Raises:
-            OSError: it cannot be written, not even in the place of all but the newest one; that one is unharmed.
+        Where there is no room, it takes the place of all but the newest one; that one is unharmed in any case.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         step = checkpoint.progress["step"]
@@ -172,10 +155,6 @@ class RunFolder:
 
         A newest checkpoint that is torn or damaged is passed over with a warning. A training may go on meanwhile, and
         remove and replace checkpoints.
-
-        Raises:
-            ValueError: not a run, no checkpoint yet, none that is whole, or a configuration that is not the
-                checkpoint's.
         """
         written, loaded = self.read_config(), None
         listed: list[Path] | None = None

@@ -75,9 +75,6 @@ class TrainState:
     """The state of a run between two steps: model, optimizer, average, random streams and counters.
 
     ``data`` are all images, which are split here; each of the ``ranks`` that take part has a state of its own.
-
-    Raises:
-        ValueError: images, model and configuration do not fit each other.
     """
 
     def __init__(self, config: TrainConfig, data: Images, ranks: Ranks | None = None) -> None:
@@ -157,12 +154,9 @@ class TrainState:
     def step(self) -> float:
         """Train for one step; returns the mean bits/dim of the batch, over all ranks.
 
-        A step whose loss or gradient norm is NaN or inf leaves weights and optimizer as they are and is counted.
-
-        Raises:
-            TrainingDivergedError: that happened more than config.max_skipped times in a row.
-            RankError: another rank is gone.
-            InputLostError: images cannot be read; nothing has changed then.
+        A step whose loss or gradient norm is NaN or inf leaves weights and optimizer as they are and is counted; more
+        than config.max_skipped of them in a row are a TrainingDivergedError. Images that cannot be read are an
+        InputLostError, and nothing has changed then.
         """
         config, progress = self.config, self.progress
         self.model.train()
@@ -277,11 +271,7 @@ class TrainState:
         return evaluate(self.averaged, data, EVAL_BATCH, seed, limit, workers, policy, self.ranks, progress)
 
     def check(self) -> None:
-        """Refuse weights that the last update ruined: step() only learns of it at the next loss.
-
-        Raises:
-            TrainingDivergedError: some training images have no finite likelihood.
-        """
+        """Refuse weights that the last update ruined, which step() only learns of at the next loss."""
         few = max(self.ranks.world, min(64, CHECK_VALUES // self.train.n_dims))  # costs a step or two
         # An image that cannot be read keeps nobody from saving.
         seed = derive(self.config.seed, "check")
@@ -335,9 +325,6 @@ class TrainState:
         """Go on from ``checkpoint``: on the CPU to the bit, and on a GPU as far as its kernels repeat themselves.
 
         It may be of any number of ranks; messages call it ``name``.
-
-        Raises:
-            ValueError: other images than the run was started with, or weights that do not fit.
         """
         same = checkpoint.data == self.stamp
         expect(same, "data", "the images that the run was started with", "others (changed, added or removed)")

@@ -51,9 +51,6 @@ class RunWriter:
         """Make the folder of a new run (``step`` None), or go on in that of a resumed one after ``step``.
 
         Rows after the step of a resumed run are dropped: they will be written again.
-
-        Raises:
-            FolderError: it cannot be made or written.
         """
         if not self.first:
             return
@@ -114,11 +111,7 @@ class RunWriter:
         self._last_row = rows[-1]["step"] if rows else None
 
     def save(self, checkpoint: Checkpoint, final: bool = False) -> None:
-        """Save a checkpoint of this step.
-
-        Raises:
-            SaveError: ``final``, and it cannot be written.
-        """
+        """Save a checkpoint of this step; the ``final`` one must be written, else a SaveError is raised."""
         error = self.attempt("a checkpoint", lambda: self.folder.save(checkpoint, self.config.keep))
         if error is not None and final:
             kept = next(iter(self.folder.saved()), "none")
@@ -147,11 +140,7 @@ class RunWriter:
         return [f"{len(self._waiting)} rows of metrics.csv, which are lost"] if self.first and self._waiting else []
 
     def check_end(self, since: int, reached: str) -> None:
-        """Refuse an end of which something could not be written: ``since`` so many refusals, or rows at any time.
-
-        Raises:
-            SaveError: with what was ``reached``, which is written nowhere.
-        """
+        """Raise a SaveError if a part of the end, ``since`` so many refusals, or rows of any time are not written."""
         lost = [*self.lost_rows(), *self.refused[since:]]
         if lost:
             raise SaveError(

@@ -150,22 +150,13 @@ with open_ranks() as ranks:
         ranks.check_same(model)
     except RankError as error:
         print(error)
-    with torch.no_grad():  # the same numbers in other places
-        model[1].bias.copy_(torch.zeros(3))
-        model[0].bias.copy_(torch.tensor([1.0, 2.0, 3.0]).roll(ranks.rank))
-    try:
-        ranks.check_same(model)
-    except RankError as error:
-        print(error)
 """
     )
     with ranks(tmp_path, *[[str(program)]] * 2) as processes:
         results = ended(processes)
     for code, output, errors in results:
         assert code == 0, errors
-        first, second = output.splitlines()
-        assert first.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 1.bias")
-        assert second.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 0.bias")
+        assert output.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 1.bias\n")
 
 
 LEAVING = """

@@ -7,7 +7,6 @@ import math
 import os
 import resource
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from pyglow_fast.layers import ActNorm
 from pyglow_fast.train import (
     Checkpoint,
     RunFolder,
-    SaveError,
     TrainConfig,
     TrainingDivergedError,
     TrainState,
@@ -307,28 +305,6 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(
     assert resume(str(tmp_path)).execute(quiet=True).step == 12  # and it can go on
 
 
-def test_steps_that_are_not_finite_are_left_out_and_counted(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The weights stay; max_skipped counts those in a row, and is forgotten after a good one."""
-    run = start(tiny_config(optimizer="adamax", max_skipped=2), str(tmp_path), data=tiny_images)
-    log_prob, seen = run.state.model.log_prob, list[torch.Tensor]()
-
-    def spoilt(x: torch.Tensor, y: Any = None) -> torch.Tensor:
-        if run.state.model.training and run.state.progress.step in (4, 5, 7):
-            seen.append(torch.cat([value.detach().flatten() for value in run.state.model.parameters()]))
-            return log_prob(x, y) * (math.nan if run.state.progress.step == 4 else math.inf)
-        return log_prob(x, y)
-
-    monkeypatch.setattr(run.state.model, "log_prob", spoilt)
-    result = run.execute(quiet=True)
-    assert (result.step, result.skipped) == (12, 3)
-    assert torch.equal(seen[0], seen[1])  # step 5 found the weights that step 4 found
-    rows = read_metrics(tmp_path / "metrics.csv")
-    assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 2, 3, 3, 3]
-    assert all(math.isfinite(row["train_bpd"]) for row in rows if row["train_bpd"] is not None)
-
-
 def test_older_checkpoints_give_way_on_a_full_disk(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,18 +325,6 @@ def test_older_checkpoints_give_way_on_a_full_disk(
     assert folder.saved()[0].stem == "step-0000012"
 
 
-def test_an_end_that_cannot_be_written(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
-    """It is said what was reached, and another run of the command writes the rest."""
-    run = start(tiny_config(max_steps=2), str(tmp_path), data=tiny_images)
-    run.folder.page = tmp_path / "gone" / "report.html"
-    with pytest.raises(
-        SaveError, match=r"(?s)the end .* the page of the report .*reached: held-out .*kept: .*step-0000002"
-    ):
-        run.execute(quiet=True)
-    resume(str(tmp_path)).execute(quiet=True)
-    assert (tmp_path / "report.html").exists()
-
-
 def test_a_second_signal_has_its_ordinary_effect() -> None:
     # A shell starts its background jobs with SIGINT ignored, and so this test may find it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -372,12 +336,3 @@ def test_a_second_signal_has_its_ordinary_effect() -> None:
                 os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_a_run_in_another_thread(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
-    """Python gives signals to the main thread alone."""
-    run = start(tiny_config(max_steps=1), str(tmp_path), data=tiny_images)
-    thread = threading.Thread(target=run.execute, args=(True,))
-    thread.start()
-    thread.join()
-    assert (tmp_path / "report.html").exists()
