@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.data import Images
 from pyglow_fast.latents import to_space
 from pyglow_fast.models import Glow
-from pyglow_fast.studio.reading import inputs, read
+from pyglow_fast.studio.reading import BATCH, inputs
 
 REST = "rest"  # as minus: the images without, also where a class has this name
 SPAN = 500  # training images, at least, that say how far images lie along each direction
@@ -29,19 +30,7 @@ class Add(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """The mean latents and mean pixels of the training images of each class or attribute, and of those without.
-
-    Examples:
-        >>> import torch
-        >>> from pyglow_fast.studio import Add, Directions
-        >>> means = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]).reshape(1, 2, 2, 1, 1)  # with it, without
-        >>> directions = Directions(("Smiling",), 0, (means,), means / 10, torch.tensor([[-0.5, 1.4]]))
-        >>> latents, pixels = directions.shift([Add("Smiling", "rest", 1.5)])
-        >>> latents[0].flatten(), pixels.flatten()
-        (tensor([1.5000, 3.0000]), tensor([0.1500, 0.3000]))
-        >>> directions.beyond([latents[0][None]])  # no training image smiles as much
-        ['Smiling']
-    """
+    """The mean latents and mean pixels of the training images of each class or attribute, and of those without."""
 
     names: tuple[str, ...]  # of the classes, and behind them those of the attributes
     n_classes: int
@@ -58,8 +47,7 @@ class Directions(NamedTuple):
     def shift(self, adds: Sequence[Add]) -> tuple[list[Tensor] | None, Tensor | None]:
         """Compute sum_j s_j (mean_plus_j - mean_minus_j), of the latents of each level and of x; None for no sum.
 
-        Raises:
-            ValueError: a name that there is not, a strength that is not finite, or one that makes the sum so.
+        A name that there is not, or a strength that is not finite or makes the sum so, is refused.
         """
         every = [(*self._sides(add), add.strength) for add in adds]
         sides = [side for side in every if side[2] != 0.0]
@@ -93,7 +81,7 @@ class Directions(NamedTuple):
         expect(add.plus in self.names, "plus", one, repr(add.plus))
         expect(add.minus in (*self.names, REST), "minus", f"{REST} or one of {known}", repr(add.minus))
         expect(add.minus == REST or add.plus != add.minus, "minus", "another one than plus", repr(add.minus))
-        expect(abs(add.strength) < float("inf"), "strength", "a finite number", add.strength)
+        expect(abs(add.strength) < math.inf, "strength", "a finite number", add.strength)
         plus = self.names.index(add.plus)
         return (plus, 0), ((plus, 1) if add.minus == REST else (self.names.index(add.minus), 0))
 
@@ -145,18 +133,14 @@ def _matched(has: Tensor, cells: Tensor) -> Tensor:
 def measure(
     model: Glow, data: Images, chosen: Tensor, space: str, progress: Progress | None = None
 ) -> dict[str, Tensor]:
-    """Compute the tensors of :class:`Directions` by name, and its names as bytes of JSON, over the ``chosen`` images.
-
-    Raises:
-        ValueError: an image that cannot be read, or whose latents are not finite.
-    """
+    """Compute the tensors of :class:`Directions` by name, and its names as bytes of JSON, over ``chosen`` images."""
     names, n_classes, weights = compared(data, chosen)
     facts = json.dumps({"names": names, "classes": n_classes}).encode()
     sums: list[Tensor] = []
     seen: list[list[Tensor]] = []
     done, step = 0, max(1, len(chosen) // SPAN)
-    for part in read(data, chosen if names else chosen[:1]):
-        x, y = inputs(*part, data.n_bins, model)
+    for part in (chosen if names else chosen[:1]).split(BATCH):
+        x, y = inputs(*data.batch(part), data.n_bins, model)
         values = [*to_space(model, x, space, y), x]
         own = weights[:, :, done : done + len(x)].to(x.device)
         found = [torch.tensordot(own, value.double(), 1) for value in values]
@@ -178,5 +162,6 @@ def from_tensors(tensors: dict[str, Tensor]) -> Directions:
     """Make the directions from tensors that :func:`measure` gave, now or when they were kept."""
     facts = json.loads(bytes(tensors["facts"].tolist()))
     levels = tuple(tensors[f"level{i}"] for i in range(sum(name.startswith("level") for name in tensors)))
-    reach = tensors.get("reach", torch.zeros(0, 2))  # which places() gives
-    return Directions(tuple(facts["names"]), facts["classes"], levels, tensors["pixels"], reach)
+    names = tuple(facts["names"])
+    reach = tensors.get("reach", torch.tensor([[-math.inf, math.inf]] * len(names)))
+    return Directions(names, facts["classes"], levels, tensors["pixels"], reach)

@@ -141,10 +141,10 @@ class Subject:
             return "Parts of the edit are not finite, shown grey: it leads out of the model's range."
         if found.beyond:
             return f"Far out: no training image that was measured goes so far along {', '.join(found.beyond)}."
-        scored = torch.cat([*self.opened.scores()]) if self.opened.has_scores else torch.tensor([math.inf])
-        if len(scored) and bits > float(scored.max()):
-            return f"Far out: it is less likely than each of {len(scored)} images that were scored."
-        return ""
+        scores = self.opened.scores_at_hand(wait=False)
+        if scores is None or bits <= float(torch.cat(scores).max()):
+            return ""
+        return f"Far out: it is less likely than each of {sum(map(len, scores))} images that were scored."
 
     def command(self, edit: Edit, pixel_shift: bool, scale: int | None = None) -> str:
         """Write the command that gives the same picture, without ``--out``."""
@@ -169,6 +169,6 @@ def likelihood_text(opened: OpenRun, bits: float, progress: Progress | None = No
     """
     if not math.isfinite(bits):
         return "no finite likelihood"
-    scores = opened.scores_at_hand(progress) if wait or opened.has_scores else None
+    scores = opened.scores_at_hand(progress, wait)
     beside = f", more than {scores.share_below(bits):.1%} of {len(scores.train)} training images" if scores else ""
     return f"{bits:.3f} bits/dim{beside}"

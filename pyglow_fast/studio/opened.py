@@ -78,9 +78,8 @@ class OwnImages:
 
     def belong_to(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint was trained on these images and this split: a run may have been replaced by another."""
-        first = self._checkpoint
-        same_split = (first.config.data, first.config.seed) == (checkpoint.config.data, checkpoint.config.seed)
-        return same_split and first.data == checkpoint.data
+        first, other = self._checkpoint, checkpoint
+        return (first.data, first.config.data, first.config.seed) == (other.data, other.config.data, other.config.seed)
 
     def find(self) -> tuple[Images, Tensor, Tensor]:
         """Load (all images, indices of the training images, of the held-out ones), or raise LostImagesError."""
@@ -126,7 +125,7 @@ class OpenRun:
         train_images: int = TRAIN_IMAGES,
         images: OwnImages | None = None,
     ) -> OpenRun:
-        """Open the run in the folder ``name``.
+        """Open the run in the folder ``name``, or refuse what is no run or does not fit together.
 
         Args:
             name: the folder of the run.
@@ -134,9 +133,6 @@ class OpenRun:
             device: cpu, cuda, cuda:N or auto.
             train_images: how many training images directions are measured on, at most.
             images: those of another checkpoint that was opened before; not used if another run was in that place.
-
-        Raises:
-            ValueError: it is no run, or what it holds does not fit together.
         """
         folder, place = RunFolder(name), resolve_device(device)
         checkpoint = folder.load(best)
@@ -176,12 +172,6 @@ class OpenRun:
         expect(name in self.classes, "label", known, repr(name))
         return self.classes.index(name)
 
-    def check_label(self, label: int) -> None:
-        """Refuse the number of a class that the model does not have."""
-        count = len(self.classes)
-        known = f"a class in 0..{count - 1}" if count else "no label, since the model has no classes"
-        expect(0 <= label < count, "label", known, label)
-
     def x(self, pixels: Tensor) -> Tensor:
         """Turn pixels (n, C, H, W) into the model's input: the middle of each grey level's interval."""
         return middles(pixels, self.n_bins, self.model)
@@ -192,7 +182,11 @@ class OpenRun:
 
     def drawn(self, draw: Draw) -> Drawn:
         """Draw samples; a class that the model does not have is refused."""
-        device, y = device_of(self.model), self.labels_of(draw)
+        device = device_of(self.model)
+        y = class_cycle(draw.n, self.model.config.n_classes, device)
+        if draw.labels:
+            self._check_labels(*draw.labels)
+            y = torch.tensor(draw.labels, device=device)[torch.arange(draw.n, device=device) % len(draw.labels)]
         generator, found = torch.Generator(device).manual_seed(draw.seed), []
         for first in range(0, draw.n, BATCH):
             count = min(BATCH, draw.n - first)
@@ -201,14 +195,11 @@ class OpenRun:
         x = torch.cat(found)
         return Drawn(to_pixels(x, self.n_bins).cpu(), None if y is None else y.cpu(), count_not_finite(x))
 
-    def labels_of(self, draw: Draw) -> Tensor | None:
-        """Compute the label of each sample, (n,), or None for a model without classes."""
-        for label in draw.labels:
-            self.check_label(label)
-        device = device_of(self.model)
-        if not draw.labels:
-            return class_cycle(draw.n, self.model.config.n_classes, device)
-        return torch.tensor(draw.labels, device=device)[torch.arange(draw.n, device=device) % len(draw.labels)]
+    def _check_labels(self, *labels: int) -> None:
+        count = len(self.classes)
+        known = f"a class in 0..{count - 1}" if count else "no label, since the model has no classes"
+        for label in labels:
+            expect(0 <= label < count, "label", known, label)
 
     def pick(self, image: Image, label: int | None = None) -> Picked:
         """Find an image, and its class: by default its own, of a file the likeliest. What is not there is refused."""
@@ -249,7 +240,7 @@ class OpenRun:
 
     def _with_label(self, pixels: Tensor, label: int | None, image: Image) -> Picked:
         if label is not None:
-            self.check_label(label)
+            self._check_labels(label)
         elif self.classes:
             label = int(likeliest_class(self.model, self.x(pixels[None]))[0])
         return Picked(pixels, label, image)
@@ -264,9 +255,7 @@ class OpenRun:
     def directions(self, space: str, progress: Progress | None = None) -> Directions:
         """Measure the mean latents of training images with and without each attribute, or read what was kept of that.
 
-        Raises:
-            LostImagesError: they were not measured, and the images of the run are no longer there.
-            ValueError: an image that cannot be read.
+        Where that is not kept and the images of the run are no longer there, it raises LostImagesError.
         """
 
         def compute() -> dict[str, Tensor]:
@@ -284,9 +273,7 @@ class OpenRun:
     def scores(self, progress: Progress | None = None) -> Scores:
         """Measure SCORED held-out and SCORED training images in bits/dim, or read what the run's folder keeps of that.
 
-        Raises:
-            LostImagesError: they were not scored, and the images of the run are no longer there.
-            ValueError: an image that cannot be read.
+        Where that is not kept and the images of the run are no longer there, it raises LostImagesError.
         """
 
         def compute() -> dict[str, Tensor]:
@@ -313,18 +300,16 @@ class OpenRun:
                     self._scores = Scores(**self._kept("scores", SCORED, compute))
         return self._scores
 
-    @property
-    def has_scores(self) -> bool:
-        """Whether :meth:`scores` were measured or read already."""
-        return self._scores is not None
+    def scores_at_hand(self, progress: Progress | None = None, wait: bool = True) -> Scores | None:
+        """Return :meth:`scores`; None without any that is finite, or where they were not measured and cannot be.
 
-    def scores_at_hand(self, progress: Progress | None = None) -> Scores | None:
-        """Return :meth:`scores`; None if the run's images are gone and not scored, or no likelihood is finite."""
+        With ``wait`` False nothing is measured now.
+        """
         try:
-            found = self.scores(progress)
+            found = self.scores(progress) if wait or self._scores else None
         except (LostImagesError, UnreadableImageError):
             return None
-        return found if len(found.train) else None
+        return found if found and len(found.train) else None
 
     def _kept(self, name: str, most: int, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         key = {"digest": self.checkpoint.digest, "images": self.checkpoint.data.fingerprint, "most": most}

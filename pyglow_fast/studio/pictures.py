@@ -88,12 +88,7 @@ class Grid:
 
 
 class Between:
-    """A path from one image to another, of one run and in one space, through the latents.
-
-    Args:
-        first, last: the images.
-        spherical: whether the path follows great circles, level by level.
-    """
+    """A path from one image to another, of one run and in one space: straight, or on great circles level by level."""
 
     def __init__(self, first: Subject, last: Subject, spherical: bool = False) -> None:
         self.first, self.last, self.spherical = first, last, spherical
@@ -124,11 +119,7 @@ class Between:
         return made_png(picture, self._command(["--at", number_text(time)], scale))
 
     def made(self, pixels: Tensor, suffix: str, scale: int | None = None) -> Made:
-        """Encode all frames (n, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP.
-
-        Raises:
-            ValueError: another suffix.
-        """
+        """Encode all frames (n, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP."""
         command = self._command(["--frames", str(len(pixels))], scale)
         if suffix == ".png":
             return made_png(grid(pixels, self.opened.n_bins, len(pixels), scale), command)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from support.edits import ByHand
-from support.latent_runs import train
 
 from pyglow_fast.data import ImageSet, UnreadableImageError
 from pyglow_fast.data.sources import SOURCES
@@ -108,7 +107,7 @@ def test_scores(emoji_run: Path) -> None:
     """Those of held-out and of training images; told how far it is; where an image stands among them, in words."""
     opened, told = OpenRun.open(str(emoji_run)), list[tuple[int, int]]()
     assert likelihood_text(opened, 2.5, wait=False) == "2.500 bits/dim"
-    assert not opened.has_scores
+    assert opened.scores_at_hand(wait=False) is None
     found, by_hand = opened.scores(lambda done, total: told.append((done, total))), ByHand(emoji_run)
     for side, values in ((by_hand.held_out, found.held_out), (by_hand.train, found.train)):
         wanted = score_images(by_hand.model, by_hand.data.subset(side), 50, 0, 1000).bits_per_dim
@@ -179,14 +178,6 @@ def test_few_files_stay(emoji_run: Path) -> None:
     for most in range(1, 8):
         OpenRun.open(str(emoji_run), train_images=most).directions("noise")
     assert len(list(RunFolder(emoji_run).cache.glob("directions-noise-*"))) == 4
-
-
-def test_a_new_run_in_the_folder_begins_without(emoji_images: Path, tmp_path: Path) -> None:
-    options = ["--size", "16", "--n-levels", "1", "--max-steps", "2"]
-    train(f"emoji:{emoji_images}", tmp_path / "run", *options)
-    OpenRun.open(str(tmp_path / "run")).directions("noise")
-    train(f"emoji:{emoji_images}", tmp_path / "run", *options, "--overwrite")
-    assert not RunFolder(tmp_path / "run").cache.exists()
 
 
 def test_two_who_ask_at_once_measure_once(emoji_run: Path) -> None:

@@ -75,22 +75,17 @@ MALFORMED = [
     "9" * 5000,
     *(f"sample:{rest}" for rest in ("", "x", "1.5", "-1", "64", "4:n=4", "9" * 5000)),
     *(f"sample:0:{rest}" for rest in ("", "n", "n=", "n=two", "n=8:n=8", "size=8", "label=cat", "label=")),
-    *(f"sample:0:seed={value}" for value in ("-1", "1.5")),
+    *(f"sample:0:seed={value}" for value in ("-1", "1.5", 2**63)),
+    "sample:0:n=0",
     *(f"sample:0:temperature={value}" for value in ("nan", "inf", "-1", "warm")),
 ]
 
 
 @pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:30])
 def test_malformed(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^which: expected ") as caught:
+    with pytest.raises(ValueError, match=r"^(which|n|seed): expected ") as caught:
         parse_image(text, "which")
     assert len(str(caught.value)) < 500
-
-
-@pytest.mark.parametrize(("text", "name"), [("sample:0:n=0", "n"), (f"sample:0:seed={2**63}", "seed")])
-def test_numbers_out_of_range(text: str, name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected "):
-        parse_image(text)
 
 
 @pytest.mark.parametrize("path", ["a\nb", "\x1b[2J", "tab\t", "\x7f", "\x9b2J", "\udcff", "nul\0", "\ufffe"])
