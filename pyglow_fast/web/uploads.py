@@ -14,13 +14,12 @@ from gradio.data_classes import FileData, ImageData, ListFiles
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import optional
+from pyglow_fast.data.files import FORMATS
 from pyglow_fast.studio import File, OpenRun, Picked
 
 MOST_FILES = 64  # of one event
 MOST_PIXELS = 40_000_000  # of an image: as many as a large camera's photograph has
 EVENT_PIXELS = 160_000_000  # of all images of one event, which take a second or two to decode
-# What cameras and the web have; Pillow's decoders of the other forty are older, and few look for faults in them.
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 
 
 class Upload(NamedTuple):
@@ -75,7 +74,7 @@ def read(opened: OpenRun, uploads: Sequence[Upload]) -> tuple[list[Picked], list
     found, refused = [], []
     for name, path in uploads:
         try:
-            found.append(opened.pick_file(path, File(name), None, MOST_PIXELS, FORMATS))
+            found.append(opened.pick_file(path, File(name), None, MOST_PIXELS))
         except ValueError as error:
             refused.append(str(error))
     if not found:
