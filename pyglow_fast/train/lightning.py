@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import check_setting
@@ -21,7 +20,7 @@ from pyglow_fast.models import Glow, GlowConfig
 from pyglow_fast.models.class_head import class_bits
 from pyglow_fast.models.prior import check_labels
 from pyglow_fast.train.config import TrainConfig
-from pyglow_fast.train.optim import learning_rate, make_optimizer
+from pyglow_fast.train.optim import averaged_model, learning_rate, make_optimizer
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError
 
@@ -114,13 +113,7 @@ class GlowModule(LightningModule):
         expect(ends, "decay_steps", f"a number above warmup_steps={warmup_steps}, or none", decay_steps)
         self.save_hyperparameters({"model": plain, "n_bins": n_bins, **options})
         self.n_bins, self.seed = n_bins, seed
-        self.ema: AveragedModel | None = None
-        if ema_decay is not None:
-
-            def average(averages: Any, weights: Any, updates: Tensor | int) -> None:
-                torch._foreach_lerp_(averages, weights, 1.0 - min(ema_decay, float((1 + updates) / (10 + updates))))
-
-            self.ema = AveragedModel(self.model, multi_avg_fn=average).requires_grad_(False)
+        self.ema = None if ema_decay is None else averaged_model(self.model, ema_decay)
 
     @property
     def averaged(self) -> Glow:
