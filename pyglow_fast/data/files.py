@@ -167,7 +167,8 @@ def read_single(
 ) -> Tensor:
     """Reads an image file as pixels, uint8 (C, H, W) in 0..n_bins-1, prepared as the held-out images of ``config`` are.
 
-    An image of exactly H x W pixels is taken as it is, since a model may have drawn it. Of any other the centred square
+    An image of exactly H x W pixels is taken as it is, since a model may have drawn it, and so is one whose pixels are
+    enlarged by a whole factor, as pictures of the model's images are saved. Of any other the centred square
     is scaled: to the side of the source's images, if they have one, and padded with zeros to H x W; otherwise to H x W
     and the margin that held-out images are cut out of. A photo is taken whole, not in tiles. Nothing is inverted:
     digits are bright on dark.
@@ -194,6 +195,11 @@ def read_single(
     own, margin = SOURCES[name].side, config.crop_margin
     expect(own is None or side >= own, "image_shape", f"sides of at least {own}, as {name} has", shape)
     image = decode(source, where, channels == 1, most_pixels, formats)
+    factor = image.width // side
+    if factor > 1 and image.size == (side * factor, side * factor):
+        drawn = image.reduce(factor)
+        nearest = optional("PIL.Image", "image files").Resampling.NEAREST
+        image = drawn if drawn.resize(image.size, nearest).tobytes() == image.tobytes() else image
     if image.size == (side, side):
         values = pixels(image)
     else:

@@ -88,9 +88,6 @@ class Images(ABC):
         official: the source's own split as indices (train, test), or None.
         augmentation: what :meth:`item` draws for training.
         attributes: what each image has besides its class, or None; a fingerprint does not depend on it.
-
-    Raises:
-        ValueError: labels, groups or attributes that are not one an image, or no images.
     """
 
     name: str
@@ -186,13 +183,8 @@ class ImageSet(Images):
     >>> images.flatten().tolist(), labels.tolist()
     ([16, 0], [1, 0])
 
-    Args:
-        pixels: uint8 (N, C, H, W), grey levels 0..n_bins-1; its sides are augmentation.crop_margin longer than those
-            of image_shape.
-        name, n_bins, labels, class_names, groups, official, augmentation, attributes: see :class:`Images`.
-
-    Raises:
-        ValueError: wrong shape or dtype, a value outside 0..n_bins-1, or labels, groups or a margin that do not fit.
+    ``pixels`` are uint8 (N, C, H, W), grey levels 0..n_bins-1; their sides are augmentation.crop_margin longer than
+    those of image_shape. For the rest see :class:`Images`.
     """
 
     pixels: Tensor

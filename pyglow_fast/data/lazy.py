@@ -54,21 +54,13 @@ class FileReader:
 
 @dataclass(frozen=True)
 class Reader:
-    """The images of a map-style Dataset in the place of a tensor of pixels; it goes to worker processes.
+    """The images of a map-style Dataset in the place of a tensor of pixels; it goes to worker processes."""
 
-    Args:
-        dataset: its items are an image or (image, label, ...).
-        name: for messages.
-        n_bins: number of grey levels, a power of two: the lower bits are dropped.
-        image_shape: (C, H, W) that each image must have; empty: any.
-        positions: int64 (N,), which of its items these are. None: all.
-    """
-
-    dataset: Any
+    dataset: Any  # its items are an image or (image, label, ...)
     name: str
-    n_bins: int
-    image_shape: tuple[int, ...] = ()
-    positions: Tensor | None = None
+    n_bins: int  # a power of two: the lower bits are dropped
+    image_shape: tuple[int, ...] = ()  # (C, H, W) that each image must have; empty: any
+    positions: Tensor | None = None  # int64 (N,), which of its items these are; None: all
 
     def __len__(self) -> int:
         return len(self.dataset) if self.positions is None else len(self.positions)
@@ -120,18 +112,11 @@ class Reader:
 
 @dataclass(frozen=True)
 class LazyImages(Images):
-    """A set of images each of which is read whenever it is asked for.
-
-    Args:
-        pixels: reads them.
-        on_unreadable: what :meth:`batch` does about an image that cannot be read: "raise", or "skip" to the next.
-        identity: that of the reader; the fingerprint is made of it, of the settings and the labels.
-        name, n_bins, labels, class_names, groups, official, augmentation, attributes: see :class:`Images`.
-    """
+    """A set of images each of which is read whenever it is asked for; see :class:`Images`."""
 
     pixels: Reader
-    on_unreadable: str = "raise"
-    identity: str = ""
+    on_unreadable: str = "raise"  # what batch() does about an image that cannot be read; "skip": the next is taken
+    identity: str = ""  # that of the reader; the fingerprint is made of it, of the settings and the labels
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Reads (pixels uint8 (n, C, H, W), labels (n,) or None); of what is skipped, the next is in its place."""
@@ -204,14 +189,9 @@ def _in_memory(data: LazyImages) -> ImageSet:
 
 
 def images_of(name: str, dataset: Any, config: DataConfig, image_shape: tuple[int, ...] = (), **facts: Any) -> Images:
-    """Makes a set of a Dataset's images, read now or later.
+    """Makes a set of a Dataset's images, read now or later; ``facts`` are fields of it.
 
-    Args:
-        name: what the user calls it.
-        dataset: see :class:`Reader`.
-        config: how they are prepared.
-        image_shape: (C, H, W) of each image; empty: of the first one that can be read.
-        facts: fields of the set.
+    Where ``image_shape`` is empty, the first image that can be read decides it.
     """
     data = LazyImages(name, Reader(dataset, name, config.n_bins, image_shape), config.n_bins, **facts)
     shape = image_shape or tuple(readable(data, 0, None, config.on_unreadable)[0].shape)
@@ -260,9 +240,8 @@ def from_dataset(
     Args:
         dataset: has ``__len__`` and ``__getitem__``; where it is read later it goes to worker processes.
         name: what to call it.
-        n_bits: 1..8; the lower bits are dropped, so n_bins = 2^n_bits.
+        n_bits, flip: as in DataConfig.
         crop_margin: training sees a random window whose sides are so much shorter, and the rest the central one.
-        flip: training sees half of the images mirrored.
         labels: one an image. None: dataset.targets; without it those of the items if they are read into memory, and
             otherwise none, since every image would have to be read to know them.
         on_unreadable: "raise" when an item raises an exception, or "skip" it.

@@ -106,10 +106,12 @@ def test_n_bits_drops_the_lower_bits(tmp_path: Path, n_bits: int) -> None:
 
 @pytest.mark.parametrize("n_bins", [2, 4, 16, 17, 32, 256])
 def test_a_grey_level_that_was_shown_comes_back(n_bins: int) -> None:
+    """Also of a picture whose pixels are enlarged, as a saved one's are."""
     every = torch.arange(n_bins, dtype=torch.uint8).repeat(256 // n_bins + 1)[:256].reshape(1, 16, 16)
     for channels in (1, 3):
-        found = read(shown(every, n_bins), 16, channels, n_bins)
-        assert torch.equal(found, every.expand(channels, -1, -1))
+        for side in (16, 32, 256):
+            picture = shown(every, n_bins).resize((side, side), Image.Resampling.NEAREST)
+            assert torch.equal(read(picture, 16, channels, n_bins), every.expand(channels, -1, -1))
 
 
 @pytest.mark.parametrize("options", [{}, {"gray": True}, {"n_bits": 5}, {"crop_margin": 3, "flip": True}, {"size": 8}])
