@@ -1,5 +1,5 @@
 # make demo    trains a small Glow on handwritten digits and writes runs/demo
-# make serve   a web page on this machine to look into runs/demo, which is trained first if it is not there
+# make serve   a web page on this machine: the small model that comes with the package, and runs/demo if it is there
 # make test    the style checks, then the tests, side by side on all cores
 # make test-full   the tests that `make test` leaves out: slow ones, and those that pin the inside of what is to be replaced
 # make test-live   tests/live against anomalib, coqui-tts, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
@@ -55,11 +55,8 @@ $(VENV)/.tools: $(VENV)/.built
 demo: $(VENV)/.built
 	$(BIN)/python -m pyglow_fast demo --overwrite --out runs/demo
 
-runs/demo/best.safetensors: | $(VENV)/.built
-	$(MAKE) demo
-
-serve: $(VENV)/.built | runs/demo/best.safetensors
-	$(BIN)/python -m pyglow_fast serve runs/demo
+serve: $(VENV)/.built
+	$(BIN)/python -m pyglow_fast serve shown $(wildcard runs/demo)
 
 # The checks come first, so that the suite's own summary is the last line.
 test: lint

@@ -67,8 +67,8 @@ def load_emoji_small(config: DataConfig) -> ImageSet:
     for i, images in enumerate(listed["attributes"].values()):
         has[images, i] = True
     attributes = Attributes(tuple(listed["attributes"]), has)
-    facts = {"groups": tuple(listed["groups"]), "augmentation": config.augmentation, "attributes": attributes}
-    return ImageSet("emoji-small", values, config.n_bins, labels, class_names, **facts)
+    groups, views = tuple(listed["groups"]), config.augmentation
+    return ImageSet("emoji-small", values, config.n_bins, labels, class_names, groups, None, views, attributes)
 
 
 def load_folder(config: DataConfig, root: Path) -> Images:

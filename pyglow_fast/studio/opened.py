@@ -71,8 +71,8 @@ class LostImagesError(ValueError):
 class OwnImages:
     """The images of a run, loaded when they are first asked for; all checkpoints of the run share them."""
 
-    def __init__(self, checkpoint: Checkpoint, sheet: Path) -> None:
-        self._checkpoint, self._sheet = checkpoint, sheet
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._found: tuple[Images, Tensor, Tensor] | None = None
         self.lock = threading.RLock()  # of all that is loaded or measured of the run
 
@@ -86,7 +86,7 @@ class OwnImages:
         with self.lock:
             if self._found is None:
                 try:
-                    self._found = own_images(self._checkpoint, self._sheet)
+                    self._found = own_images(self._checkpoint)
                 except (ValueError, OSError, MissingExtraError) as error:
                     raise LostImagesError(str(error)) from error
             return self._found
@@ -110,7 +110,7 @@ class OpenRun:
     folder: RunFolder
     checkpoint: Checkpoint  # without the weights
     model: Glow  # frozen
-    images: OwnImages  # those of the folder ``sheet`` in the run's, if there is one
+    images: OwnImages
     train_images: int = TRAIN_IMAGES
     device: str = "auto"  # as it was asked for; another one draws other samples
     _directions: dict[str, Directions] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class OpenRun:
             model = load_model(checkpoint, str(folder.path), place).freeze()
         checkpoint.model, checkpoint.ema, checkpoint.optimizer = {}, {}, {}  # the model has what is needed of them
         if images is None or not images.belong_to(checkpoint):
-            images = OwnImages(checkpoint, folder.path / "sheet")
+            images = OwnImages(checkpoint)
         return cls(name, best, folder, checkpoint, model, images, train_images, device)
 
     @property

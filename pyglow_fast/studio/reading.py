@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +38,7 @@ def read(images: Images, indices: Tensor) -> Iterator[tuple[Tensor, Tensor | Non
 
 def name_of(images: Images, index: int, number: int | None = None) -> str:
     """Name an image in a few words: an emoji by its own name, others by number (``index`` if None) and class."""
-    if images.name.startswith(("emoji", "sheet")) and images.groups:
+    if images.name.startswith("emoji") and images.groups:
         return images.groups[index]
     number = index if number is None else number
     return str(number) if images.labels is None else f"{number}: {images.class_names[int(images.labels[index])]}"
@@ -84,16 +83,12 @@ def selection(name: str, part: str | None, checkpoint: Checkpoint, model: Glow) 
     return Selection(data if part == "all" else data.subset(positions), positions, data.subset(train), part)
 
 
-def own_images(checkpoint: Checkpoint, sheet: Path | None = None) -> tuple[Images, Tensor, Tensor]:
+def own_images(checkpoint: Checkpoint) -> tuple[Images, Tensor, Tensor]:
     """Load (all images of a run, indices of its training images, indices of its held-out ones).
 
-    A ``sheet`` of few images, if it is there, is shown instead; each of its images counts for both. Images that are no
-    longer where they were, or have changed since, are refused.
+    Images that are no longer where they were, or have changed since, are refused.
     """
     config = checkpoint.config
-    if sheet is not None and sheet.is_dir():
-        data = load_data(DataConfig(f"sheet:{sheet}", n_bits=config.data.n_bits))
-        return data, torch.arange(len(data)), torch.arange(len(data))
     data = load_data(config.data)
     same = data.fingerprint() == checkpoint.data.fingerprint
     expect(same, "data", f"the images of {config.data.name} that the run was trained on", "others")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import threading
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from PIL import Image
 from support.edits import ByHand
 
 from pyglow_fast.data import ImageSet, UnreadableImageError
-from pyglow_fast.data.sources import SOURCES
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Scores, likelihood_text, parse_image
 from pyglow_fast.studio.opened import LostImagesError
@@ -200,22 +197,3 @@ def test_two_who_ask_at_once_measure_once(emoji_run: Path) -> None:
     assert len(found) == 1
     assert found[0] is first
     assert "twice" not in told
-
-
-@pytest.mark.skipif("sheet" not in SOURCES, reason="not yet")
-def test_a_sheet_in_the_folder_is_shown_instead(emoji_run: Path, emoji_images: Path) -> None:
-    """A run goes without the images that it was trained on: it has a few, and what was measured before."""
-    first = measured(OpenRun.open(str(emoji_run)))
-    sheet = emoji_run / "sheet"
-    sheet.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(sheet / "images.png")
-    listed = {"size": 16, "classes": ["b", "a"], "groups": ["x", "y"], "attributes": {"names": [], "has": [[], []]}}
-    (sheet / "images.json").write_text(json.dumps(listed))
-    shutil.move(emoji_images, emoji_images.with_name("gone"))
-    try:
-        opened = OpenRun.open(str(emoji_run))
-        assert measured(opened) == first
-        assert torch.equal(opened.pick(HeldOut(1)).pixels, torch.from_numpy(pixels[:, 16:].copy()).permute(2, 0, 1))
-    finally:
-        shutil.move(emoji_images.with_name("gone"), emoji_images)

@@ -2,8 +2,8 @@
 
 ``load_FORMAT`` returns a Glow whose density is that of the other implementation's model, and whose latents are equal to
 its latents up to rounding; the architecture is read off names and shapes. ``save_FORMAT`` returns tensors with the
-other's names and shapes; a model that the other cannot express is refused. See docs/other-models.md. :func:`save_glow` and
-:func:`load_glow` write and read this package's own file of one model.
+other's names and shapes; a model that the other cannot express is refused. See docs/other-models.md.
+:func:`save_glow` and :func:`load_glow` write and read this package's own file of one model.
 """
 
 from pyglow_fast.interop.convert.files import load_glow, read_tensors, save_glow, write_tensors
