@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pyglow_fast._errors import expect
 from pyglow_fast.cli import _arguments as shared
 from pyglow_fast.cli._arguments import SHOWN, command, is_shown
@@ -96,5 +98,8 @@ def run(args: argparse.Namespace) -> int:
         auth = credentials(args.auth, os.environ, ask)
         place = Place(args.host.strip("[]"), args.port, auth, args.certificate, args.key)
         shelf = Shelf(runs, args.best or all(map(is_shown, given)), args.device, train_images=args.train_images)
+        # The page's work is single images, which gain nothing by threads: beside another busy program two are slower by
+        # far than one, since they wait for each other.
+        torch.set_num_threads(1)
         serve(lambda: page(shelf), place, css=CSS, open_browser=not args.no_browser, meanwhile=lambda: _warm(shelf))
     return 0

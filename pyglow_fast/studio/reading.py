@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,11 +28,6 @@ def middles(pixels: Tensor, n_bins: int, model: Glow) -> Tensor:
 def inputs(pixels: Tensor, labels: Tensor | None, n_bins: int, model: Glow) -> tuple[Tensor, Tensor | None]:
     """Turn images into what the model takes: (x, y), y the labels for a model with classes."""
     return middles(pixels, n_bins, model), labels_for(model, labels)
-
-
-def read(images: Images, indices: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Read (pixels, labels) of the images at ``indices`` in batches of BATCH; one that cannot be read is refused."""
-    return (images.batch(part) for part in indices.split(BATCH) if len(part))
 
 
 def name_of(images: Images, index: int, number: int | None = None) -> str:
