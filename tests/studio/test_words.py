@@ -7,7 +7,7 @@ import os
 import shlex
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyglow_fast.studio import Draw, File, HeldOut, Sample, parse_image
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+@settings(deadline=None)
 @given(FINITE)
 @example(-0.0)
 @example(1e22)
@@ -45,6 +46,7 @@ def test_numbers(value: float) -> None:
     assert text != "-0"
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.builds(HeldOut, st.integers(0, 10**12)),
@@ -55,6 +57,7 @@ def test_numbers_and_samples_round_trip(image: Image) -> None:
     assert parse_image(image.text) == image
 
 
+@settings(deadline=None)
 @given(LINES)
 @example("12")
 @example("٣")
