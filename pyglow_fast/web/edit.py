@@ -65,9 +65,10 @@ class Source:
         listen(took.failure, lambda: None, None, upload_box)  # it is empty again, as the image is shown elsewhere
 
     def fill(self, desk: Desk, opened: OpenRun) -> str:
-        """Offer the first held-out images of a run; none where they are lost."""
+        """Offer held-out images from all over the set, since neighbours are alike; none where they are lost."""
         if not desk.offered and not opened.images.missing:
-            desk.offered = list(range(min(OFFERED, len(opened.images.find()[2]))))
+            count = len(opened.images.find()[2])
+            desk.offered = sorted({i * count // OFFERED for i in range(OFFERED)})
         return self._strip(desk, opened)
 
     def other(self, desk: Desk) -> str:
@@ -243,12 +244,12 @@ class BetweenTab:
         listen(taken.click, self.take_edit, [desk, end, *edit.inputs[2:]], restrip)
 
     def fill(self, desk: Desk) -> list[Any]:
-        """Fill the tab; a run that was chosen begins with the path between its first held-out images."""
+        """Fill the tab; a run that was chosen begins with the path between two of the images to choose from."""
         opened = desk.opened()
         found = self.source.fill(desk, opened)
         if desk.ends == [None, None]:
-            first = [Chosen(opened.pick(HeldOut(number)), opened) for number in desk.offered[:2]]
-            desk.ends = [*first, None, None][:2]
+            numbers = {*desk.offered[:1], *desk.offered[len(desk.offered) // 2 :][:1]}
+            desk.ends = [*(Chosen(opened.pick(HeldOut(n)), opened) for n in sorted(numbers)), None, None][:2]
         return [found, anew()]
 
     def take(self, desk: Desk, chosen: Chosen, end: str) -> int:

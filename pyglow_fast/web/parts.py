@@ -48,7 +48,8 @@ main { width: 100%; max-width: 80rem; margin: 0 auto; }
 .pgf-table td:nth-child(2) { overflow-wrap: anywhere; min-width: 6rem; }
 .pgf-plot { width: 42rem; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 .pgf-frame { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: 6px; }
-:is(#adds, #keeps) .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); }
+:is(#adds, #keeps) .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr));
+  background: none; }
 :is(#adds, #keeps) .block { padding: 0.3rem 0.6rem; border: 0; }
 .pgf-signed input[type=range] { --pgf-track: linear-gradient(to right,
   var(--neutral-200) min(50%, var(--range_progress)), var(--slider-color) min(50%, var(--range_progress)),
