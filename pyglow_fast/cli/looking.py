@@ -198,13 +198,14 @@ def _paths_of_pairs(args: argparse.Namespace, opened: OpenRun) -> int:
             pixels, labels = images.batch(torch.tensor(pair))
             own = labels.tolist() if labels is not None and opened.classes else [None, None]
             path = _path(args, opened, [Picked(*end) for end in zip(pixels, own, map(HeldOut, pair), strict=True)])
-            frames, count = path.frames(args.frames)
-            changed, bad = changed + int((frames[[0, -1]] != pixels).sum()), bad + count
+            frames, ruined = path.frames(args.frames)
+            changed, bad = changed + int((frames[[0, -1]] != pixels).sum()), bad + ruined
             name = "\n→ ".join(name_of(images, index) for index in pair)
             rows.append((name, torch.cat([pixels[:1].long(), frames, pixels[1:].long()])))
     how, columns = _how(path, "paths"), ["A", *(f"{i / (args.frames - 1):.2g}" for i in range(args.frames)), "B"]
     save_grid(rows, opened.n_bins, out, columns, args.scale, f"{images.name}, {part}: {how}")
-    what = f"{len(rows)} pairs of {images.name}, {part}: {how}{not_finite_note(bad, 'images')}"
+    count = "1 pair" if len(rows) == 1 else f"{len(rows)} pairs"
+    what = f"{count} of {images.name}, {part}: {how}{not_finite_note(bad, 'images')}"
     say(f"{what}, {changed} grey levels changed at both ends: {out}")
     return 0
 
