@@ -1,6 +1,6 @@
-"""Makes what lies in this folder: ``make.py sheet EMOJI`` its images, ``make.py pack RUN`` the model trained on them.
+"""Makes what lies in pyglow_fast/shown: ``sheet EMOJI`` its images, ``pack RUN`` the model that was trained on them.
 
-README.md has the commands. EMOJI is the folder that ``pyglow-fast data emoji-google`` fetched.
+The README there has the commands. EMOJI is the folder that ``pyglow-fast data emoji-google`` fetched.
 """
 
 from __future__ import annotations
