@@ -126,7 +126,7 @@ def test_another_run_and_the_camera(page: Page, server: Server) -> None:
     page.locator("#about", has_text="colour: a Glow").wait_for()
     wait_for(lambda: "sample runs/colour " in command(page), True)
     look(page, "Edit")
-    wait_for(lambda: "edit runs/colour 0 " in command(page), True)
+    wait_for(lambda: "edit runs/colour " in command(page), True)
     page.locator("#edit-upload").get_by_label("Capture from camera").click()
     page.locator("#edit-upload").get_by_text("Click to Access Webcam").click()
     page.locator("#edit-upload").get_by_label("capture photo").click()

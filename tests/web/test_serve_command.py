@@ -15,7 +15,7 @@ from support import web
 web.require("gradio")
 
 from pyglow_fast import web as package  # noqa: E402
-from pyglow_fast.cli import main, serve  # noqa: E402
+from pyglow_fast.cli import main  # noqa: E402
 
 
 @pytest.fixture
@@ -73,7 +73,8 @@ def test_the_options_reach_the_page(run: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("PYGLOW_SERVE_AUTH")
     assert main(["serve", "--device", "cpu"]) == 0
     assert shelves[0] == ([run, run], True, "cpu", {"train_images": 7})
-    assert shelves[1][:3] == ([str(serve.SHIPPED)], False, "cpu")
+    shipped = Path(package.__file__).parent.parent / "shown"
+    assert shelves[1][:3] == ([str(shipped)], True, "cpu")
     assert served[0][0] == ("::", 1234, ("ada", "pass word"), None, None)
     assert served[1][0] == ("127.0.0.1", None, None, None, None)
     assert [each["open_browser"] for _, each in served] == [False, True]
