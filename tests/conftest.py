@@ -17,7 +17,7 @@ from support.machine import MACHINE_THREADS, Turns
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 # Files that begin first, since a worker that begins one last keeps all others waiting.
 LONG = ("test_other_homes.py", "test_sanitizers.py", "test_channel_maps.py", "test_export.py", "test_gpu_check.py")
-LONG += ("test_resume.py", "test_memory.py", "test_tour.py")
+LONG += ("test_resume.py", "test_memory.py", "test_pages.py")
 TURNS = "PYGLOW_TEST_TURNS"  # the folder in which the workers of a run keep their locks
 
 
