@@ -262,7 +262,8 @@ class Run:
         x = state.averaged.eval().sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
         if bad := count_not_finite(x):
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
-        self.writer.samples(state.progress.step, to_pixels(x, state.train.n_bins), state.train.n_bins)
+        data = state.train
+        self.writer.samples(state.progress.step, to_pixels(x, data.n_bins), data.n_bins, data.class_names)
         self._sample_seconds = time.monotonic() - began
 
     def _save(self, final: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -122,9 +122,10 @@ class RunWriter:
         """Save the checkpoint with the best held-out score so far."""
         self.attempt("the best checkpoint", lambda: checkpoint.save(self.folder.best))
 
-    def samples(self, step: int, pixels: Tensor, n_bins: int) -> None:
-        """Write samples.png, and a copy that stays."""
-        picture = grid(pixels, n_bins, class_columns(len(pixels), self.config.model.n_classes))
+    def samples(self, step: int, pixels: Tensor, n_bins: int, class_names: Sequence[str]) -> None:
+        """Write samples.png, each class below its name where there are few, and a copy that stays."""
+        by_class = class_columns(len(pixels), self.config.model.n_classes) is not None
+        picture = grid(pixels, n_bins, class_names if by_class else None)
 
         def write() -> None:
             self.folder.sample_history.mkdir(exist_ok=True)
