@@ -112,10 +112,6 @@ def test_edits_follow_their_sliders(page: Page) -> None:
     give.set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": photo})
     wait_for(lambda: " mine.png " in command(page), True)
     page.get_by_role("link", name="Save mine.png as the model sees it").wait_for()
-    look(page, "Interpolate")
-    page.get_by_role("radio", name="to", exact=True).check()
-    page.get_by_role("button", name="Take the image under Edit").click()
-    wait_for(lambda: "--to mine.png" in command(page), True)
 
 
 def test_another_run_and_the_camera(page: Page, server: Server) -> None:
