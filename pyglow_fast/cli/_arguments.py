@@ -183,7 +183,7 @@ def open_run(args: argparse.Namespace, name: str | None = None) -> OpenRun:
     ours = is_shown(name)
     place = shown_run() if ours else name
     opened = OpenRun.open(place, args.best or ours, args.device, getattr(args, "train_images", TRAIN_IMAGES))
-    opened.name = name
+    opened.name, opened.best = name, args.best
     return opened
 
 

@@ -93,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
         shared.check_numbers(args)
         resolve_device(args.device)  # else only what is done on the page would refuse it
         given = args.runs or [SHOWN]
-        runs = [shared.shown_run() if is_shown(name) else name for name in given]
+        shipped = (SHOWN, shared.shown_run()) if any(map(is_shown, given)) else ("", "")
         ask = getpass.getpass if sys.stdin is not None and sys.stdin.isatty() else None
         auth = credentials(args.auth, os.environ, ask)
         place = Place(args.host.strip("[]"), args.port, auth, args.certificate, args.key)
-        shelf = Shelf(runs, args.best or all(map(is_shown, given)), args.device, train_images=args.train_images)
+        shelf = Shelf(given, args.best, args.device, shipped, train_images=args.train_images)
         # The page's work is single images, which gain nothing by threads: beside another busy program two are slower by
         # far than one, since they wait for each other.
         torch.set_num_threads(1)

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.latents import edited, to_space
-from pyglow_fast.studio.directions import Add, Progress
+from pyglow_fast.studio.directions import Add, Directions, Progress
 from pyglow_fast.studio.opened import TRAIN_IMAGES, OpenRun, Picked
 from pyglow_fast.studio.pictures import Made, command_line, made_png
+from pyglow_fast.studio.reading import BATCH
 from pyglow_fast.studio.words import File, number_text
 from pyglow_fast.train import to_pixels
 from pyglow_fast.train.figures import image_picture
 
 DIGITS = 6  # behind the point of a strength or a share: finer than any slider
+STRONGEST = 3.0  # that an attribute is offered, where training images go further
+SHORTER = 0.8  # of an end whose image is not finite, until one is
+NEGLIGIBLE = 0.02
 
 
 class Edited(NamedTuple):
@@ -104,6 +108,36 @@ class Subject:
     def bits(self) -> float:
         """The bits/dim of the image."""
         return self.bits_of(self.pixels)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def ends(self) -> Tensor:
+        """How strongly each attribute alone can be taken away and added, (2, names): 0 or less, and 0 or more.
+
+        An end is where the image lies as far along as the furthest training image, or before it, where the model's
+        image of that is not finite.
+        """
+        directions = self.opened.directions(self.space)
+        away, added = directions.reach.T - directions.places(self.latents)[:, 0]
+        ends = torch.stack([away.clamp(-STRONGEST, 0), added.clamp(0, STRONGEST)])
+        for side in ends:
+            todo = torch.arange(len(side))
+            while len(todo):
+                bad = [chosen[~self._decodes(directions, chosen, side[chosen])] for chosen in todo.split(BATCH)]
+                todo = torch.cat(bad)
+                side[todo] *= SHORTER
+                todo = todo[side[todo].abs() > NEGLIGIBLE]
+        return ends.where(ends.abs() > NEGLIGIBLE, 0.0)
+
+    def _decodes(self, directions: Directions, chosen: Tensor, strengths: Tensor) -> Tensor:
+        """Tells for each of the chosen attributes whether this image with so much of it is finite."""
+        latents = []
+        for z, mean in zip(self.latents, directions.means, strict=True):
+            way = mean[chosen, 0] - mean[chosen, 1]
+            latents.append(z + (way * strengths.to(way).reshape(-1, *[1] * (way.dim() - 1))).to(z))
+        y = None if self.y is None else self.y.expand(len(chosen))
+        x = edited(self.opened.model, latents, space=self.space, y=y)
+        return x.isfinite().flatten(1).all(1).cpu()
 
     def bits_of(self, pixels: Tensor) -> float:
         """The bits/dim of an edit of the image, under the image's class."""

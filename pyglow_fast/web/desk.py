@@ -19,22 +19,32 @@ class Shelf:
         folders: folders of runs, and folders that hold the folders of runs.
         best: serve the checkpoints with the best held-out bits/dim rather than the newest.
         device: cpu, cuda, cuda:N or auto.
+        shipped: the name of the model that comes with the package, and its folder, of which the best is served.
         options: others of :meth:`~pyglow_fast.studio.OpenRun.open`.
 
     Raises:
         ValueError: a folder that is neither.
     """
 
-    def __init__(self, folders: Sequence[str], best: bool = False, device: str = "auto", **options: Any) -> None:
+    def __init__(
+        self,
+        folders: Sequence[str],
+        best: bool = False,
+        device: str = "auto",
+        shipped: tuple[str, str] = ("", ""),
+        **options: Any,
+    ) -> None:
         self.folders, self.best, self.device, self._options = tuple(folders), best, device, options
+        self._shipped = shipped
         self._opened: dict[str, tuple[Any, OpenRun]] = {}  # with the stamp of the checkpoint
         self._lock = threading.Lock()
         for name in folders:
-            expect(bool(_runs_in(name)), "runs", "the folder of a run (with config.toml), or of several", repr(name))
+            found = self._runs_in(name)
+            expect(bool(found), "runs", "the folder of a run (with config.toml), or of several", repr(name))
 
     def names(self) -> list[str]:
         """List the folders of the runs that there are now, as they were named."""
-        return list(dict.fromkeys(run for name in self.folders for run in _runs_in(name)))
+        return list(dict.fromkeys(run for name in self.folders for run in self._runs_in(name)))
 
     def open(self, name: str) -> OpenRun:
         """Open the run in the folder ``name`` at its newest checkpoint; the same object until there is another.
@@ -46,20 +56,21 @@ class Shelf:
             if name not in self._opened:  # else every drag would list the folders of all runs
                 known = self.names()
                 expect(name in known, "run", f"one of {', '.join(known)}", repr(name))
-            last, stamp = self._opened.get(name), RunFolder(name).stamp(self.best)
+            place, best = (self._shipped[1], True) if name == self._shipped[0] else (name, self.best)
+            last, stamp = self._opened.get(name), RunFolder(place).stamp(best)
             if last is None or last[0] != stamp:
                 images = None if last is None else last[1].images
-                opened = OpenRun.open(name, self.best, self.device, images=images, **self._options)
+                opened = OpenRun.open(place, best, self.device, images=images, **self._options)
+                opened.name, opened.best = name, self.best  # as commands say it
                 self._opened[name] = last = (stamp, opened)
             return last[1]
 
-
-def _runs_in(name: str) -> list[str]:
-    """``name`` if it is a run, else the runs that are directly in it, sorted."""
-    if RunFolder(name).exists:
-        return [name]
-    inside = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
-    return [str(path) for path in inside if RunFolder(path).exists]
+    def _runs_in(self, name: str) -> list[str]:
+        """``name`` if it is a run, else the runs that are directly in it, sorted."""
+        if name == self._shipped[0] or RunFolder(name).exists:
+            return [name]
+        inside = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
+        return [str(path) for path in inside if RunFolder(path).exists]
 
 
 class Chosen:

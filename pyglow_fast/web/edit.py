@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pyglow_fast.web.uploads import ImageBox, Upload, read
 
 OFFERED = 12  # held-out images to choose from
 ATTRIBUTES, LEVELS = 48, 10  # sliders that there are at most
-STRONGEST = 3.0
+STEP = 0.05  # of sliders
 FRAMES, MOST = 9, 25  # of the strip
 ENDS = ("from", "to")
 KEPT = "How much of the image's own latents each level keeps. At 0 it is what the model finds likeliest there."
@@ -96,15 +97,15 @@ class EditTab:
     """An image, a slider for each attribute and level, and the image that follows them."""
 
     def __init__(self, desk: gr.State) -> None:
-        self.redraw = gr.State(0)
-        self.source = Source(desk, "edit", self.take, [], [self.redraw])
+        self.redraw, self.taken = gr.State(0), gr.State(0)
+        self.source = Source(desk, "edit", self.take, [], [self.taken])
         with gr.Row():
             with gr.Column(scale=3, min_width=300, elem_id="edit-shown"):
                 pictures = gr.HTML(elem_id="edited")
             with gr.Column(scale=3, min_width=300):
                 self.why = gr.HTML(elem_id="edit-why")
                 with gr.Column(elem_id="adds"):
-                    self.adds = [_slider(-STRONGEST, STRONGEST, 0, f"add-{i}") for i in range(ATTRIBUTES)]
+                    self.adds = [_slider(-1.0, 1.0, 0, f"add-{i}") for i in range(ATTRIBUTES)]
                 gr.HTML(note(KEPT))
                 with gr.Column(elem_id="keeps"):
                     keeps = [_slider(0.0, 1.0, 1, f"keep-{i}") for i in range(LEVELS)]
@@ -119,7 +120,9 @@ class EditTab:
         # One listener: no earlier picture comes after a later one.
         follow(self.sliders, [twin.input, self.redraw.change], self.draw, self.inputs, [pictures, command])
         listen(back.click, self.rest, desk, [*self.sliders, self.redraw])
-        self.measure_after(listen(space.input, self.take_space, [desk, space], None), desk)
+        listen(space.input, self.take_space, [desk, space], self.taken)
+        # Another image, or space: no slider is left where the image cannot follow.
+        self.measure_after(listen(self.taken.change, self.rest, desk, [*self.sliders, self.redraw]), desk)
 
     def measure_after(self, event: Any, desk: gr.State) -> None:
         """Add the measurement of the attributes to what follows an event."""
@@ -145,31 +148,43 @@ class EditTab:
         return [*[0] * ATTRIBUTES, *keeps, anew()]
 
     def measure(self, desk: Desk, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
-        """Measure the attributes and likelihoods of training images, where they are not kept; name their sliders."""
+        """Measure the attributes and likelihoods of training images, where they are not kept; name their sliders.
+
+        A slider ends where the image under edit would leave what training images span, or numbers: see Subject.ends.
+        """
         opened = desk.opened()
         try:
             found = opened.directions(desk.space_of(opened), told(progress, "measuring the attributes"))
             opened.scores(told(progress, "measuring bits/dim of the run's images"))
+            subject = None if desk.edited is None else desk.subject(opened)
         except ValueError as error:
             return [*[gr.skip()] * ATTRIBUTES, note(f"No attributes: {error}"), anew()]
         if not desk.has(opened):
             return [gr.skip()] * (ATTRIBUTES + 2)
         names = found.names[:ATTRIBUTES]
+        ends = [(-1.0, 1.0)] * len(names) if subject is None else subject.ends[:, : len(names)].T.tolist()
         why = "" if names else "The images of this run have no classes and no attributes."
         if len(found.names) > ATTRIBUTES:
             why = f"The first {ATTRIBUTES} of {len(found.names)} attributes; the command line has all of them."
-        shown = [gr.Slider(visible=True, label=found.label(name)) for name in names]
-        return [*shown, *[gr.Slider(value=0, visible=False)] * (ATTRIBUTES - len(names)), note(why), anew()]
+        spans = [(STEP * math.ceil(low / STEP), STEP * max(math.floor(high / STEP), 1)) for low, high in ends]
+        shown = [
+            gr.Slider(visible=True, label=found.label(name), minimum=round(low, 2), maximum=round(high, 2))
+            for name, (low, high) in zip(names, spans, strict=True)
+        ]
+        zeros = [f"#add-{i} {{ --pgf-zero: {low / (low - high):.1%} }}" for i, (low, high) in enumerate(spans)]
+        style = f"<style>{' '.join(zeros)}</style>"  # where the tracks of the sliders have their 0
+        return [*shown, *[gr.Slider(value=0, visible=False)] * (ATTRIBUTES - len(names)), note(why) + style, anew()]
 
     def take(self, desk: Desk, chosen: Chosen) -> int:
         """Put another image under edit."""
         desk.edited = chosen
         return anew()
 
-    def take_space(self, desk: Desk, space: str) -> None:
+    def take_space(self, desk: Desk, space: str) -> int:
         """Set the space that is edited."""
         expect(space in SPACES, "space", f"one of {', '.join(SPACES)}", repr(space))
         desk.space = space
+        return anew()
 
     def edit_of(self, subject: Subject, values: Sequence[float]) -> Edit:
         """Describe the edit that the sliders say."""
@@ -213,7 +228,7 @@ class EditTab:
 def _slider(low: float, high: float, value: float, elem_id: str) -> gr.Slider:
     """A slider that is not there before it has a name."""
     style = "pgf-signed" if low < 0 else ""
-    return gr.Slider(low, high, value, step=0.05, visible=False, elem_id=elem_id, elem_classes=style)
+    return gr.Slider(low, high, value, step=STEP, visible=False, elem_id=elem_id, elem_classes=style)
 
 
 class BetweenTab:

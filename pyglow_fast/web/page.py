@@ -81,7 +81,7 @@ def page(shelf: Shelf) -> gr.Blocks:
         for tab, inside in ((between_tab, between), (score_tab, score), (run_tab, report)):
             listen(tab.select, once(inside), desk, inside.outputs, show_progress="full")
         taken = listen(sample.pictures.click, sample.take, desk, None)
-        listen(taken.success, lambda: (gr.Tabs(selected="edit"), anew()), None, [tabs, edit.redraw])
+        listen(taken.success, lambda: (gr.Tabs(selected="edit"), anew()), None, [tabs, edit.taken])
     blocks.queue(default_concurrency_limit=AT_ONCE, max_size=MOST_WAITING, api_open=False)
     return blocks
 

@@ -51,9 +51,12 @@ main { width: 100%; max-width: 80rem; margin: 0 auto; }
 :is(#adds, #keeps) .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr));
   background: none; }
 :is(#adds, #keeps) .block { padding: 0.3rem 0.6rem; border: 0; }
+.pgf-signed { --pgf-zero: 50%; }
 .pgf-signed input[type=range] { --pgf-track: linear-gradient(to right,
-  var(--neutral-200) min(50%, var(--range_progress)), var(--slider-color) min(50%, var(--range_progress)),
-  var(--slider-color) max(50%, var(--range_progress)), var(--neutral-200) max(50%, var(--range_progress))); }
+  var(--neutral-200) min(var(--pgf-zero), var(--range_progress)),
+  var(--slider-color) min(var(--pgf-zero), var(--range_progress)),
+  var(--slider-color) max(var(--pgf-zero), var(--range_progress)),
+  var(--neutral-200) max(var(--pgf-zero), var(--range_progress))); }
 .pgf-signed input[type=range]::-webkit-slider-runnable-track { background: var(--pgf-track) !important; }
 .pgf-signed input[type=range]::-moz-range-track { background: var(--pgf-track) !important; }
 .dark input[type=range] { --neutral-200: var(--neutral-600); }

@@ -156,11 +156,11 @@ class RunTab:
     def fill(self, desk: Desk) -> list[Any]:
         """Show the page of the run as it was at the newest checkpoint, and the command that writes it."""
         opened = desk.opened()
-        page = _report(opened.name, opened.checkpoint.digest)
+        page = _report(opened.folder, opened.name, opened.checkpoint.digest)
         return [page, shlex.join(["pyglow-fast", "report", opened.name, "--out", "report.html"])]
 
 
 @functools.lru_cache(REPORTS)
-def _report(name: str, digest: str) -> str:
+def _report(folder: RunFolder, name: str, digest: str) -> str:
     """The page of a run at a checkpoint, drawn once for all visitors."""
-    return parts.framed(page_of(RunFolder(name)), f"report of {name}")
+    return parts.framed(page_of(folder), f"report of {name}")

@@ -72,9 +72,9 @@ def test_the_options_reach_the_page(run: str, monkeypatch: pytest.MonkeyPatch) -
     assert main(["serve", run, run, *options, "--auth", "ada", "--no-browser"]) == 0
     monkeypatch.delenv("PYGLOW_SERVE_AUTH")
     assert main(["serve", "--device", "cpu"]) == 0
-    assert shelves[0] == ([run, run], True, "cpu", {"train_images": 7})
+    assert shelves[0] == ([run, run], True, "cpu", ("", ""), {"train_images": 7})
     shipped = Path(package.__file__).parent.parent / "shown"
-    assert shelves[1][:3] == ([str(shipped)], True, "cpu")
+    assert shelves[1][:4] == (["shown"], False, "cpu", ("shown", str(shipped)))
     assert served[0][0] == ("::", 1234, ("ada", "pass word"), None, None)
     assert served[1][0] == ("127.0.0.1", None, None, None, None)
     assert [each["open_browser"] for _, each in served] == [False, True]

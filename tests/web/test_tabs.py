@@ -22,7 +22,7 @@ from pyglow_fast.studio.opened import LostImagesError, OwnImages  # noqa: E402
 from pyglow_fast.train import RunFolder  # noqa: E402
 from pyglow_fast.web import uploads  # noqa: E402
 from pyglow_fast.web.desk import Desk, Shelf  # noqa: E402
-from pyglow_fast.web.edit import ATTRIBUTES, LEVELS, BetweenTab, EditTab  # noqa: E402
+from pyglow_fast.web.edit import ATTRIBUTES, LEVELS, STEP, BetweenTab, EditTab  # noqa: E402
 from pyglow_fast.web.handlers import check_count, clicked, on_page  # noqa: E402
 from pyglow_fast.web.tabs import ALL, RunTab, SampleTab, ScoreTab  # noqa: E402
 from pyglow_fast.web.uploads import Upload  # noqa: E402
@@ -94,7 +94,7 @@ def test_every_attribute_has_a_slider(place: Place) -> None:
     *sliders, why, _ = place.edit.measure(place.desk)
     labels = [slider.label for slider in sliders if slider.visible]
     assert labels == [f"more like {digit}" for digit in range(10)]
-    assert why == ""
+    assert "<p" not in why
     rest, _ = place.edited()
     shown, command = place.edited(0.0, 1.5)
     assert " --add 1 rest 1.5 " in command
@@ -103,6 +103,18 @@ def test_every_attribute_has_a_slider(place: Place) -> None:
     assert "bits/dim" in shown
     assert place.edit.rest(place.desk)[0] == 0
     assert "Save the shifted one" in place.edit.draw(place.desk, True, *REST)[0]
+
+
+def test_no_slider_leads_out_of_what_the_model_has_seen(place: Place) -> None:
+    """An end is inside of what training images span, and finite; both ways from 0."""
+    for i, slider in enumerate(place.edit.measure(place.desk)[:10]):
+        assert slider.minimum <= 0 < slider.maximum
+        assert slider.maximum - slider.minimum > 0.5
+        for end in {slider.minimum, slider.maximum} - {0.0, STEP}:
+            shown, command = place.edited(*[0.0] * i, end)
+            assert f"--add {i} rest {end:g} " in command
+            assert "Far out" not in shown
+            assert "not finite" not in shown
 
 
 def test_shown_commands_write_the_files_that_are_saved(place: Place, runs: Path) -> None:
