@@ -19,6 +19,8 @@ MUTANTS_MINUTES ?= 60
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# To translate all of torch and its kin to bytecode would take the demo a minute; what it imports is translated then.
+INSTALL := $(PIP) install --quiet --no-compile
 NATIVE := $(shell find csrc cmake -type f)
 # Tests share the cores: a worker has one thread and takes up to 1.2 GB.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -38,18 +40,19 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet 'setuptools>=77' wheel 'cmake>=3.24' ninja
-	$(PIP) install --quiet $(foreach word,$(TORCH),'$(word)')
+	$(INSTALL) 'setuptools>=77' wheel 'cmake>=3.24' ninja
+	$(INSTALL) $(foreach word,$(TORCH),'$(word)')
 	$(PIP) freeze | grep '^torch==' > $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable '.[web]'
+	$(INSTALL) --no-build-isolation --constraint $(VENV)/.torch --editable '.[web]'
 	@$(BIN)/python -c 'from pyglow_fast import _backend; print("compiled kernels:", _backend.reason() or "ready")'
 	@touch $@
 
 # What checks, tests and the documentation need on top. Ninja finds nothing to compile.
 $(VENV)/.tools: $(VENV)/.built
-	$(PIP) install --quiet --no-build-isolation --constraint $(VENV)/.torch --editable '.[dev,docs]'
+	$(INSTALL) --no-build-isolation --constraint $(VENV)/.torch --editable '.[dev,docs]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # tests start processes that write none
 	@touch $@
 
 demo: $(VENV)/.built
@@ -67,7 +70,7 @@ test-full: venv
 
 $(LIVE)/.installed: tests/live/requirements.txt | venv
 	rm -rf $(LIVE)
-	$(PIP) install --quiet --no-deps --target $(LIVE) -r $<
+	$(INSTALL) --no-deps --target $(LIVE) -r $<
 	@touch $@
 
 test-live: $(LIVE)/.installed
