@@ -10,7 +10,7 @@ from typing import Any
 
 from pyglow_fast import info
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._arguments import Commands, command, output_path
+from pyglow_fast.cli._arguments import Commands, command, is_shown, output_path, shown_run
 from pyglow_fast.cli._output import InputError, say, say_next, user_input
 from pyglow_fast.data import FETCHABLE, FetchError, data_folder, fetch
 from pyglow_fast.train import RunFolder, page_of
@@ -71,9 +71,11 @@ def _listing() -> str:
 
 def report(args: argparse.Namespace) -> int:
     """Write the page of a run, as training does at its end, at any time; returns the exit code."""
-    folder = RunFolder(args.run)
     with user_input():
-        out = folder.page if args.out is None else output_path(args.out, ".html", "out")
+        ours = is_shown(args.run)
+        folder = RunFolder(shown_run() if ours else args.run)
+        given = args.out or ("report.html" if ours else None)  # nothing is written into the package
+        out = folder.page if given is None else output_path(given, ".html", "out")
         folder.read_config()  # whatever else a page could lack is no error
     write_text(out, page_of(folder))
     say(out)
