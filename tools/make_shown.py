@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,8 @@ def pack(run: Path) -> None:
     packed = replace(found, config=config, model=weights, ema={}, optimizer={}, optimizer_groups=[], rank={})
     packed.save(SHOWN / "best.safetensors")
     (SHOWN / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    for name in ("metrics.csv", "report.json"):
+        shutil.copy(run / name, SHOWN / name)
     opened = OpenRun.open(str(SHOWN), best=True)
     opened.directions(opened.space)
     scores = opened.scores()

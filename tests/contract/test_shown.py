@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -31,7 +32,7 @@ def test_its_images_come_with_the_package() -> None:
 
 
 def test_nothing_is_measured_when_it_is_opened(opened: OpenRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Directions and scores lie beside the weights; the scores are those that its README tells."""
+    """Directions and scores lie beside the weights; the scores are those of its report, which its README tells."""
 
     def measured() -> None:
         raise AssertionError("the images were asked for")
@@ -41,7 +42,10 @@ def test_nothing_is_measured_when_it_is_opened(opened: OpenRun, monkeypatch: pyt
     scores = opened.scores()
     told = re.search(r"held out (\d\.\d+), training (\d\.\d+)", (SHOWN / "README.md").read_text(encoding="utf-8"))
     assert told is not None
-    assert [f"{side.mean():.2f}" for side in (scores.held_out, scores.train)] == list(told.groups())
+    report = json.loads((SHOWN / "report.json").read_text(encoding="utf-8"))
+    for measured_now, name, words in zip(scores, ("held_out", "train"), told.groups(), strict=True):
+        assert f"{report[name]['mean']:.2f}" == words
+        assert abs(measured_now.mean() - report[name]["mean"]) < 0.02  # the noise, and which training images, differ
 
 
 def mean_change(opened: OpenRun, name: str, strength: float, images: range) -> torch.Tensor:
