@@ -40,16 +40,6 @@ class Moments:
         mean = summed / count if count else math.nan
         return cls(int(count), mean, *total(float((values - mean).square().sum())))
 
-    @classmethod
-    def of_sums(cls, n: float, summed: float, squares: float) -> Moments:
-        """The moments by n > 0, sum v and sum v^2, for values that are nowhere together.
-
-        S = sum v^2 - n m^2 is a difference of two large numbers: the sums should be float64.
-        """
-        mean = summed / n
-        deviations = max(0.0, squares - n * mean * mean) if math.isfinite(squares) else math.nan
-        return cls(int(n), mean, deviations)
-
     @property
     def deviation(self) -> float:
         """The standard deviation sqrt(S / (n - 1)); NaN for fewer than two values."""

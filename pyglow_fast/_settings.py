@@ -175,13 +175,6 @@ def declaration(help: str, **rule: Any) -> Mapping[str, Setting]:
     return {_KEY: Setting(help, **rule)}
 
 
-def same_setting(cls: type, name: str, **changes: Any) -> Any:
-    """A field that means the same as ``name`` of another class, but for ``default`` and what of its Setting changes."""
-    declared = declared_of(cls)[name]
-    default = changes.pop("default", declared.default)
-    return dataclasses.field(default=default, metadata={_KEY: dataclasses.replace(declared.rule, **changes)})
-
-
 @functools.cache
 def declared_of(cls: type) -> Mapping[str, Declared]:
     """The declarations of a dataclass, by name, in their order."""

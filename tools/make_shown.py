@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pyglow_fast.data.sources import SHOWN, TONES
+from pyglow_fast.data.sources import SHIPPED, TONES
 from pyglow_fast.studio import OpenRun
 from pyglow_fast.train import RunFolder, to_toml
 
@@ -89,9 +89,9 @@ def make_sheet(emoji: Path) -> None:
     sheet = Image.new("RGB", (COLUMNS * SIZE, -(-len(tiles) // COLUMNS) * SIZE))
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
-    sheet.save(SHOWN / "images.png", optimize=True)
+    sheet.save(SHIPPED / "images.png", optimize=True)
     listed = {"size": SIZE, "classes": classes, "groups": groups, "attributes": has}
-    (SHOWN / "images.json").write_text(json.dumps(listed), encoding="utf-8")
+    (SHIPPED / "images.json").write_text(json.dumps(listed), encoding="utf-8")
 
 
 def pack(run: Path) -> None:
@@ -102,11 +102,11 @@ def pack(run: Path) -> None:
     weights |= {name: weights[name].to(torch.bfloat16) for name in nets}
     config = replace(found.config, ema_decay=None)
     packed = replace(found, config=config, model=weights, ema={}, optimizer={}, optimizer_groups=[], rank={})
-    packed.save(SHOWN / "best.safetensors")
-    (SHOWN / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    packed.save(SHIPPED / "best.safetensors")
+    (SHIPPED / "config.toml").write_text(to_toml(config), encoding="utf-8")
     for name in ("metrics.csv", "report.json"):
-        shutil.copy(run / name, SHOWN / name)
-    opened = OpenRun.open(str(SHOWN), best=True)
+        shutil.copy(run / name, SHIPPED / name)
+    opened = OpenRun.open(str(SHIPPED), best=True)
     opened.directions(opened.space)
     scores = opened.scores()
     print(f"step {opened.step}: held out {scores.held_out.mean():.3f} bits/dim, training {scores.train.mean():.3f}")

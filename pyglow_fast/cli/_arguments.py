@@ -15,6 +15,7 @@ from pyglow_fast._errors import check_seed, expect
 from pyglow_fast._settings import Range, value_text
 from pyglow_fast.cli._output import did_you_mean, say_error
 from pyglow_fast.data import DATA_HELP, optional
+from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.latents import SPACES
 from pyglow_fast.studio import OpenRun
 from pyglow_fast.studio.opened import TRAIN_IMAGES
@@ -25,7 +26,6 @@ from pyglow_fast.train.figures import PICTURE_IMAGES
 Function = Callable[[argparse.Namespace], int]  # what a command does; gives the exit code
 Commands = argparse._SubParsersAction  # of argparse.ArgumentParser: where a command is declared
 SHOWN = "shown"  # as RUN: the small model that comes with the package
-SHIPPED = Path(__file__).parent.parent / "shown"
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 _NEGATIVE = re.compile(r"-\.?[0-9]|-(inf|infinity|nan)$", re.IGNORECASE)  # as a number begins, and no option
 _RANGES = {
@@ -188,7 +188,7 @@ def open_run(args: argparse.Namespace, name: str | None = None) -> OpenRun:
 
 
 def is_shown(name: str) -> bool:
-    """Whether RUN names the model that comes with the package."""
+    """Tell whether ``name``, given as RUN, is the model that comes with the package, and no folder here."""
     return name == SHOWN and not Path(name).exists()
 
 

@@ -1,4 +1,4 @@
-"""What commands say: lines in which nothing acts on the terminal, errors of one line, progress, what comes next."""
+"""Prints what commands say: results and errors of one line, progress, the next command; no control characters."""
 
 from __future__ import annotations
 

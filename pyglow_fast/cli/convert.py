@@ -108,5 +108,5 @@ def _own_model(source: str, best: bool) -> Glow:
 
 
 def _taken(given: dict[str, Any], function: Callable[..., object]) -> dict[str, Any]:
-    """What was given and the function takes."""
+    """Choose the options that were given and that ``function`` has parameters for."""
     return {name: value for name, value in given.items() if name in inspect.signature(function).parameters}

@@ -142,7 +142,7 @@ def settings() -> Iterator[Declared]:
 
 
 def default_text(item: Declared) -> str:
-    """What is taken where a setting is not given: "3; digits: 2", since the digits have a preset by themselves."""
+    """Say the value of a setting that is not given: "3; digits: 2", since the digits have a preset by themselves."""
     digits = _DIGITS.get(item.name, item.default)
     own, theirs = (
         item.rule.absent if value is None and item.rule.absent else value_text(value)
@@ -170,7 +170,7 @@ def _add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Where a setting may be absent: "none" takes back what a file or a preset says."""
+    """Read a value, or "none", which takes back what a file or a preset says of a setting that may be absent."""
     return lambda text: None if text == "none" else parse(text)
 
 

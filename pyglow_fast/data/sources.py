@@ -31,9 +31,9 @@ from pyglow_fast.data.files import (
 from pyglow_fast.data.image_set import Attributes, Images, ImageSet
 from pyglow_fast.data.lazy import from_files, images_of
 
-__all__ = ["SHOWN", "SOURCES", "TONES", "load_data", "load_digits"]
+__all__ = ["SHIPPED", "SOURCES", "TONES", "load_data", "load_digits"]
 
-SHOWN = Path(__file__).parent.parent / "shown"  # the small model that comes with the package, and its images
+SHIPPED = Path(__file__).parent.parent / "shown"  # the small model that comes with the package, and its images
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 # Pictures of the package budgie-backgrounds that are no photographs: a woodblock print, a planet on plain black, and
 # two drawings of plain areas.
@@ -57,8 +57,8 @@ def load_emoji_small(config: DataConfig) -> ImageSet:
 
     They are faces, hands and heads of people in six skin tones, each on two of six grounds; shown/README.md tells more.
     """
-    listed = json.loads((SHOWN / "images.json").read_text(encoding="utf-8"))
-    sheet, side = pixels(decode(SHOWN / "images.png", "images.png", gray=False)), listed["size"]
+    listed = json.loads((SHIPPED / "images.json").read_text(encoding="utf-8"))
+    sheet, side = pixels(decode(SHIPPED / "images.png", "images.png", gray=False)), listed["size"]
     tiles = sheet.reshape(3, sheet.shape[1] // side, side, sheet.shape[2] // side, side)
     count = len(listed["classes"])
     values = fixed_size(tiles.permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)[:count].contiguous(), config)

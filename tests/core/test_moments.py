@@ -50,15 +50,6 @@ def test_several_processes_are_one() -> None:
         assert told == [(float(part.sum()), len(part)), (float((part - 2.5).square().sum()),)]
 
 
-def test_by_sums() -> None:
-    values = torch.tensor([1.0, 2.0, 4.5, -3.0, 8.0], dtype=torch.float64)
-    found, whole = Moments.of_sums(5.0, float(values.sum()), float(values.square().sum())), Moments.of(values)
-    assert (found.n, found.mean) == (whole.n, whole.mean)
-    assert found.squares == pytest.approx(whole.squares, rel=1e-14)  # of numbers whose squares and sums are exact
-    assert Moments.of_sums(3.0, 0.3, 0.03 - 1e-17).squares == 0.0  # never below
-    assert math.isnan(Moments.of_sums(2.0, math.inf, math.inf).standard_error)
-
-
 def test_too_few_and_not_finite() -> None:
     none, one = Moments.of(torch.zeros(0)), Moments.of(torch.tensor([3.0]))
     assert (none.n, one.n, one.mean) == (0, 1, 3.0)

@@ -16,7 +16,6 @@ from pyglow_fast._settings import (
     check_setting,
     check_settings,
     declared_of,
-    same_setting,
     setting,
     settings,
     value_text,
@@ -45,11 +44,6 @@ class Oven:
 
     def __post_init__(self) -> None:
         check_settings(self)
-
-
-@dataclasses.dataclass
-class Stove:
-    heat: float = same_setting(Oven, "heat", default=20.0, absent="cold")
 
 
 @pytest.mark.parametrize(
@@ -86,12 +80,6 @@ def test_what_is_declared_passes() -> None:
     check_setting(Oven, "shelf", None)
     with pytest.raises(ValueError, match=r"^shelf: expected a whole number in 1\.\.4, or none, found 9$"):
         check_setting(Oven, "shelf", 9)
-
-
-def test_another_class_means_the_same() -> None:
-    assert Stove().heat == 20.0
-    mine, theirs = declared_of(Stove)["heat"], declared_of(Oven)["heat"]
-    assert (mine.rule.help, mine.rule.range, mine.rule.absent) == (theirs.rule.help, theirs.rule.range, "cold")
 
 
 def test_the_docstring_lists_the_fields() -> None:

@@ -47,19 +47,6 @@ class DilatedNet(nn.Module):
         return hidden + self.second(hidden)
 
 
-class CircularNet(nn.Module):
-    """A net whose padding wraps around, so no strip has what it needs: the stated halo is false."""
-
-    halo = 1
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
 class DropoutNet(nn.Module):
     """Dropout between two convolutions, as a submodule or hidden in the forward."""
 

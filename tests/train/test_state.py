@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.run_cases import train
+from support.run_cases import MakeConfig, train
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet
@@ -27,8 +26,6 @@ from pyglow_fast.train import (
     load_model,
 )
 from pyglow_fast.train.metrics import read_metrics
-
-MakeConfig = Callable[..., TrainConfig]
 
 
 def begun(config: TrainConfig, data: ImageSet) -> TrainState:
