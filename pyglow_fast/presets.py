@@ -115,10 +115,10 @@ PRESETS: dict[str, Preset] = {
     "cifar10": Preset(_released(32, 3, 32), "cifar10:PATH", (3, 32, 32), _QUANTITATIVE),
     "imagenet32": Preset(_released(32, 3, 48), "imagenet:PATH", (3, 32, 32), _QUANTITATIVE),
     "imagenet64": Preset(_released(64, 4, 48), "imagenet:PATH", (3, 64, 64), _QUANTITATIVE),
-    # Random windows of 64x64 out of 96x96, as RealNVP has it.
-    "lsun64": Preset(_released(64, 3, 48, crop_margin=32), "lsun:PATH", (3, 64, 64), _QUANTITATIVE),
-    "lsun96": Preset(_released(96, 5, 64, "additive", 5, 40), "lsun:PATH", (3, 96, 96), _QUALITATIVE),
-    "lsun128": Preset(_released(128, 5, 64, "additive", 5, 40), "lsun:PATH", (3, 128, 128), _QUALITATIVE),
+    # LSUN as a folder of image files. Random windows of 64x64 out of 96x96, as RealNVP has it.
+    "lsun64": Preset(_released(64, 3, 48, crop_margin=32), "folder:PATH", (3, 64, 64), _QUANTITATIVE),
+    "lsun96": Preset(_released(96, 5, 64, "additive", 5, 40), "folder:PATH", (3, 96, 96), _QUALITATIVE),
+    "lsun128": Preset(_released(128, 5, 64, "additive", 5, 40), "folder:PATH", (3, 128, 128), _QUALITATIVE),
     "celeba256": Preset(_released(256, 6, 32, "additive", 5, 40), "folder:PATH", (3, 256, 256), _QUALITATIVE),
     "cifar10-classes": Preset(
         _released(32, 3, 32, "additive", 5, **_CLASSES), "cifar10:PATH", (3, 32, 32), _QUALITATIVE, 10

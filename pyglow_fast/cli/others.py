@@ -64,8 +64,7 @@ def _listing() -> str:
     for name, item in FETCHABLE.items():
         there = data_folder() / name
         state = f"in {there}" if there.is_dir() else "not fetched"
-        sources = " or ".join(str(origin) for origin in item.origins)
-        lines.append(f"{name}: {item.about}\n  {item.size}, {item.licence}, from {sources}; {state}")
+        lines.append(f"{name}: {item.about}\n  {item.size}, {item.licence}, from {item.origin}; {state}")
     return "\n".join([*lines, f"the cache is {data_folder()}; set PYGLOW_DATA to move it"])
 
 

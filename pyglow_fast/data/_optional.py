@@ -8,7 +8,7 @@ from types import ModuleType
 
 # Where the name to install is not the name to import.
 _PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "PyYAML"}
-_EXTRAS = {"lmdb": "lmdb", "gradio": "web"}  # where it is not in the extra train
+_EXTRAS = {"gradio": "web"} | {name: name for name in ("tensorboard", "lightning")}  # where it is not `train`
 
 
 class MissingExtraError(ImportError):

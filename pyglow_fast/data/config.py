@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+import functools
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from pyglow_fast._errors import expect, visible
 from pyglow_fast._settings import IMAGES, Range, check_settings, setting, settings
@@ -12,6 +13,7 @@ from pyglow_fast.data.image_set import DEFAULT_HELD_OUT, HELD_OUT, Augmentation
 FILE_SIZE = 32  # the side that files are scaled to where none is asked for
 _PIXELS = "more pixels are a slip of the pen"
 _MOST = 1 << 20
+_images = functools.partial(setting, group=IMAGES)
 
 
 class Source(NamedTuple):
@@ -37,7 +39,6 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(_ARRAYS, side=32),
     "celeba": Source((*_FILES, "attribute")),
     "imagenet": Source(_FILES, "needed"),
-    "lsun": Source(_FILES, "needed"),
     "folder": Source((*_FILES, "split_by"), "needed"),
 }
 
@@ -56,71 +57,54 @@ class DataConfig:
     >>> load_data(DataConfig("digits", size=16)).image_shape
     (1, 16, 16)
 
-    Raises:
-        ValueError: an unknown name, a value outside its range, or an option that the source does not take.
+    An unknown name, a value outside its range and an option that the source does not take are a ValueError.
     """
 
-    name: str = setting(
-        "digits",
-        "one of SOURCES, with :PATH where it takes one; docs/data.md lists them",
-        expected="a name of docs/data.md",
-    )
-    size: int | None = setting(
+    name: str = setting("digits", "one of SOURCES, with :PATH where it takes one", expected="a name of docs/data.md")
+    size: int | None = _images(
         None,
         "side of the square that the model sees: files are cropped and scaled to it, smaller images of a fixed size "
         "padded with zeros",
         range=Range(least=1, most=_MOST, why=_PIXELS),
         absent=f"{FILE_SIZE} for files, their own for images of a fixed size",
-        group=IMAGES,
     )
-    gray: bool = setting(False, "one channel, the luma of ITU-R 601", group=IMAGES, other=("--color", "three channels"))
-    n_bits: int | None = setting(
+    gray: bool = _images(False, "one channel, the luma of ITU-R 601", other=("--color", "three channels"))
+    n_bits: int | None = _images(
         None,
         "bits kept of each sample, n_bins = 2^n_bits grey levels; the lower bits are dropped",
         range=Range(least=1, most=8),
         absent="8; the digits have 17 grey levels",
-        group=IMAGES,
     )
-    split_by: str = setting(
-        "file",
-        "what a random split keeps together: each file alone, or all files of one folder",
-        choices=("file", "folder"),
-        group=IMAGES,
-    )
-    held_out: float | None = setting(
+    split_by: str = _images("file", "what a random split keeps together: file or folder", choices=("file", "folder"))
+    held_out: float | None = _images(
         None,
         "fraction of the images held out, drawn at random",
         range=HELD_OUT,
         absent=f"the source's own split where it has one, else {DEFAULT_HELD_OUT:g}",
-        group=IMAGES,
     )
-    crop_margin: int = setting(
+    crop_margin: int = _images(
         0,
         "images are kept with sides so many pixels longer, and training sees a random window",
         range=Range(least=0, most=_MOST, why=_PIXELS),
-        group=IMAGES,
     )
-    flip: bool = setting(False, "training sees half of the images mirrored, left to right", group=IMAGES)
-    scale: int | None = setting(
+    flip: bool = _images(False, "training sees half of the images mirrored, left to right")
+    scale: int | None = _images(
         None,
         "photos alone: whole factor by which they are shrunk before they are cut into tiles",
         range=Range(least=1, most=_MOST, why="a larger factor is a slip of the pen"),
         absent="by the size: 4 up to 64, 2 up to 256, else 1",
-        group=IMAGES,
     )
-    attribute: str | None = setting(None, "celeba alone: the attribute that makes two classes", group=IMAGES)
-    on_unreadable: str = setting(
+    attribute: str | None = _images(None, "celeba alone: the attribute that makes two classes")
+    on_unreadable: str = _images(
         "raise",
         "raise on an image file that cannot be read, or skip it: another image is taken and it is counted",
         choices=("raise", "skip"),
-        group=IMAGES,
         adjustable=True,
     )
-    in_memory: bool | None = setting(
+    in_memory: bool | None = _images(
         None,
         "read all images at the start and keep them in memory",
         absent="if they take at most 1 GiB",
-        group=IMAGES,
         other=("--from-files", "read them when they are needed"),
     )
 
@@ -154,10 +138,6 @@ class DataConfig:
     def augmentation(self) -> Augmentation:
         """How the views that training sees are cut."""
         return Augmentation(self.crop_margin, self.flip)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Gives the fields as a dict that JSON can hold."""
-        return asdict(self)
 
 
 def options_of(name: str) -> tuple[str, ...]:

@@ -67,15 +67,10 @@ def plain(image: Image, gray: bool) -> Image:
 def decode(
     source: Path | bytes, where: str, gray: bool, most_pixels: int | None = None, formats: Sequence[str] | None = None
 ) -> Image:
-    """Decodes an image to a :func:`plain` Pillow image; of several frames or pages the first.
+    """Decodes a file, or its contents, to a :func:`plain` Pillow image; of several frames or pages the first.
 
-    Args:
-        source: a file, or its contents.
-        where: what messages call it.
-        gray: "L" rather than "RGB".
-        most_pixels: of its width times height, looked at before any are decoded; no TIFF is then taken, since a tile in
-            it may be larger than the image. None: what Pillow allows (PIL.Image.MAX_IMAGE_PIXELS).
-        formats: Pillow's names of those that are taken, of FORMATS. None: all of these.
+    Messages call it ``where``. ``most_pixels`` are looked at before any are decoded; no TIFF is then taken, since a
+    tile in it may be larger than the image. Of FORMATS, Pillow's names, only those in ``formats`` are taken, if given.
     """
     pil = optional("PIL.Image", "image files")
     taken = [name for name in FORMATS if name in (formats or FORMATS) and (most_pixels is None or name != "TIFF")]
@@ -173,18 +168,9 @@ def read_single(
     and the margin that held-out images are cut out of. A photo is taken whole, not in tiles. Nothing is inverted:
     digits are bright on dark.
 
-    Args:
-        source: a file, or its contents.
-        where: what messages call it.
-        config: the data that the model was trained on.
-        image_shape: (C, H, W) of the model, C 1 or 3, H = W.
-        n_bins: number of grey levels of the model's images, 2..256; an 8-bit value v becomes v n_bins // 256, so that
-            a grey level l that was shown as round(255 l / (n_bins - 1)) comes back as l.
-        most_pixels, formats: what is decoded at all, see :func:`pyglow_fast.data.files.decode`.
-
-    Raises:
-        ValueError: an image_shape or n_bins that no file can have, or one that does not go with ``config``.
-        UnreadableImageError: the file cannot be decoded, has too many pixels, or is smaller than it is to be scaled to.
+    ``config`` is the data that the model was trained on, ``image_shape`` (C, H, W) of the model, C 1 or 3, H = W, and
+    ``n_bins`` its number of grey levels; an 8-bit value v becomes v n_bins // 256, so that a grey level l that was
+    shown as round(255 l / (n_bins - 1)) comes back as l. For the rest see :func:`pyglow_fast.data.files.decode`.
     """
     shape = tuple(image_shape)
     fits = len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2] and shape[1] >= 1

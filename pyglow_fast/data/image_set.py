@@ -26,10 +26,6 @@ class Attributes(NamedTuple):
     names: tuple[str, ...]
     has: Tensor
 
-    def at(self, index: Tensor) -> Attributes:
-        """Gives the rows of the images at ``index``."""
-        return Attributes(self.names, self.has[index])
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -41,11 +37,6 @@ class Augmentation:
     def __post_init__(self) -> None:
         check_count("crop_margin", self.crop_margin, 0)
 
-    @property
-    def is_plain(self) -> bool:
-        """Tells whether every view is the stored image itself."""
-        return self.crop_margin == 0 and not self.flip
-
     def central(self, images: Tensor) -> Tensor:
         """Cuts the central windows out of images (..., H + margin, W + margin): a view (..., H, W)."""
         before, margin = self.crop_margin // 2, self.crop_margin
@@ -54,28 +45,18 @@ class Augmentation:
 
     def view(self, image: Tensor, key: int | None) -> Tensor:
         """Cuts one view, (C, H, W), out of a stored image; it is a function of the image and ``key`` alone."""
-        if key is None or self.is_plain:
+        if key is None:
             return self.central(image)
         # The window is drawn with or without a margin, so that the flip does not depend on whether there is one.
-        draw = torch.randint(1 << 30, (3,), generator=torch.Generator().manual_seed(key)).tolist()
-        margin = self.crop_margin
-        top, left = draw[0] % (margin + 1), draw[1] % (margin + 1)
+        draw, margin = torch.randint(1 << 30, (3,), generator=torch.Generator().manual_seed(key)), self.crop_margin
+        top, left, side = (int(number) % count for number, count in zip(draw, (margin + 1, margin + 1, 2), strict=True))
         window = image[:, top : top + image.shape[1] - margin, left : left + image.shape[2] - margin]
-        return window.flip(-1) if self.flip and draw[2] % 2 else window
+        return window.flip(-1) if self.flip and side else window
 
 
 @dataclass(frozen=True)
 class Images(ABC):
     """A set of images as integer pixels, wherever they are kept; the base of what all sources give.
-
-    >>> import torch
-    >>> from pyglow_fast.data import Images, ImageSet, split
-    >>> data = ImageSet("squares", torch.zeros(10, 3, 4, 4, dtype=torch.uint8), n_bins=256)
-    >>> isinstance(data, Images), len(data), data.image_shape, data.n_dims
-    (True, 10, (3, 4, 4), 48)
-    >>> train, held_out = split(data, 0.2, seed=0)
-    >>> len(data.subset(train)), len(data.subset(held_out))
-    (8, 2)
 
     Args:
         name: what the user calls it, such as ``digits``.
@@ -83,8 +64,7 @@ class Images(ABC):
         n_bins: number of grey levels, 2..256; every value is in 0..n_bins-1.
         labels: int64 (N,) in 0..len(class_names)-1, or None.
         class_names: one per class; empty without labels.
-        groups: one key an image; images of one group (a photo's tiles, say) never part in :func:`split`. Empty: each
-            image is its own group.
+        groups: one key an image; images of one group (a photo's tiles, say) never part in :func:`split`.
         official: the source's own split as indices (train, test), or None.
         augmentation: what :meth:`item` draws for training.
         attributes: what each image has besides its class, or None; a fingerprint does not depend on it.
@@ -118,9 +98,14 @@ class Images(ABC):
         return len(self.pixels)
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape (C, H, W) of an image with its margin."""
+        return tuple(self.pixels.shape[1:])
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of an image as the model sees it."""
-        channels, height, width = self.pixels.shape[1:]
+        channels, height, width = self.stored_shape
         return channels, height - self.augmentation.crop_margin, width - self.augmentation.crop_margin
 
     @property
@@ -129,11 +114,7 @@ class Images(ABC):
         return math.prod(self.image_shape)
 
     def item(self, index: int, key: int | None = None) -> Tensor:
-        """Gives one image as uint8 (C, H, W), or an UnreadableImageError.
-
-        Without a key it is the central window, as in :meth:`batch`; otherwise the training view that this number in
-        0..2^63-1 alone decides, the same in every process.
-        """
+        """Gives one image as uint8 (C, H, W): the central window, or with a key the view that it alone decides."""
         return self.augmentation.view(self.pixels[index], key)
 
     @abstractmethod
@@ -154,7 +135,7 @@ class Images(ABC):
             "labels": None if self.labels is None else self.labels[index],
             "groups": tuple(self.groups[i] for i in index.tolist()) if self.groups else (),
             "official": None,
-            "attributes": None if self.attributes is None else self.attributes.at(index),
+            "attributes": None if self.attributes is None else self.attributes._replace(has=self.attributes.has[index]),
         }
 
     def digest(self, facts: str, *values: Tensor) -> str:
@@ -163,7 +144,7 @@ class Images(ABC):
         for tensor in (*values, *(() if self.labels is None else (self.labels,))):
             digest.update(tensor.contiguous().numpy().data)
         digest.update("\0".join(self.groups).encode("utf-8", "surrogateescape"))
-        if not self.augmentation.is_plain:
+        if self.augmentation != Augmentation():
             digest.update(repr(self.augmentation).encode())
         for side in self.official or ():
             digest.update(b"official")
@@ -183,8 +164,7 @@ class ImageSet(Images):
     >>> images.flatten().tolist(), labels.tolist()
     ([16, 0], [1, 0])
 
-    ``pixels`` are uint8 (N, C, H, W), grey levels 0..n_bins-1; their sides are augmentation.crop_margin longer than
-    those of image_shape. For the rest see :class:`Images`.
+    ``pixels`` are uint8 (N, C, H, W); for the rest see :class:`Images`.
     """
 
     pixels: Tensor
@@ -200,14 +180,9 @@ class ImageSet(Images):
         margin = self.augmentation.crop_margin
         expect(margin < min(pixels.shape[2:]), "pixels", f"sides above the margin of {margin}", tuple(pixels.shape))
 
-    @property
-    def central(self) -> Tensor:
-        """What :meth:`batch` gives of all images, uint8 (N, C, H, W): a view of ``pixels``, not a copy."""
-        return self.augmentation.central(self.pixels)
-
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gives (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
-        return self.central[indices], None if self.labels is None else self.labels[indices]
+        return self.augmentation.central(self.pixels)[indices], None if self.labels is None else self.labels[indices]
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
         """Takes the images at ``indices``, in that order; they have no split of their own."""
@@ -222,11 +197,8 @@ class ImageSet(Images):
 def split(data: Images, held_out: float | None, seed: int) -> tuple[Tensor, Tensor]:
     """Draws what is held out: sorted indices (train, held-out), whole groups at a time until they reach the fraction.
 
-    Args:
-        data: the images.
-        held_out: fraction of the images to hold out, in (0, 1). None: the source's own split where it has one, whose
-            test images are held out and whose other images are in neither side; elsewhere as 0.1.
-        seed: of the draw; the same data and seed give the same split everywhere.
+    Where ``held_out`` is None, the source's own split counts, if there is one, else 0.1. The same data and seed give
+    the same split everywhere.
     """
     if held_out is None:
         if data.official is not None:

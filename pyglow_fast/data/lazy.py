@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -53,70 +54,45 @@ class FileReader:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """The images of a map-style Dataset in the place of a tensor of pixels; it goes to worker processes."""
+class LazyImages(Images):
+    """A set of images of a map-style Dataset, each read whenever it is asked for; see :class:`Images`."""
 
-    dataset: Any  # its items are an image or (image, label, ...)
-    name: str
-    n_bins: int  # a power of two: the lower bits are dropped
-    image_shape: tuple[int, ...] = ()  # (C, H, W) that each image must have; empty: any
+    pixels: Any  # the Dataset, whose items are an image or (image, label, ...); it goes to worker processes
+    shape: tuple[int, ...] = ()  # (C, H, W) that each image must have; empty: any
     positions: Tensor | None = None  # int64 (N,), which of its items these are; None: all
+    on_unreadable: str = "raise"  # what batch() does about an image that cannot be read; "skip": the next is taken
+    identity: str = ""  # what :func:`_identity` makes of the Dataset; the fingerprint is made of it and of the settings
 
     def __len__(self) -> int:
-        return len(self.dataset) if self.positions is None else len(self.positions)
+        return len(self.pixels) if self.positions is None else len(self.positions)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape (N, C, H, W)."""
-        return (len(self), *self.image_shape)
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape (C, H, W) of an image with its margin."""
+        return self.shape
 
     def position(self, index: int) -> int:
         """Says which item of the Dataset image ``index`` is."""
         return index if self.positions is None else int(self.positions[index])
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.read(index)[0]
-
     def read(self, index: int) -> tuple[Tensor, Any]:
         """Reads one image, uint8 (C, H, W), and its label, or None; whatever its Dataset raises, it is unreadable."""
         where = f"{self.name}[{self.position(index)}]"
         try:
-            item = self.dataset[self.position(index)]
+            item = self.pixels[self.position(index)]
         except UnreadableImageError:
             raise
         except Exception as error:
             raise UnreadableImageError(f"{where}: expected an image, found {type(error).__name__}: {error}") from error
         image, *rest = item if isinstance(item, tuple | list) else (item,)
         values = as_values(image, where)
-        fits = self.image_shape in ((), tuple(values.shape))
-        expect(fits, where, f"the shape of the first image, {self.image_shape}", tuple(values.shape))
+        fits = self.shape in ((), tuple(values.shape))
+        expect(fits, where, f"the shape of the first image, {self.shape}", tuple(values.shape))
         return values >> (9 - self.n_bins.bit_length()), rest[0] if rest else None
 
-    def chosen(self, index: Tensor) -> Reader:
-        """Takes the images at ``index``."""
-        return replace(self, positions=index if self.positions is None else self.positions[index])
-
-    def identity(self) -> str:
-        """Makes a digest that changes when the images do: the Dataset's own, or of a few images spread over it."""
-        if hasattr(self.dataset, "identity"):
-            return str(self.dataset.identity())
-        count = len(self)
-        digest = hashlib.sha256(f"{self.name} {count}".encode())
-        for i in range(min(count, _LOOKED_AT)):
-            try:
-                digest.update(self[i * count // min(count, _LOOKED_AT)].numpy().data)
-            except UnreadableImageError:
-                digest.update(b"unreadable")
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class LazyImages(Images):
-    """A set of images each of which is read whenever it is asked for; see :class:`Images`."""
-
-    pixels: Reader
-    on_unreadable: str = "raise"  # what batch() does about an image that cannot be read; "skip": the next is taken
-    identity: str = ""  # that of the reader; the fingerprint is made of it, of the settings and the labels
+    def item(self, index: int, key: int | None = None) -> Tensor:
+        """Reads one image as uint8 (C, H, W): the central window, or with a key the view that it decides."""
+        return self.augmentation.view(self.read(index)[0], key)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Reads (pixels uint8 (n, C, H, W), labels (n,) or None); of what is skipped, the next is in its place."""
@@ -127,12 +103,27 @@ class LazyImages(Images):
     def subset(self, indices: Tensor | Sequence[int]) -> LazyImages:
         """Takes the images at ``indices``, in that order; they have no split of their own."""
         index = torch.as_tensor(indices, dtype=torch.int64)
-        return replace(self, pixels=self.pixels.chosen(index), **self.facts_of(index))
+        positions = index if self.positions is None else self.positions[index]
+        return replace(self, positions=positions, **self.facts_of(index))
 
     def fingerprint(self) -> str:
         """Makes a digest of all settings and ``identity`` (for files: relative names and sizes, not contents)."""
-        chosen = () if self.pixels.positions is None else (self.pixels.positions,)
-        return self.digest(f"{tuple(self.pixels.shape[1:])} {self.n_bins} {self.class_names} {self.identity}", *chosen)
+        chosen = () if self.positions is None else (self.positions,)
+        return self.digest(f"{self.shape} {self.n_bins} {self.class_names} {self.identity}", *chosen)
+
+
+def _identity(data: LazyImages) -> str:
+    """A digest that changes when the images do: the Dataset's own, or of a few images spread over it."""
+    if hasattr(data.pixels, "identity"):
+        return str(data.pixels.identity())
+    count = len(data)
+    digest = hashlib.sha256(f"{data.name} {count}".encode())
+    for i in range(min(count, _LOOKED_AT)):
+        try:
+            digest.update(data.read(i * count // min(count, _LOOKED_AT))[0].numpy().data)
+        except UnreadableImageError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()
 
 
 def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> tuple[Tensor, int]:
@@ -149,15 +140,14 @@ def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> t
     raise ValueError(f"data: expected at least one image that can be read in {visible(data.name)}, found none: {first}")
 
 
-def _in_memory(data: LazyImages) -> ImageSet:
-    """The same set with all its images in memory, without those that are to be skipped; a warning counts these."""
-    reader, official = data.pixels, data.official
-    pixels = torch.empty(reader.shape, dtype=torch.uint8)
+def _in_memory(data: LazyImages) -> ImageSet | None:
+    """The same set with all its images in memory; None, and a warning, if some are to be skipped."""
+    pixels = torch.empty(len(data), *data.shape, dtype=torch.uint8)
     labels: list[Any] = [None] * len(data)
 
     def read(index: int) -> str:
         try:
-            pixels[index], labels[index] = reader.read(index)
+            pixels[index], labels[index] = data.read(index)
         except UnreadableImageError as error:
             if data.on_unreadable == "raise":
                 raise
@@ -166,42 +156,31 @@ def _in_memory(data: LazyImages) -> ImageSet:
 
     errors: list[str] = []
     # Decoding releases the GIL; nothing says that another Dataset may be used by several threads.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1) if isinstance(reader.dataset, FileReader) else 1) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1) if isinstance(data.pixels, FileReader) else 1) as pool:
         for start in range(0, len(data), _BLOCK):
-            errors += pool.map(read, range(start, min(len(data), start + _BLOCK)))
-    if any(errors):
-        good = torch.tensor([not error for error in errors])
-        first = next(filter(None, errors))
-        expect(bool(good.any()), "data", f"at least one image that can be read in {data.name}", f"none: {first}")
-        if official is not None:
-            moved = good.cumsum(0) - 1
-            official = (moved[official[0][good[official[0]]]], moved[official[1][good[official[1]]]])
-            both = min(map(len, official)) > 0
-            expect(both, "data", f"images that can be read in both splits of {data.name}", f"none: {first}")
-        pixels, data = pixels[good], data.subset(good.nonzero().flatten())
-        labels = [label for label, error in zip(labels, errors, strict=True) if not error]
-        text = f"{len(errors) - len(data)} of {len(errors)} images of {data.name} could not be read and were left out"
-        warnings.warn(visible(f"{text}; the first: {first}"), stacklevel=2)
+            errors += filter(None, pool.map(read, range(start, min(len(data), start + _BLOCK))))
+    if errors:
+        text = f"{len(errors)} of {len(data)} images of {data.name} cannot be read and are skipped"
+        warnings.warn(
+            visible(f"{text}; the others are read when they are needed; the first: {errors[0]}"), stacklevel=2
+        )
+        return None
     known = (data.labels, data.class_names)
     if data.labels is None and None not in labels:
-        known = _classes(labels, reader.dataset, data.name)
-    return ImageSet(data.name, pixels, data.n_bins, *known, data.groups, official, data.augmentation, data.attributes)
+        known = _classes(labels, data.pixels, data.name)
+    facts = (*known, data.groups, data.official, data.augmentation, data.attributes)
+    return ImageSet(data.name, pixels, data.n_bins, *facts)
 
 
 def images_of(name: str, dataset: Any, config: DataConfig, image_shape: tuple[int, ...] = (), **facts: Any) -> Images:
-    """Makes a set of a Dataset's images, read now or later; ``facts`` are fields of it.
-
-    Where ``image_shape`` is empty, the first image that can be read decides it.
-    """
-    data = LazyImages(name, Reader(dataset, name, config.n_bins, image_shape), config.n_bins, **facts)
+    """Makes a set of a Dataset's images, read now or later; an empty shape is the first image's."""
+    data = LazyImages(name, dataset, config.n_bins, shape=image_shape, **facts)
     shape = image_shape or tuple(readable(data, 0, None, config.on_unreadable)[0].shape)
-    reader = replace(data.pixels, image_shape=shape)
-    data = replace(data, pixels=reader, augmentation=config.augmentation, on_unreadable=config.on_unreadable)
+    data = replace(data, shape=shape, augmentation=config.augmentation, on_unreadable=config.on_unreadable)
     expect(min(data.image_shape) > 0, "crop_margin", f"less than the sides {shape[1:]}", config.crop_margin)
-    small = torch.Size(reader.shape).numel() <= MEMORY_LIMIT
-    if small if config.in_memory is None else config.in_memory:
-        return _in_memory(data)
-    return replace(data, identity=reader.identity())
+    small = len(data) * math.prod(shape) <= MEMORY_LIMIT
+    kept = _in_memory(data) if (small if config.in_memory is None else config.in_memory) else None
+    return kept or replace(data, identity=_identity(data))
 
 
 def from_files(name: str, root: Path, names: Sequence[str], config: DataConfig, **facts: Any) -> Images:
@@ -233,22 +212,17 @@ def from_dataset(
 ) -> Images:
     """Takes the images of a map-style Dataset whose items are an image or (image, label, ...), all of one shape.
 
-    An image is a PIL image, or a uint8 tensor or array (C, H, W) or (H, W). A transform of the Dataset (of
-    torchvision.transforms.v2, say) may crop, scale or make grey. What it draws at random it would draw anew each time:
-    use ``crop_margin`` and ``flip`` for that.
+    An image is a PIL image, or a uint8 tensor or array (C, H, W) or (H, W). A transform of the Dataset may crop, scale
+    or make grey. What it draws at random it would draw anew each time: use ``crop_margin`` and ``flip`` for that.
 
     Args:
         dataset: has ``__len__`` and ``__getitem__``; where it is read later it goes to worker processes.
         name: what to call it.
         n_bits, flip: as in DataConfig.
         crop_margin: training sees a random window whose sides are so much shorter, and the rest the central one.
-        labels: one an image. None: dataset.targets; without it those of the items if they are read into memory, and
-            otherwise none, since every image would have to be read to know them.
+        labels: one an image. None: dataset.targets, else those of the items if they are read into memory.
         on_unreadable: "raise" when an item raises an exception, or "skip" it.
         in_memory: read all of them now (True) or each when it is used (False); None: now if they take up to 1 GiB.
-
-    Raises:
-        ValueError: no images, an item that is no image or has another shape, or labels that do not fit.
     """
     for method in ("__len__", "__getitem__"):
         expect(hasattr(dataset, method), "dataset", f"a map-style Dataset ({method})", type(dataset).__name__)

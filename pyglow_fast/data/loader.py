@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import Range, check_setting
 from pyglow_fast.data.config import DataConfig
-from pyglow_fast.data.image_set import Images, ImageSet
+from pyglow_fast.data.image_set import Augmentation, Images, ImageSet
 from pyglow_fast.data.lazy import readable
 
 # No machine has more processors; a hundred thousand would be started until it has no room left.
@@ -23,19 +23,13 @@ WORKERS = Range(least=0, most=1024, why="each is a process with torch in it")
 Entry = tuple[int, int | None]  # (index, key of the training view, or None for the central one)
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """A batch of images, in the order they were asked for."""
 
     pixels: Tensor  # uint8 (n, C, H, W), grey levels 0..n_bins-1
     labels: Tensor | None  # int64 (n,)
     indices: Tensor  # int64 (n,), of the images that are there: a substitute's own
     unreadable: int  # how many images are substitutes for ones that cannot be read
-
-    def pin_memory(self, device: Any = None) -> Batch:
-        """Copies the batch to page-locked memory; ``device`` is what the DataLoader may pass and does not matter."""
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return Batch(self.pixels.pin_memory(), labels, self.indices.pin_memory(), self.unreadable)
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,9 @@ class _Reading:
         for index, _ in entries:
             expect(0 <= index < count, "plan", f"indices in 0..{count - 1}", index)
         indices = torch.tensor([index for index, _ in entries], dtype=torch.int64)
-        if isinstance(data, ImageSet) and (data.augmentation.is_plain or all(key is None for _, key in entries)):
+        if isinstance(data, ImageSet) and (
+            data.augmentation == Augmentation() or all(key is None for _, key in entries)
+        ):
             return Batch(*data.batch(indices), indices, 0)
         found = [readable(data, index, key, self.on_unreadable) for index, key in entries]
         used = torch.tensor([at for _, at in found], dtype=torch.int64)
@@ -90,16 +86,12 @@ def batches(
 
     Args:
         data: the images.
-        plan: for each batch its images, as (index, key for :meth:`Images.item`); may be endless. With workers it is
-            read up to 2 * workers batches ahead.
+        plan: for each batch its images, as (index, key for :meth:`Images.item`); may be endless.
         workers: processes that read ahead, of one thread each; 0 reads when a batch is asked for.
-        on_unreadable: "raise", or "skip": an image that cannot be read gives way to the next one (of index + 1, ...)
-            that can be.
+        on_unreadable: "raise", or "skip": an image that cannot be read gives way to the next one that can be.
         pin_memory: give page-locked tensors; ignored without an accelerator.
 
-    Raises:
-        ValueError: a wrong option, at once; from the iterator: an image that cannot be read, or is not in the set.
-        RuntimeError: a worker died; from the iterator, or by torch's signal handler wherever the main thread is.
+    A worker that died is a RuntimeError, of the iterator or by torch's signal handler wherever the main thread is.
     """
     WORKERS.check("workers", workers, whole=True)
     check_setting(DataConfig, "on_unreadable", on_unreadable)

@@ -1,4 +1,4 @@
-"""Loads the images that a DataConfig names: small sets by themselves, the usual ones by torchvision, LSUN by lmdb."""
+"""Loads the images that a DataConfig names: small sets by themselves, the usual ones by torchvision."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,10 +24,9 @@ from pyglow_fast.data.files import (
     fixed_size,
     padded,
     pixels,
-    read_image,
 )
 from pyglow_fast.data.image_set import Attributes, Images, ImageSet
-from pyglow_fast.data.lazy import from_files, images_of
+from pyglow_fast.data.lazy import from_files
 
 __all__ = ["SHIPPED", "SOURCES", "TONES", "load_data", "load_digits"]
 
@@ -39,7 +36,6 @@ TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": 
 # two drawings of plain areas.
 NOT_PHOTOS = frozenset({"ocean-waves.jpg", "saturnian-profile.jpg", "valley-midnight.jpg", "waves-midnight.jpg"})
 _MNIST = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
-_TRAIN, _VAL = "_train_lmdb", "_val_lmdb"
 
 
 def load_digits(config: DataConfig | None = None) -> ImageSet:
@@ -53,15 +49,10 @@ def load_digits(config: DataConfig | None = None) -> ImageSet:
 
 
 def load_emoji_small(config: DataConfig) -> ImageSet:
-    """Loads the 2,590 Noto emoji of 32x32 that come with the package (Apache-2.0), with their classes and attributes.
-
-    They are faces, hands and heads of people in six skin tones, each on two of six grounds; shown/README.md tells more.
-    """
+    """Loads the 2,590 Noto emoji of 32x32 that come with the package (Apache-2.0); shown/README.md tells more."""
     listed = json.loads((SHIPPED / "images.json").read_text(encoding="utf-8"))
-    sheet, side = pixels(decode(SHIPPED / "images.png", "images.png", gray=False)), listed["size"]
-    tiles = sheet.reshape(3, sheet.shape[1] // side, side, sheet.shape[2] // side, side)
-    count = len(listed["classes"])
-    values = fixed_size(tiles.permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)[:count].contiguous(), config)
+    count, sheet = len(listed["classes"]), pixels(decode(SHIPPED / "images.png", "images.png", gray=False))
+    values = fixed_size(_cut(sheet, listed["size"])[:count], config)
     labels, class_names = numbered(listed["classes"])
     has = torch.zeros(count, len(listed["attributes"]), dtype=torch.bool)
     for i, images in enumerate(listed["attributes"].values()):
@@ -85,10 +76,7 @@ def load_folder(config: DataConfig, root: Path) -> Images:
 
 
 def load_photos(config: DataConfig, root: Path) -> ImageSet:
-    """Loads tiles of all photos in a folder, into memory; they do not overlap, and those of one photo are a group.
-
-    Photos are shrunk first, by config.scale: small tiles of a large photo would show little but smooth areas.
-    """
+    """Loads tiles of all photos in a folder, shrunk by config.scale, into memory; those of one photo are a group."""
     check_folder(root, "photos")
     paths = [path for path in find_images(root) if path.name not in NOT_PHOTOS]
     expect(len(paths) > 0, "photos", "a folder with photos", f"none in {str(root)!r}")
@@ -105,12 +93,16 @@ def _tiles(path: Path, side: int, scale: int, gray: bool) -> Tensor:
     """uint8 (n, C, side, side), row by row."""
     image = decode(path, str(path), gray)
     width, height = image.width // scale, image.height // scale
-    across, down = width // side, height // side
-    if across * down == 0:
+    if min(width, height) < side:
         needed, found = side * scale, f"{image.width}x{image.height}"
         raise UnreadableImageError(f"{path}: expected an image of at least {needed}x{needed}, found {found}")
-    values = pixels(image.crop((0, 0, width * scale, height * scale)).reduce(scale))
-    values = values[:, : down * side, : across * side].reshape(-1, down, side, across, side)
+    return _cut(pixels(image.crop((0, 0, width * scale, height * scale)).reduce(scale)), side)
+
+
+def _cut(sheet: Tensor, side: int) -> Tensor:
+    """The squares of a picture (C, H, W), row by row: (n, C, side, side)."""
+    down, across = sheet.shape[1] // side, sheet.shape[2] // side
+    values = sheet[:, : down * side, : across * side].reshape(-1, down, side, across, side)
     return values.permute(1, 3, 0, 2, 4).reshape(down * across, -1, side, side)
 
 
@@ -145,24 +137,18 @@ def _pictures(root: Path) -> list[_Picture]:
 
 
 def _groups(root: Path, pictures: list[_Picture]) -> tuple[str, ...]:
-    """One key an image: the emoji, or the first emoji that shares a picture with it (some flags, the families)."""
-    shown: dict[str, list[bytes]] = {}
+    """One key an image: the emoji, or the first emoji with the same picture (some flags, the families)."""
+    first: dict[bytes, str] = {}
+    keys: dict[str, str] = {}
     for picture in pictures:
-        shown.setdefault(picture.emoji, []).append(hashlib.sha256((root / picture.file).read_bytes()).digest())
-    key: dict[str, str] = {}
-    owner: dict[bytes, str] = {}
-    for emoji in sorted(shown):
-        key[emoji] = min((owner[digest] for digest in shown[emoji] if digest in owner), default=emoji)
-        for digest in shown[emoji]:
-            owner.setdefault(digest, key[emoji])
-    return tuple(key[picture.emoji] for picture in pictures)
+        if picture.emoji not in keys:  # before its skin tones
+            digest = hashlib.sha256((root / picture.file).read_bytes()).digest()
+            keys[picture.emoji] = first.setdefault(digest, picture.emoji)
+    return tuple(keys[picture.emoji] for picture in pictures)
 
 
 def load_emoji(config: DataConfig, root: Path) -> Images:
-    """Loads emoji and their skin tones on white, labelled by category, from emoji.json and img/VENDOR/64/*.png.
-
-    Attributes say which pictures show all their people in one skin tone; those of no tone are yellow, or no people.
-    """
+    """Loads emoji and their skin tones on white, labelled by category, from emoji.json and img/VENDOR/64/*.png."""
     pictures = _pictures(root)
     labels, class_names = numbered([picture.category for picture in pictures])
     shown = [set(picture.tones.split("-")) for picture in pictures]
@@ -189,6 +175,18 @@ def _train_first(n_train: int, count: int) -> tuple[Tensor, Tensor]:
     return torch.arange(n_train), torch.arange(n_train, count)
 
 
+def _of_fixed_size(
+    name: str, images: Sequence[Tensor], labels: Sequence[Tensor], class_names: Sequence[str], config: DataConfig
+) -> ImageSet:
+    """A set of training and test images (N, C, H, W) with their labels."""
+    pixels, official = (
+        fixed_size(torch.cat([*images]).contiguous(), config),
+        _train_first(len(images[0]), sum(map(len, images))),
+    )
+    known = torch.cat([*labels]), tuple(class_names)
+    return ImageSet(name, pixels, config.n_bins, *known, (), official, config.augmentation)
+
+
 def numbered(names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
     """Numbers the class of each image: (labels (N,), class names sorted)."""
     class_names = tuple(sorted(set(names)))
@@ -209,29 +207,21 @@ def load_mnist(config: DataConfig, root: Path) -> Images:
                 (datasets.mnist.read_label_file, IDX_FILES[1::2]),
             )
         )
-        names = tuple(word.partition(" - ")[0] for word in getattr(datasets, _MNIST[name]).classes)
-    pixels = fixed_size(torch.cat(images).unsqueeze(1), config)
-    official = _train_first(len(images[0]), len(pixels))
-    return ImageSet(name, pixels, config.n_bins, torch.cat(labels), names, (), official, config.augmentation)
+        names = [word.partition(" - ")[0] for word in getattr(datasets, _MNIST[name]).classes]
+    return _of_fixed_size(name, [part.unsqueeze(1) for part in images], labels, names, config)
 
 
 def load_cifar10(config: DataConfig, root: Path) -> Images:
     """Loads CIFAR-10 from the folder ``cifar-10-batches-py`` or the one it lies in."""
     top = root.parent if root.resolve().name == "cifar-10-batches-py" else root
     with _torchvision("cifar10", root) as datasets:  # it unpickles files, after a look at their MD5
-        train, test = (datasets.CIFAR10(top, is_train) for is_train in (True, False))
-    values = torch.cat([torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)])
-    labels = torch.tensor([*train.targets, *test.targets])
-    official, names = _train_first(len(train.targets), len(labels)), tuple(train.classes)
-    pixels = fixed_size(values.contiguous(), config)
-    return ImageSet("cifar10", pixels, config.n_bins, labels, names, (), official, config.augmentation)
+        parts = [datasets.CIFAR10(top, is_train) for is_train in (True, False)]
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
+    return _of_fixed_size("cifar10", images, [torch.tensor(part.targets) for part in parts], parts[0].classes, config)
 
 
 def load_celeba(config: DataConfig, root: Path) -> Images:
-    """Loads CelebA from the folder ``celeba`` or the one it lies in; the valid part is on neither side of its split.
-
-    All attributes go with the images; config.attribute makes the classes "not NAME" and "NAME".
-    """
+    """Loads CelebA from ``celeba`` or the folder it lies in; config.attribute makes two classes of it."""
     top = root if (root / "celeba").is_dir() else root.parent
     with _torchvision("celeba", root) as datasets:
         parts = [datasets.CelebA(top, part) for part in ("train", "valid", "test")]
@@ -264,66 +254,6 @@ def load_imagenet(config: DataConfig, root: Path) -> Images:
     return from_files("imagenet", root, names, config, labels=labels, class_names=class_names, official=official)
 
 
-@dataclass(frozen=True)
-class _LmdbReader:
-    """The images of several databases; each is opened for one reading, since a process may have it open but once."""
-
-    paths: Sequence[Path]
-    keys: Any  # one array of bytes: the number of an image's database in one byte, and its key there
-    side: int
-    gray: bool
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> Tensor:
-        path, key = self.paths[self.keys[index][0]], bytes(self.keys[index][1:])
-        where = f"{path}: {key.decode('ascii', 'replace')}"
-        with _opened(path) as database, database.begin() as transaction:
-            value = transaction.get(key)
-        if value is None:
-            raise UnreadableImageError(f"{where}: expected an image, found no such key any more")
-        return read_image(value, self.side, self.gray, where)
-
-    def identity(self) -> str:
-        """Makes a digest of the names and sizes of the databases and all their keys."""
-        sizes = [(path.name, (path / "data.mdb").stat().st_size) for path in self.paths]
-        return hashlib.sha256(f"{sizes}".encode() + self.keys.tobytes()).hexdigest()
-
-
-def _opened(path: Path) -> Any:
-    lmdb = optional("lmdb", "LSUN")
-    try:
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False)
-    except lmdb.Error as error:
-        raise ValueError(visible(f"{path}: expected an LMDB, found {error}")) from error
-
-
-def load_lsun(config: DataConfig, root: Path) -> Images:
-    """Loads LSUN: all CATEGORY_train_lmdb in a folder, or one of them; several categories are the classes.
-
-    Where every category has a CATEGORY_val_lmdb beside it, these are the official split.
-    """
-    check_folder(root, "lsun")
-    trains = [root] if root.name.endswith(_TRAIN) else sorted(root.glob(f"*{_TRAIN}"))
-    expect(len(trains) > 0, "lsun", f"a folder with CATEGORY{_TRAIN}", f"none in {str(root)!r}")
-    vals = [path.with_name(path.name.removesuffix(_TRAIN) + _VAL) for path in trains]
-    has_split = all(path.is_dir() for path in vals)
-    paths = [*trains, *(vals if has_split else ())]
-    keys: list[bytes] = []
-    for which, path in enumerate(paths):
-        with _opened(path) as database, database.begin() as transaction:
-            keys += [bytes([which]) + key for key in transaction.cursor().iternext(keys=True, values=False)]
-    facts: dict[str, Any] = {}
-    if has_split:
-        facts["official"] = _train_first(sum(key[0] < len(trains) for key in keys), len(keys))
-    if len(trains) > 1:
-        categories = [path.name.removesuffix(_TRAIN).removesuffix(_VAL) for path in paths]
-        facts["labels"], facts["class_names"] = numbered([categories[key[0]] for key in keys])
-    reader = _LmdbReader(paths, np.array(keys), config.side, config.gray)
-    return images_of("lsun", reader, config, (1 if config.gray else 3, config.side, config.side), **facts)
-
-
 # A new source is a row here, and one of config.SOURCES.
 _LOADERS: dict[str, Callable[[DataConfig, Path], Images]] = {
     "digits": lambda config, path: load_digits(config),
@@ -336,7 +266,6 @@ _LOADERS: dict[str, Callable[[DataConfig, Path], Images]] = {
     "cifar10": load_cifar10,
     "celeba": load_celeba,
     "imagenet": load_imagenet,
-    "lsun": load_lsun,
     "folder": load_folder,
 }
 

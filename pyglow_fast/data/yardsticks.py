@@ -35,20 +35,16 @@ class Yardstick:
 def _read(data: Images) -> ImageSet:
     """The central windows of the images, in memory; of a set that is not, some of them."""
     if isinstance(data, ImageSet):
-        return ImageSet(data.name, data.central, data.n_bins)
+        return ImageSet(data.name, data.augmentation.central(data.pixels), data.n_bins)
     count = min(len(data), READ_MAX_IMAGES, max(1, READ_MAX_VALUES // data.n_dims))
     pixels, _ = data.batch(torch.arange(count) * len(data) // count)
     return ImageSet(data.name, pixels, data.n_bins)
 
 
 def histogram_bits_per_dim(train: Images, test: Images) -> float:
-    """Computes the mean bits/dim of ``test`` under independent pixels, p[d, v] = (count[d, v] + 1) / (N + n_bins).
-
-    ``train``, of the same shape and n_bins, is what is counted, N images. Of sets that are not in memory, at most
-    READ_MAX_IMAGES and READ_MAX_VALUES are looked at.
-    """
-    expect(test.image_shape == train.image_shape, "test", f"images of shape {train.image_shape}", test.image_shape)
-    expect(test.n_bins == train.n_bins, "test", f"n_bins {train.n_bins}", test.n_bins)
+    """Computes the mean bits/dim of ``test`` under independent pixels, (count in ``train`` + 1) / (N + n_bins)."""
+    same = (test.image_shape, test.n_bins) == (train.image_shape, train.n_bins)
+    expect(same, "test", f"images of shape {train.image_shape}, n_bins {train.n_bins}", (test.image_shape, test.n_bins))
     n_bins, chunk = train.n_bins, max(1, _COUNTS_MAX // train.n_bins)
     fitted, measured = _read(train), _read(test)
     seen, coded = fitted.pixels.flatten(1), measured.pixels.flatten(1)
@@ -76,12 +72,7 @@ def _layouts(pixels: Tensor) -> Iterator[Tensor]:
 
 
 def png_bits_per_dim(test: Images) -> tuple[float, int]:
-    """Computes (bits/dim, number of images) of one PNG of all images of ``test``, so that headers are paid once.
-
-    The smallest of several lossless encodings counts: sheet or column, filtered or not, every zlib strategy, level 9;
-    pixels are stored as they are (0..n_bins-1). At most the first PNG_MAX_VALUES values are coded, and of a set that
-    is not in memory at most READ_MAX_IMAGES images spread over it.
-    """
+    """Computes (bits/dim, number of images) of one PNG of all images of ``test``, the smallest of several encodings."""
     pil = optional("PIL.Image", "the PNG yardstick")
     read = _read(test)
     count = min(len(read), max(1, PNG_MAX_VALUES // test.n_dims))
@@ -105,22 +96,15 @@ def png_bits_per_dim(test: Images) -> tuple[float, int]:
 
 
 def measure_yardsticks(train: Images | None, test: Images) -> list[Yardstick]:
-    """Measures on ``test`` the histogram model fitted on ``train`` (left out if None), and PNG.
-
-    Of a set that is not in memory some images are read, once; ``how`` says how many of how many.
-    """
-
-    def of_all(read: ImageSet, data: Images) -> str:
-        return str(len(read)) if len(read) == len(data) else f"{len(read)} of {len(data)}"
-
-    found = []
-    read = _read(test)
+    """Measures on ``test`` the histogram model fitted on ``train`` (left out if None), and PNG."""
+    read, found = _read(test), []
+    of_more = "" if len(read) == len(test) else f" of {len(test)}"
     if train is not None:
         fitted = _read(train)
-        how = f"per-pixel categorical with add-one smoothing, fitted on {of_all(fitted, train)} training images"
-        how += "" if len(read) == len(test) else f", measured on {of_all(read, test)}"
+        of_all = "" if len(fitted) == len(train) else f" of {len(train)}"
+        how = f"per-pixel categorical with add-one smoothing, fitted on {len(fitted)}{of_all} training images"
+        how += f", measured on {len(read)}{of_more}" if of_more else ""
         found.append(Yardstick("histogram", histogram_bits_per_dim(fitted, read), len(read), how))
     bits, count = png_bits_per_dim(read)
-    of_more = "" if len(read) == len(test) else f" of {len(test)}"
     found.append(Yardstick("PNG", bits, count, f"one optimised PNG of {count}{of_more} tiled images"))
     return found

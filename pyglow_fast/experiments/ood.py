@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,14 +53,7 @@ def auroc(own: Tensor, foreign: Tensor) -> Auroc:
 
     With V_j the share of own scores below foreign score j (ties count half) and W_i the share of foreign scores above
     own score i, the AUROC is their mean and its variance var(V) / m + var(W) / n. 0.5 is chance; below it foreign
-    images score *lower*.
-
-    Args:
-        own: (n,) floating, scores of images like those of the training, n >= 2.
-        foreign: (m,) floating, scores of other images, m >= 2.
-
-    Raises:
-        ValueError: fewer than two scores, or one that is not finite.
+    images score *lower*. Each side needs two scores at least, all finite.
 
     Reference: DeLong, DeLong & Clarke-Pearson 1988.
     """
@@ -81,11 +73,7 @@ def _below(scores: Tensor, others: Tensor) -> Tensor:
 
 
 def typicality(bits_per_dim: Tensor, typical: float) -> Tensor:
-    """Compute |b - b_typical|: how far bits/dim are from the mean of training images, in either direction.
-
-    Reference: Nalisnick et al. 2019, "Detecting out-of-distribution inputs to deep generative models using typicality"
-    (their test for a single image).
-    """
+    """Compute |b - b_typical|, the distance from the mean of training images (Nalisnick et al. 2019, for one image)."""
     return (bits_per_dim - typical).abs()
 
 
@@ -95,55 +83,36 @@ def histogram_png(
     marks: Mapping[str, float] | None = None,
     text: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Draw sets of bits/dim as one histogram on common bins, each as the share of its images in a bin; a PNG.
+    """Draw sets of finite bits/dim, by their names, as one histogram on common bins, each as shares of 100 %; a PNG.
 
-    Args:
-        sets: (n,), finite, bits/dim of each, by their names for the legend. At most TAIL of each lies beyond either end
-            of the axis, whose label says how many images do.
-        title: of the picture.
-        marks: bits/dim of single images by their short names, which stand beside lines of their own; all are on the
-            axis, those that are not finite are left out.
-        text: texts that are kept in the PNG.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
+    At most TAIL of each lies beyond either end of the axis, whose label says how many do. ``marks`` are bits/dim of
+    single images by their short names, all on the axis but for those that are not finite; ``text`` is kept in the PNG.
     """
     figure_class = optional("matplotlib.figure", "the histogram").Figure  # no pyplot: no global state
     axes = (figure := figure_class(figsize=(8, 4.5), layout="constrained")).subplots()
     marked = sorted((value, name) for name, value in (marks or {}).items() if math.isfinite(value))
-    values = {name: found.double() for name, found in sets.items()}
-    edges = torch.tensor([TAIL, 1.0 - TAIL], dtype=torch.float64)
-    ends = torch.stack([found.quantile(edges) for found in values.values()])
-    low, high = (float(end) for end in (ends[:, 0].min(), ends[:, 1].max()))
-    low, high = min([low, *(value for value, _ in marked)]), max([high, *(value for value, _ in marked)])
+    values = {name: found.double().numpy() for name, found in sets.items()}
+    ends = [np.quantile(found, [TAIL, 1.0 - TAIL]) for found in values.values()] + [[value] for value, _ in marked]
+    low, high = min(map(min, ends)), max(map(max, ends))
     margin = 0.02 * (high - low) or 0.5
-    bins = np.linspace(
-        low - margin, high + margin, 1 + min(BINS, max(10, 2 * math.isqrt(min(map(len, sets.values())))))
-    )
-    beyond = 0
+    count = min(BINS, max(10, 2 * math.isqrt(min(map(len, values.values())))))
+    bins = np.linspace(low - margin, high + margin, 1 + count)
+    beyond = sum(int(((found < bins[0]) | (found > bins[-1])).sum()) for found in values.values())
     for i, (name, found) in enumerate(values.items()):
-        beyond += int(((found < bins[0]) | (found > bins[-1])).sum())
-        share, mean = np.full(len(found), 100.0 / len(found)), float(found.mean())
-        label = f"{name}: {len(found)} images, mean {mean:.3f}"
-        axes.hist(found.numpy(), bins, weights=share, alpha=0.55, color=f"C{i}", label=label)
-        axes.axvline(mean, color=f"C{i}", ls="--", lw=1.2)
+        share, label = np.full(len(found), 100.0 / len(found)), f"{name}: {len(found)} images, mean {found.mean():.3f}"
+        axes.hist(found, bins, weights=share, alpha=0.55, color=f"C{i}", label=label)
+        axes.axvline(found.mean(), color=f"C{i}", ls="--", lw=1.2)
     top = axes.get_ylim()[1]
     if marked:
         axes.set_ylim(0.0, 1.2 * top)  # room for the legend, above the lines
+    box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # other lines go below it
     for i, (value, name) in enumerate(marked):
         axes.axvline(value, ymax=0.9, color="C3", lw=1.2)
-        right = value < bins.mean()  # on the side where there is more room, neighbours at other heights
-        style: dict[str, Any] = {
-            "ha": "left" if right else "right",
-            "va": "top",
-            "fontsize": 8,
-            "color": "C3",
-            "parse_math": False,
-        }
-        style["bbox"] = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # other lines go below it
-        axes.text(value, top * (1.04 - 0.06 * (i % 12)), f" {name} ", **style)
+        side = "left" if value < bins.mean() else "right"  # where there is more room, neighbours at other heights
+        place = (value, top * (1.04 - 0.06 * (i % 12)))
+        axes.text(*place, f" {name} ", ha=side, va="top", fontsize=8, color="C3", parse_math=False, bbox=box)
     axes.set_title(title, parse_math=False)
-    total = sum(map(len, sets.values()))
+    total = sum(map(len, values.values()))
     unseen = f"; {beyond} of {total} images {'lie' if beyond > 1 else 'lies'} beyond this axis" if beyond else ""
     axes.set(xlabel=f"bits/dim (less is more likely{unseen})", ylabel="share of the set's images, %")
     axes.grid(alpha=0.3)

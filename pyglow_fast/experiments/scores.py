@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pyglow_fast._errors import visible
 from pyglow_fast.data import Images, LazyImages
 from pyglow_fast.data.lazy import FileReader
 from pyglow_fast.train import ImageScores
-from pyglow_fast.train.csv_text import Cell, csv_text
 from pyglow_fast.train.files import write_text
+from pyglow_fast.train.metrics import Cell, csv_text
 
 NAMED = 5  # images that are named in a line about many
 
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Images of a set, and the bits/dim that a model gives each of them.
+    """Images of a set, all or some of which were scored, and the bits/dim that a model gives each of them.
 
-    Args:
-        images: the images, of which all or some were scored.
-        scores: their scores, whose indices are those in ``images``.
-        positions: int64 (len(images),), the index of each image in the set that the images come from; None: the same as
-            here.
-
-    Examples:
-        >>> import torch
-        >>> from pyglow_fast.data import load_digits
-        >>> from pyglow_fast.experiments import ScoredImages, score_csv
-        >>> from pyglow_fast.train import ImageScores
-        >>> few = load_digits().subset([5, 7])
-        >>> scores = ImageScores(torch.arange(2), torch.tensor([[2.5], [float("inf")]]))
-        >>> print(score_csv({"digits": ScoredImages(few, scores, positions=torch.tensor([5, 7]))}), end="")
-        index,label,bits_per_dim
-        5,5,2.5
-        7,7,inf
+    ``positions``, int64 (len(images),), are the indices of the images in the set that they come from; None: as here.
     """
 
     images: Images
@@ -58,8 +42,8 @@ class ScoredImages:
     def name(self, index: int) -> str:
         """The file of image ``index`` where images are read when needed, else the key of its group, or ""."""
         images = self.images
-        if isinstance(images, LazyImages) and isinstance(images.pixels.dataset, FileReader):
-            return images.pixels.dataset.names[images.pixels.position(index)]
+        if isinstance(images, LazyImages) and isinstance(images.pixels, FileReader):
+            return images.pixels.names[images.position(index)]
         return images.groups[index] if images.groups else ""
 
     def label(self, index: int) -> str:
@@ -67,50 +51,44 @@ class ScoredImages:
         labels = self.images.labels
         return "" if labels is None else self.images.class_names[int(labels[index])]
 
-    def listing(self, indices: list[int]) -> str:
-        """Name images in words: the first few by position and name, and how many more."""
-        names = [(i, visible(self.name(i))) for i in indices[:NAMED]]
-        shown = ", ".join(f"{self.position(i)}{f' ({name})' if name else ''}" for i, name in names)
-        return shown + (f" and {len(indices) - NAMED} more" if len(indices) > NAMED else "")
-
     def complaints(self) -> list[str]:
         """Write lines about images without a finite score, and about those that could not be read."""
         found = {
             "without a finite likelihood, left out of the figures": self.scores.indices[~self.finite].tolist(),
             "that cannot be read": list(self.scores.unreadable),
         }
-        return [
-            f"{len(indices)} image{'s' if len(indices) > 1 else ''} {what}: {self.listing(indices)}"
-            for what, indices in found.items()
-            if indices
-        ]
+        lines = []
+        for what, indices in found.items():
+            names = [(self.position(i), visible(self.name(i))) for i in indices]
+            shown = ", ".join(f"{i} ({name})" if name else f"{i}" for i, name in names[:NAMED])
+            more = f" and {len(indices) - NAMED} more" if len(indices) > NAMED else ""
+            if indices:
+                lines.append(f"{len(indices)} image{'s' if len(indices) > 1 else ''} {what}: {shown}{more}")
+        return lines
 
 
 def score_csv(sets: Mapping[str, ScoredImages]) -> str:
-    """Write a line for each image as CSV text: set, index, name, label, bits_per_dim, bits_per_dim_sd.
+    """Write a line for each image as CSV text: set, index, name, label, bits_per_dim, bits_per_dim_sd (over the draws).
 
-    The columns ``set``, ``name``, ``label`` and ``bits_per_dim_sd`` (over the draws) are left out unless there are
-    several sets, images with names, images with classes, and more than one draw. Scores that are not finite are ``nan``
-    and ``inf``.
-
-    Texts are written as by :func:`pyglow_fast.train.csv_text.csv_text`: no spreadsheet takes one for a formula.
-
-    Args:
-        sets: the scored images, by the name that each set has in the column ``set``.
+    Columns are left out that would say nothing, such as ``set`` for a single one.
     """
-    rows = [(name, found, at, i) for name, found in sets.items() for at, i in enumerate(found.scores.indices.tolist())]
-    draws = max((found.scores.draws.shape[1] for found in sets.values()), default=1)
-    columns: dict[str, Sequence[Cell]] = {"set": [name for name, *_ in rows]} if len(sets) > 1 else {}
-    columns["index"] = [found.position(i) for _, found, _, i in rows]
-    named = {
-        "name": [found.name(i) for _, found, _, i in rows],
-        "label": [found.label(i) for _, found, _, i in rows],
+    rows = []
+    for name, found in sets.items():
+        scores = found.scores
+        for i, *values in zip(
+            scores.indices.tolist(), scores.bits_per_dim.tolist(), scores.spread.tolist(), strict=True
+        ):
+            rows.append((name, found.position(i), found.name(i), found.label(i), *values))
+    shown = {
+        "set": len(sets) > 1,
+        "index": True,
+        "name": any(row[2] for row in rows),
+        "label": any(row[3] for row in rows),
+        "bits_per_dim": True,
+        "bits_per_dim_sd": any(found.scores.draws.shape[1] > 1 for found in sets.values()),
     }
-    columns |= {title: values for title, values in named.items() if any(values)}
-    columns["bits_per_dim"] = torch.cat([found.scores.bits_per_dim for found in sets.values()]).tolist()
-    if draws > 1:
-        columns["bits_per_dim_sd"] = torch.cat([found.scores.spread for found in sets.values()]).tolist()
-    return csv_text([tuple(columns), *zip(*columns.values(), strict=True)], digits=9)
+    table: list[Sequence[Cell]] = [tuple(shown), *rows]
+    return csv_text([list(itertools.compress(row, shown.values())) for row in table], digits=9)
 
 
 def write_scores(path: Path, sets: Mapping[str, ScoredImages]) -> None:

@@ -14,15 +14,7 @@ INTERVAL = 10.0  # seconds between lines where there is no terminal
 def progress_line(words: str, total: int | None, unit: str = "image", initial: int = 0, quiet: bool = False) -> Any:
     """A tqdm of so many: a bar on a terminal, which goes at the end; elsewhere, such as in a log, a line now and then.
 
-    Args:
-        words: what is done.
-        total: how many there are; None: nobody knows.
-        unit: one of them.
-        initial: how many of them were done before.
-        quiet: say nothing.
-
-    Raises:
-        MissingExtraError: tqdm is not installed.
+    ``words`` say what is done; with ``total`` None nobody knows how many there are; ``initial`` were done before.
 
     Examples:
         >>> from pyglow_fast.train import progress_line

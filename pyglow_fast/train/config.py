@@ -1,15 +1,21 @@
-"""One dataclass that decides a whole training run, checked on construction and kept in the run folder."""
+"""One dataclass that decides a whole training run, checked on construction; and its files: TOML, YAML or JSON.
+
+The tables of a file are ``[data]``, ``[model]`` and on top the other fields. TOML knows no null: there it is "none".
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from pyglow_fast import presets
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
 from pyglow_fast._settings import (
     COMPUTING,
     IMAGES,
@@ -24,7 +30,7 @@ from pyglow_fast._settings import (
     settings,
 )
 from pyglow_fast.coupling_nets.precision import PRECISIONS
-from pyglow_fast.data import DATA_HELP, DataConfig
+from pyglow_fast.data import DATA_HELP, DataConfig, optional
 from pyglow_fast.data.loader import WORKERS
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.reversible.setting import MEMORY_EXPECTED, MEMORY_MODES, memory_text, parse_memory
@@ -34,7 +40,8 @@ from pyglow_fast.train.optim import OPTIMIZERS
 LIMITS = presets.LIMITS
 _PRODUCTS: dict[str, Any] = {"most": 10**6, "why": "float32 has to hold its products"}
 _DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:N'"
-_COUNT, _COUNT_OR_0 = Range(least=1), Range(least=0)
+_COUNT, _FROM_0 = Range(least=1), Range(least=0)
+_FLOAT32 = Range(least=0, most=1e30, why="float32 has to hold it")
 # Fields by what they have in common; numbers are counts unless another range is given.
 _learning = functools.partial(setting, range=_COUNT, group=OPTIMISATION)
 _limit = functools.partial(_learning, adjustable=True)
@@ -50,8 +57,7 @@ class TrainConfig:
     A training step is one update of the weights; a step of the flow is one of the K in each level. max_steps,
     max_epochs and max_minutes are limits: the run ends at whichever comes first, and at least one must be given.
 
-    Raises:
-        ValueError: a value of the wrong type or out of its range, or parts that do not fit each other.
+    Values of a wrong type or out of their range, and parts that do not fit each other, are a ValueError.
 
     Examples:
         >>> from pyglow_fast import GlowConfig
@@ -73,40 +79,26 @@ class TrainConfig:
             "the architecture, see GlowConfig; its image_shape must be that of the images", expected="a GlowConfig"
         ),
     )
-    class_conditional: bool = setting(
-        False, "condition the top prior on the labels; the model's n_classes is then that of the data", group=MODEL
-    )
+    class_conditional: bool = setting(False, "one top prior for each class of the images' labels", group=MODEL)
     class_weight: float = _learning(
         0.0,
         "w in the loss, bits/dim of the image + w times the bits that its label costs by a linear classifier on the "
-        "top latent (released code: 0.01), with class_conditional or without; 0: no such term. The model's classify is "
-        "then the number of classes",
+        "top latent (released code: 0.01), with class_conditional or without; 0: no such term",
         range=Range(least=0, **_PRODUCTS),
     )
     optimizer: str = _learning("adam", "adam, adamw or adamax", choices=OPTIMIZERS)
     lr: float = _learning(1e-3, "learning rate after warm-up", range=Range(above=0, **_PRODUCTS))
-    warmup_steps: int = _learning(
-        100,
-        "the learning rate rises linearly over the first so many training steps",
-        range=_COUNT_OR_0,
-        flag="--warmup",
-    )
+    warmup_steps: int = _learning(100, "the learning rate rises over so many steps", range=_FROM_0, flag="--warmup")
     max_steps: int | None = _limit(
         10_000, "the run ends after so many training steps; given another limit alone, this one does not count"
     )
     max_epochs: int | None = _limit(None, "or after so many passes over the training images")
     max_minutes: float | None = _limit(None, "or after so many minutes", range=Range(above=0))
     decay_steps: int | None = _learning(
-        None,
-        "the learning rate then falls along half a cosine, to a hundredth at this training step",
-        absent="it stays",
+        None, "the learning rate falls along half a cosine, to a hundredth at this training step", absent="it stays"
     )
     weight_decay: float = _learning(0.0, "decoupled weight decay, of adamw only", range=Range(least=0, **_PRODUCTS))
-    beta2: float = _learning(
-        0.999,
-        "decay of the optimizer's second moment (Adamax: of its largest gradient)",
-        range=Range(least=0, below=1),
-    )
+    beta2: float = _learning(0.999, "decay of the optimizer's second moment", range=Range(least=0, below=1))
     ema_decay: float | None = _learning(
         0.999,
         "decay of a moving average of the weights, which evaluation and samples then use",
@@ -123,14 +115,9 @@ class TrainConfig:
         flag="--clip",
         other=("--no-clip", "no clipping"),
     )
-    max_skipped: int = _learning(
-        10,
-        "training steps in a row whose loss or gradient is not finite and that are left out before the run ends",
-        range=_COUNT_OR_0,
-        adjustable=True,
-    )
+    max_skipped: int = _limit(10, "steps in a row without finite loss or gradient before the run ends", range=_FROM_0)
     batch_size: int = _learning(64, "images a training step, over all ranks and accumulated parts together")
-    accumulate: int = _learning(1, "parts that a batch is cut into, one after the other, for memory", adjustable=True)
+    accumulate: int = _limit(1, "parts that a batch is cut into, one after the other, for memory")
     init_images: int = _learning(256, "images that the data-dependent initialisation of actnorm sees")
     memory: str | int = _computing(
         "reversible",
@@ -139,31 +126,18 @@ class TrainConfig:
         "4GB: the fastest training within them",
         expected=MEMORY_EXPECTED,
     )
-    precision: str = _computing(
-        "auto",
-        "what the nets compute in while they are trained: auto (as torch is set), fp32, tf32, bf16 or fp16",
-        choices=PRECISIONS,
-    )
+    precision: str = _computing("auto", "of the nets: auto (torch's), fp32, tf32, bf16 or fp16", choices=PRECISIONS)
     compile: bool = _computing(False, "train through torch.compile")
     cuda_graphs: bool = _computing(
         False, "train through a CUDA graph; on one GPU, without accumulation and without class_weight"
     )
-    workers: int | None = setting(
-        None,
-        "processes that read images",
-        range=WORKERS,
-        absent="none for images in memory, else 2",
-        group=IMAGES,
-        adjustable=True,
+    workers: int | None = _computing(
+        None, "processes that read images", range=WORKERS, absent="none for images in memory, else 2", group=IMAGES
     )
     patience: int | None = _limit(
         None, "the run also ends after so many evaluations without a better held-out score", absent="it does not"
     )
-    seed: int = _learning(
-        0,
-        "decides the split, the initial weights, the order of the images and the dequantisation noise",
-        range=_COUNT_OR_0,
-    )
+    seed: int = _learning(0, "decides the split, the initial weights, the order of the images and noise", range=_FROM_0)
     threads: int | None = setting(
         None,
         "threads of torch on the CPU; another number sums in another order",
@@ -182,12 +156,7 @@ class TrainConfig:
         "seed (at the end all that are held out, and at most 10,000 of the others)",
     )
     sample_count: int = _output(64, "images in samples.png", range=PICTURE_IMAGES)
-    sample_temperature: float = _output(
-        0.7,
-        "temperature of samples.png",
-        range=Range(least=0, most=1e30, why="float32 has to hold it"),
-        flag="--temperature",
-    )
+    sample_temperature: float = _output(0.7, "temperature of samples.png", range=_FLOAT32, flag="--temperature")
     keep: int = _output(3, "newest checkpoints that are kept")
     tensorboard: bool = _output(False, "write events for TensorBoard too")
     check_ranks_every: int = _output(500, "training steps after which all ranks compare their weights")
@@ -204,10 +173,8 @@ class TrainConfig:
         expect(decays, "weight_decay", f"0 with optimizer {self.optimizer!r} (adamw has it)", self.weight_decay)
         even = self.batch_size % self.accumulate == 0
         expect(even, "accumulate", f"a divisor of batch_size, {self.batch_size}", self.accumulate)
-        graphed = not self.cuda_graphs or (self.accumulate == 1 and not self.compile)
-        expect(graphed, "cuda_graphs", "no accumulation and no torch.compile beside it", "one of them")
-        plain = not self.cuda_graphs or weight == 0
-        expect(plain, "cuda_graphs", "class_weight 0 beside it (a graph has the likelihood alone)", weight)
+        graphed = not self.cuda_graphs or (self.accumulate == 1 and not self.compile and weight == 0)
+        expect(graphed, "cuda_graphs", "no accumulation, torch.compile or class_weight beside it", "one of them")
         limited = any(getattr(self, name) is not None for name in LIMITS)
         expect(limited, "max_steps", "a limit, or max_epochs or max_minutes", "none")
         conditioned = (model.n_classes is not None) == self.class_conditional
@@ -219,30 +186,20 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, data: str | None = None, **given: Any) -> TrainConfig:
-        """Make the settings of a preset, see :mod:`pyglow_fast.presets`; its images are not looked for.
+        """Make the settings of a preset, see :mod:`pyglow_fast.presets`, for ``data`` or the images it is made for.
 
-        ``data`` is the name of the images (None: those that the preset is made for), ``given`` are fields of
-        DataConfig, GlowConfig or TrainConfig that come before the preset's.
-
-        Raises:
-            ValueError: no such preset, an unknown field, no ``data`` where a folder must be named, or a value that is
-                refused.
+        ``given`` are fields of DataConfig, GlowConfig or TrainConfig that come before the preset's.
         """
-        preset = presets.find(name)
-        images = images_for(name, data)
-        known = [name for section in _SECTIONS for name in declared_of(section)]
-        unknown = sorted(set(given).difference(known))
+        images, values = images_for(name, data), presets.resolve(presets.find(name).settings, given)
+        unknown = sorted(key for key in given if not any(key in declared_of(section) for section in _SECTIONS))
         expect(not unknown, "preset", "known fields beside it", ", ".join(unknown))
-        values = presets.resolve(preset.settings, given)
-
-        def among(section: type, values: Mapping[str, Any]) -> dict[str, Any]:
-            return {key: value for key, value in values.items() if key in declared_of(section)}
-
-        source = DataConfig(**{"name": images} | among(DataConfig, values))
+        sections: Any = (cls, DataConfig)
+        own, source = ({key: values[key] for key in values if key in declared_of(section)} for section in sections)
         unused: dict[str, Any] = {} if values.get("class_conditional", False) else {"n_classes": None}
         unused |= {} if values.get("class_weight", 0.0) else {"classify": 0}
-        model = GlowConfig.preset(name, **unused | among(GlowConfig, given))
-        return cls(**among(cls, values) | {"data": source, "model": model})
+        model = {key: value for key, value in given.items() if key in declared_of(GlowConfig)}
+        own |= {"data": DataConfig(**{"name": images} | source), "model": GlowConfig.preset(name, **unused | model)}
+        return cls(**own)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dict that JSON can hold; :meth:`from_dict` reads it back."""
@@ -252,23 +209,14 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Make the settings from what :meth:`to_dict` gave; fields that are missing keep their defaults.
-
-        Raises:
-            ValueError: an unknown key, or a value that is refused.
-        """
-        expect(isinstance(values, Mapping), "config", "a mapping", type(values).__name__)
-        data, declared = values.get("data", {}), declared_of(DataConfig)
-        for name, given, known in (("config", values, declared_of(TrainConfig)), ("data", data, declared)):
+        """Make the settings from what :meth:`to_dict` gave; fields that are missing keep their defaults."""
+        data, model = values.get("data", {}), values.get("model", {})
+        sections: Any = (("config", values, TrainConfig), ("data", data, DataConfig))
+        for name, given, section in sections:
             expect(isinstance(given, Mapping), name, "a mapping", type(given).__name__)
-            unknown = sorted(set(given).difference(known))
+            unknown = sorted(set(given).difference(declared_of(section)))
             expect(not unknown, name, "known keys", ", ".join(unknown))
-        parsed = dict(values)
-        if "data" in values:
-            parsed["data"] = DataConfig(**values["data"])
-        if "model" in values:
-            parsed["model"] = GlowConfig.from_dict(values["model"])
-        return cls(**parsed)
+        return cls(**{**values, "data": DataConfig(**data), "model": GlowConfig.from_dict(model)})
 
     def changes(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Compare with other settings: {dotted name: (value here, value there)} of everything that differs."""
@@ -276,13 +224,7 @@ class TrainConfig:
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
     def adjusted(self, **values: Any) -> TrainConfig:
-        """Change fields that a resumed run may change, in a copy; those of the data are named ``data.NAME``.
-
-        A limit among them replaces all former limits.
-
-        Raises:
-            ValueError: a field that would make the resumed run another run.
-        """
+        """Change fields that a resumed run may change, in a copy; a limit among them replaces all former limits."""
         here = flatten(self.to_dict())
         for name, value in values.items():
             expect(name in here, name, "a setting", "an unknown name")
@@ -311,16 +253,11 @@ OPTIONAL = frozenset(
 
 
 def images_for(preset: str, data: str | None) -> str:
-    """Return ``data``, or where it is None the name of the images that a preset is made for.
-
-    Raises:
-        ValueError: no such preset; or no ``data`` for one that is made for any images, or for those in some folder.
-    """
+    """Return ``data``, or where it is None the name of the images that a preset is made for, if they need no folder."""
     found = presets.find(preset)
     wanted = DATA_HELP if found.image_shape is None else f"{found.data} for preset {preset}"
-    name = data or found.data_name
-    expect(name is not None, "data", wanted, "none")
-    assert name is not None  # for the type checker: refused above
+    name = data or found.data_name or ""
+    expect(name != "", "data", wanted, "none")
     return name
 
 
@@ -334,8 +271,50 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dicts: {"model": {"hidden": 1}} -> {"model.hidden": 1}."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
+
+
+def _yaml(text: str) -> Any:
+    """Parse YAML by SafeLoader, to which 1e-3 is a number as in YAML 1.2 (PyYAML's 1.1 wants 1.0e-3)."""
+    yaml: Any = optional("yaml", "YAML files")
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": json.loads}
+
+
+def to_toml(config: TrainConfig) -> str:
+    """Write every field of ``config`` as TOML text; :func:`read_config` and TrainConfig.from_dict read it back."""
+    values = _each(config.to_dict(), lambda name, value: "none" if value is None else value)
+    tables_last = dict(sorted(values.items(), key=lambda item: isinstance(item[1], dict)))
+    text: str = optional("tomli_w", "configuration files").dumps(tables_last)
+    return text
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the tables of a file as they are written there; TrainConfig decides which fields they may have."""
+    name, kind = str(path), path.suffix
+    expect(kind in _PARSERS, "config", f"a file ending in one of {', '.join(_PARSERS)}", repr(name))
+    expect(path.is_file(), "config", "an existing file", repr(name))
+    try:
+        values = _PARSERS[kind](path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError, too
+        raise ValueError(visible(f"{name}: expected a configuration as {kind[1:].upper()}, found {error}")) from error
+    expect(isinstance(values, Mapping), name, "tables of settings", type(values).__name__)
+    return _each(values, lambda name, value: None if name in OPTIONAL and value == "none" else value)
+
+
+def _each(values: Mapping[str, Any], change: Any) -> dict[str, Any]:
+    """The tables with every value changed."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        found[name] = {key: change(key, item) for key, item in value.items()} if inner else change(name, value)
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,8 @@ from pyglow_fast.train.seeds import derive, noisy, random_subset
 class Score:
     """The mean bits/dim of ``images`` images, and the standard error of that mean over the images.
 
-    ``unreadable`` more images could not be read and are left out. A model with a classifier, on images with labels,
-    also has ``class_bits``, the mean of -log2 p(label | top latent), and ``accuracy``, the share of images whose
-    likeliest class is right.
+    ``unreadable`` more images could not be read and are left out. ``class_bits`` are the mean of -log2 p(label | top
+    latent) and ``accuracy`` the share of images whose likeliest class is right, where the model has a classifier.
 
     Examples:
         >>> import torch
@@ -44,10 +44,7 @@ class Score:
 
     @classmethod
     def of(cls, values: Tensor, unreadable: int = 0, ranks: Ranks | None = None) -> Score:
-        """mean = sum b_i / n, standard error = sqrt(sum (b_i - mean)^2 / (n - 1) / n), over the images of all ranks.
-
-        ``values`` (n,) are the b_i of this rank; without any image on any rank the mean is 0.
-        """
+        """mean = sum b_i / n, standard error = sqrt(sum (b_i - mean)^2 / (n - 1) / n), over all ranks."""
         found = Moments.of(values, (ranks or Ranks()).total)
         return cls(found.mean if found.n else 0.0, found.standard_error, found.n, unreadable)
 
@@ -59,21 +56,12 @@ class Score:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """The bits/dim of single images, -log2 p(x) / D + log2(n_bins), for each draw of the dequantisation noise.
+    """The bits/dim of single images, -log2 p(x) / D + log2(n_bins), for each draw of the dequantisation noise."""
 
-    Args:
-        indices: int64 (n,), which images these are.
-        draws: float64 (n, S), bits/dim of each image under S draws of the dequantisation noise. Not finite where the
-            model gives the image no likelihood.
-        unreadable: indices of images that could not be read.
-        classes: float64 (n, 2) where the model has a classifier for the images' labels: -log2 p(label | top latent)
-            under the first draw, and 1 or 0 as the likeliest class is the label or not. None elsewhere.
-    """
-
-    indices: Tensor
-    draws: Tensor
-    unreadable: tuple[int, ...] = ()
-    classes: Tensor | None = None
+    indices: Tensor  # int64 (n,), which images these are
+    draws: Tensor  # float64 (n, S) bits/dim; not finite where the model gives the image no likelihood
+    unreadable: tuple[int, ...] = ()  # indices of images that could not be read
+    classes: Tensor | None = None  # float64 (n, 2) by a classifier: -log2 p(label | top latent), and 1 if it is right
 
     @property
     def bits_per_dim(self) -> Tensor:
@@ -87,16 +75,12 @@ class ImageScores:
 
 
 def device_of(model: Glow) -> torch.device:
-    """The device of the model's parameters, or of the buffers of a frozen one."""
+    """The device of the model."""
     return model._parameter().device
 
 
 def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:
-    """Put labels on the model's device; None for a model without classes.
-
-    Raises:
-        ValueError: a model with classes and images without labels.
-    """
+    """Put labels on the model's device, which a model with classes must have; None for a model without classes."""
     if model.config.n_classes is None:
         return None
     expect(labels is not None, "data", "images with labels, since the model has classes", "none")
@@ -128,12 +112,12 @@ def score_images(
 ) -> ImageScores:
     """Measure the bits/dim of each image, with dequantisation noise of its own that is the same at every call.
 
-    The first draw does not depend on how many there are. Each draw bounds -log2 P(level) / D from above in expectation
-    (Theis et al. 2016, "A note on the evaluation of generative models"), so their mean does too, with less noise.
+    Each draw bounds -log2 P(level) / D from above in expectation (Theis et al. 2016, "A note on the evaluation of
+    generative models"), so their mean does too, with less noise.
 
     Args:
         model: the model, which is put in evaluation mode for the call.
-        data: the images.
+        data: the images, of the model's shape.
         batch_size: images at a time.
         seed: decides the noise, and which images are looked at.
         limit: most images to look at, drawn at random since the first ones may all be of one class; None: all.
@@ -141,9 +125,6 @@ def score_images(
         ranks: share the images among these; every rank gets its own part.
         draws: S, how often the noise of each image is drawn.
         progress: told after each batch how many images it had, as ``progress_line(...).update`` is.
-
-    Raises:
-        ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.
     """
     check_fits(model, data, data.n_bins)
     expect(draws >= 1, "draws", "a positive whole number", draws)
@@ -164,11 +145,12 @@ def score_images(
                     x = noisy(batch.pixels, keys, data.n_bins, device_of(model))
                     if judged and draw == 0:
                         log_prob, logits = model.log_prob_and_logits(x, labels)
-                        classes.append(_judged(logits, batch.labels)[own])
+                        target = batch.labels.to(logits.device)  # type: ignore[union-attr]
+                        right = (logits.argmax(1) == target).double()
+                        classes.append(torch.stack([class_bits(logits.double(), target), right], 1).cpu()[own])
                     else:
                         log_prob = model.log_prob(x, labels)
-                    scores = bits_per_dim(log_prob, model.config.n_values, data.n_bins)
-                    columns.append(scores.double().cpu()[own])
+                    columns.append(bits_per_dim(log_prob, model.config.n_values, data.n_bins).double().cpu()[own])
                 bits.append(torch.stack(columns, 1))
                 found.append(batch.indices[own])
                 if progress is not None:
@@ -180,31 +162,10 @@ def score_images(
     return ImageScores(indices, torch.cat(bits), unreadable, torch.cat(classes) if judged else None)
 
 
-def _judged(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """float64 (n, 2): see ImageScores.classes."""
-    assert labels is not None  # else there is no classifier for them
-    labels = labels.to(logits.device)
-    return torch.stack([class_bits(logits.double(), labels), (logits.argmax(1) == labels).double()], 1).cpu()
-
-
-def evaluate(
-    model: Glow,
-    data: Images,
-    batch_size: int,
-    seed: int,
-    limit: int | None = None,
-    workers: int = 0,
-    on_unreadable: str = "raise",
-    ranks: Ranks | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> Score:
-    """Average what :func:`score_images` gives, which explains the arguments; over all ranks, on every one of them.
-
-    Raises:
-        ValueError: images that do not fit the model; one that cannot be read, or with "skip" none that can.
-    """
-    ranks = ranks or Ranks()
-    scores = score_images(model, data, batch_size, seed, limit, workers, on_unreadable, ranks, progress=progress)
+def evaluate(model: Glow, data: Images, batch_size: int, seed: int, limit: int | None = None, **options: Any) -> Score:
+    """Average what :func:`score_images` gives, which explains the arguments; over all ranks, on every one of them."""
+    ranks = options.get("ranks") or Ranks()
+    scores = score_images(model, data, batch_size, seed, limit, **options)
     (unreadable,) = ranks.total(len(scores.unreadable))
     score = Score.of(scores.bits_per_dim, int(unreadable), ranks)
     expect(score.images > 0, "data", f"at least one image that can be read in {data.name}", f"none of {unreadable:.0f}")

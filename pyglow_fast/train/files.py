@@ -27,8 +27,7 @@ def refusing() -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A context that gives a temporary path; on success the file there is flushed and takes the place of ``path``.
 
-    On an exception the temporary file is removed and ``path`` is as it was. A crash leaves at most a ``*.partial``
-    file, which nothing reads and the next write replaces.
+    A crash leaves at most a ``*.partial`` file, which the next write replaces.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:

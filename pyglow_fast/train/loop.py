@@ -1,4 +1,4 @@
-"""Executes a run from start to end: steps, evaluations, samples, checkpoints and the final report."""
+"""A run from start to end: all that is refused, before anything is written; steps, evaluations, the final report."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from pyglow_fast._errors import SingularMatrixError
-from pyglow_fast.data import UnreadableImageError, Yardstick, measure_yardsticks, optional
+from pyglow_fast._errors import SingularMatrixError, expect
+from pyglow_fast.data import Images, UnreadableImageError, Yardstick, load_data, measure_yardsticks, optional
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.train.bar import progress_line
+from pyglow_fast.train.config import LIMITS, TrainConfig
 from pyglow_fast.train.evaluation import Score
-from pyglow_fast.train.figures import class_cycle, save_curve, to_pixels
-from pyglow_fast.train.files import FolderError, refusing, write_text
-from pyglow_fast.train.machine import memory_mb
+from pyglow_fast.train.figures import bits_png, class_cycle, to_pixels
+from pyglow_fast.train.files import FolderError, refusing, write_bytes, write_text
+from pyglow_fast.train.machine import memory_mb, versions
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.page import environment, write_page
+from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.run_folder import RunFolder
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import EVAL_BATCH, InputLostError, TrainingDivergedError, TrainState, reader_died
-from pyglow_fast.train.writer import RunWriter, board_class
+from pyglow_fast.train.writer import RunWriter, SaveError
 
 FINAL_TRAIN = 10_000  # training images that are scored at the end: more would take longer than they tell
 RESERVE = 0.2  # share of max_minutes that is kept for the end at most
-REPORTING = 3.0  # seconds that yardsticks, curve and page take, roughly
+REPORTING = 5.0  # seconds that samples, yardsticks, curve and page take, roughly
 
 
 @dataclass(frozen=True)
@@ -51,49 +53,27 @@ class Result:
 
 
 class Run:
-    """A run that is ready to train: all that can be refused has been checked, and nothing has been written.
+    """A run that is ready to train, made by :func:`start` or :func:`resume`; nothing has been written yet.
 
-    :func:`~pyglow_fast.train.start` and :func:`~pyglow_fast.train.resume` make it. ``check`` refuses a folder that is
-    not as it was when the run was made ready; ``notes`` are told to the user at the beginning.
-
-    Examples:
-        >>> from pyglow_fast import GlowConfig
-        >>> from pyglow_fast.train import Run, TrainConfig, start
-        >>> config = TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1, n_steps=1, hidden=4), max_steps=2)
-        >>> run = start(config, "runs/tiny")  # of scikit-learn's digits, which a TrainConfig names by default
-        >>> isinstance(run, Run), run.folder.exists  # nothing is written yet
-        (True, False)
-        >>> run.execute(quiet=True).step, run.folder.exists
-        (2, True)
+    ``check`` refuses a folder that is not as it was then; ``notes`` are told to the user at the beginning.
     """
 
     def __init__(
         self, state: TrainState, folder: RunFolder, resumed: bool, check: Callable[[], object], notes: list[str]
     ) -> None:
-        for module in ("PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w", "filelock"):
+        board = ["tensorboard"] if state.config.tensorboard else []
+        for module in ("PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w", "filelock", *board):
             optional(module, "training")  # better missed now than at the first picture
-        if state.config.tensorboard:
-            board_class()
         self.state, self.folder, self.resumed, self.check, self.notes = state, folder, resumed, check, notes
         self.writer = RunWriter(folder, state.config, state.ranks.first)
         self._before: Score | None = None
         self._began = 0.0  # by the clock, as if all parts of the run had followed each other
         self._mark = (0.0, 0)  # time and step of the last row, for the speed
-        self._image_seconds, self._sample_seconds = 0.0, 0.0  # what it took to score an image and to draw samples
-        self._step_seconds = 0.0  # from the end of a step to that of the next one
-        self._hurried = False  # there is no time for what is due before the end
+        self._image_seconds, self._step_seconds = 0.0, 0.0  # what it took to score an image, and to take a step
         self._signum = 0  # the signal that ends the run, whichever rank it was sent to
 
     def execute(self, quiet: bool = False, began: float | None = None) -> Result:
-        """Train until a limit is reached or a signal comes.
-
-        Args:
-            quiet: no progress line and no other lines.
-            began: ``time.monotonic()`` at the beginning of what max_minutes bounds; None: now.
-
-        Raises:
-            TrainingDivergedError, FolderError, SaveError, RankError, InputLostError: each says what is left.
-        """
+        """Train until a limit is reached or a signal comes; ``began`` is time.monotonic() where max_minutes begins."""
         state, progress = self.state, self.state.progress
         threads, first = torch.get_num_threads(), state.ranks.first
         self.writer.quiet = quiet or not first
@@ -117,7 +97,7 @@ class Run:
                             self._show(line)
                             self._after_step()
                     self._save(final=True)  # before anything else can go wrong
-                return self._stopped() if self._signum else self._finish()
+                return self._finish()
             finally:
                 torch.set_num_threads(threads)
                 state.close()
@@ -153,10 +133,9 @@ class Run:
         if step % config.check_ranks_every == 0:
             self.state.ranks.check_same(self.state.model)
         scores = self._evaluate() if due["eval"] else None
-        self._hurried = due["eval"] and scores is None
         if due["log"] or due["eval"]:
             self.writer.add(self._row(scores))
-        if due["sample"] and not self._hurried:
+        if due["sample"]:
             self._sample()
         if due["save"]:
             self._save()
@@ -171,8 +150,6 @@ class Run:
             line.set_postfix_str(f"{progress.loss_sum / progress.steps_summed:.3f} bits/dim", refresh=False)
         line.update()
 
-    # Limits.
-
     def _last_step(self) -> int | None:
         """The step at which the run ends, as far as that is known."""
         config = self.state.config
@@ -181,28 +158,20 @@ class Run:
 
     def _left(self, closing: bool = False) -> float:
         """The seconds that max_minutes leaves until the end must begin, or in the end, for its scores (``closing``)."""
-        minutes, held_out, train = self.state.config.max_minutes, len(self.state.held_out), len(self.state.train)
-        if minutes is None:
-            return math.inf
-        end = self._sample_seconds + REPORTING
-        if not closing:
-            end = min(end + self._image_seconds * (held_out + min(FINAL_TRAIN, train)), RESERVE * 60 * minutes)
-        return 60 * minutes - (time.monotonic() - self._began) - end
+        state, limit = self.state, 60 * (self.state.config.max_minutes or math.inf)
+        images = 0 if closing else len(state.held_out) + min(FINAL_TRAIN, len(state.train))
+        end = min(REPORTING + self._image_seconds * images, RESERVE * limit)
+        return limit - end - (time.monotonic() - self._began)
 
     def _ended(self, signals: list[int]) -> bool:
         """Whether no step is to follow: the ranks end together, whichever of them has a signal or the time over."""
         step, last = self.state.progress.step, self._last_step()
-        signum, late = self.state.ranks.largest(
-            max(signals, default=0), self._hurried or self._left() <= self._step_seconds
-        )
+        signum, late = self.state.ranks.largest(max(signals, default=0), self._left() <= self._step_seconds)
         self._signum = int(signum)
         return bool(signum or late) or (last is not None and step >= last) or self._stale()
 
     def _stale(self) -> bool:
-        patience = self.state.config.patience
-        return patience is not None and self.state.progress.stale >= patience
-
-    # What a run tells and keeps.
+        return self.state.progress.stale >= (self.state.config.patience or math.inf)
 
     def _score(self, held_out: int, train: int) -> tuple[Score, Score]:
         """Score so many images of each side of the split."""
@@ -225,7 +194,8 @@ class Run:
         self.writer.say(f"step {progress.step}: {_words(held_out, train)}{accuracy}")
         if math.isfinite(held_out.mean) and (progress.best is None or held_out.mean < progress.best):
             progress.best, progress.stale = held_out.mean, 0
-            self.writer.save_best(state.checkpoint())
+            best = state.checkpoint()  # which all ranks must ask for
+            self.writer.attempt("the best checkpoint", lambda: best.save(self.folder.best))
         else:
             progress.stale += 1
         return held_out, train
@@ -254,7 +224,7 @@ class Run:
         return row
 
     def _sample(self) -> None:
-        state, config, began = self.state, self.state.config, time.monotonic()
+        state, config = self.state, self.state.config
         if not state.ranks.first:
             return
         generator = torch.Generator(state.device).manual_seed(derive(config.seed, "samples"))
@@ -264,7 +234,6 @@ class Run:
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
         data = state.train
         self.writer.samples(state.progress.step, to_pixels(x, data.n_bins), data.n_bins, data.class_names)
-        self._sample_seconds = time.monotonic() - began
 
     def _save(self, final: bool = False) -> None:
         self.state.check()
@@ -276,10 +245,9 @@ class Run:
         try:
             yield
         except (TrainingDivergedError, SingularMatrixError) as error:
-            report = str(error)
-            if isinstance(error, SingularMatrixError):
-                step = self.state.progress.step
-                report = f"training diverged at step {step}: after its update a matrix of the flow is singular"
+            step = self.state.progress.step
+            singular = f"training diverged at step {step}: after its update a matrix of the flow is singular"
+            report = singular if isinstance(error, SingularMatrixError) else error
             raise TrainingDivergedError(
                 f"{report}\n  kept: {self.folder.checkpoint}, the last good checkpoint\n"
                 "  try: a lower learning rate, a longer warm-up, or a smaller gradient clipping norm"
@@ -296,40 +264,39 @@ class Run:
             kept = f"saved: {self.folder.checkpoint}; go on with --resume" if saved else ""
             raise InputLostError(f"{error}\n  {kept or f'the last checkpoint: {self.folder.checkpoint}'}") from error
 
-    # The end.
-
-    def _result(self, **found: Any) -> Result:
-        progress = self.state.progress
-        found |= {"skipped": progress.skipped, "unreadable": progress.unreadable}
-        return Result(progress.step, progress.seconds, **found)
-
-    def _stopped(self) -> Result:
-        name, step = signal.Signals(self._signum).name, self.state.progress.step
-        self.writer.say(f"stopped by {name} at step {step}; saved")
-        for lost in self.writer.lost_rows():
-            self.writer.say(f"warning: {lost}")
-        return self._result(stopped_by=self._signum)
-
     def _finish(self) -> Result:
-        """Write scores on all images, pictures and report, which leave the run as it is."""
+        """Write scores on all images, pictures and report, which leave the run as it is; after a signal, nothing."""
         state, folder, refused = self.state, self.folder, len(self.writer.refused)
+        progress = state.progress
+        counts: dict[str, Any] = {"skipped": progress.skipped, "unreadable": progress.unreadable}
+        if self._signum:
+            self.writer.say(f"stopped by {signal.Signals(self._signum).name} at step {progress.step}; saved")
+            for row in self.writer.lost_rows():
+                self.writer.say(f"warning: {row}")
+            return Result(progress.step, progress.seconds, stopped_by=self._signum, **counts)
         held_out, train = self._score(*self._final_counts())
         self.writer.add(self._row((held_out, train), last=True))
         self._sample()
-        scores = {"held_out": held_out, "train": train, "before": self._before, "stopped_early": self._stale()}
+        found: tuple[Yardstick, ...] = ()
+        if state.ranks.first:
+            found = tuple(measure_yardsticks(state.train, state.held_out))
+        scores: dict[str, Any] = {"held_out": held_out, "train": train, "before": self._before, "yardsticks": found}
+        result = Result(progress.step, progress.seconds, stopped_early=self._stale(), **scores, **counts)
         if not state.ranks.first:  # it is done: whatever follows would only make it wait
-            return self._result(**scores)
-        found = tuple(measure_yardsticks(state.train, state.held_out))
-        result = self._result(**scores, yardsticks=found)
+            return result
         # The page needs what the other files do not hold, or may not hold any more.
         about = {"data": state.train.name, "config": state.config.to_dict(), "environment": environment()}
         plain = json.loads(json.dumps(asdict(result) | about), parse_constant=lambda name: None)  # JSON has no NaN
         yardsticks = {item.name: item.bits_per_dim for item in found}
         write = self.writer.attempt
-        write("the curve", lambda: save_curve(read_metrics(folder.metrics), folder.curve, yardsticks))
+        write("the curve", lambda: write_bytes(folder.curve, bits_png(read_metrics(folder.metrics), yardsticks)))
         if write("the report", lambda: write_text(folder.report, json.dumps(plain, indent=2) + "\n")) is None:
             write("the page of the report", lambda: write_page(folder))
-        self.writer.check_end(refused, _words(held_out, train))
+        if lost := [*self.writer.lost_rows(), *self.writer.refused[refused:]]:
+            raise SaveError(
+                f"the end of the run cannot be written: {'; '.join(lost)}\n  reached: {_words(held_out, train)}\n"
+                f"  kept: {folder.checkpoint}, with all weights; --resume writes the rest again"
+            )
         return result
 
     def _final_counts(self) -> tuple[int, int]:
@@ -354,24 +321,85 @@ def _words(held_out: Score, train: Score) -> str:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A context in which the first SIGINT or SIGTERM is only put into the list; a second has its ordinary effect.
-
-    Python lets only the main thread handle signals; in another thread none is noted.
-    """
+    """A context in which the first SIGINT or SIGTERM is only put into the list; a second has its ordinary effect."""
     found: list[int] = []
-    former: dict[int, Any] = {}
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
+    former = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM) if main}
+
+    def restore() -> None:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
 
     def note(signum: int, frame: object) -> None:
         found.append(signum)
         restore()
 
-    def restore() -> None:
-        while former:
-            signal.signal(*former.popitem())
-
-    if threading.current_thread() is threading.main_thread():
-        former.update({signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)})
+    for signum in former:
+        signal.signal(signum, note)
     try:
         yield found
     finally:
         restore()
+
+
+def start(
+    config: TrainConfig, out: str, overwrite: bool = False, data: Images | None = None, ranks: Ranks | None = None
+) -> Run:
+    """Make a new run, ready to execute; anything that does not fit is a ValueError.
+
+    Args:
+        config: the settings of the run.
+        out: its folder; must be new or empty, or hold a run if ``overwrite``.
+        overwrite: replace a run that is there (when the new one executes).
+        data: the images that ``config.data`` names, if they are loaded already; or images of your own, see ImageSet and
+            from_dataset.
+        ranks: the processes that train together, see open_ranks; each of them makes the same run.
+    """
+    folder = RunFolder(out)
+    folder.check_new(overwrite)
+    state = TrainState(config, load_data(config.data) if data is None else data, ranks)
+    return Run(state, folder, resumed=False, check=lambda: folder.check_new(overwrite), notes=[])
+
+
+def resume(
+    out: str, data_name: str | None = None, data: Images | None = None, ranks: Ranks | None = None, **changes: Any
+) -> Run:
+    """Make the run in ``out`` ready to go on from its last checkpoint, on any number of ranks.
+
+    ``data_name`` says where the images are now, if they have moved; ``data`` and ``ranks`` are as for :func:`start`.
+    ``changes`` are new values for fields of TrainConfig, see TrainConfig.adjusted. Other images, a change that is not
+    allowed, and a new limit that is reached already are a ValueError.
+    """
+    folder = RunFolder(out)
+    listed, checkpoint = folder.saved(), folder.load()
+    # The file may say more than the checkpoint: what was changed by hand, or by a resume that saved nothing yet.
+    written = folder.read_config()
+    config = written.adjusted(**changes)
+    if data_name is not None and data_name != config.data.name:
+        same_source = data_name.partition(":")[0] == config.data.name.partition(":")[0]
+        expect(same_source, "data", f"{config.data.name!r}, as the run was started with", repr(data_name))
+        config = replace(config, data=replace(config.data, name=data_name))
+    state = TrainState(config, load_data(config.data) if data is None else data, ranks)
+    state.restore(checkpoint, str(folder.of_step(checkpoint.progress["step"])))
+    progress = state.progress
+    if config.eval_images != checkpoint.config.eval_images:  # scores of other images are not compared
+        progress.best, progress.stale = None, 0
+    for name, reached in zip(LIMITS, (progress.step, state.epoch, progress.seconds / 60), strict=True):
+        value, unit = changes.get(name), name.removeprefix("max_")
+        # The limit that the run had may be named again: whoever repeats a command gets the report once more.
+        ahead = value is None or value > reached or value == getattr(written, name)
+        expect(ahead, name, f"more than the {reached:.6g} {unit} done", value)
+
+    def check() -> None:
+        same = folder.saved() == listed
+        expect(same, "out", "the run as it was when it was read", f"another state in {out!r} (resume again)")
+
+    notes = [
+        f"resumed with {name} = {now!r} (it was {was!r})"
+        for name, (was, now) in checkpoint.config.changes(config).items()
+    ]
+    for name, now in versions().items():
+        was, what = checkpoint.written_by.get(name, "unknown"), "code of pyglow_fast" if name == "code" else name
+        if was != now:
+            notes.append(f"resumed with another version: {what} {now} (it was {was}); results may differ in rounding")
+    return Run(state, folder, resumed=True, check=check, notes=notes)

@@ -15,12 +15,7 @@ from pyglow_fast.train.config import check_device
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """Choose the device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank.
-
-    Raises:
-        ValueError: no such name, CUDA is asked for and torch finds none, or the environment variable PYGLOW_CPU names
-            kernels that do not run here.
-    """
+    """Choose the device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank."""
     check_device(name)
     module = _backend.extension()
     if module is not None:

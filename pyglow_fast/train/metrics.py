@@ -1,14 +1,19 @@
-"""The rows of metrics.csv, one for every step that is logged or evaluated: their columns, text and reading."""
+"""The rows of metrics.csv, one for every step that is logged or evaluated; and rows as the text of any CSV file."""
 
 from __future__ import annotations
 
+import csv
+import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pyglow_fast._errors import visible
-from pyglow_fast.train.csv_text import csv_text
 
+Cell = str | float | int | None
+# With these a spreadsheet begins a formula, in wide forms too. The last one marks a text.
+_MARKED = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
 COLUMNS = (
     "step",
     "epoch",
@@ -31,48 +36,43 @@ COLUMNS = (
 Row = dict[str, float | int | None]
 
 
-def rows_text(rows: Iterable[Row]) -> str:
-    """Write rows as lines; names that are missing stay empty."""
-    return csv_text([row.get(name) for name in COLUMNS] for row in rows)
-
-
-def merged(known: Row, new: Row) -> Row:
-    """Take two rows of one step for one: what is known stays, but for scores, which the new row may have of more."""
-    scores = {name: value for name, value in new.items() if name.startswith(("held_out", "train_subset"))}
-    return new | {name: value for name, value in (*known.items(), *scores.items()) if value is not None}
-
-
 def read_metrics(path: Path) -> list[Row]:
-    """Read the rows of metrics.csv; an empty cell is None.
-
-    Damaged rows (a disk that was full, a crash, an editor) are left out, and a warning says how many.
-    """
+    """Read the rows of metrics.csv; damaged ones (a full disk, a crash, an editor) are left out, with a warning."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return []
     # The rows are read by hand, as there are only numbers: for csv a stray quote would swallow all rows after it.
     header, *lines = text.split("\n")
-    torn = lines.pop() if lines else ""  # what follows the last line end: nothing, unless the last row was cut off
-    rows = [_row(header.split(","), line) for line in lines]
-    bad = rows.count(None) + (torn != "")
-    if bad:
+    names, rows = header.split(","), list[Row]()
+    for line in lines[:-1]:
+        with suppress(ValueError, KeyError):
+            cells = dict(zip(names, line.split(","), strict=True))
+            rows.append({name: _number(cells[name]) for name in COLUMNS} | {"step": int(cells["step"])})
+    # What follows the last line end is nothing, unless the last row was cut off.
+    if bad := len(lines[:-1]) - len(rows) + any(lines[-1:]):
         what = "1 row that cannot be read is" if bad == 1 else f"{bad} rows that cannot be read are"
         warnings.warn(visible(f"{path}: {what} left out"), stacklevel=2)
-    return [row for row in rows if row is not None]
-
-
-def _row(names: list[str], line: str) -> Row | None:
-    """One line by the names in the header, or None if it is damaged."""
-    try:
-        cells = dict(zip(names, line.split(","), strict=True))
-        row = {name: _number(cells[name]) for name in COLUMNS}
-    except (ValueError, KeyError):
-        return None
-    return row if isinstance(row["step"], int) else None
+    return rows
 
 
 def _number(text: str) -> float | int | None:
-    if text == "":
-        return None
-    return int(text) if text.lstrip("-").isdecimal() else float(text)
+    return None if text == "" else int(text) if text.lstrip("-").isdecimal() else float(text)
+
+
+def csv_text(rows: Iterable[Sequence[Cell]], digits: int = 6) -> str:
+    """Write rows as CSV lines: floats with so many digits, nan, inf and -inf; None as an empty cell.
+
+    An apostrophe stands before a text that a spreadsheet would take for a formula; control characters are written out.
+    """
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([_cell(value, digits) for value in row] for row in rows)
+    return buffer.getvalue()
+
+
+def _cell(value: Cell, digits: int) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return visible(f"'{value}" if value.startswith(_MARKED) else value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

@@ -26,14 +26,7 @@ def make_optimizer(
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float:
-    """Compute the learning rate of a step (from 0): linear warm-up, then constant or half a cosine to a hundredth.
-
-    Args:
-        step: updates done.
-        lr: after warm-up.
-        warmup_steps: the rate rises linearly over so many steps.
-        decay_steps: the step at which the cosine ends; None: the rate stays.
-    """
+    """Compute the learning rate of a step (from 0): linear warm-up, half a cosine to a hundredth at ``decay_steps``."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
     if decay_steps is None:
         return lr * warm
@@ -45,9 +38,8 @@ def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int 
 def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
     """Make an average of the weights: average += (1 - d) (weights - average), d = min(decay, (1 + t) / (10 + t)).
 
-    The first ``update_parameters(model)`` copies the weights, the t-th after it does the above. The rising decay lets
-    the average forget the first, quickly changing weights (as in TensorFlow's ExponentialMovingAverage with
-    num_updates, which the released Glow uses). ``.module`` is a model with the averaged weights.
+    The first ``update_parameters(model)`` copies the weights, the t-th after it does the above, as in TensorFlow's
+    ExponentialMovingAverage, which the released Glow uses. ``.module`` is a model with the averaged weights.
     """
 
     def average(averaged: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:

@@ -15,8 +15,7 @@ import torch
 
 from pyglow_fast import info
 from pyglow_fast._errors import visible
-from pyglow_fast.train.evaluation import Score
-from pyglow_fast.train.figures import bits_png, curve_png
+from pyglow_fast.train.figures import bits_png, curve_png, points
 from pyglow_fast.train.files import write_text
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.run_folder import RunFolder, step_of
@@ -28,37 +27,7 @@ _CURVES = (
     ("speed", "images_per_s", "images/s", False),
     ("memory of the process, or of the GPU's tensors", "memory_mb", "MB", False),
 )
-_SCORES = {"before": "held-out, untrained", "held_out": "held-out", "train": "train"}  # by their names in report.json
-_NEWEST = {"held_out": "held_out", "train": "train_subset"}  # and the columns of metrics.csv that have them so far
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #ffffff; --quiet: #5f6670; --line: #d9dde3; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e6ea; --paper: #16181c; --quiet: #9aa2ad; --line: #353a42; }
-}
-body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink); background: var(--paper);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-h3 { font-size: 0.95rem; margin: 1rem 0 0.3rem; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: 0.2rem 1.2rem 0.2rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-th { min-width: 6rem; font-weight: 500; color: var(--quiet); }
-figure { margin: 1rem 0; } figcaption { color: var(--quiet); font-size: 0.9rem; }
-img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
-.columns { display: flex; flex-wrap: wrap; gap: 0 3rem; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-$parts
-</body>
-</html>
-""")
+_PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 def environment() -> dict[str, str]:
@@ -90,85 +59,22 @@ def write_page(folder: RunFolder) -> None:
 
 
 def page_of(folder: RunFolder) -> str:
-    """Make the HTML page of a run from the files in its folder, whether it is at its end, goes on, or was stopped.
-
-    The page of a run at its end has scores, settings and environment as report.json has them. Before, it has the step
-    that was reached, the scores of the last evaluation in metrics.csv and the settings of config.toml.
-
-    Raises:
-        ValueError: not a run, or a configuration that cannot be read.
-        MissingExtraError: matplotlib is not installed.
-    """
-    rows, notes, end = read_metrics(folder.metrics), [], None
+    """Make the HTML page of a run from the files in its folder, whether it is at its end, goes on, or was stopped."""
+    rows = read_metrics(folder.metrics)
     reached = max([step_of(folder.checkpoint), *(int(row["step"] or 0) for row in rows)])
-    try:
-        report = folder.read_report()
+    report = folder.read_report() if folder.report.is_file() else None
+    if report is None or (report["step"] != reached and (rows or folder.saved())):
         # A run that goes on keeps the report of its former end until it has another one.
-        if report["step"] == reached or not (rows or folder.saved()):
-            why = "early, since the held-out score stopped improving" if report["stopped_early"] else "at its limit"
-            end = _told(report, str(report["step"]), why)
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError, AttributeError):  # an editor, or another version
-        notes.append(f"{folder.report.name} cannot be read and is left out")
-    found, when = end, "samples at the end"
-    if found is None:
-        settings, when = folder.read_config().to_dict(), "the newest samples"
+        settings, last = folder.read_config().to_dict(), rows[-1] if rows else {}
         steps = f"at step {reached}" + (f" of {settings['max_steps']}" if settings["max_steps"] else "")
-        found = _told(_so_far(rows, settings), steps, "not yet: it goes on, or was stopped")
-    curves = [("bits per dimension", bits_png(rows, found["yardsticks"]))] if rows else []
-    curves += [(title, curve_png(rows, {column: title}, unit, log)) for title, column, unit, log in _CURVES if rows]
-    settings = found["settings"]
-    tables = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
-    tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
-    parts = [
-        _table((name, value) for name, value in found["facts"].items() if value is not None),
-        *(f"<p>{html.escape(note)}</p>" for note in notes),
-        *_section("Scores", [_table(found["scores"])] if found["scores"] else []),
-        *_section("Curves", [_figure(*curve) for curve in curves]),
-        *_section("Pictures", _pictures(folder, f"{when}, temperature {settings['sample_temperature']:g}")),
-        '<h2>Settings</h2>\n<div class="columns">',
-        *(f"<div><h3>{name}</h3>\n{_table(values.items())}</div>" for name, values in tables.items()),
-        "</div>",
-        *_section("Environment", [_table(found["environment"].items())] if found["environment"] else []),
-    ]
-    title = title_of(folder, found["facts"]["images"])
-    page = _PAGE.substitute(title=html.escape(title), parts="\n".join(parts))
-    return visible(page, lines=True)  # HTML has no control characters, and UTF-8 no half of a name that is no UTF-8
-
-
-def _so_far(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
-    """What report.json will say at the end, as far as metrics.csv has it."""
-    last: Row = rows[-1] if rows else {}
-    evaluated = [row for row in rows if row["held_out_bpd"] is not None]
-    found: dict[str, Any] = {"before": None, "held_out": None, "train": None}
-    columns = [("before", row, "held_out") for row in evaluated[:1] if row["step"] == 0]
-    columns += [(key, row, column) for row in evaluated[-1:] if row["step"] for key, column in _NEWEST.items()]
-    for key, row, column in columns:
-        found[key] = {
-            "mean": row[f"{column}_bpd"],
-            "standard_error": row[f"{column}_se"],
-            "images": settings["eval_images"],
-            "accuracy": row["held_out_accuracy"],
-            "step": row["step"],
-        }
-    found |= {"seconds": last.get("seconds"), "skipped": last.get("skipped_steps"), "environment": {}}
-    found |= {"unreadable": last.get("unreadable_images"), "yardsticks": [], "config": settings}
-    return found | {"data": settings["data"]["name"]}
-
-
-def _told(report: dict[str, Any], steps: str, ended: str) -> dict[str, Any]:
-    """The contents of report.json, or of :func:`_so_far`, for people."""
-    scores, yardsticks = [], {}
-    for key, name in _SCORES.items():
-        if (score := report[key]) is not None:
-            mean, error = _number(score["mean"]), _number(score["standard_error"])
-            where = f" at step {score['step']}, at most" if "step" in score else ","
-            text = f"{mean:.3f} ± {Score(mean, error, score['images']).error_text}"
-            scores.append((name, text, f"bits/dim{where} {score['images']} images"))
-    for item in report["yardsticks"]:
-        value = yardsticks[item["name"]] = _number(item["bits_per_dim"])
-        scores.append((item["name"], f"{value:.3f}", f"bits/dim, {item['how']}"))
+        ended, samples = "not yet: it goes on, or was stopped", "the newest samples"
+        report = {"data": settings["data"]["name"], "config": settings, "environment": {}, "yardsticks": []}
+        report |= {"seconds": last.get("seconds"), "skipped": last.get("skipped_steps"), "held_out": None}
+        report["unreadable"], scores = last.get("unreadable_images"), _scores_so_far(rows, settings["eval_images"])
+    else:
+        ended, samples = "at its limit", "samples at the end"
+        ended = "early, since the held-out score stopped improving" if report["stopped_early"] else ended
+        steps, settings, scores = str(report["step"]), report["config"], _final_scores(report)
     accuracy = (report["held_out"] or {}).get("accuracy")
     facts = {
         "images": report["data"],
@@ -179,18 +85,52 @@ def _told(report: dict[str, Any], steps: str, ended: str) -> dict[str, Any]:
         "ended": ended,
         "held-out labels that the classifier has right": None if accuracy is None else f"{accuracy:.1%}",
     }
-    return {
-        "facts": facts,
-        "scores": scores,
-        "yardsticks": {name: value for name, value in yardsticks.items() if math.isfinite(value)},
-        "settings": dict(report["config"]),
-        "environment": dict(report["environment"]),
-    }
+    yardsticks = {item["name"]: item["bits_per_dim"] for item in report["yardsticks"]}
+    curves = [("bits per dimension", bits_png(rows, yardsticks))] if rows else []
+    for title, column, unit, log in _CURVES if rows else ():
+        curves.append((title, curve_png({title: points(rows, column)}, unit, log)))
+    tables = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
+    tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
+    parts = [
+        _table((name, value) for name, value in facts.items() if value is not None),
+        *_section("Scores", [_table(scores)] if scores else []),
+        *_section("Curves", [_figure(*curve) for curve in curves]),
+        *_section("Pictures", _pictures(folder, f"{samples}, temperature {settings['sample_temperature']:g}")),
+        '<h2>Settings</h2>\n<div class="columns">',
+        *(f"<div><h3>{name}</h3>\n{_table(values.items())}</div>" for name, values in tables.items()),
+        "</div>",
+        *_section("Environment", [_table(report["environment"].items())] if report["environment"] else []),
+    ]
+    page = _PAGE.substitute(title=html.escape(title_of(folder, report["data"])), parts="\n".join(parts))
+    return visible(page, lines=True)  # HTML has no control characters, and UTF-8 no half of a name that is no UTF-8
 
 
-def _number(value: float | None) -> float:
-    """Numbers that are not finite, which report.json has as null, are NaN again."""
-    return math.nan if value is None else value
+def _final_scores(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, how) of the scores and yardsticks in report.json."""
+    scores = []
+    for key, name in {"before": "held-out, untrained", "held_out": "held-out", "train": "train"}.items():
+        if (score := report[key]) is not None:
+            scores.append((name, _plus_minus(score["mean"], score["standard_error"]), f"{score['images']} images"))
+    scores += [(item["name"], f"{item['bits_per_dim']:.3f}", item["how"]) for item in report["yardsticks"]]
+    return [(name, value, f"bits/dim, {how}") for name, value, how in scores]
+
+
+def _scores_so_far(rows: Sequence[Row], images: int) -> list[tuple[str, str, str]]:
+    """(name, value, how) of the evaluations in metrics.csv before the first step, and of the last one."""
+    found = [row for row in rows if row["held_out_bpd"] is not None]
+    shown = [("held-out, untrained", row, "held_out") for row in found[:1] if row["step"] == 0]
+    of_images = f"at most {images} images"
+    for row in found[-1:] if found[1:] else []:
+        shown += [("held-out", row, "held_out"), ("train", row, "train_subset")]
+    return [
+        (name, _plus_minus(row[f"{side}_bpd"], row[f"{side}_se"]), f"bits/dim at step {row['step']}, {of_images}")
+        for name, row, side in shown
+    ]
+
+
+def _plus_minus(*values: float | None) -> str:
+    """Numbers that are not finite are null in report.json."""
+    return " ± ".join("n/a" if value is None or math.isnan(value) else f"{value:.3f}" for value in values)
 
 
 def _pictures(folder: RunFolder, caption: str) -> list[str]:

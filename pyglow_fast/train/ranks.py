@@ -46,9 +46,8 @@ class Ranks:
         if self.world == 1:
             return list(values)
         row = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.talking():
-            dist.all_reduce(row, op)
-            found: list[float] = row.tolist()
+        dist.all_reduce(row, op)
+        found: list[float] = row.tolist()
         return found
 
     def total(self, *values: float) -> list[float]:
@@ -63,24 +62,12 @@ class Ranks:
         """Collect ``value`` of every rank, in their order, on every rank."""
         found = [value] * self.world
         if self.world > 1:
-            with self.talking():
-                dist.all_gather_object(found, value)
+            dist.all_gather_object(found, value)
         return found
 
     def share(self, values: Tensor) -> Tensor:
         """Take this rank's part of the rows of ``values``: consecutive, as many as other ranks have but for one."""
         return values.tensor_split(self.world)[self.rank]
-
-    @contextlib.contextmanager
-    def talking(self) -> Iterator[None]:
-        """A context for whatever waits for other ranks: that one is gone becomes a RankError."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.world == 1 or isinstance(error, RankError) or not _LOST.search(str(error)):
-                raise
-            why = " ".join(str(error).split())[:200]
-            raise RankError(f"rank {self.rank} of {self.world} stops: another rank ended ({why})") from error
 
     def check_images(self, digest: str, count: int) -> None:
         """Refuse, on every rank, to train on images whose fingerprints differ."""
@@ -109,16 +96,15 @@ def _digest(values: Tensor) -> bytes:
 def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
     """A context with the process group that torchrun's environment describes; one rank alone without it.
 
-    ``device`` is that of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one for each rank, by nccl.
+    ``device`` is that of a TrainConfig: on the CPU ranks talk by gloo, on GPUs, one for each rank, by nccl. A loss of
+    another rank becomes a RankError.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     expect(world.isdecimal() and int(world) >= 1, "WORLD_SIZE", "a positive whole number", repr(world))
     if int(world) == 1:
         return contextlib.nullcontext(Ranks())
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        value = os.environ.get(name, "none")
-        fits = value.isdecimal() or (name == "MASTER_ADDR" and value != "none")
-        expect(fits, name, "a value that torchrun sets", value)
+        expect(name in os.environ, name, "a value that torchrun sets", "none")
     expect(":" not in device, "device", "'cpu', 'cuda' or 'auto' for several ranks", repr(device))
     local = int(os.environ["LOCAL_RANK"])
     return _joined(resolve_device(device, local), local)
@@ -133,17 +119,20 @@ def _joined(device: torch.device, local: int) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT, device_id=device if gpu else None)
     except (RuntimeError, OSError) as error:
         raise RankError(f"the ranks cannot be joined: {' '.join(str(error).split())[:300]}") from error
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), local, device)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local, device)
+        yield ranks
+    except RuntimeError as error:
+        lost = type(error) is RuntimeError and _LOST.search(str(error))
+        if not isinstance(error, dist.DistError) and not lost:
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise RankError(f"rank {ranks.rank} of {ranks.world} stops: another rank ended ({why})") from error
     finally:
         leave_group()
 
 
 def leave_group() -> None:
-    """End this process's part in the default process group, and the threads that belong to it.
-
-    If a thread of gloo still frees tensors while the interpreter ends, the process is aborted. The group's threads end
-    when nothing refers to the group any more, so what reduced over it (a DistributedDataParallel) must be out of reach.
-    """
-    gc.collect()  # a DistributedDataParallel is part of a cycle
+    """End this process's part in the group, and gloo's threads: one would abort the ending interpreter."""
+    gc.collect()  # it is part of a cycle
     dist.destroy_process_group()

@@ -16,21 +16,18 @@ from pyglow_fast._errors import expect
 from pyglow_fast.data import optional
 from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import Checkpoint
-from pyglow_fast.train.config import ADJUSTABLE, TrainConfig
-from pyglow_fast.train.config_file import read_config, to_toml
+from pyglow_fast.train.config import ADJUSTABLE, TrainConfig, read_config, to_toml
 from pyglow_fast.train.files import TEMPORARY, FolderError, refusing, write_text
 
 
 class RunFolder:
     """The paths of a run's files below its folder. Making the object touches nothing.
 
-    Examples:
-        >>> from pyglow_fast import GlowConfig
-        >>> from pyglow_fast.train import RunFolder, TrainConfig
-        >>> folder = RunFolder("runs/tiny")
-        >>> folder.create(TrainConfig(model=GlowConfig((1, 8, 8), n_levels=1), lr=0.002))
-        >>> folder.exists, folder.read_config().lr, folder.saved()  # no checkpoint yet
-        (True, 0.002, [])
+    >>> from pyglow_fast.train import RunFolder, TrainConfig
+    >>> folder = RunFolder("runs/tiny")
+    >>> folder.create(TrainConfig(lr=0.002))
+    >>> folder.read_config().lr, folder.saved()  # no checkpoint yet
+    (0.002, [])
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -75,8 +72,8 @@ class RunFolder:
     def check_new(self, overwrite: bool) -> None:
         """Refuse a place where a new run would destroy something that was not given up by ``overwrite``."""
         place = repr(str(self.path))
-        expect(not self.path.exists() or self.path.is_dir(), "out", "a folder", f"a file, {place}")
         ancestor = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        expect(self.path != ancestor or self.path.is_dir(), "out", "a folder", f"a file, {place}")
         expect(ancestor.is_dir(), "out", "a folder that can be made", f"{str(ancestor)!r} is a file")
         if self.exists:
             expect(overwrite, "out", "a new folder (or resume or overwrite)", f"a run in {place}")
@@ -93,8 +90,7 @@ class RunFolder:
                 if folder.is_dir():
                     shutil.rmtree(folder)
             shutil.rmtree(self.cache, ignore_errors=True)  # another process may write to it just now
-            # The configuration last: without it the rest would no longer count as a run.
-            for path in (self.best, *self.kept, self.report, self.config):
+            for path in (self.best, *self.kept, self.report, self.config):  # the last makes it count as a run
                 path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
             self.write_config(config)
@@ -128,10 +124,7 @@ class RunFolder:
         return TrainConfig.from_dict(read_config(self.config))
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Write a checkpoint, then remove the oldest ones beyond ``keep``, and none that claims to be newer.
-
-        Where there is no room, it takes the place of all but the newest one; that one is unharmed in any case.
-        """
+        """Write a checkpoint, and remove the oldest ones beyond ``keep``; on a full disk all but the newest."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         step = checkpoint.progress["step"]
         try:
@@ -140,9 +133,11 @@ class RunFolder:
             older = self.saved()[1:]
             if not older:
                 raise
-            _remove(older)  # a full disk: older ones give way
+            for path in older:  # a full disk: older ones give way
+                path.unlink(missing_ok=True)
             checkpoint.save(self.of_step(step))
-        _remove([path for path in self.saved() if step_of(path) <= step][keep:])
+        for path in [path for path in self.saved() if step_of(path) <= step][keep:]:
+            path.unlink(missing_ok=True)
 
     def set_aside(self, step: int) -> None:
         """Rename the checkpoints after ``step``, which could not be read, so that they do not count as the newest."""
@@ -151,25 +146,18 @@ class RunFolder:
                 path.replace(path.with_name(path.name + ".damaged"))
 
     def load(self, best: bool = False) -> Checkpoint:
-        """Read the newest whole checkpoint, or the one with the best held-out bits/dim, checked against config.toml.
-
-        A newest checkpoint that is torn or damaged is passed over with a warning. A training may go on meanwhile, and
-        remove and replace checkpoints.
-        """
+        """Read the newest whole checkpoint, or the one with the best held-out bits/dim, checked against config.toml."""
         written, loaded = self.read_config(), None
-        listed: list[Path] | None = None
-        while loaded is None and (found := self._listed(best)) != listed:
-            listed, refusals = found, []
-            for path in listed:
-                try:
-                    loaded = Checkpoint.load(path)
-                    break
-                except ValueError as error:
-                    refusals.append(error)
-            if refusals and self._listed(best) != listed:
-                loaded = None  # a training has removed the newest ones meanwhile, and written others
+        refusals = []
+        listed = [path for path in ([self.best] if best else self.saved()) if path.exists()]
         where = f"none in {str(self.path)!r} (it has not written its first)"
         expect(bool(listed), "run", f"a checkpoint {self.best.name if best else 'in checkpoints/'}", where)
+        for path in listed:
+            try:
+                loaded = Checkpoint.load(path)
+                break
+            except ValueError as error:
+                refusals.append(error)
         if loaded is None:
             raise refusals[0]
         for refusal in refusals:
@@ -179,31 +167,18 @@ class RunFolder:
             expect(may_differ, str(self.config), f"{name} = {there!r}, as in {path.name}", repr(here))
         return loaded
 
-    def _listed(self, best: bool) -> list[Path]:
-        """The checkpoints in the order in which :meth:`load` tries them."""
-        return [path for path in ([self.best] if best else self.saved()) if path.exists()]
-
     def stamp(self, best: bool = False) -> tuple[str, int, int] | None:
-        """Look up name, time of change (ns) and size (bytes) of the file that :meth:`load` would read first.
-
-        Two stamps that differ tell that there is a newer checkpoint. Nothing is read. None: there is no checkpoint yet.
-        """
-        for path in self._listed(best):
-            with contextlib.suppress(FileNotFoundError):  # removed just now
-                found = path.stat()
-                return path.name, found.st_mtime_ns, found.st_size
+        """Look up what differs where there is a newer checkpoint: name, time of change (ns) and size; None without."""
+        path = self.best if best else self.checkpoint
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            return path.name, found.st_mtime_ns, found.st_size
         return None
 
     def read_report(self) -> dict[str, Any]:
         """Read report.json, which a run writes at its end; a FileNotFoundError: there is none yet."""
         found: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
         return found
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        if not path.is_dir():  # no run makes folders there
-            path.unlink(missing_ok=True)
 
 
 def step_of(path: Path) -> int:

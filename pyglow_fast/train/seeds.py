@@ -19,10 +19,7 @@ def derive(seed: int, *names: str | int) -> int:
 
 
 def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> Tensor:
-    """Choose the images of a step (from 0): each epoch is a fresh shuffle, its incomplete last batch dropped.
-
-    The choice depends on the step alone, so a resumed run needs no stored order.
-    """
+    """Choose the images of a step (from 0): each epoch is a fresh shuffle, its incomplete last batch dropped."""
     epoch, position = divmod(step, n_images // batch_size)
     # A copy, so that nobody can write into the order that is kept.
     return _order(seed, epoch, n_images)[position * batch_size : (position + 1) * batch_size].clone()
@@ -35,10 +32,7 @@ def _order(seed: int, epoch: int, n_images: int) -> Tensor:
 
 
 def random_subset(seed: int, n_images: int, count: int) -> Tensor:
-    """Choose ``count`` of ``n_images`` indices, sorted, the same for one seed on every device; all if that is as many.
-
-    A larger subset contains a smaller one of the same seed.
-    """
+    """Choose ``count`` of ``n_images`` indices, sorted; a larger subset contains a smaller one of the same seed."""
     if count >= n_images:
         return torch.arange(n_images)
     order = torch.randperm(n_images, generator=torch.Generator().manual_seed(derive(seed, "subset")))
@@ -46,10 +40,7 @@ def random_subset(seed: int, n_images: int, count: int) -> Tensor:
 
 
 def keyed_noise(keys: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Draw u ~ U[0, 1), (len(keys), *shape), float32: for each key from a stream of its own.
-
-    An image thus has the same noise wherever in a batch and on whichever rank it is; a CPU and a GPU draw differently.
-    """
+    """Draw u ~ U[0, 1), (len(keys), *shape), float32, for each key from a stream of its own; a GPU has others."""
     noise = torch.empty(len(keys), *shape, device=device)
     generator = torch.Generator(device)
     for key, part in zip(keys, noise, strict=True):

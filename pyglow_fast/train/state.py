@@ -45,10 +45,9 @@ class InputLostError(RuntimeError):
 
 
 class Losses(nn.Module):
-    """The losses that a step minimises, each a mean over the batch, as a module that others can wrap.
+    """The losses that a step minimises, means over the batch: bits/dim, -log p(x) / (D ln 2) + log2(n_bins).
 
-    The first is bits/dim, -log p(x) / (D ln 2) + log2(n_bins). A model with a classifier has a second, from the same
-    pass: the bits that the labels cost, -log2 p(label | top latent).
+    A model with a classifier has a second, from the same pass: what the labels cost, -log2 p(label | top latent).
     """
 
     def __init__(self, model: Glow, n_bins: int) -> None:
@@ -57,25 +56,20 @@ class Losses(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """x (N, C, H, W), labels (N,) or None -> (1,), or (2,) with a classifier."""
-        y = labels_for(self.model, labels)
-        if self.model.head is None:
-            losses = [self.model.log_prob(x, y)]
+        y, costs = labels_for(self.model, labels), []
+        if self.model.head is None or labels is None:
+            log_prob = self.model.log_prob(x, y)
         else:
-            assert labels is not None  # TrainState refuses images without
             log_prob, logits = self.model.log_prob_and_logits(x, y)
-            losses = [log_prob, class_bits(logits, labels)]
-        losses[0] = bits_per_dim(losses[0], self.model.config.n_values, self.n_bins)
-        return torch.stack([values.mean() for values in losses])
+            costs.append(class_bits(logits, labels).mean())
+        return torch.stack([bits_per_dim(log_prob, self.model.config.n_values, self.n_bins).mean(), *costs])
 
 
 Part = tuple[Tensor, Tensor | None]  # x (n, C, H, W) and labels (n,) of one backward, on the device
 
 
 class TrainState:
-    """The state of a run between two steps: model, optimizer, average, random streams and counters.
-
-    ``data`` are all images, which are split here; each of the ``ranks`` that take part has a state of its own.
-    """
+    """The state of a run on one rank between two steps: model, optimizer, average, random streams, counters."""
 
     def __init__(self, config: TrainConfig, data: Images, ranks: Ranks | None = None) -> None:
         self.config, self.ranks = config, ranks or Ranks()
@@ -84,23 +78,20 @@ class TrainState:
         self.ranks.check_images(self.stamp.fingerprint, len(data))
         train, held_out = split(data, config.data.held_out, config.seed)
         self.train, self.held_out = data.subset(train), data.subset(held_out)
-        n, shares = len(self.train), self.ranks.world * config.accumulate
-        expect(config.batch_size <= n, "batch_size", f"at most the {n} training images", config.batch_size)
-        even = f"a multiple of ranks x accumulate = {shares}"
-        expect(config.batch_size % shares == 0, "batch_size", even, config.batch_size)
-        alone = can_capture(self.device) and self.ranks.world == 1
-        found = f"{self.ranks.world} ranks on {self.device}"
-        expect(not config.cuda_graphs or alone, "cuda_graphs", "one rank on a GPU", found)
+        size, n, shares = config.batch_size, len(self.train), self.ranks.world * config.accumulate
+        expect(size <= n, "batch_size", f"at most the {n} training images", size)
+        expect(size % shares == 0, "batch_size", f"a multiple of ranks x accumulate = {shares}", size)
+        graphed = not config.cuda_graphs or (can_capture(self.device) and self.ranks.world == 1)
+        expect(graphed, "cuda_graphs", "one rank on a GPU", f"{self.ranks.world} ranks on {self.device}")
         for name in ("class_conditional", "class_weight"):
             labelled = data.labels is not None or not getattr(config, name)
             expect(labelled, name, "images with labels", f"none in {data.name}")
-        if config.class_weight:
-            count, classify = len(data.class_names), config.model.classify
-            expect(count == classify, "classify", f"{count}, the classes of the images", classify)
+        count, classify = len(data.class_names), config.model.classify
+        expect(classify in (0, count), "classify", f"{count}, the classes of the images", classify)
         torch.manual_seed(derive(config.seed, "weights"))
         self.model = Glow(config.model, memory=config.memory, precision=config.precision).to(self.device)
         check_fits(self.model, data, data.n_bins)
-        self.model.memory_plan(config.batch_size // shares)  # refuses too few bytes
+        self.model.memory_plan(size // shares)  # refuses too few bytes
         self._losses: Any = Losses(self.model, data.n_bins)
         if config.compile:
             self._losses.compile()
@@ -109,14 +100,12 @@ class TrainState:
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: dict[str, Any] = {buffers: False}  # they are constant, so they are not sent
             options["device_ids"] = [self.device.index] if self.device.type == "cuda" else None
-            with self.ranks.talking():
-                self._losses = DistributedDataParallel(self._losses, **options)
+            self._losses = DistributedDataParallel(self._losses, **options)
         self._graphed: GraphedGlow | None = None
         parameters = self.model.parameters()
         self.optimizer = make_optimizer(config.optimizer, parameters, config.lr, config.weight_decay, config.beta2)
-        self.average: AveragedModel | None = None
-        if config.ema_decay is not None:
-            self.average = averaged_model(self.model, config.ema_decay)
+        decay = config.ema_decay
+        self.average: AveragedModel | None = None if decay is None else averaged_model(self.model, decay)
         torch.manual_seed(derive(config.seed, "torch", self.ranks.rank))  # for dropout and the like in a user's model
         self.progress = Progress()
         self.lr, self.grad_norm = 0.0, math.nan
@@ -146,17 +135,15 @@ class TrainState:
         (batch,) = batches(self.train, [[(index, None) for index in mine]], 0, config.data.on_unreadable)
         self.progress.unreadable += int(self.ranks.total(batch.unreadable)[0])
         keys = [derive(config.seed, "noise", "init", index) for index in mine]
-        with self.ranks.talking():
-            self.model.initialize(noisy(batch.pixels, keys, self.train.n_bins, self.device))
+        self.model.initialize(noisy(batch.pixels, keys, self.train.n_bins, self.device))
         if self.average is not None:
             self.average.update_parameters(self.model)  # a copy: the average begins with these weights
 
     def step(self) -> float:
         """Train for one step; returns the mean bits/dim of the batch, over all ranks.
 
-        A step whose loss or gradient norm is NaN or inf leaves weights and optimizer as they are and is counted; more
-        than config.max_skipped of them in a row are a TrainingDivergedError. Images that cannot be read are an
-        InputLostError, and nothing has changed then.
+        A step whose loss or gradient norm is NaN or inf is counted and changes nothing; more than config.max_skipped of
+        them in a row are a TrainingDivergedError. Images that cannot be read are an InputLostError between two steps.
         """
         config, progress = self.config, self.progress
         self.model.train()
@@ -189,11 +176,7 @@ class TrainState:
         return bits
 
     def _asked(self, step: int) -> Iterator[tuple[int, list[int]]]:
-        """(epoch, indices) of this rank's images of a step, for each of its parts.
-
-        They depend on seed and step alone, and so do views and noise of an image: with another number of ranks, workers
-        or parts, and resumed, the run sees the same.
-        """
+        """(epoch, indices) of this rank's images of a step, for each of its parts: functions of seed and step alone."""
         config = self.config
         indices = batch_indices(config.seed, step, len(self.train), config.batch_size)
         for part in indices.chunk(config.accumulate):
@@ -235,7 +218,7 @@ class TrainState:
                 losses.append(self._replay(x, labels))
                 continue
             ddp, last = self.ranks.world > 1, len(losses) + 1 == len(parts)
-            with self._losses.no_sync() if ddp and not last else contextlib.nullcontext(), self.ranks.talking():
+            with self._losses.no_sync() if ddp and not last else contextlib.nullcontext():
                 values: Tensor = self._losses(x, labels) / len(parts)
                 (values[0] + self.config.class_weight * values[1:].sum()).backward()
             losses.append(values.detach())
@@ -267,15 +250,16 @@ class TrainState:
         """Evaluate the averaged weights on at most ``limit`` images, over all ranks; see :func:`evaluate`."""
         # A few images are read faster than processes that read them are started.
         workers = self._workers(data) if limit is None or limit > 4 * EVAL_BATCH else 0
-        seed, policy = derive(self.config.seed, "evaluation"), self.config.data.on_unreadable
-        return evaluate(self.averaged, data, EVAL_BATCH, seed, limit, workers, policy, self.ranks, progress)
+        how = {"workers": workers, "on_unreadable": self.config.data.on_unreadable, "ranks": self.ranks}
+        seed = derive(self.config.seed, "evaluation")
+        return evaluate(self.averaged, data, EVAL_BATCH, seed, limit, progress=progress, **how)
 
     def check(self) -> None:
         """Refuse weights that the last update ruined, which step() only learns of at the next loss."""
         few = max(self.ranks.world, min(64, CHECK_VALUES // self.train.n_dims))  # costs a step or two
         # An image that cannot be read keeps nobody from saving.
         seed = derive(self.config.seed, "check")
-        score = evaluate(self.model, self.train, EVAL_BATCH, seed, few, 0, "skip", self.ranks)
+        score = evaluate(self.model, self.train, EVAL_BATCH, seed, few, on_unreadable="skip", ranks=self.ranks)
         if not math.isfinite(score.mean):
             raise TrainingDivergedError(
                 f"training diverged at step {self.progress.step}: after its update training images have "
@@ -286,19 +270,16 @@ class TrainState:
         """End the processes that read images."""
         if self._batches is not None:
             self._batches.close()
-            self._batches = None
-
-    def _own(self) -> dict[str, Tensor]:
-        """What this rank has for itself: generators, and what each level has learnt of drift."""
-        found = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            found[_CUDA] = torch.cuda.get_rng_state(self.device)
-        found |= {name: value for name, value in self.model.state_dict().items() if name.endswith(DRIFT)}
-        return {name: value.cpu() for name, value in found.items()}  # what is sent to another rank is on no GPU
+        self._batches = None
 
     def checkpoint(self) -> Checkpoint:
         """Collect all that :meth:`restore` needs. All ranks must ask for it."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        # What each rank has for itself: generators, and what each level has learnt of drift; sent from no GPU.
+        mine = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            mine[_CUDA] = torch.cuda.get_rng_state(self.device)
+        mine |= {name: value.cpu() for name, value in self.model.state_dict().items() if name.endswith(DRIFT)}
         return Checkpoint(
             config=self.config,
             progress=asdict(self.progress),
@@ -315,17 +296,14 @@ class TrainState:
             ],
             rank={
                 f"{rank}.{name}": value
-                for rank, own in enumerate(self.ranks.gathered(self._own()))
+                for rank, own in enumerate(self.ranks.gathered(mine))
                 for name, value in own.items()
             },
             written_by=versions(),
         )
 
     def restore(self, checkpoint: Checkpoint, name: str) -> None:
-        """Go on from ``checkpoint``: on the CPU to the bit, and on a GPU as far as its kernels repeat themselves.
-
-        It may be of any number of ranks; messages call it ``name``.
-        """
+        """Go on from ``checkpoint``, of any number of ranks: on the CPU to the bit. Messages call it ``name``."""
         same = checkpoint.data == self.stamp
         expect(same, "data", "the images that the run was started with", "others (changed, added or removed)")
         checkpoint.load_model(self.model, name)

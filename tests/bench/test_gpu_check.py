@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 # What the package can do without, and what pytest would load by itself.
 HIDDEN = [
     *("normflows", "nflows", "FrEIA", "zuko", "memcnn", "matplotlib", "PIL", "torchvision", "sklearn", "scipy", "tqdm"),
-    *("rich", "lightning", "pytorch_lightning", "tensorboard", "lmdb", "yaml", "tomli_w", "hypothesis", "mkdocs"),
+    *("rich", "lightning", "pytorch_lightning", "tensorboard", "yaml", "tomli_w", "hypothesis", "mkdocs"),
     *("mkdocstrings", "pymdownx", "xdist", "execnet", "pytest_benchmark", "onnx", "jet_pytorch", "anomalib", "TTS"),
     "pandas",
 ]

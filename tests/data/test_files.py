@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -52,19 +51,6 @@ def refusal(data: bytes, **options: Any) -> str:
     return text.removeprefix("upload 1: ")
 
 
-def test_of_the_right_size_it_is_not_resampled() -> None:
-    image = noise(9, 9)
-    assert np.array_equal(read(image, 9).permute(1, 2, 0).numpy(), np.asarray(image))
-
-
-@pytest.mark.parametrize("shape", [(12, 6), (6, 12)])
-def test_the_centre_is_kept(shape: tuple[int, int]) -> None:
-    image = Image.new("L", shape, 0)
-    left, top = (shape[0] - 6) // 2, (shape[1] - 6) // 2
-    image.paste(200, (left, top, left + 6, top + 6))
-    assert read(image, 3, 1).unique().tolist() == [200]
-
-
 @pytest.mark.parametrize(
     ("image", "channels", "level"),
     [
@@ -76,22 +62,6 @@ def test_the_centre_is_kept(shape: tuple[int, int]) -> None:
 )
 def test_kinds_of_pixels(image: Image.Image, channels: int, level: int) -> None:
     assert read(image, 4, channels).unique().tolist() == [level]
-
-
-def test_exif_turns_it_upright() -> None:
-    image = Image.new("L", (8, 4), 0)
-    image.paste(255, (0, 0, 8, 2))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
-    assert read(contents(image, exif=exif), 4, 1, 2)[0].tolist() == [[0, 0, 1, 1]] * 4  # what was above is at the right
-
-
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_frame_is_the_image(kind: str) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "lime")]
-    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
-    data = contents(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert read(data, 4)[:, 0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("n_bits", range(1, 9))
@@ -112,18 +82,6 @@ def test_a_grey_level_that_was_shown_comes_back(n_bins: int) -> None:
         for side in (16, 32, 256):
             picture = shown(every, n_bins).resize((side, side), Image.Resampling.NEAREST)
             assert torch.equal(read(picture, 16, channels, n_bins), every.expand(channels, -1, -1))
-
-
-@pytest.mark.parametrize("options", [{}, {"gray": True}, {"n_bits": 5}, {"crop_margin": 3, "flip": True}, {"size": 8}])
-@pytest.mark.parametrize("size", [(40, 40), (50, 41)])
-def test_one_file_is_read_as_the_folder_it_lies_in(
-    tmp_path: Path, options: dict[str, Any], size: tuple[int, int]
-) -> None:
-    noise(*size).save(tmp_path / "x.png")
-    config = DataConfig(f"folder:{tmp_path}", **options)
-    data = load_data(config)
-    found = read_single(tmp_path / "x.png", "x", config, data.image_shape, data.n_bins)
-    assert torch.equal(found, data.item(0))
 
 
 def test_the_place_in_the_padding_is_that_of_training() -> None:
@@ -178,18 +136,3 @@ def test_what_is_not_decoded(case: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: pytest.fail("it was started"))
     make, options, message = NOT_DECODED[case]
     assert message in refusal(make(), **options)
-
-
-@pytest.mark.parametrize(
-    ("shape", "n_bins", "message"),
-    [
-        ((2, 8, 8), 256, r"image_shape: expected \(C, side, side\) with 1 or 3 channels, found \(2, 8, 8\)"),
-        ((3, 8, 4), 256, r"image_shape: expected .* found \(3, 8, 4\)"),
-        ((1, 4, 4), 17, r"image_shape: expected sides of at least 8, as digits has, found \(1, 4, 4\)"),
-        ((1, 8, 8), 257, "n_bins: expected a number of grey levels in"),
-        ((1, 8, 8), math.nan, "n_bins: expected .* found nan"),
-    ],
-)
-def test_models_that_no_file_fits(shape: Any, n_bins: int, message: str) -> None:
-    with pytest.raises(ValueError, match="^" + message):
-        read_single(contents(noise(20, 20)), "x", DataConfig("digits"), shape, n_bins)

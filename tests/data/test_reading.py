@@ -7,14 +7,13 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from support.data_layouts import picture, write_lmdb
+from support.data_layouts import picture
 
 from pyglow_fast.data import (
     Augmentation,
@@ -56,14 +55,10 @@ def no_children() -> bool:
     return not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("source", ["lazy", "in memory", "lsun"])
+@pytest.mark.parametrize("source", ["lazy", "in memory"])
 def test_any_number_of_workers_gives_the_same(tmp_path: Path, source: str) -> None:
     data: Images
-    if source == "lsun":
-        pytest.importorskip("lmdb")
-        write_lmdb(tmp_path / "a_train_lmdb", 7)
-        data = load_data(DataConfig(f"lsun:{tmp_path}", size=16, crop_margin=2, in_memory=False))
-    elif source == "lazy":
+    if source == "lazy":
         write(tmp_path)
         data = lazy(tmp_path)
     else:
@@ -80,18 +75,6 @@ def test_any_number_of_workers_gives_the_same(tmp_path: Path, source: str) -> No
                 assert batch.labels is not None
                 assert torch.equal(batch.labels, data.labels[batch.indices])
     assert torch.equal(torch.get_rng_state(), state)
-    assert no_children()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_endless_plan_and_an_early_end(tmp_path: Path, workers: int) -> None:
-    write(tmp_path)
-    data = lazy(tmp_path)
-    iterator = batches(data, ([(i % 7, i)] for i in itertools.count()), workers)
-    for i in range(10):
-        assert torch.equal(next(iterator).pixels[0], data.item(i % 7, i))
-    assert len(multiprocessing.active_children()) == workers
-    iterator.close()  # type: ignore[attr-defined]
     assert no_children()
 
 
@@ -128,41 +111,6 @@ def test_a_killed_worker_is_an_error(tmp_path: Path) -> None:
     assert no_children()
 
 
-def test_signals_to_the_group_leave_the_workers_alone(tmp_path: Path) -> None:
-    """Ctrl-C reaches every process of a terminal, and the main one may still want to save."""
-    write(tmp_path)
-    iterator = batches(lazy(tmp_path), itertools.repeat([(0, 1)]), 2)
-    next(iterator)
-    for child in multiprocessing.active_children():
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGINT)
-        os.kill(child.pid, signal.SIGTERM)
-    for _ in range(20):
-        next(iterator)
-    iterator.close()  # type: ignore[attr-defined]
-    assert no_children()
-
-
-class _Broken(ImageSet):
-    def item(self, index: int, key: int | None = None) -> torch.Tensor:
-        raise ZeroDivisionError("a bug")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bug_or_an_error_of_the_plan_keeps_its_kind(tmp_path: Path, workers: int) -> None:
-    def plan() -> Iterator[list[tuple[int, int | None]]]:
-        yield [(0, 1)]
-        raise RuntimeError("no more plans")
-
-    data = _Broken("test", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), 256, augmentation=Augmentation(flip=True))
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        list(batches(data, [[(0, 1)]], workers))
-    write(tmp_path)
-    with pytest.raises(RuntimeError, match=r"^no more plans$"):
-        list(batches(lazy(tmp_path), plan(), workers))
-    assert no_children()
-
-
 def test_what_fits_is_read_at_once_and_shows_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path)
     now, later = load_data(DataConfig(f"folder:{tmp_path}", size=16, crop_margin=4, flip=True)), lazy(tmp_path)
@@ -193,22 +141,6 @@ def test_the_fingerprint_sees_names_sizes_and_settings(tmp_path: Path) -> None:
         file.write(b"x")
     others += [lazy(tmp_path / "two"), lazy(tmp_path / "one")]
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)
-
-
-def test_skipping_in_memory_keeps_the_official_split(tmp_path: Path) -> None:
-    for i, name in enumerate(("train/x/0.png", "train/x/1.png", "train/x/2.png", "val/x/3.png", "val/x/4.png")):
-        picture(tmp_path / name, i)
-    config = DataConfig(f"imagenet:{tmp_path}", size=16, on_unreadable="skip")
-    whole = load_data(config)
-    for name in ("train/x/1.png", "val/x/3.png"):
-        (tmp_path / name).write_bytes(b"no image")
-    with pytest.warns(UserWarning, match=r"2 of 5 images of imagenet could not be read .* the first: .*1\.png"):
-        data = load_data(config)
-    assert [side.tolist() for side in split(data, None, 0)] == [[0, 1], [2]]
-    assert torch.equal(data.item(2), whole.item(4))
-    (tmp_path / "val/x/4.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="data: expected images that can be read in both splits of imagenet"):
-        load_data(config)
 
 
 VALUES = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -248,28 +180,7 @@ def test_grey_images_and_items_that_cannot_be_had() -> None:
         assert torch.equal(from_dataset(Items(grey), "mine").batch(torch.arange(6))[0], VALUES[:, :1])
     items = Items([OSError("gone"), *((value, i) for i, value in enumerate(VALUES[1:]))])
     with pytest.warns(UserWarning, match=r"1 of 6 images of mine .* the first: mine\[0\]: .*OSError: gone"):
-        now = from_dataset(items, "mine", on_unreadable="skip")
-    assert torch.equal(now.pixels, VALUES[1:])
-    assert now.labels is not None
-    assert now.labels.tolist() == [0, 1, 2, 3, 4]
-    later = from_dataset(items, "mine", on_unreadable="skip", in_memory=False)
+        later = from_dataset(items, "mine", on_unreadable="skip")
     assert torch.equal(later.batch(torch.tensor([0, 3]))[0], VALUES[[1, 3]])
     with pytest.raises(UnreadableImageError, match="gone"):
         from_dataset(items, "mine")
-
-
-@pytest.mark.parametrize(
-    ("items", "options", "message"),
-    [
-        ([VALUES[0], VALUES[1, :, :4]], {}, r"mine\[1\]: expected the shape of the first image, \(3, 8, 8\), found"),
-        ([VALUES[0] / 2], {}, r"mine\[0\]: expected a PIL image, or a uint8 tensor or array .* found torch.float32"),
-        (["x"], {}, r"mine\[0\]: expected a PIL image, .* found str"),
-        (list(VALUES), {"labels": [0, 1]}, r"labels: expected shape \(6,\), found \(2,\)"),
-        (list(VALUES), {"labels": [0.5] * 6}, "mine: expected one whole number an image as labels"),
-        (list(VALUES), {"crop_margin": 8}, r"crop_margin: expected less than the sides \(8, 8\), found 8"),
-        (list(VALUES), {"n_bits": 9}, "n_bits: expected a whole number in"),
-    ],
-)
-def test_datasets_that_are_refused(items: list[Any], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        from_dataset(Items(items), "mine", **options)

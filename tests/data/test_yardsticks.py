@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pyglow_fast.data import ImageSet, histogram_bits_per_dim, measure_yardsticks, png_bits_per_dim
@@ -27,35 +25,12 @@ def test_histogram_by_hand() -> None:
     assert histogram_bits_per_dim(train, test) == pytest.approx(expected, rel=1e-12)
 
 
-def test_histogram_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = torch.randint(8, (40, 3, 4, 4), dtype=torch.uint8)
-    train, test = image_set(pixels[:30], 8), image_set(pixels[30:], 8)
-    whole = histogram_bits_per_dim(train, test)
-    monkeypatch.setattr("pyglow_fast.data.yardsticks._COUNTS_MAX", 5 * 8)
-    assert histogram_bits_per_dim(train, test) == pytest.approx(whole, rel=1e-12)
-
-
-def test_histogram_refuses_sets_that_differ() -> None:
-    with pytest.raises(ValueError, match="test: expected n_bins 4, found 8"):
-        histogram_bits_per_dim(image_set([[0]], 4), image_set([[0]], 8))
-    with pytest.raises(ValueError, match="test: expected images of shape"):
-        histogram_bits_per_dim(image_set([[0]], 4), image_set([[0, 0]], 4))
-
-
 @pytest.mark.parametrize(("channels", "levels", "high"), [(1, 256, 8.15), (2, 256, 8.15), (3, 256, 8.15), (1, 4, 2.4)])
 def test_png_of_noise_costs_its_entropy(channels: int, levels: int, high: float) -> None:
     pixels = torch.randint(levels, (256, channels, 16, 16), dtype=torch.uint8)
     bits, count = png_bits_per_dim(image_set(pixels, levels))
     assert count == 256
     assert math.log2(levels) <= bits < high  # headers amortised over the whole sheet
-
-
-def test_png_is_no_larger_than_the_plain_one() -> None:
-    pixels = (torch.arange(32).reshape(1, 1, 1, 32) + torch.arange(40).reshape(40, 1, 1, 1)).expand(40, 1, 32, 32)
-    data = image_set(pixels.to(torch.uint8).contiguous(), 256)
-    buffer = io.BytesIO()
-    Image.fromarray(data.pixels.reshape(40 * 32, 32).numpy()).save(buffer, "PNG", optimize=True)
-    assert png_bits_per_dim(data)[0] <= 8 * buffer.tell() / (40 * 32 * 32)
 
 
 def test_both_together_and_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:

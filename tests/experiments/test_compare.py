@@ -8,12 +8,10 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
@@ -96,7 +94,7 @@ def test_what_is_finished_is_left_alone_and_the_rest_goes_on(copy: Path, monkeyp
     comparison.execute(quiet=True)
     assert trained == ["invconv additive", "reverse affine"]
     assert held_out(copy, NAMES[3]) == wanted
-    found = cells(Comparison([more], copy, IMAGES).write())  # the table has all that are in the folder
+    found = cells(comparison.write())
     assert {name: row[2] for name, row in found.items()} == {
         "reverse": "2",
         "invconv": "2",
@@ -126,35 +124,11 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, monkeypatc
 
 def test_settings_and_images_are_those_of_the_folder(copy: Path, tmp_path: Path) -> None:
     assert Comparison([replace(config, max_steps=5) for config in CONFIGS], copy, IMAGES).trials[0].finished() is None
-    with pytest.raises(
-        ValueError, match=r"^lr: expected 0.001, as run reverse-additive-seed0 in .* has it, found 0.5$"
-    ):
+    with pytest.raises(ValueError, match=r"^lr: expected 0.001, as the run was started with, found 0.5$"):
         Comparison([replace(config, lr=0.5) for config in CONFIGS], copy, IMAGES)
-    with pytest.raises(ValueError, match=r"^data: expected the images that run .* was started with, found others$"):
+    with pytest.raises(ValueError, match=r"^data: expected the images that the run was started with, found others"):
         Comparison(CONFIGS, copy, IMAGES.subset(range(20)))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").touch()
     with pytest.raises(ValueError, match=r"^out: expected a new or empty folder, or that of a comparison, found .*'x'"):
         Comparison(CONFIGS, tmp_path / "other", IMAGES)
-
-
-@pytest.mark.drawn
-def test_picture(copy: Path) -> None:
-    Comparison(CONFIGS, copy, IMAGES).write()
-    with Image.open(copy / "curves.png") as picture:
-        assert picture.size == (720, 540)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"permutations": []}, "permutations: expected at least one, found none"),
-        ({"couplings": ["affine", "affine"]}, "couplings: expected each once, found affine again"),
-        ({"seeds": [-1]}, "seed: expected a whole number, 0 or more, found -1"),
-        ({"checkerboards": []}, "checkerboards: expected at least one, found none"),
-        ({"permutations": ["rotate"]}, "permutation: expected one of .*, found 'rotate'"),
-    ],
-)
-def test_wrong_variants(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        variants(BASE, **({"permutations": ["reverse"], "couplings": ["affine"], "seeds": [0]} | given))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 
 import pytest
@@ -13,7 +11,7 @@ from pyglow_fast import Glow, GlowConfig
 from pyglow_fast.data import ImageSet
 from pyglow_fast.experiments import ScoredImages, score_csv
 from pyglow_fast.likelihood import bits_per_dim, dequantize
-from pyglow_fast.train import ImageScores, Score, derive, evaluate, score_images
+from pyglow_fast.train import ImageScores, derive, evaluate, score_images
 from pyglow_fast.train.seeds import keyed_noise
 
 
@@ -47,18 +45,6 @@ def test_the_score_is_the_mean_over_images_whatever_the_batches(model: Glow, ima
     assert evaluate(model, images, 3, 7, limit=5).mean == pytest.approx(float(bits[some.indices].mean()), rel=1e-6)
 
 
-def test_some_images_stand_for_all_classes(model: Glow) -> None:
-    """80 black images and 20 white ones, sorted as a folder is, by a model that knows the black ones."""
-    pixels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
-    pixels[80:] = 4
-    data = ImageSet("sorted", pixels, 5, (torch.arange(100) >= 80).long(), ("black", "white"))
-    model = Glow(model.config)
-    model.initialize(torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 5 - 0.5)
-    whole, some = evaluate(model, data, 64, seed=0), evaluate(model, data, 64, seed=0, limit=50)
-    assert whole.mean > evaluate(model, data.subset(range(50)), 64, seed=0).mean + 5
-    assert abs(some.mean - whole.mean) < 3 * some.standard_error
-
-
 def test_draws_of_the_noise(model: Glow, images: ImageSet) -> None:
     one, many = (score_images(model, images, 4, 7, draws=draws) for draws in (1, 3))
     assert torch.equal(one.draws[:, 0], many.draws[:, 0])
@@ -66,25 +52,6 @@ def test_draws_of_the_noise(model: Glow, images: ImageSet) -> None:
     assert torch.equal(many.bits_per_dim, many.draws.mean(1))
     assert torch.equal(many.spread, many.draws.std(1))
     assert one.spread.isnan().all()
-
-
-def test_one_image_has_no_standard_error(model: Glow, images: ImageSet) -> None:
-    assert evaluate(model, images, 4, 7, limit=1).error_text == "n/a"
-    assert Score(1.0, 0.25, 2).error_text == "0.250"
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"image_shape": (3, 4, 4)}, {}, r"data: expected images of shape \(3, 4, 4\), as .*, found \(1, 4, 4\)"),
-        ({"n_classes": 3}, {}, "data: expected 3 classes, as the model was trained on, found 2"),
-        ({}, {"draws": 0}, "draws: expected a positive whole number, found 0"),
-    ],
-)
-def test_refusals(images: ImageSet, changes: dict[str, int], options: dict[str, int], message: str) -> None:
-    fields = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 1, "hidden": 4} | changes
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        score_images(Glow(GlowConfig(**fields)), images, 8, 0, **options)  # type: ignore[arg-type]
 
 
 def scores_of(*values: float, draws: int = 1) -> ImageScores:
@@ -101,18 +68,6 @@ def test_csv(images: ImageSet) -> None:
         "6,3.png,even,inf",
     ]
     assert found.complaints() == ["2 images without a finite likelihood, left out of the figures: 4 (2.png), 6 (3.png)"]
-
-
-def test_csv_of_two_sets_and_draws(images: ImageSet) -> None:
-    bare = ScoredImages(ImageSet("bare", images.pixels[:1], 5), scores_of(3.0, draws=2))
-    text = score_csv({"a": ScoredImages(images, scores_of(1.0, 2.0, draws=2)), "b": bare})
-    found = list(csv.DictReader(io.StringIO(text)))
-    assert [(row["set"], row["name"], float(row["bits_per_dim"])) for row in found] == [
-        ("a", "0.png", 1.5),
-        ("a", "0.png", 2.5),
-        ("b", "", 3.5),
-    ]
-    assert [float(row["bits_per_dim_sd"]) for row in found] == pytest.approx([math.sqrt(0.5)] * 3, rel=1e-8)
 
 
 def test_names_are_neither_formulas_nor_lines() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +64,6 @@ def write_celeba(root: Path, parts: str = "0001122") -> None:
         (folder / file).write_text(f"{len(names)}\nx\n" + "".join(rows))
     rows = [f"{name}  {'1' if i % 2 else '-1'} -1\n" for i, name in enumerate(names)]
     (folder / "list_attr_celeba.txt").write_text(f"{len(names)}\nSmiling Young\n" + "".join(rows))
-
-
-def write_lmdb(path: Path, count: int, seed: int = 0, bad: Sequence[int] = ()) -> None:
-    """A database of ``count`` encoded images; those in ``bad`` are not images."""
-    import lmdb
-
-    with lmdb.open(str(path), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
-        for i in range(count):
-            buffer = io.BytesIO()
-            values = np.random.default_rng(seed + i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(values).save(buffer, "WEBP" if i % 2 else "JPEG")
-            transaction.put(f"{i:040x}".encode(), b"no image" if i in bad else buffer.getvalue())
 
 
 def write_emoji(root: Path) -> None:

@@ -50,16 +50,8 @@ def tiny_images(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     ramp = torch.arange(4).expand(40, 1, 4, 4)
     pixels = (ramp + torch.randint(2, (40, 1, 4, 4), generator=generator)).to(torch.uint8)
     data = ImageSet("tiny", pixels, 5, torch.arange(40) % 2, ("even", "odd"))
-    monkeypatch.setattr("pyglow_fast.train.runs.load_data", lambda config: data)
+    monkeypatch.setattr("pyglow_fast.train.loop.load_data", lambda config: data)
     return data
-
-
-@pytest.fixture
-def sorted_images() -> ImageSet:
-    """100 images sorted by class, as a folder is: 80 that are black and then 20 that are white."""
-    pixels = torch.zeros(100, 1, 4, 4, dtype=torch.uint8)
-    pixels[80:] = 4
-    return ImageSet("sorted", pixels, 5, (torch.arange(100) >= 80).long(), ("black", "white"))
 
 
 @pytest.fixture

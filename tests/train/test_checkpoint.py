@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pyglow_fast import Glow, GlowConfig
+from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet
 from pyglow_fast.train import Checkpoint, TrainConfig, TrainState
 from pyglow_fast.train.files import replacing, write_text
@@ -61,22 +61,6 @@ def test_round_trip(state: TrainState, tmp_path: Path) -> None:
     assert Checkpoint.load(tmp_path / "again.safetensors").digest == loaded.digest
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
-def test_a_restored_state_takes_the_same_steps(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, optimizer: str
-) -> None:
-    state = TrainState(tiny_config(optimizer=optimizer), tiny_images)
-    state.initialize()
-    state.step()
-    state.checkpoint().save(tmp_path / "x.safetensors")
-    expected = [state.step() for _ in range(8)]  # more than an epoch
-    other = TrainState(state.config, tiny_images)
-    torch.rand(7)  # whatever the generator did meanwhile
-    other.restore(Checkpoint.load(tmp_path / "x.safetensors"), "x")
-    assert [other.step() for _ in range(8)] == expected
-    assert_same_checkpoint(other.checkpoint(), state.checkpoint())
-
-
 def test_damage_anywhere_is_noticed(state: TrainState, tmp_path: Path) -> None:
     """A bit that is flipped, in the header, the tensors and the digest, and an end that is cut off."""
     path = tmp_path / "x.safetensors"
@@ -106,37 +90,13 @@ def test_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: None, "a checkpoint file, found nothing there"),
         (lambda: path.mkdir(), "a checkpoint file, found a folder"),
         (lambda: (path.rmdir(), path.write_bytes(pickle.dumps(_Trap()))), "a complete safetensors file"),
-        (lambda: save_file({"w": torch.zeros(2)}, path), "a checkpoint of pyglow_fast, found another safetensors file"),
-        (lambda: save_file({}, path, {"pyglow_fast": '{"format": 9}'}), "format 3 .another version .*, found 9"),
+        (lambda: save_file({"w": torch.zeros(2)}, path), "a checkpoint .*format 3, found another safetensors"),
+        (lambda: save_file({}, path, {"pyglow_fast": '{"format": 9}'}), "a checkpoint .*format 3, found 9"),
     ]:
         make()
         with pytest.raises(ValueError, match=f"x.safetensors: expected {message}"):
             Checkpoint.load(path)
     assert not Path("sprung").exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda weights: weights.pop("prior.mean_log_sd"),
-        lambda weights: weights.update(prior_too=torch.zeros(1)),
-        lambda weights: weights.update({"prior.mean_log_sd": torch.zeros(3)}),
-    ],
-)
-def test_weights_that_do_not_fit_change_nothing(state: TrainState, change: Callable[[dict[str, Any]], Any]) -> None:
-    checkpoint = state.checkpoint()
-    checkpoint.model = dict(checkpoint.model)
-    change(checkpoint.model)
-    model = Glow(checkpoint.config.model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"x: expected weights that fit .*, found 1 that differ, the first 'prior"):
-        checkpoint.load_model(model, "x")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_other_images_are_refused(state: TrainState, tiny_images: ImageSet) -> None:
-    with pytest.raises(ValueError, match="data: expected the images that the run was started with, found others"):
-        TrainState(state.config, tiny_images.subset(range(39))).restore(state.checkpoint(), "x")
 
 
 # How files are replaced.

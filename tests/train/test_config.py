@@ -39,23 +39,6 @@ def test_a_file_holds_every_field(config: TrainConfig, name: str, tmp_path: Path
     assert TrainConfig.from_dict(read_config(tmp_path / name)) == config
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        *(("x.toml", f"memory = {value}") for value in ('"4GB"', "4_000_000_000", "4e9", '"4000000000"')),
-        *(("x.yaml", f"memory: {value}") for value in ("4 GB", "4000000000", "4e9")),
-        ("x.json", '{"memory": 4e9}'),
-    ],
-)
-def test_memory_in_bytes(tmp_path: Path, name: str, text: str) -> None:
-    """However it is said: a number of bytes here, a text where people read it."""
-    (tmp_path / name).write_text(text)
-    config = TrainConfig.from_dict(read_config(tmp_path / name))
-    assert config == TrainConfig(memory="4GB")
-    assert (config.memory, type(config.memory)) == (4_000_000_000, int)
-    assert config.changes(TrainConfig()) == {"memory": ("4 GB", "reversible")}
-
-
 def test_values_in_files(tmp_path: Path) -> None:
     """1e-3 is a number in YAML, and "none" is null only where null may be."""
     (tmp_path / "x.yaml").write_text(
@@ -72,16 +55,12 @@ def test_values_in_files(tmp_path: Path) -> None:
     [
         ("x.ini", "", r"config: expected a file ending in one of .toml, .yaml, .yml, .json, found '.*x.ini'"),
         ("x.toml", "lr = 1\nlr = 2", r"x.toml: expected a configuration as TOML, found .*"),
-        ("x.toml", "a\x1b[31m = 1", r"x.toml: expected a configuration as TOML, found .*"),
         ("x.toml", "\xff", r"x.toml: expected a configuration as TOML, found .*utf-8"),
-        ("x.yaml", "a: [", r"x.yaml: expected a configuration as YAML, found .*"),
         ("x.yaml", "!!python/object/apply:os.getcwd []", r"x.yaml: expected a configuration as YAML, found .*"),
         ("x.yaml", "- 1", r"x.yaml: expected tables of settings, found list"),
-        ("x.json", "[" * 20_000 + "]" * 20_000, r"x.json: expected a configuration as JSON, found .*recursion"),
         ("x.json", '{"size": 3}', r"config: expected known keys, found size"),
         ("x.json", '{"data": [3]}', r"data: expected a mapping, found list"),
         ("x.yaml", "lr: &a [*a]", r"lr: expected a positive number, found \[\[\.\.\.\]\]"),
-        ("x.toml", "[data.size]\nx = 1", r"size: expected a positive whole number, or none, found {'x': 1}"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -90,11 +69,6 @@ def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: s
         TrainConfig.from_dict(read_config(tmp_path / name))
     assert len(str(caught.value).splitlines()) == 1
     assert "\x1b" not in str(caught.value)
-
-
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config: expected an existing file, found '.*none.toml'"):
-        read_config(tmp_path / "none.toml")
 
 
 def test_what_a_resumed_run_may_change(tiny_config: Callable[..., TrainConfig]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pyglow_fast.data import ImageSet, MissingExtraError
-from pyglow_fast.train import RunFolder, SaveError, TrainConfig, resume, start
-from pyglow_fast.train.csv_text import csv_text
-from pyglow_fast.train.metrics import COLUMNS, Row, read_metrics
+from pyglow_fast.data import ImageSet
+from pyglow_fast.train import RunFolder, TrainConfig, resume, start
+from pyglow_fast.train.metrics import COLUMNS, Row, csv_text, read_metrics
 from pyglow_fast.train.writer import RunWriter
 
 EMPTY = "," * (len(COLUMNS) - 2)  # all cells but step and epoch
@@ -42,18 +40,6 @@ def curve(folder: RunFolder, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Reload().Scalars(name)]
 
 
-def test_there_and_back(writer: RunWriter) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rows = read_metrics(writer.folder.metrics)
-        assert read_metrics(writer.folder.path / "none.csv") == []
-    assert steps(rows) == [0, 1, 2, 3]
-    assert (rows[0]["lr"], rows[0]["seconds"]) == (0.5, None)
-    assert math.isnan(rows[0]["held_out_se"])  # type: ignore[arg-type]  # the error of one image
-    writer.close()
-    assert curve(writer.folder, "lr") == [(step, 0.5) for step in range(4)]
-
-
 @pytest.mark.parametrize(
     "damaged",
     [
@@ -67,15 +53,6 @@ def test_a_damaged_row_is_left_out(writer: RunWriter, damaged: str) -> None:
         file.write(f"{damaged}\n5,1{EMPTY}\n".encode(errors="surrogateescape"))
     with pytest.warns(UserWarning, match=r"metrics.csv: 1 row that cannot be read is left out"):
         assert steps(read_metrics(writer.folder.metrics)) == [0, 1, 2, 3, 5]
-
-
-@pytest.mark.parametrize("torn", ["4", "4,0,1.", "4,0" + EMPTY])
-def test_a_torn_last_line_is_left_out(writer: RunWriter, torn: str) -> None:
-    """Without its end even a line that can be read may have lost digits."""
-    with open(writer.folder.metrics, "a") as file:
-        file.write(torn)
-    with pytest.warns(UserWarning, match="1 row that cannot be read is left out"):
-        assert steps(read_metrics(writer.folder.metrics)) == [0, 1, 2, 3]
 
 
 def test_rows_that_failed_are_written_with_the_next(writer: RunWriter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,36 +82,6 @@ def test_rows_that_failed_are_written_with_the_next(writer: RunWriter, monkeypat
     assert curve(writer.folder, "lr")[-2:] == [(4, 0.25), (5, 0.125)]
 
 
-def test_the_last_row_is_completed(writer: RunWriter) -> None:
-    """By the scores of the end, which are of more images; what was measured in the steps stays."""
-    writer.add({"step": 4, "lr": 0.25, "seconds": 1.5, "held_out_bpd": 3.5, "train_bpd": 3.25})
-    writer.add({"step": 4, "seconds": 2.5, "held_out_bpd": 3.0, "held_out_accuracy": 0.5})
-    *_, row = read_metrics(writer.folder.metrics)
-    assert {name: value for name, value in row.items() if value is not None} == {
-        **{"step": 4, "lr": 0.25, "seconds": 1.5, "held_out_bpd": 3.0, "train_bpd": 3.25, "held_out_accuracy": 0.5}
-    }
-    assert len(read_metrics(writer.folder.metrics)) == 5
-
-
-def test_rows_that_never_could_be_written_are_said(
-    tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path
-) -> None:
-    run = start(tiny_config(max_steps=6), str(tmp_path), data=tiny_images)
-    run.folder.metrics = tmp_path / "gone" / "metrics.csv"
-    opened = run.writer.open
-
-    def without_a_place(step: int | None) -> None:
-        (tmp_path / "gone").mkdir()
-        opened(step)
-        run.folder.metrics.unlink()
-        (tmp_path / "gone").rmdir()
-
-    run.writer.open = without_a_place  # type: ignore[method-assign]
-    with pytest.raises(SaveError, match=r"the end of the run cannot be written: 5 rows of metrics.csv, which are lost"):
-        run.execute(quiet=True)
-    assert RunFolder(tmp_path).load().progress["step"] == 6
-
-
 def test_a_run_with_damaged_metrics_goes_on(
     tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path
 ) -> None:
@@ -151,16 +98,6 @@ def test_a_run_with_damaged_metrics_goes_on(
     assert [step for step, _ in curve(folder, "held_out_bpd")][-1] == 8
     events: Any = EventAccumulator(str(folder.events)).Reload()
     assert [event.step for event in events.Images("samples")] == [6, 6, 8]
-
-
-def test_without_tensorboard_it_says_what_to_install(
-    tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r'tensorboard is needed .* pip install "pyglow-fast\[tensorboard\]"'):
-        start(tiny_config(tensorboard=True), str(tmp_path / "run"), data=tiny_images)
-    assert list(tmp_path.iterdir()) == []
-    start(tiny_config(max_steps=1), str(tmp_path / "run"), data=tiny_images).execute(quiet=True)
 
 
 def test_cells_of_a_csv_file() -> None:

@@ -13,7 +13,7 @@ import pytest
 from support.html_page import Page
 
 from pyglow_fast.data import ImageSet
-from pyglow_fast.train import RunFolder, TrainConfig, page_of, resume, start
+from pyglow_fast.train import RunFolder, TrainConfig, page_of, start
 from pyglow_fast.train.figures import bits_png
 from pyglow_fast.train.metrics import read_metrics
 from pyglow_fast.train.page import time_text
@@ -99,32 +99,6 @@ def test_a_run_that_was_killed(
     assert page.words["h2"] == ["Scores", "Curves", "Pictures", "Settings"]  # where it ran is not known
 
 
-def test_a_run_that_has_just_begun(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    folder.create(tiny_config(max_steps=None, max_minutes=1.0))
-    page = Page(page_of(folder))
-    assert (table(page)["steps"], page.words["h2"]) == ("at step 0", ["Settings"])
-    assert page.words["h1"] == ["run: a Glow on digits"]
-
-
-def test_a_run_that_goes_on_after_its_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed(resume(str(folder.path), max_steps=30), 16, monkeypatch)
-    assert folder.read_report()["step"] == 12
-    page = Page(page_of(folder))
-    assert table(page)["steps"] == "at step 16 of 30"
-    assert "bits/dim at step 16, at most 8 images" in page.words["td"]
-    assert resume(str(folder.path)).execute(quiet=True).step == 30
-    assert table(Page(page_of(folder)))["steps"] == "30"
-
-
-@pytest.mark.parametrize("change", [{"held_out": {"mean": "low"}}, {"yardsticks": 3}, {"seconds": "long"}, None])
-def test_a_report_that_cannot_be_read(folder: RunFolder, change: dict[str, Any] | None) -> None:
-    folder.report.write_text("{" if change is None else json.dumps(folder.read_report() | change))
-    page = Page(page_of(folder))
-    assert page.words["p"] == ["report.json cannot be read and is left out"]
-    assert table(page)["steps"] == "at step 12 of 12"
-
-
 def test_text_of_files_is_escaped(folder: RunFolder) -> None:
     report = folder.read_report()
     report |= {"data": NASTY, "environment": {NASTY: NASTY}}
@@ -138,16 +112,3 @@ def test_text_of_files_is_escaped(folder: RunFolder) -> None:
     assert "\x1b" not in source.encode().decode()
     assert SHOWN in page.words["th"]
     assert {SHOWN, f"bits/dim, {SHOWN}", f"folder:{SHOWN}"} <= set(page.words["td"])
-
-
-def test_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"run: expected the folder of a run \(with config.toml\), found"):
-        page_of(RunFolder(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (3900, "1 h 05 min"), (90_000, "25 h 00 min")],
-)
-def test_times_for_people(seconds: float, text: str) -> None:
-    assert time_text(seconds) == text

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from support.commands import Command, free_port, ranks
 
-from pyglow_fast.train import Checkpoint, RunFolder
 from pyglow_fast.train.metrics import read_metrics
 
 TINY = ["--n-levels", "2", "--n-steps", "2", "--hidden", "4", "--batch-size", "16", "--eval-images", "50"]
@@ -67,73 +63,6 @@ def test_torchrun_with_parts_is_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_resumed_run_on_as_many_and_on_other_ranks(tmp_path: Path) -> None:
-    run_ranks(["--max-steps", "12", "--out", "whole"], tmp_path)
-    run_ranks(["--max-steps", "5", "--out", "parts"], tmp_path)
-    (tmp_path / "fewer").mkdir()
-    subprocess.run(["cp", "-r", tmp_path / "parts", tmp_path / "fewer" / "run"], check=True)
-    run_ranks(["--max-steps", "12", "--out", "parts", "--resume"], tmp_path)
-    whole, parts = (Checkpoint.load(RunFolder(tmp_path / name).checkpoint) for name in ("whole", "parts"))
-    assert whole.rank.keys() == parts.rank.keys()
-    assert {key.partition(".")[0] for key in whole.rank} == {"0", "1"}
-    for part in ("model", "ema", "optimizer", "rank"):
-        found, wanted = getattr(parts, part), getattr(whole, part)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted), part
-    run_alone(["--max-steps", "12", "--out", "fewer/run", "--resume"], tmp_path)
-    fewer = Checkpoint.load(RunFolder(tmp_path / "fewer" / "run").checkpoint)
-    assert fewer.progress["step"] == 12
-    for name, wanted in whole.model.items():
-        if "_extra_state" not in name:
-            # Seven updates of at most lr = 1e-3 each; sums in another order move a weight by a small part of that.
-            torch.testing.assert_close(fewer.model[name], wanted, rtol=1e-3, atol=1e-4)
-
-
-def wait_for_steps(run: Path, count: int) -> None:
-    until = time.monotonic() + 300
-    while time.monotonic() < until:
-        if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().splitlines()) > count:
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"{run} takes no steps")
-
-
-@pytest.mark.full
-def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import os, sys
-from pyglow_fast.cli import main
-from pyglow_fast.train import TrainState
-step = TrainState.step
-def failing(self):
-    if self.progress.step == 3 and self.ranks.rank == 1:
-        raise MemoryError("no more room")
-    return step(self)
-TrainState.step = failing
-sys.exit(main(sys.argv[1:]))
-"""
-    )
-    with ranks(tmp_path, *[[str(program), *TRAIN[2:], "--out", "run"]] * 2) as processes:
-        first, second = ended(processes)
-    assert second[0] == 1
-    assert second[2].endswith("error: not enough memory: no more room\n")
-    assert first[0] == 1
-    assert "error: rank 0 of 2 stops: another rank ended" in first[2]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_rank_ends_all_of_them_saved(tmp_path: Path, signum: int) -> None:
-    with ranks(tmp_path, *[[*TRAIN, "--out", "run", "--log-every", "1"]] * 2) as processes:
-        wait_for_steps(tmp_path / "run", 5)
-        processes[1].send_signal(signum)
-        codes = [code for code, _, _ in ended(processes)]
-    assert codes == [128 + signum] * 2
-    assert RunFolder(tmp_path / "run").load().progress["step"] >= 4
-
-
-@pytest.mark.full
 def test_weights_that_differ_are_found_on_all_ranks(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
@@ -157,24 +86,3 @@ with open_ranks() as ranks:
     for code, output, errors in results:
         assert code == 0, errors
         assert output.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 1.bias\n")
-
-
-LEAVING = """
-import sys
-from pathlib import Path
-from pyglow_fast.cli.app import main
-code = main(sys.argv[1:])
-names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-print([name for name in names if "gloo" in name])
-sys.exit(code)
-"""
-
-
-@pytest.mark.full
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
-def test_threads_of_the_group_end_with_it(tmp_path: Path) -> None:
-    """One that lets go of a tensor while the interpreter ends would abort the process."""
-    with ranks(tmp_path, *[["-c", LEAVING, *TRAIN[2:], "--max-steps", "2", "--out", "run"]] * 2) as processes:
-        for code, output, errors in ended(processes):
-            assert code == 0, errors
-            assert output.splitlines()[-1] == "[]"

@@ -13,14 +13,12 @@ from PIL import Image
 from support.run_cases import MakeConfig, assert_same_weights, before_step
 
 from pyglow_fast import GlowConfig
-from pyglow_fast.data import DataConfig, load_data
+from pyglow_fast.data import DataConfig
 from pyglow_fast.train import (
     InputLostError,
     Run,
     RunFolder,
     TrainConfig,
-    TrainState,
-    evaluate,
     resume,
     start,
 )
@@ -47,7 +45,7 @@ def photo_config(tiny_config: MakeConfig, photos: Path, **fields: Any) -> TrainC
 
 def spoil_some(run: Run, photos: Path) -> None:
     """Six of the training images become unreadable, of the size they had."""
-    for i in run.state.train.pixels.positions[3:9].tolist():
+    for i in run.state.train.positions[3:9].tolist():
         path = photos / f"{i:02}.png"
         content = path.read_bytes()
         path.write_bytes(content[:40] + bytes(len(content) - 40))
@@ -70,14 +68,6 @@ def test_an_unreadable_image_in_the_middle_of_an_epoch(
     assert read_metrics(tmp_path / "run" / "metrics.csv")[-1]["unreadable_images"] == result.unreadable
 
 
-def test_an_unreadable_image_at_the_start(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
-    run = start(photo_config(tiny_config, photos, workers=0), str(tmp_path / "run"))
-    spoil_some(run, photos)
-    with pytest.raises(InputLostError, match=r"/\d\d.png: expected an image that Pillow can decode") as caught:
-        run.execute(quiet=True)
-    assert "saved" not in str(caught.value)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("delay", [0.0, 0.004, 0.01])
 def test_a_reader_that_is_killed_at_any_moment(
@@ -97,31 +87,3 @@ def test_a_reader_that_is_killed_at_any_moment(
         run.execute(quiet=True)
     resume(str(tmp_path / "parts")).execute(quiet=True)
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
-
-
-def test_unreadable_images_do_not_count_in_a_score(tiny_config: MakeConfig, photos: Path) -> None:
-    config = photo_config(tiny_config, photos, on_unreadable="skip", workers=0)
-    state = TrainState(config, load_data(config.data))
-    state.initialize()
-    whole = state.score(state.held_out)
-    bad = photos / f"{int(state.held_out.pixels.positions[0]):02}.png"
-    bad.write_bytes(bytes(bad.stat().st_size))
-    found = state.score(state.held_out)
-    assert (whole.images, whole.unreadable, found.images, found.unreadable) == (10, 0, 9, 1)
-    others = evaluate(state.model, state.held_out.subset(range(1, 10)), 64, 0)
-    assert abs(found.mean - others.mean) < 5 * others.standard_error
-    for i in state.held_out.pixels.positions.tolist():
-        (photos / f"{i:02}.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="data: expected at least one image that can be read"):
-        state.score(state.held_out)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("changed", [{}, {"accumulate": 2}], ids=["same", "accumulated"])
-def test_workers_change_nothing(tiny_config: MakeConfig, photos: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
-    for workers in (0, 1, 2):
-        config = photo_config(tiny_config, photos, flip=True, crop_margin=3, workers=workers, **changed)
-        run = start(config, str(tmp_path / str(workers)))
-        run.execute(quiet=True)
-    assert_same_weights(tmp_path / "0", tmp_path / "1")
-    assert_same_weights(tmp_path / "0", tmp_path / "2")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import resource
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support.run_cases import MakeConfig, assert_same_weights, before_step, train
+from support.run_cases import MakeConfig, train
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet, histogram_bits_per_dim, png_bits_per_dim, split
@@ -24,15 +21,13 @@ from pyglow_fast.train import (
     RunFolder,
     TrainConfig,
     TrainingDivergedError,
-    TrainState,
     evaluate,
     load_model,
     read_config,
     resume,
     start,
 )
-from pyglow_fast.train.loop import noted_signals
-from pyglow_fast.train.metrics import COLUMNS, read_metrics
+from pyglow_fast.train.metrics import read_metrics
 
 
 def test_what_a_run_writes(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
@@ -65,31 +60,6 @@ def test_what_a_run_writes(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_p
     # Other dequantisation noise, so equal only within a few standard errors of the ten images.
     assert abs(again.mean - result.held_out.mean) < 5 * again.standard_error
     assert result.before.mean > result.held_out.mean
-
-
-def test_metrics(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
-    train(tiny_config(), tmp_path, tiny_images)
-    rows = read_metrics(tmp_path / "metrics.csv")
-    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8, 10, 12]
-    assert [row["epoch"] for row in rows] == [0, 0, 1, 2, 2, 3, 4]  # 30 training images: three batches of 8 an epoch
-    assert [row["held_out_bpd"] is not None for row in rows] == [True, False, True, False, True, False, True]
-    assert [row["lr"] for row in rows[1:4]] == pytest.approx([5e-4, 1e-3, 1e-3])  # four steps of warm-up
-    assert all(row[name] > 0 for row in rows[1:] for name in ("images_per_s", "memory_mb", "grad_norm"))  # type: ignore[operator]
-    state = TrainState(tiny_config(), tiny_images)
-    state.initialize()
-    losses = [state.step() for _ in range(4)]  # whose means are the train_bpd of the rows
-    assert [row["train_bpd"] for row in rows[1:3]] == pytest.approx(
-        [sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-5
-    )
-
-
-def test_threads_are_those_asked_for_and_given_back(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, found = start(tiny_config(max_steps=1, threads=2), str(tmp_path), data=tiny_images), list[int]()
-    before_step(run, 0, lambda: found.append(torch.get_num_threads()), monkeypatch)
-    run.execute(quiet=True)
-    assert [*found, torch.get_num_threads()] == [2, 1]
 
 
 # Limits.
@@ -176,26 +146,6 @@ def test_early_stopping(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path
 # Resumed.
 
 
-def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(tiny_config(), tmp_path / "whole", tiny_images)
-    run = start(tiny_config(), str(tmp_path / "parts"), data=tiny_images)
-    before_step(run, 8, lambda: 1 / 0, monkeypatch)  # saved at 6, rows written up to 8
-    with pytest.raises(ZeroDivisionError):
-        run.execute(quiet=True)
-    with open(tmp_path / "parts" / "metrics.csv", "a") as file:
-        file.write("9,2,0.")  # a line cut off by the crash
-    with pytest.warns(UserWarning, match="1 row"):
-        resume(str(tmp_path / "parts")).execute(quiet=True)
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
-    rows = [
-        [[row[name] for name in COLUMNS if name not in ("seconds", "images_per_s", "memory_mb")] for row in found]
-        for found in (read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "parts"))
-    ]
-    assert rows[0] == rows[1]
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])
 def test_a_run_in_parts_is_the_whole_run(
@@ -220,19 +170,6 @@ def test_a_run_in_parts_is_the_whole_run(
         for name in ("whole", "parts")
     ]
     assert train_bpd[0].items() <= train_bpd[1].items()
-
-
-def test_resuming_a_finished_run_changes_nothing(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
-) -> None:
-    run = train(tiny_config(max_steps=3, eval_every=2), tmp_path, tiny_images)
-    before, checkpoint = (tmp_path / "metrics.csv").read_text(), RunFolder(tmp_path).load()
-    again = resume(str(tmp_path))
-    assert again.state.model.memory_report() == run.state.model.memory_report()  # its anchors go on where they were
-    assert again.execute(quiet=True).step == 3
-    assert (tmp_path / "metrics.csv").read_text() == before
-    after = RunFolder(tmp_path).load()
-    assert all(torch.equal(after.model[name], value) for name, value in checkpoint.model.items())
 
 
 # What goes wrong.
@@ -303,36 +240,3 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(
     assert checkpoint.progress["step"] == good
     assert all(tensor.isfinite().all() for tensor in checkpoint.model.values())
     assert resume(str(tmp_path)).execute(quiet=True).step == 12  # and it can go on
-
-
-def test_older_checkpoints_give_way_on_a_full_disk(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, folder, save = start(tiny_config(), str(tmp_path), data=tiny_images), RunFolder(tmp_path), Checkpoint.save
-
-    def limited(checkpoint: Checkpoint, path: Path) -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if run.state.progress.step > 5 and len(folder.saved()) >= 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        try:
-            save(checkpoint, path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    monkeypatch.setattr(Checkpoint, "save", limited)
-    run.execute(quiet=True)
-    assert len(run.writer.refused) == 2  # best.safetensors, at steps 8 and 12, asks for no place
-    assert folder.saved()[0].stem == "step-0000012"
-
-
-def test_a_second_signal_has_its_ordinary_effect() -> None:
-    # A shell starts its background jobs with SIGINT ignored, and so this test may find it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with noted_signals() as signals:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert signals == [signal.SIGINT]
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.run_cases import MakeConfig, train
+from support.run_cases import MakeConfig
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet
-from pyglow_fast.reversible.setting import parse_memory
 from pyglow_fast.train import (
     Checkpoint,
-    RunFolder,
     TrainConfig,
     TrainingDivergedError,
     TrainState,
-    evaluate,
-    learning_rate,
-    load_model,
 )
-from pyglow_fast.train.metrics import read_metrics
 
 
 def begun(config: TrainConfig, data: ImageSet) -> TrainState:
     state = TrainState(config, data)
     state.initialize()
     return state
-
-
-def test_learning_rate() -> None:
-    assert [learning_rate(step, 1.0, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(0, 1.0) == 1.0
-    falling = [learning_rate(step, 1.0, 4, 104) for step in (0, 4, 54, 104, 1000)]
-    assert falling == pytest.approx([0.25, 1.0, 0.505, 0.01, 0.01])  # half way down from 1 to 0.01
-
-
-@pytest.mark.parametrize("memory", ["reversible", "checkpoint", "store", "1GB"])
-def test_the_model_is_told_how_to_keep_memory(memory: str, tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
-    state = TrainState(tiny_config(memory=memory), tiny_images)
-    assert not state.model.is_initialized
-    assert parse_memory(state.model.memory) == parse_memory(memory)
 
 
 def test_gradients_are_clipped(tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
@@ -89,39 +67,6 @@ def test_the_average_is_that_of_the_formula(tiny_config: MakeConfig, tiny_images
     other.restore(Checkpoint.load(tmp_path / "x.safetensors"), "x")
     assert state.step() == other.step()
     assert torch.equal(other.averaged.prior.mean_log_sd, state.averaged.prior.mean_log_sd)
-
-
-def test_a_run_is_scored_and_kept_with_its_average(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
-) -> None:
-    runs = {
-        name: train(tiny_config(ema_decay=decay), tmp_path / name, tiny_images)
-        for name, decay in (("none", None), ("slow", 0.999))
-    }
-    plain, slow = (Checkpoint.load(RunFolder(tmp_path / name).checkpoint) for name in runs)
-    assert plain.ema == {}
-    assert torch.equal(plain.model["prior.mean_log_sd"], slow.model["prior.mean_log_sd"])  # training is the same
-    model, state = load_model(slow, "x"), runs["slow"].state
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in slow.ema.items())
-    assert not torch.equal(model.state_dict()["prior.mean_log_sd"], slow.model["prior.mean_log_sd"])
-    reported = RunFolder(tmp_path / "slow").read_report()["held_out"]["mean"]
-    assert reported == state.score(state.held_out).mean != runs["none"].state.score(state.held_out).mean
-
-
-def test_weights_that_fail_for_the_last_images_only_are_found(
-    tiny_config: MakeConfig, sorted_images: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = begun(tiny_config(), sorted_images)
-    state.check()
-    log_prob = state.model.log_prob
-
-    def no_number_for_white(x: torch.Tensor, *others: Any) -> torch.Tensor:
-        return log_prob(x, *others).masked_fill(x.flatten(1)[:, 0] >= 0.3, math.nan)
-
-    monkeypatch.setattr(state.model, "log_prob", no_number_for_white)
-    assert (state.train.pixels[:50] == 0).all()
-    with pytest.raises(TrainingDivergedError, match="after its update training images have nan bits/dim"):
-        state.check()
 
 
 def test_steps_that_are_not_finite_are_left_out(
@@ -176,27 +121,3 @@ def test_the_gradient_of_a_step_is_that_of_the_loss(
         torch.testing.assert_close(parameter.grad, other.model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
     assert state.model.head is not None
     assert state.model.head.weight.grad.abs().max() > 0.01
-
-
-def test_memory_modes_and_parts_of_a_batch_agree(judged: MakeConfig, bright: ImageSet) -> None:
-    found = []
-    for fields in ({}, {"memory": "store"}, {"memory": "checkpoint"}, {"accumulate": 4}):
-        state = begun(judged(**fields), bright)
-        found.append([*(state.step() for _ in range(6)), state.progress.class_sum])
-    assert found[0][-1] < 5.99  # of 6 bits, were nothing learned
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-4)
-
-
-@pytest.mark.full
-def test_it_learns_to_tell_the_classes_apart_and_says_so(judged: MakeConfig, bright: ImageSet, tmp_path: Path) -> None:
-    run = train(judged(max_steps=60, ema_decay=None), tmp_path / "r", bright)
-    rows = read_metrics(tmp_path / "r" / "metrics.csv")
-    assert rows[0]["held_out_class_bits"] == pytest.approx(1.0)  # a fresh head: one bit of two classes
-    assert rows[-1]["held_out_accuracy"] == 1.0
-    assert rows[-1]["held_out_class_bits"] < 0.9
-    assert rows[-1]["train_class_bits"] < rows[1]["train_class_bits"]
-    assert json.loads((tmp_path / "r" / "report.json").read_text())["held_out"]["accuracy"] == 1.0
-    unlabelled = replace(run.state.held_out, labels=None, class_names=())  # a density that needs no labels
-    with_labels, without = (evaluate(run.state.model, data, 4, 3) for data in (run.state.held_out, unlabelled))
-    assert (without.accuracy, without.mean) == (None, with_labels.mean)
