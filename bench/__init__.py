@@ -1,6 +1,6 @@
 """Benchmarks: ratios measured in one run, never timed tests.
 
-Each is a module with ``main(argv) -> exit code``, run from the source tree by ``pyglow-fast bench NAME``:
+Each is a module with ``main(argv) -> exit code``, run from the source tree by ``python -m bench.NAME``:
 
     kernels     the ops, and the flow step outside its net, by pytest-benchmark
     models      training step, log_prob and sampling of whole models, against the peers

@@ -1,6 +1,6 @@
 """The cost of a call besides its kernel: functions on tensors of four numbers, a flow step, and a batch of one image.
 
-    pyglow-fast bench calls [--rounds 15] [--against ../before] [--out DIR]
+    python -m bench.calls [--rounds 15] [--against ../before] [--out DIR]
 
 On one thread; processor time is what to compare. The floor is what torch asks for: an addition, and an autograd
 function that hands its input on. "Recorded" means that the tensors require gradients, and times the forward alone.

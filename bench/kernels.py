@@ -1,6 +1,6 @@
 """Every op, and the flow step outside its net, by pytest-benchmark: ours, the reference, and a copy.
 
-    pyglow-fast bench kernels [--shapes 8x12x64x64] [--only TEXT] [--compile] [--malloc both] [--out DIR]
+    python -m bench.kernels [--shapes 8x12x64x64] [--only TEXT] [--compile] [--malloc both] [--out DIR]
     python -m pytest bench/kernels.py --benchmark-only          # with all of pytest-benchmark's own options
 
 The copy touches as many bytes as the case must move at least, half of them read and half written, into memory that is

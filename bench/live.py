@@ -1,6 +1,6 @@
 """Flows of projects that people run, before and after ``accelerate``: training step, inference, memory, and errors.
 
-    PYTHONPATH=build/live pyglow-fast bench live [--models a,b] [--precision bf16] [--batch N] [--quick] [--out DIR]
+    PYTHONPATH=build/live python -m bench.live [--models a,b] [--precision bf16] [--batch N] [--quick] [--out DIR]
 
 The flow part alone, on random features (bench/live_cases.py). Theirs, and copies of it with the same weights after
 ``accelerate(model)`` and with memory "store" and "reversible", take turns in one process. A training step is forward

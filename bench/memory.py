@@ -1,8 +1,8 @@
 """Training memory against depth and against resolution, and time against a budget of bytes.
 
-    pyglow-fast bench memory [--only depth,resolution] [--depths 8,32,128,512] [--sizes 64,128,256] [--out DIR]
-    pyglow-fast bench memory --only large [--sizes 256,1024] [--depths 4,16] [--device cuda] [--out DIR]
-    pyglow-fast bench memory --budgets [--cases a,b,c,e] [--out DIR]
+    python -m bench.memory [--only depth,resolution] [--depths 8,32,128,512] [--sizes 64,128,256] [--out DIR]
+    python -m bench.memory --only large [--sizes 256,1024] [--depths 4,16] [--device cuda] [--out DIR]
+    python -m bench.memory --budgets [--cases a,b,c,e] [--out DIR]
 
 The memory of one training step (forward and backward) beyond parameters and gradients; each curve and
 implementation has a process of its own. Of each row, in bytes:

@@ -1,7 +1,7 @@
 """Whole models: a training step, log_prob and sampling, by ours, plain torch and the peers' layers.
 
-    pyglow-fast bench models [--configs a,b] [--precision bf16] [--quick] [--out DIR]
-    pyglow-fast bench models --configs b --implementations store,reversible --against ../before
+    python -m bench.models [--configs a,b] [--precision bf16] [--quick] [--out DIR]
+    python -m bench.models --configs b --implementations store,reversible --against ../before
 
 A training step is zero_grad, forward and backward of the mean of -log_prob; an optimizer is no part of it. log_prob and
 sample run under no_grad in evaluation mode. Every candidate is held against its function in float64 before it is timed:

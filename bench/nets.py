@@ -1,6 +1,6 @@
 """Coupling nets alone: ours against the library's convolutions, in float32 and bfloat16, at shapes that people have.
 
-    pyglow-fast bench nets [--nets a,fastflow] [--precision fp32,bf16] [--quick] [--out DIR]
+    python -m bench.nets [--nets a,fastflow] [--precision fp32,bf16] [--quick] [--out DIR]
 
 Every net is a chain of convolutions, or of linear layers, with relus in between (``functional.net_chain``): those of
 the model benchmark, a to e, one for each level, and those of other projects. Forward is without a record;

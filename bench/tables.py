@@ -1,6 +1,6 @@
 """The tables of measured figures in README.md and docs: made of the rows in bench/results, and put into the pages.
 
-    pyglow-fast bench tables [--write]
+    python -m bench.tables [--write]
 
 A table stands in its page between ``<!-- table NAME -->`` and ``<!-- end of NAME -->``; NAME is a function of this
 file. Without --write the command says which pages would change, and its exit code is 1 if any would.
@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         new = filled(text)
         if new != text:
             changed += 1
-            print(f"{page}: {'written' if write else 'differs: pyglow-fast bench tables --write'}")
+            print(f"{page}: {'written' if write else 'differs: python -m bench.tables --write'}")
             if write:
                 write_text(ROOT / page, new)
     return 0 if write else int(changed > 0)

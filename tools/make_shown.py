@@ -107,7 +107,7 @@ def pack(run: Path) -> None:
     for name in ("metrics.csv", "report.json"):
         shutil.copy(run / name, SHIPPED / name)
     opened = OpenRun.open(str(SHIPPED), best=True)
-    opened.directions(opened.space)
+    opened.directions()
     scores = opened.scores()
     print(f"step {opened.step}: held out {scores.held_out.mean():.3f} bits/dim, training {scores.train.mean():.3f}")
 

@@ -29,7 +29,7 @@ resumed run may change.
 
 | word | means |
 |---|---|
-| level | one of the L = `n_levels` levels of the flow; `--levels 0 1` of `manipulate` names some, 0 the shallowest |
+| level | one of the L = `n_levels` levels of the flow; `levels --keep 0 1` names some, 0 the shallowest |
 | step of the flow | actnorm, 1x1 convolution and coupling: each level has K = `n_steps` |
 | training step | an update of the weights: `max_steps`, `decay_steps`, `warmup_steps`, and all that ends in `_every` |
 | grey level | a value of a pixel, of a channel where it has colours: 0 to n_bins - 1; `pixels` are tensors of them |

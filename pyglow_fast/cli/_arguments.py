@@ -9,23 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from pyglow_fast._errors import check_seed, expect
 from pyglow_fast._settings import Range, value_text
 from pyglow_fast.cli._output import did_you_mean, say_error
 from pyglow_fast.data import DATA_HELP, optional
 from pyglow_fast.data.sources import SHIPPED
-from pyglow_fast.latents import SPACES
 from pyglow_fast.studio import OpenRun
-from pyglow_fast.studio.opened import TRAIN_IMAGES
-from pyglow_fast.studio.reading import PARTS, Selection, selection
-from pyglow_fast.train import RunFolder, check_fits
+from pyglow_fast.studio.opened import SHOWN
+from pyglow_fast.studio.reading import PARTS
+from pyglow_fast.train import RunFolder
 from pyglow_fast.train.figures import PICTURE_IMAGES
 
-Function = Callable[[argparse.Namespace], int]  # what a command does; gives the exit code
+Function = Callable[[argparse.Namespace], int | None]  # what a command does; gives the exit code, or none for 0
 Commands = argparse._SubParsersAction  # of argparse.ArgumentParser: where a command is declared
-SHOWN = "shown"  # as RUN: the small model that comes with the package
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
 _NEGATIVE = re.compile(r"-\.?[0-9]|-(inf|infinity|nan)$", re.IGNORECASE)  # as a number begins, and no option
 _RANGES = {
@@ -33,11 +29,7 @@ _RANGES = {
     "columns": PICTURE_IMAGES,
     "scale": Range(least=1, most=256, why="a pixel of the image is then a picture of its own"),
     "frames": Range(least=2, most=1000, why="each is a pass through the model"),
-    "pairs": Range(least=1),
-    "samples": Range(least=1, most=10_000, why="each goes through all images once more"),
     "batch_size": Range(least=1, most=1 << 16, why="all of them are in memory at once"),
-    "eval_images": Range(least=1),
-    "train_images": Range(least=1),
 }
 
 
@@ -58,10 +50,6 @@ def number(text: str) -> float:
 
 
 COUNT: dict[str, Any] = {"type": whole, "metavar": "N"}
-SPACE_HELP = (
-    "what is edited: z of every level (latent), or what the priors standardise it to (noise; default: noise, for a "
-    "model with classes latent, since noise holds little of the class)"
-)
 RUN_HELP = f"the folder of a run, or {SHOWN}: the small model that comes with the package"
 _SHARED: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN", "help": RUN_HELP},
@@ -76,10 +64,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--seed": COUNT | {"default": 0, "help": "of all that is random: the same seed gives the same result"},
     "--temperature": {"type": number, "metavar": "X", "help": "multiplies the priors' deviation; 0 is the mean"},
     "--label": {"metavar": "CLASS", "action": "append", "help": "a class; may be repeated (default: all in turn)"},
-    "--space": {"choices": SPACES, "help": SPACE_HELP},
-    "--train-images": COUNT | {"default": TRAIN_IMAGES, "help": "that the mean latents are measured on, at most"},
     "--batch-size": COUNT | {"default": 64, "help": "images at a time"},
-    "--samples": COUNT | {"default": 1, "help": "draws of the dequantisation noise an image"},
 }
 RUN = ("run", "--best", "--device")
 IMAGES = (*RUN, "data", "--part")
@@ -176,51 +161,19 @@ def check_numbers(args: argparse.Namespace) -> None:
     expect(0.0 <= temperature < float("inf"), "temperature", "a number, 0 or more", temperature)
 
 
-def open_run(args: argparse.Namespace, name: str | None = None) -> OpenRun:
-    """Check the numbers that were given, and open RUN, or of several the one ``name``."""
+def open_run(args: argparse.Namespace, suffix: str = "", *images: str | None) -> tuple[OpenRun, Path]:
+    """Check the numbers that were given, open RUN, and find where --out will go, by default into the run's folder.
+
+    ``images`` are read besides the run's own; without a ``suffix`` nothing will be written.
+    """
     check_numbers(args)
-    name = name or args.run
-    ours = is_shown(name)
-    place = shown_run() if ours else name
-    opened = OpenRun.open(place, args.best or ours, args.device, getattr(args, "train_images", TRAIN_IMAGES))
-    opened.name, opened.best = name, args.best
-    return opened
-
-
-def is_shown(name: str) -> bool:
-    """Tell whether ``name``, given as RUN, is the model that comes with the package, and no folder here."""
-    return name == SHOWN and not Path(name).exists()
-
-
-def shown_run() -> str:
-    """Find the run that comes with the package."""
-    expect(SHIPPED.is_dir(), "run", "the folder of a run", "none, and this copy of pyglow_fast comes without a model")
-    return str(SHIPPED)
-
-
-def own_name(opened: OpenRun) -> str:
-    """Name the run's own images."""
-    return opened.checkpoint.config.data.name
-
-
-def select(opened: OpenRun, data: str | None = None, part: str | None = None) -> Selection:
-    """Load the images ``data`` prepared for the run, by default its own, and the part that is looked at."""
-    if data is not None:
-        return selection(data, part, opened.checkpoint, opened.model)
-    images, train, held_out = opened.images.find()
-    check_fits(opened.model, images, opened.n_bins)
-    part = part or PARTS[0]
-    positions = {"held-out": held_out, "train": train, "all": torch.arange(len(images))}[part]
-    return Selection(images.subset(positions), positions, images.subset(train), part)
-
-
-def output(args: argparse.Namespace, suffix: str, *images: str | None) -> Path:
-    """Find where --out will go, by default into the run's folder: see :func:`output_path`."""
     if suffix == ".png":
         optional("PIL.ImageDraw", "pictures")  # better missed now than after minutes
-    folder = args.run if isinstance(args.run, str) else args.run[0]
-    place = Path() if is_shown(folder) else Path(folder)
-    return output_path(args.out or str(place / f"{args.command}{suffix}"), suffix, "out", *images)
+    opened = OpenRun.open(args.run, args.best, args.device)
+    if not suffix:
+        return opened, Path()
+    usual = (Path() if opened.folder.path == SHIPPED else Path(args.run)) / f"{args.command}{suffix}"
+    return opened, output_path(args.out or str(usual), suffix, "out", opened.source, *images)
 
 
 def output_path(text: str, suffix: str, argument: str, *images: str | None) -> Path:

@@ -8,12 +8,10 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from pyglow_fast._errors import visible
 from pyglow_fast.data import Yardstick
-from pyglow_fast.studio.directions import Progress
-from pyglow_fast.train import Score, progress_line
+from pyglow_fast.train import Score
 
 # "preset: expected one of cifar10, lsun64, found 'cifar'": the end of a message about a name, and the names.
 _UNKNOWN = re.compile(r"(?:expected one of|data: expected) (?P<known>.*), found '(?P<word>[^':]+)[^']*'")
@@ -67,23 +65,6 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = [f"{value} {unit}" for value, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if value]
     return " ".join(parts[:2]) or "0 s"
-
-
-@contextmanager
-def progress(words: str) -> Iterator[Progress]:
-    """A context with a function that is told (done, total), and shows how far that is from the first call on."""
-    line: Any = None
-
-    def told(done: int, total: int) -> None:
-        nonlocal line
-        line = progress_line(words, total) if line is None else line
-        line.update(done - line.n)
-
-    try:
-        yield told
-    finally:
-        if line is not None:
-            line.close()
 
 
 def not_finite_note(count: int, of: str = "of them") -> str:

@@ -71,10 +71,9 @@ def _one_line(
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    """Run a command; returns the exit code."""
     try:
         args = parser().parse_args(argv)
-        code: int = args.run_command(args)
+        code: int = args.run_command(args) or 0
     except SystemExit as stop:  # argparse printed its error, or the help
         return stop.code if isinstance(stop.code, int) else 2
     except (InputError, FolderError, MissingExtraError, UnreadableImageError) as error:

@@ -27,15 +27,6 @@ FORMATS: dict[str, tuple[Callable[..., Glow], Callable[..., Any]]] = {
 OPTIONS = ("image_size", "permutation", "averaged", "lu", "learn_top", "batch_size", "rescale")
 
 
-def sides(text: str) -> int | tuple[int, int]:
-    """Read N or HxW, the sides of images, as an argument type of argparse."""
-    parts = text.lower().split("x")
-    if len(parts) > 2:
-        raise argparse.ArgumentTypeError(f"expected N or HxW, found {text!r}")
-    numbers = [whole(part) for part in parts]
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-
-
 def add(commands: Commands[Any]) -> None:
     """Declare the command ``convert`` and its options; one that is not given does not appear in the namespace."""
     about = "convert checkpoints of other Glow implementations to this package's models, and back"
@@ -47,27 +38,24 @@ def add(commands: Commands[Any]) -> None:
     text = "file to write: .safetensors, .npz, or torch.save's .pt and the like"
     parser.add_argument("out", metavar="OUT", help=text)
     parser.add_argument("--to", choices=names, default=OWN, metavar="FORMAT", help="of OUT")
-    reading = parser.add_argument_group("reading")
     text = "of the images: openai and rosinality need it"
-    reading.add_argument("--image-size", type=sides, metavar="N or HxW", help=text)
+    parser.add_argument("--image-size", type=whole, metavar="N", help=text)
     text = "chaiyujin, y0ast: a model without 1x1 convolutions"
-    reading.add_argument("--permutation", choices=["reverse"], metavar="reverse", help=text)
-    reading.add_argument("--averaged", action="store_true", default=argparse.SUPPRESS, help="openai: moving averages")
+    parser.add_argument("--permutation", choices=["reverse"], metavar="reverse", help=text)
+    parser.add_argument("--averaged", action="store_true", default=argparse.SUPPRESS, help="openai: moving averages")
     text = f"{OWN}, a run: the best checkpoint, not the last"
-    reading.add_argument("--best", action="store_true", default=False, help=text)
-    writing = parser.add_argument_group("writing")
+    parser.add_argument("--best", action="store_true", default=False, help=text)
     flag: dict[str, Any] = {"default": argparse.SUPPRESS}
-    writing.add_argument("--lu", action="store_true", help="openai: 1x1 convolutions as LU factors", **flag)
+    parser.add_argument("--lu", action="store_true", help="openai: 1x1 convolutions as LU factors", **flag)
     text = "without a learned top prior"
-    writing.add_argument("--no-learn-top", dest="learn_top", action="store_false", help=text, **flag)
-    writing.add_argument("--batch-size", type=whole, metavar="N", help="chaiyujin: of prior_h (by itself 1)")
-    both = parser.add_argument_group("both")
+    parser.add_argument("--no-learn-top", dest="learn_top", action="store_false", help=text, **flag)
+    parser.add_argument("--batch-size", type=whole, metavar="N", help="chaiyujin: of prior_h (by itself 1)")
     text = "chaiyujin: x stays in [0, 1], not in [-0.5, 0.5)"
-    both.add_argument("--no-rescale", dest="rescale", action="store_false", help=text, **flag)
+    parser.add_argument("--no-rescale", dest="rescale", action="store_false", help=text, **flag)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Convert the file; returns the exit code."""
+def run(args: argparse.Namespace) -> None:
+    """Convert the file."""
     with user_input():
         out, read = check_target(args.out), Path(args.source).resolve()
         itself = out.exists() and read in (out.resolve(), *out.resolve().parents)
@@ -96,7 +84,6 @@ def run(args: argparse.Namespace) -> int:
     config = model.config
     about = f"L {config.n_levels}, K {config.n_steps}, hidden {config.hidden}, {config.coupling}, {config.permutation}"
     say(f"{args.format} -> {args.to}: {'x'.join(map(str, config.image_shape))}, {about}: {out}")
-    return 0
 
 
 def _own_model(source: str, best: bool) -> Glow:

@@ -46,7 +46,6 @@ COMMON = (
 # The settings are those of the digits' preset, with classes. All steps fit into two minutes on two cores.
 DEMO = {"class_conditional": True, "max_steps": 1500, "eval_every": 250, "sample_every": 250, "sample_count": 80}
 _TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {int: (whole, "N"), float: (number, "X")}
-_DIGITS = presets.PRESETS["digits"].settings  # the preset of the images that come with the package
 
 
 def add(commands: Commands[Any]) -> None:
@@ -96,8 +95,6 @@ def add(commands: Commands[Any]) -> None:
 
 
 class _ListPresets(argparse.Action):
-    """Prints the table of presets and ends, as --help does."""
-
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
         say(presets.table(), lines=True)
         parser.exit()
@@ -126,7 +123,7 @@ def _trainer(
     parser.add_argument("--quiet", action="store_true", default=False, help="print the final figures only")
     if sources:
         parser.add_argument("data", metavar="DATA", nargs="?", default=None, help=DATA_HELP)
-        text = "settings of the paper's models and of small ones; options and --config come before them"
+        text = "settings of the paper's models and of small ones (of digits: digits); options and --config come before"
         parser.add_argument("--preset", default=None, metavar="NAME", help=text)
         parser.add_argument("--list-presets", action=_ListPresets, nargs=0, help="show the presets and exit")
         text = "settings from a TOML, YAML or JSON file, such as another run's config.toml; options come before them"
@@ -142,13 +139,8 @@ def settings() -> Iterator[Declared]:
 
 
 def default_text(item: Declared) -> str:
-    """Say the value of a setting that is not given: "3; digits: 2", since the digits have a preset by themselves."""
-    digits = _DIGITS.get(item.name, item.default)
-    own, theirs = (
-        item.rule.absent if value is None and item.rule.absent else value_text(value)
-        for value in (item.default, digits)
-    )
-    return own if digits == item.default else f"{own}; digits: {theirs}"
+    """Say the value of a setting that neither option, file nor preset gives."""
+    return item.rule.absent if item.default is None and item.rule.absent else value_text(item.default)
 
 
 def _add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
@@ -204,14 +196,7 @@ def gathered(args: argparse.Namespace) -> tuple[dict[str, Any], str | None, str 
 
 
 def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> tuple[TrainConfig, Images]:
-    """Make the configuration for what was given, and load the images that decide its shape.
-
-    Args:
-        given: fields of DataConfig, GlowConfig and TrainConfig, by name.
-        name: the name of the images.
-        preset: the preset whose settings count where nothing is given; None: that of the digits for the digits, else
-            none.
-    """
+    """Make the configuration for what was given, and load the images that decide its shape."""
     preset = "digits" if preset is None and name == "digits" else preset
     values = presets.resolve({} if preset is None else presets.find(preset).settings, given)
     data_config = DataConfig(name, **{key: values[key] for key in _DATA if key in values})

@@ -82,7 +82,6 @@ def interpolate(
     space: str = DEFAULT_SPACE,
     y: tuple[Tensor | None, Tensor | None] = (None, None),
     cond: Tensor | None = None,
-    times: Sequence[float] | None = None,
 ) -> Tensor:
     """x(t) = decode(path(encode(a), encode(b), t)) for t = 0, 1 / (frames - 1), ..., 1: each a[i] on its way to b[i].
 
@@ -95,10 +94,9 @@ def interpolate(
         spherical: on great circles, see :func:`slerp`; every level keeps its own norm.
         space, cond: as of :func:`to_space`.
         y: labels (N,) of a and of b, for a model with classes.
-        times: the points t, each in 0..1, instead of ``frames`` of them.
 
     Returns:
-        (N, frames, C, *spatial), or (N, len(times), C, *spatial); at t = 0 it is a and at t = 1 b, up to rounding.
+        (N, frames, C, *spatial); at t = 0 it is a and at t = 1 b, up to rounding.
 
     Reference: Kingma & Dhariwal 2018, figure 5 (linear).
 
@@ -118,7 +116,13 @@ def interpolate(
         check_images(name, model, x, labels)
     expect(len(a) == len(b), "b", f"{len(a)} images, one for each of a", len(b))
     start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), y, strict=True))
-    return decode_path(model, start, end, frames, spherical, space, y, cond, times)
+    return decode_path(model, start, end, even(frames), spherical, space, y, cond)
+
+
+def even(frames: int) -> list[float]:
+    """List 0, 1 / (frames - 1), ..., 1."""
+    _FRAMES.check("frames", frames, whole=True)
+    return [i / (frames - 1) for i in range(frames)]
 
 
 @torch.no_grad()
@@ -126,20 +130,17 @@ def decode_path(
     model: Glow,
     start: Sequence[Tensor],
     end: Sequence[Tensor],
-    frames: int = 8,
+    times: Sequence[float],
     spherical: bool = False,
     space: str = DEFAULT_SPACE,
     y: Sequence[Tensor | None] = (None, None),
     cond: Tensor | None = None,
-    times: Sequence[float] | None = None,
 ) -> Tensor:
-    """x(t) = decode(path(start, end, t)): what :func:`interpolate` gives, from latents that were taken before.
+    """x(t) = decode(path(start, end, t)) for the ``times`` t in 0..1: :func:`interpolate` from latents.
 
     ``start`` and ``end`` are latents of N images each from :func:`to_space` in the same space.
     """
-    if times is None:
-        _FRAMES.check("frames", frames, whole=True)
-    points = [i / (frames - 1) for i in range(frames)] if times is None else check_numbers("times", times)
+    points = check_numbers("times", times)
     for point in points:
         expect(0.0 <= point <= 1.0, "times", "numbers in 0..1", point)
     check_finite("start", start)

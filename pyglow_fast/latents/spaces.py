@@ -1,11 +1,13 @@
-"""The two spaces that images are edited in, and the checks and the decoding that all edits share."""
+"""The two spaces that images are edited in, the class that an image fits, and the checks that all edits share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
+from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import overridden
 from pyglow_fast.models import Glow
@@ -62,20 +64,28 @@ def from_space(
         return model.from_noise(list(latents), y, cond)[0]
 
 
-def decode_chosen(
-    model: Glow,
-    latents: Sequence[Tensor],
-    y: Tensor | None,
-    cond: Tensor | None,
-    choose: Callable[[int, Callable[[], tuple[Tensor, Tensor]]], Tensor],
-) -> Tensor:
-    """x' = decode(z'), z'_l = choose(l, prior_l), from the deepest level up: each prior sees what the deeper ones are.
+@torch.no_grad()
+def likeliest_class(model: Glow, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    """argmax_y log p(x | y), int64 (N,): the class under which each image is likeliest, all equally common.
 
-    ``choose`` gives the latent of a level; calling its second argument computes (mean, log_sd) of that level's prior.
+    Of log p(x | y) the prior of the top latent alone depends on y, so one pass encodes x. A classifier that was trained
+    beside the flow (:meth:`Glow.class_logits`) is not asked.
+
+    Raises:
+        ValueError: a model without classes, or images that have no finite density under any class.
     """
-    with overridden("fp32"):
-        conds = model._check_cond(cond, len(latents[-1]))
-        return model._decode(latents[-1], y, conds, choose)[0]
+    expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
+    n_classes = model.config.n_classes
+    expect(n_classes is not None, "model", "one with classes (n_classes)", "n_classes=None")
+    top = model.encode(x, cond)[-1]
+    scores = top.new_zeros(len(top), n_classes or 0, dtype=torch.float64)
+    for label in range(scores.shape[1]):
+        mean, log_sd = model.prior(top, torch.full((len(top),), label, device=top.device))
+        # Doubles: classes may differ by less than a sum over many values is rounded by.
+        scores[:, label] = functional.gaussian_log_prob(top.double(), mean.double(), log_sd.double())
+    decided = ~scores.isnan().any(1) & scores.amax(1).isfinite()
+    expect(bool(decided.all()), "x", "images with a finite log-likelihood", f"{int((~decided).sum())} without one")
+    return scores.argmax(1)
 
 
 def check_space(space: str) -> None:
@@ -107,27 +117,9 @@ def check_finite(name: str, latents: Sequence[Tensor], shapes: Sequence[tuple[in
 
 
 def check_numbers(name: str, values: Iterable[float]) -> list[float]:
-    """Read finite numbers, at least one of them.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Read finite numbers, at least one of them; what is none is refused."""
     found = list(values)
     expect(len(found) > 0, name, "at least one number", "none")
     for value in found:
         expect(isinstance(value, int | float) and abs(value) < float("inf"), name, "finite numbers", repr(value))
     return [float(value) for value in found]
-
-
-def check_levels(levels: Iterable[int] | None, n_levels: int) -> set[int]:
-    """Read which levels are meant, 0 the shallowest; all of them for None.
-
-    Raises:
-        ValueError: none, or one outside 0..n_levels-1.
-    """
-    found = list(range(n_levels)) if levels is None else list(levels)
-    expect(len(found) > 0, "levels", f"at least one of 0..{n_levels - 1}", "none")
-    for level in found:
-        inside = isinstance(level, int) and 0 <= level < n_levels
-        expect(inside, "levels", f"numbers in 0..{n_levels - 1} (0 the shallowest)", repr(level))
-    return set(found)

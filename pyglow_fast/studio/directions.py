@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,10 @@ from pyglow_fast.data import Images
 from pyglow_fast.latents import to_space
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.reading import BATCH, inputs
+from pyglow_fast.train import progress_line
 
 REST = "rest"  # as minus: the images without, also where a class has this name
 SPAN = 500  # training images, at least, that say how far images lie along each direction
-Progress = Callable[[int, int], None]  # (done, of how many)
 
 
 class Add(NamedTuple):
@@ -30,36 +30,27 @@ class Add(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """The mean latents and mean pixels of the training images of each class or attribute, and of those without."""
+    """The mean latents of the training images of each class or attribute, and of those without."""
 
     names: tuple[str, ...]  # of the classes, and behind them those of the attributes
     n_classes: int
     means: tuple[Tensor, ...]  # float32 (names, 2, C, *spatial) for each level: with it, without
-    pixels: Tensor  # the same of x
     reach: Tensor  # float64 (names, 2), the least and the greatest of places() that training images have
 
-    def label(self, plus: str, minus: str = REST) -> str:
-        """Say for people what adding this does: "more like 3" of a class, an attribute's own name, or "from A to B"."""
-        if minus != REST:
-            return f"from {minus} to {plus}"
+    def label(self, plus: str) -> str:
+        """Say for people what adding this does: "more like 3" of a class, an attribute's own name."""
         return f"more like {plus}" if plus in self.names[: self.n_classes] else plus
 
-    def shift(self, adds: Sequence[Add]) -> tuple[list[Tensor] | None, Tensor | None]:
-        """Compute sum_j s_j (mean_plus_j - mean_minus_j), of the latents of each level and of x; None for no sum.
+    def shift(self, adds: Sequence[Add]) -> list[Tensor]:
+        """Compute sum_j s_j (mean_plus_j - mean_minus_j) of each level, for one addition at least.
 
         A name that there is not, or a strength that is not finite or makes the sum so, is refused.
         """
-        every = [(*self._sides(add), add.strength) for add in adds]
-        sides = [side for side in every if side[2] != 0.0]
-        if not sides:
-            return None, None
-        sums = [
-            torch.stack([s * (mean[plus] - mean[minus]) for plus, minus, s in sides]).sum(0)
-            for mean in (*self.means, self.pixels)
-        ]
+        sides = [(*self._sides(add), add.strength) for add in adds]
+        sums = [torch.stack([s * (mean[plus] - mean[minus]) for plus, minus, s in sides]).sum(0) for mean in self.means]
         finite = all(bool(part.isfinite().all()) for part in sums)
         expect(finite, "strength", "numbers whose edit float32 can hold", [add.strength for add in adds])
-        return sums[:-1], sums[-1]
+        return sums
 
     def places(self, latents: Sequence[Tensor]) -> Tensor:
         """Compute where latents of n images lie along each direction, (names, n): means without at 0, with at 1."""
@@ -93,33 +84,29 @@ def compared(data: Images, chosen: Tensor) -> tuple[list[str], int, Tensor]:
     are groups that hold such, as emoji in several skin tones; else within each class, where one holds both; so that
     what else images show makes little difference.
     """
-    names: list[str] = []
     labels = data.labels[chosen] if data.labels is not None and len(data.class_names) > 1 else None
-    sides: list[Tensor] = []
-    if labels is not None:
-        names += data.class_names
-        sides += [torch.stack([labels == k, labels != k]).double() for k in range(len(names))]
-    n_classes = len(names)
+    everyone = torch.zeros_like(chosen)
+    asked = [] if labels is None else [(name, labels == k, [everyone]) for k, name in enumerate(data.class_names)]
+    classes = [name for name, _, _ in asked]
     if data.attributes is not None:
         has = data.attributes.has[chosen]
-        alike = [*([] if labels is None else [labels]), torch.zeros_like(chosen)]
         number = {name: i for i, name in enumerate(dict.fromkeys(data.groups))}
         group = torch.tensor([number[data.groups[i]] for i in chosen.tolist()]) if number else None
         for i, name in enumerate(data.attributes.names):
-            if name in names[:n_classes]:
-                continue
-            cells = list(alike)
+            cells = [everyone] if labels is None else [labels, everyone]
             if group is not None:
                 others = torch.cat([has[:, :i], has[:, i + 1 :], group[:, None]], 1)
                 cells.insert(0, others.unique(dim=0, return_inverse=True)[1])
-            found = [_matched(has[:, i], cell) for cell in cells]
+            if name not in classes:
+                asked.append((name, has[:, i], cells))
+    names, weights = [], []
+    for name, having, cells in asked:
+        found = next((each for each in (_matched(having, cell) for cell in cells) if each.any()), None)
+        if found is not None:
             names.append(name)
-            sides.append(next((each for each in found if each.any()), found[-1]))
-    there = [bool((side.sum(1) > 0).all()) for side in sides]
-    weights = [side / side.sum(1, keepdim=True) for side, both in zip(sides, there, strict=True) if both]
-    kept = [name for name, both in zip(names, there, strict=True) if both]
+            weights.append(found / found.sum(1, keepdim=True))
     empty = torch.zeros(2, 0, len(chosen), dtype=torch.float64)
-    return kept, sum(there[:n_classes]), torch.stack(weights, 1) if weights else empty
+    return names, sum(name in classes for name in names), torch.stack(weights, 1) if weights else empty
 
 
 def _matched(has: Tensor, cells: Tensor) -> Tensor:
@@ -130,30 +117,28 @@ def _matched(has: Tensor, cells: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(
-    model: Glow, data: Images, chosen: Tensor, space: str, progress: Progress | None = None
-) -> dict[str, Tensor]:
+def measure(model: Glow, data: Images, chosen: Tensor, space: str) -> dict[str, Tensor]:
     """Compute the tensors of :class:`Directions` by name, and its names as bytes of JSON, over ``chosen`` images."""
     names, n_classes, weights = compared(data, chosen)
     facts = json.dumps({"names": names, "classes": n_classes}).encode()
     sums: list[Tensor] = []
     seen: list[list[Tensor]] = []
     done, step = 0, max(1, len(chosen) // SPAN)
-    for part in (chosen if names else chosen[:1]).split(BATCH):
-        x, y = inputs(*data.batch(part), data.n_bins, model)
-        values = [*to_space(model, x, space, y), x]
-        own = weights[:, :, done : done + len(x)].to(x.device)
-        found = [torch.tensordot(own, value.double(), 1) for value in values]
-        sums = [old + new for old, new in zip(sums, found, strict=True)] if sums else found
-        seen.append([value[-done % step :: step].cpu() for value in values[:-1]])
-        done += len(x)
-        if progress is not None:
-            progress(done, len(chosen))
+    asked = chosen if names else chosen[:1]
+    with progress_line("mean latents", len(asked)) as line:
+        for part in asked.split(BATCH):
+            x, y = inputs(*data.batch(part), data.n_bins, model)
+            values = to_space(model, x, space, y)
+            own = weights[:, :, done : done + len(x)].to(x.device)
+            found = [torch.tensordot(own, value.double(), 1) for value in values]
+            sums = [old + new for old, new in zip(sums, found, strict=True)] if sums else found
+            seen.append([value[-done % step :: step].cpu() for value in values])
+            done += len(x)
+            line.update(len(x))
     finite = all(bool(each.isfinite().all()) for each in sums)
     expect(finite, "data", "training images whose latents are finite", "NaN or inf in those of some")
-    *levels, pixels = (each.transpose(0, 1).float().contiguous().cpu() for each in sums)
-    tensors = {f"level{i}": level for i, level in enumerate(levels)}
-    tensors |= {"pixels": pixels, "facts": torch.tensor(list(facts), dtype=torch.uint8)}
+    tensors = {f"level{i}": each.transpose(0, 1).float().contiguous().cpu() for i, each in enumerate(sums)}
+    tensors["facts"] = torch.tensor(list(facts), dtype=torch.uint8)
     places = from_tensors(tensors).places([torch.cat(parts) for parts in zip(*seen, strict=True)])
     return tensors | {"reach": torch.stack([places.amin(1), places.amax(1)], 1)}
 
@@ -164,4 +149,4 @@ def from_tensors(tensors: dict[str, Tensor]) -> Directions:
     levels = tuple(tensors[f"level{i}"] for i in range(sum(name.startswith("level") for name in tensors)))
     names = tuple(facts["names"])
     reach = tensors.get("reach", torch.tensor([[-math.inf, math.inf]] * len(names)))
-    return Directions(names, facts["classes"], levels, tensors["pixels"], reach)
+    return Directions(names, facts["classes"], levels, reach)

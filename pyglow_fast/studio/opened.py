@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import Images, ImageSet, MissingExtraError, UnreadableImageError, read_single
+from pyglow_fast.data import Images, ImageSet, MissingExtraError, load_data, read_single, split
+from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.models import Glow
-from pyglow_fast.studio.directions import Directions, Progress, from_tensors, measure
+from pyglow_fast.studio.directions import Directions, from_tensors, measure
 from pyglow_fast.studio.kept import kept
-from pyglow_fast.studio.reading import BATCH, middles, own_images
+from pyglow_fast.studio.reading import BATCH, PARTS, Selection, config_for, middles
 from pyglow_fast.studio.words import Draw, File, HeldOut, Image
 from pyglow_fast.train import (
     Checkpoint,
@@ -27,14 +28,16 @@ from pyglow_fast.train import (
     class_cycle,
     device_of,
     load_model,
+    progress_line,
     resolve_device,
     score_images,
     to_pixels,
 )
 from pyglow_fast.train.seeds import random_subset
 
-TRAIN_IMAGES = 5000  # most training images that directions are measured on
+MEASURED = 5000  # most training images that directions are measured on
 SCORED = 1000  # images of each side that bits/dim are compared with
+SHOWN = "shown"  # the name of the small model that comes with the package
 
 
 class Picked(NamedTuple):
@@ -64,10 +67,6 @@ class Scores(NamedTuple):
         return float((self.train < bits).double().mean()) if len(self.train) else float("nan")
 
 
-class LostImagesError(ValueError):
-    """Raised when the images that a run was trained on are no longer there, or have changed."""
-
-
 class OwnImages:
     """The images of a run, loaded when they are first asked for; all checkpoints of the run share them."""
 
@@ -82,13 +81,21 @@ class OwnImages:
         return (first.data, first.config.data, first.config.seed) == (other.data, other.config.data, other.config.seed)
 
     def find(self) -> tuple[Images, Tensor, Tensor]:
-        """Load (all images, indices of the training images, of the held-out ones), or raise LostImagesError."""
+        """Load (all images, indices of the training images, of the held-out ones).
+
+        Raises:
+            ValueError: they are no longer where they were, or have changed since.
+        """
         with self.lock:
             if self._found is None:
+                config = self._checkpoint.config
                 try:
-                    self._found = own_images(self._checkpoint)
-                except (ValueError, OSError, MissingExtraError) as error:
-                    raise LostImagesError(str(error)) from error
+                    data = load_data(config.data)
+                except (OSError, MissingExtraError) as error:
+                    raise ValueError(str(error)) from error
+                same = data.fingerprint() == self._checkpoint.data.fingerprint
+                expect(same, "data", f"the images of {config.data.name} that the run was trained on", "others")
+                self._found = (data, *split(data, config.data.held_out, config.seed))
             return self._found
 
     @property
@@ -96,9 +103,17 @@ class OwnImages:
         """Say why the images cannot be had; empty if they can."""
         try:
             self.find()
-        except LostImagesError as error:
+        except ValueError as error:
             return str(error)
         return ""
+
+
+def find_run(name: str, best: bool = False) -> tuple[RunFolder, bool]:
+    """Find the folder of a run, and whether its best checkpoint is taken: of the model of the package always."""
+    if name != SHOWN or Path(name).exists():
+        return RunFolder(name), best
+    expect(SHIPPED.is_dir(), "run", "the folder of a run", "none, and this copy of pyglow_fast comes without a model")
+    return RunFolder(SHIPPED), True
 
 
 @dataclass(eq=False)
@@ -106,36 +121,27 @@ class OpenRun:
     """One checkpoint of a run, opened to look at and to make pictures with."""
 
     name: str  # the run's folder, as it was given
-    best: bool  # whether the checkpoint is that with the best held-out bits/dim
+    best: bool  # whether the checkpoint with the best held-out bits/dim was asked for
     folder: RunFolder
     checkpoint: Checkpoint  # without the weights
     model: Glow  # frozen
     images: OwnImages
-    train_images: int = TRAIN_IMAGES
     device: str = "auto"  # as it was asked for; another one draws other samples
-    _directions: dict[str, Directions] = field(default_factory=dict)
+    _directions: Directions | None = None
     _scores: Scores | None = None
 
     @classmethod
-    def open(
-        cls,
-        name: str,
-        best: bool = False,
-        device: str = "auto",
-        train_images: int = TRAIN_IMAGES,
-        images: OwnImages | None = None,
-    ) -> OpenRun:
+    def open(cls, name: str, best: bool = False, device: str = "auto", images: OwnImages | None = None) -> OpenRun:
         """Open the run in the folder ``name``, or refuse what is no run or does not fit together.
 
         Args:
-            name: the folder of the run.
+            name: the folder of the run, or "shown".
             best: open the checkpoint with the best held-out bits/dim rather than the newest.
             device: cpu, cuda, cuda:N or auto.
-            train_images: how many training images directions are measured on, at most.
             images: those of another checkpoint that was opened before; not used if another run was in that place.
         """
-        folder, place = RunFolder(name), resolve_device(device)
-        checkpoint = folder.load(best)
+        place, (folder, taken) = resolve_device(device), find_run(name, best)
+        checkpoint = folder.load(taken)
         shape = checkpoint.config.model.image_shape
         expect(len(shape) == 3, "run", "a model of images (C, H, W)", f"one of shape {shape}")
         with torch.no_grad():
@@ -143,7 +149,7 @@ class OpenRun:
         checkpoint.model, checkpoint.ema, checkpoint.optimizer = {}, {}, {}  # the model has what is needed of them
         if images is None or not images.belong_to(checkpoint):
             images = OwnImages(checkpoint)
-        return cls(name, best, folder, checkpoint, model, images, train_images, device)
+        return cls(name, best, folder, checkpoint, model, images, device)
 
     @property
     def n_bins(self) -> int:
@@ -161,8 +167,13 @@ class OpenRun:
         return self.checkpoint.data.class_names if self.model.config.n_classes is not None else ()
 
     @property
+    def source(self) -> str:
+        """The name of the run's own images."""
+        return self.checkpoint.config.data.name
+
+    @property
     def space(self) -> str:
-        """The space that edits are made in if none is asked for."""
+        """The space that edits are made in."""
         # The noise under an image's own class holds little of the class.
         return "noise" if self.model.config.n_classes is None else "latent"
 
@@ -171,6 +182,10 @@ class OpenRun:
         known = f"one of {', '.join(self.classes)}" if self.classes else "no label, since the model has no classes"
         expect(name in self.classes, "label", known, repr(name))
         return self.classes.index(name)
+
+    def labels(self, names: Sequence[str] | None) -> tuple[int, ...]:
+        """Find the numbers of classes by their names."""
+        return tuple(self.label(name) for name in names or ())
 
     def x(self, pixels: Tensor) -> Tensor:
         """Turn pixels (n, C, H, W) into the model's input: the middle of each grey level's interval."""
@@ -184,8 +199,11 @@ class OpenRun:
         """Draw samples; a class that the model does not have is refused."""
         device = device_of(self.model)
         y = class_cycle(draw.n, self.model.config.n_classes, device)
+        count = len(self.classes)
+        known = f"a class in 0..{count - 1}" if count else "no label, since the model has no classes"
+        for label in draw.labels:
+            expect(0 <= label < count, "label", known, label)
         if draw.labels:
-            self._check_labels(*draw.labels)
             y = torch.tensor(draw.labels, device=device)[torch.arange(draw.n, device=device) % len(draw.labels)]
         generator, found = torch.Generator(device).manual_seed(draw.seed), []
         for first in range(0, draw.n, BATCH):
@@ -194,12 +212,6 @@ class OpenRun:
             found.append(self.model.sample(count, draw.temperature, y=part, generator=generator))
         x = torch.cat(found)
         return Drawn(to_pixels(x, self.n_bins).cpu(), None if y is None else y.cpu(), count_not_finite(x))
-
-    def _check_labels(self, *labels: int) -> None:
-        count = len(self.classes)
-        known = f"a class in 0..{count - 1}" if count else "no label, since the model has no classes"
-        for label in labels:
-            expect(0 <= label < count, "label", known, label)
 
     def pick(self, image: Image, label: int | None = None) -> Picked:
         """Find an image, and its class: by default its own, of a file the likeliest. What is not there is refused."""
@@ -215,35 +227,51 @@ class OpenRun:
             pixels, labels = drawn.pixels[image.number :].byte(), drawn.labels
             labels = None if labels is None else labels[image.number :]
         own = int(labels[0]) if labels is not None and self.classes else None
-        return self._with_label(pixels[0], own if label is None else label, image)
-
-    def relabelled(self, picked: Picked, label: int | None) -> Picked:
-        """Give an image, of this or another checkpoint, another class; None: its own, or of a file the likeliest."""
-        if isinstance(picked.image, File):
-            return self._with_label(picked.pixels, label, picked.image)
-        return self.pick(picked.image, label)
+        return self.picked(pixels[0], image, own if label is None else label)
 
     def pick_file(
-        self,
-        source: Path | bytes,
-        image: File,
-        label: int | None = None,
-        most_pixels: int | None = None,
-        formats: Sequence[str] | None = None,
+        self, source: Path | bytes, image: File, label: int | None = None, most_pixels: int | None = None
     ) -> Picked:
         """Read the image in a file, or in its contents, as the model sees it; see pyglow_fast.data.read_single."""
         config = self.checkpoint.config
         channels, height, width = config.model.image_shape
         shape = (channels, height, width)
-        pixels = read_single(source, image.path, config.data, shape, self.n_bins, most_pixels, formats)
-        return self._with_label(pixels, label, image)
+        pixels = read_single(source, image.path, config.data, shape, self.n_bins, most_pixels)
+        return self.picked(pixels, image, label)
 
-    def _with_label(self, pixels: Tensor, label: int | None, image: Image) -> Picked:
-        if label is not None:
-            self._check_labels(label)
-        elif self.classes:
+    def picked(self, pixels: Tensor, image: Image, label: int | None = None) -> Picked:
+        """Take pixels, uint8 (C, H, W), of the class ``label``; None: of the likeliest one."""
+        if label is None and self.classes:
             label = int(likeliest_class(self.model, self.x(pixels[None]))[0])
         return Picked(pixels, label, image)
+
+    def select(self, name: str | None = None, part: str | None = None) -> Selection:
+        """Load the images ``name`` (see DATA_HELP) prepared for the model, of which ``part`` (see PARTS) is looked at.
+
+        By default the run's own images, and held-out of these, all of any others. What does not fit is refused.
+        """
+        if name is None:
+            data, train, held_out = self.images.find()
+        else:
+            config, stamp = self.checkpoint.config, self.checkpoint.data
+            data = load_data(config_for(name, config.data, self.model))
+            check_fits(self.model, data, self.n_bins)
+            if data.fingerprint() != stamp.fingerprint:
+                expect(part in (None, "all"), "part", "all, since these are not the images of the run", part)
+                return Selection(data, torch.arange(len(data)), None, "all")
+            train, held_out = split(data, config.data.held_out, config.seed)
+        check_fits(self.model, data, self.n_bins)
+        part = part or PARTS[0]
+        positions = {"held-out": held_out, "train": train, "all": torch.arange(len(data))}[part]
+        return Selection(data if part == "all" else data.subset(positions), positions, data.subset(train), part)
+
+    def trained_on(self) -> Images | None:
+        """Load the training images, if they are still where they were and as they were."""
+        try:
+            data, train, _ = self.images.find()
+        except ValueError:
+            return None
+        return data.subset(train)
 
     def bits(self, pixels: Tensor, label: int | None = None) -> float:
         """Measure the bits/dim of pixels (C, H, W), with the dequantisation noise that is the same at every call."""
@@ -252,46 +280,38 @@ class OpenRun:
         one = ImageSet("image", pixels[None].to(torch.uint8), self.n_bins, labels, names)
         return float(score_images(self.model, one, 1, seed=0).bits_per_dim[0])
 
-    def directions(self, space: str, progress: Progress | None = None) -> Directions:
+    def directions(self) -> Directions:
         """Measure the mean latents of training images with and without each attribute, or read what was kept of that.
 
-        Where that is not kept and the images of the run are no longer there, it raises LostImagesError.
+        Where that is not kept and the images of the run are no longer there, it raises ValueError.
         """
 
         def compute() -> dict[str, Tensor]:
             data, train, _ = self.images.find()
-            chosen = train[random_subset(self.checkpoint.config.seed, len(train), min(self.train_images, len(train)))]
-            return measure(self.model, data, chosen, space, progress)
+            chosen = train[random_subset(self.checkpoint.config.seed, len(train), min(MEASURED, len(train)))]
+            return measure(self.model, data, chosen, self.space)
 
-        if space not in self._directions:  # those that are there wait for no measurement of others
+        if self._directions is None:  # those that are there wait for no measurement of others
             with self.images.lock:
-                if space not in self._directions:
-                    tensors = self._kept(f"directions-{space}", self.train_images, compute)
-                    self._directions[space] = from_tensors(tensors)
-        return self._directions[space]
+                if self._directions is None:
+                    self._directions = from_tensors(self._kept(f"directions-{self.space}", MEASURED, compute))
+        return self._directions
 
-    def scores(self, progress: Progress | None = None) -> Scores:
+    def scores(self) -> Scores:
         """Measure SCORED held-out and SCORED training images in bits/dim, or read what the run's folder keeps of that.
 
-        Where that is not kept and the images of the run are no longer there, it raises LostImagesError.
+        Where that is not kept and the images of the run are no longer there, it raises ValueError.
         """
 
         def compute() -> dict[str, Tensor]:
             data, train, held_out = self.images.find()
-            sides, done = {"held_out": held_out, "train": train}, 0
-            total = sum(min(SCORED, len(side)) for side in sides.values())
-
-            def advance(count: int) -> None:
-                nonlocal done
-                done += count
-                if progress is not None:
-                    progress(done, total)
-
             policy, found = self.checkpoint.config.data.on_unreadable, {}
-            for name, side in sides.items():
-                part = data.subset(side)
-                bits = score_images(self.model, part, 50, 0, SCORED, on_unreadable=policy, progress=advance)
-                found[name] = bits.bits_per_dim[bits.bits_per_dim.isfinite()]
+            total = sum(min(SCORED, len(side)) for side in (held_out, train))
+            with progress_line("bits/dim of the run's images", total) as line:
+                for name, side in (("held_out", held_out), ("train", train)):
+                    how: dict[str, Any] = {"on_unreadable": policy, "progress": line.update}
+                    bits = score_images(self.model, data.subset(side), 50, 0, SCORED, **how).bits_per_dim
+                    found[name] = bits[bits.isfinite()]
             return found
 
         if self._scores is None:
@@ -300,14 +320,14 @@ class OpenRun:
                     self._scores = Scores(**self._kept("scores", SCORED, compute))
         return self._scores
 
-    def scores_at_hand(self, progress: Progress | None = None, wait: bool = True) -> Scores | None:
+    def scores_at_hand(self, wait: bool = True) -> Scores | None:
         """Return :meth:`scores`; None without any that is finite, or where they were not measured and cannot be.
 
         With ``wait`` False nothing is measured now.
         """
         try:
-            found = self.scores(progress) if wait or self._scores else None
-        except (LostImagesError, UnreadableImageError):
+            found = self.scores() if wait or self._scores else None
+        except ValueError:
             return None
         return found if found and len(found.train) else None
 

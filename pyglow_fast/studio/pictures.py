@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
 from pyglow_fast.latents import decode_path
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.opened import OpenRun, Picked
@@ -55,8 +54,9 @@ def command_line(opened: OpenRun, name: str, words: Sequence[str], scale: int | 
     return shlex.join(["pyglow-fast", name, opened.name, *words, *last])
 
 
-def made_png(picture: Tensor, command: str) -> Made:
-    """Encode a picture, uint8 (3, H, W), as a PNG that holds its command."""
+def made_png(opened: OpenRun, name: str, words: Sequence[str], picture: Tensor, scale: int | None = None) -> Made:
+    """Encode a picture, uint8 (3, H, W), as a PNG that holds its :func:`command_line`."""
+    command = command_line(opened, name, words, scale)
     return Made(png_bytes(picture, {COMMAND: command}), command)
 
 
@@ -84,45 +84,38 @@ class Grid:
         words += [word for label in draw.labels for word in ("--label", opened.classes[label])]
         words += ["--columns", str(columns)] if columns else []
         picture = grid(self.drawn.pixels, opened.n_bins, columns or self.heads or None, scale)
-        return made_png(picture, command_line(opened, "sample", words, scale))
+        return made_png(opened, "sample", words, picture, scale)
 
 
 class Between:
-    """A path from one image to another, of one run and in one space: straight, or on great circles level by level."""
+    """A path from one image to another of a run: straight in its space, or on great circles level by level."""
 
     def __init__(self, first: Subject, last: Subject, spherical: bool = False) -> None:
         self.first, self.last, self.spherical = first, last, spherical
-        self.opened, self.space = first.opened, first.space
 
     @torch.no_grad()
-    def frames(self, count: int = 8, times: tuple[float, ...] | None = None) -> tuple[Tensor, int]:
-        """Compute the frames, grey levels int64 (count, C, H, W), and how many were not finite.
+    def frames(self, times: Sequence[float]) -> tuple[Tensor, int]:
+        """Compute the frames at points of the path between 0 and 1, (n, C, H, W), and how many were not finite."""
+        first, last, opened = self.first, self.last, self.first.opened
+        ends, labels = (first.latents, last.latents), (first.y, last.y)
+        x = decode_path(opened.model, *ends, times, self.spherical, opened.space, labels)[0]
+        return to_pixels(x, opened.n_bins).cpu(), count_not_finite(x)
 
-        They are evenly spaced, both ends included, or at the points ``times`` of the path between 0 and 1.
+    def made(self, pixels: Tensor, at: float | None = None, suffix: str = ".png", scale: int | None = None) -> Made:
+        """Encode frames (n, C, H, W): the one ``at`` a point, or all, side by side (PNG) or there and back (GIF, WebP).
+
+        All are evenly spaced.
         """
-        first, last = self.first, self.last
-        latents, labels = (first.latents, last.latents), (first.y, last.y)
-        x = decode_path(self.opened.model, *latents, count, self.spherical, self.space, labels, times=times)[0]
-        return to_pixels(x, self.opened.n_bins).cpu(), count_not_finite(x)
-
-    def _command(self, words: Sequence[str], scale: int | None) -> str:
-        first, last = self.first.picked, self.last.picked
-        ends = ["--from", first.image.text, "--to", last.image.text, "--space", self.space]
-        if first.label is not None and last.label is not None:
-            ends += ["--labels", *(self.opened.classes[label] for label in (first.label, last.label))]
-        ends += ["--spherical"] if self.spherical else []
-        return command_line(self.opened, "interpolate", [*ends, *words], scale)
-
-    def made_frame(self, pixels: Tensor, time: float, scale: int | None = None) -> Made:
-        """Encode one frame (C, H, W) as a PNG."""
-        picture = image_picture(pixels, self.opened.n_bins, scale)
-        return made_png(picture, self._command(["--at", number_text(time)], scale))
-
-    def made(self, pixels: Tensor, suffix: str, scale: int | None = None) -> Made:
-        """Encode all frames (n, C, H, W): side by side as a PNG, or there and back again as a GIF or WebP."""
-        command = self._command(["--frames", str(len(pixels))], scale)
-        if suffix == ".png":
-            return made_png(grid(pixels, self.opened.n_bins, len(pixels), scale), command)
-        expect(suffix in ANIMATED, "out", f"a name ending in {' or '.join(('.png', *ANIMATED))}", repr(suffix))
-        data = animation_bytes(pixels, self.opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
-        return Made(data, command, suffix)
+        opened = self.first.opened
+        words = ["--from", self.first.picked.image.text, "--to", self.last.picked.image.text]
+        words += ["--spherical"] if self.spherical else []
+        words += ["--frames", str(len(pixels))] if at is None else ["--at", number_text(at)]
+        if suffix in ANIMATED:
+            command = command_line(opened, "interpolate", words, scale)
+            data = animation_bytes(pixels, opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
+            return Made(data, command, suffix)
+        if at is None:
+            picture = grid(pixels, opened.n_bins, len(pixels), scale)
+        else:
+            picture = image_picture(pixels[0], opened.n_bins, scale)
+        return made_png(opened, "interpolate", words, picture, scale)

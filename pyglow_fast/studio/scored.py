@@ -10,7 +10,6 @@ import torch
 
 from pyglow_fast.data import ImageSet
 from pyglow_fast.experiments import ScoredImages, histogram_png, score_csv
-from pyglow_fast.studio.directions import Progress
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.pictures import COMMAND, Made, command_line
 from pyglow_fast.studio.words import shown_name
@@ -28,9 +27,9 @@ class FileScore(NamedTuple):
     share_below: float
 
 
-def score_files(opened: OpenRun, files: Sequence[Picked], progress: Progress | None = None) -> list[FileScore]:
+def score_files(opened: OpenRun, files: Sequence[Picked]) -> list[FileScore]:
     """Measure the bits/dim of single images, each as if it were alone, so that the order does not matter."""
-    beside, found = opened.scores_at_hand(progress), []
+    beside, found = opened.scores_at_hand(), []
     for picked in files:
         bits = opened.bits(picked.pixels, picked.label)
         share = beside.share_below(bits) if beside and math.isfinite(bits) else math.nan
@@ -50,7 +49,7 @@ def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
         short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
         number = f"{i + 1} {short}" if len(scores) <= NAMED else str(i + 1)
         marks[number if len(scores) > 1 else short] = score.bits
-    name = f"held-out {opened.checkpoint.config.data.name}"
+    name = f"held-out {opened.source}"
     title = f"{opened.folder.path.resolve().name} at step {opened.step}"
     data = histogram_png({name: opened.scores().held_out}, title, marks, {COMMAND: command})
     return Made(data, command, option="--picture")

@@ -98,18 +98,7 @@ def shown_name(image: Image) -> str:
 
 
 def parse_image(text: str, argument: str = "image") -> Image:
-    """Read which image a text names; IMAGE_HELP lists the forms.
-
-    Raises:
-        ValueError: it names nothing.
-
-    Examples:
-        >>> from pyglow_fast.studio import Draw, File, HeldOut, Sample, parse_image
-        >>> parse_image("12") == HeldOut(12), parse_image("photos/me.png") == File("photos/me.png")
-        (True, True)
-        >>> parse_image("sample:2:seed=7") == Sample(2, Draw(seed=7))
-        True
-    """
+    """Read which image a text names; IMAGE_HELP lists the forms."""
     if text.isascii() and text.isdecimal():
         expect(len(text) <= 18, argument, IMAGE_HELP, f"a number of {len(text)} digits")
         return HeldOut(int(text))

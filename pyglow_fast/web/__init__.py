@@ -2,7 +2,6 @@
 
 from pyglow_fast.web.desk import Shelf
 from pyglow_fast.web.page import page
-from pyglow_fast.web.parts import CSS
-from pyglow_fast.web.server import Place, credentials, serve
+from pyglow_fast.web.server import VARIABLE, Place, credentials, serve
 
-__all__ = ["CSS", "Place", "Shelf", "credentials", "page", "serve"]
+__all__ = ["VARIABLE", "Place", "Shelf", "credentials", "page", "serve"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import gradio as gr
 
 from pyglow_fast._errors import expect
-from pyglow_fast.latents import SPACES
-from pyglow_fast.studio import Add, Between, Edit, File, HeldOut, Made, OpenRun, Picked, Subject, likelihood_text
+from pyglow_fast.latents.paths import even
+from pyglow_fast.studio import Add, Between, Edit, HeldOut, OpenRun, Picked, Subject, likelihood_text
 from pyglow_fast.studio.directions import REST
 from pyglow_fast.studio.words import shown_name
 from pyglow_fast.web import parts
 from pyglow_fast.web.desk import Chosen, Desk
-from pyglow_fast.web.handlers import anew, check_count, clicked, follow, listen, told
+from pyglow_fast.web.handlers import anew, check_count, clicked, follow, listen
 from pyglow_fast.web.parts import LARGE, MEDIUM, PICK_JS, SMALL, figure, image, note, row, save_link
 from pyglow_fast.web.tabs import button, command_box
 from pyglow_fast.web.uploads import ImageBox, Upload, read
@@ -28,18 +27,13 @@ STEP = 0.05  # of sliders
 FRAMES, MOST = 9, 25  # of the strip
 ENDS = ("from", "to")
 KEPT = "How much of the image's own latents each level keeps. At 0 it is what the model finds likeliest there."
-SPACE = "the latents, or the noise: latents without the means and scales of their priors"
 LINE = "through the latents, on straight lines or on great circles"
 
 
 class Source:
     """Where an image comes from: held-out ones to click on, and one of the visitor's own; to be made in gr.Blocks.
 
-    Args:
-        desk: the visitor's.
-        name: of the tab.
-        take: is called as ``take(desk, chosen, *inputs)``.
-        inputs, outputs: components.
+    ``take`` is called as ``take(desk, chosen, *inputs)``.
     """
 
     def __init__(self, desk: gr.State, name: str, take: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -110,18 +104,14 @@ class EditTab:
                 with gr.Column(elem_id="keeps"):
                     keeps = [_slider(0.0, 1.0, 1, f"keep-{i}") for i in range(LEVELS)]
                 back = button("Back to the original", "edit-back")
-        with gr.Row():
-            twin = gr.Checkbox(False, label="beside it: shift the pixels by the same differences", elem_id="edit-twin")
-            space = gr.Radio(list(SPACES), label="space of the edit", info=SPACE, elem_id="edit-space")
         command = command_box("edit-command")
         gr.HTML(note(parts.BITS))
-        self.inputs, self.sliders = [desk, twin, *self.adds, *keeps], [*self.adds, *keeps]
-        self.outputs = [self.source.strip, space, self.why, *self.sliders, self.redraw]
+        self.sliders = [*self.adds, *keeps]
+        self.outputs = [self.source.strip, self.why, *self.sliders, self.redraw]
         # One listener: no earlier picture comes after a later one.
-        follow(self.sliders, [twin.input, self.redraw.change], self.draw, self.inputs, [pictures, command])
+        follow(self.sliders, [self.redraw.change], self.draw, [desk, *self.sliders], [pictures, command])
         listen(back.click, self.rest, desk, [*self.sliders, self.redraw])
-        listen(space.input, self.take_space, [desk, space], self.taken)
-        # Another image, or space: no slider is left where the image cannot follow.
+        # Another image: no slider is left where the image cannot follow.
         self.measure_after(listen(self.taken.change, self.rest, desk, [*self.sliders, self.redraw]), desk)
 
     def measure_after(self, event: Any, desk: gr.State) -> None:
@@ -138,7 +128,7 @@ class EditTab:
             desk.edited = Chosen(desk.grid.picked(0), opened)
         hidden = [gr.Slider(value=0, visible=False)] * ATTRIBUTES
         rest = self.rest(desk)[ATTRIBUTES:]
-        return [self.source.fill(desk, opened), gr.Radio(value=desk.space_of(opened)), "", *hidden, *rest]
+        return [self.source.fill(desk, opened), "", *hidden, *rest]
 
     def rest(self, desk: Desk) -> list[Any]:
         """Set all sliders to rest, which gives the original."""
@@ -147,15 +137,15 @@ class EditTab:
         keeps = [gr.Slider(value=1, visible=i < n, label=f"level {i}{ends.get(i, '')}") for i in range(LEVELS)]
         return [*[0] * ATTRIBUTES, *keeps, anew()]
 
-    def measure(self, desk: Desk, progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+    def measure(self, desk: Desk) -> list[Any]:
         """Measure the attributes and likelihoods of training images, where they are not kept; name their sliders.
 
         A slider ends where the image under edit would leave what training images span, or numbers: see Subject.ends.
         """
         opened = desk.opened()
         try:
-            found = opened.directions(desk.space_of(opened), told(progress, "measuring the attributes"))
-            opened.scores(told(progress, "measuring bits/dim of the run's images"))
+            found = opened.directions()
+            opened.scores()
             subject = None if desk.edited is None else desk.subject(opened)
         except ValueError as error:
             return [*[gr.skip()] * ATTRIBUTES, note(f"No attributes: {error}"), anew()]
@@ -180,49 +170,31 @@ class EditTab:
         desk.edited = chosen
         return anew()
 
-    def take_space(self, desk: Desk, space: str) -> int:
-        """Set the space that is edited."""
-        expect(space in SPACES, "space", f"one of {', '.join(SPACES)}", repr(space))
-        desk.space = space
-        return anew()
-
     def edit_of(self, subject: Subject, values: Sequence[float]) -> Edit:
         """Describe the edit that the sliders say."""
         strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
-        names = subject.opened.directions(subject.space).names if any(strengths) else ()
+        names = subject.opened.directions().names if any(strengths) else ()
         adds = tuple(Add(name, REST, float(strength)) for name, strength in zip(names, strengths, strict=False))
         return Edit(adds, tuple(map(float, shares[: len(subject.latents)])))
 
-    def draw(self, desk: Desk, twin: bool, *values: float) -> list[Any]:
+    def draw(self, desk: Desk, *values: float) -> list[Any]:
         """Compute the image as the sliders say, and the command that gives it."""
         if desk.edited is None:
             return [note("Choose an image: an upload, or a sample by a click on it."), ""]
         subject = desk.subject(desk.opened())
         opened, edit = subject.opened, self.edit_of(subject, values)
-        found, figures = subject.edited(edit, twin), []
-        files = [("edit.png", "Save PNG", subject.made(found.pixels, edit))]
-        if found.shifted is not None:
-            files.append(("shifted.png", "Save the shifted one", subject.made(found.shifted, edit, pixel_shift=True)))
-        if subject.from_file:
-            name = shown_name(subject.picked.image)
-            seen = f"{os.path.splitext(name)[0]}-seen.png"
-            files.append((seen, f"Save {name} as the model sees it", subject.made(subject.pixels, Edit())))
-        made = [file for _, _, file in files]
-
-        def show(title: str, pixels: Any, bits: float, width: int, file: Made | None = None) -> None:
-            words = with_class(likelihood_text(opened, bits, wait=False), subject.picked, opened)
+        found = subject.edited(edit)
+        bits, made, figures = subject.bits_of(found.pixels), subject.made(found.pixels, edit), []
+        for title, pixels, measured, width, file in (
+            ("edited", found.pixels, bits, LARGE, made),
+            ("original", subject.pixels, subject.bits, SMALL, None),
+        ):
+            words = with_class(likelihood_text(opened, measured, wait=False), subject.picked, opened)
             figures.append(figure(image(pixels, opened.n_bins, title, width, file), title, words, width))
-
-        bits = subject.bits_of(found.pixels)
-        show("edited", found.pixels, bits, LARGE, made[0])
-        show("original", subject.pixels, subject.bits, SMALL)
-        if found.shifted is not None:
-            show("pixels shifted", found.shifted, subject.bits_of(found.shifted), SMALL, made[1])
         if not desk.has(opened):
             return [gr.skip()] * 2
-        links = "".join(save_link(file, name, words) for name, words, file in files)
-        commands = "\n".join(file.whole_command(name) for name, _, file in files)
-        return [f"{row(figures)}{note(subject.outside(found, bits))}<p>{links}</p>", commands]
+        below = f"{note(subject.outside(found, bits))}<p>{save_link(made, 'edit.png', 'Save PNG')}</p>"
+        return [row(figures) + below, made.whole_command("edit.png")]
 
 
 def _slider(low: float, high: float, value: float, elem_id: str) -> gr.Slider:
@@ -234,8 +206,7 @@ def _slider(low: float, high: float, value: float, elem_id: str) -> gr.Slider:
 class BetweenTab:
     """The way from one image to another through the latents, as frame, strip and animation."""
 
-    def __init__(self, desk: gr.State, edit: EditTab) -> None:
-        self._edit = edit
+    def __init__(self, desk: gr.State) -> None:
         redraw, restrip, end = gr.State(0), gr.State(0), gr.Radio(list(ENDS), value=ENDS[0], render=False)
         self.source = Source(desk, "path", self.take, [end], [restrip])
         with gr.Row():
@@ -246,7 +217,6 @@ class BetweenTab:
                 movie = gr.HTML(elem_id="path-movie")
                 end.label, end.elem_id = "a click on an image at the top sets", "path-end"
                 end.render()
-                taken = button("Take the image under Edit", "path-take")
                 line = gr.Radio(["linear", "spherical"], value="linear", label="path", info=LINE, elem_id="path-line")
                 count = gr.Slider(2, MOST, FRAMES, step=1, label="images of the strip", elem_id="path-count")
         strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
@@ -256,7 +226,6 @@ class BetweenTab:
         events = [line.input, count.release, restrip.change]
         listen(events, self.draw_strip, [desk, line, count], [movie, strip, redraw])
         listen(strip.click, self.point, count, [at, redraw])
-        listen(taken.click, self.take_edit, [desk, end, *edit.inputs[2:]], restrip)
 
     def fill(self, desk: Desk) -> list[Any]:
         """Fill the tab; a run that was chosen begins with the path between two of the images to choose from."""
@@ -273,17 +242,6 @@ class BetweenTab:
         desk.ends[ENDS.index(end)] = chosen
         return anew()
 
-    def take_edit(self, desk: Desk, end: str, *values: float) -> int:
-        """Make the image as it is under edit one end of the path; an edit is then a file that a command writes."""
-        opened = desk.opened()
-        subject, name = desk.subject(opened), f"edit-{end}.png"
-        edit = self._edit.edit_of(subject, values)
-        if edit.is_none:
-            return self.take(desk, Chosen(subject.picked, opened), end)
-        made = subject.made(subject.edited(edit).pixels, edit, scale=1)
-        picked = opened.pick_file(made.data, File(made.file_name(name)), subject.picked.label)
-        return self.take(desk, Chosen(picked, opened, made.whole_command(name)), end)
-
     def point(self, count: float, event: gr.EventData) -> tuple[float, int]:
         """Find where on the path the image of the strip is that was clicked."""
         last = check_count("images", count, MOST) - 1
@@ -296,8 +254,8 @@ class BetweenTab:
         if len(ends) < 2:
             return [note("Choose two images."), ""]
         between = Between(ends[0], ends[1], line == "spherical")
-        pixels, bad = between.frames(times=(float(at),))
-        made, n_bins = between.made_frame(pixels[0], float(at)), opened.n_bins
+        pixels, bad = between.frames([float(at)])
+        made, n_bins = between.made(pixels, float(at)), opened.n_bins
         first, last = [
             figure(image(end.pixels, n_bins, name, SMALL), name, _name(end.picked, opened), SMALL)
             for name, end in zip(ENDS, ends, strict=True)
@@ -305,10 +263,11 @@ class BetweenTab:
         frame = figure(image(pixels[0], n_bins, "frame", MEDIUM, made), f"{at:.0%} of the way", "", MEDIUM)
         if not desk.has(opened):
             return [gr.skip()] * 2
-        edits = [end.command for end in desk.ends if end is not None and end.command]
-        commands = [*edits, made.whole_command("between.png"), desk.strip]
         link = f"<p>{save_link(made, 'between.png', 'Save the frame')}</p>"
-        return [row([first, frame, last]) + link + parts.not_finite(bad), "\n".join(commands)]
+        return [
+            row([first, frame, last]) + link + parts.not_finite(bad),
+            f"{made.whole_command('between.png')}\n{desk.strip}",
+        ]
 
     def draw_strip(self, desk: Desk, line: str, count: float) -> list[Any]:
         """Draw the strip of the whole path, and its animation."""
@@ -317,9 +276,9 @@ class BetweenTab:
         if len(ends) < 2:
             return ["", "", anew()]
         between = Between(ends[0], ends[1], line == "spherical")
-        pixels, bad = between.frames(number)
+        pixels, bad = between.frames(even(number))
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
-        made = {suffix: between.made(pixels, suffix) for suffix in files}
+        made = {suffix: between.made(pixels, suffix=suffix) for suffix in files}
         if not desk.has(opened):
             return [gr.skip()] * 3
         desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())

@@ -7,20 +7,18 @@ import html
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import gradio as gr
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data import MissingExtraError
 
-Handler = TypeVar("Handler", bound=Callable[..., Any])
-
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 _NUMBERS = itertools.count(1)
 
 
-def on_page(handler: Handler) -> Handler:
+def on_page(handler: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a handler of the page: what the user is to mend (a ValueError, a missing library) is shown as text.
 
     Any other exception is a fault, of which Gradio writes the traceback to the log and shows nothing but "Error".
@@ -33,7 +31,7 @@ def on_page(handler: Handler) -> Handler:
         except (ValueError, MissingExtraError) as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
-    return cast(Handler, call)
+    return call
 
 
 def listen(events: Any, handler: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
@@ -59,27 +57,14 @@ def anew() -> int:
     return next(_NUMBERS)
 
 
-def told(progress: gr.Progress, words: str) -> Callable[[int, int], None]:
-    """Make a function that shows (done, total) on the page."""
-    return lambda done, total: progress((done, total), desc=words, unit="images")
-
-
 def check_count(argument: str, value: float | None, most: float) -> int:
-    """Read a whole number from 0 to ``most``, which a field or a forged event may not hold.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Read a whole number from 0 to ``most``, which a field or a forged event may not hold."""
     fits = isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= most and value == int(value)
     expect(fits, argument, f"a whole number from 0 to {most:g}", value)
     return int(value or 0)
 
 
 def clicked(event: gr.EventData, count: int) -> int:
-    """Find which of ``count`` images a click was on.
-
-    Raises:
-        ValueError: none, in an event that no click made.
-    """
+    """Find which of ``count`` images a click was on."""
     data = getattr(event, "_data", None)
     return check_count("image", data.get("index") if isinstance(data, dict) else None, count - 1)

@@ -33,7 +33,7 @@ def page(shelf: Shelf) -> gr.Blocks:
             with gr.Tab("Edit", id="edit") as edit_tab:
                 edit = EditTab(desk)
             with gr.Tab("Interpolate", id="interpolate") as between_tab:
-                between = BetweenTab(desk, edit)
+                between = BetweenTab(desk)
             with gr.Tab("Score", id="score") as score_tab:
                 score = ScoreTab(desk)
             with gr.Tab("Run", id="run") as run_tab:
@@ -87,7 +87,6 @@ def page(shelf: Shelf) -> gr.Blocks:
 
 
 def _about(opened: OpenRun) -> str:
-    """What is open: its name, what it learned, and for how long."""
     channels, height, width = opened.model.config.image_shape
     depths = {1: f"{opened.n_bins} grey levels", 3: f"{opened.n_bins} levels of red, green and blue"}
     depth = depths.get(channels, f"{channels} channels of {opened.n_bins} levels")

@@ -14,58 +14,6 @@ from pyglow_fast.train.figures import image_picture, png_bytes
 THUMB, SAMPLE, SMALL, MEDIUM, LARGE = 64, 112, 160, 256, 384  # pixels that an image is wide on the page, at most
 TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".csv": "text/csv;charset=utf-8"}
 
-CSS = """
-.gradio-container { overflow: clip !important; }
-main { width: 100%; max-width: 80rem; margin: 0 auto; }
-.html-container { padding: 0 !important; }
-#about h1 { font-size: 1.25rem; line-height: 1.4; margin: 0; overflow-wrap: anywhere; }
-#about p { margin: 0; }
-.pgf-button { align-self: flex-start; flex: none !important; width: auto; max-width: 100%; font-weight: 500; }
-.pgf-command textarea { font-family: var(--font-mono); overflow-wrap: anywhere;
-  field-sizing: content; min-height: fit-content; } /* as high as its text, which may come while it is hidden */
-.pgf-row { display: flex; gap: 0.75rem; align-items: flex-start; }
-.pgf-row figure { margin: 0; min-width: 0; }
-.pgf-row figcaption { font-size: 0.85rem; overflow-wrap: anywhere; }
-.pgf-results { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-.pgf-results > * { max-width: 100%; overflow-x: auto; }
-.pgf-image { image-rendering: pixelated; background: #888; border-radius: 4px; max-width: 100%; height: auto; }
-.pgf-smooth { image-rendering: auto; }
-.pgf-pick { margin: 0 !important; padding: 0; border: 2px solid transparent; border-radius: 6px; background: none;
-  cursor: pointer; }
-.pgf-pick:hover { border-color: var(--color-accent); }
-:is(a, button, input, textarea, [role=button]):focus-visible {
-  outline: 2px solid var(--color-accent) !important; outline-offset: 1px; }
-.pgf-grid { display: grid; gap: 2px 4px; justify-content: start; }
-.pgf-grid > b { font-size: 0.85rem; text-align: center; overflow: hidden; text-overflow: ellipsis; }
-.pgf-grid img { width: 100%; }
-.pgf-strip { display: flex; gap: 4px; overflow-x: auto; padding: 3px 0; }
-.pgf-strip > button { flex: none; }
-.pgf-save { display: inline-block; margin-right: 1.2rem; padding: 0 !important;
-  color: var(--link-text-color); text-decoration: underline; }
-.pgf-note { opacity: 0.8; }
-.pgf-table, .pgf-table * { border: 0 !important; }
-.pgf-table th, .pgf-table td { text-align: left; padding: 0.2rem 1rem 0.2rem 0 !important; }
-.pgf-table td:nth-child(2) { overflow-wrap: anywhere; min-width: 6rem; }
-.pgf-plot { width: 42rem; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-.pgf-frame { width: 100%; height: 75vh; border: 1px solid var(--border-color-primary); border-radius: 6px; }
-:is(#adds, #keeps) .form { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr));
-  background: none; }
-:is(#adds, #keeps) .block { padding: 0.3rem 0.6rem; border: 0; }
-.pgf-signed { --pgf-zero: 50%; }
-.pgf-signed input[type=range] { --pgf-track: linear-gradient(to right,
-  var(--neutral-200) min(var(--pgf-zero), var(--range_progress)),
-  var(--slider-color) min(var(--pgf-zero), var(--range_progress)),
-  var(--slider-color) max(var(--pgf-zero), var(--range_progress)),
-  var(--neutral-200) max(var(--pgf-zero), var(--range_progress))); }
-.pgf-signed input[type=range]::-webkit-slider-runnable-track { background: var(--pgf-track) !important; }
-.pgf-signed input[type=range]::-moz-range-track { background: var(--pgf-track) !important; }
-.dark input[type=range] { --neutral-200: var(--neutral-600); }
-@media (max-width: 700px) { /* one column, where the image stays in sight of the sliders */
-  #edit-shown { position: sticky; top: 0; z-index: 60; background: var(--body-background-fill); }
-  .tab-container > button { padding-inline: 0.45rem !important; }
-}
-"""
-
 BITS = (
     "bits/dim: how many bits the model needs for each value of an image. Fewer: it finds the image likelier, "
     "which does not say that it looks better."
@@ -81,30 +29,24 @@ element.addEventListener('click', event => {
 
 
 def _uri(data: bytes, suffix: str = ".png") -> str:
-    """Write a file as an address that holds it."""
     return f"data:{TYPES[suffix]};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def image(pixels: Tensor, n_bins: int, words: str, width: int, made: Made | None = None) -> str:
-    """Show one image; the browser enlarges its pixels.
+    """Show one image (C, H, W), at most ``width`` pixels wide; ``words`` describe it to those who do not see it.
 
-    Args:
-        pixels: (C, H, W), grey levels 0..n_bins-1.
-        n_bins: the level n_bins-1 is white.
-        words: a description for those who do not see it.
-        width: how wide it is on the page, in pixels, where there is room.
-        made: the image as a file that holds its command, so that whoever saves it by the browser's menu has that too.
+    With ``made``, the image as a file, whoever saves it by the browser's menu has its command, too.
     """
     source = _uri(png_bytes(image_picture(pixels, n_bins, 1))) if made is None else _uri(made.data, made.suffix)
     smooth = " pgf-smooth" if pixels.shape[-1] > width else ""
     return f'<img class="pgf-image{smooth}" alt="{html.escape(words)}" src="{source}" width="{width}">'
 
 
-def figure(shown: str, title: str, caption: str, width: int, part: str = "") -> str:
-    """Write words below an image, which is ``width`` pixels wide; ``part`` names it for the tests."""
+def figure(shown: str, title: str, caption: str, width: int) -> str:
+    """Write words below an image, which is ``width`` pixels wide."""
     below = f"<b>{html.escape(title)}</b><br>{html.escape(caption)}"
     style = f"flex: 0 1 {width}px"
-    return f'<figure data-part="{part or title}" style="{style}">{shown}<figcaption>{below}</figcaption></figure>'
+    return f'<figure data-part="{title}" style="{style}">{shown}<figcaption>{below}</figcaption></figure>'
 
 
 def row(figures: Sequence[str]) -> str:

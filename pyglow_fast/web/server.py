@@ -7,13 +7,13 @@ import os
 import shutil
 import signal
 import socket
-import ssl
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import gradio as gr
 from starlette.datastructures import Headers
@@ -25,6 +25,10 @@ from pyglow_fast._errors import expect
 
 VARIABLE = "PYGLOW_SERVE_AUTH"
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ALLOWED_PATHS": ""}
+# Of Gradio; with show_error the page would tell what is no gr.Error, which may name files.
+OFF: dict[str, Any] = dict.fromkeys(
+    ("inline", "share", "show_error", "run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server"), False
+)
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 MAX_FILE_SIZE = 20 * 2**20  # bytes of an uploaded file
@@ -38,10 +42,7 @@ FONT_MONO = ("ui-monospace", "Consolas", "monospace")
 class Guard:
     """ASGI middleware that refuses what other pages in a visitor's browser ask: by Origin, and by Host.
 
-    Args:
-        app: the application that answers.
-        hosts: the names under which the page may be asked for; None for any. Another name means that a foreign page
-            had its own name resolved to this machine.
+    Another Host than ``hosts`` (None: any) means that a foreign page had its own name resolved to this machine.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
@@ -74,52 +75,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def credentials(
-    user: str | None, environment: Mapping[str, str], ask: Callable[[str], str] | None
-) -> tuple[str, str] | None:
-    """Read the user and the password of the login; None if none was asked for.
-
-    Args:
-        user: from the command line, where a password could be read by every user of the machine.
-        environment: PYGLOW_SERVE_AUTH=USER:PASSWORD is looked up here.
-        ask: a function that asks for the password with a prompt; None where there is no terminal.
-
-    Raises:
-        ValueError: a part is empty or missing, or a password was given on the command line. No message has it.
-    """
-    given = environment.get(VARIABLE)
-    if user is None and given is None:
-        return None
-    name, colon, password = (user or "", ":", "") if given is None else given.partition(":")
-    where = "auth" if given is None else VARIABLE
-    expect(bool(colon), VARIABLE, "USER:PASSWORD", "no colon")
-    expect(bool(name) and name == name.strip(), where, "the name of a user without spaces around it", repr(name))
-    fits = user is None or (":" not in user and user == name)
-    expect(fits, "auth", f"the name of the user alone, the same as in {VARIABLE}=USER:PASSWORD", "another text")
-    if given is None:
-        expect(ask is not None, where, f"a terminal to ask for the password on, or {VARIABLE}=USER:PASSWORD", "neither")
-        assert ask is not None
-        password = ask(f"Password of {name}: ")
-    expect(bool(password), "password", "at least one character", "none")
-    return name, password
+def credentials(given: str | None) -> tuple[str, str] | None:
+    """Read the login, USER:PASSWORD; None if none was asked for. No message has the password."""
+    user, _, password = (given or "").partition(":")
+    expect(given is None or bool(user.strip() and password), VARIABLE, "USER:PASSWORD", "another text")
+    return None if given is None else (user, password)
 
 
 class Place(NamedTuple):
-    """Where the page is served, and to whom.
-
-    Args:
-        host: the address to bind.
-        port: the port; None for the first free one from 7860.
-        auth: the user and the password.
-        certificate: a file in PEM format, for an encrypted connection.
-        key: the file of its private key, if the first file has none.
-    """
+    """Where the page is served, and to whom."""
 
     host: str = "127.0.0.1"
-    port: int | None = None
-    auth: tuple[str, str] | None = None
-    certificate: str | None = None
-    key: str | None = None
+    port: int | None = None  # None: the first free one from 7860
+    auth: tuple[str, str] | None = None  # user and password
 
     @property
     def names(self) -> frozenset[str] | None:
@@ -127,13 +95,8 @@ class Place(NamedTuple):
         return None if self.auth else LOOPBACK | {self.host.lower()}
 
     def check(self) -> None:
-        """Refuse what cannot be served at.
-
-        Raises:
-            ValueError: others can reach the address and there is no login; address or port cannot be had; a certificate
-                that is none.
-        """
-        login = f"127.0.0.1, or a login for all who can reach another address (--auth USER or {VARIABLE}=USER:PASSWORD)"
+        """Refuse what cannot be served at."""
+        login = f"127.0.0.1, or a login for all who can reach another address ({VARIABLE}=USER:PASSWORD)"
         expect(self.auth is not None or is_loopback(self.host), "host", login, f"{self.host!r} without one")
         expect(self.port is None or 1 <= self.port <= 65535, "port", "a whole number from 1 to 65535", self.port)
         try:
@@ -146,15 +109,6 @@ class Place(NamedTuple):
         except OSError as error:
             why = os.strerror(error.errno or 0)
             raise ValueError(f"port: expected a free port, found {self.port} ({why})") from None
-        expect(self.certificate is not None or self.key is None, "certificate", "the certificate of the key", "none")
-        if self.certificate is not None:
-            try:  # without a function that gives the password OpenSSL would ask for it on the terminal
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                context.load_cert_chain(self.certificate, self.key, password=lambda: "")
-            except (OSError, ValueError) as error:  # an SSLError is an OSError
-                wanted = "the file of a certificate and that of its key, in PEM format and without a password"
-                why = str(getattr(error, "reason", None) or error)
-                raise ValueError(f"certificate: expected {wanted}, found {why}") from None
 
 
 def can_open_browser(environment: Mapping[str, str], platform: str = sys.platform) -> bool:
@@ -168,7 +122,6 @@ def serve(
     page: Callable[[], gr.Blocks],
     place: Place,
     *,
-    css: str = "",
     open_browser: bool = False,
     max_file_size: int = MAX_FILE_SIZE,
     meanwhile: Callable[[], None] | None = None,
@@ -176,17 +129,6 @@ def serve(
     """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
 
     The process ends inside this call, with code 0: no handler is waited for.
-
-    Args:
-        page: builds the page. It is called once there is the folder of uploads, which is removed at the end.
-        place: where, and to whom.
-        css: the style of the page.
-        open_browser: whether to open the user's browser, where there is a desktop to see it on.
-        max_file_size: bytes that an uploaded file may have.
-        meanwhile: is called in a thread of its own once the page answers.
-
-    Raises:
-        ValueError: see :meth:`Place.check`.
     """
     place.check()
     folder = tempfile.mkdtemp(prefix="pyglow-serve-")
@@ -203,26 +145,16 @@ def serve(
             server_name=f"[{place.host}]" if ":" in place.host else place.host,
             server_port=place.port,
             auth=place.auth,
-            ssl_certfile=place.certificate,
-            ssl_keyfile=place.key or place.certificate,
-            ssl_verify=False,  # of Gradio's own request, which looks whether the page answers
             app_kwargs={"middleware": [Middleware(Guard, hosts=place.names)]},
             max_file_size=max_file_size,
             state_session_capacity=SESSIONS,
             prevent_thread_lock=True,
             inbrowser=open_browser and can_open_browser(os.environ),
-            inline=False,
-            share=False,
             quiet=True,
-            show_error=False,  # what is no gr.Error may name files
             footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
+            **OFF,
             theme=gr.themes.Default(font=list(FONT), font_mono=list(FONT_MONO)),
-            css=css,
+            css_paths=[Path(__file__).with_name("page.css")],
         )
         print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
         if meanwhile is not None:

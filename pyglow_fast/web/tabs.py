@@ -6,20 +6,18 @@ import functools
 import math
 import random
 import shlex
-from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 import torch
 
 from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Picked, score_files
-from pyglow_fast.studio.opened import LostImagesError
 from pyglow_fast.studio.scored import made_csv, made_picture
 from pyglow_fast.studio.words import shown_name
 from pyglow_fast.train import RunFolder, class_columns, page_of
 from pyglow_fast.web import parts
 from pyglow_fast.web.desk import Chosen, Desk
-from pyglow_fast.web.handlers import check_count, clicked, follow, listen, told
+from pyglow_fast.web.handlers import check_count, clicked, follow, listen
 from pyglow_fast.web.uploads import FilesBox, Upload, read
 
 ALL = "all classes in turn"
@@ -109,25 +107,22 @@ class ScoreTab:
             return [parts.note(f"No example: {error}"), gr.Textbox("", visible=False)]
         pixels = held_out[0].pixels
         noise = torch.randint(opened.n_bins, pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
-        shown, _, _ = _results(opened, [*held_out, opened.relabelled(Picked(noise, None, File("noise")), None)])
+        shown, _, _ = _results(opened, [*held_out, opened.picked(noise, File("noise"))])
         if desk.scored:  # meanwhile
             return [gr.skip()] * 2
         return [parts.note(EXAMPLE) + shown, gr.Textbox("", visible=False)]
 
-    def score(self, desk: Desk, uploads: list[Upload], progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
+    def score(self, desk: Desk, uploads: list[Upload]) -> list[Any]:
         """Make the table and the histogram of what was dropped, and the command that does."""
         opened = desk.opened()
         files, refused = read(opened, uploads)
         desk.scored = True
-        shown, links, command = _results(opened, files, told(progress, "measuring bits/dim of the run's images"))
+        shown, links, command = _results(opened, files)
         return [None, shown + "".join(map(parts.note, refused)) + links, gr.Textbox(command, visible=True)]
 
 
-def _results(
-    opened: OpenRun, files: list[Picked], progress: Callable[[int, int], None] | None = None
-) -> tuple[str, str, str]:
-    """The histogram and the table of scores, links that save them, and the command that writes both."""
-    scores, rows = score_files(opened, files, progress), []
+def _results(opened: OpenRun, files: list[Picked]) -> tuple[str, str, str]:
+    scores, rows = score_files(opened, files), []
     for i, score in enumerate(scores, 1):
         name, label = f"{i} {shown_name(score.picked.image)}", score.picked.label
         bits = f"{score.bits:.3f}" if math.isfinite(score.bits) else "no finite likelihood"
@@ -142,7 +137,7 @@ def _results(
         shown.insert(0, parts.plot(picture, "the images on the histogram of held-out ones"))
         links += parts.save_link(picture, "scores.png", "Save PNG")
         command += f" {picture.out_words('scores.png')}"
-    except LostImagesError as error:
+    except ValueError as error:
         shown.append(parts.note(f"No histogram: {error}"))
     return parts.results(shown) + parts.note(parts.BITS), f"<p>{links}</p>", command
 

@@ -62,11 +62,7 @@ class FilesBox(gr.File, metaclass=_WithoutStub):
 
 
 def read(opened: OpenRun, uploads: Sequence[Upload]) -> tuple[list[Picked], list[str]]:
-    """Bring uploaded images to what the model sees, and say in a sentence what is wrong with each of the others.
-
-    Raises:
-        ValueError: none can be read; more files or pixels than one event may have, of which none is decoded.
-    """
+    """Bring uploaded images to what the model sees, and say in a sentence what is wrong with each of the others."""
     expect(1 <= len(uploads) <= MOST_FILES, "files", f"1 to {MOST_FILES} at once", len(uploads))
     pixels = sum(map(_pixels, uploads))
     most = f"at most {EVENT_PIXELS // 10**6} million pixels in all images together"

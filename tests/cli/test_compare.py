@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 
 from pyglow_fast.cli import main
-from pyglow_fast.data import DATA_HELP
 from pyglow_fast.train import Checkpoint, RunFolder, TrainState
 
 Capture = pytest.CaptureFixture[str]
@@ -85,42 +83,3 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(
     for name in NAMES[:2]:
         one, other = (Checkpoint.load(RunFolder(path / "runs" / name).checkpoint).model for path in (out, compared))
         assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_settings_from_a_file(compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """A run's own config.toml gives the settings of all; what is finished under them is not trained again."""
-    monkeypatch.setattr(TrainState, "step", lambda self: pytest.fail("no step was to be taken"))
-    config = str(compared / "runs" / NAMES[0] / "config.toml")
-    varied = ["--permutations", "reverse", "invconv", "--couplings", "additive", "--seeds", "0", "1"]
-    assert main(["compare", "--config", config, "--out", str(compared), *varied]) == 0
-    assert "4 of 4 runs are finished already" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], f"data: expected {DATA_HELP}, found none"),
-        (["cifar"], f"data: expected {DATA_HELP}, found 'cifar'; did you mean 'cifar10'?"),
-        (["digits", "--seed", "1"], "unrecognized arguments: --seed 1; did you mean '--seeds'?.*"),
-        (["digits", "--out", "file"], "out: expected a folder, found a file, 'file'"),
-        (["digits", "--out", "file/c"], "out: expected a folder that can be made, found .*file' is a file"),
-        (["digits", "--batch-size", "2000"], "batch_size: expected at most the 1617 training images, found 2000"),
-    ],
-    ids=lambda value: " ".join(value) if type(value) is list else "",
-)
-def test_refusals_of_a_new_one(
-    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("x")
-    assert main(["compare", "--out", "c", *arguments]) == 2
-    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
-    error = capsys.readouterr().err
-    assert re.fullmatch(f"error: {pattern}\n", error), error
-    assert os.listdir() == ["file"]
-
-
-def test_under_torchrun(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["compare", data, "--out", str(tmp_path / "c")]) == 2
-    assert capsys.readouterr().err.startswith("error: WORLD_SIZE: expected 1, since the runs follow one another")

@@ -47,30 +47,6 @@ def test_there_and_back(place: Path, name: str, capsys: pytest.CaptureFixture[st
     assert torch.allclose(found, expected, rtol=1e-4)
 
 
-def test_between_two_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "pyglow", "model.safetensors", "a.npz", "--to", "openai", "--lu", "--no-learn-top"]) == 2
-    assert main(["convert", "pyglow", "model.safetensors", "a.npz", "--to", "openai", "--lu"]) == 0
-    assert "model/0/0/invconv/P" in convert.read_tensors("a.npz")
-    assert main(["convert", "openai", "a.npz", "b.pt", "--to", "y0ast", "--image-size", "8x4"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("openai -> y0ast: 3x8x4, ")  # its weights fit any size
-    assert "flow.layers.1.invconv.p" in convert.read_tensors("b.pt")
-
-
-def test_file_of_chaiyujin_is_what_their_loader_opens(place: Path) -> None:
-    common = ["convert", "pyglow", "model.safetensors"]
-    assert main([*common, "a.pkl", "--to", "chaiyujin", "--batch-size", "3", "--no-rescale"]) == 0
-    content = torch.load("a.pkl", weights_only=True)
-    assert set(content) == {"global_step", "graph"}
-    assert content["graph"]["prior_h"].shape == (3, 48, 2, 2)
-    assert main([*common, "a.safetensors", "--to", "chaiyujin"]) == 0
-    assert "prior_h" in convert.read_tensors("a.safetensors")
-    assert main(["convert", "chaiyujin", "a.pkl", "b.safetensors", "--no-rescale"]) == 0
-    x = torch.rand(2, 3, 8, 8) - 0.5
-    with torch.no_grad():
-        found, expected = (convert.load_glow(f).log_prob(x) for f in ("b.safetensors", "model.safetensors"))
-    assert torch.allclose(found, expected, rtol=1e-4)
-
-
 @pytest.mark.parametrize("best", [[], ["--best"]])
 def test_a_run(trained: Path, tmp_path: Path, best: list[str]) -> None:
     out = tmp_path / "digits.safetensors"
@@ -79,13 +55,3 @@ def test_a_run(trained: Path, tmp_path: Path, best: list[str]) -> None:
     found = convert.load_glow(out).state_dict()
     assert all(torch.equal(found[k], v) for k, v in expected.items() if not k.endswith("_extra_state"))
     assert main(["convert", "pyglow", str(trained), str(tmp_path / "a.pt"), "--to", "y0ast"]) == 0
-
-
-def test_reverse(place: Path) -> None:
-    model = pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=3, permutation="reverse")
-    model.initialize(torch.rand(8, 1, 4, 4))
-    convert.save_glow(model, "reverse.safetensors")
-    assert main(["convert", "pyglow", "reverse.safetensors", "a.pt", "--to", "y0ast"]) == 0
-    assert main(["convert", "y0ast", "a.pt", "b.safetensors"]) == 2
-    assert main(["convert", "y0ast", "a.pt", "b.safetensors", "--permutation", "reverse"]) == 0
-    assert convert.load_glow("b.safetensors").config.permutation == "reverse"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.edits import ByHand, assert_repeatable
+from support.edits import ByHand
 from torch import Tensor
 
 from pyglow_fast import Glow
@@ -85,25 +83,6 @@ def test_score_is_evaluate_image_by_image(trained: Path, tmp_path: Path, part: s
     positions = {"held-out": held_out, "train": train, "all": torch.arange(len(digits))}[part].tolist()
     assert [int(row["index"]) for row in found] == positions  # in the whole set, whichever part is scored
     assert [int(row["label"]) for row in found] == digits.labels[positions].tolist()
-
-
-def test_score_with_several_draws(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    text = said(capsys, "score", trained, "--out", tmp_path / "x.csv", "--samples", 4)
-    assert "4 draws each with a mean standard deviation of 0." in text
-    assert all(float(row["bits_per_dim_sd"]) > 0 for row in rows(tmp_path / "x.csv"))
-
-
-def test_a_full_disk(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    (out := tmp_path / "s.csv").write_text("before")
-
-    def full(source: object, target: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-
-    monkeypatch.setattr("pyglow_fast.train.files.os.replace", full)
-    assert main(["score", str(trained), "digits", "--out", str(out)]) == 1
-    assert capsys.readouterr().err == f"error: [Errno {errno.ENOSPC}] No space left on device: '{out}'\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
-    assert out.read_text() == "before"
 
 
 def test_images_that_cannot_be_read(
@@ -178,43 +157,6 @@ def test_score_of_files(trained: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert len(rows(Path("y.csv"))) == 1
 
 
-@pytest.mark.drawn
-def test_the_picture_of_files(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """A histogram with a line for each image; it repeats by the command that it holds."""
-    monkeypatch.chdir(tmp_path)
-    assert said(capsys, "score", trained, 3, 4, "--picture", "p.png").splitlines()[-1] == "p.png"
-    assert assert_repeatable(Path("p.png"), "--picture") == ["score", str(trained), "3", "4"]
-    assert not (trained / "score.csv").exists()
-
-
-def test_evaluate_on_other_images(
-    smooth: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    """The histogram model is fitted on the run's own training images, as long as they are there."""
-    text = said(capsys, "evaluate", smooth, f"folder:{folders / 'rough'}")
-    assert "24 images" in text
-    assert f"(the histogram model was fitted on the run's own training images, folder:{folders / 'smooth'})" in text
-    monkeypatch.setattr("pyglow_fast.cli.measuring.trained_on", lambda checkpoint: None)
-    text = said(capsys, "evaluate", smooth, f"folder:{folders / 'rough'}")
-    assert "(no histogram model: it would be fitted on the images that the run was trained on, but folder:" in text
-    assert "PNG" in text
-
-
-@pytest.mark.drawn
-def test_ood_of_rougher_images(smooth: Path, folders: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Which have far more bits/dim: AUROC 1. The CSV file holds both sets, each with its indices and names."""
-    own, foreign = (f"folder:{folders / name}" for name in ("smooth", "rough"))
-    out, table = tmp_path / "x.png", tmp_path / "x.csv"
-    text = said(capsys, "ood", smooth, foreign, "--out", out, "--csv", table, "--typicality")
-    assert "AUROC 1.0000 ± n/a: how often" in text
-    assert "AUROC 1.0000 ± n/a by typicality" in text
-    assert "MORE likely" not in text
-    assert text.splitlines()[-2:] == [str(out), str(table)]
-    for name in (f"{own}, held-out", f"{foreign}, all"):
-        part = [float(row["bits_per_dim"]) for row in rows(table) if row["set"] == name]
-        assert printed(text, name)[0] == round(float(np.mean(part)), 3)
-
-
 def test_the_caveat(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """Foreign images that are more likely: said, and typicality flags them all the same."""
     data, log_prob = load_digits(), Glow.log_prob
@@ -225,25 +167,9 @@ def test_the_caveat(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Glow, "log_prob", liking_flat_images)
     pixels = torch.randint(3, data.pixels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     sources = iter([data, replace(data, name="flat", pixels=pixels)])
-    monkeypatch.setattr("pyglow_fast.studio.reading.load_data", lambda config: next(sources))
+    monkeypatch.setattr("pyglow_fast.studio.opened.load_data", lambda config: next(sources))
     text = said(capsys, "ood", trained, "digits", "digits", "--n", 150, "--typicality", "--out", tmp_path / "x.png")
     assert "AUROC 0.0000 ± n/a: how often an image of flat, all has more bits/dim than one of digits, held-out" in text
     assert "AUROC 1.0000 ± n/a by typicality" in text
     assert "note: the foreign images are the MORE likely ones." in text
     assert "note: the model has classes" in text
-
-
-def test_the_run_against_its_own_training_images(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    """After 20 steps nothing is learnt by heart: chance, which is no reason for the caveat."""
-    text = said(capsys, "ood", trained, "digits", "--other-part", "train", "--out", tmp_path / "x.png")
-    found = re.search(r"^AUROC ([\d.]+) ± ([\d.]+):", text, re.MULTILINE)
-    assert found is not None
-    assert abs(float(found.group(1)) - 0.5) < 4 * float(found.group(2))
-    assert "MORE likely" not in text
-
-
-def test_depths_are_scored_on_the_same_images(trained: Path, run: Path, tmp_path: Path, capsys: Capture) -> None:
-    text = said(capsys, "depths", trained, run, "--n", 4, "--eval-images", 50, "--out", tmp_path / "x.png")
-    wanted = printed(said(capsys, "evaluate", trained))[0]
-    found = [float(value) for value in re.findall(r"([\d.]+) ± [\d.]+ bits/dim held out \(50 images\)", text)]
-    assert found[0] == found[1] == pytest.approx(wanted, abs=0.3)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pyglow_fast import _backend
-from pyglow_fast.cli import _arguments, main
-from pyglow_fast.cli._output import did_you_mean
+from pyglow_fast.cli import main
+from pyglow_fast.studio import opened
 
 Capture = pytest.CaptureFixture[str]
 
@@ -103,15 +103,9 @@ def test_without_the_model_that_comes_with_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_arguments, "SHIPPED", tmp_path / "shown")
+    monkeypatch.setattr(opened, "SHIPPED", tmp_path / "shown")
     assert main(["sample", "shown"]) == 2
     message = (
         "error: run: expected the folder of a run, found none, and this copy of pyglow_fast comes without a model\n"
     )
     assert capsys.readouterr().err == message
-
-
-def test_the_nearest_word() -> None:
-    known = ("sample", "score", "serve")
-    assert did_you_mean("smaple", known) == "; did you mean 'sample'?"
-    assert did_you_mean("fly", known) == ""

@@ -7,24 +7,17 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from pyglow_fast import presets
 from pyglow_fast._settings import value_text
 from pyglow_fast.cli import main
 from pyglow_fast.cli.app import parser
 from pyglow_fast.cli.training import default_text, from_file, make_config, settings
-from pyglow_fast.data import DATA_HELP, DataConfig
-from pyglow_fast.models import GlowConfig
-from pyglow_fast.train import RunFolder, TrainConfig, read_config
+from pyglow_fast.train import RunFolder, TrainConfig
 
 Capture = pytest.CaptureFixture[str]
 SETTINGS = {item.name: item for item in settings()}
-SMALL = ["--n-levels", "1", "--n-steps", "1", "--hidden", "4"]
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -42,7 +35,7 @@ def shown(command: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Acti
 
 @pytest.mark.parametrize("name", list(commands()))
 def test_the_help_tells_the_true_defaults(name: str) -> None:
-    """Those that a parser has; of a setting what its class has, or the preset of the digits."""
+    """Those that a parser has; of a setting what its class has."""
     for option, action, text in shown(commands()[name]):
         found = re.search(r"\(default: (.*)\)$", text)
         if name in ("train", "compare", "resume") and action.dest in SETTINGS:
@@ -54,20 +47,6 @@ def test_the_help_tells_the_true_defaults(name: str) -> None:
             assert found[1] == value_text(action.default), option
 
 
-@pytest.mark.parametrize("item", SETTINGS.values(), ids=list(SETTINGS))
-def test_the_settings_taken_are_those_that_the_help_tells(item: Any) -> None:
-    """What ``train`` makes of no options at all, on the digits and on others' images."""
-    plain, _, digits = default_text(item).partition("; digits: ")
-    taken, _ = make_config({}, "digits")
-    here = {**vars(taken.data), **vars(taken.model), **vars(taken)}[item.name]
-    if item.name == "n_bits":  # the one setting that the digits do not take
-        assert (plain, digits) == ("8", "the digits have 17 grey levels") or plain.startswith("8;")
-        return
-    bare = {**vars(DataConfig()), **vars(GlowConfig()), **vars(TrainConfig())}[item.name]
-    assert plain == (item.rule.absent or "none" if bare is None else value_text(bare))
-    assert (digits or plain) == (item.rule.absent or "none" if here is None else value_text(here))
-
-
 @pytest.mark.parametrize("text", ["-1e-1", "-1E5", "-.5e+3", "-1.", "-2", "-1_0.5e-1", "-inf", "-nan"])
 @pytest.mark.parametrize(
     ("command", "field"),
@@ -76,12 +55,6 @@ def test_the_settings_taken_are_those_that_the_help_tells(item: Any) -> None:
 def test_negative_numbers_in_any_notation(command: str, field: str, text: str) -> None:
     value = getattr(parser().parse_args(shlex.split(command.format(text))), field)
     assert repr(value[1] if isinstance(value, list) else value) == repr(float(text))
-
-
-@pytest.mark.parametrize("text", ["--1", "-e5", "-infinite"])
-def test_what_is_no_number_is_an_option(text: str, capsys: Capture) -> None:
-    assert main(["manipulate", "RUN", "--plus", "a", "--strengths", text]) == 2
-    assert "--strengths: expected at least one argument" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -125,41 +98,6 @@ def test_options_come_before_the_file_and_both_before_a_preset(tiny: list[str], 
     assert (config.optimizer, config.weight_decay) == ("adamw", 0.3)  # of the option's preset, not of the file's
 
 
-def test_none_takes_back_what_a_file_says(tiny: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "x.toml"
-    path.write_text("patience = 3\nthreads = 2\nmax_steps = 1\ndata.held_out = 0.2\n")
-    command = ["train", "digits", "--config", str(path), "--out", str(tmp_path / "r"), "--quiet", *tiny]
-    assert main([*command, "--patience", "none", "--threads", "none", "--held-out", "none"]) == 0
-    config = RunFolder(tmp_path / "r").load().config
-    assert (config.patience, config.threads, config.data.held_out, config.max_steps) == (None, None, None, 1)
-
-
-def test_every_option_ends_in_the_file(tiny: list[str], tmp_path: Path) -> None:
-    options = (
-        "--memory checkpoint --precision fp32 --no-ema --accumulate 2 --max-skipped 3 --patience 7 --flip --size 10"
-    )
-    options += " --crop-margin 2 --clip 5 --max-steps 2 --net-actnorm --held-out 0.3"
-    assert main(["train", "digits", "--out", str(tmp_path / "r"), "--quiet", *options.split(), *tiny]) == 0
-    values = read_config(tmp_path / "r" / "config.toml")
-    expected = {"memory": "checkpoint", "precision": "fp32", "ema_decay": None, "accumulate": 2, "max_skipped": 3}
-    expected |= {"patience": 7, "clip_norm": 5.0, "max_steps": 2}
-    assert {name: values[name] for name in expected} == expected
-    of_data = {"flip": True, "crop_margin": 2, "size": 10, "held_out": 0.3}
-    assert {name: values["data"][name] for name in of_data} == of_data
-    assert (values["model"]["net_actnorm"], values["model"]["image_shape"]) == (True, [1, 10, 10])
-
-
-@pytest.mark.parametrize("name", ["nice", "realnvp", "digits"])
-def test_the_command_and_python_make_the_same_of_a_preset(name: str) -> None:
-    config, _ = make_config({"n_levels": 1}, "digits", name)
-    assert config == TrainConfig.preset(name, "digits", n_levels=1, image_shape=(1, 8, 8))
-
-
-def test_the_list_of_presets(capsys: Capture) -> None:
-    assert main(["train", "--list-presets"]) == 0
-    assert capsys.readouterr().out == presets.table() + "\n"
-
-
 MEMORY = 'memory: expected one of ("reversible", "checkpoint", "store") or bytes such as "4GB"'
 
 
@@ -187,33 +125,6 @@ def test_a_file_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("x.toml").write_text(text)
     assert_refused(["digits", "--config", "x.toml"], message, capsys)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--preset cifar10", "data: expected cifar10:PATH for preset cifar10, found none"),
-        ("--preset nice", f"data: expected {DATA_HELP}, found none"),
-        ("digits --preset fashion", "n_bits: expected no such option for digits .*, found 8"),
-        ("folder:small --preset emoji32", "small/0.png: expected an image of at least 32x32, found 9x9"),
-        ("--preset digits --resume", "preset: expected none with --resume: .*, found 'digits'"),
-        ("digits --class-weight nan", "class_weight: expected a number, 0 or more, found nan"),
-        ("folder:small --size 8 --class-weight 1", "class_weight: expected images with labels, found none in .*"),
-        ("folder:small --size 8 --class-conditional", "class_conditional: expected images with labels, found none .*"),
-        ("digits --class-weight 1 --cuda-graphs", "cuda_graphs: expected no accumulation, .*found one of them"),
-        ("digits --beta2 1", "beta2: expected a number from 0 to below 1, found 1.0"),
-        ("digits --max-steps 3 --memory 1kB", "memory: expected at least .*, found .*"),
-    ],
-)
-def test_settings_are_refused(
-    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("small").mkdir()
-    for i in range(4):
-        Image.fromarray(np.full((9, 9, 3), 40 * i, dtype=np.uint8)).save(f"small/{i}.png")
-    small = [] if "memory" in words or "preset" in words else SMALL
-    assert_refused([*words.split(), *small], message, capsys)
 
 
 def assert_refused(words: list[str], message: str, capsys: Capture) -> None:

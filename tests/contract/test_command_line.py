@@ -222,8 +222,8 @@ def test_manipulate(place: Path, tmp_path: Path) -> None:
 def test_interpolate_between_held_out_images(place: Path, tmp_path: Path) -> None:
     """The ends of a path are the images themselves."""
     out = tmp_path / "x.png"
-    said = done("interpolate", "run", DATA, "--pairs", 2, "--frames", 3, "--out", out)
-    assert "2 pairs" in said
+    said = done("interpolate", "run", "--from", 0, "--to", 1, "--from", 2, "--to", 3, "--frames", 3, "--out", out)
+    assert "2 linear paths" in said
     assert ", 0 grey levels changed" in said  # at the ends, which are the images
     assert size(out)[0] > 3 * SIDE
 
@@ -260,17 +260,6 @@ def test_reconstruct(place: Path, tmp_path: Path) -> None:
     half = (found.shape[0] - 2) // 2
     assert half > SIDE
     assert np.array_equal(found[:half], found[half : 2 * half])
-
-
-def test_depths(tiny: Path, tmp_path: Path) -> None:
-    """Samples of several models side by side, each with its own numbers."""
-    options = [*("--size", SIDE, "--batch-size", 8, "--max-steps", 2, "--eval-images", 8), *MODEL]
-    done("train", DATA, "--out", "flat", "--quiet", *options, "--n-levels", 1)
-    said = done("depths", "run", "flat", "--n", 2, "--columns", 2, "--out", tmp_path / "x.png").splitlines()
-    assert "L = 2, K = 2" in said[0]
-    assert "L = 1, K = 2" in said[1]
-    assert all(" bits/dim held out" in line for line in said[:2])
-    assert size(tmp_path / "x.png")[0] > 4 * SIDE
 
 
 def test_compare(place: Path, tmp_path: Path) -> None:
@@ -323,12 +312,11 @@ def test_info_version_and_help() -> None:
     said = done("--help")
     commands = (
         "train resume demo compare sample temperatures reconstruct interpolate edit manipulate levels "
-        "evaluate score ood depths serve convert data report bench info"
+        "evaluate score ood serve convert data report info"
     )
     for command in commands.split():
         assert re.search(rf"^    {command}\b", said, re.MULTILINE)
         assert re.match(rf"[^\n]+\.\n\n  pyglow-fast {command}\b", done(command, "--help"))
-    assert "kernels" in done("bench", "--help")
 
 
 def test_the_help_of_training_is_short_and_there_is_a_long_one() -> None:
@@ -346,9 +334,8 @@ SAMPLE = "sample:1:n=2:seed=3:temperature=0.9"
 PICTURES = [
     ["sample", "run", "--n", "4", "--label", "dark", "--temperature", "0.8"],
     ["edit", "run", "2", *EDIT],
-    ["edit", "run", SAMPLE, *EDIT, "--space", "noise"],
+    ["edit", "run", SAMPLE, *EDIT],
     ["edit", "run", "images/dark/01.png", "--label", "bright", "--scale", "3"],
-    ["edit", "run", "1", "--pixel-shift", *EDIT[:4], "--scale", "3"],
     ["interpolate", "run", "--from", "0", "--to", SAMPLE, "--frames", "3", "--spherical", "--scale", "2"],
     ["interpolate", "run", "--from", "0", "--to", "2", "--at", "0.25", "--scale", "3"],
     pytest.param(["score", "run", "images/dark/00.png", "images/bright/00.png"], marks=pytest.mark.drawn),
@@ -504,17 +491,15 @@ REFUSED: list[tuple[str, str]] = [
     ("edit run 0 --add blue rest 1 --out x.png", "plus: expected one of bright, dark, found 'blue'"),
     ("edit run 0 --keep 0.5 --out x.png", "keep: expected .*, found .*"),
     ("manipulate run folder:images --plus bright --minus bright --out x.png", "minus: expected another .*"),
-    ("interpolate run folder:images --images 0 0 --out x.png", "images: expected the numbers of two different .*"),
-    ("interpolate run folder:images --frames 1 --out x.png", "frames: expected a whole number, 2 or more, found 1"),
+    ("interpolate run --from 0 --from 1 --to 0 --out x.png", "to: expected 2 images, one for each --from, found 1"),
+    ("interpolate run --frames 1 --out x.png", "frames: expected a whole number, 2 or more, found 1"),
     ("levels run folder:images --keep 2 --out x.png", "keep: expected levels in 0..1 .*, found 2"),
-    ("depths run --out x.png", "run: expected two runs or more, found 1"),
     ("reconstruct run folder:images --out x", "out: expected a name ending in .png, found 'x'"),
     ("report run --out x.txt", "out: expected a name ending in .html, found 'x.txt'"),
     ("compare digits --couplings linear --out out", ".*coupling.*: expected .*, found .*linear.*"),
     ("convert pyglow run x.pt", "out: expected a name ending in .safetensors, found 'x.pt'"),
     ("convert glow run x.pt", ".*FORMAT: invalid choice: 'glow'.*"),
     ("convert openai none.npz x.safetensors --image-size 8", "none.npz: expected a file, found nothing there"),
-    ("bench nothing", "name: expected one of .*, found 'nothing'"),
 ]
 
 

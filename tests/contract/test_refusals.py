@@ -451,10 +451,6 @@ def setting() -> pgf.Glow:
     return model.eval()
 
 
-def direction() -> list[Tensor]:
-    return [torch.zeros(shape) for shape in setting().latent_shapes]
-
-
 LATENTS = rows(
     "latents",
     setting,
@@ -466,21 +462,15 @@ LATENTS = rows(
         "frames": (lambda m: tools.interpolate(m, X, X, 1), "frames: expected a whole number, 2 or more, found 1"),
         "pairs": (lambda m: tools.interpolate(m, X, X[:1]), "b: expected 2 images, one for each"),
         "slerp": (lambda m: tools.slerp(X, X, 1.5), r"t: expected a number in 0\.\.1"),
-        "mean of none": (lambda m: tools.MeanLatent().mean(), "latents: expected at least one image, found none"),
-        "strengths": (
-            lambda m: tools.manipulate(m, X, direction(), [math.nan]),
-            "strengths: expected finite numbers, found nan",
-        ),
-        "a level outside": (
-            lambda m: tools.manipulate(m, X, direction(), [1.0], [2]),
-            r"levels: expected numbers in 0\.\.1 \(0 the shallowest\), found 2",
+        "shift": (
+            lambda m: tools.edited(m, zeros(), [z / 0 for z in zeros()]),
+            r"shift\[0\]: expected finite values, found NaN or inf",
         ),
         "shares": (
             lambda m: tools.edited(m, zeros(), None, [1.0, 1.5]),
             r"keep: expected numbers in 0\.\.1, found 1.5",
         ),
         "class of none": (lambda m: tools.likeliest_class(m, X), r"model: expected one with classes \(n_classes\)"),
-        "sweep": (lambda m: tools.temperature_sweep(m, [0.5, -1.0]), "temperatures: expected numbers, 0 or more"),
     },
 )
 

@@ -38,7 +38,7 @@ def test_nothing_is_measured_when_it_is_opened(opened: OpenRun, monkeypatch: pyt
         raise AssertionError("the images were asked for")
 
     monkeypatch.setattr(opened.images, "find", measured)
-    assert {"skin tone dark", "red hair", "woman", "on mint"} <= set(opened.directions(opened.space).names)
+    assert {"skin tone dark", "red hair", "woman", "on mint"} <= set(opened.directions().names)
     scores = opened.scores()
     told = re.search(r"held out (\d\.\d+), training (\d\.\d+)", (SHOWN / "README.md").read_text(encoding="utf-8"))
     assert told is not None
@@ -52,7 +52,7 @@ def mean_change(opened: OpenRun, name: str, strength: float, images: range) -> t
     """By how much an edit changes held-out images: grey levels of 32, (n, 3, 32, 32)."""
     found = []
     for i in images:
-        subject = Subject(opened, opened.pick(HeldOut(i)), opened.space)
+        subject = Subject(opened, opened.pick(HeldOut(i)))
         edited = subject.edited(Edit((Add(name, "rest", strength),)))
         assert edited.finite
         found.append(edited.pixels.float() - subject.pixels.float())

@@ -81,8 +81,8 @@ def test_commands_run(block: Block) -> None:
     for words in shell_commands(block.code):
         if words[:2] == ["pyglow-fast", "serve"]:
             look_at(words[1:])
-        elif words[0] == "torchrun":
-            module = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        elif words[0] in ("torchrun", "python"):
+            module = [sys.executable, *(["-m", "torch.distributed.run"] if words[0] == "torchrun" else []), *words[1:]]
             done = subprocess.run(module, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-2000:]
         else:
@@ -144,7 +144,7 @@ def test_commands_in_the_text_parse() -> None:
     assert len(shown) > 20
     for command in shown:
         ((_, *arguments),) = shell_commands(command.replace("\n", " "))
-        if arguments[0] not in ("info", "bench") and "--help" not in command:
+        if arguments[0] != "info" and "--help" not in command:
             try:
                 app.parser().parse_args(arguments)
             except SystemExit:

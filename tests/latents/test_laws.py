@@ -45,15 +45,12 @@ def decoded_by_hand(setting: Setting, latents: list[Tensor], shift: list[Tensor]
 @OF_SPACES
 @OF_ALL
 def test_whatever_changes_nothing_gives_the_image_back(name: str, space: str) -> None:
-    """Decoding, an edit of strength 0, levels that are all kept, and both ends of a path."""
+    """Decoding, an edit that keeps all, and both ends of a path."""
     setting = Setting(name)
     model, x, y, cond = setting.model, setting.x, setting.y, setting.cond
     latents = tools.to_space(model, x, space, y, cond)
-    n_levels = len(latents)
     assert_close(tools.from_space(model, latents, space, y, cond), x, CONDITION)
-    assert_close(tools.edited(model, latents, None, [1.0] * n_levels, space, y, cond), x, CONDITION)
-    assert_close(tools.manipulate(model, x, shifts(setting), [0.0], None, space, y, cond)[:, 0], x, CONDITION)
-    assert_close(tools.keep_levels(model, x, range(n_levels), 1.0, y, cond), x, CONDITION)
+    assert_close(tools.edited(model, latents, None, [1.0] * len(latents), space, y, cond), x, CONDITION)
     other, labels = x[[1, 0, 3, 2]], None if y is None else y[[1, 0, 3, 2]]
     for spherical in (False, True):
         path = tools.interpolate(model, x, other, 3, spherical, space, (y, labels), cond)
@@ -78,42 +75,6 @@ def test_an_edit_follows_its_formula(name: str) -> None:
 
 
 @OF_SPACES
-@pytest.mark.parametrize("name", ["default", "classes", "everything"])
-def test_an_edit_moves_the_chosen_levels_by_the_strength(name: str, space: str) -> None:
-    setting = Setting(name, spread=CALM)
-    model, x, y, cond, direction = setting.model, setting.x, setting.y, setting.cond, shifts(setting)
-    before = tools.to_space(model, x, space, y, cond)
-    for levels in (None, [0], [1, 1]):
-        found = tools.manipulate(model, x, direction, [-1.5, 1.0], levels, space, y, cond)
-        for i, strength in enumerate((-1.5, 1.0)):
-            after = tools.to_space(model, found[:, i], space, y, cond)
-            for level, (old, new, step) in enumerate(zip(before, after, direction, strict=True)):
-                moved = strength if levels is None or level in levels else 0.0
-                assert_close(new, old + moved * step, CONDITION)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.6])
-@pytest.mark.parametrize("name", ["default", "three levels", "classes", "fixed priors"])
-def test_kept_levels_stay_and_the_others_are_drawn_given_the_deeper_ones(name: str, temperature: float) -> None:
-    """The noise is drawn for every level, deepest first, as sample draws it."""
-    setting = Setting(name, spread=CALM)
-    model, x, y = setting.model, setting.x, setting.y
-    original, n_levels = model.encode(x), setting.config.n_levels
-    for kept in ([0], [n_levels - 1]):
-        generator = torch.Generator().manual_seed(3)
-        encoded = model._encode(tools.keep_levels(model, x, kept, temperature, y, None, generator), None)
-        generator.manual_seed(3)
-        for level in reversed(range(n_levels)):
-            noise = temperature * torch.randn(original[level].shape, generator=generator, dtype=torch.float64)
-            expected = original[level]
-            if level not in kept:
-                at_top = level == n_levels - 1
-                prior = model.prior(noise, y) if at_top else model._split(level).prior(encoded.kept[level])
-                expected = (prior[0] + noise * prior[1].exp()).expand(noise.shape)
-            assert_close(encoded.latents[level], expected, CONDITION)
-
-
-@OF_SPACES
 def test_a_path_is_straight_in_its_space(space: str) -> None:
     """And its points are those of the times, in any order."""
     setting = Setting("default")
@@ -123,10 +84,10 @@ def test_a_path_is_straight_in_its_space(space: str) -> None:
     for i in range(5):
         for level, start, end in zip(tools.to_space(setting.model, path[:, i], space), first, last, strict=True):
             assert_close(level, start + i / 4 * (end - start), CONDITION)
-    assert_close(tools.interpolate(setting.model, a, b, space=space, times=(0.75, 0.0)), path[:, [3, 0]], CONDITION)
+    assert_close(tools.decode_path(setting.model, first, last, (0.75, 0.0), space=space), path[:, [3, 0]], CONDITION)
     for wrong in ([1.5], [math.nan], []):
         with pytest.raises(ValueError, match=r"^times: expected"):
-            tools.interpolate(setting.model, a, b, space=space, times=wrong)
+            tools.decode_path(setting.model, first, last, wrong, space=space)
 
 
 def test_between_classes_the_top_prior_goes_along() -> None:
@@ -168,56 +129,6 @@ def test_slerp_where_there_is_no_great_circle(t: float) -> None:
     assert torch.equal(found[5:], tools.slerp(a[5:], b[5:], t))
     near = u + 1e-9 * v  # acos of the product would not tell them apart
     assert torch.allclose(tools.slerp(u[None], near[None], t), ((1 - t) * u + t * near)[None], rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("sizes", [[10], [1] * 10, [3, 0, 7]])
-def test_a_streamed_mean_is_the_mean(sizes: list[int]) -> None:
-    """And what is taken out of it leaves the mean of the others; small terms are not lost beside large ones."""
-    latents = [torch.randn(10, 3, 4), 2.0**25 + torch.randn(10, 5, 2, 2)]
-    whole, part = tools.MeanLatent(), tools.MeanLatent()
-    for batch in zip(*(level.split(sizes) for level in latents), strict=True):
-        whole.add(batch)
-    part.add([level[:4] for level in latents])
-    others = whole.without(part)
-    assert (whole.count, others.count) == (10, 6)
-    for found, rest, level in zip(whole.mean(), others.mean(), latents, strict=True):
-        assert torch.allclose(found, level.double().mean(0), rtol=1e-14, atol=1e-14)
-        assert torch.allclose(rest, level[4:].double().mean(0), rtol=1e-14, atol=1e-14)
-    with pytest.raises(ValueError, match="part: expected at most 4 images, those of the whole, found 10"):
-        part.without(whole)
-
-
-def test_a_refused_batch_leaves_the_mean_as_it_was() -> None:
-    mean = tools.MeanLatent()
-    mean.add([torch.ones(2, 3), torch.ones(2, 1)])
-    for bad in ([torch.ones(2, 3), torch.full((2, 1), math.nan)], [torch.ones(2, 3)], [torch.ones(2, 3)] * 2, []):
-        with pytest.raises(ValueError, match="latents"):
-            mean.add(bad)
-    assert (mean.count, [level.tolist() for level in mean.mean()]) == (2, [[1.0] * 3, [1.0]])
-
-
-def test_a_known_attribute_is_found() -> None:
-    """Images with and without a shift of the latents: the direction is that shift, the edit the true target."""
-    setting = Setting("default", n=6)
-    model, shift = setting.model, [2 * part for part in shifts(setting)]
-    with_it = model.decode([z + step for z, step in zip(model.encode(setting.x), shift, strict=True)])
-    plus, minus = tools.MeanLatent(), tools.MeanLatent()
-    plus.add(model.encode(with_it[:4]))
-    minus.add(model.encode(setting.x[:4]))
-    found = tools.manipulate(model, setting.x[4:], tools.attribute_direction(plus, minus), [1.0], space="latent")
-    assert_close(found[:, 0], with_it[4:], CONDITION)
-
-
-@pytest.mark.parametrize("name", ["default", "classes", "everything"])
-def test_every_row_of_a_sweep_is_what_sample_draws(name: str) -> None:
-    setting = Setting(name, n=3, spread=CALM)
-    generator = torch.Generator().manual_seed(5)
-    found = tools.temperature_sweep(setting.model, [0.0, 1.0], 3, None, setting.cond, generator)
-    after = torch.rand(1, generator=generator)
-    for temperature, row in zip((0.0, 1.0), found, strict=True):
-        generator.manual_seed(5)
-        assert_close(row, setting.model.sample(3, temperature, None, setting.cond, generator), CONDITION)
-    assert torch.equal(torch.rand(1, generator=generator), after)
 
 
 @pytest.mark.parametrize("name", ["classes", "classes, fixed priors", "last checkerboard", "everything"])

@@ -160,15 +160,13 @@ def test_the_precision_is_that_of_injectors_too() -> None:
 def test_kept_levels_of_fewer_latents() -> None:
     model = model_of()
     x, conds = batch(2)
-    assert_close(tools.keep_levels(model, x, [0, 1], cond=conds), x, 100.0)
     latents = model.encode(x, conds)
-    found = model.encode(tools.keep_levels(model, x, [1], cond=conds), conds)
+    assert_close(tools.edited(model, latents, keep=[1, 1], space="latent", cond=conds), x, 100.0)
+    found = model.encode(tools.edited(model, latents, keep=[0, 1], space="latent", cond=conds), conds)
     assert_close(found[1], latents[1], 100.0)
     _, states, _ = model.intermediates(x, conds)
     mean, _ = model.splits[0].prior(model.splits[0].parts(states[0][-1])[0], conds[0])
     assert_close(found[0], mean, 100.0)
-    with pytest.raises(ValueError, match=r"levels: expected numbers in 0\.\.1"):
-        tools.keep_levels(model, x, [2], cond=conds)
 
 
 def test_no_distribution_of_a_condition_of_each_level() -> None:

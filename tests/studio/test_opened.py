@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from support.edits import ByHand
 from pyglow_fast.data import ImageSet, UnreadableImageError
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Scores, likelihood_text, parse_image
-from pyglow_fast.studio.opened import LostImagesError
+from pyglow_fast.studio.kept import kept
 from pyglow_fast.train import RunFolder, score_images, to_pixels
 
 
@@ -32,7 +31,7 @@ def test_held_out_images(digits_run: Path, emoji_trained: Path) -> None:
 
 
 def test_files(digits_run: Path, tmp_path: Path) -> None:
-    """The likeliest class unless one is given; given back when asked for the own one."""
+    """The likeliest class unless one is given."""
     opened = OpenRun.open(str(digits_run))
     values = np.random.default_rng(1).integers(0, 256, (8, 8), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "x.png")
@@ -40,11 +39,9 @@ def test_files(digits_run: Path, tmp_path: Path) -> None:
     assert torch.equal(picked.pixels[0], torch.from_numpy(values.astype(np.int64) * 17 // 256).byte())
     best = int(likeliest_class(opened.model, opened.x(picked.pixels[None]))[0])
     assert picked.label == best
-    other = opened.relabelled(picked, (best + 1) % 10)
-    assert other.label == (best + 1) % 10
-    assert opened.relabelled(other, None).label == best
+    assert opened.pick(picked.image, (best + 1) % 10).label == (best + 1) % 10
     with pytest.raises(ValueError, match=r"^label: expected a class in 0..9, found 10$"):
-        opened.relabelled(picked, 10)
+        opened.pick(parse_image("sample:0:label=10"))
     with pytest.raises(UnreadableImageError, match=r"^gone.png: expected"):
         opened.pick(File("gone.png"))
 
@@ -63,7 +60,6 @@ def test_samples(digits_run: Path, labels: tuple[int, ...]) -> None:
     again = opened.pick(parse_image(one.image.text))
     assert torch.equal(again.pixels, one.pixels)
     assert again[1:] == one[1:]
-    assert opened.relabelled(opened.relabelled(again, 1), None).label == one.label
 
 
 def test_classes(digits_run: Path, emoji_trained: Path) -> None:
@@ -83,9 +79,7 @@ def test_a_newer_checkpoint(emoji_run: Path, digits_run: Path) -> None:
     older = OpenRun.open(str(emoji_run), images=newest.images)
     assert older.images is newest.images
     assert OpenRun.open(str(digits_run), images=newest.images).images is not newest.images
-    found = newest.relabelled(older.pick(image), None)
-    assert torch.equal(found.pixels, newest.pick(image).pixels)
-    assert not torch.equal(found.pixels, older.pick(image).pixels)
+    assert not torch.equal(newest.pick(image).pixels, older.pick(image).pixels)
 
 
 def test_bits_of_one_image(digits_run: Path) -> None:
@@ -101,16 +95,14 @@ def test_bits_of_one_image(digits_run: Path) -> None:
 
 
 def test_scores(emoji_run: Path) -> None:
-    """Those of held-out and of training images; told how far it is; where an image stands among them, in words."""
-    opened, told = OpenRun.open(str(emoji_run)), list[tuple[int, int]]()
+    """Those of held-out and of training images; where an image stands among them, in words."""
+    opened = OpenRun.open(str(emoji_run))
     assert likelihood_text(opened, 2.5, wait=False) == "2.500 bits/dim"
     assert opened.scores_at_hand(wait=False) is None
-    found, by_hand = opened.scores(lambda done, total: told.append((done, total))), ByHand(emoji_run)
+    found, by_hand = opened.scores(), ByHand(emoji_run)
     for side, values in ((by_hand.held_out, found.held_out), (by_hand.train, found.train)):
         wanted = score_images(by_hand.model, by_hand.data.subset(side), 50, 0, 1000).bits_per_dim
         assert torch.allclose(values, wanted, rtol=1e-5)
-    total = len(by_hand.train) + len(by_hand.held_out)
-    assert told[-1] == (total, total)
     middle = float(found.train.quantile(0.5, interpolation="higher"))
     share = found.share_below(middle)
     text = f"{middle:.3f} bits/dim, more than {share:.1%} of {len(by_hand.train)} training images"
@@ -122,78 +114,34 @@ def test_scores(emoji_run: Path) -> None:
 
 def measured(opened: OpenRun) -> tuple[object, ...]:
     """All that is measured of a checkpoint, as lists."""
-    directions, scores = opened.directions("noise"), opened.scores()
-    tensors = (*directions.means, directions.pixels, *scores)
+    directions, scores = opened.directions(), opened.scores()
+    tensors = (*directions.means, directions.reach, *scores)
     return directions.names, directions.n_classes, [tensor.tolist() for tensor in tensors]
 
 
 def test_measured_once_for_a_checkpoint(emoji_run: Path, emoji_images: Path) -> None:
-    """What was measured is read, also without the images; of an older checkpoint, or of fewer images, it is other."""
+    """What was measured is read, also without the images; of an older checkpoint it is other."""
     first = measured(OpenRun.open(str(emoji_run)))
-    kept = sorted(RunFolder(emoji_run).cache.iterdir())
-    few = OpenRun.open(str(emoji_run), train_images=10).directions("noise")
-    assert not torch.equal(few.pixels, OpenRun.open(str(emoji_run)).directions("noise").pixels)
+    files = sorted(RunFolder(emoji_run).cache.iterdir())
     moved = emoji_images.with_name("elsewhere")
     emoji_images.rename(moved)
     try:
         opened = OpenRun.open(str(emoji_run))
         assert measured(opened) == first
         assert "emoji" in opened.images.missing
-        for ask in (lambda: opened.directions("latent"), opened.images.find, lambda: opened.pick(HeldOut(0))):
-            with pytest.raises(LostImagesError, match="emoji: expected"):
+        for ask in (opened.images.find, lambda: opened.pick(HeldOut(0))):
+            with pytest.raises(ValueError, match="emoji: expected"):
                 ask()
     finally:
         moved.rename(emoji_images)
     assert opened.images.missing == ""  # they are back
     RunFolder(emoji_run).checkpoint.unlink()
     assert measured(OpenRun.open(str(emoji_run))) != first
-    assert set(kept) < set(RunFolder(emoji_run).cache.iterdir())
+    assert set(files) < set(RunFolder(emoji_run).cache.iterdir())
 
 
-@pytest.mark.parametrize("spoilt", [b"", b"no tensors" * 9, None])
-def test_a_damaged_file_is_measured_again(emoji_run: Path, spoilt: bytes | None) -> None:
-    """Cut off by a byte, too."""
-    first = measured(OpenRun.open(str(emoji_run)))
-    for path in RunFolder(emoji_run).cache.iterdir():
-        path.write_bytes(path.read_bytes()[:-1] if spoilt is None else spoilt)
-    assert measured(OpenRun.open(str(emoji_run))) == first
-    whole = [path.stat().st_size for path in RunFolder(emoji_run).cache.iterdir()]
-    assert min(whole) > 400
-
-
-def test_a_folder_that_cannot_be_written(emoji_run: Path) -> None:
-    """A warning, no error; the next time it takes as long."""
-    RunFolder(emoji_run).cache.write_text("a file")
-    with pytest.warns(UserWarning, match="not kept, and computed anew the next time"):
-        first = measured(OpenRun.open(str(emoji_run)))
-    with pytest.warns(UserWarning, match="not kept"):
-        assert measured(OpenRun.open(str(emoji_run))) == first
-
-
-def test_few_files_stay(emoji_run: Path) -> None:
+def test_few_files_stay(tmp_path: Path) -> None:
     """Of all checkpoints that a page saw while a run was trained."""
-    for most in range(1, 8):
-        OpenRun.open(str(emoji_run), train_images=most).directions("noise")
-    assert len(list(RunFolder(emoji_run).cache.glob("directions-noise-*"))) == 4
-
-
-def test_two_who_ask_at_once_measure_once(emoji_run: Path) -> None:
-    """The second waits for the first; who asks for what is there waits for nobody."""
-    opened, told, found = OpenRun.open(str(emoji_run)), list[object](), list[object]()
-    opened.scores()
-
-    def tell(done: int, total: int) -> None:
-        if not told:
-            other.start()
-            looking = threading.Thread(target=lambda: told.append(opened.scores()))
-            looking.start()
-            looking.join(30)
-            assert told
-        told.append(done)
-
-    other = threading.Thread(target=lambda: found.append(opened.directions("noise", lambda *far: told.append("twice"))))
-    first = opened.directions("noise", tell)
-    other.join(30)
-    assert len(found) == 1
-    assert found[0] is first
-    assert "twice" not in told
+    for number in range(7):
+        kept(tmp_path, "scores", {"digest": number}, lambda: {"x": torch.zeros(1)})
+    assert len(list(tmp_path.iterdir())) == 4

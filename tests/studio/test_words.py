@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyglow_fast.studio import Draw, File, HeldOut, Sample, parse_image
-from pyglow_fast.studio.words import Image, number_text, shown_name
+from pyglow_fast.studio.words import Image, number_text
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 LINES = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1).filter(lambda text: max(text) < "\ufffe")
@@ -95,8 +95,3 @@ def test_malformed(text: str) -> None:
 def test_names_that_no_line_can_hold(path: str) -> None:
     with pytest.raises(ValueError, match=r"^file: expected a name without control characters, found '[ -~]*'$"):
         parse_image(path)
-
-
-def test_names_for_people() -> None:
-    images = (HeldOut(12), Sample(2, Draw(8)), File("photos/me.png"), File(r"C:\photos\me.png"))
-    assert [shown_name(image) for image in images] == ["held-out image 12", "sample 2", "me.png", "me.png"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyglow_fast.cli import main
 from pyglow_fast.data import Images, load_data, split
-from pyglow_fast.latents import MeanLatent, edited, to_space
+from pyglow_fast.latents import edited, to_space
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.models import Glow
 from pyglow_fast.train import RunFolder, load_model, to_pixels
@@ -78,35 +78,30 @@ class ByHand:
         return self.train[has], self.train[~has]
 
     def direction(self, plus: str, minus: str, space: str) -> list[Tensor]:
-        """The difference of both means a level, and last that of the mean pixels."""
+        """The difference of both means a level."""
         with_it = self.chosen(plus)[0]
         without = self.chosen(plus)[1] if minus == "rest" else self.chosen(minus)[0]
-        sides = (MeanLatent(), MeanLatent())
-        for part in self.train.sort().values.split(64):  # one image's latents may depend on its batch by roundings
+        order, parts = self.train.sort().values, []
+        for part in order.split(64):  # one image's latents may depend on its batch by roundings
             pixels, labels = self.data.batch(part)
-            x = self.x(pixels)
-            values = [*to_space(self.model, x, space, self.y(labels)), x]
-            for side, indices in zip(sides, (with_it, without), strict=True):
-                side.add([value[torch.isin(part, indices)] for value in values])
-        return [a.float() - b.float() for a, b in zip(sides[0].mean(), sides[1].mean(), strict=True)]
+            parts.append(to_space(self.model, self.x(pixels), space, self.y(labels)))
+        latents = [torch.cat(level).double() for level in zip(*parts, strict=True)]
+        means = [[z[torch.isin(order, side)].mean(0).float() for z in latents] for side in (with_it, without)]
+        return [a - b for a, b in zip(*means, strict=True)]
 
     @torch.no_grad()
     def edited(
         self,
         pixels: Tensor,
         label: int | None,
-        space: str,
         adds: Sequence[tuple[str, str, float]] = (),
         keep: Sequence[float] | None = None,
-        pixel_shift: bool = False,
     ) -> Tensor:
-        """Levels (C, H, W) of the image (C, H, W) after an edit."""
+        """Levels (C, H, W) of the image (C, H, W) after an edit: of latents for a model with classes, else of noise."""
         x, y = self.x(pixels[None]), self.y(None if label is None else torch.tensor([label]))
+        space = "noise" if self.model.config.n_classes is None else "latent"
         shifts = [[s * part for part in self.direction(plus, minus, space)] for plus, minus, s in adds]
-        total = [torch.stack(parts).sum(0) for parts in zip(*shifts, strict=True)] if shifts else None
-        if pixel_shift:
-            return to_pixels(x if total is None else x + total[-1], self.n_bins)[0]
-        shift = None if total is None else total[:-1]
+        shift = [torch.stack(parts).sum(0) for parts in zip(*shifts, strict=True)] if shifts else None
         found = edited(self.model, to_space(self.model, x, space, y), shift, keep, space, y)
         return to_pixels(found, self.n_bins)[0]
 

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.full
 TABS = ("Sample", "Edit", "Interpolate", "Score", "Run")
 FILLED = {"Sample": "#samples img", "Edit": "#edited img", "Interpolate": "#path-frame img"}
 FILLED |= {"Score": "#scores img", "Run": "#run-page iframe"}
-CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,8 @@ def server(runs: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A Chromium with a camera, whose picture is made up."""
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=web.chromium(), args=[*web.FLAGS, *CAMERA])
+        browser = driver.chromium.launch(executable_path=web.chromium(), args=web.FLAGS)
         yield browser
         browser.close()
 
@@ -46,7 +44,6 @@ def browser() -> Iterator[Browser]:
 def page(request: pytest.FixtureRequest, server: Server, browser: Browser) -> Iterator[Page]:
     """A visitor's, of 1280 x 800 pixels or a phone's; nobody else was asked, and nothing thrown."""
     context = browser.new_context(viewport={"width": request.param, "height": 800})
-    context.grant_permissions(["camera"])
     page = context.new_page()
     page.set_default_timeout(1000 * web.WAIT)
     asked: list[str] = []
@@ -111,23 +108,3 @@ def test_edits_follow_their_sliders(page: Page) -> None:
     photo = web.encoded(web.photo(40, 30))
     give.set_input_files({"name": "mine.png", "mimeType": "image/png", "buffer": photo})
     wait_for(lambda: " mine.png " in command(page), True)
-    page.get_by_role("link", name="Save mine.png as the model sees it").wait_for()
-    look(page, "Interpolate")
-    page.get_by_role("radio", name="to", exact=True).check()
-    page.get_by_role("button", name="Take the image under Edit").click()
-    wait_for(lambda: "--to mine.png" in command(page), True)
-
-
-def test_another_run_and_the_camera(page: Page, server: Server) -> None:
-    """Its samples are shown first, then its images; a picture of the webcam is one of the visitor's."""
-    look(page, "Edit")
-    page.locator("#run input").click()
-    page.get_by_role("option", name="runs/colour", exact=True).click()
-    page.locator("#about", has_text="colour: a Glow").wait_for()
-    wait_for(lambda: "sample runs/colour " in command(page), True)
-    look(page, "Edit")
-    wait_for(lambda: "edit runs/colour " in command(page), True)
-    page.locator("#edit-upload").get_by_label("Capture from camera").click()
-    page.locator("#edit-upload").get_by_text("Click to Access Webcam").click()
-    page.locator("#edit-upload").get_by_label("capture photo").click()
-    wait_for(lambda: "image.png" in command(page) or ".webp" in command(page), True)

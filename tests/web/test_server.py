@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import ssl
 import stat
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import httpx  # noqa: E402
 from gradio.routes import App  # noqa: E402
 from support.small_page import page  # noqa: E402
 
-from pyglow_fast.web.server import VARIABLE, Place, can_open_browser, credentials, is_loopback  # noqa: E402
+from pyglow_fast.web.server import VARIABLE, Place, credentials, is_loopback  # noqa: E402
 
 LOGIN = ("ada", "pass word")
 API = "gradio_api/"
@@ -133,16 +131,6 @@ def test_the_size_of_a_file_is_limited(ada: httpx.Client, locked: Server) -> Non
     assert sorted(locked.files()) == before
 
 
-def test_errors_are_text_and_faults_are_not_told(ada: httpx.Client, locked: Server) -> None:
-    """The one is the visitor's to mend, the other is in the log."""
-    before = len(locked.log())
-    assert result(ada, "Double", 4) == "twice: 8"
-    assert result(ada, "Fail", "input") == "&lt;img src=x onerror=alert(1)&gt; is no number"
-    assert "Traceback" not in locked.log()[before:]
-    assert "secret" not in str(result(ada, "Fail", "fault"))
-    assert "/srv/secret/file.txt" in locked.log()
-
-
 @pytest.mark.parametrize(
     ("host", "origin", "status"),
     [
@@ -212,23 +200,6 @@ def test_it_ends_at_once_with_a_full_queue(tmp_path: Path, signum: signal.Signal
         assert "Traceback" not in server.log()
 
 
-@pytest.mark.full
-def test_an_encrypted_connection(tmp_path: Path) -> None:
-    """By a certificate of the user's; what is none is refused before anything is served."""
-    (tmp_path / "key").mkdir()
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem"]
-    subprocess.run([*made, *names], cwd=tmp_path, check=True, capture_output=True)
-    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
-    for given in ({"certificate": key}, {"certificate": "none.pem"}, {"certificate": certificate}, {"key": key}):
-        with pytest.raises(ValueError, match=r"^certificate: expected .*, found"):
-            Place(**given).check()
-    with small(tmp_path, certificate=certificate, key=key) as server:
-        assert server.address.startswith("https://127.0.0.1:")
-        context = ssl.create_default_context(cafile=certificate)
-        assert httpx.get(server.address, verify=context, trust_env=False).status_code == 200
-
-
 def test_addresses_that_are_refused() -> None:
     """Before anything is served: what others reach without a login, and what cannot be had."""
     for host in ("0.0.0.0", "::", "192.168.1.4", "myhost", "127.1", "localhost.evil", ""):
@@ -246,32 +217,9 @@ def test_addresses_that_are_refused() -> None:
 
 
 def test_where_a_login_comes_from() -> None:
-    """A prompt or the environment; a password on the command line others can see."""
-    asked = lambda prompt: "hunter2" if prompt == "Password of ada: " else ""  # noqa: E731
-    assert credentials(None, {}, None) is None
-    assert credentials(None, {VARIABLE: "ada:pa:ss word"}, None) == ("ada", "pa:ss word")
-    assert credentials("ada", {VARIABLE: "ada:pa:ss word"}, None) == ("ada", "pa:ss word")
-    assert credentials("ada", {}, asked) == ("ada", "hunter2")
-    refused: list[tuple[str | None, str | None, Any, str]] = [
-        ("ada:hunter2", None, asked, "auth"),
-        ("", None, asked, "auth"),
-        (" ada", None, asked, "auth"),
-        ("ada", None, None, "auth"),
-        ("bob", None, asked, "password"),
-        ("bob", "ada:hunter2", None, "auth"),
-        (None, "hunter2", None, VARIABLE),
-        (None, ":hunter2", None, VARIABLE),
-        (None, "hunter2:", None, "password"),
-    ]
-    for user, environment, ask, name in refused:
-        with pytest.raises(ValueError, match=f"^{name}: expected") as raised:
-            credentials(user, {} if environment is None else {VARIABLE: environment}, ask)
-        assert "hunter2" not in str(raised.value) or name == VARIABLE
-
-
-def test_a_browser_opens_on_a_desktop_only() -> None:
-    """Not in a terminal far from it."""
-    assert can_open_browser({"DISPLAY": ":0"}, "linux")
-    assert can_open_browser({}, "darwin")
-    assert not can_open_browser({}, "linux")
-    assert not can_open_browser({"DISPLAY": ":0", "SSH_TTY": "/dev/pts/0"}, "linux")
+    """The environment: a password on the command line others can see, and no message has it."""
+    assert credentials(None) is None
+    assert credentials("ada:pa:ss word") == ("ada", "pa:ss word")
+    for given in ("hunter2", ":hunter2", "hunter2:", ""):
+        with pytest.raises(ValueError, match=f"^{VARIABLE}: expected USER:PASSWORD, found another text$"):
+            credentials(given)
