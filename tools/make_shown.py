@@ -51,7 +51,7 @@ def class_of(entry: dict[str, str]) -> str | None:
     if category == "Smileys & Emotion" and kind.startswith("face"):
         return "face"
     if category == "People & Body" and kind.startswith("hand"):
-        return "hand"
+        return None if "MIDDLE FINGER" in name else "hand"
     if category != "People & Body" or kind not in PEOPLE or WHOLE.search(name):
         return None
     words = set(name.replace(":", " ").split())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +22,6 @@ from pyglow_fast.train.figures import PICTURE_IMAGES
 Function = Callable[[argparse.Namespace], int | None]  # what a command does; gives the exit code, or none for 0
 Commands = argparse._SubParsersAction  # of argparse.ArgumentParser: where a command is declared
 LOOSE = ("folder", "photos")  # images that are whatever lies below a folder: a file more there would be one of them
-_NEGATIVE = re.compile(r"-\.?[0-9]|-(inf|infinity|nan)$", re.IGNORECASE)  # as a number begins, and no option
 _RANGES = {
     "n": PICTURE_IMAGES,
     "columns": PICTURE_IMAGES,
@@ -33,23 +31,7 @@ _RANGES = {
 }
 
 
-def whole(text: str) -> int:
-    """Read an int, as an argument type of argparse."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
-
-
-def number(text: str) -> float:
-    """Read a float, as an argument type of argparse."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
-
-
-COUNT: dict[str, Any] = {"type": whole, "metavar": "N"}
+COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
 RUN_HELP = f"the folder of a run, or {SHOWN}: the small model that comes with the package"
 _SHARED: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN", "help": RUN_HELP},
@@ -62,7 +44,6 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--n": COUNT | {"help": "how many images"},
     "--columns": COUNT | {"help": "images in a row (default: a column a class for up to 16, else a square)"},
     "--seed": COUNT | {"default": 0, "help": "of all that is random: the same seed gives the same result"},
-    "--temperature": {"type": number, "metavar": "X", "help": "multiplies the priors' deviation; 0 is the mean"},
     "--label": {"metavar": "CLASS", "action": "append", "help": "a class; may be repeated (default: all in turn)"},
     "--batch-size": COUNT | {"default": 64, "help": "images at a time"},
 }
@@ -92,7 +73,6 @@ class Parser(argparse.ArgumentParser):
         ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": HelpFormatter}
         super().__init__(*args, **ours | options)
         self.opening = opening
-        self._negative_number_matcher = _NEGATIVE  # so that -1e-1 is a number as -0.1 is
 
     def format_help(self) -> str:
         """As of any, below the opening."""
@@ -157,8 +137,6 @@ def check_numbers(args: argparse.Namespace) -> None:
         if key in _RANGES and value is not None:
             _RANGES[key].check(key, value, whole=True)
     check_seed(getattr(args, "seed", 0))
-    temperature = getattr(args, "temperature", 0.0)
-    expect(0.0 <= temperature < float("inf"), "temperature", "a number, 0 or more", temperature)
 
 
 def open_run(args: argparse.Namespace, suffix: str = "", *images: str | None) -> tuple[OpenRun, Path]:

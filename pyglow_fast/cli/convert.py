@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyglow_fast._errors import expect
-from pyglow_fast.cli._arguments import Commands, command, whole
+from pyglow_fast.cli._arguments import Commands, command
 from pyglow_fast.cli._output import say, user_input
 from pyglow_fast.interop import convert
 from pyglow_fast.interop.convert.files import check_target
@@ -39,7 +39,7 @@ def add(commands: Commands[Any]) -> None:
     parser.add_argument("out", metavar="OUT", help=text)
     parser.add_argument("--to", choices=names, default=OWN, metavar="FORMAT", help="of OUT")
     text = "of the images: openai and rosinality need it"
-    parser.add_argument("--image-size", type=whole, metavar="N", help=text)
+    parser.add_argument("--image-size", type=int, metavar="N", help=text)
     text = "chaiyujin, y0ast: a model without 1x1 convolutions"
     parser.add_argument("--permutation", choices=["reverse"], metavar="reverse", help=text)
     parser.add_argument("--averaged", action="store_true", default=argparse.SUPPRESS, help="openai: moving averages")
@@ -49,7 +49,7 @@ def add(commands: Commands[Any]) -> None:
     parser.add_argument("--lu", action="store_true", help="openai: 1x1 convolutions as LU factors", **flag)
     text = "without a learned top prior"
     parser.add_argument("--no-learn-top", dest="learn_top", action="store_false", help=text, **flag)
-    parser.add_argument("--batch-size", type=whole, metavar="N", help="chaiyujin: of prior_h (by itself 1)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="chaiyujin: of prior_h (by itself 1)")
     text = "chaiyujin: x stays in [0, 1], not in [-0.5, 0.5)"
     parser.add_argument("--no-rescale", dest="rescale", action="store_false", help=text, **flag)
 

@@ -1,4 +1,4 @@
-"""Runs the commands that look at a run: sample, temperatures, reconstruct, interpolate, edit, manipulate, levels."""
+"""Runs the commands that look at a run: sample, interpolate, edit, manipulate, levels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyglow_fast import latents
 from pyglow_fast._errors import expect
 from pyglow_fast._moments import Moments
 from pyglow_fast.cli import _arguments as shared
-from pyglow_fast.cli._arguments import COUNT, IMAGES, PICTURE, RUN, command, number, open_run
+from pyglow_fast.cli._arguments import COUNT, IMAGES, PICTURE, RUN, command, open_run
 from pyglow_fast.cli._output import not_finite_note, say, say_next, user_input
 from pyglow_fast.data import Images
 from pyglow_fast.latents.paths import even
@@ -29,26 +28,19 @@ from pyglow_fast.train.files import write_bytes
 from pyglow_fast.train.seeds import random_subset
 
 PAIRS, FRAMES = 4, 8
+FEW = 8  # samples at each of several temperatures, by themselves
 STRENGTHS = [-2.0, -1.0, 0.0, 1.0, 2.0]
-TEMPERATURES = [0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0]
-NUMBERS: dict[str, Any] = {"type": number, "nargs": "+", "metavar": "X"}
-WHOLE: dict[str, Any] = {"type": shared.whole, "nargs": "+", "metavar": "I"}
+NUMBERS: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "X"}
+WHOLE: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "I"}
 
 
 def add(commands: shared.Commands[Any]) -> None:
     """Declare the commands and their options."""
     about, example = "draw images from a trained model", "sample runs/demo --n 40 --temperature 0.7"
-    every: tuple[str, ...] = (*RUN, *PICTURE, "--n", "--temperature", "--seed", "--label", "--columns")
-    command(commands, sample, about, example, *every, defaults={"n": N, "temperature": TEMPERATURE})
-
-    about = "draw images of the same noise at several temperatures, a row each"
-    every = (*RUN, *PICTURE, "--n", "--seed", "--label")
-    parser = command(commands, temperatures, about, "temperatures runs/demo --n 10", *every, defaults={"n": 8})
-    text = "what multiplies the deviation of the priors"
-    parser.add_argument("--temperatures", default=TEMPERATURES, help=text, **NUMBERS)
-
-    about, example = "encode and decode images, and print the largest error", "reconstruct runs/demo --n 12"
-    command(commands, reconstruct, about, example, *IMAGES, *PICTURE, "--n", defaults={"n": 16})
+    every: tuple[str, ...] = (*RUN, *PICTURE, "--n", "--seed", "--label", "--columns")
+    parser = command(commands, sample, about, example, *every)
+    text = "what multiplies the priors' deviation; 0 is the mean; of several each has a row, of the same noise"
+    parser.add_argument("--temperature", default=[TEMPERATURE], help=text, **NUMBERS)
 
     about = "go from image to image through the latents"
     example = "interpolate runs/demo --from 0 --to 9 --out path.gif"
@@ -56,7 +48,7 @@ def add(commands: shared.Commands[Any]) -> None:
     text = f"from here, to a PNG, GIF or WEBP (there and back again); may be repeated (default: {PAIRS} random paths): "
     parser.add_argument("--from", dest="first", metavar="IMAGE", action="append", help=text + IMAGE_HELP)
     parser.add_argument("--to", dest="last", metavar="IMAGE", action="append", help="and to here")
-    parser.add_argument("--at", type=number, metavar="T", help="of one path: the one frame at T, from 0 to 1")
+    parser.add_argument("--at", type=float, metavar="T", help="of one path: the one frame at T, from 0 to 1")
     parser.add_argument("--frames", default=FRAMES, help="images on each path, both ends too", **COUNT)
     parser.add_argument("--spherical", action="store_true", help="on great circles, level by level, not straight")
 
@@ -90,49 +82,23 @@ def add(commands: shared.Commands[Any]) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Write a grid of images that the model draws."""
+    """Write a grid of images that the model draws, or a row at each of several temperatures."""
     with user_input():
         opened, out = open_run(args, ".png")
-        grid = Grid(opened, Draw(args.n, args.temperature, args.seed, opened.labels(args.label)))
-    write_bytes(out, grid.made(args.columns, args.scale).data)
-    note = not_finite_note(grid.drawn.not_finite)
-    say(f"{args.n} samples at temperature {args.temperature:g}{note}: {out}")
+        several = len(args.temperature) > 1
+        expect(not (several and args.columns), "columns", "no such option with several temperatures", args.columns)
+        n, labels = args.n or (FEW if several else N), opened.labels(args.label)
+        grids = [Grid(opened, Draw(n, value, args.seed, labels)) for value in args.temperature]
+    if several:
+        y = grids[0].drawn.labels
+        columns = [] if y is None else [opened.classes[label] for label in y.tolist()]
+        rows = [(f"T = {grid.draw.temperature:g}", grid.drawn.pixels) for grid in grids]
+        save_grid(rows, opened.n_bins, out, columns, args.scale, f"{args.run}: samples of the same noise")
+    else:
+        write_bytes(out, grids[0].made(args.columns, args.scale).data)
+    note = not_finite_note(sum(grid.drawn.not_finite for grid in grids))
+    say(f"{n} samples at temperature {', '.join(f'{value:g}' for value in args.temperature)}{note}: {out}")
     say_next("serve", args.run)
-
-
-def temperatures(args: argparse.Namespace) -> None:
-    """Draw images from the same noise at several temperatures."""
-    with user_input():
-        for value in args.temperatures:
-            expect(0.0 <= value < float("inf"), "temperatures", "numbers, 0 or more", value)
-        opened, out = open_run(args, ".png")
-        labels = opened.labels(args.label)
-        drawn = [opened.drawn(Draw(args.n, value, args.seed, labels)) for value in args.temperatures]
-    y = drawn[0].labels
-    columns = [] if y is None else [opened.classes[label] for label in y.tolist()]
-    rows = [(f"T = {value:g}", row.pixels) for value, row in zip(args.temperatures, drawn, strict=True)]
-    save_grid(rows, opened.n_bins, out, columns, args.scale, f"{args.run}: samples of the same noise")
-    note = not_finite_note(sum(row.not_finite for row in drawn))
-    say(f"{args.n} samples at each of {len(drawn)} temperatures{note}: {out}")
-
-
-@torch.no_grad()
-def reconstruct(args: argparse.Namespace) -> None:
-    """Show images, and what comes back when they are encoded and decoded."""
-    with user_input():
-        opened, out = open_run(args, ".png", args.data)
-        images, _, _, part = opened.select(args.data, args.part)
-        pixels, x, _ = _read(opened, images, torch.arange(min(args.n, len(images))))
-    back = opened.model.decode(opened.model.encode(x))
-    error = float((back - x).abs().max())
-    found = to_pixels(back, opened.n_bins).cpu()
-    changed = int((found != pixels).sum())
-    pairs = zip(pixels.long().split(16), found.split(16), strict=True)
-    save_grid([("", row) for pair in pairs for row in pair], opened.n_bins, out, scale=args.scale)
-    say(
-        f"{len(pixels)} images of {images.name}, {part}: max |decode(encode(x)) - x| = {error:.3g} "
-        f"({error * opened.n_bins:.2g} grey levels), {changed} of {pixels.numel()} grey levels changed: {out}"
-    )
 
 
 def interpolate(args: argparse.Namespace) -> None:
@@ -148,7 +114,7 @@ def interpolate(args: argparse.Namespace) -> None:
         suffix = suffix if pairs == 1 and args.at is None and suffix in ANIMATED else ".png"
         opened, out = open_run(args, suffix, *(image.text for image in (*firsts, *lasts)))
         if not pairs:
-            count = len(opened.images.find()[2])
+            count = len(opened.images()[2])
             expect(count >= 2, "run", "two held-out images", count)
             generator = torch.Generator().manual_seed(derive(args.seed, "pairs"))
             order = torch.randperm(count, generator=generator)[: 2 * PAIRS].tolist()
@@ -229,7 +195,8 @@ def levels(args: argparse.Namespace) -> None:
             expect(inside, "keep", f"levels in 0..{n_levels - 1} (0 the shallowest)", " ".join(map(str, kept)))
         images, _, _, part = opened.select(args.data, args.part)
         indices = random_subset(args.seed, len(images), min(args.n, len(images)))
-        pixels, x, y = _read(opened, images, indices)
+        pixels, labels = images.batch(indices)
+        x, y = inputs(pixels, labels, opened.n_bins, model)
     how = "levels that are not kept are the mean of their priors"
     say(f"{len(x)} images of {images.name}, {part}; {how}. RMSE (pixels 0 to 1):")
     rows, z = [("original", pixels.long())], latents.to_space(model, x, "latent", y)
@@ -239,7 +206,9 @@ def levels(args: argparse.Namespace) -> None:
         error = Moments.of((seen - truth).square().flatten(1).mean(1).sqrt())
         spread = f" ± {error.standard_error:.4f}" if len(x) > 1 else ""
         rows.append((_words(sorted(set(kept)), n_levels), to_pixels(found, opened.n_bins).cpu()))
-        say(f"  {rows[-1][0]}: {error.mean:.4f}{spread}{not_finite_note(count_not_finite(found))}")
+        changed = int((rows[-1][1] != rows[0][1]).sum())
+        exact = f", {changed} of {pixels.numel()} grey levels changed" if len(set(kept)) == n_levels else ""
+        say(f"  {rows[-1][0]}: {error.mean:.4f}{spread}{exact}{not_finite_note(count_not_finite(found))}")
     names = [name_of(images, int(index)) for index in indices]
     save_grid(rows, opened.n_bins, out, names, args.scale, f"{images.name}, {part}: {how}")
     say(f"picture: {out}")
@@ -251,11 +220,6 @@ def _words(kept: list[int], n_levels: int) -> str:
     if kept == [n_levels - 1]:
         return f"the deepest level ({kept[0]})"
     return f"level{'s' if len(kept) > 1 else ''} {', '.join(map(str, kept))}"
-
-
-def _read(opened: OpenRun, images: Images, indices: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    pixels, labels = images.batch(indices)
-    return (pixels, *inputs(pixels, labels, opened.n_bins, opened.model))
 
 
 def _subject(opened: OpenRun, images: Images, index: int) -> Subject:

@@ -71,8 +71,6 @@ def evaluate(args: argparse.Namespace) -> None:
             "  (no histogram model: it would be fitted on the images that the run was trained on, but "
             f"{opened.source} is no longer there or has changed)"
         )
-    elif train is None:
-        say(f"  (the histogram model was fitted on the run's own training images, {known.name})")
     say_next("score", args.run, *([args.data] if args.data else []))
 
 

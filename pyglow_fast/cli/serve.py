@@ -32,7 +32,7 @@ def add(commands: shared.Commands[Any]) -> None:
     text = "the address to listen at; for others than this machine a login, PYGLOW_SERVE_AUTH=USER:PASSWORD, is a must"
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help=text)
     text = "the port (default: the first free one from 7860)"
-    parser.add_argument("--port", type=shared.whole, metavar="N", help=text)
+    parser.add_argument("--port", type=int, metavar="N", help=text)
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import GROUPS, Declared, declared_of, value_text
-from pyglow_fast.cli._arguments import Commands, Function, command, number, whole
+from pyglow_fast.cli._arguments import Commands, Function, command
 from pyglow_fast.cli._output import duration, say, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
 from pyglow_fast.experiments import Comparison, variants
@@ -45,7 +45,7 @@ COMMON = (
 )
 # The settings are those of the digits' preset, with classes. All steps fit into two minutes on two cores.
 DEMO = {"class_conditional": True, "max_steps": 1500, "eval_every": 250, "sample_every": 250, "sample_count": 80}
-_TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {int: (whole, "N"), float: (number, "X")}
+_TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {int: (int, "N"), float: (float, "X")}
 
 
 def add(commands: Commands[Any]) -> None:
@@ -54,18 +54,16 @@ def add(commands: Commands[Any]) -> None:
     parser = _trainer(commands, train, about, "train fashion-mnist --size 32 --out runs/fashion")
     text = "the folder of the run (default: with --config RUN/config.toml RUN-2, or the next that is free)"
     parser.add_argument("--out", default=None, metavar="DIR", help=text)
-    existing = parser.add_mutually_exclusive_group()
-    text = "go on from the last checkpoint in --out, as the command resume does"
-    existing.add_argument("--resume", action="store_true", default=False, help=text)
     text = "replace a run that is in --out"
-    existing.add_argument("--overwrite", action="store_true", default=False, help=text)
+    parser.add_argument("--overwrite", action="store_true", default=False, help=text)
+    parser.set_defaults(resume=False)
     _add_settings(parser)
 
     about = "go on with a run from its last checkpoint; settings that may change are options"
     parser = _trainer(commands, train, about, "resume runs/fashion --max-minutes 30", sources=False)
     parser.add_argument("out", metavar="RUN", help="the folder of the run")
     parser.add_argument("data", metavar="DATA", nargs="?", default=None, help="the same images, if they were moved")
-    parser.set_defaults(config=None, preset=None, resume=True)
+    parser.set_defaults(config=None, preset=None, overwrite=False, resume=True)
     _add_settings(parser)
 
     about = "train on handwritten digits for two minutes at most, and show the result"
@@ -73,7 +71,7 @@ def add(commands: Commands[Any]) -> None:
     text = "the folder of the run"
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
-    parser.add_argument("--minutes", type=number, metavar="X", default=2.0, help="at most so long")
+    parser.add_argument("--minutes", type=float, metavar="X", default=2.0, help="at most so long")
 
     about = "train permutations x couplings over several seeds, and compare their held-out bits/dim"
     example = "compare fashion-mnist --n-steps 4 --hidden 48 --out runs/ablation"
@@ -84,7 +82,7 @@ def add(commands: Commands[Any]) -> None:
     text = "what the models mix channels by; invconv_plain too"
     parser.add_argument("--permutations", default=["reverse", "shuffle", "invconv"], help=text, **names)
     parser.add_argument("--couplings", default=["additive", "affine"], help="affine, additive or both", **names)
-    numbers: dict[str, Any] = {"nargs": "+", "type": whole, "metavar": "N"}
+    numbers: dict[str, Any] = {"nargs": "+", "type": int, "metavar": "N"}
     text = "how many of the K steps have checkerboard masks (default: as in the settings)"
     parser.add_argument("--checkerboards", default=None, help=text, **numbers)
     parser.add_argument("--seeds", default=[0, 1, 2], help="each model is trained once with each", **numbers)
@@ -245,7 +243,6 @@ def train(args: argparse.Namespace) -> int:
     with user_input():
         given, data, preset = gathered(args)
         if preset is not None:
-            expect(not args.resume, "preset", "none with --resume: the run has its settings", repr(preset))
             data = images_for(preset, data)
         expect(args.resume or data is not None, "data", DATA_HELP, "none")
         out = args.out or next_out(None if args.resume else args.config)

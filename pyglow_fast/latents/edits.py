@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.precision import overridden
-from pyglow_fast.latents.spaces import DEFAULT_SPACE, check_finite, check_numbers, check_space, from_space
+from pyglow_fast.latents.spaces import DEFAULT_SPACE, check_finite, check_shares, check_space, from_space
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import check_labels
 
@@ -58,10 +58,8 @@ def edited(
     check_finite("latents", latents)
     model._check_latents(list(latents))
     check_labels(y, len(latents[0]), model.config.n_classes)
-    shares = [1.0] * len(latents) if keep is None else check_numbers("keep", keep)
+    shares = [1.0] * len(latents) if keep is None else check_shares("keep", keep)
     expect(len(shares) == len(latents), "keep", f"{len(latents)} numbers, one a level", len(shares))
-    for share in shares:
-        expect(0.0 <= share <= 1.0, "keep", "numbers in 0..1", share)
     steps: list[Tensor | None] = [None] * len(latents)
     if shift is not None:
         check_finite("shift", shift, model.latent_shapes)

@@ -14,7 +14,7 @@ from pyglow_fast.latents.spaces import (
     DEFAULT_SPACE,
     check_finite,
     check_images,
-    check_numbers,
+    check_shares,
     check_space,
     from_space,
     to_space,
@@ -140,9 +140,7 @@ def decode_path(
 
     ``start`` and ``end`` are latents of N images each from :func:`to_space` in the same space.
     """
-    points = check_numbers("times", times)
-    for point in points:
-        expect(0.0 <= point <= 1.0, "times", "numbers in 0..1", point)
+    points = check_shares("times", times)
     check_finite("start", start)
     check_finite("end", end, [tuple(level.shape) for level in start])
     between, found = slerp if spherical else linear, []

@@ -116,10 +116,10 @@ def check_finite(name: str, latents: Sequence[Tensor], shapes: Sequence[tuple[in
         expect(fits, f"{name}[{i}]", f"shape {shapes and shapes[i]}", tuple(latent.shape))
 
 
-def check_numbers(name: str, values: Iterable[float]) -> list[float]:
-    """Read finite numbers, at least one of them; what is none is refused."""
+def check_shares(name: str, values: Iterable[float]) -> list[float]:
+    """Read numbers in 0..1, at least one of them; what is none is refused."""
     found = list(values)
     expect(len(found) > 0, name, "at least one number", "none")
     for value in found:
-        expect(isinstance(value, int | float) and abs(value) < float("inf"), name, "finite numbers", repr(value))
+        expect(isinstance(value, int | float) and 0.0 <= value <= 1.0, name, "numbers in 0..1", repr(value))
     return [float(value) for value in found]

@@ -1,7 +1,7 @@
 """A trained run to look at: its model, its images, edits, and the command line that repeats each picture.
 
     opened = OpenRun.open("runs/fashion")
-    subject = Subject(opened, opened.pick(parse_image("0")), opened.space)  # held-out image 0, or a file
+    subject = Subject(opened, opened.pick(parse_image("0")))  # held-out image 0, or a file
     edit = Edit((Add("T-shirt/top", "rest", 1.5),), keep=(0.5, 1.0, 1.0))
     made = subject.made(subject.edited(edit).pixels, edit)  # made.data is a PNG, made.command gives the same one
 

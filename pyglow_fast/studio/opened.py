@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,47 +67,6 @@ class Scores(NamedTuple):
         return float((self.train < bits).double().mean()) if len(self.train) else float("nan")
 
 
-class OwnImages:
-    """The images of a run, loaded when they are first asked for; all checkpoints of the run share them."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._found: tuple[Images, Tensor, Tensor] | None = None
-        self.lock = threading.RLock()  # of all that is loaded or measured of the run
-
-    def belong_to(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint was trained on these images and this split: a run may have been replaced by another."""
-        first, other = self._checkpoint, checkpoint
-        return (first.data, first.config.data, first.config.seed) == (other.data, other.config.data, other.config.seed)
-
-    def find(self) -> tuple[Images, Tensor, Tensor]:
-        """Load (all images, indices of the training images, of the held-out ones).
-
-        Raises:
-            ValueError: they are no longer where they were, or have changed since.
-        """
-        with self.lock:
-            if self._found is None:
-                config = self._checkpoint.config
-                try:
-                    data = load_data(config.data)
-                except (OSError, MissingExtraError) as error:
-                    raise ValueError(str(error)) from error
-                same = data.fingerprint() == self._checkpoint.data.fingerprint
-                expect(same, "data", f"the images of {config.data.name} that the run was trained on", "others")
-                self._found = (data, *split(data, config.data.held_out, config.seed))
-            return self._found
-
-    @property
-    def missing(self) -> str:
-        """Say why the images cannot be had; empty if they can."""
-        try:
-            self.find()
-        except ValueError as error:
-            return str(error)
-        return ""
-
-
 def find_run(name: str, best: bool = False) -> tuple[RunFolder, bool]:
     """Find the folder of a run, and whether its best checkpoint is taken: of the model of the package always."""
     if name != SHOWN or Path(name).exists():
@@ -125,20 +84,20 @@ class OpenRun:
     folder: RunFolder
     checkpoint: Checkpoint  # without the weights
     model: Glow  # frozen
-    images: OwnImages
     device: str = "auto"  # as it was asked for; another one draws other samples
+    _images: tuple[Images, Tensor, Tensor] | None = None
     _directions: Directions | None = None
     _scores: Scores | None = None
+    _lock: Any = field(default_factory=threading.RLock)  # of all that is loaded or measured when it is asked for
 
     @classmethod
-    def open(cls, name: str, best: bool = False, device: str = "auto", images: OwnImages | None = None) -> OpenRun:
+    def open(cls, name: str, best: bool = False, device: str = "auto") -> OpenRun:
         """Open the run in the folder ``name``, or refuse what is no run or does not fit together.
 
         Args:
             name: the folder of the run, or "shown".
             best: open the checkpoint with the best held-out bits/dim rather than the newest.
             device: cpu, cuda, cuda:N or auto.
-            images: those of another checkpoint that was opened before; not used if another run was in that place.
         """
         place, (folder, taken) = resolve_device(device), find_run(name, best)
         checkpoint = folder.load(taken)
@@ -147,9 +106,7 @@ class OpenRun:
         with torch.no_grad():
             model = load_model(checkpoint, str(folder.path), place).freeze()
         checkpoint.model, checkpoint.ema, checkpoint.optimizer = {}, {}, {}  # the model has what is needed of them
-        if images is None or not images.belong_to(checkpoint):
-            images = OwnImages(checkpoint)
-        return cls(name, best, folder, checkpoint, model, images, device)
+        return cls(name, best, folder, checkpoint, model, device)
 
     @property
     def n_bins(self) -> int:
@@ -176,6 +133,24 @@ class OpenRun:
         """The space that edits are made in."""
         # The noise under an image's own class holds little of the class.
         return "noise" if self.model.config.n_classes is None else "latent"
+
+    def images(self) -> tuple[Images, Tensor, Tensor]:
+        """Load (all images of the run, indices of the training images, of the held-out ones), once.
+
+        Raises:
+            ValueError: they are no longer where they were, or have changed since.
+        """
+        with self._lock:
+            if self._images is None:
+                config = self.checkpoint.config
+                try:
+                    data = load_data(config.data)
+                except (OSError, MissingExtraError) as error:
+                    raise ValueError(str(error)) from error
+                same = data.fingerprint() == self.checkpoint.data.fingerprint
+                expect(same, "data", f"the images of {config.data.name} that the run was trained on", "others")
+                self._images = (data, *split(data, config.data.held_out, config.seed))
+            return self._images
 
     def label(self, name: str) -> int:
         """Find the number of a class by its name; one that the model does not have is refused."""
@@ -218,7 +193,7 @@ class OpenRun:
         if isinstance(image, File):
             return self.pick_file(Path(image.path), image, label)
         if isinstance(image, HeldOut):
-            data, _, held_out = self.images.find()
+            data, _, held_out = self.images()
             check_fits(self.model, data, self.n_bins)
             expect(image.number < len(held_out), "image", f"a held-out image in 0..{len(held_out) - 1}", image.number)
             pixels, labels = data.batch(held_out[image.number : image.number + 1])
@@ -251,7 +226,7 @@ class OpenRun:
         By default the run's own images, and held-out of these, all of any others. What does not fit is refused.
         """
         if name is None:
-            data, train, held_out = self.images.find()
+            data, train, held_out = self.images()
         else:
             config, stamp = self.checkpoint.config, self.checkpoint.data
             data = load_data(config_for(name, config.data, self.model))
@@ -268,7 +243,7 @@ class OpenRun:
     def trained_on(self) -> Images | None:
         """Load the training images, if they are still where they were and as they were."""
         try:
-            data, train, _ = self.images.find()
+            data, train, _ = self.images()
         except ValueError:
             return None
         return data.subset(train)
@@ -287,12 +262,12 @@ class OpenRun:
         """
 
         def compute() -> dict[str, Tensor]:
-            data, train, _ = self.images.find()
+            data, train, _ = self.images()
             chosen = train[random_subset(self.checkpoint.config.seed, len(train), min(MEASURED, len(train)))]
             return measure(self.model, data, chosen, self.space)
 
         if self._directions is None:  # those that are there wait for no measurement of others
-            with self.images.lock:
+            with self._lock:
                 if self._directions is None:
                     self._directions = from_tensors(self._kept(f"directions-{self.space}", MEASURED, compute))
         return self._directions
@@ -304,7 +279,7 @@ class OpenRun:
         """
 
         def compute() -> dict[str, Tensor]:
-            data, train, held_out = self.images.find()
+            data, train, held_out = self.images()
             policy, found = self.checkpoint.config.data.on_unreadable, {}
             total = sum(min(SCORED, len(side)) for side in (held_out, train))
             with progress_line("bits/dim of the run's images", total) as line:
@@ -315,7 +290,7 @@ class OpenRun:
             return found
 
         if self._scores is None:
-            with self.images.lock:
+            with self._lock:
                 if self._scores is None:
                     self._scores = Scores(**self._kept("scores", SCORED, compute))
         return self._scores

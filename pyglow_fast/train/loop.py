@@ -261,7 +261,9 @@ class Run:
             saved = isinstance(error, InputLostError) or alone
             if saved:
                 self.writer.save(self.state.checkpoint())
-            kept = f"saved: {self.folder.checkpoint}; go on with --resume" if saved else ""
+            kept = (
+                f"saved: {self.folder.checkpoint}; go on with: pyglow-fast resume {self.folder.path}" if saved else ""
+            )
             raise InputLostError(f"{error}\n  {kept or f'the last checkpoint: {self.folder.checkpoint}'}") from error
 
     def _finish(self) -> Result:
@@ -295,7 +297,7 @@ class Run:
         if lost := [*self.writer.lost_rows(), *self.writer.refused[refused:]]:
             raise SaveError(
                 f"the end of the run cannot be written: {'; '.join(lost)}\n  reached: {_words(held_out, train)}\n"
-                f"  kept: {folder.checkpoint}, with all weights; --resume writes the rest again"
+                f"  kept: {folder.checkpoint}, with all weights; pyglow-fast resume writes the rest again"
             )
         return result
 

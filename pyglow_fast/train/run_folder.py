@@ -177,7 +177,10 @@ class RunFolder:
 
     def read_report(self) -> dict[str, Any]:
         """Read report.json, which a run writes at its end; a FileNotFoundError: there is none yet."""
-        found: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FolderError(f"run: expected {self.report} as a run wrote it, found it damaged ({error})") from error
         return found
 
 

@@ -15,7 +15,7 @@ from pyglow_fast.studio import Add, Between, Edit, HeldOut, OpenRun, Picked, Sub
 from pyglow_fast.studio.directions import REST
 from pyglow_fast.studio.words import shown_name
 from pyglow_fast.web import parts
-from pyglow_fast.web.desk import Chosen, Desk
+from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.handlers import anew, check_count, clicked, follow, listen
 from pyglow_fast.web.parts import LARGE, MEDIUM, PICK_JS, SMALL, figure, image, note, row, save_link
 from pyglow_fast.web.tabs import button, command_box
@@ -33,7 +33,7 @@ LINE = "through the latents, on straight lines or on great circles"
 class Source:
     """Where an image comes from: held-out ones to click on, and one of the visitor's own; to be made in gr.Blocks.
 
-    ``take`` is called as ``take(desk, chosen, *inputs)``.
+    ``take`` is called as ``take(desk, subject, *inputs)``.
     """
 
     def __init__(self, desk: gr.State, name: str, take: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -48,11 +48,11 @@ class Source:
         def click(found: Desk, event: gr.EventData, *values: Any) -> Any:
             opened = found.opened()
             number = found.offered[clicked(event, len(found.offered))]
-            return take(found, Chosen(opened.pick(HeldOut(number)), opened), *values)
+            return take(found, Subject(opened, opened.pick(HeldOut(number))), *values)
 
         def upload(found: Desk, given: list[Upload], *values: Any) -> list[Any]:
             opened = found.opened()
-            return [None, take(found, Chosen(read(opened, given)[0][0], opened), *values)]
+            return [None, take(found, Subject(opened, read(opened, given)[0][0]), *values)]
 
         listen(others.click, self.other, desk, self.strip)
         listen(self.strip.click, click, [desk, *inputs], outputs)
@@ -61,15 +61,18 @@ class Source:
 
     def fill(self, desk: Desk, opened: OpenRun) -> str:
         """Offer held-out images from all over the set, since neighbours are alike; none where they are lost."""
-        if not desk.offered and not opened.images.missing:
-            count = len(opened.images.find()[2])
+        if not desk.offered:
+            try:
+                count = len(opened.images()[2])
+            except ValueError:
+                return ""
             desk.offered = sorted({i * count // OFFERED for i in range(OFFERED)})
         return self._strip(desk, opened)
 
     def other(self, desk: Desk) -> str:
         """Offer other held-out images."""
         opened = desk.opened()
-        count = len(opened.images.find()[2])
+        count = len(opened.images()[2])
         desk.offered = sorted(random.sample(range(count), min(OFFERED, count)))
         return self._strip(desk, opened)
 
@@ -122,13 +125,13 @@ class EditTab:
     def fill(self, desk: Desk) -> list[Any]:
         """Fill the tab for a run that was chosen; the attributes come when they are measured."""
         opened = desk.opened()
-        if desk.edited is None and not opened.images.missing:
-            desk.edited = Chosen(opened.pick(HeldOut(0)), opened)
+        strip = self.source.fill(desk, opened)
+        if desk.edited is None and desk.offered:
+            desk.edited = Subject(opened, opened.pick(HeldOut(0)))
         elif desk.edited is None and desk.grid is not None:
-            desk.edited = Chosen(desk.grid.picked(0), opened)
+            desk.edited = Subject(opened, desk.grid.picked(0))
         hidden = [gr.Slider(value=0, visible=False)] * ATTRIBUTES
-        rest = self.rest(desk)[ATTRIBUTES:]
-        return [self.source.fill(desk, opened), "", *hidden, *rest]
+        return [strip, "", *hidden, *self.rest(desk)[ATTRIBUTES:]]
 
     def rest(self, desk: Desk) -> list[Any]:
         """Set all sliders to rest, which gives the original."""
@@ -146,13 +149,12 @@ class EditTab:
         try:
             found = opened.directions()
             opened.scores()
-            subject = None if desk.edited is None else desk.subject(opened)
         except ValueError as error:
             return [*[gr.skip()] * ATTRIBUTES, note(f"No attributes: {error}"), anew()]
         if not desk.has(opened):
             return [gr.skip()] * (ATTRIBUTES + 2)
         names = found.names[:ATTRIBUTES]
-        ends = [(-1.0, 1.0)] * len(names) if subject is None else subject.ends[:, : len(names)].T.tolist()
+        ends = [(-1.0, 1.0)] * len(names) if desk.edited is None else desk.edited.ends[:, : len(names)].T.tolist()
         why = "" if names else "The images of this run have no classes and no attributes."
         if len(found.names) > ATTRIBUTES:
             why = f"The first {ATTRIBUTES} of {len(found.names)} attributes; the command line has all of them."
@@ -165,9 +167,9 @@ class EditTab:
         style = f"<style>{' '.join(zeros)}</style>"  # where the tracks of the sliders have their 0
         return [*shown, *[gr.Slider(value=0, visible=False)] * (ATTRIBUTES - len(names)), note(why) + style, anew()]
 
-    def take(self, desk: Desk, chosen: Chosen) -> int:
+    def take(self, desk: Desk, subject: Subject) -> int:
         """Put another image under edit."""
-        desk.edited = chosen
+        desk.edited = subject
         return anew()
 
     def edit_of(self, subject: Subject, values: Sequence[float]) -> Edit:
@@ -179,9 +181,9 @@ class EditTab:
 
     def draw(self, desk: Desk, *values: float) -> list[Any]:
         """Compute the image as the sliders say, and the command that gives it."""
-        if desk.edited is None:
+        subject = desk.edited
+        if subject is None:
             return [note("Choose an image: an upload, or a sample by a click on it."), ""]
-        subject = desk.subject(desk.opened())
         opened, edit = subject.opened, self.edit_of(subject, values)
         found = subject.edited(edit)
         bits, made, figures = subject.bits_of(found.pixels), subject.made(found.pixels, edit), []
@@ -233,13 +235,13 @@ class BetweenTab:
         found = self.source.fill(desk, opened)
         if desk.ends == [None, None]:
             numbers = {*desk.offered[:1], *desk.offered[len(desk.offered) // 2 :][:1]}
-            desk.ends = [*(Chosen(opened.pick(HeldOut(n)), opened) for n in sorted(numbers)), None, None][:2]
+            desk.ends = [*(Subject(opened, opened.pick(HeldOut(n))) for n in sorted(numbers)), None, None][:2]
         return [found, anew()]
 
-    def take(self, desk: Desk, chosen: Chosen, end: str) -> int:
+    def take(self, desk: Desk, subject: Subject, end: str) -> int:
         """Make an image one end of the path."""
         expect(end in ENDS, "end", f"one of {', '.join(ENDS)}", repr(end))
-        desk.ends[ENDS.index(end)] = chosen
+        desk.ends[ENDS.index(end)] = subject
         return anew()
 
     def point(self, count: float, event: gr.EventData) -> tuple[float, int]:
@@ -250,7 +252,7 @@ class BetweenTab:
     def draw(self, desk: Desk, line: str, at: float) -> list[Any]:
         """Make the image at one point of the path, and the commands that give it and the strip."""
         opened = desk.opened()
-        ends = desk.subjects(opened)
+        ends = [end for end in desk.ends if end is not None]
         if len(ends) < 2:
             return [note("Choose two images."), ""]
         between = Between(ends[0], ends[1], line == "spherical")
@@ -272,7 +274,7 @@ class BetweenTab:
     def draw_strip(self, desk: Desk, line: str, count: float) -> list[Any]:
         """Draw the strip of the whole path, and its animation."""
         opened, number = desk.opened(), check_count("images", count, MOST)
-        ends = desk.subjects(opened)
+        ends = [end for end in desk.ends if end is not None]
         if len(ends) < 2:
             return ["", "", anew()]
         between = Between(ends[0], ends[1], line == "spherical")

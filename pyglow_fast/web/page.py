@@ -17,13 +17,12 @@ from pyglow_fast.web.tabs import RunTab, SampleTab, ScoreTab
 
 AT_ONCE = 4  # events that are computed at once
 MOST_WAITING = 200  # and that wait for it; a visitor has a few
-EVERY = 3.0  # seconds from one look for a newer checkpoint to the next
 
 
 def page(shelf: Shelf) -> gr.Blocks:
     """Make the Blocks that :func:`~pyglow_fast.web.server.serve` serves."""
     with gr.Blocks(title="pyglow_fast", analytics_enabled=False, fill_width=True) as blocks:
-        desk, renewed, another, names = gr.State(Desk(shelf)), gr.State(0), gr.State(0), shelf.names()
+        desk, names = gr.State(Desk(shelf)), shelf.names()
         with gr.Row(equal_height=False):
             about = gr.HTML(elem_id="about")
             run = gr.Dropdown(names, value=names[0], label="run", elem_id="run", visible=len(names) > 1)
@@ -41,42 +40,22 @@ def page(shelf: Shelf) -> gr.Blocks:
 
         def choose(found: Desk, name: str) -> list[Any]:
             """Opens a run, of which samples are shown; the other tabs are filled when they are looked at."""
-            found.clear()
-            found.run = name
-            found.shown = opened = found.opened()
-            return [_about(opened), found, gr.Tabs(selected="sample")]
-
-        def tick(found: Desk) -> list[Any]:
-            """Notices a newer checkpoint, or another run in the folder; what is wrong is said by what is done next."""
-            nothing = [gr.skip()] * 4
-            try:
-                opened = found.opened()
-            except ValueError:
-                return nothing
-            if opened is found.shown:
-                return nothing
-            if found.is_another(opened):
-                return [*nothing[1:], anew()]
-            found.shown = opened
-            return [_about(opened), anew(), anew(), gr.skip()]
+            return [_about(found.choose(name)), found, gr.Tabs(selected="sample"), gr.Dropdown(shelf.names())]
 
         def once(tab: Any) -> Any:
-            """A handler that fills a tab for a run when it is first looked at, and later for a newer checkpoint."""
+            """A handler that fills a tab for a run when it is first looked at."""
 
             def look(found: Desk) -> list[Any]:
-                if found.filled.get(tab) is found.opened():
+                if tab in found.filled:
                     return [gr.skip()] * len(tab.outputs)
-                found.filled[tab] = found.opened()
+                found.filled.add(tab)
                 return list(tab.fill(found))
 
             return look
 
-        listen(blocks.load, lambda: (gr.Dropdown(shelf.names()), anew()), None, [run, another])
-        opened = listen([run.change, another.change], choose, [desk, run], [about, desk, tabs])
+        opened = listen([blocks.load, run.input], choose, [desk, run], [about, desk, tabs, run])
         filled = listen(opened.success, sample.fill, desk, sample.widgets)
         listen(filled.success, sample.draw, sample.inputs, sample.outputs)
-        listen(gr.Timer(EVERY).tick, tick, desk, [about, renewed, edit.redraw, another])
-        listen(renewed.change, sample.draw, sample.inputs, sample.outputs)
         edit.measure_after(listen(edit_tab.select, once(edit), desk, edit.outputs), desk)
         for tab, inside in ((between_tab, between), (score_tab, score), (run_tab, report)):
             listen(tab.select, once(inside), desk, inside.outputs, show_progress="full")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,13 +111,6 @@ class Place(NamedTuple):
             raise ValueError(f"port: expected a free port, found {self.port} ({why})") from None
 
 
-def can_open_browser(environment: Mapping[str, str], platform: str = sys.platform) -> bool:
-    """Tells whether a browser would open before the user's eyes: on a desktop, and not over ssh."""
-    if any(environment.get(name) for name in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")):
-        return False
-    return platform in ("win32", "darwin") or any(environment.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
-
-
 def serve(
     page: Callable[[], gr.Blocks],
     place: Place,
@@ -149,7 +142,7 @@ def serve(
             max_file_size=max_file_size,
             state_session_capacity=SESSIONS,
             prevent_thread_lock=True,
-            inbrowser=open_browser and can_open_browser(os.environ),
+            inbrowser=open_browser,
             quiet=True,
             footer_links=[],
             **OFF,

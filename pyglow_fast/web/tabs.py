@@ -11,12 +11,12 @@ from typing import Any
 import gradio as gr
 import torch
 
-from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Picked, score_files
+from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Picked, Subject, score_files
 from pyglow_fast.studio.scored import made_csv, made_picture
 from pyglow_fast.studio.words import shown_name
 from pyglow_fast.train import RunFolder, class_columns, page_of
 from pyglow_fast.web import parts
-from pyglow_fast.web.desk import Chosen, Desk
+from pyglow_fast.web.desk import Desk
 from pyglow_fast.web.handlers import check_count, clicked, follow, listen
 from pyglow_fast.web.uploads import FilesBox, Upload, read
 
@@ -85,7 +85,7 @@ class SampleTab:
     def take(self, desk: Desk, event: gr.EventData) -> None:
         """Put the sample that was clicked under edit."""
         if desk.grid is not None:
-            desk.edited = Chosen(desk.grid.picked(clicked(event, desk.grid.draw.n)), desk.grid.opened)
+            desk.edited = Subject(desk.grid.opened, desk.grid.picked(clicked(event, desk.grid.draw.n)))
 
 
 class ScoreTab:

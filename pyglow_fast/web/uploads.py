@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from abc import ABCMeta
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gradio as gr
-from gradio.component_meta import ComponentMeta
 from gradio.data_classes import FileData, ImageData, ListFiles
 
 from pyglow_fast._errors import expect
@@ -36,14 +34,7 @@ class Upload(NamedTuple):
         return cls("upload" if last in ("", ".", "..") else last, Path(payload.path or ""))
 
 
-class _WithoutStub(ComponentMeta):
-    """Makes a component's class as Gradio does, but writes no .pyi beside this file."""
-
-    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
-        return ABCMeta.__new__(cls, name, bases, namespace)
-
-
-class ImageBox(gr.Image, metaclass=_WithoutStub):
+class ImageBox(gr.Image):
     """A ``gr.Image`` for input whose handler gets a list of one :class:`Upload`, or none; nothing has opened it yet."""
 
     is_template = True  # the browser shows it as an image
@@ -52,7 +43,7 @@ class ImageBox(gr.Image, metaclass=_WithoutStub):
         return [] if payload is None else [Upload.of(payload)]
 
 
-class FilesBox(gr.File, metaclass=_WithoutStub):
+class FilesBox(gr.File):
     """A ``gr.File`` for input of several files, whose handler gets a list of :class:`Upload`."""
 
     is_template = True

@@ -101,7 +101,7 @@ def test_images_that_cannot_be_read(
     for path in spoilt.rglob("*.png"):
         path.write_bytes(b"\x89PNG\r\n\x1a\n".ljust(path.stat().st_size))
     out.write_text("precious")
-    for command in (["score", "--part", "all", "--out", str(out)], ["evaluate"], ["reconstruct"]):
+    for command in (["score", "--part", "all", "--out", str(out)], ["evaluate"], ["levels"]):
         assert main([command[0], str(tmp_path / "r"), f"folder:{spoilt}", *command[1:]]) == 2
         assert "png: expected an image that Pillow can decode" in capsys.readouterr().err
     assert out.read_text() == "precious"

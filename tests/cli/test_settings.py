@@ -47,16 +47,6 @@ def test_the_help_tells_the_true_defaults(name: str) -> None:
             assert found[1] == value_text(action.default), option
 
 
-@pytest.mark.parametrize("text", ["-1e-1", "-1E5", "-.5e+3", "-1.", "-2", "-1_0.5e-1", "-inf", "-nan"])
-@pytest.mark.parametrize(
-    ("command", "field"),
-    [("train digits --lr {}", "lr"), ("manipulate RUN --plus a --strengths 1 {} 2", "strengths")],
-)
-def test_negative_numbers_in_any_notation(command: str, field: str, text: str) -> None:
-    value = getattr(parser().parse_args(shlex.split(command.format(text))), field)
-    assert repr(value[1] if isinstance(value, list) else value) == repr(float(text))
-
-
 @pytest.mark.parametrize(
     ("words", "data"),
     [("evaluate r --seed 1 digits", "digits"), ("ood r mnist", None), ("ood r digits mnist", "digits")],

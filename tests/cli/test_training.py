@@ -52,7 +52,7 @@ def test_an_end_that_cannot_be_written(run: Path, capsys: Capture) -> None:
     page, before = run / "report.html", weights(run)
     page.unlink(missing_ok=True)
     page.mkdir()
-    assert main(["train", "--resume", "--out", str(run), "--quiet"]) == 1
+    assert main(["resume", str(run), "--quiet"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: the end of the run cannot be written: the page of the report ([Errno ")
     assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
@@ -61,15 +61,16 @@ def test_an_end_that_cannot_be_written(run: Path, capsys: Capture) -> None:
     assert page.is_file()
 
 
-def test_a_report_while_it_trains_and_when_it_is_damaged(run: Path) -> None:
-    """Whatever a page could lack is no error."""
+def test_a_report_while_it_trains_and_when_it_is_damaged(run: Path, capsys: Capture) -> None:
+    """What a page lacks is no error; what is damaged is named."""
     page = run / "report.html"
     for path in (run / "report.json", page):
         path.unlink()
     assert main(["report", str(run)]) == 0
     assert "bits/dim" in page.read_text(encoding="utf-8")
     (run / "report.json").write_text("{")
-    assert main(["report", str(run)]) == 0
+    assert main(["report", str(run)]) == 2
+    assert "report.json as a run wrote it, found it damaged" in capsys.readouterr().err
 
 
 def test_times_in_units_that_people_read() -> None:

@@ -48,6 +48,10 @@ def train(place: Path, out: str, *more: str) -> Command:
     return Command([*PROGRAM, "train", "folder:images", "--out", out, *RUN, *more], place)
 
 
+def resume(place: Path, out: str, *more: str) -> Command:
+    return Command([*PROGRAM, "resume", out, "folder:images", *RUN, *more], place)
+
+
 def ended(process: Command, code: int = 0) -> tuple[str, str]:
     """(output, errors) of a command that is to end with this code, without a traceback."""
     out, err = process.communicate(timeout=WAIT)
@@ -134,14 +138,14 @@ def test_killed_again_and_again(place: Path, whole: Path) -> None:
     first, *middle, last = MOMENTS
     for name in (first, *middle, *["in the steps"] * KILLS, last):
         reached = MOMENTS[name]
-        process = train(place, "run", "--resume" if saved(run) else "--overwrite")
+        process = resume(place, "run") if saved(run) else train(place, "run", "--overwrite")
         if not name.startswith("before"):
             wait_for_a_row(process, run)
         wait(process, partial(reached, run), alive=False)
         time.sleep(moments.uniform(0, 0.1) if name == "in the steps" else 0)
         process.kill()
         process.communicate()
-    ended(train(place, "run", "--quiet", "--resume"))
+    ended(resume(place, "run", "--quiet"))
     assert_same_run(run, whole)
 
 
@@ -154,7 +158,7 @@ def test_a_signal_ends_a_run_saved(place: Path, whole: Path, signum: int) -> Non
     ended(process, 128 + signum)
     reached = int(saved(place / "run")[-1].stem.removeprefix("step-"))
     assert reached >= steps(place / "run")[-1]
-    ended(train(place, "run", "--quiet", "--resume"))
+    ended(resume(place, "run", "--quiet"))
     assert_same_run(place / "run", whole)
 
 
@@ -189,7 +193,7 @@ def test_a_disk_that_stays_full(place: Path, whole: Path) -> None:
     newest = saved(place / "run")[-1]
     assert re.search(rf"^error: the checkpoint of step {STEPS} cannot be written: .*File too large", err, re.MULTILINE)
     assert f"kept: {newest.relative_to(place)}" in err
-    ended(train(place, "run", "--quiet", "--resume"))
+    ended(resume(place, "run", "--quiet"))
     assert_same_run(place / "run", whole)
 
 
@@ -216,7 +220,7 @@ def test_a_newest_checkpoint_that_is_damaged(place: Path, whole: Path, spoil: st
     found = bytearray(newest.read_bytes())
     found[-3] ^= 16
     newest.write_bytes(found[: len(found) // 2] if spoil == "cut off" else found)
-    _, err = ended(train(place, "run", "--resume"))
+    _, err = ended(resume(place, "run"))
     assert re.search(rf"warning: .*{newest.name}.*{saved(whole / 'whole')[-2].name}", err)
     assert newest.with_name(f"{newest.name}.damaged").is_file()
     assert_same_run(place / "run", whole)
@@ -227,8 +231,7 @@ def test_a_second_process_in_the_same_folder_is_refused(place: Path, whole: Path
     first = train(place, "run", "--max-steps", "100000", "--decay-steps", f"{STEPS}")
     try:
         wait(first, lambda: saved(place / "run"))
-        for option in ("--resume", "--overwrite"):
-            second = train(place, "run", option)
+        for second in (resume(place, "run"), train(place, "run", "--overwrite")):
             _, err = ended(second, 2)
             assert re.fullmatch(r"error: out: expected a run that no other process trains, found one in .*run.*\n", err)
         before = len(steps(place / "run"))
@@ -255,7 +258,7 @@ def test_a_second_process_in_the_same_folder_is_refused(place: Path, whole: Path
 def test_a_run_is_not_resumed_as_another(tiny: Path, words: str, message: str) -> None:
     """A resumed run is the run that was begun, or it is refused and nothing is touched."""
     before = contents(tiny)
-    ended = pyglow_fast("train", *words.split(), "--out", "run", "--resume")
+    ended = pyglow_fast("resume", "run", *words.split())
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
     assert re.fullmatch(f"error: {pattern}\n", ended.err), ended.err
     assert (ended.code, ended.out, contents(tiny)) == (2, "", before)
@@ -265,7 +268,7 @@ def test_a_run_is_not_resumed_on_other_images(tiny: Path) -> None:
     """Otherwise held-out images slip into the training."""
     (tiny / "images" / "dark" / "00.png").unlink()
     before = contents(tiny)
-    ended = pyglow_fast("train", "--out", "run", "--resume", "--max-steps", "25")
+    ended = pyglow_fast("resume", "run", "--max-steps", "25")
     assert ended.err.startswith("error: data: expected the images that the run was started with, ")
     assert (ended.code, ended.err.count("\n"), contents(tiny)) == (2, 1, before)
 
@@ -275,8 +278,7 @@ def test_settings_that_may_change_are_told(tiny: Path) -> None:
     (tiny / "images").rename(tiny / "moved")
     path = tiny / "run" / "config.toml"
     path.write_text(path.read_text().replace("log_every = 5", "log_every = 1"))
-    words = ["folder:moved", "--out", "run", "--resume", "--max-steps", "23", "--memory", "store"]
-    ended = pyglow_fast("train", *words)
+    ended = pyglow_fast("resume", "run", "folder:moved", "--max-steps", "23", "--memory", "store")
     assert ended.code == 0, ended.err
     assert "resumed with memory = 'store' (it was 'reversible')" in ended.out
     assert "resumed with max_steps = 23 (it was 20)" in ended.out

@@ -37,7 +37,7 @@ def test_nothing_is_measured_when_it_is_opened(opened: OpenRun, monkeypatch: pyt
     def measured() -> None:
         raise AssertionError("the images were asked for")
 
-    monkeypatch.setattr(opened.images, "find", measured)
+    monkeypatch.setattr(opened, "images", measured)
     assert {"skin tone dark", "red hair", "woman", "on mint"} <= set(opened.directions().names)
     scores = opened.scores()
     told = re.search(r"held out (\d\.\d+), training (\d\.\d+)", (SHOWN / "README.md").read_text(encoding="utf-8"))

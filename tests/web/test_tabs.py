@@ -17,7 +17,7 @@ web.require("gradio")
 import gradio as gr  # noqa: E402
 
 from pyglow_fast.cli import main  # noqa: E402
-from pyglow_fast.studio.opened import OwnImages  # noqa: E402
+from pyglow_fast.studio import OpenRun  # noqa: E402
 from pyglow_fast.train import RunFolder  # noqa: E402
 from pyglow_fast.web import uploads  # noqa: E402
 from pyglow_fast.web.desk import Desk, Shelf  # noqa: E402
@@ -53,7 +53,7 @@ def place(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """The run of digits, its attributes measured."""
     monkeypatch.chdir(runs.parent)
     place = Place(Shelf(["runs"], device="cpu"))
-    place.desk.run = "runs/digits"
+    place.desk.choose("runs/digits")
     place.edit.fill(place.desk)
     place.edit.measure(place.desk)
     return place
@@ -185,7 +185,7 @@ def test_names_are_text(place: Place, tmp_path: Path) -> None:
     payload = gr.FileData(path=str(tmp_path), orig_name="../a\\..\\<b>\u202e\n.png")
     assert Upload.of(payload).name == "<b>.png"
     assert Upload.of(gr.FileData(path=str(tmp_path), orig_name="..")).name == "upload"
-    place.desk.run = "runs/colour"
+    place.desk.choose("runs/colour")
     upload = given(tmp_path / "<b>x.png", web.photo(16, 16))
     _, shown, command = place.score.score(place.desk, [upload])
     assert "&lt;b&gt;x.png" in shown
@@ -195,14 +195,13 @@ def test_names_are_text(place: Place, tmp_path: Path) -> None:
 
 def test_what_belongs_to_another_run_is_not_shown(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was computed while it was chosen."""
-    has = Desk.has
-    monkeypatch.setattr(Desk, "has", lambda desk, opened: has(desk, opened) and opened.name != "runs/digits")
+    monkeypatch.setattr(Desk, "has", lambda desk, opened: opened.name != "runs/digits")
     shown = [*place.sample.draw(place.desk, *DRAWN), *place.edit.draw(place.desk, *REST)]
     assert all(isinstance(each, dict) and each["__type__"] == "update" for each in shown)
 
 
 def test_a_run_in_training(runs: Path, tmp_path: Path) -> None:
-    """Before its first checkpoint there is nothing to show; a newer one is opened, one that is the same is not."""
+    """Before its first checkpoint there is nothing to show; a newer one is opened when the run is chosen again."""
     (tmp_path / "new").mkdir()
     shutil.copy(runs / "digits" / "config.toml", tmp_path / "new")
     shelf = Shelf([str(tmp_path)], device="cpu")
@@ -211,15 +210,15 @@ def test_a_run_in_training(runs: Path, tmp_path: Path) -> None:
         shelf.open(name)
     shutil.copytree(runs / "digits" / "checkpoints", tmp_path / "new" / "checkpoints")
     desk = Desk(shelf)
-    desk.run = name
-    desk.shown = opened = desk.opened()
+    opened = desk.choose(name)
+    desk.offered = [0]
     assert shelf.open(name) is opened
     checkpoint = opened.folder.load()
     checkpoint.progress["step"] += 1
     RunFolder(name).save(checkpoint, keep=9)
-    assert desk.opened().step == opened.step + 1
-    assert not desk.is_another(desk.opened())
-    assert desk.is_another(Shelf([str(runs)], device="cpu").open(str(runs / "colour")))
+    assert desk.opened() is opened
+    assert desk.choose(name).step == opened.step + 1
+    assert not desk.offered
     with pytest.raises(ValueError, match=r"^run: expected one of .*, found '/etc'$"):
         shelf.open("/etc")
     with pytest.raises(ValueError, match=r"^runs: expected the folder of a run"):
@@ -229,14 +228,13 @@ def test_a_run_in_training(runs: Path, tmp_path: Path) -> None:
 def test_a_run_whose_images_are_gone(place: Place, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples are there, and can be edited and are scored; what needs the images says so."""
 
-    def lost(images: OwnImages) -> None:
+    def lost(opened: OpenRun) -> None:
         raise ValueError("gone")
 
-    monkeypatch.setattr(OwnImages, "find", lost)
-    monkeypatch.setattr(OwnImages, "missing", "gone")
+    monkeypatch.setattr(OpenRun, "images", lost)
     shutil.copytree(runs / "colour", tmp_path / "lost", ignore=shutil.ignore_patterns("cache"))
     place.desk = desk = Desk(Shelf([str(tmp_path / "lost")], device="cpu"))
-    desk.run = str(tmp_path / "lost")
+    desk.choose(str(tmp_path / "lost"))
     assert place.sample.draw(desk, *DRAWN)[0].count("<button") == 20
     place.edit.fill(desk)
     assert "bits/dim" in place.edited()[0]
