@@ -261,10 +261,10 @@ class Run:
             saved = isinstance(error, InputLostError) or alone
             if saved:
                 self.writer.save(self.state.checkpoint())
-            kept = (
-                f"saved: {self.folder.checkpoint}; go on with: pyglow-fast resume {self.folder.path}" if saved else ""
-            )
-            raise InputLostError(f"{error}\n  {kept or f'the last checkpoint: {self.folder.checkpoint}'}") from error
+            kept = "saved" if saved else "the last checkpoint"
+            raise InputLostError(
+                f"{error}\n  {kept}: {self.folder.checkpoint}; go on with: pyglow-fast resume {self.folder.path}"
+            ) from error
 
     def _finish(self) -> Result:
         """Write scores on all images, pictures and report, which leave the run as it is; after a signal, nothing."""
