@@ -74,7 +74,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(
         assert main(["compare", data, "--out", str(out), *options]) == 128 + signal.SIGTERM
     text = capsys.readouterr().out
     assert f"stopped; the same command goes on in {out}" in text
-    assert "- invconv, additive, seed 0: not finished, at step 4" in text
+    assert "- invconv, additive, seed 0: it is not at its end" in text
     assert sorted(os.listdir(out / "runs")) == ["invconv-additive-seed0", "reverse-additive-seed0"]
     assert main(["compare", data, "--out", str(out), *options]) == 0
     text = capsys.readouterr().out
