@@ -141,8 +141,9 @@ class FrozenSteps(FlowLayer):
         )
 
     def _records(self, x: Tensor, cond: Tensor | None) -> bool:
-        given = (x, cond, *self.buffers())
-        return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in given)
+        if not torch.is_grad_enabled():
+            return False
+        return any(part is not None and part.requires_grad for part in (x, cond, *self.buffers()))
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
