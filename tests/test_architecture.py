@@ -46,7 +46,6 @@ MADE_FOR = {
     "pyglow_fast.train.lightning": "lightning",
     "pyglow_fast.interop.normflows": "normflows",
     "pyglow_fast.interop.nflows": "nflows",
-    "pyglow_fast.interop.freia": "FrEIA",
     "pyglow_fast.web": "gradio",
 }
 # The one exception, inside a function: the command that starts the page, after it has looked whether Gradio is there.

@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 from torch import nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.interop.joined import Face, Joined, JoinedList, Reasons, join
-from pyglow_fast.interop.nets import recognised
-from pyglow_fast.interop.probing import chain_of
+from pyglow_fast.coupling_nets.traits import is_altered
+from pyglow_fast.interop import former, nets
+from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
+from pyglow_fast.interop.libraries import LIBRARIES
+from pyglow_fast.interop.probe import difference
+from pyglow_fast.interop.runs import Joined, JoinedList, Place, Reasons, Run, places_of, row_of
+from pyglow_fast.interop.table import Couples, Library, Net, Row
 from pyglow_fast.reversible.setting import MEMORY_MODES, parse_memory
-
-_ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}  # top package of a class -> ours for it
-# Adapters of classes that are recognised by their structure, whatever package they are in. Such an adapter has the
-# functions finds(model) -> bool and left(model), which names what it leaves and why, besides adopt and release.
-_BY_STRUCTURE: tuple[str, ...] = ("FrEIA", "chaiyujin", "glow_tts", "jet")
-_SIGNS = {"FrEIA": ("subnet", "global_scale", "w_perm")}  # attributes without which a library need not be imported
-_NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
-_FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
-    "normflows": ("normflows.flows",),
-    "nflows": ("nflows.transforms",),
-    "FrEIA": ("FrEIA.modules",),
-}
-# Flows that only call other flows in turn: nothing of them is replaced but what they hold.
-_CONTAINERS = ("CompositeTransform", "MultiscaleCompositeTransform", "InverseTransform", "Composite", "Reverse")
-
-
-def _library(module: nn.Module) -> str:
-    return type(module).__module__.partition(".")[0]
 
 
 @dataclass
 class Acceleration:
-    """A record of what :func:`accelerate` did to a model, which can undo it.
+    """A record of what :func:`accelerate` did to a model, which can undo it; it stays after that.
 
     A copy (copy.deepcopy) has a copy of the model, which it undoes.
 
     Attributes:
         model: the model.
-        replaced: the layers that are this package's now, and their class, by name.
+        replaced: the layers whose forward is this package's, and their class, by name.
         left: the layers and nets that are as they were, and why, by name.
-        joined: the lists whose steps run in one chain, and how many steps, by name.
+        joined: the containers whose layers run in one chain, and how many steps, by name.
 
     Examples:
         >>> import normflows
@@ -55,44 +38,45 @@ class Acceleration:
         >>> acceleration = accelerate(model)
         >>> isinstance(acceleration, Acceleration), acceleration.replaced[""]  # the name of the model itself
         (True, 'GlowBlock')
-        >>> type(model).__module__
-        'pyglow_fast.interop.normflows.glow'
+        >>> type(model) is normflows.flows.GlowBlock
+        False
         >>> acceleration.undo()
-        >>> type(model).__module__
-        'normflows.flows.affine.glow'
+        >>> type(model) is normflows.flows.GlowBlock
+        True
     """
 
     model: nn.Module
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     joined: dict[str, str] = field(default_factory=dict)
-    _faces: list[Face] = field(default_factory=list)
-    _lists: list[Joined] = field(default_factory=list)
-    _adopted: dict[str, set[nn.Module]] = field(default_factory=dict)  # the adopted modules, by library
+    _adopted: list[nn.Module] = field(default_factory=list)
+    _containers: list[Joined] = field(default_factory=list)
+    _runs: list[Run] = field(default_factory=list)
+    _former: former.Acceleration | None = None
 
     def undo(self) -> None:
         """Make the model what it was: the library's own layers, with the weights of now.
 
-        Layers that were this package's before the call, and lists that were joined before, stay so.
+        Layers that were this package's before the call, and containers that were joined before, stay so.
 
         Raises:
-            RuntimeError: lists of these layers were joined later on, by another call, which is to be undone first.
+            RuntimeError: containers of these layers were joined later on, by another call, which is to be undone first.
         """
-        changed = set().union(*self._adopted.values())
         for name, module in self.model.named_modules():
-            later = isinstance(module, Joined) and module not in self._lists
-            if later and not changed.isdisjoint(module.modules()):
+            later = isinstance(module, Joined) and module not in self._containers
+            if later and not set(self._adopted).isdisjoint(module.modules()):
                 raise RuntimeError(f"{name}: joined by a later call of accelerate; undo that first")
-        for module in self._lists:
-            module.part()
-        for library, modules in self._adopted.items():
-            _adapter(library).release(self.model, modules)
-        self._faces, self._lists, self._adopted = [], [], {}
-        self.replaced, self.left, self.joined = {}, {}, {}
+        if self._former is not None:
+            self._former.undo()
+        for container in self._containers:
+            container.part()
+        give_back(self._adopted)
+        self._adopted, self._containers, self._runs, self._former = [], [], [], None
 
     def memory_report(self) -> list[dict[str, Any]]:
         """Report each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone."""
-        return [face.run.memory_report() for face in self._faces]
+        more = [] if self._former is None else self._former.memory_report()
+        return [*(run.report() for run in self._runs), *more]
 
     def __str__(self) -> str:
         lines = []
@@ -107,28 +91,27 @@ def accelerate(
 ) -> Acceleration:
     """Turn the layers of other projects' flows in a model into this package's, in place.
 
-    Layers of normflows, nflows and FrEIA are recognised by their class. Others are recognised by their structure,
-    whatever package has them: AllInOneBlocks like FrEIA's (anomalib), flow steps like chaiyujin's (SRFlow, LLFlow),
-    Glow-TTS's decoder and WaveNet nets (coqui-tts), Jet's couplings (jet-pytorch, JetFormer). Such a layer is first
-    compared with this package's in float64, on random numbers, and left as it is where the two differ.
+    Layers are recognised by their class or by their structure, whatever package has them: see docs/switching.md. Each
+    is first compared with this package's in float64, on random numbers, and left as it is where the two differ or where
+    ours would be slower.
 
     Objects, parameters, buffers, hooks and names stay: an optimizer that holds the parameters goes on, a state_dict
-    fits as before. Outputs are the same up to rounding, in training and evaluation; what differs on purpose is in the
-    adapters' docstrings (pyglow_fast.interop.normflows and so on). On the CPU, nets that are chains of up to six
-    convolutions which keep the size, or linear layers, with the usual activations run in this package's executor,
-    except where the library's layers would be faster: see pyglow_fast.interop.nets and docs/speed.md.
+    fits as before. Outputs are the same up to rounding, in training and evaluation. On the CPU, nets that are chains of
+    up to six convolutions which keep the size, or linear layers, with the usual activations run in this package's
+    executor, except where the library's layers would be faster: see pyglow_fast.interop.nets and docs/speed.md. What a
+    layer holds (its nets, clamps, masks, permutations) is read at each call.
 
     Args:
         model: a model with such layers anywhere in it.
         memory: None runs layer by layer. "reversible", "checkpoint" or "store" joins, fuses and trains in that memory
-            mode (see ReversibleSequence): runs of GlowBlocks (normflows), of mixing layers and couplings (nflows), of
-            AllInOneBlocks (FrEIA's SequenceINN and GraphINN; all of a run with the same conditions or none), and of the
-            couplings of Glow-TTS and Jet. Steps of chaiyujin's, which their model calls one by one, recompute one by
-            one. Whoever iterates over or indexes the lists that hold the layers finds one object in the place of a run,
-            and the lists cannot be changed. The layers run one by one, as before, while they wait for data to be
-            initialised from, while there are hooks on them, in other dtypes than float32 and float64, with a context
-            (nflows), within torch.func, in exports (docs/export.md), and in the replicas of a DataParallel. Numbers of
-            bytes are for this package's models alone: what these layers' nets take is not known.
+            mode (see ReversibleSequence) the layers that follow one another in a list or a graph of their library, with
+            the same conditions or none. Steps that their model calls one by one (chaiyujin's) recompute one by one.
+            Whoever iterates over or indexes the lists that hold joined layers finds one object in the place of a run,
+            and nothing to do in the others' places; the lists cannot be changed. The layers run one by one, as before,
+            while they wait for data to be initialised from, while there are hooks on them, in other dtypes than float32
+            and float64, with a context (nflows), within torch.compile, torch.func and exports (docs/export.md), and in
+            the replicas of a DataParallel. Numbers of bytes are for this package's models alone: what these layers'
+            nets take is not known.
         memory_budget: bytes of one net's activations in a joined run, or "auto".
 
     Returns:
@@ -143,128 +126,123 @@ def accelerate(
     assert mode is None or isinstance(mode, str)  # for the type checker: refused above
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
-    known = {_library(module) for module in model.modules()} & set(_ADAPTERS)
-    libraries = sorted(known | {name for name in _BY_STRUCTURE if name not in known and _finds(name, model)})
-    expected = f"layers of {', '.join(_ADAPTERS)}, or of the structures in the documentation"
-    expect(len(libraries) > 0, "model", expected, "none")
     done = Acceleration(model)
-    for library in libraries:
-        names = _adapter(library).adopt(model)
-        done.replaced |= {name: type(model.get_submodule(name)).__qualname__ for name in names}
-        done._adopted[library] = {model.get_submodule(name) for name in names}
-        if library in _ADAPTERS:
-            done.left |= _left(model, library)
-        if library in _BY_STRUCTURE:
-            done.left |= _adapter(library).left(model)
-    if mode is not None:
-        for library in libraries:
-            if _has(library, ".joining"):
-                _join(done, library, mode, memory_budget)
-            if hasattr(_adapter(library), "recompute"):
-                done.joined |= _adapter(library).recompute(model, mode, memory_budget)
+    found = [library for library in LIBRARIES if _adopt(done, library)]
+    done._former = former.accelerate(model, mode, memory_budget)
+    names = ", ".join(library.name for library in LIBRARIES)
+    expected = f"layers of normflows, nflows, {names}, or of the structures in the documentation"
+    expect(bool(found) or done._former is not None, "model", expected, "none")
+    if done._former is not None:
+        done.replaced |= done._former.replaced
+        done.left |= done._former.left
+        done.joined |= done._former.joined
+    for library in found:
+        if mode is not None:
+            _join(done, library, mode, memory_budget)
     return done
 
 
-def _more(known: str | None, reason: str) -> str:
-    """Why a layer is left as it was, with a reason why it is not joined."""
-    return f"not joined: {reason}" if known is None else f"{known}; not joined: {reason}"
-
-
-def _adapter(library: str, part: str = "") -> Any:
-    return importlib.import_module(f"pyglow_fast.interop.{_ADAPTERS.get(library, library)}{part}")
-
-
-def _has(library: str, part: str) -> bool:
-    return importlib.util.find_spec(part, _adapter(library).__name__) is not None
-
-
-def _finds(name: str, model: nn.Module) -> bool:
-    """Whether an adapter by structure finds layers in a model."""
-    if name in _SIGNS:
-        signs = any(all(hasattr(module, sign) for sign in _SIGNS[name]) for module in model.modules())
-        if not signs or importlib.util.find_spec(name) is None:
-            return False
-    return bool(_adapter(name).finds(model))
-
-
-def _left(model: nn.Module, library: str) -> dict[str, str]:
-    """Layers of a library that have no counterpart, and nets that our executor does not take."""
-    found: dict[str, str] = {}
-    ours: set[str] = set()
-    for name, module in model.named_modules():
-        home = type(module).__module__
-        if home.startswith(f"pyglow_fast.interop.{_ADAPTERS[library]}"):
-            ours.add(name)
-            for attribute in _NETS:
-                net = getattr(module, attribute, None)
-                if isinstance(net, nn.Module) and (reason := _net_reason(net, attribute)):
-                    found[f"{name}.{attribute}".lstrip(".")] = f"its net runs as it is: {reason}"
-        elif not any(parent in found or parent in ours for parent in _parents(name)):
-            reason = _no_counterpart(type(module), library)
-            found |= {name: reason} if reason else {}
+def _adopt(done: Acceleration, library: Library) -> bool:
+    """Adopt the layers of a library, and report those that are left; whether there are any, adopted before or now."""
+    found = False
+    names = {module: name for name, module in done.model.named_modules()}
+    ours: set[nn.Module] = set()  # layers of ours with all that is in them
+    for module, name in names.items():
+        if isinstance(module, Adopted):
+            found = found or module._row in library.rows
+            ours |= set(module.modules())
+            continue
+        rows = [row for row in library.rows if row.tells(module)]
+        reasons = []
+        for row in rows if any(row.adopts for row in rows) else []:
+            reason, same = unlike(row, module)
+            if not reason:
+                done._adopted.append(module)
+                done.replaced[name] = type(module).__qualname__
+                done.left |= _left_in(row, module, names)
+                module.__class__ = adopted_class(row, type(module))
+                ours |= set(module.modules())
+                break
+            reasons.append((same, reason))
+        else:
+            if reasons:
+                done.left[name] = max(reasons)[1]  # of the row that comes closest
+            elif module not in ours and (reason := _no_row(module, library)):
+                done.left[name] = reason
+        found = found or bool(rows) or type(module).__module__.startswith(library.homes or ("nowhere.",))
     return found
 
 
-def _no_counterpart(module_class: type, library: str) -> str:
-    """Why a class is left as it is, or nothing if there is nothing to say."""
-    if module_class.__module__.startswith(_FLOWS[library]):
-        return "" if module_class.__qualname__ in _CONTAINERS else f"no counterpart of {module_class.__qualname__}"
-    if module_class.__module__.partition(".")[0] in (*_ADAPTERS, "pyglow_fast"):
+def unlike(row: Row, module: nn.Module) -> tuple[str, int]:
+    """Say why a layer that a row tells is not to be adopted, and how much agreed; empty if it is."""
+    if "forward" in vars(module) or any(map(is_altered, row.inside(module))):
+        return "a forward of its own, or hooks in it", 0
+    reason = row.unfit(module)
+    return (reason, 0) if reason else difference(row, module)
+
+
+def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[str, str]:
+    """What of an adopted layer runs as it is, and why."""
+    found = {}
+    if reason := row.alone(module):
+        found[names[module]] = f"{reason}, unless memory is asked for"
+    for part in row.parts(module, False):
+        if isinstance(part, Couples) and isinstance(net := part.wrapped(), Net) and part.net in names:
+            known = nets.recognised(net.known())
+            if isinstance(known, str):
+                found[names[part.net]] = f"its net runs as it is: {known}"
+    return found
+
+
+def _no_row(module: nn.Module, library: Library) -> str:
+    """Why a layer of a library's packages is left; empty of others, and of those that only call what they hold."""
+    own = type(module)
+    bases = [base for base in own.__mro__ if base.__module__.startswith(library.homes or ("nowhere.",))]
+    if not bases or own.__qualname__ in library.containers or own.__module__.startswith("pyglow_fast."):
         return ""
-    base = next((base for base in module_class.__mro__ if base.__module__.startswith(_FLOWS[library])), None)
-    if base is None:
-        return ""
-    return f"{module_class.__qualname__}, a subclass of {base.__qualname__}: what it changes is not known"
+    if bases[0] is own:
+        return f"no counterpart of {own.__qualname__}"
+    return f"{own.__qualname__}, a subclass of {bases[0].__qualname__}: what it changes is not known"
 
 
-def _net_reason(net: nn.Module, attribute: str) -> str:
-    """Why our executor does not run a net, or nothing."""
-    chain = chain_of(net, None) if attribute == "transform_net" else None  # nflows' nets take a context
-    reason = recognised(net if chain is None else chain)
-    if not isinstance(reason, str):
-        return ""
-    if attribute != "transform_net":
-        return reason
-    forward = f"{type(net).__qualname__}.forward"
-    return f"in {forward}, {reason}" if chain is not None else f"{forward} is not known to be a chain of layers"
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return ["", *(".".join(parts[:i]) for i in range(1, len(parts)))] if name else []
-
-
-def _join(done: Acceleration, library: str, memory: str, budget: str | int) -> None:
-    joining = _adapter(library, ".joining")
+def _join(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
+    """Join the layers of a library, in all containers of a model, and report those that are in no run."""
     reasons: Reasons = {}
-    for name, module in list(done.model.named_modules()):
-        if isinstance(module, Joined):
-            if module not in done._lists:
-                modes = {item.run.memory for item in module.faces if isinstance(item, Face)}
-                reasons |= dict.fromkeys(module.steps(), f"joined before, memory {', '.join(sorted(modes))}")
+    joined: set[nn.Module] = set()
+    seen: set[nn.Module] = set()  # within graphs
+    for name, container in list(done.model.named_modules()):
+        if container in seen:
             continue
-        if hasattr(module, "node_list") and _has(library, ".graphs"):
-            faces, why = _adapter(library, ".graphs").join(module, memory, budget)
-        elif type(module) is nn.ModuleList and any(isinstance(child, joining.STEPS) for child in module):
-            owner = done.model.get_submodule(name.rpartition(".")[0])
-            if hasattr(owner, "node_list"):  # whose nodes were looked at
-                continue
-            places = joining.places(list(module), owner, memory)
-            shown, why = join(places, partial(joining.stand_ins, memory=memory, budget=budget))
-            faces = [item for item in shown if isinstance(item, Face)]
-            if faces:
-                module.__class__ = JoinedList
-                cast(JoinedList, module).faces = shown
+        if isinstance(container, Joined):
+            if not isinstance(container, nn.ModuleList):
+                seen |= set(container.children())
+            if container not in done._containers:
+                modes = {place.run.memory for place in container.places if isinstance(place, Place)}
+                reasons |= dict.fromkeys(container.modules(), f"joined before, memory {', '.join(sorted(modes))}")
+            continue
+        found = library.joins(container, library, memory, budget)
+        if found is not None:
+            seen |= set(container.children())
         else:
-            continue
-        reasons |= why
-        if faces:
-            done._faces += faces
-            done._lists.append(cast(Joined, module))
-            steps = ", ".join(str(len(face.run)) for face in faces)
+            if type(container) is not nn.ModuleList or not any(row_of(library, layer) for layer in container):
+                continue
+            owner = done.model.get_submodule(name.rpartition(".")[0])
+            if why := library.keeps(owner):
+                reasons |= dict.fromkeys(container, why)
+                continue
+            conditions = [library.condition(owner, i) for i in range(len(container))]
+            found = places_of(list(container), conditions, library, memory, budget)
+            if found[1]:
+                container.__class__ = JoinedList
+                vars(container).update(places=found[0], _was=nn.ModuleList)
+        reasons |= found[2]
+        if found[1]:
+            done._containers.append(cast(Joined, container))
+            done._runs += found[1]
+            joined |= {layer for run in found[1] for layer in run.layers}
+            steps = ", ".join(str(run.report()["steps"]) for run in found[1])
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
-    joined = {step for face in done._faces for step in face.modules}
     for name, module in done.model.named_modules():
-        if isinstance(module, joining.STEPS) and module not in joined:
-            reason = reasons.get(module, "in no list with others like it")
-            done.left[name] = _more(done.left.get(name), reason)
+        if isinstance(module, Adopted) and module._row in library.rows and module not in joined:
+            reason = f"not joined: {reasons.get(module, 'in no list with others like it')}"
+            done.left[name] = f"{done.left[name]}; {reason}" if name in done.left else reason

@@ -48,6 +48,10 @@ def assert_same_gradients(model: nn.Module, theirs: nn.Module, loss_of: Loss, x:
             )
 
 
+def joined_lists(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__ == "JoinedList"]
+
+
 class TestWhatChangesLater:
     @pytest.mark.parametrize("name", NAMES)
     def test_hooks_are_called(self, name: str) -> None:
@@ -162,10 +166,10 @@ class TestWhatChangesLater:
             lambda steps: steps.__delitem__(0),
         ):
             with pytest.raises(RuntimeError, match="undo the acceleration before"):
-                change(done._lists[0])
+                change(joined_lists(model)[0])
         assert list(model.state_dict()) == keys
         assert repr(model).replace("JoinedList", "ModuleList") == shown
-        changed = done._lists[0]
+        changed = joined_lists(model)[0]
         done.undo()
         changed.append(nn.Identity())
         assert list(changed._modules)[-1] == str(len(changed) - 1)
@@ -319,8 +323,9 @@ class TestCalledAgain:
 
 def test_replicas_of_a_data_parallel_have_their_own_layers() -> None:
     model, _, _ = prepared("normflows")
-    done = accelerate(model, "reversible")
-    replica = done._lists[0]._replicate_for_data_parallel()
+    accelerate(model, "reversible")
+    joined = joined_lists(model)[0]
+    replica = joined._replicate_for_data_parallel()
     assert type(replica) is nn.ModuleList
     assert len(replica) == 4
-    assert len(done._lists[0]) == 2
+    assert repr(joined).startswith("JoinedList")

@@ -44,28 +44,6 @@ def test_normflows(setting: str) -> None:
     assert_in_full(Invertible1x1Conv(C, use_lu=True), lambda conv: conv.weight_and_log_det()[0], setting)
 
 
-@by_setting
-@pytest.mark.parametrize("options", [{"permute_soft": True}, {"learned_householder_permutation": 3}], ids=str)
-@pytest.mark.parametrize("shape", [(C,), (C, 9), (C, 4, 5), (C, 4, 2, 3)], ids=str)
-def test_freia(setting: str, shape: tuple[int, ...], options: dict[str, object]) -> None:
-    pytest.importorskip("FrEIA")
-    from pyglow_fast.interop.freia import AllInOneBlock
-
-    layer = {1: nn.Linear, 2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}[len(shape)]
-    kernel = () if len(shape) == 1 else (1,)
-    block = AllInOneBlock([shape], subnet_constructor=lambda a, b: layer(a, b, *kernel), **options)
-    x = torch.randn(3, *shape)
-
-    def permuted(module: nn.Module) -> Tensor:
-        """Of a coupling that changes nothing, so that no net is in it, by torch alone."""
-        module.w_perm = module.w_perm if module.householder else module.w_perm.to(module.global_scale.dtype)
-        found: Tensor = module._around(lambda u: (u, u.new_zeros(len(u))), x.to(module.global_scale.dtype), False)[0]
-        return found
-
-    assert_in_full(block, permuted, setting)
-    assert_in_full(block, lambda block: block._after(block._permutation_maps()[0]).offset, setting)
-
-
 class Chaiyujin(nn.Module):
     """What a map is made of, of a step with an LU convolution."""
 

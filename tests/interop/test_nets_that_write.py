@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import FrEIA.modules as Fm
 import normflows as nf
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-import pyglow_fast.interop.freia as freia
 import pyglow_fast.interop.normflows as normflows
+from pyglow_fast.interop import accelerate
 
 Run = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -22,7 +23,8 @@ def _net(inputs: int, outputs: int, in_place: bool) -> nn.Module:
 
 def _freia(name: str) -> Callable[[bool], Run]:
     def make(in_place: bool) -> Run:
-        block = getattr(freia, name)([(4, 4, 6)], subnet_constructor=lambda a, b: _net(a, b, in_place))
+        block = getattr(Fm, name)([(4, 4, 6)], subnet_constructor=lambda a, b: _net(a, b, in_place))
+        accelerate(block)
 
         def run(x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
             (out,), log_det = block([x], rev=inverse)

@@ -13,8 +13,6 @@ from support.accelerate_cases import noisy
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
-from pyglow_fast.interop.freia.all_in_one import ServedBlock
-from pyglow_fast.interop.freia.graphs import JoinedGraph
 
 fastflow = load("anomalib.models.image.fastflow.torch_model")
 uflow = load("anomalib.models.image.uflow.torch_model")
@@ -128,11 +126,10 @@ def test_uflow(memory: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = copy.deepcopy(theirs)
     done = accelerate(ours, memory)
     assert sum(name == "AllInOneBlock" for name in done.replaced.values()) == 12
-    assert sum(name == "IRevNetUpsampling" for name in done.replaced.values()) == 2
-    assert set(done.left.values()) == {"no counterpart of Split", "no counterpart of Concat"}
+    left = ("Split", "Concat", "IRevNetUpsampling")
+    assert set(done.left.values()) == {f"no counterpart of {name}" for name in left}
     if memory is not None:
         assert done.joined == {"flow": f"4, 4, 4 steps in one chain each, memory {memory!r}"}
-        assert isinstance(ours.flow, JoinedGraph)
 
     def run(model: Any) -> list[Tensor]:
         leaves = [feature.clone().requires_grad_() for feature in features]
@@ -173,13 +170,13 @@ def test_patchflow(training: bool) -> None:
 
 @pytest.mark.parametrize("memory", [None, "reversible"])
 def test_cflow(memory: str | None) -> None:
-    """Vectors with a condition: as theirs (theirs run them, but in a joined chain)."""
+    """Vectors are left: their own code is as fast."""
     torch.manual_seed(0)
     theirs = noisy(cflow.cflow_head(condition_vector=16, coupling_blocks=4, clamp_alpha=1.9, n_features=32))
     ours = copy.deepcopy(theirs)
     done = accelerate(ours, memory)
-    assert (len(done.replaced), done.left) == (4, {})
-    assert all(isinstance(block, ServedBlock) for block in ours.module_list._modules.values())
+    assert (done.replaced, done.joined) == ({}, {})
+    assert set(done.left.values()) == {"vectors of 32 channels: its own forward is as fast"}
     x, c = torch.randn(64, 32).double(), [torch.randn(64, 16).double()]
     for own, wanted in zip(ours(x, c), theirs(x, c), strict=True):
         assert max(worst([own.detach()], [wanted.detach()])) < 1e-9

@@ -8,7 +8,7 @@ Glow, SRFlow, jet-pytorch and JetFormer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import FrEIA.framework as Ff
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from support.accelerate_cases import LeakyContextNet, from_freia, from_nflows, from_normflows, leaky_subnet, subnet
-from support.freia_cases import orthogonalise
 from support.freia_copies import Block, LaterBlock
 from support.glow_tts_cases import TextDecoder, TextInvConv, mask_of_lengths, moved
 from support.jet_models import ImageFlow, ProjectedFlow
@@ -46,8 +45,9 @@ class Structure:
         trains: whether it is run in training too; else it looks at whole batches there, in its BatchNorms.
         inverse_gradients: whether the inverse has gradients in the parameters; a stored inverse has none.
         copies: whether torch copies its nets; those with weight_norm's hooks it does not.
-        pickles: whether torch pickles its nets; parametrized ones it does not.
+        pickles: whether the original can be pickled; FrEIA's own layers and parametrized nets cannot.
         samples: of a batch.
+        left: whether all its layers are left, being as fast as ours.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Structure:
     copies: bool = True
     pickles: bool = True
     samples: int = 3
+    left: bool = False
 
     def model(self) -> Any:
         """Build the model, the same every time."""
@@ -75,6 +76,17 @@ class Structure:
         torch.manual_seed(18 + seed)
         data = [torch.randn(self.samples, *shape, dtype=torch.float64) for shape in self.shapes]
         return data, self.conditions(self.samples)
+
+
+@torch.no_grad()
+def orthogonalise(layer: nn.Module) -> None:
+    """A rotation is one in float64 too, whose entries FrEIA draws in float32: only then is log|det| 0."""
+    if getattr(layer, "w_0", None) is not None:
+        layer.w_0.copy_(torch.linalg.qr(layer.w_0).Q)
+    elif getattr(layer, "w_perm", None) is not None:
+        rotation = torch.linalg.qr(layer.w_perm.flatten(1)).Q
+        layer.w_perm.copy_(rotation.view_as(layer.w_perm))
+        layer.w_perm_inv.copy_(rotation.T.reshape(layer.w_perm.shape))
 
 
 @torch.no_grad()
@@ -170,6 +182,7 @@ def of_freia(
     joined: int,
     conditions: Sequence[tuple[int, ...]] = (),
     trains: bool = True,
+    pickles: bool = False,
 ) -> Structure:
     def run(model: Any, x: Tensor, c: Tensors, rev: bool) -> Any:
         return model(x, rev=rev, **({"c": c} if c else {}))
@@ -183,6 +196,7 @@ def of_freia(
         joined,
         normal(*conditions),
         trains=trains,
+        pickles=pickles,
     )
 
 
@@ -381,9 +395,12 @@ STRUCTURES = [
     of_freia("freia-volumes", plain((4, 3, 4, 2), net_of_volumes), (4, 3, 4, 2), 3),
     of_freia("freia-two-conditions", two_conditions, (4, 5, 6), 4, [(2, 5, 6), (3, 5, 6)]),
     of_freia("freia-git", plain((4, 5, 6), subnet, LaterBlock), (4, 5, 6), 3),
-    of_freia("anomalib-fastflow", like_fastflow, (4, 5, 6), 3),
+    of_freia("anomalib-fastflow", like_fastflow, (4, 5, 6), 3, pickles=True),
     of_freia("anomalib-patchflow", plain((4, 5, 6), net_with_batch_norm, Block), (4, 5, 6), 0, trains=False),
-    of_freia("anomalib-cflow", conditioned((8,), (5,), net_of_vectors, affine_clamping=1.9), (8,), 3, [(5,)]),
+    replace(
+        of_freia("anomalib-cflow", conditioned((8,), (5,), net_of_vectors, affine_clamping=1.9), (8,), 0, [(5,)]),
+        left=True,
+    ),
     of_freia(
         "msflow", conditioned((4, 5, 6), (5, 5, 6), NetWithLayerNorm, affine_clamping=1.9), (4, 5, 6), 3, [(5, 5, 6)]
     ),

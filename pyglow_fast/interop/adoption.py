@@ -1,0 +1,172 @@
+"""Makes a layer's forward run the parts that the layer holds: its class becomes one made of a row and its own class.
+
+The object, its parameters, buffers, hooks, names and other methods stay, and it is still an instance of its own class,
+whose forward runs wherever ours does not apply or does not pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_watched
+from pyglow_fast.coupling_nets import plain_call
+from pyglow_fast.coupling_nets.masks import mask_of, positions_of, run_masked
+from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, untouched
+from pyglow_fast.layers.flow_step import after
+from pyglow_fast.reference import n_positions
+from pyglow_fast.reversible.steps import ChannelMap
+
+STATES = (torch.float32, torch.float64)
+
+
+class Adopted(nn.Module):
+    """A base that is put before the class of an adopted layer."""
+
+    _row: Row
+    _theirs: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied and pickled by row and class, which can be imported; what is made of them is made again."""
+        return _blank, (self._row, self._theirs), {key: value for key, value in vars(self).items() if key != "_run"}
+
+
+_made: dict[tuple[str, type[nn.Module]], type[Adopted]] = {}
+
+
+def adopted_class(row: Row, theirs: type[nn.Module]) -> type[Adopted]:
+    """Make the class, by the name of the layer's own, whose methods in the row's calls run the layer's parts."""
+    key = (row.name, theirs)
+    if key not in _made:
+        body: dict[str, Any] = {method: _runs(method) for method in row.calls}
+        body |= {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _made[key] = type(theirs.__name__, (Adopted, theirs), {**body, "_row": row, "_theirs": theirs})
+    return _made[key]
+
+
+def _blank(row: Row, theirs: type[nn.Module]) -> Adopted:
+    made = adopted_class(row, theirs)
+    return made.__new__(made)
+
+
+def _runs(method: str) -> Callable[..., Any]:
+    def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
+        call = understood(self._row, self, method, args, kwargs)
+        if call is not None:
+            try:
+                own = vars(self).get("_run")
+                if own is not None and own.spares:
+                    return call.give(*own(call))
+                parts = self._row.parts(self, call.inverse)
+                if self._row.pays(self, call, parts):
+                    return call.give(*run_whole(parts, call))
+            except UnfitError:  # before anything was computed but maps
+                pass
+        return getattr(self._theirs, method)(self, *args, **kwargs)
+
+    run.__name__ = method
+    return run
+
+
+def understood(row: Row, layer: nn.Module, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
+    """Read a call that our arithmetic applies to; None of any other, which is the layer's own.
+
+    It applies to plain states, not empty, of the parameters' dtype, float32 or float64, where nothing traces or
+    transforms and no hooks watch all modules; to a layer that has seen the data it waits for, and whose modules are as
+    their classes say.
+    """
+    if is_watched() or torch.nn.modules.module._has_any_global_hook():
+        return None
+    try:
+        call = row.calls[method](layer, *args, **kwargs)
+    except TypeError:  # other arguments than the row knows
+        return None
+    if call is None or type(call.x) not in (Tensor, nn.Parameter) or call.x.dtype not in STATES or not call.x.numel():
+        return None
+    like = next(layer.parameters(), None)
+    if like is None or (call.x.dtype, call.x.device) != (like.dtype, like.device) or call.x.is_meta:
+        return None
+    return None if row.waits(layer) or not untouched(row.inside(layer)) or row.unfit(layer) else call
+
+
+def net_output(part: Couples, x: Tensor, cond: Tensor | None) -> Tensor:
+    """Run a coupling's net on the first channels of a state: (N, width, *spatial).
+
+    Raises:
+        ValueError: it gives another shape.
+    """
+    out = plain_call(part.wrapped())(x[:, : part.kept], cond)
+    shape = (x.shape[0], part.width, *x.shape[2:])
+    if out.shape != shape:
+        expect(False, "subnet", f"an output of shape {shape}", tuple(out.shape))
+    return out
+
+
+NetOutput = Callable[[Couples, Tensor, Tensor | None], Tensor]
+
+
+def run_parts(parts: Sequence[Part], call: Call, run_net: NetOutput = net_output) -> tuple[Tensor, Tensor]:
+    """Run maps and couplings one after another, as autograd records them: z and log_det (N,).
+
+    Neighbouring maps are one, and a map that follows a coupling is in one pass with it.
+
+    Args:
+        parts: in the order of data to latents, of an inverse call too, whose maps are inverted.
+        call: with what the nets get besides as its condition; a mask sets the state to zero behind each map.
+        run_net: runs the net of a coupling on a state and the condition.
+    """
+    x, log_dets, mask = call.x, [], call.mask
+    waiting = list(parts if call.inverse else reversed(parts))
+
+    def next_map() -> ChannelMap | None:
+        found = None
+        while waiting and isinstance(waiting[-1], ChannelMap):
+            own = cast(ChannelMap, waiting.pop())
+            found = own if found is None else after(found, own)
+        if found is not None:
+            positions = n_positions(x) if mask is None else positions_of(mask)
+            log_dets.append((found.log_det * positions).expand(len(x)))
+        return found
+
+    while waiting:
+        own = next_map()
+        if own is not None:
+            x = functional.channel_mix(x, own.matrix, own.offset, own.source)
+        else:
+            part = cast(Couples, waiting.pop())
+            net_out = run_net(part, x, call.cond)
+            own = None if call.inverse else next_map()
+            if call.inverse:
+                x, log_det = functional.coupling_inverse(x, net_out, part.spec)
+            elif own is None:
+                x, log_det = functional.coupling(x, net_out, part.spec)
+            else:
+                x, log_det = functional.coupling_mix(x, net_out, own.matrix, own.offset, part.spec, own.source)
+            log_dets.append(log_det)
+        x = x if mask is None or own is None else x * mask
+    return x, functional.summed(log_dets)
+
+
+def run_whole(parts: Sequence[Part], call: Call) -> tuple[Tensor, Tensor]:
+    """Run the parts of one layer; with a mask the condition is that of masked nets, see coupling_nets/masks.py."""
+    if call.mask is None:
+        return run_parts(parts, call)
+    specs = [part.spec for part in parts if isinstance(part, Couples)]
+
+    def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        return run_parts(parts, call._replace(x=x, cond=extra, mask=mask_of(extra)))
+
+    return run_masked(run, call.x, call.cond, call.mask, specs, call.inverse)
+
+
+def give_back(modules: Iterable[nn.Module]) -> None:
+    """Give adopted layers their own class again."""
+    for module in modules:
+        if isinstance(module, Adopted):
+            vars(module).pop("_run", None)
+            module.__class__ = module._theirs  # type: ignore[assignment]

@@ -1,0 +1,317 @@
+"""FrEIA's layers, by class, and blocks like its AllInOneBlock, by structure, in whatever package (anomalib's, for one).
+
+AllInOneBlock: z = R (a coupling(R0 x) + b), y1 = u1, y2 = u2 exp(s) + t / 10, s = clamp tanh(s_net / 10) with u = R0 x,
+(s_net, t) = subnet(u1, c), a = global_scale_activation(global_scale), b = global_offset; R is the permutation, hard or
+soft, with learned reflections or without; R0 its inverse with ``reverse_permutation``, else the identity. A GIN block
+subtracts from s its mean over the sample and has a = 1. In FrEIA's git since August 2023, whose version number is the
+same, s = clamp tanh(s_net / (10 clamp)): a probe tells the two apart.
+
+FrEIA computes y = x exp(clamp f(s)) + t, and the kernels y = x s + shift with log s = c tanh(raw / c) or c 0.636
+atan(raw), so that with c = |clamp|
+
+    TANH     clamp tanh(s)              = c tanh(raw / c)      raw = clamp s
+             clamp tanh(s / clamp)      = c tanh(raw / c)      raw = s
+    SIGMOID  clamp 2 (sigmoid(s) - 1/2) = c tanh(raw / c)      raw = clamp s / 2
+    ATAN     clamp 0.636 atan(s)        = c 0.636 atan(raw)    raw = sign(clamp) s
+
+Any other f, and a clamp that is no number or is out of the kernels' range, becomes a scale map of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast.interop.graphs import joined_graph
+from pyglow_fast.interop.table import (
+    Call,
+    Couples,
+    Library,
+    Part,
+    Row,
+    by_class,
+    one_hot_order,
+    read_once,
+)
+from pyglow_fast.layers.coupling import MAX_CLAMP
+from pyglow_fast.reference import CouplingSpec, full_precision, full_product, n_positions
+from pyglow_fast.reversible.steps import ChannelMap
+
+FEW_POSITIONS = 8  # for samples of fewer the kernels, made for images, are slower: they walk along positions
+DENSE_FROM = 128  # channels from which, on the CPU, a product with a soft R costs more than all else but the net
+SUBNET_GAIN = 0.1  # of the whole output of an AllInOneBlock's subnet
+
+
+@dataclass(frozen=True)
+class ScaleFunction:
+    """A scale map log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN), for a CouplingSpec.
+
+    With ``divides``, log s = clamp f(raw / clamp).
+    """
+
+    clamp: Any
+    activation: Callable[[Tensor], Tensor]
+    centred: bool = False
+    divides: bool = False
+
+    def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """s and log s, like raw."""
+        log_scale = self.clamp * self.activation(raw / self.clamp if self.divides else raw)
+        if self.centred:
+            log_scale = log_scale - log_scale.mean(dim=tuple(range(1, raw.dim())), keepdim=True)
+        return log_scale.exp(), log_scale
+
+
+@dataclass(frozen=True)
+class ShiftThenRaw:
+    """A map of channels, [s | t] -> [gain t | raw_gain s], so many of each."""
+
+    changed: int
+    gain: float
+    raw_gain: float
+
+    def __call__(self, values: Tensor, dim: int) -> Tensor:
+        """The map of the channels in dimension ``dim`` of values, which are left alone; one copy."""
+        raw, shift = values.split(self.changed, dim)
+        return torch.cat([_times(shift, self.gain), _times(raw, self.raw_gain)], dim)
+
+
+def _times(part: Tensor, gain: float) -> Tensor:
+    """part gain; of 16 bits in float32, so that it is not rounded once more."""
+    if gain == 1.0:
+        return part
+    return (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part) * gain
+
+
+@functools.lru_cache(64)
+def _kind_of(activation: Callable[[Tensor], Tensor]) -> str:
+    """Which of FrEIA's clamps a function is, that of a lambda by its values; empty if none."""
+    if activation is torch.tanh:
+        return "tanh"
+    if getattr(activation, "__module__", "") != "FrEIA.modules.coupling_layers":
+        return ""
+    at = torch.tensor([1.0, -0.5], dtype=torch.float64, device="cpu")
+    found = activation(at)
+    known = {"atan": 0.636 * torch.atan(at), "sigmoid": 2.0 * (torch.sigmoid(at) - 0.5)}
+    return next((name for name, value in known.items() if torch.equal(found, value)), "")
+
+
+def clamped(
+    clamp: Any, activation: Callable[[Tensor], Tensor], centred: bool = False, divides: bool = False
+) -> tuple[CouplingSpec, float]:
+    """Write y = x exp(clamp f(s)) + t as a CouplingSpec of raw = gain s, and that gain; see :class:`ScaleFunction`."""
+    spec, gain = CouplingSpec(scale_map=ScaleFunction(clamp, activation, centred, divides), order="scale_shift"), 1.0
+    kind = _kind_of(activation)
+    if kind and not centred and type(clamp) in (int, float) and 0 < abs(clamp) <= MAX_CLAMP:
+        own = "atan" if kind == "atan" else "tanh"
+        spec = CouplingSpec(scale_map=own, clamp=abs(float(clamp)), order="scale_shift")
+        sign = 1.0 if clamp > 0 else -1.0
+        gain = {"atan": sign, "sigmoid": 0.5 * clamp, "tanh": 1.0 if divides else float(clamp)}[kind]
+    return spec, gain
+
+
+def _called(
+    layer: Any, x: Sequence[Tensor], c: Sequence[Tensor] | None = (), rev: bool = False, jac: bool = True
+) -> Call | None:
+    """(x,), c -> (z,), log_det (N,)."""
+    state, channels = x[0], sum(_split(layer))
+    fits = isinstance(state, Tensor) and state.dim() > 2 and state.shape[1] == channels
+    if not fits or n_positions(state) < FEW_POSITIONS:
+        return None
+    cond = None if not layer.conditional or not c else c[0] if len(c) == 1 else torch.cat(list(c), dim=1)
+    return Call(state, rev, lambda z, log_det: ((z,), log_det), cond)
+
+
+def _called_in_size(layer: Any, x: Sequence[Tensor], *args: Any, **kwargs: Any) -> Call | None:
+    """The same of a block that may refuse other sizes than those it was made for."""
+    return _called(layer, x, *args, **kwargs) if tuple(x[0].shape[1:]) == tuple(layer.dims_in[0]) else None
+
+
+def _split(layer: Any) -> tuple[int, int]:
+    """The channels that a layer's first net reads, and the others."""
+    return tuple(layer.splits) if hasattr(layer, "splits") else (layer.split_len1, layer.split_len2)
+
+
+# AllInOneBlock
+
+_KNOWN_BY = ("subnet", "splits", "global_scale", "global_offset", "w_perm", "w_perm_inv")
+_NEEDS = (
+    *("clamp", "GIN", "reverse_pre_permute", "householder", "global_scale_activation", "permute_function"),
+    *("in_channels", "input_rank", "conditional", "dims_in"),
+)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in _KNOWN_BY) and isinstance(module.subnet, nn.Module)
+
+
+def _unfit(block: Any) -> str:
+    missing = [name for name in _NEEDS if not hasattr(block, name)]
+    if missing:
+        return f"{type(block).__qualname__} has no {', '.join(missing)}, which an AllInOneBlock has"
+    channels, rank = block.in_channels, block.input_rank
+    if not rank:
+        return f"vectors of {channels} channels: its own forward is as fast"
+    if list(block.splits) != [channels - channels // 2, channels // 2] or channels < 2:
+        return f"splits {block.splits} of {channels} channels: expected halves"
+    if any(getattr(block, name).shape != (1, channels, *[1] * rank) for name in ("global_scale", "global_offset")):
+        return f"another global scale or offset than one for each of {channels} channels"
+    if block.householder and not (hasattr(block, "vk_householder") and hasattr(block, "w_0")):
+        return "reflections that are kept otherwise than in vk_householder and w_0"
+    return "parametrizations of the block itself" if "parametrizations" in block._modules else ""
+
+
+def _reflected(block: Any) -> Tensor:
+    """w_0 with learned reflections, (C, C); kept as the block itself does, but without its history."""
+    with full_precision(block.w_0):
+        w = block.w_0
+        for v in block.vk_householder:  # w (1 - 2 v v^T / v^T v)
+            w = w - torch.outer(full_product(w, v), 2.0 * v / (v @ v))
+    block.w_perm = w.detach().reshape(*w.shape, *[1] * block.input_rank)
+    block.w_perm_inv = block.w_perm.transpose(0, 1).contiguous()
+    return w
+
+
+def _permutation(block: Any, name: str, reflected: Tensor | None) -> ChannelMap:
+    """R ("w_perm") or its inverse ("w_perm_inv"): a gather where it is hard and not learned."""
+    nothing = torch.zeros_like(block.global_offset).flatten()
+    if reflected is not None:
+        matrix = reflected if name == "w_perm" else reflected.T
+        return ChannelMap(matrix, nothing, nothing.new_zeros(()))
+    kept = getattr(block, name)
+    order = kept if kept.dim() == 1 else None
+    if order is None and not kept.requires_grad:
+        order = read_once(block, name, kept.flatten(1), one_hot_order)
+    if order is None:
+        return ChannelMap(kept.flatten(1), nothing, nothing.new_zeros(()))
+    return ChannelMap(torch.ones_like(nothing), nothing, nothing.new_zeros(()), order)
+
+
+def _block_parts(block: Any, inverse: bool, divides: bool) -> list[Part]:
+    spec, gain = clamped(block.clamp, torch.tanh, block.GIN, divides)
+    kept, changed = block.splits
+    order = ShiftThenRaw(changed, SUBNET_GAIN, SUBNET_GAIN * gain)
+    couples = Couples(block.subnet, spec, kept, changed, order, whole=bool(block.GIN))
+    reflected = _reflected(block) if block.householder else None
+    with full_precision(block.global_scale):
+        scale = torch.ones_like(block.global_scale) if block.GIN else block.global_scale_activation(block.global_scale)
+        scale, offset = scale.flatten(), block.global_offset.flatten()
+        log_det = scale.log().sum()
+        own = _permutation(block, "w_perm_inv" if inverse else "w_perm", reflected)
+        if inverse:  # (R^-1 z - b) / a
+            rows = scale if own.source is not None else scale.unsqueeze(1)
+            after = ChannelMap(own.matrix / rows, -offset / scale, -log_det, own.source)
+        elif own.source is not None:  # R (a y + b)
+            after = ChannelMap(scale[own.source], offset[own.source], log_det, own.source)
+        else:
+            after = ChannelMap(own.matrix * scale, full_product(own.matrix, offset), log_det)
+    if not block.reverse_pre_permute:
+        return [couples, after]
+    return [_permutation(block, "w_perm" if inverse else "w_perm_inv", reflected), couples, after]
+
+
+def _is_dense(block: Any, parts: Sequence[Part]) -> bool:
+    """Whether R is a soft one of so many channels that its products decide the time, on the CPU."""
+    soft = any(isinstance(part, ChannelMap) and part.source is None for part in parts)
+    return soft and not block.householder and block.in_channels >= DENSE_FROM and block.w_perm.device.type == "cpu"
+
+
+def _alone(block: Any) -> str:
+    what = f"a soft permutation of {block.in_channels} channels: its own forward is as fast"
+    return what if _is_dense(block, _block_parts(block, False, False)) else ""
+
+
+def _block_example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    sizes = {1: (10,), 2: (3, 4), 3: (2, 2, 3)}[block.input_rank]
+    channels, count = block.in_channels, int(getattr(block, "condition_channels", 0))
+    block.dims_in = [(channels, *sizes)]
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(channels, generator=generator)
+    hard = torch.eye(channels, dtype=torch.float64)[order]
+    with torch.no_grad():
+        if block.householder:
+            block.w_0.copy_(hard)
+        elif block.w_perm.dim() == 1:
+            block.w_perm.copy_(order), block.w_perm_inv.copy_(order.argsort())
+        else:
+            v = torch.randn(channels, generator=generator, dtype=torch.float64)
+            turned = hard - torch.outer(hard @ v, 2.0 * v / (v @ v)) if block.training else hard
+            block.w_perm.copy_(turned.reshape(block.w_perm.shape))
+            block.w_perm_inv.copy_(turned.T.reshape(block.w_perm.shape))
+    given = {"c": [draw(2, count, *sizes)]} if block.conditional else {}
+    return [("forward", [(draw(2, channels, *sizes),)], {"rev": rev, **given}) for rev in (False, True)]
+
+
+def _block(name: str, divides: bool) -> Row:
+    return Row(
+        name,
+        _is_block,
+        {"forward": _called_in_size if divides else _called},
+        partial(_block_parts, divides=divides),
+        _block_example,
+        _unfit,
+        _alone,
+        lambda block, call, parts: not _is_dense(block, parts),
+    )
+
+
+# Couplings by class
+
+
+def _two_sided(layer: Any, inverse: bool) -> list[Part]:
+    """x1 by subnet2(x2), then x2 by subnet1(y1): two couplings between which the parts change places."""
+    first, second = layer.split_len1, layer.split_len2
+    places = torch.arange(first + second, device=next(layer.parameters()).device)
+    like = next(layer.parameters()).new_zeros(first + second)
+
+    def swap(count: int) -> ChannelMap:
+        return ChannelMap.nothing(like)._replace(source=places.roll(-count))
+
+    spec, gain = clamped(layer.clamp, layer.f_clamp)
+    one = Couples(layer.subnet2, spec, second, first, ShiftThenRaw(first, 1.0, gain))
+    other = Couples(layer.subnet1, spec, first, second, ShiftThenRaw(second, 1.0, gain))
+    before, between = (second, first) if inverse else (first, second)
+    return [swap(before), one, swap(between), other]
+
+
+def _one_sided(layer: Any, inverse: bool) -> list[Part]:
+    spec, gain = clamped(layer.clamp, layer.f_clamp)
+    kept, changed = _split(layer)
+    return [Couples(layer.subnet, spec, kept, changed, ShiftThenRaw(changed, 1.0, gain))]
+
+
+def _coupling_example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    sizes = {1: (10,), 2: (3, 4), 3: (2, 2, 3)}[layer.ndims - 1]
+    given = {"c": [draw(2, layer.condition_length, *sizes)]} if layer.conditional else {}
+    return [("forward", [(draw(2, layer.channels, *sizes),)], {"rev": rev, **given}) for rev in (False, True)]
+
+
+def _coupling(name: str, parts: Callable[[Any, bool], list[Part]]) -> Row:
+    def unfit(layer: Any) -> str:
+        return "vectors: its own forward is as fast" if layer.ndims < 2 else "" if min(_split(layer)) else "no halves"
+
+    tells = by_class(f"FrEIA.modules.coupling_layers.{name}")
+    return Row(f"FrEIA's {name}", tells, {"forward": _called}, parts, _coupling_example, unfit)
+
+
+__all__ = ["LIBRARY"]
+
+LIBRARY = Library(
+    "FrEIA",
+    (
+        _block("AllInOneBlock", divides=False),
+        _block("AllInOneBlock of FrEIA's git", divides=True),
+        _coupling("GLOWCouplingBlock", _two_sided),
+        _coupling("AffineCouplingOneSided", _one_sided),
+    ),
+    homes=("FrEIA.modules",),
+    containers=("SequenceINN", "GraphINN", "ReversibleGraphNet", "ReversibleSequential"),
+    condition=lambda owner, index: (getattr(owner, "conditions", None) or [None] * (index + 1))[index],
+    joins=joined_graph,
+)

@@ -1,0 +1,225 @@
+"""Holds what ours makes of a layer against the layer itself, before adoption: in float64, on copies of random weights.
+
+Compared are the outputs, the log-det and the gradients of inputs, conditions and parameters, in both directions, in
+training and in evaluation, what a call leaves on the layer, and how many random numbers it draws. Copies have stubs in
+the place of their coupling nets, which are recognised by their own structure. The layer itself, its hooks and the
+random state are not touched; the verdict is kept for each class and configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast.interop.adoption import adopted_class
+from pyglow_fast.interop.table import Couples, Net, Row, UnfitError
+
+MOVED = 0.3  # standard deviation of a copy's parameters
+_HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
+_INNER = frozenset(vars(nn.Module()))
+_BY_FORWARD = ("w_perm", "w_perm_inv", "last_jac")  # what FrEIA's forward may set, its weights of now
+
+# For each class, by row and configuration of a layer, why ours is not what it computes, or nothing.
+_known: weakref.WeakKeyDictionary[type, dict[Any, tuple[str, int]]] = weakref.WeakKeyDictionary()
+
+
+class DiffersError(Exception):
+    """Raised where a layer computes something else than ours; says in what, and how many things agree."""
+
+    def __init__(self, text: str, same: int = 0) -> None:
+        super().__init__(text)
+        self.same = same
+
+
+class Stub(nn.Module):
+    """A net that mixes channels by weights, called past all hooks, with outputs of some ones."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.gain = nn.Parameter(torch.ones(width, dtype=torch.float64))
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """Map (N, C, *spatial) to (N, width, *spatial)."""
+        generator = torch.Generator().manual_seed(x.shape[1])
+        weight = torch.randn(self.width, x.shape[1], generator=generator, dtype=torch.float64)
+        gain = self.gain * (2.0 / max(1, x.shape[1]) ** 0.5)
+        return torch.einsum("oi,ni...->no...", weight.to(x.dtype) * gain.unsqueeze(1), x)
+
+
+def difference(row: Row, layer: nn.Module) -> tuple[str, int]:
+    """Say what of a layer is not what ours makes of it, and how much agreed before; empty if all does."""
+    key = _configuration(row, layer)
+    kept = _known.setdefault(type(layer), {})
+    if key is not None and key in kept:
+        return kept[key]
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), torch.device("cpu")):
+            stack.enter_context(context)
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        try:
+            same = 0
+            for training in (True, False):
+                same += _compare(row, layer, training, same)
+            found = "", same
+        except DiffersError as differs:
+            found = str(differs), differs.same
+        except UnfitError as unfit:
+            found = str(unfit), 0
+        except Exception as error:  # whatever a class that we do not know may raise
+            found = f"a call of it with random weights failed: {type(error).__name__}: {error}", 0
+    if key is not None:
+        kept[key] = found
+    return found
+
+
+def _compare(row: Row, layer: nn.Module, training: bool, same: int) -> int:
+    theirs = _results(row, layer, training, ours=False)
+    ours = _results(row, layer, training, ours=True)
+    count = 0
+    for (name, expected), (_, found) in zip(theirs, ours, strict=True):
+        if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+            if expected is not found and expected != found:
+                raise DiffersError(f"its {name} is {expected}, ours {found}", same + count)
+        elif expected.shape != found.shape:
+            shapes = f"shape {tuple(expected.shape)}, ours {tuple(found.shape)}"
+            raise DiffersError(f"its {name} has {shapes}", same + count)
+        elif expected.numel():
+            bound = row.tolerance if expected.dtype == found.dtype == torch.float64 else 1e-4
+            error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1.0))
+            if not error <= bound:
+                mode = "training" if training else "evaluation"
+                raise DiffersError(f"its {name} differs by {error:.1g} in {mode}", same + count)
+        count += 1
+    return count
+
+
+def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tuple[str, Any]]:
+    """What calls of a copy give and do, by its own class or by ours."""
+    assert row.example is not None
+    generator = torch.Generator().manual_seed(2 + training)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    found: list[tuple[str, Any]] = []
+    twin = twin_of(row, layer, training)
+    calls = row.example(twin, draw)
+    if ours:
+        twin.__class__ = adopted_class(_unhesitating(row), type(twin))
+    for method, args, kwargs in calls:
+        before, state = dict(vars(twin)), torch.get_rng_state()
+        leaves = [value.requires_grad_() for value in _tensors((args, kwargs)) if value.dtype == torch.float64]
+        given = _copied((args, kwargs))
+        values = list(_tensors(getattr(twin, method)(*given[0], **given[1])))
+        named = {f"input {i}": leaf for i, leaf in enumerate(leaves)}
+        named |= {name: value for name, value in twin.named_parameters() if value.requires_grad}
+        weights = [draw(*value.shape) for value in values]
+        terms = [(value * weight).sum() for value, weight in zip(values, weights, strict=True) if value.requires_grad]
+        grads = (
+            torch.autograd.grad(sum(terms, torch.zeros(())), list(named.values()), allow_unused=True) if terms else ()
+        )
+        what = f"{method}{'' if not kwargs else ' with ' + ', '.join(kwargs)}"
+        found += [(f"result {i} of {what}", value.detach()) for i, value in enumerate(values)]
+        for name, value, grad in zip(named, named.values(), grads or [None] * len(named), strict=True):
+            found.append((f"gradient in {name} of {what}", torch.zeros_like(value) if grad is None else grad))
+        changed = {name for name, value in vars(twin).items() if before.get(name, twin) is not value}
+        if changed - set(_BY_FORWARD):
+            raise DiffersError(f"it changes {', '.join(sorted(changed - set(_BY_FORWARD)))} when it runs", len(found))
+        found.append((f"number of random numbers of {what}", bool(torch.equal(state, torch.get_rng_state()))))
+    return found
+
+
+def _unhesitating(row: Row) -> Row:
+    """The row without a sense of what pays, under a name of its own: our arithmetic, which it may not use else."""
+    from dataclasses import replace
+
+    return replace(row, name=f"{row.name} in a probe", pays=lambda layer, call, parts: True)
+
+
+def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
+    """A copy of a layer in float64 with random parameters, without hooks, with stubs for its coupling nets."""
+    memo: dict[int, Any] = {}
+    kept: list[Any] = []  # what is in the memo by its id stays alive
+    for part in row.parts(layer, False):
+        if isinstance(part, Couples) and isinstance(part.wrapped(), Net):
+            memo[id(part.net)] = Stub(part.width)
+    for module in layer.modules():
+        for name in _HOOKS:
+            kept.append(getattr(module, name))
+            memo[id(kept[-1])] = OrderedDict()
+        for value in vars(module).values():
+            if isinstance(value, Tensor):  # what is computed of parameters has no deep copies
+                memo[id(value)] = value.detach().clone()
+    twin = copy.deepcopy(layer, memo).cpu().double().train(training)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.is_floating_point() and parameter.requires_grad:
+                fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
+                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(MOVED / fan_in**0.5 * drawn)
+    return twin
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _copied(value: Any) -> Any:
+    """The same with a copy of each tensor, which a layer may write to."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
+
+
+def _configuration(row: Row, layer: nn.Module) -> Any:
+    """What a layer's arithmetic may depend on besides the values of its weights; None if that cannot be told."""
+    try:
+        inside: set[nn.Module] = set()
+        for part in row.parts(layer, False):
+            if isinstance(part, Couples) and isinstance(part.wrapped(), Net):
+                inside |= set(part.net.modules())
+        return row.name, tuple(_settings(module) for module in layer.modules() if module not in inside)
+    except (UnfitError, TypeError):
+        return None
+
+
+def _settings(module: nn.Module) -> Any:
+    own = {name: value for name, value in vars(module).items() if name not in (*_INNER, *_BY_FORWARD)}
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    shapes = tuple(
+        (name, None if value is None else (value.shape, value.dtype, value.requires_grad)) for name, value in tensors
+    )
+    code = getattr(type(module).forward, "__code__", None)
+    return type(module), code, shapes, tuple((name, _simple(value)) for name, value in own.items())
+
+
+def _simple(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(map(_simple, value))
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    code = getattr(getattr(value, "__func__", value), "__code__", None)
+    if code is not None or isinstance(value, types.BuiltinFunctionType | type):
+        return cast(Any, value if code is None else code)
+    raise TypeError(f"of {type(value).__name__}")

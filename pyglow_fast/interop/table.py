@@ -1,0 +1,302 @@
+"""The words in which a library is described: its layers are rows of a table, and hold the parts of a step of ours.
+
+A row says how a layer is told, how it is called, and what it holds when it is called: affine maps of the channels and
+couplings, in the direction of data to latents. What is done with that is written once, for all libraries:
+
+- adoption.py makes a layer's forward run these parts,
+- probe.py compares the two before, in float64,
+- runs.py joins neighbours into one run,
+- accelerate.py puts it together, and reports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast._captures import held
+from pyglow_fast._errors import can_read
+from pyglow_fast._tracing import is_traced
+from pyglow_fast.coupling_nets.chain import Chain
+from pyglow_fast.coupling_nets.traits import is_altered
+from pyglow_fast.interop import nets
+from pyglow_fast.interop.known_net import qualified
+from pyglow_fast.interop.probing import chain_of
+from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.steps import ChannelMap
+
+OrderOf = Callable[[Tensor, int], Tensor]  # a linear map of the channels, which are the dimension given: see nets.run
+
+
+class UnfitError(Exception):
+    """Raised where a layer holds something that no step of ours has; the message is the reason, for the report."""
+
+
+class Couples(NamedTuple):
+    """A coupling: the first channels, ``kept``, decide by a net how the others, ``changed``, are shifted and scaled.
+
+    Attributes:
+        net: the library's own module.
+        spec: how it shifts and scales.
+        kept, changed: how many channels.
+        order: brings the net's output into the order of spec: all shifts, then all raw scales.
+        whole: a sample is not to be cut into strips.
+        wrap: makes the net of ours of this, where the library's is not called by channels alone (and :class:`Net`
+            runs it): a class, or another function that can be imported.
+    """
+
+    net: nn.Module
+    spec: CouplingSpec
+    kept: int
+    changed: int
+    order: OrderOf | None = None
+    whole: bool = False
+    wrap: Callable[[Any], nn.Module] | None = None  # Net where it is None
+
+    def wrapped(self) -> nn.Module:
+        """The net of a :class:`pyglow_fast.Coupling` of this: ours around the library's."""
+        return Net(self) if self.wrap is None else self.wrap(self)
+
+    @property
+    def width(self) -> int:
+        """How many channels the net gives."""
+        return self.changed if self.spec.coupling == "additive" else 2 * self.changed
+
+
+Part = ChannelMap | Couples
+
+
+class Call(NamedTuple):
+    """A call of a layer, as it is understood.
+
+    Attributes:
+        x: the state, (N, C, *spatial).
+        inverse: it is from latents to data.
+        give: makes what the layer returns of the new state and the log-det (N,).
+        cond: of the nets, (N, C_c, *spatial).
+        mask: (N, 1, T); the state is zero where it is.
+        joins: a run of several layers takes such a call.
+    """
+
+    x: Tensor
+    inverse: bool
+    give: Callable[[Tensor, Tensor], Any]
+    cond: Tensor | None = None
+    mask: Tensor | None = None
+    joins: bool = True
+
+
+def _nothing(*_: Any) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of layers of a library.
+
+    Attributes:
+        name: of the kind, in reports.
+        tells: whether a module is such a layer, by its class or its structure.
+        calls: for each method that runs the layer, how (layer, *arguments) is understood; None: the layer itself runs.
+        parts: (layer, inverse) -> what it holds now, in the order of data to latents; with ``inverse`` the maps are
+            inverted, each by its own. May raise UnfitError.
+        example: (copy of a layer, in float64 with random parameters, draw) -> calls for a probe, each a method and
+            arguments: it makes the copy one for small inputs. draw(*shape) gives random numbers.
+        unfit: why a layer cannot be taken, as far as can be seen without a call: asked at adoption and at each call.
+        alone: why a layer is called itself unless a run saves memory; for the report.
+        pays: whether ours is as fast for a call, of a layer that holds these parts.
+        waits: whether the layer waits for data to be initialised from.
+        inside: the modules of a layer, besides its nets, whose forward is no longer called.
+        adopts: its forward is replaced; else it is a part of runs only.
+        tolerance: relative, of a probe.
+    """
+
+    name: str
+    tells: Callable[[nn.Module], bool]
+    calls: Mapping[str, Callable[..., Call | None]]
+    parts: Callable[[Any, bool], Sequence[Part]]
+    example: Callable[[Any, Callable[..., Tensor]], list[tuple[str, Sequence[Any], dict[str, Any]]]] | None = None
+    unfit: Callable[[Any], str] = _nothing
+    alone: Callable[[Any], str] = _nothing
+    pays: Callable[[Any, Call, Sequence[Part]], bool] = lambda layer, call, parts: True
+    waits: Callable[[Any], bool] = lambda layer: False
+    inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
+    adopts: bool = True
+    tolerance: float = 1e-9
+
+    def __post_init__(self) -> None:
+        _rows[self.name] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled by its name."""
+        return row_named, (self.name,)
+
+
+_rows: dict[str, Row] = {}
+
+
+def row_named(name: str) -> Row:
+    """Find the row of this name in the tables."""
+    if name not in _rows:  # in a process that has accelerated nothing
+        importlib.import_module("pyglow_fast.interop.libraries")
+    return _rows[name]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A table: the kinds of layers of a library, and what else a report says of it.
+
+    Attributes:
+        name: in messages.
+        rows: its kinds of layers.
+        homes: packages of its layers; those without a row are reported.
+        containers: classes there that only call what they hold.
+        from_latents: its lists of layers go from latents to data.
+        condition: (owner of a list, index) -> what besides the width neighbours in a run must agree in.
+        joins: (container, library, memory, budget) -> what joins a container that is no list, such as a graph, in
+            place: see graphs.py; None of another module.
+        keeps: why the layers in a list of this owner are not joined.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    homes: tuple[str, ...] = ()
+    containers: tuple[str, ...] = ()
+    from_latents: bool = False
+    condition: Callable[[nn.Module, int], Any] = lambda owner, index: None
+    joins: Callable[..., Any] = lambda container, library, memory, budget: None
+    keeps: Callable[[nn.Module], str] = _nothing
+
+
+def by_class(*names: str) -> Callable[[nn.Module], bool]:
+    """Make the ``tells`` of layers whose class has exactly one of these qualified names."""
+    return lambda module: qualified(type(module)) in names
+
+
+def untouched(modules: Sequence[nn.Module]) -> bool:
+    """Whether calling these modules does what their classes do: no hooks, no method put on an instance."""
+    return not any(is_altered(module) or "inverse" in vars(module) for module in modules)
+
+
+class Net(nn.Module):
+    """A library's net as the net of a coupling of ours: (N, kept, *spatial), cond -> shift, then raw scale.
+
+    The condition is read beside the kept channels, as one tensor.
+
+    Args:
+        couples: the coupling.
+    """
+
+    cond_channels = 0
+
+    def __init__(self, couples: Couples) -> None:
+        super().__init__()
+        self.net, self.order, self.whole_samples = couples.net, couples.order, couples.whole
+
+    def known(self) -> nn.Module:
+        """The module that is to be recognised."""
+        return self.net
+
+    def chain(self, x: Tensor) -> Chain | None:
+        """The net as a chain of layers for states like x, None where the library's layers are faster or not known."""
+        known = nets.recognised(self.known())
+        if not isinstance(known, nets.KnownNet) or known.last is not None or known.dims != x.dim() - 2:
+            return None
+        found = known.weights_and_biases() if known.pays(x) else None
+        if found is None:
+            return None
+        weights, biases = found
+        if self.order is not None:
+            weights[-1], biases[-1] = self.order(weights[-1], 0), self.order(biases[-1], 0)
+        tensors = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
+        return Chain(tensors, (0.0,) * len(weights), known.spec)
+
+    @property
+    def in_channels(self) -> int | None:
+        """The channels that a net which is recognised reads; None of another."""
+        known = nets.recognised(self.known())
+        return known.channels[0] if isinstance(known, nets.KnownNet) else None
+
+    @property
+    def halo(self) -> int | None:
+        """How many positions to each side an output depends on; None where it is not known: see coupling_nets."""
+        return None if self.whole_samples else nets.halo(self.known())
+
+    @property
+    def bytes_per_position(self) -> Callable[[int], int] | None:
+        """A function that computes the bytes of activations of a position; None where they are not known."""
+        return nets.bytes_per_position(self.net)
+
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether its net may write to what it is called with."""
+        return nets.may_write(self.net)
+
+    def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Map the kept channels and the condition to shift and raw scale (or shift alone)."""
+        cond = None if cond is None else cond.to(x1.dtype)
+        return nets.run(self.net, x1, self.order, cond, copies=False)
+
+
+class CalledWithContext(Net):
+    """A net that is called as net(x1, context), which no Sequential can be: its forward is read off a call of it."""
+
+    writes_to_input = False  # it gives its net a copy itself
+
+    def known(self) -> nn.Module:
+        """The chain of layers that the net's forward is, or the net."""
+        chain = chain_of(self.net, None)
+        return self.net if chain is None else chain
+
+    @property
+    def deterministic(self) -> bool | None:
+        """True where the net's forward is known."""
+        stated: bool | None = getattr(self.net, "deterministic", None)
+        return True if isinstance(nets.recognised(self.known()), nets.KnownNet) else stated
+
+    def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Map the kept channels and the context to shift and raw scale (or shift alone)."""
+        if cond is None and not torch.compiler.is_compiling():
+            chain = chain_of(self.net, None, dim=x1.dim())
+            if chain is not None:
+                return nets.run(chain, x1, self.order)
+        out: Tensor = self.net(x1.clone(memory_format=torch.contiguous_format), cond)
+        return out if self.order is None else self.order(out, 1)
+
+
+_read: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+
+
+def read_once(layer: nn.Module, name: str, tensor: Tensor, look: Callable[[Tensor], Any]) -> Any:
+    """Compute look(tensor), which decides by values: at every call where the host may read them.
+
+    Elsewhere a look stops the device's stream: what was seen is kept until torch counts another version of the tensor.
+    """
+    if can_read(tensor) or is_traced() or tensor.is_inference():
+        return look(tensor)
+    now = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
+    seen = _read.setdefault(layer, {})
+    if name not in seen or seen[name][0][:-1] != now:
+        seen[name] = ((*now, tensor.detach()), look(tensor))  # while the tensor lives nothing else is in its memory
+    return held(seen[name][1], tensor.device)
+
+
+def one_hot_order(matrix: Tensor) -> Tensor | None:
+    """Find the order of a permutation: (matrix x)_i = x_order_i, (C,) int64; None of a matrix that is none.
+
+    matrix: (C, C).
+    """
+    matrix = matrix.detach()
+    places = torch.arange(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    order = torch.mv(matrix, places)
+    if not bool((order.round() == order).all() & (order.sort().values == places).all()):
+        return None
+    order = order.long()
+    ones = matrix.gather(1, order.unsqueeze(1))
+    return order if bool((ones == 1).all()) and int(matrix.count_nonzero()) == len(matrix) else None

@@ -1,0 +1,195 @@
+"""What surrounds a replaced layer: hooks, autocast, transforms, sizes and dtypes, and a probe that touches nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import numpy as np
+import pytest
+import torch
+from support.accelerate_cases import noisy, subnet
+from support.freia_copies import Block, LaterBlock, Sized
+from support.helpers import assert_close
+from torch import Tensor, nn
+
+from pyglow_fast.interop import accelerate
+
+SHAPE = (6, 4, 5)
+
+
+def block(kind: Any = Fm.AllInOneBlock, shape: tuple[int, ...] = SHAPE, net: Any = subnet, **options: Any) -> Any:
+    torch.manual_seed(3)
+    np.random.seed(3)
+    return noisy(kind([shape], subnet_constructor=net, **options))
+
+
+def values(of: nn.Module, x: Tensor, **given: Any) -> list[Tensor]:
+    """Outputs and gradients, there and back."""
+    found: list[Tensor] = []
+    for rev in (False, True):
+        leaf = x.clone().requires_grad_()
+        (z,), log_det = of([leaf], rev=rev, **given)
+        wanted = [leaf, *(value for value in of.parameters() if value.requires_grad)]
+        objective = (z * z.detach().cos()).sum() + log_det.sum()
+        found += [z, log_det, *torch.autograd.grad(objective, wanted, allow_unused=True)]
+    return found
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, x: Tensor, **given: Any) -> None:
+    for value, expected in zip(values(ours, x, **given), values(theirs, x, **given), strict=True):
+        if expected is not None:
+            assert_close(value, expected, 1000.0)
+
+
+def state(*shape: int) -> Tensor:
+    return torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Fm.AllInOneBlock, {"permute_soft": True, "reverse_permutation": True}),
+        (Fm.AllInOneBlock, {"gin_block": True}),
+        (Fm.AllInOneBlock, {"global_affine_type": "SIGMOID"}),
+        (Block, {"learned_householder_permutation": 2}),
+        (LaterBlock, {}),
+        (Sized, {}),
+        *((Fm.GLOWCouplingBlock, {"clamp_activation": name}) for name in ("ATAN", "TANH", "SIGMOID", torch.sin)),
+        (Fm.AffineCouplingOneSided, {"clamp": 1.3, "split_len": 0.3}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [6, 5])
+def test_a_block_of_freia(kind: Any, options: dict[str, Any], channels: int) -> None:
+    """Also of an odd number of channels, which no run takes."""
+    theirs = block(kind, (channels, 4, 5), **options)
+    ours = copy.deepcopy(theirs)
+    assert list(accelerate(ours).replaced) == [""]
+    assert_same(ours, theirs, state(channels, 4, 5))
+
+
+@pytest.mark.parametrize("kind", [Fm.AllInOneBlock, Fm.GLOWCouplingBlock], ids=lambda kind: kind.__name__)
+def test_conditions_are_read_beside_the_state(kind: Any) -> None:
+    theirs = block(kind, dims_c=[(2, 4, 5), (3, 4, 5)])
+    ours = copy.deepcopy(theirs)
+    accelerate(ours)
+    assert_same(ours, theirs, state(*SHAPE), c=[state(2, 4, 5), state(3, 4, 5)])
+
+
+class Mine(Fm.AllInOneBlock):  # type: ignore[misc]
+    """A subclass that computes something else."""
+
+    def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> Any:
+        return super()._affine(x, 0.5 * a, rev)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer: setattr(layer, "splits", [4, 2]), "expected halves"),
+        (lambda layer: setattr(layer, "global_scale", nn.Parameter(torch.ones(1, 6, 1))), "another global scale"),
+        (lambda layer: delattr(layer, "householder"), "has no householder"),
+        (lambda layer: setattr(layer, "forward", layer.forward), "a forward of its own"),
+        (lambda layer: setattr(layer, "__class__", Mine), "its result 0 of forward"),
+    ],
+)
+def test_what_is_no_block_of_ours_is_left_with_the_reason(change: Any, reason: str) -> None:
+    layer = block()
+    change(layer)
+    done = accelerate(layer)
+    assert not done.replaced
+    assert reason in done.left[""]
+
+
+def test_a_probe_touches_nothing() -> None:
+    """Not the weights, the hooks, the nets, nor the random state."""
+    model = Ff.SequenceINN(*SHAPE)
+    model.append(Fm.AllInOneBlock, subnet_constructor=subnet)
+    layer, calls = model.module_list[0], []
+    for module in (layer, *layer.subnet.modules()):
+        module.register_forward_hook(lambda *args: calls.append(1))
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert accelerate(model).replaced == {"module_list.0": "AllInOneBlock"}
+    assert not calls
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("at", ["", "subnet", "subnet.0"])
+def test_hooks_are_called(at: str) -> None:
+    """On the layer, on its net, and on what is in that."""
+    theirs, calls = block(), []
+    ours = copy.deepcopy(theirs)
+    accelerate(ours)
+    ours.get_submodule(at).register_forward_hook(lambda *args: calls.append(1))
+    assert_same(ours, theirs, state(*SHAPE))
+    assert len(calls) == 2
+
+
+def test_a_permutation_is_what_it_is_at_the_call() -> None:
+    """Also behind torch's count of writes."""
+    theirs = block()
+    ours, x = copy.deepcopy(theirs), state(*SHAPE)
+    accelerate(ours)
+    values(ours, x)
+    for item in (ours, theirs):
+        item.w_perm.data[tuple((item.w_perm == 0).nonzero()[0])] = 0.5  # the ones stay where they are
+    assert_same(ours, theirs, x)
+
+
+def test_a_learned_clamp_has_its_gradient() -> None:
+    theirs = block()
+    theirs.clamp = nn.Parameter(torch.tensor(1.7, dtype=torch.float64))
+    ours = copy.deepcopy(theirs)
+    assert accelerate(ours).replaced
+    assert_same(ours, theirs, state(*SHAPE))
+
+
+@pytest.mark.parametrize("x", [state(6, 7, 3), state(6, 1, 2)], ids=["size", "few"])
+def test_other_sizes(x: Tensor) -> None:
+    theirs = block(Block)
+    ours = copy.deepcopy(theirs)
+    accelerate(ours)
+    assert_same(ours, theirs, x)
+
+
+def test_channels_last_and_half_precision() -> None:
+    theirs = block()
+    ours, x = copy.deepcopy(theirs), state(*SHAPE).to(memory_format=torch.channels_last)
+    accelerate(ours)
+    assert_same(ours, theirs, x)
+    small = x.bfloat16()
+    with torch.no_grad():
+        found, expected = (item.bfloat16()([small])[0][0] for item in (ours, theirs))
+    assert torch.equal(found, expected)
+
+
+def test_autocast_is_for_the_net() -> None:
+    """The state keeps its precision."""
+    theirs = block().float()
+    ours, x = copy.deepcopy(theirs), state(*SHAPE).float()
+    accelerate(ours)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        (found,), log_det = ours([x])
+    (exact,), _ = theirs([x])
+    assert (found.dtype, log_det.dtype) == (torch.float32, torch.float32)
+    assert float((found - exact).abs().max()) < 0.05
+
+
+@pytest.mark.full
+def test_transforms_and_compilers_see_the_layer_itself() -> None:
+    theirs = block()
+    ours, x = copy.deepcopy(theirs), state(*SHAPE)
+    accelerate(ours)
+
+    def total(of: Any, x: Tensor) -> Tensor:
+        (z,), log_det = of([x])
+        return z.square().sum() + log_det.sum()
+
+    found, expected = (torch.func.hessian(lambda x, of=of: total(of, x))(x[:1, :, :1, :2]) for of in (ours, theirs))
+    assert_close(found, expected, 1000.0)
+    compiled = torch.compile(lambda x: total(ours, x), backend="eager", fullgraph=True)
+    assert_close(compiled(x), total(theirs, x), 1000.0)
