@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._errors import expect
 from pyglow_fast.interop.graphs import joined_graph
 from pyglow_fast.interop.table import (
     Call,
@@ -78,6 +79,8 @@ class ShiftThenRaw:
 
     def __call__(self, values: Tensor, dim: int) -> Tensor:
         """The map of the channels in dimension ``dim`` of values, which are left alone; one copy."""
+        width = 2 * self.changed
+        expect(values.shape[dim] == width, "subnet", f"an output of {width} channels", values.shape[dim])
         raw, shift = values.split(self.changed, dim)
         return torch.cat([_times(shift, self.gain), _times(raw, self.raw_gain)], dim)
 
