@@ -49,7 +49,7 @@ def load_digits(config: DataConfig | None = None) -> ImageSet:
 
 
 def load_emoji_small(config: DataConfig) -> ImageSet:
-    """Loads the 2,590 Noto emoji of 32x32 that come with the package (Apache-2.0); shown/README.md tells more."""
+    """Loads the 2,566 Noto emoji of 32x32 that come with the package (Apache-2.0); shown/README.md tells more."""
     listed = json.loads((SHIPPED / "images.json").read_text(encoding="utf-8"))
     count, sheet = len(listed["classes"]), pixels(decode(SHIPPED / "images.png", "images.png", gray=False))
     values = fixed_size(_cut(sheet, listed["size"])[:count], config)
