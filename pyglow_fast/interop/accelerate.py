@@ -127,7 +127,8 @@ def accelerate(
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     done = Acceleration(model)
-    found = [library for library in LIBRARIES if _adopt(done, library)]
+    spares = mode in ("checkpoint", "reversible")
+    found = [library for library in LIBRARIES if _adopt(done, library, spares)]
     done._former = former.accelerate(model, mode, memory_budget)
     names = ", ".join(library.name for library in LIBRARIES)
     expected = f"layers of normflows, nflows, {names}, or of the structures in the documentation"
@@ -142,8 +143,11 @@ def accelerate(
     return done
 
 
-def _adopt(done: Acceleration, library: Library) -> bool:
-    """Adopt the layers of a library, and report those that are left; whether there are any, adopted before or now."""
+def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
+    """Adopt the layers of a library, and report those that are left; whether there are any, adopted before or now.
+
+    spares: memory is to be saved, at the price of speed.
+    """
     found = False
     names = {module: name for name, module in done.model.named_modules()}
     ours: set[nn.Module] = set()  # layers of ours with all that is in them
@@ -156,6 +160,8 @@ def _adopt(done: Acceleration, library: Library) -> bool:
         reasons = []
         for row in rows if any(row.adopts for row in rows) else []:
             reason, same = unlike(row, module)
+            if not reason and not spares and (alone := row.alone(module)):
+                reason = f"{alone}, unless memory is to be saved"
             if not reason:
                 done._adopted.append(module)
                 done.replaced[name] = type(module).__qualname__
@@ -184,8 +190,6 @@ def unlike(row: Row, module: nn.Module) -> tuple[str, int]:
 def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[str, str]:
     """What of an adopted layer runs as it is, and why."""
     found = {}
-    if reason := row.alone(module):
-        found[names[module]] = f"{reason}, unless memory is asked for"
     for part in row.parts(module, False):
         if isinstance(part, Couples) and isinstance(net := part.wrapped(), Net) and part.net in names:
             known = nets.recognised(net.known())
@@ -207,6 +211,15 @@ def _no_row(module: nn.Module, library: Library) -> str:
 
 def _join(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
     """Join the layers of a library, in all containers of a model, and report those that are in no run."""
+    if library.one_by_one:
+        for name, module in done.model.named_modules():
+            if module in done._adopted and module._row in library.rows and "_run" not in vars(module):
+                run = Run([module], [module._row], memory, budget)
+                if run.report()["steps"]:
+                    vars(module)["_run"] = run
+                    done._runs.append(run)
+                    done.joined[name] = f"one step, memory {memory!r}"
+        return
     reasons: Reasons = {}
     joined: set[nn.Module] = set()
     seen: set[nn.Module] = set()  # within graphs

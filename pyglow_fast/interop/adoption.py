@@ -16,7 +16,8 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets import plain_call
-from pyglow_fast.coupling_nets.masks import mask_of, positions_of, run_masked
+from pyglow_fast.coupling_nets.masks import log_scale_of_padding, masked_condition, positions_of, without_padding
+from pyglow_fast.coupling_nets.net_runner import condition_for
 from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, untouched
 from pyglow_fast.layers.flow_step import after
 from pyglow_fast.reference import n_positions
@@ -33,7 +34,7 @@ class Adopted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by row and class, which can be imported; what is made of them is made again."""
-        return _blank, (self._row, self._theirs), {key: value for key, value in vars(self).items() if key != "_run"}
+        return _blank, (self._row, self._theirs), dict(vars(self))
 
 
 _made: dict[tuple[str, type[nn.Module]], type[Adopted]] = {}
@@ -59,12 +60,12 @@ def _runs(method: str) -> Callable[..., Any]:
         call = understood(self._row, self, method, args, kwargs)
         if call is not None:
             try:
-                own = vars(self).get("_run")
-                if own is not None and own.spares:
-                    return call.give(*own(call))
-                parts = self._row.parts(self, call.inverse)
-                if self._row.pays(self, call, parts):
-                    return call.give(*run_whole(parts, call))
+                own, parts = vars(self).get("_run"), self._row.parts(self, call.inverse)
+                own = own if own is not None and own.spares else None
+                if own is not None or self._row.pays(self, call, parts):
+                    if self._row.run is not None:
+                        return call.give(*self._row.run(self, call, parts, own))
+                    return call.give(*(run_parts(parts, with_mask(call)) if own is None else own(call)))
             except UnfitError:  # before anything was computed but maps
                 pass
         return getattr(self._theirs, method)(self, *args, **kwargs)
@@ -100,7 +101,8 @@ def net_output(part: Couples, x: Tensor, cond: Tensor | None) -> Tensor:
     Raises:
         ValueError: it gives another shape.
     """
-    out = plain_call(part.wrapped())(x[:, : part.kept], cond)
+    net = plain_call(part.wrapped())
+    out = net(x[:, : part.kept], cond) if part.kept else net(condition_for(x, cond), None)
     shape = (x.shape[0], part.width, *x.shape[2:])
     if out.shape != shape:
         expect(False, "subnet", f"an output of shape {shape}", tuple(out.shape))
@@ -117,7 +119,8 @@ def run_parts(parts: Sequence[Part], call: Call, run_net: NetOutput = net_output
 
     Args:
         parts: in the order of data to latents, of an inverse call too, whose maps are inverted.
-        call: with what the nets get besides as its condition; a mask sets the state to zero behind each map.
+        call: see :func:`with_mask`; a mask sets the state to zero behind each map, and its changed channels behind each
+            coupling.
         run_net: runs the net of a coupling on a state and the condition.
     """
     x, log_dets, mask = call.x, [], call.mask
@@ -148,20 +151,18 @@ def run_parts(parts: Sequence[Part], call: Call, run_net: NetOutput = net_output
             else:
                 x, log_det = functional.coupling_mix(x, net_out, own.matrix, own.offset, part.spec, own.source)
             log_dets.append(log_det)
+            if mask is not None:
+                padding = log_scale_of_padding([part.spec], mask, part.changed)
+                log_dets.append(padding if call.inverse else -padding)
+                if own is None:
+                    x = torch.cat([x[:, : part.kept], without_padding(x[:, part.kept :], mask)], dim=1)
         x = x if mask is None or own is None else x * mask
     return x, functional.summed(log_dets)
 
 
-def run_whole(parts: Sequence[Part], call: Call) -> tuple[Tensor, Tensor]:
-    """Run the parts of one layer; with a mask the condition is that of masked nets, see coupling_nets/masks.py."""
-    if call.mask is None:
-        return run_parts(parts, call)
-    specs = [part.spec for part in parts if isinstance(part, Couples)]
-
-    def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-        return run_parts(parts, call._replace(x=x, cond=extra, mask=mask_of(extra)))
-
-    return run_masked(run, call.x, call.cond, call.mask, specs, call.inverse)
+def with_mask(call: Call) -> Call:
+    """The call with what masked nets get as its condition, see coupling_nets/masks.py."""
+    return call if call.mask is None else call._replace(cond=masked_condition(call.mask, call.cond))
 
 
 def give_back(modules: Iterable[nn.Module]) -> None:

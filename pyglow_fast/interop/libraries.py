@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pyglow_fast.interop import freia
+from pyglow_fast.interop import chaiyujin, freia
 
-LIBRARIES = (freia.LIBRARY,)
+LIBRARIES = (freia.LIBRARY, chaiyujin.LIBRARY)

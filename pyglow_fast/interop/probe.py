@@ -86,7 +86,7 @@ def _compare(row: Row, layer: nn.Module, training: bool, same: int) -> int:
     theirs = _results(row, layer, training, ours=False)
     ours = _results(row, layer, training, ours=True)
     count = 0
-    for (name, expected), (_, found) in zip(theirs, ours, strict=True):
+    for (name, expected, bound), (_, found, _) in zip(theirs, ours, strict=True):
         if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
             if expected is not found and expected != found:
                 raise DiffersError(f"its {name} is {expected}, ours {found}", same + count)
@@ -94,7 +94,6 @@ def _compare(row: Row, layer: nn.Module, training: bool, same: int) -> int:
             shapes = f"shape {tuple(expected.shape)}, ours {tuple(found.shape)}"
             raise DiffersError(f"its {name} has {shapes}", same + count)
         elif expected.numel():
-            bound = row.tolerance if expected.dtype == found.dtype == torch.float64 else 1e-4
             error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1.0))
             if not error <= bound:
                 mode = "training" if training else "evaluation"
@@ -103,7 +102,7 @@ def _compare(row: Row, layer: nn.Module, training: bool, same: int) -> int:
     return count
 
 
-def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tuple[str, Any]]:
+def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tuple[str, Any, float]]:
     """What calls of a copy give and do, by its own class or by ours."""
     assert row.example is not None
     generator = torch.Generator().manual_seed(2 + training)
@@ -111,31 +110,40 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, Any, float]] = []
     twin = twin_of(row, layer, training)
     calls = row.example(twin, draw)
-    if ours:
-        twin.__class__ = adopted_class(_unhesitating(row), type(twin))
     for method, args, kwargs in calls:
+        read = row.calls[method](twin, *args, **kwargs) if method in row.calls else None
+        dtype, bound = row.inverts_in if read is not None and read.inverse else (torch.float64, row.tolerance)
+        twin = twin.to(dtype)
+        leaves = [
+            value.to(dtype).requires_grad_() if value.dtype == torch.float64 else value
+            for value in _tensors((args, kwargs))
+        ]
+        given = _mapped((args, kwargs), iter(leaves))
+        if ours:
+            twin.__class__ = adopted_class(_unhesitating(row), type(twin))
         before, state = dict(vars(twin)), torch.get_rng_state()
-        leaves = [value.requires_grad_() for value in _tensors((args, kwargs)) if value.dtype == torch.float64]
-        given = _copied((args, kwargs))
         values = list(_tensors(getattr(twin, method)(*given[0], **given[1])))
-        named = {f"input {i}": leaf for i, leaf in enumerate(leaves)}
+        drawn = not torch.equal(state, torch.get_rng_state())
+        changed = {name for name, value in vars(twin).items() if before.get(name, twin) is not value}
+        if ours:
+            twin.__class__ = type(layer)
+        named = {f"input {i}": leaf for i, leaf in enumerate(leaves) if leaf.requires_grad}
         named |= {name: value for name, value in twin.named_parameters() if value.requires_grad}
-        weights = [draw(*value.shape) for value in values]
+        weights = [draw(*value.shape).to(value.dtype) for value in values]
         terms = [(value * weight).sum() for value, weight in zip(values, weights, strict=True) if value.requires_grad]
         grads = (
             torch.autograd.grad(sum(terms, torch.zeros(())), list(named.values()), allow_unused=True) if terms else ()
         )
         what = f"{method}{'' if not kwargs else ' with ' + ', '.join(kwargs)}"
-        found += [(f"result {i} of {what}", value.detach()) for i, value in enumerate(values)]
+        found += [(f"result {i} of {what}", value.detach(), bound) for i, value in enumerate(values)]
         for name, value, grad in zip(named, named.values(), grads or [None] * len(named), strict=True):
-            found.append((f"gradient in {name} of {what}", torch.zeros_like(value) if grad is None else grad))
-        changed = {name for name, value in vars(twin).items() if before.get(name, twin) is not value}
+            found.append((f"gradient in {name} of {what}", torch.zeros_like(value) if grad is None else grad, bound))
         if changed - set(_BY_FORWARD):
             raise DiffersError(f"it changes {', '.join(sorted(changed - set(_BY_FORWARD)))} when it runs", len(found))
-        found.append((f"number of random numbers of {what}", bool(torch.equal(state, torch.get_rng_state()))))
+        found.append((f"drawing of random numbers in {what}", drawn, 0.0))
     return found
 
 
@@ -181,13 +189,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _copied(value: Any) -> Any:
-    """The same with a copy of each tensor, which a layer may write to."""
+def _mapped(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same with copies of these tensors in the place of its own: a layer may write to them."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return next(tensors).clone()
     if isinstance(value, dict):
-        return {key: _copied(part) for key, part in value.items()}
-    return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
+        return {key: _mapped(part, tensors) for key, part in value.items()}
+    return type(value)(_mapped(part, tensors) for part in value) if type(value) in (tuple, list) else value
 
 
 def _configuration(row: Row, layer: nn.Module) -> Any:
@@ -198,7 +206,7 @@ def _configuration(row: Row, layer: nn.Module) -> Any:
             if isinstance(part, Couples) and isinstance(part.wrapped(), Net):
                 inside |= set(part.net.modules())
         return row.name, tuple(_settings(module) for module in layer.modules() if module not in inside)
-    except (UnfitError, TypeError):
+    except Exception:  # whatever a class that we do not know may raise
         return None
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.masks import mask_of, run_masked
 from pyglow_fast.coupling_nets.traits import is_altered
-from pyglow_fast.interop.adoption import Adopted, run_parts, understood
+from pyglow_fast.interop.adoption import Adopted, run_parts, understood, with_mask
+from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, untouched
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.described import described, is_runnable
@@ -34,7 +35,8 @@ def row_of(library: Library, module: nn.Module) -> Row | None:
     """The row of an adopted layer, or of one that is a part of runs only."""
     if isinstance(module, Adopted):
         return module._row if any(module._row is row for row in library.rows) else None
-    return next((row for row in library.rows if not row.adopts and row.tells(module)), None)
+    rows = (row for row in library.rows if not row.adopts and row.tells(module))
+    return next((row for row in rows if row.example is None or not difference(row, module)[0]), None)
 
 
 def unrepeatable(net: nn.Module, memory: str) -> str:
@@ -117,11 +119,13 @@ class Run:
         parts = self.parts(call.inverse)
         if not self.spares and not self.rows[0].pays(self.layers[0], call, parts):
             raise UnfitError("faster one by one")
-        run = partial(self._inverse if call.inverse else self._forward, parts, call)
+        if call.inverse:
+            return self._inverse(parts, with_mask(call))
+        run = partial(self._forward, parts, call)
         if call.mask is None:
             return run(call.x, call.cond)
         specs = [part.spec for part in parts if isinstance(part, Couples)]
-        return run_masked(run, call.x, call.cond, call.mask, specs, call.inverse)
+        return run_masked(run, call.x, call.cond, call.mask, specs)
 
     @staticmethod
     def _arranged(parts: Sequence[Part]) -> tuple[list[ChannelMap | None], list[Couples], ChannelMap | None]:
@@ -181,7 +185,7 @@ class Run:
         whole = torch.is_grad_enabled() or is_watched() or self.memory == "store"
         return None if whole else self.budget
 
-    def _inverse(self, parts: Sequence[Part], call: Call, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _inverse(self, parts: Sequence[Part], call: Call) -> tuple[Tensor, Tensor]:
         budget, couples = self._budget(), [part for part in parts if isinstance(part, Couples)]
         couplings = dict(zip(couples, self._couplings(couples), strict=True))
 
@@ -189,8 +193,7 @@ class Run:
             coupling, kept = couplings[part], x[:, : part.kept]
             return coupling.run_net(kept, cond) if budget is None else coupling.runner(budget).run(kept, cond)
 
-        mask = None if call.mask is None or cond is None else mask_of(cond)
-        return run_parts(parts, call._replace(x=z, cond=cond, mask=mask), run_net)
+        return run_parts(parts, call, run_net)
 
     def report(self) -> dict[str, Any]:
         """Report mode, steps, spacing of the anchors, drift and what was redone."""

@@ -109,12 +109,15 @@ class Row:
         example: (copy of a layer, in float64 with random parameters, draw) -> calls for a probe, each a method and
             arguments: it makes the copy one for small inputs. draw(*shape) gives random numbers.
         unfit: why a layer cannot be taken, as far as can be seen without a call: asked at adoption and at each call.
-        alone: why a layer is called itself unless a run saves memory; for the report.
+        alone: why a layer is left unless a memory mode saves what its backward keeps; empty where ours pays anyway.
         pays: whether ours is as fast for a call, of a layer that holds these parts.
         waits: whether the layer waits for data to be initialised from.
         inside: the modules of a layer, besides its nets, whose forward is no longer called.
         adopts: its forward is replaced; else it is a part of runs only.
+        run: (layer, call, parts, a Run or None) -> z, log_det, of what is no chain of maps and couplings; with a Run,
+            which is of this layer alone, as its memory mode says. None: see run_parts.
         tolerance: relative, of a probe.
+        inverts_in: in what precision the layer itself inverts matrices, and the tolerance of a probe of its inverse.
     """
 
     name: str
@@ -128,7 +131,9 @@ class Row:
     waits: Callable[[Any], bool] = lambda layer: False
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
     adopts: bool = True
+    run: Callable[[Any, Call, Sequence[Part], Any], tuple[Tensor, Tensor]] | None = None
     tolerance: float = 1e-9
+    inverts_in: tuple[torch.dtype, float] = (torch.float64, 1e-9)
 
     def __post_init__(self) -> None:
         _rows[self.name] = self
@@ -162,6 +167,7 @@ class Library:
         joins: (container, library, memory, budget) -> what joins a container that is no list, such as a graph, in
             place: see graphs.py; None of another module.
         keeps: why the layers in a list of this owner are not joined.
+        one_by_one: its models call layers in loops of their own, so each is a run for itself.
     """
 
     name: str
@@ -172,6 +178,7 @@ class Library:
     condition: Callable[[nn.Module, int], Any] = lambda owner, index: None
     joins: Callable[..., Any] = lambda container, library, memory, budget: None
     keeps: Callable[[nn.Module], str] = _nothing
+    one_by_one: bool = False
 
 
 def by_class(*names: str) -> Callable[[nn.Module], bool]:

@@ -18,8 +18,8 @@ from support.srflow import FlowStep, randomised
 from torch import Tensor, nn
 
 import pyglow_fast.interop.nflows as nflows
+from pyglow_fast.interop import chaiyujin as adapter
 from pyglow_fast.interop.accelerate import accelerate
-from pyglow_fast.interop.chaiyujin import step as adapter
 from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
 from pyglow_fast.interop.nflows._state import Derived
 from pyglow_fast.reversible import drift

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
 import torch
 from support import srflow
-from support.srflow import FlowStep, FlowUpsamplerNet, randomised
+from support.srflow import FlowStep, randomised
 from torch import Tensor, nn
 
-from pyglow_fast.interop.accelerate import accelerate
-from pyglow_fast.interop.chaiyujin import step as adapter
+from pyglow_fast.interop import accelerate
+from pyglow_fast.interop import chaiyujin as adapter
 
 FEATURES = 3
 CASES: dict[str, dict[str, Any]] = {
@@ -130,29 +129,6 @@ def test_without_a_log_det() -> None:
     assert step(x, 0.0)[1].shape == scalar.shape == ()
 
 
-def test_a_whole_model_in_its_own_loops() -> None:
-    model = randomised(FlowUpsamplerNet(3, 40, 2, 2, FEATURES, n_splits=1).double(), 0.05)
-    assert isinstance(model, FlowUpsamplerNet)
-    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    features = [torch.randn(2, FEATURES, side, side, dtype=torch.float64) for side in (8, 4)]
-    results, gradients = [], []
-    for memory in ("none", "reversible"):
-        done = accelerate(model, memory=memory) if memory != "none" else None
-        epses, logdet = model.encode(x, features)
-        model.zero_grad()
-        (epses[-1].square().sum() - logdet.sum()).backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        image, _ = model.decode([eps.detach() for eps in epses], features)
-        results.append([*epses, logdet, image])
-    assert_same(results[1], results[0])
-    assert_same(gradients[1], gradients[0])
-    assert done is not None
-    assert len(done.replaced) == 8  # two steps without and two with a coupling in each level
-    assert len(done.joined) == 4
-    assert "layers.3.affine" in done.left  # its net, which the library runs as fast
-    assert "memory 'reversible'" in str(done)
-
-
 def test_memory_of_the_nets_is_not_kept() -> None:
     """What autograd saves of a step, in values for each of x."""
 
@@ -179,13 +155,13 @@ def test_memory_of_the_nets_is_not_kept() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda step: setattr(step.affine, "affine_eps", "none"), "ValueError"),
+        (lambda step: setattr(step.affine, "affine_eps", "none"), "ValueError: could not convert string to float"),
         (lambda step: setattr(step.affine.fAffine, "0", nn.Conv2d(5, 40, 3, stride=2)), "kernel, padding, stride"),
         (lambda step: setattr(step.affine.fAffine, "1", nn.Tanh()), "no chain of three convolutions with ReLUs"),
         (lambda step: setattr(step.affine, "channels_for_nn", 1), "4 channels not halved"),
         (lambda step: setattr(step, "flow_coupling", "bentIdentity"), "flow_coupling 'bentIdentity'"),
         (lambda step: setattr(step, "flow_permutation", "resqueeze"), "flow_permutation 'resqueeze'"),
-        (lambda step: step.affine.register_forward_hook(lambda *_: None), "hooks on it or in it"),
+        (lambda step: step.affine.register_forward_hook(lambda *_: None), "hooks in it"),
         (lambda step: setattr(step, "forward", step.forward), "a forward of its own"),
     ],
     ids=["eps", "stride", "tanh", "channels", "coupling", "permutation", "hook", "own forward"],
@@ -234,7 +210,7 @@ class OtherLogDet(FlowStep):
 
 @pytest.mark.parametrize(
     ("step_class", "reason"),
-    [(OtherScale, "another output"), (OtherInverse, "another inverse"), (OtherLogDet, "another log-det")],
+    [(OtherScale, "result 0"), (OtherInverse, "result 0"), (OtherLogDet, "result 1")],
 )
 def test_another_arithmetic_is_found_by_the_probe(step_class: type[FlowStep], reason: str) -> None:
     step = randomised(step_class(CHANNELS, 40).double())
@@ -242,7 +218,7 @@ def test_another_arithmetic_is_found_by_the_probe(step_class: type[FlowStep], re
     done = accelerate(step)
     assert torch.equal(torch.get_rng_state(), state)
     assert type(step) is step_class
-    assert done.left[""].startswith(reason + " than ours")
+    assert done.left[""].startswith(f"its {reason} of forward")
 
 
 def test_a_later_change_is_seen(theirs_calls: list[int]) -> None:
@@ -269,32 +245,3 @@ def test_a_later_change_is_seen(theirs_calls: list[int]) -> None:
     other.load_state_dict(step.state_dict())
     randomised(other, 0.0)
     assert_same(list(step(x, logdet)), list(other(x, logdet)))
-
-
-def test_small_batches_are_theirs(monkeypatch: pytest.MonkeyPatch, theirs_calls: list[int]) -> None:
-    monkeypatch.undo()
-    for name, least in (("affine", 1600), ("no coupling", 6400)):
-        step = step_of(name)
-        accelerate(step)
-        for size, expected in ((least - 1, FlowStep), (least, None)):
-            x = torch.randn(1, CHANNELS, 1, size, dtype=torch.float64)
-            assert step._pays(x) == (expected is None)
-
-
-def test_bytes_are_refused_before_anything_changes() -> None:
-    step = step_of("affine")
-    with pytest.raises(
-        ValueError, match=r"^memory: expected one of .* for layers of other libraries, found 4000000000\.0$"
-    ):
-        accelerate(step, memory=4e9)
-    assert type(step) is FlowStep
-    assert not {"_parts", "_memory"} & vars(step).keys()
-
-
-def test_the_probe_is_as_wide_as_it_says() -> None:
-    """A difference of a millionth is found in float64."""
-    step = step_of("affine")
-    step.f[4].logscale_factor = 3 * (1 + 1e-6)
-    done = accelerate(step)
-    assert "" in done.replaced  # a factor of its own is known: it is read off
-    assert math.isclose(step._parts.couplings[0].net.net[4].logscale_factor, 3 * (1 + 1e-6))

@@ -423,7 +423,7 @@ STRUCTURES = [
         [(1, 16, 12)],
         lambda model, data, c: model.encode(data[0], c),
         lambda model, found, c: model.decode(found[:-1], c),
-        4,
+        8,
         normal((2, 8, 6), (2, 4, 3)),
     ),
     of_jet("projected", lambda: ProjectedFlow(6, 8, 4), (6, 8), 4),

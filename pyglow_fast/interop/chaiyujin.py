@@ -1,0 +1,239 @@
+"""Flow steps of chaiyujin's glow-pytorch and of what derives from it (SRFlow, LLFlow), by structure.
+
+    z = coupling(injector(P exp(logs) (x + bias)))       P: invconv (plain or LU), shuffle or reverse
+
+These classes are in no package of an index: every project has a copy. They are recognised by their attributes: an
+actnorm with ``bias``, ``logs`` and ``inited``; ``invconv``, ``shuffle`` or ``reverse``; ``f`` or ``affine``, which may
+be absent ("noCoupling"). SRFlow's nets read features, ``rrdbResults``, besides. The call stays
+``step(input, logdet=None, reverse=False)``. The models loop over their steps and ask for the class of each, so steps
+are not joined: with a memory mode each keeps its input and output for the backward, and nothing of its nets.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast.interop.indices import indices_on, undoing_indices_on
+from pyglow_fast.interop.known_net import KnownNet, Layer, widths
+from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError
+from pyglow_fast.reference import COUPLING_NETS, CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
+from pyglow_fast.reversible.steps import ChannelMap
+
+__all__ = ["LIBRARY"]
+
+# For batches of fewer positions, the work on the parameters takes longer than is gained on the data.
+LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
+LEAST_RATIO = 8  # of the sides of a 3x3 convolution: at 512 to 96 and at 320 to 64 channels the library is as fast
+CALL = (["self", "input", "logdet", "reverse"], ["rrdbResults"])
+FACTOR = 3.0  # what log_gain is multiplied by in the nets here
+WITH_FEATURES = "CondAffineSeparatedAndCond"
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """A map of channels: shift, raw, shift, raw, ... -> all shifts, then all raw scales."""
+
+    def __call__(self, values: Tensor, dim: int) -> Tensor:
+        """The map of the channels in dimension ``dim``."""
+        return torch.cat(values.unflatten(dim, (-1, 2)).unbind(dim + 1), dim)
+
+
+class ScaledNet(nn.Module):
+    """A step's net as the net of a coupling: convolution, ReLU, convolution, ReLU, scaled convolution, all folded."""
+
+    writes_to_input = False
+
+    def __init__(self, couples: Couples) -> None:
+        super().__init__()
+        self.net: Any = couples.net
+        self.order = couples.order
+
+    @property
+    def known(self) -> KnownNet:
+        """The chain of the net's three convolutions, without actnorms."""
+        return KnownNet(tuple(Layer(self.net[i], [], []) for i in (0, 2, 4)), COUPLING_NETS[2])
+
+    @property
+    def pays(self) -> bool:
+        """Whether matrix products are faster than the library's convolutions: those with taps are wide to narrow."""
+        sides = [sorted(widths(self.net[i])) for i in (0, 4)]
+        return all(wide >= LEAST_RATIO * narrow for narrow, wide in sides)
+
+    @property
+    def halo(self) -> int:
+        """How many positions to each side an output depends on."""
+        return max(self.known.reach)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Map x (N, C1, H, W) and cond (N, C_c, H, W), or None, to shift and raw scale (or shift alone)."""
+        if (cond is None and not x.requires_grad and torch.is_grad_enabled()) or not self.pays:
+            # The library leaves out a gradient of x that nobody wants; the ops here would compute it.
+            out: Tensor = self.net(x if cond is None else torch.cat([x, cond], dim=1))
+            return out if self.order is None else self.order(out, 1)
+        weights, biases = [], []
+        for conv in (self.net[0], self.net[2]):
+            weight, bias = conv.weight, conv.bias
+            if bias is None:
+                scale = conv.actnorm.logs.exp().flatten()
+                weight, bias = weight * scale[:, None, None, None], conv.actnorm.bias.flatten() * scale
+            weights.append(weight)
+            biases.append(bias)
+        last = self.net[4]
+        own = [last.weight, last.bias, last.logs * (last.logscale_factor / FACTOR)]
+        weight, bias, log_gain = own if self.order is None else [self.order(value, 0) for value in own]
+        return functional.net_chain(x, [*weights, weight], [*biases, bias], COUPLING_NETS[2], log_gain, cond)
+
+
+def _expect(condition: bool, found: str) -> None:
+    if not condition:
+        raise UnfitError(found)
+
+
+def _check_net(net: Any, name: str) -> None:
+    """Refuse a net that is none of three convolutions as we know them."""
+    layers = list(net.children())
+    known = type(net) is nn.Sequential and len(layers) == 5 and all(type(layers[i]) is nn.ReLU for i in (1, 3))
+    convs: list[Any] = layers[::2]
+    known = known and all(isinstance(conv, nn.Conv2d) for conv in convs)
+    _expect(known, f"{name} is no chain of three convolutions with ReLUs between")
+    for conv, size in zip(convs, (3, 1, 3), strict=True):
+        shape = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
+        expected = ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
+        _expect(shape == expected, f"{name} has a convolution with kernel, padding, stride, ... {shape}")
+    alone = [conv for conv in convs[:2] if (conv.bias is None) != hasattr(conv, "actnorm")]
+    _expect(not alone, f"{name} has a convolution with bias and actnorm, or none")
+    last = convs[2]
+    scaled = last.bias is not None and hasattr(last, "logs") and hasattr(last, "logscale_factor")
+    _expect(scaled, f"{name} has no scaled convolution at its end")
+
+
+def _looks_like(module: nn.Module) -> bool:
+    actnorm = getattr(module, "actnorm", None)
+    has_actnorm = isinstance(actnorm, nn.Module) and all(hasattr(actnorm, name) for name in ("bias", "logs", "inited"))
+    names = (getattr(module, name, None) for name in ("flow_permutation", "flow_coupling"))
+    return has_actnorm and all(isinstance(name, str) for name in names)
+
+
+def _couplings(step: Any) -> list[Part]:
+    channels, kind = step.actnorm.bias.numel(), step.flow_coupling
+    _expect(channels % 2 == 0 or kind == "noCoupling", f"{channels} channels")
+    half = channels // 2
+    if kind == WITH_FEATURES:
+        own = step.affine
+        _expect(own.channels_for_nn == half, f"{channels} channels not halved")
+        _check_net(own.fFeatures, "fFeatures")
+        _check_net(own.fAffine, "fAffine")
+        spec = CouplingSpec("affine", eps=float(own.affine_eps))
+        injector = Couples(own.fFeatures, spec, 0, channels, Alternating(), wrap=ScaledNet)
+        return [injector, Couples(own.fAffine, spec, half, half, Alternating(), wrap=ScaledNet)]
+    if kind == "noCoupling":
+        return []
+    _expect(kind in ("affine", "additive"), f"flow_coupling {kind!r}")
+    _check_net(step.f, "f")
+    order = Alternating() if kind == "affine" else None
+    return [Couples(step.f, CouplingSpec(kind), half, half, order, wrap=ScaledNet)]
+
+
+def _channel_map(step: Any, inverse: bool) -> ChannelMap:
+    """Actnorm and permutation, u = P exp(logs) (x + bias), or x = exp(-logs) P^-1 u - bias."""
+    log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
+    if step.flow_permutation != "invconv":
+        indices = getattr(step, step.flow_permutation).indices
+        if isinstance(indices, Tensor):
+            source = indices.to(bias.device).long()
+            back = source.argsort()
+        else:
+            source, back = indices_on(indices, bias.device), undoing_indices_on(indices, bias.device)
+        if inverse:
+            return ChannelMap((-log_scale).exp(), -bias, -log_scale.sum(), back)
+        return ChannelMap(*functional.gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
+    conv = step.invconv
+    with full_precision(bias):
+        weight = plu_weight(conv.p, conv.l, conv.u, conv.log_s, conv.sign_s) if conv.LU else conv.weight
+        log_det = log_scale.sum() + (conv.log_s.sum() if conv.LU else functional.log_abs_det(weight))
+        if inverse:
+            rows = (-log_scale).exp().unsqueeze(1)
+            return ChannelMap(functional.invert_matrix(weight) * rows, -bias, -log_det)
+        matrix, offset = fold_actnorm(weight[None], log_scale[None], bias[None])
+    return ChannelMap(matrix[0], offset[0], log_det)
+
+
+def _parts(step: Any, inverse: bool) -> list[Part]:
+    permutation = getattr(step, step.flow_permutation, None)
+    known = step.flow_permutation in ("invconv", "shuffle", "reverse") and isinstance(permutation, nn.Module)
+    _expect(known, f"flow_permutation {step.flow_permutation!r}")
+    return [_channel_map(step, inverse), *_couplings(step)]
+
+
+def _called(
+    step: Any, input: Tensor, logdet: Any = None, reverse: bool = False, rrdbResults: Any = None
+) -> Call | None:
+    """x, logdet -> z, logdet + log|det|; with ``reverse`` z, logdet -> x, logdet - log|det|."""
+    features = rrdbResults.get(getattr(step, "position", None)) if isinstance(rrdbResults, Mapping) else rrdbResults
+    couples, needs = step.flow_coupling != "noCoupling", step.flow_coupling == WITH_FEATURES
+    if not isinstance(input, Tensor) or input.dim() != 4 or input.shape[1] != step.actnorm.bias.numel():
+        return None
+    if (couples and logdet is None) or torch.is_autocast_enabled(input.device.type):
+        return None  # theirs adds to None where it has a scale, and says so
+    if needs:
+        if not isinstance(features, Tensor) or features.dim() != 4 or features.dtype != input.dtype:
+            return None
+        if (features.shape[0], features.shape[2:]) != (input.shape[0], input.shape[2:]):
+            return None
+
+    def give(z: Tensor, log_det: Tensor) -> tuple[Tensor, Any]:
+        return z, None if logdet is None else logdet + (log_det if couples else log_det[0])
+
+    return Call(input, reverse, give, features if needs else None)
+
+
+def _nets_pay(parts: Sequence[Part]) -> bool:
+    return all(ScaledNet(part).pays for part in parts if isinstance(part, Couples))
+
+
+def _pays(step: Any, call: Call, parts: Sequence[Part]) -> bool:
+    positions = call.x.shape[0] * n_positions(call.x)
+    return positions >= LEAST_WITHOUT_NET if len(parts) == 1 else positions >= LEAST_POSITIONS and _nets_pay(parts)
+
+
+def _alone(step: Any) -> str:
+    return "" if _nets_pay(_couplings(step)) else "nets of such widths: its own forward is as fast"
+
+
+def _example(step: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    names = list(inspect.signature(type(step).forward).parameters)
+    _expect(names[:4] == CALL[0] and names[4:] in ([], CALL[1]), f"its forward takes {', '.join(names[1:])}")
+    for module in step.modules():
+        if hasattr(module, "inited"):
+            module.inited = True
+    channels, more = step.actnorm.bias.numel(), {}
+    if step.flow_coupling == WITH_FEATURES:
+        more = {"rrdbResults": draw(2, step.affine.fFeatures[0].in_channels, 5, 4)}
+    return [("forward", (draw(2, channels, 5, 4), draw(2), reverse), more) for reverse in (False, True)]
+
+
+LIBRARY = Library(
+    "chaiyujin",
+    (
+        Row(
+            "flow step of chaiyujin's",
+            _looks_like,
+            {"forward": _called},
+            _parts,
+            _example,
+            alone=_alone,
+            pays=_pays,
+            waits=lambda step: any(getattr(part, "inited", True) is False and part.training for part in step.modules()),
+            inside=lambda step: list(step.modules())[1:],
+            inverts_in=(torch.float32, 1e-3),  # whatever the dtype of the model
+        ),
+    ),
+    one_by_one=True,
+)
