@@ -174,7 +174,7 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
             if reasons:
                 done.left[name] = max(reasons)[1]  # of the row that comes closest
             elif module not in ours and (reason := _no_row(module, library)):
-                done.left[name] = reason
+                done.left[name], found = reason, True
         found = found or bool(rows) or type(module).__module__.startswith(library.homes or ("nowhere.",))
     return found
 
@@ -204,7 +204,7 @@ def _no_row(module: nn.Module, library: Library) -> str:
     bases = [base for base in own.__mro__ if base.__module__.startswith(library.homes or ("nowhere.",))]
     if not bases or own.__qualname__ in library.containers or own.__module__.startswith("pyglow_fast."):
         return ""
-    if bases[0] is own:
+    if bases[0] is own or bases[0].__qualname__ in library.containers:
         return f"no counterpart of {own.__qualname__}"
     return f"{own.__qualname__}, a subclass of {bases[0].__qualname__}: what it changes is not known"
 
@@ -252,10 +252,11 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
         if found[1]:
             done._containers.append(cast(Joined, container))
             done._runs += found[1]
-            joined |= {layer for run in found[1] for layer in run.layers}
+            joined |= {inner for run in found[1] for layer in run.layers for inner in layer.modules()}
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
     for name, module in done.model.named_modules():
-        if isinstance(module, Adopted) and module._row in library.rows and module not in joined:
+        own = isinstance(module, Adopted) and module._row in library.rows and module._row.run is None
+        if own and module not in joined:
             reason = f"not joined: {reasons.get(module, 'in no list with others like it')}"
             done.left[name] = f"{done.left[name]}; {reason}" if name in done.left else reason

@@ -16,9 +16,15 @@ from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets import plain_call
-from pyglow_fast.coupling_nets.masks import log_scale_of_padding, masked_condition, positions_of, without_padding
+from pyglow_fast.coupling_nets.masks import (
+    is_mask,
+    log_scale_of_padding,
+    masked_condition,
+    positions_of,
+    without_padding,
+)
 from pyglow_fast.coupling_nets.net_runner import condition_for
-from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, untouched
+from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, spread, untouched
 from pyglow_fast.layers.flow_step import after
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.steps import ChannelMap
@@ -92,6 +98,8 @@ def understood(row: Row, layer: nn.Module, method: str, args: Sequence[Any], kwa
     like = next(layer.parameters(), None)
     if like is None or (call.x.dtype, call.x.device) != (like.dtype, like.device) or call.x.is_meta:
         return None
+    if call.mask is not None and (call.mask.requires_grad or not is_mask(call.mask, call.x)):
+        return None
     return None if row.waits(layer) or not untouched(row.inside(layer)) or row.unfit(layer) else call
 
 
@@ -124,7 +132,7 @@ def run_parts(parts: Sequence[Part], call: Call, run_net: NetOutput = net_output
         run_net: runs the net of a coupling on a state and the condition.
     """
     x, log_dets, mask = call.x, [], call.mask
-    waiting = list(parts if call.inverse else reversed(parts))
+    waiting = spread(parts if call.inverse else parts[::-1], x.shape[1])
 
     def next_map() -> ChannelMap | None:
         found = None

@@ -314,7 +314,7 @@ LIBRARY = Library(
         _coupling("AffineCouplingOneSided", _one_sided),
     ),
     homes=("FrEIA.modules",),
-    containers=("SequenceINN", "GraphINN", "ReversibleGraphNet", "ReversibleSequential"),
+    containers=("InvertibleModule", "SequenceINN", "GraphINN", "ReversibleGraphNet", "ReversibleSequential"),
     condition=lambda owner, index: (getattr(owner, "conditions", None) or [None] * (index + 1))[index],
     joins=joined_graph,
 )

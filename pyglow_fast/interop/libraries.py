@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pyglow_fast.interop import chaiyujin, freia
+from pyglow_fast.interop import chaiyujin, freia, glow_tts
 
-LIBRARIES = (freia.LIBRARY, chaiyujin.LIBRARY)
+LIBRARIES = (freia.LIBRARY, chaiyujin.LIBRARY, glow_tts.LIBRARY)

@@ -117,34 +117,38 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
         read = row.calls[method](twin, *args, **kwargs) if method in row.calls else None
         dtype, bound = row.inverts_in if read is not None and read.inverse else (torch.float64, row.tolerance)
         twin = twin.to(dtype)
-        leaves = [
-            value.to(dtype).requires_grad_() if value.dtype == torch.float64 else value
-            for value in _tensors((args, kwargs))
-        ]
+        values = list(_tensors((args, kwargs)))
+        leaves = [value.to(dtype).requires_grad_() if value.dtype == torch.float64 else value for value in values]
         given = _mapped((args, kwargs), iter(leaves))
         if ours:
             twin.__class__ = adopted_class(_unhesitating(row), type(twin))
         before, state = dict(vars(twin)), torch.get_rng_state()
-        values = list(_tensors(getattr(twin, method)(*given[0], **given[1])))
+        results = list(_tensors(getattr(twin, method)(*given[0], **given[1])))
         drawn = not torch.equal(state, torch.get_rng_state())
-        changed = {name for name, value in vars(twin).items() if before.get(name, twin) is not value}
+        changed = {name for name, value in vars(twin).items() if before.get(name, twin) is not value} - set(_BY_FORWARD)
+        if changed:
+            raise DiffersError(f"it changes {', '.join(sorted(changed))} when it runs", len(found))
         if ours:
             twin.__class__ = type(layer)
         named = {f"input {i}": leaf for i, leaf in enumerate(leaves) if leaf.requires_grad}
         named |= {name: value for name, value in twin.named_parameters() if value.requires_grad}
-        weights = [draw(*value.shape).to(value.dtype) for value in values]
-        terms = [(value * weight).sum() for value, weight in zip(values, weights, strict=True) if value.requires_grad]
-        grads = (
-            torch.autograd.grad(sum(terms, torch.zeros(())), list(named.values()), allow_unused=True) if terms else ()
-        )
+        weighted = [(value * draw(*value.shape).to(value.dtype)).sum() for value in results if value.requires_grad]
+        objective = sum(weighted, torch.zeros(()))
+        grads: Any = torch.autograd.grad(objective, list(named.values()), allow_unused=True) if weighted else ()
         what = f"{method}{'' if not kwargs else ' with ' + ', '.join(kwargs)}"
-        found += [(f"result {i} of {what}", value.detach(), bound) for i, value in enumerate(values)]
+        found += [(f"result {i} of {what}", value.detach(), bound) for i, value in enumerate(results)]
+        masked = "" if read is None or read.mask is None else f"input {_place(read.x, values)}"
         for name, value, grad in zip(named, named.values(), grads or [None] * len(named), strict=True):
-            found.append((f"gradient in {name} of {what}", torch.zeros_like(value) if grad is None else grad, bound))
-        if changed - set(_BY_FORWARD):
-            raise DiffersError(f"it changes {', '.join(sorted(changed - set(_BY_FORWARD)))} when it runs", len(found))
+            grad = torch.zeros_like(value) if grad is None else grad
+            if name == masked and read is not None and read.mask is not None:
+                grad = grad * read.mask.to(grad.dtype)  # a state is zero elsewhere, and its gradient of no account
+            found.append((f"gradient in {name} of {what}", grad, bound))
         found.append((f"drawing of random numbers in {what}", drawn, 0.0))
     return found
+
+
+def _place(tensor: Tensor, tensors: list[Tensor]) -> int:
+    return next(i for i, value in enumerate(tensors) if value is tensor)
 
 
 def _unhesitating(row: Row) -> Row:
@@ -164,7 +168,8 @@ def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
     for module in layer.modules():
         for name in _HOOKS:
             kept.append(getattr(module, name))
-            memo[id(kept[-1])] = OrderedDict()
+            own = (pair for pair in kept[-1].items() if type(pair[1]).__module__.startswith("torch.nn.utils."))
+            memo[id(kept[-1])] = OrderedDict(own)  # those of weight norms, which compute a weight
         for value in vars(module).values():
             if isinstance(value, Tensor):  # what is computed of parameters has no deep copies
                 memo[id(value)] = value.detach().clone()

@@ -19,7 +19,7 @@ from pyglow_fast.coupling_nets.masks import mask_of, run_masked
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.adoption import Adopted, run_parts, understood, with_mask
 from pyglow_fast.interop.probe import difference
-from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, untouched
+from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, spread, untouched
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import after, recomputed, run_couplings, stack_maps
@@ -93,7 +93,7 @@ class Run:
     def __init__(self, layers: Sequence[nn.Module], rows: Sequence[Row], memory: str, budget: str | int) -> None:
         self.layers, self.rows, self.memory, self.budget = list(layers), list(rows), memory, budget
         self._coupled: list[tuple[Couples, Coupling]] = []
-        self._couplings(self._arranged(self.parts(False))[1])
+        self._couplings([part for part in self.parts(False) if isinstance(part, Couples)])
         self.control = DriftControl(len(self._coupled), "auto", None, False)
 
     @property
@@ -128,12 +128,14 @@ class Run:
         return run_masked(run, call.x, call.cond, call.mask, specs)
 
     @staticmethod
-    def _arranged(parts: Sequence[Part]) -> tuple[list[ChannelMap | None], list[Couples], ChannelMap | None]:
+    def _arranged(
+        parts: Sequence[Part], channels: int
+    ) -> tuple[list[ChannelMap | None], list[Couples], ChannelMap | None]:
         """The maps before each coupling, the couplings, and the map behind the last; None: nothing is there."""
         maps: list[ChannelMap | None] = []
         couples: list[Couples] = []
         waiting: ChannelMap | None = None
-        for part in parts:
+        for part in spread(parts, channels):
             if isinstance(part, Couples):
                 maps, couples, waiting = [*maps, waiting], [*couples, part], None
             else:
@@ -153,7 +155,7 @@ class Run:
         return [made for _, made in self._coupled[: len(couples)]]
 
     def _forward(self, parts: Sequence[Part], call: Call, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        between, couples, last = self._arranged(parts)
+        between, couples, last = self._arranged(parts, x.shape[1])
         couplings, masked = self._couplings(couples), call.mask is not None
         nothing = ChannelMap.nothing(x.new_zeros(x.shape[1])) if None in between else None
         stacked = stack_maps([cast(ChannelMap, nothing if own is None else own) for own in between])
@@ -293,8 +295,8 @@ class JoinedList(Joined, nn.ModuleList):
     append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = _refuse  # type: ignore[assignment]
 
 
-def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int, int] | str:
-    """The width of a layer that may be in a run, and how many couplings it has; or why it may not."""
+def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, int] | str:
+    """The width of a layer that may be in a run, None for any, and how many couplings it has; or why it may not."""
     if row is None:
         return "it was left as it was"
     try:
@@ -305,8 +307,11 @@ def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int, int] | 
                 return not_halves(part)
             if reason := unrepeatable(part.net, memory):
                 return reason
-        first = parts[0]
-        return first.kept + first.changed if isinstance(first, Couples) else len(first.offset), len(couples)
+        if not parts:
+            return "it has no map of channels and no coupling"
+        maps = [part for part in parts if isinstance(part, ChannelMap)]
+        widths = [*(part.kept + part.changed for part in couples), *(len(part.offset) for part in maps), None]
+        return widths[0], len(couples)
     except UnfitError as unfit:
         return str(unfit)
 
@@ -338,11 +343,15 @@ def places_of(
     runs: list[Run] = []
     start = 0
     while start < len(layers):
-        end = start + 1
-        while end < len(layers) and not isinstance(keys[start], str) and not isinstance(keys[end], str):
-            if keys[end][0] != keys[start][0] or conditions[end] != conditions[start] or not follows(end):
+        end, key = start + 1, keys[start]
+        width = None if isinstance(key, str) else key[0]
+        while end < len(layers) and not isinstance(key, str):
+            following = keys[end]
+            if isinstance(following, str) or conditions[end] != conditions[start] or not follows(end):
                 break
-            end += 1
+            if None not in (width, following[0]) and following[0] != width:
+                break
+            width, end = width or following[0], end + 1
         own = list(layers[start:end])
         if not isinstance(keys[start], str):
             if sum(cast(Any, key)[1] for key in keys[start:end]) > 1 and len(own) > 1:

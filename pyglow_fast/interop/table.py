@@ -28,7 +28,8 @@ from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.probing import chain_of
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.layers.grouped_conv import spread_over_groups
+from pyglow_fast.reference import CouplingSpec, full_precision
 from pyglow_fast.reversible.steps import ChannelMap
 
 OrderOf = Callable[[Tensor, int], Tensor]  # a linear map of the channels, which are the dimension given: see nets.run
@@ -69,7 +70,28 @@ class Couples(NamedTuple):
         return self.changed if self.spec.coupling == "additive" else 2 * self.changed
 
 
-Part = ChannelMap | Couples
+class GroupMap(NamedTuple):
+    """A map of each group of channels, z_g = W x_g, by one matrix (C / n, C / n) for all; how many there are is x's.
+
+    The groups are Glow-TTS's: half of the channels of a group are of the first half of all. ``log_det`` is log|det W|.
+    """
+
+    weight: Tensor
+    log_det: Tensor
+
+    def spread(self, channels: int) -> ChannelMap:
+        """The map of all channels."""
+        with full_precision(self.weight):
+            matrix = spread_over_groups(self.weight, channels)
+            return ChannelMap(matrix, matrix.new_zeros(channels), self.log_det * (channels // len(self.weight)))
+
+
+Part = ChannelMap | GroupMap | Couples
+
+
+def spread(parts: Sequence[Part], channels: int) -> list[ChannelMap | Couples]:
+    """The parts, with those of groups spread over all channels."""
+    return [part.spread(channels) if isinstance(part, GroupMap) else part for part in parts]
 
 
 class Call(NamedTuple):
@@ -161,7 +183,7 @@ class Library:
         name: in messages.
         rows: its kinds of layers.
         homes: packages of its layers; those without a row are reported.
-        containers: classes there that only call what they hold.
+        containers: classes there that only call what they hold, or are a base and no more.
         from_latents: its lists of layers go from latents to data.
         condition: (owner of a list, index) -> what besides the width neighbours in a run must agree in.
         joins: (container, library, memory, budget) -> what joins a container that is no list, such as a graph, in

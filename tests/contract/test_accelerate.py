@@ -226,11 +226,6 @@ def test_a_block_that_computes_something_else_is_left(block: type[nn.Module], me
         assert_same(case, results(case, ours.train(training), latents), expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="whoever trains through the inverse gets gradients of weights that the original gives none",
-)
 @pytest.mark.parametrize("name", ["glow-tts-weight-norm", "glow-tts-speaker-parametrized"])
 def test_a_stored_inverse_passes_no_gradient_to_its_matrix(name: str) -> None:
     """Glow-TTS after ``store_inverse()``: the inverse is by a copy of the inverted matrix, a constant."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import pyglow_fast.interop.nflows as nflows
 from pyglow_fast.interop import chaiyujin as adapter
+from pyglow_fast.interop import glow_tts
 from pyglow_fast.interop.accelerate import accelerate
-from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
 from pyglow_fast.interop.nflows._state import Derived
 from pyglow_fast.reversible import drift
 
@@ -95,7 +95,7 @@ def test_steps_of_chaiyujin(name: str, memory: str | None, monkeypatch: pytest.M
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("norm", NORMS)
 def test_glow_tts(norm: str, memory: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdoptedLayer, "least_positions", 0)
+    monkeypatch.setattr(glow_tts, "LEAST_POSITIONS", 0)
     model = moved(TextDecoder(4, 6, 3, kernel=3, rate=2, layers=2, norm=norm)).double()
     accelerate(model, memory=memory)
     x, mask = torch.randn(3, 4, 16, dtype=torch.float64), mask_of_lengths((16, 9, 4), 16)

@@ -12,8 +12,7 @@ from support.glow_tts_cases import difference, mask_of_lengths, moved, results, 
 from support.helpers import assert_close
 from torch import Tensor, nn
 
-from pyglow_fast.interop import accelerate
-from pyglow_fast.interop.glow_tts.layers import AdoptedLayer
+from pyglow_fast.interop import accelerate, glow_tts
 from pyglow_fast.layers import MaskedSequence, Permute, WaveNet, wavenet
 from pyglow_fast.layers.flow_step import FlowStep
 
@@ -25,7 +24,7 @@ EXACT = 1e-9
 @pytest.fixture(autouse=True)
 def _sizes_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours runs on the small batches here."""
-    monkeypatch.setattr(AdoptedLayer, "least_positions", 0)
+    monkeypatch.setattr(glow_tts, "LEAST_POSITIONS", 0)
 
 
 def decoder(dtype: torch.dtype = torch.float64, channels: int = 6, steps: int = 3, **options: Any) -> Any:

@@ -1,0 +1,286 @@
+"""Glow-TTS's decoder, by structure: coqui's, and copies of it or of the first code.
+
+    z = (x_0, (t + s x_1) m), (t, log s) = end(wn(m start(x_0)))       u = W_groups ((bias + exp(logs) x) m) m
+
+Recognised are WaveNet nets (modules with ``in_layers`` and ``res_skip_layers``), also alone, in the couplings and the
+posterior encoder of VITS; convolutions in groups (a small square ``weight``); couplings (``start``, ``wn``, ``end``);
+and, in runs, actnorms. Batches of less than 1000 positions (samples times time steps, as the layer sees them), such as
+one sentence that is spoken, run by the layers' own code, which is faster there. What differs on purpose: dropout draws
+other random numbers, of the same distribution; the log-det of a matrix whose determinant is negative is log|det| (NaN
+in their code). Masks must be 0 and 1 (their own code runs for others) and take no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
+
+from pyglow_fast import functional
+from pyglow_fast._errors import can_read
+from pyglow_fast.coupling_nets.masks import MaskedNet
+from pyglow_fast.interop.table import Call, Couples, GroupMap, Library, Part, Row
+from pyglow_fast.layers.wavenet import Conv, WaveNetParts, run_wavenet, wavenet_bytes, wavenet_halo
+from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reversible.steps import ChannelMap
+
+__all__ = ["LIBRARY"]
+
+LEAST_POSITIONS = 1000  # samples times time steps from which on ours runs
+SIGMOID_EPS = 1e-6  # what Glow-TTS adds to a scale
+LENGTHS = (7, 4)  # of the samples of a probe
+NO_NORM = "hooks in it, or parametrizations that are no weight norm"
+
+
+def _is_wavenet(module: Any) -> bool:
+    lists = [getattr(module, name, None) for name in ("in_layers", "res_skip_layers")]
+    return all(isinstance(found, nn.ModuleList) and len(found) > 0 for found in lists)
+
+
+def _is_coupling(module: nn.Module) -> bool:
+    parts = [module._modules.get(name) for name in ("start", "wn", "end")]
+    return all(part is not None for part in parts) and _is_wavenet(parts[1])
+
+
+def _is_inv_conv(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and hasattr(module, "weight_inv") and not module._modules
+
+
+def _is_actnorm(module: nn.Module) -> bool:
+    parameters = module._parameters
+    shapes = [value.shape for name in ("logs", "bias") if (value := parameters.get(name)) is not None]
+    alike = len(shapes) == 2 == len(parameters) and shapes[0] == shapes[1] and len(shapes[0]) == 3
+    return alike and shapes[0][0] == shapes[0][2] == 1 and hasattr(module, "initialized") and not module._modules
+
+
+def _keeps_length(conv: Any, before: int, after: int) -> bool:
+    if not isinstance(conv, nn.Conv1d) or (conv.in_channels, conv.out_channels) != (before, after):
+        return False
+    size, step = conv.kernel_size[0], conv.dilation[0]
+    pads = conv.padding in ("same", (step * (size // 2),)) and conv.padding_mode == "zeros"
+    return size % 2 == 1 and conv.stride == (1,) and conv.groups == 1 and pads
+
+
+def _has_only_weight_norm(module: nn.Module) -> bool:
+    """Whether nothing runs around its convolutions or in them but weight norms, old or new."""
+    for part in module.modules():
+        before = part._forward_pre_hooks.values() if part is not module else ()
+        others = part is not module and (part._forward_hooks or part._backward_hooks or part._backward_pre_hooks)
+        if others or "forward" in vars(part) or not all(isinstance(hook, WeightNorm) for hook in before):
+            return False
+        if isinstance(part, ParametrizationList) and not all(isinstance(item, _WeightNorm) for item in part):
+            return False
+    return True
+
+
+def _dropout(wavenet: nn.Module) -> nn.Dropout | None:
+    found = [child for child in wavenet.children() if type(child) is nn.Dropout]
+    return found[0] if len(found) == 1 else None
+
+
+def _wavenet_unfit(net: Any) -> str:
+    layers, hidden = len(net.in_layers), getattr(net.res_skip_layers[0], "in_channels", 0)
+    if len(net.res_skip_layers) != layers or _dropout(net) is None:
+        return "another number of layers or dropouts than a WaveNet's"
+    convs, cond = [*net.in_layers, *net.res_skip_layers], net._modules.get("cond_layer")
+    wide = [(hidden, 2 * hidden)] * (layers - 1)
+    sizes = [*wide, (hidden, 2 * hidden), *wide, (hidden, hidden)]
+    if cond is not None:
+        convs, sizes = [*convs, cond], [*sizes, (cond.in_channels, 2 * hidden * layers)]
+    for conv, (before, after) in zip(convs, sizes, strict=True):
+        if not _keeps_length(conv, before, after):
+            return f"{type(conv).__name__}({conv.extra_repr()}) where a WaveNet has another convolution"
+    return "" if _has_only_weight_norm(net) else NO_NORM
+
+
+def _coupling_unfit(block: Any) -> str:
+    if found := _wavenet_unfit(block.wn):
+        return found
+    half, hidden = getattr(block.start, "in_channels", 0), block.wn.in_layers[0].in_channels
+    if not _keeps_length(block.start, half, hidden) or not _keeps_length(block.end, hidden, 2 * half):
+        return "other layers around its WaveNet than Glow-TTS's"
+    return "" if _has_only_weight_norm(block) and not block.wn._forward_hooks else NO_NORM
+
+
+def _conv(conv: Any) -> Conv | None:
+    """A convolution's tensors of now, its weight normalised where a hook does that."""
+    if conv is None:
+        return None
+    weight = conv.weight
+    for hook in conv._forward_pre_hooks.values():
+        weight = hook.compute_weight(conv)
+    return Conv.laid_out(weight, conv.bias, conv.dilation[0])
+
+
+def _run_wavenet(net: Any, x: Tensor, cond: Tensor | None, mask: Tensor | None, around: Any = None) -> Tensor:
+    """A WaveNet net, and the convolutions of a coupling around it."""
+    ends = (None, None) if around is None else (around.start, around.end)
+    parts: Any = [list(map(_conv, net.in_layers)), list(map(_conv, net.res_skip_layers))]
+    parts += map(_conv, (net._modules.get("cond_layer"), *ends))
+    dropout = _dropout(net)
+    drops = dropout.p if dropout is not None and dropout.training else 0.0
+    return run_wavenet(WaveNetParts(*parts), x, cond, mask, drops)
+
+
+class BlockNet(nn.Module):
+    """A coupling's net end(wn(m start(x1))) as a net for masked sequences.
+
+    Args:
+        block: the coupling.
+    """
+
+    takes_mask = True
+    writes_to_input = False
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block: Any = block
+
+    @property
+    def halo(self) -> int:
+        """How many positions to each side an output depends on."""
+        layers = self.block.wn.in_layers
+        return wavenet_halo(layers[0].kernel_size[0], [conv.dilation[0] for conv in layers])
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether no dropout is active."""
+        dropout = _dropout(self.block.wn)
+        return dropout is None or not dropout.training or not dropout.p
+
+    def bytes_per_position(self, element_size: int) -> int:
+        """The most bytes of activations alive in forward and backward, per sample and position."""
+        layers = self.block.wn.in_layers
+        edges = self.block.start.in_channels + self.block.end.out_channels
+        return wavenet_bytes(layers[0].in_channels, len(layers), edges, not self.deterministic, element_size)
+
+    def forward(self, x1: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
+        """Map x1 (N, C / 2, T), cond (N, C_c, 1) or None, mask (N, 1, T) to (N, C, T)."""
+        return _run_wavenet(self.block.wn, x1, cond, mask, self.block)
+
+
+def _masked(couples: Couples) -> nn.Module:
+    return MaskedNet(BlockNet(couples.net))
+
+
+def _coupling_parts(block: Any, inverse: bool) -> list[Part]:
+    spec, half = CouplingSpec("affine", "exp", order="scale_shift"), block.start.in_channels
+    if getattr(block, "sigmoid_scale", False):
+        spec = CouplingSpec("affine", "sigmoid", bias=2.0, eps=SIGMOID_EPS, order="scale_shift")
+    return [Couples(block, spec, half, half, wrap=_masked)]
+
+
+def _conv_parts(conv: Any, inverse: bool) -> list[Part]:
+    log_det = functional.log_abs_det(conv.weight)
+    if not inverse:
+        return [GroupMap(conv.weight, log_det)]
+    # A stored inverse is a constant, as theirs.
+    return [GroupMap(functional.invert_matrix(conv.weight) if conv.weight_inv is None else conv.weight_inv, -log_det)]
+
+
+def _actnorm_parts(actnorm: Any, inverse: bool) -> list[Part]:
+    logs, bias = actnorm.logs.flatten(), actnorm.bias.flatten()
+    scale, places = (-logs if inverse else logs).exp(), torch.arange(len(logs), device=logs.device)
+    return [ChannelMap(scale, -bias * scale if inverse else bias, (-logs if inverse else logs).sum(), places)]
+
+
+def _called(
+    layer: Any, x: Tensor, x_mask: Tensor | None = None, reverse: bool = False, g: Tensor | None = None, **more: Any
+) -> Call | None:
+    """x (N, C, T), x_mask (N, 1, T), g (N, C_c, 1) -> z, log_det (N,), which is None if reverse."""
+    if not isinstance(x, Tensor) or x.dim() != 3 or (g is not None and (g.dim() != 3 or g.shape[2] != 1)):
+        return None
+    mask = x.new_ones(x.shape[0], 1, x.shape[2]) if x_mask is None else x_mask.to(x.dtype)
+    return Call(x, reverse, lambda z, log_det: (z, None if reverse else log_det), g, mask)
+
+
+def _net_called(net: Any, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **more: Any) -> Call | None:
+    """x (N, H, T), x_mask (N, 1, T), g (N, C_c, 1) -> (N, H, T)."""
+    call = _called(net, x, x_mask, False, g)
+    if call is None or call.mask is None or (can_read(x) and bool(((x != 0) & (call.mask == 0)).any())):
+        return None  # values behind the end of a sample would be cut off here, while their first layer sees them
+    return call._replace(give=lambda out, _: out, mask=None if x_mask is None else call.mask)
+
+
+def _run_net(net: Any, call: Call, parts: Sequence[Part], run: Any) -> tuple[Tensor, Tensor]:
+    return _run_wavenet(net, call.x, call.cond, call.mask), call.x.new_zeros(len(call.x))
+
+
+def _pays(layer: Any, call: Call, parts: Sequence[Part]) -> bool:
+    return call.x.shape[0] * call.x.shape[2] >= LEAST_POSITIONS
+
+
+def _example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).unsqueeze(1)
+    net = layer if _is_wavenet(layer) else layer._modules.get("wn")
+    if net is not None:
+        channels = layer.in_layers[0].in_channels if net is layer else 2 * layer.start.in_channels
+        cond = net._modules.get("cond_layer")
+        given = {} if cond is None else {"g": draw(len(LENGTHS), cond.in_channels, 1)}
+        dropout = _dropout(net)
+        if dropout is not None and layer.training:  # all is dropped, which shows where the dropout is
+            dropout.p = 1.0
+    elif _is_actnorm(layer):
+        channels, given, layer.initialized = layer.logs.shape[1], {}, True
+    else:
+        channels, given = 4 * len(layer.weight), {}
+        with torch.no_grad():  # far from singular, det > 0
+            layer.weight.copy_(0.3 * layer.weight + 2.0 * torch.eye(len(layer.weight), dtype=torch.float64))
+        inverse = torch.linalg.inv(layer.weight.detach())
+        layer.weight_inv = None if layer.training else nn.Parameter(inverse, requires_grad=False)
+    x = draw(len(LENGTHS), channels, max(LENGTHS)) * mask
+    options: list[dict[str, Any]] = [given, *([{}] if given else [])]
+    return [
+        ("forward", (x, mask), more) for more in (options if net is layer else [*options, {**given, "reverse": True}])
+    ]
+
+
+LIBRARY = Library(
+    "Glow-TTS",
+    (
+        Row(
+            "WaveNet",
+            _is_wavenet,
+            {"forward": _net_called},
+            lambda net, inverse: [],
+            _example,
+            _wavenet_unfit,
+            pays=_pays,
+            run=_run_net,
+        ),
+        Row(
+            "convolution in groups",
+            _is_inv_conv,
+            {"forward": _called},
+            _conv_parts,
+            _example,
+            lambda conv: "its log-det is left out (no_jacobian)" if getattr(conv, "no_jacobian", False) else "",
+            pays=_pays,
+            inverts_in=(torch.float64, 1e-5),  # theirs is rounded to float32
+        ),
+        Row(
+            "coupling around a WaveNet",
+            _is_coupling,
+            {"forward": _called},
+            _coupling_parts,
+            _example,
+            _coupling_unfit,
+            pays=_pays,
+        ),
+        Row(
+            "actnorm of sequences",
+            _is_actnorm,
+            {"forward": _called},
+            _actnorm_parts,
+            _example,
+            waits=lambda actnorm: not actnorm.initialized,
+            adopts=False,
+        ),
+    ),
+)
