@@ -7,9 +7,16 @@ other's names and shapes; a model that the other cannot express is refused. See 
 """
 
 from pyglow_fast.interop.convert.files import load_glow, read_tensors, save_glow, write_tensors
-from pyglow_fast.interop.convert.openai import load_openai, save_openai
-from pyglow_fast.interop.convert.ports import load_chaiyujin, load_y0ast, save_chaiyujin, save_y0ast
-from pyglow_fast.interop.convert.rosinality import load_rosinality, save_rosinality
+from pyglow_fast.interop.convert.formats import (
+    load_chaiyujin,
+    load_openai,
+    load_rosinality,
+    load_y0ast,
+    save_chaiyujin,
+    save_openai,
+    save_rosinality,
+    save_y0ast,
+)
 from pyglow_fast.interop.convert.srflow import level_features, load_srflow, save_srflow
 
 __all__ = [

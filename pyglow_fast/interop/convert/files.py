@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,8 @@ FORMAT = 1
 _HEADER = "pyglow_fast_model"
 _SAFETENSORS, _NUMPY = ".safetensors", ".npz"
 _TORCH = (".pt", ".pth", ".pkl", ".tar", ".ckpt", ".bin")
-
-
-def opened(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
-    """Return a mapping as it is, and read a path by :func:`read_tensors`."""
-    return read_tensors(source) if isinstance(source, str | Path) else source
+_WRAPPERS = ("graph", "model", "state_dict", "model_state_dict", "net")
+_AROUND_MODULES = re.compile(r"^(?:module\.|_orig_mod\.)+")  # prefixes of DataParallel and torch.compile
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
@@ -44,17 +43,13 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
             with np.load(name, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         content = torch.load(name, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's text would advise to run the file's code
-        found = "one that is damaged or holds other Python objects, which only its own code could make"
-        mend = "where it comes from, torch.save(model.state_dict(), PATH) writes tensors alone"
-        raise ValueError(
-            f"{name}: expected a file of tensors that is read without running code, found {found}; {mend}"
-        ) from error
     except Exception as error:  # a damaged or foreign file may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{name}: expected a file of tensors that is read without running code, found {reason}"
-        ) from error
+        found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's text would advise to run the file's code
+            found = "one that is damaged or holds other Python objects, which only its own code could make"
+            found += "; where it comes from, torch.save(model.state_dict(), PATH) writes tensors alone"
+        expected = "a file of tensors that is read without running code"
+        raise ValueError(f"{name}: expected {expected}, found {found}") from error
     expect(isinstance(content, dict), name, "a dict of tensors", type(content).__name__)
     return dict(content)
 
@@ -74,6 +69,16 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_tensors(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write tensors or arrays, whole or not at all; torch.save's files may also hold dicts around them.
 
@@ -81,11 +86,9 @@ def write_tensors(path: str | Path, content: Mapping[str, Any]) -> None:
         ValueError: see :func:`check_target`; a dict within the dict where the format has none.
     """
     path = check_target(path)
-    temporary = path.with_name(path.name + ".partial")
-    if path.suffix in (_SAFETENSORS, _NUMPY):
-        flat = all(isinstance(value, Tensor | np.ndarray) for value in content.values())
-        expect(flat, "out", "a torch.save file for what is not tensors alone", repr(str(path)))
-    try:
+    flat = path.suffix in _TORCH or all(isinstance(value, Tensor | np.ndarray) for value in content.values())
+    expect(flat, "out", "a torch.save file for what is not tensors alone", repr(str(path)))
+    with _replacing(path) as temporary:
         if path.suffix == _SAFETENSORS:
             save_file({name: torch.as_tensor(value).contiguous() for name, value in content.items()}, temporary)
         elif path.suffix == _NUMPY:
@@ -93,9 +96,12 @@ def write_tensors(path: str | Path, content: Mapping[str, Any]) -> None:
                 np.savez(file, **{name: np.asarray(value) for name, value in content.items()})  # type: ignore[arg-type]
         else:
             torch.save(dict(content), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def check_savable(model: Glow) -> None:
+    """Refuse what is no Glow, and a frozen one."""
+    expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
+    expect(model.memory != "frozen", "model", "one that is not frozen", "a frozen one")
 
 
 def save_glow(model: Glow, path: str | Path) -> None:
@@ -104,22 +110,14 @@ def save_glow(model: Glow, path: str | Path) -> None:
     Raises:
         ValueError: a frozen model; a path that does not end in .safetensors or whose folder is not there.
     """
-    expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
-    expect(model.memory != "frozen", "model", "one that is not frozen", "a frozen one")
+    check_savable(model)
     path = check_target(path)
     expect(path.suffix == _SAFETENSORS, "out", "a name ending in .safetensors", repr(str(path)))
     header = {"format": FORMAT, "config": model.config.to_dict()}
-    state = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in model.state_dict().items()
-        if not name.endswith("_extra_state")  # the state of training's drift control, which begins anew
-    }
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        save_file(state, temporary, {_HEADER: json.dumps(header)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    state = _without_control(model.state_dict())
+    with _replacing(path) as temporary:
+        own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+        save_file(own, temporary, {_HEADER: json.dumps(header)})
 
 
 def load_glow(path: str | Path, device: str | torch.device = "cpu", **options: Any) -> Glow:
@@ -142,34 +140,107 @@ def load_glow(path: str | Path, device: str | torch.device = "cpu", **options: A
     except SafetensorError as error:
         raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
     expect(text is not None, name, "a model of pyglow_fast", "another safetensors file")
-    try:
-        try:
-            header = json.loads(str(text))
-        except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, or nested too deeply
-            raise TypeError(f"{type(error).__name__}: {error}") from error
-        found = header["format"]
-        expect(found == FORMAT, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
-        config = GlowConfig.from_dict(header["config"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name}: expected a header written by pyglow_fast, found {error!r} in it") from error
+    config = _config_of(str(text), name)
     with torch.random.fork_rng(devices=[]):
         model = Glow(config, **options)
     if any(tensor.dtype == torch.float64 for tensor in state.values()):
         model = model.double()
-    _check_state(model.state_dict(), state, name)
+    wanted = _without_control(model.state_dict())
+    for key in sorted(wanted | state):
+        expect(key in state, name, f"a tensor {key!r}", "none")
+        expect(key in wanted, name, "weights that fit its own configuration", f"an unknown tensor {key!r}")
+        shape, found = tuple(wanted[key].shape), tuple(state[key].shape)
+        expect(found == shape, name, f"{key} of shape {shape}", f"shape {found}")
+        expect(bool(state[key].isfinite().all()), name, f"{key} of finite numbers", "NaN or inf")
     model.load_state_dict(state)
     return model.to(device).eval()
 
 
-def _check_state(wanted: Mapping[str, Any], state: Mapping[str, Tensor], name: str) -> None:
-    """Refuse weights that are not the model's, by the first difference."""
-    expected = {key for key in wanted if not key.endswith("_extra_state")}
-    for key in sorted(expected - set(state)):
-        expect(False, name, f"a tensor {key!r}", "none")
-    for key in sorted(set(state) - expected):
-        expect(False, name, "weights that fit its own configuration", f"an unknown tensor {key!r}")
-    for key, tensor in state.items():
-        same = tensor.shape == wanted[key].shape
-        expect(same, name, f"{key} of shape {tuple(wanted[key].shape)}", f"shape {tuple(tensor.shape)}")
-        finite = not tensor.is_floating_point() or bool(tensor.isfinite().all())
-        expect(finite, name, f"{key} of finite numbers", "NaN or inf")
+def _without_control(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the state of training's drift control, which begins anew."""
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _config_of(text: str, name: str) -> GlowConfig:
+    try:
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, or nested too deeply
+            raise TypeError(f"{type(error).__name__}: {error}") from error
+        found = header["format"]
+        expect(found == FORMAT, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
+        return GlowConfig.from_dict(header["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{name}: expected a header written by pyglow_fast, found {error!r} in it") from error
+
+
+class Reader:
+    """Takes named tensors, each of the shape that it must have; what is missing, misshapen or left over is named.
+
+    Dicts around the state dict (with a step, an optimizer, ...) are opened, arrays become tensors, the ``module.`` and
+    ``_orig_mod.`` that DataParallel and torch.compile put in front of names go.
+
+    Args:
+        source: a state dict, or the path of its file.
+    """
+
+    def __init__(self, source: Mapping[str, Any] | str | Path) -> None:
+        state: Mapping[str, Any] = read_tensors(source) if isinstance(source, str | Path) else source
+        expect(isinstance(state, Mapping), "state", "a dict of tensors or arrays", type(state).__name__)
+        while any(isinstance(value, Mapping) for value in state.values()):
+            inner = next((key for key in _WRAPPERS if isinstance(state.get(key), Mapping)), "")
+            expected = f"a state dict, or one within a dict under {', '.join(_WRAPPERS)}"
+            expect(bool(inner), "state", expected, f"a dict with {sorted(map(str, state))}")
+            state = state[inner]
+        expect(len(state) > 0, "state", "tensors", "an empty dict")
+        self.tensors: dict[str, Tensor] = {}
+        for name, value in state.items():
+            is_array = isinstance(value, Tensor | np.ndarray | np.generic)
+            expect(is_array, str(name), "a tensor or an array", type(value).__name__)
+            plain, tensor = _AROUND_MODULES.sub("", str(name), count=1), torch.as_tensor(value)
+            expect(plain not in self.tensors, str(name), f"one tensor of the name {plain!r}", "two")
+            dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+            found = f"{tensor.dtype}, {tensor.layout}, device {tensor.device}"
+            expect(dense and not tensor.is_complex(), str(name), "a tensor of plain real numbers", found)
+            self.tensors[plain] = tensor.detach().cpu()
+        self._taken: set[str] = set()
+
+    def has(self, prefix: str) -> bool:
+        """Whether some name starts with ``prefix``."""
+        return any(name.startswith(prefix) for name in self.tensors)
+
+    def indices(self, prefix: str) -> list[int]:
+        """List the numbers, 0, 1, ..., that follow ``prefix`` in the names."""
+        found = (re.match(re.escape(prefix) + r"(\d+)[./]", name) for name in self.tensors)
+        return sorted({int(match[1]) for match in found if match})
+
+    def count(self, prefix: str) -> int:
+        """Count how many of 0, 1, ... follow ``prefix`` in the names, up to the first gap."""
+        return next(n for n, index in enumerate([*self.indices(prefix), -1]) if n != index)
+
+    def size(self, name: str, dim: int) -> int:
+        """The size of a tensor along one dimension; one that is missing, or has not so many, is refused."""
+        expect(name in self.tensors, name, "a tensor of that name", "none")
+        tensor, least = self.tensors[name], dim + 1 if dim >= 0 else -dim
+        expect(tensor.dim() >= least, name, f"at least {least} dimensions", f"shape {tuple(tensor.shape)}")
+        return tensor.shape[dim]
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Take a tensor of that shape, a floating one as float64; others, or NaN and inf, are refused."""
+        expect(name in self.tensors, name, "a tensor of that name", "none")
+        tensor = self.tensors[name]
+        expect(tuple(tensor.shape) == shape, name, f"shape {shape}", f"shape {tuple(tensor.shape)}")
+        expect(bool(tensor.isfinite().all()), name, "finite numbers", "NaN or inf")
+        self._taken.add(name)
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    def finish(self, left_out: str = "$.") -> torch.dtype:
+        """Refuse tensors that nobody took, but for names that begin with ``left_out`` (a regular expression).
+
+        Returns:
+            The dtype of the model: float64 if all numbers that were taken have it, else float32.
+        """
+        left = sorted(name for name in self.tensors if name not in self._taken and not re.match(left_out, name))
+        expect(not left, left[0] if left else "", "no tensor of that name", f"{len(left)} that do not belong")
+        found = {self.tensors[name].dtype for name in self._taken if self.tensors[name].is_floating_point()}
+        return torch.float64 if found == {torch.float64} else torch.float32

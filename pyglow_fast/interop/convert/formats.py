@@ -1,0 +1,468 @@
+"""The formats of four Glows of images, each a table, and what a table cannot say.
+
+- openai/glow (TensorFlow 1): arrays by the names of variables. Their product is z W.
+- rosinality/glow-pytorch: convolutions that start at zero pad with ones, actnorms have a scale.
+- chaiyujin/glow-pytorch and y0ast/Glow-PyTorch: one layout with two sets of names. Layer ``flow.layers.i`` is step k of
+  level l for i = l (K + 2) + 1 + k, and the split after that level for i = l (K + 2) + K + 1.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyglow_fast._errors import expect
+from pyglow_fast.interop.convert.files import Reader
+from pyglow_fast.interop.convert.parts import (
+    Parts,
+    check_model,
+    factored,
+    has_border,
+    matrix_of,
+    mixes,
+    parts_of,
+    put_together,
+    remix,
+)
+from pyglow_fast.interop.convert.table import Table
+from pyglow_fast.models import Glow, GlowConfig
+
+_AVERAGE = "/ExponentialMovingAverage"
+# Variables of the optimizer, its averages, and the classifier, which reads the top latent and is no part of the
+# density.
+_NOT_THE_FLOW = r"Variable(_\d+)?$|global_step$|beta[12]_power$|.*/Adam(_1)?$|.*" + _AVERAGE + "|model/classifier/"
+_OPENAI = Table(
+    """
+    step: model/{level}/{k}/
+        actnorm.bias                actnorm_center/b              111C
+        actnorm.log_scale           actnorm_scale/logs            third 111C
+        coupling.net.conv1.weight   f1/l_1/W                      ring hwio
+        coupling.net.norm1.bias     f1/l_1/actnorm_center/b       111C
+        coupling.net.norm1.log_scale  f1/l_1/actnorm_scale/logs   third 111C
+        coupling.net.conv2.weight   f1/l_2/W                      hwio
+        coupling.net.norm2.bias     f1/l_2/actnorm_center/b       111C
+        coupling.net.norm2.log_scale  f1/l_2/actnorm_scale/logs   third 111C
+        coupling.net.conv3.weight   f1/l_last/W                   ring pairs hwio
+        coupling.net.conv3.bias     f1/l_last/b                   pairs 111C
+        coupling.net.log_gain       f1/l_last/logs                pairs 1C
+    split: model/pool{level}/conv/
+        conv.weight                 W                             ring pairs hwio
+        conv.bias                   b                             pairs 111C
+        log_gain                    logs                          pairs 1C
+    top: model/prior/p/
+        border                      W                             edge hwio
+        mean_log_sd                 b                             111C
+        log_gain                    logs                          1C
+    classes: model/prior/y_emb/
+        class_offset                W
+        class_bias                  b                             1C
+        class_log_gain              logs                          1C
+    shuffle:
+        permutation.index           shuffle/indices               order int32
+        permutation.back            shuffle/indices_inverse       order int32
+    plain:
+        permutation.weight          invconv/W                     transposed regular
+    lu:
+        permutation.permutation     invconv/P                     one_hot
+        permutation.lower           invconv/L                     lower1
+        permutation.upper           invconv/U                     upper
+        permutation.log_diag        invconv/log_S
+        permutation.sign_diag       invconv/sign_S                signs
+    reverse:
+    """,
+    out=-1,
+)
+
+
+def load_openai(arrays: Mapping[str, Any] | str, image_size: int | tuple[int, int], averaged: bool = False) -> Glow:
+    """Load a Glow with log p(x) of the released model: x in [-0.5, 0.5), (N, C, H, W); W z here is their z W.
+
+    The architecture is read off the names: levels ``model/L/``, steps ``model/L/K/``; affine if ``f1/l_last`` has C
+    outputs; ``invconv/W`` plain, ``invconv/{P,L,sign_S,log_S,U}`` LU, ``shuffle/indices`` shuffle, none of them
+    reverse; ``model/prior/p`` the learned top, ``model/prior/y_emb`` classes. The channel that marks the edge becomes
+    the border term. The factors of their z P L U are those of W^T; those of W are computed anew. The optimizer's
+    variables and the classifier are left out.
+
+    Args:
+        arrays: variables by name (a trailing ``:0`` does not matter), or the path of an .npz file.
+        image_size: H = W, or (H, W), which the variables do not tell.
+        averaged: the moving averages (``.../ExponentialMovingAverage``) in the place of the variables that have one.
+
+    Returns:
+        The Glow, in evaluation mode; float64 if all arrays are, else float32.
+
+    Raises:
+        ValueError: a variable that is missing, unknown or of the wrong shape, by name; a wrong image size.
+    """
+    reader = Reader(arrays)
+    reader.tensors = {name.removesuffix(":0"): value for name, value in reader.tensors.items()}
+    if averaged:
+        means = {name.removesuffix(_AVERAGE): x for name, x in reader.tensors.items() if name.endswith(_AVERAGE)}
+        expect(bool(means), "averaged", "variables named .../ExponentialMovingAverage", "none")
+        reader.tensors |= means
+    n_levels, n_steps = reader.count("model/"), reader.count("model/0/")
+    config = _OPENAI.config(reader, image_size, n_levels=n_levels, n_steps=n_steps, net_actnorm=True)
+    parts = _OPENAI.read(config, reader)
+    others = [step for step in parts.values() if mixes(step)]
+    for name, step in _OPENAI.steps(config, parts):
+        if "permutation.index" in step:
+            back = step.pop("permutation.back")
+            same = torch.equal(step["permutation.index"].argsort(), back)
+            expect(same, name + "shuffle/indices_inverse", "the inverse order", back.tolist())
+        elif "permutation.lower" in step:
+            remix(step, factored(matrix_of(step).T, name + "invconv/sign_S"))
+        elif others and not mixes(step):  # of other steps
+            name += "shuffle/indices" if "permutation.index" in others[0] else "invconv/W"
+            expect(False, name, "a tensor of that name", "none")
+    return put_together(config, parts, reader.finish(left_out=_NOT_THE_FLOW))
+
+
+def save_openai(model: Glow, lu: bool = False, learn_top: bool = True) -> dict[str, np.ndarray[Any, Any]]:
+    """Write a model's weights as the variables of the released one.
+
+    Args:
+        model: a Glow, initialised.
+        lu: write 1x1 convolutions as ``P, L, sign_S, log_S, U`` (the branch of the released code that is switched off)
+            and not as ``W``.
+        learn_top: write ``model/prior/p``, which their option learntop reads.
+
+    Returns:
+        Arrays by name, of the model's dtype, as ``numpy.savez`` takes them.
+
+    Raises:
+        ValueError: a model that the released code does not have; without learn_top, a top prior that is not N(0, 1).
+    """
+    parts, shape = _plain_parts(model, learn_top), model.config.image_shape
+    expect(shape[1] == shape[2], "image_shape", "square images, as in the released code", shape)
+    for name, step in _OPENAI.steps(model.config, parts):
+        if "permutation.index" in step:
+            step["permutation.back"] = step["permutation.index"].argsort()
+        elif lu and mixes(step):
+            remix(step, factored(matrix_of(step).T, name + "invconv"))
+        elif mixes(step):
+            remix(step, {"permutation.weight": matrix_of(step)})
+    return {name: value.numpy() for name, value in _OPENAI.write(model, parts).items()}
+
+
+_ROSINALITY = Table("""
+    step: blocks.{level}.flows.{k}.
+        actnorm.bias              actnorm.loc               1C11
+        actnorm.log_scale         actnorm.scale             scale 1C11
+        actnorm.initialized       actnorm.initialized       flag
+        coupling.net.conv1.weight coupling.net.0.weight
+        coupling.net.norm1.bias   coupling.net.0.bias
+        coupling.net.conv2.weight coupling.net.2.weight
+        coupling.net.norm2.bias   coupling.net.2.bias
+        coupling.net.conv3.weight coupling.net.4.conv.weight ring swapped padded1
+        coupling.net.conv3.bias   coupling.net.4.conv.bias  swapped
+        coupling.net.log_gain     coupling.net.4.scale      swapped 1C11
+    split: blocks.{level}.prior.
+        conv.weight               conv.weight               ring padded1
+        conv.bias                 conv.bias
+        log_gain                  scale                     1C11
+    top: blocks.{level}.prior.
+        border                    conv.weight               edge1
+        mean_log_sd               conv.bias
+        log_gain                  scale                     1C11
+    plain:
+        permutation.weight        invconv.weight            regular CC11
+    lu:
+        permutation.u_mask        invconv.u_mask
+        permutation.l_mask        invconv.l_mask
+        permutation.l_eye         invconv.l_eye
+        permutation.permutation   invconv.w_p               one_hot
+        permutation.lower         invconv.w_l               lower
+        permutation.upper         invconv.w_u               upper
+        permutation.log_diag      invconv.w_s
+        permutation.sign_diag     invconv.s_sign            signs
+""")
+
+
+def load_rosinality(state: Mapping[str, Any] | str, image_size: int | tuple[int, int]) -> Glow:
+    """Load a Glow with log p(x) = log_p + logdet of their model, x in [-0.5, 0.5).
+
+    The architecture is read off the names: levels and steps by ``blocks.L.flows.K``; affine if ``coupling.net.4.conv``
+    has C outputs; LU by ``invconv.w_l`` and the like, plain by ``invconv.weight``. The padding with ones of their
+    ZeroConv2d becomes the border term. Their actnorm multiplies by ``scale`` itself, whose sign moves into the 1x1
+    convolution. The last block of their ``--no_lu`` is LU all the same; where both occur, all are multiplied out
+    ("invconv_plain").
+
+    Args:
+        state: the state dict (with ``module.`` before its names or without), or the path of its file.
+        image_size: H = W, or (H, W), which the weights do not tell.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown or of the wrong shape, by name; an actnorm scale of zero; a wrong
+            image size.
+    """
+    reader = Reader(state)
+    n_levels, n_steps = reader.count("blocks."), reader.count("blocks.0.flows.")
+    config = _ROSINALITY.config(reader, image_size, n_levels=n_levels, n_steps=n_steps)
+    reader.size(f"blocks.{n_levels - 1}.prior.conv.weight", 0)  # which they always have
+    parts = _ROSINALITY.read(config, reader)
+    for _, step in _ROSINALITY.steps(config, parts):
+        scale = step["actnorm.log_scale"]  # theirs: the scale itself, with its sign
+        step["actnorm.log_scale"] = scale.abs().log()
+        for key in {"permutation.weight", "permutation.upper", "permutation.sign_diag"} & step.keys():
+            step[key] = step[key] * scale.sign()  # W diag(sign)
+    return put_together(config, parts, reader.finish())
+
+
+def save_rosinality(model: Glow) -> dict[str, Tensor]:
+    """Write a model's weights as the state dict of rosinality's.
+
+    Hidden actnorms are folded into the convolutions, a fixed permutation is written as LU factors; the 1x1 convolutions
+    of the last block are always LU, as their constructor makes them. Where a net's last convolution has another border
+    term than their padding with ones gives, one more hidden unit makes up for it, in all nets (their constructor's
+    default is 512).
+
+    Raises:
+        ValueError: a model that they do not have: with classes, with a border term in a net's first convolution, or
+            split priors whose border term is not the sum of the convolution's weights over its input channels (this is
+            what padding with ones gives: it holds for models that come from there, and where the weights are zero).
+    """
+    parts = _plain_parts(model)
+    config, dtype, net = model.config, next(model.parameters()).dtype, "coupling.net."
+    expect(config.n_classes is None, "n_classes", "None: their prior knows none", config.n_classes)
+    steps = _ROSINALITY.steps(config, parts)
+    sees = any(bool(step[net + "border1"].any()) for _, step in steps)
+    expect(not sees, "border1", "zeros: their first convolution pads with zeros", "a border term")
+    missing = [_beyond_ones(step[net + "conv3.weight"], step[net + "border3"], dtype) for _, step in steps]
+    padded = any(bool(border.any()) for border in missing)
+    for (name, step), border in zip(steps, missing, strict=True):
+        step["actnorm.log_scale"] = step["actnorm.log_scale"].exp()
+        for i in (1, 2):
+            scale = step[f"{net}norm{i}.log_scale"].exp()
+            weight, bias = step[f"{net}conv{i}.weight"] * scale[:, None, None, None], step[f"{net}norm{i}.bias"] * scale
+            if padded:  # a unit more, which is zero inside of the image and, as all of them, one outside
+                weight, bias = F.pad(weight, (0, 0, 0, 0, 0, i - 1, 0, 1)), F.pad(bias, (0, 1))
+            step |= {f"{net}conv{i}.weight": weight, f"{net}norm{i}.bias": bias}
+        if padded:
+            step[net + "conv3.weight"] = torch.cat([step[net + "conv3.weight"], border], dim=1)
+        if "permutation.weight" not in step or name.startswith(f"blocks.{config.n_levels - 1}."):
+            if "permutation.lower" not in step:
+                remix(step, factored(matrix_of(step), name + "invconv.weight"))
+            ones = torch.ones_like(step["permutation.lower"])
+            step |= {"permutation.u_mask": ones.triu(1), "permutation.l_mask": ones.tril(-1)}
+            step["permutation.l_eye"] = ones.tril().triu()
+    for place, split in ((place, part) for place, part in parts.items() if place.startswith("splits.")):
+        beyond = _beyond_ones(split["conv.weight"], split["border"], dtype).abs().max()
+        expected = "the sum of conv.weight over its input channels (they pad with ones)"
+        expect(not bool(beyond), f"{place}.border", expected, f"a difference of {float(beyond):.2g}")
+    return _ROSINALITY.write(model, parts)
+
+
+def _beyond_ones(weight: Tensor, border: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the border has that padding with ones does not give, zeros if that is rounding alone."""
+    difference = border - weight.sum(1, keepdim=True)
+    rounding = 4.0 * torch.finfo(dtype).eps * weight.abs().sum(1, keepdim=True)
+    return difference * bool((difference.abs() > rounding).any())
+
+
+def steps_of_chaiyujin(*nets: tuple[str, str], conv: str = "") -> str:
+    """Rows of a step with these nets (our name, theirs), with ``conv`` between a layer's name and its convolution's."""
+    rows = """
+        actnorm.bias           actnorm.bias            1C11
+        actnorm.log_scale      actnorm.logs            1C11
+    """
+    for ours, theirs in nets:
+        rows += f"""
+        {ours}.conv1.weight    {theirs}.0.{conv}weight
+        {ours}.norm1.bias      {theirs}.0.actnorm.bias 1C11
+        {ours}.norm1.log_scale {theirs}.0.actnorm.logs 1C11
+        {ours}.conv2.weight    {theirs}.2.{conv}weight
+        {ours}.norm2.bias      {theirs}.2.actnorm.bias 1C11
+        {ours}.norm2.log_scale {theirs}.2.actnorm.logs 1C11
+        {ours}.conv3.weight    {theirs}.4.{conv}weight pairs
+        {ours}.conv3.bias      {theirs}.4.{conv}bias   pairs
+        {ours}.log_gain        {theirs}.4.logs         pairs
+        """
+    return rows
+
+
+def _table(net: str, conv: str, linear: str, lower: str, upper: str, top: str) -> Table:
+    return Table(f"""
+    step: flow.layers.{{i}}.
+        {steps_of_chaiyujin(("coupling.net", net), conv=conv)}
+    split: flow.layers.{{i}}.conv.
+        conv.weight             {conv}weight            pairs
+        conv.bias               {conv}bias              pairs
+        log_gain                logs                    pairs
+    top: {top}.
+        border                  {conv}weight            edge0
+        mean_log_sd             {conv}bias
+        log_gain                logs                    C11
+    classes: project_ycond.
+        class_offset            {linear}weight          transposed
+        class_bias              {linear}bias
+        class_log_gain          logs
+    plain:
+        permutation.weight      invconv.weight          regular
+    lu:
+        permutation.permutation invconv.p               one_hot
+        permutation.lower       invconv.{lower}         lower1
+        permutation.upper       invconv.{upper}         upper
+        permutation.log_diag    invconv.log_s
+        permutation.sign_diag   invconv.sign_s          signs
+    shuffle:
+        permutation.index       shuffle.indices         order
+    reverse:
+    """)
+
+
+_Y0AST = _table("block", "conv.", "linear.", "lower", "upper", "learn_top_fn")
+_CHAIYUJIN = _table("f", "", "", "l", "u", "learn_top")
+# Their x is (x + _SHIFT) _STRETCH of ours, so that the middle of a level's bin is the level.
+_STRETCH, _SHIFT = 256.0 / 255.0, 0.5 - 0.5 / 256.0
+
+
+def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -> Glow:
+    """Load a Glow with log p(x) of their model, x in [-0.5, 0.5).
+
+    The architecture is read off the names: K, L and what each layer is by ``flow.layers.i``; affine if ``block.4`` has
+    C outputs; LU by ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``;
+    ``learn_top_fn`` the learned top, ``project_ycond`` classes (one label an image). The classifier ``project_class``
+    is left out.
+
+    Args:
+        state: the state dict (``module.`` before its names, or a dict around it, do not matter), or its file's path.
+        permutation: "reverse" for such a model, whose state dict has nothing to tell it. The orders of a shuffle are
+            not in their state dict at all: add them, as ``flow.layers.i.shuffle.indices``.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown or of the wrong shape, by name.
+    """
+    return put_together(*_read(state, _Y0AST, permutation))
+
+
+def load_chaiyujin(state: Mapping[str, Any] | str, permutation: str | None = None, rescale: bool = True) -> Glow:
+    """Load a Glow with log p(x) of their model, which takes level / 255 plus noise, in [0, 1].
+
+    It works as :func:`load_y0ast`, with other names (``f``, ``invconv.{l,u}``, ``learn_top``). Their first versions
+    keep ``p`` and ``sign_s`` of LU convolutions out of the state dict: add them, as ``flow.layers.i.invconv.p`` and
+    ``.sign_s``. An image may have one label; their sums over several labels have no counterpart here.
+
+    Args:
+        state, permutation: see load_y0ast.
+        rescale: let the model take x in [-0.5, 0.5), as all of this package does: theirs is a (x + c), a = 256 / 255,
+            c = 1/2 - 1/512, so that the middle of a level's bin is the level. a and c go into the first actnorm, and
+            log_det gains D log a. False: as theirs.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown or of the wrong shape, by name.
+    """
+    config, parts, dtype = _read(state, _CHAIYUJIN, permutation)
+    if rescale:
+        first = parts["levels.0.steps.0"]  # (a (x + c) + b) exp(s) = (x + c + b / a) exp(s + log a)
+        first["actnorm.bias"] = first["actnorm.bias"] / _STRETCH + _SHIFT
+        first["actnorm.log_scale"] = first["actnorm.log_scale"] + math.log(_STRETCH)
+    model = put_together(config, parts, dtype)
+    model._range_is_known = not rescale  # theirs is [0, 1]
+    return model
+
+
+def _read(
+    state: Mapping[str, Any] | str, table: Table, permutation: str | None
+) -> tuple[GlowConfig, Parts, torch.dtype]:
+    reader = Reader(state)
+    reader.size("flow.layers.1.actnorm.bias", 1)  # without which nothing is told
+    n_levels, n_transitions, n_steps, n_splits = table.layers(reader)
+    expected = "a split behind each level but the last, and steps with couplings alone"
+    expect((n_splits, n_transitions) == (n_levels - 1, 0), "flow.layers", expected, f"{n_splits} of {n_levels}")
+    batch, height, width = (reader.size("prior_h", dim) for dim in (0, 2, 3))
+    size = (height * 2**n_levels, width * 2**n_levels)
+    config = table.config(reader, size, n_levels=n_levels, n_steps=n_steps, net_actnorm=True)
+    parts = table.read(config, reader)
+    steps = table.steps(config, parts)
+    told = any(mixes(step) for _, step in steps)
+    expect(permutation is None or not told, "permutation", "None: the state dict tells it", repr(permutation))
+    for name, step in steps:
+        unsaved = f"(or the order of a shuffle, which is not saved, {name}shuffle.indices)"
+        expected = f"'reverse', since no 1x1 convolution is there {unsaved}"
+        expect(mixes(step) or permutation == "reverse", "permutation", expected, repr(permutation))
+    zeros = reader.take("prior_h", batch, 2 * config.level_shapes()[-1][0], height, width)
+    expect(not bool(zeros.any()), "prior_h", "zeros, as their prior demands", "others")
+    return config, parts, reader.finish(left_out=r"project_class\.")
+
+
+def save_y0ast(model: Glow, learn_top: bool = True) -> dict[str, Tensor]:
+    """Write a model's weights as the state dict of y0ast's.
+
+    After loading the state dict into their model, call its ``set_actnorm_init``, which no state dict carries. With
+    classes a fresh classifier (zeros) is written. A shuffle is written as ``flow.layers.i.shuffle.indices``, which
+    their load_state_dict does not know: assign it.
+
+    Args:
+        model: a Glow, initialised.
+        learn_top: write ``learn_top_fn``, which their option learn_top has.
+
+    Raises:
+        ValueError: a model that they do not have, such as one with a border term; without learn_top, a top prior that
+            is not N(0, 1).
+    """
+    return _write(_Y0AST, model, _plain_parts(model, learn_top), 1, "project_class.linear.")
+
+
+def save_chaiyujin(model: Glow, batch_size: int = 1, learn_top: bool = True, rescale: bool = True) -> dict[str, Tensor]:
+    """Write a model's weights as the state dict of chaiyujin's, ``graph`` in their files.
+
+    It works as :func:`save_y0ast`. Their first versions do not know ``p`` and ``sign_s`` of LU factors (assign them),
+    and their log-det of a plain 1x1 convolution is NaN where the determinant is negative.
+
+    Args:
+        model, learn_top: see save_y0ast.
+        batch_size: images per GPU of their training, whose ``prior_h`` has that size.
+        rescale: undo what load_chaiyujin does by the same argument.
+
+    Raises:
+        ValueError: as save_y0ast.
+    """
+    expect(isinstance(batch_size, int) and batch_size > 0, "batch_size", "a positive int", repr(batch_size))
+    parts = _plain_parts(model, learn_top)
+    if rescale:
+        first = parts["levels.0.steps.0"]
+        first["actnorm.bias"] = (first["actnorm.bias"] - _SHIFT) * _STRETCH
+        first["actnorm.log_scale"] = first["actnorm.log_scale"] - math.log(_STRETCH)
+    return _write(_CHAIYUJIN, model, parts, batch_size, "project_class.")
+
+
+def _write(table: Table, model: Glow, parts: Parts, batch_size: int, classifier: str) -> dict[str, Tensor]:
+    border = any(map(has_border, parts.values()))
+    expect(not border, "border", "no border term: they pad with zeros", "one that is not zero")
+    found = table.write(model, parts)
+    channels, height, width = model.config.level_shapes()[-1]
+    dtype = next(model.parameters()).dtype
+    found["prior_h"] = torch.zeros(batch_size, 2 * channels, height, width, dtype=dtype)
+    if n_classes := model.config.n_classes:
+        sizes = {f"{classifier}weight": (n_classes, channels), f"{classifier}bias": (n_classes,)}
+        sizes["project_class.logs"] = (n_classes,)
+        found |= {name: torch.zeros(size, dtype=dtype) for name, size in sizes.items()}
+    return found
+
+
+def _plain_parts(model: Glow, learn_top: bool = True) -> Parts:
+    """Take a Glow apart that has nothing but what all of these formats know; others are refused, by the field."""
+    fields = {"cond_channels": "a condition", "n_checkerboard": "checkerboards", "n_last_checkerboard": "checkerboards"}
+    check_model(model, {name: (0, f": no format has {what}") for name, what in fields.items()})
+    config, as_all = model.config, "as in all of these formats"
+    expect(config.dims == 2, "image_shape", f"2-d images, {as_all}", config.image_shape)
+    found: tuple[Any, ...] = (config.n_transitions, config.splits, config.split_ratio)
+    halved = (0, config.n_levels - 1, 0.5)
+    expect(found == halved, "n_transitions, n_splits, split_ratio", f"{halved}, {as_all}", found)
+    if config.coupling == "affine":
+        found = (config.scale_map, config.scale_bias, config.scale_eps, config.scale_factor)
+        expect(found == ("sigmoid", 2.0, 0.0, 1.0), "scale_map", f"sigmoid(raw + 2), {as_all}", found)
+    if config.classify:
+        warnings.warn("the classifier on the top latent is left out: no format has one", stacklevel=3)
+    parts = parts_of(model)
+    if not learn_top:
+        top = [parts["prior"].pop(name) for name in ("mean_log_sd", "border", "log_gain")]
+        expect(not any(map(torch.any, top)), "learn_top", "True, since the top prior is not N(0, 1)", False)
+    return parts
