@@ -60,7 +60,7 @@ def state(*shape: int) -> Tensor:
         *((Fm.GLOWCouplingBlock, {"clamp_activation": name}) for name in ("ATAN", "TANH", "SIGMOID", torch.sin)),
         (Fm.AffineCouplingOneSided, {"clamp": 1.3, "split_len": 0.3}),
     ],
-    ids=lambda value: getattr(value, "__name__", None),  # of what has no name the place: a builtin's text has its address
+    ids=lambda value: getattr(value, "__name__", None),  # a builtin's text has an address
 )
 @pytest.mark.parametrize("channels", [6, 5])
 def test_a_block_of_freia(kind: Any, options: dict[str, Any], channels: int) -> None:
