@@ -153,7 +153,7 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
     ours: set[nn.Module] = set()  # layers of ours with all that is in them
     for module, name in names.items():
         if isinstance(module, Adopted):
-            found = found or module._row in library.rows
+            found = found or module._pgf_row in library.rows
             ours |= set(module.modules())
             continue
         rows = [row for row in library.rows if row.tells(module)]
@@ -184,7 +184,7 @@ def unlike(row: Row, module: nn.Module) -> tuple[str, int]:
     if "forward" in vars(module) or any(map(is_altered, row.inside(module))):
         return "a forward of its own, or hooks in it", 0
     reason = row.unfit(module)
-    return (reason, 0) if reason else difference(row, module)
+    return (reason, 0) if reason or row.example is None else difference(row, module)
 
 
 def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[str, str]:
@@ -213,12 +213,13 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
     """Join the layers of a library, in all containers of a model, and report those that are in no run."""
     if library.one_by_one:
         for name, module in done.model.named_modules():
-            if module in done._adopted and module._row in library.rows and "_run" not in vars(module):
-                run = Run([module], [module._row], memory, budget)
-                if run.report()["steps"]:
-                    vars(module)["_run"] = run
-                    done._runs.append(run)
-                    done.joined[name] = f"one step, memory {memory!r}"
+            if module in done._adopted and module._pgf_row in library.rows and "_pgf_run" not in vars(module):
+                row = module._pgf_row
+                if row.run is None and not any(isinstance(part, Couples) for part in row.parts(module, False)):
+                    continue  # there is nothing to keep
+                done._runs.append(Run([module], [row], memory, budget))
+                vars(module)["_pgf_run"] = done._runs[-1]
+                done.joined[name] = f"one step, memory {memory!r}"
         return
     reasons: Reasons = {}
     joined: set[nn.Module] = set()
@@ -247,7 +248,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
             found = places_of(list(container), conditions, library, memory, budget)
             if found[1]:
                 container.__class__ = JoinedList
-                vars(container).update(places=found[0], _was=nn.ModuleList)
+                vars(container).update(places=found[0], _pgf_was=nn.ModuleList)
         reasons |= found[2]
         if found[1]:
             done._containers.append(cast(Joined, container))
@@ -256,7 +257,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
     for name, module in done.model.named_modules():
-        own = isinstance(module, Adopted) and module._row in library.rows and module._row.run is None
+        own = isinstance(module, Adopted) and module._pgf_row in library.rows and module._pgf_row.run is None
         if own and module not in joined:
             reason = f"not joined: {reasons.get(module, 'in no list with others like it')}"
             done.left[name] = f"{done.left[name]}; {reason}" if name in done.left else reason

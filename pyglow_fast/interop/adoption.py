@@ -35,12 +35,12 @@ STATES = (torch.float32, torch.float64)
 class Adopted(nn.Module):
     """A base that is put before the class of an adopted layer."""
 
-    _row: Row
-    _theirs: type[nn.Module]
+    _pgf_row: Row
+    _pgf_theirs: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by row and class, which can be imported; what is made of them is made again."""
-        return _blank, (self._row, self._theirs), dict(vars(self))
+        return _blank, (self._pgf_row, self._pgf_theirs), dict(vars(self))
 
 
 _made: dict[tuple[str, type[nn.Module]], type[Adopted]] = {}
@@ -52,7 +52,7 @@ def adopted_class(row: Row, theirs: type[nn.Module]) -> type[Adopted]:
     if key not in _made:
         body: dict[str, Any] = {method: _runs(method) for method in row.calls}
         body |= {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
-        _made[key] = type(theirs.__name__, (Adopted, theirs), {**body, "_row": row, "_theirs": theirs})
+        _made[key] = type(theirs.__name__, (Adopted, theirs), {**body, "_pgf_row": row, "_pgf_theirs": theirs})
     return _made[key]
 
 
@@ -63,18 +63,18 @@ def _blank(row: Row, theirs: type[nn.Module]) -> Adopted:
 
 def _runs(method: str) -> Callable[..., Any]:
     def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
-        call = understood(self._row, self, method, args, kwargs)
+        call = understood(self._pgf_row, self, method, args, kwargs)
         if call is not None:
             try:
-                own, parts = vars(self).get("_run"), self._row.parts(self, call.inverse)
+                own, parts = vars(self).get("_pgf_run"), self._pgf_row.parts(self, call.inverse)
                 own = own if own is not None and own.spares else None
-                if own is not None or self._row.pays(self, call, parts):
-                    if self._row.run is not None:
-                        return call.give(*self._row.run(self, call, parts, own))
+                if own is not None or self._pgf_row.pays(self, call, parts):
+                    if self._pgf_row.run is not None:
+                        return call.give(*self._pgf_row.run(self, call, parts, own))
                     return call.give(*(run_parts(parts, with_mask(call)) if own is None else own(call)))
             except UnfitError:  # before anything was computed but maps
                 pass
-        return getattr(self._theirs, method)(self, *args, **kwargs)
+        return getattr(self._pgf_theirs, method)(self, *args, **kwargs)
 
     run.__name__ = method
     return run
@@ -177,5 +177,5 @@ def give_back(modules: Iterable[nn.Module]) -> None:
     """Give adopted layers their own class again."""
     for module in modules:
         if isinstance(module, Adopted):
-            vars(module).pop("_run", None)
-            module.__class__ = module._theirs  # type: ignore[assignment]
+            vars(module).pop("_pgf_run", None)
+            module.__class__ = module._pgf_theirs  # type: ignore[assignment]

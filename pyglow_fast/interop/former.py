@@ -17,7 +17,7 @@ from pyglow_fast.interop.probing import chain_of
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows"}  # top package of a class -> ours for it
 # Adapters of classes that are recognised by their structure, whatever package they are in. Such an adapter has the
 # functions finds(model) -> bool and left(model), which names what it leaves and why, besides adopt and release.
-_BY_STRUCTURE: tuple[str, ...] = ("jet",)
+_BY_STRUCTURE: tuple[str, ...] = ()
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
 _FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
     "normflows": ("normflows.flows",),

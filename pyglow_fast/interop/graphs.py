@@ -25,7 +25,7 @@ class JoinedGraph(Joined):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the graph's own class."""
-        return _blank, (self._was,), dict(vars(self))
+        return _blank, (self._pgf_was,), dict(vars(self))
 
     def forward(
         self, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True, intermediate_outputs: bool = False,
@@ -81,7 +81,7 @@ def joined_graph(
     places, runs, reasons = places_of(layers, conditions, library, memory, budget, follows)
     if runs:
         shown = dict(zip(nodes, places, strict=True))
-        vars(graph).update(places=places, _was=type(graph), _joined_from=[node.module for node in every])
+        vars(graph).update(places=places, _pgf_was=type(graph), _joined_from=[node.module for node in every])
         vars(graph)["_joined_graph"] = _second_graph(graph, shown)
         graph.__class__ = _class_for(type(graph))
     return places, runs, reasons

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pyglow_fast.interop import chaiyujin, freia, glow_tts
+from pyglow_fast.interop import chaiyujin, freia, glow_tts, jet
 
-LIBRARIES = (freia.LIBRARY, chaiyujin.LIBRARY, glow_tts.LIBRARY)
+LIBRARIES = (freia.LIBRARY, chaiyujin.LIBRARY, glow_tts.LIBRARY, jet.LIBRARY)

@@ -34,7 +34,7 @@ ALONE = "no layer of its width next to it"
 def row_of(library: Library, module: nn.Module) -> Row | None:
     """The row of an adopted layer, or of one that is a part of runs only."""
     if isinstance(module, Adopted):
-        return module._row if any(module._row is row for row in library.rows) else None
+        return module._pgf_row if any(module._pgf_row is row for row in library.rows) else None
     rows = (row for row in library.rows if not row.adopts and row.tells(module))
     return next((row for row in rows if row.example is None or not difference(row, module)[0]), None)
 
@@ -94,7 +94,7 @@ class Run:
         self.layers, self.rows, self.memory, self.budget = list(layers), list(rows), memory, budget
         self._coupled: list[tuple[Couples, Coupling]] = []
         self._couplings([part for part in self.parts(False) if isinstance(part, Couples)])
-        self.control = DriftControl(len(self._coupled), "auto", None, False)
+        self.control = DriftControl(max(1, len(self._coupled)), "auto", None, False)
 
     @property
     def spares(self) -> bool:
@@ -199,7 +199,11 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """Report mode, steps, spacing of the anchors, drift and what was redone."""
-        return {"memory": self.memory, "steps": len(self._coupled), **self.control.report()}
+        return {
+            "memory": self.memory,
+            "steps": max(len(self._coupled), int(self.rows[0].run is not None)),
+            **self.control.report(),
+        }
 
 
 class Place:
@@ -253,12 +257,12 @@ class Joined(nn.Module):
     """A container of a library in which runs are joined, in place."""
 
     places: list[Any]  # what is shown, in the order of the container
-    _was: type[nn.Module]
+    _pgf_was: type[nn.Module]
 
     def part(self) -> None:
         """Turn the container into what it was."""
-        self.__class__ = self._was  # type: ignore[assignment]
-        for name in ("places", "_was", "_joined_graph", "_joined_from"):
+        self.__class__ = self._pgf_was  # type: ignore[assignment]
+        for name in ("places", "_pgf_was", "_joined_graph", "_joined_from"):
             self.__dict__.pop(name, None)
 
 

@@ -104,6 +104,7 @@ class Call(NamedTuple):
         cond: of the nets, (N, C_c, *spatial).
         mask: (N, 1, T); the state is zero where it is.
         joins: a run of several layers takes such a call.
+        rest: what else the layer is called with, for its row's ``run``.
     """
 
     x: Tensor
@@ -112,6 +113,7 @@ class Call(NamedTuple):
     cond: Tensor | None = None
     mask: Tensor | None = None
     joins: bool = True
+    rest: Any = None
 
 
 def _nothing(*_: Any) -> str:

@@ -173,8 +173,8 @@ def test_the_report_names_what_was_done_and_twice_is_harmless(case: Structure) -
     by_layer = accelerate(case.model())
     assert by_layer.joined == {}
     done = accelerate(ours, "reversible")
-    for report in (by_layer, done):
-        assert bool(report.replaced) is not case.left
+    for memory, report in ((None, by_layer), ("reversible", done)):
+        assert bool(report.replaced) is (memory not in case.left)
         assert report.replaced.items() <= names.items()
         for name, reason in (*report.left.items(), *report.joined.items()):
             assert name in names

@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 import pyglow_fast.interop.nflows as nflows
 import pyglow_fast.interop.normflows as normflows
-from pyglow_fast.interop.jet.tokens import permutation_of
-
-
-def test_projections_of_jet() -> None:
-    layer, projection = nn.Identity(), torch.eye(4)
-    first = permutation_of(layer, "channel", projection)
-    projection.data.copy_(projection.flip(0).clone())
-    second = permutation_of(layer, "channel", projection)
-    assert first is not None
-    assert second is not None
-    assert first.order.tolist() == [0, 1, 2, 3]
-    assert second.order.tolist() == [3, 2, 1, 0]
 
 
 def test_the_cache_of_a_convolution_of_nflows() -> None:

@@ -44,8 +44,7 @@ def test_equal_in_float64(memory: str | None) -> None:
     x = torch.randn(2, 32, 32, 3, dtype=torch.float64)
     expected = results(model, x)
     done = accelerate(model, memory=memory)
-    assert len(done.replaced) == 7
-    assert not done.left
+    assert (len(done.replaced), len(done.left)) == ((7, 0) if memory in ("reversible", "checkpoint") else (0, 7))
     found = results(model, x)
     for index, (value, truth) in enumerate(zip(found, expected, strict=True)):
         assert value.shape == truth.shape

@@ -47,7 +47,7 @@ class Structure:
         copies: whether torch copies its nets; those with weight_norm's hooks it does not.
         pickles: whether the original can be pickled; FrEIA's own layers and parametrized nets cannot.
         samples: of a batch.
-        left: whether all its layers are left, being as fast as ours.
+        left: the memory modes, of None and "reversible", in which all its layers are left, being as fast as ours.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Structure:
     copies: bool = True
     pickles: bool = True
     samples: int = 3
-    left: bool = False
+    left: tuple[str | None, ...] = ()
 
     def model(self) -> Any:
         """Build the model, the same every time."""
@@ -370,6 +370,7 @@ def of_jet(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], jo
         lambda model, data, _: model(data[0]),
         lambda model, found, _: model.inverse(found[0]),
         joined,
+        left=(None,),
     )
 
 
@@ -399,7 +400,7 @@ STRUCTURES = [
     of_freia("anomalib-patchflow", plain((4, 5, 6), net_with_batch_norm, Block), (4, 5, 6), 0, trains=False),
     replace(
         of_freia("anomalib-cflow", conditioned((8,), (5,), net_of_vectors, affine_clamping=1.9), (8,), 0, [(5,)]),
-        left=True,
+        left=(None, "reversible"),
     ),
     of_freia(
         "msflow", conditioned((4, 5, 6), (5, 5, 6), NetWithLayerNorm, affine_clamping=1.9), (4, 5, 6), 3, [(5, 5, 6)]

@@ -1,0 +1,87 @@
+"""Jet's couplings: left as they are, but where memory is to be saved; then their own code runs twice."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.helpers import assert_close
+from support.jet_models import ImageFlow, ProjectedFlow
+from torch import Tensor, nn
+
+from pyglow_fast.interop import accelerate
+
+
+def gradients(model: Any, x: Tensor, **named: Any) -> list[Tensor]:
+    leaf = x.clone().requires_grad_()
+    z, log_det = model(leaf, **named)
+    return list(torch.autograd.grad(z.square().sum() - log_det.sum(), [leaf, *model.parameters()]))
+
+
+def saved(model: nn.Module, x: Tensor) -> int:
+    """How many numbers autograd keeps, but for the parameters."""
+    found: dict[int, int] = {}
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            found[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x.requires_grad_())
+    return sum(found.values())
+
+
+def test_a_coupling_keeps_its_input_alone() -> None:
+    model, x = ProjectedFlow(6, 8, 4), torch.randn(5, 6, 8)
+    before = saved(model, x)
+    accelerate(model, "reversible")
+    assert before > 30 * x.numel()
+    assert saved(model, x) <= 10 * x.numel()
+
+
+@pytest.mark.parametrize("budget", ["auto", 20_000])
+def test_dropout_is_drawn_again(budget: str | int) -> None:
+    """The gradients are those of the very numbers that the forward has drawn; a small budget cuts the batch."""
+    model, x = ProjectedFlow(6, 8, 4, dropout=0.3).double(), torch.randn(5, 6, 8, dtype=torch.float64)
+    ours = copy.deepcopy(model)
+    accelerate(ours, "reversible", budget)
+    found = gradients(ours, x)
+    torch.manual_seed(1)
+    found = gradients(ours, x)
+    torch.manual_seed(1)
+    if budget == "auto":
+        for value, expected in zip(found, gradients(model, x), strict=True):
+            assert_close(value, expected, 100.0)
+    with torch.no_grad():  # a finite difference along the first coupling's last bias, the same numbers drawn again
+        losses, bias = [], ours.blocks[0].dnn.final_proj.bias
+        for sign in (1.0, -1.0):
+            bias += sign * 1e-5
+            with torch.enable_grad():
+                torch.manual_seed(1)
+                z, log_det = ours(x)
+            losses.append(float(z.square().sum() - log_det.sum()))
+            bias -= sign * 1e-5
+    names = [name for name, _ in ours.named_parameters()]
+    exact = float(found[1 + names.index("blocks.0.dnn.final_proj.bias")].sum())
+    assert abs((losses[0] - losses[1]) / 2e-5 - exact) <= 1e-5 * abs(exact)
+
+
+@pytest.mark.parametrize("context", [None, torch.ones(3, 1, 8, dtype=torch.float64)], ids=["no context", "context"])
+def test_couplings_of_images(context: Tensor | None) -> None:
+    theirs, x = ImageFlow((4, 6, 3), 2, 4).double(), torch.randn(3, 4, 6, 3, dtype=torch.float64)
+    ours = copy.deepcopy(theirs)
+    assert len(accelerate(ours, "checkpoint", memory_budget=1).joined) == 4
+    for value, expected in zip(*(gradients(model, x, context=context) for model in (ours, theirs)), strict=True):
+        assert_close(value, expected, 100.0)
+
+
+def test_a_net_that_changes_when_it_runs_is_left() -> None:
+    model = ProjectedFlow(6, 8, 2)
+    model.blocks[1].dnn.encoder = nn.BatchNorm1d(6)
+    done = accelerate(model, "reversible")
+    assert list(done.replaced) == ["blocks.0"]
+    assert "BatchNorm1d" in done.left["blocks.1"]
