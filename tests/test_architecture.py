@@ -44,8 +44,6 @@ MAY_USE_EXTRAS = {"data", "train", "experiments", "studio", "web", "cli", "inter
 # Modules that nothing of the package imports, and the library that each is made for: its class is theirs' base.
 MADE_FOR = {
     "pyglow_fast.train.lightning": "lightning",
-    "pyglow_fast.interop.normflows": "normflows",
-    "pyglow_fast.interop.nflows": "nflows",
     "pyglow_fast.web": "gradio",
 }
 # The one exception, inside a function: the command that starts the page, after it has looked whether Gradio is there.

@@ -18,6 +18,8 @@ from pyglow_fast.interop.runs import Joined, JoinedList, Place, Reasons, Run, pl
 from pyglow_fast.interop.table import Couples, Library, Net, Row
 from pyglow_fast.reversible.setting import MEMORY_MODES, parse_memory
 
+JOINS_ONLY = "its own forward is as fast; with a memory mode it is joined with its neighbours"
+
 
 @dataclass
 class Acceleration:
@@ -131,7 +133,7 @@ def accelerate(
     found = [library for library in LIBRARIES if _adopt(done, library, spares)]
     done._former = former.accelerate(model, mode, memory_budget)
     names = ", ".join(library.name for library in LIBRARIES)
-    expected = f"layers of normflows, nflows, {names}, or of the structures in the documentation"
+    expected = f"layers of {names}, or of the structures in the documentation"
     expect(bool(found) or done._former is not None, "model", expected, "none")
     if done._former is not None:
         done.replaced |= done._former.replaced
@@ -150,11 +152,11 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
     """
     found = False
     names = {module: name for name, module in done.model.named_modules()}
-    ours: set[nn.Module] = set()  # layers of ours with all that is in them
+    told: set[nn.Module] = set()  # what is in layers that the report names
     for module, name in names.items():
         if isinstance(module, Adopted):
             found = found or module._pgf_row in library.rows
-            ours |= set(module.modules())
+            told |= set(module.modules())
             continue
         rows = [row for row in library.rows if row.tells(module)]
         reasons = []
@@ -167,14 +169,15 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
                 done.replaced[name] = type(module).__qualname__
                 done.left |= _left_in(row, module, names)
                 module.__class__ = adopted_class(row, type(module))
-                ours |= set(module.modules())
                 break
             reasons.append((same, reason))
         else:
             if reasons:
                 done.left[name] = max(reasons)[1]  # of the row that comes closest
-            elif module not in ours and (reason := _no_row(module, library)):
+            elif module not in told and (reason := JOINS_ONLY if rows else _no_row(module, library)):
                 done.left[name], found = reason, True
+        if name in done.replaced or name in done.left:
+            told |= set(module.modules())
         found = found or bool(rows) or type(module).__module__.startswith(library.homes or ("nowhere.",))
     return found
 
@@ -257,6 +260,8 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
     for name, module in done.model.named_modules():
+        if module in joined and not isinstance(module, Adopted):
+            done.left.pop(name, None)
         own = isinstance(module, Adopted) and module._pgf_row in library.rows and module._pgf_row.run is None
         if own and module not in joined:
             reason = f"not joined: {reasons.get(module, 'in no list with others like it')}"

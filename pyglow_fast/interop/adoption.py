@@ -95,8 +95,8 @@ def understood(row: Row, layer: nn.Module, method: str, args: Sequence[Any], kwa
         return None
     if call is None or type(call.x) not in (Tensor, nn.Parameter) or call.x.dtype not in STATES or not call.x.numel():
         return None
-    like = next(layer.parameters(), None)
-    if like is None or (call.x.dtype, call.x.device) != (like.dtype, like.device) or call.x.is_meta:
+    like = next(layer.parameters(), call.x)  # a permutation has none
+    if (call.x.dtype, call.x.device) != (like.dtype, like.device) or call.x.is_meta:
         return None
     if call.mask is not None and (call.mask.requires_grad or not is_mask(call.mask, call.x)):
         return None

@@ -14,15 +14,12 @@ from pyglow_fast.interop.joined import Face, Joined, JoinedList, Reasons, join
 from pyglow_fast.interop.nets import recognised
 from pyglow_fast.interop.probing import chain_of
 
-_ADAPTERS = {"normflows": "normflows", "nflows": "nflows"}  # top package of a class -> ours for it
+_ADAPTERS: dict[str, str] = {}  # top package of a class -> ours for it
 # Adapters of classes that are recognised by their structure, whatever package they are in. Such an adapter has the
 # functions finds(model) -> bool and left(model), which names what it leaves and why, besides adopt and release.
 _BY_STRUCTURE: tuple[str, ...] = ()
 _NETS = ("param_map", "transform_net", "subnet", "subnet1", "subnet2", "F", "G")  # where the layers have their nets
-_FLOWS = {  # packages of layers; what else the libraries have (distributions, utilities) is not to be replaced
-    "normflows": ("normflows.flows",),
-    "nflows": ("nflows.transforms",),
-}
+_FLOWS: dict[str, tuple[str, ...]] = {}  # packages of layers
 # Flows that only call other flows in turn: nothing of them is replaced but what they hold.
 _CONTAINERS = ("CompositeTransform", "MultiscaleCompositeTransform", "InverseTransform", "Composite", "Reverse")
 

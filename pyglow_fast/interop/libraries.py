@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pyglow_fast.interop import chaiyujin, freia, glow_tts, jet
+from pyglow_fast.interop import chaiyujin, freia, glow_tts, jet, nflows, normflows
 
-LIBRARIES = (freia.LIBRARY, chaiyujin.LIBRARY, glow_tts.LIBRARY, jet.LIBRARY)
+LIBRARIES = (normflows.LIBRARY, nflows.LIBRARY, freia.LIBRARY, chaiyujin.LIBRARY, glow_tts.LIBRARY, jet.LIBRARY)

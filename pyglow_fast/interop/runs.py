@@ -63,19 +63,26 @@ def not_halves(part: Couples) -> str:
     return f"a mask that keeps {part.kept} of {part.kept + part.changed} channels"
 
 
-def parts_of(layer: nn.Module, row: Row, inverse: bool = False) -> Sequence[Part]:
-    """What a layer of a run holds now.
+def parts_of(layer: nn.Module, row: Row, inverse: bool = False, ready: bool = True) -> Sequence[Part]:
+    """What a layer of a run holds now; it may still wait for data where it need not be ``ready``.
 
     Raises:
         UnfitError: the layer is to be called itself.
     """
     if is_altered(layer) or not untouched(row.inside(layer)):
         raise UnfitError("hooks on it, or a forward of its own")
-    if row.waits(layer):
+    if ready and row.waits(layer):
         raise UnfitError("it waits for data")
     if reason := row.unfit(layer):
         raise UnfitError(reason)
     return row.parts(layer, inverse)
+
+
+def _like(part: Part, x: Tensor) -> Part:
+    """A map in the dtype of a state: that of a layer without parameters has another."""
+    if isinstance(part, Couples) or part.offset.dtype == x.dtype:
+        return part
+    return ChannelMap(part.matrix.to(x.dtype), part.offset.to(x.dtype), part.log_det.to(x.dtype), part.source)
 
 
 class Run:
@@ -93,7 +100,7 @@ class Run:
     def __init__(self, layers: Sequence[nn.Module], rows: Sequence[Row], memory: str, budget: str | int) -> None:
         self.layers, self.rows, self.memory, self.budget = list(layers), list(rows), memory, budget
         self._coupled: list[tuple[Couples, Coupling]] = []
-        self._couplings([part for part in self.parts(False) if isinstance(part, Couples)])
+        self._couplings([part for part in self.parts(False, ready=False) if isinstance(part, Couples)])
         self.control = DriftControl(max(1, len(self._coupled)), "auto", None, False)
 
     @property
@@ -101,14 +108,14 @@ class Run:
         """Whether the run saves memory now, so that layers run in it even where they are faster one by one."""
         return torch.is_grad_enabled() and self.memory != "store"
 
-    def parts(self, inverse: bool) -> list[Part]:
-        """What the layers hold now, in the direction of data to latents.
+    def parts(self, inverse: bool, ready: bool = True) -> list[Part]:
+        """What the layers hold now, in the direction of data to latents; see :func:`parts_of`.
 
         Raises:
             UnfitError: a layer is to be called itself.
         """
         pairs = zip(self.layers, self.rows, strict=True)
-        return [part for layer, row in pairs for part in parts_of(layer, row, inverse)]
+        return [part for layer, row in pairs for part in parts_of(layer, row, inverse, ready)]
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run the layers: z and log_det (N,), or with an inverse call x and log_det.
@@ -116,7 +123,7 @@ class Run:
         Raises:
             UnfitError: the layers are to be called one by one.
         """
-        parts = self.parts(call.inverse)
+        parts = [_like(part, call.x) for part in self.parts(call.inverse)]
         if not self.spares and not self.rows[0].pays(self.layers[0], call, parts):
             raise UnfitError("faster one by one")
         if call.inverse:
@@ -304,7 +311,7 @@ def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, 
     if row is None:
         return "it was left as it was"
     try:
-        parts = parts_of(layer, row)
+        parts = parts_of(layer, row, ready=False)
         couples = [part for part in parts if isinstance(part, Couples)]
         for part in couples:
             if part.kept not in (0, part.changed):

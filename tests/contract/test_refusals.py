@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import FrEIA.modules
-import normflows
 import pytest
 import torch
 from support.accelerate_cases import from_freia, from_normflows
@@ -584,13 +583,6 @@ INTEROP = [
         lambda: accelerated(
             FrEIA.modules.AllInOneBlock([(4, 3, 5)], subnet_constructor=lambda a, b: nn.Conv2d(a, b + 2, 1))
         ),
-    ),
-    Refusal(
-        "normflows",
-        "an unusable batch",
-        lambda m: m(torch.full((2, 4, 3, 5), math.nan)),
-        "expected finite values to initialise actnorm from",
-        lambda: accelerated(normflows.flows.GlowBlock(4, 4, use_lu=False)),
     ),
 ]
 

@@ -151,7 +151,6 @@ def test_slopes_that_are_left_alone(
     else:
         model = from_freia(net=lambda *widths: subnet(*widths, *map(nn.LeakyReLU, slopes))).double()
         loss_of = freia_loss
-    reason = f"in LeakyContextNet.forward, {reason}" if library == "nflows" else reason
     loss_of(model, images(16))
     theirs = copy.deepcopy(model)
     for memory in (None, "reversible"):

@@ -44,8 +44,8 @@ class TestReport:
         hooked.flows[0][1].register_forward_hook(lambda *args: None)
         done = accelerate(hooked, "reversible")
         assert done.joined == {"flows.0": "2 steps in one chain each, memory 'reversible'"}
-        assert done.left["flows.0.0"] == "not joined: no step of its width next to it"
-        assert "not joined: a GlowBlock with hooks" in done.left["flows.0.1"]
+        assert done.left["flows.0.0"] == "not joined: no layer of its width next to it"
+        assert "not joined: hooks on it" in done.left["flows.0.1"]
         alone = nn.Sequential(normflows.flows.GlowBlock(4, 4), normflows.flows.GlowBlock(4, 4))
         assert accelerate(alone, "store").left["0"] == "not joined: in no list with others like it"
         odd = Ff.SequenceINN(3, 8, 8)
@@ -53,9 +53,9 @@ class TestReport:
             odd.append(Fm.AllInOneBlock, subnet_constructor=subnet)
         assert accelerate(odd, "store").left["module_list.0"] == "not joined: an odd number of channels, 3"
         t = nflows.transforms
-        thirds = t.AffineCouplingTransform([0, 0, 1], ContextNet)
-        layers = t.CompositeTransform([t.OneByOneConvolution(3), thirds])
-        assert accelerate(layers, "store").left["_transforms.1"] == "not joined: a mask that keeps 2 of 3 channels"
+        quarter = t.AffineCouplingTransform([0, 0, 0, 1], ContextNet)
+        layers = t.CompositeTransform([t.OneByOneConvolution(4), quarter])
+        assert accelerate(layers, "store").left["_transforms.1"] == "not joined: a mask that keeps 3 of 4 channels"
 
     def test_a_flow_that_splits_between_its_transforms(self) -> None:
         """Along another dimension than the channels: the widths do not tell."""

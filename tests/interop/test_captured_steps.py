@@ -16,11 +16,9 @@ from support.glow_tts_cases import NORMS, TextDecoder, mask_of_lengths, moved
 from support.srflow import FlowStep, randomised
 from torch import Tensor, nn
 
-import pyglow_fast.interop.nflows as nflows
 from pyglow_fast.interop import chaiyujin as adapter
 from pyglow_fast.interop import glow_tts
 from pyglow_fast.interop.accelerate import accelerate
-from pyglow_fast.interop.nflows._state import Derived
 from pyglow_fast.reversible import drift
 
 pytestmark = pytest.mark.full
@@ -107,49 +105,22 @@ def test_glow_tts(norm: str, memory: str | None, monkeypatch: pytest.MonkeyPatch
 
 
 def test_indices_that_a_graph_reads_outlive_a_load() -> None:
-    """What nflows' layers have derived: loading derives it anew."""
-    layer, flag, derived = nn.Linear(1, 1), torch.zeros(2), Derived[Tensor]()
+    """FrEIA's of a hard permutation: loading reads them anew."""
+    model, loss, _ = prepared("FrEIA")
+    accelerate(model)
+    x = images(4)
+    block = next(module for module in model.modules() if hasattr(module, "w_perm"))
 
-    def ask() -> Tensor:
-        return derived.get(layer, [flag], lambda: flag + 1)
+    def step() -> None:
+        gradients(model, lambda: loss(model, x))
 
     with like_a_gpu():
         ask()
         with capture_guard():
-            ask()
-        alive = weakref.ref(ask())
-        flag.add_(1.0)
-        ask()
+            step()
+        alive = [weakref.ref(value) for value in block._seen.indices]
+        model.load_state_dict(model.state_dict())
+        step()
         gc.collect()
-    assert alive() is not None
-    assert ask() is not alive()
-
-
-@torch.no_grad()
-def test_the_cache_of_nflows_convolution() -> None:
-    """A graph computes the matrices of its replay's parameters; which it may step unseen, so that none is kept then."""
-    x, sides = torch.randn(2, 3, 4, 4, dtype=torch.float64), ("forward", "inverse")
-    layer = nflows.OneByOneConvolution(3, using_cache=True).double().eval()
-
-    def outputs() -> list[Tensor]:
-        return [value for side in sides for value in getattr(layer, side)(x)]
-
-    def uncached() -> list[Tensor]:
-        plain = nflows.OneByOneConvolution(3).double()
-        plain.load_state_dict(layer.state_dict())
-        return [value for side in sides for value in getattr(plain, side)(x)]
-
-    with like_a_gpu():
-        outputs()
-        with Recording() as graph, capture_guard():
-            found = outputs()
-            layer.upper_entries.add_(0.1)
-        for _ in range(2):
-            layer.lower_entries.mul_(1.5)
-            expected = uncached()
-            graph.replay()
-            torch.testing.assert_close(found, expected)
-            before = outputs()
-            graph.replay()
-            torch.testing.assert_close(outputs(), uncached())
-            assert not torch.allclose(before[0], outputs()[0]), "a step that changes nothing"
+    assert all(value() is not None for value in alive)
+    assert block._seen.indices[0] is not alive[0]()

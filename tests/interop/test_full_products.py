@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -28,16 +29,14 @@ def assert_in_full(module: nn.Module, function: Callable[[nn.Module], Tensor], s
 
 
 @by_setting
-def test_nflows(setting: str) -> None:
-    pytest.importorskip("nflows")
-    from pyglow_fast.interop.nflows.transforms import OneByOneConvolution
-
-    assert_in_full(OneByOneConvolution(C), lambda conv: conv.weight(), setting)
-
-
-@by_setting
-def test_normflows(setting: str) -> None:
-    pytest.importorskip("normflows")
-    from pyglow_fast.interop.normflows.flows import Invertible1x1Conv
-
-    assert_in_full(Invertible1x1Conv(C, use_lu=True), lambda conv: conv.weight_and_log_det()[0], setting)
+@pytest.mark.parametrize("name", ["nflows", "normflows"])
+def test_flows(name: str, setting: str) -> None:
+    flows = pytest.importorskip(name)
+    if name == "nflows":
+        layer = flows.transforms.OneByOneConvolution(C)
+    else:
+        layer = flows.flows.GlowBlock(C, 4)
+        layer.flows[2].data_dep_init_done.fill_(1.0)
+    table = importlib.import_module(f"pyglow_fast.interop.{name}").LIBRARY
+    row = next(row for row in table.rows if row.tells(layer))
+    assert_in_full(layer, lambda own: row.parts(own, False)[0].matrix, setting)

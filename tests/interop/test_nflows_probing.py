@@ -8,20 +8,40 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
-pytest.importorskip("nflows")
-
+from nflows.transforms import AffineCouplingTransform
+from support.accelerate_cases import subnet
 from support.helpers import assert_close
-from support.nflows_cases import ConvNet, randomise
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast.interop import probing
-from pyglow_fast.interop.nflows import transforms as ours
-from pyglow_fast.interop.nflows.coupling import run_net
+from pyglow_fast.interop import accelerate, probing
+from pyglow_fast.interop.table import CalledWithContext, Couples
+from pyglow_fast.reference import CouplingSpec
 
 executor_runs = functional.net_as_products(torch.zeros(1, 1, 1, 1))
 pytestmark = pytest.mark.skipif(not executor_runs, reason="the nets run as the library's convolutions here")
+
+
+def run_net(net: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    out: Tensor = CalledWithContext(Couples(net, CouplingSpec(), x.shape[1], 3))(x, context)
+    return out
+
+
+def randomise(net: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.4 * torch.randn_like(parameter))
+    return net
+
+
+class ConvNet(nn.Sequential):
+    """The net that our executor knows, of a class that takes a context, as a user of nflows writes it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(*subnet(inputs, outputs))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(inputs)
 
 
 class Layers(nn.Module):
@@ -299,8 +319,9 @@ def test_changes_of_a_net_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_else_a_forward_does_happens_once_a_call() -> None:
     x = torch.randn(2, 6, 4, 5)
-    for build, calls in ((Methods, 3), (Softplus, 4)):  # one to find out that it is not the net that we know
-        layer = ours.AffineCouplingTransform([0, 0, 0, 1, 1, 1], lambda inputs, outputs, build=build: build())
+    for build, calls in ((Methods, 4), (Softplus, 4)):  # one to find out whether it is a net that we know
+        layer = AffineCouplingTransform([0, 0, 0, 1, 1, 1], lambda inputs, outputs, build=build: build())
+        accelerate(layer)
         for _ in range(3):
             layer(x)
         assert layer.transform_net.calls == calls

@@ -1,0 +1,195 @@
+"""Layers of nflows, by class: actnorm, permuted 1x1 convolution, and couplings under any mask, for vectors and images.
+
+    ActNorm                    z = exp(log_scale) x + shift
+    OneByOneConvolution        z = L U x[permutation] + bias
+    AffineCouplingTransform    z_t = s x_t + shift, (shift, raw) = net(x_i, context), s = sigmoid(raw + 2) + 1e-3
+    AdditiveCouplingTransform  z_t = x_t + net(x_i, context)
+
+x_t are the channels that the mask transforms, x_i those that it keeps, z_i = x_i. In nflows' git the coupling has a
+``scale_activation``, raw -> s. An actnorm and a permutation run themselves, and are maps of a run that they are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglow_fast import functional
+from pyglow_fast.interop.known_net import qualified
+from pyglow_fast.interop.table import Call, CalledWithContext, Couples, Library, Part, Row, by_class, read_once
+from pyglow_fast.reference import CouplingSpec, full_precision, full_product
+from pyglow_fast.reversible.steps import ChannelMap
+
+_PERMUTATIONS = tuple(
+    f"nflows.transforms.permutations.{name}" for name in ("Permutation", "RandomPermutation", "ReversePermutation")
+)
+
+
+@dataclass(frozen=True)
+class WithLog:
+    """A scale map raw -> (s, log s), as CouplingSpec takes one, of a scale activation raw -> s."""
+
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """s and log s, like raw."""
+        scale = self.activation(raw)
+        return scale, scale.log()
+
+
+def _calls(width: Callable[[Any], int], dims: Sequence[int] = (2, 4)) -> dict[str, Callable[..., Call | None]]:
+    """Both directions of a layer of so many channels: inputs, context -> outputs, log-det (N,)."""
+
+    def called(inverse: bool, layer: Any, inputs: Tensor, context: Tensor | None = None) -> Call | None:
+        fits = isinstance(inputs, Tensor) and inputs.dim() in dims and inputs.shape[1] == width(layer)
+        give = lambda z, log_det: (z, log_det.contiguous())  # noqa: E731  # whoever gets it may add to it in place
+        return Call(inputs, inverse, give, context, joins=context is None) if fits else None
+
+    return {"forward": partial(called, False), "inverse": partial(called, True)}
+
+
+def _example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    if hasattr(layer, "initialized"):
+        layer.initialized.fill_(True)
+    if hasattr(layer, "using_cache"):
+        layer.using_cache = False  # its own forward runs with what is cached
+    channels = layer.features if hasattr(layer, "features") else len(layer.log_scale)
+    return [(method, (draw(2, channels, 3, 4),), {}) for method in ("forward", "inverse")]
+
+
+# ActNorm
+
+
+def _norm(layer: Any, inverse: bool) -> list[Part]:
+    scale, log_det = layer.log_scale.exp(), layer.log_scale.sum()
+    places = torch.arange(len(scale), device=scale.device)
+    if inverse:
+        return [ChannelMap(1.0 / scale, -layer.shift / scale, -log_det, places)]
+    return [ChannelMap(scale, layer.shift, log_det, places)]
+
+
+def _norm_waits(layer: Any) -> bool:
+    return layer.training and not read_once(layer, "initialized", layer.initialized, bool)
+
+
+# OneByOneConvolution
+
+
+def _conv_unfit(layer: Any) -> str:
+    known = qualified(type(layer.permutation)) in _PERMUTATIONS and layer.permutation._dim == 1
+    return "" if known else "a permutation of its own"
+
+
+def _conv(layer: Any, inverse: bool) -> list[Part]:
+    order, log_det = layer.permutation._permutation.argsort(), layer.logabsdet()
+    with full_precision(layer.bias):
+        matrix = full_product(*layer._create_lower_upper())  # of the permuted channels
+    if not inverse:
+        return [ChannelMap(matrix.index_select(1, order), layer.bias, log_det)]
+    matrix = functional.invert_matrix(matrix).index_select(0, order)
+    return [ChannelMap(matrix, -full_product(matrix, layer.bias), -log_det)]
+
+
+# Permutation, which has no dtype of its own: a run brings its map into that of the state
+
+
+def _permutation(layer: Any, inverse: bool) -> list[Part]:
+    order = layer._permutation.argsort() if inverse else layer._permutation
+    return [ChannelMap.nothing(torch.ones(len(order), device=order.device))._replace(source=order)]
+
+
+# Couplings
+
+
+def _coupling_unfit(layer: Any) -> str:
+    if layer.unconditional_transform is not None:
+        return "an unconditional transform in it"
+    kept, changed = len(layer.identity_features), len(layer.transform_features)
+    return "" if kept and changed else f"a mask that keeps {kept} channels and transforms {changed}"
+
+
+def _counts_from(start: int, features: Tensor) -> bool:
+    return torch.equal(features, torch.arange(start, start + len(features), device=features.device))
+
+
+def _coupling(layer: Any, inverse: bool, spec: Callable[[Any], CouplingSpec]) -> list[Part]:
+    kept, changed = layer.identity_features, layer.transform_features
+    couples = Couples(layer.transform_net, spec(layer), len(kept), len(changed), wrap=CalledWithContext)
+    in_order = read_once(layer, "identity_features", kept, partial(_counts_from, 0))
+    if in_order and read_once(layer, "transform_features", changed, partial(_counts_from, len(kept))):
+        return [couples]
+    order = torch.cat([kept, changed])
+    like = next(layer.parameters(), torch.ones(()))
+    first = ChannelMap.nothing(like.detach().new_ones(len(order)))
+    there, back = first._replace(source=order), first._replace(source=order.argsort())
+    return [back, couples, there] if inverse else [there, couples, back]
+
+
+def _affine(layer: Any) -> CouplingSpec:
+    activation = getattr(layer, "scale_activation", None)
+    if activation in (None, getattr(layer, "DEFAULT_SCALE_ACTIVATION", None)):
+        return CouplingSpec(bias=2.0, eps=1e-3, order="scale_shift")
+    return CouplingSpec(scale_map=WithLog(activation), order="scale_shift")
+
+
+def _additive(layer: Any) -> CouplingSpec:
+    return CouplingSpec(coupling="additive")
+
+
+def _couplings(name: str, spec: Callable[[Any], CouplingSpec]) -> Row:
+    return Row(
+        f"nflows' {name}",
+        by_class(f"nflows.transforms.coupling.{name}"),
+        _calls(lambda layer: layer.features),
+        partial(_coupling, spec=spec),
+        _example,
+        _coupling_unfit,
+    )
+
+
+LIBRARY = Library(
+    "nflows",
+    (
+        _couplings("AffineCouplingTransform", _affine),
+        _couplings("AdditiveCouplingTransform", _additive),
+        Row(
+            "nflows' OneByOneConvolution",
+            by_class("nflows.transforms.conv.OneByOneConvolution"),
+            _calls(lambda layer: layer.features, (4,)),
+            _conv,
+            _example,
+            _conv_unfit,
+            pays=lambda layer, call, parts: layer.training or not layer.using_cache,  # what is cached is faster
+            inside=lambda layer: (layer.permutation,),
+        ),
+        Row(
+            "nflows' ActNorm",
+            by_class("nflows.transforms.normalization.ActNorm"),
+            _calls(lambda layer: len(layer.log_scale)),
+            _norm,
+            _example,
+            waits=_norm_waits,
+            adopts=False,
+        ),
+        Row(
+            "nflows' permutations",
+            by_class(*_PERMUTATIONS),
+            _calls(lambda layer: len(layer._permutation)),
+            _permutation,
+            unfit=lambda layer: "" if layer._dim == 1 else f"a permutation along dimension {layer._dim}",
+            adopts=False,
+        ),
+    ),
+    homes=("nflows.transforms",),
+    containers=("CompositeTransform", "MultiscaleCompositeTransform", "InverseTransform"),
+    keeps=lambda owner: (
+        "its flow splits after each of its transforms"
+        if qualified(type(owner)) == "nflows.transforms.base.MultiscaleCompositeTransform"
+        else ""
+    ),
+)

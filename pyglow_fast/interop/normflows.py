@@ -1,0 +1,188 @@
+"""normflows' GlowBlock, by class: actnorm, 1x1 convolution and coupling. Its ``inverse`` is from data to latents.
+
+    u = W ((x - t) exp(-s)),  z1 = u1,  z2 = (u2 - shift) / scale
+
+W is plain, or P (tril(L, -1) + I) (triu(U, 1) + diag(sign_S exp(log_S))); shift and raw are the even and odd channels
+of param_map(u1); scale is exp(raw), 1 / sigmoid(raw + 2) ("sigmoid"), sigmoid(raw + 2) ("sigmoid_inv"), or 1 without
+``scale``, where all channels are shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyglow_fast import functional
+from pyglow_fast._errors import expect
+from pyglow_fast.interop import nets
+from pyglow_fast.interop.known_net import qualified
+from pyglow_fast.interop.table import (
+    Call,
+    Couples,
+    Library,
+    Part,
+    Row,
+    UnfitError,
+    by_class,
+    read_once,
+    untouched,
+)
+from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
+from pyglow_fast.reversible.steps import ChannelMap
+
+_BLOCK, _COUPLING = "normflows.flows.affine.glow.GlowBlock", "normflows.flows.affine.coupling.AffineCouplingBlock"
+_NORM, _CONV = "normflows.flows.normalization.ActNorm", "normflows.flows.mixing.Invertible1x1Conv"
+_AFFINE = "normflows.flows.affine.coupling.AffineCoupling"
+_SPLIT, _MERGE = "normflows.flows.reshape.Split", "normflows.flows.reshape.Merge"
+
+
+@dataclass(frozen=True)
+class ShiftThenRaw:
+    """A map of channels: (shift, raw, shift, raw, ...) -> all -shift, then all raw scales, signed; or -shift alone.
+
+    changed: how many channels are shifted.
+    """
+
+    changed: int
+    raw_sign: int  # 0: there are shifts alone
+
+    def __call__(self, params: Tensor, dim: int) -> Tensor:
+        """The map of the channels in dimension ``dim``."""
+        width = self.changed * (2 if self.raw_sign else 1)
+        expect(params.shape[dim] == width, "param_map", f"an output of {width} channels", params.shape[dim])
+        if not self.raw_sign:
+            return -params
+        shift, raw = params.unflatten(dim, (-1, 2)).unbind(dim + 1)
+        return torch.cat([-shift, raw if self.raw_sign > 0 else -raw], dim)
+
+
+def reciprocal_sigmoid(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute s = 1 / sigmoid(raw + 2) and log s: what "sigmoid_inv" scales by from data to latents."""
+    log_scale = -F.logsigmoid(raw + 2.0)
+    return log_scale.exp(), log_scale
+
+
+# From data to latents: (u2 + shift) s.
+_MAPS = {
+    "exp": (CouplingSpec(scale_map="exp"), -1),
+    "sigmoid": (CouplingSpec(), 1),
+    "sigmoid_inv": (CouplingSpec(scale_map=reciprocal_sigmoid), 1),
+}
+
+
+def _are(modules: Sequence[nn.Module], *classes: str) -> bool:
+    """Whether modules are exactly of these classes."""
+    return tuple(qualified(type(module)) for module in modules) == classes
+
+
+def _coupling_unfit(block: Any) -> str:
+    if not _are(block.flows, _SPLIT, _AFFINE, _MERGE):
+        return "a coupling that is not as its constructor makes it"
+    modes = {block.flows[0].mode, block.flows[2].mode}
+    return "" if modes == {"channel"} else f"a coupling that splits by {', '.join(sorted(modes))}"
+
+
+def _couples(block: Any, channels: int) -> Couples:
+    affine = block.flows[1]
+    if affine.scale and affine.scale_map not in _MAPS:
+        raise UnfitError(f"an unknown scale map {affine.scale_map!r}")
+    spec, sign = _MAPS[affine.scale_map] if affine.scale else (CouplingSpec(coupling="additive"), 0)
+    kept = (channels + 1) // 2
+    return Couples(affine.param_map, spec, kept, channels - kept, ShiftThenRaw(channels - kept, sign))
+
+
+def _called(inverse: bool, block: Any, z: Tensor) -> Call | None:
+    """Latents -> data is their forward."""
+    fits = isinstance(z, Tensor) and z.dim() == 4 and z.shape[1] == block.flows[1].num_channels
+    return Call(z, inverse, lambda out, log_det: (out, log_det)) if fits else None
+
+
+def _example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    for module in block.modules():
+        if hasattr(module, "data_dep_init_done"):
+            module.data_dep_init_done.fill_(1.0)
+    return [(method, (draw(2, block.flows[1].num_channels, 3, 4),), {}) for method in ("forward", "inverse")]
+
+
+# GlowBlock
+
+
+def _unfit(block: Any) -> str:
+    if not _are(block.flows, _COUPLING, _CONV, _NORM):
+        return "not a coupling, a 1x1 convolution and an actnorm, as a GlowBlock has them"
+    if block.flows[2].s.shape != (1, block.flows[1].num_channels, 1, 1):
+        return "an actnorm of another shape than one value for each channel"
+    return _coupling_unfit(block.flows[0])
+
+
+def _is_ready(norm: Any) -> bool:
+    return bool(read_once(norm, "data_dep_init_done", norm.data_dep_init_done, lambda flag: bool(flag > 0)))
+
+
+def _waits(block: Any) -> bool:
+    """Whether the actnorm, or one in the net, sees its first batch: in either direction, and in evaluation too."""
+    if not _is_ready(block.flows[2]):
+        return True
+    norms = (module for module in block.flows[0].flows[1].param_map.modules() if hasattr(module, "data_dep_init_done"))
+    return not all(map(_is_ready, norms))
+
+
+def _inside(block: Any) -> list[nn.Module]:
+    coupling, *others = block.flows
+    return [coupling, *others, *coupling.flows] if hasattr(coupling, "flows") else [coupling, *others]
+
+
+def _map(block: Any, inverse: bool) -> ChannelMap:
+    """u = M x + c with M = W diag(exp(-s)), c = -M t; inverse: x = diag(exp(s)) W^-1 u + t."""
+    _, conv, norm = block.flows
+    s, t = norm.s.flatten(), norm.t.flatten()
+    with full_precision(s):
+        if conv.use_lu:
+            weight, log_det = plu_weight(conv.P, conv.L, conv.U, conv.log_S, conv.sign_S), conv.log_S.sum()
+        else:
+            weight, log_det = conv.W, functional.log_abs_det(conv.W)
+        log_det = log_det - s.sum()
+        if inverse:
+            return ChannelMap(functional.invert_matrix(weight) * s.exp().unsqueeze(1), t, -log_det)
+        matrix = weight * (-s).exp()
+        return ChannelMap(matrix, -full_product(matrix, t), log_det)
+
+
+def _parts(block: Any, inverse: bool) -> list[Part]:
+    return [_map(block, inverse), _couples(block.flows[0], block.flows[1].num_channels)]
+
+
+def _net_actnorm(module: Any, dims: int) -> tuple[Tensor, Tensor] | None:
+    """Scale and offset, (C,), of the actnorm within a ConvNet2d; None if it must be called itself."""
+    norm = module.actNorm
+    if not _are([norm], _NORM) or not untouched([norm]) or not _is_ready(norm):
+        return None
+    return (norm.s.exp().flatten(), norm.t.flatten()) if norm.s.shape == (1, norm.s.numel(), *[1] * dims) else None
+
+
+nets.AFFINE_MAPS["normflows.utils.nn.ActNorm"] = _net_actnorm
+
+LIBRARY = Library(
+    "normflows",
+    (
+        Row(
+            "normflows' GlowBlock",
+            by_class(_BLOCK),
+            {"forward": partial(_called, True), "inverse": partial(_called, False)},
+            _parts,
+            _example,
+            _unfit,
+            waits=_waits,
+            inside=_inside,
+        ),
+    ),
+    homes=("normflows.flows",),
+    containers=("Composite", "Reverse"),
+    from_latents=True,
+)

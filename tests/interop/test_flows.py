@@ -1,0 +1,182 @@
+"""Layers of nflows and normflows with every option, those that wait for data, and those that stay their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import nflows.nn.nets
+import nflows.transforms as t
+import normflows
+import pytest
+import torch
+from support.accelerate_cases import MEMORIES, ContextNet, from_nflows, from_normflows, mask, subnet
+from support.helpers import tensors
+from support.structures import at_work
+from torch import Tensor, nn
+
+from pyglow_fast.interop import accelerate
+
+IMAGES, VECTORS = (3, 6, 4, 5), (7, 6)
+
+
+def results(layer: Any, x: Tensor, direction: str, *context: Tensor) -> list[Tensor]:
+    """Outputs, log-det, and the gradients of the input and the parameters."""
+    leaf = x.clone().requires_grad_()
+    values = list(tensors(getattr(layer, direction)(leaf, *context)))
+    wanted = [leaf, *(value for value in layer.parameters() if value.requires_grad)]
+    total = sum(((i + 1.0) * value.sin()).sum() for i, value in enumerate(values))
+    grads = torch.autograd.grad(total, wanted, allow_unused=True)
+    return [
+        *values,
+        *(torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, grads, strict=True)),
+    ]
+
+
+def assert_same(ours: Any, theirs: Any, x: Tensor, *context: Tensor) -> None:
+    for direction in ("forward", "inverse"):
+        found, expected = (results(layer, x, direction, *context) for layer in (ours, theirs))
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
+
+
+def residual(inputs: int, outputs: int) -> nn.Module:
+    return nflows.nn.nets.ResidualNet(inputs, outputs, hidden_features=8, num_blocks=1, context_features=3)
+
+
+class Activated(t.AffineCouplingTransform):
+    """A coupling as in nflows' git, whose scale is an attribute."""
+
+    DEFAULT_SCALE_ACTIVATION = staticmethod(lambda raw: torch.sigmoid(raw + 2) + 1e-3)
+    scale_activation: Callable[[Tensor], Tensor] = staticmethod(torch.nn.functional.softplus)
+
+    def _scale_and_shift(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = params.split(self.num_transform_features, 1)
+        return self.scale_activation(raw), shift
+
+
+@pytest.mark.parametrize("cut", [[0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("kind", ["AffineCouplingTransform", "AdditiveCouplingTransform", "git"])
+@pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=str)
+def test_couplings_of_nflows(
+    kind: str, cut: list[int], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every mask, with a context and without, and the scale of nflows' git."""
+    net = ContextNet if len(shape) == 4 else residual
+    names = {name: getattr(t.AffineCouplingTransform, name) for name in ("__module__", "__qualname__")}
+    made = type("AffineCouplingTransform", (Activated,), names) if kind == "git" else getattr(t, kind)
+    layer = at_work(made(torch.tensor(cut), net))
+    theirs = copy.deepcopy(layer)
+    assert "" in accelerate(layer).replaced
+    x = torch.randn(shape, dtype=torch.float64)
+    context = [torch.randn(len(x), 3, dtype=torch.float64)] if len(shape) == 2 else []
+    assert_same(layer, theirs, x, *context)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_convolutions_of_nflows(training: bool) -> None:
+    """One that caches its matrices in evaluation keeps its own forward there, which is faster."""
+    for cached in (False, True):
+        layer = at_work(t.OneByOneConvolution(6, using_cache=cached, identity_init=False)).train(training)
+        theirs = copy.deepcopy(layer)
+        assert accelerate(layer).replaced
+        x = torch.randn(IMAGES, dtype=torch.float64)
+        with torch.set_grad_enabled(not cached):
+            if not cached:
+                assert_same(layer, theirs, x)
+            else:
+                torch.testing.assert_close(layer(x), theirs(x))
+                assert (layer.cache.weight is not None) is not training
+
+
+@pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv", None])
+@pytest.mark.parametrize("options", [{}, {"use_lu": False}, {"net_actnorm": True, "leaky": 0.2}], ids=str)
+@pytest.mark.parametrize("channels", [4, 5])
+def test_blocks_of_normflows(scale_map: str | None, options: dict[str, Any], channels: int) -> None:
+    scale = {"scale": False} if scale_map is None else {"scale_map": scale_map}
+    block = at_work(normflows.flows.GlowBlock(channels, 6, init_zeros=False, **scale, **options))
+    theirs = copy.deepcopy(block)
+    assert accelerate(block).replaced == {"": "GlowBlock"}
+    assert_same(block, theirs, torch.randn(3, channels, 4, 5, dtype=torch.float64))
+
+
+def test_what_stays_theirs() -> None:
+    cases: dict[str, tuple[nn.Module, str]] = {
+        "split": (normflows.flows.GlowBlock(4, 6, split_mode="checkerboard"), "splits by checkerboard"),
+        "one channel": (normflows.flows.GlowBlock(1, 6, split_mode="checkerboard"), "not a coupling, a 1x1"),
+        "subclass": (type("Mine", (normflows.flows.GlowBlock,), {})(4, 6), "a subclass of GlowBlock"),
+        "coupling": (normflows.flows.AffineCouplingBlock(subnet(2, 4)), "no counterpart of AffineCouplingBlock"),
+        "mask": (t.AffineCouplingTransform(torch.ones(4), lambda a, b: nn.Linear(1, 1)), "a mask that keeps 0"),
+        "squeeze": (t.SqueezeTransform(), "no counterpart of SqueezeTransform"),
+        "actnorm": (t.ActNorm(4), "its own forward is as fast"),
+    }
+    for name, (layer, reason) in cases.items():
+        done = accelerate(layer)
+        assert done.replaced == {}, name
+        assert reason in done.left[""], name
+
+
+@pytest.mark.parametrize("memory", [None, *MEMORIES], ids=str)
+@pytest.mark.parametrize("name", ["nflows", "normflows", "normflows net_actnorm"])
+def test_models_that_wait_for_data(name: str, memory: str | None) -> None:
+    """The first batch is seen by the library's own layers; from then on ours run, joined."""
+    torch.manual_seed(4)
+    model = (from_nflows()._transform if name == "nflows" else from_normflows(net_actnorm="act" in name)).double()
+    theirs = copy.deepcopy(model)
+    done = accelerate(model, memory)
+    assert bool(done.joined) is (memory is not None)
+    for _ in range(2):
+        x = 3 + 2 * torch.randn(8, 3, 8, 8, dtype=torch.float64)
+        found, expected = (
+            list(tensors(item(x) if name == "nflows" else item.inverse_and_log_det(x))) for item in (model, theirs)
+        )
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
+        for (key, value), wanted in zip(model.state_dict().items(), theirs.state_dict().values(), strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.dtype) -> None:
+    """They have none of their own; a run may begin with one."""
+    layers = []
+    for _ in range(3):
+        layers += [
+            t.RandomPermutation(6),
+            t.ReversePermutation(6),
+            t.AffineCouplingTransform(mask(6, "halves"), ContextNet),
+        ]
+    model = at_work(t.CompositeTransform(layers)).to(default)
+    theirs = copy.deepcopy(model)
+    done = accelerate(model, "reversible")
+    assert sum(report["steps"] for report in done.memory_report()) == 3
+    assert not done.left
+    x = torch.randn(IMAGES, dtype=default)
+    for direction in ("forward", "inverse"):
+        torch.testing.assert_close(getattr(model, direction)(x), getattr(theirs, direction)(x))
+
+
+def test_a_flow_that_splits_is_not_joined() -> None:
+    flow = t.MultiscaleCompositeTransform(2)
+    shape = (4, 4, 4)
+    for _ in range(2):
+        shape = flow.add_transform(t.AffineCouplingTransform(mask(shape[0], "halves"), ContextNet), shape)
+    done = accelerate(flow, "reversible")
+    assert not done.joined
+    assert all("splits after each" in reason for name, reason in done.left.items() if name.count(".") == 1)
+
+
+def test_a_net_in_lower_precision_and_an_empty_batch() -> None:
+    """Under autocast the state keeps its dtype; what no kernel takes is theirs."""
+    model = from_normflows(levels=1)
+    at_work(model).float()
+    theirs = copy.deepcopy(model)
+    accelerate(model, "reversible")
+    x = torch.randn(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = model.inverse_and_log_det(x), theirs.inverse_and_log_det(x)
+    assert found[0][0].dtype == torch.float32
+    torch.testing.assert_close(found[1], expected[1].float(), rtol=0.02, atol=0.5)
+    empty = model.flows[0][0].inverse(x.new_zeros(0, 12, 4, 4))
+    assert [value.shape for value in empty] == [(0, 12, 4, 4), (0,)]
