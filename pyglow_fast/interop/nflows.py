@@ -6,7 +6,7 @@
     AdditiveCouplingTransform  z_t = x_t + net(x_i, context)
 
 x_t are the channels that the mask transforms, x_i those that it keeps, z_i = x_i. In nflows' git the coupling has a
-``scale_activation``, raw -> s. An actnorm and a permutation run themselves, and are maps of a run that they are in.
+``scale_activation``, raw -> s. A permutation runs itself, and is a map of a run that it is in.
 """
 
 from __future__ import annotations
@@ -86,9 +86,13 @@ def _conv_unfit(layer: Any) -> str:
 
 
 def _conv(layer: Any, inverse: bool) -> list[Part]:
-    order, log_det = layer.permutation._permutation.argsort(), layer.logabsdet()
-    with full_precision(layer.bias):
-        matrix = full_product(*layer._create_lower_upper())  # of the permuted channels
+    order, log_det, like = layer.permutation._permutation.argsort(), layer.logabsdet(), layer.bias
+    size = (layer.features, layer.features)
+    below = torch.tril_indices(*size, -1, device=like.device).unbind()  # theirs are copied from the host at each call
+    above = torch.triu_indices(*size, 1, device=like.device).unbind()
+    lower = torch.eye(*size, dtype=like.dtype, device=like.device).index_put(below, layer.lower_entries)
+    with full_precision(like):  # of the permuted channels
+        matrix = full_product(lower, layer.upper_diag.diag().index_put(above, layer.upper_entries))
     if not inverse:
         return [ChannelMap(matrix.index_select(1, order), layer.bias, log_det)]
     matrix = functional.invert_matrix(matrix).index_select(0, order)
@@ -124,8 +128,8 @@ def _coupling(layer: Any, inverse: bool, spec: Callable[[Any], CouplingSpec]) ->
     if in_order and read_once(layer, "transform_features", changed, partial(_counts_from, len(kept))):
         return [couples]
     order = torch.cat([kept, changed])
-    like = next(layer.parameters(), torch.ones(()))
-    first = ChannelMap.nothing(like.detach().new_ones(len(order)))
+    dtype = next((parameter.dtype for parameter in layer.parameters()), None)
+    first = ChannelMap.nothing(order.new_ones(len(order), dtype=dtype or torch.get_default_dtype()))
     there, back = first._replace(source=order), first._replace(source=order.argsort())
     return [back, couples, there] if inverse else [there, couples, back]
 
@@ -174,7 +178,6 @@ LIBRARY = Library(
             _norm,
             _example,
             waits=_norm_waits,
-            adopts=False,
         ),
         Row(
             "nflows' permutations",
