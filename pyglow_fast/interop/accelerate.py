@@ -260,8 +260,8 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
     for name, module in done.model.named_modules():
-        if module in joined and not isinstance(module, Adopted):
-            done.left.pop(name, None)
+        if module in joined and done.left.get(name) == JOINS_ONLY:
+            del done.left[name]
         own = isinstance(module, Adopted) and module._pgf_row in library.rows and module._pgf_row.run is None
         if own and module not in joined:
             reason = f"not joined: {reasons.get(module, 'in no list with others like it')}"

@@ -132,7 +132,9 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
             twin.__class__ = type(layer)
         named = {f"input {i}": leaf for i, leaf in enumerate(leaves) if leaf.requires_grad}
         named |= {name: value for name, value in twin.named_parameters() if value.requires_grad}
-        weighted = [(value * draw(*value.shape).to(value.dtype)).sum() for value in results if value.requires_grad]
+        weights = [draw(*value.shape).to(value.dtype) for value in results]
+        pairs = zip(results, weights, strict=True)
+        weighted = [(value * weight).sum() for value, weight in pairs if value.requires_grad]
         objective = sum(weighted, torch.zeros(()))
         grads: Any = torch.autograd.grad(objective, list(named.values()), allow_unused=True) if weighted else ()
         what = f"{method}{'' if not kwargs else ' with ' + ', '.join(kwargs)}"

@@ -80,7 +80,7 @@ def parts_of(layer: nn.Module, row: Row, inverse: bool = False, ready: bool = Tr
 
 def _like(part: Part, x: Tensor) -> Part:
     """A map in the dtype of a state: that of a layer without parameters has another."""
-    if isinstance(part, Couples) or part.offset.dtype == x.dtype:
+    if not isinstance(part, ChannelMap) or part.offset.dtype == x.dtype:
         return part
     return ChannelMap(part.matrix.to(x.dtype), part.offset.to(x.dtype), part.log_det.to(x.dtype), part.source)
 
