@@ -17,7 +17,7 @@ from support.srflow import FlowStep, randomised
 from torch import Tensor, nn
 
 from pyglow_fast.interop import chaiyujin as adapter
-from pyglow_fast.interop import glow_tts
+from pyglow_fast.interop import glow_tts, table
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.reversible import drift
 
@@ -118,9 +118,10 @@ def test_indices_that_a_graph_reads_outlive_a_load() -> None:
         ask()
         with capture_guard():
             step()
-        alive = [weakref.ref(value) for value in block._seen.indices]
+        alive = [weakref.ref(order) for _, order in table._read[block].values()]
         model.load_state_dict(model.state_dict())
         step()
         gc.collect()
     assert all(value() is not None for value in alive)
-    assert block._seen.indices[0] is not alive[0]()
+    assert alive
+    assert all(order is not alive[0]() for _, order in table._read[block].values())
