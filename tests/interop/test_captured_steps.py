@@ -115,7 +115,7 @@ def test_indices_that_a_graph_reads_outlive_a_load() -> None:
         gradients(model, lambda: loss(model, x))
 
     with like_a_gpu():
-        ask()
+        step()
         with capture_guard():
             step()
         alive = [weakref.ref(order) for _, order in table._read[block].values()]
