@@ -10,7 +10,7 @@ from torch import nn
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import is_altered
-from pyglow_fast.interop import former, nets
+from pyglow_fast.interop import nets
 from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
 from pyglow_fast.interop.libraries import LIBRARIES
 from pyglow_fast.interop.probe import difference
@@ -54,7 +54,6 @@ class Acceleration:
     _adopted: list[nn.Module] = field(default_factory=list)
     _containers: list[Joined] = field(default_factory=list)
     _runs: list[Run] = field(default_factory=list)
-    _former: former.Acceleration | None = None
 
     def undo(self) -> None:
         """Make the model what it was: the library's own layers, with the weights of now.
@@ -68,17 +67,14 @@ class Acceleration:
             later = isinstance(module, Joined) and module not in self._containers
             if later and not set(self._adopted).isdisjoint(module.modules()):
                 raise RuntimeError(f"{name}: joined by a later call of accelerate; undo that first")
-        if self._former is not None:
-            self._former.undo()
         for container in self._containers:
             container.part()
         give_back(self._adopted)
-        self._adopted, self._containers, self._runs, self._former = [], [], [], None
+        self._adopted, self._containers, self._runs = [], [], []
 
     def memory_report(self) -> list[dict[str, Any]]:
         """Report each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone."""
-        more = [] if self._former is None else self._former.memory_report()
-        return [*(run.report() for run in self._runs), *more]
+        return [run.report() for run in self._runs]
 
     def __str__(self) -> str:
         lines = []
@@ -131,14 +127,9 @@ def accelerate(
     done = Acceleration(model)
     spares = mode in ("checkpoint", "reversible")
     found = [library for library in LIBRARIES if _adopt(done, library, spares)]
-    done._former = former.accelerate(model, mode, memory_budget)
     names = ", ".join(library.name for library in LIBRARIES)
     expected = f"layers of {names}, or of the structures in the documentation"
-    expect(bool(found) or done._former is not None, "model", expected, "none")
-    if done._former is not None:
-        done.replaced |= done._former.replaced
-        done.left |= done._former.left
-        done.joined |= done._former.joined
+    expect(bool(found), "model", expected, "none")
     for library in found:
         if mode is not None:
             _join(done, library, mode, memory_budget)
