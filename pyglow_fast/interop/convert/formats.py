@@ -1,4 +1,4 @@
-"""The formats of four Glows of images, each a table, and what a table cannot say.
+"""The formats of four Glows of images, each a column of one table, and what a table cannot say.
 
 - openai/glow (TensorFlow 1): arrays by the names of variables. Their product is z W.
 - rosinality/glow-pytorch: convolutions that start at zero pad with ones, actnorms have a scale.
@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -38,47 +39,69 @@ _AVERAGE = "/ExponentialMovingAverage"
 # Variables of the optimizer, its averages, and the classifier, which reads the top latent and is no part of the
 # density.
 _NOT_THE_FLOW = r"Variable(_\d+)?$|global_step$|beta[12]_power$|.*/Adam(_1)?$|.*" + _AVERAGE + "|model/classifier/"
-_OPENAI = Table(
-    """
-    step: model/{level}/{k}/
-        actnorm.bias                actnorm_center/b              111C
-        actnorm.log_scale           actnorm_scale/logs            third 111C
-        coupling.net.conv1.weight   f1/l_1/W                      ring hwio
-        coupling.net.norm1.bias     f1/l_1/actnorm_center/b       111C
-        coupling.net.norm1.log_scale  f1/l_1/actnorm_scale/logs   third 111C
-        coupling.net.conv2.weight   f1/l_2/W                      hwio
-        coupling.net.norm2.bias     f1/l_2/actnorm_center/b       111C
-        coupling.net.norm2.log_scale  f1/l_2/actnorm_scale/logs   third 111C
-        coupling.net.conv3.weight   f1/l_last/W                   ring pairs hwio
-        coupling.net.conv3.bias     f1/l_last/b                   pairs 111C
-        coupling.net.log_gain       f1/l_last/logs                pairs 1C
-    split: model/pool{level}/conv/
-        conv.weight                 W                             ring pairs hwio
-        conv.bias                   b                             pairs 111C
-        log_gain                    logs                          pairs 1C
-    top: model/prior/p/
-        border                      W                             edge hwio
-        mean_log_sd                 b                             111C
-        log_gain                    logs                          1C
-    classes: model/prior/y_emb/
-        class_offset                W
-        class_bias                  b                             1C
-        class_log_gain              logs                          1C
-    shuffle:
-        permutation.index           shuffle/indices               order int32
-        permutation.back            shuffle/indices_inverse       order int32
-    plain:
-        permutation.weight          invconv/W                     transposed regular
-    lu:
-        permutation.permutation     invconv/P                     one_hot
-        permutation.lower           invconv/L                     lower1
-        permutation.upper           invconv/U                     upper
-        permutation.log_diag        invconv/log_S
-        permutation.sign_diag       invconv/sign_S                signs
-    reverse:
-    """,
-    out=-1,
-)
+# A tensor of ours (net. is coupling.net., mix. is permutation.), and what it is with openai, rosinality and the ports:
+# its name behind the prefix of its place, then its layouts. Words in capitals stand for what differs between the ports.
+_NAMES = """
+step:               | model/{level}/{k}/                   | blocks.{level}.flows.{k}.         | LAYER.{i}.
+actnorm.bias        | actnorm_center/b 111C                | actnorm.loc 1C11                  | actnorm.bias 1C11
+actnorm.log_scale   | actnorm_scale/logs third 111C        | actnorm.scale scale 1C11          | actnorm.logs 1C11
+actnorm.initialized |                                      | actnorm.initialized flag          |
+net.conv1.weight    | f1/l_1/W ring hwio                   | coupling.net.0.weight             | NET.0.CONVweight
+net.norm1.bias      | f1/l_1/actnorm_center/b 111C         | coupling.net.0.bias               | NET.0.actnorm.bias 1C11
+net.norm1.log_scale | f1/l_1/actnorm_scale/logs third 111C |                                   | NET.0.actnorm.logs 1C11
+net.conv2.weight    | f1/l_2/W hwio                        | coupling.net.2.weight             | NET.2.CONVweight
+net.norm2.bias      | f1/l_2/actnorm_center/b 111C         | coupling.net.2.bias               | NET.2.actnorm.bias 1C11
+net.norm2.log_scale | f1/l_2/actnorm_scale/logs third 111C |                                   | NET.2.actnorm.logs 1C11
+net.conv3.weight | f1/l_last/W ring pairs hwio | coupling.net.4.conv.weight ring swap ones | NET.4.CONVweight pairs
+net.conv3.bias      | f1/l_last/b pairs 111C               | coupling.net.4.conv.bias swap     | NET.4.CONVbias pairs
+net.log_gain        | f1/l_last/logs pairs 1C              | coupling.net.4.scale swap 1C11    | NET.4.logs pairs
+split:              | model/pool{level}/conv/              | blocks.{level}.prior.             | LAYER.{i}.conv.
+conv.weight         | W ring pairs hwio                    | conv.weight ring ones             | CONVweight pairs
+conv.bias           | b pairs 111C                         | conv.bias                         | CONVbias pairs
+log_gain            | logs pairs 1C                        | scale 1C11                        | logs pairs
+top:                | model/prior/p/                       | blocks.{level}.prior.             | TOP.
+border              | W edge hwio                          | conv.weight edge1                 | CONVweight edge0
+mean_log_sd         | b 111C                               | conv.bias                         | CONVbias
+log_gain            | logs 1C                              | scale 1C11                        | logs C11
+classes:            | model/prior/y_emb/                   |                                   | project_ycond.
+class_offset        | W                                    |                                   | LINEARweight transposed
+class_bias          | b 1C                                 |                                   | LINEARbias
+class_log_gain      | logs 1C                              |                                   | logs
+plain:              | -                                    | -                                 | -
+mix.weight          | invconv/W transposed regular         | invconv.weight regular CC11       | invconv.weight regular
+shuffle:            | -                                    |                                   | -
+mix.index           | shuffle/indices order int32          |                                   | shuffle.indices order
+mix.back            | shuffle/indices_inverse order int32  |                                   |
+lu:                 | -                                    | -                                 | -
+mix.u_mask          |                                      | invconv.u_mask                    |
+mix.l_mask          |                                      | invconv.l_mask                    |
+mix.l_eye           |                                      | invconv.l_eye                     |
+mix.permutation     | invconv/P one_hot                    | invconv.w_p one_hot               | invconv.p one_hot
+mix.lower           | invconv/L lower1                     | invconv.w_l lower                 | invconv.LOWER lower1
+mix.upper           | invconv/U upper                      | invconv.w_u upper                 | invconv.UPPER upper
+mix.log_diag        | invconv/log_S                        | invconv.w_s                       | invconv.log_s
+mix.sign_diag       | invconv/sign_S signs                 | invconv.s_sign signs              | invconv.sign_s signs
+reverse:            | -                                    |                                   | -
+"""
+
+
+def _column(i: int) -> str:
+    cells = [line.split("|") for line in _NAMES.strip().splitlines()]
+    text = "\n".join(f"{row[0]} {row[i]}" for row in cells if row[i].strip())
+    return re.sub("^mix", "permutation", re.sub("^net", "coupling.net", text, flags=re.M), flags=re.M)
+
+
+def port(layer: str, net: str, conv: str, linear: str, lower: str, upper: str, top: str) -> str:
+    """The lines of a table of the ports, with these names in it."""
+    names = {"LAYER": layer, "NET": net, "CONV": conv, "LINEAR": linear, "LOWER": lower, "UPPER": upper, "TOP": top}
+    return re.sub("|".join(names), lambda found: names[found[0]], _column(3))
+
+
+_OPENAI, _ROSINALITY = Table(_column(1), out=-1), Table(_column(2))
+_Y0AST = Table(port("flow.layers", "block", "conv.", "linear.", "lower", "upper", "learn_top_fn"))
+_CHAIYUJIN = Table(port("flow.layers", "f", "", "", "l", "u", "learn_top"))
+# chaiyujin's x is (x + _SHIFT) _STRETCH of ours, so that the middle of a level's bin is the level.
+_STRETCH, _SHIFT = 256.0 / 255.0, 0.5 - 0.5 / 256.0
 
 
 def load_openai(arrays: Mapping[str, Any] | str, image_size: int | tuple[int, int], averaged: bool = False) -> Glow:
@@ -149,40 +172,6 @@ def save_openai(model: Glow, lu: bool = False, learn_top: bool = True) -> dict[s
         elif mixes(step):
             remix(step, {"permutation.weight": matrix_of(step)})
     return {name: value.numpy() for name, value in _OPENAI.write(model, parts).items()}
-
-
-_ROSINALITY = Table("""
-    step: blocks.{level}.flows.{k}.
-        actnorm.bias              actnorm.loc               1C11
-        actnorm.log_scale         actnorm.scale             scale 1C11
-        actnorm.initialized       actnorm.initialized       flag
-        coupling.net.conv1.weight coupling.net.0.weight
-        coupling.net.norm1.bias   coupling.net.0.bias
-        coupling.net.conv2.weight coupling.net.2.weight
-        coupling.net.norm2.bias   coupling.net.2.bias
-        coupling.net.conv3.weight coupling.net.4.conv.weight ring swapped padded1
-        coupling.net.conv3.bias   coupling.net.4.conv.bias  swapped
-        coupling.net.log_gain     coupling.net.4.scale      swapped 1C11
-    split: blocks.{level}.prior.
-        conv.weight               conv.weight               ring padded1
-        conv.bias                 conv.bias
-        log_gain                  scale                     1C11
-    top: blocks.{level}.prior.
-        border                    conv.weight               edge1
-        mean_log_sd               conv.bias
-        log_gain                  scale                     1C11
-    plain:
-        permutation.weight        invconv.weight            regular CC11
-    lu:
-        permutation.u_mask        invconv.u_mask
-        permutation.l_mask        invconv.l_mask
-        permutation.l_eye         invconv.l_eye
-        permutation.permutation   invconv.w_p               one_hot
-        permutation.lower         invconv.w_l               lower
-        permutation.upper         invconv.w_u               upper
-        permutation.log_diag      invconv.w_s
-        permutation.sign_diag     invconv.s_sign            signs
-""")
 
 
 def load_rosinality(state: Mapping[str, Any] | str, image_size: int | tuple[int, int]) -> Glow:
@@ -264,63 +253,6 @@ def _beyond_ones(weight: Tensor, border: Tensor, dtype: torch.dtype) -> Tensor:
     difference = border - weight.sum(1, keepdim=True)
     rounding = 4.0 * torch.finfo(dtype).eps * weight.abs().sum(1, keepdim=True)
     return difference * bool((difference.abs() > rounding).any())
-
-
-def steps_of_chaiyujin(*nets: tuple[str, str], conv: str = "") -> str:
-    """Rows of a step with these nets (our name, theirs), with ``conv`` between a layer's name and its convolution's."""
-    rows = """
-        actnorm.bias           actnorm.bias            1C11
-        actnorm.log_scale      actnorm.logs            1C11
-    """
-    for ours, theirs in nets:
-        rows += f"""
-        {ours}.conv1.weight    {theirs}.0.{conv}weight
-        {ours}.norm1.bias      {theirs}.0.actnorm.bias 1C11
-        {ours}.norm1.log_scale {theirs}.0.actnorm.logs 1C11
-        {ours}.conv2.weight    {theirs}.2.{conv}weight
-        {ours}.norm2.bias      {theirs}.2.actnorm.bias 1C11
-        {ours}.norm2.log_scale {theirs}.2.actnorm.logs 1C11
-        {ours}.conv3.weight    {theirs}.4.{conv}weight pairs
-        {ours}.conv3.bias      {theirs}.4.{conv}bias   pairs
-        {ours}.log_gain        {theirs}.4.logs         pairs
-        """
-    return rows
-
-
-def _table(net: str, conv: str, linear: str, lower: str, upper: str, top: str) -> Table:
-    return Table(f"""
-    step: flow.layers.{{i}}.
-        {steps_of_chaiyujin(("coupling.net", net), conv=conv)}
-    split: flow.layers.{{i}}.conv.
-        conv.weight             {conv}weight            pairs
-        conv.bias               {conv}bias              pairs
-        log_gain                logs                    pairs
-    top: {top}.
-        border                  {conv}weight            edge0
-        mean_log_sd             {conv}bias
-        log_gain                logs                    C11
-    classes: project_ycond.
-        class_offset            {linear}weight          transposed
-        class_bias              {linear}bias
-        class_log_gain          logs
-    plain:
-        permutation.weight      invconv.weight          regular
-    lu:
-        permutation.permutation invconv.p               one_hot
-        permutation.lower       invconv.{lower}         lower1
-        permutation.upper       invconv.{upper}         upper
-        permutation.log_diag    invconv.log_s
-        permutation.sign_diag   invconv.sign_s          signs
-    shuffle:
-        permutation.index       shuffle.indices         order
-    reverse:
-    """)
-
-
-_Y0AST = _table("block", "conv.", "linear.", "lower", "upper", "learn_top_fn")
-_CHAIYUJIN = _table("f", "", "", "l", "u", "learn_top")
-# Their x is (x + _SHIFT) _STRETCH of ours, so that the middle of a level's bin is the level.
-_STRETCH, _SHIFT = 256.0 / 255.0, 0.5 - 0.5 / 256.0
 
 
 def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -> Glow:

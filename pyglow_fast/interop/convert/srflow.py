@@ -7,6 +7,7 @@ steps with ``affine`` (``fFeatures``, the injector's net; ``fAffine``, the coupl
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,21 +15,23 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.interop.convert.files import Reader
-from pyglow_fast.interop.convert.formats import steps_of_chaiyujin
+from pyglow_fast.interop.convert.formats import port
 from pyglow_fast.interop.convert.parts import check_model, parts_of, put_together
 from pyglow_fast.interop.convert.table import Table
 from pyglow_fast.models import Glow
 
-_TABLE = Table(f"""
-    step: flowUpsamplerNet.layers.{{i}}.
-        {steps_of_chaiyujin(("injector.net", "affine.fFeatures"), ("coupling.net", "affine.fAffine"))}
-    split: flowUpsamplerNet.layers.{{i}}.conv.
-        conv.weight        weight         pairs
-        conv.bias          bias           pairs
-        log_gain           logs           pairs
-    plain:
-        permutation.weight invconv.weight regular
-""")
+_LAYERS = "flowUpsamplerNet.layers"
+
+
+def _table() -> Table:
+    """That of chaiyujin's, from which theirs is derived, with a second net, and without what they have not."""
+    texts = (port(_LAYERS, f"affine.{net}", "", "", "", "", "") for net in ("fAffine", "fFeatures"))
+    (_, step, split, _, _, plain, *_), (_, injector, *_) = (re.split(r"(?m)^(?=\w+:)", text) for text in texts)
+    rows = [row.replace("coupling.", "injector.") for row in injector.splitlines() if row.startswith("coupling.")]
+    return Table("\n".join([step, *rows, split, plain]))
+
+
+_TABLE = _table()
 
 
 def level_features(features: Mapping[str, Tensor], scale: int, n_levels: int) -> list[Tensor]:

@@ -68,11 +68,11 @@ LAYOUTS = {
     "signs": Layout(holds=lambda value: (value.abs() == 1).all(), expected="1 and -1 alone"),
     # Outputs [a, b] as a0, b0, a1, b1, ... and as [b, a].
     "pairs": Layout(lambda value: _paired(value, (2, -1)), lambda value: _paired(value, (-1, 2))),
-    "swapped": _itself(lambda value: value.roll(len(value) // 2, 0)),
+    "swap": _itself(lambda value: value.roll(len(value) // 2, 0)),
     # Weights; "ring" is one with the kernel of the border as one more input channel, see Row. Theirs may pad with ones.
     "hwio": Layout(lambda weight: weight.permute(2, 3, 1, 0), lambda weight: weight.permute(3, 2, 0, 1)),
     "ring": Layout(),
-    "padded1": Layout(lambda weight: weight[:, :-1], lambda weight: torch.cat([weight, weight.sum(1, True)], dim=1)),
+    "ones": Layout(lambda weight: weight[:, :-1], lambda weight: torch.cat([weight, weight.sum(1, True)], dim=1)),
     # The border of a top prior, in the weight of a convolution of zeros with as many channels, or half as many.
     "edge": Layout(lambda edge: F.pad(edge, (0, 0, 0, 0, len(edge), 0)), lambda weight: weight[:, -1:]),
     "edge0": Layout(lambda edge: 0 * edge.expand(-1, len(edge), -1, -1), lambda weight: 0 * weight[:, :1]),
@@ -126,10 +126,10 @@ class Row(NamedTuple):
 class Table:
     """One file format, written as lines.
 
-    ``PLACE: PREFIX`` begins a place, and ``OURS THEIRS LAYOUT ...`` is a row of it. Places are the step, the split,
-    the top prior, the classes, and then all ways in which a step may mix channels; where no tensor of any of them is
-    there, it is the last. In a prefix {level}, {k} and {i} are the level, the step in it, and the layer if squeezes,
-    steps and splits are counted through.
+    ``PLACE: PREFIX`` begins a place (- for none), and ``OURS THEIRS LAYOUT ...`` is a row of it. Places are the step,
+    the split, the top prior, the classes, and then all ways in which a step may mix channels; where no tensor of any of
+    them is there, it is the last. In a prefix {level}, {k} and {i} are the level, the step in it, and the layer if
+    squeezes, steps and splits are counted through.
 
     Args:
         text: these lines.
@@ -141,7 +141,7 @@ class Table:
         for ours, *words in filter(None, map(str.split, text.splitlines())):
             if ours.endswith(":"):
                 rows = found[ours[:-1]] = []
-                self.prefixes[ours[:-1]] = "".join(words)
+                self.prefixes[ours[:-1]] = "".join(words).strip("-")
             else:
                 rows.append(Row(ours, words[0], words[1:]))
         self.rows = {name: found.pop(name, []) for name in ("step", "split", "top", "classes")}
@@ -151,7 +151,7 @@ class Table:
         """List the places of a model: our name, their prefix, the rows."""
         n_steps, rows = config.n_transitions + config.n_steps, self.rows["step"]
         if config.coupling == "additive":  # a net gives the shift alone, which has no order
-            rows = [row._replace(layouts=[x for x in row.layouts if x not in ("pairs", "swapped")]) for row in rows]
+            rows = [row._replace(layouts=[x for x in row.layouts if x not in ("pairs", "swap")]) for row in rows]
         for level in range(config.n_levels):
             i = level * (n_steps + 1) + min(level, config.splits) + 1
             for k in range(n_steps):
