@@ -24,7 +24,7 @@ struct GatherPass {
 template <bool Vector, class T>
 __device__ __forceinline__ Unit<T, Vector> coupled_unit(const GatherArgs<T>& args, int64_t n, int64_t j, int64_t p,
                                                         T& log_s) {
-  Unit<T, Vector> value = load_at<Vector>(args.in.data + element_offset(args.in, n, j, p));
+  Unit<T, Vector> value = load_unit<Vector>(args.in.data + element_offset(args.in, n, j, p));
   const int64_t c = j - (args.channels - args.transformed);
   if (c < 0) return value;
   auto net = fetch_net_units<Vector, T>(args.net_out, args.kind.map, n, c, args.transformed, p);
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 3) gather_
 #pragma unroll
       for (int k = 0; k < unit_width<T, Vector>; ++k)
         value.v[k] = math::gathered(math::centred(value.v[k], center), scale, offset);
-      store_at<Vector>(args.out.data + element_offset(args.out, n, i, p), value);
+      store_unit<Vector>(args.out.data + element_offset(args.out, n, i, p), value);
     });
     if (args.log_det == nullptr) continue;
     const double sum = block_sum(args.kind.inverse ? -static_cast<double>(log_s) : static_cast<double>(log_s));

@@ -24,21 +24,6 @@ __device__ __forceinline__ int64_t element_offset(const NetTensor<Data>& x, int6
   return n * x.sample + c * x.channel + p * x.position;
 }
 
-template <bool Vector, class T>
-__device__ __forceinline__ Unit<T, Vector> load_at(const T* p) {
-  if constexpr (Vector)
-    return load_vector(p);
-  else
-    return {{*p}};
-}
-template <bool Vector, class T>
-__device__ __forceinline__ void store_at(T* p, const Unit<T, Vector>& unit) {
-  if constexpr (Vector)
-    store_vector(p, unit);
-  else
-    *p = unit.v[0];
-}
-
 // The channel that channel i comes from; `outside` where the index names none, which the host has not seen: its memory
 // is not read, and NaN shows.
 template <class T>

@@ -56,15 +56,16 @@ template <class T>
 struct BackwardPass {
   GatherBackwardArgs<T> args;
   Shares shares;
-  double* partials;  // (2, C, splits)
-  bool only_kept;    // transformed channels are left to gather_patches.cuh
+  double* partials;    // (2, C, splits)
+  bool only_kept;      // transformed channels are left to gather_patches.cuh
+  bool added_columns;  // what is added has vector columns
 };
 
 // grad_in and grad_net_out of one unit of channel j; gives y.
 template <bool Vector, class T>
 __device__ __forceinline__ Unit<T, Vector> backward_unit(const GatherBackwardArgs<T>& args, int64_t n, int64_t j,
                                                          int64_t p, Unit<T, Vector> grad_y) {
-  Unit<T, Vector> y = load_at<Vector>(args.in.data + element_offset(args.in, n, j, p));
+  Unit<T, Vector> y = load_unit<Vector>(args.in.data + element_offset(args.in, n, j, p));
   const int64_t c = j - (args.channels - args.transformed);
   if (c >= 0) {
     auto net = fetch_net_units<Vector, T>(args.net_out, args.kind.map, n, c, args.transformed, p);
@@ -83,7 +84,7 @@ __device__ __forceinline__ Unit<T, Vector> backward_unit(const GatherBackwardArg
     });
     store_net_units<Vector, T>(args.grad_net_out, args.kind.map, n, c, args.transformed, p, net);
   }
-  store_at<Vector>(args.grad_in.data + element_offset(args.grad_in, n, j, p), grad_y);
+  store_unit<Vector>(args.grad_in.data + element_offset(args.grad_in, n, j, p), grad_y);
   return y;
 }
 
@@ -118,9 +119,10 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2)
       } else {
         const T scale = args.map.scale[i], center = args.map.center == nullptr ? T(0) : args.map.center[j];
         shares.for_each<unit>(task, [&](int64_t n, int64_t p) {
-          Unit<T, Vector> grad = load_at<Vector>(grad_out.all.data + element_offset(grad_out.all, n, i, p)), grad_y;
+          Unit<T, Vector> grad = load_unit<Vector>(grad_out.all.data + element_offset(grad_out.all, n, i, p)), grad_y;
           if (i < grad_out.added_channels) {
-            const auto added = load_at<Vector>(grad_out.added.data + element_offset(grad_out.added, n, i, p));
+            const auto added = load_any<Vector>(grad_out.added, pass.added_columns,
+                                                grad_out.added.data + element_offset(grad_out.added, n, i, p));
 #pragma unroll
             for (int k = 0; k < unit; ++k) grad.v[k] += added.v[k];
           }
@@ -165,8 +167,8 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 2)
     shares.for_each<unit>(task, [&](int64_t n, int64_t p) {
       Unit<T, Vector> value = {}, grad;
       if (j != outside) {
-        value = load_at<Vector>(args.y.data + element_offset(args.y, n, j, p));
-        grad = load_at<Vector>(args.grad_y.data + element_offset(args.grad_y, n, j, p));
+        value = load_unit<Vector>(args.y.data + element_offset(args.y, n, j, p));
+        grad = load_unit<Vector>(args.grad_y.data + element_offset(args.grad_y, n, j, p));
         if (c >= 0) {
           auto net = fetch_net_units<Vector, T>(args.net_out, args.kind.map, n, c, args.transformed, p);
           const T weight = args.grad_log_det[n];
@@ -185,18 +187,13 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 2)
           });
           store_net_units<Vector, T>(args.grad_net_out, args.kind.map, n, c, args.transformed, p, net);
         }
-        store_at<Vector>(args.grad_u.data + element_offset(args.grad_u, n, j, p), grad);
+        store_unit<Vector>(args.grad_u.data + element_offset(args.grad_u, n, j, p), grad);
       }
 #pragma unroll
       for (int k = 0; k < unit; ++k) value.v[k] = math::gathered(math::centred(value.v[k], center), scale, T(0));
-      store_at<Vector>(args.x.data + element_offset(args.x, n, i, p), value);
+      store_unit<Vector>(args.x.data + element_offset(args.x, n, i, p), value);
     });
   }
-}
-
-template <class T>
-bool has_vector_units(const SplitGrad<T>& x, int64_t positions) {
-  return has_vector_columns(x.all, positions) && (x.added_channels == 0 || has_vector_columns(x.added, positions));
 }
 
 }  // namespace
@@ -213,7 +210,7 @@ int gather_backward(const GatherBackwardArgs<T>& args, const Queue& queue) {
   if (channels == 0) return cudaSuccess;
   const bool adjacent = channels_adjacent(args.grad_out.all, positions);
   const NetAccess access = gather_access<T>(!adjacent && has_vector_units(args.in, positions) &&
-                                                has_vector_units(args.grad_out, positions) &&
+                                                has_vector_columns(args.grad_out.all, positions) &&
                                                 has_vector_units(read_only(args.grad_in), positions),
                                             channels, args.transformed, positions, args.net_out, args.grad_net_out);
   const bool vector = access.vector();
@@ -224,12 +221,14 @@ int gather_backward(const GatherBackwardArgs<T>& args, const Queue& queue) {
       shares_of(samples, channels, positions, dim3(threads.x, threads.y / abreast), vector ? width<T> : 1, true);
   double* const partials =
       static_cast<double*>(queue.scratch(2 * channels * shares.splits * static_cast<int64_t>(sizeof(double))));
-  const BackwardPass<T> pass = {args, shares, partials, access.patches()};
+  const bool added_columns = has_vector_columns(args.grad_out.added, positions);
+  const BackwardPass<T> pass = {args, shares, partials, access.patches(), added_columns};
   const int64_t blocks = smaller(shares.groups * shares.splits, max_blocks);
   int error = vector ? launch(gather_backward_kernel<T, true>, blocks, threads, 0, queue.stream, pass)
                      : launch(gather_backward_kernel<T, false>, blocks, threads, 0, queue.stream, pass);
   if (error == cudaSuccess && access.patches())
-    error = gather_backward_patches(args, access.wide, {abreast, shares.splits, shares.per_split, partials}, queue);
+    error = gather_backward_patches(args, access.wide,
+                                    {abreast, shares.splits, shares.per_split, partials, added_columns}, queue);
   if (error != cudaSuccess) return error;
   error = sample_sums<T>(partials, channels, shares.splits, 0.0, args.grad_scale, queue.stream);
   if (error != cudaSuccess) return error;

@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(block_threads, 2) gather_backward_patches_kern
         if (i == outside) continue;
         grad.v[k] = load_vector(grad_out.all.data + element_offset(grad_out.all, n, i, p));
         if (i >= grad_out.added_channels) continue;
-        const Vec<T> added = load_vector(grad_out.added.data + element_offset(grad_out.added, n, i, p));
+        const Vec<T> added = load_any<true>(grad_out.added, pass.shares.added_columns,
+                                            grad_out.added.data + element_offset(grad_out.added, n, i, p));
 #pragma unroll
         for (int l = 0; l < width<T>; ++l) grad.v[k].v[l] += added.v[l];
       }

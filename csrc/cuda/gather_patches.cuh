@@ -23,6 +23,7 @@ struct PatchShares {
   int abreast;                // groups of `width` channels that a block has
   int64_t splits, per_split;  // of units of `width` positions, through all samples
   double* partials;           // (2, C, splits)
+  bool added_columns;         // see there
 };
 inline int groups_abreast(int64_t groups) { return groups > 2 ? 4 : groups > 1 ? 2 : 1; }
 

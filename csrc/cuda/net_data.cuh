@@ -18,6 +18,32 @@ using Unit = std::conditional_t<Vector, Vec<T>, Single<T>>;
 template <class T, bool Vector>
 constexpr int unit_width = Vector ? width<T> : 1;
 
+// The positions at p that a thread handles at a time: `width` in the vector path, else one.
+template <bool Vector, class T>
+__device__ __forceinline__ Unit<T, Vector> load_unit(const T* p) {
+  if constexpr (Vector)
+    return load_vector(p);
+  else
+    return {{*p}};
+}
+// The same at p of a tensor without vector columns, such as a channels-last one beside a state that has them: a number
+// at a time. The others of their sectors are other rows', and wait in the L1.
+template <bool Vector, class T>
+__device__ __forceinline__ Unit<T, Vector> load_any(const Strided<const T>& x, bool columns, const T* p) {
+  if (!Vector || columns) return load_unit<Vector>(p);
+  Unit<T, Vector> unit = {};
+#pragma unroll
+  for (int i = 0; i < unit_width<T, Vector>; ++i) unit.v[i] = p[i * x.position];
+  return unit;
+}
+template <bool Vector, class T>
+__device__ __forceinline__ void store_unit(T* p, const Unit<T, Vector>& unit) {
+  if constexpr (Vector)
+    store_vector(p, unit);
+  else
+    *p = unit.v[0];
+}
+
 struct alignas(8) Bits64 {
   uint32_t low, high;
 };

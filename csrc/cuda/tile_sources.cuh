@@ -173,21 +173,6 @@ __device__ __forceinline__ int row_from(int least, int sharer, int step) {
   return least <= sharer ? sharer : sharer + (least - sharer + step - 1) / step * step;
 }
 
-// What a thread handles at a time: the `width` positions of its column in the vector path, else one.
-template <bool Vector, class T>
-__device__ __forceinline__ Unit<T, Vector> load_unit(const T* p) {
-  if constexpr (Vector)
-    return load_vector(p);
-  else
-    return {{*p}};
-}
-template <bool Vector, class T>
-__device__ __forceinline__ void store_unit(T* p, const Unit<T, Vector>& unit) {
-  if constexpr (Vector)
-    store_vector(p, unit);
-  else
-    *p = unit.v[0];
-}
 template <bool Vector, class T>
 __device__ __forceinline__ void stage_unit(T* tile, int stride, int r, int q, const Unit<T, Vector>& unit) {
   if constexpr (Vector)
@@ -205,7 +190,8 @@ struct SplitSource {
   static constexpr bool patches = false;
   static constexpr int spare = 0;
   SplitGrad<T> grad;       // without a second part added_channels is 0
-  bool channels_adjacent;  // in memory, rather than positions
+  bool channels_adjacent;  // of the first part in memory, rather than positions
+  bool added_columns;      // the second part has vector columns
 
   __device__ Steps<2> steps() const {
     return {{grad.all.sample, grad.added.sample}, {grad.all.position, grad.added.position}};
@@ -229,7 +215,8 @@ struct SplitSource {
           const int row = r + b * step;
           const bool there = all_at != outside && row < inside;
           if (there) sum[b] = load_unit<Vector>(all + row * grad.all.channel);
-          if (there && row < sums) more[b] = load_unit<Vector>(added + row * grad.added.channel);
+          if (there && row < sums)
+            more[b] = load_any<Vector>(grad.added, added_columns, added + row * grad.added.channel);
         }
 #pragma unroll
         for (int b = 0; b < batch; ++b) {
@@ -248,13 +235,13 @@ SplitSource<T> split_source(SplitGrad<T> grad, int64_t positions) {
     grad.added = {};
     grad.added_channels = 0;
   }
-  return {grad, channels_adjacent(grad.all, positions)};
+  return {grad, channels_adjacent(grad.all, positions), has_vector_columns(grad.added, positions)};
 }
 
+// Whatever the second part is like.
 template <class T>
 bool has_vector_columns(const SplitSource<T>& source, int64_t positions) {
-  return has_vector_columns(source.grad.all, positions) &&
-         (source.grad.added_channels == 0 || has_vector_columns(source.grad.added, positions));
+  return has_vector_columns(source.grad.all, positions);
 }
 
 }  // namespace pyglow::cuda

@@ -26,7 +26,7 @@ void fuse(const Shape& s, bool channels_last, bool net_last, NetType type, Scale
 
   const Tensor<T> grad(s.n, s.c, s.p, channels_last, 5), grad_log_det(s.n, 1, 1, false, 6);
   const int64_t added_channels = s.c - transformed;
-  const Tensor<T> added(s.n, added_channels, s.p, channels_last, 7);
+  const Tensor<T> added(s.n, added_channels, s.p, net_last, 7);
   for (const pyglow::Strided<const T>& part : {pyglow::Strided<const T>{}, added.in()}) {
     const Tensor<T> grad_in(s.n, s.c, s.p, channels_last, 0), grad_matrix(1, s.c, s.c, false, 0);
     const Tensor<T> grad_offset(1, s.c, 1, false, 0);

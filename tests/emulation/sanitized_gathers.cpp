@@ -37,7 +37,7 @@ void gather(const Shape& s, bool channels_last, int64_t width) {
                                     .kind = {}});
   u.expect_written("gather");
   const int64_t added_channels = s.c / 2;
-  const Tensor<T> added(s.n, added_channels, s.p, channels_last, 5);
+  const Tensor<T> added(s.n, added_channels, s.p, !channels_last, 5);
   const Tensor<T> grad_in(s.n, image_c, image_p, channels_last, 0);
   const Tensor<T> grad_scale(1, s.c, 1, false, 0), grad_offset(1, s.c, 1, false, 0);
   driver::run(pyglow::GatherBackwardArgs<T>{.in = x.in(width),

@@ -34,7 +34,7 @@ void mix(const Shape& s, bool channels_last, int64_t width) {
     image.expect_written("unsqueezed channel_mix");
   }
   const int64_t added_channels = s.c / 2;
-  const Tensor<T> added(s.n, added_channels, s.p, channels_last, 5);
+  const Tensor<T> added(s.n, added_channels, s.p, !channels_last, 5);
   for (const pyglow::Strided<const T>& part : {pyglow::Strided<const T>{}, added.in()}) {
     const Tensor<T> grad_x(s.n, image_c, image_p, channels_last, 0), grad_matrix(1, s.c, s.c, false, 0);
     const Tensor<T> grad_offset(1, s.c, 1, false, 0);

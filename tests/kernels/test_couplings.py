@@ -96,7 +96,7 @@ def test_coupling_mix(
     layouts,
     net_layouts,
     gathers,
-    option("added", [None, "contiguous", "same", "offset", "ragged_samples"]),
+    option("added", [None, "contiguous", "same", "channels_last", "offset", "ragged_samples"]),
 )
 def test_backward_passes(
     kernels: Kernels,
@@ -147,7 +147,7 @@ def test_channels_last_nets(
             kernels.check("coupling_backward", *inputs, *codes(spec, False), True, condition=CONDITION)[1:2],
         ]
         for matrix, offset, index in case.maps:
-            backward = (*inputs, matrix, *codes(spec), case.added, index)
+            backward = (*inputs, matrix, *codes(spec), laid_out(case.added, layout), index)
             mixed = kernels.check("coupling_mix_backward", *backward, condition=CONDITION)
             step = (*inputs, matrix, offset, *codes(spec), index)
             undone = kernels.check("step_backward", *step, condition=CONDITION)
