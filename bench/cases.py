@@ -24,7 +24,7 @@ SPEC = CouplingSpec()
 STEP, BETWEEN = "flow step outside its net", "between two nets"
 SQUEEZED = "channel_mix of squeeze(x)"
 GATHERED, COUPLE_GATHERED = "channel_mix by an index", "coupling_mix by an index"
-CHANNELS_LAST = ", channels-last net"  # behind the name of an op
+CHANNELS_LAST, ADDED = ", channels-last net", " and the net's part"  # behind the name of an op
 Run = Callable[[], tuple[Tensor, ...]]
 
 # What each op reads and writes at least, in tensors of the size of x (a net's output is as large as x): forward,
@@ -37,7 +37,6 @@ TRAFFIC = {
     "coupling_mix": (3, 3, 5),  # the same, and backward u, net output, grad; grad_u, grad_net_out
     COUPLE_GATHERED: (3, 3, 5),
     "step_backward": (0, 0, 6),  # y, net output, grad_y; x, grad_u, grad_net_out
-    "channel_moments": (1, 0, 0),
     "gaussian_log_prob": (3, 0, 6),  # z, mean, log_sd
     "gaussian_sample": (4, 0, 0),
     STEP: (3, 3, 8),  # forward, then grad_y and what was saved (x, net output); grad_x, grad_net_out
@@ -61,7 +60,7 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
 def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:
     """Bytes that the operation must move at least, float32."""
     column = ("forward", "inverse").index(mode) if mode in ("forward", "inverse") else 2
-    return 4 * math.prod(shape) * TRAFFIC[op.removesuffix(CHANNELS_LAST)][column]
+    return 4 * math.prod(shape) * TRAFFIC[op.removesuffix(CHANNELS_LAST).removesuffix(ADDED)][column]
 
 
 class Data:
@@ -215,6 +214,33 @@ def _step_backward_case(data: Data) -> Case:
     return Case("step_backward", "backward", data.shape, build, compiles=False)
 
 
+def _added_case(data: Data, op: str) -> Case:
+    """The backward of a channel map or of coupling_mix, from a gradient with a net's part; of the reference their sum.
+
+    That is a whole net's: of the kept half, and in the memory format of its output.
+    """
+    half = data.x.shape[1] // 2
+    added = data.net_out[:, :half].clone()
+    grad = torch.cat([data.grad[:, :half] + added, data.grad[:, half:]], 1)
+    scale_map, order, _, *parameters = ops.coupling_arguments(SPEC, inverse=False)
+    if op == "channel_mix":
+        plain = _op_case(data, op, "backward", op, (data.x, data.matrix, data.offset), grads=(grad,))
+    else:
+        tensors = (data.x, data.net_out, data.matrix, data.offset)
+        plain = _op_case(data, op, "backward", op, tensors, SPEC, grads=(grad, data.grad_log_det))
+
+    def ours() -> tuple[Tensor, ...]:
+        if op == "channel_mix":
+            return ops.channel_mix_backward(data.x, data.grad, data.matrix, None, added, False)
+        given = (data.x, data.net_out, data.grad, data.grad_log_det, data.matrix)
+        return ops.coupling_mix_backward(*given, scale_map, order, *parameters, added)
+
+    def build(library: ModuleType, compiled: bool) -> Run:
+        return ours if library is functional else plain.build(library, compiled)
+
+    return Case(op + ADDED, "backward", data.shape, build, compiles=False)
+
+
 def _step_case(data: Data, op: str, mode: str) -> Case:
     matrix = data.inverse_matrix if mode == "inverse" else data.matrix
     tensors = (data.x, data.net_out, matrix, data.offset)
@@ -268,7 +294,6 @@ def op_cases(data: Data) -> list[Case]:
         _op_case(d, COUPLE_GATHERED, "inverse", "coupling_mix_inverse", couple_gathered, SPEC, d.index),
         _op_case(d, COUPLE_GATHERED, "backward", "coupling_mix", couple_gathered, SPEC, d.index, grads=pair),
         _step_backward_case(d),
-        _op_case(d, "channel_moments", "forward", "channel_moments", (d.x,)),
         _op_case(d, "gaussian_log_prob", "forward", "gaussian_log_prob", gaussian),
         _op_case(d, "gaussian_log_prob", "backward", "gaussian_log_prob", gaussian, grads=(d.grad_log_det,)),
         _op_case(d, "gaussian_sample", "forward", "gaussian_sample", gaussian),
@@ -286,6 +311,7 @@ def gpu_cases(data: Data) -> list[Case]:
     other.net_out = data.net_out.contiguous(memory_format=torch.channels_last)
     reading = ("coupling", "coupling_mix", COUPLE_GATHERED, "step_backward", BETWEEN)
     again = [case for case in kernel_cases(other) if case.op in reading]
+    again += [_added_case(other, op) for op in ("channel_mix", "coupling_mix")]
     return [*kernel_cases(data), *(dataclasses.replace(case, op=case.op + CHANNELS_LAST) for case in again)]
 
 

@@ -51,7 +51,7 @@ def output_errors(found: Sequence[Tensor], plain: Sequence[Tensor], exact: Seque
     errors = []
     for value, beside, truth in zip(found, plain, exact, strict=True):
         off, also = (float((x.detach().cpu().double() - truth.detach()).abs().max()) for x in (value, beside))
-        eps = max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps)  # moments of float32 are in float64
+        eps = torch.finfo(value.dtype).eps
         errors.append((off, 2.0 * also + ROUNDINGS * eps * float(truth.detach().abs().max())))
     return errors
 

@@ -204,15 +204,6 @@ struct StepGatherBackwardArgs {
   CouplingKind<T> kind;  // forward direction
 };
 
-// Mean and sum of squared deviations per channel over samples and positions; both zero where there are none.
-template <class T>
-struct ChannelMomentsArgs {
-  Strided<const T> x;  // (N, C, P)
-  double* mean;        // (C,)
-  double* m2;          // (C,)
-  int64_t samples, channels, positions;
-};
-
 // log N(z; mean, exp(log_sd)) summed per sample; mean and log_sd may have strides of zero.
 template <class T>
 struct GaussianArgs {
@@ -393,7 +384,7 @@ struct ActivationArgs {
 // c = M bias, log_det = sum log_diag + sum log_scale. Of lower and upper only what lies strictly there is read.
 template <class T>
 struct Factors {
-  const int64_t* const* permutation;            // of each convolution (C,)
+  const int64_t* const* permutation;            // of each convolution (C,); the tables of addresses are the host's
   const T *const *lower, *const *upper;         // (C, C), row-major
   const T *const *log_diag, *const *sign_diag;  // (C,)
   const T *const *log_scale, *const *bias;      // (C,)
@@ -426,16 +417,15 @@ struct FoldBackwardArgs {
   K(gather, GatherArgs)                               \
   K(gather_backward, GatherBackwardArgs)              \
   K(step_gather_backward, StepGatherBackwardArgs)     \
-  K(channel_moments, ChannelMomentsArgs)              \
   K(gaussian_log_prob, GaussianArgs)                  \
   K(gaussian_log_prob_backward, GaussianBackwardArgs) \
   K(gaussian_sample, GaussianSampleArgs)              \
-  K(invert_matrices, InvertMatricesArgs)
+  K(invert_matrices, InvertMatricesArgs)              \
+  K(fold, FoldArgs)                                   \
+  K(fold_backward, FoldBackwardArgs)
 #define PYGLOW_CPU_KERNELS(K)                  \
   K(checkerboard_split, CheckerboardSplitArgs) \
   K(checkerboard_merge, CheckerboardMergeArgs) \
-  K(fold, FoldArgs)                            \
-  K(fold_backward, FoldBackwardArgs)           \
   K(elementary, ElementaryArgs)                \
   K(activation, ActivationArgs)
 #define PYGLOW_NET_KERNELS(K) \

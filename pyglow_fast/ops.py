@@ -183,11 +183,6 @@ def step_backward(y: Tensor, net_out: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     return _like(y), _like(y), _like(net_out)
 
 
-@_op("(Tensor x) -> (Tensor, Tensor)")
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
-
-
 @_op("(Tensor z, Tensor mean, Tensor log_sd) -> Tensor")
 def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     return z.new_empty(z.shape[0])

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -44,7 +45,8 @@ class CudaScope {
 };
 #endif
 
-// run(x, args): the kernel that takes such args, on the device of x; nothing in a dry run (dry.h).
+// run(x, args): the kernel that takes such args, on the device of x, seen by torch's profiler; nothing in a dry run
+// (dry.h).
 #ifdef PYGLOW_WITH_CUDA
 #define PYGLOW_RUN_ELSEWHERE(kernel)                   \
   CudaScope scope(x);                                  \
@@ -56,8 +58,9 @@ class CudaScope {
 #define PYGLOW_RUN(kernel, Args)                               \
   template <class T>                                           \
   void run(const at::Tensor& x, const Args<T>& args) {         \
-    if (x.is_cpu()) return cpu::kernel(args, torch_threads()); \
     if (x.is_meta()) return;                                   \
+    RECORD_FUNCTION("pyglow_fast::" #kernel, {});              \
+    if (x.is_cpu()) return cpu::kernel(args, torch_threads()); \
     PYGLOW_RUN_ELSEWHERE(kernel)                               \
   }
 PYGLOW_KERNELS(PYGLOW_RUN)

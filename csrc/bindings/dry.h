@@ -13,5 +13,6 @@ bool stands_for_gpu();  // this thread's dry run
 // is known.
 at::Tensor convolution_scratch(const at::Tensor& x, int64_t outputs, int64_t taps);
 void define_dry(pybind11::module& m);
+void define_run(pybind11::module& m);  // the run's entries
 
 }  // namespace pyglow::bindings

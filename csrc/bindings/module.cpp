@@ -17,7 +17,6 @@
 #include "bindings/device.h"
 #include "bindings/dry.h"
 #include "bindings/ops.h"
-#include "bindings/run.h"
 #include "core.h"
 
 namespace pyglow::bindings {
@@ -117,7 +116,6 @@ void register_kernels() {
     register_step_ops(m);
     register_fused_ops(m);
     register_statistics_ops(m);
-    register_matrix_ops(m);
     return m;
   };
   torch::Library& on_cpu = begin(c10::DispatchKey::CPU);

@@ -1,15 +1,13 @@
 // The run as Python sees it: forms, parts, and the functions of csrc/run, which run without the interpreter's lock.
-#include "bindings/run.h"
-
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <string>
-
 #include <array>
 #include <functional>
+#include <string>
 
+#include "bindings/dry.h"
 #include "run/run.h"
 
 namespace pyglow::bindings {
@@ -80,13 +78,13 @@ Back backward(const run::Part& part, const Optional& x, const Optional& z, const
 }
 
 // raw: of all steps each, log_scale, bias, lower, upper and log_diag.
-run::Factors factors_of(const Tensors& raw, const Tensors& permutations, const Tensors& signs, bool rounds) {
+run::Factors factors_of(const Tensors& raw, const Tensors& permutations, const Tensors& signs) {
   const std::size_t count = permutations.size();
   TORCH_CHECK_VALUE(raw.size() == 5 * count && signs.size() == count, "raw: expected five tensors of each step, found ",
                     raw.size(), " of ", count, " steps");
   const at::TensorList all(raw);
   const auto part = [&](std::size_t i) { return all.slice(i * count, count); };
-  return {permutations, part(2), part(3), part(4), signs, part(0), part(1), rounds};
+  return {permutations, part(2), part(3), part(4), signs, part(0), part(1)};
 }
 
 }  // namespace
@@ -158,15 +156,15 @@ void define_run(py::module& m) {
         Released());
   m.def(
       "fold",
-      [](const Tensors& raw, const Tensors& permutations, const Tensors& signs, bool rounds) {
-        return as_list(run::fold(factors_of(raw, permutations, signs, rounds)));
+      [](const Tensors& raw, const Tensors& permutations, const Tensors& signs) {
+        return as_list(run::fold(factors_of(raw, permutations, signs)));
       },
       "Channel maps of actnorms and convolutions in LU factors.", Released());
   m.def(
       "fold_backward",
-      [](const Tensors& raw, const Tensors& permutations, const Tensors& signs, bool rounds, const Tensor& matrices,
+      [](const Tensors& raw, const Tensors& permutations, const Tensors& signs, const Tensor& matrices,
          const Tensor& offsets, const Tensor& log_dets) {
-        return run::fold_backward(factors_of(raw, permutations, signs, rounds), matrices, offsets, log_dets);
+        return run::fold_backward(factors_of(raw, permutations, signs), matrices, offsets, log_dets);
       },
       "Gradients of what the maps are folded from.", Released());
 }

@@ -1,4 +1,4 @@
-// Channel moments and the normal log density.
+// The normal log density and samples.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -11,24 +11,6 @@
 
 namespace pyglow::bindings {
 namespace {
-
-// mean and sum of squared deviations per channel, float64 whatever the dtype of x.
-std::tuple<at::Tensor, at::Tensor> channel_moments(const at::Tensor& x_in) {
-  check_state("x", x_in);
-  const at::Tensor x = with_position_stride(x_in);
-  at::Tensor mean = at::empty({x.size(1)}, x.options().dtype(at::kDouble)), m2 = at::empty_like(mean);
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    const ChannelMomentsArgs<T> args{.x = input<T>(x),
-                                     .mean = mean.mutable_data_ptr<double>(),
-                                     .m2 = m2.mutable_data_ptr<double>(),
-                                     .samples = x.size(0),
-                                     .channels = x.size(1),
-                                     .positions = positions_of(x)};
-    run(x, args);
-  });
-  return {mean, m2};
-}
 
 // The three tensors of the normal distribution, of one shape; mean and log_sd may be expanded ones.
 struct Normal {
@@ -110,7 +92,6 @@ at::Tensor gaussian_sample(const at::Tensor& noise, const at::Tensor& mean, cons
 }  // namespace
 
 void register_statistics_ops(torch::Library& m) {
-  m.impl("channel_moments", &channel_moments);
   m.impl("gaussian_log_prob", &gaussian_log_prob);
   m.impl("gaussian_log_prob_backward", &gaussian_log_prob_backward);
   m.impl("gaussian_sample", &gaussian_sample);

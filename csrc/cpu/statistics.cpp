@@ -1,33 +1,12 @@
-// CPU schedules of the sums over values: channel moments and the normal log density; compiled once per instruction set.
+// CPU schedules of the normal log density and of samples; compiled once per instruction set.
 #include "cpu/isa.h"
 #include "cpu/tiles.h"
 #include "math/gaussian.h"
-#include "math/moments.h"
 
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
 
 constexpr int64_t tile_bytes = 24 * 1024;
-constexpr int64_t max_slots = 256;  // of partial moments; fixed, so that threads do not change bits
-
-// Two passes over a row that is in cache: the mean, then the deviations from it.
-template <class T>
-math::Moments row_moments(const T* row, const Tile& tile) {
-  Vec<T> sum{};
-  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
-    const Vec<T> value = load<T>(row + i);
-    sum += tile.length - i < lanes<T> ? first_lanes<T>(value, tile.length - i) : value;
-  }
-  const T mean = sum_lanes<T>(sum) / static_cast<T>(tile.length);
-  Vec<T> squares{}, rest{};
-  for (int64_t i = 0; i < tile.padded; i += lanes<T>) {
-    Vec<T> deviation = load<T>(row + i) - mean;
-    if (tile.length - i < lanes<T>) deviation = first_lanes<T>(deviation, tile.length - i);
-    squares += deviation * deviation;
-    rest += deviation;
-  }
-  return math::moments_about(mean, static_cast<T>(tile.length), sum_lanes<T>(rest), sum_lanes<T>(squares));
-}
 
 // The rows of a value (or its noise) and of its distribution, each with `room` elements of memory.
 template <class T>
@@ -43,36 +22,6 @@ NormalRows<T> read_normal(const Strided<const T>& value, const Strided<const T>&
 }
 
 }  // namespace
-
-// Slots of consecutive tiles, each merged in order, then merged in order themselves.
-template <class T>
-void channel_moments(const ChannelMomentsArgs<T>& args, const Threads& threads) {
-  const int64_t channels = args.channels;
-  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels, tile_bytes);
-  const int64_t slots = smaller(max_slots, shape.count());
-  const int64_t tiles_per_slot = slots == 0 ? 0 : (shape.count() + slots - 1) / slots;
-  auto* partials =
-      static_cast<math::Moments*>(thread_scratch(Scratch::partials, (slots * channels + 1) * sizeof(math::Moments)));
-  parallel(threads, slots, grain_of(tiles_per_slot * channels * shape.length), [&](int64_t begin, int64_t end) {
-    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, channels * shape.length * sizeof(T)));
-    for (int64_t slot = begin; slot < end; ++slot) {
-      math::Moments* sums = partials + slot * channels;
-      for (int64_t c = 0; c < channels; ++c) sums[c] = {0, 0, 0};
-      for (int64_t index = slot * tiles_per_slot; index < smaller((slot + 1) * tiles_per_slot, shape.count());
-           ++index) {
-        const Tile tile = tile_at<T>(shape, index);
-        const Rows<const T> x = read_rows(args.x, tile, 0, channels, memory);
-        for (int64_t c = 0; c < channels; ++c) sums[c] = math::merge(sums[c], row_moments<T>(x.row(c), tile));
-      }
-    }
-  });
-  for (int64_t c = 0; c < channels; ++c) {
-    math::Moments all{0, 0, 0};
-    for (int64_t slot = 0; slot < slots; ++slot) all = math::merge(all, partials[slot * channels + c]);
-    args.mean[c] = all.mean;
-    args.m2[c] = all.m2;
-  }
-}
 
 template <class T>
 void gaussian_log_prob(const GaussianArgs<T>& args, const Threads& threads) {
@@ -150,7 +99,6 @@ void gaussian_sample(const GaussianSampleArgs<T>& args, const Threads& threads) 
   });
 }
 
-PYGLOW_CPU_INSTANTIATE(channel_moments, ChannelMomentsArgs)
 PYGLOW_CPU_INSTANTIATE(gaussian_log_prob, GaussianArgs)
 PYGLOW_CPU_INSTANTIATE(gaussian_log_prob_backward, GaussianBackwardArgs)
 PYGLOW_CPU_INSTANTIATE(gaussian_sample, GaussianSampleArgs)

@@ -60,16 +60,31 @@ Tensor per_sample(const Chunk* chunk, const Tensor& values) {
   return chunk == nullptr ? values : chunk->per_sample(values);
 }
 
+// Into a sum of the state's dtype, in which 16 bits lose nothing.
+void add_to(Tensor& sum, const Tensor& value, at::ScalarType dtype) {
+  if (value.defined()) sum = sum.defined() ? sum.add_(value) : value.to(dtype);
+}
+
+// What the forward has made of the nets' tensors: behind what each net has kept.
+at::TensorList made_of(const Part& part, const Tensors& kept) {
+  std::size_t count = 0;
+  for (const Step& step : part.steps) count += step.net->kept();
+  return at::TensorList(kept).slice(std::min(count, kept.size()));
+}
+
 // The value of a drift; of a dry run, which has none, no drift.
 double read(const Tensor& drift) { return drift.is_meta() ? 0 : drift.item<double>(); }
 
 // Says what the gradient of a chunk's net output is.
 using Consume = std::function<Tensor(const Tensor& net_out, const Chunk* chunk)>;
 
-// How far a recomputed input is off: the error itself, or projection and norms, from which it is found for several.
+// How far the recomputed input of a step is off: the error itself, or what it is found from for several: norms and how
+// large the difference from the truth is, or norms and projection.
 struct Measure {
-  Tensor error, projection, norm;
+  int64_t step;
+  Tensor error, norm, difference, projection;
 };
+using Measures = std::vector<Measure>;
 
 struct Segment {
   int64_t first, end;
@@ -83,8 +98,8 @@ class Backward {
         args_(std::move(args)),
         stacked_(maps),
         maps_(unstacked(maps)),
-        own_(by_step(part, nets)),
-        nets_(nets.size()),
+        nets_(part, nets, made_of(part, args_.kept.nets)),
+        of_nets_(part.size()),
         matrices_(part.size()),
         offsets_(part.size()) {
     std::size_t at = 0, kept = 0;
@@ -105,19 +120,32 @@ class Backward {
     } else {
       found.x = differentiated(0, args_.kept.states, *args_.x, args_.grad_z);
     }
-    for (std::size_t i = 0; i < nets_.size(); ++i)
-      if (!args_.wants[i]) nets_[i] = Tensor();
+    found.nets = nets_.unfolded(of_nets_, args_.wants);
+    for (std::size_t i = 0; i < found.nets.size(); ++i)
+      if (!args_.wants[i]) found.nets[i] = Tensor();
     if (args_.wants_cond) found.cond = cond_.result();
-    found.matrices = stacked(matrices_);
-    found.offsets = stacked(offsets_);
-    found.log_dets = (args_.grad_log_det.sum() * positions_of(args_.grad_z)).expand({part_.size()});
-    found.nets = std::move(nets_);
+    std::tie(found.matrices, found.offsets) = stacked_maps();
+    found.log_dets = args_.grad_log_det.sum().expand({part_.size()}) * positions_of(args_.grad_z);
     found.start = start_;
     found.redone = redone_;
     return found;
   }
 
  private:
+  // The gradients of matrices and offsets of all steps, copied at once.
+  std::pair<Tensor, Tensor> stacked_maps() const {
+    Tensors all;
+    for (const Tensors* some : {&matrices_, &offsets_})
+      for (const Tensor& one : *some) all.push_back(one.flatten());
+    const Tensor whole = joined(all);
+    const auto like = [&](const Tensor& one, int64_t at) {
+      std::vector<int64_t> sizes = one.sizes().vec();
+      sizes.insert(sizes.begin(), part_.size());
+      return whole.narrow(0, at, one.numel() * part_.size()).view(sizes);
+    };
+    return {like(matrices_[0], 0), like(offsets_[0], matrices_[0].numel() * part_.size())};
+  }
+
   std::vector<Segment> segments() const {  // the last first
     std::vector<Segment> found;
     int64_t end = part_.size();
@@ -132,8 +160,9 @@ class Backward {
   Tensor judged_each(Gradients& found) {
     Tensor y = *args_.z, grad = args_.grad_z;
     for (const Segment& segment : segments()) {
-      auto [start, grad_start, drift] = inverted_segment(segment, y, grad);
-      const double error = read(drift);
+      Measures measures;
+      auto [start, grad_start] = inverted_segment(segment, y, grad, measures);
+      const double error = read(drift_of(measures));
       found.drift = std::isnan(found.drift) || std::isnan(error) ? NAN : std::max(found.drift, error);
       if (!(error <= args_.limit)) {
         cond_.drop_segment();
@@ -149,14 +178,10 @@ class Backward {
 
   Tensor judged_at_the_end(Gradients& found) {
     Tensor y = *args_.z, grad = args_.grad_z;
-    Tensors drifts;
-    for (const Segment& segment : segments()) {
-      Tensor drift;
-      std::tie(y, grad, drift) = inverted_segment(segment, y, grad);
-      drifts.push_back(drift);
-    }
+    Measures measures;
+    for (const Segment& segment : segments()) std::tie(y, grad) = inverted_segment(segment, y, grad, measures);
     start_ = y;
-    found.worst = stacked(drifts).amax();
+    found.worst = drift_of(measures);
     if (args_.judged == Judged::later) return grad;
     found.drift = read(found.worst);
     if (found.drift <= args_.limit) return grad;
@@ -166,45 +191,57 @@ class Backward {
     return grad;
   }
 
-  // Steps by inversion, good or bad, from the output of the last one: the first one's input, true if it is known, its
-  // gradient, and the drift.
-  std::tuple<Tensor, Tensor, Tensor> inverted_segment(const Segment& segment, Tensor y, Tensor grad) {
-    std::vector<Measure> measures;
+  // Steps by inversion, good or bad, from the output of the last one: the first one's input, true if it is known, and
+  // its gradient.
+  std::pair<Tensor, Tensor> inverted_segment(const Segment& segment, Tensor y, Tensor grad, Measures& measures) {
     for (int64_t k = segment.end - 1; k >= segment.first; --k) {
       const Tensor truth = k == segment.first ? segment.input : Tensor();
       std::tie(y, grad) = inverted_step(k, y, grad, truth);
       measures.push_back(measured(k, y, truth));
     }
-    std::reverse(measures.begin(), measures.end());
-    const Tensor drift = drift_of(segment.first, measures);
-    return {segment.input.defined() ? segment.input : y, grad, drift};
+    return {segment.input.defined() ? segment.input : y, grad};
   }
 
   Unmix unmix(int64_t k) const { return {inverses_[k].matrix, inverses_[k].index, inverses_[k].offset}; }
 
   Measure measured(int64_t k, const Tensor& x, const Tensor& truth) const {
-    if (truth.defined())
-      return {anchor_drift(x, k == 0 && part_.squeezes ? at::pixel_unshuffle(truth, 2) : truth), {}, {}};
-    if (k > 0) return {{}, project(x, part_.signs), norms(x)};
-    return {sketched_drift(x, sketch_before(args_.kept.start, unmix(k), part_.signs), part_.signs), {}, {}};
+    if (truth.defined()) {
+      const Tensor state = k == 0 && part_.squeezes ? at::pixel_unshuffle(truth, 2) : truth;
+      return {k, {}, norms(state), difference_norms(x, state), {}};
+    }
+    if (k > 0) return {k, {}, norms(x), {}, project(x, part_.signs)};
+    return {k, sketched_drift(x, sketch_before(args_.kept.start, unmix(k), part_.signs), part_.signs), {}, {}, {}};
   }
 
-  Tensor drift_of(int64_t first, const std::vector<Measure>& measures) const {
-    Tensors errors, projections, all_norms;
-    for (const Measure& one : measures) {
-      if (one.error.defined()) {  // of the first at most
-        errors.push_back(one.error);
+  // The worst of what was measured of steps one after another, the last first, in one go.
+  Tensor drift_of(const Measures& measures) const {
+    Tensors errors, differences, truths, projections, all_norms;
+    std::vector<std::pair<int64_t, int64_t>> ranges;  // of steps with projections: the first, and how many
+    for (auto one = measures.rbegin(); one != measures.rend(); ++one) {
+      if (one->error.defined()) {
+        errors.push_back(one->error);
+      } else if (one->difference.defined()) {
+        differences.push_back(one->difference);
+        truths.push_back(one->norm);
       } else {
-        projections.push_back(one.projection);
-        all_norms.push_back(one.norm);
+        if (ranges.empty() || ranges.back().first + ranges.back().second != one->step)
+          ranges.emplace_back(one->step, 0);
+        ++ranges.back().second;
+        projections.push_back(one->projection);
+        all_norms.push_back(one->norm);
       }
     }
+    const auto of_ranges = [&](const Tensor& all) {
+      Tensors parts;
+      for (const auto& [first, count] : ranges) parts.push_back(all.narrow(0, first, count));
+      return joined(parts);
+    };
+    if (!differences.empty()) errors.push_back(anchor_drift(stacked(differences), stacked(truths)));
     if (!projections.empty()) {
-      const auto from = first + static_cast<int64_t>(errors.size()), count = static_cast<int64_t>(projections.size());
-      const Unmix map{inverse_.matrices.narrow(0, from, count),
-                      inverse_.indices ? Optional(inverse_.indices->narrow(0, from, count)) : std::nullopt,
-                      inverse_.offsets.narrow(0, from, count)};
-      const Tensor expected = projections_before(args_.kept.seen.narrow(0, from, count), map, part_.signs);
+      const Unmix map{of_ranges(inverse_.matrices),
+                      inverse_.indices ? Optional(of_ranges(*inverse_.indices)) : std::nullopt,
+                      of_ranges(inverse_.offsets)};
+      const Tensor expected = projections_before(of_ranges(args_.kept.seen), map, part_.signs);
       errors.push_back(projected_drift(stacked(projections), stacked(all_norms), expected));
     }
     return errors.size() == 1 ? errors[0] : stacked(errors).amax();
@@ -243,7 +280,7 @@ class Backward {
     Tensors states{mixed(x, maps_[segment.first], segment.first == 0 && segment.input.defined() && part_.squeezes)};
     for (int64_t k = segment.first; k + 1 < segment.end; ++k) {
       const Tensor& u = states.back();
-      const Tensor net_out = net_output(part_.steps[k], own_[k], u, args_.cond, nullptr);
+      const Tensor net_out = net_output(part_.steps[k], nets_.of(k), u, args_.cond, nullptr);
       states.push_back(std::get<0>(coupled_and_mixed(part_.steps[k].kind, u, net_out, maps_[k + 1])));
     }
     redone_ += segment.end - segment.first;
@@ -296,12 +333,11 @@ class Backward {
   Tensor net_backward(int64_t k, const Tensor& state, const Consume& consume) {
     const Step& step = part_.steps[k];
     const NetForm& form = *step.net;
-    const Net net(form, own_[k], state);
+    const Net net = nets_.of(k);
     const Tensor x1 = read_by(step, state);
     Wanted wanted{form.takes_state || args_.wants_cond, {}};
     wanted.own.assign(args_.wants.begin() + static_cast<std::ptrdiff_t>(first_[k]),
                       args_.wants.begin() + static_cast<std::ptrdiff_t>(first_[k] + form.tensors()));
-    const auto own = nets_.begin() + static_cast<std::ptrdiff_t>(first_[k]);
     if (part_.mode == Mode::store || form.chunks.empty()) {
       Tensors kept;
       Tensor net_out;
@@ -313,14 +349,15 @@ class Backward {
         net_out = net.forward(x1, args_.cond, &kept);
       }
       NetGradients found = net.backward(x1, args_.cond, std::move(kept), consume(net_out, nullptr), wanted);
-      std::move(found.own.begin(), found.own.end(), own);
       if (args_.wants_cond) cond_.add(found.cond);
-      return found.state;
+      Tensor of_state = std::move(found.state);
+      of_nets_[k] = {{}, {}, std::move(found.weights), std::move(found.biases), std::move(found.log_gain)};
+      return of_state;
     }
     Tensor grad_state, grad_cond;  // halos overlap: sums
     if (form.takes_state) grad_state = at::zeros_like(x1);
     if (args_.wants_cond && (form.takes_cond || !form.takes_state)) grad_cond = at::zeros_like(*args_.cond);
-    std::fill(own, own + static_cast<std::ptrdiff_t>(form.tensors()), Tensor());
+    NetGradients& own = of_nets_[k] = {{}, {}, Tensors(form.layers()), Tensors(form.layers()), {}};
     for (const Chunk& chunk : form.chunks_for(state)) {
       const Tensor part = chunk.inputs(x1);
       const Optional beside = args_.cond ? Optional(chunk.inputs(*args_.cond)) : args_.cond;
@@ -335,10 +372,11 @@ class Backward {
       NetGradients found = net.backward(part, beside, std::move(kept), grad_out, wanted);
       if (grad_state.defined()) chunk.inputs(grad_state).add_(found.state);
       if (grad_cond.defined()) chunk.inputs(grad_cond).add_(found.cond);
-      for (std::size_t i = 0; i < found.own.size(); ++i) {
-        Tensor& sum = *(own + static_cast<std::ptrdiff_t>(i));
-        if (found.own[i].defined()) sum = sum.defined() ? sum.add_(found.own[i]) : found.own[i];
+      for (std::size_t i = 0; i < found.weights.size(); ++i) {
+        add_to(own.weights[i], found.weights[i], state.scalar_type());
+        add_to(own.biases[i], found.biases[i], state.scalar_type());
       }
+      add_to(own.log_gain, found.log_gain, state.scalar_type());
     }
     cond_.add(grad_cond);
     return grad_state;
@@ -349,9 +387,10 @@ class Backward {
   const Maps& stacked_;
   std::vector<Map> maps_, inverses_;
   Maps inverse_;
-  std::vector<at::TensorList> own_;
+  Nets nets_;
+  std::vector<NetGradients> of_nets_;
   std::vector<std::size_t> first_, kept_;  // of each step's tensors among all, and of what its net kept
-  Tensors nets_, matrices_, offsets_;
+  Tensors matrices_, offsets_;
   Sum cond_;
   Tensor start_;
   int64_t redone_ = 0;

@@ -1,5 +1,6 @@
 #include "run/drift.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -59,6 +60,15 @@ Tensor stacked(const Tensors& parts) {
   return nothing(parts[0], sizes);
 }
 
+Tensor joined(const Tensors& parts) {
+  if (parts.size() == 1) return parts[0];
+  if (!parts[0].is_meta()) return at::cat(parts);
+  std::vector<int64_t> sizes = parts[0].sizes().vec();
+  sizes[0] = 0;
+  for (const Tensor& part : parts) sizes[0] += part.size(0);
+  return nothing(parts[0], sizes);
+}
+
 // Block by block: the rounding of one long sum grows with the root of its length, and would be taken for drift.
 Tensor project(const Tensor& x, const Signs& signs) {
   const int64_t length = signs.inner.size(0), blocks = signs.outer.size(0);
@@ -102,12 +112,12 @@ Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
   return unmixed(seen.movedim(2, 0) - map.offset * ones, map, signs.rounds).movedim(0, 2);
 }
 
-Tensor anchor_drift(const Tensor& recomputed, const Tensor& truth) {
-  if (truth.is_meta()) {
-    const Tensor inside = at::empty_like(truth);
-    return no_drift(truth);
-  }
-  return largest(norms(recomputed - truth) / scale_of(norms(truth)));
+Tensor difference_norms(const Tensor& recomputed, const Tensor& truth) {
+  return norms(truth.is_meta() ? at::empty_like(truth) : recomputed - truth);
+}
+
+Tensor anchor_drift(const Tensor& differences, const Tensor& norms) {
+  return norms.is_meta() ? no_drift(norms) : largest(differences / scale_of(norms));
 }
 
 Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs) {

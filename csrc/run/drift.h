@@ -14,12 +14,14 @@ struct Signs {
   bool rounds;                        // torch's settings let products round float32: then they are summed
 };
 
-// As at::stack, for which torch asks Python in a dry run.
+// As at::stack and at::cat, for which torch asks Python in a dry run; one alone is not copied to be joined.
 Tensor stacked(const Tensors& parts);
+Tensor joined(const Tensors& parts);
 
-Tensor project(const Tensor& x, const Signs& signs);  // (N, C)
-Tensor sketch(const Tensor& x, const Signs& signs);   // (N, C, S)
-Tensor norms(const Tensor& x);                        // (N, C)
+Tensor project(const Tensor& x, const Signs& signs);                     // (N, C)
+Tensor sketch(const Tensor& x, const Signs& signs);                      // (N, C, S)
+Tensor norms(const Tensor& x);                                           // (N, C)
+Tensor difference_norms(const Tensor& recomputed, const Tensor& truth);  // (N, C)
 
 // The inverse of a channel map, of one step or stacked.
 struct Unmix {
@@ -32,8 +34,8 @@ struct Unmix {
 Tensor projections_before(const Tensor& seen, const Unmix& map, const Signs& signs);
 Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs);
 
-// The largest relative errors; scalars, NaN if a state is.
-Tensor anchor_drift(const Tensor& recomputed, const Tensor& truth);
+// The largest relative errors; scalars, NaN if a state is. Of norms (K, N, C).
+Tensor anchor_drift(const Tensor& differences, const Tensor& norms);
 Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs);
 Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen);
 

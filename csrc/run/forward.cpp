@@ -1,4 +1,5 @@
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include "run/steps.h"
 
@@ -30,19 +31,7 @@ Maps inverted(const Maps& maps) {
   return {maps.matrices.gather(-1, back).reciprocal(), maps.offsets, maps.log_dets, back};
 }
 
-std::vector<at::TensorList> by_step(const Part& part, at::TensorList nets) {
-  std::vector<at::TensorList> found;
-  std::size_t at = 0;
-  for (const Step& step : part.steps) {
-    found.push_back(nets.slice(at, step.net->tensors()));
-    at += step.net->tensors();
-  }
-  TORCH_CHECK_VALUE(at == nets.size(), "nets: expected ", at, " tensors, found ", nets.size());
-  return found;
-}
-
-Tensor net_output(const Step& step, at::TensorList own, const Tensor& state, const Optional& cond, Tensors* kept) {
-  const Net net(*step.net, own, state);
+Tensor net_output(const Step& step, const Net& net, const Tensor& state, const Optional& cond, Tensors* kept) {
   const Tensor x1 = read_by(step, state);
   if (kept != nullptr || step.net->chunks.empty()) return net.forward(x1, cond, kept);
   Tensor all;
@@ -59,23 +48,29 @@ Tensor net_output(const Step& step, at::TensorList own, const Tensor& state, con
   return all;
 }
 
-Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps_in, at::TensorList nets) {
+// Over the steps: of couplings (N,) each, of maps (K,) times how often they are applied.
+static Tensor summed(const Tensors& couplings, const Tensor& maps, int64_t times) {
+  const Tensor all = stacked(couplings);
+  return all.is_meta() ? at::empty_like(couplings[0]) : all.add_(maps.unsqueeze(-1), times).sum(0);
+}
+
+Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps_in, at::TensorList tensors) {
   const Plain plain;
   const std::vector<Map> maps = unstacked(maps_in);
-  const std::vector<at::TensorList> own = by_step(part, nets);
+  const Nets nets(part, tensors);
   const int64_t count = part.size();
   const bool stores = part.mode == Mode::store, inverts = part.mode == Mode::reversible;
   Forward found;
   Kept& kept = found.kept;
-  Tensors seen;
+  Tensors seen, log_dets;
   std::size_t next_anchor = 0;
-  Tensor u = mixed(x, maps[0], part.squeezes), log_det;
+  Tensor u = mixed(x, maps[0], part.squeezes);
   if (inverts && !part.knows_start) kept.start = sketch(u, part.signs);
   for (int64_t k = 0; k < count; ++k) {
     const Step& step = part.steps[k];
     if (inverts) seen.push_back(project(u, part.signs));
     if (stores || part.mode == Mode::checkpoint) kept.states.push_back(u);
-    const Tensor net_out = net_output(step, own[k], u, cond, stores ? &kept.nets : nullptr);
+    const Tensor net_out = net_output(step, nets.of(k), u, cond, stores ? &kept.nets : nullptr);
     if (stores) kept.outputs.push_back(net_out);
     Tensor step_log_det;
     if (k + 1 == count) {
@@ -88,33 +83,34 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
     } else {
       std::tie(u, step_log_det) = coupled_and_mixed(step.kind, u, net_out, maps[k + 1]);
     }
-    log_det = k > 0 ? log_det.add_(step_log_det) : step_log_det;
+    log_dets.push_back(step_log_det);
   }
-  log_det.add_(maps_in.log_dets.sum(), positions_of(u));
   if (inverts) kept.seen = stacked(seen);
+  if (stores)
+    for (Tensor& one : nets.made()) kept.nets.push_back(std::move(one));
   found.z = u;
-  found.log_det = log_det;
+  found.log_det = summed(log_dets, maps_in.log_dets, positions_of(u));
   return found;
 }
 
 std::tuple<Tensor, Tensor> inverse(const Part& part, const Tensor& z, const Optional& cond, const Maps& inverses,
-                                   at::TensorList nets) {
+                                   at::TensorList tensors) {
   const Plain plain;
   const std::vector<Map> back = unstacked(inverses);
-  const std::vector<at::TensorList> own = by_step(part, nets);
-  Tensor x = z, log_det;
+  const Nets nets(part, tensors);
+  Tensor x = z;
+  Tensors log_dets;
   for (int64_t k = part.size() - 1; k >= 0; --k) {
     const Step& step = part.steps[k];
     const auto& kind = step.kind;
-    const Tensor net_out = net_output(step, own[k], x, cond, nullptr);
+    const Tensor net_out = net_output(step, nets.of(k), x, cond, nullptr);
     Tensor step_log_det;
     std::tie(x, step_log_det) =
         bindings::coupling_mix(x, net_out, back[k].matrix, back[k].offset, kind.map, kind.order, true, kind.bias,
                                kind.eps, kind.clamp, kind.factor, back[k].index);
-    log_det = log_det.defined() ? log_det.add_(step_log_det) : step_log_det;
+    log_dets.push_back(step_log_det);
   }
-  log_det.sub_(inverses.log_dets.sum(), positions_of(z));
-  return {x, log_det};
+  return {x, summed(log_dets, inverses.log_dets, -positions_of(z))};
 }
 
 }  // namespace pyglow::run

@@ -1,51 +1,18 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/matmul.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/zeros_like.h>
-
-#include <array>
 
 #include "bindings/coupling_kind.h"
 #include "bindings/device.h"
-#include "bindings/dry.h"
 #include "run/steps.h"
 
 namespace pyglow::run {
 namespace {
 
-// W = P L U by rows gathered; L with ones, U with sign exp(log_diag) on the diagonal.
-struct Folded {
-  Tensor lower, upper, permutation, diagonal, scale, bias, matrix;
-
-  explicit Folded(const Factors& factors) : rounds(factors.rounds) {
-    lower = at::stack(factors.lower).tril(-1);
-    lower.diagonal(0, -2, -1).fill_(1);
-    diagonal = at::stack(factors.sign_diag) * at::stack(factors.log_diag).exp();
-    upper = at::stack(factors.upper).triu(1);
-    upper.diagonal(0, -2, -1).copy_(diagonal);
-    const Tensor factored = product(lower, upper);
-    permutation = at::stack(factors.permutation).unsqueeze(-1).expand_as(factored);
-    scale = at::stack(factors.log_scale).exp().unsqueeze(-2);
-    bias = at::stack(factors.bias);
-    matrix = factored.gather(-2, permutation) * scale;
-  }
-
-  // In float64 where torch's settings let float32 products round.
-  Tensor product(const Tensor& a, const Tensor& b) const {
-    if (!rounds) return at::matmul(a, b);
-    return at::matmul(a.to(at::kDouble), b.to(at::kDouble)).to(a.scalar_type());
-  }
-
-  bool rounds;
-};
-
-// Pointers to the tensors of each parameter, which are held for as long as they are read. They lie in a tensor, as all
-// that a kernel reads.
+// Of the tensors of each parameter, which are held for as long as they are read.
 template <class T>
-class OnCpu {
+class Addresses {
  public:
-  explicit OnCpu(const Factors& of)
+  explicit Addresses(const Factors& of)
       : count_(static_cast<int64_t>(of.lower.size())),
         channels_(of.lower[0].size(0)),
         table_(at::empty({7, count_}, at::kLong)) {
@@ -105,82 +72,42 @@ void check(const Factors& of) {
   }
 }
 
-Maps fold_on_cpu(const Factors& of) {
-  const Tensor& like = of.lower[0];
-  const auto count = static_cast<int64_t>(of.lower.size()), channels = like.size(0);
-  Tensor matrices = at::empty({count, channels, channels}, like.options());
-  Tensor offsets = at::empty({count, channels}, like.options()), log_dets = at::empty({count}, like.options());
-  bindings::with_dtype(like, [&](auto zero) {
-    using T = decltype(zero);
-    if (!like.is_cpu()) return;
-    const OnCpu<T> own(of);
-    cpu::fold(FoldArgs<T>{own.factors(), matrices.mutable_data_ptr<T>(), offsets.mutable_data_ptr<T>(),
-                          log_dets.mutable_data_ptr<T>()},
-              bindings::torch_threads());
-  });
-  return {matrices, offsets, log_dets, {}};
-}
-
-// Stacked: of log_scale, bias, lower, upper and log_diag.
-std::array<Tensor, 5> fold_backward_on_cpu(const Factors& of, const Tensor& grad_matrices, const Tensor& grad_offsets,
-                                           const Tensor& grad_log_dets) {
-  const Tensor matrices = grad_matrices.contiguous(), offsets = grad_offsets.contiguous();
-  const Tensor log_dets = grad_log_dets.contiguous();
-  std::array<Tensor, 5> found{at::empty_like(offsets), at::empty_like(offsets), at::empty_like(matrices),
-                              at::empty_like(matrices), at::empty_like(offsets)};
-  bindings::with_dtype(matrices, [&](auto zero) {
-    using T = decltype(zero);
-    if (!matrices.is_cpu()) return;
-    const OnCpu<T> own(of);
-    const auto out = [&](std::size_t i) { return found[i].mutable_data_ptr<T>(); };
-    cpu::fold_backward(FoldBackwardArgs<T>{own.factors(), matrices.const_data_ptr<T>(), offsets.const_data_ptr<T>(),
-                                           log_dets.const_data_ptr<T>(), out(2), out(3), out(4), out(0), out(1)},
-                       bindings::torch_threads());
-  });
-  return found;
-}
-
-// Also in a dry run.
-bool is_for_cpu(const Factors& of) {
-  return of.lower[0].is_cpu() || (of.lower[0].is_meta() && !bindings::stands_for_gpu());
-}
-
 }  // namespace
 
 Maps fold(const Factors& factors) {
   const Plain plain;
   check(factors);
-  if (is_for_cpu(factors)) return fold_on_cpu(factors);
-  const Folded folded(factors);
-  const Tensor offsets = folded.product(folded.matrix, folded.bias.unsqueeze(-1)).squeeze(-1);
-  const Tensor log_dets = at::stack(factors.log_diag).sum(-1) + at::stack(factors.log_scale).sum(-1);
-  return {folded.matrix, offsets, log_dets, {}};
-}
-
-// On a GPU, by torch's batched ops.
-std::array<Tensor, 5> fold_backward_batched(const Factors& factors, const Tensor& grad_matrices,
-                                            const Tensor& grad_offsets, const Tensor& grad_log_dets) {
-  const Folded folded(factors);
-  const Tensor of_log_dets = grad_log_dets.unsqueeze(-1);
-  const Tensor grad = grad_matrices + grad_offsets.unsqueeze(-1) * folded.bias.unsqueeze(-2);
-  const Tensor of_bias = folded.product(folded.matrix.mT(), grad_offsets.unsqueeze(-1)).squeeze(-1);
-  const Tensor of_log_scale = (grad * folded.matrix).sum(-2) + of_log_dets;
-  const Tensor weighted = grad * folded.scale;
-  const Tensor of_product = at::zeros_like(weighted).scatter_(-2, folded.permutation, weighted);
-  const Tensor of_lower = folded.product(of_product, folded.upper.mT()).tril(-1);
-  const Tensor whole_upper = folded.product(folded.lower.mT(), of_product);
-  const Tensor of_log_diag = whole_upper.diagonal(0, -2, -1) * folded.diagonal + of_log_dets;
-  return {of_log_scale, of_bias, of_lower, whole_upper.triu(1), of_log_diag};
+  const Tensor& like = factors.lower[0];
+  const auto count = static_cast<int64_t>(factors.lower.size()), channels = like.size(0);
+  Tensor matrices = at::empty({count, channels, channels}, like.options());
+  Tensor offsets = at::empty({count, channels}, like.options()), log_dets = at::empty({count}, like.options());
+  bindings::with_dtype(like, [&](auto zero) {
+    using T = decltype(zero);
+    if (like.is_meta()) return;
+    const Addresses<T> own(factors);
+    bindings::run(like, FoldArgs<T>{own.factors(), matrices.mutable_data_ptr<T>(), offsets.mutable_data_ptr<T>(),
+                                    log_dets.mutable_data_ptr<T>()});
+  });
+  return {matrices, offsets, log_dets, {}};
 }
 
 Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const Tensor& grad_offsets,
                       const Tensor& grad_log_dets) {
   const Plain plain;
-  const auto backward = is_for_cpu(factors) ? &fold_backward_on_cpu : &fold_backward_batched;
-  Tensors found;
-  for (const Tensor& stacked : backward(factors, grad_matrices, grad_offsets, grad_log_dets))
-    for (const Tensor& one : stacked.unbind()) found.push_back(one);
-  return found;
+  const Tensor matrices = grad_matrices.contiguous(), offsets = grad_offsets.contiguous();
+  const Tensor log_dets = grad_log_dets.contiguous();
+  const Tensors stacked{at::empty_like(offsets), at::empty_like(offsets), at::empty_like(matrices),
+                        at::empty_like(matrices), at::empty_like(offsets)};
+  bindings::with_dtype(matrices, [&](auto zero) {
+    using T = decltype(zero);
+    if (matrices.is_meta()) return;
+    const Addresses<T> own(factors);
+    const auto out = [&](std::size_t i) { return stacked[i].mutable_data_ptr<T>(); };
+    bindings::run(matrices,
+                  FoldBackwardArgs<T>{own.factors(), matrices.const_data_ptr<T>(), offsets.const_data_ptr<T>(),
+                                      log_dets.const_data_ptr<T>(), out(2), out(3), out(4), out(0), out(1)});
+  });
+  return stacked;
 }
 
 }  // namespace pyglow::run

@@ -19,10 +19,10 @@
 #include <ATen/ops/threshold_backward.h>
 
 #include <array>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <mutex>
-#include <set>
 #include <string>
 
 #include "bindings/dry.h"
@@ -98,18 +98,7 @@ Through through(const NetForm& form, std::size_t layer) {
   return {static_cast<Activation>(form.activations[layer]), form.parameters[layer]};
 }
 
-Tensor per_output(const Tensor& scale, const Tensor& weight) {
-  std::vector<int64_t> shape(weight.dim(), 1);
-  shape[0] = -1;
-  return scale.view(shape);
-}
-
-// Our products multiply by the gain of the last layer themselves.
 constexpr double gain_power = 3;
-
-bool is_gain(const NetForm& form, std::size_t layer) {
-  return form.products && layer + 1 == form.layers() && form.powers[layer] == gain_power;
-}
 
 // Of a convolution that keeps the size.
 struct Window {
@@ -166,49 +155,33 @@ bool cudnn_fuses(const Tensor& h, const Tensor& weight) {
   return std::max(h.numel(), per_channel * weight.size(0)) <= std::numeric_limits<int32_t>::max();
 }
 
-// Convolutions that cuDNN has refused to fuse: to ask again would take as long each time.
-class Refused {
- public:
-  static std::string key(const Tensor& h, const Tensor& weight, const Window& window) {
-    std::string found = std::to_string(static_cast<int>(h.scalar_type()));
-    for (const auto& sizes : {h.sizes(), weight.sizes(), at::IntArrayRef(window.dilation)})
-      for (const int64_t size : sizes) found += "," + std::to_string(size);
-    return found;
-  }
-  bool has(const std::string& key) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return keys_.count(key) > 0;
-  }
-  void add(const std::string& key) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    keys_.insert(key);
-  }
-
- private:
-  std::mutex mutex_;
-  std::set<std::string> keys_;
-};
-
-Tensor relu_convolution(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window) {
-  static Refused refused;
-  if (cudnn_fuses(h, weight)) {
-    const std::string key = Refused::key(h, weight, window);
-    if (!refused.has(key)) {
-      try {
-        return at::cudnn_convolution_relu(h, weight, bias, window.ones, window.sides, window.dilation, 1);
-      } catch (const c10::Error& error) {
-        if (std::string(error.what()).find("unable to find an engine") == std::string::npos) throw;
-        refused.add(key);
-      }
-    }
-  }
-  return convolution(h, weight, bias, window).relu_();
+Tensor fused(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window) {
+  return at::cudnn_convolution_relu(h, weight, bias, window.ones, window.sides, window.dilation, 1);
 }
 
-// Images run channels-last, but for float64 on a GPU, which cuDNN takes contiguous only.
-at::MemoryFormat format_for(const Tensor& x) {
-  const bool images = x.dim() == 4 && !(x.is_cuda() && x.scalar_type() == at::kDouble);
-  return images ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+// Whether cuDNN finds an engine for both, and one that is right, which is tried once: the op passes its output's fresh
+// memory as an addend, times zero, and an engine that reads it keeps a NaN of whatever was there. So the allocator gets
+// an output full of NaN back just before. The host reads what comes of it; a CUDA graph is warmed up first anyway.
+bool fuses(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window) {
+  static std::mutex mutex;
+  static std::map<std::string, bool> tried;
+  if (!cudnn_fuses(h, weight)) return false;
+  std::string key = std::to_string(static_cast<int>(h.scalar_type()));
+  for (const auto& sizes : {h.sizes(), weight.sizes(), at::IntArrayRef(window.dilation)})
+    for (const int64_t size : sizes) key += "," + std::to_string(size);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = tried.find(key); found != tried.end()) return found->second;
+  try {
+    convolution(h, weight, bias, window).fill_(NAN);
+    return tried[key] = !fused(h, weight, bias, window).isnan().any().item<bool>();
+  } catch (const c10::Error& error) {
+    if (std::string(error.what()).find("unable to find an engine") == std::string::npos) throw;
+    return tried[key] = false;
+  }
+}
+
+Tensor relu_convolution(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window) {
+  return fuses(h, weight, bias, window) ? fused(h, weight, bias, window) : convolution(h, weight, bias, window).relu_();
 }
 
 // On the half of a checkerboard and back, as pyglow_fast.reference has it.
@@ -217,11 +190,28 @@ Tensor half_board(const Tensor& whole, int64_t parity) { return bindings::checke
 
 }  // namespace
 
-std::size_t NetForm::tensors() const {
-  std::size_t count = 2 * layers();
-  for (const double power : powers) count += power != 0;
+bool is_gain(const NetForm& form, std::size_t layer) {
+  return form.products && layer + 1 == form.layers() && form.powers[layer] == gain_power;
+}
+
+at::MemoryFormat format_for(const Tensor& x) {
+  const bool images = x.dim() == 4 && !(x.is_cuda() && x.scalar_type() == at::kDouble);
+  return images ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+Tensor per_output(const Tensor& scale, const Tensor& weight) {
+  std::vector<int64_t> shape(weight.dim(), 1);
+  shape[0] = -1;
+  return scale.view(shape);
+}
+
+std::size_t NetForm::first(std::size_t layer) const {
+  std::size_t count = 2 * layer;
+  for (std::size_t before = 0; before < layer; ++before) count += powers[before] != 0;
   return count;
 }
+
+std::size_t NetForm::tensors() const { return first(layers()); }
 
 std::size_t NetForm::kept() const {
   if (products) return 1;
@@ -248,33 +238,11 @@ std::vector<Chunk> NetForm::chunks_for(const Tensor& x) const {
   return found;
 }
 
-Net::Net(const NetForm& form, at::TensorList own, const Tensor& like)
+Net::Net(const NetForm& form, Folded folded)
     : form_(form),
-      own_(own),
-      dtype_(form.narrow && !form.products ? *form.narrow : like.scalar_type()),
-      format_(format_for(like)) {
-  std::size_t at = 0;
-  for (std::size_t layer = 0; layer < form.layers(); ++layer) {
-    first_.push_back(at);
-    Tensor weight = own[at], bias = own[at + 1], scale;
-    if (is_gain(form, layer)) {
-      log_gain_ = own[at + 2];
-    } else if (form.powers[layer] != 0) {
-      const Tensor log_scale = own[at + 2].flatten();
-      scale = (form.powers[layer] == 1 ? log_scale : log_scale * form.powers[layer]).exp();
-      weight = weight * per_output(scale, weight);
-      bias = bias * scale;
-    }
-    if (!form.products) {
-      weight = weight.to(dtype_).contiguous(format_);
-      bias = bias.to(dtype_);
-    }
-    weights_.push_back(weight);
-    biases_.push_back(bias);
-    scales_.push_back(scale);
-    at += form.powers[layer] != 0 ? 3 : 2;
-  }
-}
+      folded_(std::move(folded)),
+      dtype_(folded_.weights[0].scalar_type()),
+      format_(format_for(folded_.weights[0])) {}
 
 Net::Inputs Net::inputs(const Tensor& x1, const Optional& cond) const {
   if (!form_.takes_state) return {*cond, {}};
@@ -285,17 +253,17 @@ Net::Inputs Net::inputs(const Tensor& x1, const Optional& cond) const {
 
 Tensor Net::joined(const Inputs& given) const {
   const Tensor& x = given.x1;
-  if (!given.cond) return x.to(dtype_).contiguous(format_);
+  if (!given.cond && x.scalar_type() == dtype_ && x.is_contiguous(format_)) return x;
   std::vector<int64_t> shape = x.sizes().vec();
-  shape[1] += given.cond->size(1);
+  if (given.cond) shape[1] += given.cond->size(1);
   Tensor both = at::empty(shape, x.options().dtype(dtype_), format_);
   both.narrow(1, 0, x.size(1)).copy_(x);
-  both.narrow(1, x.size(1), given.cond->size(1)).copy_(*given.cond);
+  if (given.cond) both.narrow(1, x.size(1), given.cond->size(1)).copy_(*given.cond);
   return both;
 }
 
 Tensor Net::convolved(std::size_t layer, const Tensor& h) const {
-  return convolution(h, weights_[layer], biases_[layer], Window(form_, layer, weights_[layer]));
+  return convolution(h, folded_.weights[layer], folded_.biases[layer], Window(form_, layer, folded_.weights[layer]));
 }
 
 Tensor Net::by_convolutions(Tensor h, Tensors* kept) const {
@@ -304,7 +272,8 @@ Tensor Net::by_convolutions(Tensor h, Tensors* kept) const {
     if (layer + 1 == form_.layers()) return convolved(layer, h).contiguous(format_);
     const Through activation = through(form_, layer);
     if (activation.is_relu()) {
-      h = relu_convolution(h, weights_[layer], biases_[layer], Window(form_, layer, weights_[layer]));
+      h = relu_convolution(h, folded_.weights[layer], folded_.biases[layer],
+                           Window(form_, layer, folded_.weights[layer]));
       continue;
     }
     h = convolved(layer, h);
@@ -319,8 +288,8 @@ Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const
   Tensor out;
   if (form_.products) {
     auto [found, hidden] =
-        bindings::net_chain(given.x1, given.cond, weights_, biases_, log_gain_, form_.activations, form_.parameters,
-                            form_.dilations, form_.narrow.has_value(), kept != nullptr);
+        bindings::net_chain(given.x1, given.cond, folded_.weights, folded_.biases, folded_.log_gain, form_.activations,
+                            form_.parameters, form_.dilations, form_.narrow.has_value(), kept != nullptr);
     out = std::move(found);
     if (kept != nullptr) kept->push_back(std::move(hidden));
   } else {
@@ -350,22 +319,22 @@ NetGradients Net::back_by_products(const Inputs& given, const Tensor& kept, cons
   bool want_own = false;
   for (const bool one : wanted.own) want_own = want_own || one;
   const Tensor grad = grad_out.to(given.x1.scalar_type());
+  const Optional& gain = folded_.log_gain;
   Tensors grads = bindings::net_chain_backward(
-      grad, given.x1, given.cond, kept, weights_, log_gain_ ? Optional(biases_.back()) : Optional(), log_gain_,
+      grad, given.x1, given.cond, kept, folded_.weights, gain ? Optional(folded_.biases.back()) : Optional(), gain,
       form_.activations, form_.parameters, form_.dilations, form_.narrow.has_value(), want_own);
-  NetGradients found{grads[0], given.cond ? grads[1] : Tensor(), Tensors(own_.size())};
+  NetGradients found{grads[0], given.cond ? grads[1] : Tensor(), {}, {}, {}};
   if (!want_own) return found;
-  const std::size_t first = given.cond ? 2 : 1, count = form_.layers();
-  Tensors weights(grads.begin() + first, grads.begin() + first + count);
-  Tensors biases(grads.begin() + first + count, grads.begin() + first + 2 * count);
-  if (log_gain_) found.own.back() = grads.back();
-  unfold(weights, biases, found.own, wanted);
+  const auto weights = grads.begin() + (given.cond ? 2 : 1), biases = weights + static_cast<int64_t>(form_.layers());
+  const auto end = biases + static_cast<int64_t>(form_.layers());
+  found.weights.assign(weights, biases);
+  found.biases.assign(biases, end);
+  if (gain) found.log_gain = *end;
   return found;
 }
 
 bool Net::wants_layer(std::size_t layer, const Wanted& wanted) const {
-  const std::size_t at = first_[layer], end = at + (form_.powers[layer] != 0 ? 3 : 2);
-  for (std::size_t i = at; i < end; ++i)
+  for (std::size_t i = form_.first(layer); i < form_.first(layer + 1); ++i)
     if (wanted.own[i]) return true;
   return false;
 }
@@ -373,7 +342,7 @@ bool Net::wants_layer(std::size_t layer, const Wanted& wanted) const {
 NetGradients Net::back_by_convolutions(const Inputs& given, Tensors kept, const Tensor& grad_out,
                                        const Wanted& wanted) const {
   const std::size_t layers = form_.layers();
-  Tensors weights(layers), biases(layers);
+  NetGradients found{{}, {}, Tensors(layers), Tensors(layers), {}};
   Tensor grad = grad_out.to(dtype_).contiguous(format_);
   const auto taken = [&kept] {  // freed behind its last use, if nobody else has it
     Tensor last = std::move(kept.back());
@@ -385,46 +354,21 @@ NetGradients Net::back_by_convolutions(const Inputs& given, Tensors kept, const 
     for (std::size_t before = 0; before < layer; ++before) goes_on = goes_on || wants_layer(before, wanted);
     const bool own = wants_layer(layer, wanted);
     if (!goes_on && !own) break;
-    const Tensor h = taken(), weight = weights_[layer];
+    const Tensor h = taken(), weight = folded_.weights[layer];
     const std::array<bool, 3> mask{goes_on, own, own};
-    std::tie(grad, weights[layer], biases[layer]) =
+    std::tie(grad, found.weights[layer], found.biases[layer]) =
         convolution_backward(grad, h, weight, Window(form_, layer, weight), mask);
     if (layer == 0 || !goes_on) break;
     const Through activation = through(form_, layer - 1);
     const Tensor behind = activation.keeps_argument() ? taken() : h;
     grad = activation.gradient(grad, behind);
   }
-  NetGradients found{Tensor(), Tensor(), Tensors(own_.size())};
   if (wanted.inputs && grad.defined()) {
     const int64_t channels = given.x1.size(1);
     found.state = grad.narrow(1, 0, channels).to(given.x1.scalar_type());
     if (given.cond) found.cond = grad.narrow(1, channels, given.cond->size(1)).to(given.cond->scalar_type());
   }
-  unfold(weights, biases, found.own, wanted);
   return found;
-}
-
-// From gradients of folded weights and biases to those of the net's tensors.
-void Net::unfold(Tensors& weights, Tensors& biases, Tensors& own, const Wanted& wanted) const {
-  for (std::size_t layer = 0; layer < form_.layers(); ++layer) {
-    if (!weights[layer].defined()) continue;
-    const std::size_t at = first_[layer];
-    const auto like_own = [&](const Tensor& grad, std::size_t i) {
-      return grad.to(own_[i].scalar_type()).contiguous();
-    };
-    Tensor weight = like_own(weights[layer], at), bias = like_own(biases[layer], at + 1);
-    const Tensor& scale = scales_[layer];
-    if (scale.defined()) {
-      if (wanted.own[at + 2]) {  // sum grad' w' = scale (sum grad' w), times the power
-        const Tensor by_weight = (weight * own_[at]).flatten(1).sum(1), by_bias = bias * own_[at + 1];
-        own[at + 2] = ((by_weight + by_bias) * (scale * form_.powers[layer])).reshape(own_[at + 2].sizes());
-      }
-      weight = weight * per_output(scale, weight);
-      bias = bias * scale;
-    }
-    own[at] = std::move(weight);
-    own[at + 1] = std::move(bias);
-  }
 }
 
 }  // namespace pyglow::run

@@ -47,6 +47,7 @@ struct NetForm {
   std::vector<Chunk> chunks;             // how a batch is cut where nothing is kept; none: not at all
 
   std::size_t layers() const { return powers.size(); }
+  std::size_t first(std::size_t layer) const;  // where the layer's tensors begin
   std::size_t tensors() const;
   std::size_t kept() const;  // tensors that forward keeps
   double overlap() const;    // positions that the chunks read, over those that they give
@@ -63,13 +64,27 @@ struct Wanted {
 // Undefined where they are not wanted, or there is nothing to differentiate.
 struct NetGradients {
   Tensor state, cond;
-  Tensors own;
+  Tensors weights, biases;  // of what `Folded` has
+  Tensor log_gain;
 };
 
-// A net with its tensors, ready to run on inputs like one.
+// A net's tensors as it computes with them: of each layer weight and bias, scaled, in the net's dtype and memory
+// format.
+struct Folded {
+  Tensors weights, biases;
+  Optional log_gain;  // of the last layer, where our products multiply by it themselves
+};
+
+// Whether our products multiply by the log_scale of a layer themselves.
+bool is_gain(const NetForm& form, std::size_t layer);
+// Images run channels-last, but for float64 on a GPU, which cuDNN takes contiguous only.
+at::MemoryFormat format_for(const Tensor& x);
+Tensor per_output(const Tensor& scale, const Tensor& weight);
+
+// A net with its tensors, ready to run.
 class Net {
  public:
-  Net(const NetForm& form, at::TensorList own, const Tensor& like);
+  Net(const NetForm& form, Folded folded);
 
   // The output, whole, of x1 (N, C1, *spatial) and the condition; what backward needs is put behind `kept`.
   Tensor forward(const Tensor& x1, const Optional& cond, Tensors* kept) const;
@@ -89,14 +104,10 @@ class Net {
                                 const Wanted& wanted) const;
   NetGradients back_by_convolutions(const Inputs& given, Tensors kept, const Tensor& grad_out,
                                     const Wanted& wanted) const;
-  void unfold(Tensors& weights, Tensors& biases, Tensors& own, const Wanted& wanted) const;
   bool wants_layer(std::size_t layer, const Wanted& wanted) const;
 
   const NetForm& form_;
-  at::TensorList own_;
-  std::vector<std::size_t> first_;  // of each layer's tensors
-  Tensors weights_, biases_, scales_;
-  Optional log_gain_;  // of the last layer, where our products multiply by it themselves
+  const Folded folded_;
   at::ScalarType dtype_;
   at::MemoryFormat format_;
 };

@@ -99,7 +99,6 @@ Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, Back
 // parameter, in the order of `Factors`, of K steps each.
 struct Factors {
   at::TensorList permutation, lower, upper, log_diag, sign_diag, log_scale, bias;
-  bool rounds;  // torch's settings let products round float32
 };
 Maps fold(const Factors& factors);
 // Of log_scale, bias, lower, upper and log_diag of every step, in this order.

@@ -4,6 +4,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "bindings/ops.h"
+#include "run/nets.h"
 #include "run/run.h"
 
 namespace pyglow::run {
@@ -33,13 +34,10 @@ inline std::tuple<Tensor, Tensor> coupled_and_mixed(const bindings::Kind& kind, 
                                 kind.clamp, kind.factor, map.index);
 }
 
-// The tensors of each step's net, out of those of all.
-std::vector<at::TensorList> by_step(const Part& part, at::TensorList nets);
-
 inline Tensor read_by(const Step& step, const Tensor& state) { return state.narrow(1, 0, step.reads); }
 
 // A net's output, in chunks where its form says so; `kept`: whole, with what its backward needs.
-Tensor net_output(const Step& step, at::TensorList own, const Tensor& state, const Optional& cond, Tensors* kept);
+Tensor net_output(const Step& step, const Net& net, const Tensor& state, const Optional& cond, Tensors* kept);
 
 inline int64_t positions_of(const Tensor& x) {
   int64_t count = 1;

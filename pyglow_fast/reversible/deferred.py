@@ -7,6 +7,7 @@ the caller wants no pause of the stream, a flag on the device turns all gradient
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -38,11 +39,19 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
     return flag
 
 
-def accepted(grad: Tensor | None, drifted: Tensor | None) -> Tensor | None:
-    """Pass a gradient on, or zero where a deferred verdict, if there is one, has found a drifted state."""
-    if grad is None or drifted is None:
-        return grad
-    return torch.where(drifted.to(grad.device), torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
+def accepted(grads: Sequence[Tensor | None], drifted: Tensor | None) -> Sequence[Tensor | None]:
+    """Pass gradients on, or zeros where a deferred verdict, if there is one, has found a drifted state."""
+    if drifted is None:
+        return grads
+    zero = torch.zeros((), device=drifted.device)  # one for all: to make it is a launch
+    return [None if grad is None else _chosen(drifted, zero, grad) for grad in grads]
+
+
+def _chosen(drifted: Tensor, zero: Tensor, grad: Tensor) -> Tensor:
+    """Zero or the gradient, on its device and of its dtype."""
+    if grad.device != drifted.device:
+        drifted, zero = drifted.to(grad.device), zero.to(grad.device)
+    return torch.where(drifted, zero.to(grad.dtype), grad)
 
 
 def _forget(task: int) -> None:

@@ -132,7 +132,7 @@ class _RunSteps(torch.autograd.Function):
                 whole.judged(part, drift, limit, redone)
         of_params = [grad for grads in own.of_params for grad in grads]
         grads = (grad_x, own.of_cond.result(), *of_params, *own.of_raw())
-        return (None, None, None, *[accepted(grad, drifted) for grad in grads])
+        return (None, None, None, *accepted(grads, drifted))
 
 
 class _Backward:

@@ -19,7 +19,6 @@ from torch import Tensor
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._derivatives import apply_to_plain, differentiable_once
-from pyglow_fast._dry import device_of
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.deferred import accepted
@@ -38,9 +37,12 @@ class Fold(Protocol):
         """Fold matrices (K, C, C), offsets (K, C), log_dets (K,) and, of gathers, indices (K, C)."""
 
     def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
     ) -> Sequence[Tensor | None]:
-        """Compute the gradients of the raw tensors from those of the maps; None for those that want none."""
+        """Compute the gradients of the raw tensors from those of the maps; None for those that want none.
+
+        They are zeros where a deferred verdict, if there is one, has found a drifted state.
+        """
 
 
 class FoldByTorch:
@@ -55,7 +57,7 @@ class FoldByTorch:
             return [part for part in self._function(raw) if part is not None]
 
     def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
     ) -> Sequence[Tensor | None]:
         """Fold again, with a record."""
         leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
@@ -66,7 +68,7 @@ class FoldByTorch:
         if not wanted or not pairs:
             return [None] * len(leaves)
         outs, grads = zip(*pairs, strict=True)
-        given = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
+        given = iter(accepted(torch.autograd.grad(outs, wanted, grads, allow_unused=True), drifted))
         return [next(given) if leaf.requires_grad else None for leaf in leaves]
 
 
@@ -78,10 +80,10 @@ class GivenMaps:
         return raw
 
     def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
     ) -> Sequence[Tensor | None]:
         """Return their gradients; indices have none."""
-        return [matrices, offsets, log_dets, None][: len(raw)]
+        return accepted([matrices, offsets, log_dets, None][: len(raw)], drifted)
 
 
 FACTORS, CONSTANTS = ("log_scale", "bias", "lower", "upper", "log_diag"), ("permutation", "sign_diag")
@@ -101,21 +103,15 @@ class FoldFactors:
 
     def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
         """Fold, without a record."""
-        found: Sequence[Tensor] = require().fold(raw, *self._constants, _products_round(raw[0]))
+        found: Sequence[Tensor] = require().fold(raw, *self._constants)
         return found
 
     def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
     ) -> Sequence[Tensor | None]:
         """Compute the gradients of the parameters."""
-        arguments = (raw, *self._constants, _products_round(raw[0]), matrices, offsets, log_dets)
-        found: Sequence[Tensor] = require().fold_backward(*arguments)
-        return found
-
-
-def _products_round(x: Tensor) -> bool:
-    """Whether torch's products, by which maps are folded on a GPU alone, may round x."""
-    return device_of(x).type != "cpu" and _float32.rounds(_float32.PRODUCTS, x)
+        stacked = accepted(require().fold_backward(raw, *self._constants, matrices, offsets, log_dets), drifted)
+        return [one for each in stacked if each is not None for one in each.unbind()]
 
 
 class Maps(NamedTuple):
@@ -157,7 +153,7 @@ class NoMaps:
         return []
 
     def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
     ) -> Sequence[Tensor | None]:
         """Give nothing."""
         return []
@@ -273,9 +269,8 @@ class _RunNode(torch.autograd.Function):
             whole.checkpointed(part, grad_z.device)
         of_maps: Sequence[Tensor | None] = [None] * len(raw)
         if any(needs[3 + node.n_nets :]):
-            of_maps = node.fold.gradients(raw, matrices, offsets, log_dets)
-        grads = (grad_x, grad_cond, *of_nets, *of_maps)
-        return (None, *[accepted(grad, drifted) for grad in grads])
+            of_maps = node.fold.gradients(raw, matrices, offsets, log_dets, drifted)
+        return (None, *accepted((grad_x, grad_cond, *of_nets), drifted), *of_maps)
 
 
 def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False) -> Any:

@@ -209,7 +209,7 @@ def test_without_the_extension_info_and_ops_say_why() -> None:
 import torch, pyglow_fast
 from pyglow_fast import info
 try:
-    torch.ops.pyglow_fast.channel_moments(torch.ones(2, 3, 4))
+    torch.ops.pyglow_fast.invert_matrices(torch.ones(2, 3, 3))
 except ImportError as error:
     print(error)
 print(info.report())"""
@@ -225,16 +225,16 @@ def test_an_op_that_is_called_first_loads_the_extension() -> None:
 import sys, torch, pyglow_fast
 from torch._dispatch.python import enable_python_dispatcher
 assert "pyglow_fast._C" not in sys.modules
-x = torch.ones(2, 3, 4)
+x = torch.eye(3).expand(2, 3, 3)
 try:
-    torch.ops.pyglow_fast.channel_moments(x.to_sparse())
+    torch.ops.pyglow_fast.invert_matrices(x.to_sparse())
 except NotImplementedError as error:
     print(error)
 with enable_python_dispatcher():
-    mean, _ = torch.ops.pyglow_fast.channel_moments(x)
-assert mean.tolist() == [1.0, 1.0, 1.0] and "pyglow_fast._C" in sys.modules"""
+    inverses, _ = torch.ops.pyglow_fast.invert_matrices(x)
+assert torch.equal(inverses, x) and "pyglow_fast._C" in sys.modules"""
     text = run_python(code)
-    assert "channel_moments: expected strided tensors on cpu" in text
+    assert "invert_matrices: expected strided tensors on cpu" in text
     assert "found cpu (torch.sparse" in text
 
 
@@ -244,7 +244,7 @@ def test_kernels_of_other_schemas_are_refused() -> None:
     code = """
 import importlib.util, torch
 library = torch.library.Library("pyglow_fast", "DEF")
-library.define("channel_moments(Tensor x, int extra) -> (Tensor, Tensor)")
+library.define("invert_matrices(Tensor x, int extra) -> (Tensor, Tensor)")
 spec = importlib.util.spec_from_file_location("pyglow_fast._C", PATH)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -252,5 +252,5 @@ for _ in range(2):
     try:
         module.register_kernels()
     except RuntimeError as error:
-        print("channel_moments" in str(error))"""
+        print("invert_matrices" in str(error))"""
     assert run_python(code.replace("PATH", repr(_backend.require().__file__))).split() == ["True", "True"]

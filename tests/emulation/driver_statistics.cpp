@@ -7,18 +7,6 @@ using driver::view;
 
 extern "C" {
 
-const char* emulated_channel_moments(int is_double, unsigned seed, Sizes sizes, Tensor x, double* mean, double* m2) {
-  return driver::guarded(is_double, seed, [&](auto zero) {
-    using T = decltype(zero);
-    driver::run(pyglow::ChannelMomentsArgs<T>{.x = view<const T>(x),
-                                              .mean = mean,
-                                              .m2 = m2,
-                                              .samples = sizes.samples,
-                                              .channels = sizes.channels,
-                                              .positions = sizes.positions});
-  });
-}
-
 const char* emulated_gaussian_log_prob(int is_double, unsigned seed, Sizes sizes, Tensor z, Tensor mean, Tensor log_sd,
                                        void* log_prob) {
   return driver::guarded(is_double, seed, [&](auto zero) {

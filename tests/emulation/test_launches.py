@@ -16,7 +16,7 @@ from pyglow_fast.reference import CouplingSpec
 pytestmark = pytest.mark.full
 MULTIPROCESSORS = 132  # of an H100
 # Second stages: what they read is a few numbers for each block of the first.
-SECOND_STAGES = {"sample_sums_kernel", "finish_kernel", "reduce_kernel", "merge_kernel"}
+SECOND_STAGES = {"sample_sums_kernel", "finish_kernel", "reduce_kernel"}
 FORWARD = ops.coupling_arguments(CouplingSpec(), inverse=False)
 BACKWARD = (*FORWARD[:2], *FORWARD[3:])
 
@@ -40,7 +40,6 @@ def launches_of_ops(emulator: EmulatedOps, shape: tuple[int, ...]) -> dict[str, 
         "gather": lambda: emulator.coupling_mix(x, x, offset, offset, *FORWARD, index),
         "gather_backward": lambda: emulator.coupling_mix_backward(x, x, x, log_det, offset, *BACKWARD, None, index),
         "step_gather_backward": lambda: emulator.step_backward(x, x, x, log_det, offset, offset, *BACKWARD, index),
-        "channel_moments": lambda: emulator.channel_moments(x),
         "gaussian_log_prob": lambda: emulator.gaussian_log_prob(x, x, x),
         "gaussian_log_prob_backward": lambda: emulator.gaussian_log_prob_backward(x, x, x, log_det),
         "gaussian_sample": lambda: emulator.gaussian_sample(x, x, x),

@@ -23,7 +23,8 @@ class Limit(NamedTuple):
     """The properties that the comment above a kernel's launcher promises.
 
     ``loads`` and ``stores`` count accesses of less than 16 bytes in a kernel that takes 16 bytes at a time: numbers of
-    which there is one per sample or part, weights, what repeats along a row, results that are sums.
+    which there is one per sample or part, weights, what repeats along a row, results that are sums, and what a
+    channels-last net's backward adds.
     """
 
     float_blocks: int  # that a multiprocessor has registers for
@@ -37,11 +38,9 @@ class Limit(NamedTuple):
 LIMITS = {
     "fused_kernel": Limit(2, 1, 16, 18, 2, nets=True),
     "finish_kernel": Limit(6, 6, 0),
-    "sums_kernel": Limit(2, 1, 0, 10, 20, nets=True),
+    "sums_kernel": Limit(2, 1, 0, 18, 20, nets=True),
     "reduce_kernel": Limit(4, 4, 2048),
     "coupling_kernel": Limit(4, 1, 64, 0, 2, nets=True),
-    "moments_kernel": Limit(2, 2, 0, 0, 20),
-    "merge_kernel": Limit(6, 6, 0),
     "log_prob_kernel": Limit(4, 3, 64, 2, 2),
     "log_prob_backward_kernel": Limit(4, 3, 0, 3),
     "sample_kernel": Limit(4, 3, 0, 2),
@@ -49,12 +48,14 @@ LIMITS = {
     "coupling_backward_kernel": Limit(3, 2, 0, 1, nets=True),
     "gather_kernel": Limit(4, 3, 64, 4, 2, nets=True),
     "gather_backward_kernel": Limit(3, 2, 64 + 2048, 4, 2, nets=True),
+    "fold_kernel": Limit(3, 3, 64),
+    "fold_backward_kernel": Limit(3, 3, 64),
     "invert_kernel": Limit(2, 2, 64 + 64),
     "step_gather_backward_kernel": Limit(4, 2, 0, 4, nets=True),
     "coupling_patches_kernel": Limit(2, 2, 64, 0, 3, nets=True),
     "coupling_backward_patches_kernel": Limit(2, 2, 0, 1, nets=True),
     "gather_patches_kernel": Limit(2, 2, 64, 8, 2, nets=True),
-    "gather_backward_patches_kernel": Limit(2, 2, 2048, 8, 1, nets=True),
+    "gather_backward_patches_kernel": Limit(2, 2, 2048, 20, 1, nets=True),
     "step_gather_backward_patches_kernel": Limit(2, 2, 0, 8, nets=True),
 }
 # A patch of a channels-last net's output is four channels at four positions. Where one half of the channels ends within

@@ -64,7 +64,6 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "coupling_mix_backward of a gather": (X, NET, GRAD, WEIGHT, VECTOR, *BACKWARD, ADDED, INDEX),
     "step_backward": (X, NET, GRAD, WEIGHT, MATRIX, VECTOR, *BACKWARD),
     "step_backward of a gather": (X, NET, GRAD, WEIGHT, VECTOR, VECTOR, *BACKWARD, INDEX),
-    "channel_moments": (X,),
     "gaussian_log_prob": (X, NET, GRAD),
     "gaussian_log_prob_backward": (X, NET, GRAD, WEIGHT),
     "gaussian_sample": (X, NET, GRAD),
@@ -175,8 +174,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 WORDS = re.compile(r"^[\w ,\[\]]+: expected .+, found ", re.DOTALL)
 # Of the first tensor alone, which has the others refused; other forms are as good.
-FIRST_DECIDES = {"channel_moments": FAULTS.keys() - {"dtype", "scalar", "sparse"}}
-FIRST_DECIDES |= {name: {"grown", "shrunk", "empty", "more dimensions"} for name in ("channel_mix", "net_chain")}
+FIRST_DECIDES = {name: {"grown", "shrunk", "empty", "more dimensions"} for name in ("channel_mix", "net_chain")}
 FIRST_DECIDES |= {"invert_matrices": {"other dtype", "grown", "empty", "vast"}}
 FIRST_DECIDES |= {
     name: {"other dtype", "grown", "empty", "more dimensions", "shrunk", "vast"}
@@ -275,8 +273,8 @@ def test_sizes_beside_nothing() -> None:
     ):
         assert log_det.tolist() == [0.0]
     vast = torch.empty(0, 1, 1, 1).expand(0, 3, 2**40, 2**40)
-    with pytest.raises(ValueError, match="x: expected sizes above 0 of a product of at most"):
-        ops.channel_moments(vast)
+    with pytest.raises(ValueError, match="z: expected sizes above 0 of a product of at most"):
+        ops.gaussian_log_prob(vast, vast, vast)
     with pytest.raises(ValueError, match="x: expected sizes above 0 of a product of at most"):
         ops.net_chain(vast, None, [torch.ones(1, 3, 7, 7)], [torch.ones(1)], None, [], [], [9, 9], False, True)
 

@@ -328,12 +328,6 @@ class EmulatedOps:
         self._call(name, y, transformed, *inputs, *maps, *outputs)
         return results
 
-    def channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and sum of squared deviations per channel, float64."""
-        mean, m2 = (self._new(x.shape[1:2], torch.float64) for _ in range(2))
-        self._call("channel_moments", x, 0, self._view(x), self._pointer(mean), self._pointer(m2))
-        return mean, m2
-
     def gaussian_log_prob(self, z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
         """log N(z; mean, exp(log_sd)) summed per sample."""
         log_prob = self._new(z.shape[:1], z.dtype)
@@ -361,6 +355,27 @@ class EmulatedOps:
         pointers = map(self._pointer, (matrices, inverses, log_dets))
         self._call("invert_matrices", matrices, 0, *pointers)
         return inverses, log_dets
+
+    def fold(self, factors: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Matrices, offsets and log_dets of maps, given the tensors of each parameter in the order of csrc/core.h."""
+        like = factors[1][0]
+        count, channels = len(factors[0]), like.shape[0]
+        found = [self._new(shape, like.dtype) for shape in ((count, channels, channels), (count, channels), (count,))]
+        self._call("fold", like.new_empty(count, channels), 0, self._table(factors), *map(self._pointer, found))
+        return found[0], found[1], found[2]
+
+    def fold_backward(self, factors: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of lower, upper, log_diag, log_scale and bias from those of what :meth:`fold` gives."""
+        matrices, offsets, _ = grads
+        shapes = (matrices.shape, matrices.shape, *[offsets.shape] * 3)
+        found = [self._new(shape, matrices.dtype) for shape in shapes]
+        tables = self._table(factors), self._table([grads]), self._table([found])
+        self._call("fold_backward", offsets, 0, *tables)
+        return found
+
+    def _table(self, tensors: Sequence[Sequence[Tensor]]) -> Any:
+        addresses = [self._pointer(tensor).value for part in tensors for tensor in part]
+        return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 def _transformed(net_out: Tensor, codes: Sequence[Any]) -> int:

@@ -18,7 +18,7 @@ from support.helpers import assert_close, assert_kernel_close
 DTYPES = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]
 # (N, C, *spatial): H != W, P no multiple of a vector or tile unless said, several tiles, more tiles than the slots of
-# the sums over them (32, of moments 256) and no multiple of those, odd and large C, more channels than a block of a GPU
+# the sums over them (32) and no multiple of those, odd and large C, more channels than a block of a GPU
 # takes, no and single samples and positions, 1-d and 3-d data, vectors.
 SHAPES = [
     (2, 12, 8, 8),
@@ -271,7 +271,6 @@ class Case:
         """The results of the sums over values and of the normal distribution."""
         values = (self.x, self.grad, 0.5 * self.grad)
         return [
-            *self.kernels("channel_moments", self.x),
             *self.kernels("gaussian_log_prob", *values),
             *self.kernels("gaussian_log_prob_backward", *values, self.grad_log_det),
             *self.kernels("gaussian_sample", *values),

@@ -1,0 +1,60 @@
+"""How many kernels a training step launches, counted on the CPU by torch's profiler, with nets as a GPU has them.
+
+What a GPU runs for an op is what the CPU runs: one kernel for each op that calls no other, none for views and memory. A
+convolution counts as two (its bias is added by one of its own), its backward as three, and what torch does to a list of
+tensors as one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from support.library_ops import use_library
+from torch.profiler import ProfilerActivity, profile
+
+from pyglow_fast import FlowStep, ReversibleSequence
+
+CHANNELS, STEPS, HIDDEN = 12, 16, 64
+COSTS = {"convolution": 2, "convolution_backward": 3}
+# Ops that leave the work to those that they call; of all others what the CPU calls for them is their own affair.
+OUTER = {"clone", "contiguous", "flatten", "item", "matmul", "reshape", "stack", "to", "_to_copy", "zeros"}
+# Views and memory.
+FREE = {"alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "expand_as", "mT"}
+FREE |= {"lift_fresh", "movedim", "narrow", "new_empty", "permute", "resize_", "resolve_conj", "resolve_neg", "select"}
+FREE |= {"slice", "split", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_reshape_alias"}
+FREE.add("_unsafe_view")
+
+
+def launches(event: Any) -> Counter[str]:
+    """Those of an op of torch or of ours, and of all that it calls."""
+    space, _, name = event.name.rpartition("::")
+    if space not in ("aten", "pyglow_fast") or name in OUTER:
+        return sum(map(launches, event.cpu_children), Counter())
+    return Counter() if name in FREE else Counter({name: COSTS.get(name, 1)})
+
+
+@pytest.fixture(autouse=True)
+def _library_nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_library(monkeypatch)
+
+
+@pytest.mark.parametrize(("precision", "more"), [("fp32", 0), ("bf16", 4)])
+@pytest.mark.parametrize(("memory", "most"), [("store", 24), ("reversible", 50)])
+def test_a_training_step_launches_few_kernels(memory: str, most: int, precision: str, more: int) -> None:
+    """For each flow step, forward and backward; a reversible one whose drift is never read by the host."""
+    steps = [FlowStep(CHANNELS, HIDDEN, precision=precision) for _ in range(STEPS)]
+    run = ReversibleSequence(steps, memory=memory, deferred_check=memory == "reversible")
+    x = torch.randn(2, CHANNELS, 8, 8)
+    for _ in range(2):  # the actnorms take their scales from the first
+        z, log_det = run(x)
+        torch.autograd.grad([z, log_det], list(run.parameters()), [z.detach(), log_det.detach()])
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        z, log_det = run(x)
+        torch.autograd.grad([z, log_det], list(run.parameters()), [z.detach(), log_det.detach()])
+    found = sum((launches(event) for event in profiler.events() if event.cpu_parent is None), Counter[str]())
+    assert found["convolution"] >= 2 * 3 * STEPS, "the nets are not the library's"
+    each = {name: round(count / STEPS, 2) for name, count in found.most_common()}
+    assert found.total() <= (most + more) * STEPS, each
