@@ -59,3 +59,19 @@ def test_memory_that_was_full_of_nan(precision: str, device: torch.device) -> No
             loss.backward()
             assert loss.isfinite()
             assert all(parameter.grad.isfinite().all() for parameter in model.parameters()), memory
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deterministic_algorithms(precision: str, device: torch.device) -> None:
+    """No op is refused, and two steps give the same bits."""
+    model = pgf.Glow(image_shape=(3, 16, 16), n_levels=2, n_steps=3, hidden=16, precision=precision).to(device)
+    x = (torch.rand(4, 3, 16, 16) - 0.5).to(device)
+    model.initialize(x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for memory in ("store", "checkpoint", "reversible"):
+            model.memory = memory
+            first, second = (torch.autograd.grad(model.log_prob(x).sum(), list(model.parameters())) for _ in range(2))
+            assert all(map(torch.equal, first, second)), memory
+    finally:
+        torch.use_deterministic_algorithms(False)
