@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -203,6 +204,13 @@ def _no_row(module: nn.Module, library: Library) -> str:
     return f"{own.__qualname__}, a subclass of {bases[0].__qualname__}: what it changes is not known"
 
 
+def _price(runs: Sequence[Run], memory: str) -> str:
+    """What runs cost whose nets the library runs, for the report."""
+    nets_of = (part.wrapped() for run in runs for part in run.parts(False, ready=False) if isinstance(part, Couples))
+    own = any(isinstance(net, Net) and isinstance(nets.recognised(net.known()), str) for net in nets_of)
+    return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
+
+
 def _join(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
     """Join the layers of a library, in all containers of a model, and report those that are in no run."""
     if library.one_by_one:
@@ -249,7 +257,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
             done._runs += found[1]
             joined |= {inner for run in found[1] for layer in run.layers for inner in layer.modules()}
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
-            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
+            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}{_price(found[1], memory)}"
     for name, module in done.model.named_modules():
         if module in joined and done.left.get(name) == JOINS_ONLY:
             del done.left[name]
