@@ -42,6 +42,12 @@ class Adopted(nn.Module):
         """Copied and pickled by row and class, which can be imported; what is made of them is made again."""
         return _blank, (self._pgf_row, self._pgf_theirs), dict(vars(self))
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Make a DataParallel's replica, which keeps no run of the original."""
+        replica = cast(Any, super())._replicate_for_data_parallel()
+        vars(replica).pop("_pgf_run", None)
+        return replica
+
 
 _made: dict[tuple[str, type[nn.Module]], type[Adopted]] = {}
 

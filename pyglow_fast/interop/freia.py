@@ -46,10 +46,11 @@ from pyglow_fast.reversible.steps import ChannelMap
 
 FEW_POSITIONS = 8  # for samples of fewer the kernels, made for images, are slower: they walk along positions
 DENSE_FROM = 128  # channels from which, on the CPU, a product with a soft R costs more than all else but the net
+COUPLINGS = "FrEIA.modules.coupling_layers"
 SUBNET_GAIN = 0.1  # of the whole output of an AllInOneBlock's subnet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScaleFunction:
     """A scale map log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN), for a CouplingSpec.
 
@@ -60,6 +61,18 @@ class ScaleFunction:
     activation: Callable[[Tensor], Tensor]
     centred: bool = False
     divides: bool = False
+
+    def _key(self) -> tuple[Any, ...]:
+        clamp = id(self.clamp) if isinstance(self.clamp, Tensor) else self.clamp
+        return clamp, self.activation, self.centred, self.divides
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same map: of a clamp that learns, the same tensor, not one of the same value."""
+        return isinstance(other, ScaleFunction) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        """Of what makes it equal."""
+        return hash(self._key())
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """s and log s, like raw."""
@@ -92,13 +105,16 @@ def _times(part: Tensor, gain: float) -> Tensor:
     return (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part) * gain
 
 
-@functools.lru_cache(64)
 def _kind_of(activation: Callable[[Tensor], Tensor]) -> str:
-    """Which of FrEIA's clamps a function is, that of a lambda by its values; empty if none."""
+    """Which of FrEIA's clamps a function is; empty if none."""
     if activation is torch.tanh:
         return "tanh"
-    if getattr(activation, "__module__", "") != "FrEIA.modules.coupling_layers":
-        return ""
+    return _kind_of_lambda(activation) if getattr(activation, "__module__", "") == COUPLINGS else ""
+
+
+@functools.lru_cache(64)
+def _kind_of_lambda(activation: Callable[[Tensor], Tensor]) -> str:
+    """Which of FrEIA's clamps a lambda of its own is, by its values."""
     at = torch.tensor([1.0, -0.5], dtype=torch.float64, device="cpu")
     found = activation(at)
     known = {"atan": 0.636 * torch.atan(at), "sigmoid": 2.0 * (torch.sigmoid(at) - 0.5)}
@@ -299,7 +315,7 @@ def _coupling(name: str, parts: Callable[[Any, bool], list[Part]]) -> Row:
     def unfit(layer: Any) -> str:
         return "vectors: its own forward is as fast" if layer.ndims < 2 else "" if min(_split(layer)) else "no halves"
 
-    tells = by_class(f"FrEIA.modules.coupling_layers.{name}")
+    tells = by_class(f"{COUPLINGS}.{name}")
     return Row(f"FrEIA's {name}", tells, {"forward": _called}, parts, _coupling_example, unfit)
 
 

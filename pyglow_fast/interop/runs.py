@@ -56,6 +56,14 @@ def unrepeatable(net: nn.Module, memory: str) -> str:
     return ""
 
 
+def learns(scale_map: Any) -> bool:
+    """Whether a scale map holds tensors or modules that are to get a gradient."""
+    held = vars(scale_map).values() if hasattr(scale_map, "__dict__") else ()
+    modules = [value for value in (scale_map, *held) if isinstance(value, nn.Module)]
+    tensors = [*(value for value in held if isinstance(value, Tensor)), *(t for m in modules for t in m.parameters())]
+    return any(tensor.requires_grad for tensor in tensors)
+
+
 def not_halves(part: Couples) -> str:
     """Say why a coupling is in no run, which halves the channels."""
     if (part.kept + part.changed) % 2:
@@ -173,6 +181,8 @@ class Run:
         mode, maps = self.memory if records else "store", given_maps_of(own)
         if reason := next(filter(None, (unrepeatable(part.net, mode) for part in couples)), ""):
             raise UnfitError(reason)  # put on a net since it was joined
+        if mode != "store" and any(learns(part.spec.scale_map) for part in couples):
+            raise UnfitError("a scale map that learns, which a run that recomputes gives no gradient")
         plain = cond is None and is_runnable(x)
         steps = described(couplings, maps, x, None, False, self.budget) if plain else None
         if steps is not None and records:
@@ -272,6 +282,12 @@ class Joined(nn.Module):
         for name in ("places", "_pgf_was", "_joined_graph", "_joined_from"):
             self.__dict__.pop(name, None)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Make a DataParallel's replica: it has modules and parameters of its own, which run one by one."""
+        replica = cast(Any, super())._replicate_for_data_parallel()
+        replica.part()
+        return replica
+
 
 class JoinedList(Joined, nn.ModuleList):
     """A ModuleList in which iterating or indexing gives what stands in the layers' places.
@@ -293,12 +309,6 @@ class JoinedList(Joined, nn.ModuleList):
 
     def __repr__(self) -> str:
         return repr(nn.ModuleList(self._modules.values())).replace("ModuleList", "JoinedList", 1)
-
-    def _replicate_for_data_parallel(self) -> nn.ModuleList:
-        """Make a DataParallel's replica: it has modules and parameters of its own, which run one by one."""
-        replica = cast(Any, super())._replicate_for_data_parallel()
-        replica.part()
-        return cast(nn.ModuleList, replica)
 
     def _refuse(self, *args: Any) -> NoReturn:
         raise RuntimeError("a list whose steps are joined cannot be changed: undo the acceleration before")

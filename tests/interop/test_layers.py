@@ -140,12 +140,36 @@ def test_a_permutation_is_what_it_is_at_the_call() -> None:
     assert_same(ours, theirs, x)
 
 
-def test_a_learned_clamp_has_its_gradient() -> None:
-    theirs = block()
-    theirs.clamp = nn.Parameter(torch.tensor(1.7, dtype=torch.float64))
+@pytest.mark.parametrize("memory", [None, "store", "reversible"], ids=str)
+def test_a_learned_clamp_has_its_gradient(memory: str | None) -> None:
+    """Also one of the same value that takes its place."""
+    torch.manual_seed(3)
+    np.random.seed(3)
+    theirs = Ff.SequenceINN(*SHAPE)
+    for _ in range(2):
+        theirs.append(Fm.AllInOneBlock, subnet_constructor=subnet)
+    theirs, clamp = noisy(theirs), torch.tensor([1.7, 1.9, 2.1]).double().view(1, 3, 1, 1)
     ours = copy.deepcopy(theirs)
-    assert accelerate(ours).replaced
-    assert_same(ours, theirs, state(*SHAPE))
+    done = accelerate(ours, memory)
+    assert len(done.replaced) == 2
+    for _ in range(2):
+        for model in (ours, theirs):
+            for layer in model.module_list._modules.values():
+                layer.clamp = nn.Parameter(clamp.clone())
+        assert_same_sequence(ours, theirs, state(*SHAPE))
+
+
+def assert_same_sequence(ours: Any, theirs: Any, x: Tensor) -> None:
+    found = []
+    for model in (ours, theirs):
+        z, log_det = model(x)
+        found.append([z, *torch.autograd.grad(z.square().sum() - log_det.sum(), trained(model))])
+    for value, expected in zip(*found, strict=True):
+        assert_close(value, expected, 1000.0)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [value for value in model.parameters() if value.requires_grad]
 
 
 @pytest.mark.parametrize("x", [state(6, 7, 3), state(6, 1, 2)], ids=["size", "few"])
