@@ -47,7 +47,7 @@ LIMITS = {
     "sample_sums_kernel": Limit(6, 6, 64),
     "coupling_backward_kernel": Limit(3, 2, 0, 1, nets=True),
     "gather_kernel": Limit(4, 3, 64, 4, 2, nets=True),
-    "gather_backward_kernel": Limit(3, 2, 64 + 2048, 4, 2, nets=True),
+    "gather_backward_kernel": Limit(3, 2, 64 + 2048, 8, 2, nets=True),
     "fold_kernel": Limit(3, 3, 64),
     "fold_backward_kernel": Limit(3, 3, 64),
     "invert_kernel": Limit(2, 2, 64 + 64),
