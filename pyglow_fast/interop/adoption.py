@@ -69,11 +69,12 @@ def _blank(row: Row, theirs: type[nn.Module]) -> Adopted:
 
 def _runs(method: str) -> Callable[..., Any]:
     def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
-        call = understood(self._pgf_row, self, method, args, kwargs)
+        own = vars(self).get("_pgf_run")
+        own = own if own is not None and own.spares else None
+        call = understood(self._pgf_row, self, method, args, kwargs, own is not None)
         if call is not None:
             try:
-                own, parts = vars(self).get("_pgf_run"), self._pgf_row.parts(self, call.inverse)
-                own = own if own is not None and own.spares else None
+                parts = self._pgf_row.parts(self, call.inverse)
                 if own is not None or self._pgf_row.pays(self, call, parts):
                     if self._pgf_row.run is not None:
                         return call.give(*self._pgf_row.run(self, call, parts, own))
@@ -86,8 +87,12 @@ def _runs(method: str) -> Callable[..., Any]:
     return run
 
 
-def understood(row: Row, layer: nn.Module, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
+def understood(
+    row: Row, layer: nn.Module, method: str, args: Sequence[Any], kwargs: dict[str, Any], spares: bool
+) -> Call | None:
     """Read a call that our arithmetic applies to; None of any other, which is the layer's own.
+
+    One that the row skips is the layer's own too, unless ours ``spares`` memory.
 
     It applies to plain states, not empty, of the parameters' dtype, float32 or float64, where nothing traces or
     transforms and no hooks watch all modules; to a layer that has seen the data it waits for, and whose modules are as
@@ -100,6 +105,8 @@ def understood(row: Row, layer: nn.Module, method: str, args: Sequence[Any], kwa
     except TypeError:  # other arguments than the row knows
         return None
     if call is None or type(call.x) not in (Tensor, nn.Parameter) or call.x.dtype not in STATES or not call.x.numel():
+        return None
+    if not spares and row.skips(call):
         return None
     like = next(layer.parameters(), call.x)  # a permutation has none
     if (call.x.dtype, call.x.device) != (like.dtype, like.device) or call.x.is_meta:

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast.interop.known_net import qualified
-from pyglow_fast.interop.table import Call, CalledWithContext, Couples, Library, Part, Row, by_class, read_once
+from pyglow_fast.interop.table import (
+    Call,
+    CalledWithContext,
+    Couples,
+    Library,
+    Part,
+    Row,
+    by_class,
+    read_once,
+    skips_vectors,
+)
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 from pyglow_fast.reversible.steps import ChannelMap
 
@@ -153,6 +163,7 @@ def _couplings(name: str, spec: Callable[[Any], CouplingSpec]) -> Row:
         partial(_coupling, spec=spec),
         _example,
         _coupling_unfit,
+        skips=skips_vectors,
     )
 
 
@@ -168,6 +179,7 @@ LIBRARY = Library(
             _conv,
             _example,
             _conv_unfit,
+            skips=skips_vectors,
             pays=lambda layer, call, parts: layer.training or not layer.using_cache,  # what is cached is faster
             inside=lambda layer: (layer.permutation,),
         ),
@@ -177,6 +189,7 @@ LIBRARY = Library(
             _calls(lambda layer: len(layer.log_scale)),
             _norm,
             _example,
+            skips=skips_vectors,
             waits=_norm_waits,
         ),
         Row(
@@ -184,6 +197,7 @@ LIBRARY = Library(
             by_class(*_PERMUTATIONS),
             _calls(lambda layer: len(layer._permutation)),
             _permutation,
+            skips=skips_vectors,
             unfit=lambda layer: "" if layer._dim == 1 else f"a permutation along dimension {layer._dim}",
             adopts=False,
         ),

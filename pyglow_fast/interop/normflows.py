@@ -31,6 +31,7 @@ from pyglow_fast.interop.table import (
     UnfitError,
     by_class,
     read_once,
+    skips_vectors,
     untouched,
 )
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
@@ -178,6 +179,7 @@ LIBRARY = Library(
             _parts,
             _example,
             _unfit,
+            skips=skips_vectors,
             waits=_waits,
             inside=_inside,
         ),

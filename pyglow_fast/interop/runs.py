@@ -255,7 +255,7 @@ class Place:
         if self.layers is None:
             passed = self.row.calls[method](self.layer, *args, **kwargs)
             return (args[0], 0) if passed is None else passed.give(passed.x, passed.x.new_zeros(len(passed.x)))
-        call = understood(self.row, self.layer, method, args, kwargs)
+        call = understood(self.row, self.layer, method, args, kwargs, self.run.spares)
         if call is not None and call.joins:
             try:
                 return call.give(*self.run(call))

@@ -32,6 +32,7 @@ from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.reference import CouplingSpec, full_precision
 from pyglow_fast.reversible.steps import ChannelMap
 
+FEW_VALUES = 1 << 14  # of a batch, see skips_vectors
 OrderOf = Callable[[Tensor, int], Tensor]  # a linear map of the channels, which are the dimension given: see nets.run
 
 
@@ -142,6 +143,7 @@ class Row:
             which is of this layer alone, as its memory mode says. None: see run_parts.
         tolerance: relative, of a probe.
         inverts_in: in what precision the layer itself inverts matrices, and the tolerance of a probe of its inverse.
+        skips: whether the layer's own forward is faster for a call, as that alone tells, unless memory is saved.
     """
 
     name: str
@@ -158,6 +160,7 @@ class Row:
     run: Callable[[Any, Call, Sequence[Part], Any], tuple[Tensor, Tensor]] | None = None
     tolerance: float = 1e-9
     inverts_in: tuple[torch.dtype, float] = (torch.float64, 1e-9)
+    skips: Callable[[Call], bool] = lambda call: False
 
     def __post_init__(self) -> None:
         _rows[self.name] = self
@@ -299,6 +302,11 @@ class CalledWithContext(Net):
                 return nets.run(chain, x1, self.order)
         out: Tensor = self.net(x1.clone(memory_format=torch.contiguous_format), cond)
         return out if self.order is None else self.order(out, 1)
+
+
+def skips_vectors(call: Call) -> bool:
+    """Whether a library's own layers are faster: for vectors, and for a few values without a gradient (on CPUs)."""
+    return call.x.dim() == 2 or (call.x.numel() < FEW_VALUES and not torch.is_grad_enabled())
 
 
 _read: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.accelerate_cases import MEMORIES, ContextNet, from_nflows, from_normflows, mask, subnet
 from support.helpers import tensors
-from support.structures import at_work
+from support.structures import at_work, nflows_of_vectors
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
@@ -163,6 +163,17 @@ def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.
     x = torch.randn(IMAGES, dtype=default)
     for direction in ("forward", "inverse"):
         torch.testing.assert_close(getattr(model, direction)(x), getattr(theirs, direction)(x))
+
+
+def test_where_ours_would_be_slower_their_own_code_runs() -> None:
+    """For vectors, and for a few values without a gradient: the same bits."""
+    for model, x in ((nflows_of_vectors(), torch.randn(64, 6)), (from_nflows()._transform, torch.randn(2, 3, 8, 8))):
+        at_work(model).float()
+        theirs = copy.deepcopy(model)
+        assert accelerate(model).replaced
+        with torch.set_grad_enabled(x.dim() == 2):
+            for value, wanted in zip(model(x), theirs(x), strict=True):
+                assert torch.equal(value, wanted)
 
 
 def test_a_flow_that_splits_is_not_joined() -> None:

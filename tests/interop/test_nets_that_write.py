@@ -22,7 +22,7 @@ def _net(inputs: int, outputs: int, in_place: bool) -> nn.Module:
 
 def _freia(name: str) -> Callable[[bool], Run]:
     def make(in_place: bool) -> Run:
-        block = getattr(Fm, name)([(4, 4, 6)], subnet_constructor=lambda a, b: _net(a, b, in_place))
+        block = getattr(Fm, name)([(4, 8, 6)], subnet_constructor=lambda a, b: _net(a, b, in_place))
         accelerate(block)
 
         def run(x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _seeded(make: Callable[[bool], Run], in_place: bool) -> Run:
 @pytest.mark.parametrize("gradients", [False, True])
 def test_as_one_that_does_not(make: Callable[[bool], Run], gradients: bool) -> None:
     writes, leaves = (_seeded(make, in_place) for in_place in (True, False))
-    given = torch.randn(3, 4, 4, 6)
+    given = torch.randn(86, 4, 8, 6)
     for inverse in (False, True):
         x = given.clone()
         with torch.set_grad_enabled(gradients):
