@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast.interop.indices import indices_on, undoing_indices_on
+from pyglow_fast._captures import made_once
 from pyglow_fast.interop.known_net import KnownNet, Layer, widths
 from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError
 from pyglow_fast.reference import COUPLING_NETS, CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
@@ -32,6 +32,7 @@ __all__ = ["LIBRARY"]
 LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
 LEAST_RATIO = 8  # of the sides of a 3x3 convolution: at 512 to 96 and at 320 to 64 channels the library is as fast
 CALL = (["self", "input", "logdet", "reverse"], ["rrdbResults"])
+REMEMBERED = 4096  # permutations, C numbers each, of all models of a process
 FACTOR = 3.0  # what log_gain is multiplied by in the nets here
 WITH_FEATURES = "CondAffineSeparatedAndCond"
 
@@ -141,18 +142,21 @@ def _couplings(step: Any) -> list[Part]:
     return [Couples(step.f, CouplingSpec(kind), half, half, order, wrap=ScaledNet)]
 
 
+@made_once(REMEMBERED)
+def _order(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices that the host knows, on a device: copied once, as a capture allows no copy."""
+    return torch.tensor(indices, dtype=torch.int64, device=device)
+
+
 def _channel_map(step: Any, inverse: bool) -> ChannelMap:
     """Actnorm and permutation, u = P exp(logs) (x + bias), or x = exp(-logs) P^-1 u - bias."""
     log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
     if step.flow_permutation != "invconv":
         indices = getattr(step, step.flow_permutation).indices
-        if isinstance(indices, Tensor):
-            source = indices.to(bias.device).long()
-            back = source.argsort()
-        else:
-            source, back = indices_on(indices, bias.device), undoing_indices_on(indices, bias.device)
+        on_device = isinstance(indices, Tensor)
+        source = indices.to(bias.device).long() if on_device else _order(tuple(map(int, indices)), bias.device)
         if inverse:
-            return ChannelMap((-log_scale).exp(), -bias, -log_scale.sum(), back)
+            return ChannelMap((-log_scale).exp(), -bias, -log_scale.sum(), source.argsort())
         return ChannelMap(*functional.gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
     conv = step.invconv
     with full_precision(bias):

@@ -33,7 +33,7 @@ from pyglow_fast.interop.known_net import (
 )
 from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec, activated, sides
 
-__all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run", "serves"]
+__all__ = ["AFFINE_MAPS", "KnownNet", "halo", "recognised", "run"]
 
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -308,12 +308,6 @@ def run(
         return out
     out = activated(out, known.last)
     return out if output_map is None else output_map(out, 1)
-
-
-def serves(net: nn.Module, x: Tensor, cond: Tensor | None = None) -> bool:
-    """Whether :func:`run` would use this package's executor."""
-    known = _known(net, x, cond)
-    return known is not None and known.pays(x)
 
 
 def _known(net: nn.Module, x: Tensor, cond: Tensor | None) -> KnownNet | None:

@@ -112,3 +112,19 @@ def test_what_is_not_joined() -> None:
     hooked.flows[0][1].register_forward_hook(lambda *args: None)
     assert accelerate(hooked, "reversible").joined == {}
     assert len(accelerate(hooked).replaced) == 0  # they are ours already
+
+
+@pytest.mark.parametrize("memory", [None, "store", "reversible"], ids=str)
+def test_a_slope_that_is_changed_later_counts(memory: str | None) -> None:
+    for name in ("normflows leaky", "nflows leaky", "FrEIA leaky"):
+        model, loss_of, _ = prepared(name)
+        theirs = copy.deepcopy(model)
+        accelerate(model, memory)
+        before = loss_of(model, images())
+        for item in (model, theirs):
+            for part in item.modules():
+                if isinstance(part, nn.LeakyReLU):
+                    part.negative_slope = 0.7
+        after = loss_of(model, images())
+        assert (after - before).abs() > 1e-6
+        torch.testing.assert_close(after, loss_of(theirs, images()), rtol=1e-10, atol=1e-10)
