@@ -50,6 +50,7 @@ Tensor net_output(const Step& step, const Net& net, const Tensor& state, const O
 
 // Over the steps: of couplings (N,) each, of maps (K,) times how often they are applied.
 static Tensor summed(const Tensors& couplings, const Tensor& maps, int64_t times) {
+  if (couplings.size() == 1) return couplings[0].add(maps.squeeze(0), times);
   const Tensor all = stacked(couplings);
   return all.is_meta() ? at::empty_like(couplings[0]) : all.add_(maps.unsqueeze(-1), times).sum(0);
 }
