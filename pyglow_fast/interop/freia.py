@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
@@ -183,6 +184,10 @@ def _unfit(block: Any) -> str:
         return f"another global scale or offset than one for each of {channels} channels"
     if block.householder and not (hasattr(block, "vk_householder") and hasattr(block, "w_0")):
         return "reflections that are kept otherwise than in vk_householder and w_0"
+    if not isinstance(block.w_perm, Tensor) or block.w_perm.dim() > 1:
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+        if block.permute_function is not convolution:
+            return "a permute_function of its own"
     return "parametrizations of the block itself" if "parametrizations" in block._modules else ""
 
 

@@ -279,6 +279,7 @@ LIBRARY = Library(
             {"forward": _called},
             _actnorm_parts,
             _example,
+            pays=_pays,
             waits=lambda actnorm: not actnorm.initialized,
             adopts=False,
         ),

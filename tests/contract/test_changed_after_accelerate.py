@@ -21,6 +21,11 @@ def set_clamp(layer: Any) -> None:
     layer.clamp = 0.5
 
 
+def turn_permutation(layer: Any) -> None:
+    """Permute otherwise than by a product with w_perm."""
+    layer.permute_function = lambda x, w: torch.nn.functional.conv2d(x, w.transpose(0, 1))
+
+
 def set_scale_map(layer: Any) -> None:
     layer.scale_map = "exp"
 
@@ -39,6 +44,7 @@ def exchange_features(layer: Any) -> None:
 CHANGES: dict[str, tuple[str, str, Callable[[Any], None]]] = {  # the structure, an attribute of its layers, the change
     "clamp of FrEIA": ("freia", "clamp", set_clamp),
     "clamp of anomalib": ("anomalib-fastflow", "clamp", set_clamp),
+    "permute_function of FrEIA": ("freia", "permute_function", turn_permutation),
     "clamp of GIN": ("freia-leaky-gin", "clamp", set_clamp),
     "scale_map of normflows": ("normflows-lu-sigmoid", "scale_map", set_scale_map),
     "features of nflows, written": ("nflows-halves", "identity_features", swap_features),
