@@ -48,11 +48,14 @@ OTHER_SIGNS = (2.0 / math.pi * 2.0**-23) ** 0.5
 Results = tuple[list[Tensor], list[Tensor]]  # outputs, gradients
 
 
-def copied(model: nn.Module, variant: str) -> tuple[nn.Module, dict[str, Any]]:
+def copied(case: LiveCase, model: nn.Module, variant: str) -> tuple[nn.Module, dict[str, Any]]:
     """A copy of the model as the variant has it (of theirs, the model itself), and what accelerate did to it."""
     if variant == THEIRS:
         return model, {}
     twin = copy.deepcopy(model)
+    if variant in case.also:
+        case.also[variant](twin)
+        return twin, {}
     try:
         done = accelerate(twin, None if variant == ACCELERATED else variant)
     except ValueError as error:  # there is no layer that any adapter knows
@@ -160,15 +163,15 @@ def _prepare(prepared: Prepared, name: str, case: LiveCase, dtype: torch.dtype) 
     double = copy.deepcopy(case.model).double()
     exact = results(case, double, torch.float64)
     theirs = errors(results(case, case.model, dtype), exact)
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *case.also):
         facts: dict[str, Any] = {"batch": case.features[0].shape[0], "source": case.source}
         calls: dict[str, Callable[[], None]] = {}
         try:
-            own, done = copied(case.model, variant)
+            own, done = copied(case, case.model, variant)
             facts |= done
-            if variant == THEIRS or done["replaced"]:
+            if done.get("replaced", 1):
                 found = errors(results(case, own, dtype), exact)
-                again = results(case, copied(double, variant)[0], torch.float64) if variant != THEIRS else exact
+                again = results(case, copied(case, double, variant)[0], torch.float64) if variant != THEIRS else exact
                 facts["errors"] = found | errors(again, exact, "float64 ")
                 if text := faults(facts["errors"], theirs, dtype):
                     raise ValueError(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ THEIRS_OF_SAME_SHAPE = "FrEIA's block in anomalib's shape"
 class LiveCase:
     """A flow and its features; ``call(model, *features)`` gives its latents and log-determinants.
 
-    The last ``masks`` of the features are no data: nothing has gradients with respect to them.
+    The last ``masks`` of the features are no data: nothing has gradients with respect to them. ``also``: other settings
+    of theirs that are measured besides, by name; each is made of a copy of the model.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class LiveCase:
     call: Callable[..., Latents]
     source: str
     masks: int = 0
+    also: Mapping[str, Callable[[nn.Module], None]] = dataclasses.field(default_factory=dict)
 
     @property
     def n_data(self) -> int:
@@ -226,6 +228,23 @@ def cflow(batch: int) -> LiveCase:
     return LiveCase(head(128, 8, 1.9, 256), _features(batch, (256,), (128,)), call, version("anomalib"))
 
 
+def _checkpointed(model: nn.Module) -> None:
+    model._grad_checkpoint_override = True  # type: ignore[assignment]
+
+
+def antsx(batch: int, side: int) -> LiveCase:
+    """Glow of ANTsTorch on volumes: three levels of 8 steps, hidden 96, nets without actnorms as in its trainer."""
+    from tests.support.antstorch import glow
+
+    def call(model: nn.Module, x: Tensor) -> Latents:
+        latents, log_det = model.inverse_and_log_det(x)
+        return latents, log_det
+
+    model = glow((1, side, side, side), 3, 8, 96, grad_checkpoint=False, net_actnorm=False)
+    own = {"theirs, grad_checkpoint": _checkpointed}
+    return LiveCase(model, _features(batch, (1, side, side, side)), call, version("antsnormflows"), also=own)
+
+
 # How each case is built, and its batch. FastFlow's are those of a ResNet18 and a Wide ResNet50-2 at 256 pixels,
 # and, as gathierry's configuration has them, of CaiT-M48 at 448 and DeiT-B at 384 pixels.
 MODELS: dict[str, tuple[Callable[[int], LiveCase], int]] = {
@@ -240,6 +259,8 @@ MODELS: dict[str, tuple[Callable[[int], LiveCase], int]] = {
     "chaiyujin": (chaiyujin, 4),
     "csflow": (csflow, 2),
     "cflow": (cflow, 64),
+    "antsx-32": (lambda n: antsx(n, 32), 1),
+    "antsx-64": (lambda n: antsx(n, 64), 1),
 }
 
 

@@ -29,8 +29,8 @@ Tensors as_list(const run::Maps& maps) {
   return found;
 }
 
-// z, log_det; then what is kept: anchors, states, outputs, what nets keep, projections, sketch.
-using Run = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensor, Tensor>;
+// z, log_det; then what is kept: anchors, states, outputs, what nets keep, projections, sketch; largest values.
+using Run = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensor, Tensor, Tensor>;
 
 // Kernels read memory as it lies there: a tensor that is negated as it is read is written out first.
 Optional resolved(const Optional& x) { return x ? Optional(x->resolve_neg()) : x; }
@@ -39,8 +39,8 @@ Run forward(const run::Part& part, const Tensor& x, const Optional& cond, const 
   run::Forward found = run::forward(part, x.resolve_neg(), resolved(cond), maps_of(maps), nets);
   Tensors anchors;
   for (const auto& [step, state] : found.kept.anchors) anchors.push_back(state);
-  return {found.z,         found.log_det,   anchors,         found.kept.states, found.kept.outputs,
-          found.kept.nets, found.kept.seen, found.kept.start};
+  return {found.z,         found.log_det,   anchors,          found.kept.states, found.kept.outputs,
+          found.kept.nets, found.kept.seen, found.kept.start, found.largest};
 }
 
 std::tuple<Tensor, Tensor> inverse(const run::Part& part, const Tensor& z, const Optional& cond, const Tensors& maps,
@@ -100,27 +100,30 @@ void define_run(py::module& m) {
   });
   using Released = py::call_guard<py::gil_scoped_release>;
   py::class_<run::NetForm, std::shared_ptr<run::NetForm>>(m, "NetForm", "All about a coupling net but its tensors.")
-      .def(py::init([](std::vector<int64_t> activations, std::vector<double> parameters, std::vector<int64_t> dilations,
-                       std::vector<double> powers, bool products, const std::string& narrow, bool takes_state,
-                       bool takes_cond, std::optional<int64_t> parity,
-                       const std::vector<std::array<int64_t, 6>>& chunks) {
-             std::optional<at::ScalarType> bits;
-             if (!narrow.empty()) bits = narrow == "bfloat16" ? at::kBFloat16 : at::kHalf;
-             run::NetForm form{std::move(activations),
-                               std::move(dilations),
-                               std::move(parameters),
-                               std::move(powers),
-                               products,
-                               bits,
-                               takes_state,
-                               takes_cond,
-                               parity,
-                               {}};
-             for (const auto& c : chunks) form.chunks.push_back({c[0], c[1], c[2], c[3], c[4], c[5]});
-             return std::make_shared<run::NetForm>(std::move(form));
-           }),
-           py::arg("activations"), py::arg("parameters"), py::arg("dilations"), py::arg("powers"), py::arg("products"),
-           py::arg("narrow"), py::arg("takes_state"), py::arg("takes_cond"), py::arg("parity"), py::arg("chunks"))
+      .def(
+          py::init([](std::vector<int64_t> activations, std::vector<double> parameters, std::vector<int64_t> dilations,
+                      std::vector<double> powers, bool products, const std::string& narrow, bool takes_state,
+                      bool takes_cond, std::optional<int64_t> parity, const std::vector<std::array<int64_t, 6>>& chunks,
+                      bool in_turn, const std::array<double, 2>& signs, const std::array<double, 2>& caps) {
+            std::optional<at::ScalarType> bits;
+            if (!narrow.empty()) bits = narrow == "bfloat16" ? at::kBFloat16 : at::kHalf;
+            run::NetForm form{std::move(activations),
+                              std::move(dilations),
+                              std::move(parameters),
+                              std::move(powers),
+                              products,
+                              bits,
+                              takes_state,
+                              takes_cond,
+                              parity,
+                              {},
+                              {in_turn, signs, caps}};
+            for (const auto& c : chunks) form.chunks.push_back({c[0], c[1], c[2], c[3], c[4], c[5]});
+            return std::make_shared<run::NetForm>(std::move(form));
+          }),
+          py::arg("activations"), py::arg("parameters"), py::arg("dilations"), py::arg("powers"), py::arg("products"),
+          py::arg("narrow"), py::arg("takes_state"), py::arg("takes_cond"), py::arg("parity"), py::arg("chunks"),
+          py::arg("in_turn"), py::arg("signs"), py::arg("caps"))
       .def_property_readonly("tensors", &run::NetForm::tensors, "How many tensors the net has.");
   py::class_<run::Step>(m, "Step", "A coupling of a run and its net.")
       .def(py::init([](int64_t map, int64_t order, double bias, double eps, double clamp, double factor,
@@ -137,8 +140,9 @@ void define_run(py::module& m) {
   py::class_<run::Part>(m, "Part", "Consecutive steps that are one autograd node.")
       .def(py::init([](std::vector<run::Step> steps, bool squeezes, int64_t mode, std::vector<int64_t> anchors,
                        bool knows_start, const std::optional<std::tuple<Tensor, Tensor, double>>& signs,
-                       const std::optional<std::tuple<Tensor, Tensor, Tensor>>& sketched, bool rounds) {
-             run::Part part{std::move(steps), squeezes, static_cast<Mode>(mode), std::move(anchors), knows_start, {}};
+                       const std::optional<std::tuple<Tensor, Tensor, Tensor>>& sketched, bool rounds, bool watches) {
+             run::Part part{std::move(steps), squeezes, static_cast<Mode>(mode), std::move(anchors), knows_start, {},
+                            watches};
              if (signs) std::tie(part.signs.inner, part.signs.outer, part.signs.sum) = *signs;
              if (sketched)
                std::tie(part.signs.sketch_inner, part.signs.sketch_outer, part.signs.sketch_sums) = *sketched;
@@ -146,7 +150,7 @@ void define_run(py::module& m) {
              return part;
            }),
            py::arg("steps"), py::arg("squeezes"), py::arg("mode"), py::arg("anchors"), py::arg("knows_start"),
-           py::arg("signs"), py::arg("sketched"), py::arg("rounds"));
+           py::arg("signs"), py::arg("sketched"), py::arg("rounds"), py::arg("watches"));
   m.def("run_forward", &forward, "z and log_det of a part, and what its backward needs.", Released());
   m.def(
       "inverted", [](const Tensors& maps) { return as_list(run::inverted(maps_of(maps))); },

@@ -348,7 +348,8 @@ class Backward {
       } else {
         net_out = net.forward(x1, args_.cond, &kept);
       }
-      NetGradients found = net.backward(x1, args_.cond, std::move(kept), consume(net_out, nullptr), wanted);
+      const Tensor grad_out = consume(net_out, nullptr);
+      NetGradients found = net.backward(x1, args_.cond, std::move(kept), net_out, grad_out, wanted);
       if (args_.wants_cond) cond_.add(found.cond);
       Tensor of_state = std::move(found.state);
       of_nets_[k] = {{}, {}, std::move(found.weights), std::move(found.biases), std::move(found.log_gain)};
@@ -369,7 +370,7 @@ class Backward {
         grad_out = at::zeros_like(whole);
         chunk.crop(grad_out).copy_(cropped);
       }
-      NetGradients found = net.backward(part, beside, std::move(kept), grad_out, wanted);
+      NetGradients found = net.backward(part, beside, std::move(kept), whole, grad_out, wanted);
       if (grad_state.defined()) chunk.inputs(grad_state).add_(found.state);
       if (grad_cond.defined()) chunk.inputs(grad_cond).add_(found.cond);
       for (std::size_t i = 0; i < found.weights.size(); ++i) {

@@ -1,5 +1,8 @@
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "run/steps.h"
 
@@ -55,6 +58,23 @@ static Tensor summed(const Tensors& couplings, const Tensor& maps, int64_t times
   return all.is_meta() ? at::empty_like(couplings[0]) : all.add_(maps.unsqueeze(-1), times).sum(0);
 }
 
+namespace {
+
+Tensor magnitude(const Tensor& x) {
+  const auto [least, most] = at::aminmax(x);
+  return at::maximum(most, least.neg());
+}
+
+Tensor magnitudes(const Step& step, const Tensor& u, const Tensor& net_out) {
+  const bool scales = step.kind.map != static_cast<int64_t>(ScaleMap::none);
+  const int64_t shifts = scales ? net_out.size(1) / 2 : net_out.size(1);
+  const Tensor state = magnitude(u), shift = magnitude(net_out.narrow(1, 0, shifts));
+  const Tensor raw = scales ? magnitude(net_out.narrow(1, shifts, shifts)) : at::zeros_like(shift);
+  return stacked({state, shift.to(state.scalar_type()), raw.to(state.scalar_type())});
+}
+
+}  // namespace
+
 Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps_in, at::TensorList tensors) {
   const Plain plain;
   const std::vector<Map> maps = unstacked(maps_in);
@@ -63,7 +83,7 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
   const bool stores = part.mode == Mode::store, inverts = part.mode == Mode::reversible;
   Forward found;
   Kept& kept = found.kept;
-  Tensors seen, log_dets;
+  Tensors seen, log_dets, largest;
   std::size_t next_anchor = 0;
   Tensor u = mixed(x, maps[0], part.squeezes);
   if (inverts && !part.knows_start) kept.start = sketch(u, part.signs);
@@ -73,6 +93,7 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
     if (stores || part.mode == Mode::checkpoint) kept.states.push_back(u);
     const Tensor net_out = net_output(step, nets.of(k), u, cond, stores ? &kept.nets : nullptr);
     if (stores) kept.outputs.push_back(net_out);
+    if (part.watches) largest.push_back(magnitudes(step, u, net_out));
     Tensor step_log_det;
     if (k + 1 == count) {
       std::tie(u, step_log_det) = coupled(step.kind, u, net_out);
@@ -89,6 +110,7 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
   if (inverts) kept.seen = stacked(seen);
   if (stores)
     for (Tensor& one : nets.made()) kept.nets.push_back(std::move(one));
+  if (part.watches) found.largest = stacked(largest);
   found.z = u;
   found.log_det = summed(log_dets, maps_in.log_dets, positions_of(u));
   return found;

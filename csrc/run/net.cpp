@@ -205,6 +205,38 @@ Tensor per_output(const Tensor& scale, const Tensor& weight) {
   return scale.view(shape);
 }
 
+Tensor Outputs::ordered(const Tensor& own, bool back) const {
+  if (is_plain()) return own;
+  Tensor found = own;
+  if (in_turn) {
+    const auto parts = back ? std::array<int64_t, 2>{2, -1} : std::array<int64_t, 2>{-1, 2};
+    found = own.unflatten(0, parts).transpose(0, 1).flatten(0, 1);
+  }
+  const int64_t half = found.size(0) / 2;
+  const Tensor sign = at::empty({found.size(0)}, found.options());
+  sign.fill_(signs[1]);
+  (back && in_turn ? sign.unflatten(0, {-1, 2}).select(1, 0) : sign.narrow(0, 0, half)).fill_(signs[0]);
+  return found.is_alias_of(own) ? found * per_output(sign, found) : found.mul_(per_output(sign, found));
+}
+
+Tensor Outputs::capped(Tensor out) const {
+  const int64_t half = out.size(1) / 2;
+  for (int64_t i = 0; i < 2; ++i)
+    if (caps[i] != 0) out.narrow(1, i * half, half).div_(caps[i]).tanh_().mul_(caps[i]);
+  return out;
+}
+
+Tensor Outputs::gradient(const Tensor& grad, const Tensor& out) const {
+  const int64_t half = out.size(1) / 2;
+  const Tensor found = grad.clone();
+  for (int64_t i = 0; i < 2; ++i) {
+    if (caps[i] == 0) continue;
+    const Tensor tanh = out.narrow(1, i * half, half) / caps[i];
+    found.narrow(1, i * half, half).mul_(1 - tanh.square());
+  }
+  return found;
+}
+
 std::size_t NetForm::first(std::size_t layer) const {
   std::size_t count = 2 * layer;
   for (std::size_t before = 0; before < layer; ++before) count += powers[before] != 0;
@@ -295,13 +327,15 @@ Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const
   } else {
     out = by_convolutions(joined(given), kept);
   }
+  if (form_.outputs.is_capped()) out = form_.outputs.capped(std::move(out));
   return form_.parity ? half_board(out, 1 - *form_.parity) : out;
 }
 
-NetGradients Net::backward(const Tensor& x1, const Optional& cond, Tensors kept, const Tensor& grad_out,
-                           const Wanted& wanted) const {
+NetGradients Net::backward(const Tensor& x1, const Optional& cond, Tensors kept, const Tensor& out,
+                           const Tensor& grad_out, const Wanted& wanted) const {
   const Inputs given = inputs(x1, cond);
-  const Tensor grad = form_.parity ? whole_board(grad_out, 1 - *form_.parity) : grad_out;
+  const Tensor before = form_.outputs.is_capped() ? form_.outputs.gradient(grad_out, out) : grad_out;
+  const Tensor grad = form_.parity ? whole_board(before, 1 - *form_.parity) : before;
   NetGradients found = form_.products ? back_by_products(given, kept[0], grad, wanted)
                                       : back_by_convolutions(given, std::move(kept), grad, wanted);
   if (!form_.takes_state) {

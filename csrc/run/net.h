@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -34,6 +35,20 @@ struct Chunk {
   }
 };
 
+// How a net's last layer gives shift and raw scale; the coupling wants one half of the channels each.
+struct Outputs {
+  bool in_turn = false;               // they alternate: shift, raw, shift, ...
+  std::array<double, 2> signs{1, 1};  // what each is multiplied by,
+  std::array<double, 2> caps{0, 0};   // and then bounded by, as cap tanh(. / cap); 0: not at all
+
+  bool is_plain() const { return !in_turn && signs[0] == 1 && signs[1] == 1; }
+  bool is_capped() const { return caps[0] != 0 || caps[1] != 0; }
+  // The last layer's weight or bias in the order of the coupling, or (a gradient) back in its own.
+  Tensor ordered(const Tensor& own, bool back) const;
+  Tensor capped(Tensor out) const;  // which it may write over
+  Tensor gradient(const Tensor& grad, const Tensor& out) const;
+};
+
 // All about a net but its tensors: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l), weight and bias of a layer with
 // a log_scale multiplied by exp(power log_scale). Its tensors are, layer by layer, weight, bias and log_scale.
 struct NetForm {
@@ -45,6 +60,7 @@ struct NetForm {
   bool takes_state, takes_cond;          // what it reads: x1 of the state, the condition beside it, or that alone
   std::optional<int64_t> parity;         // of a checkerboard: the net sees whole images, x1 is a half of them
   std::vector<Chunk> chunks;             // how a batch is cut where nothing is kept; none: not at all
+  Outputs outputs;
 
   std::size_t layers() const { return powers.size(); }
   std::size_t first(std::size_t layer) const;  // where the layer's tensors begin
@@ -88,7 +104,8 @@ class Net {
 
   // The output, whole, of x1 (N, C1, *spatial) and the condition; what backward needs is put behind `kept`.
   Tensor forward(const Tensor& x1, const Optional& cond, Tensors* kept) const;
-  NetGradients backward(const Tensor& x1, const Optional& cond, Tensors kept, const Tensor& grad_out,
+  // out: what forward gave.
+  NetGradients backward(const Tensor& x1, const Optional& cond, Tensors kept, const Tensor& out, const Tensor& grad_out,
                         const Wanted& wanted) const;
 
  private:

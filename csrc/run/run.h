@@ -52,13 +52,17 @@ struct Part {
   std::vector<int64_t> anchors;  // steps but the first whose input is kept
   bool knows_start;              // the input is kept
   Signs signs;                   // of reversible
+  bool watches;                  // the largest values of the states are wanted
 
   int64_t size() const { return static_cast<int64_t>(steps.size()); }
 };
 
+// largest: of a part that watches, per step the largest magnitude of u, of shift and of raw scale, (K, 3); NaN if one
+// is.
 struct Forward {
   Tensor z, log_det;
   Kept kept;
+  Tensor largest;
 };
 
 Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps, at::TensorList nets);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -55,6 +55,7 @@ class Acceleration:
     _adopted: list[nn.Module] = field(default_factory=list)
     _containers: list[Joined] = field(default_factory=list)
     _runs: list[Run] = field(default_factory=list)
+    _set: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def undo(self) -> None:
         """Make the model what it was: the library's own layers, with the weights of now.
@@ -70,8 +71,17 @@ class Acceleration:
                 raise RuntimeError(f"{name}: joined by a later call of accelerate; undo that first")
         for container in self._containers:
             container.part()
+        for module, name, before in self._set:
+            setattr(module, name, before)
         give_back(self._adopted)
-        self._adopted, self._containers, self._runs = [], [], []
+        self._adopted, self._containers, self._runs, self._set = [], [], [], []
+
+    def set_while_joined(self, attributes: Callable[[nn.Module], Mapping[str, Any]]) -> None:
+        """Give modules the attributes that they have until :meth:`undo`."""
+        for module in self.model.modules():
+            for name, value in attributes(module).items():
+                self._set.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
 
     def memory_report(self) -> list[dict[str, Any]]:
         """Report each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone."""
@@ -258,6 +268,8 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
             joined |= {inner for run in found[1] for layer in run.layers for inner in layer.modules()}
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}{_price(found[1], memory)}"
+    if joined:
+        done.set_while_joined(library.while_joined)
     for name, module in done.model.named_modules():
         if module in joined and done.left.get(name) == JOINS_ONLY:
             del done.left[name]

@@ -74,6 +74,7 @@ def _runs(method: str) -> Callable[..., Any]:
         call = understood(self._pgf_row, self, method, args, kwargs, own is not None)
         if call is not None:
             try:
+                self._pgf_row.prepare([self], call)
                 parts = self._pgf_row.parts(self, call.inverse)
                 if own is not None or self._pgf_row.pays(self, call, parts):
                     if self._pgf_row.run is not None:

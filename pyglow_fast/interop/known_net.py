@@ -32,6 +32,8 @@ WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net", "normflows.ne
 AFFINE_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {
     f"torch.nn.modules.batchnorm.BatchNorm{size}d": _batch_norm for size in (1, 2, 3)
 }
+# Maps per channel that are kept as (log_scale, offset), which a run multiplies in itself; entered like AFFINE_MAPS.
+LOG_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {}
 # Which convolutions are better left to the library: those with at least so many channels (in float32, in 16 bits) on
 # both sides, at most this ratio between the sides, and at least so many multiply-adds for a batch.
 LEAST_SQUARE, LEAST_SQUARE_IN_HALF, MOST_RATIO, LEAST_WORK = 48, 16, 4, 2e8
@@ -60,6 +62,14 @@ class Layer:
         for scale, offset in after:
             weight, bias = weight * scale.view(-1, 1, *spatial), bias * scale + offset
         return weight, bias
+
+
+def _affine_map(module: nn.Module, dims: int) -> Affine | None:
+    name = qualified(plain_type(module))
+    if name in AFFINE_MAPS:
+        return AFFINE_MAPS[name](module, dims)
+    found = LOG_MAPS[name](module, dims)
+    return None if found is None else (found[0].exp(), found[1])
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,34 @@ class KnownNet:
         weights, biases = zip(*(layer.folded(before, after) for layer, before, after in found), strict=True)
         return list(weights), list(biases)
 
+    def chain_tensors(self) -> tuple[list[Tensor], tuple[float, ...]] | None:
+        """Compute the tensors of a Chain, and its powers; None while a map waits for data.
+
+        The one map behind a layer without a bias is left to the run where it is kept by its logarithm: so nothing of
+        the size of a weight is made here.
+        """
+        tensors: list[Tensor] = []
+        powers = []
+        for layer in self.layers:
+            before, after, log_map = self._maps(layer.before), self._maps(layer.after), self._log_map(layer)
+            if before is None or after is None:
+                return None
+            if log_map is None:
+                tensors += layer.folded(before, after)
+            else:
+                log_scale, offset = log_map
+                tensors += [layer.module.weight, offset * (-log_scale).exp(), log_scale]
+            powers.append(0.0 if log_map is None else 1.0)
+        return tensors, tuple(powers)
+
+    def _log_map(self, layer: Layer) -> Affine | None:
+        if layer.before or len(layer.after) != 1 or layer.module.bias is not None:
+            return None
+        read = LOG_MAPS.get(qualified(plain_type(layer.after[0])))
+        return None if read is None else read(layer.after[0], self.dims)
+
     def _maps(self, modules: Sequence[nn.Module]) -> list[Affine] | None:
-        found = [AFFINE_MAPS[qualified(plain_type(module))](module, self.dims) for module in modules]
+        found = [_affine_map(module, self.dims) for module in modules]
         ready = [channel_map for channel_map in found if channel_map is not None]
         return ready if len(ready) == len(found) else None
 

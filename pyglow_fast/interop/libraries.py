@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from pyglow_fast.interop import chaiyujin, freia, glow_tts, jet, nflows, normflows
+from pyglow_fast.interop import antsx, chaiyujin, freia, glow_tts, jet, nflows, normflows
 
-LIBRARIES = (normflows.LIBRARY, nflows.LIBRARY, freia.LIBRARY, chaiyujin.LIBRARY, glow_tts.LIBRARY, jet.LIBRARY)
+LIBRARIES = (
+    normflows.LIBRARY,
+    antsx.LIBRARY,
+    nflows.LIBRARY,
+    freia.LIBRARY,
+    chaiyujin.LIBRARY,
+    glow_tts.LIBRARY,
+    jet.LIBRARY,
+)

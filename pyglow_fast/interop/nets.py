@@ -22,6 +22,7 @@ from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.interop.known_net import (
     AFFINE_MAPS,
     LAYERS,
+    LOG_MAPS,
     NORMS,
     WRAPPERS,
     KnownNet,
@@ -119,7 +120,7 @@ class _Reader:
                 _refuse(name, module, " in training mode", "evaluation mode, or p = 0")
         elif self.pads:
             _refuse(*self.pads[-1], f" before a {type(module).__name__}", "a convolution next")
-        elif qualified(layer_class) in AFFINE_MAPS:
+        elif qualified(layer_class) in AFFINE_MAPS or qualified(layer_class) in LOG_MAPS:
             self._map(name, module)
         elif layer_class in ACTIVATIONS:
             self._activation(name, module, ACTIVATIONS[layer_class](module))

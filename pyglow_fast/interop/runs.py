@@ -71,11 +71,11 @@ def not_halves(part: Couples) -> str:
     return f"a mask that keeps {part.kept} of {part.kept + part.changed} channels"
 
 
-def parts_of(layer: nn.Module, row: Row, inverse: bool = False, ready: bool = True) -> Sequence[Part]:
-    """What a layer of a run holds now; it may still wait for data where it need not be ``ready``.
+def check_layer(layer: nn.Module, row: Row, ready: bool = True) -> None:
+    """Refuse a layer of a run that is to be called itself; it may still wait for data where it need not be ``ready``.
 
     Raises:
-        UnfitError: the layer is to be called itself.
+        UnfitError: it is.
     """
     if is_altered(layer) or not untouched(row.inside(layer)):
         raise UnfitError("hooks on it, or a forward of its own")
@@ -83,6 +83,15 @@ def parts_of(layer: nn.Module, row: Row, inverse: bool = False, ready: bool = Tr
         raise UnfitError("it waits for data")
     if reason := row.unfit(layer):
         raise UnfitError(reason)
+
+
+def parts_of(layer: nn.Module, row: Row, inverse: bool = False, ready: bool = True) -> Sequence[Part]:
+    """What a layer of a run holds now.
+
+    Raises:
+        UnfitError: see :func:`check_layer`.
+    """
+    check_layer(layer, row, ready)
     return row.parts(layer, inverse)
 
 
@@ -214,6 +223,10 @@ class Run:
 
         return run_parts(parts, call, run_net)
 
+    def alone(self, layer: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call one of the layers by itself."""
+        return (layer if method == "forward" else getattr(layer, method))(*args, **kwargs)
+
     def report(self) -> dict[str, Any]:
         """Report mode, steps, spacing of the anchors, drift and what was redone."""
         return {
@@ -265,7 +278,7 @@ class Place:
         backwards = read is not None and read.inverse != self.from_latents
         state, total = args[0], None
         for layer in reversed(self.layers) if backwards else self.layers:
-            state, log_det = (layer if method == "forward" else getattr(layer, method))(state, *args[1:], **kwargs)
+            state, log_det = self.run.alone(layer, method, state, *args[1:], **kwargs)
             total = log_det if total is None or log_det is None else total + log_det
         return state, total
 
@@ -377,7 +390,8 @@ def places_of(
         if not isinstance(keys[start], str):
             if sum(cast(Any, key)[1] for key in keys[start:end]) > 1 and len(own) > 1:
                 turn = -1 if library.from_latents else 1
-                run = Run(own[::turn], cast(Any, rows[start:end])[::turn], memory, budget)
+                make = library.runs or Run
+                run = make(own[::turn], cast(Any, rows[start:end])[::turn], memory, budget)
                 runs.append(run)
                 for i in range(start, end):
                     given = own if i == start else None

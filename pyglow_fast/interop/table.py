@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_traced
-from pyglow_fast.coupling_nets.chain import Chain
+from pyglow_fast.coupling_nets.chain import Chain, Outputs
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.known_net import qualified
@@ -137,6 +137,7 @@ class Row:
         alone: why a layer is left unless a memory mode saves what its backward keeps; empty where ours pays anyway.
         pays: whether ours is as fast for a call, of a layer that holds these parts.
         waits: whether the layer waits for data to be initialised from.
+        prepare: (layers, call) is called before ours runs layers, from data to latents; it may let them see data.
         inside: the modules of a layer, besides its nets, whose forward is no longer called.
         adopts: its forward is replaced; else it is a part of runs only.
         run: (layer, call, parts, a Run or None) -> z, log_det, of what is no chain of maps and couplings; with a Run,
@@ -155,6 +156,7 @@ class Row:
     alone: Callable[[Any], str] = _nothing
     pays: Callable[[Any, Call, Sequence[Part]], bool] = lambda layer, call, parts: True
     waits: Callable[[Any], bool] = lambda layer: False
+    prepare: Callable[[Sequence[Any], Call], None] = lambda layers, call: None
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
     adopts: bool = True
     run: Callable[[Any, Call, Sequence[Part], Any], tuple[Tensor, Tensor]] | None = None
@@ -191,6 +193,8 @@ class Library:
         containers: classes there that only call what they hold, or are a base and no more.
         from_latents: its lists of layers go from latents to data.
         condition: (owner of a list, index) -> what besides the width neighbours in a run must agree in.
+        runs: makes a run, as Run of runs.py does, which it is where this is None.
+        while_joined: attributes that an owner of joined lists has until this is undone.
         joins: (container, library, memory, budget) -> what joins a container that is no list, such as a graph, in
             place: see graphs.py; None of another module.
         keeps: why the layers in a list of this owner are not joined.
@@ -203,6 +207,8 @@ class Library:
     containers: tuple[str, ...] = ()
     from_latents: bool = False
     condition: Callable[[nn.Module, int], Any] = lambda owner, index: None
+    runs: Callable[..., Any] | None = None
+    while_joined: Callable[[nn.Module], Mapping[str, Any]] = lambda owner: {}
     joins: Callable[..., Any] = lambda container, library, memory, budget: None
     keeps: Callable[[nn.Module], str] = _nothing
     one_by_one: bool = False
@@ -242,14 +248,15 @@ class Net(nn.Module):
         known = nets.recognised(self.known())
         if not isinstance(known, nets.KnownNet) or known.last is not None or known.dims != x.dim() - 2:
             return None
-        found = known.weights_and_biases() if known.pays(x) else None
+        found = known.chain_tensors() if known.pays(x) else None
         if found is None:
             return None
-        weights, biases = found
+        tensors, powers = found
+        if isinstance(self.order, Outputs):
+            return Chain(tensors, powers, known.spec, self.order)
         if self.order is not None:
-            weights[-1], biases[-1] = self.order(weights[-1], 0), self.order(biases[-1], 0)
-        tensors = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
-        return Chain(tensors, (0.0,) * len(weights), known.spec)
+            tensors[-2:] = [self.order(tensor, 0) for tensor in tensors[-2:]]
+        return Chain(tensors, powers, known.spec)
 
     @property
     def in_channels(self) -> int | None:
@@ -275,7 +282,8 @@ class Net(nn.Module):
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """Map the kept channels and the condition to shift and raw scale (or shift alone)."""
         cond = None if cond is None else cond.to(x1.dtype)
-        return nets.run(self.net, x1, self.order, cond, copies=False)
+        out = nets.run(self.net, x1, self.order, cond, copies=False)
+        return self.order.bounded(out) if isinstance(self.order, Outputs) else out
 
 
 class CalledWithContext(Net):

@@ -113,6 +113,9 @@ def _made(
         cond_channels > 0,
         None if board is None else board.parity,
         chunks,
+        chain.outputs.in_turn,
+        chain.outputs.signs,
+        chain.outputs.caps,
     )
     scale_map, order, _, *numbers = ops.coupling_arguments(coupling.spec, inverse=False)
     return require().Step(scale_map, order, *numbers, form, reads)
@@ -163,7 +166,8 @@ def described(
         if cond is not None or cond_channels or injects:
             _check_condition(coupling, state, x, cond)
         first, last = chain.tensors[0].shape, chain.last_weight.shape
-        key = (coupling.spec, chain.spec, chain.powers, first, last, cond_channels, coupling.board, injects)
+        settings = (coupling.spec, chain.spec, chain.powers, chain.outputs)
+        key = (*settings, first, last, cond_channels, coupling.board, injects)
         form = known.get(key)
         if form is None:
             if not ops.has_kernel(coupling.spec):

@@ -64,8 +64,12 @@ def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
         scale, offset = first.matrix[second.source], first.offset[second.source]
         offset = second.matrix * offset + second.offset
         return ChannelMap(second.matrix * scale, offset, log_det, first.source[second.source])
-    first, second = first.as_product(), second.as_product()
+    if second.source is not None:
+        matrix = second.matrix.unsqueeze(-1) * first.matrix[second.source]
+        return ChannelMap(matrix, second.matrix * first.offset[second.source] + second.offset, log_det)
     offset = full_product(second.matrix, first.offset) + second.offset
+    if first.source is not None:
+        return ChannelMap((second.matrix * first.matrix)[:, first.source.argsort()], offset, log_det)
     return ChannelMap(full_product(second.matrix, first.matrix), offset, log_det)
 
 

@@ -185,6 +185,8 @@ class Steps(NamedTuple):
         maps: where the channel maps come from.
         lowest: the dtype that the nets compute in, if lower than the state's.
         precision: that the nets are to be run in, see in_precision.
+        watch: is given, for each part of a recorded or plain run, the largest magnitudes of every step's input u, shift
+            and raw scale, (K, 3), NaN where one is; None: nobody wants them.
     """
 
     forms: Sequence[Any]
@@ -194,6 +196,7 @@ class Steps(NamedTuple):
     maps: Maps
     lowest: torch.dtype
     precision: str = "auto"
+    watch: Callable[[Tensor], None] | None = None
 
 
 class _Node(NamedTuple):
@@ -208,6 +211,7 @@ class _Node(NamedTuple):
     n_nets: int
     lowest: torch.dtype
     precision: str
+    watch: Callable[[Tensor], None] | None
 
 
 class _RunNode(torch.autograd.Function):
@@ -218,7 +222,9 @@ class _RunNode(torch.autograd.Function):
         """z like x (squeezed), log_det (N,). tensors: of the nets, then what the maps are folded from."""
         nets, raw = tensors[: node.n_nets], tensors[node.n_nets :]
         maps = node.fold(raw)
-        z, log_det, *lists, seen, start = require().run_forward(node.form, x, cond, maps, nets)
+        z, log_det, *lists, seen, start, largest = require().run_forward(node.form, x, cond, maps, nets)
+        if node.watch is not None:
+            node.watch(largest)
         part, reversible, stores = node.part, node.mode == REVERSIBLE, node.mode == STORE
         lists.append(maps if stores else [])
         ctx.node, ctx.counts = node, [len(nets), len(raw), *map(len, lists)]
@@ -273,9 +279,9 @@ class _RunNode(torch.autograd.Function):
         return (None, *accepted((grad_x, grad_cond, *of_nets), drifted), *of_maps)
 
 
-def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False) -> Any:
+def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False, watches: bool = False) -> Any:
     """The steps as a part of csrc/run that no backward follows."""
-    return require().Part(forms, squeezes, NONE, [], True, None, None, False)
+    return require().Part(forms, squeezes, NONE, [], True, None, None, False, watches)
 
 
 def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
@@ -352,8 +358,9 @@ def run_recorded(
         at += count
         whole.joins(part.first, x, (cond, *nets, *raw))
         squeezes_here = squeezes and part.index == 0
-        form = require().Part(forms, squeezes_here, keeps, part.anchors, part.knows_start, signs, sketched, rounds)
-        node = _Node(part, keeps, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision)
+        kept, watch = (part.anchors, part.knows_start), steps.watch
+        form = require().Part(forms, squeezes_here, keeps, *kept, signs, sketched, rounds, watch is not None)
+        node = _Node(part, keeps, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision, watch)
         with in_precision(steps.precision, x):
             x, log_det = apply_to_plain(_RunNode, node, x, cond, *nets, *raw)
         log_dets.append(log_det)
@@ -364,10 +371,12 @@ def run_plain(
     steps: Steps, x: Tensor, cond: Tensor | None, squeezes: bool, maps: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Compute what :func:`run_recorded` does without a record, given the folded maps."""
-    form = _keeps_nothing(steps.forms, squeezes)
+    form = _keeps_nothing(steps.forms, squeezes, steps.watch is not None)
     with in_precision(steps.precision, x):
-        found: tuple[Tensor, Tensor] = require().run_forward(form, x, cond, maps, steps.nets)[:2]
-    return found
+        z, log_det, *_, largest = require().run_forward(form, x, cond, maps, steps.nets)
+    if steps.watch is not None:
+        steps.watch(largest)
+    return z, log_det
 
 
 def run_inverse(steps: Steps, z: Tensor, cond: Tensor | None, inverses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -286,6 +286,7 @@ class CouplingStep:
     def __init__(self, runner: NetRunner, spec: CouplingSpec, masked: bool = False) -> None:
         self.runner, self.spec, self.masked = runner, spec, masked
         self.params = runner.params
+        self.watch: Callable[[Tensor, Tensor], Any] | None = None  # is given state and net output of each forward
 
     def _read(self, u: Tensor) -> Tensor:
         """What the net reads of a state."""
@@ -310,6 +311,8 @@ class CouplingStep:
         """Run the map and the coupling, and note what repeats the net."""
         u = self._mixed(x, given)
         net_out, memo = self.runner.forward(self._read(u), given.cond, given.params)
+        if self.watch is not None:
+            self.watch(u, net_out)
         with in_precision(self.runner.precision, u):  # its precision does not show in an output in float32
             lowest = lowest_precision(u.dtype, net_out, given.params)
         z, log_det = functional.coupling(u, net_out, self.spec)
