@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from live.peers import load
+from support import ROOT
 from support.antstorch import glow
 from torch import Tensor, nn
 
@@ -264,3 +265,15 @@ def test_the_first_batch_may_be_trained_on_and_keeps_no_more_than_theirs(memory:
         found.append([parameter.grad for parameter in own.parameters() if parameter.grad is not None])
     assert kept[1] <= kept[0] + x.nbytes
     assert error(found[1], [value.double() for value in found[0]]) < 1e-4
+
+
+@pytest.mark.full
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "examples" / "antsx.md").read_text(encoding="utf-8")
+    script = text.split("```python\n")[2].partition("```")[0]
+    exec(compile(script, "examples/antsx.md", "exec"), {"__name__": "example"})
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[1]) for line in lines if line.endswith("nats a voxel")]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.1
+    assert float(next(line for line in lines if line.startswith("round trip")).split()[2]) < 1e-4
