@@ -494,7 +494,7 @@ INTEROP = [
             "no module": (lambda m: accelerate(3), "model: expected a Module, found int"),
             "no such layers": (
                 lambda m: accelerate(nn.Linear(2, 2)),
-                "model: expected layers of normflows, nflows, FrEIA, .*, found none",
+                "model: expected layers of normflows, antsnormflows, nflows, FrEIA, .*, found none",
             ),
         },
     ),
