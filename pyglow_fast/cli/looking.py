@@ -194,7 +194,7 @@ def levels(args: argparse.Namespace) -> None:
             inside = all(0 <= level < n_levels for level in kept)
             expect(inside, "keep", f"levels in 0..{n_levels - 1} (0 the shallowest)", " ".join(map(str, kept)))
         images, _, _, part = opened.select(args.data, args.part)
-        indices = random_subset(args.seed, len(images), min(args.n, len(images)))
+        indices = images.without_skipped(random_subset(args.seed, len(images), min(args.n, len(images))))
         pixels, labels = images.batch(indices)
         x, y = inputs(pixels, labels, opened.n_bins, model)
     how = "levels that are not kept are the mean of their priors"

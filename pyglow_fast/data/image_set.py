@@ -117,9 +117,14 @@ class Images(ABC):
         """Gives one image as uint8 (C, H, W): the central window, or with a key the view that it alone decides."""
         return self.augmentation.view(self.pixels[index], key)
 
-    @abstractmethod
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gives (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
+        pixels = torch.stack([self.item(index) for index in indices.tolist()])
+        return pixels, None if self.labels is None else self.labels[indices]
+
+    def without_skipped(self, indices: Tensor) -> Tensor:
+        """Leaves out of ``indices`` the images that cannot be read, where these are to be skipped; nothing here."""
+        return indices
 
     @abstractmethod
     def subset(self, indices: Tensor | Sequence[int]) -> Images:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class LazyImages(Images):
     pixels: Any  # the Dataset, whose items are an image or (image, label, ...); it goes to worker processes
     shape: tuple[int, ...] = ()  # (C, H, W) that each image must have; empty: any
     positions: Tensor | None = None  # int64 (N,), which of its items these are; None: all
-    on_unreadable: str = "raise"  # what batch() does about an image that cannot be read; "skip": the next is taken
+    on_unreadable: str = "raise"  # or "skip": what without_skipped() does about images that cannot be read
     identity: str = ""  # what :func:`_identity` makes of the Dataset; the fingerprint is made of it and of the settings
 
     def __len__(self) -> int:
@@ -94,11 +95,14 @@ class LazyImages(Images):
         """Reads one image as uint8 (C, H, W): the central window, or with a key the view that it decides."""
         return self.augmentation.view(self.read(index)[0], key)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Reads (pixels uint8 (n, C, H, W), labels (n,) or None); of what is skipped, the next is in its place."""
-        found = [readable(self, index, None, self.on_unreadable) for index in indices.tolist()]
-        used = torch.tensor([at for _, at in found], dtype=torch.int64)
-        return torch.stack([image for image, _ in found]), None if self.labels is None else self.labels[used]
+    def without_skipped(self, indices: Tensor) -> Tensor:
+        """Leaves out what cannot be read, if it is to be skipped; if nothing can be, all stay for batch() to refuse."""
+        kept: list[int] = []
+        for index in indices.tolist() if self.on_unreadable == "skip" else ():
+            with suppress(UnreadableImageError):
+                self.read(index)
+                kept.append(index)
+        return torch.tensor(kept) if kept else indices
 
     def subset(self, indices: Tensor | Sequence[int]) -> LazyImages:
         """Takes the images at ``indices``, in that order; they have no split of their own."""
@@ -137,39 +141,42 @@ def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> t
             if on_unreadable == "raise":
                 raise
             first = first or error
-    raise ValueError(f"data: expected at least one image that can be read in {visible(data.name)}, found none: {first}")
+    raise UnreadableImageError(f"data: expected an image that can be read in {data.name}, found none: {first}")
 
 
-def _in_memory(data: LazyImages) -> ImageSet | None:
-    """The same set with all its images in memory; None, and a warning, if some are to be skipped."""
+def _in_memory(data: LazyImages) -> ImageSet:
+    """The same set with its images in memory, but for those that are to be skipped; a warning counts these."""
     pixels = torch.empty(len(data), *data.shape, dtype=torch.uint8)
     labels: list[Any] = [None] * len(data)
 
-    def read(index: int) -> str:
+    def read(index: int) -> None:
         try:
             pixels[index], labels[index] = data.read(index)
         except UnreadableImageError as error:
             if data.on_unreadable == "raise":
                 raise
-            return str(error)
-        return ""
+            errors[index] = str(error)
 
-    errors: list[str] = []
+    errors: dict[int, str] = {}
     # Decoding releases the GIL; nothing says that another Dataset may be used by several threads.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1) if isinstance(data.pixels, FileReader) else 1) as pool:
         for start in range(0, len(data), _BLOCK):
-            errors += filter(None, pool.map(read, range(start, min(len(data), start + _BLOCK))))
+            list(pool.map(read, range(start, min(len(data), start + _BLOCK))))
+    official = data.official
     if errors:
-        text = f"{len(errors)} of {len(data)} images of {data.name} cannot be read and are skipped"
-        warnings.warn(
-            visible(f"{text}; the others are read when they are needed; the first: {errors[0]}"), stacklevel=2
-        )
-        return None
+        text = f"{len(errors)} of {len(data)} images of {data.name}; the first: {errors[min(errors)]}"
+        kept = torch.tensor([index for index in range(len(data)) if index not in errors], dtype=torch.int64)
+        if official is not None:
+            train, test = (torch.searchsorted(kept, side[torch.isin(side, kept)]) for side in official)
+            official = train, test
+        some = min(map(len, official or (kept,))) > 0
+        expect(some, "data", "images that can be read, in both parts of a split", f"unreadable {text}")
+        pixels, labels, data = pixels[kept], [labels[index] for index in kept.tolist()], data.subset(kept)
+        warnings.warn(visible(f"unreadable images are left out: {text}"), stacklevel=2)
     known = (data.labels, data.class_names)
     if data.labels is None and None not in labels:
         known = _classes(labels, data.pixels, data.name)
-    facts = (*known, data.groups, data.official, data.augmentation, data.attributes)
-    return ImageSet(data.name, pixels, data.n_bins, *facts)
+    return ImageSet(data.name, pixels, data.n_bins, *known, data.groups, official, data.augmentation, data.attributes)
 
 
 def images_of(name: str, dataset: Any, config: DataConfig, image_shape: tuple[int, ...] = (), **facts: Any) -> Images:
@@ -179,8 +186,9 @@ def images_of(name: str, dataset: Any, config: DataConfig, image_shape: tuple[in
     data = replace(data, shape=shape, augmentation=config.augmentation, on_unreadable=config.on_unreadable)
     expect(min(data.image_shape) > 0, "crop_margin", f"less than the sides {shape[1:]}", config.crop_margin)
     small = len(data) * math.prod(shape) <= MEMORY_LIMIT
-    kept = _in_memory(data) if (small if config.in_memory is None else config.in_memory) else None
-    return kept or replace(data, identity=_identity(data))
+    if small if config.in_memory is None else config.in_memory:
+        return _in_memory(data)
+    return replace(data, identity=_identity(data))
 
 
 def from_files(name: str, root: Path, names: Sequence[str], config: DataConfig, **facts: Any) -> Images:
@@ -231,7 +239,5 @@ def from_dataset(
     kinds: dict[str, Any] = {"crop_margin": crop_margin, "flip": flip, "on_unreadable": on_unreadable}
     config = DataConfig("folder:.", n_bits=n_bits, in_memory=in_memory, **kinds)
     given = labels if labels is not None else getattr(dataset, "targets", None)
-    facts: dict[str, Any] = {}
-    if given is not None:
-        facts["labels"], facts["class_names"] = _classes(given, dataset, name)
-    return images_of(name, dataset, config, **facts)
+    known, class_names = (None, ()) if given is None else _classes(given, dataset, name)
+    return images_of(name, dataset, config, labels=known, class_names=class_names)

@@ -37,7 +37,7 @@ def _read(data: Images) -> ImageSet:
     if isinstance(data, ImageSet):
         return ImageSet(data.name, data.augmentation.central(data.pixels), data.n_bins)
     count = min(len(data), READ_MAX_IMAGES, max(1, READ_MAX_VALUES // data.n_dims))
-    pixels, _ = data.batch(torch.arange(count) * len(data) // count)
+    pixels, _ = data.batch(data.without_skipped(torch.arange(count) * len(data) // count))
     return ImageSet(data.name, pixels, data.n_bins)
 
 

@@ -119,6 +119,7 @@ def _matched(has: Tensor, cells: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(model: Glow, data: Images, chosen: Tensor, space: str) -> dict[str, Tensor]:
     """Compute the tensors of :class:`Directions` by name, and its names as bytes of JSON, over ``chosen`` images."""
+    chosen = data.without_skipped(chosen)
     names, n_classes, weights = compared(data, chosen)
     facts = json.dumps({"names": names, "classes": n_classes}).encode()
     sums: list[Tensor] = []

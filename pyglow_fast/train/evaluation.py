@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast._moments import Moments
-from pyglow_fast.data import Images, batches
+from pyglow_fast.data import Images, UnreadableImageError, batches
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
 from pyglow_fast.models.class_head import class_bits
@@ -168,7 +168,8 @@ def evaluate(model: Glow, data: Images, batch_size: int, seed: int, limit: int |
     scores = score_images(model, data, batch_size, seed, limit, **options)
     (unreadable,) = ranks.total(len(scores.unreadable))
     score = Score.of(scores.bits_per_dim, int(unreadable), ranks)
-    expect(score.images > 0, "data", f"at least one image that can be read in {data.name}", f"none of {unreadable:.0f}")
+    if not score.images:
+        raise UnreadableImageError(f"data: expected a readable image in {data.name}, found none of {unreadable:g}")
     if scores.classes is None:
         return score
     cost, right = ranks.total(*scores.classes.sum(0).tolist())

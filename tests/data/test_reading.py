@@ -28,6 +28,7 @@ from pyglow_fast.data import (
     measure_yardsticks,
     split,
 )
+from pyglow_fast.data.lazy import from_files
 
 Plan = list[list[tuple[int, int | None]]]
 PLAN: Plan = [[(i % 7, None if i % 3 == 0 else i), ((3 * i + 1) % 7, 100 + i)] for i in range(12)]
@@ -143,6 +144,39 @@ def test_the_fingerprint_sees_names_sizes_and_settings(tmp_path: Path) -> None:
     assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)
 
 
+def test_what_is_read_at_once_has_only_what_can_be_read(tmp_path: Path) -> None:
+    """The source's own split is that of the images that are left."""
+    images: dict[str, Any] = {"official": (torch.arange(4), torch.arange(4, 7)), "groups": tuple("abcdefg")}
+    names = [f"{'ab'[i % 2]}/{i}.png" for i in range(7)]
+    config = DataConfig("folder:x", size=20, on_unreadable="skip")
+    write(tmp_path)
+    whole = from_files("mine", tmp_path, names, config, **images)
+    write(tmp_path, bad=(1, 6))
+    with pytest.warns(UserWarning, match=r"left out: 2 of 7 images of mine; the first: .*b/1\.png: expected"):
+        data = from_files("mine", tmp_path, names, config, **images)
+    assert torch.equal(data.pixels, whole.pixels[[0, 2, 3, 4, 5]])
+    assert data.groups == tuple("acdef")
+    assert data.official is not None
+    assert [side.tolist() for side in data.official] == [[0, 1, 2], [3, 4]]
+    for bad in (range(4, 7), range(7)):
+        write(tmp_path, bad=tuple(bad))
+        with pytest.raises(
+            ValueError, match=r"^data: expected images that can be read, in both .*, found unreadable \d"
+        ):
+            from_files("mine", tmp_path, names, config, **images)
+
+
+def test_no_image_stands_for_another_but_in_training(tmp_path: Path) -> None:
+    """Yardsticks are those of the images that can be read; one that is asked for by number is refused."""
+    write(tmp_path, bad=(0, 4))  # the first and the third
+    data = lazy(tmp_path, on_unreadable="skip")
+    good = data.without_skipped(torch.arange(7))
+    assert good.tolist() == [1, 3, 4, 5, 6]
+    assert measure_yardsticks(None, data)[0].bits_per_dim == measure_yardsticks(None, data.subset(good))[0].bits_per_dim
+    with pytest.raises(UnreadableImageError, match=r"a/0\.png: expected an image"):
+        data.batch(torch.tensor([0]))
+
+
 VALUES = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -179,8 +213,10 @@ def test_grey_images_and_items_that_cannot_be_had() -> None:
     for grey in (list(VALUES[:, 0]), [Image.fromarray(value[0].numpy()) for value in VALUES], list(VALUES[:, :1])):
         assert torch.equal(from_dataset(Items(grey), "mine").batch(torch.arange(6))[0], VALUES[:, :1])
     items = Items([OSError("gone"), *((value, i) for i, value in enumerate(VALUES[1:]))])
-    with pytest.warns(UserWarning, match=r"1 of 6 images of mine .* the first: mine\[0\]: .*OSError: gone"):
-        later = from_dataset(items, "mine", on_unreadable="skip")
-    assert torch.equal(later.batch(torch.tensor([0, 3]))[0], VALUES[[1, 3]])
+    with pytest.warns(UserWarning, match=r"left out: 1 of 6 images of mine; the first: mine\[0\]: .*OSError: gone"):
+        rest = from_dataset(items, "mine", on_unreadable="skip")
+    assert torch.equal(rest.batch(torch.arange(5))[0], VALUES[1:])
+    assert rest.labels is not None
+    assert rest.labels.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(UnreadableImageError, match="gone"):
         from_dataset(items, "mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 from support.edits import ByHand
 
-from pyglow_fast.data import ImageSet, UnreadableImageError
+from pyglow_fast.data import ImageSet, UnreadableImageError, from_dataset
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Scores, likelihood_text, parse_image
+from pyglow_fast.studio.directions import measure
 from pyglow_fast.studio.kept import kept
 from pyglow_fast.train import RunFolder, score_images, to_pixels
 
@@ -44,6 +46,28 @@ def test_files(digits_run: Path, tmp_path: Path) -> None:
         opened.pick(parse_image("sample:0:label=10"))
     with pytest.raises(UnreadableImageError, match=r"^gone.png: expected"):
         opened.pick(File("gone.png"))
+
+
+class Torn(list[torch.Tensor]):
+    """Six images of which the second cannot be read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self[6] if index == 1 else super().__getitem__(index)
+
+
+def test_no_image_stands_for_another(emoji_run: Path) -> None:
+    """One that cannot be read is no part of means, and refused where it is asked for."""
+    opened = OpenRun.open(str(emoji_run))
+    items = Torn(torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8))
+    options: dict[str, Any] = {"labels": [0, 0, 0, 1, 1, 1], "on_unreadable": "skip", "in_memory": False}
+    data = from_dataset(items, "torn", **options)
+    opened._images = (data, torch.arange(2, 6), torch.arange(2))
+    with pytest.raises(UnreadableImageError, match=r"^torn\[1\]: expected an image, found IndexError"):
+        opened.pick(HeldOut(1))
+    found, wanted = (
+        measure(opened.model, data, chosen, "noise") for chosen in (torch.arange(6), torch.tensor([0, 2, 3, 4, 5]))
+    )
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("labels", [(), (3, 8, 5)])

@@ -68,6 +68,14 @@ def test_an_unreadable_image_in_the_middle_of_an_epoch(
     assert read_metrics(tmp_path / "run" / "metrics.csv")[-1]["unreadable_images"] == result.unreadable
 
 
+def test_nothing_that_is_held_out_can_be_read(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
+    run = start(photo_config(tiny_config, photos, on_unreadable="skip"), str(tmp_path / "run"))
+    for i in run.state.held_out.positions.tolist():
+        (photos / f"{i:02}.png").write_bytes(b"no image")
+    with pytest.raises(InputLostError, match=r"^data: expected an image that can be read in folder:.*, found none: "):
+        run.execute(quiet=True)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("delay", [0.0, 0.004, 0.01])
 def test_a_reader_that_is_killed_at_any_moment(
