@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyglow_fast._errors import check_count, expect, visible
 from pyglow_fast._settings import Range
 from pyglow_fast.data import optional
+from pyglow_fast.data.files import pixels as pixels_of
 from pyglow_fast.likelihood import quantize
 from pyglow_fast.train.files import write_bytes
 from pyglow_fast.train.metrics import Row
@@ -154,9 +155,7 @@ def _words(text: str, width: int) -> Tensor:
     box = draw(pil.new("L", (1, 1))).multiline_textbbox((0, 0), text, font=font)
     image = pil.new("L", (int(box[2] + 1), int(box[3] + 1)), _WHITE)
     draw(image).multiline_text((0, 0), text, fill=0, font=font, align="center")
-    return (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(1, image.height, -1).expand(3, -1, -1)
-    )
+    return pixels_of(image).expand(3, -1, -1)
 
 
 def png_bytes(picture: Tensor, text: Mapping[str, str] | None = None) -> bytes:
@@ -229,7 +228,8 @@ def curve_png(curves: Curves, ylabel: str, log: bool = False, levels: Mapping[st
     elif later:
         margin = 0.1 * (max(later) - min(later)) + 0.05
         axes.set_ylim(min(later) - margin, max(later) + margin)
-    axes.set(xlabel="step", ylabel=ylabel)
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel, parse_math=False)  # the name of images may hold a $
     axes.grid(alpha=0.3)
     if len(curves) > 1 or levels:
         axes.legend()

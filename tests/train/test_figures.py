@@ -18,6 +18,7 @@ from pyglow_fast.train import grid, to_pixels
 from pyglow_fast.train.figures import (
     animation_bytes,
     bits_png,
+    curve_png,
     image_picture,
     pictures,
     png_bytes,
@@ -132,6 +133,12 @@ def test_the_axis_shows_what_comes_later_and_every_yardstick(monkeypatch: pytest
     low, high = drawn[0].axes[0].get_ylim()
     assert 1.0 < low < 1.5
     assert 4.0 < high < 4.5
+
+
+def test_a_label_is_no_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn as it stands: names of images may hold a $."""
+    monkeypatch.setattr("support.figures.drawing", True)
+    assert curve_png({"x": [(0, 1.0)]}, "bits/dim of folder:mi$x_^$3").startswith(b"\x89PNG")
 
 
 def test_what_is_no_number_becomes_grey() -> None:
