@@ -14,7 +14,7 @@ from support.run_cases import MakeConfig
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
-from pyglow_fast.train import FolderError, RunFolder, resume, start
+from pyglow_fast.train import FolderError, RunFolder, page_of, resume, start
 
 
 @pytest.fixture
@@ -132,6 +132,13 @@ def test_last_and_best(run: Path) -> None:
     assert (progress.best, progress.stale) == (None, 0)
     assert folder.stamp()[0] == folder.checkpoint.name
     assert RunFolder(run / "none").stamp() is None
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "null", '{"step": 22}', "{"])
+def test_a_report_that_is_none(run: Path, text: str) -> None:
+    (run / "report.json").write_text(text)
+    with pytest.raises(FolderError, match=r"^run: expected .*report\.json as a run wrote it, found it damaged \(.*\)$"):
+        page_of(RunFolder(run))
 
 
 @pytest.mark.parametrize("event", ["trained", "removed"])
