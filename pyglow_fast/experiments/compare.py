@@ -19,7 +19,6 @@ from pyglow_fast.data import Images
 from pyglow_fast.models import Glow
 from pyglow_fast.train import (
     LIMITS,
-    Checkpoint,
     FolderError,
     InputLostError,
     Run,
@@ -35,6 +34,7 @@ from pyglow_fast.train.figures import curve_png
 from pyglow_fast.train.files import TEMPORARY, refusing, write_bytes, write_text
 from pyglow_fast.train.metrics import csv_text, read_metrics
 from pyglow_fast.train.page import time_text
+from pyglow_fast.train.run_folder import step_of
 
 RUNS, CURVES, TABLE, PICTURE = "runs", "curves.csv", "table.md", "curves.png"
 # Errors that end one run, after which the others are still trained.
@@ -97,15 +97,15 @@ class Trial:
         boards = f" + {model.n_checkerboard} checkerboard{'s' if model.n_checkerboard > 1 else ''}"
         return model.permutation + (boards if model.n_checkerboard else ""), model.coupling
 
-    def finished(self) -> Checkpoint | None:
-        """Load the last checkpoint of a run that ended under the limits of ``config``; None of any other."""
+    def report(self) -> dict[str, Any] | None:
+        """Read the report of a run that ended under the limits of ``config``; None of any other."""
         if not (self.folder.report.is_file() and self.folder.saved()):
             return None
-        checkpoint = self.folder.load()
+        report = self.folder.read_report()
         # A run that goes on after its end keeps the report of that end until it has another one.
-        same = self.folder.read_report()["step"] == checkpoint.progress["step"]
-        limits = all(getattr(checkpoint.config, name) == getattr(self.config, name) for name in (*LIMITS, "patience"))
-        return checkpoint if same and limits else None
+        same = report["step"] == step_of(self.folder.checkpoint)
+        limits = all(report["config"].get(name) == getattr(self.config, name) for name in (*LIMITS, "patience"))
+        return report if same and limits else None
 
     def ready(self, data: Images) -> Run:
         """Make the run ready to train, new or from its last checkpoint on; it raises what start and resume raise."""
@@ -114,11 +114,6 @@ class Trial:
             settings = flatten(self.config.to_dict())
             return resume(path, settings.pop("data.name"), data, **settings)
         return start(self.config, path, self.folder.exists, data)  # one that was killed before its first checkpoint
-
-    @property
-    def held_out(self) -> float | None:
-        """The held-out bits/dim at the end of a finished run."""
-        return None if self.finished() is None else self.folder.read_report()["held_out"]["mean"]
 
     def curve(self) -> dict[int, float]:
         """The held-out bits/dim of the evaluations on the way, by step."""
@@ -157,7 +152,7 @@ class Comparison:
         Returns the number of the signal that stopped the comparison, or None; ``failures`` says what went wrong.
         """
         say = functools.partial(print, flush=True) if not quiet else lambda text: None  # seen at once, in a log too
-        waiting = [trial for trial in self.trials if trial.finished() is None]
+        waiting = [trial for trial in self.trials if trial.report() is None]
         if done := len(self.trials) - len(waiting):
             say(f"{done} of {len(self.trials)} runs are finished already")
         began = time.monotonic()
@@ -211,7 +206,8 @@ def _table(found: Variants, images: str, failures: dict[str, str]) -> str:
     """A Markdown table with one row for each variant, the best first, which can be read as it stands."""
     keyed, wrong = [], []
     for variant, trials in found.items():
-        ended = [value for trial in trials if (value := trial.held_out) is not None]
+        reports = [trial.report() for trial in trials]
+        ended = [mean for report in reports if report and (mean := report["held_out"]["mean"]) is not None]
         score = _moments(ended)
         spread = "" if score.n < 2 else f" ± {score.deviation:.4f}"
         with torch.device("meta"):
@@ -227,9 +223,10 @@ def _table(found: Variants, images: str, failures: dict[str, str]) -> str:
             f"{statistics.median(speeds):.1f}" if speeds else "n/a",
         )
         keyed.append((score.mean if ended else math.inf, cells))
-        for trial in trials:
-            if trial.held_out is None:
-                why = failures.get(trial.name, "it is not at its end")
+        for trial, report in zip(trials, reports, strict=True):
+            scored = report is not None and report["held_out"]["mean"] is not None
+            state = "its held-out score is not finite" if report else "it is not at its end"
+            if why := failures.get(trial.name, "" if scored else state):
                 wrong.append(f"- {', '.join(variant)}, seed {trial.config.seed}: {why}")
     titles = ("permutation", "coupling", "held-out bits/dim", "seeds", "steps", "parameters", "ms/step")
     table = [titles, *(cells for _, cells in sorted(keyed, key=lambda item: item[0]))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.experiments import Comparison, variants
-from pyglow_fast.train import RunFolder, TrainConfig, TrainState
+from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, TrainState
 
 BASE = TrainConfig(
     DataConfig("digits"),
@@ -122,8 +123,27 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, monkeypatc
     assert "- reverse, additive, seed 0: training diverged at step " in table
 
 
+def test_what_is_wrong_with_runs(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure comes first, also of a run with a score; no checkpoint is read for the table."""
+    invconv = RunFolder(copy / "runs" / NAMES[1])
+    report = invconv.read_report()
+    report["held_out"]["mean"] = None
+    invconv.report.write_text(json.dumps(report))
+    RunFolder(copy / "runs" / NAMES[3]).report.unlink()
+    comparison = Comparison(CONFIGS, copy, IMAGES)
+    comparison.failures[NAMES[0]] = "the end cannot be written"
+    monkeypatch.setattr(Checkpoint, "load", lambda path: pytest.fail("read"))
+    table = comparison.write()
+    assert cells(table)["reverse"][2] == "2"
+    assert [line for line in table.splitlines() if line.startswith("- ")] == [
+        "- reverse, additive, seed 0: the end cannot be written",
+        "- invconv, additive, seed 0: its held-out score is not finite",
+        "- invconv, additive, seed 1: it is not at its end",
+    ]
+
+
 def test_settings_and_images_are_those_of_the_folder(copy: Path, tmp_path: Path) -> None:
-    assert Comparison([replace(config, max_steps=5) for config in CONFIGS], copy, IMAGES).trials[0].finished() is None
+    assert Comparison([replace(config, max_steps=5) for config in CONFIGS], copy, IMAGES).trials[0].report() is None
     with pytest.raises(ValueError, match=r"^lr: expected 0.001, as the run was started with, found 0.5$"):
         Comparison([replace(config, lr=0.5) for config in CONFIGS], copy, IMAGES)
     with pytest.raises(ValueError, match=r"^data: expected the images that the run was started with, found others"):
