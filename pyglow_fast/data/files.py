@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,18 +62,16 @@ def plain(image: Image, gray: bool) -> Image:
     return image.convert("L" if gray else "RGB")
 
 
-def decode(
-    source: Path | bytes, where: str, gray: bool, most_pixels: int | None = None, formats: Sequence[str] | None = None
-) -> Image:
-    """Decodes a file, or its contents, to a :func:`plain` Pillow image; of several frames or pages the first.
+def decode(path: Path, where: str, gray: bool, most_pixels: int | None = None) -> Image:
+    """Decodes a file to a :func:`plain` Pillow image; of several frames or pages the first.
 
     Messages call it ``where``. ``most_pixels`` are looked at before any are decoded; no TIFF is then taken, since a
-    tile in it may be larger than the image. Of FORMATS, Pillow's names, only those in ``formats`` are taken, if given.
+    tile in it may be larger than the image.
     """
     pil = optional("PIL.Image", "image files")
-    taken = [name for name in FORMATS if name in (formats or FORMATS) and (most_pixels is None or name != "TIFF")]
+    taken = [name for name in FORMATS if most_pixels is None or name != "TIFF"]
     try:
-        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=taken) as opened:
+        with pil.open(path, formats=taken) as opened:
             width, height = opened.size
             if most_pixels is not None and width * height > most_pixels:
                 text = f"{where}: expected an image of at most {most_pixels} pixels, found {width}x{height}"
@@ -87,8 +83,7 @@ def decode(
         said = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         if isinstance(error, pil.UnidentifiedImageError):  # it names the file once more
             said = "cannot identify image file"
-        known = "" if formats is None else f" ({', '.join(taken)})"
-        raise UnreadableImageError(f"{where}: expected an image that Pillow can decode{known}, found {said}") from error
+        raise UnreadableImageError(f"{where}: expected an image that Pillow can decode, found {said}") from error
 
 
 def to_square(image: Image, side: int, where: str) -> Image:
@@ -111,10 +106,9 @@ def pixels(image: Image) -> Tensor:
     return flat.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
-def read_image(source: Path | bytes, side: int, gray: bool, where: str | None = None) -> Tensor:
-    """Decodes a file, or its contents, to uint8 (C, side, side): upright, its centred square, scaled down."""
-    name = str(source) if where is None else where
-    return pixels(to_square(decode(source, name, gray), side, name))
+def read_image(path: Path, side: int, gray: bool) -> Tensor:
+    """Decodes a file to uint8 (C, side, side): upright, its centred square, scaled down."""
+    return pixels(to_square(decode(path, str(path), gray), side, str(path)))
 
 
 def as_values(image: Any, where: str) -> Tensor:
@@ -152,13 +146,12 @@ def fixed_size(values: Tensor, config: DataConfig) -> Tensor:
 
 
 def read_single(
-    source: Path | bytes,
+    path: Path,
     where: str,
     config: DataConfig,
     image_shape: tuple[int, int, int],
     n_bins: int,
     most_pixels: int | None = None,
-    formats: Sequence[str] | None = None,
 ) -> Tensor:
     """Reads an image file as pixels, uint8 (C, H, W) in 0..n_bins-1, prepared as the held-out images of ``config`` are.
 
@@ -180,7 +173,7 @@ def read_single(
     name = config.name.partition(":")[0]
     own, margin = SOURCES[name].side, config.crop_margin
     expect(own is None or side >= own, "image_shape", f"sides of at least {own}, as {name} has", shape)
-    image = decode(source, where, channels == 1, most_pixels, formats)
+    image = decode(path, where, channels == 1, most_pixels)
     factor = image.width // side
     if factor > 1 and image.size == (side * factor, side * factor):
         drawn = image.reduce(factor)

@@ -204,14 +204,12 @@ class OpenRun:
         own = int(labels[0]) if labels is not None and self.classes else None
         return self.picked(pixels[0], image, own if label is None else label)
 
-    def pick_file(
-        self, source: Path | bytes, image: File, label: int | None = None, most_pixels: int | None = None
-    ) -> Picked:
-        """Read the image in a file, or in its contents, as the model sees it; see pyglow_fast.data.read_single."""
+    def pick_file(self, path: Path, image: File, label: int | None = None, most_pixels: int | None = None) -> Picked:
+        """Read the image in a file as the model sees it; see pyglow_fast.data.read_single."""
         config = self.checkpoint.config
         channels, height, width = config.model.image_shape
         shape = (channels, height, width)
-        pixels = read_single(source, image.path, config.data, shape, self.n_bins, most_pixels)
+        pixels = read_single(path, image.path, config.data, shape, self.n_bins, most_pixels)
         return self.picked(pixels, image, label)
 
     def picked(self, pixels: Tensor, image: Image, label: int | None = None) -> Picked:

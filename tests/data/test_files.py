@@ -29,6 +29,12 @@ def shown(levels: Tensor, n_bins: int) -> Image.Image:
     return Image.fromarray((levels[0] * (255 / (n_bins - 1))).round().to(torch.uint8).numpy())
 
 
+@pytest.fixture(autouse=True)
+def _there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are written where nobody else has any."""
+    monkeypatch.chdir(tmp_path)
+
+
 def contents(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
@@ -37,8 +43,8 @@ def contents(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 def read(image: Image.Image | bytes, side: int, channels: int = 3, n_bins: int = 256, **options: Any) -> Tensor:
     """A file as a model on a folder sees it."""
-    data = image if isinstance(image, bytes) else contents(image)
-    return read_single(data, "upload 1", FOLDER, (channels, side, side), n_bins, **options)
+    Path("x").write_bytes(image if isinstance(image, bytes) else contents(image))
+    return read_single(Path("x"), "upload 1", FOLDER, (channels, side, side), n_bins, **options)
 
 
 def refusal(data: bytes, **options: Any) -> str:
@@ -89,7 +95,8 @@ def test_the_place_in_the_padding_is_that_of_training() -> None:
     own = load_data(DataConfig("digits")).item(5)
     for margin in range(4):
         config = DataConfig("digits", size=13, crop_margin=margin)
-        found = read_single(contents(shown(own, 17)), "x", config, (1, 13, 13), 17)
+        shown(own, 17).save("own.png")
+        found = read_single(Path("own.png"), "x", config, (1, 13, 13), 17)
         assert torch.equal(found, load_data(config).item(5))
 
 
@@ -115,7 +122,7 @@ def bomb(side: int) -> bytes:
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
-# Where limits or formats are given, a TIFF's tile may be larger than the image, and an ICO tells its size too late.
+# Where limits are given, a TIFF's tile may be larger than the image, and an ICO tells its size too late.
 NOT_DECODED: dict[str, tuple[Callable[[], bytes], dict[str, Any], str]] = {
     "no image": (lambda: b"this is no image", {}, "that Pillow can decode, found cannot identify image file"),
     "half of one": (lambda: contents(noise(64, 64), "JPEG")[:1500], {}, "found image file is truncated"),
@@ -124,10 +131,8 @@ NOT_DECODED: dict[str, tuple[Callable[[], bytes], dict[str, Any], str]] = {
     "a bomb": (lambda: bomb(20000), {}, "could be decompression bomb"),
     "a large one": (lambda: bomb(9000), {"most_pixels": 50}, "of at most 50 pixels, found 9000x9000"),
     "a program": (lambda: EPS, {}, "found cannot identify image file"),
-    "a program by name": (lambda: EPS, {"formats": ("EPS",)}, "found cannot identify image file"),
     "TIFF": (lambda: contents(noise(9, 9), "TIFF"), {"most_pixels": 10**6}, "found cannot identify image file"),
     "ICO": (lambda: contents(noise(32, 32), "ICO"), {}, "found cannot identify image file"),
-    "another": (lambda: contents(noise(9, 9), "BMP"), {"formats": ("PNG",)}, "decode (PNG), found cannot identify"),
 }
 
 
