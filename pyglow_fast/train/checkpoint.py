@@ -24,7 +24,7 @@ FORMAT = 3
 DRIFT = "_extra_state"  # how the names of the states of drift controls end
 _HEADER = "pyglow_fast"
 _PARTS = ("model", "ema", "optimizer", "rank")
-_UNSEALED = "0" * 64
+_UNSEALED = b"0" * 64
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Checkpoint:
             for name, tensor in getattr(self, part).items()
         }
         header = {
-            "digest": _UNSEALED,  # the first of such zeros in the file: metadata come before all else
+            "digest": _UNSEALED.decode(),  # the first of such zeros in the file: metadata come before all else
             "format": FORMAT,
             "config": self.config.to_dict(),
             "progress": self.progress,
@@ -84,7 +84,8 @@ class Checkpoint:
             "written_by": self.written_by,
         }
         data = safetensors.torch.save(tensors, {_HEADER: json.dumps(header)})
-        place = data.index(_UNSEALED.encode())
+        del tensors  # what is written is held but once
+        place = data.index(_UNSEALED)
         with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(data[:place])
             file.write(hashlib.sha256(data).hexdigest().encode())
@@ -102,11 +103,14 @@ class Checkpoint:
             header = json.loads(metadata.get(_HEADER, "{}"))
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
+        header = header if isinstance(header, dict) else {}
         found = header.get("format", "another safetensors file")
         expect(found == FORMAT, name, f"a checkpoint of pyglow_fast's format {FORMAT}", found)
         digest = header.get("digest", "").encode()
-        zeroed = data.replace(digest, _UNSEALED.encode(), 1)
-        whole = hashlib.sha256(zeroed).hexdigest().encode() == digest
+        place, sealed = data.find(digest), hashlib.sha256()
+        for part in (memoryview(data)[:place], _UNSEALED, memoryview(data)[place + len(digest) :]):
+            sealed.update(part)
+        whole = sealed.hexdigest().encode() == digest
         expect(whole, name, "the digest that it was saved with", "that of other contents")
         try:
             return cls(

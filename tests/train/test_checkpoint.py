@@ -92,6 +92,7 @@ def test_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: (path.rmdir(), path.write_bytes(pickle.dumps(_Trap()))), "a complete safetensors file"),
         (lambda: save_file({"w": torch.zeros(2)}, path), "a checkpoint .*format 3, found another safetensors"),
         (lambda: save_file({}, path, {"pyglow_fast": '{"format": 9}'}), "a checkpoint .*format 3, found 9"),
+        (lambda: save_file({}, path, {"pyglow_fast": "[]"}), "a checkpoint .*format 3, found another safetensors"),
     ]:
         make()
         with pytest.raises(ValueError, match=f"x.safetensors: expected {message}"):
