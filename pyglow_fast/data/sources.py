@@ -16,15 +16,7 @@ from pyglow_fast._errors import expect, visible
 from pyglow_fast.data._optional import optional
 from pyglow_fast.data.config import SOURCES, DataConfig
 from pyglow_fast.data.fetch import IDX_FILES, cached
-from pyglow_fast.data.files import (
-    UnreadableImageError,
-    check_folder,
-    decode,
-    find_images,
-    fixed_size,
-    padded,
-    pixels,
-)
+from pyglow_fast.data.files import UnreadableImageError, check_folder, decode, find_images, fixed_size, padded, pixels
 from pyglow_fast.data.image_set import Attributes, Images, ImageSet
 from pyglow_fast.data.lazy import from_files
 
@@ -83,8 +75,7 @@ def load_photos(config: DataConfig, root: Path) -> ImageSet:
     size = config.side - config.crop_margin
     scale = config.scale or (4 if size <= 64 else 2 if size <= 256 else 1)
     parts = [_tiles(path, config.side, scale, config.gray) for path in paths]
-    names = (path.relative_to(root).as_posix() for path in paths)
-    groups = tuple(name for name, part in zip(names, parts, strict=True) for _ in part)
+    groups = tuple(path.relative_to(root).as_posix() for path, part in zip(paths, parts, strict=True) for _ in part)
     values = torch.cat(parts) >> (9 - config.n_bins.bit_length())
     return ImageSet("photos", values, config.n_bins, groups=groups, augmentation=config.augmentation)
 
@@ -171,20 +162,14 @@ def _torchvision(name: str, root: Path) -> Iterator[Any]:
         raise ValueError(visible(text)) from error
 
 
-def _train_first(n_train: int, count: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(n_train), torch.arange(n_train, count)
-
-
 def _of_fixed_size(
     name: str, images: Sequence[Tensor], labels: Sequence[Tensor], class_names: Sequence[str], config: DataConfig
 ) -> ImageSet:
     """A set of training and test images (N, C, H, W) with their labels."""
-    pixels, official = (
-        fixed_size(torch.cat([*images]).contiguous(), config),
-        _train_first(len(images[0]), sum(map(len, images))),
-    )
+    values = fixed_size(torch.cat([*images]).contiguous(), config)
     known = torch.cat([*labels]), tuple(class_names)
-    return ImageSet(name, pixels, config.n_bins, *known, (), official, config.augmentation)
+    official = torch.arange(len(images[0])), torch.arange(len(images[0]), len(values))
+    return ImageSet(name, values, config.n_bins, *known, (), official, config.augmentation)
 
 
 def numbered(names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
@@ -200,13 +185,8 @@ def load_mnist(config: DataConfig, root: Path) -> Images:
     folder = root / _MNIST[name] / "raw"
     folder = folder if folder.is_dir() else root
     with _torchvision(name, root) as datasets:
-        images, labels = (
-            [read(str(folder / file)) for file in files]
-            for read, files in (
-                (datasets.mnist.read_image_file, IDX_FILES[::2]),
-                (datasets.mnist.read_label_file, IDX_FILES[1::2]),
-            )
-        )
+        images = [datasets.mnist.read_image_file(str(folder / file)) for file in IDX_FILES[::2]]
+        labels = [datasets.mnist.read_label_file(str(folder / file)) for file in IDX_FILES[1::2]]
         names = [word.partition(" - ")[0] for word in getattr(datasets, _MNIST[name]).classes]
     return _of_fixed_size(name, [part.unsqueeze(1) for part in images], labels, names, config)
 
@@ -250,7 +230,7 @@ def load_imagenet(config: DataConfig, root: Path) -> Images:
     labels, class_names = numbered([name.split("/")[1] for name in names])
     unknown = set(labels[counts[0] :].tolist()) - set(labels[: counts[0]].tolist())
     expect(not unknown, "imagenet", "only classes of train in val", ", ".join(class_names[i] for i in sorted(unknown)))
-    official = _train_first(counts[0], len(names))
+    official = torch.arange(counts[0]), torch.arange(counts[0], len(names))
     return from_files("imagenet", root, names, config, labels=labels, class_names=class_names, official=official)
 
 

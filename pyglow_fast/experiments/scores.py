@@ -75,9 +75,8 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     rows = []
     for name, found in sets.items():
         scores = found.scores
-        for i, *values in zip(
-            scores.indices.tolist(), scores.bits_per_dim.tolist(), scores.spread.tolist(), strict=True
-        ):
+        columns = (scores.indices.tolist(), scores.bits_per_dim.tolist(), scores.spread.tolist())
+        for i, *values in zip(*columns, strict=True):
             rows.append((name, found.position(i), found.name(i), found.label(i), *values))
     shown = {
         "set": len(sets) > 1,
