@@ -97,7 +97,7 @@ class DataConfig:
     attribute: str | None = _images(None, "celeba alone: the attribute that makes two classes")
     on_unreadable: str = _images(
         "raise",
-        "raise on an image file that cannot be read, or skip it: where files are read when needed, training takes another",
+        "raise on an image file that cannot be read, or skip it; training --from-files takes another",
         choices=("raise", "skip"),
         adjustable=True,
     )
