@@ -21,6 +21,7 @@ from pyglow_fast.layers import (
 )
 from pyglow_fast.memory import release_memory
 from pyglow_fast.models import Glow, GlowConfig
+from pyglow_fast.models.replays import graphed
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "WaveNet",
     "__version__",
     "functional",
+    "graphed",
     "likelihood",
     "presets",
     "reference",

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import can_read, expect
 from pyglow_fast._tracing import is_batched
 
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has hardly any operation on these
@@ -43,7 +43,8 @@ def dequantize(
         Tensor of the shape of ``images`` with values in [-0.5, 0.5).
 
     Raises:
-        ValueError: images are not integers, or hold a level outside 0..n_bins-1; noise of another shape or dtype.
+        ValueError: images are not integers, or hold a level outside 0..n_bins-1 (looked at on the CPU alone, as a look
+            would stop a GPU's stream); noise of another shape or dtype.
 
     Examples:
         >>> import torch
@@ -64,7 +65,7 @@ def dequantize(
     expect(is_integer, "images", "an integer dtype (grey levels, not scaled values)", images.dtype)
     if images.dtype in _WIDE_UNSIGNED:
         images = images.long()
-    if images.numel() and not is_batched():  # there values cannot be read
+    if images.numel() and can_read(images):
         low, high = (int(value) for value in torch.aminmax(images))
         expect(low >= 0 and high < n_bins, "images", f"grey levels in 0..{n_bins - 1} ({n_bins=})", f"{low}..{high}")
     if noise is None:

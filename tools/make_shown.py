@@ -101,7 +101,7 @@ def pack(run: Path) -> None:
     weights = found.model | found.ema
     weights |= {name: weights[name].to(torch.bfloat16) for name in nets}
     config = replace(found.config, ema_decay=None)
-    packed = replace(found, config=config, model=weights, ema={}, optimizer={}, optimizer_groups=[], rank={})
+    packed = replace(found, config=config, model=weights, ema={}, optimizer={}, rank={})
     packed.save(SHIPPED / "best.safetensors")
     (SHIPPED / "config.toml").write_text(to_toml(config), encoding="utf-8")
     for name in ("metrics.csv", "report.json"):

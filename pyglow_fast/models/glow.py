@@ -27,7 +27,6 @@ from pyglow_fast.models.condition import Condition, fitted, level_conditions
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.exact_nets import exact_nets
-from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
 from pyglow_fast.reversible.planner import MemoryPlan, RunPlan
@@ -277,20 +276,6 @@ class Glow(nn.Module):
         view.state_shapes = view.config.level_shapes()
         view._plans = Plans()
         return view
-
-    def make_graphed(
-        self, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None, n_samples: int | None = None
-    ) -> GraphedGlow:
-        """Capture training steps and sampling as CUDA graphs, for batches like these; see GraphedGlow.
-
-        Args:
-            x, y, cond: a batch as log_prob takes it.
-            n_samples: of one call of ``sample``; as many as x has if None.
-
-        Raises:
-            ValueError: the model is not on a GPU, is frozen, or has actnorms that have seen no data.
-        """
-        return GraphedGlow(self, x, y, cond, n_samples)
 
     def train(self, mode: bool = True) -> Glow:
         """Set training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""

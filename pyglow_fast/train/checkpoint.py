@@ -62,7 +62,6 @@ class Checkpoint:
     model: dict[str, Tensor]
     ema: dict[str, Tensor] = field(default_factory=dict)  # averaged weights by parameter name; empty without an average
     optimizer: dict[str, Tensor] = field(default_factory=dict)  # named ENTRY.PARAMETER
-    optimizer_groups: list[dict[str, Any]] = field(default_factory=list)  # without their parameters
     rank: dict[str, Tensor] = field(default_factory=dict)  # R.NAME: random generators and drift control of each rank
     written_by: dict[str, str] = field(default_factory=dict)
     digest: str = ""  # that of the file, a key for what is computed of it; empty unless the checkpoint was loaded
@@ -80,7 +79,6 @@ class Checkpoint:
             "config": self.config.to_dict(),
             "progress": self.progress,
             "data": asdict(self.data),
-            "optimizer_groups": self.optimizer_groups,
             "written_by": self.written_by,
         }
         data = safetensors.torch.save(tensors, {_HEADER: json.dumps(header)})
@@ -117,10 +115,6 @@ class Checkpoint:
                 config=TrainConfig.from_dict(header["config"]),
                 progress=asdict(Progress(**header["progress"])),
                 data=DataStamp(**header["data"] | {"class_names": tuple(header["data"]["class_names"])}),
-                optimizer_groups=[
-                    {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
-                    for group in header["optimizer_groups"]
-                ],
                 written_by=header["written_by"],
                 digest=header["digest"],
                 **{part: {} for part in _PARTS} | nested(tensors),

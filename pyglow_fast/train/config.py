@@ -128,8 +128,10 @@ class TrainConfig:
     )
     precision: str = _computing("auto", "of the nets: auto (torch's), fp32, tf32, bf16 or fp16", choices=PRECISIONS)
     compile: bool = _computing(False, "train through torch.compile")
-    cuda_graphs: bool = _computing(
-        False, "train through a CUDA graph; on one GPU, without accumulation and without class_weight"
+    graph: str = _computing(
+        "auto",
+        "a training step on a GPU as a CUDA graph: auto (where one can hold it; report.html says why if not) or off",
+        choices=("auto", "off"),
     )
     workers: int | None = _computing(
         None, "processes that read images", range=WORKERS, absent="none for images in memory, else 2", group=IMAGES
@@ -173,8 +175,6 @@ class TrainConfig:
         expect(decays, "weight_decay", f"0 with optimizer {self.optimizer!r} (adamw has it)", self.weight_decay)
         even = self.batch_size % self.accumulate == 0
         expect(even, "accumulate", f"a divisor of batch_size, {self.batch_size}", self.accumulate)
-        graphed = not self.cuda_graphs or (self.accumulate == 1 and not self.compile and weight == 0)
-        expect(graphed, "cuda_graphs", "no accumulation, torch.compile or class_weight beside it", "one of them")
         limited = any(getattr(self, name) is not None for name in LIMITS)
         expect(limited, "max_steps", "a limit, or max_epochs or max_minutes", "none")
         conditioned = (model.n_classes is not None) == self.class_conditional

@@ -132,7 +132,7 @@ def score_images(
     plan = [[(index, None) for index in part.tolist()] for part in chosen.split(batch_size) if len(part)]
     judged = model.head is not None and data.labels is not None and len(data.class_names) == model.config.classify
     bits, classes = [torch.zeros(0, draws, dtype=torch.float64)], [torch.zeros(0, 2, dtype=torch.float64)]
-    found, was_training = [torch.zeros(0, dtype=torch.int64)], model.training
+    found, was_training, device = [torch.zeros(0, dtype=torch.int64)], model.training, device_of(model)
     model.eval()
     try:
         with model.folded():  # nobody writes to it meanwhile
@@ -142,7 +142,7 @@ def score_images(
                 own = batch.indices == torch.tensor([index for index, _ in wanted])
                 for draw in range(draws):
                     keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
-                    x = noisy(batch.pixels, keys, data.n_bins, device_of(model))
+                    x = noisy(batch.pixels.to(device), torch.tensor(keys, device=device), data.n_bins)
                     if judged and draw == 0:
                         log_prob, logits = model.log_prob_and_logits(x, labels)
                         target = batch.labels.to(logits.device)  # type: ignore[union-attr]

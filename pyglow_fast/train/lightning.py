@@ -16,7 +16,7 @@ from pyglow_fast._settings import check_setting
 from pyglow_fast.data import optional
 from pyglow_fast.models import Glow, GlowConfig
 from pyglow_fast.train.config import TrainConfig
-from pyglow_fast.train.optim import averaged_model, learning_rate, make_optimizer
+from pyglow_fast.train.optim import Average, learning_rate, make_optimizer
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import TrainingDivergedError
 
@@ -84,14 +84,12 @@ class GlowModule(LightningModule):
         for name in ("cond_channels", "classify"):
             expect(getattr(config, name) == 0, "model", f"a model with {name}=0", getattr(config, name))
         self.n_bins, self.seed = n_bins, seed
-        self.ema = None if ema_decay is None else averaged_model(self.model, ema_decay)
+        self.ema = None if ema_decay is None else Average(self.model, ema_decay)
 
     @property
     def averaged(self) -> Glow:
         """The model with the averaged weights; without an average the model itself."""
-        model = self.model if self.ema is None else self.ema.module
-        assert isinstance(model, Glow)
-        return model
+        return self.model if self.ema is None else self.ema.module
 
     def forward(self, pixels: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Compute the bits/dim, (N,), of pixels (N, C, *spatial), with fresh noise at every call."""
@@ -114,8 +112,7 @@ class GlowModule(LightningModule):
         fresh = not self.model.is_initialized
         bits = self._scored(self.model, batch, self._noise("training", self.global_step, batch_idx))
         if fresh and self.ema is not None:
-            self.ema.n_averaged.zero_()  # what the weights were before they saw data is no part of the average
-            self.ema.update_parameters(self.model)
+            self.ema.begin(self.model)  # what the weights were before they saw data is no part of the average
         loss: Tensor = bits.mean()
         self.log("train_bpd", loss.detach(), prog_bar=True, batch_size=len(bits))
         value = float(loss.detach())
@@ -140,7 +137,7 @@ class GlowModule(LightningModule):
         """Update the weights, then their average."""
         super().optimizer_step(*args, **options)
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.model, torch.ones((), dtype=torch.bool, device=self.device))
 
     def _evaluate(self, name: str, batch: Any, *which: int) -> None:
         bits = self._scored(self.averaged, batch, self._noise("evaluation", *which))

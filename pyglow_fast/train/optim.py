@@ -1,23 +1,31 @@
-"""Makes the optimizers and the average of the weights, and has the schedule of the learning rate."""
+"""The optimizers, the average of the weights, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+
+from pyglow_fast.models import Glow
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
+FUSED = ("adam", "adamw")  # those that torch has in one kernel, which can leave an update out by itself
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, beta2: float = 0.999
+    name: str, parameters: Iterable[nn.Parameter], lr: float | Tensor, weight_decay: float = 0.0, beta2: float = 0.999
 ) -> torch.optim.Optimizer:
-    """Make Adam, AdamW (decoupled weight decay) or Adamax (Glow's own) by its name in OPTIMIZERS; beta1 is 0.9."""
+    """Make Adam, AdamW (decoupled weight decay) or Adamax (Glow's own) by its name in OPTIMIZERS; beta1 is 0.9.
+
+    With a learning rate that is a tensor on their device the first two are fused, and a CUDA graph may hold them.
+    """
     options: dict[str, Any] = {"lr": lr, "betas": (0.9, beta2)}
+    if isinstance(lr, Tensor):
+        options |= {"fused": True, "capturable": lr.device.type == "cuda"}
     if name == "adamax":
         return torch.optim.Adamax(parameters, **options)
     if name == "adamw":
@@ -35,15 +43,38 @@ def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int 
     return lr * warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
-def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
-    """Make an average of the weights: average += (1 - d) (weights - average), d = min(decay, (1 + t) / (10 + t)).
+class Average(nn.Module):
+    """average += (1 - d) (weights - average), d = min(decay, (1 + t) / (10 + t)) at the t-th update from 1.
 
-    The first ``update_parameters(model)`` copies the weights, the t-th after it does the above, as in TensorFlow's
-    ExponentialMovingAverage, which the released Glow uses. ``.module`` is a model with the averaged weights.
+    It begins with the weights that it is made of, as TensorFlow's ExponentialMovingAverage does, which the released
+    Glow uses. ``module`` is a model with the averaged weights. Everything is on its device: a CUDA graph may hold it.
     """
 
-    def average(averaged: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
-        t = int(updates)
-        torch._foreach_lerp_(averaged, weights, 1.0 - min(decay, (1 + t) / (10 + t)))
+    updates: Tensor
 
-    return AveragedModel(model, multi_avg_fn=average).requires_grad_(False)  # type: ignore[arg-type]
+    def __init__(self, model: Glow, decay: float) -> None:
+        super().__init__()
+        self.module: Glow = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        device = next(model.parameters()).device
+        self.register_buffer("updates", torch.zeros((), dtype=torch.float64, device=device))
+
+    @torch.no_grad()
+    def begin(self, model: Glow) -> None:
+        """Begin anew with the weights of ``model``."""
+        for own, theirs in (
+            *zip(self.module.parameters(), model.parameters(), strict=True),
+            *zip(self.module.buffers(), model.buffers(), strict=True),
+        ):
+            own.copy_(theirs)
+        self.updates.zero_()
+
+    @torch.no_grad()
+    def update(self, model: Glow, taken: Tensor) -> None:
+        """Move towards the weights of ``model`` where ``taken``, a bool tensor (); else stay."""
+        self.updates.add_(taken)
+        own, theirs = list[Tensor](self.module.parameters()), list[Tensor](model.parameters())
+        share = (1.0 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)) * taken
+        moves = torch._foreach_sub(theirs, own)
+        torch._foreach_mul_(moves, share.to(own[0].dtype))
+        torch._foreach_add_(own, moves)

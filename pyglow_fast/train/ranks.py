@@ -58,6 +58,10 @@ class Ranks:
         """Find the largest of each of ``values`` over all ranks."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
+    def add(self, values: Tensor) -> None:
+        """Put the sum over all ranks in the place of ``values``, a tensor on the ranks' device."""
+        dist.all_reduce(values)
+
     def gathered(self, value: Any) -> list[Any]:
         """Collect ``value`` of every rank, in their order, on every rank."""
         found = [value] * self.world

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
-from pyglow_fast._captures import can_capture
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, ImageSet, UnreadableImageError, batches, split
-from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
-from pyglow_fast.models.class_head import class_bits
-from pyglow_fast.models.graphed import GraphedGlow
 from pyglow_fast.train.checkpoint import DRIFT, Checkpoint, DataStamp, Progress, nested
 from pyglow_fast.train.config import TrainConfig
-from pyglow_fast.train.evaluation import Score, check_fits, evaluate, labels_for
+from pyglow_fast.train.evaluation import Score, check_fits, evaluate
 from pyglow_fast.train.machine import resolve_device, versions
-from pyglow_fast.train.optim import averaged_model, learning_rate, make_optimizer
+from pyglow_fast.train.optim import FUSED, Average, learning_rate, make_optimizer
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive, noisy
+from pyglow_fast.train.update import Part, Update
 
 WORKERS = 2  # processes that read images from files, where a run does not say how many
 EVAL_BATCH = 64  # images that are scored at a time
@@ -44,30 +36,6 @@ class InputLostError(RuntimeError):
     """Raised when an image cannot be read, or a process that reads them died; between two steps the run is saved."""
 
 
-class Losses(nn.Module):
-    """The losses that a step minimises, means over the batch: bits/dim, -log p(x) / (D ln 2) + log2(n_bins).
-
-    A model with a classifier has a second, from the same pass: what the labels cost, -log2 p(label | top latent).
-    """
-
-    def __init__(self, model: Glow, n_bins: int) -> None:
-        super().__init__()
-        self.model, self.n_bins = model, n_bins
-
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """x (N, C, H, W), labels (N,) or None -> (1,), or (2,) with a classifier."""
-        y, costs = labels_for(self.model, labels), []
-        if self.model.head is None or labels is None:
-            log_prob = self.model.log_prob(x, y)
-        else:
-            log_prob, logits = self.model.log_prob_and_logits(x, y)
-            costs.append(class_bits(logits, labels).mean())
-        return torch.stack([bits_per_dim(log_prob, self.model.config.n_values, self.n_bins).mean(), *costs])
-
-
-Part = tuple[Tensor, Tensor | None]  # x (n, C, H, W) and labels (n,) of one backward, on the device
-
-
 class TrainState:
     """The state of a run on one rank between two steps: model, optimizer, average, random streams, counters."""
 
@@ -81,8 +49,6 @@ class TrainState:
         size, n, shares = config.batch_size, len(self.train), self.ranks.world * config.accumulate
         expect(size <= n, "batch_size", f"at most the {n} training images", size)
         expect(size % shares == 0, "batch_size", f"a multiple of ranks x accumulate = {shares}", size)
-        graphed = not config.cuda_graphs or (can_capture(self.device) and self.ranks.world == 1)
-        expect(graphed, "cuda_graphs", "one rank on a GPU", f"{self.ranks.world} ranks on {self.device}")
         for name in ("class_conditional", "class_weight"):
             labelled = data.labels is not None or not getattr(config, name)
             expect(labelled, name, "images with labels", f"none in {data.name}")
@@ -92,20 +58,13 @@ class TrainState:
         self.model = Glow(config.model, memory=config.memory, precision=config.precision).to(self.device)
         check_fits(self.model, data, data.n_bins)
         self.model.memory_plan(size // shares)  # refuses too few bytes
-        self._losses: Any = Losses(self.model, data.n_bins)
-        if config.compile:
-            self._losses.compile()
-        if self.ranks.world > 1:
-            known = inspect.signature(DistributedDataParallel).parameters
-            buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {buffers: False}  # they are constant, so they are not sent
-            options["device_ids"] = [self.device.index] if self.device.type == "cuda" else None
-            self._losses = DistributedDataParallel(self._losses, **options)
-        self._graphed: GraphedGlow | None = None
+        lr: Any = config.lr
+        if config.optimizer in FUSED:
+            lr = torch.tensor(lr, device=self.device)  # a graph reads what it is at each replay
         parameters = self.model.parameters()
-        self.optimizer = make_optimizer(config.optimizer, parameters, config.lr, config.weight_decay, config.beta2)
-        decay = config.ema_decay
-        self.average: AveragedModel | None = None if decay is None else averaged_model(self.model, decay)
+        self.optimizer = make_optimizer(config.optimizer, parameters, lr, config.weight_decay, config.beta2)
+        self.average = None if config.ema_decay is None else Average(self.model, config.ema_decay)
+        self.update = Update(config, self.model, self.optimizer, self.average, data.n_bins, self.ranks)
         torch.manual_seed(derive(config.seed, "torch", self.ranks.rank))  # for dropout and the like in a user's model
         self.progress = Progress()
         self.lr, self.grad_norm = 0.0, math.nan
@@ -124,7 +83,7 @@ class TrainState:
     @property
     def averaged(self) -> Glow:
         """The model that evaluations and samples use."""
-        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+        return self.model if self.average is None else self.average.module
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -134,10 +93,10 @@ class TrainState:
         mine = self.ranks.share(batch_indices(derive(config.seed, "init"), 0, n, count)).tolist()
         (batch,) = batches(self.train, [[(index, None) for index in mine]], 0, config.data.on_unreadable)
         self.progress.unreadable += int(self.ranks.total(batch.unreadable)[0])
-        keys = [derive(config.seed, "noise", "init", index) for index in mine]
-        self.model.initialize(noisy(batch.pixels, keys, self.train.n_bins, self.device))
+        keys = torch.tensor([derive(config.seed, "noise", "init", index) for index in mine], device=self.device)
+        self.model.initialize(noisy(batch.pixels.to(self.device), keys, self.train.n_bins))
         if self.average is not None:
-            self.average.update_parameters(self.model)  # a copy: the average begins with these weights
+            self.average.begin(self.model)
 
     def step(self) -> float:
         """Train for one step; returns the mean bits/dim of the batch, over all ranks.
@@ -147,19 +106,10 @@ class TrainState:
         """
         config, progress = self.config, self.progress
         self.model.train()
-        parts, replaced = self._read()
-        values = self._gradients(parts, config.cuda_graphs)
-        *totals, unreadable = self.ranks.total(*values, replaced)
-        bits, *labels, self.grad_norm = (total / self.ranks.world for total in totals)
-        loss = bits + config.class_weight * sum(labels)
+        parts = self._read()
         self.lr = learning_rate(progress.step, config.lr, config.warmup_steps, config.decay_steps)
-        progress.unreadable += int(unreadable)
-        if math.isfinite(loss) and math.isfinite(self.grad_norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update_parameters(self.model)
+        (bits, *labels), self.grad_norm, taken = self.update(parts, self.lr)
+        if taken:
             progress.loss_sum += bits
             progress.class_sum += sum(labels)
             progress.steps_summed += 1
@@ -168,6 +118,7 @@ class TrainState:
             progress.skipped += 1
             progress.skipped_in_row += 1
             if progress.skipped_in_row > config.max_skipped:
+                loss = bits + config.class_weight * sum(labels)
                 raise TrainingDivergedError(
                     f"training diverged at step {progress.step + 1}: loss {loss:g} bits/dim, gradient norm "
                     f"{self.grad_norm:g}, lr {self.lr:g}, {progress.skipped_in_row} steps in a row without an update"
@@ -182,8 +133,8 @@ class TrainState:
         for part in indices.chunk(config.accumulate):
             yield step // self.steps_per_epoch, self.ranks.share(part).tolist()
 
-    def _read(self) -> tuple[list[Part], int]:
-        """The parts of the next step, and how many of their images had to be replaced."""
+    def _read(self) -> list[Part]:
+        """The parts of the next step, read and not yet on the device."""
         config, data = self.config, self.train
         if self._batches is None:
             plan = (
@@ -197,50 +148,18 @@ class TrainState:
         try:
             for epoch, indices in self._asked(self.progress.step):
                 batch = next(self._batches)
-                keys = [derive(config.seed, "noise", epoch, index) for index in indices]
-                labels = None if batch.labels is None else batch.labels.to(self.device)
-                parts.append((noisy(batch.pixels, keys, data.n_bins, self.device), labels))
+                keys = torch.tensor([derive(config.seed, "noise", epoch, index) for index in indices])
+                parts.append((batch.pixels, keys, batch.labels))
                 unreadable += batch.unreadable
         except (UnreadableImageError, RuntimeError) as error:
             if not isinstance(error, UnreadableImageError) and not reader_died(error):
                 raise
             lost = str(error)
-        if self.ranks.largest(lost != "")[0]:
+        losing, replaced = self.ranks.total(lost != "", unreadable)
+        if losing:
             raise InputLostError(lost or "another rank cannot read its images")
-        return parts, unreadable
-
-    def _gradients(self, parts: Sequence[Part], replayed: bool) -> list[float]:
-        """Backward of all parts and clipping; returns the losses and the norm of the gradients before it."""
-        self.optimizer.zero_grad(set_to_none=True)
-        losses: list[Tensor] = []
-        for x, labels in parts:
-            if replayed:
-                losses.append(self._replay(x, labels))
-                continue
-            ddp, last = self.ranks.world > 1, len(losses) + 1 == len(parts)
-            with self._losses.no_sync() if ddp and not last else contextlib.nullcontext():
-                values: Tensor = self._losses(x, labels) / len(parts)
-                (values[0] + self.config.class_weight * values[1:].sum()).backward()
-            losses.append(values.detach())
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
-        found = [*torch.stack(losses).sum(0), norm]
-        if replayed and self._graphed is not None:
-            found.append(self._graphed.lost.to(norm))
-        read: list[float] = torch.stack(found).tolist()  # one read: on a GPU it waits
-        if replayed and read.pop():  # states drifted: what a graph cannot redo, the model can
-            self._graphed = None  # frees its memory; the next step makes one with anchors closer together
-            return self._gradients(parts, replayed=False)
-        return read
-
-    def _replay(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Loss and gradient from a CUDA graph, which has them in nats."""
-        y = labels_for(self.model, labels)
-        if self._graphed is None:
-            self._graphed = self.model.make_graphed(x, y, n_samples=1)  # the least: no samples are asked of it
-        nats: Tensor = self._graphed.train_step(x, y)
-        scale = 1.0 / (self.model.config.n_values * math.log(2.0))
-        torch._foreach_mul_([value.grad for value in self.model.parameters() if value.grad is not None], scale)
-        return (nats * scale + math.log2(self.train.n_bins)).unsqueeze(0)
+        self.progress.unreadable += int(replaced)
+        return parts
 
     def _workers(self, data: Images) -> int:
         """How many processes read ``data``: none for what is in memory, unless the configuration says otherwise."""
@@ -291,9 +210,6 @@ class TrainState:
                 for parameter, state in self.optimizer.state.items()
                 for entry, value in state.items()
             },
-            optimizer_groups=[
-                {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
-            ],
             rank={
                 f"{rank}.{name}": value
                 for rank, own in enumerate(self.ranks.gathered(mine))
@@ -310,19 +226,19 @@ class TrainState:
         self.progress = Progress(**checkpoint.progress)
         if self.average is not None:
             checkpoint.load_model(self.average.module, name, averaged=True)
-            self.average.n_averaged.fill_(1 + self.progress.step - self.progress.skipped)
+            self.average.updates.fill_(self.progress.step - self.progress.skipped)
         names = [parameter for parameter, _ in self.model.named_parameters()]
         entries = nested(checkpoint.optimizer)
-        groups = zip(checkpoint.optimizer_groups, self.optimizer.state_dict()["param_groups"], strict=True)
         self.optimizer.load_state_dict(
             {
                 "state": {
                     i: {entry: values[key] for entry, values in entries.items() if key in values}
                     for i, key in enumerate(names)
                 },
-                "param_groups": [{**saved, "params": group["params"]} for saved, group in groups],
+                "param_groups": self.optimizer.state_dict()["param_groups"],
             }
         )
+        self.update.forget()  # the optimizer has other tensors
         self.close()
         parts, rank = nested(checkpoint.rank), self.ranks.rank
         own = parts[f"{rank % len(parts)}"]  # where there are more ranks than there were: of one of those

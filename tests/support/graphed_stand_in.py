@@ -1,4 +1,4 @@
-"""Glow.make_graphed on the CPU: recordings in the place of CUDA graphs."""
+"""Replays on the CPU: recordings in the place of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import torch
-
-from pyglow_fast.models import graphed
+from pyglow_fast.models import replays
 from support.captures import Recording, capture_guard, like_a_gpu
 
 
@@ -20,10 +18,11 @@ class Side:
         self.is_current = False
 
     @contextlib.contextmanager
-    def entered(self, device: torch.device) -> Iterator[Side]:
+    def entered(self, stream: object) -> Iterator[None]:
+        assert stream is self
         self.is_current = True
         try:
-            yield self
+            yield
         finally:
             self.is_current = False
 
@@ -36,8 +35,8 @@ class Side:
 
 @contextlib.contextmanager
 def recorded_graphs() -> Iterator[Side]:
-    """A context in which make_graphed takes a model on the CPU as one on a GPU, and its captures are recordings."""
+    """A context in which Replays takes the CPU for a GPU, and its captures are recordings."""
     side = Side()
-    own = {"_side_stream": side.entered, "_capture": side.capture}
-    with like_a_gpu(), mock.patch.multiple(graphed, **own):
+    own = {"_side_stream": lambda device: side, "_on": side.entered, "_capture": side.capture}
+    with like_a_gpu(), mock.patch.multiple(replays, **own):
         yield side

@@ -1,22 +1,29 @@
-"""Training through a CUDA graph: the same as without, also where states drift. Recordings are in the graph's place."""
+"""Training through a CUDA graph: to the bit as without one. Recordings are in the graph's place."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.captures import drifting
+from support.commands import ranks
 from support.graphed_stand_in import recorded_graphs
 from torch import Tensor
 
+from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet
-from pyglow_fast.models.graphed import GraphedGlow
+from pyglow_fast.models.replays import WARM_UPS, Replays
 from pyglow_fast.train import TrainConfig, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
 STEPS, LR = 8, 1e-3
+TINY: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
+CLASSES, JUDGED = GlowConfig(**TINY, n_classes=2), GlowConfig(**TINY, classify=2)
 
 
 @pytest.fixture(autouse=True)
@@ -31,51 +38,140 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return drifting(monkeypatch, torch.ones(()))
 
 
-def trained(config: TrainConfig, data: ImageSet, before: Callable[[int], None] = lambda step: None) -> TrainState:
+def trained(config: TrainConfig, data: ImageSet) -> TrainState:
     state = TrainState(config, data)
     state.initialize()
-    for step in range(STEPS):
-        before(step)
+    for _ in range(STEPS):
         state.step()
     state.close()
     return state
 
 
 def weights(state: TrainState) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
+    return torch.cat(
+        [value.detach().flatten() for model in (state.model, state.averaged) for value in model.parameters()]
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"memory": "store", "ema_decay": None, "clip_norm": None},
+        {"memory": "checkpoint", "optimizer": "adamw", "weight_decay": 0.1},
+        {"memory": "reversible", "accumulate": 2},
+        {"precision": "bf16"},
+        {"model": CLASSES, "class_conditional": True},
+        {"model": JUDGED, "class_weight": 0.5, "accumulate": 2},
+    ],
+    ids=lambda fields: ",".join(fields),
+)
+def test_replays_are_the_steps_to_the_bit(
+    tiny_config: MakeConfig, tiny_images: ImageSet, fields: dict[str, Any]
+) -> None:
+    replayed, plain = (trained(tiny_config(lr=0.01, graph=graph, **fields), tiny_images) for graph in ("auto", "off"))
+    assert (replayed.update.how, plain.update.how) == ("a CUDA graph", "eagerly: graph is off")
+    assert torch.equal(weights(replayed), weights(plain))
+    assert replayed.progress == plain.progress
+    assert replayed.grad_norm == plain.grad_norm
+    for entries in zip(replayed.optimizer.state.values(), plain.optimizer.state.values(), strict=True):
+        assert all(map(torch.equal, *(entry.values() for entry in entries)))
+
+
+PROGRAM = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from support.graphed_stand_in import recorded_graphs
+from pyglow_fast import GlowConfig
+from pyglow_fast.data import DataConfig, ImageSet
+from pyglow_fast.train import TrainConfig, TrainState, open_ranks
+pixels = torch.randint(5, (40, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+model = GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=4)
+with recorded_graphs(), open_ranks() as ranks:
+    found = []
+    for graph in ("auto", "off"):
+        config = TrainConfig(
+            data=DataConfig("digits"), model=model, batch_size=8, accumulate=2, device="cpu", graph=graph
+        )
+        state = TrainState(config, ImageSet("x", pixels, 5), ranks)
+        state.initialize()
+        losses = [state.step() for _ in range({steps})]
+        ranks.check_same(state.model)
+        found.append((losses, [value.tolist() for value in state.averaged.parameters()], state.update.how))
+    assert found[0][:2] == found[1][:2]
+    print(found[0][2])
+"""
+
+
+@pytest.mark.full
+def test_two_ranks_replay_to_the_bit(tmp_path: Path) -> None:
+    """Over gloo; each rank has a graph before the sum of the gradients, and one behind it."""
+    program = tmp_path / "program.py"
+    root = Path(__file__).parents[2]
+    program.write_text(PROGRAM.format(paths=[str(root), str(root / "tests")], steps=STEPS))
+    with ranks(tmp_path, *[[str(program)]] * 2) as processes:
+        for process in processes:
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            assert output == "a CUDA graph\n"
 
 
 @pytest.mark.parametrize(
-    ("drifts", "steps_lost"),
-    [
-        ([3], [3]),
-        (range(2, STEPS), [2]),
-        (range(3), []),
-        (range(STEPS), []),
-    ],  # warm-ups that drift end at checkpointing
+    ("drifts", "lost"),
+    [([5], [5]), (range(4, STEPS), [4]), (range(3), []), (range(STEPS), [])],  # steps that drift end at checkpointing
 )
 def test_a_step_that_drifts_is_taken_by_the_model(
     tiny_config: MakeConfig,
     tiny_images: ImageSet,
     off: Tensor,
     drifts: Sequence[int],
-    steps_lost: list[int],
+    lost: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No step is lost, none is taken on zeros, and the graph is made again with other anchors."""
-    config = tiny_config(lr=LR, warmup_steps=0, cuda_graphs=True)
+    config = tiny_config(lr=LR, warmup_steps=0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, n_steps=8))
-    expected = trained(dataclasses.replace(config, cuda_graphs=False), tiny_images)
-    lost, true = [], GraphedGlow.train_step
-
-    def noted(graphs: GraphedGlow, x: Tensor, y: Tensor | None = None) -> Tensor:
-        loss = true(graphs, x, y)
-        lost.append(bool(graphs.lost))
-        return loss
-
-    monkeypatch.setattr(GraphedGlow, "train_step", noted)
-    found = trained(config, tiny_images, lambda step: off.fill_(1.01 if step in drifts else 1.0))
-    assert [step for step in range(STEPS) if lost[step]] == steps_lost
+    expected = trained(dataclasses.replace(config, graph="off"), tiny_images)
+    forgotten, true = [], Replays.forget
+    found = TrainState(config, tiny_images)
+    monkeypatch.setattr(Replays, "forget", lambda self: (forgotten.append(found.progress.step), true(self)))
+    found.initialize()
+    for step in range(STEPS):
+        off.fill_(1.01 if step in drifts else 1.0)
+        found.step()
+    found.close()
+    assert forgotten == lost
     assert found.progress.skipped == 0
+    assert found.update.how == "a CUDA graph"
     assert found.progress.loss_sum == pytest.approx(expected.progress.loss_sum, rel=1e-5)
     assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
+
+
+def test_a_replay_that_is_not_finite_changes_nothing(
+    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, factor, before = TrainState(tiny_config(), tiny_images), torch.ones(()), torch.empty(0)
+    state.initialize()
+    log_prob = state.model.log_prob
+    monkeypatch.setattr(state.model, "log_prob", lambda x, y: log_prob(x, y) * factor)
+    for step in range(STEPS):
+        bad = step in (WARM_UPS - 1, WARM_UPS + 1, WARM_UPS + 2)
+        factor.fill_(math.nan if bad else 1.0)
+        before = weights(state)
+        state.step()
+        assert torch.equal(before, weights(state)) == bad
+    assert state.update.how == "a CUDA graph"
+    assert (state.progress.skipped, state.progress.skipped_in_row, state.progress.steps_summed) == (3, 0, STEPS - 3)
+    assert {float(entry["step"]) for entry in state.optimizer.state.values()} == {STEPS - 3}
+
+
+def test_what_no_graph_holds_runs_eagerly_and_says_why(tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
+    state = TrainState(tiny_config(optimizer="adamax"), tiny_images)
+    assert state.update.how == "eagerly: adamax decides nothing on the device"
+    calls: list[object] = []
+    hooked = TrainState(tiny_config(), tiny_images)
+    hooked.initialize()
+    hooked.model.prior.register_forward_hook(lambda *_: calls.append(0))
+    for _ in range(STEPS):
+        hooked.step()
+    assert (hooked.update.how, len(calls)) == ("eagerly: module prior has hooks", STEPS)
