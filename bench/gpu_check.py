@@ -1,18 +1,20 @@
-"""Everything that needs a GPU, in one command and less than ten minutes: a report, a JSON of each stage, an exit code.
+"""Everything that needs a GPU, in one command and less than ten minutes: one archive of results, a report, a code.
 
-    python -m bench.gpu_check [--out FOLDER] [--only STAGE ...] [--rehearse]
+    python -m bench.gpu_check [--out FOLDER] [--module FILE] [--only STAGE ...] [--rehearse]
 
-Needs a source tree, Python 3.11 or newer with torch built for CUDA, numpy, safetensors and pytest, nvcc, a C++ compiler
-and cmake; the extension is compiled into the tree, and nothing is downloaded or installed. What else is missing, such
-as compute-sanitizer, is skipped by name. Stages, with the seconds that each may take besides what those before it left:
+Needs a source tree, Python 3.11 or newer with torch built for CUDA, numpy, safetensors and pytest; and to compile, a
+C++ compiler, cmake and nvcc: of a CUDA toolkit, or of pip's packages (nvidia-cuda-nvcc, -crt, -runtime, -cccl and
+nvidia-nvvm). Where these are missing, ``--module`` takes a _C*.so that was built elsewhere for the same Python and
+minor version of torch. Nothing is downloaded or installed. What else is missing is skipped by name. Stages, with the
+seconds that each may take besides what those before it left; each stops by itself and says how far it came:
 
 {stages}
 
-A stage writes STAGE.json into the folder as it ends, and report.md, which has what all of them printed, is made anew: a
-run that is killed leaves what had ended, and what the stage that it was at had written, in parts/. ``--only`` runs some
-stages alone and leaves the others' files. ``--rehearse`` runs every command on the CPU with tiny sizes, where numbers
-mean nothing, and has a folder of its own. Exit code: 0 all well; 1 a stage failed or ran out of time; 2 there is no GPU
-(then only the build runs), or the options are wrong.
+The folder gets two files: gpu_check.zip, with a JSON of each stage and the report, and report.md. Both are made anew as
+each stage ends, and the archive every few seconds in between, with what the stage has written so far: a run that is
+killed leaves that. ``--only`` runs some stages alone and leaves the others' results. ``--rehearse`` runs every command
+on the CPU with tiny sizes, where numbers mean nothing, and has a folder of its own. Exit code: 0 all well; 1 a stage
+failed; 2 there is no GPU (then only the build runs), or the options are wrong.
 """
 
 from __future__ import annotations
@@ -27,12 +29,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_stages import MACHINE_SECONDS, NO_KERNELS, STAGES, Stage, command, environment, find_tool
+from bench.gpu_stages import (
+    MACHINE_SECONDS,
+    NO_KERNELS,
+    PARTLY,
+    STAGES,
+    Stage,
+    command,
+    environment,
+    find_tool,
+    toolkit,
+)
 from bench.harness import ROOT, commit
 
 _ABOUT = [f"    {stage.name:<12} {stage.seconds:>3}  {stage.about}" for stage in STAGES]
@@ -41,11 +55,13 @@ __doc__ = (__doc__ or "").format(
 )
 KEPT = 400_000  # characters of a stage's output, its end
 REHEARSAL_PATIENCE = 4  # times the seconds of a stage, on a machine that other tests are running on
+STARTING, GRACE = 0.75, 10.0  # of its time a stage that stops itself gets this share; what it may be late, seconds
+TICK = 5.0  # seconds from one archive to the next
 NO_GPU = "no GPU: torch.cuda.is_available() is false here"
-PARTS = "parts"  # the folder that stages write to while they run
 MEASURED, REHEARSED = Path("gpu_check"), Path("gpu_check", "rehearsal")  # folders, if none is given
+ARCHIVE, REPORT = "gpu_check.zip", "report.md"
 TOOLS = ("nvcc", "g++", "cmake", "ninja", "nvidia-smi", "compute-sanitizer")
-WHAT_TO_DO = {"cmake": " (pip install cmake, 3.24 or newer)", "nvcc": " (install the CUDA toolkit, or set CUDA_HOME)"}
+LOADS = "from pyglow_fast import _backend; assert _backend.extension() is not None, _backend.reason()"
 # The device as the tests and the benchmarks will see it, printed as JSON by another process, since torch keeps it open.
 PROBE = """
 import importlib.metadata, json, subprocess, sys, torch
@@ -60,11 +76,12 @@ if torch.cuda.is_available():
     found["driver, clock, power"] = subprocess.getoutput(asked)
 print(json.dumps(found))
 """
+Content = dict[str, Any]  # of a stage that has ended
 
 
 @dataclasses.dataclass
 class Ended:
-    """The outcome of a stage; ``status`` is passed, failed, timeout or skipped."""
+    """The outcome of a stage; ``status`` is passed, partly, failed, timeout or skipped."""
 
     name: str
     status: str
@@ -82,7 +99,9 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
-def run(name: str, line: Sequence[str], seconds: float, log: Path, more: Mapping[str, str]) -> Ended:
+def run(
+    name: str, line: Sequence[str], seconds: float, log: Path, more: Mapping[str, str], tick: Callable[[], object]
+) -> Ended:
     """Run a command in the source tree; it and its children end when the time is over. ``log`` takes its output."""
     start = time.monotonic()
     shown = " ".join([part if "\n" not in part else "..." for part in line])
@@ -103,37 +122,36 @@ def run(name: str, line: Sequence[str], seconds: float, log: Path, more: Mapping
             return Ended(name, "failed", 0.0, shown, f"cannot start: {error}")
         code = None
         try:
-            code = process.wait(timeout=max(1.0, seconds))
-            status, reason = ("passed", "") if code == 0 else ("failed", f"exit code {code}")
-        except subprocess.TimeoutExpired:
-            status, reason = "timeout", f"more than {seconds:.0f} s"
+            while code is None and (left := start + max(1.0, seconds) - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=min(TICK, left))
+                tick()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
         text = output.read()[-KEPT:]
+    status, reason = {
+        None: ("timeout", f"more than {seconds:.0f} s"),
+        0: ("passed", ""),
+        PARTLY: ("partly", (text.splitlines() or [""])[-1]),
+    }.get(code, ("failed", f"exit code {code}"))
     return Ended(name, status, round(time.monotonic() - start, 1), shown, reason, text, code)
 
 
-def read_results(folder: Path) -> Any:
-    """Reads what a stage has written: its JSON, or a list of several; None if nothing."""
-    found: list[Any] = []
-    for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(ValueError, OSError):
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-    return found[0] if len(found) == 1 else found or None
+def read(folder: Path) -> dict[str, Content]:
+    """Reads the results of the stages that have ended, in the order of the stages."""
+    if not (folder / ARCHIVE).is_file():
+        return {}
+    with zipfile.ZipFile(folder / ARCHIVE) as archive:
+        there = archive.namelist()
+        names = [name for name in ("machine", *(stage.name for stage in STAGES)) if f"{name}.json" in there]
+        return {name: json.loads(archive.read(f"{name}.json")) for name in names}
 
 
-def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Reads the files of the stages that have ended, in the order of the stages."""
-    paths = {name: folder / f"{name}.json" for name in ("machine", *(stage.name for stage in STAGES))}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
-
-
-def report(folder: Path) -> str:
-    """Makes Markdown of a folder: the machine, a table of the stages, and the end of what each of them printed."""
-    ended = read(folder)
+def report(ended: Mapping[str, Content]) -> str:
+    """Makes Markdown of the results: the machine, a table of the stages, and the end of what each of them printed."""
     facts: Mapping[str, Any] = ended["machine"]["machine"]  # other stages may be of an earlier run
     lines = ["# GPU check", ""]
     if facts["rehearsal"]:
@@ -152,64 +170,92 @@ def report(folder: Path) -> str:
 
 
 class Check:
-    """The stages one after another, and the folder that they are written to."""
+    """The stages one after another, and the archive that they are written to."""
 
-    def __init__(self, out: Path, device: str) -> None:
-        self.out, self.device = out, device
+    def __init__(self, out: Path, device: str, module: Path | None = None) -> None:
+        self.out, self.device, self.module = out, device, module
         self.patience = REHEARSAL_PATIENCE if device == "cpu" else 1
         self.saved = 0.0  # seconds that the stages so far have left over
+        self.home = toolkit(ROOT) if device == "cuda" and module is None else None
         self.facts: dict[str, Any] = {"commit": commit(), "rehearsal": device == "cpu"}
+        self.results = read(out)
         self.ended: list[Ended] = []
 
     def add(self, ended: Ended) -> None:
-        """Report a stage, write its file, and make the report anew."""
+        """Report a stage, and make archive and report anew."""
         self.ended.append(ended)
         print(f"   {ended.status} after {ended.seconds:.0f} s {ended.reason}".rstrip(), flush=True)
         if ended.status in ("failed", "timeout"):
             print("\n".join(ended.output.splitlines()[-60:]), flush=True)
-        content = {"machine": self.facts, **dataclasses.asdict(ended)}
-        _write(self.out / f"{ended.name}.json", json.dumps(content, indent=1) + "\n")
-        _write(self.out / "report.md", report(self.out))
-        shutil.rmtree(self.out / PARTS / ended.name, ignore_errors=True)
+        self.results[ended.name] = {"machine": self.facts, **dataclasses.asdict(ended)}
+        self.save()
+
+    def save(self, running: Path | None = None) -> None:
+        """Write both files: results, and what the stage in the folder ``running`` has written so far."""
+        files = {f"{name}.json": json.dumps(content, indent=1) + "\n" for name, content in self.results.items()}
+        if "machine" in self.results:
+            files["report.md"] = report(self.results)
+            _place(self.out / REPORT, lambda path: path.write_text(files["report.md"], encoding="utf-8"))
+        for path in sorted(running.iterdir()) if running is not None else ():
+            files[f"running/{path.name}"] = path.read_text(encoding="utf-8", errors="replace")[-KEPT:]
+
+        def write(path: Path) -> None:
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, text in files.items():
+                    archive.writestr(name, text)
+
+        _place(self.out / ARCHIVE, write)
 
     def machine(self) -> bool:
         """Look up what is there; tells whether there is a GPU."""
-        ended = self._timed("machine", [sys.executable, "-c", PROBE], MACHINE_SECONDS, {})
+        ended = self._timed("machine", lambda *_: [sys.executable, "-c", PROBE], MACHINE_SECONDS, {})
         with contextlib.suppress(ValueError, IndexError):
             self.facts |= json.loads(ended.output.splitlines()[-1])
-        self.facts |= {tool: find_tool(tool) or "not found" for tool in TOOLS}
+        self.facts |= {tool: find_tool(tool, self.home) or "not found" for tool in TOOLS}
         self.add(ended)
         return "capability" in self.facts
 
     def go(self, stage: Stage, without: str = "") -> None:
         """Run a stage; or skip it for the reason ``without``, or for want of a program."""
-        absent = [name for name in stage.needs if self.device == "cuda" and find_tool(name) is None]
-        reason = without or ", ".join(f"{name} was not found{WHAT_TO_DO.get(name, '')}" for name in absent)
+        given = stage.name == "build" and self.module is not None
+        needs = [] if given or self.device == "cpu" else list(stage.needs)
+        absent = [f"{name} was not found" for name in needs if find_tool(name, self.home) is None]
+        if stage.name == "build" and needs and self.home is None:
+            absent.append("no CUDA toolkit with nvcc was found, nor pip's: --module takes what was built elsewhere")
+        reason = without or ", ".join(absent)
         if reason:
             self.add(Ended(stage.name, "skipped", reason=reason))
             return
-        line = command(stage, self.device, self.out / PARTS / stage.name)
-        more = environment(stage, self.device, self.facts.get("capability", ""))
+        if given and self.module is not None:
+            shutil.copy(self.module, ROOT / "pyglow_fast" / self.module.name)
+
+        def line(out: Path, seconds: float) -> list[str]:
+            return [sys.executable, "-c", LOADS] if given else command(stage, self.device, out, seconds)
+
+        more = environment(stage, self.device, self.facts.get("capability", ""), self.home)
         ended = self._timed(stage.name, line, stage.seconds, more)
         if stage.name == "build" and ended.status == "timeout":
             ended.reason += "; what is compiled is kept: run it again"
         self.add(ended)
 
-    def _timed(self, name: str, line: Sequence[str], seconds: float, more: Mapping[str, str]) -> Ended:
-        folder = self.out / PARTS / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    def _timed(
+        self, name: str, line: Callable[[Path, float], list[str]], seconds: float, more: Mapping[str, str]
+    ) -> Ended:
         limit = self.patience * seconds + self.saved
-        ended = run(name, line, limit, folder / "log", more)
-        ended.results = read_results(folder)
+        with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+            out, log = Path(folder, "results.json"), Path(folder, "log")
+            own = max(STARTING * limit, limit - GRACE)  # to start Python and to end take a while
+            ended = run(name, line(out, own), limit, log, more, lambda: self.save(Path(folder)))
+            with contextlib.suppress(ValueError, OSError):
+                ended.results = json.loads(out.read_text(encoding="utf-8"))
         self.saved = limit - ended.seconds
         return ended
 
 
-def _write(path: Path, text: str) -> None:
+def _place(path: Path, write: Callable[[Path], object]) -> None:
     """Put a file in its place whole: a kill leaves the one before or this one."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
+    write(new)
     new.replace(path)
 
 
@@ -222,20 +268,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser("bench gpu_check", description=__doc__, formatter_class=raw, allow_abbrev=False)
     options.add_argument("--out", type=Path, metavar="FOLDER", help=f"({MEASURED}; of a rehearsal {REHEARSED})")
+    options.add_argument("--module", type=Path, metavar="FILE", help="a compiled _C*.so, in the place of a build")
     names, only = [stage.name for stage in STAGES], "these stages, and what is there, alone"
     options.add_argument("--only", action="extend", nargs="+", choices=names, metavar="STAGE", help=only)
     options.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
     arguments = options.parse_args(argv)
+    module: Path | None = arguments.module
+    if module is not None and not (module.is_file() and module.match("_C*.so")):
+        options.error(f"--module: expected a compiled _C*.so, found {str(module)!r}")
     out: Path = (arguments.out or (REHEARSED if arguments.rehearse else MEASURED)).resolve()
     try:
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         mixed = [name for name, of in read(out).items() if of["machine"]["rehearsal"] != arguments.rehearse]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         options.error(f"--out: expected a folder for results, found {error}")
     if mixed:  # one report must not show both
         other = "measurements" if arguments.rehearse else "a rehearsal"
         options.error(f"--out: expected a folder without {other}, found {', '.join(mixed)} in {out}")
-    check = Check(out, "cpu" if arguments.rehearse else "cuda")
+    check = Check(out, "cpu" if arguments.rehearse else "cuda", module)
     there = check.machine() or arguments.rehearse
     without = "" if there else NO_GPU
     for stage in STAGES:
@@ -243,13 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             check.go(stage, "" if stage.name == "build" else without)
             if check.ended[-1].code == NO_KERNELS:
                 without = "the extension has no kernels for this device"
-    shutil.rmtree(out / PARTS)
-    print(report(out))
+    print(report(check.results))
     bad = [ended.name for ended in check.ended if ended.status in ("failed", "timeout")]
     print(f"{'failed: ' + ', '.join(bad) if bad else 'no stage failed'}; wrote {out}")
     for ended in check.ended:
-        if ended.status == "skipped":
-            print(f"skipped: {ended.name} ({ended.reason})")
+        if ended.status in ("skipped", "partly"):
+            print(f"{ended.status}: {ended.name} ({ended.reason})")
     return 2 if not there else 1 if bad or without else 0
 
 

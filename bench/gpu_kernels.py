@@ -1,6 +1,6 @@
 """Times every op, and the flow step outside its net, on a GPU: in a CUDA graph, on buffers that rotate beyond the L2.
 
-    python -m bench.gpu_kernels [--device cuda] [--shapes 8x12x64x64,...] [--only TEXT] [--out FILE]
+    python -m bench.gpu_kernels [--device cuda] [--shapes 8x12x64x64,...] [--only TEXT] [--seconds S] [--out FILE]
 
 A row has a case's microseconds, the bytes that it must move at least, and its share of a copy: the time of a copy of as
 many bytes, measured in the same run in the same way, over the case's own; beside it is plain torch's time for the same
@@ -10,8 +10,9 @@ every shape.
 A kernel of a few microseconds is shorter than the Python that calls it and not far above what an event resolves, and
 its data fits into a cache. So each case has several copies of its tensors, more together than twice the L2; one graph
 launches the copies in turn, over and over, for milliseconds; two events are around replays of that graph. A launch's
-results are kept until the same copy's next turn, so that results rotate, too. With ``--device cpu``, to rehearse, a
-replay calls the functions once more by the process's clock, and no number means anything.
+results are kept until the same copy's next turn, so that results rotate, too. No case begins after
+``--seconds``. With ``--device cpu``, to rehearse, a replay calls the functions once more by the process's clock, and no
+number means anything.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 
 from bench.cases import SHAPES, Case, Data, check_equal, gpu_cases, parse_shapes, traffic
+from bench.gpu_stages import Budget
 from bench.harness import device_name, machine, write_json
 from pyglow_fast import functional, reference
 
@@ -136,8 +138,8 @@ def copy_launches(n_bytes: int, copies: int, device: torch.device) -> list[Launc
     return [functools.partial(target.copy_, source) for source, target in pairs]
 
 
-def measure(shape: tuple[int, ...], device: torch.device, only: str = "") -> list[dict[str, Any]]:
-    """Measures all cases of one shape whose name contains ``only``: a row each, with TIMES of ours, a copy and torch.
+def measure(shape: tuple[int, ...], device: torch.device, budget: Budget, only: str = "") -> list[dict[str, Any]]:
+    """Measures the cases of one shape whose name contains ``only``, as the budget allows: a row each, with TIMES.
 
     ``copies`` sets of tensors took turns. Where something could not be measured it is None, and ``note`` says why.
     """
@@ -157,7 +159,7 @@ def measure(shape: tuple[int, ...], device: torch.device, only: str = "") -> lis
         return timer.time(lambda: copy_launches(n_bytes, timer.copies(n_bytes), device))
 
     rows: list[dict[str, Any]] = []
-    for name, cases in turns.items():
+    for name, cases in budget.take(list(turns.items())):
         row: dict[str, Any] = {"op": cases[0].op, "mode": cases[0].mode, "shape": shape, "device": device_name(device)}
         row |= {"implementation": "pyglow_fast", "bytes": bytes_of[name], "copies": len(cases)}
         ours, note = _time(timer, cases, functional)
@@ -217,22 +219,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = "separated by commas (those of bench kernels)"
     options.add_argument("--shapes", type=parse_shapes, default=SHAPES, help=shapes)
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
+    options.add_argument("--seconds", type=float, default=600.0, help="the time after which no case begins")
     options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = options.parse_args(argv)
     if not Case.is_ours(arguments.device):
         print(f"there are no compiled kernels for {arguments.device.type} here: nothing to time")
         return 1
-    rows: list[dict[str, Any]] = []
+    rows, budget = list[dict[str, Any]](), Budget(arguments.seconds)
     gc.collect()
     gc.freeze()  # every capture collects garbage: what torch made at import would be looked through each time
     for shape in arguments.shapes:
-        found = measure(shape, arguments.device, arguments.only)
+        found = measure(shape, arguments.device, budget, arguments.only)
         rows += found
         print(f"{'x'.join(map(str, shape))}, {device_name(arguments.device)}\n")
         print(table(COLUMNS, map(cells, found)), end="\n\n", flush=True)
         if arguments.out is not None:
             write_json(arguments.out, machine(arguments.device), rows)
-    return 1 if any(row["note"] for row in rows) else 0
+    return budget.code(int(any(row["note"] for row in rows)))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """The first facts of a device, in seconds: every op, a training step in each memory mode, and a CUDA graph of one.
 
-    python -m bench.gpu_smoke [--device cuda] [--unchecked ops|all] [--out FILE]
+    python -m bench.gpu_smoke [--device cuda] [--unchecked] [--seconds S] [--out FILE]
 
 Each check prints a line and goes on after a failure, since the next one tells something else; the file is written anew
 after each. An op runs on small shapes with ragged ends, forward, backward and inverse, the net's output in float32 and
 in bfloat16, in either layout. A result may be off by twice what plain torch on the CPU is off by in float32, both
-against float64, and by a few roundings of the largest value. ``--unchecked`` runs the ops, or all but the graphs, and
-compares nothing: it is what compute-sanitizer watches.
+against float64, and by a few roundings of the largest value. ``--unchecked`` runs all but the graphs and compares
+nothing: it is what compute-sanitizer watches. No check begins after ``--seconds``; they are ordered by what they tell.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Data, kernel_cases, matrix_cases
-from bench.gpu_stages import NO_KERNELS
+from bench.gpu_stages import NO_KERNELS, Budget
 from bench.harness import machine, synchronize, write_json
 from bench.model_cases import PLAIN, Shape, build, images, plain_levels
 from pyglow_fast import _backend, functional, graphed, reference
@@ -69,6 +70,9 @@ def cases_of(data: Data) -> list[Case]:
     return [*kernel_cases(data), *matrix_cases(data)]
 
 
+Check = tuple[str, Callable[..., Errors], tuple[object, ...]]  # a name, what runs it, and with what before the device
+
+
 class Checks:
     """Runs checks, prints a line for each, and keeps a row for each in a file."""
 
@@ -90,11 +94,20 @@ class Checks:
             write_json(self.out, self.facts, self.rows)
 
 
-def op_errors(ours: Case, plain: Case, exact: Case, device: torch.device) -> Errors:
-    """Runs one case by our kernels, and on the CPU by the reference in float32 and in float64."""
-    found = ours.build(functional, False)()
-    synchronize(device)
-    return output_errors(found, plain.build(reference, False)(), exact.build(reference, False)())
+def cases_errors(shape: tuple[int, ...], form: str, device: torch.device) -> Errors:
+    """Runs every op by our kernels, and on the CPU by the reference in float32 and in float64."""
+    data, errors = data_of(shape, form), list[tuple[float, float]]()
+    for ours, plain, exact in zip(
+        *map(cases_of, (data.copy(device), data, data.copy(dtype=torch.float64))), strict=True
+    ):
+        found = ours.build(functional, False)()
+        synchronize(device)
+        some = output_errors(found, plain.build(reference, False)(), exact.build(reference, False)())
+        wrong = [error for error in some if not error[0] <= error[1]]
+        if wrong:
+            print(f"  {ours.name}: {wrong}", flush=True)
+        errors += some
+    return errors
 
 
 def model_and_images(memory: str, device: torch.device) -> tuple[Any, Tensor]:
@@ -142,61 +155,59 @@ def replay_errors(memory: str, device: torch.device) -> Errors:
     return [*((abs(value - loss), 1e-4 * max(1.0, abs(loss))) for value in losses), (found, GRADIENTS)]
 
 
-def run_all(checks: Checks) -> None:
-    """Checks every op on every shape; then a small model: each memory mode, the inverse, and CUDA graphs."""
-    for shape in SHAPES:
-        for form in FORMS:
-            data = data_of(shape, form)
-            forms = (data.copy(checks.device), data, data.copy(dtype=torch.float64))
-            for ours, plain, exact in zip(*map(cases_of, forms), strict=True):
-                name = f"{ours.name} {'x'.join(map(str, shape))}, net's output {form}"
-                checks.run(name, op_errors, ours, plain, exact)
-    for tf32 in (True, False):  # it is off, then, for all that follows
-        for memory in MODES:
-            checks.run(f"training step, {memory}, TF32 {'on' if tf32 else 'off'}", step_errors, memory, tf32)
-    checks.run("decode(encode(x))", inverse_errors)
-    if checks.device.type == "cuda":
-        for memory in MODES:
-            checks.run(f"CUDA graph of a training step, {memory}", replay_errors, memory)
+def all_checks(device: torch.device) -> list[Check]:
+    """The graphs and steps of a small model in each memory mode, its inverse, and every op on every shape."""
+    found: list[Check] = []
+    if device.type == "cuda":
+        found += [(f"CUDA graph of a training step, {memory}", replay_errors, (memory,)) for memory in MODES]
     else:
         print("skipped CUDA graphs: they are captured on a GPU alone")
-
-
-def watched(device: torch.device, what: str) -> None:
-    """Run every case, and of "all" a training step in two memory modes, too; compare nothing."""
+    for tf32 in (True, False):
+        name = f"TF32 {'on' if tf32 else 'off'}"
+        found += [(f"training step, {memory}, {name}", step_errors, (memory, tf32)) for memory in MODES]
+    found.append(("decode(encode(x))", inverse_errors, ()))
     for shape in SHAPES:
         for form in FORMS:
-            for case in cases_of(data_of(shape, form).copy(device)):
-                case.build(functional, False)()
-                synchronize(device)  # so that a fault is told of the case whose it is
-                print(case.name, shape, form, flush=True)
-    for memory in ("store", "reversible") if what == "all" else ():
+            found.append((f"ops, {'x'.join(map(str, shape))}, net's output {form}", cases_errors, (shape, form)))
+    return found
+
+
+def watched(device: torch.device, budget: Budget) -> None:
+    """Run a training step in two memory modes, and every case; compare nothing."""
+    for memory in budget.take(("store", "reversible")):
         gradients_of(*model_and_images(memory, device))
         synchronize(device)
         print("training step,", memory, flush=True)
+    for shape, form in budget.take(list(itertools.product(SHAPES, FORMS))):
+        for case in cases_of(data_of(shape, form).copy(device)):
+            print(case.name, shape, form, flush=True)
+            case.build(functional, False)()
+            synchronize(device)  # so that a fault is told of the case whose it is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks; 1 if one failed, NO_KERNELS if there are none for the device."""
     options = argparse.ArgumentParser(prog="bench gpu_smoke", description="first facts", allow_abbrev=False)
     options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
-    options.add_argument("--unchecked", choices=["ops", "all"], help="run them and compare nothing")
+    options.add_argument("--unchecked", action="store_true", help="run and compare nothing")
+    options.add_argument("--seconds", type=float, default=600.0, help="the time after which no check begins")
     options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = options.parse_args(argv)
     device = arguments.device
     if not Case.is_ours(device):
         print(f"there are no compiled kernels for {device.type} here: {_backend.reason() or 'it is not built for it'}")
         return NO_KERNELS
-    if arguments.unchecked is not None:
-        watched(device, arguments.unchecked)
-        return 0
+    budget = Budget(arguments.seconds)
+    if arguments.unchecked:
+        watched(device, budget)
+        return budget.code(0)
     checks = Checks(device, arguments.out)
     print(checks.facts, flush=True)
-    run_all(checks)
+    for name, check, given in budget.take(all_checks(device)):
+        checks.run(name, check, *given)
     failed = [row for row in checks.rows if not row["passed"]]
     print("\n".join(f"FAILED {row['check']}: {row['text'].splitlines()[-1]}" for row in failed))
-    print(f"{len(checks.rows) - len(failed)} of {len(checks.rows)} checks passed")
-    return 1 if failed else 0
+    return budget.code(int(bool(failed)))
 
 
 if __name__ == "__main__":

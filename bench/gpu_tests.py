@@ -1,19 +1,21 @@
 """A pytest plugin for machines that have torch, numpy, safetensors and pytest, and little else.
 
-    python -m pytest -p bench.gpu_tests -m cuda tests
+    python -m pytest -p bench.gpu_tests --seconds 60 -m cuda tests
 
 A test file, or a test, that imports a library that is not installed is skipped by that library's name; without this
-plugin it is an error.
+plugin it is an error. With ``--seconds`` tests that have not begun by then are skipped.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 NEEDED = ("torch", "numpy", "safetensors", "pytest")
+_END = pytest.StashKey[float]()
 OWN = ("pyglow_fast", "bench", "support", "tests")
 
 
@@ -25,6 +27,22 @@ def missing_library(error: BaseException | None) -> str | None:
             return None if top in (*NEEDED, *OWN) else top
         error = error.__cause__
     return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the time."""
+    parser.addoption("--seconds", type=float, default=float("inf"), help="skip tests that have not begun by then")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts the clock."""
+    config.stash[_END] = time.monotonic() + config.getoption("--seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is too late."""
+    if time.monotonic() > item.config.stash[_END]:
+        pytest.skip("the time was over")
 
 
 @pytest.hookimpl(wrapper=True)

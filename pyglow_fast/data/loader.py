@@ -42,7 +42,10 @@ class _Reading:
     def __getitem__(self, entries: Sequence[Entry]) -> Batch | ValueError:
         """Reads one batch; gives an error rather than raise it, since a worker would add its traceback to the text."""
         try:
-            return self._batch(entries)
+            batch, most = self._batch(entries), self.data.n_bins - 1
+            high = int(batch.pixels.max())  # looked at here: on a GPU to look would make the host wait
+            expect(high <= most, "images", f"grey levels in 0..{most}", high)
+            return batch
         except ValueError as error:
             return error
 

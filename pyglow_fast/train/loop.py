@@ -287,7 +287,7 @@ class Run:
         if not state.ranks.first:  # it is done: whatever follows would only make it wait
             return result
         # The page needs what the other files do not hold, or may not hold any more.
-        settings = environment() | {"training step": state.update.how}
+        settings = environment() | {"training step": state.update.replays.how}
         about = {"data": state.train.name, "config": state.config.to_dict(), "environment": settings}
         plain = json.loads(json.dumps(asdict(result) | about), parse_constant=lambda name: None)  # JSON has no NaN
         yardsticks = {item.name: item.bits_per_dim for item in found}

@@ -238,7 +238,7 @@ class TrainState:
                 "param_groups": self.optimizer.state_dict()["param_groups"],
             }
         )
-        self.update.forget()  # the optimizer has other tensors
+        self.update.replays.forget()  # the optimizer has other tensors
         self.close()
         parts, rank = nested(checkpoint.rank), self.ranks.rank
         own = parts[f"{rank % len(parts)}"]  # where there are more ranks than there were: of one of those

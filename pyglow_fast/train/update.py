@@ -47,7 +47,7 @@ class Update:
     """Noise, losses, backward of all parts, their sum over the ranks, clipping, optimizer and average.
 
     The host reads nothing before all of this is under way: whether a loss or the gradient is not finite, so that the
-    update is left out, is decided on the device. :attr:`how` says whether it is a CUDA graph, or why it is not.
+    update is left out, is decided on the device. ``replays.how`` says whether it is a CUDA graph, or why it is not.
     """
 
     def __init__(
@@ -73,16 +73,7 @@ class Update:
             return self._apply(self._backward(*inputs))
 
         functions = [whole] if ranks.world == 1 else [self._backward, ranks.add, self._apply]
-        self._replays = Replays(lambda: device_of(model), lambda: first or hooks_of(model), *functions)
-
-    @property
-    def how(self) -> str:
-        """How updates run: "a CUDA graph", or "eagerly: " and why."""
-        return self._replays.how
-
-    def forget(self) -> None:
-        """Drop the graph: tensors of the optimizer are others than it knows."""
-        self._replays.forget()
+        self.replays = Replays(lambda: device_of(model), lambda: first or hooks_of(model), *functions)
 
     def __call__(self, parts: Sequence[Part], lr: float) -> tuple[list[float], float, bool]:
         """Update the weights; returns the losses, the norm of the gradients before clipping, and whether it did so.
@@ -96,11 +87,11 @@ class Update:
                 group["lr"] = lr
         device = device_of(self.model)
         inputs = [None if value is None else value.to(device, non_blocking=True) for part in parts for value in part]
-        found: list[float] = self._replays(*inputs).tolist()  # one read: on a GPU it waits
+        found: list[float] = self.replays(*inputs).tolist()  # one read: on a GPU it waits
         if found[-3] > 0:
             self.model.memory_report()  # takes the verdicts in: anchors move closer together
-            self._replays.forget()
-            found = self._replays(*inputs).tolist()
+            self.replays.forget()
+            found = self.replays(*inputs).tolist()
         *losses, _, norm, taken = found
         return losses, norm, bool(taken)
 

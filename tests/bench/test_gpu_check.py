@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,8 @@ import pytest
 import torch
 from support import ROOT
 
-from bench import gpu_check, gpu_kernels, gpu_smoke, gpu_stages, gpu_steps
-from bench.gpu_stages import MACHINE_SECONDS, STAGES, TOTAL_SECONDS, Stage
+from bench import gpu_check, gpu_kernels, gpu_smoke, gpu_stages
+from bench.gpu_stages import MACHINE_SECONDS, PARTLY, STAGES, TOTAL_SECONDS, Budget, Stage
 from pyglow_fast import _backend
 
 CPU = torch.device("cpu")
@@ -86,7 +89,6 @@ def test_units_of_the_tables() -> None:
     row = {"op": "coupling", "mode": "forward", "bytes": 4_000_000, "scratch_bytes": 8000, "note": "", **seconds}
     expected = ["coupling", "forward", "2.00", "1.00 to 3.00", "4.00", "2000", "1.00", "0.50", "-", "8", ""]
     assert gpu_kernels.cells(row) == expected
-    assert gpu_steps.cells({"kernels_ms": 2.0, "step_ms": 8.0})[-1] == "75 %"
 
 
 def test_ours_is_held_to_twice_the_error_of_plain_torch() -> None:
@@ -100,41 +102,131 @@ def test_ours_is_held_to_twice_the_error_of_plain_torch() -> None:
 
 
 def test_stages_fit_into_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later stage may take what an earlier one left over, and no more than that."""
+    """A later stage may take what an earlier one left over, and no more; each is told to stop before it is killed."""
     limits: dict[str, float] = {}
 
-    def run(name: str, line: object, seconds: float, *rest: object) -> gpu_check.Ended:
+    def run(name: str, line: list[str], seconds: float, *rest: object) -> gpu_check.Ended:
         limits[name] = seconds
-        return gpu_check.Ended(name, "passed", 0.0 if name in ("build", "smoke") else seconds)
+        if "--seconds" in line:
+            assert float(line[line.index("--seconds") + 1]) <= seconds - min(10, seconds / 4) + 1
+        return gpu_check.Ended(name, "passed", 0.0 if name in ("build", "answers") else seconds)
 
     monkeypatch.setattr(gpu_check, "run", run)
-    monkeypatch.setattr(gpu_check, "find_tool", lambda name: name)
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name, home: name)
+    monkeypatch.setattr(gpu_check, "toolkit", lambda root: tmp_path)
     check = gpu_check.Check(tmp_path, "cuda")
     check.machine()
     for stage in STAGES:
         check.go(stage)
     budgets = {stage.name: stage.seconds for stage in STAGES}
     assert MACHINE_SECONDS + sum(budgets.values()) == TOTAL_SECONDS == 570
-    assert limits["kernels"] == budgets["build"] + budgets["smoke"] + budgets["kernels"]
-    assert limits["steps"] == budgets["steps"]
+    assert limits["kernels"] == budgets["build"] + budgets["answers"] + budgets["kernels"]
+    assert limits["tests"] == budgets["tests"]
+
+
+def test_a_stage_stops_before_what_would_be_late(capsys: pytest.CaptureFixture[str]) -> None:
+    budget = Budget(0.5)
+    for seconds in budget.take([0.01, 0.2, 0.2, 0.2]):
+        time.sleep(seconds)
+    assert list(budget.take([1, 2])) == []
+    assert (budget.code(0), budget.code(1)) == (PARTLY, 1)
+    assert capsys.readouterr().out.startswith("the time was over after 3 of 6\n")
+
+
+def entries(out: Path) -> dict[str, str]:
+    """The archive, which is all that there is but the report."""
+    assert {path.name for path in out.iterdir()} <= {"gpu_check.zip", "report.md"}
+    with zipfile.ZipFile(out / "gpu_check.zip") as archive:
+        return {name: archive.read(name).decode() for name in archive.namelist()}
 
 
 def test_a_stage_that_is_stopped_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another stage's file of an earlier run stays, and measurements are not written among a rehearsal's."""
-    write = "import pathlib, time; pathlib.Path('{out}', 'a.json').write_text('[1]'); print('so far'); time.sleep(600)"
+    """Another stage's results of an earlier run stay, and measurements are not written among a rehearsal's."""
+    write = "import pathlib, time; pathlib.Path('{out}').write_text('[1]'); print('so far'); time.sleep(600)"
+    some = f"print('the time was over after 1 of 2'); raise SystemExit({PARTLY})"
     stages = [Stage("one", 1, "", f'-c "{write}"'), Stage("two", 60, "", '-c "raise SystemExit(7)"')]
+    stages.append(Stage("three", 60, "", f'-c "{some}"'))
     for module in (gpu_check, gpu_stages):
         monkeypatch.setattr(module, "STAGES", stages)
     monkeypatch.setattr(gpu_check, "MACHINE_SECONDS", 0)
     monkeypatch.setattr(gpu_check, "PROBE", "print('{}')")
-    for only in ("two", "one"):
-        assert gpu_check.main(["--rehearse", "--out", str(tmp_path), "--only", only]) == 1
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")}
+    for only, code in (("three", 0), ("two", 1), ("one", 1)):
+        assert gpu_check.main(["--rehearse", "--out", str(tmp_path), "--only", only]) == code
+    found = {name: json.loads(entries(tmp_path)[f"{name}.json"]) for name in ("one", "two", "three")}
     assert (found["one"]["status"], found["one"]["results"], found["one"]["output"]) == ("timeout", [1], "so far\n")
     assert (found["two"]["status"], found["two"]["code"]) == ("failed", 7)
+    assert (found["three"]["status"], found["three"]["reason"]) == ("partly", "the time was over after 1 of 2")
     assert "| one | timeout |" in (tmp_path / "report.md").read_text()
     with pytest.raises(SystemExit):
         gpu_check.main(["--out", str(tmp_path)])
+
+
+def test_a_check_that_is_killed_leaves_an_archive(tmp_path: Path) -> None:
+    """Also of the stage that it was at."""
+    program = f"""
+from bench import gpu_check
+from bench.gpu_stages import Stage
+write = "import pathlib, time; pathlib.Path('{{out}}').write_text('[1]'); print('so far'); time.sleep(600)"
+gpu_check.STAGES = [Stage("one", 600, "", f'-c "{{write}}"')]
+gpu_check.TICK, gpu_check.PROBE = 0.1, "print('{{}}')"
+gpu_check.main(["--rehearse", "--out", {str(tmp_path)!r}])
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (
+        (tmp_path / "gpu_check.zip").is_file() and "running/log" in entries_of(tmp_path)
+    ):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tmp_path / "gpu_check.zip.new").unlink(missing_ok=True)
+    (tmp_path / "report.md.new").unlink(missing_ok=True)
+    found = entries(tmp_path)
+    assert (found["running/log"], found["running/results.json"]) == ("so far\n", "[1]")
+    assert json.loads(found["machine.json"])["status"] == "passed"
+
+
+def entries_of(out: Path) -> dict[str, str]:
+    """The archive of a check that goes on."""
+    with zipfile.ZipFile(out / "gpu_check.zip") as archive:
+        found = {name: archive.read(name).decode() for name in archive.namelist()}
+    return found if found.get("running/log") == "so far\n" else {}
+
+
+def test_pips_packages_are_put_together_to_a_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    is_file, usual = Path.is_file, Path("/usr/local/cuda/bin/nvcc")
+    monkeypatch.setattr(Path, "is_file", lambda path: path != usual and is_file(path))
+    assert gpu_stages.toolkit(tmp_path, tmp_path / "site") is None
+    for name in (
+        "cuda_nvcc/bin/nvcc",
+        "cuda_nvcc/nvvm/bin",
+        "cuda_runtime/include/cuda.h",
+        "cuda_runtime/lib/libcudart_static.a",
+    ):
+        (tmp_path / "site" / "nvidia" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / "nvidia" / name).touch()
+    home = gpu_stages.toolkit(tmp_path, tmp_path / "site")
+    assert home is not None
+    assert all(
+        (home / name).exists() for name in ("bin/nvcc", "nvvm/bin", "include/cuda.h", "lib64/libcudart_static.a")
+    )
+
+
+def test_a_module_that_was_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, tree = tmp_path / "_C.cpython-311-x86_64-linux-gnu.so", tmp_path / "tree"
+    module.write_text("compiled")
+    (tree / "pyglow_fast").mkdir(parents=True)
+    lines: list[list[str]] = []
+    monkeypatch.setattr(gpu_check, "ROOT", tree)
+    monkeypatch.setattr(
+        gpu_check, "run", lambda name, line, *rest: lines.append(line) or gpu_check.Ended(name, "passed")
+    )
+    gpu_check.Check(tmp_path, "cuda", module).go(STAGES[0])
+    assert (tree / "pyglow_fast" / module.name).read_text() == "compiled"
+    assert "build_ext" not in lines[0]
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--module", str(tmp_path / "absent.so"), "--out", str(tmp_path)])
 
 
 @pytest.mark.full
@@ -144,9 +236,10 @@ def test_a_rehearsal_with_torch_numpy_safetensors_and_pytest_alone(tmp_path: Pat
     command = [sys.executable, "-m", "bench.gpu_check", "--rehearse", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=bare_environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    report = (out / "report.md").read_text()
+    found = entries(out)
+    report = found["report.md"]
     for stage in STAGES:
-        content: dict[str, Any] = json.loads((out / f"{stage.name}.json").read_text())
+        content: dict[str, Any] = json.loads(found[f"{stage.name}.json"])
         assert (content["status"], content["code"]) == ("passed", 0), stage.name
         assert (content["results"] is not None) == ("{out}" in stage.command), stage.name
         assert f"| {stage.name} | passed |" in report

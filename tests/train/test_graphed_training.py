@@ -70,7 +70,7 @@ def test_replays_are_the_steps_to_the_bit(
     tiny_config: MakeConfig, tiny_images: ImageSet, fields: dict[str, Any]
 ) -> None:
     replayed, plain = (trained(tiny_config(lr=0.01, graph=graph, **fields), tiny_images) for graph in ("auto", "off"))
-    assert (replayed.update.how, plain.update.how) == ("a CUDA graph", "eagerly: graph is off")
+    assert (replayed.update.replays.how, plain.update.replays.how) == ("a CUDA graph", "eagerly: graph is off")
     assert torch.equal(weights(replayed), weights(plain))
     assert replayed.progress == plain.progress
     assert replayed.grad_norm == plain.grad_norm
@@ -97,7 +97,7 @@ with recorded_graphs(), open_ranks() as ranks:
         state.initialize()
         losses = [state.step() for _ in range({steps})]
         ranks.check_same(state.model)
-        found.append((losses, [value.tolist() for value in state.averaged.parameters()], state.update.how))
+        found.append((losses, [value.tolist() for value in state.averaged.parameters()], state.update.replays.how))
     assert found[0][:2] == found[1][:2]
     print(found[0][2])
 """
@@ -142,7 +142,7 @@ def test_a_step_that_drifts_is_taken_by_the_model(
     found.close()
     assert forgotten == lost
     assert found.progress.skipped == 0
-    assert found.update.how == "a CUDA graph"
+    assert found.update.replays.how == "a CUDA graph"
     assert found.progress.loss_sum == pytest.approx(expected.progress.loss_sum, rel=1e-5)
     assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
 
@@ -160,18 +160,18 @@ def test_a_replay_that_is_not_finite_changes_nothing(
         before = weights(state)
         state.step()
         assert torch.equal(before, weights(state)) == bad
-    assert state.update.how == "a CUDA graph"
+    assert state.update.replays.how == "a CUDA graph"
     assert (state.progress.skipped, state.progress.skipped_in_row, state.progress.steps_summed) == (3, 0, STEPS - 3)
     assert {float(entry["step"]) for entry in state.optimizer.state.values()} == {STEPS - 3}
 
 
 def test_what_no_graph_holds_runs_eagerly_and_says_why(tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
     state = TrainState(tiny_config(optimizer="adamax"), tiny_images)
-    assert state.update.how == "eagerly: adamax decides nothing on the device"
+    assert state.update.replays.how == "eagerly: adamax decides nothing on the device"
     calls: list[object] = []
     hooked = TrainState(tiny_config(), tiny_images)
     hooked.initialize()
     hooked.model.prior.register_forward_hook(lambda *_: calls.append(0))
     for _ in range(STEPS):
         hooked.step()
-    assert (hooked.update.how, len(calls)) == ("eagerly: module prior has hooks", STEPS)
+    assert (hooked.update.replays.how, len(calls)) == ("eagerly: module prior has hooks", STEPS)
