@@ -267,7 +267,9 @@ class Place:
     def _through(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self.layers is None:
             passed = self.row.calls[method](self.layer, *args, **kwargs)
-            return (args[0], 0) if passed is None else passed.give(passed.x, passed.x.new_zeros(len(passed.x)))
+            if passed is None:
+                return args[0], 0
+            return passed.give(passed.x, passed.x.new_zeros(passed.x.shape[0]))  # by len(x) an export would fix N
         call = understood(self.row, self.layer, method, args, kwargs, self.run.spares)
         if call is not None and call.joins:
             try:
