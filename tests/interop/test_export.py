@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.export_cases import ALL, TO_FOLD, assert_same, dynamic_shapes, other_input, tensors
+from support.export_cases import ALL, EXPORTED, TO_FOLD, assert_same, dynamic_shapes, other_input, tensors
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -24,7 +24,7 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_torch_export(name: str) -> None:
     """A graph of torch's own ops, of any batch and image size; the model is afterwards what it was.
 
