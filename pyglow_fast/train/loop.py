@@ -33,7 +33,7 @@ from pyglow_fast.train.writer import RunWriter, SaveError
 
 FINAL_TRAIN = 10_000  # training images that are scored at the end: more would take longer than they tell
 RESERVE = 0.2  # share of max_minutes that is kept for the end at most
-REPORTING = 5.0  # seconds that samples, yardsticks, curve and page take, roughly
+REPORTING = 5.0  # seconds that yardsticks, curve and page take, roughly
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Run:
         self._began = 0.0  # by the clock, as if all parts of the run had followed each other
         self._mark = (0.0, 0)  # time and step of the last row, for the speed
         self._image_seconds, self._step_seconds = 0.0, 0.0  # what it took to score an image, and to take a step
+        self._drawing = 0.0  # seconds that samples took
         self._signum = 0  # the signal that ends the run, whichever rank it was sent to
 
     def execute(self, quiet: bool = False, began: float | None = None) -> Result:
@@ -160,7 +161,7 @@ class Run:
         """The seconds that max_minutes leaves until the end must begin, or in the end, for its scores (``closing``)."""
         state, limit = self.state, 60 * (self.state.config.max_minutes or math.inf)
         images = 0 if closing else len(state.held_out) + min(FINAL_TRAIN, len(state.train))
-        end = min(REPORTING + self._image_seconds * images, RESERVE * limit)
+        end = min(REPORTING + self._drawing + self._image_seconds * images, RESERVE * limit)
         return limit - end - (time.monotonic() - self._began)
 
     def _ended(self, signals: list[int]) -> bool:
@@ -227,6 +228,7 @@ class Run:
         state, config = self.state, self.state.config
         if not state.ranks.first:
             return
+        began = time.monotonic()
         generator = torch.Generator(state.device).manual_seed(derive(config.seed, "samples"))
         y = class_cycle(config.sample_count, config.model.n_classes, state.device)
         x = state.averaged.eval().sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
@@ -234,6 +236,7 @@ class Run:
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
         data = state.train
         self.writer.samples(state.progress.step, to_pixels(x, data.n_bins), data.n_bins, data.class_names)
+        self._drawing = time.monotonic() - began
 
     def _save(self, final: bool = False) -> None:
         self.state.check()

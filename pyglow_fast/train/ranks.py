@@ -21,7 +21,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.train.machine import resolve_device
 
 TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits for one that is silent
-_LOST = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store", re.IGNORECASE)
+_LOST = re.compile(r"gloo|nccl|TCPStore|connection (closed|reset|refused)|by peer|socket|timed? ?out", re.IGNORECASE)
 
 
 class RankError(RuntimeError):
@@ -108,7 +108,9 @@ def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
     if int(world) == 1:
         return contextlib.nullcontext(Ranks())
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        expect(name in os.environ, name, "a value that torchrun sets", "none")
+        found = os.environ.get(name, "none")
+        fits = found != "none" and (name == "MASTER_ADDR" or found.isdecimal())
+        expect(fits, name, "a value that torchrun sets", found)
     expect(":" not in device, "device", "'cpu', 'cuda' or 'auto' for several ranks", repr(device))
     local = int(os.environ["LOCAL_RANK"])
     return _joined(resolve_device(device, local), local)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.commands import Command, free_port, ranks
 
+from pyglow_fast.train import open_ranks
 from pyglow_fast.train.metrics import read_metrics
 
 TINY = ["--n-levels", "2", "--n-steps", "2", "--hidden", "4", "--batch-size", "16", "--eval-images", "50"]
@@ -86,3 +87,12 @@ with open_ranks() as ranks:
     for code, output, errors in results:
         assert code == 0, errors
         assert output.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 1.bias\n")
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("LOCAL_RANK", "1.5"), ("MASTER_PORT", "abc")])
+def test_what_torchrun_does_not_set_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
+    for key, text in (given | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ValueError, match=f"^{name}: expected a value that torchrun sets, found {value}$"):
+        open_ranks()
