@@ -253,6 +253,25 @@ def live_models() -> str:
     return _live(LIVE, columns)
 
 
+def antsx() -> str:
+    """A training step of ANTsX's Glow on volumes, theirs and ours, of one thread."""
+    rows = {(row.case, row.name, row.dtype): row for row in pick(rows_of("live"), what=TRAIN)}
+    names = {
+        "theirs": "theirs",
+        "theirs, grad_checkpoint": "theirs, `grad_checkpoint`",
+        "accelerated": "`accelerate(model)`",
+        "store": '`memory="store"`',
+        "reversible": '`memory="reversible"`',
+    }
+    lines = []
+    for side in (32, 64):
+        for name, title in names.items():
+            single, half = (rows[f"antsx-{side}", name, dtype] for dtype in (FLOAT, BF16))
+            times = [f"{1e3 * (row.processor_seconds or 0):.0f}" for row in (single, half)]
+            lines.append((f"{side}^3, {title}", *times, f"{single.facts['activation_bytes'] / 1e6:.1f}"))
+    return markdown(("volume", "training step, ms", "in bfloat16, ms", "memory, MB"), lines)
+
+
 def glow_tts() -> str:
     """Memory of the decoder of Glow-TTS."""
     rows = pick(rows_of("live"), case="glow-tts", what=TRAIN, dtype=FLOAT)
