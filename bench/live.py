@@ -100,8 +100,10 @@ def inference(case: LiveCase, model: nn.Module, dtype: torch.dtype) -> Callable[
 
 
 def activation_bytes(case: LiveCase, model: nn.Module, dtype: torch.dtype) -> int:
-    """The peak of a training step, but for the gradients of the parameters."""
+    """The peak of a training step, but for the gradients of the parameters, when the spacing of anchors has settled."""
     step = training_step(case, model, dtype)
+    for _ in range(2):
+        step()
     model.zero_grad(set_to_none=True)  # what is freed inside would count less than nothing
     gc.collect()
     with AllocatorTrace() as trace:

@@ -113,11 +113,10 @@ class UniformRun(Run):
         if mode == "store":
             raw, fold = self._maps(self.layers)
             stacked = fold(raw)
-            *first, last = unstack_maps(stacked)
-            maps = given_maps_of(_before(nothing, stacked, len(first)))
+            own = unstack_maps(stacked)
+            maps = given_maps_of(_before(nothing, stacked, len(own) - 1))
         else:
-            raw, fold = self._maps(self.layers[-1:])
-            (last,) = unstack_maps(fold(raw))
+            own = []
             maps = Maps(range(1, len(couples) + 1), nothing.matrix.nbytes, partial(self._folded, nothing))
         steps = described(couplings, maps, x, None, False, budget) if is_runnable(x) else None
         if steps is not None:
@@ -125,13 +124,17 @@ class UniformRun(Run):
             run = partial(run_recorded, steps, mode, self.control, x) if records else None
             z, log_det = run_plain(steps, x, None, False, folded_maps(steps)) if run is None else run()
         elif mode == "store":
-            parts = [part for pair in zip(couples, [*first, last], strict=True) for part in pair]
+            parts = [part for pair in zip(couples, own, strict=True) for part in pair]
             return self._in_turn(parts, couples, couplings, call, watch)
         else:
             control, again = self.control if mode == "reversible" else None, recomputed(couplings, budget)
             for step, part in zip(again, couples, strict=True):
                 step.watch = partial(watch.look, part)
             z, log_det = run_steps(again, control, x, None, maps)
+        if not own:  # made behind the run, so that a backward is done with it before that of the run
+            raw, fold = self._maps(self.layers[-1:])
+            own = unstack_maps(fold(raw))
+        last = own[-1]
         z = functional.channel_mix(z, last.matrix, last.offset)
         return z, log_det + functional.per_sample(z, last.log_det)
 
