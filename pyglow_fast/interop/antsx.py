@@ -27,6 +27,8 @@ from pyglow_fast.layers.flow_step import unstack_maps
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 from pyglow_fast.reversible.steps import ChannelMap
 
+__all__ = ["LIBRARY"]
+
 _FLOWS = "antsnormflows.flows"
 _ACTNORM, _COUPLING = f"{_FLOWS}.normalization.ActNorm", f"{_FLOWS}.affine.coupling.AffineCouplingBlock"
 _CONVOLUTIONS = tuple(f"{_FLOWS}.mixing.{name}" for name in ("Invertible1x1Conv", "Invertible1x1x1Conv"))

@@ -35,6 +35,8 @@ from pyglow_fast.interop.table import (
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 from pyglow_fast.reversible.steps import ChannelMap
 
+__all__ = ["LIBRARY"]
+
 _PERMUTATIONS = tuple(
     f"nflows.transforms.permutations.{name}" for name in ("Permutation", "RandomPermutation", "ReversePermutation")
 )

@@ -37,6 +37,8 @@ from pyglow_fast.interop.table import (
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
 from pyglow_fast.reversible.steps import ChannelMap
 
+__all__ = ["LIBRARY"]
+
 _BLOCK, _COUPLING = "normflows.flows.affine.glow.GlowBlock", "normflows.flows.affine.coupling.AffineCouplingBlock"
 _NORM, _CONV = "normflows.flows.normalization.ActNorm", "normflows.flows.mixing.Invertible1x1Conv"
 _AFFINE = "normflows.flows.affine.coupling.AffineCoupling"

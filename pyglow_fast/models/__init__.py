@@ -2,6 +2,6 @@
 
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.glow import Glow
-from pyglow_fast.models.replays import GraphedGlow
+from pyglow_fast.models.replays import GraphedGlow, graphed
 
-__all__ = ["Glow", "GlowConfig", "GraphedGlow"]
+__all__ = ["Glow", "GlowConfig", "GraphedGlow", "graphed"]

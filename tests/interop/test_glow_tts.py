@@ -68,7 +68,8 @@ def test_numbers_are_theirs(memory: str | None, norm: str, sigmoid_scale: bool, 
     expected = results(model, *inputs)
     done = accelerate(model, memory=memory)
     assert len(done.replaced) == 9
-    assert done.left == {}
+    actnorms = {"flows.0", "flows.3", "flows.6"}  # alone they are theirs
+    assert set(done.left) == (actnorms if memory is None else set())
     found = results(model, *inputs)
     for ours, theirs in zip(found, expected, strict=True):
         assert difference(ours, theirs) <= EXACT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,11 @@ WAYS: dict[str, Callable[[Function, Tensor], Tensor]] = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ACCELERATED)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    # normflows' actnorm asks for the value of its flag, which is none for each of a batch, nor in a graph.
+    [(name, way) for name in ACCELERATED for way in WAYS if way != "vmap" or not name.startswith("normflows")],
+)
 def test_torch_func(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are no kernels at all."""
     model, x = ACCELERATED[name]()
@@ -54,7 +58,7 @@ def test_torch_func(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in ACCELERATED if "reversible" not in name])
+@pytest.mark.parametrize("name", [name for name in ACCELERATED if not re.search("reversible|normflows", name)])
 def test_compiles_as_one_graph(name: str) -> None:
     model, x = ACCELERATED[name]()
     model, x = model.double(), x.double()
