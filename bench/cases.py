@@ -11,12 +11,13 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import _backend, functional, ops, reference
 from pyglow_fast.reference import CouplingSpec
 
 SHAPES = [(8, 12, 64, 64), (8, 48, 32, 32), (1, 12, 512, 512), (16, 96, 8, 8), (64, 12, 16, 16)]
@@ -26,6 +27,24 @@ SQUEEZED = "channel_mix of squeeze(x)"
 GATHERED, COUPLE_GATHERED = "channel_mix by an index", "coupling_mix by an index"
 CHANNELS_LAST, ADDED = ", channels-last net", " and the net's part"  # behind the name of an op
 Run = Callable[[], tuple[Tensor, ...]]
+
+
+def stage_options(name: str, about: str) -> argparse.ArgumentParser:
+    """Make the parser of a stage of the GPU check, with the options that all of them have."""
+    options = argparse.ArgumentParser(prog=f"bench {name}", description=about, allow_abbrev=False)
+    options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
+    options.add_argument("--seconds", type=float, default=600.0, help="the time after which nothing begins")
+    options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    return options
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Tell whether there are kernels for the device; where there are none, print why."""
+    found = Case.is_ours(device)
+    if not found:
+        print(f"there are no compiled kernels for {device.type} here: {_backend.reason() or 'it is not built for it'}")
+    return found
+
 
 # What each op reads and writes at least, in tensors of the size of x (a net's output is as large as x): forward,
 # inverse, backward (of a step: both).

@@ -20,14 +20,12 @@ are our operators and those that call no other, and nothing is captured.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,12 +33,12 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import Case
+from bench.cases import has_kernels, stage_options
 from bench.gpu_kernels import table
 from bench.gpu_stages import NO_KERNELS, Budget
 from bench.harness import machine, synchronize, write_json
 from bench.model_cases import OURS, PLAIN, Shape, build, images, plain_levels
-from pyglow_fast import _backend, graphed
+from pyglow_fast import graphed
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.models.replays import WARM_UPS
@@ -69,7 +67,7 @@ def clock(function: Callable[[], object], device: torch.device) -> float:
 
 
 def launched(function: Callable[[], object], device: torch.device) -> Row:
-    """What a call launches, how much of that is ours, and how many milliseconds it takes together.
+    """Count what a call launches, how much of that is ours, and how many milliseconds it takes together.
 
     Raises:
         RuntimeError: the profiler saw nothing on the GPU.
@@ -287,15 +285,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the options; those of the process if None.
     """
-    options = argparse.ArgumentParser(prog="bench gpu_answers", description="what is asked first", allow_abbrev=False)
-    options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
+    options = stage_options("gpu_answers", "what is asked first")
     options.add_argument("--quick", action="store_true", help="tiny models: to see that it works")
-    options.add_argument("--seconds", type=float, default=600.0, help="the time after which no row begins")
-    options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = options.parse_args(argv)
     device: torch.device = arguments.device
-    if not Case.is_ours(device):
-        print(f"there are no compiled kernels for {device.type} here: {_backend.reason() or 'it is not built for it'}")
+    if not has_kernels(device):
         return NO_KERNELS
     small, large = (QUICK, QUICK) if arguments.quick else (SMALL, LARGE)
     facts, found, budget = machine(device), list[Row](), Budget(arguments.seconds)

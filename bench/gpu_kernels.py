@@ -17,7 +17,6 @@ number means anything.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -25,13 +24,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from bench.cases import SHAPES, Case, Data, check_equal, gpu_cases, parse_shapes, traffic
+from bench.cases import SHAPES, Case, Data, check_equal, gpu_cases, parse_shapes, stage_options, traffic
 from bench.gpu_stages import Budget
 from bench.harness import device_name, machine, write_json
 from pyglow_fast import functional, reference
@@ -214,13 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the options; those of the process if None.
     """
-    options = argparse.ArgumentParser(prog="bench gpu_kernels", description="kernels on a GPU", allow_abbrev=False)
-    options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
+    options = stage_options("gpu_kernels", "kernels on a GPU")
     shapes = "separated by commas (those of bench kernels)"
     options.add_argument("--shapes", type=parse_shapes, default=SHAPES, help=shapes)
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
-    options.add_argument("--seconds", type=float, default=600.0, help="the time after which no case begins")
-    options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = options.parse_args(argv)
     if not Case.is_ours(arguments.device):
         print(f"there are no compiled kernels for {arguments.device.type} here: nothing to time")

@@ -11,7 +11,6 @@ nothing: it is what compute-sanitizer watches. No check begins after ``--seconds
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import traceback
@@ -22,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Data, kernel_cases, matrix_cases
+from bench.cases import Case, Data, has_kernels, kernel_cases, matrix_cases, stage_options
 from bench.gpu_stages import NO_KERNELS, Budget
 from bench.harness import machine, synchronize, write_json
 from bench.model_cases import PLAIN, Shape, build, images, plain_levels
-from pyglow_fast import _backend, functional, graphed, reference
+from pyglow_fast import functional, graphed, reference
 from pyglow_fast.models.replays import WARM_UPS
 
 # Channels that 4 divides and others, H != W, ends of tiles and vectors that are not full, a single position.
@@ -187,15 +186,11 @@ def watched(device: torch.device, budget: Budget) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks; 1 if one failed, NO_KERNELS if there are none for the device."""
-    options = argparse.ArgumentParser(prog="bench gpu_smoke", description="first facts", allow_abbrev=False)
-    options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
+    options = stage_options("gpu_smoke", "first facts")
     options.add_argument("--unchecked", action="store_true", help="run and compare nothing")
-    options.add_argument("--seconds", type=float, default=600.0, help="the time after which no check begins")
-    options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     arguments = options.parse_args(argv)
     device = arguments.device
-    if not Case.is_ours(device):
-        print(f"there are no compiled kernels for {device.type} here: {_backend.reason() or 'it is not built for it'}")
+    if not has_kernels(device):
         return NO_KERNELS
     budget = Budget(arguments.seconds)
     if arguments.unchecked:

@@ -169,7 +169,7 @@ def toolkit(root: Path, packages: Path | None = None) -> Path | None:
 
 
 def search_path(home: Path | None) -> str:
-    """Where programs are looked for: on PATH, beside this Python, and in the CUDA toolkit's folder."""
+    """List where programs are looked for: on PATH, beside this Python, and in the CUDA toolkit's folder."""
     folders = [] if home is None else [f"{home}/bin", f"{home}/compute-sanitizer"]
     return os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), *folders])
 

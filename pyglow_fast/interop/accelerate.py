@@ -193,7 +193,7 @@ def unlike(row: Row, module: nn.Module) -> tuple[str, int]:
 
 
 def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[str, str]:
-    """What of an adopted layer runs as it is, and why."""
+    """Name the nets of an adopted layer that run as they are, and why."""
     found = {}
     for part in row.parts(module, False):
         if isinstance(part, Couples) and isinstance(net := part.wrapped(), Net) and part.net in names:
@@ -215,7 +215,7 @@ def _no_row(module: nn.Module, library: Library) -> str:
 
 
 def _price(runs: Sequence[Run], memory: str) -> str:
-    """What runs cost whose nets the library runs, for the report."""
+    """Say in the report what recomputation costs where the library runs the nets of a run."""
     nets_of = (part.wrapped() for run in runs for part in run.parts(False, ready=False) if isinstance(part, Couples))
     own = any(isinstance(net, Net) and isinstance(nets.recognised(net.known()), str) for net in nets_of)
     return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
