@@ -74,15 +74,6 @@ def test_parameters_stay_leaves_and_keep_their_memory() -> None:
     assert not torch.equal(layer.bias, before)
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (1, 2, 1, 1)], ids=str)
-def test_one_value_per_channel(shape: tuple[int, ...]) -> None:
-    layer, x = pgf.ActNorm(2), torch.full(shape, 3.5)
-    z, log_det = layer(x)
-    assert torch.equal(z, torch.zeros(shape))
-    assert torch.equal(log_det, torch.zeros(1))
-    assert layer.is_initialized
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e6, 1e-12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_constant_channel_is_centred_and_keeps_its_scale(value: float, dtype: torch.dtype) -> None:
@@ -124,21 +115,6 @@ def test_one_bad_value_in_one_channel_changes_nothing() -> None:
 
 
 class TestTheSavedFlag:
-    def test_travels_with_the_weights(self) -> None:
-        source, target = pgf.ActNorm(2), pgf.ActNorm(2)
-        source(torch.randn(4, 2, 3) * 5.0)
-        target.load_state_dict(source.state_dict())
-        assert target.is_initialized
-        target(torch.randn(4, 2, 3))
-        assert_unchanged(target, source.state_dict())
-
-    def test_a_fresh_state_makes_fresh_again(self) -> None:
-        layer = pgf.ActNorm(2)
-        fresh = state_of(layer)
-        layer(torch.randn(4, 2, 3))
-        layer.load_state_dict(fresh)
-        assert not layer.is_initialized
-
     def test_loaded_by_assignment(self) -> None:
         source, target = pgf.ActNorm(2), pgf.ActNorm(2)
         source(torch.randn(4, 2, 3))
@@ -160,23 +136,6 @@ class TestTheSavedFlag:
         layer.inverse(x)
         layer.eval()(x)
         assert layer.is_initialized
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"channels": 0}, "channels: expected an int, at least 1, found 0"),
-        ({"channels": 2.0}, "channels: expected an int, at least 1, found 2.0"),
-        ({"channels": 2, "eps": 0.0}, "eps: expected a positive number, found 0.0"),
-    ],
-)
-def test_wrong_arguments(arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pgf.ActNorm(**arguments)
-
-
-def test_repr() -> None:
-    assert repr(pgf.ActNorm(7)) == "ActNorm(7)"
 
 
 def test_a_capture_finds_it_initialized() -> None:

@@ -12,7 +12,7 @@ from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.layers import ChannelLinear, FrozenSteps
+from pyglow_fast.layers import ChannelLinear
 
 DOUBLE = torch.float64
 CONDITION = 100.0  # of three steps near their start, rotations times exp(gain), and of their inverse
@@ -105,60 +105,6 @@ def test_gradients_in_every_memory_mode(name: str, mode: Mode) -> None:
     mode.apply(sequence)
     assert_same_gradients(gradients(sequence, x), expected)
     assert sequence.memory_report()["redone_steps"] == 0
-
-
-@torch.no_grad()
-def new_vectors(layer: Householder) -> None:
-    layer.vectors.add_(0.3)
-
-
-@torch.no_grad()
-def new_buffer(layer: Householder) -> None:
-    layer.gain.sub_(0.2)
-
-
-def new_parameter(layer: Householder) -> None:
-    layer.vectors = nn.Parameter(torch.randn(3, 4, dtype=DOUBLE))
-
-
-def loaded(layer: Householder) -> None:
-    layer.load_state_dict(Householder(4).double().state_dict())
-
-
-@pytest.mark.parametrize("change", [new_vectors, new_buffer, new_parameter, loaded])
-@pytest.mark.parametrize("name", ["third", "nested"])
-def test_changes_are_followed(name: str, change: Callable[[Householder], None]) -> None:
-    sequence, x = sequence_of(name), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
-
-    @torch.no_grad()
-    def check() -> None:
-        z, log_det = sequence(x)
-        expected, expected_log_det = in_order(sequence, x)
-        assert_close(z, expected, CONDITION)
-        assert_close(log_det, expected_log_det, CONDITION)
-        assert_close(sequence.inverse(z)[0], x, CONDITION)
-
-    check()
-    permutation = sequence[1].permutation
-    change(permutation.inner if name == "nested" else permutation)
-    check()
-
-
-def test_frozen() -> None:
-    sequence, x = sequence_of("third"), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
-    expected = sequence(x)
-    frozen = FrozenSteps(sequence)
-    for got, value in zip(frozen(x), expected, strict=True):
-        assert_close(got, value, CONDITION)
-    assert_close(frozen.inverse(expected[0])[0], x, CONDITION)
-
-
-@pytest.mark.full
-def test_one_graph() -> None:
-    sequence, x = sequence_of("third", memory="store"), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
-    compiled = torch.compile(sequence, fullgraph=True, backend="aot_eager")
-    for got, value in zip(compiled(x), sequence(x), strict=True):
-        assert_close(got, value, CONDITION)
 
 
 def test_in_a_glow() -> None:

@@ -1,20 +1,21 @@
-"""Coupling: its formula with any net, its start, its hidden ActNorms, its refusals."""
+"""Coupling, of halves of the channels and of checkerboards: what its net sees, its formula, its start, its actnorms."""
 
 from __future__ import annotations
-
-import copy
-import math
 
 import pytest
 import torch
 from support.bijections import softplus_scale
+from support.chain_cases import perturbed
 from support.covering import pairs
 from support.helpers import assert_close
+from support.plain_glow import checkerboard, masked_coupling
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast import reference
-from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
+from pyglow_fast.layers import FrozenSteps
+from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
+
+SHAPES = [(3, 4, 6), (1, 6, 5), (2, 8), (2, 4, 3, 2)]
 
 
 class Given(nn.Module):
@@ -29,38 +30,58 @@ class Given(nn.Module):
         return self.out
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("scale_map", [*SCALE_MAPS, pytest.param(softplus_scale, id="callable")])
-def test_affine(scale_map: str, order: str) -> None:
-    x, out = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
-    layer = pgf.Coupling(Given(out), "affine", scale_map, 1.5, 0.25, 0.75, order)
+@pairs(
+    pytest.mark.parametrize("parity", [0, 1]),
+    pytest.mark.parametrize("shape", SHAPES, ids=str),
+    pytest.mark.parametrize("order", ORDERS),
+    pytest.mark.parametrize("coupling", COUPLINGS),
+    pytest.mark.parametrize("scale_map", [*SCALE_MAPS, softplus_scale], ids=lambda f: getattr(f, "__name__", f)),
+)
+def test_is_the_masked_formula(
+    scale_map: str, coupling: str, order: str, shape: tuple[int, ...], parity: int, device: torch.device
+) -> None:
+    """Values, log-det, the inverse, and gradients; the kept positions to the bit."""
+    outputs = shape[0] * (2 if coupling == "affine" else 1)
+    x = torch.randn(2, *shape, dtype=torch.float64, device=device, requires_grad=True)
+    out = torch.randn(2, outputs, *shape[1:], dtype=torch.float64, device=device, requires_grad=True)
+    layer = pgf.Coupling(Given(out), coupling, scale_map, 1.5, 0.25, 0.75, order, mask="checkerboard", parity=parity)
     z, log_det = layer(x)
-    shift, raw = out[:, :2], out[:, 2:]
-    scale, log_scale = reference.scale_and_log(raw, CouplingSpec("affine", scale_map, 1.5, 0.25, 0.75))
-    expected = (x[:, 2:] + shift) * scale if order == "shift_scale" else x[:, 2:] * scale + shift
-    assert_close(z, torch.cat([x[:, :2], expected], dim=1))
-    assert_close(log_det, log_scale.sum((1, 2)), condition=6.0)
-    assert_close(layer.inverse(z)[0], x, condition=10.0)
+    spec = CouplingSpec(coupling, scale_map, 1.5, 0.25, 0.75, order)
+    plain, plain_log_det = masked_coupling(x, out, spec, parity)
+    assert_close(z, plain)
+    assert_close(log_det, plain_log_det, condition=6.0)
+    kept = checkerboard(x, parity).expand_as(x) == 1
+    assert torch.equal(z[kept], x[kept])
+    assert_close(layer.inverse(z.detach())[0], x, condition=10.0)
+    weight = torch.randn_like(x)
+    losses = [(weight * a).sum() + b.square().sum() for a, b in ((z, log_det), (plain, plain_log_det))]
+    for got, expected in zip(*(torch.autograd.grad(loss, (x, out), retain_graph=True) for loss in losses), strict=True):
+        assert_close(got, expected, condition=100.0)
 
 
-def test_additive() -> None:
-    x, out = torch.randn(2, 4, 3), torch.randn(2, 2, 3)
-    layer = pgf.Coupling(Given(out), "additive")
-    z, log_det = layer(x)
-    assert torch.equal(z, torch.cat([x[:, :2], x[:, 2:] + out], dim=1))
-    assert torch.equal(log_det, torch.zeros(2))
-
-
-def test_the_net_sees_the_kept_half_and_the_condition() -> None:
-    x, cond, net = torch.randn(2, 4, 3), torch.randn(2, 5), Given(torch.zeros(2, 4, 3))
-    layer = pgf.Coupling(net)
+@pytest.mark.parametrize("mask", ["channels", "checkerboard"])
+@pytest.mark.parametrize("parity", [0, 1])
+def test_the_net_sees_what_is_kept_and_the_condition_as_it_is(mask: str, parity: int) -> None:
+    x, cond = torch.randn(2, 4, 4, 5), torch.randn(2, 7, 4, 5)
+    kept = x[:, :2] if mask == "channels" else checkerboard(x, parity) * x
+    net = Given(torch.zeros(2, 2 * kept.shape[1], 4, 5))
+    layer = pgf.Coupling(net, mask=mask, parity=parity if mask == "checkerboard" else 0)
     layer(x)
     z, _ = layer(x, cond)
     layer.inverse(z, cond)
     assert [len(inputs) for inputs in net.seen] == [1, 2, 2]
-    for inputs in net.seen:
-        assert torch.equal(inputs[0], x[:, :2])
+    assert all(torch.equal(inputs[0], kept) for inputs in net.seen)
     assert all(torch.equal(inputs[1], cond) for inputs in net.seen[1:])
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_what_the_net_says_of_kept_positions_is_not_used(parity: int) -> None:
+    x, out = torch.randn(2, 2, 4, 4), torch.randn(2, 4, 4, 4)
+    z, log_det = pgf.Coupling(Given(out), mask="checkerboard", parity=parity)(x)
+    spoiled = out.masked_fill(checkerboard(x, parity) == 1, float("nan"))
+    again, log_det_again = pgf.Coupling(Given(spoiled), mask="checkerboard", parity=parity)(x)
+    assert torch.equal(z, again)
+    assert torch.equal(log_det, log_det_again)
 
 
 @pairs(
@@ -83,53 +104,54 @@ def test_fresh_is_the_identity_up_to_its_constant_scale(
     assert_close(log_det, (20.0 * scale.log()).expand(3), condition=20.0)
 
 
-class TestHiddenActNorms:
-    @staticmethod
-    def build() -> pgf.Coupling:
-        return pgf.Coupling(pgf.CouplingNet(2, 4, 6, actnorm=True, cond_channels=1))
+@pytest.mark.parametrize("mask", ["channels", "checkerboard"])
+def test_hidden_actnorms_are_initialised_from_what_the_net_sees(mask: str) -> None:
+    """By the first forward or by ``initialize``, and by no inverse."""
 
-    def test_the_forward_initialises_them_from_the_kept_half(self) -> None:
-        layer, twin = self.build(), self.build()
-        twin.load_state_dict(layer.state_dict())
-        x, cond = torch.randn(4, 4, 3, 3) * 2.0, torch.randn(4, 1, 3, 3)
-        layer(x, cond)
-        twin.net.initialize(x[:, :2], cond)
-        assert layer.net.is_initialized
-        for got, expected in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True):
+    def build() -> pgf.Coupling:
+        width = 2 if mask == "channels" else 4
+        net = pgf.CouplingNet(width, 2 * width, 5, actnorm=True, cond_channels=1)
+        return pgf.Coupling(net, mask=mask, parity=int(mask == "checkerboard"))
+
+    layer, twin, third = build(), build(), build()
+    for other in (twin, third):
+        other.load_state_dict(layer.state_dict())
+    x, cond = 2.0 * torch.randn(4, 4, 4, 3) + 1.0, torch.randn(4, 1, 4, 3)
+    layer.inverse(x, cond)
+    assert not layer.net.is_initialized
+    z, _ = layer(x, cond)
+    twin.net.initialize(x[:, :2] if mask == "channels" else checkerboard(x, 1) * x, cond)
+    assert torch.equal(third.initialize(x, cond), z)
+    for other in (twin, third):
+        for got, expected in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
             assert torch.equal(got, expected)
 
-    def test_only_the_first_forward_does(self) -> None:
-        layer = self.build()
-        x, cond = torch.randn(4, 4, 3, 3), torch.randn(4, 1, 3, 3)
-        layer(x, cond)
-        before = copy.deepcopy(layer.state_dict())
-        layer(5.0 * x + 1.0, cond)
-        layer.initialize(5.0 * x + 1.0, cond)
-        for name, value in layer.state_dict().items():
-            assert torch.equal(value, before[name]), name
 
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"coupling": "linear"}, r"coupling: expected one of \('affine', 'additive'\), found 'linear'"),
-        ({"scale_map": "relu"}, "scale_map: expected one of .* or a callable, found 'relu'"),
-        ({"order": "scale"}, r"order: expected one of \('shift_scale', 'scale_shift'\), found 'scale'"),
-        ({"scale_eps": -0.1}, "scale_eps: expected a number, 0 or more, found -0.1"),
-        ({"scale_clamp": 0.0}, "scale_clamp: expected a positive number, at most 80, found 0.0"),
-        ({"scale_factor": 0.0}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found 0.0"),
-        ({"scale_factor": math.nan}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found nan"),
-        ({"scale_factor": math.inf}, r"scale_factor: expected a number from 1e-30 to 1e\+30, found inf"),
-        ({"scale_factor": 2.0, "scale_map": "tanh"}, "scale_factor: expected 1 where the scale is no sigmoid, found 2"),
-        ({"scale_factor": 2.0, "scale_map": lambda raw: (raw, raw)}, "scale_factor: expected 1 where .* found 2"),
-        ({"scale_factor": 2.0, "coupling": "additive"}, "scale_factor: expected 1 where .* is no sigmoid, found 2"),
-    ],
-)
-def test_wrong_arguments(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pgf.Coupling(nn.Identity(), **options)
-
-
-def test_repr_tells_the_map() -> None:
-    text = repr(pgf.Coupling(pgf.CouplingNet(1, 2, 3), scale_map="exp"))
-    assert "coupling='affine', scale_map='exp', order='shift_scale'" in text
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+def test_a_run_is_its_steps_one_by_one(memory: str) -> None:
+    """Whatever parity follows which, joined, frozen, and where hooks keep it from being joined."""
+    parities = (1, 0, 0, 1, 1, 0)
+    steps = [pgf.FlowStep(2, 5, mask="checkerboard", parity=parity) for parity in parities]
+    run = pgf.ReversibleSequence(steps, memory).double()
+    x = torch.randn(4, 2, 6, 4, dtype=torch.float64)
+    run.initialize(x)
+    perturbed(run)
+    expected, total = x, torch.zeros(4, dtype=torch.float64)
+    for step in steps:
+        expected, part = step(expected)
+        total = total + part
+    frozen = FrozenSteps(run)
+    for budget in ("auto", 1):
+        run.memory_budget = frozen.memory_budget = budget
+        with torch.no_grad():
+            unrecorded = run(x)
+        for z, log_det in (run(x), unrecorded, frozen(x)):
+            assert_close(z, expected, condition=1000.0)
+            assert_close(log_det, total, condition=1000.0)
+        assert_close(run.inverse(expected)[0], x, condition=1000.0)
+        assert_close(frozen.inverse(expected)[0], x, condition=1000.0)
+    calls: list[int] = []
+    steps[2].register_forward_hook(lambda *_: calls.append(1))
+    assert not run.is_fused
+    assert_close(run(x)[0], expected, condition=1000.0)
+    assert calls

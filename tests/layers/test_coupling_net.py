@@ -1,53 +1,75 @@
-"""CouplingNet: its formula, its start, its condition."""
+"""CouplingNet: its formula, its start, its condition, and the ring of ones around the image that a border term is."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.covering import pairs
 from support.helpers import assert_close
+from support.library_ops import use_library
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast.models.prior import TopPrior
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def randomised(net: nn.Module) -> nn.Module:
+def randomised(module: nn.Module) -> Any:
+    """In evaluation: no actnorm takes its values from the first batch."""
     with torch.no_grad():
-        for parameter in net.double().parameters():
+        for parameter in module.double().parameters():
             parameter.normal_(0.0, 0.3)
-    return net
+    return module.eval()
 
 
-def written_out(state: dict[str, Tensor], x: Tensor) -> Tensor:
+def with_ring(x: Tensor, weight: Tensor, kernel: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The convention written out: x padded with zeros, and, for a border, a channel that is 1 where x was padded."""
+    conv, pads = CONVOLUTIONS[x.dim() - 2], [1, 1] * (x.dim() - 2)
+    padded = F.pad(x, pads)
+    if kernel is None:
+        return conv(padded, weight, bias)
+    ring = F.pad(torch.zeros_like(x[:, :1]), pads, value=1.0)
+    return conv(torch.cat([padded, ring], dim=1), torch.cat([weight, kernel], dim=1), bias)
+
+
+def written_out(net: pgf.CouplingNet, x: Tensor) -> Tensor:
     """The formula of the docstring, from the tensors of the state alone."""
-    conv, column = CONVOLUTIONS[x.dim() - 2], (-1, *[1] * (x.dim() - 2))
-    hidden = x
-    for i, padding in (("1", 1), ("2", 0)):
-        hidden = conv(hidden, state[f"conv{i}.weight"], state.get(f"conv{i}.bias"), padding=padding)
+    state = dict(net.named_parameters())
+
+    def normalised(hidden: Tensor, i: int) -> Tensor:
         if f"norm{i}.bias" in state:
-            scale = state[f"norm{i}.log_scale"].exp().reshape(column)
-            hidden = (hidden + state[f"norm{i}.bias"].reshape(column)) * scale
-        hidden = hidden.clamp(min=0.0)
-    out = conv(hidden, state["conv3.weight"], state["conv3.bias"], padding=1)
+            column = (-1, *[1] * (x.dim() - 2))
+            bias, scale = state[f"norm{i}.bias"].reshape(column), state[f"norm{i}.log_scale"].exp().reshape(column)
+            hidden = (hidden + bias) * scale
+        return hidden.clamp(min=0.0)
+
+    hidden = normalised(with_ring(x, state["conv1.weight"], state.get("border1"), state.get("conv1.bias")), 1)
+    hidden = normalised(CONVOLUTIONS[x.dim() - 2](hidden, state["conv2.weight"], state.get("conv2.bias")), 2)
+    out = with_ring(hidden, state["conv3.weight"], state.get("border3"), state["conv3.bias"])
     return out * (3.0 * state["log_gain"]).exp()
 
 
 @pairs(
+    pytest.mark.parametrize("border", [False, True]),
     pytest.mark.parametrize("actnorm", [False, True]),
     pytest.mark.parametrize("cond_channels", [0, 2]),
     pytest.mark.parametrize("spatial", [(7,), (3, 4), (2, 1, 3), (1, 1)], ids=str),
 )
-def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...]) -> None:
-    net = randomised(pgf.CouplingNet(2, 5, 4, actnorm, cond_channels, dims=len(spatial)))
+def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...], border: bool) -> None:
+    """Folded, and layer by layer, as where a hook keeps the net from being folded."""
+    net = randomised(pgf.CouplingNet(2, 5, 4, actnorm, cond_channels, border=border, dims=len(spatial)))
     x = torch.randn(3, 2, *spatial, dtype=torch.float64)
     cond = torch.randn(3, cond_channels, *spatial, dtype=torch.float64) if cond_channels else None
+    expected = written_out(net, x if cond is None else torch.cat([x, cond], dim=1))
     out = net(x, cond)
     assert out.shape == (3, 5, *spatial)
-    expected = written_out(dict(net.state_dict()), x if cond is None else torch.cat([x, cond], dim=1))
     assert_close(out, expected, condition=10.0)
+    net.conv2.register_forward_hook(lambda *_: None)
+    assert_close(net(x, cond), expected, condition=10.0)
 
 
 @pytest.mark.parametrize("actnorm", [False, True])
@@ -68,20 +90,21 @@ def test_hidden_convolutions_keep_the_variance() -> None:
 
 
 class TestHiddenActNorms:
-    def test_initialise_from_what_reaches_them(self) -> None:
-        net = pgf.CouplingNet(2, 4, 6, actnorm=True, cond_channels=1).double()
+    @pytest.mark.parametrize("border", [False, True])
+    def test_initialise_from_what_reaches_them(self, border: bool) -> None:
+        net = pgf.CouplingNet(2, 4, 6, actnorm=True, cond_channels=1, border=border).double()
+        nn.init.normal_(net.border1 if border else net.log_gain, std=0.3)
         x, cond = (torch.randn(8, channels, 4, 5, dtype=torch.float64) * 3.0 for channels in (2, 1))
         assert not net.is_initialized
         net.initialize(x, cond)
         assert net.is_initialized
-        hidden = torch.cat([x, cond], dim=1)
-        for conv, norm in ((net.conv1, net.norm1), (net.conv2, net.norm2)):
-            hidden = conv(hidden)
+        hidden = with_ring(torch.cat([x, cond], dim=1), net.conv1.weight, net.border1 if border else None, None)
+        for norm in (net.norm1, net.norm2):
             std = hidden.std((0, 2, 3), correction=0)
             hidden = norm(hidden)[0]
             assert_close(hidden.mean((0, 2, 3)), torch.zeros(6).double(), condition=10.0)
             assert_close(hidden.square().mean((0, 2, 3)).sqrt(), std / (std + norm.eps), condition=10.0)
-            hidden = hidden.relu()
+            hidden = net.conv2(hidden.relu())
 
     def test_the_net_alone_never_initialises(self) -> None:
         # It runs in the inverse pass too, where it sees samples and not data.
@@ -98,3 +121,91 @@ class TestHiddenActNorms:
         assert net.conv1.bias is None
         assert net.conv2.bias is None
         assert net.conv3.bias is not None
+
+
+# ---- The border term ----
+
+
+@pytest.mark.parametrize("backend", ["own", "library"])
+@pytest.mark.parametrize("actnorm", [False, True])
+def test_gradients(actnorm: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "library":
+        use_library(monkeypatch)
+    net = randomised(pgf.CouplingNet(2, 3, 4, actnorm, border=True))
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    inputs, weights = [x, *net.parameters()], torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    found = torch.autograd.grad((net(x) * weights).sum(), inputs)
+    expected = torch.autograd.grad((written_out(net, x) * weights).sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, condition=100.0)
+
+
+def test_starts_without_one() -> None:
+    net, plain = pgf.CouplingNet(2, 4, 6, border=True), pgf.CouplingNet(2, 4, 6)
+    assert not net.border1.any()
+    assert not net.border3.any()
+    missing, extra = net.load_state_dict(plain.state_dict(), strict=False)
+    assert (set(missing), extra) == ({"border1", "border3"}, [])
+    randomised(plain)
+    net.double().load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    assert_close(net(x), plain(x), condition=10.0)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "affine": {"image_shape": (1, 8, 8), "net_actnorm": True},
+    "additive": {"image_shape": (1, 8, 8), "coupling": "additive", "n_classes": 3},
+    "condition": {"image_shape": (1, 8, 4), "cond_channels": 2},
+    "one dimension": {"image_shape": (2, 16)},
+    "three dimensions": {"image_shape": (1, 4, 4, 8), "n_levels": 1},
+}
+
+
+def model_and_batch(name: str) -> tuple[pgf.Glow, tuple[Tensor | None, ...]]:
+    config = pgf.GlowConfig(**{"n_levels": 2, "n_steps": 3, "hidden": 5, "border": True, **MODELS[name]})
+    model = pgf.Glow(config).double()
+    x = torch.rand(4, *config.image_shape, dtype=torch.float64) - 0.5
+    cond = torch.randn(4, config.cond_channels, dtype=torch.float64) if config.cond_channels else None
+    y = None if config.n_classes is None else torch.arange(4) % config.n_classes
+    model.initialize(x, cond)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, (x, y, cond)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_in_strips_and_frozen(name: str) -> None:
+    """A budget of one byte cuts every sample into strips of a row or so: the border stays that of the image."""
+    model, (x, y, cond) = model_and_batch(name)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model.log_prob(x, y, cond).sum().backward()
+        return {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+
+    model.memory = "store"
+    expected, recorded = gradients(), model.log_prob(x, y, cond).detach()
+    assert all(expected[key].any() for key in expected if "border" in key)
+    for level in model.levels:
+        level.steps.memory_budget = 1
+    for model.memory in ("reversible", "checkpoint"):
+        for key, value in gradients().items():
+            assert_close(value, expected[key], condition=1000.0)
+    frozen = model.eval().freeze()
+    with torch.no_grad():
+        assert_close(frozen.log_prob(x, y, cond), recorded, condition=1000.0)
+        latents = model.encode(x, cond)
+        for own in (model, frozen):
+            assert_close(own.decode(latents, cond), x, condition=1000.0)
+
+
+def test_the_term_changes_the_rim_alone() -> None:
+    prior = randomised(TopPrior(3, border=True))
+    mean, log_sd = prior(torch.zeros(2, 3, 4, 5).double(), None)
+    assert mean.shape == log_sd.shape == (1, 3, 4, 5)
+    assert_close(mean[0, :, 1:-1, 1:-1], prior.mean_log_sd[:3].reshape(3, 1, 1).expand(3, 2, 3))
+    split = randomised(pgf.Split(4, border=True))
+    kept = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    expected = with_ring(kept, split.conv.weight, split.border, split.conv.bias) * (3.0 * split.log_gain).exp()
+    assert_close(torch.cat(split.prior(kept), dim=1), expected, condition=10.0)

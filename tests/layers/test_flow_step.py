@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from support.covering import pairs
 from support.helpers import assert_close
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.functional import CouplingSpec
-from pyglow_fast.layers.flow_step import PERMUTATIONS, fold_steps, stack_maps
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.layers.flow_step import PERMUTATIONS
 
 
 def trained(step: nn.Module, x: Tensor, cond: Tensor | None = None) -> nn.Module:
@@ -31,15 +31,18 @@ def in_order(step: pgf.FlowStep, x: Tensor, cond: Tensor | None = None) -> tuple
     return x, first + second + third
 
 
-@pytest.mark.parametrize("permutation", PERMUTATIONS)
-@pytest.mark.parametrize("coupling", ["affine", "additive"])
-def test_is_its_three_layers_in_order(permutation: str, coupling: str) -> None:
-    x = 2.0 * torch.randn(16, 4, 3, 5, dtype=torch.float64) + 1.0
-    step = trained(pgf.FlowStep(4, 6, coupling, permutation), x)
+@pairs(
+    pytest.mark.parametrize("permutation", PERMUTATIONS),
+    pytest.mark.parametrize("coupling", ["affine", "additive"]),
+    pytest.mark.parametrize("mask", ["channels", "checkerboard"]),
+)
+def test_is_its_layers_in_order(permutation: str, coupling: str, mask: str) -> None:
+    x = 2.0 * torch.randn(16, 4, 4, 5, dtype=torch.float64) + 1.0
+    step = trained(pgf.FlowStep(4, 6, coupling, permutation, mask=mask), x)
     z, log_det = step(x)
     expected, expected_log_det = in_order(step, x)
-    assert_close(z, expected, condition=10.0)
-    assert_close(log_det, expected_log_det, condition=60.0)
+    assert_close(z, expected, condition=100.0)
+    assert_close(log_det, expected_log_det, condition=100.0)
 
 
 def test_initialises_in_order() -> None:
@@ -69,34 +72,6 @@ def test_fresh_step_keeps_the_moments() -> None:
     assert float(whitened.detach().square().mean()) == pytest.approx(1.0, abs=1e-5)  # std / (std + 1e-6)
 
 
-@pytest.mark.parametrize("permutation", PERMUTATIONS)
-def test_folding_in_a_batch_is_folding_one_by_one(permutation: str) -> None:
-    x = torch.randn(8, 4, 3, dtype=torch.float64)
-    steps = [trained(pgf.FlowStep(4, 3, permutation=permutation, dims=1), x) for _ in range(3)]
-    maps = fold_steps(steps)
-    matrices, indices = stack_maps(maps).inverse()
-    inverses = list(zip(matrices, [None] * 3 if indices is None else indices, strict=True))
-    assert len(maps) == len(inverses) == 3
-    for step, channel_map, (inverse, index) in zip(steps, maps, inverses, strict=True):
-        alone, product = fold_steps([step])[0], channel_map.as_product().matrix
-        for got, expected in zip(channel_map[:3], alone[:3], strict=True):
-            assert_close(got, expected, condition=10.0)
-        assert (channel_map.source is None) == (index is None) == permutation.startswith("invconv")
-        inverse = ChannelMap(inverse, channel_map.offset, channel_map.log_det, index).as_product().matrix
-        assert_close(inverse @ product, torch.eye(4).double(), condition=10.0)
-        assert_close(channel_map.log_det, torch.linalg.slogdet(product).logabsdet, condition=20.0)
-
-
-def test_steps_of_different_permutations_fold_together() -> None:
-    x = torch.randn(8, 4, 3, dtype=torch.float64)
-    steps = [trained(pgf.FlowStep(4, 3, permutation=permutation, dims=1), x) for permutation in PERMUTATIONS]
-    for step, channel_map in zip(steps, fold_steps(steps), strict=True):
-        alone = fold_steps([step])[0].as_product()
-        for got, expected in zip(channel_map[:3], alone[:3], strict=True):
-            assert_close(got, expected, condition=10.0)
-        assert channel_map.source is None
-
-
 KEYWORDS = {"scale_map": "tanh", "scale_bias": 1.5, "scale_eps": 0.1, "scale_clamp": 1.25, "order": "scale_shift"}
 
 
@@ -113,8 +88,3 @@ def test_the_older_keywords_are_the_fields_of_a_spec(coupling: str) -> None:
     x = torch.randn(3, 4, 2, 2)
     for got, expected in zip(step(x), older(x), strict=True):
         assert torch.equal(got, expected)
-
-
-def test_a_module_as_scale_map_is_of_the_step() -> None:
-    step = pgf.FlowStep(4, 5, CouplingSpec(scale_map=nn.PReLU()))
-    assert step.coupling.scale_module.weight in set(step.parameters())

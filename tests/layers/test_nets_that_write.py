@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.coupling_nets.masks import MaskedNet
-from pyglow_fast.coupling_nets.traits import may_write
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -158,47 +156,6 @@ def test_training_of_a_run_of_steps(net: Maker, memory: str, data_wants_gradient
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_training_of_a_coupling_alone() -> None:
-    found = []
-    for coupling in _pair(lambda in_place: pgf.Coupling(_relu(2, 4, in_place))):
-        x = _x()
-        y, log_det = coupling(x)
-        found.append([y, *torch.autograd.grad(y.square().sum() - log_det.sum(), list(coupling.parameters()))])
-        assert torch.equal(x, _x())
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-
-
-def test_inference_mode() -> None:
-    one, other = _pair(lambda in_place: pgf.Coupling(_relu(2, 4, in_place)))
-    x = _x()
-    with torch.inference_mode():
-        torch.testing.assert_close(one(x)[0], other(x)[0], rtol=0, atol=0)
-    assert torch.equal(x, _x())
-
-
-def test_functional_transforms() -> None:
-    """vmap and grad over a coupling."""
-    found = []
-    for coupling in _pair(lambda in_place: pgf.Coupling(_relu(2, 4, in_place))):
-        x = _x()[:, None]
-        of_each = torch.func.vmap(lambda one, own=coupling: own(one)[0])(x)
-        slope = torch.func.grad(lambda one, own=coupling: own(one)[0].square().sum())(x[:, 0])
-        assert torch.equal(x, _x()[:, None])
-        found.append([of_each, slope])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("net", [_relu, Own])
-def test_compiled_in_one_graph(net: Maker) -> None:
-    coupling = pgf.Coupling(net(2, 4, True))
-    with torch.no_grad():
-        expected = coupling(_x())
-        x = _x()
-        found = torch.compile(coupling, fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(x, _x())
-    torch.testing.assert_close(found, expected)
-
-
 class Leaves(Own):
     """It says that it does not write."""
 
@@ -219,17 +176,3 @@ def test_a_net_that_states_to_leave_its_input_gets_it() -> None:
     net.writes_to_input = "no"
     with pytest.raises(ValueError, match=r"net\.writes_to_input: expected a bool or None, found 'no'"):
         pgf.Coupling(net)(x)
-
-
-def test_only_what_may_write_costs_a_copy() -> None:
-    net = pgf.CouplingNet(2, 4, 5)
-    assert not may_write(net)
-    net.conv1.register_forward_pre_hook(lambda *_: None)
-    assert may_write(net)
-    assert all(may_write(net(2, 4, True)) for net in NETS)
-    assert not may_write(Leaves(2, 4, False))
-    masked = Leaves(2, 4, False)
-    masked.takes_mask = True
-    assert not may_write(MaskedNet(masked))
-    masked.writes_to_input = None
-    assert may_write(MaskedNet(masked))

@@ -6,22 +6,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.helpers import assert_close
 from torch import Tensor
 from torch.distributions import Normal
 
 import pyglow_fast as pgf
 from pyglow_fast.models.condition import fitted
-
-
-class TestSqueeze:
-    @pytest.mark.parametrize("factor", [1, 2, 3])
-    def test_order(self, factor: int) -> None:
-        x = torch.randn(2, 3, 2 * factor, 3 * factor)
-        z, log_det = pgf.Squeeze(factor)(x)
-        assert torch.equal(z, F.pixel_unshuffle(x, factor))
-        assert torch.equal(log_det, torch.zeros(2))
 
 
 class TestSplit:
@@ -55,17 +45,6 @@ class TestSplit:
         assert_close(split.log_prob(kept, factored), expected, condition=12.0)
         assert bool(list(split.parameters())) == learn_prior
 
-    @pytest.mark.parametrize("spatial", [(5,), (3, 4), (2, 1, 3)], ids=str)
-    def test_learned_prior(self, spatial: tuple[int, ...]) -> None:
-        split = self.trained(4, len(spatial))
-        kept, factored = torch.randn(2, 3, 2, *spatial, dtype=torch.float64)
-        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(spatial)]
-        out = conv(kept, split.conv.weight, split.conv.bias, padding=1) * (3.0 * split.log_gain).exp()
-        mean, log_sd = out[:, :2], out[:, 2:]
-        expected = Normal(mean, log_sd.exp()).log_prob(factored).flatten(1).sum(1)
-        largest = float((factored - mean).div(log_sd.exp()).square().max().detach())
-        assert_close(split.log_prob(kept, factored), expected, condition=largest * kept[0].numel())
-
 
 class TestFitCondition:
     @pytest.mark.parametrize("spatial", [(4,), (2, 3), (1, 2, 3)], ids=str)
@@ -74,10 +53,6 @@ class TestFitCondition:
         found = fitted(cond, spatial)
         assert found.shape == (3, 2, *spatial)
         assert torch.equal(found.flatten(2), cond[:, :, None].expand(3, 2, math.prod(spatial)))
-
-    def test_a_map_of_the_right_size_is_left_alone(self) -> None:
-        cond = torch.randn(3, 2, 4, 6)
-        assert fitted(cond, (4, 6)) is cond
 
     @pytest.mark.parametrize(("size", "spatial"), [((8,), (4,)), ((4, 6), (2, 3)), ((2, 4, 4), (1, 2, 2))], ids=str)
     def test_a_larger_map_is_averaged(self, size: tuple[int, ...], spatial: tuple[int, ...]) -> None:

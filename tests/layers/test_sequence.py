@@ -122,26 +122,6 @@ def test_gradcheck(memory: str) -> None:
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), cond.requires_grad_()), fast_mode=True)
 
 
-@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
-def test_dropout_draws_the_same_again(memory: str) -> None:
-    """The loss moves with a parameter as its gradient says, for the numbers that the forward drew."""
-    model, (x, _, mask) = flow(memory, dropout=0.4), batch()
-    parameter = model.flow_steps()[0].coupling.net.end.bias
-
-    def loss() -> Tensor:
-        torch.manual_seed(3)
-        z, log_det = model(x, mask=mask)
-        return z.square().sum() - log_det.sum()
-
-    (grad,) = torch.autograd.grad(loss(), parameter)
-    with torch.no_grad():
-        parameter += 1e-6
-        above = float(loss())
-        parameter -= 2e-6
-        below = float(loss())
-    assert abs((above - below) / 2e-6 - float(grad.sum())) <= 1e-5 * float(grad.abs().sum())
-
-
 def test_initialisation_sees_the_positions_that_are_there() -> None:
     model = MaskedSequence([FlowStep(8, permutation=GroupedInvConv(8), net=WaveNet(4, 8, 6))]).double()
     x, _, mask = batch()
@@ -226,33 +206,3 @@ def test_nets_and_scales_that_know_no_mask_are_refused() -> None:
     own_scale = MaskedSequence([FlowStep(8, net=WaveNet(4, 8, 4), scale_map=lambda raw: (raw.exp(), raw))]).double()
     with pytest.raises(ValueError, match=r"steps\[0\].coupling: expected a scale map by name"):
         own_scale(x, mask=mask)
-
-
-def test_nothing_is_redone_without_cause() -> None:
-    model, (x, _, mask) = flow("reversible", steps=2, anchor_every=None), batch()
-    outcome(model, x, None, mask)
-    report = model.memory_report()
-    assert report["passes"] == 1
-    assert report["redone_steps"] == 0
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
-def test_an_export_keeps_nothing_for_a_backward(memory: str) -> None:
-    """With parameters that want a gradient: the program is that of mode "store"."""
-
-    class Called(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.flow = flow(memory)
-
-        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-            z, log_det = self.flow(x, mask=mask)
-            return z, log_det
-
-    model, (x, _, mask) = Called().eval(), batch()
-    program = torch.export.export(model, (x, mask))
-    for found, expected in zip(program.module()(x, mask), model(x, mask), strict=True):
-        assert_close(found, expected)
-    model.flow.memory = "store"
-    assert len(program.graph.nodes) == len(torch.export.export(model, (x, mask)).graph.nodes)
