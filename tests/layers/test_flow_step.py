@@ -45,6 +45,26 @@ def test_is_its_layers_in_order(permutation: str, coupling: str, mask: str) -> N
     assert_close(log_det, expected_log_det, condition=100.0)
 
 
+@pytest.mark.parametrize("first", PERMUTATIONS)
+@pytest.mark.parametrize("second", PERMUTATIONS)
+def test_a_run_is_its_steps_in_order(first: str, second: str) -> None:
+    """Folded in one batch, where maps of steps without a coupling are part of the next step's."""
+    x = 2.0 * torch.randn(16, 4, 4, 5, dtype=torch.float64) + 1.0
+    kinds = [("affine", first), ("none", first), ("none", second), ("affine", first), ("none", second), ("none", first)]
+    run = pgf.ReversibleSequence([pgf.FlowStep(4, 6, coupling, kind) for coupling, kind in kinds]).double()
+    trained(run, x)
+    expected, total = x, x.new_zeros(16)
+    for step in run:
+        expected, log_det = step(expected)
+        total = total + log_det
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            z, log_det = run(x)
+            assert_close(z, expected, condition=100.0)
+            assert_close(log_det, total, condition=1000.0)
+            assert_close(run.inverse(expected)[0], x, condition=1000.0)
+
+
 def test_initialises_in_order() -> None:
     x, cond = 2.0 * torch.randn(8, 4, 3, 5, dtype=torch.float64) + 1.0, torch.randn(8, 1, 3, 5, dtype=torch.float64)
     step = pgf.FlowStep(4, 6, net_actnorm=True, cond_channels=1).double()
