@@ -1,84 +1,25 @@
 """Converters against golden checkpoints: small weights of every format, and what its implementation computes of them.
 
-The numbers were recorded once (golden/make.py), so that they do not follow a change of the converters.
+The numbers were recorded once, so that they do not follow a change of the converters.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-import safetensors.torch
 import torch
+from support.golden import GOLDEN, Checkpoint, load, read, save
 from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast.interop import convert
 
-GOLDEN = {path.name.partition(".")[0]: path for path in sorted((Path(__file__).parent / "golden").glob("*.gz"))}
-golden = pytest.mark.parametrize("name", GOLDEN)
+names = pytest.mark.parametrize("name", GOLDEN)
 # Relative to the largest value: ten thousand roundings of float64 in sums of a hundred terms. What a border, a sign or
 # a factor in the wrong place changes is 1e-3 and more.
 EXACT = 1e-10
 EXACT_IN_SINGLE = 1e-4  # a thousand roundings of float32
-
-
-class Checkpoint(NamedTuple):
-    """One golden file: what it is, its weights in float64, and what their implementation makes of x."""
-
-    told: dict[str, Any]
-    state: dict[str, Tensor]
-    x: Tensor
-    given: dict[str, Any]
-    latents: list[Tensor]
-    log_det: Tensor
-    log_prob: Tensor
-
-
-def read(name: str) -> Checkpoint:
-    tensors = safetensors.torch.load(gzip.decompress(GOLDEN[name].read_bytes()))
-    told = json.loads(bytes(tensors.pop("case").tolist()))
-    tensors = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-    def listed(prefix: str) -> list[Tensor]:
-        found = under(prefix)
-        return [found[key] for key in sorted(found, key=int)]
-
-    given: dict[str, Any] = {"y": tensors["y"]} if "y" in tensors else {}
-    if features := listed("features/"):
-        given["cond"] = features
-    found = tensors["log_det"], tensors["log_prob"]
-    return Checkpoint(told, under("state/"), tensors["x"], given, listed("latents/"), *found)
-
-
-def load(told: dict[str, Any], state: dict[str, Any]) -> pgf.Glow:
-    """Load by the format's function, with what a state dict of the format does not say."""
-    load_format = getattr(convert, f"load_{told['format']}")
-    options: dict[str, Any] = {}
-    if told["format"] in ("openai", "rosinality", "srflow"):
-        return load_format(state, told["size"])
-    if told["mixing"] == "reverse":
-        options["permutation"] = "reverse"
-    if told["format"] == "chaiyujin":
-        options["rescale"] = False
-    return load_format(state, **options)
-
-
-def save(told: dict[str, Any], model: pgf.Glow) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if told["format"] == "openai":
-        options["lu"] = told["mixing"] == "lu"
-    if told["format"] in ("openai", "chaiyujin", "y0ast"):
-        options["learn_top"] = told["learn_top"]
-    if told["format"] == "chaiyujin":
-        options |= {"rescale": False, "batch_size": 4}
-    return getattr(convert, f"save_{told['format']}")(model, **options)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -105,7 +46,7 @@ def assert_golden(model: pgf.Glow, case: Checkpoint, exact: float = EXACT) -> No
         assert error(decoded.double(), case.x) <= 100 * exact
 
 
-@golden
+@names
 def test_a_loaded_model_gives_the_recorded_numbers(name: str) -> None:
     """In float64, and from arrays of numpy too, which is what TensorFlow's checkpoints become."""
     case = read(name)
@@ -115,7 +56,7 @@ def test_a_loaded_model_gives_the_recorded_numbers(name: str) -> None:
     assert_golden(model, case)
 
 
-@golden
+@names
 def test_it_is_saved_with_their_names_and_shapes_and_loads_again(name: str) -> None:
     """Otherwise their code refuses what a user trained here, or reads other weights."""
     case = read(name)

@@ -23,8 +23,6 @@ web.require("gradio")
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-
 
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -77,7 +75,7 @@ def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
     expect.set_options(timeout=1000 * web.WAIT)
     pictures = {}
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=web.chromium(), headless=True, args=FLAGS)
+        browser = driver.chromium.launch(executable_path=web.chromium(), headless=True, args=web.FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(1000 * web.WAIT)
         thrown: list[object] = []

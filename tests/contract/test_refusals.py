@@ -1,7 +1,8 @@
 """The one table of refusals: wrong calls of the Python interface, and the words that each is refused with.
 
-A message names the argument, what was expected and what was found. A refused call changes nothing: fresh layers and
-models are not initialised by it, and no parameter, buffer or class is another one afterwards.
+A message begins with the argument's name and what was expected. A refused call changes nothing: fresh layers and models
+are not initialised by it, and no parameter, buffer or class is another one afterwards. What the command line passes on
+to a configuration is refused in test_command_line.py.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any, NamedTuple
 import FrEIA.modules
 import pytest
 import torch
-from support.accelerate_cases import from_freia, from_normflows
-from support.peer_glows import Shape, openai_variables, port_state, rosinality_state
+from support import golden
+from support.accelerate_cases import from_normflows
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast import functional, likelihood
 from pyglow_fast import latents as tools
-from pyglow_fast.data import DataConfig, ImageSet, batches, from_dataset, split
+from pyglow_fast.data import ImageSet, batches, from_dataset, split
 from pyglow_fast.functional import CouplingSpec
 from pyglow_fast.interop import accelerate, convert
 from pyglow_fast.train import TrainConfig
@@ -40,20 +41,23 @@ class Refusal(NamedTuple):
     error: type[Exception] = ValueError
 
 
-def rows(area: str, subject: Callable[[], Any], cases: dict[str, tuple[Call, str]]) -> list[Refusal]:
-    return [Refusal(area, name, call, message, subject) for name, (call, message) in cases.items()]
+def rows(
+    area: str, subject: Callable[[], Any], cases: dict[str, tuple[Call, str]], error: type[Exception] = ValueError
+) -> list[Refusal]:
+    return [Refusal(area, name, call, message, subject, error) for name, (call, message) in cases.items()]
 
 
-def fields(area: str, build: Callable[..., Any], cases: list[tuple[dict[str, Any], str]]) -> list[Refusal]:
-    """Make rows of wrong values of fields."""
+def fields(area: str, build: Callable[..., Any], **wrong: list[Any]) -> list[Refusal]:
+    """Make rows of wrong values of fields: each is refused by the field's name."""
     return [
         Refusal(
             area,
-            ",".join(f"{key}={value!r}"[:40] for key, value in given.items()),
-            lambda _, given=given: build(**given),
-            message,
+            f"{name}={value!r}"[:40],
+            lambda _, given={name: value}: build(**given),
+            f"^{name}: expected ",
         )
-        for given, message in cases
+        for name, values in wrong.items()
+        for value in values
     ]
 
 
@@ -75,65 +79,46 @@ def with_nan(value: Tensor, bad: float = math.nan) -> Tensor:
     return value
 
 
-def zeros(*changes: tuple[int, Tensor]) -> list[Tensor]:
-    """Latents of two samples, some of them replaced."""
-    values = [torch.zeros(2, 2, 2, 4), torch.zeros(2, 8, 1, 2)]
-    for i, value in changes:
-        values[i] = value
-    return values
+def zeros() -> list[Tensor]:
+    """Latents of two samples."""
+    return [torch.zeros(2, 2, 2, 4), torch.zeros(2, 8, 1, 2)]
 
 
 MODELS = rows(
     "Glow",
     glow,
     {
-        "no batch": (lambda m: m.log_prob(X[0]), r"x: expected 1 channels \(dimension 1\), found shape \(1, 4, 8\)"),
-        "no tensor": (lambda m: m.encode(None), "x: expected a Tensor, found NoneType"),
-        "channels last": (lambda m: m.log_prob(X.movedim(1, -1)), r"x: expected 1 channels .* shape \(2, 4, 8, 1\)"),
-        "H and W swapped": (lambda m: m(X.mT), r"x: expected shape \(N, 1, 4, 8\), found shape \(2, 1, 8, 4\)"),
+        "no batch": (lambda m: m.log_prob(X[0]), "x: expected 1 channels"),
+        "no tensor": (lambda m: m.encode(None), "x: expected a Tensor"),
+        "H and W swapped": (lambda m: m(X.mT), "x: expected shape"),
         "uint8": (lambda m: m.log_prob(IMAGES), r"x: expected float .*\.likelihood\.dequantize\(x\) .* torch\.uint8"),
-        "int64": (lambda m: m.initialize(IMAGES.long()), r"x: expected float .*\.dequantize\(x\) .* torch\.int64"),
-        "half": (lambda m: m.log_prob(X.half()), r"x: expected dtype float32 or float64, found torch\.float16"),
-        "double": (lambda m: m.log_prob(X.double()), r"x: expected dtype torch\.float32 .* found torch\.float64"),
-        "NaN": (lambda m: m.log_prob(with_nan(X)), "x: expected finite values, found NaN or inf"),
-        "inf": (lambda m: m.initialize(with_nan(X, math.inf)), "x: expected finite values, found NaN or inf"),
+        "half": (lambda m: m.log_prob(X.half()), "x: expected dtype float32 or float64"),
+        "double": (lambda m: m.log_prob(X.double()), r"x: expected dtype torch\.float32"),
+        "NaN": (lambda m: m.log_prob(with_nan(X)), "x: expected finite values"),
+        "inf": (lambda m: m.initialize(with_nan(X, math.inf)), "x: expected finite values"),
         "no samples": (lambda m: m.log_prob(X[:0]), "x: expected a batch that is not empty to initialise from"),
-        "labels": (lambda m: m.log_prob(X, Y), r"y: expected None, since the model has no classes"),
-        "condition": (lambda m: m.sample(2, cond=COND), "cond: expected None, since the model has cond_channels=0"),
-        "float images": (lambda m: m.bits_per_dim(X), r"images: expected an integer dtype .* found torch\.float32"),
+        "labels": (lambda m: m.log_prob(X, Y), "y: expected None"),
+        "condition": (lambda m: m.sample(2, cond=COND), "cond: expected None"),
+        "float images": (lambda m: m.bits_per_dim(X), "images: expected an integer dtype"),
         "grey levels": (lambda m: m.bits_per_dim(IMAGES.long() - 300), r"images: expected grey levels in 0\.\.255"),
-        "one bin": (lambda m: m.bits_per_dim(IMAGES, 1), r"n_bins: expected a value in 2\.\.65536, found 1"),
-        "temperature": (lambda m: m.sample(2, -0.1), r"temperature: expected finite values, 0 or more, found -0\.1"),
-        "temperatures": (lambda m: m.sample(2, torch.ones(3)), r"temperature: expected a number or shape \(2,\)"),
-        "n": (lambda m: m.sample(-1), "n: expected a whole number of samples, 0 or more, found -1"),
-        "a latent missing": (lambda m: m.decode(zeros()[1:]), "latents: expected 2 tensors, one a level, found 1"),
+        "one bin": (lambda m: m.bits_per_dim(IMAGES, 1), r"n_bins: expected a value in 2\.\.65536"),
+        "temperature": (lambda m: m.sample(2, -0.1), "temperature: expected finite values, 0 or more"),
+        "temperatures": (lambda m: m.sample(2, torch.ones(3)), "temperature: expected a number or shape"),
+        "n": (lambda m: m.sample(-1), "n: expected a whole number of samples, 0 or more"),
+        "a latent missing": (lambda m: m.decode(zeros()[1:]), "latents: expected 2 tensors"),
         "latents reversed": (lambda m: m.decode(zeros()[::-1]), r"latents\[0\]: expected 2 channels"),
-        "latent batch": (
-            lambda m: m.decode(zeros((1, torch.zeros(3, 8, 1, 2)))),
-            r"latents\[1\]: expected shape \(2, 8, 1, 2\), found shape \(3, 8, 1, 2\)",
-        ),
-        "memory": (lambda m: setattr(m, "memory", "disk"), r'memory: expected one of \("reversible", .* found'),
-        "bytes": (lambda m: setattr(m, "memory", "0GB"), r'memory: expected one of \("reversible", .* found'),
+        "latent batch": (lambda m: m.decode([zeros()[0], torch.zeros(3, 8, 1, 2)]), r"latents\[1\]: expected shape"),
+        "memory": (lambda m: setattr(m, "memory", "disk"), "memory: expected one of"),
         "precision": (lambda m: m.encode(X, precision="half"), "precision: expected one of"),
-        "freeze": (lambda m: m.freeze(), r"steps: expected initialised actnorms .*, found fresh ones"),
-        "classes": (lambda m: m.class_logits(X), r"model: expected one with a classifier .*, found classify=0"),
+        "freeze": (lambda m: m.freeze(), "steps: expected initialised actnorms"),
+        "classes": (lambda m: m.class_logits(X), "model: expected one with a classifier"),
         "distribution": (lambda m: m.as_distribution(y=1), "y: expected labels exactly if the model has classes"),
-        "a config and fields": (
-            lambda m: pgf.Glow(m.config, n_steps=3),
-            "config: expected a GlowConfig or its fields as keywords, not both",
-        ),
-        "a net for all": (
-            lambda _: glow(net=nn.Conv2d(2, 4, 1)),
-            r"net: expected a factory net\(in_channels, out_channels\) -> nn.Module, found Conv2d",
-        ),
-        "a net by name": (lambda _: glow(net="resnet"), r"net: expected a factory net\(.*, found str"),
-        "a factory of functions": (
-            lambda _: glow(net=lambda inputs, outputs: torch.tanh),
-            "net: expected a factory that gives an nn.Module, found builtin_function_or_method",
-        ),
+        "a config and fields": (lambda m: pgf.Glow(m.config, n_steps=3), "config: expected a GlowConfig or"),
+        "a net for all": (lambda _: glow(net=nn.Conv2d(2, 4, 1)), r"net: expected a factory net\("),
+        "a factory of functions": (lambda _: glow(net=lambda a, b: torch.tanh), "net: expected a factory that gives"),
         "a net's output": (
             lambda _: glow(net=lambda inputs, outputs: nn.Identity()).eval().log_prob(X),
-            r"net: expected an output of shape \(2, 4, 2, 4\), found .*\(2, 2, 2, 4\)",
+            "net: expected an output of shape",
         ),
     },
 )
@@ -141,62 +126,55 @@ CONDITIONED = rows(
     "conditional Glow",
     lambda: glow(n_classes=3, cond_channels=3),
     {
-        "no labels": (lambda m: m.log_prob(X, cond=COND), r"y: expected labels in 0\.\.2 \(n_classes=3\), found None"),
-        "a label too many": (lambda m: m.log_prob(X, Y + 1, COND), r"y: expected labels in 0\.\.2, found 1\.\.3"),
-        "labels of another batch": (lambda m: m.log_prob(X, Y[:1], COND), r"y: expected int64 of shape \(2,\)"),
-        "float labels": (lambda m: m.log_prob(X, Y.float(), COND), r"y: expected int64 of shape \(2,\), found torch"),
-        "no condition": (lambda m: m.log_prob(X, Y), "cond: expected a tensor with 3 channels, or a list or dict of 2"),
-        "condition channels": (lambda m: m.encode(X, COND[:, :2]), r"cond: expected shape \(2, 3\) or .*\(2, 2\)"),
-        "NaN condition": (lambda m: m.encode(X, with_nan(COND)), "cond: expected finite values, found NaN or inf"),
+        "no labels": (lambda m: m.log_prob(X, cond=COND), r"y: expected labels in 0\.\.2"),
+        "a label too many": (lambda m: m.log_prob(X, Y + 1, COND), r"y: expected labels in 0\.\.2"),
+        "labels of another batch": (lambda m: m.log_prob(X, Y[:1], COND), "y: expected int64 of shape"),
+        "float labels": (lambda m: m.log_prob(X, Y.float(), COND), "y: expected int64 of shape"),
+        "no condition": (lambda m: m.log_prob(X, Y), "cond: expected a tensor with 3 channels"),
+        "condition channels": (lambda m: m.encode(X, COND[:, :2]), "cond: expected shape"),
+        "NaN condition": (lambda m: m.encode(X, with_nan(COND)), "cond: expected finite values"),
     },
 )
 BY_LEVEL = rows(
     "Glow with a condition of each level",
     lambda: glow(cond_channels=(3, 2)),
     {
-        "one tensor": (lambda m: m.log_prob(X, cond=COND), r"cond: expected a list or dict of 2 tensors, one a level"),
-        "a level missing": (
-            lambda m: m.log_prob(X, cond={1: COND}),
-            r"cond: expected the keys 0\.\.1, the levels",
-        ),
-        "channels of a level": (lambda m: m.log_prob(X, cond=[COND, COND]), r"cond\[1\]: expected shape \(2, 2\) or"),
+        "one tensor": (lambda m: m.log_prob(X, cond=COND), "cond: expected a list or dict of 2 tensors"),
+        "a level missing": (lambda m: m.log_prob(X, cond={1: COND}), r"cond: expected the keys 0\.\.1, the levels"),
+        "channels of a level": (lambda m: m.log_prob(X, cond=[COND, COND]), r"cond\[1\]: expected shape"),
     },
 )
-CONFIG = fields(
-    "GlowConfig",
-    pgf.GlowConfig,
-    [
-        ({"image_shape": (0, 8, 8)}, r"image_shape: expected \(C, L\), .* of positive ints, found \(0, 8, 8\)"),
-        ({"image_shape": (3, 32, 36)}, r"image_shape: expected sides divisible by 2\^n_levels = 8"),
-        ({"n_steps": 2.0}, r"n_steps: expected a positive whole number, found 2\.0"),
-        ({"n_steps": 10**8}, r"n_steps: expected at most 10000 \(each is some modules"),
-        ({"hidden": True}, "hidden: expected a positive whole number, found True"),
-        ({"coupling": "linear"}, r"coupling: expected one of \('affine', 'additive'\), found 'linear'"),
-        ({"permutation": "none"}, r"permutation: expected one of \('invconv', .*\), found 'none'"),
-        ({"cond_channels": -1}, "cond_channels: expected 0 or a positive int, found -1"),
-        ({"net_actnorm": "no"}, "net_actnorm: expected true or false, found 'no'"),
-        ({"scale_bias": math.nan}, "scale_bias: expected a finite number, found nan"),
-        ({"scale_clamp": 100.0}, r"scale_clamp: expected a positive number, at most 80, found 100\.0"),
-        ({"scale_factor": 2.0, "scale_map": "exp"}, "scale_factor: expected 1 where the scale is no sigmoid"),
-        ({"n_splits": 3}, r"n_splits: expected fewer than n_levels = 3, or none, found 3"),
-        ({"split_ratio": 1.0}, r"split_ratio: expected a number between 0 and 1, found 1\.0"),
-        ({"cond_channels": (2, 3)}, "cond_channels: expected 3 positive ints, one a level, found"),
-        ({"injector": True}, "injector: expected False, since the model has cond_channels=0, found True"),
-        ({"n_classes": 4, "classify": 3}, "classify: expected 0 or n_classes=4, found 3"),
-    ],
-)
+CONFIG = [
+    *fields(
+        "GlowConfig",
+        pgf.GlowConfig,
+        image_shape=[(0, 8, 8), (3, 32, 36)],
+        n_steps=[2.0, 10**8],
+        hidden=[True],
+        coupling=["linear"],
+        permutation=["none"],
+        cond_channels=[-1, (2, 3)],
+        net_actnorm=["no"],
+        scale_bias=[math.nan],
+        scale_clamp=[100.0],
+        scale_factor=[-1.0],
+        n_splits=[3],
+        split_ratio=[1.0],
+        injector=[True],
+    ),
+    *fields(
+        "GlowConfig(scale_map='exp')", lambda **given: pgf.GlowConfig(scale_map="exp", **given), scale_factor=[2.0]
+    ),
+    *fields("GlowConfig(n_classes=4)", lambda **given: pgf.GlowConfig(n_classes=4, **given), classify=[3]),
+]
 
 # Layers
 
 STATE = torch.zeros(2, 4, 3, 5)
 
 
-def actnorm() -> nn.Module:
-    return pgf.ActNorm(4)
-
-
-def step() -> nn.Module:
-    return pgf.FlowStep(4, 3, net_actnorm=True, cond_channels=1)
+def masked(mask: Tensor) -> object:
+    return pgf.MaskedSequence([pgf.FlowStep(4, net=pgf.WaveNet(2, 4, 3))])(STATE[..., 0], mask=mask)
 
 
 class Given(nn.Module):
@@ -204,10 +182,6 @@ class Given(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros(2, 4, 3)
-
-
-def masked() -> nn.Module:
-    return pgf.MaskedSequence([pgf.FlowStep(4, net=pgf.WaveNet(2, 4, 3))])
 
 
 def second_derivative(layer: nn.Module) -> None:
@@ -242,169 +216,114 @@ def normalised_sequence() -> pgf.ReversibleSequence:
     return sequence
 
 
+BATCH_NORM, DRAWN = "BatchNorm2d in training mode", torch.randn(4, 4, 3, 5)
 LAYERS = [
     *rows(
         "ActNorm",
-        actnorm,
+        lambda: pgf.ActNorm(4),
         {
-            "channels": (
-                lambda m: m(STATE[:, :3]),
-                r"x: expected 4 channels \(dimension 1\), found shape \(2, 3, 3, 5",
-            ),
-            "no batch": (lambda m: m(STATE[:0]), r"x: expected a batch that is not empty to initialise from"),
-            "NaN": (lambda m: m(STATE * math.nan), "x: expected finite values to initialise actnorm from, found NaN"),
-            "ints": (lambda m: m.initialize(STATE.long()), "x: expected dtype float32 or float64, found torch.int64"),
+            "channels": (lambda m: m(STATE[:, :3]), "x: expected 4 channels"),
+            "no batch": (lambda m: m(STATE[:0]), "x: expected a batch that is not empty to initialise from"),
+            "NaN": (lambda m: m(STATE * math.nan), "x: expected finite values to initialise actnorm from"),
+            "ints": (lambda m: m.initialize(STATE.long()), "x: expected dtype float32 or float64"),
         },
     ),
     *rows(
         "FlowStep",
-        step,
+        lambda: pgf.FlowStep(4, 3, net_actnorm=True, cond_channels=1),
         {
-            "channels": (lambda m: m(torch.zeros(2, 6, 3, 3), STATE[:, :1]), r"x: expected 4 channels \(dimension 1\)"),
+            "channels": (lambda m: m(torch.zeros(2, 6, 3, 3), STATE[:, :1]), "x: expected 4 channels"),
             "dimensions": (lambda m: m(STATE[..., 0], STATE[:, :1, :, 0]), "x: expected 2 spatial dimensions"),
-            "no condition": (lambda m: m(STATE), "cond: expected a tensor with 1 channels, found NoneType"),
-            "condition": (lambda m: m.initialize(STATE, STATE[:, :2]), r"cond: expected shape \(2, 1, 3, 5\), found"),
+            "no condition": (lambda m: m(STATE), "cond: expected a tensor with 1 channels"),
+            "condition": (lambda m: m.initialize(STATE, STATE[:, :2]), "cond: expected shape"),
         },
     ),
     *fields(
         "FlowStep",
         lambda **given: pgf.FlowStep(**{"channels": 4, "hidden": 3, **given}),
-        [
-            ({"channels": 3}, "channels: expected an even number to halve, found 3"),
-            ({"hidden": 0}, "hidden: expected an int, at least 1, found 0"),
-            ({"dims": 0}, "dims: expected 1, 2 or 3 spatial dimensions, found 0"),
-            ({"order": "scale"}, r"order: expected one of \('shift_scale', 'scale_shift'\), found 'scale'"),
-            ({"scale_map": "relu"}, "scale_map: expected one of .* or a callable, found 'relu'"),
-            (
-                {"coupling": CouplingSpec(), "scale_bias": 1.0},
-                "scale_bias: expected a field of the CouplingSpec, and no",
-            ),
-            ({"mask": "checkerboard", "parity": 2}, "parity: expected 0 or 1, found 2"),
-            ({"injector": True}, "cond_channels: expected at least 1, for the injector to read, found 0"),
-            ({"permutation": nn.Identity()}, r"permutation: expected one of .* or a ChannelLinear \(of 4 channels\)"),
-        ],
+        channels=[3],
+        hidden=[0],
+        dims=[0],
+        order=["scale"],
+        scale_map=["relu"],
+        permutation=[nn.Identity()],
     ),
     *rows(
         "Coupling",
         lambda: pgf.Coupling(Given()),
         {
             "odd channels": (lambda m: m(torch.zeros(2, 3, 4)), "x: expected an even number of channels to halve"),
-            "net's output": (
-                lambda m: m.inverse(torch.zeros(2, 4, 5)),
-                r"net: expected an output of shape \(2, 4, 5\)",
-            ),
-        },
-    ),
-    *rows(
-        "MaskedSequence",
-        masked,
-        {
-            "mask's shape": (lambda m: m(STATE[..., 0], mask=torch.ones(2, 1, 4)), "mask: expected shape"),
-            "mask's values": (
-                lambda m: m(STATE[..., 0], mask=torch.ones(2, 1, 3) / 2),
-                "mask: expected values 0 and 1",
-            ),
+            "net's output": (lambda m: m.inverse(torch.zeros(2, 4, 5)), "net: expected an output of shape"),
         },
     ),
     *rows(
         "layers",
         lambda: None,
         {
-            "WaveNet": (lambda _: pgf.WaveNet(2, 4, 4, 4), "kernel_size: expected an odd number, found 4"),
-            "GroupedInvConv": (lambda _: pgf.GroupedInvConv(8, 3), "size: expected an even divisor of 8 channels"),
-            "CouplingNet's width": (
-                lambda _: pgf.CouplingNet(2, 4, 3)(STATE),
-                r"x: expected 2 channels \(dimension 1\)",
+            "a spec and its field": (
+                lambda _: pgf.FlowStep(4, 3, CouplingSpec(), scale_bias=1.0),
+                "scale_bias: expected",
             ),
+            "parity": (lambda _: pgf.FlowStep(4, 3, mask="checkerboard", parity=2), "parity: expected 0 or 1"),
+            "injector": (lambda _: pgf.FlowStep(4, 3, injector=True), "cond_channels: expected at least 1"),
+            "mask's shape": (lambda _: masked(torch.ones(2, 1, 4)), "mask: expected shape"),
+            "mask's values": (lambda _: masked(torch.ones(2, 1, 3) / 2), "mask: expected values 0 and 1"),
+            "WaveNet": (lambda _: pgf.WaveNet(2, 4, 4, 4), "kernel_size: expected an odd number"),
+            "GroupedInvConv": (lambda _: pgf.GroupedInvConv(8, 3), "size: expected an even divisor of 8 channels"),
+            "CouplingNet's width": (lambda _: pgf.CouplingNet(2, 4, 3)(STATE), "x: expected 2 channels"),
             "CouplingNet's condition": (
                 lambda _: pgf.CouplingNet(4, 4, 3, cond_channels=1)(STATE, STATE[..., :1]),
-                r"cond: expected shape \(2, 1, 3, 5\)",
+                "cond: expected shape",
             ),
-            "CouplingNet's sizes": (
-                lambda _: pgf.CouplingNet(2, 4, 2.5),
-                "hidden: expected an int, at least 1, found 2.5",
-            ),
-            "InvConv's dtype": (lambda _: pgf.InvConv(4)(STATE.double()), "x: expected dtype torch.float32 .* found"),
-            "InvConv's channels": (lambda _: pgf.InvConv(3).inverse(STATE), r"z: expected 3 channels \(dimension 1\)"),
-            "Permute": (
-                lambda _: pgf.Permute(3, "random"),
-                "permutation: expected 'shuffle' or 'reverse', found 'random'",
-            ),
-            "Split's channels": (lambda _: pgf.Split(3), "channels: expected an even number to halve, found 3"),
-            "Split's latent": (
-                lambda _: pgf.Split(4).inverse(torch.zeros(1, 2, 3, 3)),
-                r"z: expected 4 channels \(dimension 1\), found shape \(1, 2, 3, 3\)",
-            ),
+            "CouplingNet's sizes": (lambda _: pgf.CouplingNet(2, 4, 2.5), "hidden: expected an int, at least 1"),
+            "InvConv's dtype": (lambda _: pgf.InvConv(4)(STATE.double()), "x: expected dtype torch.float32"),
+            "InvConv's channels": (lambda _: pgf.InvConv(3).inverse(STATE), "z: expected 3 channels"),
+            "Permute": (lambda _: pgf.Permute(3, "random"), "permutation: expected 'shuffle' or 'reverse'"),
+            "Split's channels": (lambda _: pgf.Split(3), "channels: expected an even number to halve"),
+            "Split's latent": (lambda _: pgf.Split(4).inverse(torch.zeros(1, 2, 3, 3)), "z: expected 4 channels"),
             "AffineInjector": (
                 lambda _: pgf.AffineInjector(4, 3)(STATE, STATE[:, :3, :, :2]),
-                r"cond: expected a tensor of shape \(2, C_cond, 3, 5\), found shape \(2, 3, 3, 2\)",
+                "cond: expected a tensor of shape",
             ),
-            "checkerboard": (
-                lambda _: pgf.FlowStep(4, 3, mask="checkerboard")(STATE),
-                r"x: expected shape \(N, C, \*spatial\) with an even first",
-            ),
-            "Squeeze": (lambda _: pgf.Squeeze()(STATE), r"x: expected spatial sizes divisible by 2, found shape"),
-            "no steps": (lambda _: pgf.ReversibleSequence([]), "steps: expected at least one step, found 0"),
+            "checkerboard": (lambda _: pgf.FlowStep(4, 3, mask="checkerboard")(STATE), "x: expected shape"),
+            "Squeeze": (lambda _: pgf.Squeeze()(STATE), "x: expected spatial sizes divisible by 2"),
+            "no steps": (lambda _: pgf.ReversibleSequence([]), "steps: expected at least one step"),
             "widths": (
                 lambda _: pgf.ReversibleSequence([pgf.FlowStep(4, 5), pgf.FlowStep(6, 5)]),
-                r"steps: expected FlowSteps of one width, found \[4, 6\]",
+                "steps: expected FlowSteps of one width",
             ),
         },
     ),
     *fields(
         "ReversibleSequence",
         lambda **given: pgf.ReversibleSequence([pgf.FlowStep(4, 5)], **given),
-        [
-            ({"memory": "free"}, r"memory: expected one of .* found 'free'"),
-            ({"memory": -1}, r"memory: expected one of .* found -1"),
-            ({"anchor_every": 0}, r'anchor_every: expected "auto", None or a positive int, found 0'),
-            ({"tolerance": 0.0}, "tolerance: expected None or a positive number, found 0.0"),
-            ({"memory_budget": 0}, "memory_budget"),
-        ],
+        memory=["free", -1],
+        anchor_every=[0],
+        tolerance=[0.0],
+        memory_budget=[0],
     ),
-    Refusal(
+    *rows(
         "ReversibleSequence",
-        "too few bytes",
-        lambda m: m(STATE.clone().requires_grad_()),
-        "memory: expected (at least|a mode such as) .* found",
         lambda: trained_sequence("1kB"),
+        {"too few bytes": (lambda m: m(STATE.clone().requires_grad_()), "memory: expected (at least|a mode such as)")},
     ),
-    Refusal(
-        "ReversibleSequence",
-        "second derivative",
-        second_derivative,
-        "double backward: the gradient of",
-        trained_sequence,
-        RuntimeError,
-    ),
-    Refusal(
-        "ReversibleSequence",
-        "a parameter changed before the backward",
-        changed_before_backward,
-        "modified by an inplace operation",
-        trained_sequence,
-        RuntimeError,
-    ),
-    Refusal(
-        "ReversibleSequence",
+    *rows(
         "batch norm in training",
-        lambda m: m(STATE),
-        "BatchNorm2d in training mode",
-        normalised_sequence,
+        lambda: None,
+        {
+            "later": (lambda _: normalised_sequence()(STATE), BATCH_NORM),
+            "fresh": (lambda _: with_batch_norm("reversible")(DRAWN), BATCH_NORM),
+            "without gradients": (lambda _: torch.no_grad()(with_batch_norm("store"))(DRAWN), BATCH_NORM),
+        },
     ),
-    Refusal(
-        "ReversibleSequence",
-        "batch norm in training, fresh",
-        lambda m: m(torch.randn(4, 4, 3, 5)),
-        "BatchNorm2d in training mode",
-        lambda: with_batch_norm("reversible"),
-    ),
-    Refusal(
-        "ReversibleSequence",
-        "batch norm in training, fresh, without gradients",
-        torch.no_grad()(lambda m: m(torch.randn(4, 4, 3, 5))),
-        "BatchNorm2d in training mode",
-        lambda: with_batch_norm("store"),
+    *rows(
+        "ReversibleSequence's backward",
+        trained_sequence,
+        {
+            "second derivative": (second_derivative, "double backward: the gradient of"),
+            "a parameter changed before it": (changed_before_backward, "modified by an inplace operation"),
+        },
+        RuntimeError,
     ),
 ]
 
@@ -416,26 +335,20 @@ FUNCTIONS = rows(
     {
         "scale map": (
             lambda _: functional.coupling(STATE, STATE, CouplingSpec(scale_map="other")),
-            "scale_map: expected one of .* found 'other'",
+            "scale_map: expected one of",
         ),
         "overflow": (
             lambda _: functional.coupling(STATE, STATE + 100.0, CouplingSpec(scale_map="exp")),
             "net_out: expected raw scales whose exp is finite",
         ),
-        "factor": (
-            lambda _: functional.coupling(STATE, STATE, CouplingSpec(factor=-1.0)),
-            "factor: expected 1, or a positive number with the sigmoid map",
-        ),
-        "float images": (
-            lambda _: likelihood.dequantize(torch.zeros(2)),
-            "images: expected an integer dtype .* found torch.float32",
-        ),
+        "factor": (lambda _: functional.coupling(STATE, STATE, CouplingSpec(factor=-1.0)), "factor: expected 1"),
+        "float images": (lambda _: likelihood.dequantize(torch.zeros(2)), "images: expected an integer dtype"),
         "dtype of noise": (
             lambda _: likelihood.dequantize(IMAGES, dtype=torch.float16),
-            "dtype: expected float32 or float64: the noise must be finer than a bin, found torch.float16",
+            "dtype: expected float32 or float64",
         ),
         "quantize": (lambda _: likelihood.quantize(torch.tensor([math.nan])), "x: expected values that are numbers"),
-        "bits per dim": (lambda _: likelihood.bits_per_dim(X, 0), "n_dims: expected a positive number, found 0"),
+        "bits per dim": (lambda _: likelihood.bits_per_dim(X, 0), "n_dims: expected a positive number"),
     },
 )
 
@@ -454,218 +367,146 @@ LATENTS = rows(
     "latents",
     setting,
     {
-        "no model": (lambda m: tools.to_space(None, X), "model: expected a Glow, found NoneType"),
+        "no model": (lambda m: tools.to_space(None, X), "model: expected a Glow"),
         "one image": (lambda m: tools.to_space(m, X[0]), "x: expected shape"),
-        "space": (lambda m: tools.to_space(m, X, "z"), r"space: expected one of \('noise', 'latent'\), found 'z'"),
-        "levels": (lambda m: tools.from_space(m, zeros()[:1]), "latents: expected 2 tensors, one a level, found 1"),
-        "frames": (lambda m: tools.interpolate(m, X, X, 1), "frames: expected a whole number, 2 or more, found 1"),
-        "pairs": (lambda m: tools.interpolate(m, X, X[:1]), "b: expected 2 images, one for each"),
+        "space": (lambda m: tools.to_space(m, X, "z"), "space: expected one of"),
+        "levels": (lambda m: tools.from_space(m, zeros()[:1]), "latents: expected 2 tensors"),
+        "frames": (lambda m: tools.interpolate(m, X, X, 1), "frames: expected a whole number, 2 or more"),
+        "pairs": (lambda m: tools.interpolate(m, X, X[:1]), "b: expected 2 images"),
         "slerp": (lambda m: tools.slerp(X, X, 1.5), r"t: expected a number in 0\.\.1"),
-        "shift": (
-            lambda m: tools.edited(m, zeros(), [z / 0 for z in zeros()]),
-            r"shift\[0\]: expected finite values, found NaN or inf",
-        ),
-        "shares": (
-            lambda m: tools.edited(m, zeros(), None, [1.0, 1.5]),
-            r"keep: expected numbers in 0\.\.1, found 1.5",
-        ),
-        "class of none": (lambda m: tools.likeliest_class(m, X), r"model: expected one with classes \(n_classes\)"),
+        "shift": (lambda m: tools.edited(m, zeros(), [z / 0 for z in zeros()]), r"shift\[0\]: expected finite values"),
+        "shares": (lambda m: tools.edited(m, zeros(), None, [1.0, 1.5]), r"keep: expected numbers in 0\.\.1"),
+        "class of none": (lambda m: tools.likeliest_class(m, X), "model: expected one with classes"),
     },
 )
 
 # interop
 
 
-def unlike(state: dict[str, Tensor], end: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Change the first tensor whose name ends so."""
-    name = next(name for name in state if name.endswith(end))
-    return {**state, name: change(state[name])}
+def unlike(name: str, end: str, change: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
+    """The weights of a golden checkpoint, the first whose name ends so changed or, by None, left out."""
+    state = golden.read(name).state
+    key = min(key for key in state if key.endswith(end))
+    changed = change(state.pop(key))
+    return state if changed is None else {**state, key: changed}
 
 
-SHAPE = Shape(n_levels=1, n_steps=1, channels=1, size=4, hidden=2)
+def load_unlike(name: str, end: str, change: Callable[[Tensor], Tensor | None]) -> object:
+    return golden.load(golden.read(name).told, unlike(name, end, change))
+
+
+def accelerated_of_another_width() -> nn.Module:
+    block = FrEIA.modules.AllInOneBlock([(4, 3, 5)], subnet_constructor=lambda a, b: nn.Conv2d(a, b + 2, 1))
+    accelerate(block)
+    return block
+
+
 INTEROP = [
     *rows(
         "accelerate",
         lambda: from_normflows(levels=1, steps=2),
         {
-            "memory": (lambda m: accelerate(m, "disk"), r'memory: expected one of \("reversible", .*\) or bytes'),
-            "no bytes": (lambda m: accelerate(m, "0GB"), r'memory: expected one of \("reversible", .*\) or bytes'),
+            "memory": (lambda m: accelerate(m, "disk"), "memory: expected one of"),
             "budget": (lambda m: accelerate(m, "reversible", memory_budget=0), "memory_budget: expected"),
-            "no module": (lambda m: accelerate(3), "model: expected a Module, found int"),
-            "no such layers": (
-                lambda m: accelerate(nn.Linear(2, 2)),
-                "model: expected layers of normflows, antsnormflows, nflows, FrEIA, .*, found none",
-            ),
+            "no module": (lambda m: accelerate(3), "model: expected a Module"),
+            "no such layers": (lambda m: accelerate(nn.Linear(2, 2)), "model: expected layers of normflows, "),
         },
     ),
-    Refusal(
-        "accelerate",
-        "a wrong memory of FrEIA's",
-        lambda m: accelerate(m, float("nan")),
-        "memory: expected one of",
-        from_freia,
+    *rows(
+        "FrEIA",
+        accelerated_of_another_width,
+        {"a subnet's width": (lambda m: m([torch.randn(2, 4, 3, 5)]), "subnet: expected an output of")},
     ),
     *rows(
         "convert",
         lambda: None,
         {
-            "nothing": (lambda _: convert.load_y0ast({}), "state: expected tensors, found an empty dict"),
+            "nothing": (lambda _: convert.load_y0ast({}), "state: expected tensors"),
             "a tensor missing": (
-                lambda _: convert.load_openai(
-                    {name: value for name, value in openai_variables(SHAPE).items() if not name.endswith("l_2/W")}, 4
-                ),
-                "model/0/0/f1/l_2/W: expected a tensor of that name, found none",
+                lambda _: load_unlike("openai-shuffle", "l_2/W", lambda x: None),
+                "model/0/0/f1/l_2/W: expected a tensor of that name",
             ),
             "a tensor too many": (
-                lambda _: convert.load_rosinality({**rosinality_state(SHAPE), "more": X}, 4),
+                lambda _: convert.load_rosinality({**golden.read("rosinality-plain").state, "more": X}, 4),
                 "more: expected no tensor of that name",
             ),
             "a shape": (
-                lambda _: convert.load_y0ast(
-                    unlike(port_state("y0ast", SHAPE), "actnorm.logs", lambda x: x[..., None])
-                ),
-                "flow.layers.1.actnorm.logs: expected ",
+                lambda _: load_unlike("y0ast-shuffle", "actnorm.logs", lambda x: x[..., None]),
+                "flow.layers.1.actnorm.logs: expected",
             ),
             "NaN": (
-                lambda _: convert.load_y0ast(
-                    unlike(port_state("y0ast", SHAPE), "actnorm.bias", lambda x: x * math.nan)
-                ),
-                "flow.layers.1.actnorm.bias: expected finite numbers, found NaN or inf",
+                lambda _: load_unlike("y0ast-shuffle", "actnorm.bias", lambda x: x * math.nan),
+                "flow.layers.1.actnorm.bias: expected finite numbers",
             ),
             "a singular matrix": (
-                lambda _: convert.load_chaiyujin(
-                    unlike(port_state("chaiyujin", SHAPE), "invconv.weight", torch.zeros_like)
-                ),
-                "flow.layers.1.invconv.weight: expected an invertible matrix, found a singular one",
+                lambda _: load_unlike("chaiyujin-plain-top", "invconv.weight", torch.zeros_like),
+                "flow.layers.1.invconv.weight: expected an invertible matrix",
             ),
             "an order that is not saved": (
-                lambda _: convert.load_y0ast(
-                    {
-                        name: value
-                        for name, value in port_state("y0ast", SHAPE._replace(mixing="shuffle")).items()
-                        if "shuffle" not in name
-                    }
-                ),
+                lambda _: load_unlike("y0ast-shuffle", "shuffle.indices", lambda x: None),
                 "permutation: .* order of a shuffle",
             ),
             "image size": (
-                lambda _: convert.load_openai(openai_variables(SHAPE), 5),
-                r"image_size: expected H = W or \(H, W\), divisible by 2\^1",
+                lambda _: convert.load_openai(golden.read("openai-shuffle").state, 5),
+                "image_size: expected H = W or",
             ),
             "a zero scale": (
-                lambda _: convert.load_rosinality(
-                    unlike(rosinality_state(SHAPE), "actnorm.scale", torch.zeros_like), 4
-                ),
+                lambda _: load_unlike("rosinality-plain", "actnorm.scale", torch.zeros_like),
                 "blocks.0.flows.0.actnorm.scale: expected no zeros",
             ),
-            "features of SRFlow": (
-                lambda _: convert.level_features({}, 3, 3),
-                "scale: expected 1, 4, 8 or 16, found 3",
-            ),
+            "features of SRFlow": (lambda _: convert.level_features({}, 3, 3), "scale: expected 1, 4, 8 or 16"),
         },
     ),
     *rows(
         "convert",
         setting,
         {
-            "another model": (lambda m: convert.save_openai(nn.Linear(1, 1)), "model: expected a Glow, found Linear"),
+            "another model": (lambda m: convert.save_openai(nn.Linear(1, 1)), "model: expected a Glow"),
             "frozen": (lambda m: convert.save_y0ast(m.freeze()), "model: expected one that is not frozen"),
             "a fresh model": (lambda m: convert.save_openai(glow()), "model: expected actnorms that have seen data"),
             "no square": (lambda m: convert.save_openai(m), "image_shape: expected square images"),
             "an injector": (lambda m: convert.save_srflow(m), "injector: expected"),
         },
     ),
-    Refusal(
-        "FrEIA",
-        "a subnet's width",
-        lambda m: m([torch.randn(2, 4, 3, 5)]),
-        "subnet: expected an output of",
-        lambda: accelerated(
-            FrEIA.modules.AllInOneBlock([(4, 3, 5)], subnet_constructor=lambda a, b: nn.Conv2d(a, b + 2, 1))
-        ),
-    ),
 ]
-
-
-def accelerated(model: nn.Module) -> nn.Module:
-    accelerate(model)
-    return model
-
 
 # presets, data, training
 
 PIXELS = torch.full((2, 1, 2, 2), 4, dtype=torch.uint8)
+
+
+def image_set(**given: Any) -> ImageSet:
+    return ImageSet(**{"name": "test", "pixels": PIXELS, "n_bins": 16, **given})
+
+
 SETTINGS = [
     *rows(
-        "presets",
+        "configurations",
         lambda: None,
         {
-            "unknown": (
-                lambda _: TrainConfig.preset("cifar"),
-                r"preset: expected one of cifar10, imagenet32, .*, found 'cifar'",
-            ),
-            "no path": (lambda _: TrainConfig.preset("imagenet32"), "data: expected imagenet.* found none"),
+            "no path": (lambda _: TrainConfig.preset("imagenet32"), "data: expected imagenet"),
             "field": (lambda _: TrainConfig.preset("digits", depth=3), "preset: expected known fields beside it"),
-            "field of a model": (
-                lambda _: pgf.GlowConfig.preset("digits", lr=0.1),
-                r"config: expected keys among .*, found unknown \['lr'\]",
-            ),
+            "field of a model": (lambda _: pgf.GlowConfig.preset("digits", lr=0.1), "config: expected keys among"),
+            "a key": (lambda _: TrainConfig.from_dict({"learning_rate": 1}), "config: expected known keys"),
+            "a model's key": (lambda _: TrainConfig.from_dict({"model": {"depth": 3}}), "config: expected keys among"),
+            "no limit": (lambda _: TrainConfig(max_steps=None), "max_steps: expected a limit"),
+            "classes": (lambda _: TrainConfig(class_conditional=True), "model: expected n_classes exactly if"),
+            "seed": (lambda _: TrainConfig(seed=2**63), "seed: expected at most 9223372036854775807"),
+            "batch": (lambda _: TrainConfig(batch_size=2.5), "batch_size: expected a positive whole number"),
         },
-    ),
-    *fields(
-        "TrainConfig",
-        TrainConfig,
-        [
-            ({"optimizer": "sgd"}, r"optimizer: expected one of \('adam', 'adamw', 'adamax'\), found 'sgd'"),
-            ({"lr": math.nan}, "lr: expected a positive number, found nan"),
-            ({"memory": "4XB"}, 'memory: expected one of .* or bytes such as "4GB", found'),
-            ({"batch_size": 2.5}, "batch_size: expected a positive whole number, found 2.5"),
-            ({"accumulate": 5}, "accumulate: expected a divisor of batch_size, 64, found 5"),
-            ({"max_steps": None}, "max_steps: expected a limit, or max_epochs or max_minutes, found none"),
-            ({"device": "gpu"}, "device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', found 'gpu'"),
-            ({"class_conditional": True}, "model: expected n_classes exactly if class_conditional, found None"),
-            ({"seed": 2**63}, r"seed: expected at most 9223372036854775807 \(64 bits hold no more\)"),
-        ],
-    ),
-    *fields(
-        "TrainConfig.from_dict",
-        lambda **values: TrainConfig.from_dict(values),
-        [
-            ({"learning_rate": 1}, "config: expected known keys, found learning_rate"),
-            ({"model": {"depth": 3}}, r"config: expected keys among .*, found unknown \['depth'\]"),
-        ],
-    ),
-    *fields(
-        "DataConfig",
-        DataConfig,
-        [
-            ({"name": "digit"}, r"data: expected digits, .* or folder:PATH, found 'digit'"),
-            ({"name": "folder:x", "n_bits": 9}, r"n_bits: expected a whole number in 1..8, or none, found 9"),
-            ({"held_out": 1.5}, "held_out: expected a number between 0 and 1, or none, found 1.5"),
-            ({"gray": True}, "gray: expected no such option for digits"),
-        ],
-    ),
-    *fields(
-        "ImageSet",
-        lambda **given: ImageSet(**{"name": "test", "pixels": PIXELS, "n_bins": 16, **given}),
-        [
-            ({"pixels": PIXELS.float()}, "pixels: expected dtype uint8, found torch.float32"),
-            ({"n_bins": 3}, r"pixels: expected values in 0..2 \(n_bins=3\), found a value of 4"),
-            ({"labels": torch.tensor([0])}, r"labels: expected shape \(2,\)"),
-        ],
     ),
     *rows(
         "data",
-        lambda: ImageSet("test", PIXELS, 16),
+        image_set,
         {
-            "fraction": (lambda s: split(s, 1.0, seed=0), "held_out: expected a number between 0 and 1, or none"),
-            "no dataset": (lambda s: from_dataset(iter(()), "mine"), r"dataset: expected a map-style Dataset"),
-            "no images": (
-                lambda s: from_dataset([], "mine"),
-                "dataset: expected at least one image, found none in mine",
-            ),
-            "plan": (lambda s: list(batches(s, [[(7, None)]], 0)), r"plan: expected indices in 0\.\.1, found 7"),
-            "workers": (lambda s: batches(s, [], -1), "workers: expected a whole number, 0 or more, found -1"),
+            "dtype": (lambda _: image_set(pixels=PIXELS.float()), "pixels: expected dtype uint8"),
+            "bins": (lambda _: image_set(n_bins=3), "pixels: expected values in 0..2"),
+            "labels": (lambda _: image_set(labels=torch.tensor([0])), "labels: expected shape"),
+            "fraction": (lambda s: split(s, 1.0, seed=0), "held_out: expected a number between 0 and 1"),
+            "no dataset": (lambda s: from_dataset(iter(()), "mine"), "dataset: expected a map-style Dataset"),
+            "no images": (lambda s: from_dataset([], "mine"), "dataset: expected at least one image"),
+            "plan": (lambda s: list(batches(s, [[(7, None)]], 0)), r"plan: expected indices in 0\.\.1"),
+            "workers": (lambda s: batches(s, [], -1), "workers: expected a whole number, 0 or more"),
         },
     ),
 ]
