@@ -175,12 +175,7 @@ def test_functions_equal_the_reference(name: str, shape: tuple[int, ...], gather
             assert_close(actual, expected, condition=10.0 * max(1, x.numel()))
 
 
-@gathers
-def test_gradcheck(gathers: bool, device: torch.device) -> None:
-    matrix, offset, index = Kernels(None, str(device)).channel_map(4, float64, gathers)
-    inputs = [v.requires_grad_() for v in (torch.randn(2, 4, 3, 2, dtype=float64, device=device), matrix, offset)]
-    for mix in (functional.channel_mix, functional.channel_unmix):
-        assert torch.autograd.gradcheck(lambda *args, mix=mix: mix(*args, index=index), inputs)
+def test_second_derivatives_of_inverses(device: torch.device) -> None:
     matrices = rotations(2, 4).to(device).requires_grad_()
     for function in (functional.invert_matrix, functional.log_abs_det):
         assert torch.autograd.gradcheck(function, (matrices,))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -331,18 +329,3 @@ def test_functions_equal_the_reference(
                 results[-1] += torch.autograd.grad(value, [leaves[at] for at in wanted])
         for actual, expected in zip(*results, strict=True):
             assert_close(actual, expected, condition=CONDITION * max(1, inputs[0].numel()))
-
-
-@gathers
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_gradcheck(name: str, gathers: bool, device: torch.device) -> None:
-    for spec in SPECS if not gathers else SPECS[:2]:
-        inputs, index = drawn(name, (2, 4, 3), spec, gathers, device)
-        leaves = [value.requires_grad_() for value in inputs]
-        function = functools.partial(called, getattr(functional, name), spec, index)
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
-
-
-def called(function: Callable[..., Any], spec: CouplingSpec, index: tuple[Any, ...], *tensors: Tensor) -> Any:
-    """A function of tensors alone."""
-    return function(*tensors, spec, *index)

@@ -146,12 +146,6 @@ def test_derivatives_of_checkerboards(shape: tuple[int, ...], both: bool, device
         assert torch.equal(torch.func.vmap(move)(values[None]), expected(values, 1, both)[None])
 
 
-def test_an_odd_first_side_is_refused(device: torch.device) -> None:
-    for home, x in product((functional, reference), (torch.zeros(2, 3, 5, 4), torch.zeros(2, 3))):
-        with pytest.raises(ValueError, match=r"^x: expected an even first (spatial )?side"):
-            home.checkerboard_split(x.to(device), 0)
-
-
 # ---- The functions over them ----
 
 
@@ -176,16 +170,3 @@ def test_functions_equal_the_reference(
         results.append([out, plain, *torch.autograd.grad(out.square().sum(), leaves)])
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, condition=1000.0 * max(1, inputs[0].numel()))
-
-
-def test_gradcheck(device: torch.device) -> None:
-    values = [torch.randn(2, 3, 4, dtype=float64, device=device, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(functional.gaussian_log_prob, values)
-    assert torch.autograd.gradcheck(functional.gaussian_sample, values)
-
-
-def test_moments_of_nothing_and_without_gradient() -> None:
-    x = torch.randn(0, 3, 4, requires_grad=True)
-    for value in functional.channel_moments(x):
-        assert torch.equal(value, torch.zeros(3, dtype=float64))
-        assert not value.requires_grad

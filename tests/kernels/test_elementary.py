@@ -101,14 +101,6 @@ def test_special_values(dtype: torch.dtype) -> None:
     assert elementary("log", torch.tensor([-1.0], dtype=dtype)).isnan().all()
 
 
-def test_refuses_unknown_names() -> None:
-    known = ", ".join(TORCH)
-    with pytest.raises(ValueError, match=rf"name: expected one of \[{known}\], found sin"):
-        _backend.require().elementary("sin", torch.zeros(1))
-    with pytest.raises(ValueError, match=r"name: expected one of \[none, relu, .*\], found sin"):
-        _backend.require().activation("sin", torch.zeros(1), 0.0)
-
-
 # Activations. Their exact values are float64 formulas that keep relative accuracy, where torch's own may cancel.
 TORCH_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "none": lambda x, _: x,
@@ -287,34 +279,3 @@ def test_special_values_of_activations(name: str, dtype: torch.dtype) -> None:
         slopes = {"none": [1.0, 1.0], "leaky_relu": [1.0, parameter], "tanh": [0.0, 0.0], "sigmoid": [0.0, 0.0]}
         expected_grad = 3 * torch.tensor(slopes.get(name, [1.0, 0.0]), dtype=dtype)
         torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_nan_of_activations_stays_in_its_lane(name: str) -> None:
-    activation, parameter = _backend.require().activation, PARAMETERS.get(name, 0.0)
-    for count in range(1, 35):
-        x = torch.full((count,), -0.5)
-        x[count // 2] = math.nan
-        y = activation(name, x, parameter)
-        assert y.isnan().nonzero().flatten().tolist() == [count // 2]
-        grad = activation(name, x if name in KEEPS_INPUT else y, parameter, torch.ones(count))
-        # The linear ones hand the gradient of a NaN on, as torch's do.
-        expected = [] if name in ("none", "relu", "leaky_relu") else [count // 2]
-        assert grad.isnan().nonzero().flatten().tolist() == expected
-
-
-def test_a_wrong_activation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bounds tell torch's gelu, which cancels below zero, and its approximation from the exact one."""
-    x = _sweep(torch.float32)
-    true = _backend.require().activation
-
-    class Wrong:
-        approximate = "none"
-
-        def activation(self, name: str, x: Tensor, parameter: float, grad: Tensor | None = None) -> Tensor:
-            return true(name, x, parameter, grad) if grad is not None else F.gelu(x, approximate=self.approximate)
-
-    wrong = Wrong()
-    monkeypatch.setattr(_backend, "require", lambda: wrong)
-    for wrong.approximate in ("none", "tanh"):
-        assert float(_errors("gelu", x)[0].max()) > 2.0

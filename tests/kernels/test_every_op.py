@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from support.kernel_cases import (
     Case,
     Kernels,
     assert_bits_do_not_depend_on_threads,
-    case_name,
     codes,
     laid_out,
 )
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyglow_fast as pgf
 from pyglow_fast import _backend, functional, ops, reference
-from pyglow_fast.layers import FlowStep, InvConv
+from pyglow_fast.layers import InvConv
 from pyglow_fast.layers.grouped_conv import GroupedInvConv
 from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
 
@@ -115,40 +115,14 @@ def test_opcheck(case: str) -> None:
     for layout in ("contiguous", "channels_last", "channels_inside"):
         arguments = [laid_out(v, layout) if isinstance(v, Tensor) and v.dim() == 4 else v for v in arguments_of(case)]
         torch.library.opcheck(op_of(case), tuple(arguments))
-    repeated = [v[:, :1].expand_as(v) if isinstance(v, Tensor) and v.dim() == 4 else v for v in arguments_of(case)]
-    torch.library.opcheck(op_of(case), tuple(repeated), test_utils="test_faketensor")
-
-
-def forms(result: Any) -> list[tuple[Any, ...]]:
-    return [(v.shape, v.stride(), v.dtype) for v in ([result] if isinstance(result, Tensor) else result)]
-
-
-@compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_name)
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("net")])
-def test_shapes_without_values(case: str, dtype: torch.dtype) -> None:
-    """On the device meta, as torch.compile asks for them; of 3-d data and of vectors too."""
-
-    def of_dims(value: Any, dims: int) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        value = value.to(dtype)
-        return (
-            value
-            if value.dim() != 4
-            else value.flatten(2)
-            if dims == 1
-            else value.unsqueeze(-1).expand(*value.shape, 2)
-        )
-
-    squeezed = "squeezed" in case
-    for dims in (2,) if squeezed else (1, 2, 3):
-        given = [v if dims == 2 else of_dims(v, dims) for v in arguments_of(case)]
-        given = [v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
-        for layout in ("contiguous", "channels_last"):
-            moved = [laid_out(v, layout) if isinstance(v, Tensor) and v.dim() > 3 else v for v in given]
-            meta = [v.to("meta") if isinstance(v, Tensor) else v for v in moved]
-            assert forms(op_of(case)(*meta)) == forms(op_of(case)(*moved)), (dims, layout)
+    others: list[Callable[[Tensor], Tensor]] = [lambda v: v[:, :1].expand_as(v)]
+    if not case.startswith("net") and "squeezed" not in case:
+        others += [lambda v: v.flatten(2).double(), lambda v: v.unsqueeze(-1).expand(*v.shape, 2)]
+    for change in others:
+        double = change(X).dtype == torch.float64
+        given = [change(v) if isinstance(v, Tensor) and v.dim() == 4 else v for v in arguments_of(case)]
+        given = [v.double() if double and isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
+        torch.library.opcheck(op_of(case), tuple(given), test_utils="test_faketensor")
 
 
 @compiled
@@ -209,18 +183,8 @@ def test_bad_tensors_are_refused(case: str) -> None:
 
 HALF_X = X.half()
 ODD: list[tuple[Callable[[], object], str]] = [
-    (
-        lambda: ops.channel_mix(X[0, 0, 0], MATRIX, VECTOR, False, 0),
-        r"x: expected shape \(N, C, \*spatial\), found \[5\]",
-    ),
-    (lambda: ops.channel_mix(HALF_X, MATRIX, VECTOR, False, 0), "x: expected dtype float32 or float64, found float16"),
-    (lambda: ops.channel_mix(X, MATRIX[:3], VECTOR, False, 0), r"matrix: expected shape \[4, 4\], found \[3, 4\]"),
     (lambda: ops.channel_mix(X, MATRIX, VECTOR, False, 0, INDEX), r"matrix: expected shape \[4\], found \[4, 4\]"),
-    (lambda: ops.channel_mix(X, VECTOR, VECTOR, False, 0), r"matrix: expected shape \[4, 4\], found \[4\]"),
-    (
-        lambda: ops.channel_mix(X, MATRIX, VECTOR, False, 3),
-        "squeeze: expected 0 .none., 1 .input. or 2 .output., found 3",
-    ),
+    (lambda: ops.channel_mix(X, MATRIX, VECTOR, False, 3), "squeeze: expected 0 .none., 1 .input. or 2 .output."),
     (lambda: ops.channel_mix(X, MATRIX, VECTOR, False, 1), "x: expected even sides to squeeze, found"),
     (lambda: ops.channel_mix(X[:, :3], MATRIX, VECTOR, False, 2), "x: expected channels in fours to unsqueeze, found"),
     (lambda: ops.channel_mix(X[0], MATRIX, VECTOR, False, 1), r"x: expected images \(N, C, H, W\) to squeeze, found"),
@@ -229,24 +193,18 @@ ODD: list[tuple[Callable[[], object], str]] = [
         "added: expected .N, at most 1",
     ),
     (lambda: ops.coupling(X, X[:, :3], *FORWARD), "net_out: expected 2 times at most 4 channels"),
-    (lambda: ops.coupling(X[:, :1], X, *FORWARD), "net_out: expected 2 times at most 1 channels"),
     (lambda: ops.coupling(X.double(), HALF_X, *FORWARD), "net_out: expected dtype float64 like x .16 bits go with"),
     (lambda: ops.coupling(X, NET, 6, *FORWARD[1:]), "map: expected a ScaleMap, found 6"),
-    (lambda: ops.coupling(X, NET, -1, *FORWARD[1:]), "map: expected a ScaleMap, found -1"),
     (lambda: ops.coupling(X, NET, 1, 2, *FORWARD[2:]), "order: expected 0 or 1, found 2"),
     (lambda: ops.coupling(X, NET, 2, 0, False, 2.0, -0.1, 1.0, 1.0), "eps: expected 0 or more, found -0.1"),
-    (lambda: ops.coupling(X, NET, 4, 0, False, 2.0, 0.0, 0.0, 1.0), "clamp: expected a positive number, at most 88"),
     (lambda: ops.coupling(X, NET, 4, 0, False, 2.0, 0.0, 89.0, 1.0), "clamp: expected a positive number, at most 88"),
-    (lambda: ops.coupling(X, NET, 1, 0, False, 2.0, 0.0, 1.0, 2.0), "factor: expected 1, or with the scaled sigmoid"),
     (lambda: ops.coupling(X, NET, 2, 0, False, 2.0, 0.0, 1.0, 1e-40), "factor: expected 1, or with the scaled sigmoid"),
     (lambda: ops.checkerboard_split(X, 2, True), "parity: expected 0 or 1, found 2"),
     (lambda: ops.checkerboard_split(X[:, :, :5], 1, True), "x: expected an even first side"),
     (lambda: ops.checkerboard_merge(X[:, :3], 0, True), "halves: expected an even number of channels"),
-    (lambda: ops.invert_matrices(MATRIX), r"matrices: expected shape \(K, C, C\), found \[4, 4\]"),
     *(
         (lambda index=index: ops.channel_mix(X, VECTOR, VECTOR, False, 0, torch.tensor(index)), message)
         for index, message in (
-            ([0, 1, 2, 4], "index: expected a permutation of 0 to 3, found 4 at place 3"),
             ([0, -1, 2, 3], "index: expected a permutation of 0 to 3, found -1 at place 1"),
             ([0, 1, 1, 3], "index: expected a permutation of 0 to 3, found 1 at place 2"),
         )
@@ -298,19 +256,6 @@ def test_bits_do_not_depend_on_threads(channels: int, threads: int) -> None:
     assert_bits_do_not_depend_on_threads(run, case.x, threads)
     matrices = torch.linalg.qr(torch.randn(40, 45, 45)).Q.contiguous()
     assert_bits_do_not_depend_on_threads(ops.invert_matrices, matrices, threads)
-
-
-def test_what_depends_on_threads_is_found() -> None:
-    memory = torch.zeros(3)
-
-    def unwritten(x: Tensor) -> list[Tensor]:
-        if torch.get_num_threads() == 1:
-            memory.copy_(x)
-        return [memory.clone()]
-
-    for run in (lambda x: [x * torch.get_num_threads()], unwritten):
-        with pytest.raises(AssertionError, match="2 threads give other bits"):
-            assert_bits_do_not_depend_on_threads(run, torch.ones(3), 2)
 
 
 @compiled
@@ -447,13 +392,13 @@ def test_a_factorisation_is_seen() -> None:
 
 @compiled
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
-@pytest.mark.parametrize("lu", [True, False])
-def test_no_factorisation_where_a_graph_may_be_captured(lu: bool, memory: str) -> None:
-    """A training step, and all of inference."""
+@pytest.mark.parametrize("layer", [InvConv, partial(InvConv, lu=False), GroupedInvConv], ids=["lu", "plain", "groups"])
+def test_no_factorisation_where_a_graph_may_be_captured(layer: Callable[[int], nn.Module], memory: str) -> None:
+    """A training step, all of inference, and the inverse with a gradient."""
     model = pgf.Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=2, hidden=8, memory=memory)
     for level in model.levels:
         for step in level.steps:
-            step.permutation = InvConv(step.permutation.channels, lu=lu)
+            step.permutation = layer(step.permutation.channels)
     x = torch.rand(2, 3, 8, 8) - 0.5
     model.initialize(x)
     with NoFactorisations():
@@ -461,18 +406,7 @@ def test_no_factorisation_where_a_graph_may_be_captured(lu: bool, memory: str) -
         with torch.no_grad():
             model.decode(model.encode(x))
             model.sample(2)
-
-
-@compiled
-def test_other_matrices_go_by_the_op_too() -> None:
-    """A step with one matrix for all groups, and the inverse with a gradient."""
-    step = FlowStep(4, 8)
-    step.permutation = GroupedInvConv(4, 2)
-    step.initialize(X)
-    with NoFactorisations():
-        z, log_det = step(X)
-        (z.sum() + log_det.sum()).backward()
-        back, log_det = step.permutation.inverse(X)
+        back, log_det = model.levels[0].steps[0].permutation.inverse(torch.randn(2, 12, 4, 4))
         (back.sum() + log_det.sum()).backward()
 
 
@@ -496,13 +430,9 @@ def test_inverses_captured(channels: int) -> None:
     ("archs", "capability", "runs"),
     [
         ("80-real,90-real,100-real,120", (8, 0), True),
-        ("80-real,90-real,100-real,120", (8, 6), True),
         ("80-real,90-real,100-real,120", (7, 5), False),
-        ("80-real,90-real,100-real,120", (11, 0), False),
         ("80-real,90-real,100-real,120", (13, 0), True),
         ("86-real", (8, 0), False),
-        ("90a-real", (9, 0), True),
-        ("70", (12, 1), True),
         ("", (9, 0), False),
     ],
 )
