@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -108,62 +107,7 @@ def test_the_cases_are_cut_as_they_are_called() -> None:
     assert all(chunk.rows.stop - chunk.rows.start < 4 for chunk in Case("5x5", "one row").plan)
 
 
-def test_a_halo_that_is_too_small_is_seen_by_these_tests() -> None:
-    case = Case("2d", "one row")
-    case.net.halo = 1
-    case.plan = plan_chunks(case.net, case.x.shape, 8, 1)
-    with pytest.raises(AssertionError, match="relative error"):
-        assert_close(run_net(plain_call(case.net), case.x, None, case.plan), case.whole(), CONDITION)
-    with pytest.raises(AssertionError, match="relative error"):
-        assert_gradients(case.backward(), plain_gradients(case.net, case.x, None, case.weight, case.params))
-
-
-def test_hidden_rows_outside_the_image_are_zero() -> None:
-    # Were they relu(bias), as in an image padded once before the first convolution, the border rows would differ.
-    case = Case("2d", "one row")
-    padded = nn.functional.pad(case.x, (0, 0, 2, 2))
-    wrong = case.net(padded)[:, :, 2:-2]
-    right = run_net(plain_call(case.net), case.x, None, case.plan)
-    assert_close(right[:, :, 2:-2], wrong[:, :, 2:-2], CONDITION)
-    assert float((right - wrong)[:, :, 0].detach().abs().max()) > 0.1
-    assert_close(right[:, :, 0], case.whole()[:, :, 0], CONDITION)
-
-
-class TestWholePlan:
-    def test_is_the_plain_call(self) -> None:
-        case = Case("actnorm cond 1d", "whole")
-        assert torch.equal(run_net(plain_call(case.net), case.x, case.cond, case.plan), case.whole())
-        expected = plain_gradients(case.net, case.x, case.cond, case.weight, case.params)
-        for got, wanted in zip(case.backward(), expected, strict=True):
-            assert torch.equal(got, wanted)
-
-    def test_passes_the_tensors_as_they_are(self) -> None:
-        case = Case("cond", "whole")
-        seen: list[tuple[Tensor, Tensor | None]] = []
-
-        def call(x1: Tensor, cond: Tensor | None) -> Tensor:
-            seen.append((x1, cond))
-            return case.net(x1, cond)
-
-        run_net(call, case.x, case.cond, case.plan)
-        assert seen[0][0] is case.x
-        assert seen[0][1] is case.cond
-        run_net_backward(call, case.x, case.cond, case.plan, case.consume, case.params)
-        for given, own in zip(seen[1], (case.x, case.cond), strict=True):
-            assert given.data_ptr() == own.data_ptr()
-
-
 class TestCall:
-    def test_runs_the_net(self) -> None:
-        case = Case("2d", "strips")
-        other = copy.deepcopy(case.net)
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.mul_(1.5)
-        values = dict(other.named_parameters())
-        out = run_net(lambda x1, cond: torch.func.functional_call(case.net, values, (x1,)), case.x, None, case.plan)
-        assert_close(out, other(case.x), CONDITION)
-
     def test_consume_gets_each_chunk_in_order_without_gradient(self) -> None:
         case = Case("2d", "strips")
         whole, chunks = case.whole(), []
@@ -197,13 +141,6 @@ class TestWantedGradients:
             wanted = [expected[0] if needs_x1 else None, expected[1] if needs_cond else None, *expected[2:]]
             assert_gradients([grad_x, grad_cond, *grads], wanted)
 
-    def test_inputs_only(self, budget: str) -> None:
-        case = Case("cond", budget)
-        expected = plain_gradients(case.net, case.x, case.cond, case.weight, case.params)
-        case.net.requires_grad_(False)
-        case.params = []
-        assert_gradients(case.backward(), expected[:2])
-
     def test_none_at_all_still_consumes(self, budget: str) -> None:
         case = Case("2d", budget)
         case.net.requires_grad_(False)
@@ -217,26 +154,6 @@ class TestWantedGradients:
         assert got == (None, None, ())
         assert_close(seen, whole, CONDITION)
 
-    def test_what_the_net_does_not_use(self, budget: str) -> None:
-        case = Case("2d", budget)
-        unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
-        cond = torch.randn(3, 1, 9, 4, dtype=torch.float64)
-        grad_x, grad_cond, grads = run_net_backward(
-            lambda x1, c: case.net(x1), case.x, cond, case.plan, case.consume, [unused, *case.params]
-        )
-        assert torch.equal(grad_cond, torch.zeros_like(cond))
-        expected = plain_gradients(case.net, case.x, None, case.weight, case.params)
-        assert_gradients([grad_x, None, *grads], [expected[0], None, None, *expected[2:]])
-
-    def test_an_output_that_depends_on_parameters_alone(self, budget: str) -> None:
-        case = Case("2d", budget)
-        bias = nn.Parameter(torch.randn(4, 1, 1, dtype=torch.float64))
-        grad_x, _, (grad,) = run_net_backward(
-            lambda x1, c: bias.expand(x1.shape[0], 4, *x1.shape[2:]), case.x, None, case.plan, case.consume, [bias]
-        )
-        assert torch.equal(grad_x, torch.zeros_like(case.x))
-        assert_close(grad, (case.weight * bias.detach()).sum((0, 2, 3))[:, None, None], CONDITION)
-
     def test_two_parameters_with_one_gradient(self, budget: str) -> None:
         # Autograd returns one tensor for both: sums that are formed in place must not be formed twice.
         case = Case("2d", budget)
@@ -249,33 +166,6 @@ class TestWantedGradients:
         _, _, grads = run_net_backward(call, case.x, None, case.plan, case.consume, leafs + case.params)
         expected = torch.autograd.grad(objective(case.weight)[0](call(case.x, None)), leafs)
         assert_gradients(list(grads[:2]), list(expected))
-
-
-class TestNothingElseChanges:
-    def test_no_grad_attribute_and_no_input(self) -> None:
-        case = Case("cond", "strips")
-        case.x.requires_grad_()
-        before = [value.detach().clone() for value in (case.x, case.cond, case.weight, *case.params)]
-        case.backward()
-        run_net(plain_call(case.net), case.x, case.cond, case.plan)
-        for value, kept in zip((case.x, case.cond, case.weight, *case.params), before, strict=True):
-            assert value.grad is None
-            assert torch.equal(value, kept)
-
-    def test_two_runs_give_the_same_bits(self) -> None:
-        case = Case("actnorm cond 1d", "strips")
-        for first, second in zip(case.backward(), case.backward(), strict=True):
-            assert torch.equal(first, second)
-
-    def test_grad_mode(self) -> None:
-        case = Case("2d", "strips")
-        for enabled in (True, False):
-            with torch.set_grad_enabled(enabled):
-                expected = plain_gradients
-                got = case.backward()
-                assert torch.is_grad_enabled() == enabled
-                with torch.enable_grad():
-                    assert_gradients(got, expected(case.net, case.x, None, case.weight, case.params))
 
 
 @pytest.mark.parametrize("budget", ["whole", "one sample", "strips"])

@@ -59,17 +59,3 @@ def test_samples_run_by_length_and_come_back_in_their_order() -> None:
     assert seen == [[5, 4, 2, 1]]
     assert torch.equal(z, (x + cond) * mask)
     assert counts.tolist() == [2, 5, 1, 4]
-
-
-def test_a_net_that_takes_no_mask_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes_mask = True, found Conv1d"):
-        masks.MaskedNet(nn.Conv1d(2, 4, 3))
-
-
-def test_padding_gives_and_takes_nothing() -> None:
-    x = torch.tensor([[[1.0, float("nan"), float("inf")]]], requires_grad=True)
-    out = masks.without_padding(x, mask_of_lengths((1,), 3, torch.float32))
-    out.sum().backward()
-    assert out.tolist() == [[[1.0, 0.0, 0.0]]]
-    assert x.grad is not None
-    assert x.grad.tolist() == [[[1.0, 0.0, 0.0]]]
