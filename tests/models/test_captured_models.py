@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast import ops
-from pyglow_fast.reversible import steps
 
 MEMORY = ("store", "checkpoint", "reversible")
 
@@ -91,47 +90,6 @@ def test_every_kind(name: str, memory: str, by: str, deferred: bool, monkeypatch
         assert_replays(setting)
 
 
-class OfLevels(Setting):
-    """A condition of each level, injectors, transitions, priors that read the condition, a ring around the image."""
-
-    def __init__(self) -> None:
-        CONFIGS["of levels"] = {
-            "image_shape": (1, 8, 8),
-            "cond_channels": (2, 3),
-            "injector": True,
-            "n_transitions": 1,
-            "cond_splits": True,
-            "border": True,
-        }
-        try:
-            super().__init__("of levels", spread=CALM)
-        finally:
-            del CONFIGS["of levels"]
-
-    def batch(self, n: int) -> tuple[Tensor, Tensor | None, Any]:
-        cond = [torch.randn(n, channels, size, size).double() for channels, size in ((2, 4), (3, 2))]
-        return torch.rand(n, 1, 8, 8).double() - 0.5, None, cond
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("memory", MEMORY)
-def test_conditions_of_levels(memory: str) -> None:
-    setting = OfLevels()
-    setting.model.memory = memory
-    own = setting.batch(4)[2]
-    for given, buffer in zip(own, setting.cond, strict=True):  # type: ignore[arg-type]
-        given.copy_(buffer)
-    kept, setting.cond = setting.cond, None
-
-    def batch(n: int) -> tuple[Tensor, None, None]:
-        for buffer in kept:  # type: ignore[union-attr]
-            buffer.copy_(torch.randn_like(buffer))
-        return torch.rand(n, 1, 8, 8).double() - 0.5, None, None
-
-    setting.batch, setting.cond = batch, kept  # type: ignore[method-assign, assignment]
-    assert_replays(setting)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
 def test_precisions(precision: str) -> None:
@@ -153,46 +111,3 @@ def test_a_net_that_draws_random_numbers_is_refused_on_a_gpu(memory: str) -> Non
         refused = pytest.raises(ValueError, match="net: expected one of torch's modules without dropout")
         with refused, capture_guard():
             sequence(x)
-
-
-@pytest.mark.parametrize("name", ["default", "checkerboard", "classes"])
-def test_drift_in_replays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted, told of by the report, zero from the level on that drifts; what the backward met before it is right."""
-    factor, true, calls = torch.ones((), dtype=torch.float64), steps.coupling_backward_from_output, []
-
-    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
-        found, *grads = true(*inputs)
-        calls.append(found.shape)
-        return (factor if is_bad(found) else 1.0) * found, *grads
-
-    monkeypatch.setattr(steps, "coupling_backward_from_output", wrong)
-    setting = Setting(name, spread=CALM)
-    model, x, y = setting.model, setting.x, setting.y
-    shallow = tuple(model.state_shapes[0])
-
-    def is_bad(state: Tensor) -> bool:
-        return tuple(state.shape[1:]) == shallow
-
-    with like_a_gpu():
-        step(model, x, y, None)
-        with Recording() as graph, capture_guard():
-            found = step(model, x, y, None)
-        graph.replay()
-        good = {name: grad.clone() for name, grad in found.items()}
-        for _ in range(3):
-            factor.fill_(1.01)
-            graph.replay()
-            zero = {name for name, grad in found.items() if not grad.any()}
-            assert {name for name in found if name.startswith("levels.0.steps")} <= zero
-            right = {name for name in found if name not in zero}
-            assert all(torch.equal(found[name], good[name]) for name in right)
-            assert any(name.startswith(("levels.1", "prior", "splits")) or len(model.levels) == 1 for name in right)
-            factor.fill_(1.0)
-            graph.replay()
-            assert all(torch.equal(found[name], good[name]) for name in found)
-    report = model.memory_report()
-    runs = {name for name in found if name.startswith("levels.0.")}
-    assert runs
-    first = next(i for i, run in enumerate(model._sequences()) if run is model.levels[0].steps)
-    assert (report[first]["trips"], report[first]["skipped"]) == (3, 3)
-    assert report[first]["passes"] == 8

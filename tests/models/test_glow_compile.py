@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import pyglow_fast as pgf
-from pyglow_fast import ops
 
 
 @pytest.fixture
@@ -59,22 +58,3 @@ def test_a_model_that_has_seen_data_is_not_initialised_again(model: pgf.Glow, to
     compiled = torch.compile(fresh.train().log_prob, fullgraph=told == "by its weights", backend="aot_eager")
     assert torch.allclose(compiled(x), model.log_prob(x), rtol=1e-5)
     assert all(torch.equal(value, expected[name]) for name, value in fresh.named_parameters())
-
-
-@pytest.mark.full
-def test_the_graph_holds_the_kernels(model: pgf.Glow) -> None:
-    """Tracing must not fall back to the reference."""
-    if not ops.run_on(torch.zeros(1)):
-        pytest.skip("no extension")
-    targets: set[str] = set()
-
-    def record(graph: torch.fx.GraphModule, example_inputs: object) -> torch.fx.GraphModule:
-        targets.update(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    from torch._dynamo.backends.common import aot_autograd
-
-    compiled = torch.compile(model.log_prob, fullgraph=True, backend=aot_autograd(fw_compiler=record))
-    with torch.no_grad():
-        compiled(torch.rand(4, 2, 8, 8) - 0.5)
-    assert any("pyglow_fast.coupling" in target for target in targets), targets

@@ -8,11 +8,8 @@ import math
 from typing import Any
 
 import pytest
-from support.covering import pairs
 
 import pyglow_fast as pgf
-from pyglow_fast.layers.flow_step import PERMUTATIONS
-from pyglow_fast.reference import COUPLINGS, SCALE_MAPS
 
 OTHER_VALUES: dict[str, Any] = {
     "image_shape": (1, 16, 8),
@@ -61,11 +58,6 @@ def test_missing_keys_take_their_defaults() -> None:
     assert pgf.GlowConfig.from_dict({"n_steps": 4}) == pgf.GlowConfig(n_steps=4)
 
 
-def test_is_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        pgf.GlowConfig().hidden = 3
-
-
 @pytest.mark.parametrize(
     ("shape", "n_levels", "states"),
     [
@@ -88,22 +80,3 @@ def test_a_last_level_of_checkerboards_has_no_squeeze() -> None:
     assert config.level_shapes() == [(12, 16, 16), (24, 8, 8), (12, 8, 8)]
     assert [config.squeezes(level) for level in range(3)] == [True, True, False]
     assert pgf.GlowConfig(image_shape=(3, 4), n_levels=1, n_last_checkerboard=1).level_shapes() == [(3, 4)]
-
-
-@pairs(
-    pytest.mark.parametrize("permutation", PERMUTATIONS),
-    pytest.mark.parametrize("scale_map", SCALE_MAPS),
-    pytest.mark.parametrize("coupling", COUPLINGS),
-)
-def test_every_choice_builds_a_model(coupling: str, scale_map: str, permutation: str) -> None:
-    fields = {"coupling": coupling, "scale_map": scale_map, "permutation": permutation}
-    model = pgf.Glow(image_shape=(1, 2), n_levels=1, n_steps=1, hidden=2, **fields)
-    step = model.levels[0].steps[0]
-    assert step.coupling.spec.coupling == coupling
-    assert step.coupling.spec.scale_map == scale_map
-
-
-def test_scale_options_reach_the_couplings() -> None:
-    config = pgf.GlowConfig(image_shape=(1, 2), n_levels=1, scale_bias=1.25, scale_eps=0.5, scale_clamp=0.75, hidden=2)
-    for step in pgf.Glow(dataclasses.replace(config, n_steps=2)).levels[0].steps:
-        assert step.coupling.spec[2:5] == (1.25, 0.5, 0.75)

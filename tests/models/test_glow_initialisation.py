@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 
 import pyglow_fast as pgf
+from pyglow_fast.models.prior import TopPrior
 
 FIELDS: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 2, "n_steps": 2, "hidden": 4, "net_actnorm": True}
 
@@ -45,29 +47,6 @@ def test_it_makes_every_state_standard() -> None:
         assert 0.7 < float(z.detach().std()) < 1.01  # sigmoid(2)^2 = 0.78 on the half that couplings scale
 
 
-def test_evaluation_and_decoding_do_not() -> None:
-    model = pgf.Glow(**FIELDS).eval()
-    before, x = copy.deepcopy(model.state_dict()), torch.rand(8, 1, 4, 4) - 0.5
-    model.decode(model.encode(x))
-    model.log_prob(x)
-    model.train().decode([torch.randn(2, *shape) for shape in model.latent_shapes])
-    assert not model.is_initialized
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
-def test_a_loaded_model_stays_as_it_was_saved() -> None:
-    source = pgf.Glow(**FIELDS)
-    source.initialize(torch.rand(8, 1, 4, 4) - 0.5)
-    target = pgf.Glow(**FIELDS)
-    target.load_state_dict(source.state_dict())
-    assert target.is_initialized
-    x = torch.randn(8, 1, 4, 4) * 9.0
-    assert torch.equal(target.log_prob(x), source.log_prob(x))
-    for name, value in source.state_dict().items():
-        assert torch.equal(target.state_dict()[name], value), name
-
-
 def test_one_actnorm_that_waits_is_initialised_alone() -> None:
     model, x = pgf.Glow(**FIELDS), torch.rand(8, 1, 4, 4) - 0.5
     model(x)
@@ -93,3 +72,14 @@ def test_training_steps_lower_the_loss() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 2.0
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("n_classes", [None, 3])
+def test_the_top_prior_starts_as_the_standard_normal(learn: bool, n_classes: int | None) -> None:
+    prior, like = TopPrior(4, n_classes, learn), torch.randn(2, 4, 3, 5)
+    y = None if n_classes is None else torch.tensor([2, 0])
+    for value in prior(like, y):
+        assert torch.broadcast_shapes(value.shape, like.shape) == like.shape
+        assert not value.any()
+    assert len(list(prior.parameters())) == learn + (n_classes is not None)

@@ -11,7 +11,6 @@ from support.graphed_stand_in import Side, recorded_graphs
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast._captures import Later
 from pyglow_fast.models import GraphedGlow
 from pyglow_fast.models.replays import WARM_UPS
 
@@ -79,23 +78,6 @@ def test_replays_are_the_models_steps_to_the_bit(recorded: Side, memory: str) ->
         optimizer.step()
 
 
-def test_a_loss_of_before_that_is_alive_does_no_harm(recorded: Side) -> None:
-    model, x = make()
-    alive = -model.log_prob(x).mean()
-    step = captured(model, x)
-    check_step(model, step, x)
-    alive.backward()
-
-
-def test_warm_ups_run_where_the_capture_is(recorded: Side, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries have handles and memory for each stream."""
-    model, x = make()
-    seen, true = [], model.log_prob
-    monkeypatch.setattr(model, "log_prob", lambda *a: seen.append(recorded.is_current) or true(*a))
-    captured(model, x)
-    assert seen == [True] * (WARM_UPS + 1)
-
-
 def test_other_shapes_run_eagerly_until_there_are_as_many(recorded: Side) -> None:
     model, x = make()
     step, runs = captured(model, x), []
@@ -103,15 +85,8 @@ def test_other_shapes_run_eagerly_until_there_are_as_many(recorded: Side) -> Non
     for count, eager in ((2, 1), (N, 0), (2, 1), (N, 0), (2, 3), (2, 1), (2, 0), (N, 1)):
         for _ in range(max(1, eager)):
             runs.clear()
-            check_step_of(model, step, x[:count], true)
-            assert len(runs) == min(1, eager)
-
-
-def check_step_of(model: pgf.Glow, step: GraphedGlow, x: Tensor, log_prob: object) -> None:
-    loss = -log_prob(x).mean()  # type: ignore[operator]
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    assert torch.equal(step(x), loss.detach())
-    assert all(torch.equal(p.grad, own) for p, own in zip(model.parameters(), gradients, strict=True))  # type: ignore[arg-type]
+            check_step(model, step, x[:count])
+            assert len(runs) == 1 + min(1, eager), "the step itself, and what it is compared with"
 
 
 class ReadsNet(torch.nn.Conv2d):
@@ -177,22 +152,6 @@ class TestDrift:
             assert not step.lost
         assert step.how == "a CUDA graph"
         assert [report["skipped"] for report in model.memory_report()] == [1, 1]
-
-    def test_each_lost_step_is_counted_where_nobody_asks(self, recorded: Side, off: Tensor) -> None:
-        model, x = make(n_steps=8)
-        step = captured(model, x)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Later, "read", lambda _: None)  # copies that never come
-            off.fill_(1.01)
-            for _ in range(5):
-                step(x)
-                assert step.lost
-            off.fill_(1.0)
-            check_step(model, step, x)
-            assert not step.lost
-        reports = model.memory_report()
-        assert [(report["trips"], report["skipped"]) for report in reports] == [(5, 5), (5, 5)]
-        assert [report["anchor_every"] for report in reports] == [2, 2], "of one spacing that drifted, not of five"
 
 
 def test_autocast_keeps_no_weights_of_the_warm_ups(recorded: Side) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 
 import pytest
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast import functional
-from pyglow_fast.coupling_nets.precision import PRECISIONS, overridden
-from pyglow_fast.latents.spaces import SPACES, from_space, to_space
+from pyglow_fast.coupling_nets.precision import PRECISIONS
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -128,30 +126,6 @@ class TestEncoding:
         with pytest.warns(UserWarning, match="encode with nets in"):
             glow.encode(images(2), precision="auto")
 
-    def test_another_thread_is_not_concerned(self) -> None:
-        glow, seen = model("bf16"), []
-        outputs = net_precisions(glow)
-
-        def run() -> None:
-            outputs.clear()
-            with torch.no_grad():
-                glow.log_prob(images(2))
-            seen.append(set(outputs))
-
-        with overridden("fp32"):
-            thread = threading.Thread(target=run)
-            thread.start()
-            thread.join()
-        assert seen == [{torch.bfloat16}]
-
-
-def test_sampling_uses_it() -> None:
-    glow = model("bf16").eval()
-    exact = model().eval()
-    found, expected = (which.sample(4, 0.5, generator=torch.Generator().manual_seed(2)) for which in (glow, exact))
-    difference = float((found - expected).abs().max())
-    assert 1e-6 < difference < 0.1
-
 
 class TestOnAGpu:
     """Which rounds what convolutions and products multiply to TF32, where torch's settings let it."""
@@ -191,27 +165,3 @@ class TestOnAGpu:
         assert (
             any("encode with nets in TF32: decode(encode(x)) is off by about 1e-4" in text for text in texts) == warns
         )
-
-    @pytest.mark.parametrize("autocast", [False, True])
-    def test_spaces_of_latents_too(self, autocast: bool) -> None:
-        """There the priors of splits take part, of states that differ by roundings."""
-        glow, x = model().eval(), images(8)
-        with torch.no_grad():
-            for name, parameter in glow.named_parameters():
-                parameter.add_((0.1 if "split" in name else 0.01) * torch.randn_like(parameter))
-            with in_tf32(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                for space in SPACES:
-                    back = from_space(glow, to_space(glow, x, space), space)
-                    assert torch.allclose(back, x, atol=1e-5), space
-
-    @pytest.mark.full
-    @pytest.mark.parametrize(("precision", "rounds"), [("auto", True), ("tf32", True), ("fp32", False)])
-    @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
-    def test_nets_are_as_told(self, memory: str, precision: str, rounds: bool) -> None:
-        """Their backward too, but in mode "store", where it is autograd's own, under the settings of its moment."""
-        glow, x = model(precision, memory=memory, learn_prior=False), images(4)
-        with in_tf32() as mode:
-            loss = glow.log_prob(x).sum()
-            if memory != "store":
-                loss.backward()
-        assert (mode.counts["conv"] > 0) == rounds

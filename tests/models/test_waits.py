@@ -5,7 +5,6 @@ A dispatch mode sees the operations, so these are the generic path's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,44 +43,33 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def like_a_gpu() -> Iterator[None]:
-    """What the code asks about itself is answered as on a GPU."""
+@pytest.mark.parametrize(
+    ("memory", "deferred", "reads"),
+    [
+        ("store", False, []),
+        ("checkpoint", False, []),
+        ("reversible", False, ["_local_scalar_dense"] * LEVELS),  # a verdict on the drift for each level
+        ("reversible", True, []),
+    ],
+)
+def test_what_training_waits_for(memory: str, deferred: bool, reads: list[str]) -> None:
     with captures.like_a_gpu():
-        yield
+        model, x = make(3, memory)
+        for level in model.levels:
+            level.steps.control.deferred = deferred  # type: ignore[union-attr]
+        with HostReads() as found:
+            (-model.log_prob(x).mean()).backward()
+    assert found.found == reads
 
 
-@pytest.mark.parametrize("memory", ["store", "checkpoint"])
-def test_training_never_waits_for_the_host(like_a_gpu: None, memory: str) -> None:
-    model, x = make(3, memory)
-    with HostReads() as reads:
-        (-model.log_prob(x).mean()).backward()
-    assert reads.found == []
-
-
-def test_reversible_training_reads_one_verdict_a_level(like_a_gpu: None) -> None:
-    model, x = make(3, "reversible")
-    with HostReads() as reads:
-        (-model.log_prob(x).mean()).backward()
-    assert reads.found == ["_local_scalar_dense"] * LEVELS
-
-
-def test_deferred_verdicts_are_never_waited_for(like_a_gpu: None) -> None:
-    model, x = make(3, "reversible")
-    for level in model.levels:
-        level.steps.control.deferred = True  # type: ignore[union-attr]
-    with HostReads() as reads:
-        (-model.log_prob(x).mean()).backward()
-    assert reads.found == []
-
-
-def test_log_prob_and_sampling_never_wait_for_the_host(like_a_gpu: None) -> None:
-    model, x = make(3, "reversible")
-    model.eval()
-    with torch.no_grad(), HostReads() as reads:
-        model.log_prob(x)
-        model.sample(4, 0.7)
-        model.decode(model.encode(x))
+def test_log_prob_and_sampling_never_wait_for_the_host() -> None:
+    with captures.like_a_gpu():
+        model, x = make(3, "reversible")
+        model.eval()
+        with torch.no_grad(), HostReads() as reads:
+            model.log_prob(x)
+            model.sample(4, 0.7)
+            model.decode(model.encode(x))
     assert reads.found == []
 
 
