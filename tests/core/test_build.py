@@ -106,16 +106,6 @@ def test_cuda_where_nvcc_is_found(policy: ModuleType, monkeypatch: pytest.Monkey
     assert policy.cuda_options() == ["-DPYGLOW_NVCC="]
 
 
-def test_beside_a_torch_without_cuda_its_kernels_are_compiled_when_asked_for(
-    policy: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fake_nvcc(tmp_path, "13.0")
-    monkeypatch.setattr(policy, "torch_has_cuda", lambda: False)
-    assert policy.cuda_options() == ["-DPYGLOW_NVCC="]
-    monkeypatch.setenv("PYGLOW_CUDA", "1")
-    assert policy.cuda_options()[0] == f"-DPYGLOW_NVCC={tmp_path / 'nvcc'}"
-
-
 def test_the_named_toolkit_comes_before_the_path(
     policy: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

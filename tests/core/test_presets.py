@@ -143,11 +143,6 @@ def test_labels_can_be_left_out_of_a_preset_that_uses_them() -> None:
     assert config("fashion", class_conditional=True, n_classes=10).model.n_classes == 10
 
 
-def test_another_optimizer_has_no_weight_decay() -> None:
-    assert TrainConfig.preset("digits").weight_decay == 0.3
-    assert TrainConfig.preset("digits", optimizer="adamax").weight_decay == 0
-
-
 @pytest.mark.parametrize("name", presets.CONDITIONAL)
 def test_presets_with_a_condition_are_no_models_of_images_alone(name: str) -> None:
     assert pgf.GlowConfig.preset(name).cond_channels == (320,) * pgf.GlowConfig.preset(name).n_levels

@@ -18,7 +18,6 @@ from pyglow_fast._settings import (
     declared_of,
     setting,
     settings,
-    value_text,
 )
 from pyglow_fast.data import DataConfig
 from pyglow_fast.train import TrainConfig
@@ -49,24 +48,14 @@ class Oven:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"heat": 0}, "heat: expected a positive number, found 0"),
         ({"heat": math.nan}, "heat: expected a positive number, found nan"),
-        ({"heat": math.inf}, "heat: expected a positive number, found inf"),
-        ({"heat": "hot"}, "heat: expected a positive number, found 'hot'"),
         ({"heat": True}, "heat: expected a positive number, found True"),
-        ({"heat": None}, "heat: expected a positive number, found None"),
-        ({"heat": 301}, "heat: expected at most 300 (it melts), found 301"),
         ({"heat": 10**400}, f"heat: expected at most 300 (it melts), found {10**400}"),
         ({"shelf": 0}, "shelf: expected a whole number in 1..4, or none, found 0"),
-        ({"shelf": 5}, "shelf: expected a whole number in 1..4, or none, found 5"),
-        ({"shelf": 1.0}, "shelf: expected a whole number in 1..4, or none, found 1.0"),
         ({"shelf": Decimal(2)}, "shelf: expected a whole number in 1..4, or none, found Decimal('2')"),
         ({"fan": 1}, "fan: expected true or false, found 1"),
-        ({"fan": "yes"}, "fan: expected true or false, found 'yes'"),
-        ({"mode": "fry"}, "mode: expected one of ('bake', 'grill'), found 'fry'"),
         ({"mode": ["bake"]}, "mode: expected one of ('bake', 'grill'), found ['bake']"),
         ({"name": ""}, "name: expected a name, found ''"),
-        ({"name": 3}, "name: expected a name, found 3"),
     ],
 )
 def test_what_is_not_declared_is_refused(values: dict[str, Any], message: str) -> None:
@@ -91,27 +80,6 @@ def test_the_docstring_lists_the_fields() -> None:
         "    shelf: the shelf (None: in the middle).",
     ]
     assert (Oven.__doc__ or "").endswith("Raises:\n    ValueError: a value that it cannot have.")
-
-
-@pytest.mark.parametrize(
-    ("numbers", "whole", "words"),
-    [
-        (Range(), False, "a finite number"),
-        (Range(), True, "a whole number"),
-        (Range(least=0), True, "a whole number, 0 or more"),
-        (Range(least=2), True, "a whole number, 2 or more"),
-        (Range(least=1), True, "a positive whole number"),
-        (Range(above=0), False, "a positive number"),
-        (Range(above=0, most=80.0), False, "a positive number, at most 80"),
-        (Range(above=0, below=1), False, "a number between 0 and 1"),
-        (Range(least=0, below=1), False, "a number from 0 to below 1"),
-        (Range(least=1 / 1e30, most=1e30), False, "a number from 1e-30 to 1e+30"),
-        (Range(least=1, most=8), True, "a whole number in 1..8"),
-        (Range(least=1, most=8, why="so"), True, "a positive whole number"),
-    ],
-)
-def test_ranges_in_words(numbers: Range, whole: bool, words: str) -> None:
-    assert numbers.words(whole) == words
 
 
 def test_a_bound_without_a_least_number_is_of_the_magnitude() -> None:
@@ -141,14 +109,6 @@ def test_presets_are_of_settings_in_their_ranges() -> None:
     for preset in {**presets.PRESETS, **presets.CONDITIONAL}.values():
         for name, value in preset.settings.items():
             known[name].check(value)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(True, "on"), (False, "off"), (None, "none"), (0.1, "0.1"), (1e30, "1e+30"), ((0.0, 1), "0 1"), ("auto", "auto")],
-)
-def test_values_for_people(value: object, text: str) -> None:
-    assert value_text(value) == text
 
 
 def test_the_page_lists_what_the_fields_say() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,9 @@ from support.covering import pairs
 from support.helpers import assert_close
 from support.user_steps import mixed
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import pyglow_fast as pgf
 from pyglow_fast import likelihood, ops
-from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.sequence import MaskedSequence
 from pyglow_fast.layers.wavenet import WaveNet
 
@@ -61,7 +58,7 @@ def ready(flow: nn.Module, *inputs: Tensor, **given: Tensor) -> nn.Module:
     return flow
 
 
-X, COND, LABELS = (randn(N, 4, 4, 2), randn(N, 3, 4, 2), torch.tensor([2, 0]))
+X, COND = randn(N, 4, 4, 2), randn(N, 3, 4, 2)
 IMAGES, VECTORS, SPEECH = randn(N, 2, 4, 4), randn(N, 3), randn(N, 4, 6)
 MASK = torch.tensor([[1.0] * 6, [1.0] * 4 + [0.0] * 2], dtype=torch.float64).unsqueeze(1)
 Build = Callable[[], tuple[nn.Module, Tensor, dict[str, Tensor]]]  # a flow, its input and what else it gets
@@ -69,23 +66,6 @@ Build = Callable[[], tuple[nn.Module, Tensor, dict[str, Tensor]]]  # a flow, its
 
 def layer(make: Callable[[], nn.Module], x: Tensor = X, **given: Tensor) -> Build:
     return lambda: (ready(make(), x, **given), x, given)
-
-
-LAYERS: dict[str, Build] = {
-    "ActNorm": layer(lambda: pgf.ActNorm(4)),
-    "InvConv": layer(lambda: pgf.InvConv(4)),
-    "InvConv plain": layer(lambda: pgf.InvConv(4, lu=False)),
-    "Permute": layer(lambda: pgf.Permute(4)),
-    "Squeeze": layer(lambda: pgf.Squeeze()),
-    "Coupling": layer(lambda: pgf.Coupling(pgf.CouplingNet(2, 4, 5))),
-    "checkerboard": layer(lambda: pgf.Coupling(pgf.CouplingNet(4, 8, 5), mask="checkerboard", parity=1)),
-    "AffineInjector": layer(lambda: AffineInjector(4, 3, 5), cond=COND),
-    "FlowStep": layer(lambda: pgf.FlowStep(4, 5)),
-    "FlowStep of gathers": layer(lambda: pgf.FlowStep(4, 5, "additive", "shuffle", net_actnorm=True, border=True)),
-    "FlowStep of exp": layer(lambda: pgf.FlowStep(4, 5, scale_map="exp", permutation="invconv_plain")),
-    "FlowStep on a board": layer(lambda: pgf.FlowStep(4, 5, permutation="reverse", mask="checkerboard")),
-    "FlowStep with a condition": layer(lambda: pgf.FlowStep(4, 5, cond_channels=3, injector=True), cond=COND),
-}
 
 
 def glow(channels: int = 2, **options: Any) -> pgf.Glow:
@@ -98,6 +78,9 @@ def speech_steps() -> MaskedSequence:
 
 FLOWS: dict[str, Build] = {
     "steps": layer(lambda: pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])),
+    "steps of gathers": layer(lambda: pgf.ReversibleSequence([pgf.FlowStep(4, 5, "additive", "shuffle", border=True)])),
+    "boards": layer(lambda: pgf.ReversibleSequence([pgf.FlowStep(4, 5, mask="checkerboard")])),
+    "injectors": layer(lambda: pgf.ReversibleSequence([pgf.FlowStep(4, 5, cond_channels=3, injector=True)]), cond=COND),
     "modules": lambda: (mixed(), X, {}),
     "masked steps": layer(speech_steps, SPEECH, mask=MASK),
     "Glow": layer(lambda: glow(), IMAGES),
@@ -156,31 +139,16 @@ def second_derivatives(scores: nn.Module, x: Tensor) -> Tensor:
         return torch.stack(rows).reshape(*x.shape, *x.shape)
 
 
-def dual(scores: nn.Module, x: Tensor) -> Tensor:
-    with forward_ad.dual_level():
-        tangent: Tensor | None = forward_ad.unpack_dual(scores(forward_ad.make_dual(x, x.cos()))).tangent
-        assert tangent is not None
-        return tangent.clone()
-
-
 def along(scores: nn.Module, x: Tensor) -> Tensor:
     return (jacobian(scores, x) * x.cos()).flatten(1).sum(1)
 
 
 Way = Callable[[nn.Module, Tensor], Any]
-SEED = torch.tensor([0.5, -2.0], dtype=torch.float64)
 # By its name a transform, and what a loop of ordinary autograd makes of it.
 WAYS: dict[str, tuple[Way, Way]] = {
     "grad": (lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), lambda f, x: jacobian(f, x).sum(0)),
-    "vjp": (
-        lambda f, x: torch.func.vjp(f, x)[1](SEED)[0],
-        lambda f, x: torch.tensordot(SEED, jacobian(f, x), 1),
-    ),
     "jvp": (lambda f, x: torch.func.jvp(f, (x,), (x.cos(),)), lambda f, x: (f(x), along(f, x))),
-    "dual": (dual, along),
     "vmap": (lambda f, x: torch.func.vmap(one(f))(x), lambda f, x: torch.stack([one(f)(part) for part in x])),
-    "jacrev": (lambda f, x: torch.func.jacrev(f)(x), jacobian),
-    "jacfwd": (lambda f, x: torch.func.jacfwd(f)(x), jacobian),
     "hessian": (lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x[:1]), second_derivatives),
     "grad of functional_call": (
         lambda f, x: torch.func.grad(summed_of(f), argnums=(0, 1))(parameters_of(f), x),
@@ -215,25 +183,14 @@ def assert_way(way: str, scores: Scores, expected_of: Scores, x: Tensor) -> None
 
 
 @pairs(
-    pytest.mark.parametrize("name", LAYERS),
-    pytest.mark.parametrize("way", WAYS),
-    pytest.mark.parametrize("method", ["forward", "inverse"]),
-    pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]),
-)
-def test_layers(name: str, way: str, method: str, training: bool) -> None:
-    flow, x, given = LAYERS[name]()
-    scores = Scores(flow.train(training), method, **given)
-    assert_way(way, scores, scores, x)
-
-
-@pairs(
     pytest.mark.parametrize("name", FLOWS),
     pytest.mark.parametrize("way", WAYS),
     pytest.mark.parametrize("mode", MODES),
+    pytest.mark.parametrize("inverse", [False, True]),
 )
-def test_memory_modes(name: str, way: str, mode: str) -> None:
+def test_memory_modes(name: str, way: str, mode: str, inverse: bool) -> None:
     flow, x, given = FLOWS[name]()
-    method = "log_prob" if isinstance(flow, pgf.Glow) else "forward"
+    method = "log_prob" if isinstance(flow, pgf.Glow) else "inverse" if inverse else "forward"
     if mode == "frozen" and isinstance(flow, pgf.Glow):
         flow = plain = flow.freeze()
     else:
@@ -259,30 +216,7 @@ def test_what_is_ordinary_stays_so(memory: str) -> None:
     assert touched.memory_report() == flow.memory_report()
 
 
-def test_samples_with_their_labels() -> None:
-    model = ready(glow(n_classes=3), IMAGES)
-    found = torch.func.vmap(lambda x, y: model.log_prob(x[None], y[None])[0])(IMAGES, LABELS)
-    assert_close(found, model.log_prob(IMAGES, LABELS), CONDITION)
-
-
-def test_the_kept_folds_of_inference_are_not_used() -> None:
-    model = ready(glow(), IMAGES).eval()
-    with torch.no_grad():
-        expected = model.log_prob(IMAGES)
-        found = torch.func.vmap(lambda x: model.log_prob(x[None])[0])(IMAGES)
-        _, tangent = torch.func.jvp(model.log_prob, (IMAGES,), (IMAGES.cos(),))
-    assert_close(found, expected, CONDITION)
-    assert_close(tangent, along(Scores(model, "log_prob"), IMAGES), CONDITION)
-
-
-TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
-    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
-    "vmap": lambda f, x: torch.func.vmap(lambda x: f(x[None])[0])(x),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
-}
-
-
-@pytest.mark.parametrize("way", TRANSFORMS)
+@pytest.mark.parametrize("way", ["grad", "vmap", "jvp"])
 @pytest.mark.parametrize("flow_name", ["Glow", "steps", "ActNorm", "net"])
 def test_a_fresh_actnorm_is_refused(flow_name: str, way: str) -> None:
     """And stays fresh: a batch within a transform is none that it could keep values of."""
@@ -299,23 +233,10 @@ def test_a_fresh_actnorm_is_refused(flow_name: str, way: str) -> None:
     with pytest.raises(
         ValueError, match=r"actnorm: expected one that has seen data before torch.func .* found a fresh"
     ):
-        TRANSFORMS[way](scores, x)
+        WAYS[way][0](scores, x)
     after = flow.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items() if isinstance(value, Tensor))
-    assert flat(TRANSFORMS[way](scores.eval(), x))  # in evaluation nothing waits for data
-
-
-def test_several_models_lent_to_a_fresh_one() -> None:
-    models = [Scores(ready(glow(), IMAGES), "log_prob") for _ in range(2)]
-    fresh = Scores(glow().double(), "log_prob")
-    lent = torch.func.stack_module_state(models)
-    run = torch.func.vmap(functools.partial(torch.func.functional_call, fresh), in_dims=((0, 0), None))
-    with pytest.raises(
-        ValueError, match=r"actnorm: expected one .* or evaluation mode, .* found a fresh one in training"
-    ):
-        run(lent, (IMAGES,))
-    fresh.eval()
-    assert_close(run(lent, (IMAGES,)), torch.stack([model(IMAGES) for model in models]), CONDITION)
+    assert flat(WAYS[way][0](scores.eval(), x))  # in evaluation nothing waits for data
 
 
 def test_pixels() -> None:
