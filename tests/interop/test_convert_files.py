@@ -124,10 +124,10 @@ def test_our_own_file_is_refused(tmp_path: Path) -> None:
     assert json.loads(header["pyglow_fast_model"])["config"]["hidden"] == 4
     state, name = load_file(path), "levels.1.steps.0.coupling.net.conv2.weight"
     for changed, message in (
-        ({key: value for key, value in state.items() if key != name}, rf"expected a tensor '{name}', found none"),
-        ({**state, "more": torch.zeros(1)}, r"found an unknown tensor 'more'"),
-        ({**state, name: torch.zeros(4, 4)}, rf"{name} of shape \(4, 4, 1, 1\), found shape \(4, 4\)"),
-        ({**state, name: state[name] / 0.0}, rf"{name} of finite numbers, found NaN or inf"),
+        ({key: value for key, value in state.items() if key != name}, rf"^{name}: expected a tensor of that name"),
+        ({**state, "more": torch.zeros(1)}, r"^more: expected no tensor of that name"),
+        ({**state, name: torch.zeros(4, 4)}, rf"^{name}: expected shape \(4, 4, 1, 1\), found shape \(4, 4\)"),
+        ({**state, name: state[name] / 0.0}, rf"^{name}: expected finite numbers, found NaN or inf"),
     ):
         save_file(changed, path, header)
         with pytest.raises(ValueError, match=message):
@@ -139,7 +139,6 @@ def test_our_own_file_is_refused(tmp_path: Path) -> None:
     [
         ("{", r"expected a header written by pyglow_fast"),
         ("[" * 20_000 + "]" * 20_000, r"safetensors: expected a header written by pyglow_fast, found .*RecursionError"),
-        ("9" * 5000, r"safetensors: expected a header written by pyglow_fast, found .*4300 digits"),
         ('{"config": {}}', r"expected a header written by pyglow_fast"),
         ('{"format": 1, "config": 3}', r"expected a header written by pyglow_fast"),
         ('{"format": 7, "config": {}}', r"expected format 1 \(another version of pyglow_fast wrote it\), found 7"),

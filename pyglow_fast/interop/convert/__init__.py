@@ -8,16 +8,18 @@ other's names and shapes; a model that the other cannot express is refused. See 
 
 from pyglow_fast.interop.convert.files import load_glow, read_tensors, save_glow, write_tensors
 from pyglow_fast.interop.convert.formats import (
+    level_features,
     load_chaiyujin,
     load_openai,
     load_rosinality,
+    load_srflow,
     load_y0ast,
     save_chaiyujin,
     save_openai,
     save_rosinality,
+    save_srflow,
     save_y0ast,
 )
-from pyglow_fast.interop.convert.srflow import level_features, load_srflow, save_srflow
 
 __all__ = [
     "level_features",

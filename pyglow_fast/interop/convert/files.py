@@ -136,42 +136,29 @@ def load_glow(path: str | Path, device: str | torch.device = "cpu", **options: A
     try:
         with safe_open(name, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(_HEADER)
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
     expect(text is not None, name, "a model of pyglow_fast", "another safetensors file")
-    config = _config_of(str(text), name)
+    try:
+        header = json.loads(str(text))
+        config = GlowConfig.from_dict(header["config"]) if header["format"] == FORMAT else None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:  # JSON may be nested too deeply
+        raise ValueError(f"{name}: expected a header written by pyglow_fast, found {error!r} in it") from error
+    expected = f"format {FORMAT} (another version of pyglow_fast wrote it)"
+    expect(config is not None, name, expected, header["format"])
     with torch.random.fork_rng(devices=[]):
         model = Glow(config, **options)
-    if any(tensor.dtype == torch.float64 for tensor in state.values()):
-        model = model.double()
-    wanted = _without_control(model.state_dict())
-    for key in sorted(wanted | state):
-        expect(key in state, name, f"a tensor {key!r}", "none")
-        expect(key in wanted, name, "weights that fit its own configuration", f"an unknown tensor {key!r}")
-        shape, found = tuple(wanted[key].shape), tuple(state[key].shape)
-        expect(found == shape, name, f"{key} of shape {shape}", f"shape {found}")
-        expect(bool(state[key].isfinite().all()), name, f"{key} of finite numbers", "NaN or inf")
-    model.load_state_dict(state)
+    reader = Reader(tensors)
+    state = _without_control(model.state_dict())
+    state = {key: reader.take(key, *tensor.shape) for key, tensor in state.items()}
+    model.to(reader.finish()).load_state_dict(state)
     return model.to(device).eval()
 
 
 def _without_control(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out the state of training's drift control, which begins anew."""
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
-
-
-def _config_of(text: str, name: str) -> GlowConfig:
-    try:
-        try:
-            header = json.loads(text)
-        except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, or nested too deeply
-            raise TypeError(f"{type(error).__name__}: {error}") from error
-        found = header["format"]
-        expect(found == FORMAT, name, f"format {FORMAT} (another version of pyglow_fast wrote it)", found)
-        return GlowConfig.from_dict(header["config"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name}: expected a header written by pyglow_fast, found {error!r} in it") from error
 
 
 class Reader:

@@ -1,16 +1,18 @@
-"""The formats of four Glows of images, each a column of one table, and what a table cannot say.
+"""The formats of four Glows of images and of SRFlow, each a column of one table, and what a table cannot say.
 
 - openai/glow (TensorFlow 1): arrays by the names of variables. Their product is z W.
 - rosinality/glow-pytorch: convolutions that start at zero pad with ones, actnorms have a scale.
 - chaiyujin/glow-pytorch and y0ast/Glow-PyTorch: one layout with two sets of names. Layer ``flow.layers.i`` is step k of
   level l for i = l (K + 2) + 1 + k, and the split after that level for i = l (K + 2) + K + 1.
+- SRFlow and what derives from it (LLFlow): the flow part of their checkpoints. They derive from chaiyujin's, with
+  ``affine`` for ``f``: ``fFeatures``, the injector's net, and ``fAffine``, the coupling's. Each level begins with steps
+  that have neither, and only the first levels end with a split.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,16 +25,15 @@ from pyglow_fast._errors import expect
 from pyglow_fast.interop.convert.files import Reader
 from pyglow_fast.interop.convert.parts import (
     Parts,
-    check_model,
     factored,
     has_border,
     matrix_of,
     mixes,
-    parts_of,
     put_together,
     remix,
+    take_apart,
 )
-from pyglow_fast.interop.convert.table import Table
+from pyglow_fast.interop.convert.table import Row, Table
 from pyglow_fast.models import Glow, GlowConfig
 
 _AVERAGE = "/ExponentialMovingAverage"
@@ -46,17 +47,17 @@ step:               | model/{level}/{k}/                   | blocks.{level}.flow
 actnorm.bias        | actnorm_center/b 111C                | actnorm.loc 1C11                  | actnorm.bias 1C11
 actnorm.log_scale   | actnorm_scale/logs third 111C        | actnorm.scale scale 1C11          | actnorm.logs 1C11
 actnorm.initialized |                                      | actnorm.initialized flag          |
-net.conv1.weight    | f1/l_1/W ring hwio                   | coupling.net.0.weight             | NET.0.CONVweight
+net.conv1.weight    | f1/l_1/W hwio                        | coupling.net.0.weight zeros       | NET.0.CONVweight zeros
 net.norm1.bias      | f1/l_1/actnorm_center/b 111C         | coupling.net.0.bias               | NET.0.actnorm.bias 1C11
 net.norm1.log_scale | f1/l_1/actnorm_scale/logs third 111C |                                   | NET.0.actnorm.logs 1C11
 net.conv2.weight    | f1/l_2/W hwio                        | coupling.net.2.weight             | NET.2.CONVweight
 net.norm2.bias      | f1/l_2/actnorm_center/b 111C         | coupling.net.2.bias               | NET.2.actnorm.bias 1C11
 net.norm2.log_scale | f1/l_2/actnorm_scale/logs third 111C |                                   | NET.2.actnorm.logs 1C11
-net.conv3.weight | f1/l_last/W ring pairs hwio | coupling.net.4.conv.weight ring swap ones | NET.4.CONVweight pairs
+net.conv3.weight    | f1/l_last/W pairs hwio | coupling.net.4.conv.weight swap ones   | NET.4.CONVweight pairs zeros
 net.conv3.bias      | f1/l_last/b pairs 111C               | coupling.net.4.conv.bias swap     | NET.4.CONVbias pairs
 net.log_gain        | f1/l_last/logs pairs 1C              | coupling.net.4.scale swap 1C11    | NET.4.logs pairs
 split:              | model/pool{level}/conv/              | blocks.{level}.prior.             | LAYER.{i}.conv.
-conv.weight         | W ring pairs hwio                    | conv.weight ring ones             | CONVweight pairs
+conv.weight         | W pairs hwio                         | conv.weight ones                  | CONVweight pairs zeros
 conv.bias           | b pairs 111C                         | conv.bias                         | CONVbias pairs
 log_gain            | logs pairs 1C                        | scale 1C11                        | logs pairs
 top:                | model/prior/p/                       | blocks.{level}.prior.             | TOP.
@@ -71,7 +72,7 @@ plain:              | -                                    | -                  
 mix.weight          | invconv/W transposed regular         | invconv.weight regular CC11       | invconv.weight regular
 shuffle:            | -                                    |                                   | -
 mix.index           | shuffle/indices order int32          |                                   | shuffle.indices order
-mix.back            | shuffle/indices_inverse order int32  |                                   |
+mix.index           | shuffle/indices_inverse inverse int32 |                                  |
 lu:                 | -                                    | -                                 | -
 mix.u_mask          |                                      | invconv.u_mask                    |
 mix.l_mask          |                                      | invconv.l_mask                    |
@@ -91,15 +92,27 @@ def _column(i: int) -> str:
     return re.sub("^mix", "permutation", re.sub("^net", "coupling.net", text, flags=re.M), flags=re.M)
 
 
-def port(layer: str, net: str, conv: str, linear: str, lower: str, upper: str, top: str) -> str:
-    """The lines of a table of the ports, with these names in it."""
-    names = {"LAYER": layer, "NET": net, "CONV": conv, "LINEAR": linear, "LOWER": lower, "UPPER": upper, "TOP": top}
-    return re.sub("|".join(names), lambda found: names[found[0]], _column(3))
+def _port(**names: str) -> Table:
+    return Table(re.sub("|".join(names), lambda found: names[found[0]], _column(3)))
+
+
+def _srflow() -> Table:
+    """That of chaiyujin's with a second net, plain 1x1 convolutions alone, and no top prior."""
+    table = _port(LAYER="flowUpsamplerNet.layers", NET="affine.fAffine", CONV="")
+    for ours, theirs, layouts in [row for row in table.rows["step"] if row.ours.startswith("coupling.")]:
+        injector = Row(ours.replace("coupling.", "injector."), theirs.replace("fAffine", "fFeatures"), layouts)
+        table.rows["step"].append(injector)
+    table.rows |= {"top": [], "classes": []}
+    del table.mixings[1:]
+    return table
 
 
 _OPENAI, _ROSINALITY = Table(_column(1), out=-1), Table(_column(2))
-_Y0AST = Table(port("flow.layers", "block", "conv.", "linear.", "lower", "upper", "learn_top_fn"))
-_CHAIYUJIN = Table(port("flow.layers", "f", "", "", "l", "u", "learn_top"))
+_CHAIYUJIN = _port(LAYER="flow.layers", NET="f", CONV="", LINEAR="", LOWER="l", UPPER="u", TOP="learn_top")
+_Y0AST = _port(
+    LAYER="flow.layers", NET="block", CONV="conv.", LINEAR="linear.", LOWER="lower", UPPER="upper", TOP="learn_top_fn"
+)
+_SRFLOW = _srflow()
 # chaiyujin's x is (x + _SHIFT) _STRETCH of ours, so that the middle of a level's bin is the level.
 _STRETCH, _SHIFT = 256.0 / 255.0, 0.5 - 0.5 / 256.0
 
@@ -133,17 +146,9 @@ def load_openai(arrays: Mapping[str, Any] | str, image_size: int | tuple[int, in
     n_levels, n_steps = reader.count("model/"), reader.count("model/0/")
     config = _OPENAI.config(reader, image_size, n_levels=n_levels, n_steps=n_steps, net_actnorm=True)
     parts = _OPENAI.read(config, reader)
-    others = [step for step in parts.values() if mixes(step)]
     for name, step in _OPENAI.steps(config, parts):
-        if "permutation.index" in step:
-            back = step.pop("permutation.back")
-            same = torch.equal(step["permutation.index"].argsort(), back)
-            expect(same, name + "shuffle/indices_inverse", "the inverse order", back.tolist())
-        elif "permutation.lower" in step:
+        if "permutation.lower" in step:
             remix(step, factored(matrix_of(step).T, name + "invconv/sign_S"))
-        elif others and not mixes(step):  # of other steps
-            name += "shuffle/indices" if "permutation.index" in others[0] else "invconv/W"
-            expect(False, name, "a tensor of that name", "none")
     return put_together(config, parts, reader.finish(left_out=_NOT_THE_FLOW))
 
 
@@ -162,14 +167,12 @@ def save_openai(model: Glow, lu: bool = False, learn_top: bool = True) -> dict[s
     Raises:
         ValueError: a model that the released code does not have; without learn_top, a top prior that is not N(0, 1).
     """
-    parts, shape = _plain_parts(model, learn_top), model.config.image_shape
+    parts, shape = take_apart(model, _wanted, learn_top), model.config.image_shape
     expect(shape[1] == shape[2], "image_shape", "square images, as in the released code", shape)
     for name, step in _OPENAI.steps(model.config, parts):
-        if "permutation.index" in step:
-            step["permutation.back"] = step["permutation.index"].argsort()
-        elif lu and mixes(step):
+        if lu and mixes(step) and "permutation.index" not in step:
             remix(step, factored(matrix_of(step).T, name + "invconv"))
-        elif mixes(step):
+        elif "permutation.lower" in step:
             remix(step, {"permutation.weight": matrix_of(step)})
     return {name: value.numpy() for name, value in _OPENAI.write(model, parts).items()}
 
@@ -217,13 +220,12 @@ def save_rosinality(model: Glow) -> dict[str, Tensor]:
             split priors whose border term is not the sum of the convolution's weights over its input channels (this is
             what padding with ones gives: it holds for models that come from there, and where the weights are zero).
     """
-    parts = _plain_parts(model)
+    parts = take_apart(model, lambda config: {**_wanted(config), "n_classes": None})
     config, dtype, net = model.config, next(model.parameters()).dtype, "coupling.net."
-    expect(config.n_classes is None, "n_classes", "None: their prior knows none", config.n_classes)
     steps = _ROSINALITY.steps(config, parts)
-    sees = any(bool(step[net + "border1"].any()) for _, step in steps)
+    sees = any(bool(step[net + "conv1.weight"][:, -1].any()) for _, step in steps)
     expect(not sees, "border1", "zeros: their first convolution pads with zeros", "a border term")
-    missing = [_beyond_ones(step[net + "conv3.weight"], step[net + "border3"], dtype) for _, step in steps]
+    missing = [_beyond_ones(step[net + "conv3.weight"], dtype) for _, step in steps]
     padded = any(bool(border.any()) for border in missing)
     for (name, step), border in zip(steps, missing, strict=True):
         step["actnorm.log_scale"] = step["actnorm.log_scale"].exp()
@@ -234,7 +236,7 @@ def save_rosinality(model: Glow) -> dict[str, Tensor]:
                 weight, bias = F.pad(weight, (0, 0, 0, 0, 0, i - 1, 0, 1)), F.pad(bias, (0, 1))
             step |= {f"{net}conv{i}.weight": weight, f"{net}norm{i}.bias": bias}
         if padded:
-            step[net + "conv3.weight"] = torch.cat([step[net + "conv3.weight"], border], dim=1)
+            step[net + "conv3.weight"] = torch.cat([step[net + "conv3.weight"][:, :-1], border, border], dim=1)
         if "permutation.weight" not in step or name.startswith(f"blocks.{config.n_levels - 1}."):
             if "permutation.lower" not in step:
                 remix(step, factored(matrix_of(step), name + "invconv.weight"))
@@ -242,16 +244,17 @@ def save_rosinality(model: Glow) -> dict[str, Tensor]:
             step |= {"permutation.u_mask": ones.triu(1), "permutation.l_mask": ones.tril(-1)}
             step["permutation.l_eye"] = ones.tril().triu()
     for place, split in ((place, part) for place, part in parts.items() if place.startswith("splits.")):
-        beyond = _beyond_ones(split["conv.weight"], split["border"], dtype).abs().max()
+        beyond = _beyond_ones(split["conv.weight"], dtype).abs().max()
         expected = "the sum of conv.weight over its input channels (they pad with ones)"
         expect(not bool(beyond), f"{place}.border", expected, f"a difference of {float(beyond):.2g}")
     return _ROSINALITY.write(model, parts)
 
 
-def _beyond_ones(weight: Tensor, border: Tensor, dtype: torch.dtype) -> Tensor:
+def _beyond_ones(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """What the border has that padding with ones does not give, zeros if that is rounding alone."""
-    difference = border - weight.sum(1, keepdim=True)
-    rounding = 4.0 * torch.finfo(dtype).eps * weight.abs().sum(1, keepdim=True)
+    own, border = weight[:, :-1], weight[:, -1:]
+    difference = border - own.sum(1, keepdim=True)
+    rounding = 4.0 * torch.finfo(dtype).eps * own.abs().sum(1, keepdim=True)
     return difference * bool((difference.abs() > rounding).any())
 
 
@@ -304,7 +307,6 @@ def _read(
     state: Mapping[str, Any] | str, table: Table, permutation: str | None
 ) -> tuple[GlowConfig, Parts, torch.dtype]:
     reader = Reader(state)
-    reader.size("flow.layers.1.actnorm.bias", 1)  # without which nothing is told
     n_levels, n_transitions, n_steps, n_splits = table.layers(reader)
     expected = "a split behind each level but the last, and steps with couplings alone"
     expect((n_splits, n_transitions) == (n_levels - 1, 0), "flow.layers", expected, f"{n_splits} of {n_levels}")
@@ -312,13 +314,11 @@ def _read(
     size = (height * 2**n_levels, width * 2**n_levels)
     config = table.config(reader, size, n_levels=n_levels, n_steps=n_steps, net_actnorm=True)
     parts = table.read(config, reader)
-    steps = table.steps(config, parts)
-    told = any(mixes(step) for _, step in steps)
+    told = any(mixes(step) for _, step in table.steps(config, parts))
     expect(permutation is None or not told, "permutation", "None: the state dict tells it", repr(permutation))
-    for name, step in steps:
-        unsaved = f"(or the order of a shuffle, which is not saved, {name}shuffle.indices)"
-        expected = f"'reverse', since no 1x1 convolution is there {unsaved}"
-        expect(mixes(step) or permutation == "reverse", "permutation", expected, repr(permutation))
+    unsaved = "(or the order of a shuffle, which is not saved, flow.layers.1.shuffle.indices)"
+    expected = f"'reverse', since no 1x1 convolution is there {unsaved}"
+    expect(told or permutation == "reverse", "permutation", expected, repr(permutation))
     zeros = reader.take("prior_h", batch, 2 * config.level_shapes()[-1][0], height, width)
     expect(not bool(zeros.any()), "prior_h", "zeros, as their prior demands", "others")
     return config, parts, reader.finish(left_out=r"project_class\.")
@@ -339,7 +339,7 @@ def save_y0ast(model: Glow, learn_top: bool = True) -> dict[str, Tensor]:
         ValueError: a model that they do not have, such as one with a border term; without learn_top, a top prior that
             is not N(0, 1).
     """
-    return _write(_Y0AST, model, _plain_parts(model, learn_top), 1, "project_class.linear.")
+    return _write(_Y0AST, model, take_apart(model, _wanted, learn_top), 1, "project_class.linear.")
 
 
 def save_chaiyujin(model: Glow, batch_size: int = 1, learn_top: bool = True, rescale: bool = True) -> dict[str, Tensor]:
@@ -357,7 +357,7 @@ def save_chaiyujin(model: Glow, batch_size: int = 1, learn_top: bool = True, res
         ValueError: as save_y0ast.
     """
     expect(isinstance(batch_size, int) and batch_size > 0, "batch_size", "a positive int", repr(batch_size))
-    parts = _plain_parts(model, learn_top)
+    parts = take_apart(model, _wanted, learn_top)
     if rescale:
         first = parts["levels.0.steps.0"]
         first["actnorm.bias"] = (first["actnorm.bias"] - _SHIFT) * _STRETCH
@@ -366,8 +366,7 @@ def save_chaiyujin(model: Glow, batch_size: int = 1, learn_top: bool = True, res
 
 
 def _write(table: Table, model: Glow, parts: Parts, batch_size: int, classifier: str) -> dict[str, Tensor]:
-    border = any(map(has_border, parts.values()))
-    expect(not border, "border", "no border term: they pad with zeros", "one that is not zero")
+    expect(not has_border(parts), "border", "no border term: they pad with zeros", "one that is not zero")
     found = table.write(model, parts)
     channels, height, width = model.config.level_shapes()[-1]
     dtype = next(model.parameters()).dtype
@@ -379,22 +378,92 @@ def _write(table: Table, model: Glow, parts: Parts, batch_size: int, classifier:
     return found
 
 
-def _plain_parts(model: Glow, learn_top: bool = True) -> Parts:
-    """Take a Glow apart that has nothing but what all of these formats know; others are refused, by the field."""
-    fields = {"cond_channels": "a condition", "n_checkerboard": "checkerboards", "n_last_checkerboard": "checkerboards"}
-    check_model(model, {name: (0, f": no format has {what}") for name, what in fields.items()})
-    config, as_all = model.config, "as in all of these formats"
-    expect(config.dims == 2, "image_shape", f"2-d images, {as_all}", config.image_shape)
-    found: tuple[Any, ...] = (config.n_transitions, config.splits, config.split_ratio)
-    halved = (0, config.n_levels - 1, 0.5)
-    expect(found == halved, "n_transitions, n_splits, split_ratio", f"{halved}, {as_all}", found)
+def _wanted(config: GlowConfig) -> dict[str, Any]:
+    """The fields of a configuration that have one value in all four formats of whole Glows."""
+    found: dict[str, Any] = {"dims": 2, "cond_channels": 0, "n_checkerboard": 0, "n_last_checkerboard": 0}
+    found |= {"n_transitions": 0, "splits": config.n_levels - 1, "split_ratio": 0.5}
     if config.coupling == "affine":
-        found = (config.scale_map, config.scale_bias, config.scale_eps, config.scale_factor)
-        expect(found == ("sigmoid", 2.0, 0.0, 1.0), "scale_map", f"sigmoid(raw + 2), {as_all}", found)
-    if config.classify:
-        warnings.warn("the classifier on the top latent is left out: no format has one", stacklevel=3)
-    parts = parts_of(model)
-    if not learn_top:
-        top = [parts["prior"].pop(name) for name in ("mean_log_sd", "border", "log_gain")]
-        expect(not any(map(torch.any, top)), "learn_top", "True, since the top prior is not N(0, 1)", False)
-    return parts
+        found |= {"scale_map": "sigmoid", "scale_bias": 2.0, "scale_eps": 0.0, "scale_factor": 1.0}
+    return found
+
+
+def level_features(features: Mapping[str, Tensor], scale: int, n_levels: int) -> list[Tensor]:
+    """Take the condition of each level, shallowest first, out of their encoder's dict.
+
+    Level l (from 1) reads ``fea_up{2^n}``, n = log2(scale) - l; for n = -1 that is ``fea_up0``, for n = -2
+    ``fea_up-1``. LLFlow's scale is 1, and its names are those of 4.
+
+    Args:
+        features: what their RRDB gives (``rrdbResults``), with the blocks concatenated.
+        scale: of the super-resolution, 4, 8 or 16; 1 for LLFlow.
+        n_levels: L.
+
+    Raises:
+        ValueError: another scale, a level for which they have no features, or one that is missing.
+    """
+    expect(scale in (1, 4, 8, 16), "scale", "1, 4, 8 or 16", scale)
+    exponents = [int(math.log2(4 if scale == 1 else scale)) - level for level in range(1, n_levels + 1)]
+    names = [f"fea_up{2**n if n >= 0 else n + 1}" for n in exponents]
+    expect(exponents[-1] >= -2, "n_levels", f"levels that they have features for, down to {scale=}", n_levels)
+    for name in names:
+        expect(name in features, "features", f"a tensor {name!r}", sorted(features))
+    return [features[name] for name in names]
+
+
+def load_srflow(
+    state: Mapping[str, Any] | str, image_size: int | tuple[int, int] = 160, scale_eps: float = 1e-4
+) -> Glow:
+    """Load the flow of their model: encode, decode and log_det of x in [0, 1] given the features of each level.
+
+    The architecture is read off the names: levels by the layers without tensors, K and the number of steps without a
+    coupling by ``affine``, widths by shapes. The encoder (``RRDB`` and whatever else is beside
+    ``flowUpsamplerNet.layers``) is left out; give its features as :func:`level_features` picks them. Their log-det
+    includes the density of what splits factor out, as log_prob does here. log_prob includes the density of the top
+    latent too, N(0, 1), where LLFlow puts a mean of its own.
+
+    Args:
+        state: the state dict, or its file's path.
+        image_size: side, or (H, W), of the images; :meth:`~pyglow_fast.Glow.resized` changes it.
+        scale_eps: their ``eps``, which no tensor tells: scales are sigmoid(raw + 2) + eps.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown or of the wrong shape, by name, such as those of 1x1 convolutions
+            by LU factors, or of LLFlow's curves (``fCurve``).
+    """
+    reader = Reader(state)
+    n_levels, n_transitions, n_steps, n_splits = _SRFLOW.layers(reader)
+    layers = n_transitions + n_steps + 1
+    starts = [level * layers + min(level, n_splits) + 1 for level in range(n_levels)]
+    net = "flowUpsamplerNet.layers.{}.affine.fFeatures.0.weight"
+    fields: dict[str, Any] = {"cond_channels": tuple(reader.size(net.format(i + n_transitions), 1) for i in starts)}
+    if n_splits:
+        split, bias = (f"flowUpsamplerNet.layers.{name}" for name in (f"{layers}.conv.weight", "1.actnorm.bias"))
+        channels, factored = reader.size(bias, 1), reader.size(split, 0) // 2
+        kept_and_cond = channels - factored + fields["cond_channels"][0]
+        fields |= {"split_ratio": factored / channels, "cond_splits": reader.size(split, 1) == kept_and_cond}
+    counts = {"n_levels": n_levels, "n_steps": n_steps, "n_transitions": n_transitions, "n_splits": n_splits}
+    known = {"permutation": "invconv_plain", "net_actnorm": True, "injector": True, "learn_top": False}
+    config = _SRFLOW.config(reader, image_size, scale_eps=scale_eps, **counts, **known, **fields)
+    parts = _SRFLOW.read(config, reader)
+    model = put_together(config, parts, reader.finish(left_out=r"(?!flowUpsamplerNet\.layers\.)"))
+    model._range_is_known = True  # [0, 1], as in their code
+    return model
+
+
+def save_srflow(model: Glow) -> dict[str, Tensor]:
+    """Write a flow as the tensors ``flowUpsamplerNet.layers.*`` of their model; the encoder's stay theirs.
+
+    Args:
+        model: a Glow of the interface that the presets "srflow4x", "srflow8x" and "llflow" have, initialised.
+
+    Raises:
+        ValueError: another interface, a frozen model, or actnorms that have seen no data.
+    """
+
+    def wanted(config: GlowConfig) -> dict[str, Any]:
+        found = {"injector": True, "coupling": "affine", "permutation": "invconv_plain", "net_actnorm": True}
+        found |= {"border": False, "n_classes": None, "learn_top": False, "classify": 0, "dims": 2}
+        found |= {"scale_map": "sigmoid", "scale_bias": 2.0, "scale_factor": 1.0}
+        return found | ({"learn_prior": True} if config.splits else {})
+
+    return _SRFLOW.write(model, take_apart(model, wanted))

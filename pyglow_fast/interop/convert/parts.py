@@ -2,6 +2,7 @@
 
 A part has the tensors of a step, a split or the top prior by the names that they have there in the state dict of a
 model with all options; those that a model has not are zero, and a bias of a hidden convolution is its norm's. But
+- the kernel of a convolution's border is the last input channel of its weight;
 - what mixes channels is a ``permutation.weight``, a ``permutation.index``, the factors of LU, or nothing where the
   order of the channels is reversed;
 - the prior has ``log_gain``, ``class_bias`` and ``class_log_gain`` besides: what is beside them is to be multiplied by
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -30,68 +32,89 @@ Parts = dict[str, Part]  # of levels.0.steps.0, ..., splits.0, ..., prior
 
 _LU = tuple(f"permutation.{name}" for name in ("permutation", "lower", "upper", "log_diag", "sign_diag"))
 _PLACE = re.compile(r"(levels\.\d+\.steps\.\d+|splits\.\d+|prior)\.(.*)")
+_SEES_BORDER = re.compile(r"conv[13]?\.weight$|border$")
 
 
-def check_model(model: Glow, wanted: Mapping[str, tuple[Any, str]]) -> None:
-    """Refuse what is no Glow whose weights can be saved, or has other values of its config's fields than wanted."""
-    check_savable(model)
-    for name, (value, why) in wanted.items():
-        found = getattr(model.config, name)
-        expect(found == value, name, f"{value!r}{why}", repr(found))
-    expect(model.is_initialized, "model", "actnorms that have seen data (model.initialize)", "fresh ones")
+def fresh_parts(config: GlowConfig, value: Callable[[str, Tensor], Tensor] | None = None) -> Parts:
+    """The parts of a fresh model of such shapes, whose actnorms have seen data, without what mixes channels.
 
-
-def fresh_parts(config: GlowConfig) -> Parts:
-    """The parts of a fresh model of such shapes, without what mixes channels."""
+    Args:
+        config: of the model.
+        value: what takes the place of a tensor, given its name and what it is in the fresh model.
+    """
     everything: dict[str, Any] = {"border": True, "net_actnorm": True, "learn_prior": True, "learn_top": True}
     with torch.random.fork_rng(devices=[]):
         model = Glow(dataclasses.replace(config, permutation="reverse", classify=0, **everything))
     parts: Parts = {}
-    for name, value in model.state_dict().items():
+    for name, fresh in model.state_dict().items():
         if (found := _PLACE.fullmatch(name)) is not None and not found[2].startswith("permutation."):
-            parts.setdefault(found[1], {})[found[2]] = value
+            fresh = torch.ones_like(fresh) if name.endswith(".initialized") else fresh
+            parts.setdefault(found[1], {})[found[2]] = _double(fresh if value is None else value(name, fresh))
+    for part in parts.values():
+        for border in [name for name in part if "border" in name and _seeing(name) in part]:
+            part[_seeing(border)] = torch.cat([part[_seeing(border)], part.pop(border)], dim=1)
     prior = parts["prior"]
     gains = ("log_gain", "class_bias", "class_log_gain") if "class_offset" in prior else ("log_gain",)
     prior |= dict.fromkeys(gains, torch.zeros_like(prior["mean_log_sd"]))
     return parts
 
 
-def parts_of(model: Glow) -> Parts:
-    """Take a Glow apart; a net that is no CouplingNet is refused, by its name."""
-    for name, module in model.named_modules():
-        if isinstance(module, Coupling):
-            expect(type(module.net) is CouplingNet, f"{name}.net", "a CouplingNet", type(module.net).__name__)
-    parts = fresh_parts(model.config)
-    for place, part in parts.items():
-        for name, like in part.items():
-            found = _attribute(model, f"{place}.{name}")
-            if found is None and name.endswith(("norm1.bias", "norm2.bias")):
-                found = _attribute(model, f"{place}.{name.replace('norm', 'conv')}")
-            part[name] = _double(torch.zeros_like(like) if found is None else found)
-        if place.startswith("levels."):
-            part |= _mixing(model.get_submodule(f"{place}.permutation"))
-    return parts
-
-
-def _attribute(model: Glow, name: str) -> Tensor | None:
-    try:  # by attribute, so that parametrizations have their say
-        return attrgetter(name)(model)
-    except AttributeError:
-        return None
+def _seeing(border: str) -> str:
+    """The weight of the convolution that sees this border."""
+    return border.replace("border", "conv") + ".weight"
 
 
 def _double(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype)
 
 
+def take_apart(model: Glow, wanted: Callable[[GlowConfig], dict[str, Any]], learn_top: bool = True) -> Parts:
+    """Take a Glow apart, if a format can express it.
+
+    Args:
+        model: any; what is no Glow, frozen, not initialised, or has a net that is no CouplingNet, is refused.
+        wanted: what fields of such a configuration must be.
+        learn_top: False refuses a top prior that is not N(0, 1), and leaves it out.
+    """
+    check_savable(model)
+    for name, value in wanted(model.config).items():
+        found = getattr(model.config, name)
+        expect(found == value, name, f"{value!r}, as in this format", repr(found))
+    expect(model.is_initialized, "model", "actnorms that have seen data (model.initialize)", "fresh ones")
+    if model.config.classify:
+        warnings.warn("the classifier on the top latent is left out: no format has one", stacklevel=3)
+    for name, module in model.named_modules():
+        if isinstance(module, Coupling):
+            expect(type(module.net) is CouplingNet, f"{name}.net", "a CouplingNet", type(module.net).__name__)
+
+    def held(name: str, fresh: Tensor) -> Tensor:
+        for own in (name, re.sub(r"norm(\d\.bias)$", r"conv\1", name)):
+            try:
+                value = attrgetter(own)(model)  # by attribute, so that parametrizations have their say
+            except AttributeError:
+                continue
+            if value is not None:
+                return value
+        return torch.zeros_like(fresh)
+
+    parts = fresh_parts(model.config, held)
+    for place, part in parts.items():
+        if place.startswith("levels."):
+            part |= _mixing(model.get_submodule(f"{place}.permutation"))
+    if not learn_top:
+        top = [parts["prior"].pop(name) for name in ("mean_log_sd", "border", "log_gain")]
+        expect(not any(map(torch.any, top)), "learn_top", "True, since the top prior is not N(0, 1)", False)
+    return parts
+
+
 def _mixing(layer: nn.Module) -> Part:
-    says: Any = type(layer).weight_and_log_det  # type: ignore[attr-defined]
-    if isinstance(layer, Permute) and says is Permute.weight_and_log_det:
+    if type(layer) is Permute:
         index = layer.index.cpu()
         return {} if torch.equal(index.flip(0), torch.arange(len(index))) else {"permutation.index": index}
-    if isinstance(layer, InvConv) and says is InvConv.weight_and_log_det and layer.lu:
+    if type(layer) is InvConv and layer.lu:
         return {name: _double(attrgetter(name.removeprefix("permutation."))(layer)) for name in _LU}
-    return {"permutation.weight": _double(says(layer)[0])}  # one of the user's own too
+    own: Any = layer  # perhaps one of the user's
+    return {"permutation.weight": _double(own.weight_and_log_det()[0])}
 
 
 def mixes(step: Part) -> bool:
@@ -125,9 +148,10 @@ def remix(step: Part, mixing: Part) -> None:
     step |= mixing
 
 
-def has_border(part: Part) -> bool:
+def has_border(parts: Parts) -> bool:
     """Whether a convolution sees the border."""
-    return any(bool(value.any()) for name, value in part.items() if "border" in name)
+    named = ((name, value) for part in parts.values() for name, value in part.items())
+    return any(bool(value[:, -1:].any()) for name, value in named if _SEES_BORDER.search(name))
 
 
 def put_together(config: GlowConfig, parts: Parts, dtype: torch.dtype) -> Glow:
@@ -146,9 +170,8 @@ def put_together(config: GlowConfig, parts: Parts, dtype: torch.dtype) -> Glow:
             value, scale = prior[name], (3.0 * prior[gain]).exp()
             value = value + prior["class_bias"] if name == "class_offset" else value
             prior[name] = value * (scale.reshape(-1, 1, 1, 1) if name == "border" else scale)
-    border = any(map(has_border, parts.values()))
     with torch.random.fork_rng(devices=[]):
-        model = Glow(dataclasses.replace(config, permutation=permutation, border=border)).to(dtype)
+        model = Glow(dataclasses.replace(config, permutation=permutation, border=has_border(parts))).to(dtype)
     state = model.state_dict()
     for name, like in state.items():
         if (found := _PLACE.fullmatch(name)) is not None:
@@ -160,12 +183,10 @@ def put_together(config: GlowConfig, parts: Parts, dtype: torch.dtype) -> Glow:
 
 
 def _own(part: Part, name: str, like: Tensor) -> Tensor:
-    if name.endswith(".initialized"):
-        return part.get("actnorm.initialized", torch.tensor(True))
-    if name.endswith(("conv1.bias", "conv2.bias")):
-        name = name.replace("conv", "norm")
-    if name in part:
-        return part[name].reshape(like.shape)
-    if "border" in name:
-        return torch.zeros_like(like)
-    return matrix_of(part) if name == "permutation.weight" else matrix_of(part).argmax(1)
+    """The tensor of the model's own that has this name there."""
+    if name.startswith("permutation."):
+        return part[name] if name in part else matrix_of(part) if "weight" in name else matrix_of(part).argmax(1)
+    name = re.sub(r"conv([12]\.bias)$", r"norm\1", name)
+    if name not in part:
+        return part[_seeing(name)][:, -1:]
+    return part[name][:, : like.shape[1]] if like.dim() == 4 else part[name].reshape(like.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ class Layout(NamedTuple):
     """How a tensor of ours lies in a file: ``write`` lays it out, and ``read`` undoes that if it ``holds``."""
 
     write: Callable[[Tensor], Tensor] = _same
-    read: Callable[[Tensor], Tensor] = _same
+    read: Callable[[Tensor], Tensor] | None = None  # the same again, if none
     holds: Callable[[Tensor], bool | Tensor] = lambda value: True
     expected: str = ""  # {} is the last index
     found: str = ""  # the values
@@ -47,10 +46,6 @@ def _is_regular(matrix: Tensor) -> Tensor:
     return torch.linalg.slogdet(matrix.double()).logabsdet.isfinite()
 
 
-def _itself(change: Callable[[Tensor], Tensor]) -> Layout:
-    return Layout(change, change)
-
-
 def _vector(*sizes: int) -> Layout:
     return Layout(lambda value: value.reshape(sizes), Tensor.flatten)
 
@@ -68,27 +63,28 @@ LAYOUTS = {
     "signs": Layout(holds=lambda value: (value.abs() == 1).all(), expected="1 and -1 alone"),
     # Outputs [a, b] as a0, b0, a1, b1, ... and as [b, a].
     "pairs": Layout(lambda value: _paired(value, (2, -1)), lambda value: _paired(value, (-1, 2))),
-    "swap": _itself(lambda value: value.roll(len(value) // 2, 0)),
-    # Weights; "ring" is one with the kernel of the border as one more input channel, see Row. Theirs may pad with ones.
+    "swap": Layout(lambda value: value.roll(len(value) // 2, 0)),
+    # Weights, whose last input channel is the border's kernel with us; theirs pad with zeros or ones.
     "hwio": Layout(lambda weight: weight.permute(2, 3, 1, 0), lambda weight: weight.permute(3, 2, 0, 1)),
-    "ring": Layout(),
+    "zeros": Layout(lambda weight: weight[:, :-1], lambda weight: F.pad(weight, (0, 0, 0, 0, 0, 1))),
     "ones": Layout(lambda weight: weight[:, :-1], lambda weight: torch.cat([weight, weight.sum(1, True)], dim=1)),
     # The border of a top prior, in the weight of a convolution of zeros with as many channels, or half as many.
     "edge": Layout(lambda edge: F.pad(edge, (0, 0, 0, 0, len(edge), 0)), lambda weight: weight[:, -1:]),
     "edge0": Layout(lambda edge: 0 * edge.expand(-1, len(edge), -1, -1), lambda weight: 0 * weight[:, :1]),
     "edge1": Layout(lambda edge: F.pad(edge, (0, 0, 0, 0, 0, len(edge) // 2 - 1)), lambda weight: weight.sum(1, True)),
     # What mixes channels.
-    "transposed": Layout(Tensor.t, Tensor.t),
+    "transposed": Layout(Tensor.t),
     "CC11": Layout(lambda matrix: matrix[..., None, None], lambda weight: weight.flatten(1)),
     "regular": Layout(holds=_is_regular, expected="an invertible matrix", found="a singular one"),
     "order": Layout(_same, Tensor.long, _is_order, "each of 0..{} once"),
-    "int32": Layout(Tensor.int),
+    "int32": Layout(Tensor.int, _same),
+    "inverse": Layout(Tensor.argsort),
     "one_hot": Layout(_one_hot, lambda p: p.argmax(1), _is_permutation, "a permutation matrix", "another one"),
-    "lower": _itself(lambda matrix: matrix.tril(-1)),
+    "lower": Layout(lambda matrix: matrix.tril(-1)),
     "lower1": Layout(lambda matrix: matrix.tril(-1) + matrix.new_ones(len(matrix)).diag(), lambda m: m.tril(-1)),
-    "upper": _itself(lambda matrix: matrix.triu(1)),
+    "upper": Layout(lambda matrix: matrix.triu(1)),
 }
-_VECTORS = ("index", "back", "permutation.permutation", "_diag")
+_VECTORS = ("index", "permutation.permutation", "_diag")
 
 
 class Row(NamedTuple):
@@ -98,29 +94,21 @@ class Row(NamedTuple):
     theirs: str
     layouts: list[str]  # as they are written, one after the other
 
-    @property
-    def names(self) -> list[str]:
-        """Our names: besides a weight that of the kernel of its border, if both are one tensor of theirs."""
-        border = re.sub(r"conv(\d?)\.weight$", r"border\1", self.ours)
-        return [self.ours, border] if "ring" in self.layouts else [self.ours]
-
-    def write(self, part: Part) -> Tensor:
+    def write(self, value: Tensor) -> Tensor:
         """Lay out a tensor of ours as theirs."""
-        value = torch.cat([part[name] for name in self.names], dim=1) if "ring" in self.layouts else part[self.ours]
         for name in self.layouts:
             value = LAYOUTS[name].write(value)
         return value
 
-    def take(self, reader: Reader, prefix: str, fresh: Part) -> Part:
-        """Read theirs as ours, of the shape in fresh; a tensor that is missing or not what it must be is refused."""
+    def take(self, reader: Reader, prefix: str, like: Tensor) -> Tensor:
+        """Read theirs as ours, of the shape of like; a tensor that is missing or not what it must be is refused."""
         name = prefix + self.theirs
-        value = reader.take(name, *self.write(fresh).shape)
+        value = reader.take(name, *self.write(like).shape)
         for layout in (LAYOUTS[own] for own in reversed(self.layouts)):
             found = layout.found or value.flatten().tolist()
             expect(bool(layout.holds(value)), name, layout.expected.format(value.numel() - 1), found)
-            value = layout.read(value)
-        sizes = [fresh[name].shape[1] for name in self.names[:1] if "ring" in self.layouts]
-        return dict(zip(self.names, value.tensor_split(sizes, dim=1) if sizes else [value], strict=True))
+            value = (layout.read or layout.write)(value)
+        return value
 
 
 class Table:
@@ -171,35 +159,45 @@ class Table:
         dtype, found = next(model.parameters()).dtype, dict[str, Tensor]()
         for place, prefix, rows in self.places(model.config):
             for row in (row for row in chain(rows, *self.mixings) if row.ours in parts[place]):
-                value = row.write(parts[place])
+                value = row.write(parts[place][row.ours])
                 own = torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype)
                 found[prefix + row.theirs] = own.copy_(value)
         return found
 
     def read(self, config: GlowConfig, reader: Reader) -> Parts:
-        """Read all parts; a top prior of which there is no tensor is N(0, 1)."""
-        parts, fresh = dict[str, Part](), fresh_parts(config)
-        for place, prefix, rows in self.places(config):
-            part, own = parts.setdefault(place, {}), fresh[place]
-            for row in (row for row in rows if row.ours in own):  # a step may have no coupling
-                there = place != "prior" or reader.has(prefix)
-                part |= row.take(reader, prefix, own) if there else {row.ours: own[row.ours].double()}
-            if place.startswith("levels."):
-                vector = torch.zeros_like(own["actnorm.bias"], dtype=torch.int64)
-                known = (rows for rows in self.mixings if any(prefix + row.theirs in reader.tensors for row in rows))
-                for row in next(known, self.mixings[-1]):
-                    like = vector if row.ours.endswith(_VECTORS) else vector.diag()
-                    part |= row.take(reader, prefix, {row.ours: like})
+        """Read all parts; a top prior of which there is no tensor is N(0, 1).
+
+        A step that has no tensor to mix its channels by is like the first that has one: so the missing one is named.
+        """
+        parts, places = fresh_parts(config), list(self.places(config))
+        mixings = {prefix: self._mixing(reader, prefix) for place, prefix, _ in places if place.startswith("levels.")}
+        usual = next((rows for rows in mixings.values() if rows), self.mixings[-1])
+        for place, prefix, rows in places:
+            part = parts[place]
+            if place != "prior" or reader.has(prefix):
+                part |= {row.ours: row.take(reader, prefix, part[row.ours]) for row in rows if row.ours in part}
+            if prefix in mixings:
+                square = torch.zeros_like(part["actnorm.bias"], dtype=torch.int64).diag()
+                for row in mixings[prefix] or usual:
+                    value = row.take(reader, prefix, square.diag() if row.ours.endswith(_VECTORS) else square)
+                    agrees = torch.equal(part.setdefault(row.ours, value), value)
+                    expect(agrees, prefix + row.theirs, "the order that the other tensor has", value.tolist())
         return parts
+
+    def _mixing(self, reader: Reader, prefix: str) -> list[Row]:
+        """The rows of how a step mixes its channels; none where no tensor of any of them is there."""
+        known = (rows for rows in self.mixings if any(prefix + row.theirs in reader.tensors for row in rows))
+        return next(known, [])
 
     def layers(self, reader: Reader) -> tuple[int, int, int, int]:
         """Count levels, steps without and with a coupling in each, and splits, where a prefix has {i}."""
         name = self.prefixes["step"].removesuffix("{i}.")
         found, net = reader.indices(name), self.rows["step"][-1].theirs.split(".")[0]
         expect(len(found) > 0, name[:-1], "the layers of a flow", "none")
-        kinds = ((i, ("conv.", "s"), (f"{net}.", "c"), ("", "t")) for i in range(found[-1] + 1))
-        letters = [next((k for part, k in own if reader.has(f"{name}{i}.{part}")), "-") for i, *own in kinds]
-        levels = "".join(letters).split("-")[1:] or [""]  # a squeeze has no tensors
+        kinds = {"conv.": "s", f"{net}.": "c", "": "t"}  # a squeeze has no tensors
+        layers = (f"{name}{i}." for i in range(found[-1] + 1))
+        letters = [next((kinds[part] for part in kinds if reader.has(layer + part)), "-") for layer in layers]
+        levels = "".join(letters).split("-")[1:] or [""]
         first = levels[0]
         n_transitions, n_steps, n_splits = first.count("t"), first.count("c"), "".join(levels).count("s")
         steps = "t" * n_transitions + "c" * n_steps
@@ -214,9 +212,9 @@ class Table:
         names = {row.ours: prefix + row.theirs for row in self.rows["step"]}
         bias, last = names["actnorm.bias"], names["coupling.net.conv3.weight"]
         channels, given = reader.size(bias, self.out or 1), reader.size(last, self.out)
-        fits = channels >= 2 and channels % 2 == 0 and given in (channels, channels // 2)
-        expect(fits, last, f"{channels} output channels (affine) or {channels // 2} (additive)", given)
         expect(channels % 4 == 0, bias, "a multiple of 4 channels, after a squeeze", channels)
+        fits = given in (channels, channels // 2)
+        expect(fits, last, f"{channels} output channels (affine) or {channels // 2} (additive)", given)
         sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
         n_levels = fields["n_levels"]
         fits = len(sides) == 2 and all(isinstance(side, int) and side > 0 and side % 2**n_levels == 0 for side in sides)
