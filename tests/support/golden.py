@@ -1,6 +1,7 @@
 """The golden checkpoints: small weights of every format, and what its implementation computes of them.
 
-They were written by tests/contract/golden/make.py, whose forward passes follow the equations of each implementation.
+They were written once, by tests/contract/golden/make.py of commit 20fa33e, whose forward passes follow the equations of
+each implementation.
 """
 
 from __future__ import annotations
