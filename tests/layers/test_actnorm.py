@@ -42,24 +42,22 @@ def test_first_batch_is_normalised_by_its_biased_moments(shape: tuple[int, ...],
     assert_close(flat.square().mean(1).sqrt(), std / (std + layer.eps))
 
 
-def test_only_the_first_training_forward_initialises() -> None:
-    layer = pgf.ActNorm(2)
+def test_only_the_first_forward_or_initialize_sets_it() -> None:
+    """``initialize`` works in evaluation too and returns the output."""
+    layer, x = pgf.ActNorm(2), torch.randn(4, 2, 3, 3, requires_grad=True)
+    twin = copy.deepcopy(layer).eval()
     assert not layer.is_initialized
-    layer(torch.randn(4, 2, 3, 3))
+    layer(x)
     assert layer.is_initialized
     assert layer.initialized.item() is True
-    before = state_of(layer)
-    layer(5.0 * torch.randn(4, 2, 3, 3) + 1.0)
-    layer.initialize(5.0 * torch.randn(4, 2, 3, 3) + 1.0)
-    assert_unchanged(layer, before)
-
-
-def test_initialize_works_in_evaluation_too_and_returns_the_output() -> None:
-    layer, x = pgf.ActNorm(2).eval(), torch.randn(8, 2, requires_grad=True)
-    z = layer.initialize(x)
-    assert layer.is_initialized
+    z = twin.initialize(x)
     assert not z.requires_grad
-    assert torch.equal(z, layer(x)[0])
+    assert torch.equal(z, twin(x)[0])
+    assert_unchanged(twin, state_of(layer))
+    before = state_of(layer)
+    layer(5.0 * x + 1.0)
+    layer.initialize(5.0 * x + 1.0)
+    assert_unchanged(layer, before)
 
 
 def test_parameters_stay_leaves_and_keep_their_memory() -> None:

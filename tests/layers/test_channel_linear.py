@@ -127,16 +127,6 @@ def test_in_a_glow() -> None:
         assert_close(model.decode(model.encode(x)), x, CONDITION)
 
 
-def test_by_itself() -> None:
-    layer, x = Householder(4).double(), torch.randn(3, 4, 6, dtype=DOUBLE)
-    z, log_det = layer(x)
-    weight, _ = layer.weight_and_log_det()
-    assert_close(log_det, (6 * torch.linalg.slogdet(weight).logabsdet).expand(3), CONDITION)
-    assert_close(layer.inverse(z)[0], x, CONDITION)
-    with pytest.raises(TypeError, match="ChannelLinear must define weight_and_log_det"):
-        ChannelLinear().weight_and_log_det()
-
-
 class Gated(Householder):
     """A W that depends on more than tensors, of which it says nothing."""
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 
 X = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -85,15 +84,6 @@ def test_a_change_is_followed(change: Callable[[pgf.ReversibleSequence], None]) 
     change(sequence)
     check(sequence)
     assert not torch.allclose(inference(sequence), before, atol=1e-4), "a change that changes nothing"
-
-
-def test_another_parity_is_followed() -> None:
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5, mask="checkerboard", parity=k % 2) for k in range(3)])
-    sequence.double().initialize(X)
-    sequence.eval()
-    check(sequence)
-    sequence[1].coupling.board = Checkerboard(0)
-    check(sequence)
 
 
 def test_inside_folded_the_maps_are_those_of_the_first_call() -> None:

@@ -8,17 +8,6 @@ from support.glow_tts_cases import TextInvConv
 from support.helpers import assert_close
 
 from pyglow_fast.layers import GroupedInvConv
-from pyglow_fast.layers.grouped_conv import spread_over_groups
-
-
-@pytest.mark.parametrize("groups", [[[0, 1, 4, 5], [2, 3, 6, 7]], [[0, 3], [1, 4], [2, 5]]], ids=str)
-def test_groups_have_channels_of_both_halves(groups: list[list[int]]) -> None:
-    channels, size = len(groups) * len(groups[0]), len(groups[0])
-    weight, expected = torch.randn(size, size), torch.zeros(channels, channels)
-    for group in groups:
-        for i, row in zip(group, weight, strict=True):
-            expected[i, group] = row
-    assert torch.equal(spread_over_groups(weight, channels), expected)
 
 
 @pytest.mark.parametrize(("channels", "size"), [(8, 4), (12, 4), (6, 6), (4, 2)])

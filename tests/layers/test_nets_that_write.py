@@ -34,16 +34,6 @@ def _relu(inputs: int, outputs: int, in_place: bool) -> nn.Module:
     return nn.Sequential(nn.ReLU(inplace=in_place), _conv(inputs, outputs))
 
 
-def _nested(inputs: int, outputs: int, in_place: bool) -> nn.Module:
-    first = nn.Sequential(nn.Identity(), nn.Dropout(0.0), nn.LeakyReLU(0.2, inplace=in_place))
-    return nn.Sequential(first, _conv(inputs, outputs))
-
-
-def _of_a_view(inputs: int, outputs: int, in_place: bool) -> nn.Module:
-    views = nn.Unflatten(0, (1, -1)), nn.Flatten(0, 1)
-    return nn.Sequential(*views, nn.Hardswish(inplace=in_place), _conv(inputs, outputs))
-
-
 class Adds(nn.Module):
     """To a view of what it is given."""
 
@@ -72,7 +62,7 @@ def _hooked(inputs: int, outputs: int, in_place: bool) -> nn.Module:
 
 
 Maker = Callable[[int, int, bool], nn.Module]
-NETS: list[Maker] = [_relu, _nested, _of_a_view, _hooked, Own, Adds]
+NETS: list[Maker] = [_relu, _hooked, Own, Adds]
 
 
 def _x(channels: int = 4) -> Tensor:
