@@ -82,21 +82,19 @@ def lowest_of(*dtypes: torch.dtype) -> torch.dtype:
 
 
 class Signs(NamedTuple):
-    """Random signs of positions in blocks of equal length: inner[p % length] outer[p // length].
+    """Random signs of positions in blocks of equal length, inner[p % length] outer[p // length], and their sum.
 
     Those of a sketch, SKETCHED at once, are of the same form: inner (length, SKETCHED), outer (blocks, SKETCHED).
     """
 
     inner: Tensor
     outer: Tensor
-    sum: float
-    sketch_inner: Tensor
-    sketch_outer: Tensor
-    sketch_sums: Tensor
+    sum: float | Tensor
 
 
 @made_once(16)
-def signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
+def signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Signs, Signs]:
+    """Draw signs for a number of positions, and those of a sketch."""
     generator = torch.Generator("cpu").manual_seed(positions)
     length = next((n for n in range(min(BLOCK, positions), LEAST_BLOCK, -1) if positions % n == 0), positions)
     inner, outer = (
@@ -109,8 +107,8 @@ def signs_of(positions: int, dtype: torch.dtype, device: torch.device) -> Signs:
     def moved(part: Tensor) -> Tensor:
         return part.to(device, dtype).contiguous()
 
-    single = moved(inner[0]), moved(outer[0]), float(sums[0])
-    return Signs(*single, moved(inner[1:].T), moved(outer[1:].T), moved(sums[1:]))
+    sketched = Signs(moved(inner[1:].T), moved(outer[1:].T), moved(sums[1:]))
+    return Signs(moved(inner[0]), moved(outer[0]), float(sums[0])), sketched
 
 
 def project(x: Tensor) -> Tensor:
@@ -120,7 +118,7 @@ def project(x: Tensor) -> Tensor:
     taken for drift at high resolution.
     """
     flat = flat_positions(x)
-    signs = signs_of(flat.shape[2], x.dtype, x.device)
+    signs, _ = signs_of(flat.shape[2], x.dtype, x.device)
     by_block = flat.unflatten(2, (signs.outer.shape[0], signs.inner.shape[0]))
     if _float32.rounds(PRODUCTS, x):  # of single numbers, which nothing rounds
         return ((by_block * signs.inner).sum(3) * signs.outer).sum(2)
@@ -183,35 +181,6 @@ class DriftRecord:
     largest_drift: float = 0.0
     recent_redone: float = 0.0  # share of the steps, over about WINDOW passes
 
-    def vector(self) -> Tensor:
-        """List the fields in their order, (11,) float64."""
-        return torch.tensor(astuple(self), dtype=torch.float64)
-
-    @classmethod
-    def of_vector(cls, vector: Tensor) -> DriftRecord:
-        """Undo :meth:`vector`; the vector may have any dtype and device.
-
-        Drift may be infinite or NaN: states that were not finite have such.
-
-        Raises:
-            ValueError: other than a tensor of so many numbers, or numbers that no pass can have found.
-        """
-        own = fields(cls)
-        # Earlier checkpoints have two numbers more, the fifth and the last.
-        if isinstance(vector, Tensor) and vector.shape == (13,):
-            vector = torch.cat([vector[:4], vector[5:12]])
-        is_vector = isinstance(vector, Tensor) and vector.shape == (len(own),)
-        found = getattr(vector, "shape", type(vector).__name__)
-        expect(is_vector, "drift control state", f"{len(own)} numbers", found)
-        values = dict(zip([item.name for item in own], vector.double().tolist(), strict=True))
-        for item in own:
-            if item.type == "int":
-                value = values[item.name]
-                whole = value >= 0 and value.is_integer()
-                expect(whole, f"drift control state: {item.name}", "a whole number, 0 or more", value)
-                values[item.name] = int(value)
-        return cls(**values)
-
 
 class DriftControl:
     """Adapts the spacing of one run's anchors (stored states) from pass to pass, by the drift that was seen.
@@ -253,12 +222,8 @@ class DriftControl:
         deferred: bool = False,
     ) -> None:
         fixed = isinstance(anchor_every, int) and not isinstance(anchor_every, bool) and anchor_every >= 1
-        expect(
-            anchor_every in ("auto", None) or fixed,
-            "anchor_every",
-            '"auto", None or a positive int',
-            repr(anchor_every),
-        )
+        known = fixed or anchor_every in ("auto", None)
+        expect(known, "anchor_every", '"auto", None or a positive int', repr(anchor_every))
         number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool) and tolerance > 0
         expect(tolerance is None or number, "tolerance", "None or a positive number", repr(tolerance))
         expect(isinstance(deferred, bool), "deferred_check", "a bool", repr(deferred))
@@ -384,11 +349,26 @@ class DriftControl:
     def state(self) -> Tensor:
         """Pack all that decides the next passes into a float64 vector, to be saved in checkpoints."""
         self.settle(wait=True)
-        return self.learnt.vector()
+        return torch.tensor(astuple(self.learnt), dtype=torch.float64)
 
     def load_state(self, state: Tensor) -> None:
-        """Continue from a saved state, of a run of any depth."""
-        loaded = DriftRecord.of_vector(state)
+        """Continue from a saved state, of a run of any depth; it may have any dtype and device.
+
+        Drift in it may be infinite or NaN: states that were not finite have such.
+
+        Raises:
+            ValueError: other than a tensor of so many numbers, or numbers that no pass can have found.
+        """
+        own = fields(DriftRecord)
+        is_vector = isinstance(state, Tensor) and state.shape == (len(own),)
+        found = getattr(state, "shape", type(state).__name__)
+        expect(is_vector, "drift control state", f"{len(own)} numbers", found)
+        values = state.double().tolist()
+        for k, (item, value) in enumerate(zip(own, values, strict=True)):
+            if item.type == "int":
+                whole = value >= 0 and value.is_integer()
+                expect(whole, f"drift control state: {item.name}", "a whole number, 0 or more", value)
+                values[k] = int(value)
         self.settle(wait=True)  # verdicts of passes before belong to the old record
-        self.learnt = loaded
+        self.learnt = DriftRecord(*values)
         self.learnt.spacing = max(1, min(self.learnt.spacing, max(self.n_steps, 1)))

@@ -45,10 +45,6 @@ def _drop_gradient(tensor: Tensor) -> None:
     tensor.grad = None
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class DryRun:
     """A context in which tensors on "meta" stand for ones on a device and are counted, on this thread.
 
@@ -71,7 +67,7 @@ class DryRun:
         # What looks at values in the caller's ops, gradients and saved tensors is not to see these.
         self._alone.enter_context(_disable_current_modes())
         self._alone.enter_context(torch.autograd.set_detect_anomaly(False))
-        self._alone.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
+        self._alone.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
         return self
 
     def __exit__(self, *failure: Any) -> None:

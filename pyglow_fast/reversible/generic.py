@@ -43,12 +43,8 @@ def run_steps(
         x, cond: of the steps.
         maps: the channel maps before the steps; None: there are none.
     """
-    return call_untraced(_run_steps, steps, control, x, cond, maps)
-
-
-def _run_steps(
-    steps: Sequence[Step], control: DriftControl | None, x: Tensor, cond: Tensor | None, maps: Maps | None
-) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return call_untraced(run_steps, steps, control, x, cond, maps)
     step_bytes = [sum(tensor.nbytes for tensor in step.params) for step in steps]
     limit, maps = part_limit(x, step_bytes, x.nbytes), maps or no_maps(len(steps))
     units = maps.bounds(step_bytes, limit, limit or 0)

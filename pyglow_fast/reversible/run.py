@@ -1,9 +1,8 @@
 """The autograd node of a run: K flow steps whose forward, inverse and backward are calls of csrc/run.
 
-A run is cut into parts, each a node of its own, since a node hands out the gradients of all its tensors when it ends:
-where they are added to those of an earlier batch or lie in a process group's buckets, they exist twice until then.
-A node saves its input or output, the parameters, and what its memory mode keeps between the steps. Channel maps are
-folded inside each node from raw parameters, and again in its backward: only mode "store" keeps them.
+A run is cut into parts, each a node of its own; parts.py says why. A node saves its input or output, the parameters,
+and what its memory mode keeps between the steps. Channel maps are folded inside each node from raw parameters, and
+again in its backward: only mode "store" keeps them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -30,36 +29,21 @@ NONE, STORE, CHECKPOINT, REVERSIBLE = range(4)  # csrc/run/run.h
 _MODES = {"store": STORE, "checkpoint": CHECKPOINT, "reversible": REVERSIBLE}
 
 
-class Fold(Protocol):
-    """How channel maps are made of raw tensors."""
-
-    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Fold matrices (K, C, C), offsets (K, C), log_dets (K,) and, of gathers, indices (K, C)."""
-
-    def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
-    ) -> Sequence[Tensor | None]:
-        """Compute the gradients of the raw tensors from those of the maps; None for those that want none.
-
-        They are zeros where a deferred verdict, if there is one, has found a drifted state.
-        """
-
-
 class FoldByTorch:
-    """Folds by a function of torch's ops, which autograd differentiates."""
+    """Folds raw tensors to channel maps by a function of torch's ops, which autograd differentiates."""
 
     def __init__(self, function: Callable[[Sequence[Tensor]], Any]) -> None:
         self._function = function
 
     def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Fold, without a record."""
+        """Fold matrices (K, C, C), offsets (K, C), log_dets (K,) and, of gathers, indices (K, C), without a record."""
         with torch.no_grad():
             return [part for part in self._function(raw) if part is not None]
 
     def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
     ) -> Sequence[Tensor | None]:
-        """Fold again, with a record."""
+        """Compute the gradients of the raw tensors from those of the maps; None for those that want none."""
         leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
         with torch.enable_grad():
             found = self._function(leaves)
@@ -68,22 +52,22 @@ class FoldByTorch:
         if not wanted or not pairs:
             return [None] * len(leaves)
         outs, grads = zip(*pairs, strict=True)
-        given = iter(accepted(torch.autograd.grad(outs, wanted, grads, allow_unused=True), drifted))
+        given = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
         return [next(given) if leaf.requires_grad else None for leaf in leaves]
 
 
 class GivenMaps:
-    """Passes on maps that someone has folded: matrices, offsets, log_dets and, of gathers, indices."""
+    """Passes on maps that someone has folded: matrices, offsets, log_dets and, of gathers, indices; or none at all."""
 
     def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return them as they are."""
         return raw
 
     def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
     ) -> Sequence[Tensor | None]:
         """Return their gradients; indices have none."""
-        return accepted([matrices, offsets, log_dets, None][: len(raw)], drifted)
+        return [matrices, offsets, log_dets, None][: len(raw)]
 
 
 FACTORS, CONSTANTS = ("log_scale", "bias", "lower", "upper", "log_diag"), ("permutation", "sign_diag")
@@ -107,11 +91,14 @@ class FoldFactors:
         return found
 
     def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
+        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
     ) -> Sequence[Tensor | None]:
         """Compute the gradients of the parameters."""
-        stacked = accepted(require().fold_backward(raw, *self._constants, matrices, offsets, log_dets), drifted)
-        return [one for each in stacked if each is not None for one in each.unbind()]
+        stacked = require().fold_backward(raw, *self._constants, matrices, offsets, log_dets)
+        return [one for each in stacked for one in each.unbind()]
+
+
+Fold = FoldByTorch | GivenMaps | FoldFactors
 
 
 class Maps(NamedTuple):
@@ -145,23 +132,9 @@ class Maps(NamedTuple):
         return [*found, (start, len(ends))]
 
 
-class NoMaps:
-    """The fold of steps that have no channel maps."""
-
-    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Give nothing."""
-        return []
-
-    def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor, drifted: Tensor | None = None
-    ) -> Sequence[Tensor | None]:
-        """Give nothing."""
-        return []
-
-
 def no_maps(count: int) -> Maps:
     """The maps of steps that have none, any of which may end a node."""
-    return Maps(range(1, count + 1), 1, lambda first, end: ([], NoMaps()))
+    return Maps(range(1, count + 1), 1, lambda first, end: ([], GivenMaps()))
 
 
 def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
@@ -266,17 +239,18 @@ class _RunNode(torch.autograd.Function):
         arguments = (maps, nets, grad_z, grad_log_det, *lists, seen, start, wants, needs[2], when, limit, restored)
         with in_precision(node.precision, grad_z):
             found = require().run_backward(node.form, x, z, cond, *arguments)
-        grad_x, grad_cond, matrices, offsets, log_dets, of_nets, first, worst, drift, redone = found
+        *others, of_nets, first, worst, drift, redone = found  # gradients of x, cond, matrices, offsets and log_dets
         drifted = None
         if reversible:
             drifted = whole.judged(part, worst if when == LATER else drift, limit, redone + redone_before)
             whole.leave(part, first)
         elif node.mode == CHECKPOINT:
             whole.checkpointed(part, grad_z.device)
-        of_maps: Sequence[Tensor | None] = [None] * len(raw)
-        if any(needs[3 + node.n_nets :]):
-            of_maps = node.fold.gradients(raw, matrices, offsets, log_dets, drifted)
-        return (None, *accepted((grad_x, grad_cond, *of_nets), drifted), *of_maps)
+        grads = accepted((*others, *of_nets), drifted)
+        of_raw: Sequence[Tensor | None] = [None] * len(raw)
+        if any(needs[3 + node.n_nets :]):  # which are linear in those of the maps: of zeros they are zeros
+            of_raw = node.fold.gradients(raw, *cast("Sequence[Tensor]", grads[2:5]))
+        return (None, *grads[:2], *grads[5:], *of_raw)
 
 
 def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False, watches: bool = False) -> Any:
@@ -345,11 +319,9 @@ def run_recorded(
     ends = [steps.maps.ends[end - 1] for _, end in units]
     whole = Whole(control, list(pairwise([0, *ends])), few)
     keeps = CHECKPOINT if mode == "reversible" and whole.keeps_states else _MODES[mode]
-    signs = sketched = None
-    rounds = keeps == REVERSIBLE and _float32.rounds(_float32.PRODUCTS, x)
-    if keeps == REVERSIBLE:
-        drawn = signs_of(positions, x.dtype, x.device)
-        signs, sketched = drawn[:3], drawn[3:]
+    reversible = keeps == REVERSIBLE
+    drawn = signs_of(positions, x.dtype, x.device) if reversible else (None, None)
+    rounds = reversible and _float32.rounds(_float32.PRODUCTS, x)
     log_dets, at = [], 0
     for (first, end), part in zip(units, whole.parts, strict=True):
         raw, fold = steps.maps.of(first, end)
@@ -359,7 +331,7 @@ def run_recorded(
         whole.joins(part.first, x, (cond, *nets, *raw))
         squeezes_here = squeezes and part.index == 0
         kept, watch = (part.anchors, part.knows_start), steps.watch
-        form = require().Part(forms, squeezes_here, keeps, *kept, signs, sketched, rounds, watch is not None)
+        form = require().Part(forms, squeezes_here, keeps, *kept, *drawn, rounds, watch is not None)
         node = _Node(part, keeps, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision, watch)
         with in_precision(steps.precision, x):
             x, log_det = apply_to_plain(_RunNode, node, x, cond, *nets, *raw)

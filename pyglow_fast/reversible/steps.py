@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from pyglow_fast import functional, ops, reference
 from pyglow_fast._derivatives import check_leaves
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.masks import mask_of, positions_of
-from pyglow_fast.coupling_nets.net_runner import NetRunner
+from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
 from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
 from pyglow_fast.coupling_nets.state import RunState, check_repeated, holding, leaves_of, output_sums, states_before
@@ -21,26 +21,6 @@ from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.drift import lowest_precision
 
 MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
-
-
-def inverse_of(matrix: Tensor, index: Tensor | None) -> MapInverse:
-    """Invert M, of stacked maps all in one batch; of a gather, which has an index, its scales and its index."""
-    return (functional.invert_matrix(matrix), None) if index is None else functional.invert_gather(matrix, index)
-
-
-class Outcome(NamedTuple):
-    """What a step gives in the forward.
-
-    Attributes:
-        z, log_det: of the step.
-        memo: what repeats it, besides its input.
-        lowest: the lowest dtype that it computes in, see lowest_precision.
-    """
-
-    z: Tensor
-    log_det: Tensor
-    memo: Any
-    lowest: torch.dtype
 
 
 class ChannelMap(NamedTuple):
@@ -71,7 +51,9 @@ class ChannelMap(NamedTuple):
 
     def inverse(self) -> MapInverse:
         """Invert the matrix; of stacked maps all in one batch, of a gather its scales and its index."""
-        return inverse_of(self.matrix, self.source)
+        if self.source is None:
+            return functional.invert_matrix(self.matrix), None
+        return functional.invert_gather(self.matrix, self.source)
 
 
 class Given(NamedTuple):
@@ -105,38 +87,16 @@ class Differentiated(NamedTuple):
     grad_map: tuple[Tensor, ...] = ()
 
 
-class Step(Protocol):
-    """One step of a run; all its methods are called without a record."""
-
-    @property
-    def params(self) -> Sequence[Tensor]:
-        """The tensors that it is differentiated by, besides its input and the condition."""
-
-    def forward(self, x: Tensor, given: Given) -> Outcome:
-        """Run on x, with the given tensors in the place of ``params``."""
-
-    def repeat(self, x: Tensor, given: Given) -> Tensor:
-        """Compute z of the forward again, from its input x."""
-
-    def backward(
-        self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
-    ) -> Differentiated:
-        """Compute the gradients from those of the output.
-
-        Args:
-            y: the output, from which the input is recomputed; None where nothing is to be recomputed.
-            x: the input of the forward to the bit, where it is known; one of the two is given.
-            grad_y, grad_log_det: of the output and of log_det (N,).
-            given: what the forward ran with.
-        """
-
-
 class ModuleStep:
     """Any module with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``: inverted, then run forward again.
 
     Args:
         module: the step.
         name: for errors.
+
+    Attributes:
+        params: the tensors that it is differentiated by, besides its input and the condition; methods, all of which are
+            called without a record, run with those that they are given in their place.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -149,8 +109,8 @@ class ModuleStep:
         with holding(self.module, params):
             return run(x) if cond is None else run(x, cond)
 
-    def forward(self, x: Tensor, given: Given) -> Outcome:
-        """Call the module, and note what repeats the call."""
+    def forward(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor, RunState, torch.dtype]:
+        """Call the module: z, log_det (N,), a memo of what repeats the call, and the lowest dtype it computes in."""
         before = states_before(self.module, x.device)
         version = x._version
         outputs = self._call(x, given.cond, given.params)
@@ -160,7 +120,7 @@ class ModuleStep:
         shape = tuple(log_det.shape)
         expect(shape == (len(x),), self.name, f"a log_det of shape ({len(x)},)", f"shape {shape}")
         expect(x._version == version, self.name, "a forward that leaves its input as it is", "one that writes")
-        return Outcome(z, log_det, RunState.after(self.module, before, z), self._lowest(z, given.params))
+        return z, log_det, RunState.after(self.module, before, z), self._lowest(z, given.params)
 
     def _lowest(self, z: Tensor, params: Sequence[Tensor]) -> torch.dtype:
         lowest = z.dtype
@@ -180,7 +140,14 @@ class ModuleStep:
     def backward(
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
     ) -> Differentiated:
-        """Call the inverse where x is to be recomputed, then the module, with a record."""
+        """Call the inverse where x is to be recomputed, then the module, with a record.
+
+        Args:
+            y: the output, from which the input is recomputed; None where nothing is to be recomputed.
+            x: the input of the forward to the bit, where it is known; one of the two is given.
+            grad_y, grad_log_det: of the output and of log_det (N,).
+            given: what the forward ran with.
+        """
         state: RunState = given.memo
         found = x
         if y is not None:
@@ -276,6 +243,8 @@ class _Tiles:
 class CouplingStep:
     """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
 
+    It is run as a :class:`ModuleStep` is.
+
     Args:
         runner: of the net.
         spec: of the coupling.
@@ -307,7 +276,7 @@ class CouplingStep:
         matrix, offset, _, source = given.map
         return self._masked(functional.channel_mix(x, matrix, offset, index=source), given.cond)
 
-    def forward(self, x: Tensor, given: Given) -> Outcome:
+    def forward(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor, Memo, torch.dtype]:
         """Run the map and the coupling, and note what repeats the net."""
         u = self._mixed(x, given)
         net_out, memo = self.runner.forward(self._read(u), given.cond, given.params)
@@ -318,7 +287,7 @@ class CouplingStep:
         z, log_det = functional.coupling(u, net_out, self.spec)
         if given.map is not None:
             log_det = log_det + given.map.log_det * self._positions(u, given.cond)
-        return Outcome(z, log_det, memo, lowest)
+        return z, log_det, memo, lowest
 
     def repeat(self, x: Tensor, given: Given) -> Tensor:
         """Run the map, the net and the coupling again."""
@@ -331,7 +300,7 @@ class CouplingStep:
     ) -> Differentiated:
         """Run the net once more, chunk by chunk, then the map."""
         cond, own = given.cond, given.map
-        inverse = None if own is None or y is None else inverse_of(own.matrix, own.source)
+        inverse = None if own is None or y is None else own.inverse()
         state = y
         if state is None:
             assert x is not None  # one of the two is given
@@ -361,3 +330,6 @@ class CouplingStep:
         grad_x, *of_map = channel_mix_backward(true, grad_u, own.matrix, own.offset, added, own.source)
         of_log_det = (grad_log_det * self._positions(grad_u, cond)).sum()
         return Differentiated(found, grad_x, grad_cond, of_net, (*of_map, of_log_det))
+
+
+Step = ModuleStep | CouplingStep

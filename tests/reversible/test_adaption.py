@@ -260,10 +260,6 @@ class TestState:
         names = "spacing calm hold next_hold passes trips redone_steps skipped"
         names += " last_drift largest_drift recent_redone"
         assert vars(control.learnt) == dict(zip(names.split(), range(1, 12), strict=True))
-        earlier = torch.cat([saved[:4], torch.tensor([3.0]), saved[4:], torch.tensor([-1.0])])
-        other = DriftControl(32)
-        other.load_state(earlier)  # of a checkpoint that has two numbers more
-        assert other.learnt == control.learnt
         floats = {name for name, value in vars(control.learnt).items() if isinstance(value, float)}
         assert floats == {"last_drift", "largest_drift", "recent_redone"}
         assert torch.equal(control.state(), saved.double())

@@ -298,14 +298,6 @@ def test_maps_of_lu_factors(channels: int, dtype: torch.dtype) -> None:
     assert_same(list(fold.gradients(found, *grads)), [by_tensor[id(tensor)] for tensor in found], 8 * eps)
 
 
-def test_a_run_whose_forms_are_many_keeps_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(described, "_REMEMBERED", 3)
-    sequence, _, _ = steps()
-    for size in range(1, 9):
-        sequence(torch.randn(1, 6, size, size, dtype=torch.float64))
-    assert len(described._forms) <= 3
-
-
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
