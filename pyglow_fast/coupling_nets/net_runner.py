@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._dry import device_of
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.net_shape import NetShape
@@ -78,7 +79,7 @@ class NetRunner:
         """Say how many of a state's C channels, the first ones, are x1: half of them, or none."""
         return 0 if self.injects else channels // 2
 
-    def _inputs(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def inputs(self, x1: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Give the tensors that chunks are cut from: x1 and cond, or for an injector the condition in place of x1."""
         return (condition_for(x1, cond), None) if self.injects else (x1, cond)
 
@@ -108,8 +109,8 @@ class NetRunner:
             return call
         return lambda x1, cond: board.net_output(call(*board.net_inputs(x1, cond)))
 
-    def _plan(self, x1: Tensor, cond: Tensor | None) -> tuple[Chunk, ...]:
-        """Check the net and its inputs, and cut them."""
+    def plan(self, x1: Tensor, cond: Tensor | None) -> tuple[Chunk, ...]:
+        """Check the net and its :meth:`inputs`, and say how they are cut."""
         check_net(self.net)
         if isinstance(self.net, NetShape):
             self.net.check_inputs(*((x1, cond) if self.board is None else self.board.shaped(x1, cond)))
@@ -118,27 +119,27 @@ class NetRunner:
             x1.shape,
             x1.element_size(),
             self.budget,
-            device_type=x1.device.type,
+            device_type=device_of(x1).type,
             cond_channels=0 if cond is None else cond.shape[1],
             rows_each=1 if self.board is None else 2,
         )
 
     def whole(self, x1: Tensor, cond: Tensor | None) -> Tensor:
         """Run net(x1, cond) in one piece, as autograd records it."""
-        x1, cond = self._inputs(x1, cond)
+        x1, cond = self.inputs(x1, cond)
         with in_precision(self.precision, x1):
             return self._call(None)(x1, cond)
 
     def run(self, x1: Tensor, cond: Tensor | None) -> Tensor:
         """Run net(x1, cond) without a record."""
-        x1, cond = self._inputs(x1, cond)
+        x1, cond = self.inputs(x1, cond)
         with in_precision(self.precision, x1):
-            return run_net(self._call(None), x1, cond, self._plan(x1, cond))
+            return run_net(self._call(None), x1, cond, self.plan(x1, cond))
 
     def forward(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor]) -> tuple[Tensor, Memo]:
         """Run net(x1, cond) without a record, and note what repeats it."""
-        x1, cond = self._inputs(x1, cond)
-        plan = self._plan(x1, cond)
+        x1, cond = self.inputs(x1, cond)
+        plan = self.plan(x1, cond)
         with in_precision(self.precision, x1):
             before = states_before(self.net, x1.device)
             net_out = run_net(self._call(params), x1, cond, plan)
@@ -147,7 +148,7 @@ class NetRunner:
     def repeat(self, x1: Tensor, cond: Tensor | None, params: Sequence[Tensor], memo: Memo) -> Tensor:
         """Compute the output of :meth:`forward` again."""
         with in_precision(self.precision, x1), memo.state.restored(self.net):
-            return run_net(self._call(params), *self._inputs(x1, cond), memo.plan)
+            return run_net(self._call(params), *self.inputs(x1, cond), memo.plan)
 
     def backward(
         self,
@@ -176,7 +177,7 @@ class NetRunner:
             params = leaves_of(self.net, params)
             grad_x1, grad_cond, found = run_net_backward(
                 self._call(params),
-                *self._inputs(x1, cond),
+                *self.inputs(x1, cond),
                 memo.plan,
                 watched,
                 params,

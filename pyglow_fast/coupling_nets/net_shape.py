@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.reference import COUPLING_NETS
 
 
@@ -37,8 +38,9 @@ class NetShape(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but the net's own parameters is known to decide what it computes."""
-        return False
+        """Whether nothing but the net's own parameters decides what it computes: no subclass of it, no hooks."""
+        own = type(self).__base__ is NetShape and not is_altered(self)
+        return own and not torch.nn.modules.module._has_any_global_hook()
 
     @property
     def writes_to_input(self) -> bool:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import Range
-from pyglow_fast.coupling_nets import check_precision
 from pyglow_fast.coupling_nets.checkerboard import Checkerboard
 from pyglow_fast.coupling_nets.net_runner import NetRunner
+from pyglow_fast.coupling_nets.precision import check_precision
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
+from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec, factor_fits
 
 MASKS = ("channels", "checkerboard")
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
@@ -25,12 +25,6 @@ SCALE_BIAS = Range(**_HELD)
 SCALE_EPS = Range(least=0, **_HELD)
 SCALE_CLAMP = Range(above=0, most=MAX_CLAMP)
 SCALE_FACTOR = Range(least=1 / MAX_FACTOR, most=MAX_FACTOR)
-
-
-def check_scale_factor(coupling: str, scale_map: object, scale_factor: float) -> None:
-    """Refuse a factor on a map that has none."""
-    has_factor = coupling == "affine" and scale_map == "sigmoid"
-    expect(has_factor or scale_factor == 1, "scale_factor", "1 where the scale is no sigmoid", scale_factor)
 
 
 def coupling_spec(
@@ -44,12 +38,8 @@ def coupling_spec(
 ) -> CouplingSpec:
     """Make a CouplingSpec of checked values; an error names the argument."""
     expect(coupling in COUPLINGS, "coupling", f"one of {COUPLINGS}", repr(coupling))
-    expect(
-        callable(scale_map) or scale_map in SCALE_MAPS,
-        "scale_map",
-        f"one of {SCALE_MAPS} or a callable",
-        repr(scale_map),
-    )
+    known = callable(scale_map) or scale_map in SCALE_MAPS
+    expect(known, "scale_map", f"one of {SCALE_MAPS} or a callable", repr(scale_map))
     expect(order in ORDERS, "order", f"one of {ORDERS}", repr(order))
     bias, eps, clamp, factor = float(scale_bias), float(scale_eps), float(scale_clamp), float(scale_factor)
     for name, value, allowed in (
@@ -59,8 +49,9 @@ def coupling_spec(
         ("scale_factor", factor, SCALE_FACTOR),
     ):
         allowed.check(name, value)
-    check_scale_factor(coupling, scale_map, factor)
-    return CouplingSpec(coupling, scale_map, bias, eps, clamp, order, factor)
+    spec = CouplingSpec(coupling, scale_map, bias, eps, clamp, order, factor)
+    expect(factor_fits(spec), "scale_factor", "1 where the scale is no sigmoid", factor)
+    return spec
 
 
 class Coupling(FlowLayer):
@@ -161,21 +152,15 @@ class Coupling(FlowLayer):
         """Undo :meth:`enter`: put the halves of the channels back where x has them."""
         return y if self.board is None else self.board.leave(y)
 
-    def reads(self, channels: int) -> int:
-        """How many of C channels the net reads and the coupling leaves as they are: the first half."""
-        return channels // 2
-
     def kept_half(self, x: Tensor) -> Tensor:
         """The half of the channels (of what :meth:`enter` gives) that the coupling leaves as they are."""
         if self.board is not None:  # which has made the halves
             return x[:, : x.shape[1] // 2]
         expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
         expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
-        channels = x.shape[1]
-        expect(
-            channels >= 2 and channels % 2 == 0, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}"
-        )
-        return x[:, : channels // 2]
+        halves = x.shape[1] >= 2 and x.shape[1] % 2 == 0
+        expect(halves, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}")
+        return x[:, : x.shape[1] // 2]
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
@@ -188,6 +173,7 @@ class Coupling(FlowLayer):
 
     def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the net is called with."""
+        kept, cond = self.runner("auto").inputs(kept, cond)
         return (kept, cond) if self.board is None else self.board.net_inputs(kept, cond)
 
     def runner(self, budget: str | int) -> NetRunner:
@@ -195,9 +181,12 @@ class Coupling(FlowLayer):
         width = 2 if self.spec.coupling == "affine" else 1
         return NetRunner(self.net, width, budget, self.precision, self.board)
 
-    def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
-        """Run the net on the kept half, the same before and after the coupling, and check the shape of its output."""
-        return self.runner("auto").whole(kept, cond)
+    def run_net(self, kept: Tensor, cond: Tensor | None, budget: str | int | None = None) -> Tensor:
+        """Run the net on the kept half, the same before and after the coupling, and check the shape of its output.
+
+        With a budget of bytes, or "auto", it runs in chunks and without a record.
+        """
+        return self.runner("auto").whole(kept, cond) if budget is None else self.runner(budget).run(kept, cond)
 
     @property
     def net_is_initialized(self) -> bool:
@@ -205,11 +194,11 @@ class Coupling(FlowLayer):
         net = self._modules["net"]
         return not isinstance(net, CouplingNet) or net.is_initialized
 
-    def run_net_forward(self, kept: Tensor, cond: Tensor | None) -> Tensor:
+    def run_net_forward(self, kept: Tensor, cond: Tensor | None, budget: str | int | None = None) -> Tensor:
         """Run the net in the forward direction; in training its fresh ActNorms are initialised first."""
         if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
             self.net.initialize(*self._net_inputs(kept, cond))
-        return self.run_net(kept, cond)
+        return self.run_net(kept, cond, budget)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to y, with the sum of log s over each sample."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_shape import NetShape
-from pyglow_fast.coupling_nets.traits import has_hooks, is_altered
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
 from pyglow_fast.reference import COUPLING_NETS
@@ -94,7 +95,7 @@ class CouplingNet(NetShape):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
-        if type(self) is not CouplingNet or is_altered(self) or torch.nn.modules.module._has_any_global_hook():
+        if not super().is_plain:
             return False
         for part in self._modules.values():
             if part is not None and (has_hooks(part) or "parametrizations" in part._modules):
@@ -118,12 +119,7 @@ class CouplingNet(NetShape):
 
         Only the coupling's forward calls it: an inverse pass must never initialise.
         """
-        hidden = self.with_condition(x, cond)
-        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            hidden = self._convolved(conv, hidden)
-            if isinstance(norm, ActNorm):
-                hidden = norm.initialize(hidden)
-            hidden = hidden.relu()
+        self._hidden(self.with_condition(x, cond), ActNorm.initialize)
 
     def folded_weights(self) -> list[Tensor]:
         """w1, b1, w2, b2, w3, b3 of a net without ActNorms and gain that computes the same."""
@@ -170,7 +166,9 @@ class CouplingNet(NetShape):
         """Predict shift and raw scale (of an additive coupling the shift alone) from x and cond."""
         parts = [part for part in self._modules.values() if part is not None]
         if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
-            return self._layer_by_layer(self.with_condition(x, cond))
+            # The layers are called, as hooks on them want it (torch.nn.utils.prune sets weights by such).
+            hidden = self._hidden(self.with_condition(x, cond), lambda norm, h: norm(h)[0])
+            return self._convolved(self.conv3, hidden) * (3.0 * self.log_gain).exp()
         return self.run_on(x, cond, self._weights())
 
     def _convolved(self, conv: nn.Module, x: Tensor) -> Tensor:
@@ -179,10 +177,9 @@ class CouplingNet(NetShape):
         kernel = self.border1 if conv is self.conv1 else self.border3 if conv is self.conv3 else None
         return out if kernel is None else out + border_map(kernel, x.shape[2:])
 
-    def _layer_by_layer(self, x: Tensor) -> Tensor:
-        """The same with every layer called, as hooks on them want it (torch.nn.utils.prune sets weights by such)."""
+    def _hidden(self, x: Tensor, through: Callable[[ActNorm, Tensor], Tensor]) -> Tensor:
+        """The last hidden layer, with every layer called."""
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
             x = self._convolved(conv, x)
-            x = (norm(x)[0] if isinstance(norm, ActNorm) else x).relu()
-        out: Tensor = self._convolved(self.conv3, x) * (3.0 * self.log_gain).exp()
-        return out
+            x = (through(norm, x) if isinstance(norm, ActNorm) else x).relu()
+        return x

@@ -7,9 +7,10 @@ scale maps that are callables, and whatever watches calls, such as torch.compile
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,6 @@ from pyglow_fast._dry import device_of
 from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.chain import Chain
-from pyglow_fast.coupling_nets.net_runner import condition_for
-from pyglow_fast.coupling_nets.plan import plan_chunks
 from pyglow_fast.coupling_nets.precision import dtype_on, in_precision
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
@@ -31,16 +30,6 @@ from pyglow_fast.layers.permutation import InvConv
 from pyglow_fast.reversible.drift import lowest_precision
 from pyglow_fast.reversible.run import CONSTANTS, FACTORS, Fold, FoldByTorch, FoldFactors, Maps, Steps
 from pyglow_fast.reversible.steps import ChannelMap
-
-
-class ChainNet(Protocol):
-    """A net that may be a chain, and states its width and what of a condition it reads."""
-
-    in_channels: int
-    cond_channels: int
-
-    def chain(self, x: Tensor) -> Chain | None:
-        """The net as a chain for states like x, None where it is none, or something else than its tensors decides."""
 
 
 class _Computes(NamedTuple):
@@ -62,18 +51,10 @@ def _computes(precision: str, x: Tensor) -> _Computes | None:
         return _Computes(products, "" if dtype == x.dtype else str(dtype).removeprefix("torch."), lowest)
 
 
-# Couplings and their nets as csrc/run takes them, by all that decides that: shapes and settings, and no values.
-_forms: dict[tuple[object, ...], dict[tuple[object, ...], Any]] = {}
-_REMEMBERED = 256  # shapes and settings
-
-
+@functools.lru_cache(256)
 def _forms_for(*settings: object) -> dict[tuple[object, ...], Any]:
-    found = _forms.get(settings)
-    if found is None:
-        if len(_forms) >= _REMEMBERED:
-            _forms.clear()
-        found = _forms[settings] = {}
-    return found
+    """Couplings and their nets as csrc/run takes them, by all that decides that: shapes and settings, and no values."""
+    return {}
 
 
 def _made(
@@ -81,25 +62,17 @@ def _made(
     chain: Chain,
     state: Sequence[int],
     x: Tensor,
+    cond: Tensor | None,
     how: _Computes,
     budget: str | int,
-    cond_channels: int,
 ) -> Any:
-    """The coupling and its net for states of a shape, in the form that csrc/run takes."""
-    injects, board = isinstance(coupling, AffineInjector), coupling.board
-    reads = coupling.reads(state[1])
-    coupling.runner(budget).check_width(x.new_empty(()).expand(state[0], reads, *state[2:]), chain.last_weight.shape[0])
-    inputs = (state[0], cast("ChainNet", coupling.net).in_channels if injects else reads, *state[2:])
+    """The coupling and its net for states of a shape, in the form that csrc/run takes; refuses what the net does."""
+    injects, board, runner = isinstance(coupling, AffineInjector), coupling.board, coupling.runner(budget)
+    reads = runner.reads(state[1])
+    kept = x.new_empty(()).expand(state[0], reads, *state[2:])
+    runner.check_width(kept, chain.last_weight.shape[0])
     with in_precision(coupling.precision, x):
-        plan = plan_chunks(
-            coupling.net,
-            inputs,
-            x.element_size(),
-            budget,
-            device_type=device_of(x).type,
-            cond_channels=cond_channels,
-            rows_each=1 if board is None else 2,
-        )
+        plan = runner.plan(*runner.inputs(kept, cond))
     chunks = [] if plan[0].whole else [chunk.numbers for chunk in plan]
     activations, parameters, dilations = ops.chain_arguments(chain.spec)
     form = require().NetForm(
@@ -110,7 +83,7 @@ def _made(
         how.products,
         how.narrow,
         not injects,
-        cond_channels > 0,
+        cond is not None and not injects,
         None if board is None else board.parity,
         chunks,
         chain.outputs.in_turn,
@@ -144,7 +117,7 @@ def described(
     Raises:
         ValueError: a condition that a net does not take.
     """
-    state = _state_shape(x, squeezes)
+    state, given = _state_shape(x, squeezes), None if cond is None else (cond.shape, cond.device)
     forms: list[Any] = []
     nets: list[Tensor] = []
     counts: list[int] = []
@@ -158,62 +131,24 @@ def described(
             how = _computes(coupling._precision, x)
             if how is None or (ways and has_tf32(x)):  # settings of the process decide, one for all
                 return None
-            ways[coupling._precision] = how, _forms_for(state, x.dtype, device_of(x).type, how, budget)
+            ways[coupling._precision] = how, _forms_for(state, x.dtype, device_of(x).type, given, how, budget)
         how, known = ways[coupling._precision]
         net: Any = coupling._modules["net"]
         injects = isinstance(coupling, AffineInjector)
-        cond_channels = 0 if injects else net.cond_channels
-        if cond is not None or cond_channels or injects:
-            _check_condition(coupling, state, x, cond)
         first, last = chain.tensors[0].shape, chain.last_weight.shape
         settings = (coupling.spec, chain.spec, chain.powers, chain.outputs)
-        key = (*settings, first, last, cond_channels, coupling.board, injects)
+        key = (*settings, first, last, 0 if injects else net.cond_channels, coupling.board, injects)
         form = known.get(key)
         if form is None:
             if not ops.has_kernel(coupling.spec):
                 return None
-            form = known[key] = _made(coupling, chain, state, x, how, budget, cond_channels)
+            form = known[key] = _made(coupling, chain, state, x, cond, how, budget)
         forms.append(form)
         nets += chain.tensors
         counts.append(len(chain.tensors))
         nbytes.append(chain.nbytes)
     lowest = max((how.lowest for how, _ in ways.values()), key=lambda dtype: torch.finfo(dtype).eps)
     return Steps(forms, nets, counts, nbytes, maps, lowest, next(iter(ways)))
-
-
-class Entered(NamedTuple):
-    """Couplings described for a run, with a state and a condition as the run takes them."""
-
-    steps: Steps
-    x: Tensor
-    cond: Tensor | None
-    squeezes: bool
-
-
-def entered(
-    couplings: Sequence[Coupling],
-    maps: Maps,
-    x: Tensor,
-    cond: Tensor | None,
-    squeezes: bool,
-    budget: str | int,
-    backwards: bool = False,
-) -> Entered | None:
-    """Bring x and cond into the form of a run, and describe the couplings for it, see :func:`described`.
-
-    Args:
-        couplings, maps, budget: as of :func:`described`.
-        x: (N, C, *spatial), with squeezes (N, C / 2^d, *(2 spatial)).
-        cond: of the nets, or None.
-        squeezes: x is to be squeezed.
-        backwards: x is the run's output.
-    """
-    if squeezes and (x.dim() != 4 or couplings[0].board is not None):  # the kernels do not squeeze these as they read
-        x, squeezes = functional.squeeze(x), False
-    x, cond = couplings[-1 if backwards else 0].enter(x, cond)
-    cond = None if cond is None else cond.to(x.dtype)
-    found = described(couplings, maps, x, cond, squeezes, budget)
-    return None if found is None else Entered(found, x, cond, squeezes)
 
 
 def _state_shape(x: Tensor, squeezes: bool) -> tuple[int, ...]:
@@ -238,31 +173,6 @@ def chain_of(coupling: Coupling, x: Tensor) -> Chain | None:
         if part.dtype is not dtype:
             return None
     return chain
-
-
-def _check_condition(coupling: Coupling, state: Sequence[int], x: Tensor, cond: Tensor | None) -> None:
-    """Refuse a condition that the net does not take, in the words of the net."""
-    net: Any = coupling.net
-    injects = isinstance(coupling, AffineInjector)
-    board = coupling.board
-    seen = state if board is None else (state[0], state[1] // 2, 2 * state[2], *state[3:])
-    if cond is None and (injects or net.cond_channels):
-        pass
-    elif injects:
-        assert cond is not None
-        if cond.shape == (seen[0], net.in_channels, *seen[2:]) and cond.device == x.device:
-            return
-    elif net.cond_channels == 0 and cond is None:
-        return
-    elif cond is not None and board is not None:
-        return  # which has been checked as it was viewed by pairs of rows
-    elif cond is not None and net.cond_channels and cond.shape == (seen[0], net.cond_channels, *seen[2:]):
-        return
-    like = x.new_empty(()).expand(seen[0], net.in_channels, *seen[2:])
-    if injects:
-        net.check_inputs(condition_for(like, cond), None)
-    else:
-        net.check_inputs(like, cond)
 
 
 def maps_of(steps: Sequence[FlowStep], by_step: Sequence[Sequence[Coupling]], runnable: bool = True) -> Maps:

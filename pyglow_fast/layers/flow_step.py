@@ -119,11 +119,8 @@ def raw_maps(steps: Sequence[FlowStep], before: FlowStep | None = None) -> tuple
     layers, k = [step.permutation for step in steps], len(steps)
     own = [*(step.actnorm.log_scale for step in steps), *(step.actnorm.bias for step in steps)]
     counts = [len(step.couplings) for step in steps]
-    parities = _parities(steps if before is None else [before, *steps])
-    if before is None:
-        parities = [*parities[:1], *parities]
-    elif before.couplings:
-        parities = parities[len(before.couplings) - 1 :]
+    parities = _parities(steps)
+    parities = [*(parities[:1] if before is None else _parities([before])[-1:]), *parities]
     indices = [layer.gather_index() for layer in layers]
     known = [index for index in indices if index is not None]
     gathers = len(known) == k
@@ -217,13 +214,6 @@ def maps_log_det(maps: ChannelMap, x: Tensor, masked_by: Tensor | None = None) -
     return functional.per_sample(x, total) if masked_by is None else total * positions_of(masked_by)
 
 
-def _run_net(coupling: Coupling, kept_half: Tensor, cond: Tensor | None, budget: str | int | None) -> Tensor:
-    """The coupling's net in the forward direction; with a budget in chunks and without a record."""
-    if budget is None or not coupling.net_is_initialized:
-        return coupling.run_net_forward(kept_half, cond)
-    return coupling.runner(budget).run(kept_half, cond)
-
-
 def _masked(x: Tensor, masked_by: Tensor | None) -> Tensor:
     """Set a state to zero at masked positions, where a channel map has put its offset."""
     return x if masked_by is None else x * mask_of(masked_by)
@@ -257,7 +247,7 @@ def run_couplings(
     first, *others = unstack_maps(stacked)
     x = _masked(functional.channel_mix(x, first.matrix, first.offset, first.source), masked_by)
     for coupling, own in zip_longest(couplings, others):
-        net_out = _run_net(coupling, coupling.kept_half(x), cond, budget)
+        net_out = coupling.run_net_forward(coupling.kept_half(x), cond, budget)
         if own is None:
             x, step_log_det = functional.coupling(x, net_out, coupling.spec)
         else:
@@ -292,8 +282,7 @@ def run_couplings_inverse(
         if coupling is None:
             z = functional.channel_unmix(z, inverse, offset, index)
         else:
-            half = coupling.kept_half(z)
-            net_out = coupling.run_net(half, cond) if budget is None else coupling.runner(budget).run(half, cond)
+            net_out = coupling.run_net(coupling.kept_half(z), cond, budget)
             z, step_log_det = functional.coupling_mix_inverse(z, net_out, inverse, offset, coupling.spec, index)
             log_det = log_det + step_log_det
         z = _masked(z, masked_by)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast.coupling_nets.chain import Chain
 from pyglow_fast.coupling_nets.net_shape import NetShape
-from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
@@ -43,8 +42,7 @@ class FrozenNet(NetShape):
     @property
     def like(self) -> Tensor:
         """A tensor that has the dtype and device of the net."""
-        weight: Tensor = self.w1  # type: ignore[assignment]
-        return weight
+        return self.get_buffer("w1")
 
     @property
     def weights(self) -> list[Tensor]:
@@ -53,8 +51,7 @@ class FrozenNet(NetShape):
 
     def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its weights decides what it computes."""
-        altered = type(self) is not FrozenNet or is_altered(self) or torch.nn.modules.module._has_any_global_hook()
-        if altered or self.border:
+        if not self.is_plain or self.border:
             return None
         return Chain(self.weights, (0.0, 0.0, 0.0), COUPLING_NETS[self.dims])
 

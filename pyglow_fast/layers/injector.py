@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pyglow_fast._errors import check_count, expect
-from pyglow_fast.coupling_nets.net_runner import NetRunner, condition_for
+from pyglow_fast._errors import check_count, check_input
+from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.reference import CouplingSpec
@@ -71,19 +71,10 @@ class AffineInjector(Coupling):
         super().__init__(net, *spec._replace(coupling="affine"), precision)
         self.channels = channels
 
-    def reads(self, channels: int) -> int:
-        """Give 0, since the net reads no channel of the state."""
-        return 0
-
     def kept_half(self, x: Tensor) -> Tensor:
         """Give no channel of x: an empty tensor (N, 0, *spatial)."""
-        expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
-        fits = x.dim() >= 2 and x.shape[1] == self.channels
-        expect(fits, "x", f"shape (N, {self.channels}, *spatial)", f"shape {tuple(x.shape)}")
+        check_input("x", x, self.channels)
         return x[:, :0]
-
-    def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return condition_for(kept, cond), None
 
     def runner(self, budget: str | int) -> NetRunner:
         """What runs the net in chunks whose activations fit a budget of bytes."""

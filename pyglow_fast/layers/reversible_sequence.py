@@ -19,7 +19,7 @@ from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.described import Entered, entered, is_runnable, maps_of
+from pyglow_fast.layers.described import described, is_runnable, maps_of
 from pyglow_fast.layers.flow_step import (
     FlowStep,
     couplings_of,
@@ -35,9 +35,9 @@ from pyglow_fast.layers.folded import Folded
 from pyglow_fast.layers.planned import Plans, check_runs
 from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
 from pyglow_fast.reversible.planner import RunPlan
-from pyglow_fast.reversible.run import Maps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
+from pyglow_fast.reversible.run import Maps, Steps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
 from pyglow_fast.reversible.setting import parse_memory
-from pyglow_fast.reversible.steps import ChannelMap, Step
+from pyglow_fast.reversible.steps import ChannelMap
 
 
 def _is_initialized(step: Any) -> bool:
@@ -46,6 +46,10 @@ def _is_initialized(step: Any) -> bool:
     if all(type(net) is CouplingNet and net.has_own_norms for net in nets):
         return bool(step.is_initialized)  # of these all is known, without a look into each module
     return all(getattr(module, "is_initialized", True) for module in step.modules())
+
+
+# A run described for csrc/run; state, condition and whether the state is to be squeezed, as that takes them.
+Entered = tuple[Steps, Tensor, Tensor | None, bool]
 
 
 class Run(NamedTuple):
@@ -72,10 +76,19 @@ class Run(NamedTuple):
     kept: Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]] = lambda _, make: make()
 
     def entered(self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False) -> Entered | None:
-        """Describe the run for csrc/run; None where it does not compute it."""
-        if not self.couplings or self.masked or not is_runnable(x):
+        """Describe the run for csrc/run, and bring x and cond into its form; None where it does not compute it.
+
+        squeezes: x is to be squeezed. backwards: it is the run's output.
+        """
+        couplings = self.couplings
+        if not couplings or self.masked or not is_runnable(x):
             return None
-        return entered(self.couplings, self.maps(True), x, cond, squeezes, self.budget, backwards)
+        if squeezes and (x.dim() != 4 or couplings[0].board is not None):  # kernels do not squeeze these as they read
+            x, squeezes = functional.squeeze(x), False
+        x, cond = couplings[-1 if backwards else 0].enter(x, cond)
+        cond = None if cond is None else cond.to(x.dtype)
+        found = described(couplings, self.maps(True), x, cond, squeezes, self.budget)
+        return None if found is None else (found, x, cond, squeezes)
 
     def _chunks(self) -> str | int | None:
         """The budget of nets that run without a record, None where they may have one."""
@@ -207,13 +220,14 @@ class ReversibleSequence(FlowLayer):
             invertible = isinstance(step, nn.Module) and callable(getattr(step, "inverse", None))
             expect(invertible, f"steps[{i}]", "a module with forward and inverse", type(step).__name__)
             self.add_module(str(i), step)
-        if all(isinstance(step, FlowStep) for step in steps):
-            widths = {cast(FlowStep, step).channels for step in steps}
+        own, n_states = self.flow_steps(), len(self)  # how many states of the chain there are to recompute
+        if len(own) == len(self):
+            widths = {step.channels for step in own}
             expect(len(widths) == 1, "steps", "FlowSteps of one width", sorted(widths))
-            couplings = [cast(FlowStep, step).coupling for step in steps]
-            masks = {"channels" if coupling is None else coupling.mask for coupling in couplings}
+            masks = {"channels" if step.coupling is None else step.coupling.mask for step in own}
             expect(len(masks) == 1, "steps", "FlowSteps of one mask", sorted(masks))
-        self.control = DriftControl(self._chain_length(), anchor_every, tolerance, deferred_check)
+            n_states = len(couplings_of(own))
+        self.control = DriftControl(n_states, anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget
         self._folded, self._plans = Folded(), Plans()
@@ -250,11 +264,6 @@ class ReversibleSequence(FlowLayer):
     def is_fused(self) -> bool:
         """Whether all steps are FlowSteps without hooks or overridden methods, which run joined."""
         return all(runs_fused(step) for step in self)
-
-    def _chain_length(self) -> int:
-        """How many states of a chain there are to recompute: one for each coupling and injector of FlowSteps."""
-        steps = self.flow_steps()
-        return len(couplings_of(steps)) if len(steps) == len(self) else len(self)
 
     def flow_steps(self) -> list[FlowStep]:
         """The steps that are FlowSteps: all, or those among other modules."""
@@ -306,7 +315,7 @@ class ReversibleSequence(FlowLayer):
         if fresh:
             if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else fused:
                 check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing
-            self._initialize_steps(x, cond, squeeze_first)
+            self.initialize(functional.squeeze(x) if squeeze_first else x, cond)
         records = self._records(x, cond)
         if not records or kernels_step_aside():  # a backward that recomputes is no op of torch's
             plan = RunPlan.of_mode("store", len(self), self.memory_budget)
@@ -359,11 +368,7 @@ class ReversibleSequence(FlowLayer):
             return run.forward(found, x, cond, squeezes, mode, control, records)
         check_runs(not is_dry(x), self.memory)
         if mode != "store":
-            again: list[Step] = []
-            for k, module in enumerate(steps):
-                own = getattr(module, "recomputed", None)  # of couplings of interop
-                again.append(ModuleStep(module, f"steps[{k}]") if own is None else own(x))
-            return run_steps(again, control, x, cond)
+            return run_steps([ModuleStep(step, f"steps[{k}]") for k, step in enumerate(steps)], control, x, cond)
         total = x.new_zeros(x.shape[0])
         for step in steps:
             x, log_det = step(x) if cond is None else step(x, cond)
@@ -387,9 +392,9 @@ class ReversibleSequence(FlowLayer):
         budget = self.memory
         if isinstance(budget, str):
             return RunPlan.of_mode(budget, len(self), self.memory_budget)
-        return call_untraced(ReversibleSequence._made_plan, self, x, cond, squeeze_first)
+        if torch.compiler.is_compiling():
+            return call_untraced(ReversibleSequence._plan, self, x, cond, squeeze_first)
 
-    def _made_plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
         def forward(twin: ReversibleSequence, inputs: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
             x, cond = inputs
             assert x is not None
@@ -413,14 +418,9 @@ class ReversibleSequence(FlowLayer):
             log_det = log_det + step_log_det
         return z, log_det
 
+    @torch.no_grad()
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise step after step from data, each from the output of those before it; returns z."""
-        return self._initialize_steps(x, cond, False)
-
-    @torch.no_grad()
-    def _initialize_steps(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> Tensor:
-        if squeeze_first:
-            x = functional.squeeze(x)
         for step in self:
             if hasattr(step, "initialize"):
                 x = step.initialize(x, cond)  # type: ignore[operator]
