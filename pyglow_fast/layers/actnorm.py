@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,41 +53,6 @@ def refused_alike(device: torch.device) -> Iterator[None]:
         raise refusal
     ranks = refused.nonzero().flatten().tolist()
     expect(not ranks, "x", "a batch that every rank can initialise from", f"one that was refused on ranks {ranks}")
-
-
-def joint_moments(
-    x: Tensor, device: torch.device, check: Callable[[], None], name: str = "x"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Count (), mean (C,) and sum of squared deviations (C,) of each channel, float64, over all ranks' x.
-
-    x (N, C, *spatial), on each rank of torch.distributed's default group its own batch; ``device`` is where the ranks
-    talk to each other, ``check`` raises a ValueError for a batch that the layer cannot take, and ``name`` is what the
-    caller knows x by.
-
-    Raises:
-        ValueError: a batch is refused, empty or not finite, here or on another rank; torch.func transforms it.
-    """
-    with refused_alike(device):
-        expected = "one that has seen data before torch.func or forward-mode AD (a training forward, or initialize(x))"
-        expect(not has_transforms(), "actnorm", expected, "a fresh one")
-        check()
-        expect(x.numel() > 0, name, "a batch that is not empty to initialise from", tuple(x.shape))
-        mean, squared_deviations = functional.channel_moments(x)
-        finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
-        expect(finite, name, "finite values to initialise actnorm from", "NaN or inf")
-    channels = x.shape[1]
-    count = mean.new_full((1,), x.numel() // channels)
-    rows = gather(torch.cat([count, mean, squared_deviations]))
-    counts, means, all_squared_deviations = rows.split([1, channels, channels], dim=1)
-    return counts.sum(), *reference.merge_moments(counts[:, 0], means, all_squared_deviations)
-
-
-def has_no_spread(std: Tensor, mean: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """Whether a channel of that dtype is constant: std at most eps, or at the level of rounding.
-
-    Dividing by rounding errors would blow the next batch up by 1/eps.
-    """
-    return std <= (torch.finfo(dtype).eps * mean.abs()).clamp_min(eps)
 
 
 class ActNorm(FlowLayer):
@@ -175,15 +140,25 @@ class ActNorm(FlowLayer):
     @torch.no_grad()
     def initialize_from(self, x: Tensor) -> None:
         """Set bias and log_scale from the moments of x (of all ranks' x), whether or not it happened before."""
-
-        def check() -> None:
+        with refused_alike(self.bias.device):
+            expected = (
+                "one that has seen data before torch.func or forward-mode AD (a training forward, or initialize(x))"
+            )
+            expect(not has_transforms(), "actnorm", expected, "a fresh one")
             sharded = hasattr(self.bias, "device_mesh")
             expect(not sharded, "parameters", "an actnorm that is initialised before it is sharded", "a sharded one")
             check_input("x", x, self.channels, self.bias)
-
-        count, mean, squared_deviations = joint_moments(x, self.bias.device, check)
-        std = (squared_deviations / count).sqrt()
-        constant = has_no_spread(std, mean, x.dtype, self.eps)
+            expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
+            mean, squared_deviations = functional.channel_moments(x)
+            finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
+            expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
+        count = mean.new_full((1,), x.numel() // self.channels)
+        rows = gather(torch.cat([count, mean, squared_deviations]))
+        counts, means, m2s = rows.split([1, self.channels, self.channels], dim=1)
+        mean, squared_deviations = reference.merge_moments(counts[:, 0], means, m2s)
+        std = (squared_deviations / counts.sum()).sqrt()
+        # At the level of rounding too a channel is constant: to divide by that would blow the next batch up by 1/eps.
+        constant = std <= (torch.finfo(x.dtype).eps * mean.abs()).clamp_min(self.eps)
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(constant, torch.zeros_like(std), -(std + self.eps).log()))
         self.initialized.fill_(True)
