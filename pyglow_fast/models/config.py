@@ -10,7 +10,7 @@ from typing import Any
 from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import MODEL, Range, check_settings, setting, settings
-from pyglow_fast.layers.coupling import SCALE_BIAS, SCALE_CLAMP, SCALE_EPS, SCALE_FACTOR, check_scale_factor
+from pyglow_fast.layers.coupling import SCALE_BIAS, SCALE_CLAMP, SCALE_EPS, SCALE_FACTOR, coupling_spec
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.reference import COUPLINGS, SCALE_MAPS
 
@@ -148,7 +148,7 @@ class GlowConfig:
         self._check_condition()
         agree = not self.classify or self.n_classes in (None, self.classify)
         expect(agree, "classify", f"0 or n_classes={self.n_classes}", self.classify)
-        check_scale_factor(self.coupling, self.scale_map, self.scale_factor)
+        coupling_spec(self.coupling, self.scale_map, scale_factor=self.scale_factor)
         fewer = self.n_splits is None or self.n_splits < self.n_levels
         expect(fewer, "n_splits", f"fewer than n_levels = {self.n_levels}, or none", self.n_splits)
         for state, factored in zip(self.level_shapes(), self._factored(), strict=False):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_count, check_input, expect
 from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
-from pyglow_fast.coupling_nets.traits import submodules
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.planned import Forward, Plans
 from pyglow_fast.layers.reshape import standardised
@@ -105,9 +104,8 @@ class Glow(nn.Module):
         **fields: Any,
     ) -> None:
         super().__init__()
-        expect(
-            config is None or not fields, "config", "a GlowConfig or its fields as keywords, not both", sorted(fields)
-        )
+        alone = config is None or not fields
+        expect(alone, "config", "a GlowConfig or its fields as keywords, not both", sorted(fields))
         expect(config is None or isinstance(config, GlowConfig), "config", "a GlowConfig", type(config).__name__)
         makes = net is None or (callable(net) and not isinstance(net, nn.Module))
         expect(makes, "net", "a factory net(in_channels, out_channels) -> nn.Module", type(net).__name__)
@@ -200,15 +198,14 @@ class Glow(nn.Module):
         """With a budget, what each run of steps does in a forward that is recorded; else nothing."""
         if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
             return {}
-        return call_untraced(Glow._made_plans, self, x, conds)
-
-    def _made_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
+        if torch.compiler.is_compiling():
+            return call_untraced(Glow._run_plans, self, x, conds)
         if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), x, *conds)):
             return {}
         return dict(zip(self._sequences(), self._plans.of(self, *self._dry_step(x, conds)), strict=True))
 
     def _couplings(self) -> list[Coupling]:
-        return [module for module in submodules(self) if isinstance(module, Coupling)]
+        return [module for module in self.modules() if isinstance(module, Coupling)]
 
     @property
     def precision(self) -> str:
@@ -253,9 +250,8 @@ class Glow(nn.Module):
         For deployment see :meth:`freeze`.
         """
         with contextlib.ExitStack() as stack:
-            for steps in self.modules():
-                if isinstance(steps, ReversibleSequence):
-                    stack.enter_context(steps.folded())
+            for steps in self._sequences():
+                stack.enter_context(steps.folded())
             yield
 
     def resized(self, *spatial: int) -> Glow:
@@ -330,10 +326,8 @@ class Glow(nn.Module):
         expect(isinstance(latents[0], Tensor), "latents[0]", "a Tensor", type(latents[0]).__name__)
         for i, (latent, shape) in enumerate(zip(latents, shapes, strict=True)):
             check_input(f"latents[{i}]", latent, shape[0], self._parameter())
-            expected = (latents[0].shape[0], *shape)
-            expect(
-                tuple(latent.shape) == expected, f"latents[{i}]", f"shape {expected}", f"shape {tuple(latent.shape)}"
-            )
+            found, expected = tuple(latent.shape), (latents[0].shape[0], *shape)
+            expect(found == expected, f"latents[{i}]", f"shape {expected}", f"shape {found}")
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Condition | None = None) -> None:

@@ -56,9 +56,8 @@ def check_labels(y: Tensor | None, n: int, n_classes: int | None) -> None:
         return
     expect(isinstance(y, Tensor), "y", f"labels in 0..{n_classes - 1} (n_classes={n_classes})", type(y).__name__)
     assert y is not None  # for the type checker: refused above
-    expect(
-        y.dtype == torch.int64 and tuple(y.shape) == (n,), "y", f"int64 of shape ({n},)", f"{y.dtype} {tuple(y.shape)}"
-    )
+    fits = y.dtype == torch.int64 and tuple(y.shape) == (n,)
+    expect(fits, "y", f"int64 of shape ({n},)", f"{y.dtype} {tuple(y.shape)}")
     if can_read(y) and n:
         low, high = (int(value) for value in torch.aminmax(y))
         expect(low >= 0 and high < n_classes, "y", f"labels in 0..{n_classes - 1}", f"{low}..{high}")
@@ -66,15 +65,15 @@ def check_labels(y: Tensor | None, n: int, n_classes: int | None) -> None:
 
 def check_temperature(temperature: float | Tensor, n: int) -> None:
     """Refuse a temperature that is negative, not finite, or a tensor not of shape (n,)."""
+    expected = f"a number or shape ({n},)"
     if isinstance(temperature, Tensor):
-        expect(
-            tuple(temperature.shape) in ((), (n,)), "temperature", f"a number or shape ({n},)", tuple(temperature.shape)
-        )
+        shape = tuple(temperature.shape)
+        expect(shape in ((), (n,)), "temperature", expected, shape)
         if not can_read(temperature):
             return
         valid = bool((temperature.isfinite() & (temperature >= 0)).all())
     else:
-        expect(isinstance(temperature, Real), "temperature", f"a number or shape ({n},)", repr(temperature))
+        expect(isinstance(temperature, Real), "temperature", expected, repr(temperature))
         valid = 0.0 <= temperature < float("inf")
     expect(valid, "temperature", "finite values, 0 or more", temperature)
 

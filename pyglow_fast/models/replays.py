@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._captures import Later, can_capture, is_capturing
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.state import without_autocast_cache
+from pyglow_fast.coupling_nets.state import holding, without_autocast_cache
 from pyglow_fast.models.prior import check_temperature
 
 if TYPE_CHECKING:
@@ -137,17 +137,6 @@ class _Step(NamedTuple):
     zeroed: Tensor  # how many gradients of levels have become zero so far, a scalar
 
 
-class _Loss(nn.Module):
-    """-log p(x), the mean over the batch: a forward that functional_call can call."""
-
-    def __init__(self, model: Glow) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, y: Tensor | None, cond: Condition | None) -> Tensor:
-        return -self.model.log_prob(x, y, cond).mean()
-
-
 class GraphedGlow:
     """loss = mean over the batch of -log p(x), its gradients, and samples, replayed from CUDA graphs where they can be.
 
@@ -176,7 +165,7 @@ class GraphedGlow:
     def __init__(self, model: Glow) -> None:
         trains = model.memory != "frozen" and any(parameter.requires_grad for parameter in model.parameters())
         expect(trains, "model", "one that is not frozen", "a frozen one")
-        self.model, self._loss = model, _Loss(model)
+        self.model = model
         self._training = Replays(self._device, lambda: hooks_of(model), self._train)
         self._sampling = Replays(self._device, lambda: hooks_of(model), self._sample)
         self._why = ""  # the last step could not be replayed
@@ -251,16 +240,17 @@ class GraphedGlow:
             self.model.memory_report()  # takes the verdicts in: anchors move closer together
 
     def _train(self, x: Tensor, y: Tensor | None, cond: Condition | None) -> _Step:
-        before, own = zeroed(self.model), dict[str, Tensor](self._loss.named_parameters())
+        before, leaves = zeroed(self.model), list[Tensor](self.model.parameters())
         captured = is_capturing(self._device())
-        # Leaves of its own: those of the parameters may belong to a graph of the user's, and to its stream.
-        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in own.items()} if captured else own
-        for leaf in leaves.values():
+        if captured:  # leaves of its own: those of the parameters may belong to a graph of the user's, and its stream
+            leaves = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves]
+        for leaf in leaves:
             leaf.grad = None
         with torch.enable_grad():
-            loss = torch.func.functional_call(self._loss, leaves, (x, y, cond)) if captured else self._loss(x, y, cond)
+            with holding(self.model, leaves) if captured else contextlib.nullcontext():
+                loss = -self.model.log_prob(x, y, cond).mean()
             loss.backward()
-        gradients = [leaf.grad for leaf in leaves.values() if leaf.requires_grad]
+        gradients = [leaf.grad for leaf in leaves if leaf.requires_grad]
         after = zeroed(self.model)
         return _Step(loss.detach(), gradients, after > before, after)
 
