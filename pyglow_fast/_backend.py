@@ -35,7 +35,8 @@ def reason() -> str:
 
 def build_info() -> dict[str, str]:
     """What the loaded extension was built with (torch, compiler, instruction sets, CUDA); empty without it."""
-    return dict(_facts())
+    module = extension()
+    return {} if module is None else module.build_info()
 
 
 def require() -> ModuleType:
@@ -68,13 +69,6 @@ def _nets() -> str:
     choice = os.environ.get("PYGLOW_NETS") or "auto"
     expect(choice in ("auto", "library"), "PYGLOW_NETS", "auto or library", repr(choice))
     return choice
-
-
-@functools.cache
-def _facts() -> dict[str, str]:
-    """Asked for on the way to every kernel launch, so the extension is asked only once."""
-    module = extension()
-    return {} if module is None else module.build_info()
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,14 +60,6 @@ class _Rows(threading.local):
 
     now = 0
 
-    @contextlib.contextmanager
-    def of(self, row: int) -> Iterator[None]:
-        before, self.now = self.now, row
-        try:
-            yield
-        finally:
-            self.now = before
-
 
 _rows = _Rows()
 
@@ -103,11 +95,13 @@ def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -
     rows = [remove(grad, level, 0, 0) if grad is not None and ours(grad) else None for grad in grads]
     count = next(len(row) for row in rows if row is not None)
     with outside:
-        pairs = list(zip(rows, grads, strict=True))
-        found = []
-        for i in range(count):
-            with _rows.of(i):
+        pairs, found, before = list(zip(rows, grads, strict=True)), [], _rows.now
+        try:
+            for i in range(count):
+                _rows.now = i
                 found.append(backward(ctx, *(grad if row is None else row[i] for row, grad in pairs)))
+        finally:
+            _rows.now = before
         stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
     return tuple(None if part is None else add(part, 0, level) for part in stacked)
 

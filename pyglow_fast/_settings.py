@@ -181,15 +181,12 @@ def declared_of(cls: type) -> Mapping[str, Declared]:
     hints = typing.get_type_hints(cls)
     found = {}
     for item in dataclasses.fields(cls):
-        parts = typing.get_args(hints[item.name]) if _is_union(hints[item.name]) else (hints[item.name],)
+        hint = hints[item.name]
+        parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
         own_types = [part for part in parts if part is not types.NoneType]
         own_type = own_types[0] if len(own_types) == 1 else typing.Union[tuple(own_types)]  # noqa: UP007 - of a list
         found[item.name] = Declared(item.name, own_type, len(own_types) < len(parts), item.default, item.metadata[_KEY])
     return types.MappingProxyType(found)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def check_setting(cls: type, name: str, value: object) -> None:
@@ -207,15 +204,12 @@ def settings(cls: Class) -> Class:
     """A class decorator: the docstring gets the list of the fields and what they mean."""
     lines = []
     for name, declared in declared_of(typing.cast(Any, cls)).items():
-        text = f"{name}: {declared.rule.help}{_absent(declared)}."
+        absent = f" (None: {declared.rule.absent or 'none'})" if declared.optional else ""
+        text = f"{name}: {declared.rule.help}{absent}."
         lines += textwrap.wrap(text, 112, initial_indent=" " * 4, subsequent_indent=" " * 8)
     about, raises, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n\nRaises:")
     cls.__doc__ = "\n".join([f"{about}\n\nArgs:", *lines]) + raises + rest
     return cls
-
-
-def _absent(declared: Declared) -> str:
-    return f" (None: {declared.rule.absent or 'none'})" if declared.optional else ""
 
 
 def value_text(value: Any) -> str:

@@ -184,31 +184,19 @@ class GaussianLogProb(torch.autograd.Function):
         return ops.gaussian_log_prob_backward(*ctx.saved_tensors, grad_log_prob)
 
 
-class CheckerboardSplit(torch.autograd.Function):
-    """A checkerboard in two halves, or its first half; the gradient is put back where the values were."""
+class CheckerboardMove(torch.autograd.Function):
+    """A checkerboard in two halves, or its first half, and back; the gradient goes where the values came from.
+
+    Halves are put together by the inverse; the first one alone by the transpose, with zeros at the other positions.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parity: int, both: bool) -> Tensor:
-        """Gather the halves, (N, C or 2 C, rows / 2, *rest)."""
-        ctx.arguments = parity, both
-        return ops.checkerboard_split(x, parity, both)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Put the gradient back where the values of x were."""
-        return CheckerboardMerge.apply(grad, *ctx.arguments), None, None
-
-
-class CheckerboardMerge(torch.autograd.Function):
-    """The inverse of :class:`CheckerboardSplit`; of its first half alone the transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, halves: Tensor, parity: int, both: bool) -> Tensor:
-        """Put the halves together, (N, C, rows, *rest)."""
-        ctx.arguments = parity, both
-        return ops.checkerboard_merge(halves, parity, both)
+    def forward(ctx: Any, x: Tensor, parity: int, both: bool, splits: bool) -> Tensor:
+        """Gather halves (N, C or 2 C, rows / 2, *rest), or of these put (N, C, rows, *rest) together."""
+        ctx.arguments = parity, both, not splits
+        return (ops.checkerboard_split if splits else ops.checkerboard_merge)(x, parity, both)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gather the gradient of the halves."""
-        return CheckerboardSplit.apply(grad, *ctx.arguments), None, None
+        """Move the gradient back."""
+        return CheckerboardMove.apply(grad, *ctx.arguments), None, None, None

@@ -166,25 +166,23 @@ def _inverted(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return apply(autograd.InvertMatrices, stacked) if _is_seen(matrices) else ops.invert_matrices(stacked)
 
 
-def _moves_checkerboards(x: Tensor) -> bool:
-    """Whether there are kernels for the halves of x: on the CPU."""
-    return device_of(x).type == "cpu" and 3 <= x.dim() <= 5 and ops.run_on(x)
-
-
 def checkerboard_split(x: Tensor, parity: int, both: bool = True) -> Tensor:
     """Divide a checkerboard into its halves; see :func:`pyglow_fast.reference.checkerboard_split`."""
-    if not _moves_checkerboards(x):
-        return reference.checkerboard_split(x, parity, both)
-    arguments = (x, parity, both)
-    return apply(autograd.CheckerboardSplit, *arguments) if _is_seen(x) else ops.checkerboard_split(*arguments)
+    return _moved(x, parity, both, splits=True)
 
 
 def checkerboard_merge(halves: Tensor, parity: int, both: bool = True) -> Tensor:
     """Join two halves to a checkerboard; see :func:`pyglow_fast.reference.checkerboard_merge`."""
-    if not _moves_checkerboards(halves):
-        return reference.checkerboard_merge(halves, parity, both)
-    arguments = (halves, parity, both)
-    return apply(autograd.CheckerboardMerge, *arguments) if _is_seen(halves) else ops.checkerboard_merge(*arguments)
+    return _moved(halves, parity, both, splits=False)
+
+
+def _moved(x: Tensor, parity: int, both: bool, splits: bool) -> Tensor:
+    """The values of a checkerboard or its halves; there are kernels for them on the CPU."""
+    if device_of(x).type != "cpu" or not 3 <= x.dim() <= 5 or not ops.run_on(x):
+        return (reference.checkerboard_split if splits else reference.checkerboard_merge)(x, parity, both)
+    if _is_seen(x):
+        return apply(autograd.CheckerboardMove, x, parity, both, splits)
+    return (ops.checkerboard_split if splits else ops.checkerboard_merge)(x, parity, both)
 
 
 def net_as_products(x: Tensor) -> bool:

@@ -54,12 +54,8 @@ def dequantize(
         (tensor(True), tensor(True), tensor([  0, 128, 255]))
     """
     _check_bins(n_bins)
-    expect(
-        dtype in (torch.float32, torch.float64),
-        "dtype",
-        "float32 or float64: the noise must be finer than a bin",
-        dtype,
-    )
+    is_fine = dtype in (torch.float32, torch.float64)
+    expect(is_fine, "dtype", "float32 or float64: the noise must be finer than a bin", dtype)
     expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
     is_integer = not (images.is_floating_point() or images.is_complex()) and images.dtype != torch.bool
     expect(is_integer, "images", "an integer dtype (grey levels, not scaled values)", images.dtype)

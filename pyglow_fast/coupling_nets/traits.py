@@ -86,18 +86,6 @@ def draws_random_numbers(net: nn.Module) -> bool:
     return any(draws(module) for module in net.modules())
 
 
-def submodules(module: nn.Module) -> list[nn.Module]:
-    """List what ``module.modules()`` gives, in its order, in a fifth of the time."""
-    found: dict[nn.Module, None] = {}
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        part = waiting.pop()
-        if part is not None and part not in found:
-            found[part] = None
-            waiting += reversed(part._modules.values())
-    return list(found)
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is registered to run around a module's forward or backward."""
     return bool(
