@@ -1,8 +1,8 @@
 """Benchmarks: ratios measured in one run, never timed tests.
 
-Each is a module with ``main(argv) -> exit code``, run from the source tree by ``python -m bench.NAME``:
+Each is run from the source tree by ``python -m bench.NAME``:
 
-    kernels     the ops, and the flow step outside its net, by pytest-benchmark
+    kernels     the ops, and the flow step outside its net, against the reference and a copy
     models      training step, log_prob and sampling of whole models, against the peers
     calls       what a call costs besides its kernel; a flow step where kernels are tiny
     nets        coupling nets that people have alone, against the library's convolutions

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness
-from bench.harness import Call, Prepared, Row
+from bench.harness import Call, Plan, Prepared, Row
 from bench.model_cases import PEER_STEPS, Shape, build, images, wake
 from pyglow_fast import FlowStep, Glow, ReversibleSequence, functional
 from pyglow_fast.reference import CouplingSpec
@@ -139,7 +139,7 @@ def step_cases(what: str) -> dict[str, Call]:
 
 def model_cases(shape: Shape) -> dict[tuple[str, str], Call]:
     """log_prob and sample of one image: as the model is, inside ``folded()``, and frozen."""
-    model, x = build("store", shape, "auto", harness.CPU), images(shape, harness.CPU)
+    model, x = build("store", shape, harness.CPU), images(shape, harness.CPU)
     assert isinstance(model, Glow)
     model.eval()
     folded = copy.deepcopy(model)
@@ -163,11 +163,8 @@ def _inside(model: Glow, call: Call) -> Call:
     return run
 
 
-def prepare(options: Sequence[str]) -> Prepared:
+def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
     """Make all cases, run once."""
-    arguments = parser().parse_args(options)
-    torch.set_num_threads(1)
-    prepared = Prepared()
     for recorded in (False, True):
         for name, call in function_cases(recorded).items():
             prepared.cases.append((Row("call", "recorded" if recorded else "not recorded", name), call))
@@ -181,24 +178,19 @@ def prepare(options: Sequence[str]) -> Prepared:
     for _, prepared_call in prepared.cases:
         assert prepared_call is not None
         prepared_call()
-    return prepared
 
 
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the options."""
     options = harness.make_parser("calls", __doc__, rounds=15)
-    options.set_defaults(malloc="here")
+    options.set_defaults(malloc="here", threads=1)
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the file.
-
-    Args:
-        argv: the options; those of the process if None.
-    """
-    return harness.run("bench.calls", argv, parser().parse_args(argv), [[]], "calls")
+def plan(_: argparse.Namespace) -> Plan:
+    """One process has all cases."""
+    return "calls", [[]]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(harness.run("bench.calls"))

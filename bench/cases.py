@@ -11,13 +11,12 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from pyglow_fast import _backend, functional, ops, reference
+from pyglow_fast import functional, ops, reference
 from pyglow_fast.reference import CouplingSpec
 
 SHAPES = [(8, 12, 64, 64), (8, 48, 32, 32), (1, 12, 512, 512), (16, 96, 8, 8), (64, 12, 16, 16)]
@@ -26,24 +25,8 @@ STEP, BETWEEN = "flow step outside its net", "between two nets"
 SQUEEZED = "channel_mix of squeeze(x)"
 GATHERED, COUPLE_GATHERED = "channel_mix by an index", "coupling_mix by an index"
 CHANNELS_LAST, ADDED = ", channels-last net", " and the net's part"  # behind the name of an op
+Outputs = Tensor | tuple[Tensor, ...]
 Run = Callable[[], tuple[Tensor, ...]]
-
-
-def stage_options(name: str, about: str) -> argparse.ArgumentParser:
-    """Make the parser of a stage of the GPU check, with the options that all of them have."""
-    options = argparse.ArgumentParser(prog=f"bench {name}", description=about, allow_abbrev=False)
-    options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
-    options.add_argument("--seconds", type=float, default=600.0, help="the time after which nothing begins")
-    options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
-    return options
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Tell whether there are kernels for the device; where there are none, print why."""
-    found = Case.is_ours(device)
-    if not found:
-        print(f"there are no compiled kernels for {device.type} here: {_backend.reason() or 'it is not built for it'}")
-    return found
 
 
 # What each op reads and writes at least, in tensors of the size of x (a net's output is as large as x): forward,
@@ -74,6 +57,11 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
             f"expected shapes such as 8x12x64x64, whose channels 4 divides, found {text!r}"
         )
     return found
+
+
+def shape_title(shape: tuple[int, ...]) -> str:
+    """The shape in tables and options."""
+    return "x".join(map(str, shape))
 
 
 def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:
@@ -118,7 +106,7 @@ class Data:
         return made
 
 
-def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _tuple(result: Outputs) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -140,39 +128,30 @@ class Case:
         """The name of the case in tables and test ids."""
         return f"{self.op} {self.mode}"
 
-    @staticmethod
-    def is_ours(device: torch.device) -> bool:
-        """Whether there are kernels for float32 on the device."""
-        return ops.run_on(torch.empty(0, device=device))
 
+def _case(
+    data: Data,
+    op: str,
+    mode: str,
+    call: Callable[[ModuleType], Callable[..., Outputs]],
+    tensors: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...] = (),
+) -> Case:
+    """The function ``call(library)`` of tensors: its values without gradients, or by the mode and from ``grads`` the
+    gradients of all of them, with the forward ("forward+backward") or on a graph that is kept ("backward").
+    """
 
-def without_gradient(function: Callable[..., object], tensors: tuple[Tensor, ...], rest: tuple[object, ...]) -> Run:
-    """Run it on the tensors with gradients off."""
+    def build(library: ModuleType, compiled: bool) -> Run:
+        function = torch.compile(call(library), dynamic=False) if compiled else call(library)
+        if "backward" not in mode:
+            return torch.no_grad()(lambda: _tuple(function(*tensors)))
+        leaves = [value.clone().requires_grad_() for value in tensors]
+        if mode == "forward+backward":
+            return lambda: torch.autograd.grad(_tuple(function(*leaves)), leaves, grads)
+        outputs = _tuple(function(*leaves))
+        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
-    def run() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return _tuple(function(*tensors, *rest))  # type: ignore[arg-type]
-
-    return run
-
-
-def with_gradient(
-    function: Callable[..., object], leaves: list[Tensor], rest: tuple[object, ...], grads: tuple[Tensor, ...]
-) -> Run:
-    """Run it and its backward, to all leaves."""
-    return lambda: torch.autograd.grad(_tuple(function(*leaves, *rest)), leaves, grads)  # type: ignore[arg-type]
-
-
-def _backward_only(
-    function: Callable[..., object], leaves: list[Tensor], rest: tuple[object, ...], grads: tuple[Tensor, ...]
-) -> Run:
-    """The backward alone, on a graph that is kept."""
-    outputs = _tuple(function(*leaves, *rest))  # type: ignore[arg-type]
-    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
-
-
-def _compiled(function: Callable[..., object], compiled: bool) -> Callable[..., object]:
-    return torch.compile(function, dynamic=False) if compiled else function
+    return Case(op, mode, data.shape, build, compiles=mode != "backward")
 
 
 def _op_case(
@@ -184,31 +163,19 @@ def _op_case(
     *rest: object,
     grads: tuple[Tensor, ...] = (),
 ) -> Case:
-    """The function ``name`` of a library; its backward, with the given output gradients, if mode is "backward"."""
-
-    def build(library: ModuleType, compiled: bool) -> Run:
-        function = getattr(library, name)
-        if mode != "backward":
-            return without_gradient(_compiled(lambda *inputs: function(*inputs), compiled), tensors, rest)
-        return _backward_only(function, [value.clone().requires_grad_() for value in tensors], rest, grads)
-
-    return Case(op, mode, data.shape, build, compiles=mode != "backward")
+    """The function ``name`` of a library, which takes ``rest`` behind the tensors."""
+    return _case(data, op, mode, lambda library: lambda *given: getattr(library, name)(*given, *rest), tensors, grads)
 
 
 def _squeezed_case(data: Data, unsqueezed: Tensor) -> Case:
     """The map of an image that ours squeezes as it reads it, the reference before."""
 
-    def build(library: ModuleType, compiled: bool) -> Run:
-        def plain(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-            return library.channel_mix(library.squeeze(x), matrix, offset)
+    def call(library: ModuleType) -> Callable[..., Outputs]:
+        if library is functional:
+            return lambda *given: ops.channel_mix(*given, False, ops.SQUEEZE_CODES["input"])
+        return lambda x, matrix, offset: library.channel_mix(library.squeeze(x), matrix, offset)
 
-        def ours(x: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-            return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["input"])
-
-        call = ours if library is functional else _compiled(plain, compiled)
-        return without_gradient(call, (unsqueezed, data.matrix, data.offset), ())
-
-    return Case(SQUEEZED, "forward", data.shape, build)
+    return _case(data, SQUEEZED, "forward", call, (unsqueezed, data.matrix, data.offset))
 
 
 def _step_backward_case(data: Data) -> Case:
@@ -260,32 +227,23 @@ def _added_case(data: Data, op: str) -> Case:
     return Case(op + ADDED, "backward", data.shape, build, compiles=False)
 
 
-def _step_case(data: Data, op: str, mode: str) -> Case:
-    matrix = data.inverse_matrix if mode == "inverse" else data.matrix
-    tensors = (data.x, data.net_out, matrix, data.offset)
-
-    def build(library: ModuleType, compiled: bool) -> Run:
-        def function(x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-            if op == BETWEEN:  # the coupling, then the mixing of the next step: as steps follow each other in a level
-                return library.coupling_mix(x, net_out, matrix, offset, SPEC)
-            if mode == "inverse":
-                return library.coupling_mix_inverse(x, net_out, matrix, offset, SPEC)
-            return library.coupling(library.channel_mix(x, matrix, offset), net_out, SPEC)
-
-        call = _compiled(function, compiled)
-        if "backward" not in mode:
-            return without_gradient(call, tensors, ())
-        leaves = [value.clone().requires_grad_() for value in tensors]
-        return with_gradient(call, leaves, (), (data.grad, data.grad_log_det))
-
-    return Case(op, mode, data.shape, build)
-
-
 def step_cases(data: Data) -> list[Case]:
     """The flow step outside its net, alone and between two nets. Parameter work (folding, inverting) is no part."""
-    modes = [(STEP, "forward"), (STEP, "inverse"), (STEP, "forward+backward")]
-    modes += [(BETWEEN, "forward"), (BETWEEN, "forward+backward")]
-    return [_step_case(data, op, mode) for op, mode in modes]
+    tensors = (data.x, data.net_out, data.matrix, data.offset)
+    back = (data.x, data.net_out, data.inverse_matrix, data.offset)
+    grads = (data.grad, data.grad_log_det)
+
+    def step(library: ModuleType) -> Callable[..., Outputs]:
+        return lambda x, net_out, *mix: library.coupling(library.channel_mix(x, *mix), net_out, SPEC)
+
+    return [
+        _case(data, STEP, "forward", step, tensors),
+        _op_case(data, STEP, "inverse", "coupling_mix_inverse", back, SPEC),
+        _case(data, STEP, "forward+backward", step, tensors, grads),
+        # The coupling, then the mixing of the next step: as steps follow each other in a level.
+        _op_case(data, BETWEEN, "forward", "coupling_mix", tensors, SPEC),
+        _op_case(data, BETWEEN, "forward+backward", "coupling_mix", tensors, SPEC, grads=grads),
+    ]
 
 
 def op_cases(data: Data) -> list[Case]:
@@ -295,23 +253,31 @@ def op_cases(data: Data) -> list[Case]:
     unmixed, gaussian = (d.x, d.inverse_matrix, d.offset), (d.x, d.mean, d.log_sd)
     fused, unfused = (*coupled, d.matrix, d.offset), (*coupled, d.inverse_matrix, d.offset)
     gathered, couple_gathered = (d.x, d.scale, d.offset), (*coupled, d.scale, d.offset)
+
+    def three(
+        op: str,
+        names: tuple[str, str],
+        tensors: tuple[Tensor, ...],
+        back: tuple[Tensor, ...],
+        *rest: object,
+        grads: tuple[Tensor, ...],
+    ) -> list[Case]:
+        """The function and its inverse, and the backward of the first."""
+        return [
+            _op_case(d, op, "forward", names[0], tensors, *rest),
+            _op_case(d, op, "inverse", names[1], back, *rest),
+            _op_case(d, op, "backward", names[0], tensors, *rest, grads=grads),
+        ]
+
+    mix, couple = ("channel_mix", "channel_unmix"), ("coupling", "coupling_inverse")
+    both = ("coupling_mix", "coupling_mix_inverse")
     return [
-        _op_case(d, "channel_mix", "forward", "channel_mix", mixed),
-        _op_case(d, "channel_mix", "inverse", "channel_unmix", unmixed),
-        _op_case(d, "channel_mix", "backward", "channel_mix", mixed, grads=(d.grad,)),
+        *three("channel_mix", mix, mixed, unmixed, grads=(d.grad,)),
         *([] if d.unsqueezed is None else [_squeezed_case(d, d.unsqueezed)]),
-        _op_case(d, GATHERED, "forward", "channel_mix", gathered, d.index),
-        _op_case(d, GATHERED, "inverse", "channel_unmix", gathered, d.index),
-        _op_case(d, GATHERED, "backward", "channel_mix", gathered, d.index, grads=(d.grad,)),
-        _op_case(d, "coupling", "forward", "coupling", coupled, SPEC),
-        _op_case(d, "coupling", "inverse", "coupling_inverse", coupled, SPEC),
-        _op_case(d, "coupling", "backward", "coupling", coupled, SPEC, grads=pair),
-        _op_case(d, "coupling_mix", "forward", "coupling_mix", fused, SPEC),
-        _op_case(d, "coupling_mix", "inverse", "coupling_mix_inverse", unfused, SPEC),
-        _op_case(d, "coupling_mix", "backward", "coupling_mix", fused, SPEC, grads=pair),
-        _op_case(d, COUPLE_GATHERED, "forward", "coupling_mix", couple_gathered, SPEC, d.index),
-        _op_case(d, COUPLE_GATHERED, "inverse", "coupling_mix_inverse", couple_gathered, SPEC, d.index),
-        _op_case(d, COUPLE_GATHERED, "backward", "coupling_mix", couple_gathered, SPEC, d.index, grads=pair),
+        *three(GATHERED, mix, gathered, gathered, d.index, grads=(d.grad,)),
+        *three("coupling", couple, coupled, coupled, SPEC, grads=pair),
+        *three("coupling_mix", both, fused, unfused, SPEC, grads=pair),
+        *three(COUPLE_GATHERED, both, couple_gathered, couple_gathered, SPEC, d.index, grads=pair),
         _step_backward_case(d),
         _op_case(d, "gaussian_log_prob", "forward", "gaussian_log_prob", gaussian),
         _op_case(d, "gaussian_log_prob", "backward", "gaussian_log_prob", gaussian, grads=(d.grad_log_det,)),

@@ -2,7 +2,7 @@
 
     python -m bench.gpu_answers [--device cuda] [--quick] [--seconds S] [--out FILE]
 
-Questions, in this order; the file is written after every row, and no row begins after ``--seconds``:
+Questions, in this order:
 
 - nets: a coupling net of torch's convolutions, hidden width 512: channels-last or not, cuDNN's fused relu or not, in
   TF32 and in bfloat16;
@@ -15,11 +15,12 @@ Questions, in this order; the file is written after every row, and no row begins
 - large: as steps, of L 6, K 32, hidden 512, batch 2 at 256x256.
 
 Where the clock shows more than the kernels take, the GPU waits for Python. With ``--device cpu``, to rehearse, launches
-are our operators and those that call no other, and nothing is captured.
+are operators that call no other, and nothing is captured.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gc
 import itertools
@@ -29,15 +30,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import has_kernels, stage_options
-from bench.gpu_kernels import table
-from bench.gpu_stages import NO_KERNELS, Budget
-from bench.harness import machine, synchronize, write_json
-from bench.model_cases import OURS, PLAIN, Shape, build, images, plain_levels
+from bench.gpu_questions import Question, Row, run, stage_options
+from bench.harness import Turns, autocast, synchronize
+from bench.model_cases import OURS, PLAIN, Shape, ThreeConvolutions, build, images, plain_levels, wake
 from pyglow_fast import graphed
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.models import GlowConfig
@@ -48,22 +47,13 @@ ROUNDS, UPDATES = 5, 20
 MARK = "pyglow"  # the namespace of our kernels, and of our operators
 SMALL = Shape((3, 32, 32), n_levels=3, n_steps=32, hidden=512, batch=64)
 LARGE = Shape((3, 256, 256), n_levels=6, n_steps=32, hidden=512, batch=2)
-QUICK = Shape((3, 16, 16), n_levels=3, n_steps=2, hidden=8, batch=2)
-COLUMNS = ["question", "case", "ms", "kernels ms", "launches", "ours", "peak MB", "answer"]
-Row = dict[str, Any]
-Question = tuple[str, str, Callable[[], Row]]  # the question, the case, what answers it
+COLUMNS = ("ms", "kernels ms", "launches", "ours", "peak MB")
 
 
 def clock(function: Callable[[], object], device: torch.device) -> float:
     """The median milliseconds of a call that has run before."""
-    seconds = []
-    for _ in range(ROUNDS):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds)
+    turns = Turns({"": function}, device)
+    return 1e3 * statistics.median(turns.round(number)[""][0] for number in range(ROUNDS))
 
 
 def launched(function: Callable[[], object], device: torch.device) -> Row:
@@ -82,9 +72,7 @@ def launched(function: Callable[[], object], device: torch.device) -> Row:
         if not chosen:
             raise RuntimeError("the profiler saw no kernel: CUPTI may be missing, or need rights")
     else:
-        inside = {id(child) for e in events if MARK in e.name for child in e.cpu_children}
-        kernels = [e for e in events if MARK in e.name and not any(MARK in child.name for child in e.cpu_children)]
-        chosen = [*kernels, *(e for e in events if not (MARK in e.name or e.cpu_children or id(e) in inside))]
+        chosen = [event for event in events if not event.cpu_children]
     milliseconds = sum(e.time_range.elapsed_us() for e in chosen) / 1e3
     return {"launches": len(chosen), "ours": sum(MARK in e.name for e in chosen), "kernels ms": milliseconds}
 
@@ -94,36 +82,36 @@ class Answers:
 
     def __init__(self, device: torch.device, small: Shape, large: Shape) -> None:
         self.device, self.small, self.large = device, small, large
+        self.on_gpu = device.type == "cuda"
         self._built: tuple[Shape, Any] | None = None  # one model at a time
 
-    def questions(self) -> list[Question]:
+    def questions(self) -> Iterator[Question]:
         """All of them, in their order."""
-        found: list[Question] = []
-        for precision, layout, fused in itertools.product(
-            ("tf32", "bf16"),
-            (torch.contiguous_format, torch.channels_last),
-            (False, True) if self.device.type == "cuda" else (False,),
-        ):
-            name = f"{precision}, {str(layout).removeprefix('torch.')}{', fused relu' if fused else ''}"
-            found.append(("nets", name, functools.partial(self.net, precision, layout, fused)))
-        found += self._steps("steps", self.small, ("tf32", "bf16"))
-        found += [("updates", memory, functools.partial(self.updates, memory)) for memory in ("store", "reversible")]
-        found += [("deterministic", memory, functools.partial(self.deterministic, memory)) for memory in OURS]
+        layouts = (torch.contiguous_format, torch.channels_last)
+        for precision, layout, fused in itertools.product(("tf32", "bf16"), layouts, (False, True)):
+            if self.on_gpu or not fused:
+                name = f"net: {precision}, {str(layout).removeprefix('torch.')}{', fused relu' * fused}"
+                yield name, functools.partial(self.net, precision, layout, fused)
+        yield from self._steps("step", self.small, ("tf32", "bf16"))
+        for memory in ("store", "reversible"):
+            yield f"{UPDATES} updates: {memory}", functools.partial(self.updates, memory)
+        for memory in OURS:
+            yield f"deterministic: {memory}", functools.partial(self.deterministic, memory)
         for precision in ("fp32", "bf16", "fp16"):
-            found.append(("poisoned", precision, functools.partial(self.poisoned, precision)))
-        return [*found, *self._steps("large", self.large, ("bf16",))]
+            yield f"poisoned: {precision}", functools.partial(self.poisoned, precision)
+        yield from self._steps("large step", self.large, ("bf16",))
 
     def _steps(self, name: str, shape: Shape, precisions: Sequence[str]) -> Iterator[Question]:
         for precision, memory in itertools.product(precisions, ("reversible", "store", "checkpoint", PLAIN)):
             for graph in (False,) if memory == PLAIN else (True, False):
-                case = f"{precision}, {memory}, {'graphed' if graph else 'eager'}"
-                yield name, case, functools.partial(self.step, shape, precision, memory, graph)
+                case = f"{name}: {precision}, {memory}, {'graphed' if graph else 'eager'}"
+                yield case, functools.partial(self.step, shape, precision, memory, graph)
 
     def _model(self, shape: Shape, precision: str, memory: str = "store") -> Any:
         if self._built is None or self._built[0] != shape:
             self._built = None
             gc.collect()
-            self._built = shape, build("store", shape, "auto", self.device)
+            self._built = shape, build("store", shape, self.device)
         model: Any = self._built[1]
         model.memory, model.precision = memory, precision
         model.zero_grad(set_to_none=True)
@@ -134,110 +122,91 @@ class Answers:
         shape, hidden = self.small, self.small.hidden
         channels, size = shape.widths()[0] // 2, shape.image[1] // 2
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        layers = (
-            nn.Conv2d(channels, hidden, 3, 1, 1),
-            nn.Conv2d(hidden, hidden, 1),
-            nn.Conv2d(hidden, 2 * channels, 3, 1, 1),
-        )
-        net = nn.Sequential(*layers).to(self.device, dtype, memory_format=layout)  # type: ignore[call-overload]
+        net: Any = ThreeConvolutions(channels, 2 * channels, hidden)
+        wake(net.to(self.device, dtype, memory_format=layout))
         x = torch.randn(shape.batch, channels, size, size, device=self.device, dtype=dtype).to(memory_format=layout)
 
-        def run() -> Tensor:
+        def forward() -> Tensor:
             h = x
-            for layer in layers[:2]:
+            for layer in (net[0], net[2]):
                 if fused:
                     pads = layer.stride, layer.padding, layer.dilation, layer.groups
                     h = torch.cudnn_convolution_relu(h, layer.weight, layer.bias, *pads)
                 else:
                     h = layer(h).relu_()
-            out: Tensor = layers[2](h)
+            out: Tensor = net[4](h)
             return out
 
-        with torch.backends.cudnn.flags(allow_tf32=True), torch.set_grad_enabled(not fused):
-            found = {"answer": "forward" if fused else "forward and backward"}
-            once = run if fused else lambda: torch.autograd.grad(run().sum(), list(net.parameters()))
-            once()
-            found |= {"ms": clock(once, self.device), **launched(once, self.device)}
+        def backward() -> object:
+            return torch.autograd.grad(forward().sum(), list(net.parameters()))
+
+        with torch.backends.cudnn.flags(allow_tf32=True):
+            with torch.no_grad():
+                forward()
+                row: Row = {"ms": clock(forward, self.device), **launched(forward, self.device), "note": "forward"}
             if not fused:
-                with torch.no_grad():
-                    run()
-                    found["answer"] = f"forward and backward; forward {clock(run, self.device):.3f} ms"
-        return found
+                backward()
+                row["note"] += f"; with backward {clock(backward, self.device):.3f} ms"
+        return row
 
     def step(self, shape: Shape, precision: str, memory: str, graph: bool) -> Row:
         """A training step."""
         model, x = self._model(shape, precision, "store" if memory == PLAIN else memory), images(shape, self.device)
-        how, on_gpu = "", self.device.type == "cuda"
-        if memory == PLAIN:
-            plain = plain_levels(model, PLAIN)
+        run_by: Any = plain_levels(model, PLAIN) if memory == PLAIN else model
+        cast = torch.bfloat16 if (memory, precision) == (PLAIN, "bf16") else torch.float32
 
-            def step() -> object:
-                plain.zero_grad(set_to_none=True)
-                bf16 = precision == "bf16"
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                    loss = -plain.log_prob(x).mean()
-                loss.backward()
-                return loss
-        elif graph:
-            replayed = graphed(model)
-            step = functools.partial(replayed, x)
-        else:
+        def eager() -> object:
+            run_by.zero_grad(set_to_none=True)
+            with autocast(self.device, cast):
+                loss = -run_by.log_prob(x).mean()
+            loss.backward()
+            return loss
 
-            def step() -> object:
-                model.zero_grad(set_to_none=True)
-                loss = -model.log_prob(x).mean()
-                loss.backward()
-                return loss
-
-        if on_gpu:
+        replayed = graphed(model)
+        step = functools.partial(replayed, x) if graph else eager
+        if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        for _ in range(2 * WARM_UPS if on_gpu else 1):  # in which the anchors' spacing adapts
+        for _ in range(2 * WARM_UPS if self.on_gpu else 1):  # in which the anchors' spacing adapts
             step()
-        found: Row = {"ms": clock(step, self.device), **launched(step, self.device)}
-        if on_gpu:
-            found["peak MB"] = torch.cuda.max_memory_allocated(self.device) / 1e6
-        if memory != PLAIN:
-            reports = model.memory_report()
-            how = (
-                f"anchors every {[report.get('anchor_every') for report in reports]}" if memory == "reversible" else ""
-            )
-        return found | {"answer": f"{replayed.how}; {how}" if graph else how}
+        row: Row = {"shape": shape.title, "ms": clock(step, self.device), **launched(step, self.device)}
+        if self.on_gpu:
+            row["peak MB"] = torch.cuda.max_memory_allocated(self.device) / 1e6
+        words = [replayed.how] if graph else []
+        if memory == "reversible":
+            words.append(f"anchors every {[report['anchor_every'] for report in model.memory_report()]}")
+        return row | {"note": "; ".join(words)}
 
     def updates(self, memory: str) -> Row:
-        """20 updates, after some that are eager anyway."""
+        """The time of an update, and how far the weights are from those of eager ones, after some that are eager."""
         shape = self.small
         pixels = torch.randint(256, (2 * shape.batch, *shape.image), dtype=torch.uint8)
-        data = ImageSet("random", pixels, 256)
-        model = GlowConfig(
-            (shape.image[0], *shape.image[1:]), shape.n_levels, min(shape.n_steps, 8), min(shape.hidden, 128)
-        )  # type: ignore[arg-type]
-        seconds, found = {}, {}
+        channels, height, width = shape.image
+        image, steps, hidden = (channels, height, width), min(shape.n_steps, 8), min(shape.hidden, 128)
+        weights, milliseconds, how = {}, {}, {}
         for graph in ("auto", "off"):
             config = TrainConfig(
                 data=DataConfig("digits", held_out=0.4),
-                model=model,
+                model=GlowConfig(image, shape.n_levels, steps, hidden),
                 memory=memory,
                 graph=graph,
                 batch_size=shape.batch,
                 device=self.device.type,
                 precision="fp32",
             )
-            state = TrainState(config, data)
+            state = TrainState(config, ImageSet("random", pixels, 256))
             state.initialize()
             for _ in range(WARM_UPS + 1):
                 state.step()
             start = time.perf_counter()
             for _ in range(UPDATES):
                 state.step()
-            seconds[graph] = (time.perf_counter() - start) / UPDATES
+            milliseconds[graph] = 1e3 * (time.perf_counter() - start) / UPDATES
             state.close()
-            found[graph] = (
-                torch.cat([value.detach().flatten() for value in state.model.parameters()]),
-                state.update.replays.how,
-            )
-        apart = float((found["auto"][0] - found["off"][0]).abs().max())
-        answer = f"weights at most {apart:.1e} apart; eager {1e3 * seconds['off']:.2f} ms; {found['auto'][1]}"
-        return {"ms": 1e3 * seconds["auto"], "answer": answer}
+            weights[graph] = torch.cat([value.detach().flatten() for value in state.model.parameters()])
+            how[graph] = state.update.replays.how
+        apart = float((weights["auto"] - weights["off"]).abs().max())
+        note = f"weights at most {apart:.1e} apart; eager {milliseconds['off']:.2f} ms; {how['auto']}"
+        return {"ms": milliseconds["auto"], "note": note}
 
     def _gradients(self, memory: str, precision: str) -> list[Tensor]:
         shape = self.small.small()
@@ -249,62 +218,45 @@ class Answers:
         """Two steps, and whether anything refuses."""
         torch.use_deterministic_algorithms(True)
         try:
-            return {"answer": _compared(*(self._gradients(memory, "fp32") for _ in range(2)))}
+            return _compared(*(self._gradients(memory, "fp32") for _ in range(2)))
         finally:
             torch.use_deterministic_algorithms(False)
 
     def poisoned(self, precision: str) -> Row:
         """A step in memory that held NaN."""
         clean = self._gradients("reversible", precision)
-        if self.device.type == "cuda":
+        held = []
+        if self.on_gpu:
             free, _ = torch.cuda.mem_get_info(self.device)
-            held = [torch.full((free // 4 // 4,), float("nan"), device=self.device)]
-        else:
-            held = []
+            held.append(torch.full((free // 4 // 4,), float("nan"), device=self.device))
         held += [torch.full((2**k,), float("nan"), device=self.device) for k in range(22) for _ in range(8)]
         synchronize(self.device)
         held.clear()  # the allocator hands these out again
-        return {"answer": _compared(clean, self._gradients("reversible", precision))}
+        return _compared(clean, self._gradients("reversible", precision))
 
 
-def _compared(one: Sequence[Tensor], other: Sequence[Tensor]) -> str:
+def _compared(one: Sequence[Tensor], other: Sequence[Tensor]) -> Row:
     differ = sum(not torch.equal(*pair) for pair in zip(one, other, strict=True))
     bad = sum(not bool(tensor.isfinite().all()) for tensor in other)
-    return f"{differ} of {len(one)} tensors differ, {bad} are not finite" if differ or bad else "the same bits"
+    words = f"{differ} of {len(one)} tensors differ, {bad} are not finite"
+    return {"failed": bool(differ or bad), "note": words if differ or bad else "the same bits"}
 
 
-def cells(row: Row) -> list[object]:
-    """A row's values."""
-    values = [row.get(name, "-") for name in COLUMNS]
-    return [f"{value:.3f}" if isinstance(value, float) else value for value in values]
+def groups(arguments: argparse.Namespace) -> Iterator[list[Question]]:
+    """The questions, in one group."""
+    small, large = (SMALL.quick(), SMALL.quick()) if arguments.quick else (SMALL, LARGE)
+    yield list(Answers(arguments.device, small, large).questions())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer, print the table, write the file after every row; 1 if a question has no answer, or a wrong one.
+    """Answer, and print and write what was found; the exit code is that of ``gpu_questions.run``.
 
     Args:
         argv: the options; those of the process if None.
     """
     options = stage_options("gpu_answers", "what is asked first")
     options.add_argument("--quick", action="store_true", help="tiny models: to see that it works")
-    arguments = options.parse_args(argv)
-    device: torch.device = arguments.device
-    if not has_kernels(device):
-        return NO_KERNELS
-    small, large = (QUICK, QUICK) if arguments.quick else (SMALL, LARGE)
-    facts, found, budget = machine(device), list[Row](), Budget(arguments.seconds)
-    for question, case, answer in budget.take(Answers(device, small, large).questions()):
-        row: Row = {"question": question, "case": case}
-        try:
-            row |= answer()
-        except (RuntimeError, ValueError) as error:  # out of memory is one, too
-            row |= {"answer": f"none: {str(error).strip().splitlines()[0][:200]}", "failed": True}
-        found.append(row)
-        print(*cells(row), sep=", ", flush=True)
-        if arguments.out is not None:
-            write_json(arguments.out, facts, found, small=small.title, large=large.title)
-    print(f"\n{table(COLUMNS, map(cells, found))}")
-    return budget.code(int(any(row.get("failed") or "differ" in row["answer"] for row in found)))
+    return run(options, argv, COLUMNS, groups)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -37,7 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_stages import (
-    MACHINE_SECONDS,
+    GIVEN,
+    MACHINE,
     NO_KERNELS,
     PARTLY,
     STAGES,
@@ -47,12 +47,10 @@ from bench.gpu_stages import (
     find_tool,
     toolkit,
 )
-from bench.harness import ROOT, commit
+from bench.harness import ROOT, commit, markdown
 
-_ABOUT = [f"    {stage.name:<12} {stage.seconds:>3}  {stage.about}" for stage in STAGES]
-__doc__ = (__doc__ or "").format(
-    stages="\n".join([f"    {'machine':<12} {MACHINE_SECONDS:>3}  what is there", *_ABOUT])
-)
+_ABOUT = [f"    {stage.name:<12} {stage.seconds:>3}  {stage.about}" for stage in (MACHINE, *STAGES)]
+__doc__ = (__doc__ or "").format(stages="\n".join(_ABOUT))
 KEPT = 400_000  # characters of a stage's output, its end
 REHEARSAL_PATIENCE = 4  # times the seconds of a stage, on a machine that other tests are running on
 STARTING, GRACE = 0.75, 10.0  # of its time a stage that stops itself gets this share; what it may be late, seconds
@@ -61,27 +59,11 @@ NO_GPU = "no GPU: torch.cuda.is_available() is false here"
 MEASURED, REHEARSED = Path("gpu_check"), Path("gpu_check", "rehearsal")  # folders, if none is given
 ARCHIVE, REPORT = "gpu_check.zip", "report.md"
 TOOLS = ("nvcc", "g++", "cmake", "ninja", "nvidia-smi", "compute-sanitizer")
-LOADS = "from pyglow_fast import _backend; assert _backend.extension() is not None, _backend.reason()"
-# The device as the tests and the benchmarks will see it, printed as JSON by another process, since torch keeps it open.
-PROBE = """
-import importlib.metadata, json, subprocess, sys, torch
-found = {"python": sys.version.split()[0], "torch": torch.__version__, "torch_cuda": str(torch.version.cuda)}
-others = ("numpy", "safetensors", "pytest", "setuptools")
-found |= {package.name: package.version for package in importlib.metadata.distributions() if package.name in others}
-if torch.cuda.is_available():
-    gpu = torch.cuda.get_device_properties(0)
-    found |= {"device": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory}
-    found |= {"multiprocessors": gpu.multi_processor_count, "L2": gpu.L2_cache_size}
-    asked = "timeout 10 nvidia-smi --query-gpu=driver_version,clocks.max.sm,power.limit --format=csv,noheader"
-    found["driver, clock, power"] = subprocess.getoutput(asked)
-print(json.dumps(found))
-"""
-Content = dict[str, Any]  # of a stage that has ended
 
 
 @dataclasses.dataclass
 class Ended:
-    """The outcome of a stage; ``status`` is passed, partly, failed, timeout or skipped."""
+    """The outcome of a stage; ``status`` is passed, partly, failed, timeout or skipped. ``machine``: where it was."""
 
     name: str
     status: str
@@ -91,6 +73,7 @@ class Ended:
     output: str = ""
     code: int | None = None
     results: Any = None
+    machine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _end_with_parent() -> None:
@@ -140,30 +123,30 @@ def run(
     return Ended(name, status, round(time.monotonic() - start, 1), shown, reason, text, code)
 
 
-def read(folder: Path) -> dict[str, Content]:
+def read(folder: Path) -> dict[str, Ended]:
     """Reads the results of the stages that have ended, in the order of the stages."""
     if not (folder / ARCHIVE).is_file():
         return {}
     with zipfile.ZipFile(folder / ARCHIVE) as archive:
         there = archive.namelist()
-        names = [name for name in ("machine", *(stage.name for stage in STAGES)) if f"{name}.json" in there]
-        return {name: json.loads(archive.read(f"{name}.json")) for name in names}
+        names = [stage.name for stage in (MACHINE, *STAGES) if f"{stage.name}.json" in there]
+        return {name: Ended(**json.loads(archive.read(f"{name}.json"))) for name in names}
 
 
-def report(ended: Mapping[str, Content]) -> str:
+def report(results: Mapping[str, Ended]) -> str:
     """Makes Markdown of the results: the machine, a table of the stages, and the end of what each of them printed."""
-    facts: Mapping[str, Any] = ended["machine"]["machine"]  # other stages may be of an earlier run
+    facts = results["machine"].machine  # other stages may be of an earlier run
     lines = ["# GPU check", ""]
     if facts["rehearsal"]:
         lines += ["A rehearsal on a CPU with tiny sizes: no number here means anything.", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    for name, content in ended.items():
-        differing = [f"{key} {value}" for key, value in content["machine"].items() if facts.get(key) != value]
+    for name, ended in results.items():
+        differing = [f"{key} {value}" for key, value in ended.machine.items() if facts.get(key) != value]
         lines += [f"- of an earlier run is {name}: {', '.join(differing)}"] if differing else []
-    lines += ["", "| stage | status | s | why |", "|---|---|---:|---|"]
-    lines += [f"| {name} | {c['status']} | {c['seconds']:.0f} | {c['reason']} |" for name, c in ended.items()]
+    rows = ((name, ended.status, f"{ended.seconds:.0f}", ended.reason) for name, ended in results.items())
+    lines += ["", markdown(("stage", "status", "s", "why"), rows)]
     for stage in STAGES:
-        output = ended.get(stage.name, {}).get("output", "").splitlines()[-stage.shown :]
+        output = results[stage.name].output.splitlines()[-stage.shown :] if stage.name in results else []
         if output:
             lines += ["", f"## {stage.name}: {stage.about}", "", "````text", *output, "````"]
     return "\n".join(lines) + "\n"
@@ -173,13 +156,16 @@ class Check:
     """The stages one after another, and the archive that they are written to."""
 
     def __init__(self, out: Path, device: str, module: Path | None = None) -> None:
-        self.out, self.device, self.module = out, device, module
+        self.out, self.device = out, device
+        self.stages = STAGES if module is None else (GIVEN, *STAGES[1:])
         self.patience = REHEARSAL_PATIENCE if device == "cpu" else 1
         self.saved = 0.0  # seconds that the stages so far have left over
         self.home = toolkit(ROOT) if device == "cuda" and module is None else None
         self.facts: dict[str, Any] = {"commit": commit(), "rehearsal": device == "cpu"}
         self.results = read(out)
         self.ended: list[Ended] = []
+        if module is not None:
+            shutil.copy(module, ROOT / "pyglow_fast" / module.name)
 
     def add(self, ended: Ended) -> None:
         """Report a stage, and make archive and report anew."""
@@ -187,12 +173,16 @@ class Check:
         print(f"   {ended.status} after {ended.seconds:.0f} s {ended.reason}".rstrip(), flush=True)
         if ended.status in ("failed", "timeout"):
             print("\n".join(ended.output.splitlines()[-60:]), flush=True)
-        self.results[ended.name] = {"machine": self.facts, **dataclasses.asdict(ended)}
+        ended.machine = self.facts
+        self.results[ended.name] = ended
         self.save()
 
     def save(self, running: Path | None = None) -> None:
         """Write both files: results, and what the stage in the folder ``running`` has written so far."""
-        files = {f"{name}.json": json.dumps(content, indent=1) + "\n" for name, content in self.results.items()}
+        files = {
+            f"{name}.json": json.dumps(dataclasses.asdict(ended), indent=1) + "\n"
+            for name, ended in self.results.items()
+        }
         if "machine" in self.results:
             files["report.md"] = report(self.results)
             _place(self.out / REPORT, lambda path: path.write_text(files["report.md"], encoding="utf-8"))
@@ -208,47 +198,33 @@ class Check:
 
     def machine(self) -> bool:
         """Look up what is there; tells whether there is a GPU."""
-        ended = self._timed("machine", lambda *_: [sys.executable, "-c", PROBE], MACHINE_SECONDS, {})
+        ended = self.run(MACHINE)
         with contextlib.suppress(ValueError, IndexError):
             self.facts |= json.loads(ended.output.splitlines()[-1])
         self.facts |= {tool: find_tool(tool, self.home) or "not found" for tool in TOOLS}
         self.add(ended)
         return "capability" in self.facts
 
-    def go(self, stage: Stage, without: str = "") -> None:
-        """Run a stage; or skip it for the reason ``without``, or for want of a program."""
-        given = stage.name == "build" and self.module is not None
-        needs = [] if given or self.device == "cpu" else list(stage.needs)
+    def run(self, stage: Stage) -> Ended:
+        """Run a stage, or skip it for want of a program."""
+        needs = stage.needs if self.device == "cuda" else ()
         absent = [f"{name} was not found" for name in needs if find_tool(name, self.home) is None]
         if stage.name == "build" and needs and self.home is None:
             absent.append("no CUDA toolkit with nvcc was found, nor pip's: --module takes what was built elsewhere")
-        reason = without or ", ".join(absent)
-        if reason:
-            self.add(Ended(stage.name, "skipped", reason=reason))
-            return
-        if given and self.module is not None:
-            shutil.copy(self.module, ROOT / "pyglow_fast" / self.module.name)
-
-        def line(out: Path, seconds: float) -> list[str]:
-            return [sys.executable, "-c", LOADS] if given else command(stage, self.device, out, seconds)
-
+        if absent:
+            return Ended(stage.name, "skipped", reason=", ".join(absent))
         more = environment(stage, self.device, self.facts.get("capability", ""), self.home)
-        ended = self._timed(stage.name, line, stage.seconds, more)
-        if stage.name == "build" and ended.status == "timeout":
-            ended.reason += "; what is compiled is kept: run it again"
-        self.add(ended)
-
-    def _timed(
-        self, name: str, line: Callable[[Path, float], list[str]], seconds: float, more: Mapping[str, str]
-    ) -> Ended:
-        limit = self.patience * seconds + self.saved
+        limit = self.patience * stage.seconds + self.saved
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
             out, log = Path(folder, "results.json"), Path(folder, "log")
             own = max(STARTING * limit, limit - GRACE)  # to start Python and to end take a while
-            ended = run(name, line(out, own), limit, log, more, lambda: self.save(Path(folder)))
+            line = command(stage, self.device, out, own)
+            ended = run(stage.name, line, limit, log, more, lambda: self.save(Path(folder)))
             with contextlib.suppress(ValueError, OSError):
                 ended.results = json.loads(out.read_text(encoding="utf-8"))
         self.saved = limit - ended.seconds
+        if stage.name == "build" and ended.status == "timeout":
+            ended.reason += "; what is compiled is kept: run it again"
         return ended
 
 
@@ -279,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = (arguments.out or (REHEARSED if arguments.rehearse else MEASURED)).resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        mixed = [name for name, of in read(out).items() if of["machine"]["rehearsal"] != arguments.rehearse]
+        mixed = [name for name, ended in read(out).items() if ended.machine["rehearsal"] != arguments.rehearse]
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         options.error(f"--out: expected a folder for results, found {error}")
     if mixed:  # one report must not show both
@@ -288,17 +264,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = Check(out, "cpu" if arguments.rehearse else "cuda", module)
     there = check.machine() or arguments.rehearse
     without = "" if there else NO_GPU
-    for stage in STAGES:
+    for stage in check.stages:
         if arguments.only is None or stage.name in arguments.only:
-            check.go(stage, "" if stage.name == "build" else without)
+            skipped = without and stage.name != "build"
+            check.add(Ended(stage.name, "skipped", reason=without) if skipped else check.run(stage))
             if check.ended[-1].code == NO_KERNELS:
                 without = "the extension has no kernels for this device"
     print(report(check.results))
     bad = [ended.name for ended in check.ended if ended.status in ("failed", "timeout")]
     print(f"{'failed: ' + ', '.join(bad) if bad else 'no stage failed'}; wrote {out}")
-    for ended in check.ended:
-        if ended.status in ("skipped", "partly"):
-            print(f"{ended.status}: {ended.name} ({ended.reason})")
+    print(*(f"{e.status}: {e.name} ({e.reason})" for e in check.ended if e.status in ("skipped", "partly")), sep="\n")
     return 2 if not there else 1 if bad or without else 0
 
 

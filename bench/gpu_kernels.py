@@ -4,34 +4,31 @@
 
 A row has a case's microseconds, the bytes that it must move at least, and its share of a copy: the time of a copy of as
 many bytes, measured in the same run in the same way, over the case's own; beside it is plain torch's time for the same
-case, and what ours allocates beyond its results. Results are checked before they are timed. The file is written after
-every shape.
+case, and what ours allocates beyond its results. Results are checked before they are timed.
 
 A kernel of a few microseconds is shorter than the Python that calls it and not far above what an event resolves, and
 its data fits into a cache. So each case has several copies of its tensors, more together than twice the L2; one graph
 launches the copies in turn, over and over, for milliseconds; two events are around replays of that graph. A launch's
-results are kept until the same copy's next turn, so that results rotate, too. No case begins after
-``--seconds``. With ``--device cpu``, to rehearse, a replay calls the functions once more by the process's clock, and no
-number means anything.
+results are kept until the same copy's next turn, so that results rotate, too. With ``--device cpu``, to rehearse, a
+replay calls the functions once more by the process's clock, and no number means anything.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 
-from bench.cases import SHAPES, Case, Data, check_equal, gpu_cases, parse_shapes, stage_options, traffic
-from bench.gpu_stages import Budget
-from bench.harness import device_name, machine, write_json
+from bench.cases import SHAPES, Case, Data, check_equal, gpu_cases, parse_shapes, shape_title, traffic
+from bench.gpu_questions import Question, Row, run, stage_options
 from pyglow_fast import functional, reference
 
 L2_SHARE = 2.0  # the copies of a case are together more than that many times the L2
@@ -40,20 +37,7 @@ REPLAY_SECONDS = 2e-3  # a replay takes about so long: 4,000 times what an event
 MOST_LAUNCHES = 2000  # in one graph
 HEAD_START = 1_000_000  # cycles of the GPU, half a millisecond, in which the CPU hands over a graph
 CPU_L2 = 2**14  # bytes that a rehearsal takes for the L2: a few copies of small tensors rotate
-COLUMNS = [
-    "op",
-    "mode",
-    "us",
-    "low to high",
-    "MB",
-    "GB/s",
-    "copy us",
-    "share of copy",
-    "plain us",
-    "scratch kB",
-    "note",
-]
-TIMES = ("seconds", "seconds_low", "seconds_high", "copy_seconds", "plain_seconds")
+COLUMNS = ("us", "low", "high", "MB", "GB/s", "copy us", "share of copy", "plain us", "scratch kB")
 Launch = Callable[[], object]
 Timing = tuple[float, float, float]  # seconds of a launch: median, 20 and 80 % quantile
 
@@ -64,6 +48,7 @@ class RotatingTimer:
     replays = 7
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         # The default stream cannot be captured, and a backward runs on the stream of its forward.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.l2_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size if self._stream else CPU_L2
@@ -136,11 +121,8 @@ def copy_launches(n_bytes: int, copies: int, device: torch.device) -> list[Launc
     return [functools.partial(target.copy_, source) for source, target in pairs]
 
 
-def measure(shape: tuple[int, ...], device: torch.device, budget: Budget, only: str = "") -> list[dict[str, Any]]:
-    """Measures the cases of one shape whose name contains ``only``, as the budget allows: a row each, with TIMES.
-
-    ``copies`` sets of tensors took turns. Where something could not be measured it is None, and ``note`` says why.
-    """
+def questions(shape: tuple[int, ...], device: torch.device, only: str = "") -> list[Question]:
+    """The cases of one shape whose name contains ``only``, each in as many copies as take turns."""
     timer = RotatingTimer(device)
     with timer.stream():
         first = Data(shape, device)
@@ -153,61 +135,60 @@ def measure(shape: tuple[int, ...], device: torch.device, budget: Budget, only: 
                     turns[case.name].append(case)
 
     @functools.cache
-    def copied(n_bytes: int) -> Timing:
-        return timer.time(lambda: copy_launches(n_bytes, timer.copies(n_bytes), device))
+    def copied(n_bytes: int) -> float:
+        return timer.time(lambda: copy_launches(n_bytes, timer.copies(n_bytes), device))[0]
 
-    rows: list[dict[str, Any]] = []
-    for name, cases in budget.take(list(turns.items())):
-        row: dict[str, Any] = {"op": cases[0].op, "mode": cases[0].mode, "shape": shape, "device": device_name(device)}
-        row |= {"implementation": "pyglow_fast", "bytes": bytes_of[name], "copies": len(cases)}
-        ours, note = _time(timer, cases, functional)
-        plain, plain_note = _time(timer, cases, reference)
-        times = (*(ours or (None, None, None)), copied(bytes_of[name])[0], plain and plain[0])
-        row |= dict(zip(TIMES, times, strict=True)) | {"scratch_bytes": scratch_bytes(cases[0], device)}
-        rows.append(row | {"note": note or plain_note})
-    return rows
+    return [
+        (f"{name} {shape_title(shape)}", functools.partial(measure, timer, cases, copied))
+        for name, cases in turns.items()
+    ]
 
 
-def scratch_bytes(case: Case, device: torch.device) -> int | None:
-    """Peak bytes that a case allocates beyond its results; known on a GPU alone."""
+def measure(timer: RotatingTimer, cases: Sequence[Case], copied: Callable[[int], float]) -> Row:
+    """Time a case, whose copies take turns, once its result is plain torch's."""
+    case = cases[0]
+    with timer.stream():
+        both = {library.__name__: case.build(library, False)() for library in (reference, functional)}
+        check_equal(both, case.name)
+        del both
+
+    def microseconds(library: ModuleType) -> Timing:
+        median, low, high = timer.time(lambda: [case.build(library, False) for case in cases])
+        return 1e6 * median, 1e6 * low, 1e6 * high
+
+    n_bytes = traffic(case.op, case.mode, case.shape)
+    (us, low, high), copy_us = microseconds(functional), 1e6 * copied(n_bytes)
+    row: Row = {"op": case.op, "mode": case.mode, "shape": case.shape, "copies": len(cases)}
+    row |= {"us": us, "low": low, "high": high, "MB": n_bytes / 1e6, "GB/s": 1e-3 * n_bytes / us}
+    row |= {"copy us": copy_us, "share of copy": copy_us / us, "scratch kB": scratch_kilobytes(case, timer.device)}
+    try:
+        return row | {"plain us": microseconds(reference)[0]}
+    except RuntimeError as error:  # a GPU cannot capture it
+        return row | {"failed": True, "note": f"plain torch: {str(error).splitlines()[0][:200]}"}
+
+
+def scratch_kilobytes(case: Case, device: torch.device) -> float | str:
+    """Peak of what a case allocates beyond its results; known on a GPU alone."""
     if device.type != "cuda":
-        return None
+        return "-"
     run = case.build(functional, False)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     results = run()
-    return torch.cuda.max_memory_allocated(device) - before - sum(result.nbytes for result in results)
+    beyond = torch.cuda.max_memory_allocated(device) - before - sum(result.nbytes for result in results)
+    return beyond / 1e3
 
 
-def _time(timer: RotatingTimer, cases: Sequence[Case], library: ModuleType) -> tuple[Timing | None, str]:
-    """Times a case by a library, once its result is plain torch's; or tells why that is not so."""
-    try:
-        with timer.stream():
-            both = {name: cases[0].build(by, False)() for name, by in (("plain", reference), ("other", library))}
-            check_equal(both, f"{cases[0].name} {cases[0].shape}")
-            del both
-        return timer.time(lambda: [case.build(library, False) for case in cases]), ""
-    except RuntimeError as error:
-        return None, f"{library.__name__}: {(str(error).strip().splitlines() or ['?'])[0][:200]}"
-
-
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row in the units of COLUMNS."""
-    known = {name: math.nan if value is None else value for name, value in row.items()}
-    us, low, high, copy, plain = (1e6 * known[name] for name in TIMES)
-    numbers = [f"{us:.2f}", f"{low:.2f} to {high:.2f}", f"{row['bytes'] / 1e6:.2f}", f"{1e-3 * row['bytes'] / us:.0f}"]
-    numbers += [f"{copy:.2f}", f"{copy / us:.2f}", f"{plain:.2f}", f"{known['scratch_bytes'] / 1e3:.0f}"]
-    return [row["op"], row["mode"], *(number.replace("nan", "-") for number in numbers), row["note"]]
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+def groups(arguments: argparse.Namespace) -> Iterator[list[Question]]:
+    """The questions of each shape."""
+    gc.collect()
+    gc.freeze()  # every capture collects garbage: what torch made at import would be looked through each time
+    for shape in arguments.shapes:
+        yield questions(shape, arguments.device, arguments.only)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, write the file; 1 if something could not be measured.
+    """Time the ops, and print and write what was found; the exit code is that of ``gpu_questions.run``.
 
     Args:
         argv: the options; those of the process if None.
@@ -216,21 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = "separated by commas (those of bench kernels)"
     options.add_argument("--shapes", type=parse_shapes, default=SHAPES, help=shapes)
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
-    arguments = options.parse_args(argv)
-    if not Case.is_ours(arguments.device):
-        print(f"there are no compiled kernels for {arguments.device.type} here: nothing to time")
-        return 1
-    rows, budget = list[dict[str, Any]](), Budget(arguments.seconds)
-    gc.collect()
-    gc.freeze()  # every capture collects garbage: what torch made at import would be looked through each time
-    for shape in arguments.shapes:
-        found = measure(shape, arguments.device, budget, arguments.only)
-        rows += found
-        print(f"{'x'.join(map(str, shape))}, {device_name(arguments.device)}\n")
-        print(table(COLUMNS, map(cells, found)), end="\n\n", flush=True)
-        if arguments.out is not None:
-            write_json(arguments.out, machine(arguments.device), rows)
-    return budget.code(int(any(row["note"] for row in rows)))
+    return run(options, argv, COLUMNS, groups)
 
 
 if __name__ == "__main__":

@@ -7,48 +7,33 @@ import shlex
 import shutil
 import sys
 import sysconfig
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-T = TypeVar("T")
 TOTAL_SECONDS = 570  # of all stages, so that the whole fits into ten minutes
-MACHINE_SECONDS = 25  # of the first stage: what is there
-NO_KERNELS = 3  # exit code of a stage where the extension has none for the device: no later stage is worth it
-PARTLY = 4  # exit code of a stage whose time was over before all was done
 # Errors of calls that torch makes to see what a driver can do are no faults.
 SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no --kernel-name kns=pyglow --tool"
 TESTS = " ".join(f"tests/{name}" for name in ("kernels", "core", "coupling_nets", "layers", "models", "reversible"))
+NO_KERNELS = 3  # exit code of a stage where the extension has none for the device: no later stage is worth it
+PARTLY = 4  # exit code of a stage whose time was over before all was done
 PIP_TOOLKIT = Path("build", "pip-toolkit")  # the folder, in the tree, that pip's packages are put together in
 
 
-class Budget:
-    """Things to do as long as there is time for another one that takes as long as the longest so far.
-
-    A stage stops itself, so that what it has measured is whole, and says how far it came.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._end, self._longest = time.monotonic() + seconds, 0.0
-        self.done, self.of = 0, 0
-
-    def take(self, things: Sequence[T]) -> Iterator[T]:
-        """Give one after the other, until the time is over."""
-        self.of += len(things)
-        for thing in things:
-            start = time.monotonic()
-            if start + self._longest > self._end:
-                return
-            yield thing
-            self._longest = max(self._longest, time.monotonic() - start)
-            self.done += 1
-
-    def code(self, code: int) -> int:
-        """The exit code of a stage that would have ``code`` if all was done; says how far it came."""
-        print(f"{'all' if self.done == self.of else 'the time was over after'} {self.done} of {self.of}", flush=True)
-        return code if code or self.done == self.of else PARTLY
+# The device as the tests and the benchmarks will see it, printed as JSON by another process, since torch keeps it open.
+PROBE = """
+import importlib.metadata, json, subprocess, sys, torch
+found = {"python": sys.version.split()[0], "torch": torch.__version__, "torch_cuda": str(torch.version.cuda)}
+others = ("numpy", "safetensors", "pytest", "setuptools")
+found |= {package.name: package.version for package in importlib.metadata.distributions() if package.name in others}
+if torch.cuda.is_available():
+    gpu = torch.cuda.get_device_properties(0)
+    found |= {"device": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory": gpu.total_memory}
+    found |= {"multiprocessors": gpu.multi_processor_count, "L2": gpu.L2_cache_size}
+    asked = "timeout 10 nvidia-smi --query-gpu=driver_version,clocks.max.sm,power.limit --format=csv,noheader"
+    found["driver, clock, power"] = subprocess.getoutput(asked)
+print(json.dumps(found))
+"""
+LOADS = "from pyglow_fast import _backend; assert _backend.extension() is not None, _backend.reason()"
 
 
 @dataclass(frozen=True)
@@ -72,30 +57,27 @@ class Stage:
     shown: int = 400
 
 
-def _own(name: str, seconds: int, about: str, cpu: str = "", shown: int = 400) -> Stage:
-    command = f"-m bench.gpu_{name} --device {{device}} --seconds {{seconds}} --out {{out}}"
-    return Stage(name, seconds, about, command, cpu=cpu, shown=shown)
+ASKED = "--device {device} --seconds {seconds}"  # options of a stage that asks questions (gpu_questions.py)
+
+
+def _asks(name: str, seconds: int, about: str, cpu: str = "") -> Stage:
+    return Stage(name, seconds, about, f"-m bench.gpu_{name} {ASKED} --out {{out}}", cpu=cpu)
 
 
 def _sanitizer(tool: str, seconds: int, about: str) -> Stage:
-    command, under = "-m bench.gpu_smoke --unchecked --device {device} --seconds {seconds}", f"{SANITIZER} {tool}"
-    return Stage(
-        tool, seconds, f"compute-sanitizer: {about}", command, under=under, needs=("compute-sanitizer",), shown=10
-    )
+    line, under = f"-m bench.gpu_smoke --unchecked {ASKED}", f"{SANITIZER} {tool}"
+    about = f"compute-sanitizer: {about}"
+    return Stage(tool, seconds, about, line, under=under, needs=("compute-sanitizer",), shown=10)
 
 
+MACHINE = Stage("machine", 25, "what is there", f"-c {shlex.quote(PROBE)}")  # it comes before the others, always
+GIVEN = Stage("build", 110, "the extension that was given", f"-c {shlex.quote(LOADS)}")  # in the place of a build
+BUILD = "setup.py build_ext --inplace"
 STAGES = (
-    Stage(
-        "build",
-        110,
-        "the extension, for this GPU alone",
-        "setup.py build_ext --inplace",
-        needs=("cmake", "g++"),
-        shown=10,
-    ),
-    _own("answers", 170, "nets, steps eager and graphed, 20 updates, determinism, poisoned memory", "--quick"),
-    _own("kernels", 60, "microseconds of every op, beside a copy, and its scratch memory", "--shapes 1x4x3x5"),
-    _own("smoke", 50, "every op, a step in each memory mode and CUDA graphs, against float64", shown=40),
+    Stage("build", 110, "the extension, for this GPU alone", BUILD, needs=("cmake", "g++"), shown=10),
+    _asks("answers", 170, "nets, steps eager and graphed, 20 updates, determinism, poisoned memory", "--quick"),
+    _asks("kernels", 60, "microseconds of every op, beside a copy, and its scratch memory", "--shapes 1x4x3x5"),
+    _asks("smoke", 50, "every op, a step in each memory mode and CUDA graphs, against float64"),
     Stage(
         "tests",
         80,
@@ -114,7 +96,10 @@ STAGES = (
 
 def command(stage: Stage, device: str, out: Path, seconds: float) -> list[str]:
     """The command line of a stage: on "cuda" the check itself, on "cpu" its rehearsal."""
-    line = [part.format(device=device, out=out, seconds=f"{seconds:.0f}") for part in shlex.split(stage.command)]
+    values = {"{device}": device, "{out}": str(out), "{seconds}": f"{seconds:.0f}"}
+    line = shlex.split(stage.command)
+    for name, value in values.items():
+        line = [part.replace(name, value) for part in line]
     if device == "cpu":
         return [sys.executable, *line, *shlex.split(stage.cpu)]
     return [*shlex.split(stage.under), sys.executable, *line, *shlex.split(stage.gpu)]

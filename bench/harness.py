@@ -4,8 +4,9 @@ A number is the median over rounds in which all cases take turns, in an order th
 a machine whose speed drifts slows all of them alike. Each call is timed twice: by the clock, and by the processor time
 of the process (all threads), which a busy machine disturbs less.
 
-A benchmark is a module with ``parser()``, ``prepare(options) -> Prepared`` and ``main``. Its cases are prepared, which
-includes every check of what they compute, in a process of their own, then timed round by round as :func:`run` asks.
+A benchmark is a module that has ``parser()``, its options; ``plan(arguments)``, the name of its file of results and the
+groups of cases that share a process, as options that choose them; and ``prepare(prepared, arguments)``, which makes the
+cases of such a process and checks what they compute. :func:`run` is its command. The cases are timed round by round.
 With ``--against FOLDER`` a second process does the same with the package of another checkout (which must be built), and
 the two processes take turns: that is how a change is held against the commit before. On the CPU all of it is done under
 two settings of malloc, unless ``--malloc`` says otherwise.
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -25,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TF32 = "tf32"  # float32 whose convolutions may round to TF32 on a GPU, as torch lets them; elsewhere it is fp32
 FLOAT, BF16 = "float32", "bfloat16"
 Call = Callable[[], object]
+Plan = tuple[str, Sequence[Sequence[str]]]  # the file's name without device and suffix; options that choose each group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +110,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def device_name(device: torch.device) -> str:
-    """Look up what the device calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else info.processor()
-
-
 def commit(folder: Path = ROOT) -> str:
     """The commit of a source tree, with -dirty if it was changed since."""
     command = ["git", "describe", "--always", "--dirty"]
@@ -141,7 +139,7 @@ def malloc_environments(choice: str = "both", device: torch.device = CPU) -> dic
 def machine(device: torch.device) -> dict[str, str]:
     """Device, versions, commit and the settings that decide speed."""
     facts = {
-        "device": device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else info.processor(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -194,6 +192,16 @@ def read_rows(path: Path) -> tuple[dict[str, str], list[Row]]:
     return content["machine"], [Row(**values) for values in content["rows"]]
 
 
+def markdown_line(cells: Iterable[object]) -> str:
+    """Write a line of a Markdown table."""
+    return "".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|"
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """Write a Markdown table."""
+    return "\n".join([markdown_line(head), "|" + "---|" * len(head), *map(markdown_line, lines)])
+
+
 # Turns
 
 
@@ -228,11 +236,21 @@ class Turns:
         return found
 
 
+def prepare(module: str, options: Sequence[str]) -> Prepared:
+    """Make the cases of a benchmark that the options choose, in this process."""
+    benchmark = importlib.import_module(module)
+    arguments = benchmark.parser().parse_args(list(options))
+    torch.set_num_threads(arguments.threads)
+    prepared = Prepared(device=arguments.device)
+    benchmark.prepare(prepared, arguments)
+    return prepared
+
+
 def answer(module: str, options: Sequence[str]) -> None:
     """Prepare a benchmark's cases and time a round for each line of the standard input; all answers are JSON lines."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints
-    prepared: Prepared = importlib.import_module(module).prepare(list(options))
+    prepared = prepare(module, options)
     rows = [dataclasses.asdict(row) | {"malloc": malloc_setting()} for row, _ in prepared.cases]
     first = {"rows": rows, "notes": prepared.notes, "failures": prepared.failures, "machine": machine(prepared.device)}
     print(json.dumps(first), file=answers, flush=True)
@@ -244,10 +262,10 @@ def answer(module: str, options: Sequence[str]) -> None:
 class Child:
     """A process that prepares and times a benchmark's cases with the package of a folder."""
 
-    def __init__(self, module: str, options: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        command = [sys.executable, "-c", START, str(folder), str(ROOT), module, *options]
+    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+        line = [sys.executable, "-c", START, str(folder), str(ROOT), *command]
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            line, cwd=ROOT, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def read(self) -> dict[str, Any] | None:
@@ -282,31 +300,31 @@ class Measured:
 
 
 def measure(
-    module: str,
-    options: Sequence[str],
+    total: Measured,
+    command: Sequence[str],
     folders: Mapping[str, Path],
     environment: Mapping[str, str],
     rounds: int,
     seconds: float,
-) -> Measured:
-    """Measure a group of cases: a process for each folder, which take turns, a round each.
+) -> list[Row]:
+    """Measure a group of cases: a process for each folder, which take turns, a round each. ``total`` takes all.
 
-    ``folders``: by the origin that their rows get. Fewer rounds, but ``LEAST_ROUNDS``, once the seconds are spent.
+    ``command``: the module and its options. ``folders``: by the origin that their rows get. Fewer rounds, but
+    ``LEAST_ROUNDS``, once the seconds are spent. No rows where a process fails.
     """
-    found = Measured()
     with contextlib.ExitStack() as stack:
         children: dict[str, Child] = {}
         rows: dict[str, list[Row]] = {}
         for origin, folder in folders.items():
-            children[origin] = Child(module, options, folder, environment)
+            children[origin] = Child(command, folder, environment)
             stack.callback(children[origin].close)
             first = children[origin].read()
             if first is None:
-                found.failures.append(f"{' '.join([module, *options])}: the process failed")
-                return found
-            found.machine = found.machine or first["machine"]
-            found.notes += first["notes"]
-            found.failures += first["failures"]
+                total.failures.append(f"{' '.join(command)}: the process failed")
+                return []
+            total.machine = total.machine or first["machine"]
+            total.notes += [note for note in first["notes"] if note not in total.notes]
+            total.failures += first["failures"]
             rows[origin] = [Row(**values | {"origin": origin}) for values in first["rows"]]
         begin = time.perf_counter()
         times: dict[str, list[dict[str, Any]]] = {origin: [] for origin in folders}
@@ -316,13 +334,15 @@ def measure(
             for origin in list(folders)[:: 1 if number % 2 else -1]:
                 one = children[origin].round(number)
                 if one is None:
-                    found.failures.append(f"{' '.join([module, *options])}: the process failed in round {number}")
-                    return found
+                    total.failures.append(f"{' '.join(command)}: the process failed in round {number}")
+                    return []
                 times[origin].append(one)
-        for origin, made in rows.items():
-            for index, row in enumerate(made):
-                values = [one[str(index)] for one in times[origin] if str(index) in one]
-                found.rows.append(row.timed(values) if values else row)
+    found = []
+    for origin, made in rows.items():
+        for index, row in enumerate(made):
+            values = [one[str(index)] for one in times[origin] if str(index) in one]
+            found.append(row.timed(values) if values else row)
+    total.rows += found
     return found
 
 
@@ -362,47 +382,38 @@ def make_parser(name: str, about: str | None, rounds: int = 5, seconds: float = 
     return options
 
 
-def run(
-    module: str, argv: Sequence[str] | None, arguments: argparse.Namespace, groups: Sequence[Sequence[str]], stem: str
-) -> int:
+def run(module: str, argv: Sequence[str] | None = None) -> int:
     """Measure each group of cases under each setting of malloc, print tables, and write the file after each group.
 
     Args:
         module: the benchmark, such as ``bench.models``.
         argv: its options; those of the process if None.
-        arguments: the same, parsed.
-        groups: options that choose the cases of a group, which stand behind the others.
-        stem: the name of the file of results without its device and suffix.
 
     Returns:
-        0, or 1 if something was wrong.
+        0, or 1 if something was wrong: a case computes something else than it should, or a process failed.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    benchmark = importlib.import_module(module)
+    arguments = benchmark.parser().parse_args(given)
+    stem, groups = benchmark.plan(arguments)
     folders = {"": ROOT}
     if arguments.against is not None:
         folders[f"against {commit(arguments.against)}"] = arguments.against.resolve()
     total = Measured()
     environments = malloc_environments(arguments.malloc, arguments.device)
-    for group in groups:
-        for environment in environments.values():
-            found = measure(module, [*given, *group], folders, environment, arguments.rounds, arguments.seconds)
-            if not total.machine and found.machine:
-                total.machine = found.machine | {"malloc": " and ".join(environments)}
-                print(", ".join(f"{name}: {value}" for name, value in total.machine.items()))
-            new = [note for note in found.notes if note not in total.notes]
-            total.rows += found.rows
-            total.notes += new
-            total.failures += found.failures
-            print("\n".join([*(f"note: {note}" for note in new), text_table(found.rows)]), flush=True)
-            if arguments.out is not None:
-                path = arguments.out / f"{stem}-{arguments.device.type}.json"
-                write_json(path, total.machine, total.rows, notes=total.notes)
+    for group, environment in itertools.product(groups, environments.values()):
+        known, started = len(total.notes), bool(total.machine)
+        command = [module, *given, *group]
+        rows = measure(total, command, folders, environment, arguments.rounds, arguments.seconds)
+        if total.machine and not started:
+            total.machine["malloc"] = " and ".join(environments)
+            print(", ".join(f"{name}: {value}" for name, value in total.machine.items()))
+        print("\n".join([*(f"note: {note}" for note in total.notes[known:]), text_table(rows)]), flush=True)
+        if arguments.out is not None:
+            path = arguments.out / f"{stem}-{arguments.device.type}.json"
+            write_json(path, total.machine, total.rows, notes=total.notes)
     print("\n".join(f"wrong: {failure}" for failure in total.failures), end="\n" if total.failures else "")
     return 1 if total.failures else 0
-
-
-def _fact(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def text_table(rows: Sequence[Row]) -> str:
@@ -421,6 +432,7 @@ def text_table(rows: Sequence[Row]) -> str:
             if row.processor_seconds and here[0].processor_seconds:
                 relative = row.processor_seconds / here[0].processor_seconds
                 times += f" {1e3 * row.processor_seconds:12.3f} {relative:8.2f}"
-            facts = ", ".join(f"{fact} {_fact(value)}" for fact, value in row.facts.items() if value not in (None, ""))
+            shown = {fact: f"{value:.3g}" if isinstance(value, float) else value for fact, value in row.facts.items()}
+            facts = ", ".join(f"{fact} {value}" for fact, value in shown.items() if value not in (None, ""))
             lines.append(f"  {name:42} {times}  {facts}".rstrip())
     return "\n".join(lines)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import harness, live_cases
-from bench.harness import CPU, PRECISIONS, Prepared, Row, autocast, chosen, default_dtype, dtype_name
+from bench.harness import CPU, PRECISIONS, Plan, Prepared, Row, autocast, chosen, default_dtype, dtype_name
 from bench.live_cases import MODELS, LiveCase
 from bench.memory_meter import AllocatorTrace
 from bench.model_cases import gradient_error
@@ -146,11 +146,8 @@ def faults(found: dict[str, float], theirs: dict[str, float], dtype: torch.dtype
     return "; ".join(lines)
 
 
-def prepare(options: Sequence[str]) -> Prepared:
+def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
     """Build a model, check its copies, and measure their memory."""
-    arguments = parser().parse_args(options)
-    torch.set_num_threads(arguments.threads)
-    prepared = Prepared()
     for name in arguments.models:
         batch = arguments.batch or (max(1, MODELS[name][1] // QUICK_SHARE) if arguments.quick else None)
         try:
@@ -160,7 +157,6 @@ def prepare(options: Sequence[str]) -> Prepared:
             continue
         for precision in arguments.precision:
             _prepare(prepared, name, case, PRECISIONS[precision])
-    return prepared
 
 
 def _prepare(prepared: Prepared, name: str, case: LiveCase, dtype: torch.dtype) -> None:
@@ -199,21 +195,12 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print a table of each model and precision, write the file.
-
-    Args:
-        argv: the options; those of the process if None.
-
-    Returns:
-        0, or 1 if a copy failed or its numbers are not theirs.
-    """
-    arguments = parser().parse_args(argv)
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Each model has a process for each precision."""
     models = arguments.models or (QUICK_MODELS if arguments.quick else MODELS)
     precisions = arguments.precision or (["fp32"] if arguments.quick else PRECISIONS)
-    groups = [["--models", model, "--precision", precision] for model in models for precision in precisions]
-    return harness.run("bench.live", argv, arguments, groups, "live")
+    return "live", [["--models", model, "--precision", precision] for model in models for precision in precisions]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(harness.run("bench.live"))

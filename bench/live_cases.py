@@ -1,7 +1,7 @@
 """The flows of projects that people run, as the benchmark of live models calls them: models, features, sources.
 
-Each is built by its project's own code where that can be imported (`make test-live` installs it into build/live), else
-by FrEIA's layers in the same shape, or is written by the project's interface. Features are random.
+Each is built by its project's own code (`make test-live` installs it into build/live), or is written by the project's
+interface. Features are random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tests.support.light_import import light_import
 
 Latents = tuple[list[Tensor], Tensor]  # z of each scale, log_det (N,)
-THEIRS_OF_SAME_SHAPE = "FrEIA's block in anomalib's shape"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,34 +71,11 @@ def _graph(model: nn.Module, *features: Tensor) -> Latents:
     return list(latents), log_det
 
 
-def _two_convolutions(kernel: int, ratio: float) -> Callable[[int, int], nn.Module]:
-    def net(inputs: int, outputs: int) -> nn.Module:
-        hidden = int(inputs * ratio)
-        first, last = (nn.Conv2d(a, b, kernel, padding="same") for a, b in ((inputs, hidden), (hidden, outputs)))
-        return nn.Sequential(first, nn.ReLU(), last)
-
-    return net
-
-
-def _fastflow_stack(dims: tuple[int, ...], ratio: float, steps: int) -> nn.Module:
-    try:
-        own = light_import("anomalib.models.image.fastflow.torch_model")
-    except ImportError:
-        from FrEIA import framework, modules  # type: ignore[import-not-found]
-
-        stack = framework.SequenceINN(*dims)
-        for step in range(steps):
-            kernel = 1 if step % 2 else 3
-            stack.append(modules.AllInOneBlock, subnet_constructor=_two_convolutions(kernel, ratio), permute_soft=False)
-        return stack
-    return own.create_fast_flow_block(list(dims), conv3x3_only=False, hidden_ratio=ratio, flow_steps=steps)
-
-
 def fastflow(batch: int, ratio: float, steps: int, *dims: tuple[int, int, int]) -> LiveCase:
     """FastFlow (arXiv 2111.07677): a stack of steps for each scale of a feature extractor."""
-    model = Stacks([_fastflow_stack(size, ratio, steps) for size in dims])
-    own = any(type(module).__module__.startswith("anomalib") for module in model.modules())
-    return LiveCase(model, _features(batch, *dims), _side_by_side, version("anomalib") if own else THEIRS_OF_SAME_SHAPE)
+    block = light_import("anomalib.models.image.fastflow.torch_model").create_fast_flow_block
+    model = Stacks([block(list(size), conv3x3_only=False, hidden_ratio=ratio, flow_steps=steps) for size in dims])
+    return LiveCase(model, _features(batch, *dims), _side_by_side, version("anomalib"))
 
 
 def uflow(batch: int) -> LiveCase:

@@ -23,14 +23,14 @@ import argparse
 import copy
 import dataclasses
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench import harness
-from bench.harness import Prepared, Row, chosen, synchronize
+from bench.harness import Plan, Prepared, Row, chosen, synchronize
 from bench.memory_meter import AllocatorTrace
 from bench.model_cases import (
     CHECKPOINTED,
@@ -145,9 +145,9 @@ def curve_shapes(arguments: argparse.Namespace) -> dict[str, Shape]:
 def _curve_case(prepared: Prepared, arguments: argparse.Namespace, case: str, shape: Shape, name: str) -> None:
     device = arguments.device
     small = dataclasses.replace(shape.small(), n_steps=1)
-    warm = build(name, small, arguments.budget, device)
+    warm = build(name, small, device)
     training_step(warm, images(small, device))()  # what the libraries load when they first run is no part of a step
-    model, x = build(name, shape, arguments.budget, device), images(shape, device)
+    model, x = build(name, shape, device), images(shape, device)
     passes = arguments.passes + (ADAPTING if name == "reversible" and arguments.passes else 0)
     facts = count(model, x, passes)
     facts |= control(model) if name == "reversible" else {}
@@ -156,7 +156,7 @@ def _curve_case(prepared: Prepared, arguments: argparse.Namespace, case: str, sh
 
 def _budget_cases(prepared: Prepared, arguments: argparse.Namespace, case: str) -> None:
     shape = CONFIGS[case].quick() if arguments.quick else CONFIGS[case]
-    ours, x = build("store", shape, arguments.budget, arguments.device), images(shape, arguments.device)
+    ours, x = build("store", shape, arguments.device), images(shape, arguments.device)
     peaks: dict[str, int] = {}
     exact: list[Tensor] = []
 
@@ -190,11 +190,8 @@ def _budget_cases(prepared: Prepared, arguments: argparse.Namespace, case: str) 
             prepared.notes.append(f"({case}) {percent} %, {budget} bytes: refused: {error}")
 
 
-def prepare(options: Sequence[str]) -> Prepared:
+def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
     """Count the bytes of what a process of the benchmark then times."""
-    arguments = parser().parse_args(options)
-    torch.set_num_threads(arguments.threads)
-    prepared = Prepared(device=arguments.device)
     if arguments.limit is not None:
         import resource  # posix only, as the resident size of /proc
 
@@ -203,7 +200,7 @@ def prepare(options: Sequence[str]) -> Prepared:
     if arguments.budgets:
         for case in arguments.cases:
             _budget_cases(prepared, arguments, case)
-        return prepared
+        return
     for case, shape in curve_shapes(arguments).items():
         for name in arguments.implementations:
             try:
@@ -214,7 +211,6 @@ def prepare(options: Sequence[str]) -> Prepared:
                 if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
                     raise
                 prepared.notes.append(f"{case}, {name}: too large, {str(error).partition(chr(10))[0]}")
-    return prepared
 
 
 def _numbers(text: str) -> list[int]:
@@ -230,7 +226,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--implementations", type=chosen(names), default=names, help=", ".join(names))
     options.add_argument("--depths", type=_numbers, help="K, separated by commas, in place of the standard ones")
     options.add_argument("--sizes", type=_numbers, help="sides of the images, in place of the standard ones")
-    options.add_argument("--budget", type=lambda s: s if s == "auto" else int(s), default="auto", help="memory_budget")
     limit = "of a case on the CPU (8), where allocations beyond fail rather than take others' memory"
     options.add_argument("--limit", type=float, metavar="GIB", help=limit)
     passes = "training steps before bytes are counted (3), more where anchors adapt"
@@ -240,27 +235,17 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write.
-
-    Args:
-        argv: the options; those of the process if None.
-
-    Returns:
-        0, or 1 if gradients differ or a process failed.
-    """
-    arguments = parser().parse_args(argv)
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Each curve has a process for each implementation; of the budgets, each case has one."""
     limit = ["--limit", str(arguments.limit or 8.0)] if arguments.device.type == "cpu" else []
     if arguments.budgets:
-        groups = [[*limit, "--cases", case] for case in arguments.cases]
-        return harness.run("bench.memory", argv, arguments, groups, "memory-budgets")
-    groups = [
+        return "memory-budgets", [[*limit, "--cases", case] for case in arguments.cases]
+    return "memory", [
         [*limit, "--only", curve, "--implementations", name]
         for curve in arguments.only
         for name in arguments.implementations
     ]
-    return harness.run("bench.memory", argv, arguments, groups, "memory")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(harness.run("bench.memory"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,8 @@ class Levels(nn.Module):
     ``steps``: with their inverses; ``top``: (C, *spatial) of the top state; ``squeezes``: whether levels begin so.
     """
 
+    library: ModuleType = reference  # whose densities it has
+
     def __init__(
         self,
         modules: nn.Module,
@@ -243,7 +246,7 @@ class Levels(nn.Module):
         for index, (latent, by) in enumerate(zip(latents, kept, strict=True)):
             # The densities are in the dtype of x: that of a state that autocast has rounded would be rounded again, as
             # a sum.
-            total = total + reference.gaussian_log_prob(latent.to(total.dtype), *self._prior(index, by))
+            total = total + self.library.gaussian_log_prob(latent.to(total.dtype), *self._prior(index, by))
         return total
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -271,59 +274,38 @@ class Levels(nn.Module):
 
         def draw(index: int, like: Tensor) -> Tensor:
             noise = torch.randn_like(like, dtype=top.dtype)  # also where autocast has rounded the state
-            return reference.gaussian_sample(noise, *self._prior(index, like))
+            drawn: Tensor = self.library.gaussian_sample(noise, *self._prior(index, like))
+            return drawn
 
         top = next(self.parameters()).new_empty(n, *self.top)
         return self._decode(draw(len(self._steps) - 1, top), draw)
 
 
-class OurSteps(nn.Module):
+class OurSteps(Levels):
     """Steps of ours of one level alone, without squeeze; the prior is the standard normal."""
 
-    def __init__(self, shape: Shape, memory: str | int, budget: str | int) -> None:
-        super().__init__()
+    library = functional
+
+    def __init__(self, shape: Shape, memory: str) -> None:
         steps = [FlowStep(shape.image[0], shape.hidden) for _ in range(shape.n_steps)]
-        self.steps = ReversibleSequence(steps, memory=memory, memory_budget=budget)
-        self.top = shape.top()
+        run = ReversibleSequence(steps, memory=memory)
+        super().__init__(run, [[(run, self._inverse)]], _standard, shape.top(), squeezes=False)
+        self.initialize = run.initialize
 
-    def initialize(self, x: Tensor) -> None:
-        """Set the actnorms from x."""
-        self.steps.initialize(x)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Compute log p(x), (N,), in nats."""
-        z, log_det = self.steps(x)
-        return log_det + functional.gaussian_log_prob(z, *_standard(0, z))
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Compute the latent of x, alone in its list."""
-        return [self.steps(x)[0]]
-
-    def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Compute the x whose latent this is."""
-        x: Tensor = self.steps.inverse(latents[0])[0]
+    def _inverse(self, z: Tensor) -> Tensor:
+        x: Tensor = self.owned.inverse(z)[0]  # type: ignore[operator]
         return x
 
-    def sample(self, n: int) -> Tensor:
-        """Draw samples (n, C, H, W)."""
-        return self.decode([torch.randn_like(next(self.parameters()).new_empty(n, *self.top))])
+
+Model = Glow | Levels
 
 
-Model = Glow | OurSteps | Levels
-
-
-def our_model(shape: Shape, memory: str | int, budget: str | int) -> Glow | OurSteps:
+def our_model(shape: Shape, memory: str) -> Glow | OurSteps:
     """A Glow, or where nothing is squeezed the steps of one level alone."""
     if not shape.squeezes:
-        return OurSteps(shape, memory, budget)
-    return Glow(
-        image_shape=shape.image,
-        n_levels=shape.n_levels,
-        n_steps=shape.n_steps,
-        hidden=shape.hidden,
-        memory=memory,
-        memory_budget=budget,
-    )
+        return OurSteps(shape, memory)
+    fields: dict[str, Any] = {name: getattr(shape, name) for name in ("n_levels", "n_steps", "hidden")}
+    return Glow(image_shape=shape.image, memory=memory, **fields)
 
 
 def sequences(model: nn.Module) -> list[ReversibleSequence]:
@@ -333,7 +315,7 @@ def sequences(model: nn.Module) -> list[ReversibleSequence]:
 
 def set_memory(model: Model, memory: str | int) -> None:
     """Give a model of ours its memory mode, or bytes."""
-    owner: Any = model.steps if isinstance(model, OurSteps) else model
+    owner: Any = model.owned if isinstance(model, OurSteps) else model
     owner.memory = memory
 
 
@@ -431,7 +413,7 @@ def parts(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return x[:: max(1, x.shape[0] // PARTS)][:PARTS]
 
 
-def build(implementation: str, shape: Shape, budget: str | int, device: torch.device) -> Model:
+def build(implementation: str, shape: Shape, device: torch.device) -> Model:
     """The model, its actnorms initialised on small images, with nets that put out something.
 
     Raises:
@@ -446,10 +428,10 @@ def build(implementation: str, shape: Shape, budget: str | int, device: torch.de
             peer.log_prob(small_images)
         return peer.to(device)
     memory = implementation if implementation in OURS else "store"
-    small = our_model(shape.initial(), memory, budget)
+    small = our_model(shape.initial(), memory)
     wake(small)
     small.initialize(small_images)
-    ours = our_model(shape, memory, budget)
+    ours = our_model(shape, memory)
     ours.load_state_dict(small.state_dict())
     del small
     ours.to(device)

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from bench.harness import PRECISIONS, TF32, Prepared, Row, autocast, chosen, default_dtype, dtype_name
+from bench.harness import PRECISIONS, TF32, Plan, Prepared, Row, autocast, chosen, default_dtype, dtype_name
 from bench.model_cases import (
     CHECKPOINTED,
     CONFIGS,
@@ -57,16 +56,15 @@ from pyglow_fast import Glow
 WORKLOADS = (TRAIN, LOG_PROB, SAMPLE)
 FLOAT_BESIDE = (OURS[0], OURS[2], *PEER_STEPS)  # of what runs in bfloat16, what runs in float32 beside it
 RECOMPUTING = (*OURS[1:], CHECKPOINTED, MEMCNN)  # in training; else they run as the others do
-EAGER, CHANNELS_LAST, COMPILED = "eager", "channels_last", "torch.compile"
+EAGER, CHANNELS_LAST = "eager", "channels_last"
 # Of float32: relative of all gradients, nats per dimension of log_prob, relative of decoded latents.
 TOLERANCES = {TRAIN: 1e-3, LOG_PROB: 1e-5, SAMPLE: 1e-3}
 FACTOR = 2.0  # of plain torch's error, in lower precision
-COMPILATIONS = 512  # of one function, such as a peer's step after a graph break; past the limit it would run eagerly
 
 
 @dataclasses.dataclass
 class Candidate:
-    """An implementation in a variant: its model, the images as it takes them, and the model's two entry points.
+    """An implementation in a variant: its model, and the images as it takes them.
 
     ``memory``: the mode that a model of ours is set to before each run; models are shared between modes. ``dtype``: in
     bfloat16 a model of ours has that precision itself, the others run under torch.autocast.
@@ -78,10 +76,6 @@ class Candidate:
     x: Tensor
     memory: str | None = None
     dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        self.log_prob: Callable[[Tensor], Tensor] = self.model.log_prob
-        self.sample: Callable[[int], Tensor] = self.model.sample
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """Gives the context that its forward runs in: autocast, but for ours, whose nets have the precision."""
@@ -95,12 +89,12 @@ class Candidate:
                 set_memory(self.model, self.memory)
             self.model.zero_grad(set_to_none=True)
             with self.context():
-                loss = (-self.log_prob(self.x)).mean()
+                loss = (-self.model.log_prob(self.x)).mean()
             loss.backward()
 
         def without_gradient() -> Tensor:
             with torch.no_grad(), self.context():
-                return self.log_prob(self.x) if workload == LOG_PROB else self.sample(self.x.shape[0])
+                return self.model.log_prob(self.x) if workload == LOG_PROB else self.model.sample(self.x.shape[0])
 
         return train if workload == TRAIN else without_gradient
 
@@ -120,34 +114,24 @@ class Candidates:
     """The implementations of a configuration in their variants, and a line for each that is left out.
 
     Ours and those of our function share one set of tensors per variant, and per precision of ours. In bfloat16 those of
-    FLOAT_BESIDE are there in float32, too. ``compiled``: those that are there under torch.compile as well.
+    FLOAT_BESIDE are there in float32, too.
     """
 
-    def __init__(
-        self,
-        shape: Shape,
-        device: torch.device,
-        names: Sequence[str],
-        compiled: Sequence[str] = (),
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, shape: Shape, device: torch.device, names: Sequence[str], dtype: torch.dtype) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
         self.found: list[Candidate] = []
         self.missing: list[str] = []
         self.x = images(shape, device)
-        self.ours = build("store", shape, "auto", device)
+        self.ours = build("store", shape, device)
         for variant in (EAGER, CHANNELS_LAST):
             models = self._models(variant)
             for name in names:
                 self._add(name, variant, models)
-        for name in compiled:
-            if name in names and name not in RECOMPUTING:  # recomputation is no single graph
-                self._add_compiled(name)
 
     def exact(self, implementation: str = PLAIN) -> Levels:
         """Build the function of an implementation in float64; ours by the reference."""
         if implementation in PEER_STEPS:
-            peer = build(implementation, self.shape, "auto", self.device)
+            peer = build(implementation, self.shape, self.device)
             assert isinstance(peer, Levels)
             return peer.double()
         return plain_levels(copy.deepcopy(self.ours).double(), CHECKPOINTED)
@@ -170,12 +154,10 @@ class Candidates:
             model: Any = models[dtype] if name in OURS else None
             x = self.x
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    if name in PEER_STEPS:
-                        model = build(name, self.shape, "auto", self.device)
-                    elif model is None:
-                        model = plain_levels(models[torch.float32], name)
+                if name in PEER_STEPS:
+                    model = build(name, self.shape, self.device)
+                elif model is None:
+                    model = plain_levels(models[torch.float32], name)
             except ImportError as error:
                 line = f"{name} is left out: it cannot be imported ({error})"
                 self.missing += [line] if line not in self.missing else []
@@ -184,31 +166,6 @@ class Candidates:
                 model = model.to(memory_format=torch.channels_last)
                 x = x.to(memory_format=torch.channels_last)
             self.found.append(Candidate(name, variant, model, x, name if name in OURS else None, dtype))
-
-    def _add_compiled(self, name: str) -> None:
-        torch._dynamo.config.recompile_limit = COMPILATIONS
-        torch._dynamo.config.accumulated_recompile_limit = 4 * COMPILATIONS
-        before = len(self.found)
-        self._add(name, COMPILED, self._models(COMPILED))
-        for candidate in self.found[before:]:
-            suffix = f"{name}_{dtype_name(candidate.dtype)}"
-            candidate.log_prob = _compiled(candidate.model.log_prob, f"log_prob_of_{suffix}")
-            candidate.sample = _compiled(candidate.model.sample, f"sample_of_{suffix}")
-
-
-def _compiled(function: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """Compiled as code of its own: what shares its code is looked through at every call, and costs up to 0.4 ms."""
-
-    def call(*arguments: Any) -> Tensor:
-        return function(*arguments)
-
-    own = types.FunctionType(call.__code__.replace(co_name=name), globals(), name, None, call.__closure__)
-    compiled: Callable[..., Tensor] = torch.compile(own, dynamic=False)
-    return compiled
-
-
-class Unequal(RuntimeError):
-    """Raised when a candidate does not compute what it should, so that its time means nothing."""
 
 
 class Checks:
@@ -221,9 +178,7 @@ class Checks:
 
     def _truth(self, function: str) -> list[Tensor]:
         if function not in self._exact:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                exact, x = self._candidates.exact(function), self._candidates.x.double()
+            exact, x = self._candidates.exact(function), self._candidates.x.double()
             exact.train(self._workload == TRAIN)
             with default_dtype(torch.float64):  # some libraries' layers make constants of the default dtype
                 if self._workload == TRAIN:
@@ -238,7 +193,7 @@ class Checks:
         """Run the candidate once: the error of what it computes.
 
         Raises:
-            Unequal: it is too large.
+            RuntimeError: it is too large, so that the candidate's time means nothing.
         """
         same = candidate.implementation in SAME_FUNCTION
         truth = self._truth(PLAIN if same else candidate.implementation)
@@ -256,52 +211,42 @@ class Checks:
         if candidate.implementation == PLAIN:
             self._plain[candidate.dtype] = error
         if not error <= limit:  # also NaN
-            raise Unequal(f"off by {error:.1e}, more than {limit:.1e}")
+            raise RuntimeError(f"off by {error:.1e}, more than {limit:.1e}")
         return error
 
 
-def prepare(options: Sequence[str]) -> Prepared:
+def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
     """Build and check what a process of the benchmark times."""
-    arguments = parser().parse_args(options)
-    torch.set_num_threads(arguments.threads)
-    prepared = Prepared(device=arguments.device)
     if arguments.device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = arguments.precision == TF32
     for config in arguments.configs:
         shape = CONFIGS[config].quick() if arguments.quick else CONFIGS[config]
         for workload in arguments.workloads:
-            _prepare(prepared, arguments, config, shape, workload)
-    return prepared
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the libraries' deprecated calls
+                _prepare(prepared, arguments, config, shape, workload)
 
 
 def _prepare(prepared: Prepared, arguments: argparse.Namespace, config: str, shape: Shape, workload: str) -> None:
     dtype = PRECISIONS.get(arguments.precision, torch.float32)
     names = [name for name in arguments.implementations if workload == TRAIN or name not in RECOMPUTING]
-    candidates = Candidates(shape, arguments.device, names, arguments.compile, dtype)
+    candidates = Candidates(shape, arguments.device, names, dtype)
     prepared.notes += candidates.missing
     checks = Checks(candidates, workload, arguments.precision == TF32)
     for candidate in candidates.found:
         candidate.model.train(workload == TRAIN)
     for candidate in sorted(candidates.found, key=lambda found: found.implementation != PLAIN):
         name = f"({config}) {workload}, {candidate.implementation}, {candidate.variant}, {dtype_name(candidate.dtype)}"
-        own = candidate.implementation in (*OURS, PLAIN) and candidate.variant != COMPILED
+        own = candidate.implementation in (*OURS, PLAIN)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the libraries' deprecated calls, and of the compiler
-                error = checks.error(candidate)
-        except Exception as reason:  # whatever a library or a compiler raises
+            error = checks.error(candidate)
+        except Exception as reason:  # whatever a library raises
             line = f"{name} is left out: {type(reason).__name__}: {str(reason).strip().partition(chr(10))[0]}"
             (prepared.failures if own else prepared.notes).append(line)
             continue
         kind = TF32 if arguments.precision == TF32 else dtype_name(candidate.dtype)
-        row = Row(
-            config,
-            workload,
-            candidate.implementation,
-            candidate.variant,
-            kind,
-            facts={"error": error, "shape": shape.title},
-        )
+        facts = {"error": error, "shape": shape.title}
+        row = Row(config, workload, candidate.implementation, candidate.variant, kind, facts=facts)
         prepared.cases.append((row, candidate.run(workload)))
     prepared.cases.sort(key=lambda case: arguments.implementations.index(case[0].name))
 
@@ -311,32 +256,18 @@ def parser() -> argparse.ArgumentParser:
     options = harness.make_parser("models", __doc__)
     options.add_argument("--configs", type=chosen(list(CONFIGS)), default=list(CONFIGS), help="some of a,b,c,d,e")
     options.add_argument("--workloads", type=chosen(WORKLOADS), default=list(WORKLOADS), help=", ".join(WORKLOADS))
-    names = chosen(IMPLEMENTATIONS)
-    known = ", ".join(IMPLEMENTATIONS)
-    options.add_argument("--implementations", type=names, default=list(IMPLEMENTATIONS), help=known)
+    names = list(IMPLEMENTATIONS)
+    options.add_argument("--implementations", type=chosen(names), default=names, help=", ".join(names))
     precisions = "fp32 (default); bf16, with float32 beside it; tf32: convolutions may round to it, on a GPU"
     options.add_argument("--precision", choices=[*PRECISIONS, TF32], default="fp32", help=precisions)
-    compiled = "also under torch.compile, minutes each for deep models: all, or those named"
-    options.add_argument(
-        "--compile", nargs="?", type=names, const=list(IMPLEMENTATIONS), default=[], metavar="NAMES", help=compiled
-    )
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, write the file.
-
-    Args:
-        argv: the options; those of the process if None.
-
-    Returns:
-        0, or 1 if ours or plain torch computes something else than float64 does, or a process failed.
-    """
-    arguments = parser().parse_args(argv)
-    groups = [["--configs", c, "--workloads", w] for c in arguments.configs for w in arguments.workloads]
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Each configuration has a process for each call."""
     stem = "models" if arguments.precision == "fp32" else f"models-{arguments.precision}"
-    return harness.run("bench.models", argv, arguments, groups, stem)
+    return stem, [["--configs", c, "--workloads", w] for c in arguments.configs for w in arguments.workloads]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(harness.run("bench.models"))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from bench.harness import CPU, PRECISIONS, Prepared, Row, autocast, chosen, dtype_name
+from bench.harness import CPU, PRECISIONS, Plan, Prepared, Row, autocast, chosen, dtype_name
 from bench.model_cases import CONFIGS, Shape
 from pyglow_fast import functional, reference
 from pyglow_fast.reference import Activation, ChainSpec
@@ -186,11 +186,8 @@ def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     return [float((value.double() - truth).norm() / truth.norm()) for value, truth in zip(found, exact, strict=True)]
 
 
-def prepare(options: Sequence[str]) -> Prepared:
+def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
     """Make and check the nets of some families, in both directions."""
-    arguments = parser().parse_args(options)
-    torch.set_num_threads(arguments.threads)
-    prepared = Prepared()
     dtypes = [PRECISIONS[name] for name in arguments.precision]
     for net in [net for name in arguments.nets for net in NETS[name]]:
         tensors = Tensors(net.quick() if arguments.quick else net)
@@ -198,7 +195,6 @@ def prepare(options: Sequence[str]) -> Prepared:
             exact = tensors.exact(mode)
             for dtype in dtypes:
                 _prepare(prepared, tensors, mode, dtype, exact)
-    return prepared
 
 
 def _prepare(prepared: Prepared, tensors: Tensors, mode: str, dtype: torch.dtype, exact: Sequence[Tensor]) -> None:
@@ -222,15 +218,10 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the file.
-
-    Args:
-        argv: the options; those of the process if None.
-    """
-    arguments = parser().parse_args(argv)
-    return harness.run("bench.nets", argv, arguments, [["--nets", name] for name in arguments.nets], "nets")
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Each family has a process."""
+    return "nets", [["--nets", name] for name in arguments.nets]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(harness.run("bench.nets"))

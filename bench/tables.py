@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from bench.cases import STEP
-from bench.harness import BF16, FLOAT, RESULTS, ROOT, Row, read_rows
+from bench.harness import BF16, FLOAT, RESULTS, ROOT, Row, markdown, read_rows
 from bench.kernels import COMPILED, COPY, OURS, PLAIN
 from bench.live import INFERENCE
 from bench.memory import PEERS, PERCENTS
@@ -81,12 +81,6 @@ def pick(rows: Iterable[Row], **values: object) -> list[Row]:
 def milliseconds(rows: Iterable[Row], **values: object) -> float:
     """The least time of such rows: each side is shown at its best over variants and settings of malloc."""
     return 1e3 * min(row.seconds for row in pick(rows, **values) if row.seconds is not None)
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table."""
-    written = ["".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|" for cells in (head, *lines)]
-    return "\n".join([written[0], "|" + "---|" * len(head), *written[1:]])
 
 
 def short(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ import pytest
 import torch
 from support import ROOT
 
-from bench import gpu_check, gpu_kernels, gpu_smoke, gpu_stages
-from bench.gpu_stages import MACHINE_SECONDS, PARTLY, STAGES, TOTAL_SECONDS, Budget, Stage
+from bench import gpu_check, gpu_kernels, gpu_questions, gpu_smoke, gpu_stages
+from bench.cases import Data, kernel_cases
+from bench.gpu_stages import MACHINE, PARTLY, STAGES, TOTAL_SECONDS, Stage
 from pyglow_fast import _backend
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ CPU = torch.device("cpu")
 HIDDEN = [
     *("normflows", "nflows", "FrEIA", "zuko", "memcnn", "matplotlib", "PIL", "torchvision", "sklearn", "scipy", "tqdm"),
     *("rich", "lightning", "pytorch_lightning", "tensorboard", "yaml", "tomli_w", "hypothesis", "mkdocs"),
-    *("mkdocstrings", "pymdownx", "xdist", "execnet", "pytest_benchmark", "onnx", "jet_pytorch", "anomalib", "TTS"),
+    *("mkdocstrings", "pymdownx", "xdist", "execnet", "onnx", "jet_pytorch", "anomalib", "TTS"),
     "pandas",
 ]
 # Python imports a module of this name as it starts. What is hidden is not found, as where it is not installed.
@@ -84,21 +86,23 @@ def test_copies_outgrow_the_l2_and_a_launch_is_what_is_timed(touched: int) -> No
     assert timer.launches > 2e-3 / 3e-6  # a replay is long against what an event resolves
 
 
-def test_units_of_the_tables() -> None:
-    seconds = {"seconds": 2e-6, "seconds_low": 1e-6, "seconds_high": 3e-6, "copy_seconds": 1e-6, "plain_seconds": None}
-    row = {"op": "coupling", "mode": "forward", "bytes": 4_000_000, "scratch_bytes": 8000, "note": "", **seconds}
-    expected = ["coupling", "forward", "2.00", "1.00 to 3.00", "4.00", "2000", "1.00", "0.50", "-", "8", ""]
-    assert gpu_kernels.cells(row) == expected
+def test_units_of_a_row() -> None:
+    timer, shape = ClockOfLaunches(), (2, 4, 50, 100)
+    timer.time = lambda make: (2e-6, 1e-6, 3e-6)  # type: ignore[method-assign]
+    cases = [case for case in kernel_cases(Data(shape, CPU)) if case.name == "coupling forward"]
+    row = gpu_kernels.measure(timer, cases, lambda n_bytes: n_bytes / 480_000 * 1e-6)
+    assert (row["us"], row["low"], row["high"], row["plain us"]) == pytest.approx((2.0, 1.0, 3.0, 2.0))
+    assert (row["MB"], row["GB/s"], row["copy us"], row["share of copy"]) == pytest.approx((0.48, 240.0, 1.0, 0.5))
 
 
 def test_ours_is_held_to_twice_the_error_of_plain_torch() -> None:
     exact, plain = [torch.tensor([1.0, 100.0], dtype=torch.float64)], [torch.tensor([1.0, 101.0])]
-    checks = gpu_smoke.Checks(CPU, None)
+    rows = []
     for value in (102.0, 102.1, float("nan")):
-        found = [torch.tensor([1.0, value])]
-        checks.run("off", lambda found, _: gpu_smoke.output_errors(found, plain, exact), found)
-    checks.run("raises", lambda _: [(1 / 0, 1.0)])
-    assert [row["passed"] for row in checks.rows] == [True, False, False, False]
+        errors = dict(gpu_smoke.output_errors("op", [torch.tensor([1.0, value])], plain, exact))
+        rows.append(gpu_smoke.judged(errors | {"x": (0.0, 1.0)}))
+    assert [row["failed"] for row in rows] == [False, True, True]
+    assert rows[1]["note"].startswith("op, output 0 off by 2.1e+00")
 
 
 def test_stages_fit_into_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,20 +121,35 @@ def test_stages_fit_into_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check = gpu_check.Check(tmp_path, "cuda")
     check.machine()
     for stage in STAGES:
-        check.go(stage)
+        check.run(stage)
     budgets = {stage.name: stage.seconds for stage in STAGES}
-    assert MACHINE_SECONDS + sum(budgets.values()) == TOTAL_SECONDS == 570
+    assert MACHINE.seconds + sum(budgets.values()) == TOTAL_SECONDS == 570
     assert limits["kernels"] == budgets["build"] + budgets["answers"] + budgets["kernels"]
     assert limits["tests"] == budgets["tests"]
 
 
-def test_a_stage_stops_before_what_would_be_late(capsys: pytest.CaptureFixture[str]) -> None:
-    budget = Budget(0.5)
-    for seconds in budget.take([0.01, 0.2, 0.2, 0.2]):
-        time.sleep(seconds)
-    assert list(budget.take([1, 2])) == []
-    assert (budget.code(0), budget.code(1)) == (PARTLY, 1)
-    assert capsys.readouterr().out.startswith("the time was over after 3 of 6\n")
+def test_a_stage_stops_before_what_would_be_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it found until then is kept; an error is a row, too."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_questions.time, "monotonic", lambda: now[0])
+
+    def take(seconds: float) -> None:
+        now[0] += seconds
+
+    def groups(_: object) -> list[list[gpu_questions.Question]]:
+        first = [(f"{seconds} s", functools.partial(take, seconds)) for seconds in (1, 20, 20, 20)]
+        return [first, [("late", dict)]]
+
+    options = gpu_questions.stage_options("stage", "")
+    given = ["--device", "cpu", "--seconds", "50", "--out", str(tmp_path / "out.json")]
+    assert gpu_questions.ask(options.parse_args(given), (), groups) == PARTLY
+    assert capsys.readouterr().out.endswith("the time was over after 3 of 5\n")
+    kept = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["case"] for row in kept] == ["1 s", "20 s", "20 s"]
+    assert gpu_questions.ask(options.parse_args(given), (), lambda _: [[("none", lambda: 1 / 0)], [("n", dict)]]) == 1
+    assert "FAILED ZeroDivisionError" in capsys.readouterr().out
 
 
 def entries(out: Path) -> dict[str, str]:
@@ -146,10 +165,8 @@ def test_a_stage_that_is_stopped_leaves_what_it_had(tmp_path: Path, monkeypatch:
     some = f"print('the time was over after 1 of 2'); raise SystemExit({PARTLY})"
     stages = [Stage("one", 1, "", f'-c "{write}"'), Stage("two", 60, "", '-c "raise SystemExit(7)"')]
     stages.append(Stage("three", 60, "", f'-c "{some}"'))
-    for module in (gpu_check, gpu_stages):
-        monkeypatch.setattr(module, "STAGES", stages)
-    monkeypatch.setattr(gpu_check, "MACHINE_SECONDS", 0)
-    monkeypatch.setattr(gpu_check, "PROBE", "print('{}')")
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    monkeypatch.setattr(gpu_check, "MACHINE", Stage("machine", 1, "", "-c \"print('{}')\""))
     for only, code in (("three", 0), ("two", 1), ("one", 1)):
         assert gpu_check.main(["--rehearse", "--out", str(tmp_path), "--only", only]) == code
     found = {name: json.loads(entries(tmp_path)[f"{name}.json"]) for name in ("one", "two", "three")}
@@ -168,7 +185,7 @@ from bench import gpu_check
 from bench.gpu_stages import Stage
 write = "import pathlib, time; pathlib.Path('{{out}}').write_text('[1]'); print('so far'); time.sleep(600)"
 gpu_check.STAGES = [Stage("one", 600, "", f'-c "{{write}}"')]
-gpu_check.TICK, gpu_check.PROBE = 0.1, "print('{{}}')"
+gpu_check.TICK, gpu_check.MACHINE = 0.1, Stage("machine", 25, "", "-c \\"print('{{}}')\\"")
 gpu_check.main(["--rehearse", "--out", {str(tmp_path)!r}])
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -222,7 +239,8 @@ def test_a_module_that_was_built_elsewhere(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         gpu_check, "run", lambda name, line, *rest: lines.append(line) or gpu_check.Ended(name, "passed")
     )
-    gpu_check.Check(tmp_path, "cuda", module).go(STAGES[0])
+    check = gpu_check.Check(tmp_path, "cuda", module)
+    check.run(check.stages[0])
     assert (tree / "pyglow_fast" / module.name).read_text() == "compiled"
     assert "build_ext" not in lines[0]
     with pytest.raises(SystemExit):
