@@ -9,6 +9,8 @@ import torch
 
 from pyglow_fast.likelihood import bits_per_dim, count_not_finite, dequantize, quantize
 
+INTEGER_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
+
 
 class TestDequantize:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -40,6 +42,16 @@ class TestDequantize:
         assert abs(float(noise.square().mean()) - 1.0 / 3.0) < 6.0 * math.sqrt(4.0 / 45.0 / n)
         counts = torch.histc(noise, 10, 0.0, 1.0)
         assert (counts - n / 10).abs().max() < 6.0 * math.sqrt(n * 0.1 * 0.9)
+
+    @pytest.mark.parametrize("dtype", INTEGER_DTYPES, ids=str)
+    def test_any_integer_dtype(self, dtype: torch.dtype) -> None:
+        pixels = torch.arange(100).reshape(2, 2, 25)
+        images = pixels.to(dtype)
+        x = dequantize(images, 128)
+        assert x.shape == images.shape
+        assert torch.equal(quantize(x, 128), pixels)
+        assert torch.equal(images.long(), pixels), "the images were changed"
+        assert dequantize(images[:0], 128).shape == (0, 2, 25)
 
     def test_a_generator_repeats(self) -> None:
         pixels = torch.randint(256, (2, 3, 4, 4))

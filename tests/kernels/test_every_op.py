@@ -431,7 +431,9 @@ def test_inverses_captured(channels: int) -> None:
     [
         ("80-real,90-real,100-real,120", (8, 0), True),
         ("80-real,90-real,100-real,120", (7, 5), False),
+        ("80-real,90-real,100-real,120", (11, 0), False),
         ("80-real,90-real,100-real,120", (13, 0), True),
+        ("90a-real", (9, 0), True),
         ("86-real", (8, 0), False),
         ("", (9, 0), False),
     ],
