@@ -151,13 +151,10 @@ def test_an_animation_holds_its_command(place: Path, tmp_path: Path, suffix: str
 
 
 def test_several_paths(place: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Those that are named, and random ones that the seed decides."""
-    run, named = place / "digits", ["--from", 0, "--to", 9, "--from", 1, "--to", 3]
-    text = said(capsys, "interpolate", run, *named, "--frames", 3, "--out", tmp_path / "x.png")
-    assert "2 linear paths in latent space, 0 grey levels changed at both ends" in text
+    """Random ones, that the seed decides."""
     drawn = []
     for seed in (1, 1, 2):
-        said(capsys, "interpolate", run, "--frames", 2, "--seed", seed, "--out", tmp_path / "y.png")
+        said(capsys, "interpolate", place / "digits", "--frames", 2, "--seed", seed, "--out", tmp_path / "y.png")
         drawn.append((tmp_path / "y.png").read_bytes())
     assert drawn[0] == drawn[1] != drawn[2]
 

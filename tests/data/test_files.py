@@ -70,7 +70,7 @@ def test_kinds_of_pixels(image: Image.Image, channels: int, level: int) -> None:
     assert read(image, 4, channels).unique().tolist() == [level]
 
 
-@pytest.mark.parametrize("n_bits", range(1, 9))
+@pytest.mark.parametrize("n_bits", [1, 5, 8])
 def test_n_bits_drops_the_lower_bits(tmp_path: Path, n_bits: int) -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "x.png")
@@ -80,7 +80,7 @@ def test_n_bits_drops_the_lower_bits(tmp_path: Path, n_bits: int) -> None:
     assert read(Image.fromarray(values), 16, 1, data.n_bins).flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("n_bins", [2, 4, 16, 17, 32, 256])
+@pytest.mark.parametrize("n_bins", [2, 17, 32, 256])
 def test_a_grey_level_that_was_shown_comes_back(n_bins: int) -> None:
     """Also of a picture whose pixels are enlarged, as a saved one's are."""
     every = torch.arange(n_bins, dtype=torch.uint8).repeat(256 // n_bins + 1)[:256].reshape(1, 16, 16)

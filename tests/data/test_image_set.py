@@ -8,8 +8,6 @@ import torch
 
 from pyglow_fast.data import Attributes, Augmentation, ImageSet, split
 
-IMAGE = torch.arange(2 * 7 * 8, dtype=torch.uint8).reshape(2, 7, 8)
-
 
 def images(n: int = 20, **fields: Any) -> ImageSet:
     pixels = torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1).expand(n, 3, 4, 2).contiguous()

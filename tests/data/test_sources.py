@@ -172,13 +172,7 @@ def write_text(path: Path, text: str = "") -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "no folder": (lambda at: None, "folder:{}/none", "folder: expected an existing folder, found '.*none'"),
     "a file": (lambda at: write_text(at / "x"), "folder:{}/x", r"folder: expected an existing folder, .*x' \(a file\)"),
-    "no images": (
-        lambda at: write_text(at / "x.txt"),
-        "folder:{}",
-        "folder: expected a folder with images that Pillow",
-    ),
     "no mnist": (lambda at: None, "mnist:{}", "mnist: expected a whole copy that torchvision reads in '.*', found"),
     "no class": (
         lambda at: picture(at / "train" / "x.png"),

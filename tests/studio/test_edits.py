@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.edits import ByHand
 
 from pyglow_fast.cli import main
 from pyglow_fast.studio import (
@@ -36,20 +35,6 @@ def test_edits_are_rounded() -> None:
     assert (edit.adds, edit.keep) == ((Add("a", "rest", 0.3),), (1.0, 0.3))
     assert not edit.is_none
     assert Edit((Add("b", "c", 1e-9),), (1.0, 1.0)).is_none
-
-
-def test_a_subject_is_edited_many_times(emoji_run: Path) -> None:
-    """Each edit starts from the image, and gives what the definition says; none gives the image."""
-    opened, by_hand = OpenRun.open(str(emoji_run)), ByHand(emoji_run)
-    subject = Subject(opened, opened.pick(HeldOut(1)))
-    subject.edited(Edit((), (0.0, 0.0)))
-    shown = subject.edited(Edit((Add("Discs", "Squares", 1.0),), (0.5, 1.0))).pixels
-    wanted = by_hand.edited(by_hand.held(1)[0], None, [("Discs", "Squares", 1.0)], (0.5, 1.0))
-    assert int((shown - wanted).abs().max()) <= 1  # what lies at the edge of a grey level is rounded either way
-    assert float((shown != wanted).float().mean()) < 0.01
-    assert torch.equal(subject.edited(Edit()).pixels, subject.pixels)
-    with pytest.raises(ValueError, match=r"^keep: expected 2 shares, one a level, found 1$"):
-        subject.edited(Edit((), (0.5,)))
 
 
 def test_an_edit_that_leads_far_out_says_so(digits_run: Path) -> None:

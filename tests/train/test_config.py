@@ -54,7 +54,6 @@ def test_values_in_files(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("x.ini", "", r"config: expected a file ending in one of .toml, .yaml, .yml, .json, found '.*x.ini'"),
-        ("x.toml", "lr = 1\nlr = 2", r"x.toml: expected a configuration as TOML, found .*"),
         ("x.toml", "\xff", r"x.toml: expected a configuration as TOML, found .*utf-8"),
         ("x.yaml", "!!python/object/apply:os.getcwd []", r"x.yaml: expected a configuration as YAML, found .*"),
         ("x.yaml", "- 1", r"x.yaml: expected tables of settings, found list"),

@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support.run_cases import MakeConfig, train
+from support.run_cases import MakeConfig
 
-from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet, histogram_bits_per_dim, png_bits_per_dim, split
 from pyglow_fast.layers import ActNorm
 from pyglow_fast.train import (
-    Checkpoint,
     RunFolder,
     TrainConfig,
     TrainingDivergedError,
@@ -27,7 +25,6 @@ from pyglow_fast.train import (
     resume,
     start,
 )
-from pyglow_fast.train.metrics import read_metrics
 
 
 def test_what_a_run_writes(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
@@ -141,35 +138,6 @@ def test_early_stopping(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path
     assert (result.step, result.stopped_early) == (6, True)
     assert json.loads((tmp_path / "report.json").read_text())["stopped_early"] is True
     assert resume(str(tmp_path), patience=5).execute(quiet=True).step == 10
-
-
-# Resumed.
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
-def test_a_run_in_parts_is_the_whole_run(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, optimizer: str
-) -> None:
-    """To the bit; running means, the best score and the patience, too."""
-    fields = {"optimizer": optimizer, "decay_steps": 20, "log_every": 4, "eval_every": 4, "patience": 9}
-    fields |= {"class_conditional": True, "model": GlowConfig((1, 4, 4), 1, 2, hidden=4, n_classes=2)}
-    train(tiny_config(max_steps=24, **fields), tmp_path / "whole", tiny_images)
-    train(tiny_config(max_steps=6, **fields), tmp_path / "parts", tiny_images)
-    for steps in (6, 13, 24):
-        torch.rand(5)
-        resume(str(tmp_path / "parts"), max_steps=steps).execute(quiet=True)
-    whole, parts = (Checkpoint.load(RunFolder(tmp_path / name).checkpoint) for name in ("whole", "parts"))
-    for part in ("model", "ema", "optimizer", "rank"):
-        found, wanted = getattr(parts, part), getattr(whole, part)
-        assert set(found) == set(wanted)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted), part
-    assert {**parts.progress, "seconds": 0} == {**whole.progress, "seconds": 0}
-    train_bpd = [
-        {row["step"]: row["train_bpd"] for row in read_metrics(tmp_path / name / "metrics.csv")}
-        for name in ("whole", "parts")
-    ]
-    assert train_bpd[0].items() <= train_bpd[1].items()
 
 
 # What goes wrong.
