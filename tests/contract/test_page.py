@@ -79,7 +79,9 @@ def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(1000 * web.WAIT)
         thrown: list[object] = []
+        asked: list[str] = []
         page.on("pageerror", lambda error: thrown.append(error))
+        page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         log_in(page, "wrong")
         expect(page.get_by_text(re.compile("incorrect|wrong", re.IGNORECASE)).first).to_be_visible()
@@ -94,6 +96,13 @@ def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
         changed(page, before)
         pictures["Sample"] = saved(page)
 
+        page.get_by_role("tab", name="Edit", exact=True).click()
+        page.get_by_role("slider", name="more like bright").wait_for()
+        before = sources(page)
+        slide(page, "more like bright")
+        changed(page, before)
+        pictures["Edit"] = saved(page)
+
         page.get_by_role("tab", name="Interpolate", exact=True).click()
         expect(page.get_by_role("link", name=re.compile("^Save")).first).to_be_visible()
         before = sources(page)
@@ -104,13 +113,20 @@ def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
         page.get_by_role("tab", name="Score", exact=True).click()
         page.get_by_role("tabpanel").locator("input[type=file]").first.set_input_files(upload)
         expect(page.get_by_text(number).first).to_be_visible()
+
+        page.set_viewport_size({"width": 400, "height": 800})  # a phone's
+        for tab in ("Sample", "Edit", "Interpolate", "Score", "Run"):
+            page.get_by_role("tab", name=tab, exact=True).click()
+            expect(page.get_by_role("tab", name=tab, exact=True)).to_have_attribute("aria-selected", "true")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 400, tab
         browser.close()
     assert not thrown
+    assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]  # nobody else was asked
     return pictures
 
 
 def test_the_page(tiny: Path) -> None:
-    """A login; samples that follow a slider; a path; an upload's score; files that tell the command that makes them."""
+    """A login; samples and edits that follow a slider; a path; an upload's score; files that tell their command."""
     web.require("playwright", "chromium")
     upload = tiny / "images" / "dark" / "00.png"
     found = re.search(r"([\d.]+) bits/dim", done("score", "run", "images/dark/00.png", "--out", "x.csv"))

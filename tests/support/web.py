@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import io
 import os
 import shutil
 import signal
@@ -147,13 +146,6 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of soft colours."""
     values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height))
-
-
-def encoded(image: Image.Image) -> bytes:
-    """The bytes of a PNG."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
 
 
 def headed(width: int, height: int) -> bytes:
