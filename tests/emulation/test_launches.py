@@ -88,19 +88,6 @@ def test_kernels_occupy_a_large_gpu(emulator: EmulatedOps, shape: tuple[int, ...
             assert spread or launch.blocks * threads * 4 >= transformed, f"{op}: {launch}"
 
 
-def test_small_products_are_split(emulator: EmulatedOps) -> None:
-    """16 samples of 96 channels by 8 by 8: a block for each multiprocessor, where eight channels a thread give 16."""
-    shape = (16, 96, 8, 8)
-    for op, launches in launches_of_ops(emulator, shape).items():
-        for launch in launches:
-            if launch.kernel in ("fused_kernel", "sums_kernel"):
-                assert launch.blocks >= MULTIPROCESSORS, op
-                assert math.prod(launch.threads) >= 64, op
-    emulator.multiprocessors = 1
-    (wide,) = launches_of_ops(emulator, shape)["channel_mix"]
-    assert (wide.blocks, wide.threads) == (16, (16, 12))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shape", [(16, 96, 64), (3, 140, 20), (5, 12, 33)], ids=lambda s: "x".join(map(str, s)))
 def test_the_cut_does_not_change_the_bits(

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
-import re
 import warnings
-from itertools import pairwise
-from pathlib import Path
+from itertools import groupby, pairwise
 
 import pytest
 import torch
 from support.captures import drifting
-from support.chain_cases import CASES, Mode, gradients
-from torch import Tensor
+from support.chain_cases import Case, Mode, gradients
 
 import pyglow_fast as pgf
 from pyglow_fast.reversible import DriftControl, drift
 
-DEEP = next(case for case in CASES if case.name == "depth-8")
+DEEP = Case(8)
 LIMIT = 1e-6
 CALM, TIGHT, TOO_MUCH = 0.01 * LIMIT, 0.51 * LIMIT, 2.0 * LIMIT
 
 
 def record(control: DriftControl, value: float, spacing: int | None = None) -> None:
     """A pass with that drift: what drifts too much has all its steps redone."""
-    used = control.spacing if spacing is None else spacing
-    control.record(value, LIMIT, control.n_steps if not value <= LIMIT else 0, used)
+    if control.checkpoints:
+        control.record_checkpointed()
+    else:
+        used = control.spacing if spacing is None else spacing
+        control.record(value, LIMIT, control.n_steps if not value <= LIMIT else 0, used)
 
 
 def calm_until(control: DriftControl, spacing: int, most: int = 10_000) -> int:
@@ -35,47 +34,27 @@ def calm_until(control: DriftControl, spacing: int, most: int = 10_000) -> int:
     for passes_so_far in range(most):
         if control.spacing == spacing:
             return passes_so_far
-        control.record_checkpointed() if control.checkpoints else record(control, CALM)
+        record(control, CALM)
     pytest.fail(f"spacing {control.spacing} after {most} calm passes")
 
 
-def test_the_spacing_shrinks_with_each_trip_and_ends_at_checkpointing() -> None:
-    control, spacings = DriftControl(32), []
-    while not control.checkpoints:
-        spacings.append(control.spacing)
-        record(control, TOO_MUCH)
-    assert spacings == [4, 2]
-    assert control.learnt.trips == 2
-    assert control.learnt.redone_steps == 64
-
-
-def test_it_grows_while_calm_up_to_the_whole_run() -> None:
-    control = DriftControl(24)
-    spacings = [control.spacing]
-    for _ in range(40):
-        record(control, CALM)
-        if control.spacing != spacings[-1]:
-            spacings.append(control.spacing)
-    assert spacings == [4, 8, 16, 24]
-    assert control.anchors() == []
-
-
-def test_it_stays_where_a_wider_one_might_not_fit() -> None:
-    control = DriftControl(32)
-    for _ in range(100):
-        record(control, TIGHT)
-    assert control.spacing == 4
-    record(control, float("nan"))
-    assert control.spacing == 2
-
-
-def test_calm_is_counted_in_a_row() -> None:
-    control = DriftControl(32)
-    for _ in range(30):
-        for _ in range(drift.GROW_AFTER - 1):
-            record(control, CALM)
-        record(control, TIGHT)
-    assert control.spacing == 4
+@pytest.mark.parametrize(
+    ("steps", "passes", "spacings"),
+    [
+        (32, [TOO_MUCH] * 2, [4, 2, 1]),  # with each trip, to checkpointing
+        (24, [CALM] * 40, [4, 8, 16, 24]),  # up to the whole run
+        (32, [TIGHT] * 100, [4]),  # a wider one might not fit
+        (32, [TIGHT, math.nan], [4, 2]),
+        (32, ([CALM] * (drift.GROW_AFTER - 1) + [TIGHT]) * 30, [4]),  # calm is counted in a row
+    ],
+    ids=["shrinks", "grows", "stays", "not a number", "not in a row"],
+)
+def test_the_spacing_follows_the_drift(steps: int, passes: list[float], spacings: list[int]) -> None:
+    control, found = DriftControl(steps), []
+    for value in passes:
+        found.append(control.spacing)
+        record(control, value)
+    assert [spacing for spacing, _ in groupby([*found, control.spacing])] == spacings
 
 
 def test_a_spacing_that_drifted_is_tried_again_later_and_later() -> None:
@@ -90,22 +69,19 @@ def test_a_spacing_that_drifted_is_tried_again_later_and_later() -> None:
 
 def test_checkpointing_is_left_again() -> None:
     control = DriftControl(32)
-    record(control, TOO_MUCH)
-    record(control, TOO_MUCH)
+    for _ in range(2):
+        record(control, TOO_MUCH)
     assert control.checkpoints
     assert drift.FIRST_HOLD <= calm_until(control, 2) <= 2 * drift.FIRST_HOLD
 
 
-def test_passes_that_began_with_another_spacing_do_not_shrink_it_twice() -> None:
+def test_passes_that_began_with_another_spacing() -> None:
+    """Three forwards, then three backwards, shrink it once; a graph goes on with the one that it was captured with."""
     control = DriftControl(32)
     calm_until(control, 16)
-    for _ in range(3):  # three forwards, then three backwards
+    for _ in range(3):
         record(control, TOO_MUCH, spacing=16)
     assert control.spacing == 8
-
-
-def test_calm_with_closer_anchors_says_nothing_of_wider_ones() -> None:
-    """As of a graph, which goes on with the spacing that it was captured with."""
     control = DriftControl(32)
     for _ in range(100):
         record(control, CALM, spacing=4)
@@ -114,129 +90,59 @@ def test_calm_with_closer_anchors_says_nothing_of_wider_ones() -> None:
     assert control.spacing == 2, "half of what drifted"
 
 
-@pytest.mark.parametrize(
-    ("every", "anchors"), [(3, [3, 6]), (1, [1, 2, 3, 4, 5, 6, 7]), (None, []), (8, []), (100, [])]
-)
+@pytest.mark.parametrize(("every", "anchors"), [(3, [3, 6]), (1, [1, 2, 3, 4, 5, 6, 7]), (None, []), (100, [])])
 def test_a_fixed_spacing_is_kept(every: int | None, anchors: list[int]) -> None:
     control = DriftControl(8, every)
-    for value in (TOO_MUCH, CALM, CALM, CALM, CALM, CALM, CALM, TOO_MUCH):
+    for value in (TOO_MUCH, *[CALM] * 6, TOO_MUCH):
         record(control, value)
         assert control.anchors() == anchors
 
 
-@pytest.mark.parametrize("every", ["auto", None, 2])
-def test_frequent_redos_are_warned_of_with_advice(every: str | int | None) -> None:
-    control = DriftControl(8, every)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(drift.WINDOW // 4 - 1):
-            record(control, TOO_MUCH)
-    with pytest.warns(UserWarning, match=r'redone from their anchors.*memory="checkpoint"'):
-        record(control, TOO_MUCH)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
-        for _ in range(4 * drift.WINDOW):
-            record(control, TOO_MUCH)
+@pytest.mark.parametrize("skipped", [False, True])
+def test_frequent_redos_are_warned_of_once_and_rare_ones_not(skipped: bool) -> None:
+    def passes(control: DriftControl, count: int, bad: int) -> None:
+        for i in range(count):
+            drifts = i % bad == bad - 1
+            redone = 8 * drifts * (not skipped)
+            control.record(1.0 if drifts else CALM, LIMIT, redone, 4, drifted=drifts, skipped=drifts and skipped)
 
-
-def test_rare_redos_are_not_warned_of() -> None:
     control = DriftControl(8, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for i in range(4 * drift.WINDOW):
-            record(control, TOO_MUCH if i % 8 == 7 else CALM)
+        passes(DriftControl(8, 4), 4 * drift.WINDOW, 8)
+        passes(control, drift.WINDOW // 4 - 1, 1)
+    with pytest.warns(UserWarning, match="lost, with all gradients" if skipped else "redone from their anchors"):
+        passes(control, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        passes(control, 4 * drift.WINDOW, 1)
 
 
-class TestInTraining:
-    """The same on a run of steps."""
-
-    def passes(self, sequence: pgf.ReversibleSequence, count: int, x: Tensor) -> list[int]:
-        spacings = []
-        for _ in range(count):
-            gradients(sequence, x)
-            spacings.append(sequence.memory_report()["anchor_every"])
-        return spacings
-
-    def test_calm_steps(self) -> None:
-        sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
-        assert self.passes(sequence, 6, x)[-1] == 8
-        assert sequence.memory_report()["trips"] == 0
-
-    def test_steps_that_drift_end_in_checkpointing_and_are_right_all_the_way(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sequence, (x, _) = DEEP.build(), DEEP.batch()
-        drifting(monkeypatch, x).fill_(1.001)
-        assert self.passes(sequence, 4, x) == [2, 1, 1, 1]
-        report = sequence.memory_report()
-        assert report["trips"] == 2
-        assert report["redone_steps"] > 0
-        assert report["passes"] == 4
-
-    def test_report(self) -> None:
-        sequence, (x, _) = DEEP.build(), DEEP.batch()
-        Mode("reversible", 3).apply(sequence)
+def test_steps_that_drift_end_in_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    drifting(monkeypatch, x).fill_(1.001)
+    spacings = []
+    for _ in range(4):
         gradients(sequence, x)
-        report = sequence.memory_report()
-        assert 0.0 < report["last_drift"] == report["largest_drift"] < 1e-13
-        del report["last_drift"], report["largest_drift"]
-        expected = {"memory": "reversible", "steps": 8, "anchor_every": 3, "passes": 1, "trips": 0, "redone_steps": 0}
-        assert report.items() >= expected.items()
+        spacings.append(sequence.memory_report()["anchor_every"])
+    assert spacings == [2, 1, 1, 1]
+    report = sequence.memory_report()
+    assert (report["passes"], report["trips"]) == (4, 2)
+    assert report["redone_steps"] > 0
+
+
+def test_report() -> None:
+    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    Mode("reversible", 3).apply(sequence)
+    gradients(sequence, x)
+    report = sequence.memory_report()
+    assert 0.0 < report["last_drift"] == report["largest_drift"] < 1e-13
+    expected = {"memory": "reversible", "steps": 8, "anchor_every": 3, "passes": 1, "trips": 0, "redone_steps": 0}
+    assert report.items() >= expected.items()
 
 
 class TestState:
     """What the control has learnt goes where the weights go."""
-
-    def learnt(self) -> pgf.ReversibleSequence:
-        sequence = DEEP.build()
-        record(sequence.control, TOO_MUCH)
-        record(sequence.control, TOO_MUCH)
-        for _ in range(5):
-            sequence.control.record_checkpointed()
-        return sequence
-
-    def assert_same_future(self, one: pgf.ReversibleSequence, other: pgf.ReversibleSequence) -> None:
-        assert torch.equal(one.control.state(), other.control.state())
-        for value in [CALM] * 60 + [TOO_MUCH] + [CALM] * 100:
-            for control in (one.control, other.control):
-                control.record_checkpointed() if control.checkpoints else record(control, value)
-            assert one.control.spacing == other.control.spacing
-        assert torch.equal(one.control.state(), other.control.state())
-
-    @pytest.mark.parametrize("how", ["state_dict", "file", "safetensors", "deepcopy", "pickle"])
-    def test_travels(self, how: str, tmp_path: Path) -> None:
-        source = self.learnt()
-        target = DEEP.build()
-        if how == "deepcopy":
-            target = copy.deepcopy(source)
-        elif how == "pickle":
-            target = pickle.loads(pickle.dumps(source))
-        elif how == "state_dict":
-            target.load_state_dict(source.state_dict())
-        elif how == "file":
-            torch.save(source.state_dict(), tmp_path / "weights.pt")
-            target.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-        else:
-            from safetensors.torch import load_file, save_file
-
-            save_file(source.state_dict(), tmp_path / "weights.safetensors")
-            target.load_state_dict(load_file(tmp_path / "weights.safetensors"))
-        self.assert_same_future(source, target)
-        gradients(target, DEEP.batch()[0])  # locks and all
-
-    def test_a_copy_learns_for_itself(self) -> None:
-        source = self.learnt()
-        before = source.control.state()
-        record(copy.deepcopy(source).control, TOO_MUCH)
-        assert torch.equal(source.control.state(), before)
-
-    def test_weights_saved_without_it(self) -> None:
-        state = {name: value for name, value in self.learnt().state_dict().items() if "_extra_state" not in name}
-        target = DEEP.build()
-        target.load_state_dict(state, strict=True)
-        assert target.control.spacing == 4
-        with pytest.raises(RuntimeError, match="Missing key"):
-            target.load_state_dict({name: value for name, value in state.items() if not name.startswith("3.")})
 
     def test_a_glow(self) -> None:
         fields = {"image_shape": (1, 8, 8), "n_levels": 2, "n_steps": 4, "hidden": 4}
@@ -244,8 +150,13 @@ class TestState:
         source.levels[1].steps.control.record(TOO_MUCH, LIMIT, 4, 4)
         target.load_state_dict(source.state_dict())
         assert [report["anchor_every"] for report in target.memory_report()] == [4, 2]
+        before = source.memory_report()
+        copy.deepcopy(source).levels[0].steps.control.record(TOO_MUCH, LIMIT, 4, 4)  # a copy learns for itself
+        assert source.memory_report() == before
         converted = {name: value for name, value in source.state_dict().items() if "_extra_state" not in name}
         pgf.Glow(**fields).load_state_dict(converted, strict=True)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            target.load_state_dict({name: value for name, value in converted.items() if "actnorm" not in name})
 
     def test_of_another_depth(self) -> None:
         control = DriftControl(64)
@@ -264,27 +175,15 @@ class TestState:
         assert floats == {"last_drift", "largest_drift", "recent_redone"}
         assert torch.equal(control.state(), saved.double())
 
-    @pytest.mark.parametrize("state", [torch.zeros(3), None, "drift"], ids=str)
-    def test_what_is_no_state(self, state: object) -> None:
-        with pytest.raises(ValueError, match="drift control state: expected 11 numbers, found"):
-            DriftControl(8).load_state(state)
-
-    @pytest.mark.parametrize(
-        ("name", "value", "expected"),
-        [
-            ("passes", math.nan, "passes: expected a whole number, 0 or more, found nan"),
-            ("spacing", math.inf, "spacing: expected a whole number, 0 or more, found inf"),
-            ("calm", 0.5, "calm: expected a whole number, 0 or more, found 0.5"),
-            ("trips", -1.0, "trips: expected a whole number, 0 or more, found -1.0"),
-        ],
-    )
-    def test_numbers_that_no_pass_has_found(self, name: str, value: float, expected: str) -> None:
+    @pytest.mark.parametrize("spoiled", [torch.zeros(3), None, "drift", *[{at: 0.5} for at in range(8)]], ids=str)
+    def test_what_is_no_state_is_refused(self, spoiled: object) -> None:
         control = DriftControl(8)
         state = control.state()
-        state[list(vars(control.learnt)).index(name)] = value
-        with pytest.raises(ValueError, match=f"drift control state: {re.escape(expected)}$"):
-            control.load_state(state)
-        assert control.state()[0] == control.spacing == DriftControl(8).spacing, "nothing of it was taken"
+        for at, value in spoiled.items() if isinstance(spoiled, dict) else ():
+            state[at] = value
+        with pytest.raises(ValueError, match="drift control state: "):
+            control.load_state(state if isinstance(spoiled, dict) else spoiled)
+        assert control.spacing == DriftControl(8).spacing, "nothing of it was taken"
 
     @pytest.mark.parametrize("drift", [math.inf, math.nan])
     def test_states_that_were_not_finite_are_no_fault_of_the_record(self, drift: float) -> None:

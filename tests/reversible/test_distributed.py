@@ -18,7 +18,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pyglow_fast as pgf
-from pyglow_fast import reference
 from pyglow_fast.train.ranks import leave_group
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -209,22 +208,6 @@ def test_what_one_rank_s_actnorm_refuses_all_refuse_and_nobody_hangs(ranks: list
     assert here[1] == there[1] == "accepted"
 
 
-def test_every_refusal_is_tested(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["refusals"].keys() == REFUSED.keys()
-
-
 def test_after_the_initialisation_no_rank_waits_for_another(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["free"] == ""
     assert ranks[1]["free"] == "x: expected 3 channels (dimension 1), found shape (4, 2)"
-
-
-@pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 7, 4), (0, 3), (3, 0, 2), (0, 0)], ids=str)
-def test_merged_moments(sizes: tuple[int, ...]) -> None:
-    parts = [torch.randn(n, 3, 5, dtype=torch.float64) * (i + 1) + 1e3 * i for i, n in enumerate(sizes)]
-    moments = [reference.channel_moments(part) for part in parts]
-    counts = torch.tensor([5.0 * n for n in sizes], dtype=torch.float64)
-    means, m2s = (torch.stack(values) for values in zip(*moments, strict=True))
-    mean, m2 = reference.merge_moments(counts, means, m2s)
-    whole_mean, whole_m2 = reference.channel_moments(torch.cat(parts))
-    assert torch.allclose(mean, whole_mean, rtol=1e-13)
-    assert torch.allclose(m2, whole_m2, rtol=1e-12)

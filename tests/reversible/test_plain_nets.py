@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.chain_cases import Mode
@@ -38,16 +36,6 @@ def test_a_net_of_another_width_is_refused(coupling: str, width: int, memory: st
         sequence(x)
 
 
-@pytest.fixture
-def doubled() -> Iterator[None]:
-    """A global hook that doubles what a coupling net puts out."""
-    hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, _, out: 2.0 * out if isinstance(module, CouplingNet) else None
-    )
-    yield
-    hook.remove()
-
-
 def outcome(sequence: pgf.ReversibleSequence, memory: str, x: Tensor) -> list[Tensor]:
     Mode(memory).apply(sequence)
     x = x.clone().requires_grad_()
@@ -55,21 +43,25 @@ def outcome(sequence: pgf.ReversibleSequence, memory: str, x: Tensor) -> list[Te
     return [z.detach(), *torch.autograd.grad(z.square().sum() + log_det.sum(), [x, *sequence.parameters()])]
 
 
+@pytest.mark.parametrize("how", ["global hook", "forward of the instance"])
 @pytest.mark.parametrize("memory", MODES[1:])
-def test_global_hooks_are_called(memory: str, doubled: None) -> None:
-    sequence, x = sequence_of(), torch.randn(3, 4, 6, 6)
-    for one, other in zip(outcome(sequence, memory, x), outcome(sequence, "store", x), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("memory", MODES[1:])
-def test_a_forward_of_the_instance_is_called(memory: str) -> None:
+def test_what_doubles_the_output_of_a_net_is_called(memory: str, how: str) -> None:
     sequence, x = sequence_of(), torch.randn(3, 4, 6, 6)
     net = sequence[1].coupling.net
     forward = net.forward
-    net.forward = lambda x, cond=None: 2.0 * forward(x, cond)
-    for one, other in zip(outcome(sequence, memory, x), outcome(sequence, "store", x), strict=True):
+    if how == "global hook":
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, _, out: 2.0 * out if module is net else None
+        )
+    else:
+        net.forward = lambda x, cond=None: 2.0 * forward(x, cond)
+    found = [outcome(sequence, one, x) for one in (memory, "store")]
+    if how == "global hook":
+        hook.remove()
+    net.forward = forward
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(outcome(sequence, "store", x)[0], found[0][0], rtol=1e-3)
 
 
 def test_weights_of_another_dtype_where_steps_are_redone() -> None:
@@ -87,26 +79,3 @@ def test_weights_of_another_dtype_where_steps_are_redone() -> None:
     assert sequence.memory_report()["redone_steps"] == 3
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other)
-
-
-@torch.no_grad()
-def test_vmap_without_gradients() -> None:
-    sequence, z = sequence_of(), torch.randn(2, 3, 4, 6, 6)
-    found = torch.func.vmap(lambda z: sequence.inverse(z)[0])(z)
-    for one, alone in zip(found, z, strict=True):
-        torch.testing.assert_close(one, sequence.inverse(alone)[0])
-
-
-def test_a_norm_that_is_put_into_a_net_is_asked() -> None:
-    """Whether it waits for data, as it was before the net was known by its class."""
-
-    class Norm(nn.Module):
-        is_initialized = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
-    sequence = sequence_of()
-    assert sequence._is_initialized()
-    sequence[0].coupling.net.norm1 = Norm()
-    assert not sequence._is_initialized()

@@ -11,7 +11,6 @@ from support.chain_cases import Mode, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.coupling_nets import state
 
 RECOMPUTING = [Mode("checkpoint"), Mode("reversible"), Mode("reversible", None)]
 
@@ -78,40 +77,28 @@ class TestRefusals:
             value.backward()
 
 
-class TestGenerators:
-    def test_nets_of_known_modules_leave_them_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(_: torch.device) -> list[Tensor]:
-            raise AssertionError("captured")
+@pytest.mark.full
+def test_numbers_that_another_thread_draws_do_not_repeat() -> None:
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])
+    sequence.initialize(X.float())
+    seen: set[tuple[float, ...]] = set()
+    done, repeated = threading.Event(), []
 
-        sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])
-        sequence.initialize(X.float())
-        monkeypatch.setattr(state, "generator_states", refuse)
-        for mode in RECOMPUTING:
-            mode.apply(sequence)
-            objective(sequence(X.float())).backward()
+    def draw() -> None:
+        while not done.is_set():
+            numbers = tuple(torch.rand(4).tolist())
+            if numbers in seen:
+                repeated.append(numbers)
+            seen.add(numbers)
 
-    @pytest.mark.full
-    def test_numbers_that_another_thread_draws_do_not_repeat(self) -> None:
-        sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])
-        sequence.initialize(X.float())
-        seen: set[tuple[float, ...]] = set()
-        done, repeated = threading.Event(), []
-
-        def draw() -> None:
-            while not done.is_set():
-                numbers = tuple(torch.rand(4).tolist())
-                if numbers in seen:
-                    repeated.append(numbers)
-                seen.add(numbers)
-
-        thread = threading.Thread(target=draw)
-        thread.start()
-        for _ in range(50):
-            objective(sequence(X.float())).backward()
-        done.set()
-        thread.join()
-        assert len(seen) > 100
-        assert not repeated
+    thread = threading.Thread(target=draw)
+    thread.start()
+    for _ in range(50):
+        objective(sequence(X.float())).backward()
+    done.set()
+    thread.join()
+    assert len(seen) > 100
+    assert not repeated
 
 
 class TestScaleMaps:

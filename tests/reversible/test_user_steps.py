@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import Mode, assert_same_gradients, gradients, objective
+from support.chain_cases import Mode, assert_same_gradients, gradients
 from support.covering import pairs
-from support.user_steps import Conditioned, Identity, Scale, mixed
+from support.user_steps import Conditioned, Identity, Scale
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -16,22 +16,6 @@ MODES = [Mode("checkpoint"), *(Mode("reversible", every) for every in ("auto", N
 
 def batch(n: int = 3) -> Tensor:
     return torch.randn(n, 4, 6, 3, dtype=torch.float64)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("n", [0, 1, 3])
-def test_a_mix_of_steps(mode: Mode, n: int) -> None:
-    sequence, x = mixed(), batch(n)
-    Mode("store").apply(sequence)
-    expected = gradients(sequence, x)
-    z, log_det = sequence(x)
-    mode.apply(sequence)
-    assert_same_gradients(gradients(sequence, x), expected)
-    for got, value in zip(sequence(x), (z, log_det), strict=True):
-        assert torch.allclose(got, value, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(sequence.inverse(z)[0], x)
-    assert sequence.memory_report()["trips"] == 0
 
 
 @pairs(
@@ -56,16 +40,6 @@ def test_nothing_but_views() -> None:
     (z.square().sum() + log_det.sum()).backward()
     assert x.grad is not None
     assert torch.equal(x.grad, 2.0 * x.detach())
-
-
-@pytest.mark.parametrize("every", [1, 2, None])
-def test_runs_forward_once_and_once_more_in_the_backward(every: int | None) -> None:
-    sequence, x = pgf.ReversibleSequence([Scale() for _ in range(4)], anchor_every=every).double(), batch()
-    value = objective(sequence(x))
-    steps = [step for step in sequence if isinstance(step, Scale)]
-    assert [step.runs for step in steps] == [1] * 4
-    value.backward()
-    assert [step.runs for step in steps] == [2] * 4
 
 
 def test_a_shared_step() -> None:
@@ -140,11 +114,6 @@ def test_what_a_step_must_not_do(step: nn.Module, message: str, memory: str) -> 
     sequence = pgf.ReversibleSequence([Scale(), step, Scale()], memory=memory).double()
     with pytest.raises(ValueError, match=message):
         sequence(batch())
-
-
-def test_steps_without_an_inverse_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"steps\[0\]: expected a module with forward and inverse, found Linear"):
-        pgf.ReversibleSequence([nn.Linear(2, 2)])
 
 
 def test_the_condition_gets_its_gradient_from_every_step() -> None:

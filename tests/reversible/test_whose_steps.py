@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import EVERY_STEP, Mode, cut_parts, objective
+from support.chain_cases import Mode, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
-from pyglow_fast.layers.flow_step import runs_fused
 
 MODES = [Mode("store"), Mode("checkpoint"), Mode("reversible")]
 
@@ -57,53 +56,6 @@ def test_overridden_methods(part: str, mode: Mode) -> None:
             assert torch.allclose(sequence.inverse(got)[0], x, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("where", ["step", "coupling", "actnorm"])
-@pytest.mark.parametrize("hook", ["forward_hook", "forward_pre_hook"])
-def test_hooks_are_called(hook: str, where: str, mode: Mode) -> None:
-    sequence = initialised(pgf.FlowStep(4, 5), pgf.FlowStep(4, 5))
-    mode.apply(sequence)
-    seen: list[str] = []
-    part = sequence[1] if where == "step" else getattr(sequence[1], where)
-    handle = getattr(part, f"register_{hook}")(lambda *_: seen.append(where))
-    sequence(torch.randn(2, 4, 6, 6, dtype=torch.float64))
-    # A FlowStep computes its parts' work itself: only hooks on it and on its net are called.
-    assert seen == (["step"] if where == "step" else seen)
-    handle.remove()
-    assert all(runs_fused(step) for step in sequence)
-
-
-def test_parametrized_steps_are_still_joined() -> None:
-    step = pgf.FlowStep(4, 5)
-    nn.utils.parametrizations.weight_norm(step.coupling.net.conv1)
-    nn.utils.parametrize.register_parametrization(step.actnorm, "bias", nn.Identity())
-    assert runs_fused(step)
-
-
-class Adapted(nn.Module):
-    """A net that uses a tensor which is not its own."""
-
-    def __init__(self, foreign: list[Tensor]) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 1)
-        self.foreign = foreign
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) * self.foreign[0]
-
-
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_a_foreign_tensor_in_a_frozen_run_keeps_its_gradient(mode: Mode) -> None:
-    foreign = torch.ones((), dtype=torch.float64, requires_grad=True)
-    sequence = initialised(pgf.FlowStep(4, net=Adapted([foreign])))
-    sequence.requires_grad_(False)
-    mode.apply(sequence)
-    z, log_det = sequence(torch.randn(2, 4, 6, 6, dtype=torch.float64))
-    (z.square().sum() - log_det.sum()).backward()
-    assert foreign.grad is not None
-    assert bool(foreign.grad != 0)
-
-
 @pytest.mark.parametrize(("kernel", "last"), [(7, nn.Identity()), (3, nn.GroupNorm(2, 4))], ids=str)
 def test_the_plan_of_another_net_is_not_used(kernel: int, last: nn.Module) -> None:
     """Not where it reaches further, nor where all that it states is the same but no strip is right any more."""
@@ -146,18 +98,3 @@ def test_a_condition_costs_no_memory_by_depth(user: bool, wants: bool) -> None:
     # What is added to others exists twice: the gradients of a part, here of all steps. A condition is a state as well.
     state = 4 * 2 * 12 * 32 * 32
     assert more - less <= many - few + state
-
-
-def test_a_backward_that_wants_late_gradients_alone_leaves_nothing_behind() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        cut_parts(patch, EVERY_STEP)
-        sequence = initialised(*(pgf.FlowStep(4, 5) for _ in range(4)))
-        Mode("reversible", 2).apply(sequence)
-        sequence.control.tolerance = 1e-30
-        value = objective(sequence(torch.randn(2, 4, 6, 6, dtype=torch.float64)))
-        torch.autograd.grad(value, sequence[3].coupling.net.conv1.weight, retain_graph=True)
-        assert sequence.memory_report()["passes"] == 0
-        value.backward()
-        report = sequence.memory_report()
-        # Of steps 3 and 1 the step before is run again, where the anchor is.
-        assert (report["passes"], report["redone_steps"]) == (1, 6)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyglow_fast import _float32
 from support.library_ops import use_library
 
-TF32_EPS = 2.0**-10  # from 1 to the next number
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: (0, 1), _aten.bmm.default: (0, 1)}
 _PRODUCTS |= {_aten.addmm.default: (1, 2), _aten.baddbmm.default: (1, 2)}  # what they add to is not multiplied
