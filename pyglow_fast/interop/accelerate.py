@@ -11,7 +11,6 @@ from torch import nn
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import is_altered
-from pyglow_fast.interop import nets
 from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
 from pyglow_fast.interop.libraries import LIBRARIES
 from pyglow_fast.interop.probe import difference
@@ -106,7 +105,7 @@ def accelerate(
 
     Objects, parameters, buffers, hooks and names stay: an optimizer that holds the parameters goes on, a state_dict
     fits as before. Outputs are the same up to rounding, in training and evaluation. On the CPU, nets that are chains of
-    up to six convolutions which keep the size, or linear layers, with the usual activations run in this package's
+    up to six convolutions which keep the size, with the usual activations, run in this package's
     executor, except where the library's layers would be faster: see pyglow_fast.interop.nets and docs/speed.md. What a
     layer holds (its nets, clamps, masks, permutations) is read at each call.
 
@@ -197,7 +196,7 @@ def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[s
     found = {}
     for part in row.parts(module, False):
         if isinstance(part, Couples) and isinstance(net := part.wrapped(), Net) and part.net in names:
-            known = nets.recognised(net.known())
+            known = net.known()
             if isinstance(known, str):
                 found[names[part.net]] = f"its net runs as it is: {known}"
     return found
@@ -217,7 +216,7 @@ def _no_row(module: nn.Module, library: Library) -> str:
 def _price(runs: Sequence[Run], memory: str) -> str:
     """Say in the report what recomputation costs where the library runs the nets of a run."""
     nets_of = (part.wrapped() for run in runs for part in run.parts(False, ready=False) if isinstance(part, Couples))
-    own = any(isinstance(net, Net) and isinstance(nets.recognised(net.known()), str) for net in nets_of)
+    own = any(isinstance(net, Net) and isinstance(net.known(), str) for net in nets_of)
     return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
 
 

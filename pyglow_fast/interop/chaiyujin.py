@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._captures import made_once
-from pyglow_fast.interop.known_net import KnownNet, Layer, widths
-from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError
-from pyglow_fast.reference import COUPLING_NETS, CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
+from pyglow_fast.coupling_nets.chain import Outputs
+from pyglow_fast.interop.known_net import Layer
+from pyglow_fast.interop.table import Call, Couples, Library, Net, Part, Row, UnfitError
+from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
 from pyglow_fast.reversible.steps import ChannelMap
 
 __all__ = ["LIBRARY"]
@@ -33,86 +33,33 @@ LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
 LEAST_RATIO = 8  # of the sides of a 3x3 convolution: at 512 to 96 and at 320 to 64 channels the library is as fast
 CALL = (["self", "input", "logdet", "reverse"], ["rrdbResults"])
 REMEMBERED = 4096  # permutations, C numbers each, of all models of a process
-FACTOR = 3.0  # what log_gain is multiplied by in the nets here
+IN_TURN = Outputs(in_turn=True)  # shift, raw, shift, raw, ...
 WITH_FEATURES = "CondAffineSeparatedAndCond"
 
 
-@dataclass(frozen=True)
-class Alternating:
-    """A map of channels: shift, raw, shift, raw, ... -> all shifts, then all raw scales."""
+def _layer(module: nn.Module) -> Layer | None:
+    """A convolution, and behind it exp(logs) (x + bias) of its actnorm, or exp(logscale_factor logs) x."""
+    if not isinstance(module, nn.Conv2d) or "parametrizations" in module._modules:
+        return None
+    conv: Any = module
+    if hasattr(conv, "actnorm"):
+        norm = conv.actnorm
+        return Layer(conv, lambda: (norm.logs.flatten(), (norm.bias * norm.logs.exp()).flatten()))
+    if hasattr(conv, "logs"):
+        nothing = torch.zeros_like(conv.logs).flatten()
+        return Layer(conv, lambda: ((conv.logs * conv.logscale_factor).flatten(), nothing))
+    return Layer(conv)
 
-    def __call__(self, values: Tensor, dim: int) -> Tensor:
-        """The map of the channels in dimension ``dim``."""
-        return torch.cat(values.unflatten(dim, (-1, 2)).unbind(dim + 1), dim)
 
+class OwnNet(Net):
+    """A step's net, whose convolutions are of classes of the project's own."""
 
-class ScaledNet(nn.Module):
-    """A step's net as the net of a coupling: convolution, ReLU, convolution, ReLU, scaled convolution, all folded."""
-
-    writes_to_input = False
-
-    def __init__(self, couples: Couples) -> None:
-        super().__init__()
-        self.net: Any = couples.net
-        self.order = couples.order
-
-    @property
-    def known(self) -> KnownNet:
-        """The chain of the net's three convolutions, without actnorms."""
-        return KnownNet(tuple(Layer(self.net[i], [], []) for i in (0, 2, 4)), COUPLING_NETS[2])
-
-    @property
-    def pays(self) -> bool:
-        """Whether matrix products are faster than the library's convolutions: those with taps are wide to narrow."""
-        sides = [sorted(widths(self.net[i])) for i in (0, 4)]
-        return all(wide >= LEAST_RATIO * narrow for narrow, wide in sides)
-
-    @property
-    def halo(self) -> int:
-        """How many positions to each side an output depends on."""
-        return max(self.known.reach)
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Map x (N, C1, H, W) and cond (N, C_c, H, W), or None, to shift and raw scale (or shift alone)."""
-        if (cond is None and not x.requires_grad and torch.is_grad_enabled()) or not self.pays:
-            # The library leaves out a gradient of x that nobody wants; the ops here would compute it.
-            out: Tensor = self.net(x if cond is None else torch.cat([x, cond], dim=1))
-            return out if self.order is None else self.order(out, 1)
-        weights, biases = [], []
-        for conv in (self.net[0], self.net[2]):
-            weight, bias = conv.weight, conv.bias
-            if bias is None:
-                scale = conv.actnorm.logs.exp().flatten()
-                weight, bias = weight * scale[:, None, None, None], conv.actnorm.bias.flatten() * scale
-            weights.append(weight)
-            biases.append(bias)
-        last = self.net[4]
-        own = [last.weight, last.bias, last.logs * (last.logscale_factor / FACTOR)]
-        weight, bias, log_gain = own if self.order is None else [self.order(value, 0) for value in own]
-        return functional.net_chain(x, [*weights, weight], [*biases, bias], COUPLING_NETS[2], log_gain, cond)
+    layer_of = staticmethod(_layer)
 
 
 def _expect(condition: bool, found: str) -> None:
     if not condition:
         raise UnfitError(found)
-
-
-def _check_net(net: Any, name: str) -> None:
-    """Refuse a net that is none of three convolutions as we know them."""
-    layers = list(net.children())
-    known = type(net) is nn.Sequential and len(layers) == 5 and all(type(layers[i]) is nn.ReLU for i in (1, 3))
-    convs: list[Any] = layers[::2]
-    known = known and all(isinstance(conv, nn.Conv2d) for conv in convs)
-    _expect(known, f"{name} is no chain of three convolutions with ReLUs between")
-    for conv, size in zip(convs, (3, 1, 3), strict=True):
-        shape = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
-        expected = ((size, size), (size // 2, size // 2), (1, 1), (1, 1), 1, "zeros")
-        _expect(shape == expected, f"{name} has a convolution with kernel, padding, stride, ... {shape}")
-    alone = [conv for conv in convs[:2] if (conv.bias is None) != hasattr(conv, "actnorm")]
-    _expect(not alone, f"{name} has a convolution with bias and actnorm, or none")
-    last = convs[2]
-    scaled = last.bias is not None and hasattr(last, "logs") and hasattr(last, "logscale_factor")
-    _expect(scaled, f"{name} has no scaled convolution at its end")
 
 
 def _looks_like(module: nn.Module) -> bool:
@@ -129,17 +76,13 @@ def _couplings(step: Any) -> list[Part]:
     if kind == WITH_FEATURES:
         own = step.affine
         _expect(own.channels_for_nn == half, f"{channels} channels not halved")
-        _check_net(own.fFeatures, "fFeatures")
-        _check_net(own.fAffine, "fAffine")
         spec = CouplingSpec("affine", eps=float(own.affine_eps))
-        injector = Couples(own.fFeatures, spec, 0, channels, Alternating(), wrap=ScaledNet)
-        return [injector, Couples(own.fAffine, spec, half, half, Alternating(), wrap=ScaledNet)]
+        injector = Couples(own.fFeatures, spec, 0, channels, IN_TURN, wrap=OwnNet)
+        return [injector, Couples(own.fAffine, spec, half, half, IN_TURN, wrap=OwnNet)]
     if kind == "noCoupling":
         return []
     _expect(kind in ("affine", "additive"), f"flow_coupling {kind!r}")
-    _check_net(step.f, "f")
-    order = Alternating() if kind == "affine" else None
-    return [Couples(step.f, CouplingSpec(kind), half, half, order, wrap=ScaledNet)]
+    return [Couples(step.f, CouplingSpec(kind), half, half, IN_TURN if kind == "affine" else None, wrap=OwnNet)]
 
 
 @made_once(REMEMBERED)
@@ -199,7 +142,15 @@ def _called(
 
 
 def _nets_pay(parts: Sequence[Part]) -> bool:
-    return all(ScaledNet(part).pays for part in parts if isinstance(part, Couples))
+    """Whether products are faster than the library's convolutions: those with more than one tap are wide to narrow."""
+    for part in parts:
+        known = OwnNet(part).known() if isinstance(part, Couples) else None
+        if isinstance(known, str):
+            return False
+        wide = [layer for layer in known.layers if max(layer.kernel_size) > 1] if known is not None else []
+        if any(max(layer.widths) < LEAST_RATIO * min(layer.widths) for layer in wide):
+            return False
+    return True
 
 
 def _pays(step: Any, call: Call, parts: Sequence[Part]) -> bool:

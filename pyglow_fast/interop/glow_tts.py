@@ -53,14 +53,21 @@ def _is_inv_conv(module: nn.Module) -> bool:
 
 
 def _is_actnorm(module: nn.Module) -> bool:
-    parameters = module._parameters
-    shapes = [value.shape for name in ("logs", "bias") if (value := parameters.get(name)) is not None]
-    alike = len(shapes) == 2 == len(parameters) and shapes[0] == shapes[1] and len(shapes[0]) == 3
-    return alike and shapes[0][0] == shapes[0][2] == 1 and hasattr(module, "initialized") and not module._modules
+    return module._parameters.keys() == {"logs", "bias"} and hasattr(module, "initialized") and not module._modules
 
 
-def _keeps_length(conv: Any, before: int, after: int) -> bool:
-    if not isinstance(conv, nn.Conv1d) or (conv.in_channels, conv.out_channels) != (before, after):
+def _wavenet(layer: Any) -> Any:
+    """The WaveNet that a layer is or has, or None."""
+    return layer if _is_wavenet(layer) else layer._modules.get("wn")
+
+
+def _ends(layer: Any) -> list[Any]:
+    """The convolutions besides those of the WaveNet's layers: of the condition, before and behind it, or None."""
+    return [_wavenet(layer)._modules.get("cond_layer"), *(layer._modules.get(name) for name in ("start", "end"))]
+
+
+def _keeps_length(conv: Any) -> bool:
+    if not isinstance(conv, nn.Conv1d):
         return False
     size, step = conv.kernel_size[0], conv.dilation[0]
     pads = conv.padding in ("same", (step * (size // 2),)) and conv.padding_mode == "zeros"
@@ -84,55 +91,30 @@ def _dropout(wavenet: nn.Module) -> nn.Dropout | None:
     return found[0] if len(found) == 1 else None
 
 
-def _wavenet_unfit(net: Any) -> str:
-    layers, hidden = len(net.in_layers), getattr(net.res_skip_layers[0], "in_channels", 0)
-    if len(net.res_skip_layers) != layers or _dropout(net) is None:
+def _unfit(layer: Any) -> str:
+    """Why a WaveNet, or a coupling around one, is none that ours runs; channels of other numbers fail in a probe."""
+    net = _wavenet(layer)
+    if len(net.res_skip_layers) != len(net.in_layers) or _dropout(net) is None:
         return "another number of layers or dropouts than a WaveNet's"
-    convs, cond = [*net.in_layers, *net.res_skip_layers], net._modules.get("cond_layer")
-    wide = [(hidden, 2 * hidden)] * (layers - 1)
-    sizes = [*wide, (hidden, 2 * hidden), *wide, (hidden, hidden)]
-    if cond is not None:
-        convs, sizes = [*convs, cond], [*sizes, (cond.in_channels, 2 * hidden * layers)]
-    for conv, (before, after) in zip(convs, sizes, strict=True):
-        if not _keeps_length(conv, before, after):
+    for conv in (*net.in_layers, *net.res_skip_layers, *_ends(layer)):
+        if conv is not None and not _keeps_length(conv):
             return f"{type(conv).__name__}({conv.extra_repr()}) where a WaveNet has another convolution"
-    return "" if _has_only_weight_norm(net) else NO_NORM
+    return "" if _has_only_weight_norm(layer) else NO_NORM
 
 
-def _coupling_unfit(block: Any) -> str:
-    if found := _wavenet_unfit(block.wn):
-        return found
-    half, hidden = getattr(block.start, "in_channels", 0), block.wn.in_layers[0].in_channels
-    if not _keeps_length(block.start, half, hidden) or not _keeps_length(block.end, hidden, 2 * half):
-        return "other layers around its WaveNet than Glow-TTS's"
-    return "" if _has_only_weight_norm(block) and not block.wn._forward_hooks else NO_NORM
-
-
-def _conv(conv: Any) -> Conv | None:
+def _conv(conv: Any) -> Conv:
     """A convolution's tensors of now, its weight normalised where a hook does that."""
-    if conv is None:
-        return None
     weight = conv.weight
     for hook in conv._forward_pre_hooks.values():
         weight = hook.compute_weight(conv)
     return Conv.laid_out(weight, conv.bias, conv.dilation[0])
 
 
-def _run_wavenet(net: Any, x: Tensor, cond: Tensor | None, mask: Tensor | None, around: Any = None) -> Tensor:
-    """A WaveNet net, and the convolutions of a coupling around it."""
-    ends = (None, None) if around is None else (around.start, around.end)
-    parts: Any = [list(map(_conv, net.in_layers)), list(map(_conv, net.res_skip_layers))]
-    parts += map(_conv, (net._modules.get("cond_layer"), *ends))
-    dropout = _dropout(net)
-    drops = dropout.p if dropout is not None and dropout.training else 0.0
-    return run_wavenet(WaveNetParts(*parts), x, cond, mask, drops)
-
-
 class BlockNet(nn.Module):
-    """A coupling's net end(wn(m start(x1))) as a net for masked sequences.
+    """A WaveNet as a net for masked sequences, wn(x), or that of a coupling around one, end(wn(m start(x))).
 
     Args:
-        block: the coupling.
+        block: the WaveNet or the coupling.
     """
 
     takes_mask = True
@@ -145,24 +127,31 @@ class BlockNet(nn.Module):
     @property
     def halo(self) -> int:
         """How many positions to each side an output depends on."""
-        layers = self.block.wn.in_layers
+        layers = _wavenet(self.block).in_layers
         return wavenet_halo(layers[0].kernel_size[0], [conv.dilation[0] for conv in layers])
+
+    @property
+    def dropout(self) -> float:
+        """The probability that a value is dropped now."""
+        dropout = _dropout(_wavenet(self.block))
+        return dropout.p if dropout is not None and dropout.training else 0.0
 
     @property
     def deterministic(self) -> bool:
         """Whether no dropout is active."""
-        dropout = _dropout(self.block.wn)
-        return dropout is None or not dropout.training or not dropout.p
+        return not self.dropout
 
     def bytes_per_position(self, element_size: int) -> int:
         """The most bytes of activations alive in forward and backward, per sample and position."""
-        layers = self.block.wn.in_layers
-        edges = self.block.start.in_channels + self.block.end.out_channels
+        layers, edges = self.block.wn.in_layers, self.block.start.in_channels + self.block.end.out_channels
         return wavenet_bytes(layers[0].in_channels, len(layers), edges, not self.deterministic, element_size)
 
-    def forward(self, x1: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
-        """Map x1 (N, C / 2, T), cond (N, C_c, 1) or None, mask (N, 1, T) to (N, C, T)."""
-        return _run_wavenet(self.block.wn, x1, cond, mask, self.block)
+    def forward(self, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Map x (N, C / 2, T), cond (N, C_c, 1) or None, mask (N, 1, T) or None to (N, C, T); without ends H to H."""
+        net = _wavenet(self.block)
+        dilated, mixing = ([_conv(conv) for conv in convs] for convs in (net.in_layers, net.res_skip_layers))
+        ends: Any = [_conv(conv) if conv is not None else None for conv in _ends(self.block)]
+        return run_wavenet(WaveNetParts(dilated, mixing, *ends), x, cond, mask, self.dropout)
 
 
 def _masked(couples: Couples) -> nn.Module:
@@ -209,7 +198,7 @@ def _net_called(net: Any, x: Tensor, x_mask: Tensor | None = None, g: Tensor | N
 
 
 def _run_net(net: Any, call: Call, parts: Sequence[Part], run: Any) -> tuple[Tensor, Tensor]:
-    return _run_wavenet(net, call.x, call.cond, call.mask), call.x.new_zeros(len(call.x))
+    return BlockNet(net)(call.x, call.cond, call.mask), call.x.new_zeros(len(call.x))
 
 
 def _pays(layer: Any, call: Call, parts: Sequence[Part]) -> bool:
@@ -218,7 +207,7 @@ def _pays(layer: Any, call: Call, parts: Sequence[Part]) -> bool:
 
 def _example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).unsqueeze(1)
-    net = layer if _is_wavenet(layer) else layer._modules.get("wn")
+    net = _wavenet(layer)
     if net is not None:
         channels = layer.in_layers[0].in_channels if net is layer else 2 * layer.start.in_channels
         cond = net._modules.get("cond_layer")
@@ -250,7 +239,7 @@ LIBRARY = Library(
             {"forward": _net_called},
             lambda net, inverse: [],
             _example,
-            _wavenet_unfit,
+            _unfit,
             pays=_pays,
             run=_run_net,
         ),
@@ -270,7 +259,7 @@ LIBRARY = Library(
             {"forward": _called},
             _coupling_parts,
             _example,
-            _coupling_unfit,
+            _unfit,
             pays=_pays,
         ),
         Row(

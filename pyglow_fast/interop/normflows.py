@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.interop import nets
-from pyglow_fast.interop.known_net import qualified
+from pyglow_fast.interop.known_net import LOG_MAPS, qualified
 from pyglow_fast.interop.table import (
     Call,
     Couples,
@@ -162,14 +161,14 @@ def _parts(block: Any, inverse: bool) -> list[Part]:
 
 
 def _net_actnorm(module: Any, dims: int) -> tuple[Tensor, Tensor] | None:
-    """Scale and offset, (C,), of the actnorm within a ConvNet2d; None if it must be called itself."""
+    """Log-scale and offset, (C,), of the actnorm within a ConvNet2d; None if it must be called itself."""
     norm = module.actNorm
     if not _are([norm], _NORM) or not untouched([norm]) or not _is_ready(norm):
         return None
-    return (norm.s.exp().flatten(), norm.t.flatten()) if norm.s.shape == (1, norm.s.numel(), *[1] * dims) else None
+    return (norm.s.flatten(), norm.t.flatten()) if norm.s.shape == (1, norm.s.numel(), *[1] * dims) else None
 
 
-nets.AFFINE_MAPS["normflows.utils.nn.ActNorm"] = _net_actnorm
+LOG_MAPS["normflows.utils.nn.ActNorm"] = _net_actnorm
 
 LIBRARY = Library(
     "normflows",

@@ -2,8 +2,8 @@
 
 Compared are the outputs, the log-det and the gradients of inputs, conditions and parameters, in both directions, in
 training and in evaluation, what a call leaves on the layer, and how many random numbers it draws. Copies have stubs in
-the place of their coupling nets, which are recognised by their own structure. The layer itself, its hooks and the
-random state are not touched; the verdict is kept for each class and configuration.
+the place of their coupling nets of torch's layers, which are recognised by their own structure. The layer itself, its
+hooks and the random state are not touched; the verdict is kept for each class and configuration.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
     memo: dict[int, Any] = {}
     kept: list[Any] = []  # what is in the memo by its id stays alive
     for part in row.parts(layer, False):
-        if isinstance(part, Couples) and isinstance(part.wrapped(), Net):
+        if isinstance(part, Couples) and _has_stub(part):
             memo[id(part.net)] = Stub(part.width)
     for module in layer.modules():
         for name in _HOOKS:
@@ -184,6 +184,12 @@ def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(MOVED / fan_in**0.5 * drawn)
     return twin
+
+
+def _has_stub(part: Couples) -> bool:
+    """Whether a coupling's net is recognised by its own structure, and needs no probe."""
+    net = part.wrapped()
+    return isinstance(net, Net) and net.layer_of is Net.layer_of
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -210,7 +216,7 @@ def _configuration(row: Row, layer: nn.Module) -> Any:
     try:
         inside: set[nn.Module] = set()
         for part in row.parts(layer, False):
-            if isinstance(part, Couples) and isinstance(part.wrapped(), Net):
+            if isinstance(part, Couples) and _has_stub(part):
                 inside |= set(part.net.modules())
         return row.name, tuple(_settings(module) for module in layer.modules() if module not in inside)
     except Exception:  # whatever a class that we do not know may raise

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import is_traced
+from pyglow_fast.coupling_nets import traits
 from pyglow_fast.coupling_nets.chain import Chain, Outputs
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop import nets
-from pyglow_fast.interop.known_net import qualified
+from pyglow_fast.interop.known_net import KnownNet, qualified
 from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.reference import CouplingSpec, full_precision
@@ -231,22 +232,27 @@ class Net(nn.Module):
 
     Args:
         couples: the coupling.
+
+    Attributes:
+        layer_of: see :func:`pyglow_fast.interop.nets.recognised`. A net whose layers are of other classes than torch's
+            is run by probes too.
     """
 
     cond_channels = 0
+    layer_of = staticmethod(nets.of_torch)
 
     def __init__(self, couples: Couples) -> None:
         super().__init__()
         self.net, self.order, self.whole_samples = couples.net, couples.order, couples.whole
 
-    def known(self) -> nn.Module:
-        """The module that is to be recognised."""
-        return self.net
+    def known(self) -> KnownNet | str:
+        """The net as the executor takes it, or why it runs as it is."""
+        return nets.recognised(self.net, self.layer_of)
 
     def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers for states like x, None where the library's layers are faster or not known."""
-        known = nets.recognised(self.known())
-        if not isinstance(known, nets.KnownNet) or known.last is not None or known.dims != x.dim() - 2:
+        known = self.known()
+        if isinstance(known, str) or known.dims != x.dim() - 2:
             return None
         found = known.chain_tensors() if known.pays(x) else None
         if found is None:
@@ -261,28 +267,33 @@ class Net(nn.Module):
     @property
     def in_channels(self) -> int | None:
         """The channels that a net which is recognised reads; None of another."""
-        known = nets.recognised(self.known())
-        return known.channels[0] if isinstance(known, nets.KnownNet) else None
+        known = self.known()
+        return None if isinstance(known, str) else known.in_channels
 
     @property
     def halo(self) -> int | None:
         """How many positions to each side an output depends on; None where it is not known: see coupling_nets."""
-        return None if self.whole_samples else nets.halo(self.known())
+        if self.whole_samples:
+            return None
+        known = self.known()
+        stated: int | None = getattr(self.net, "halo", None)
+        return stated if isinstance(known, str) else known.halo
 
     @property
     def bytes_per_position(self) -> Callable[[int], int] | None:
-        """A function that computes the bytes of activations of a position; None where they are not known."""
-        return nets.bytes_per_position(self.net)
+        """The function by which the net states the bytes of activations of a position; None if it states none."""
+        stated: Callable[[int], int] | None = getattr(self.net, "bytes_per_position", None)
+        return stated
 
     @property
     def writes_to_input(self) -> bool:
-        """Whether its net may write to what it is called with."""
-        return nets.may_write(self.net)
+        """Whether its net may write to what it is called with: one that is recognised makes a tensor of its own."""
+        return isinstance(self.known(), str) and traits.may_write(self.net)
 
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """Map the kept channels and the condition to shift and raw scale (or shift alone)."""
         cond = None if cond is None else cond.to(x1.dtype)
-        out = nets.run(self.net, x1, self.order, cond, copies=False)
+        out = nets.run(self.net, x1, self.order, cond, self.layer_of)
         return self.order.bounded(out) if isinstance(self.order, Outputs) else out
 
 
@@ -291,25 +302,18 @@ class CalledWithContext(Net):
 
     writes_to_input = False  # it gives its net a copy itself
 
-    def known(self) -> nn.Module:
-        """The chain of layers that the net's forward is, or the net."""
-        chain = chain_of(self.net, None)
-        return self.net if chain is None else chain
-
-    @property
-    def deterministic(self) -> bool | None:
-        """True where the net's forward is known."""
-        stated: bool | None = getattr(self.net, "deterministic", None)
-        return True if isinstance(nets.recognised(self.known()), nets.KnownNet) else stated
+    def known(self) -> KnownNet | str:
+        """The chain of layers that the net's forward is without a context, or why it runs as it is."""
+        chain = chain_of(self.net)
+        return nets.recognised(self.net if chain is None else chain)
 
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """Map the kept channels and the context to shift and raw scale (or shift alone)."""
-        if cond is None and not torch.compiler.is_compiling():
-            chain = chain_of(self.net, None, dim=x1.dim())
-            if chain is not None:
-                return nets.run(chain, x1, self.order)
+        chain = chain_of(self.net) if cond is None else None
+        if chain is not None:
+            return nets.run(chain, x1)
         out: Tensor = self.net(x1.clone(memory_format=torch.contiguous_format), cond)
-        return out if self.order is None else self.order(out, 1)
+        return out
 
 
 def skips_vectors(call: Call) -> bool:

@@ -8,13 +8,6 @@ import pytest
 from torch import Tensor
 
 from pyglow_fast import functional
-from pyglow_fast.interop import known_net
-
-
-@pytest.fixture(autouse=True)
-def few_vectors_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our executor runs nets of vectors for small batches too, as it would for large ones."""
-    monkeypatch.setattr(known_net, "LEAST_ROWS", 0)
 
 
 @pytest.fixture
