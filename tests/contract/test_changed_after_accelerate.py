@@ -41,6 +41,10 @@ def exchange_features(layer: Any) -> None:
     layer.identity_features, layer.transform_features = layer.transform_features, layer.identity_features
 
 
+def set_slope(layer: Any) -> None:
+    layer.negative_slope = 0.7
+
+
 CHANGES: dict[str, tuple[str, str, Callable[[Any], None]]] = {  # the structure, an attribute of its layers, the change
     "clamp of FrEIA": ("freia", "clamp", set_clamp),
     "clamp of anomalib": ("anomalib-fastflow", "clamp", set_clamp),
@@ -48,6 +52,9 @@ CHANGES: dict[str, tuple[str, str, Callable[[Any], None]]] = {  # the structure,
     "clamp of GIN": ("freia-leaky-gin", "clamp", set_clamp),
     "scale_map of normflows": ("normflows-lu-sigmoid", "scale_map", set_scale_map),
     "features of nflows, written": ("nflows-halves", "identity_features", swap_features),
+    "slope in normflows": ("normflows-leaky-net-actnorm", "negative_slope", set_slope),
+    "slope in nflows": ("nflows-alternating-leaky", "negative_slope", set_slope),
+    "slope in FrEIA": ("freia-leaky-gin", "negative_slope", set_slope),
     "features of nflows, exchanged": ("nflows-halves", "identity_features", exchange_features),
 }
 

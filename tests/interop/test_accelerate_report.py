@@ -10,7 +10,7 @@ import nflows.transforms
 import normflows
 import pytest
 import torch
-from support.accelerate_cases import ContextNet, from_normflows, mask, noisy, subnet
+from support.accelerate_cases import ContextNet, assert_same, from_normflows, mask, noisy, prepared, subnet
 from torch import nn
 
 from pyglow_fast.interop import accelerate
@@ -38,6 +38,18 @@ class TestReport:
         reason = left["nice.module_list.0.subnet"]
         assert reason.startswith("its net runs as it is: Conv2d(2, 4, kernel_size=(1, 1), stride=(1, 1), groups=2): ")
         assert not any(name in left for name in ("chain", "mine.flows.0.flows.0"))
+
+    def test_nets_that_run_as_they_are(self) -> None:
+        model, _ = prepared("normflows")
+        done = accelerate(model, "store")
+        assert not any("net runs as it is" in reason for reason in done.left.values())
+        assert done.joined == {f"flows.{i}": "3 steps in one chain each, memory 'store'" for i in range(2)}
+        done.undo()
+        model.flows[0][0].flows[0].flows[1].param_map.net[1] = nn.Softplus()
+        reason = accelerate(model).left["flows.0.0.flows.0.flows.1.param_map"]
+        assert reason.startswith("its net runs as it is: net.1: Softplus(beta=1.0, threshold=20.0): expected ")
+        other = nn.Sequential(normflows.flows.Planar((4,)), nn.Linear(2, 2))
+        assert accelerate(other).left == {"0": "no counterpart of Planar"}
 
     def test_why_steps_are_not_joined(self) -> None:
         hooked = from_normflows(levels=1, steps=4)
@@ -96,21 +108,8 @@ class TestConditionsOfFrEIA:
         assert len(model) == len(conditions)
         x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
         given = [torch.randn(2, 2 + i, 8, 8, dtype=torch.float64) for i in range(2)]
-        gradients = []
-        for item in (model, theirs):
-            c = [value.clone().requires_grad_() for value in given]
-            z, log_det = item(x, c=c)
-            loss = (z.square().flatten(1).sum(1) - log_det).mean()
-            wanted = [*[parameter for parameter in item.parameters() if parameter.requires_grad], *c]
-            gradients.append([loss, *torch.autograd.grad(loss, wanted, allow_unused=True)])
-            with torch.no_grad():
-                back, inverse_log_det = item(z, c=c, rev=True)
-            torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-9, atol=1e-9)
-        for found, wanted in zip(*gradients, strict=True):
-            assert (found is None) == (wanted is None)
-            if found is not None:
-                torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+        for rev in (False, True):
+            assert_same(model, theirs, lambda m, x, *c, rev=rev: m(x, c=list(c), rev=rev), x, *given)
         reports = done.memory_report()
         assert all(report["skipped"] == report["redone_steps"] == 0 for report in reports)
         done.undo()

@@ -5,31 +5,23 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from support.accelerate_cases import CASES, MEMORIES, images, prepared
+from support.accelerate_cases import MEMORIES, images, prepared
 from support.captures import Recording, capture_guard, like_a_gpu
-from support.covering import pairs
-from support.glow_tts_cases import NORMS, TextDecoder, mask_of_lengths, moved
-from support.srflow import FlowStep, randomised
+from support.helpers import tensors
+from support.structures import STRUCTURES, Structure
 from torch import Tensor, nn
 
-from pyglow_fast.interop import chaiyujin as adapter
-from pyglow_fast.interop import glow_tts, table
+from pyglow_fast.interop import table
 from pyglow_fast.interop.accelerate import accelerate
 from pyglow_fast.reversible import drift
 
 pytestmark = pytest.mark.full
 
-CHAIYUJIN: dict[str, dict[str, Any]] = {
-    "affine": {},
-    "lu": {"LU_decomposed": True},
-    "shuffle": {"flow_permutation": "shuffle"},
-    "reverse": {"flow_permutation": "reverse"},
-    "no coupling": {"flow_coupling": "noCoupling", "flow_permutation": "shuffle"},
-}
+KINDS = ("normflows", "nflows-halves", "nflows-alternating", "freia", "glow-tts", "chaiyujin")
+OTHERS = ("freia-few", "freia-git", "freia-glow", "freia-two", "freia-volumes")  # whose layers are those of other cases
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -45,15 +37,28 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "default_tolerance", lambda *_: 1e-9)
 
 
-def assert_replays(model: nn.Module, loss: Callable[[], Tensor], x: Tensor) -> None:
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in STRUCTURES if case.name.startswith(KINDS) and not case.name.startswith(OTHERS)],
+    ids=lambda case: case.name,
+)
+def test_replays(case: Structure, memory: str | None) -> None:
     """Of other inputs and parameters: what the model itself gives, but for rounding."""
+    model, (data, conditions) = case.model(), case.batch()
+    accelerate(model, memory=memory)
+
+    def loss() -> Tensor:
+        values = tensors(case.forward(model, data, conditions))
+        return torch.stack([value.square().mean() for value in values]).sum()
+
     with like_a_gpu():
         for _ in range(2):
             gradients(model, loss)
         with Recording() as graph, capture_guard():
             found = gradients(model, loss)
         for _ in range(2):
-            x.add_(0.01 * torch.randn_like(x))
+            data[0].add_(0.01 * torch.randn_like(data[0]))
             graph.replay()
             expected = gradients(model, loss)
             assert found.keys() == expected.keys()
@@ -64,49 +69,9 @@ def assert_replays(model: nn.Module, loss: Callable[[], Tensor], x: Tensor) -> N
                     parameter.mul_(1.001 if parameter.requires_grad else 1.0)
 
 
-@pairs(pytest.mark.parametrize("name", CASES), pytest.mark.parametrize("memory", MEMORIES))
-def test_models(name: str, memory: str | None) -> None:
-    model, loss, _ = prepared(name)
-    x = images(4)
-    accelerate(model, memory=memory)
-    assert_replays(model, lambda: loss(model, x), x)
-
-
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("name", CHAIYUJIN)
-def test_steps_of_chaiyujin(name: str, memory: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "LEAST_POSITIONS", 0)
-    monkeypatch.setattr(adapter, "LEAST_WITHOUT_NET", 0)
-    step = randomised(FlowStep(4, 40, **CHAIYUJIN[name]).double())
-    accelerate(step, memory=memory)
-    assert type(step) is not FlowStep
-    x, log_det = torch.randn(2, 4, 6, 6, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-
-    def loss() -> Tensor:
-        z, gained = step(x, log_det)
-        return z.square().sum() - gained.sum()
-
-    assert_replays(step, loss, x)
-
-
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("norm", NORMS)
-def test_glow_tts(norm: str, memory: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glow_tts, "LEAST_POSITIONS", 0)
-    model = moved(TextDecoder(4, 6, 3, kernel=3, rate=2, layers=2, norm=norm)).double()
-    accelerate(model, memory=memory)
-    x, mask = torch.randn(3, 4, 16, dtype=torch.float64), mask_of_lengths((16, 9, 4), 16)
-
-    def loss() -> Tensor:
-        z, log_det = model(x, mask)
-        return z.square().sum() - log_det.sum()
-
-    assert_replays(model, loss, x)
-
-
 def test_indices_that_a_graph_reads_outlive_a_load() -> None:
     """FrEIA's of a hard permutation: loading reads them anew."""
-    model, loss, _ = prepared("FrEIA")
+    model, loss = prepared("FrEIA")
     accelerate(model)
     x = images(4)
     block = next(module for module in model.modules() if hasattr(module, "w_perm"))

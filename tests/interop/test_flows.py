@@ -11,7 +11,8 @@ import nflows.transforms as t
 import normflows
 import pytest
 import torch
-from support.accelerate_cases import MEMORIES, ContextNet, from_nflows, from_normflows, mask, subnet
+from support.accelerate_cases import MEMORIES, ContextNet, assert_same, from_nflows, from_normflows, mask, subnet
+from support.covering import pairs
 from support.helpers import tensors
 from support.structures import at_work, nflows_of_vectors
 from torch import Tensor, nn
@@ -21,24 +22,9 @@ from pyglow_fast.interop import accelerate
 IMAGES, VECTORS = (3, 6, 4, 5), (7, 6)
 
 
-def results(layer: Any, x: Tensor, direction: str, *context: Tensor) -> list[Tensor]:
-    """Outputs, log-det, and the gradients of the input and the parameters."""
-    leaf = x.clone().requires_grad_()
-    values = list(tensors(getattr(layer, direction)(leaf, *context)))
-    wanted = [leaf, *(value for value in layer.parameters() if value.requires_grad)]
-    total = sum(((i + 1.0) * value.sin()).sum() for i, value in enumerate(values))
-    grads = torch.autograd.grad(total, wanted, allow_unused=True)
-    return [
-        *values,
-        *(torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, grads, strict=True)),
-    ]
-
-
-def assert_same(ours: Any, theirs: Any, x: Tensor, *context: Tensor) -> None:
+def assert_both_ways(ours: Any, theirs: Any, x: Tensor, *context: Tensor) -> None:
     for direction in ("forward", "inverse"):
-        found, expected = (results(layer, x, direction, *context) for layer in (ours, theirs))
-        for value, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
+        assert_same(ours, theirs, lambda layer, x, way=direction: getattr(layer, way)(x, *context), x)
 
 
 def residual(inputs: int, outputs: int) -> nn.Module:
@@ -56,12 +42,12 @@ class Activated(t.AffineCouplingTransform):
         return self.scale_activation(raw), shift
 
 
-@pytest.mark.parametrize("cut", [[0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]], ids=str)
-@pytest.mark.parametrize("kind", ["AffineCouplingTransform", "AdditiveCouplingTransform", "git"])
-@pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=str)
-def test_couplings_of_nflows(
-    kind: str, cut: list[int], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pairs(
+    pytest.mark.parametrize("cut", [[0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]], ids=str),
+    pytest.mark.parametrize("kind", ["AffineCouplingTransform", "AdditiveCouplingTransform", "git"]),
+    pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=str),
+)
+def test_couplings_of_nflows(kind: str, cut: list[int], shape: tuple[int, ...]) -> None:
     """Every mask, with a context and without, and the scale of nflows' git."""
     net = ContextNet if len(shape) == 4 else residual
     names = {name: getattr(t.AffineCouplingTransform, name) for name in ("__module__", "__qualname__")}
@@ -71,7 +57,7 @@ def test_couplings_of_nflows(
     assert "" in accelerate(layer).replaced
     x = torch.randn(shape, dtype=torch.float64)
     context = [torch.randn(len(x), 3, dtype=torch.float64)] if len(shape) == 2 else []
-    assert_same(layer, theirs, x, *context)
+    assert_both_ways(layer, theirs, x, *context)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -84,29 +70,23 @@ def test_convolutions_of_nflows(training: bool) -> None:
         x = torch.randn(IMAGES, dtype=torch.float64)
         with torch.set_grad_enabled(not cached):
             if not cached:
-                assert_same(layer, theirs, x)
+                assert_both_ways(layer, theirs, x)
             else:
                 torch.testing.assert_close(layer(x), theirs(x))
                 assert (layer.cache.weight is not None) is not training
 
 
-@pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=str)
-def test_actnorms_of_nflows(shape: tuple[int, ...]) -> None:
-    layer = at_work(t.ActNorm(6))
-    theirs = copy.deepcopy(layer)
-    assert accelerate(layer).replaced
-    assert_same(layer, theirs, torch.randn(shape, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv", None])
-@pytest.mark.parametrize("options", [{}, {"use_lu": False}, {"net_actnorm": True, "leaky": 0.2}], ids=str)
-@pytest.mark.parametrize("channels", [4, 5])
+@pairs(
+    pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv", None]),
+    pytest.mark.parametrize("options", [{}, {"use_lu": False}, {"net_actnorm": True, "leaky": 0.2}], ids=str),
+    pytest.mark.parametrize("channels", [4, 5]),
+)
 def test_blocks_of_normflows(scale_map: str | None, options: dict[str, Any], channels: int) -> None:
     scale = {"scale": False} if scale_map is None else {"scale_map": scale_map}
     block = at_work(normflows.flows.GlowBlock(channels, 6, init_zeros=False, **scale, **options))
     theirs = copy.deepcopy(block)
     assert accelerate(block).replaced == {"": "GlowBlock"}
-    assert_same(block, theirs, torch.randn(3, channels, 4, 5, dtype=torch.float64))
+    assert_both_ways(block, theirs, torch.randn(3, channels, 4, 5, dtype=torch.float64))
 
 
 def test_what_stays_theirs() -> None:
@@ -125,7 +105,7 @@ def test_what_stays_theirs() -> None:
         assert reason in done.left[""], name
 
 
-@pytest.mark.parametrize("memory", [None, *MEMORIES], ids=str)
+@pytest.mark.parametrize("memory", MEMORIES, ids=str)
 @pytest.mark.parametrize("name", ["nflows", "normflows", "normflows net_actnorm"])
 def test_models_that_wait_for_data(name: str, memory: str | None) -> None:
     """The first batch is seen by the library's own layers; from then on ours run, joined."""
@@ -174,16 +154,6 @@ def test_where_ours_would_be_slower_their_own_code_runs() -> None:
         with torch.set_grad_enabled(x.dim() == 2):
             for value, wanted in zip(model(x), theirs(x), strict=True):
                 assert torch.equal(value, wanted)
-
-
-def test_a_flow_that_splits_is_not_joined() -> None:
-    flow = t.MultiscaleCompositeTransform(2)
-    shape = (4, 4, 4)
-    for _ in range(2):
-        shape = flow.add_transform(t.AffineCouplingTransform(mask(shape[0], "halves"), ContextNet), shape)
-    done = accelerate(flow, "reversible")
-    assert not done.joined
-    assert all("splits after each" in reason for name, reason in done.left.items() if name.count(".") == 1)
 
 
 def test_a_net_in_lower_precision_and_an_empty_batch() -> None:

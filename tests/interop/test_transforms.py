@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.export_cases import ACCELERATED, tensors
+from support.export_cases import ACCELERATED
+from support.helpers import tensors
 from torch import Tensor
 
 from pyglow_fast import ops

@@ -1,4 +1,4 @@
-"""Small models of normflows, nflows and FrEIA that ``accelerate`` takes over, and their losses."""
+"""Small models of normflows, nflows and FrEIA that ``accelerate`` takes over, and what two of them must agree in."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import nflows.transforms
 import normflows
 import torch
 from torch import Tensor, nn
+
+from support.helpers import tensors
 
 MEMORIES = (None, "store", "checkpoint", "reversible")
 HIDDEN = 8
@@ -45,15 +47,20 @@ class ContextNet(nn.Module):
         return third(torch.relu(second(torch.relu(first(inputs)))))
 
 
-class LeakyContextNet(nn.Module):
-    """A net with activations of two slopes, as modules, which the test may make one."""
+class WithContext(nn.Module):
+    """A net of images that takes a context and does not read it."""
 
-    def __init__(self, c_in: int, c_out: int, slopes: tuple[float, float] = (0.01, 0.01)) -> None:
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        self.body = subnet(c_in, c_out, *map(nn.LeakyReLU, slopes))
+        self.body = body
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.body(inputs)
+        out: Tensor = self.body(inputs)
+        return out
+
+
+def leaky_context_net(c_in: int, c_out: int) -> nn.Module:
+    return WithContext(leaky_subnet(c_in, c_out))
 
 
 def from_normflows(levels: int = 2, steps: int = 3, **options: Any) -> nn.Module:
@@ -78,14 +85,10 @@ def mask(channels: int, cut: str) -> Tensor:
     return (half if cut == "halves" else torch.arange(channels) % 2 == 1).float()
 
 
-def from_nflows(
-    cut: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet, runs: int = 1
-) -> nn.Module:
-    """Make runs of steps, with a Sigmoid, which is in no run, between two of them."""
+def from_nflows(cut: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet) -> nn.Module:
     t = nflows.transforms
     parts: list[nn.Module] = [t.SqueezeTransform()]
-    for i in range(runs * steps):
-        parts += [t.Sigmoid()] if i and i % steps == 0 else []
+    for _ in range(steps):
         parts += [t.ActNorm(12), t.OneByOneConvolution(12), t.AffineCouplingTransform(mask(12, cut), net)]
     base = nflows.distributions.StandardNormal([12, 4, 4])
     return nflows.flows.Flow(t.CompositeTransform(parts), base)
@@ -112,25 +115,10 @@ def freia_loss(model: Any, x: Tensor) -> Tensor:
     return (z.square().flatten(1).sum(1) / 2 - log_det).mean()
 
 
-CASES: dict[str, tuple[Callable[..., nn.Module], Callable[[Any, Tensor], Tensor], int]] = {
-    "normflows": (from_normflows, normflows_loss, 6),
-    "normflows plain exp": (lambda: from_normflows(use_lu=False, scale_map="exp"), normflows_loss, 6),
-    "normflows additive": (lambda: from_normflows(scale=False), normflows_loss, 6),
-    "normflows net_actnorm": (lambda: from_normflows(net_actnorm=True), normflows_loss, 6),
-    "normflows leaky": (lambda: from_normflows(leaky=0.1), normflows_loss, 6),
-    "normflows leaky net_actnorm": (lambda: from_normflows(leaky=0.1, net_actnorm=True), normflows_loss, 6),
-    "nflows": (from_nflows, nflows_loss, 3),
-    "nflows alternating": (lambda: from_nflows("alternating"), nflows_loss, 3),
-    "nflows alternating, two runs": (lambda: from_nflows("alternating", 2, runs=2), nflows_loss, 4),
-    "nflows leaky": (lambda: from_nflows(net=LeakyContextNet), nflows_loss, 3),
-    "FrEIA": (from_freia, freia_loss, 3),
-    "FrEIA leaky": (lambda: from_freia(net=leaky_subnet), freia_loss, 3),
-    "FrEIA soft": (lambda: from_freia(permute_soft=True), freia_loss, 3),
-    "FrEIA reverse householder": (
-        lambda: from_freia(learned_householder_permutation=2, reverse_permutation=True),
-        freia_loss,
-        3,
-    ),
+LIBRARIES: dict[str, tuple[Callable[..., nn.Module], Callable[[Any, Tensor], Tensor]]] = {
+    "normflows": (from_normflows, normflows_loss),
+    "nflows": (from_nflows, nflows_loss),
+    "FrEIA": (from_freia, freia_loss),
 }
 
 
@@ -138,30 +126,54 @@ def images(n: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=dtype) - 0.5
 
 
-def prepared(name: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor], int]:
-    """A model that has seen data, with weights at work, in float64."""
-    make, loss, steps = CASES[name]
+def prepared(name: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
+    """A model of a library that has seen data, with weights at work, in float64, and its loss."""
+    make, loss = LIBRARIES[name]
     torch.manual_seed(3)
     model = make().double()
     with torch.no_grad():
         loss(model, images(16))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model, loss, steps
+    return noisy(model), loss
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
-
-
-def noisy(model: nn.Module) -> nn.Module:
+def noisy(model: nn.Module, spread: float = 0.05) -> nn.Module:
     """Turn a model to float64 with weights at work; whoever wants actnorms initialised does it before."""
     model = model.double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+                parameter.add_(spread * torch.randn_like(parameter))
     return model
+
+
+def results(model: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+    """What ``call(model, *inputs)`` gives, and the gradients of inputs and parameters, zeros where there is none."""
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    values = list(tensors(call(model, *leaves)))
+    wanted = [*leaves, *(value for value in model.parameters() if value.requires_grad)]
+    total = sum(((i + 1.0) * value.sin()).sum() for i, value in enumerate(values))
+    grads = torch.autograd.grad(total, wanted, allow_unused=True)
+    zeros = (torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, grads, strict=True))
+    return [*(value.detach() for value in values), *zeros]
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> None:
+    """Check that both give the same results to 1e-9, the largest values of these small flows being about 1."""
+    for value, wanted in zip(results(ours, call, *inputs), results(theirs, call, *inputs), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    """How much autograd keeps of a run for its backward, parameters left out."""
+    own = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        run()
+    return sum(seen.values())

@@ -14,21 +14,11 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.interop.accelerate import accelerate
+from support.accelerate_cases import ContextNet, subnet
+from support.gradients import perturbed
+from support.helpers import tensors
 
 Case = tuple[nn.Module, Tensor]
-
-
-def subnet(in_channels: int, out_channels: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(in_channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, out_channels, 3, padding=1))
-
-
-class UserNet(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.net = subnet(in_channels, out_channels)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.net(x)
 
 
 class InverseOrder(nn.Module):
@@ -58,29 +48,15 @@ class LikelihoodMap(nn.Module):
         return -0.5 * z.square().mean(1, keepdim=True), log_det
 
 
-class LogProb(nn.Module):
-    def __init__(self, glow: pgf.Glow) -> None:
+class Called(nn.Module):
+    """One method of a module, as a module."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
-        self.glow = glow
+        self.module, self.method = module, method
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.glow.log_prob(x)
-
-
-class Inverse(nn.Module):
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, z: Tensor) -> Any:
-        return self.layer.inverse(z)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    def forward(self, x: Tensor) -> Any:
+        return getattr(self.module, self.method)(x)
 
 
 def features() -> Tensor:
@@ -92,7 +68,7 @@ def freia(memory: str | None = None, **options: Any) -> Case:
     for soft in (True, False):
         flow.append(Fm.AllInOneBlock, subnet_constructor=subnet, permute_soft=soft, **options)
     accelerate(flow, memory)
-    return LikelihoodMap(randomised(flow)).eval(), features()
+    return LikelihoodMap(perturbed(flow)).eval(), features()
 
 
 def normflows(memory: str | None = None, use_lu: bool = True) -> Case:
@@ -100,31 +76,31 @@ def normflows(memory: str | None = None, use_lu: bool = True) -> Case:
     accelerate(model, memory)
     with torch.no_grad():
         model(x)
-    return randomised(model).eval(), x
+    return perturbed(model).eval(), x
 
 
 def nflows(memory: str | None = None) -> Case:
     layers = []
     for mask in ([0, 1, 0, 1], [1, 0, 1, 0]):
         layers += [transforms.ActNorm(4), transforms.OneByOneConvolution(4)]
-        layers += [transforms.AffineCouplingTransform(torch.tensor(mask), UserNet)]
+        layers += [transforms.AffineCouplingTransform(torch.tensor(mask), ContextNet)]
     model, x = transforms.CompositeTransform(layers), features()
     model.train()(x)
     accelerate(model, memory)
-    return randomised(model).eval(), x
+    return perturbed(model).eval(), x
 
 
 def glow(frozen: bool = False, **options: Any) -> Case:
     model = pgf.Glow(image_shape=(2, 8, 8), n_levels=2, n_steps=2, hidden=8, **options)
     x = torch.rand(3, 2, 8, 8) - 0.5
     model.initialize(x)
-    randomised(model).eval()
-    return LogProb(model.freeze() if frozen else model), x
+    perturbed(model).eval()
+    return Called(model.freeze() if frozen else model, "log_prob"), x
 
 
 def layer(made: nn.Module, inverse: bool = False) -> Case:
-    randomised(made).eval()
-    return (Inverse(made) if inverse else made), features()
+    perturbed(made).eval()
+    return (Called(made, "inverse") if inverse else made), features()
 
 
 def _step() -> pgf.FlowStep:
@@ -187,13 +163,9 @@ def dynamic_shapes(name: str) -> tuple[dict[int, Any], ...]:
     return ({0: auto} if "glow" in name or "frozen" in name else {0: auto, 2: auto, 3: auto},)
 
 
-def tensors(out: Any) -> list[Tensor]:
-    return [leaf.detach() for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-
-
 def assert_same(found: Any, expected: Any) -> None:
     """Check values to 1e-4 of the largest of each tensor, or of 1 where all are small: as exports promise."""
-    for got, exact in zip(tensors(found), tensors(expected), strict=True):
+    for got, exact in zip(map(Tensor.detach, tensors(found)), map(Tensor.detach, tensors(expected)), strict=True):
         assert got.shape == exact.shape
         assert got.isfinite().all()
         assert float((got - exact).abs().max()) <= 1e-4 * max(1.0, float(exact.abs().max()))

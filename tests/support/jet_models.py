@@ -188,12 +188,3 @@ class ImageFlow(nn.Module):
             z, log_det = coupling.inverse(z, context=context)
             total = total + log_det
         return z, total
-
-
-MODELS = {
-    "projected": lambda: (ProjectedFlow(6, 8, 7), (6, 8)),
-    "projected-factor": lambda: (ProjectedFlow(4, 4, 3, scale_factor=0.7), (4, 4)),
-    "images": lambda: (ImageFlow((4, 6, 3), 2, 6), (4, 6, 3)),
-    "images-pixels": lambda: (ImageFlow((2, 4, 6), 1, 5), (2, 4, 6)),
-    "images-masking": lambda: (ImageFlow((4, 4, 2), 2, 3, "masking"), (4, 4, 2)),
-}

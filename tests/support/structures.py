@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from support.accelerate_cases import LeakyContextNet, from_freia, from_nflows, from_normflows, leaky_subnet, subnet
+from support.accelerate_cases import from_freia, from_nflows, from_normflows, leaky_context_net, leaky_subnet, subnet
 from support.freia_copies import Block, LaterBlock
-from support.glow_tts_cases import TextDecoder, TextInvConv, mask_of_lengths, moved
+from support.glow_tts_cases import TextDecoder, mask_of_lengths, moved
 from support.jet_models import ImageFlow, ProjectedFlow
 from support.srflow import FlowStep, FlowUpsamplerNet, randomised
 
@@ -299,13 +299,15 @@ def plain(
 # Glow-TTS
 
 
-def of_glow_tts(name: str, cond: int = 0, **options: Any) -> Structure:
+def of_glow_tts(
+    name: str, decoder: Callable[[], nn.Module], channels: int = 4, cond: int = 0, parametrized: bool = False
+) -> Structure:
     lengths, total = (680, 679, 431), 680  # in batches of fewer positions the decoder's own code runs
 
     def build() -> nn.Module:
-        model: nn.Module = moved(TextDecoder(4, 6, 3, kernel=3, rate=2, layers=2, cond=cond, **options)).double()
+        model: nn.Module = moved(decoder()).double()
         for module in model.modules():
-            if isinstance(module, TextInvConv):  # theirs would be rounded to float32
+            if hasattr(module, "weight_inv"):  # theirs would be rounded to float32
                 module.weight_inv = nn.Parameter(torch.inverse(module.weight.detach()), requires_grad=False)
         return model
 
@@ -316,16 +318,20 @@ def of_glow_tts(name: str, cond: int = 0, **options: Any) -> Structure:
     return Structure(
         f"glow-tts-{name}",
         build,
-        [(4, total)],
+        [(channels, total)],
         lambda model, data, c: model(data[0], c[0], *c[1:]),
         lambda model, found, c: model(found[0], c[0], *c[1:], reverse=True),
         3,
         given,
         masked=True,
         inverse_gradients=False,
-        copies=options.get("norm") == "parametrized",
-        pickles=options.get("norm") != "parametrized",
+        copies=parametrized,
+        pickles=not parametrized,
     )
+
+
+def text_decoder(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: TextDecoder(4, 6, 3, kernel=3, rate=2, layers=2, **options)
 
 
 # chaiyujin's steps, which their model calls one by one, and SRFlow's model of them
@@ -380,7 +386,7 @@ STRUCTURES = [
     of_normflows("additive", scale=False),
     of_normflows("leaky-net-actnorm", leaky=0.1, net_actnorm=True),
     of_nflows("halves", lambda: from_nflows()._transform, (3, 8, 8), 3),
-    of_nflows("alternating-leaky", lambda: from_nflows("alternating", net=LeakyContextNet)._transform, (3, 8, 8), 3),
+    of_nflows("alternating-leaky", lambda: from_nflows("alternating", net=leaky_context_net)._transform, (3, 8, 8), 3),
     of_nflows("context", nflows_with_context, (4, 5, 6), 2, cond=3),
     of_nflows("vectors", nflows_of_vectors, (6,), 2),
     of_freia("freia", from_freia, (3, 8, 8), 3),
@@ -413,8 +419,13 @@ STRUCTURES = [
         lambda model, found, _: model(found[:-1], rev=True),
         5,
     ),
-    of_glow_tts("weight-norm"),
-    of_glow_tts("speaker-parametrized", cond=3, norm="parametrized", sigmoid_scale=True),
+    of_glow_tts("weight-norm", text_decoder()),
+    of_glow_tts(
+        "speaker-parametrized",
+        text_decoder(cond=3, norm="parametrized", sigmoid_scale=True),
+        cond=3,
+        parametrized=True,
+    ),
     of_chaiyujin("affine"),
     of_chaiyujin("lu-additive", LU_decomposed=True, flow_coupling="additive"),
     of_chaiyujin("shuffle", flow_permutation="shuffle"),
