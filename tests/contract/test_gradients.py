@@ -111,9 +111,7 @@ def test_every_kind_of_step(
         assert (own.memory_report()["trips"] > 0) == (memory is REDONE)
 
 
-@pytest.mark.parametrize(
-    "name", ["sequence-injectors-store", "sequence-without-couplings", "sequence-of-modules-store"]
-)
+@pytest.mark.parametrize("name", ["sequence-injectors", "sequence-without-couplings", "sequence-of-modules"])
 def test_every_kind_of_run(name: str) -> None:
     """Injectors alone, steps without couplings, other layers between."""
     case = next(case for case in BIJECTIONS if case.name == name)

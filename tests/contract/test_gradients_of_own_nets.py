@@ -173,12 +173,6 @@ NETS: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_nets(name: str) -> None:
-    """Coupling nets of a user's own, which share, repeat, checkpoint, nest or write, by torch.autograd.grad."""
-    assert_stored_gradients(with_nets(*NETS[name]()).eval(), batch())
-
-
 def accumulated(model: nn.Module, x: Tensor) -> Gradients:
     """The gradients as ``backward()`` leaves them in the parameters."""
     model.zero_grad()
@@ -189,11 +183,14 @@ def accumulated(model: nn.Module, x: Tensor) -> Gradients:
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_nets_that_are_trained(name: str, hooked: bool) -> None:
-    """With ``backward()`` rather than ``torch.autograd.grad``: else a part of a user's net would never be trained.
+    """Nets of a user's own, which share, repeat, checkpoint, nest or write, by autograd.grad and by ``backward()``.
 
-    Hooks on parameters are called once, with the whole gradient.
+    Else a part of a user's net would never be trained. Hooks on parameters are called once, with the whole gradient.
     """
     sequence, x = with_nets(*NETS[name]()).eval(), batch()
+    if not hooked:
+        assert_stored_gradients(sequence, x)
+        sequence.memory = "store"
     expected, calls = accumulated(sequence, x), 0
 
     def doubled(grad: Tensor) -> Tensor:

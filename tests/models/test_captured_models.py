@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
 import torch
-from support.captures import Recording, capture_guard, like_a_gpu, own_factorisations
+from support.captures import Recording, capture_guard, like_a_gpu
 from support.covering import pairs
 from support.glow_settings import CALM, CONFIGS, Setting
 from support.library_ops import use_library
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast import ops
 
 MEMORY = ("store", "checkpoint", "reversible")
 
@@ -73,21 +71,20 @@ def assert_replays(setting: Setting, replays: int = 3) -> None:
 @pairs(
     pytest.mark.parametrize("name", list(CONFIGS)),
     pytest.mark.parametrize("memory", MEMORY),
-    pytest.mark.parametrize("by", ["kernels", "library nets", "reference"]),
+    pytest.mark.parametrize("library_nets", [False, True]),
     pytest.mark.parametrize("deferred", [False, True]),
 )
-def test_every_kind(name: str, memory: str, by: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By: on a GPU there are the kernels beside library nets, and the reference where there is no kernel."""
-    if by != "kernels":
+def test_every_kind(
+    name: str, memory: str, library_nets: bool, deferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the nets are the library's, beside the kernels."""
+    if library_nets:
         use_library(monkeypatch)
-    if by == "reference":
-        monkeypatch.setattr(ops, "run_on", lambda x: False)
     setting = Setting(name, spread=CALM)
     setting.model.memory = memory
     for sequence in setting.model._sequences():
         sequence.control.deferred = deferred
-    with own_factorisations() if by == "reference" else contextlib.nullcontext():
-        assert_replays(setting)
+    assert_replays(setting)
 
 
 @pytest.mark.full

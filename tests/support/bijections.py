@@ -17,6 +17,7 @@ import pyglow_fast as pgf
 from pyglow_fast.layers import FlowLayer, GroupedInvConv, MaskedSequence, WaveNet
 from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
 
+PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 _INJECTED: dict[str, Any] = {"cond_channels": 2, "net_actnorm": True}
 
 
@@ -160,8 +161,7 @@ BIJECTIONS = [
             lambda scale_map=scale_map, order=order: _coupling(4, scale_map=scale_map, order=order),
             (4, 3, 2),
         )
-        for scale_map in SCALE_MAPS
-        for order in ORDERS
+        for scale_map, order in zip(SCALE_MAPS, 2 * ORDERS, strict=True)
     ),
     Bijection("coupling-eps", lambda: _coupling(4, scale_eps=0.2, scale_bias=-1.0), (4, 3, 2)),
     Bijection("coupling-factor", lambda: _coupling(4, scale_factor=2.0, scale_bias=0.0), (4, 3, 2)),
@@ -176,17 +176,13 @@ BIJECTIONS = [
             lambda parity=parity, coupling=coupling: _checkerboard(3, coupling, parity=parity),
             (3, 4, 3),
         )
-        for parity in (0, 1)
-        for coupling in ("affine", "additive")
+        for parity, coupling in ((0, "affine"), (1, "additive"))
     ),
     Bijection("coupling-checkerboard-1d", lambda: _checkerboard(2, dims=1, scale_map="exp"), (2, 6)),
     Bijection("coupling-checkerboard-3d", lambda: _checkerboard(1, dims=3, parity=1), (1, 4, 3, 2)),
     Bijection("coupling-checkerboard-cond", lambda: _checkerboard(2, cond_channels=1), (2, 4, 3), (1, 4, 3)),
     Bijection("step-checkerboard", lambda: pgf.FlowStep(3, 5, mask="checkerboard", net_actnorm=True), (3, 4, 3)),
-    *(
-        Bijection(f"sequence-checkerboard-{memory}", lambda memory=memory: _boards(memory), (3, 4, 3))
-        for memory in ("reversible", "checkpoint", "store")
-    ),
+    Bijection("sequence-checkerboard", lambda: _boards("reversible"), (3, 4, 3)),
     Bijection("sequence-checkerboard-cond", lambda: _boards("reversible", cond_channels=1), (3, 4, 2), (1, 4, 2)),
     *(
         Bijection(
@@ -196,8 +192,7 @@ BIJECTIONS = [
             ),
             (4, 2, 3),
         )
-        for permutation in ("invconv", "invconv_plain", "shuffle", "reverse")
-        for coupling in ("affine", "additive")
+        for permutation, coupling in zip(PERMUTATIONS, 2 * ("affine", "additive"), strict=True)
     ),
     Bijection("step-net-actnorm", lambda: pgf.FlowStep(4, 5, net_actnorm=True), (4, 3, 2)),
     Bijection("step-cond", lambda: pgf.FlowStep(4, 5, net_actnorm=True, cond_channels=1), (4, 3, 2), (1, 3, 2)),
@@ -223,20 +218,11 @@ BIJECTIONS = [
         Bijection(f"sequence-{memory}", lambda memory=memory: _sequence(memory), (4, 2, 3))
         for memory in ("reversible", "checkpoint", "store")
     ),
-    *(
-        Bijection(f"sequence-wavenet-{memory}", lambda memory=memory: _wavenets(memory), (4, 7), (2, 7))
-        for memory in ("reversible", "checkpoint", "store")
-    ),
+    Bijection("sequence-wavenet", lambda: _wavenets("reversible"), (4, 7), (2, 7)),
     Bijection("sequence-strips", lambda: _sequence("reversible", memory_budget=1), (4, 7, 2)),
     Bijection("sequence-cond", lambda: _sequence("reversible", cond_channels=1), (4, 2, 3), (1, 2, 3)),
-    *(
-        Bijection(f"sequence-of-modules-{memory}", lambda memory=memory: _modules(memory), (4, 3, 2))
-        for memory in ("reversible", "checkpoint", "store")
-    ),
-    *(
-        Bijection(f"sequence-injectors-{memory}", lambda memory=memory: _injected(memory), (4, 2, 3), (2, 2, 3))
-        for memory in ("reversible", "checkpoint", "store")
-    ),
+    Bijection("sequence-of-modules", lambda: _modules("store"), (4, 3, 2)),
+    Bijection("sequence-injectors", lambda: _injected("store"), (4, 2, 3), (2, 2, 3)),
     Bijection("sequence-injectors-strips", lambda: _injected("reversible", 1), (4, 7, 2), (2, 7, 2)),
     Bijection("sequence-without-couplings", lambda: _sequence("reversible", coupling="none"), (4, 2, 3)),
     Bijection("squeeze", lambda: pgf.Squeeze(), (2, 4, 2)),
@@ -276,8 +262,5 @@ BIJECTIONS = [
     ),
     Bijection("glow-own-nets", lambda: _glow(image_shape=(2, 4, 4), n_checkerboard=1, net=_net), (2, 4, 4)),
     Bijection("glow-without-splits", lambda: _glow(image_shape=(1, 4, 4), n_splits=0, learn_top=False), (1, 4, 4)),
-    Bijection("glow-additive", lambda: _glow(image_shape=(1, 4, 4), coupling="additive"), (1, 4, 4)),
     Bijection("glow-shuffle", lambda: _glow(image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"), (1, 4, 4)),
-    Bijection("glow-plain", lambda: _glow(image_shape=(1, 4, 4), permutation="invconv_plain"), (1, 4, 4)),
-    Bijection("glow-fixed-prior", lambda: _glow(image_shape=(1, 4, 4), learn_prior=False), (1, 4, 4)),
 ]

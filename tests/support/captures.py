@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -270,53 +270,3 @@ def drifting(patch: pytest.MonkeyPatch, like: Tensor) -> Tensor:
 
     patch.setattr(steps, "coupling_backward_from_output", wrong)
     return factor
-
-
-_library_inv, _library_slogdet = torch.linalg.inv, torch.linalg.slogdet
-
-
-@torch.library.custom_op("pyglow_tests::inv", mutates_args=())
-def _inv(matrix: Tensor) -> Tensor:
-    return _library_inv(matrix)
-
-
-@torch.library.custom_op("pyglow_tests::log_abs_det", mutates_args=())
-def _log_abs_det(matrix: Tensor) -> Tensor:
-    return _library_slogdet(matrix).logabsdet.clone()
-
-
-def _keep_matrix(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _log_abs_det_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return grad[..., None, None] * _inv(*ctx.saved_tensors).mT
-
-
-_log_abs_det.register_autograd(_log_abs_det_backward, setup_context=_keep_matrix)
-
-
-class _Found(NamedTuple):
-    inverse: Tensor
-    info: Tensor
-
-
-class _SlogDet(NamedTuple):
-    sign: None
-    logabsdet: Tensor
-
-
-def _inv_ex(matrix: Tensor) -> _Found:
-    return _Found(_inv(matrix), matrix.new_zeros(matrix.shape[:-2], dtype=torch.int))
-
-
-def _slogdet(matrix: Tensor) -> _SlogDet:
-    return _SlogDet(None, _log_abs_det(matrix))
-
-
-@contextlib.contextmanager
-def own_factorisations() -> Iterator[None]:
-    """A context in which torch's inverses and log-determinants, which the reference calls, pass the guard as ops."""
-    own = {"inv_ex": _inv_ex, "slogdet": _slogdet}
-    with mock.patch.multiple(torch.linalg, **own):
-        yield

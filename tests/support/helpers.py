@@ -190,26 +190,47 @@ def assert_repeatable(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -
         assert torch.equal(first, second), "two runs differ"
 
 
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x (N, C, *spatial) in other memory, which is NaN between and beside them.
+
+    Args:
+        x: any tensor of two or more dimensions.
+        layout: "contiguous"; "channels_last"; "channel_slice": the middle channels of a larger contiguous tensor;
+            "channels_last_slice": the same of a channels-last one; "ragged_samples": a gap of one element after each
+            sample; "offset": contiguous, but starting one element after a 16-byte boundary; "strided": every second
+            element along every dimension; "batch_innermost"; "channels_inside": between the spatial dimensions, so that
+            no single stride walks the positions; "transposed": the last two dimensions exchanged.
+    """
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout.endswith("slice"):
+        beside = x.new_full((x.shape[0], 4, *x.shape[2:]), torch.nan)
+        whole = torch.cat([beside, x, beside], dim=1)
+        return (whole if layout == "channel_slice" else laid_out(whole, "channels_last"))[:, 4:-4]
+    if layout == "ragged_samples":
+        size = math.prod(x.shape[1:])
+        return x.new_full((x.shape[0], size + 1), torch.nan)[:, :size].unflatten(1, x.shape[1:]).copy_(x)
+    if layout == "offset":
+        return x.new_full((x.numel() + 1,), torch.nan)[1:].view(x.shape).copy_(x)
+    if layout == "strided":
+        every_second = tuple([slice(1, None, 2)] * x.dim())
+        return x.new_full([2 * size for size in x.shape], torch.nan)[every_second].copy_(x)
+    if layout == "batch_innermost":
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == "channels_inside":
+        return x.movedim(1, min(2, x.dim() - 1)).contiguous().movedim(min(2, x.dim() - 1), 1)
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    assert layout == "contiguous"
+    return x.contiguous()
+
+
 def memory_layouts(x: Tensor) -> dict[str, Tensor]:
-    """Lay out the values in other ways: strided slices, batch innermost, an offset, channels_last."""
-    sliced = x.new_zeros([2 * size for size in x.shape])
-    window = tuple([slice(1, None, 2)] * x.dim())
-    sliced[window] = x
-    layouts = {
-        "slice": sliced[window],
-        "batch innermost": x.movedim(0, -1).contiguous().movedim(-1, 0),
-        "offset": torch.cat([x.new_zeros(1, *x.shape[1:]), x])[1:],
-    }
+    """Lay out the values in each way that keeps no single stride, or another order of the dimensions."""
+    names = ["strided", "batch_innermost", "offset"]
     if x.dim() >= 4 and x.numel():
-        # Channels between the spatial dimensions in memory: no single stride walks the positions, and torch.empty_like
-        # would give outputs the same order.
-        order = [0, 2, 1, *range(3, x.dim())]
-        layouts["channels inside"] = x.permute(order).contiguous().permute(order)
-    if x.dim() == 4:
-        layouts["channels_last"] = x.contiguous(memory_format=torch.channels_last)
-    if x.dim() == 5:
-        layouts["channels_last_3d"] = x.contiguous(memory_format=torch.channels_last_3d)
-    return layouts
+        names += ["channels_inside", "channels_last"]
+    return {name: laid_out(x, name) for name in names}
 
 
 def assert_layouts_equal(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:

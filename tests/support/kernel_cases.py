@@ -13,7 +13,7 @@ from torch import Tensor
 from pyglow_fast import ops
 from pyglow_fast.reference import ORDERS, CouplingSpec
 from support import reference_ops
-from support.helpers import assert_close, assert_kernel_close
+from support.helpers import assert_close, assert_kernel_close, laid_out
 
 DTYPES = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]
@@ -68,41 +68,6 @@ def option(name: str, values: Sequence[Any]) -> pytest.MarkDecorator:
 
 dtypes, shapes, specs = option("dtype", DTYPES), option("shape", SHAPES), option("spec", SPECS)
 layouts, gathers = option("layout", LAYOUTS), option("gathers", [False, True])
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The values of x (N, C, *spatial) in other memory, which is NaN between and beside them.
-
-    Args:
-        x: any tensor of two or more dimensions.
-        layout: "contiguous"; "channels_last"; "channel_slice": the middle channels of a larger contiguous tensor;
-            "channels_last_slice": the same of a channels-last one; "ragged_samples": a gap of one element after each
-            sample; "offset": contiguous, but starting one element after a 16-byte boundary; "strided": every second
-            element along every dimension; "batch_innermost"; "channels_inside": between the spatial dimensions, so that
-            no single stride walks the positions; "transposed": the last two dimensions exchanged.
-    """
-    if layout == "channels_last":
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout.endswith("slice"):
-        beside = x.new_full((x.shape[0], 4, *x.shape[2:]), torch.nan)
-        whole = torch.cat([beside, x, beside], dim=1)
-        return (whole if layout == "channel_slice" else laid_out(whole, "channels_last"))[:, 4:-4]
-    if layout == "ragged_samples":
-        size = math.prod(x.shape[1:])
-        return x.new_full((x.shape[0], size + 1), torch.nan)[:, :size].unflatten(1, x.shape[1:]).copy_(x)
-    if layout == "offset":
-        return x.new_full((x.numel() + 1,), torch.nan)[1:].view(x.shape).copy_(x)
-    if layout == "strided":
-        every_second = tuple([slice(1, None, 2)] * x.dim())
-        return x.new_full([2 * size for size in x.shape], torch.nan)[every_second].copy_(x)
-    if layout == "batch_innermost":
-        return x.movedim(0, -1).contiguous().movedim(-1, 0)
-    if layout == "channels_inside":
-        return x.movedim(1, min(2, x.dim() - 1)).contiguous().movedim(min(2, x.dim() - 1), 1)
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    assert layout == "contiguous"
-    return x.contiguous()
 
 
 class Kernels:
