@@ -277,7 +277,10 @@ class Place:
             except UnfitError:  # before anything was computed but maps
                 pass
         read = self.row.calls[method](self.layer, *args, **kwargs)
-        backwards = read is not None and read.inverse != self.from_latents
+        if read is not None:
+            backwards = read.inverse != self.from_latents
+        else:  # not a call for ours, such as of few positions; the libraries name the way back by one of these
+            backwards = method == "inverse" or bool(kwargs.get("rev", kwargs.get("reverse")))
         state, total = args[0], None
         for layer in reversed(self.layers) if backwards else self.layers:
             state, log_det = self.run.alone(layer, method, state, *args[1:], **kwargs)

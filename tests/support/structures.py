@@ -400,6 +400,7 @@ STRUCTURES = [
     ),
     of_freia("freia-glow-couplings", glow_couplings, (4, 5, 6), 0),
     of_freia("freia-volumes", plain((4, 3, 4, 2), net_of_volumes), (4, 3, 4, 2), 3),
+    of_freia("freia-few-positions", plain((8, 2, 2), subnet), (8, 2, 2), 3),  # on which their own blocks run
     of_freia("freia-two-conditions", two_conditions, (4, 5, 6), 4, [(2, 5, 6), (3, 5, 6)]),
     of_freia("freia-git", plain((4, 5, 6), subnet, LaterBlock), (4, 5, 6), 3),
     of_freia("anomalib-fastflow", like_fastflow, (4, 5, 6), 3, pickles=True),
