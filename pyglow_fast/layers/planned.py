@@ -19,7 +19,7 @@ from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.reference import autocast_is_on
 from pyglow_fast.reversible.drift import DriftRecord
-from pyglow_fast.reversible.dry_run import DryRun, twin_of, without_values
+from pyglow_fast.reversible.dry_run import dry_run, twin_of, without_values
 from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
 from pyglow_fast.reversible.setting import memory_text
 
@@ -162,7 +162,7 @@ class _DryStep:
 
     def __init__(self, model: Any, inputs: Inputs, forward: Forward) -> None:
         self._device, self._forward = next(model.parameters()).device, forward
-        with DryRun(self._device):
+        with dry_run(self._device):
             self._twin: Any = twin_of(model)
             known = {id(x): without_values(x) for x in inputs if x is not None}
             self._inputs = [None if x is None else known[id(x)] for x in inputs]
@@ -178,10 +178,10 @@ class _DryStep:
         for run, spacing in zip(self._twin._sequences(), spacings, strict=True):
             run.control.deferred, run.control.learnt = False, DriftRecord(spacing)  # or anchors would move apart
         self._twin._plans.tried = plan
-        with DryRun(self._device) as dry, torch.enable_grad():
+        with dry_run(self._device) as count, torch.enable_grad():
             outputs = [out for out in self._forward(self._twin, self._inputs) if out.requires_grad]
             torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
-            most = dry.most + BESIDE
+            most = int(count.most) + BESIDE
         for x in self._inputs:
             if x is not None:
                 x.grad = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -45,32 +46,20 @@ def _drop_gradient(tensor: Tensor) -> None:
     tensor.grad = None
 
 
-class DryRun:
+@contextlib.contextmanager
+def dry_run(device: torch.device) -> Iterator[Any]:
     """A context in which tensors on "meta" stand for ones on a device and are counted, on this thread.
 
-    Args:
-        device: for which they stand.
+    The count that it gives has the ``most`` bytes so far.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._count = device, require().DryRun(device.type != "cpu")
-        self._alone = contextlib.ExitStack()
-
-    @property
-    def most(self) -> int:
-        """The most bytes so far."""
-        return int(self._count.most)
-
-    def __enter__(self) -> DryRun:
-        state.device = self._device
-        self._count.enter()
+    count = require().DryRun(device.type != "cpu")
+    state.device = device
+    count.enter()
+    try:
         # What looks at values in the caller's ops, gradients and saved tensors is not to see these.
-        self._alone.enter_context(_disable_current_modes())
-        self._alone.enter_context(torch.autograd.set_detect_anomaly(False))
-        self._alone.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._alone.close()
-        self._count.exit()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with _disable_current_modes(), torch.autograd.set_detect_anomaly(False), hooks:
+            yield count
+    finally:
+        count.exit()
         state.device = None
