@@ -37,42 +37,6 @@ def _condition_dims(cond: Tensor, channels: int, spatial: Sequence[int]) -> int:
     return spread if is_map else 1
 
 
-class _Given:
-    """Labels and conditions of a batch, for events of any leading shape that ends in it."""
-
-    def __init__(self, model: Glow, y: Tensor | int | None, cond: Tensor | None) -> None:
-        channels, n_classes = model.config.cond_channels, model.config.n_classes
-        wanted = n_classes is not None
-        expect((y is not None) == wanted, "y", "labels exactly if the model has classes", type(y).__name__)
-        if isinstance(channels, tuple):
-            expect(False, "model", "one with one condition for all levels", "one with a condition of each")
-            raise AssertionError  # for the type checker: refused above
-        expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
-        self.y = None if y is None else torch.as_tensor(y, device=model._parameter().device)
-        if self.y is not None:
-            whole = not self.y.is_floating_point() and self.y.dtype != torch.bool
-            self.y = self.y.long() if whole else self.y
-            check_labels(self.y.flatten(), self.y.numel(), n_classes)
-        self.cond = cond
-        self.cond_dims = 0 if cond is None else _condition_dims(cond, channels, model.config.image_shape[1:])
-        shapes = [Size() if self.y is None else self.y.shape]
-        if cond is not None:
-            shapes.append(cond.shape[: cond.dim() - self.cond_dims])
-        try:
-            self.batch_shape = torch.broadcast_shapes(*shapes)
-        except RuntimeError:
-            expected = f"a batch shape that goes with {tuple(shapes[0])} of y"
-            raise ValueError(f"cond: expected {expected}, found {tuple(shapes[1])}") from None
-
-    def spread(self, lead: Size) -> tuple[Tensor | None, Tensor | None]:
-        """y (n,) and cond (n, C, ...) for events of that leading shape."""
-        y = None if self.y is None else self.y.expand(lead).reshape(-1)
-        if self.cond is None:
-            return y, None
-        rest = self.cond.shape[self.cond.dim() - self.cond_dims :]
-        return y, self.cond.expand(*lead, *rest).reshape(-1, *rest)
-
-
 class GlowTransform(Transform):
     """x = T(eps): every latent z_l = mean_l + exp(log_sd_l) eps_l by its prior, then the inverse flow.
 
@@ -95,18 +59,47 @@ class GlowTransform(Transform):
 
     def __init__(self, model: Glow, y: Tensor | int | None = None, cond: Tensor | None = None) -> None:
         super().__init__()
-        self.model, self._given = model, _Given(model, y, cond)
-        self.event_dims = 1 + model.config.dims
+        self.model, self.event_dims = model, 1 + model.config.dims
         self.sizes = [math.prod(shape) for shape in model.latent_shapes]
         self.domain = constraints.real_vector
         self.codomain = constraints.independent(constraints.real, self.event_dims)
+        channels, n_classes = model.config.cond_channels, model.config.n_classes
+        wanted = n_classes is not None
+        expect((y is not None) == wanted, "y", "labels exactly if the model has classes", type(y).__name__)
+        if isinstance(channels, tuple):
+            expect(False, "model", "one with one condition for all levels", "one with a condition of each")
+            raise AssertionError  # for the type checker: refused above
+        expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
+        self._y = None if y is None else torch.as_tensor(y, device=model._parameter().device)
+        if self._y is not None:
+            whole = not self._y.is_floating_point() and self._y.dtype != torch.bool
+            self._y = self._y.long() if whole else self._y
+            check_labels(self._y.flatten(), self._y.numel(), n_classes)
+        self._cond = cond
+        shapes = [Size() if self._y is None else self._y.shape]
+        if cond is not None:
+            self._cond_dims = _condition_dims(cond, channels, model.config.image_shape[1:])
+            shapes.append(cond.shape[: cond.dim() - self._cond_dims])
+        try:
+            self.batch_shape = torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            expected = f"a batch shape that goes with {tuple(shapes[0])} of y"
+            raise ValueError(f"cond: expected {expected}, found {tuple(shapes[1])}") from None
+
+    def given(self, lead: Size) -> tuple[Tensor | None, Tensor | None]:
+        """Spread y and cond, (n,) and (n, C, ...), over events of a leading shape, which ends in ``batch_shape``."""
+        y = None if self._y is None else self._y.expand(lead).reshape(-1)
+        if self._cond is None:
+            return y, None
+        rest = self._cond.shape[self._cond.dim() - self._cond_dims :]
+        return y, self._cond.expand(*lead, *rest).reshape(-1, *rest)
 
     def call_and_ladj(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Compute T(eps) and log|det dx/deps| in one pass, which zuko asks of a transform."""
         flat, lead = _flat(eps, 1)
         parts = flat.split(self.sizes, dim=1)
         noise = [part.reshape(-1, *shape) for part, shape in zip(parts, self.model.latent_shapes, strict=True)]
-        x, log_det = self.model.from_noise(noise, *self._given.spread(lead))
+        x, log_det = self.model.from_noise(noise, *self.given(lead))
         return x.reshape(*lead, *x.shape[1:]), log_det.reshape(lead)
 
     def _call(self, eps: Tensor) -> Tensor:
@@ -114,7 +107,7 @@ class GlowTransform(Transform):
 
     def _back(self, x: Tensor) -> tuple[Tensor, Tensor]:
         flat, lead = _flat(x, self.event_dims)
-        noise, log_det = self.model.to_noise(flat, *self._given.spread(lead))
+        noise, log_det = self.model.to_noise(flat, *self.given(lead))
         return torch.cat([part.flatten(1) for part in noise], dim=1).reshape(*lead, -1), log_det.reshape(lead)
 
     def _inverse(self, x: Tensor) -> Tensor:
@@ -163,7 +156,7 @@ class GlowDistribution(TransformedDistribution):
     ) -> None:
         transform = GlowTransform(model, y, cond)
         zeros = model._parameter().detach().new_zeros(sum(transform.sizes))
-        noise = Independent(Normal(zeros, zeros + 1), 1).expand(transform._given.batch_shape)
+        noise = Independent(Normal(zeros, zeros + 1), 1).expand(transform.batch_shape)
         super().__init__(noise, [transform], validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GlowDistribution:
@@ -179,4 +172,4 @@ class GlowDistribution(TransformedDistribution):
         _, lead = _flat(value, transform.event_dims)
         lead = torch.broadcast_shapes(lead, self.batch_shape)
         flat, _ = _flat(value.expand(*lead, *value.shape[value.dim() - transform.event_dims :]), transform.event_dims)
-        return transform.model.log_prob(flat, *transform._given.spread(lead)).reshape(lead)
+        return transform.model.log_prob(flat, *transform.given(lead)).reshape(lead)

@@ -292,9 +292,7 @@ class Glow(nn.Module):
         for steps in self.levels[0].children():
             if isinstance(steps, FrozenSteps):  # whose parameters would have to be searched for
                 return steps.like
-        for tensor in self.parameters():
-            return tensor
-        return next(tensor for tensor in self.buffers() if tensor.is_floating_point())
+        return next(self.parameters())
 
     def _check_x(self, x: Tensor, cond: Condition | None) -> list[Tensor | None]:
         """Checks both, and gives the condition of each level."""
