@@ -122,12 +122,9 @@ def raw_maps(steps: Sequence[FlowStep], before: FlowStep | None = None) -> tuple
     parities = _parities(steps)
     parities = [*(parities[:1] if before is None else _parities([before])[-1:]), *parities]
     indices = [layer.gather_index() for layer in layers]
-    known = [index for index in indices if index is not None]
-    gathers = len(known) == k
+    raw = [index for index in indices if index is not None]
     weights_of: WeightsOf | None = None
-    if gathers:
-        raw = known
-    else:
+    if len(raw) < k:
         with full_precision(own[k]):
             raw, weights_of = layers[0].raw_weights(layers)
 
@@ -179,11 +176,6 @@ def _for_masks(maps: ChannelMap, parities: Sequence[int]) -> ChannelMap:
     return ChannelMap(matrix.reshape(k, 2 * channels, 2 * channels), offset, log_det)
 
 
-def fold_steps(steps: Sequence[FlowStep]) -> list[ChannelMap]:
-    """List the maps of :func:`fold_in_one`, one for each coupling and perhaps one behind the last."""
-    return unstack_maps(fold_in_one(steps))
-
-
 def map_bytes(step: FlowStep) -> int:
     """Count the bytes of the channel map of a step; with a checkerboard that of both halves."""
     width = step.channels if step.coupling is None or step.coupling.board is None else 2 * step.channels
@@ -205,7 +197,7 @@ def recomputed(couplings: Sequence[Coupling], budget: str | int, masked: bool = 
 def map_behind(steps: Sequence[FlowStep]) -> ChannelMap | None:
     """The map of the steps behind the last coupling, in one; None if the last step has a coupling."""
     count = len(list(takewhile(lambda step: not step.couplings, reversed(steps))))
-    return fold_steps(steps[-count:])[0] if count else None
+    return unstack_maps(fold_in_one(steps[-count:]))[0] if count else None
 
 
 def maps_log_det(maps: ChannelMap, x: Tensor, masked_by: Tensor | None = None) -> Tensor:

@@ -146,9 +146,7 @@ class FrozenSteps(FlowLayer):
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
         if not squeeze_first:
             check_input("x", x, self.channels, self.like)
-        run = self._run()
-        found = run.entered(x, cond, squeeze_first)
-        return run.forward(found, x, cond, squeeze_first, records=self._records(x, cond))
+        return self._run().forward(x, cond, squeeze_first, records=self._records(x, cond))
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""

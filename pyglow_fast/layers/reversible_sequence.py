@@ -48,14 +48,10 @@ def _is_initialized(step: Any) -> bool:
     return all(getattr(module, "is_initialized", True) for module in step.modules())
 
 
-# A run described for csrc/run; state, condition and whether the state is to be squeezed, as that takes them.
-Entered = tuple[Steps, Tensor, Tensor | None, bool]
-
-
 class Run(NamedTuple):
     """K couplings of one mask with a channel map before each, and perhaps one behind the last, computed together.
 
-    They are computed by csrc/run where :meth:`entered` says so, else in Python over the registered ops.
+    They are computed by csrc/run where it can, else in Python over the registered ops.
 
     Attributes:
         couplings: initialised, but for ActNorms inside their nets.
@@ -63,6 +59,7 @@ class Run(NamedTuple):
         fold: folds all maps in one batch, with a record; stacked.
         behind: folds the map behind the last coupling, or gives None.
         budget: bytes of one net's activations, or "auto".
+        memory: the mode, or bytes, which only csrc/run keeps to.
         masked: x is zero where the first channel of the condition is, and z will be; then without csrc/run.
         kept: gives what the function makes, or made before under that name.
     """
@@ -72,11 +69,14 @@ class Run(NamedTuple):
     fold: Callable[[], ChannelMap]
     behind: Callable[[], ChannelMap | None]
     budget: str | int
+    memory: str | int = "store"
     masked: bool = False
     kept: Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]] = lambda _, make: make()
 
-    def entered(self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False) -> Entered | None:
-        """Describe the run for csrc/run, and bring x and cond into its form; None where it does not compute it.
+    def _entered(
+        self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False
+    ) -> tuple[Steps, Tensor, Tensor | None, bool] | None:
+        """Describe the run for csrc/run; with x, cond and whether to squeeze as that takes them. None: it cannot.
 
         squeezes: x is to be squeezed. backwards: it is the run's output.
         """
@@ -96,7 +96,6 @@ class Run(NamedTuple):
 
     def forward(
         self,
-        found: Entered | None,
         x: Tensor,
         cond: Tensor | None,
         squeezes: bool,
@@ -104,11 +103,12 @@ class Run(NamedTuple):
         control: DriftControl | None = None,
         records: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Map x to z and log_det (N,), given what :meth:`entered` has found for the same x.
+        """Map x to z and log_det (N,).
 
         The mode is "store" where no backward follows; where one may, it ``records``. The control is of "reversible".
         """
-        couplings = self.couplings
+        found, couplings = self._entered(x, cond, squeezes), self.couplings
+        check_runs(found is not None or not couplings or not is_dry(x), self.memory)
         if found is not None:
             own, x, cond, squeezes = found
             if records:
@@ -135,7 +135,7 @@ class Run(NamedTuple):
 
         inverses: of all maps where they are known, stacked: matrices, offsets, log_dets and, of gathers, indices.
         """
-        found = None if records else self.entered(z, cond, False, backwards=True)
+        found = None if records else self._entered(z, cond, False, backwards=True)
         if found is None:
             known = (inverses[0], inverses[3] if len(inverses) > 3 else None) if inverses else None
             return run_couplings_inverse(self.couplings, self.fold(), z, cond, self._chunks(), self.masked, known)
@@ -363,9 +363,7 @@ class ReversibleSequence(FlowLayer):
         control = self.control if mode == "reversible" else None
         if fused:
             run = self._run_of(cast("list[FlowStep]", steps), budget)
-            found = run.entered(x, cond, squeezes)
-            check_runs(found is not None or not run.couplings or not is_dry(x), self.memory)
-            return run.forward(found, x, cond, squeezes, mode, control, records)
+            return run.forward(x, cond, squeezes, mode, control, records)
         check_runs(not is_dry(x), self.memory)
         if mode != "store":
             return run_steps([ModuleStep(step, f"steps[{k}]") for k, step in enumerate(steps)], control, x, cond)
@@ -384,6 +382,7 @@ class ReversibleSequence(FlowLayer):
             lambda: fold_in_one(steps),
             lambda: map_behind(steps),
             budget,
+            self.memory,
             kept=lambda name, make: self._folded.get((name, id(steps[0]), len(steps)), make),
         )
 

@@ -139,7 +139,7 @@ class MaskedSequence(ReversibleSequence):
             mode = self.memory if self._records(x, extra) and not kernels_step_aside() else "store"
             check_runs(isinstance(mode, str), mode)
             control = self.control if mode == "reversible" else None
-            return own.forward(None, x, extra, False, str(mode), control)
+            return own.forward(x, extra, False, str(mode), control)
 
         return run_masked(run, x, cond, mask, [part.spec for part in own.couplings])
 
