@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyglow_fast._captures import Later, can_capture, is_capturing
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.state import holding, without_autocast_cache
+from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.models.prior import check_temperature
 
 if TYPE_CHECKING:
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
     from pyglow_fast.models.glow import Glow
 
 WARM_UPS = 3  # calls before a capture, in which libraries allocate and the anchors' spacing adapts
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_post_accumulate_grad_hooks",
-)
 
 
 class Replays:
@@ -284,10 +278,12 @@ def zeroed(model: Glow) -> Tensor:
 
 def hooks_of(model: nn.Module) -> str:
     """Say that a module or a parameter has hooks, which a replay would not call; "" if none has."""
-    for kind, named in (("module", model.named_modules()), ("parameter", model.named_parameters())):
-        for name, owner in named:
-            if any(getattr(owner, hooks, None) for hooks in _HOOKS):
-                return f"{kind} {name or 'itself'} has hooks"
+    for name, module in model.named_modules():
+        if has_hooks(module):
+            return f"module {name or 'itself'} has hooks"
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"parameter {name} has hooks"
     return ""
 
 
