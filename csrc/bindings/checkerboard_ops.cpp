@@ -1,6 +1,5 @@
 // Checkerboards in two and together again: moves of values, for CPU tensors.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <vector>
 

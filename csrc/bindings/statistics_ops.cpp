@@ -1,7 +1,5 @@
 // The normal log density and samples.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <tuple>
 

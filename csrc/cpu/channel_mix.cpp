@@ -7,8 +7,6 @@
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
 
-constexpr int64_t tile_bytes = 24 * 1024;  // of x: half of a first-level cache of 48 KB
-
 // x - center into rows of its own.
 template <class T>
 Rows<const T> centred_rows(const Squeezed<const T>& x, const Tile& tile, int64_t channels, const T* center, T* room) {
@@ -27,21 +25,17 @@ Rows<const T> centred_rows(const Squeezed<const T>& x, const Tile& tile, int64_t
 template <class T>
 void channel_mix(const ChannelMixArgs<T>& args, const Threads& threads) {
   const int64_t channels = args.channels;
-  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels, tile_bytes);
+  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels);
   if (shape.count() == 0 || channels == 0) return;
   T* packed = static_cast<T*>(thread_scratch(Scratch::partials, packed_size(channels) * sizeof(T)));
   pack_matrix(args.matrix, channels, false, packed);
-  parallel(threads, shape.count(), grain_of(channels * shape.length), [&](int64_t begin, int64_t end) {
-    const int64_t room = channels * shape.length;
-    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 2 * room * sizeof(T)));
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile tile = tile_at<T>(shape, index);
-      const T* center = args.subtract_first ? args.offset : nullptr;
-      const Rows<const T> x = centred_rows(args.x, tile, channels, center, memory);
-      const Rows<T> u = write_rows(args.u, tile, 0, memory + room);
-      product(packed, x, args.subtract_first ? nullptr : args.offset, u, channels, tile.padded);
-      write_back(args.u, tile, 0, channels, u);
-    }
+  const int64_t room = channels * shape.length;
+  for_tiles<T>(shape, threads, channels, 2 * room, [&](const Tile& tile, T* memory) {
+    const T* center = args.subtract_first ? args.offset : nullptr;
+    const Rows<const T> x = centred_rows(args.x, tile, channels, center, memory);
+    const Rows<T> u = write_rows(args.u, tile, 0, memory + room);
+    product(packed, x, args.subtract_first ? nullptr : args.offset, u, channels, tile.padded);
+    write_back(args.u, tile, 0, channels, u);
   });
 }
 
@@ -49,12 +43,11 @@ void channel_mix(const ChannelMixArgs<T>& args, const Threads& threads) {
 template <class T>
 void channel_mix_backward(const ChannelMixBackwardArgs<T>& args, const Threads& threads) {
   const int64_t channels = args.channels;
-  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels, tile_bytes);
+  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels);
   const MixSums<T> sums(shape, channels, packed_size(channels));
   pack_matrix(args.matrix, channels, true, sums.memory());
   const int64_t room = channels * shape.length;
-  sums.add_tiles(threads, 2 * room, 3 * room, [&](int64_t index, T* memory) {
-    const Tile tile = tile_at<T>(shape, index);
+  sums.add_tiles(threads, 2 * room, 3 * room, [&](const Tile& tile, T* memory) {
     const Rows<const T> grad_u = read_rows(args.grad_u, tile, channels, memory + room);
     const Rows<T> grad_x = write_rows(args.grad_x, tile, 0, memory);
     product<T>(sums.memory(), grad_u, nullptr, grad_x, channels, tile.padded);

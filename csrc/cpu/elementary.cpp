@@ -18,36 +18,16 @@ Vec<T> load_valid(const T* from, int64_t valid) {
   return v;
 }
 
+// In the order of Elementary.
+template <class T>
+constexpr Vec<T> (*functions[])(Vec<T>) = {
+    math::exp, math::log, math::log1p_unit, math::tanh, math::atan, math::expm1_negative, math::erf, math::erfc};
+
 template <class T>
 void elementary(const ElementaryArgs<T>& args, const Threads&) {
+  const auto function = functions<T>[static_cast<int>(args.function)];
   for_vectors<T>(args.count, [&](int64_t i, int64_t valid) {
-    Vec<T> v = load_valid(args.x + i, valid);
-    switch (args.function) {
-      case Elementary::exp:
-        v = math::exp(v);
-        break;
-      case Elementary::log:
-        v = math::log(v);
-        break;
-      case Elementary::log1p_unit:
-        v = math::log1p_unit(v);
-        break;
-      case Elementary::tanh:
-        v = math::tanh(v);
-        break;
-      case Elementary::atan:
-        v = math::atan(v);
-        break;
-      case Elementary::expm1_negative:
-        v = math::expm1_negative(v);
-        break;
-      case Elementary::erf:
-        v = math::erf(v);
-        break;
-      case Elementary::erfc:
-        v = math::erfc(v);
-        break;
-    }
+    const Vec<T> v = function(load_valid(args.x + i, valid));
     __builtin_memcpy(args.y + i, &v, valid * sizeof(T));
   });
 }

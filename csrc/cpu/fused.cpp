@@ -10,8 +10,6 @@
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
 
-constexpr int64_t tile_bytes = 24 * 1024;
-
 // The net's output on a tile; raw is not used without a scale.
 template <class T>
 struct NetRows {
@@ -48,25 +46,21 @@ template <ScaleMap Map, Order O, bool Inverse, class T>
 void coupling_mix_tiles(const CouplingMixArgs<T>& args, const Threads& threads) {
   const CouplingArgs<T>& half = args.coupling;
   const int64_t channels = half.channels, transformed = half.transformed, kept = channels - transformed;
-  const TileShape shape = tile_shape<T>(half.samples, half.positions, channels, tile_bytes);
+  const TileShape shape = tile_shape<T>(half.samples, half.positions, channels);
   const int64_t packed_bytes = packed_size(channels) * sizeof(T);
   T* packed = static_cast<T*>(thread_scratch(Scratch::partials, packed_bytes + shape.count() * sizeof(double)));
   double* partials = reinterpret_cast<double*>(packed + packed_size(channels));
   pack_matrix(args.matrix, channels, false, packed);
-  parallel(threads, shape.count(), grain_of(3 * channels * shape.length), [&](int64_t begin, int64_t end) {
-    const int64_t room = channels * shape.length;
-    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, (4 * room + 2 * transformed * shape.length) * sizeof(T)));
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile tile = tile_at<T>(shape, index);
-      const Rows<const T> in = read_rows(half.in, tile, 0, channels, memory);
-      const NetRows<T> net = read_net<Map, T>(half.net_out, tile, transformed, memory + 3 * room);
-      const Rows<T> between{memory + room, tile.padded};
-      partials[index] = couple_tile<Map, O, Inverse>(in, net, between, tile, kept, transformed, half.kind.params);
-      if (Inverse) subtract(between, channels, args.offset, tile.padded);
-      const Rows<T> out = write_rows(half.out, tile, 0, memory + 2 * room);
-      product<T>(packed, {between.data, between.stride}, Inverse ? nullptr : args.offset, out, channels, tile.padded);
-      write_back(half.out, tile, 0, channels, out);
-    }
+  const int64_t room = channels * shape.length, half_room = transformed * shape.length;
+  for_tiles<T>(shape, threads, 3 * channels, 4 * room + 2 * half_room, [&](const Tile& tile, T* memory) {
+    const Rows<const T> in = read_rows(half.in, tile, 0, channels, memory);
+    const NetRows<T> net = read_net<Map, T>(half.net_out, tile, transformed, memory + 3 * room);
+    const Rows<T> between{memory + room, tile.padded};
+    partials[tile.index] = couple_tile<Map, O, Inverse>(in, net, between, tile, kept, transformed, half.kind.params);
+    if (Inverse) subtract(between, channels, args.offset, tile.padded);
+    const Rows<T> out = write_rows(half.out, tile, 0, memory + 2 * room);
+    product<T>(packed, {between.data, between.stride}, Inverse ? nullptr : args.offset, out, channels, tile.padded);
+    write_back(half.out, tile, 0, channels, out);
   });
   sum_per_sample(partials, shape, Inverse ? -1.0 : 1.0, 0.0, half.log_det);
 }
@@ -97,13 +91,12 @@ template <ScaleMap Map, Order O, class T>
 void coupling_mix_backward_tiles(const CouplingMixBackwardArgs<T>& args, const Threads& threads) {
   constexpr bool affine = Map != ScaleMap::none;
   const int64_t channels = args.channels, transformed = args.transformed, kept = channels - transformed;
-  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels, tile_bytes);
+  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels);
   const MixSums<T> sums(shape, channels, packed_size(channels));
   pack_matrix(args.matrix, channels, true, sums.memory());
   const int64_t room = channels * shape.length, half_room = transformed * shape.length;
-  sums.add_tiles(threads, 4 * room, 5 * room + 4 * half_room, [&](int64_t index, T* memory) {
+  sums.add_tiles(threads, 4 * room, 5 * room + 4 * half_room, [&](const Tile& tile, T* memory) {
     T* net_room = memory + 5 * room;
-    const Tile tile = tile_at<T>(shape, index);
     const Rows<const T> in = read_rows(args.in, tile, 0, channels, memory);
     const NetRows<T> net = read_net<Map, T>(args.net_out, tile, transformed, net_room);
     const Rows<T> y{memory + 3 * room, tile.padded}, grad_y{memory + room, tile.padded};
@@ -130,33 +123,29 @@ template <ScaleMap Map, Order O, class T>
 void step_backward_tiles(const StepBackwardArgs<T>& args, const Threads& threads) {
   constexpr bool affine = Map != ScaleMap::none;
   const int64_t channels = args.channels, transformed = args.transformed, kept = channels - transformed;
-  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels, tile_bytes);
+  const TileShape shape = tile_shape<T>(args.samples, args.positions, channels);
   T* packed = static_cast<T*>(thread_scratch(Scratch::partials, packed_size(channels) * sizeof(T)));
   pack_matrix(args.inverse_matrix, channels, false, packed);
-  parallel(threads, shape.count(), grain_of(4 * channels * shape.length), [&](int64_t begin, int64_t end) {
-    const int64_t room = channels * shape.length, half_room = transformed * shape.length;
-    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, (5 * room + 4 * half_room) * sizeof(T)));
+  const int64_t room = channels * shape.length, half_room = transformed * shape.length;
+  for_tiles<T>(shape, threads, 4 * channels, 5 * room + 4 * half_room, [&](const Tile& tile, T* memory) {
     T* net_room = memory + 5 * room;
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile tile = tile_at<T>(shape, index);
-      const Rows<const T> y = read_rows(args.y, tile, 0, channels, memory);
-      const NetRows<T> net = read_net<Map, T>(args.net_out, tile, transformed, net_room);
-      const Rows<const T> grad_y = read_rows(args.grad_y, tile, 0, channels, memory + room);
-      const Rows<T> u{memory + 2 * room, tile.padded};
-      const Rows<T> grad_u = write_rows(args.grad_u, tile, 0, memory + 3 * room);
-      const Rows<T> grad_shift = write_rows(args.grad_net_out, tile, 0, net_room + 2 * half_room);
-      const Rows<T> grad_raw =
-          affine ? write_rows(args.grad_net_out, tile, transformed, net_room + 3 * half_room) : grad_shift;
-      backward_tile<Map, O, T>(y, net, grad_y, u.data, grad_u, grad_shift, grad_raw, args.grad_log_det[tile.sample],
-                               tile, kept, transformed, args.kind.params);
-      subtract(u, channels, args.offset, tile.padded);
-      const Rows<T> x = write_rows(args.x, tile, 0, memory + 4 * room);
-      product<T>(packed, {u.data, u.stride}, nullptr, x, channels, tile.padded);
-      write_back(args.x, tile, 0, channels, x);
-      write_back(args.grad_u, tile, 0, channels, grad_u);
-      write_back(args.grad_net_out, tile, 0, transformed, grad_shift);
-      if (affine) write_back(args.grad_net_out, tile, transformed, transformed, grad_raw);
-    }
+    const Rows<const T> y = read_rows(args.y, tile, 0, channels, memory);
+    const NetRows<T> net = read_net<Map, T>(args.net_out, tile, transformed, net_room);
+    const Rows<const T> grad_y = read_rows(args.grad_y, tile, 0, channels, memory + room);
+    const Rows<T> u{memory + 2 * room, tile.padded};
+    const Rows<T> grad_u = write_rows(args.grad_u, tile, 0, memory + 3 * room);
+    const Rows<T> grad_shift = write_rows(args.grad_net_out, tile, 0, net_room + 2 * half_room);
+    const Rows<T> grad_raw =
+        affine ? write_rows(args.grad_net_out, tile, transformed, net_room + 3 * half_room) : grad_shift;
+    backward_tile<Map, O, T>(y, net, grad_y, u.data, grad_u, grad_shift, grad_raw, args.grad_log_det[tile.sample], tile,
+                             kept, transformed, args.kind.params);
+    subtract(u, channels, args.offset, tile.padded);
+    const Rows<T> x = write_rows(args.x, tile, 0, memory + 4 * room);
+    product<T>(packed, {u.data, u.stride}, nullptr, x, channels, tile.padded);
+    write_back(args.x, tile, 0, channels, x);
+    write_back(args.grad_u, tile, 0, channels, grad_u);
+    write_back(args.grad_net_out, tile, 0, transformed, grad_shift);
+    if (affine) write_back(args.grad_net_out, tile, transformed, transformed, grad_raw);
   });
 }
 

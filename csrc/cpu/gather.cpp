@@ -11,14 +11,13 @@
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
 
-constexpr int64_t tile_bytes = 24 * 1024;
 constexpr int64_t enough_tiles = 32;  // that share the work of a small batch among threads
 
 // Rows that lie in memory as they are wanted are taken one at a time, and tiles are long. Of other layouts a cache line
 // holds several channels: all rows of a tile should stay in cache.
 template <class T>
 TileShape gather_shape(int64_t samples, int64_t positions, int64_t channels, bool rows_in_place) {
-  TileShape shape = tile_shape<T>(samples, positions, rows_in_place ? 1 : 2 * channels, tile_bytes);
+  TileShape shape = tile_shape<T>(samples, positions, rows_in_place ? 1 : 2 * channels);
   while (shape.count() < enough_tiles && shape.length >= 16 * lanes<T>) {
     shape.length = round_up(shape.length / 2, lanes<T>);
     shape.per_sample = (positions + shape.length - 1) / shape.length;
@@ -73,67 +72,24 @@ void gather_tiles(const GatherArgs<T>& args, const Threads& threads) {
   const bool rows_in_place = has_rows(args.in) && has_rows(args.out) && (transformed == 0 || has_rows(args.net_out));
   const TileShape shape = gather_shape<T>(args.samples, args.positions, channels, rows_in_place);
   double* partials = static_cast<double*>(thread_scratch(Scratch::partials, (shape.count() + 1) * sizeof(double)));
-  parallel(threads, shape.count(), grain_of(3 * channels * shape.length), [&](int64_t begin, int64_t end) {
-    T* memory = static_cast<T*>(thread_scratch(Scratch::tile, 4 * shape.length * sizeof(T)));
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile tile = tile_at<T>(shape, index);
-      LogDetSum<T> log_det;
-      for (int64_t i = 0; i < channels; ++i) {
-        const int64_t j = args.map.index[i];
-        const T* from = read_rows(args.in, tile, j, 1, memory).data;
-        const Rows<T> out = write_rows(args.out, tile, i, memory + tile.padded);
-        if (j >= kept) {
-          const NetRow<T> net =
-              read_net_row<Map, T>(args.net_out, tile, j - kept, transformed, memory + 2 * tile.padded);
-          couple_row<Map, O, Inverse>(from, net.shift, net.raw, out.data, tile, args.kind.params, log_det);
-          from = out.data;
-        }
-        gather_row(args.map, i, from, out.data, tile.padded);
-        write_back(args.out, tile, i, 1, out);
+  for_tiles<T>(shape, threads, 3 * channels, 4 * shape.length, [&](const Tile& tile, T* memory) {
+    LogDetSum<T> log_det;
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t j = args.map.index[i];
+      const T* from = read_rows(args.in, tile, j, 1, memory).data;
+      const Rows<T> out = write_rows(args.out, tile, i, memory + tile.padded);
+      if (j >= kept) {
+        const NetRow<T> net = read_net_row<Map, T>(args.net_out, tile, j - kept, transformed, memory + 2 * tile.padded);
+        couple_row<Map, O, Inverse>(from, net.shift, net.raw, out.data, tile, args.kind.params, log_det);
+        from = out.data;
       }
-      partials[index] = log_det.total();
+      gather_row(args.map, i, from, out.data, tile.padded);
+      write_back(args.out, tile, i, 1, out);
     }
+    partials[tile.index] = log_det.total();
   });
   if (args.log_det != nullptr) sum_per_sample(partials, shape, Inverse ? -1.0 : 1.0, 0.0, args.log_det);
 }
-
-// Sums over samples and positions of two numbers for each channel. The tiles are dealt to slots whose number depends on
-// the shape alone; a slot is one task, and slots are added up in order, so the bits do not depend on threads.
-class ChannelSums {
- public:
-  ChannelSums(int64_t tiles, int64_t channels) : channels_(channels), tiles_(tiles) {
-    slots_ = smaller(enough_tiles, tiles);
-    tiles_per_slot_ = slots_ == 0 ? 0 : (tiles + slots_ - 1) / slots_;
-    size_ = round_up(2 * channels, 8);
-    partials_ = static_cast<double*>(thread_scratch(Scratch::partials, larger(1, slots_ * size_) * sizeof(double)));
-  }
-
-  // f(tile index, first sums, second sums) for all tiles.
-  template <class F>
-  void add_tiles(const Threads& threads, int64_t elements_per_tile, const F& f) const {
-    parallel(threads, slots_, grain_of(tiles_per_slot_ * elements_per_tile), [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        double* const sums = partials_ + slot * size_;
-        for (int64_t c = 0; c < size_; ++c) sums[c] = 0;
-        const int64_t last = smaller((slot + 1) * tiles_per_slot_, tiles_);
-        for (int64_t index = slot * tiles_per_slot_; index < last; ++index) f(index, sums, sums + channels_);
-      }
-    });
-  }
-
-  template <class T>
-  void total(T* first, T* second) const {
-    for (int64_t c = 0; c < 2 * channels_; ++c) {
-      double sum = 0;
-      for (int64_t slot = 0; slot < slots_; ++slot) sum += partials_[slot * size_ + c];
-      (c < channels_ ? first[c] : second[c - channels_]) = static_cast<T>(sum);
-    }
-  }
-
- private:
-  int64_t channels_, tiles_, slots_, tiles_per_slot_, size_;
-  double* partials_;
-};
 
 // Rows of one channel in the backward; those of the net are null where the channel is not transformed.
 template <class T>
@@ -183,10 +139,11 @@ void gather_backward_tiles(const GatherBackwardArgs<T>& args, const Threads& thr
   const bool rows_in_place = has_rows(args.in) && has_rows(args.grad_out.all) && has_rows(args.grad_in) &&
                              (transformed == 0 || (has_rows(args.net_out) && has_rows(args.grad_net_out)));
   const TileShape shape = gather_shape<T>(args.samples, args.positions, channels, rows_in_place);
-  const ChannelSums sums(shape.count(), channels);
-  sums.add_tiles(threads, 6 * channels * shape.length, [&](int64_t index, double* scale_sums, double* offset_sums) {
-    T* const memory = static_cast<T*>(thread_scratch(Scratch::tile, 7 * shape.length * sizeof(T)));
-    const Tile tile = tile_at<T>(shape, index);
+  Slots<double> slots(shape, 2 * channels, enough_tiles);  // of each channel's scale, then of each offset
+  slots.partials =
+      static_cast<double*>(thread_scratch(Scratch::partials, larger(1, slots.count * slots.size) * sizeof(double)));
+  const int64_t work = 6 * channels * shape.length;
+  slots.template add_tiles<T>(threads, work, 7 * shape.length, [&](const Tile& tile, T* memory, double* sums) {
     const auto room = [&](int64_t k) { return memory + k * tile.padded; };
     for (int64_t i = 0; i < channels; ++i) {
       const int64_t j = args.map.index[i], c = j - kept;
@@ -216,11 +173,14 @@ void gather_backward_tiles(const GatherBackwardArgs<T>& args, const Threads& thr
         if (affine) write_back(args.grad_net_out, tile, transformed + c, 1, grad_raw);
       }
       write_back(args.grad_in, tile, j, 1, grad_in);
-      scale_sums[i] += static_cast<double>(sum.scale);
-      offset_sums[i] += static_cast<double>(sum.offset);
+      sums[i] += static_cast<double>(sum.scale);
+      sums[channels + i] += static_cast<double>(sum.offset);
     }
   });
-  sums.total(args.grad_scale, args.grad_offset);
+  for (int64_t i = 0; i < channels; ++i) {
+    args.grad_scale[i] = static_cast<T>(slots.total(i));
+    args.grad_offset[i] = static_cast<T>(slots.total(channels + i));
+  }
 }
 
 template <ScaleMap Map, Order O, class T>
@@ -230,32 +190,28 @@ void step_gather_backward_tiles(const StepGatherBackwardArgs<T>& args, const Thr
   const bool rows_in_place = has_rows(args.y) && has_rows(args.grad_y) && has_rows(args.x) && has_rows(args.grad_u) &&
                              has_rows(args.net_out) && has_rows(args.grad_net_out);
   const TileShape shape = gather_shape<T>(args.samples, args.positions, channels, rows_in_place);
-  parallel(threads, shape.count(), grain_of(6 * channels * shape.length), [&](int64_t begin, int64_t end) {
-    T* const memory = static_cast<T*>(thread_scratch(Scratch::tile, 8 * shape.length * sizeof(T)));
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile tile = tile_at<T>(shape, index);
-      const auto room = [&](int64_t k) { return memory + k * tile.padded; };
-      for (int64_t i = 0; i < channels; ++i) {
-        const int64_t j = args.map.index[i], c = j - kept;
-        const T* u = read_rows(args.y, tile, j, 1, room(0)).data;
-        const T* const grad_y = read_rows(args.grad_y, tile, j, 1, room(1)).data;
-        const Rows<T> x = write_rows(args.x, tile, i, room(2)), grad_u = write_rows(args.grad_u, tile, j, room(3));
-        if (c < 0) {
-          __builtin_memcpy(grad_u.data, grad_y, tile.padded * sizeof(T));
-        } else {
-          const NetRow<T> net = read_net_row<Map, T>(args.net_out, tile, c, transformed, room(4));
-          const Rows<T> grad_shift = write_rows(args.grad_net_out, tile, c, room(6));
-          const Rows<T> grad_raw = affine ? write_rows(args.grad_net_out, tile, transformed + c, room(7)) : grad_shift;
-          const BackwardRow<T> row{u, net.shift, net.raw, grad_y, x.data, grad_u.data, grad_shift.data, grad_raw.data};
-          couple_backward_row<Map, O, false>(row, args.grad_log_det[tile.sample], tile, args.kind.params);
-          write_back(args.grad_net_out, tile, c, 1, grad_shift);
-          if (affine) write_back(args.grad_net_out, tile, transformed + c, 1, grad_raw);
-          u = x.data;
-        }
-        gather_row(args.map, i, u, x.data, tile.padded);
-        write_back(args.x, tile, i, 1, x);
-        write_back(args.grad_u, tile, j, 1, grad_u);
+  for_tiles<T>(shape, threads, 6 * channels, 8 * shape.length, [&](const Tile& tile, T* memory) {
+    const auto room = [&](int64_t k) { return memory + k * tile.padded; };
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t j = args.map.index[i], c = j - kept;
+      const T* u = read_rows(args.y, tile, j, 1, room(0)).data;
+      const T* const grad_y = read_rows(args.grad_y, tile, j, 1, room(1)).data;
+      const Rows<T> x = write_rows(args.x, tile, i, room(2)), grad_u = write_rows(args.grad_u, tile, j, room(3));
+      if (c < 0) {
+        __builtin_memcpy(grad_u.data, grad_y, tile.padded * sizeof(T));
+      } else {
+        const NetRow<T> net = read_net_row<Map, T>(args.net_out, tile, c, transformed, room(4));
+        const Rows<T> grad_shift = write_rows(args.grad_net_out, tile, c, room(6));
+        const Rows<T> grad_raw = affine ? write_rows(args.grad_net_out, tile, transformed + c, room(7)) : grad_shift;
+        const BackwardRow<T> row{u, net.shift, net.raw, grad_y, x.data, grad_u.data, grad_shift.data, grad_raw.data};
+        couple_backward_row<Map, O, false>(row, args.grad_log_det[tile.sample], tile, args.kind.params);
+        write_back(args.grad_net_out, tile, c, 1, grad_shift);
+        if (affine) write_back(args.grad_net_out, tile, transformed + c, 1, grad_raw);
+        u = x.data;
       }
+      gather_row(args.map, i, u, x.data, tile.padded);
+      write_back(args.x, tile, i, 1, x);
+      write_back(args.grad_u, tile, j, 1, grad_u);
     }
   });
 }

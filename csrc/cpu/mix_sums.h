@@ -1,9 +1,5 @@
 // The sums over samples and positions of the channel mixing's gradients: grad_M = sum g x^T, grad_c = sum g.
 //
-// The tiles are dealt to a number of slots that depends on the shape alone. A slot is one task with partial sums of its
-// own (no two threads write to one cache line), and the slots are added up in order, so the bits do not depend on
-// threads.
-//
 // A tile's x is transposed into panels [position][channel] of one or two vectors of channels. A block of up to
 // block_rows rows of g times a panel then stays in registers while the positions stream past: as in the product, one
 // broadcast value of g per fused multiply-add, and no sum over lanes at the end.
@@ -62,41 +58,28 @@ class MixSums {
  public:
   // `room` elements are kept free at the start of the memory, for the packed matrix.
   MixSums(const TileShape& shape, int64_t channels, int64_t room)
-      : channels_(channels), length_(shape.length), tiles_(shape.count()), blocks_(blocks_of(channels)) {
-    padded_ = round_up(channels, lanes<T>);
-    slot_size_ = round_up(blocks_.count * blocks_.rows * padded_ + channels, 16);
-    const int64_t fitting = larger(1, max_partial_bytes / larger(1, static_cast<int64_t>(slot_size_ * sizeof(T))));
-    slots_ = smaller(smaller(max_slots, tiles_), fitting);
-    memory_ = static_cast<T*>(thread_scratch(Scratch::partials, (room + slots_ * slot_size_) * sizeof(T)));
-    partials_ = memory_ + room;
-    tiles_per_slot_ = slots_ == 0 ? 0 : (tiles_ + slots_ - 1) / slots_;
+      : channels_(channels),
+        padded_(round_up(channels, lanes<T>)),
+        blocks_(blocks_of(channels)),
+        slots_(shape, blocks_.count * blocks_.rows * padded_ + channels, most_slots(channels)) {
+    memory_ = static_cast<T*>(thread_scratch(Scratch::partials, (room + slots_.count * slots_.size) * sizeof(T)));
+    slots_.partials = memory_ + room;
   }
 
   T* memory() const { return memory_; }
 
-  // Runs all tiles: factors(index, memory) handles the tile of that index and returns what it adds. `memory` has
-  // `room` elements of scratch.
+  // Runs all tiles: factors(tile, memory) handles a tile and returns what it adds; `work` elements are touched.
+  // `memory` has `room` elements of scratch.
   template <class F>
-  void add_tiles(const Threads& threads, int64_t elements_per_tile, int64_t room, const F& factors) const {
-    parallel(threads, slots_, grain_of(tiles_per_slot_ * elements_per_tile), [&](int64_t begin, int64_t end) {
-      const int64_t size = round_up(room, 16) + padded_ * length_;
-      T* memory = static_cast<T*>(thread_scratch(Scratch::tile, size * sizeof(T)));
-      for (int64_t slot = begin; slot < end; ++slot) {
-        T* const sums = partials_ + slot * slot_size_;
-        for (int64_t i = 0; i < slot_size_; ++i) sums[i] = T(0);
-        const int64_t last = smaller((slot + 1) * tiles_per_slot_, tiles_);
-        for (int64_t index = slot * tiles_per_slot_; index < last; ++index)
-          add(factors(index, memory), memory + round_up(room, 16), sums);
-      }
+  void add_tiles(const Threads& threads, int64_t work, int64_t room, const F& factors) const {
+    const int64_t behind = round_up(room, 16), size = behind + padded_ * slots_.shape.length;
+    slots_.template add_tiles<T>(threads, work, size, [&](const Tile& tile, T* memory, T* sums) {
+      add(factors(tile, memory), memory + behind, sums);
     });
   }
 
   void total(T* grad_matrix, T* grad_offset) const {
-    const auto slot_sum = [&](int64_t index) {
-      double sum = 0;
-      for (int64_t slot = 0; slot < slots_; ++slot) sum += partials_[slot * slot_size_ + index];
-      return static_cast<T>(sum);
-    };
+    const auto slot_sum = [&](int64_t index) { return static_cast<T>(slots_.total(index)); };
     const int64_t rows = blocks_.count * blocks_.rows;
     for (int64_t o = 0; o < channels_; ++o) {
       for (int64_t i = 0; i < channels_; ++i) {
@@ -110,6 +93,11 @@ class MixSums {
  private:
   static constexpr int64_t panel_width = 2 * lanes<T>;  // of all panels but perhaps the last
 
+  static int64_t most_slots(int64_t channels) {
+    const Blocks blocks = blocks_of(channels);
+    const int64_t sums = blocks.count * blocks.rows * round_up(channels, lanes<T>) + channels;
+    return smaller(max_slots, larger(1, max_partial_bytes / larger(1, sums * static_cast<int64_t>(sizeof(T)))));
+  }
   int64_t panel_size(int64_t panel) const { return smaller(panel_width, padded_ - panel * panel_width); }
 
   // Adds a tile. Panel by panel: it stays in the first-level cache while all rows of g pass.
@@ -169,9 +157,10 @@ class MixSums {
     }
   }
 
-  int64_t channels_, length_, tiles_, padded_, slot_size_, slots_, tiles_per_slot_;
+  int64_t channels_, padded_;
   Blocks blocks_;
-  T *memory_, *partials_;
+  Slots<T> slots_;
+  T* memory_;
 };
 
 }  // namespace pyglow::cpu::PYGLOW_ISA

@@ -65,25 +65,6 @@ PYGLOW_HD Vec<T> shuffle(Vec<T> a, Vec<T> b, Mask index) {
 #endif
 }
 
-// The sums of the lanes of as many vectors as there are lanes, in one vector: lane k is the sum of v[k]. A tree of
-// shuffles, a third of the work of summing them one by one. v is overwritten.
-template <class T>
-PYGLOW_HD Vec<T> sum_lanes_of_each(Vec<T>* v) {
-  using Mask = decltype(v[0] < v[0]);
-#pragma GCC unroll 8
-  for (int half = static_cast<int>(lanes<T>) / 2, count = half; half > 0; half /= 2, count /= 2) {
-    // In blocks of 2 * half lanes, a's two halves are added into the first, b's into the second.
-    Mask low, high;
-    for (int i = 0; i < static_cast<int>(lanes<T>); ++i) {
-      const int from_b = i % (2 * half) >= half ? static_cast<int>(lanes<T>) - half : 0;
-      low[i] = i + from_b;
-      high[i] = i + from_b + half;
-    }
-    for (int i = 0; i < count; ++i) v[i] = shuffle<T>(v[i], v[i + count], low) + shuffle<T>(v[i], v[i + count], high);
-  }
-  return v[0];
-}
-
 // v with the lanes from `count` on set to zero.
 template <class T>
 PYGLOW_HD Vec<T> first_lanes(Vec<T> v, int64_t count) {

@@ -27,15 +27,17 @@ struct TileShape {
 };
 
 struct Tile {
-  int64_t sample, begin, length;
+  int64_t index, sample, begin, length;
   int64_t padded;  // length rounded up to whole vectors
 };
 
-// Tiles whose `rows` rows take about `bytes`: the data of one tile should stay in the first-level cache.
+constexpr int64_t tile_bytes = 24 * 1024;  // half of a first-level cache of 48 KB
+
+// Tiles whose `rows` rows take about `tile_bytes`: the data of one tile should stay in the first-level cache.
 template <class T>
-TileShape tile_shape(int64_t samples, int64_t positions, int64_t rows, int64_t bytes) {
+TileShape tile_shape(int64_t samples, int64_t positions, int64_t rows) {
   const int64_t step = 2 * lanes<T>;
-  int64_t length = bytes / static_cast<int64_t>(sizeof(T)) / larger(rows, 1) / step * step;
+  int64_t length = tile_bytes / static_cast<int64_t>(sizeof(T)) / larger(rows, 1) / step * step;
   length = smaller(larger(length, step), 1024);
   length = smaller(length, round_up(larger(positions, 1), lanes<T>));
   return {samples, positions, length, (positions + length - 1) / length};
@@ -45,7 +47,7 @@ template <class T>
 Tile tile_at(const TileShape& shape, int64_t index) {
   const int64_t begin = index % shape.per_sample * shape.length;
   const int64_t length = smaller(shape.length, shape.positions - begin);
-  return {index / shape.per_sample, begin, length, round_up(length, lanes<T>)};
+  return {index, index / shape.per_sample, begin, length, round_up(length, lanes<T>)};
 }
 
 template <class T>
@@ -126,6 +128,55 @@ void parallel(const Threads& threads, int64_t tasks, int64_t grain, const F& f) 
   threads.run(tasks, grain, body, const_cast<F*>(&f));
 }
 
+// Tasks that make a range worth a thread of its own: about 10 us of work, given the elements that a task touches.
+PYGLOW_HD int64_t grain_of(int64_t elements_per_task) { return larger(1, 16384 / larger(elements_per_task, 1)); }
+
+// f(tile, memory) for all tiles on the caller's threads: `work` elements are touched at each position, and the memory
+// has `room` elements of scratch.
+template <class T, class F>
+void for_tiles(const TileShape& shape, const Threads& threads, int64_t work, int64_t room, const F& f) {
+  parallel(threads, shape.count(), grain_of(work * shape.length), [&](int64_t begin, int64_t end) {
+    T* const memory = static_cast<T*>(thread_scratch(Scratch::tile, room * sizeof(T)));
+    for (int64_t index = begin; index < end; ++index) f(tile_at<T>(shape, index), memory);
+  });
+}
+
+// Sums over all tiles. The tiles are dealt to slots, whose number depends on the shape alone. A slot is one task with
+// `size` partial sums of its own (no two threads write to one cache line), and the slots are added up in order, so the
+// bits do not depend on threads.
+template <class S>
+struct Slots {
+  TileShape shape;
+  int64_t size, count, tiles;  // sums of a slot, slots, tiles of a slot
+  S* partials = nullptr;       // count * size elements
+
+  Slots(const TileShape& shape, int64_t sums, int64_t most)
+      : shape(shape),
+        size(round_up(sums, 64 / static_cast<int64_t>(sizeof(S)))),
+        count(smaller(most, shape.count())),
+        tiles(count == 0 ? 0 : (shape.count() + count - 1) / count) {}
+
+  // f(tile, memory, sums) adds a tile's; `work` elements are touched, and the memory has `room` elements of scratch.
+  template <class T, class F>
+  void add_tiles(const Threads& threads, int64_t work, int64_t room, const F& f) const {
+    parallel(threads, count, grain_of(tiles * work), [&](int64_t begin, int64_t end) {
+      T* const memory = static_cast<T*>(thread_scratch(Scratch::tile, room * sizeof(T)));
+      for (int64_t slot = begin; slot < end; ++slot) {
+        S* const sums = partials + slot * size;
+        for (int64_t i = 0; i < size; ++i) sums[i] = S(0);
+        const int64_t last = smaller((slot + 1) * tiles, shape.count());
+        for (int64_t index = slot * tiles; index < last; ++index) f(tile_at<T>(shape, index), memory, sums);
+      }
+    });
+  }
+
+  double total(int64_t i) const {
+    double sum = 0;
+    for (int64_t slot = 0; slot < count; ++slot) sum += static_cast<double>(partials[slot * size + i]);
+    return sum;
+  }
+};
+
 // total[n] = sign * (start + the partial sums of the tiles of sample n, in their order).
 template <class T>
 void sum_per_sample(const double* partials, const TileShape& shape, double sign, double start, T* total) {
@@ -135,8 +186,5 @@ void sum_per_sample(const double* partials, const TileShape& shape, double sign,
     total[n] = static_cast<T>(sign * sum);
   }
 }
-
-// Tasks that make a range worth a thread of its own: about 10 us of work, given the elements that a task touches.
-PYGLOW_HD int64_t grain_of(int64_t elements_per_task) { return larger(1, 16384 / larger(elements_per_task, 1)); }
 
 }  // namespace pyglow::cpu::PYGLOW_ISA

@@ -1,6 +1,5 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/pixel_unshuffle.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
@@ -125,7 +124,7 @@ class Backward {
       if (!args_.wants[i]) found.nets[i] = Tensor();
     if (args_.wants_cond) found.cond = cond_.result();
     std::tie(found.matrices, found.offsets) = stacked_maps();
-    found.log_dets = args_.grad_log_det.sum().expand({part_.size()}) * positions_of(args_.grad_z);
+    found.log_dets = args_.grad_log_det.sum().expand({part_.size()}) * bindings::positions_of(args_.grad_z);
     found.start = start_;
     found.redone = redone_;
     return found;

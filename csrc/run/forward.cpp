@@ -112,7 +112,7 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
     for (Tensor& one : nets.made()) kept.nets.push_back(std::move(one));
   if (part.watches) found.largest = stacked(largest);
   found.z = u;
-  found.log_det = summed(log_dets, maps_in.log_dets, positions_of(u));
+  found.log_det = summed(log_dets, maps_in.log_dets, bindings::positions_of(u));
   return found;
 }
 
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> inverse(const Part& part, const Tensor& z, const Opti
                                kind.eps, kind.clamp, kind.factor, back[k].index);
     log_dets.push_back(step_log_det);
   }
-  return {x, summed(log_dets, inverses.log_dets, -positions_of(z))};
+  return {x, summed(log_dets, inverses.log_dets, -bindings::positions_of(z))};
 }
 
 }  // namespace pyglow::run

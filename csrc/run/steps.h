@@ -39,10 +39,4 @@ inline Tensor read_by(const Step& step, const Tensor& state) { return state.narr
 // A net's output, in chunks where its form says so; `kept`: whole, with what its backward needs.
 Tensor net_output(const Step& step, const Net& net, const Tensor& state, const Optional& cond, Tensors* kept);
 
-inline int64_t positions_of(const Tensor& x) {
-  int64_t count = 1;
-  for (int64_t i = 2; i < x.dim(); ++i) count *= x.size(i);
-  return count;
-}
-
 }  // namespace pyglow::run
