@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -192,6 +193,13 @@ def test_formulas_are_written_once() -> None:
         if own.search(text.split("//")[0])
     ]
     assert found == []
+
+
+def test_runs_read_values_where_no_graph_is_captured() -> None:
+    """On the CPU, for a verdict that is not deferred, and once for each size that cuDNN's fused relu is tried at."""
+    reads = re.compile(r"\.(item|is_nonzero|equal|nonzero|cpu)\b *[<(]|kCPU|Synchronize|cudaMemcpy")
+    found = Counter(name for name, source in native_files() if name.startswith("run/") for _ in reads.findall(source))
+    assert found == {"run/backward.cpp": 1, "run/forward.cpp": 2, "run/net.cpp": 1}
 
 
 def test_every_native_source_is_built() -> None:

@@ -7,11 +7,13 @@ tensors as one.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from support import captures
 from support.library_ops import use_library
 from torch.profiler import ProfilerActivity, profile
 
@@ -41,20 +43,38 @@ def _library_nets(monkeypatch: pytest.MonkeyPatch) -> None:
     use_library(monkeypatch)
 
 
+def profiled(memory: str, n_steps: int, hidden: int, precision: str, as_on_a_gpu: bool = False) -> list[Any]:
+    """The profiler's events of a training step, the third; of a reversible one whose drift the host never reads."""
+    steps = [FlowStep(CHANNELS, hidden, precision=precision) for _ in range(n_steps)]
+    run = ReversibleSequence(steps, memory=memory, deferred_check=memory == "reversible")
+    x = torch.randn(2, CHANNELS, 8, 8)
+
+    def train() -> None:
+        z, log_det = run(x)
+        torch.autograd.grad([z, log_det], list(run.parameters()), [z.detach(), log_det.detach()])
+
+    for _ in range(2):  # the actnorms take their scales from the first
+        train()
+    answers = captures.like_a_gpu(records=False) if as_on_a_gpu else contextlib.nullcontext()
+    with answers, profile(activities=[ProfilerActivity.CPU]) as profiler:
+        train()
+    return list(profiler.events())
+
+
 @pytest.mark.parametrize(("precision", "more"), [("fp32", 0), ("bf16", 4)])
 @pytest.mark.parametrize(("memory", "most"), [("store", 24), ("reversible", 50)])
 def test_a_training_step_launches_few_kernels(memory: str, most: int, precision: str, more: int) -> None:
-    """For each flow step, forward and backward; a reversible one whose drift is never read by the host."""
-    steps = [FlowStep(CHANNELS, HIDDEN, precision=precision) for _ in range(STEPS)]
-    run = ReversibleSequence(steps, memory=memory, deferred_check=memory == "reversible")
-    x = torch.randn(2, CHANNELS, 8, 8)
-    for _ in range(2):  # the actnorms take their scales from the first
-        z, log_det = run(x)
-        torch.autograd.grad([z, log_det], list(run.parameters()), [z.detach(), log_det.detach()])
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        z, log_det = run(x)
-        torch.autograd.grad([z, log_det], list(run.parameters()), [z.detach(), log_det.detach()])
-    found = sum((launches(event) for event in profiler.events() if event.cpu_parent is None), Counter[str]())
+    """For each flow step, forward and backward."""
+    events = profiled(memory, STEPS, HIDDEN, precision)
+    found = sum((launches(event) for event in events if event.cpu_parent is None), Counter[str]())
     assert found["convolution"] >= 2 * 3 * STEPS, "the nets are not the library's"
     each = {name: round(count / STEPS, 2) for name, count in found.most_common()}
     assert found.total() <= (most + more) * STEPS, each
+
+
+@pytest.mark.parametrize(("memory", "reads"), [("store", 0), ("checkpoint", 0), ("reversible", 1)])
+def test_a_run_reads_nothing_that_a_graph_cannot(memory: str, reads: int) -> None:
+    """csrc/run, which a recording does not see. On the CPU alone one value is read: whether a map is singular."""
+    names = [event.name.rpartition("::") for event in profiled(memory, 2, 8, "fp32", as_on_a_gpu=True)]
+    assert any(space == "pyglow_fast" for space, _, _ in names)
+    assert sum(name in captures.READS for _, _, name in names) == reads
