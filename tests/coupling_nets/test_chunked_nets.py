@@ -10,7 +10,7 @@ from support.helpers import assert_close, memory_layouts
 from support.net_cases import Consume, DilatedNet, WideNet, coupling_net, objective, plain_gradients, randomised
 from torch import Tensor, nn
 
-from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.coupling_nets import plain_call, plan_chunks, run_net, run_net_backward
 from pyglow_fast.coupling_nets.traits import bytes_per_position
 
 # Sums over positions are formed in another order; values and weights here are of order 1 to 10.
@@ -107,31 +107,8 @@ def test_the_cases_are_cut_as_they_are_called() -> None:
     assert all(chunk.rows.stop - chunk.rows.start < 4 for chunk in Case("5x5", "one row").plan)
 
 
-class TestCall:
-    def test_consume_gets_each_chunk_in_order_without_gradient(self) -> None:
-        case = Case("2d", "strips")
-        whole, chunks = case.whole(), []
-
-        def consume(out: Tensor, chunk: Chunk) -> Tensor:
-            assert not out.requires_grad
-            assert not torch.is_grad_enabled()
-            assert_close(out, chunk.outputs(whole), CONDITION)
-            chunks.append(chunk)
-            return torch.zeros_like(out)
-
-        run_net_backward(plain_call(case.net), case.x, None, case.plan, consume, case.params)
-        assert tuple(chunks) == case.plan
-
-
 @pytest.mark.parametrize("budget", ["whole", "one sample", "strips"])
 class TestWantedGradients:
-    def test_some_parameters(self, budget: str) -> None:
-        case = Case("actnorm", budget)
-        case.net.conv1.weight.requires_grad_(False)
-        case.params = [parameter for parameter in case.params if parameter.requires_grad]
-        assert len(case.params) == len(list(case.net.parameters())) - 1
-        assert_gradients(case.backward(), plain_gradients(case.net, case.x, None, case.weight, case.params))
-
     def test_inputs_not_wanted(self, budget: str) -> None:
         case = Case("cond", budget)
         call, expected = plain_call(case.net), plain_gradients(case.net, case.x, case.cond, case.weight, case.params)
@@ -140,19 +117,6 @@ class TestWantedGradients:
             grad_x, grad_cond, grads = run_net_backward(*arguments, needs_x1=needs_x1, needs_cond=needs_cond)
             wanted = [expected[0] if needs_x1 else None, expected[1] if needs_cond else None, *expected[2:]]
             assert_gradients([grad_x, grad_cond, *grads], wanted)
-
-    def test_none_at_all_still_consumes(self, budget: str) -> None:
-        case = Case("2d", budget)
-        case.net.requires_grad_(False)
-        whole, seen = case.whole(), torch.zeros_like(case.weight)
-
-        def consume(out: Tensor, chunk: Chunk) -> Tensor:
-            chunk.outputs(seen).copy_(out)
-            return out
-
-        got = run_net_backward(plain_call(case.net), case.x, None, case.plan, consume, (), needs_x1=False)
-        assert got == (None, None, ())
-        assert_close(seen, whole, CONDITION)
 
     def test_two_parameters_with_one_gradient(self, budget: str) -> None:
         # Autograd returns one tensor for both: sums that are formed in place must not be formed twice.
@@ -183,17 +147,6 @@ def test_channels_last_comes_out_as_it_went_in() -> None:
     out = run_net(plain_call(case.net), case.x.to(memory_format=torch.channels_last), None, case.plan)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert_close(out, case.whole(), CONDITION)
-
-
-@pytest.mark.parametrize("name", ["1d", "2d", "3d", "cond", "actnorm", "unknown halo"])
-@pytest.mark.parametrize("budget", ["whole", "one row"])
-def test_no_samples(name: str, budget: str) -> None:
-    case = Case(name, budget, n=0)
-    assert run_net(plain_call(case.net), case.x, case.cond, case.plan).shape == case.weight.shape
-    grads = case.backward()
-    assert grads[0].shape == case.x.shape
-    for grad, parameter in zip(grads[2:], case.params, strict=True):
-        assert torch.equal(grad, torch.zeros_like(parameter))
 
 
 @pytest.mark.parametrize("budget", [1, 10**9])

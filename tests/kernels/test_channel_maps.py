@@ -21,15 +21,6 @@ IMAGES += [(2, 3, 2, 600), (0, 3, 4, 4), (2, 3, 0, 4)]
 images = option("image", IMAGES)
 
 
-@pairs(dtypes, shapes, layouts, gathers, option("subtract_first", [False, True]))
-def test_channel_mix(
-    kernels: Kernels, shape: tuple[int, ...], layout: str, gathers: bool, subtract_first: bool, dtype: torch.dtype
-) -> None:
-    matrix, offset, index = kernels.channel_map(shape[1], dtype, gathers)
-    x = kernels.randn(shape, dtype, layout)
-    kernels.check("channel_mix", x, matrix, offset, subtract_first, 0, index)
-
-
 @pairs(
     dtypes,
     shapes,
@@ -39,7 +30,7 @@ def test_channel_mix(
     option("centred", [False, True]),
     option("added", [None, "contiguous", "same", "channels_last", "offset", "ragged_samples"]),
 )
-def test_channel_mix_backward(
+def test_channel_mix_and_its_gradients(
     kernels: Kernels,
     shape: tuple[int, ...],
     layout: str,
@@ -52,6 +43,7 @@ def test_channel_mix_backward(
     """``added``: the layout of what a net's backward adds to the gradient of the first channels, which has its own."""
     matrix, offset, index = kernels.channel_map(shape[1], dtype, gathers)
     x = kernels.randn(shape, dtype, layout)
+    kernels.check("channel_mix", x, matrix, offset, centred, 0, index)
     grad = kernels.randn(shape, dtype, layout if grad_layout == "same" else grad_layout)
     first = (shape[0], shape[1] // 2, *shape[2:])
     part = None if added is None else kernels.randn(first, dtype, layout if added == "same" else added)

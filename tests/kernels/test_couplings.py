@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -50,70 +51,46 @@ class Drawn:
         self.grad_log_det = weight[:1].expand(shape[0]) if layout == "batch_innermost" and shape[0] else weight
 
 
-@pairs(dtypes, shapes, specs, layouts, net_layouts, directions)
-def test_coupling(
-    kernels: Kernels,
-    shape: tuple[int, ...],
-    spec: CouplingSpec,
-    layout: str,
-    net_layout: str,
-    inverse: bool,
-    dtype: torch.dtype,
-) -> None:
-    """The output, its log-det, and from the output alone the gradients and the input again."""
-    case = Drawn(kernels, shape, dtype, spec, layout, net_layout)
-    kernels.check("coupling", case.x, case.net_out, *codes(spec, inverse), condition=CONDITION)
-    arguments = (case.x, case.net_out, case.grad, case.grad_log_det, *codes(spec, inverse))
-    grads = kernels.check("coupling_backward", *arguments, True, condition=CONDITION)
-    alone = kernels("coupling_backward", *arguments, False)
-    assert all(map(torch.equal, alone[:2], grads[:2]))
-    assert alone[2].numel() == 0
-
-
-@pairs(dtypes, shapes, specs, layouts, net_layouts, directions, gathers)
-def test_coupling_mix(
-    kernels: Kernels,
-    shape: tuple[int, ...],
-    spec: CouplingSpec,
-    layout: str,
-    net_layout: str,
-    inverse: bool,
-    gathers: bool,
-    dtype: torch.dtype,
-) -> None:
-    case = Drawn(kernels, shape, dtype, spec, layout, net_layout)
-    matrix, offset, index = kernels.channel_map(shape[1], dtype, gathers)
-    arguments = (case.x, case.net_out, matrix, offset, *codes(spec, inverse), index)
-    kernels.check("coupling_mix", *arguments, condition=CONDITION)
-
-
 @pairs(
     dtypes,
     shapes,
     specs,
     layouts,
     net_layouts,
+    directions,
     gathers,
     option("added", [None, "contiguous", "same", "channels_last", "offset", "ragged_samples"]),
 )
-def test_backward_passes(
+def test_every_pass(
     kernels: Kernels,
     shape: tuple[int, ...],
     spec: CouplingSpec,
     layout: str,
     net_layout: str,
+    inverse: bool,
     gathers: bool,
     added: str | None,
     dtype: torch.dtype,
 ) -> None:
-    """From the input of the pass forward, and from the output of a step."""
+    """A coupling by itself, from whose output alone come the gradients and the input again, and with a channel map.
+
+    Those back are from the input of the pass forward, and from the output of a step.
+    """
     case = Drawn(kernels, shape, dtype, spec, layout, net_layout)
+    check = functools.partial(kernels.check, condition=CONDITION)
+    state, inputs = (case.x, case.net_out), (case.x, case.net_out, case.grad, case.grad_log_det)
+    check("coupling", *state, *codes(spec, inverse))
+    grads = check("coupling_backward", *inputs, *codes(spec, inverse), True)
+    alone = kernels("coupling_backward", *inputs, *codes(spec, inverse), False)
+    assert all(map(torch.equal, alone[:2], grads[:2]))
+    assert alone[2].numel() == 0
+
     matrix, offset, index = kernels.channel_map(shape[1], dtype, gathers)
     first = (shape[0], shape[1] // 2, *shape[2:])
     part = None if added is None else kernels.randn(first, dtype, layout if added == "same" else added)
-    inputs = (case.x, case.net_out, case.grad, case.grad_log_det, matrix)
-    kernels.check("coupling_mix_backward", *inputs, *codes(spec), part, index, condition=CONDITION)
-    kernels.check("step_backward", *inputs, offset, *codes(spec), index, condition=CONDITION)
+    check("coupling_mix", *state, matrix, offset, *codes(spec, inverse), index)
+    check("coupling_mix_backward", *inputs, matrix, *codes(spec), part, index)
+    check("step_backward", *inputs, matrix, offset, *codes(spec), index)
 
 
 # (N, C, H, W): C2 of 2, 6, 10, 12, 24, 48 and 76, in fours and not; one tile and several, ragged ones, samples within a
