@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def _fold(module: fx.GraphModule) -> None:
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            values[node] = _attribute(module, node.target)
+            values[node] = attrgetter(node.target)(module)
         elif node.op == "call_function" and _is_pure(node) and all(known in values for known in node.all_input_nodes):
             given = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
             values[node] = node.target(*given[0], **given[1])
@@ -73,11 +74,6 @@ def _check(node: fx.Node, value: Any) -> None:
         if "_ex" in name:
             regular = regular and not any(bool(part.any()) for part in parts if not part.is_floating_point())
         expect(regular, "model", "regular matrices", f"a singular one in {name}")
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(module.get_submodule(owner), attribute)
 
 
 def _is_pure(node: fx.Node) -> bool:
