@@ -215,7 +215,7 @@ def _no_row(module: nn.Module, library: Library) -> str:
 
 def _price(runs: Sequence[Run], memory: str) -> str:
     """Say in the report what recomputation costs where the library runs the nets of a run."""
-    nets_of = (part.wrapped() for run in runs for part in run.parts(False, ready=False) if isinstance(part, Couples))
+    nets_of = (part.wrapped() for run in runs for part in run.parts() if isinstance(part, Couples))
     own = any(isinstance(net, Net) and isinstance(net.known(), str) for net in nets_of)
     return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
 

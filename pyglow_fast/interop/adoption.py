@@ -24,6 +24,7 @@ from pyglow_fast.coupling_nets.masks import (
     without_padding,
 )
 from pyglow_fast.coupling_nets.net_runner import condition_for
+from pyglow_fast.interop.limits import check, note
 from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, spread, untouched
 from pyglow_fast.layers.flow_step import after
 from pyglow_fast.reference import n_positions
@@ -71,16 +72,20 @@ def _runs(method: str) -> Callable[..., Any]:
     def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
         own = vars(self).get("_pgf_run")
         own = own if own is not None and own.spares else None
-        call = understood(self._pgf_row, self, method, args, kwargs, own is not None)
-        if call is not None:
+        row = self._pgf_row
+        call = understood(row, self, method, args, kwargs, own is not None)
+        if call is not None and row.waits(self):
+            row.prepare(self, call)
+        if call is not None and not row.waits(self):
             try:
-                self._pgf_row.prepare([self], call)
-                parts = self._pgf_row.parts(self, call.inverse)
-                if own is not None or self._pgf_row.pays(self, call, parts):
-                    if self._pgf_row.run is not None:
-                        return call.give(*self._pgf_row.run(self, call, parts, own))
-                    return call.give(*(run_parts(parts, with_mask(call)) if own is None else own(call)))
-            except UnfitError:  # before anything was computed but maps
+                parts = row.parts(self, call.inverse)
+                if own is not None or row.pays(self, call, parts):
+                    if row.run is not None:
+                        return call.give(*row.run(self, call, parts, own))
+                    if own is not None:
+                        return call.give(*own(call))
+                    return call.give(*run_parts(parts, with_mask(call), limit=row.limit(self)))
+            except UnfitError:  # before anything was computed but maps, or what the layer itself would have bounded
                 pass
         return getattr(self._pgf_theirs, method)(self, *args, **kwargs)
 
@@ -96,8 +101,7 @@ def understood(
     One that the row skips is the layer's own too, unless ours ``spares`` memory.
 
     It applies to plain states, not empty, of the parameters' dtype, float32 or float64, where nothing traces or
-    transforms and no hooks watch all modules; to a layer that has seen the data it waits for, and whose modules are as
-    their classes say.
+    transforms and no hooks watch all modules; to a layer whose modules are as their classes say.
     """
     if is_watched() or torch.nn.modules.module._has_any_global_hook():
         return None
@@ -114,7 +118,7 @@ def understood(
         return None
     if call.mask is not None and (call.mask.requires_grad or not is_mask(call.mask, call.x)):
         return None
-    return None if row.waits(layer) or not untouched(row.inside(layer)) or row.unfit(layer) else call
+    return None if not untouched(row.inside(layer)) or row.unfit(layer) else call
 
 
 def net_output(part: Couples, x: Tensor, cond: Tensor | None) -> Tensor:
@@ -134,7 +138,9 @@ def net_output(part: Couples, x: Tensor, cond: Tensor | None) -> Tensor:
 NetOutput = Callable[[Couples, Tensor, Tensor | None], Tensor]
 
 
-def run_parts(parts: Sequence[Part], call: Call, run_net: NetOutput = net_output) -> tuple[Tensor, Tensor]:
+def run_parts(
+    parts: Sequence[Part], call: Call, run_net: NetOutput = net_output, limit: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Run maps and couplings one after another, as autograd records them: z and log_det (N,).
 
     Neighbouring maps are one, and a map that follows a coupling is in one pass with it.
@@ -144,8 +150,13 @@ def run_parts(parts: Sequence[Part], call: Call, run_net: NetOutput = net_output
         call: see :func:`with_mask`; a mask sets the state to zero behind each map, and its changed channels behind each
             coupling.
         run_net: runs the net of a coupling on a state and the condition.
+        limit: of the states, see limits.py.
+
+    Raises:
+        BeyondLimitError: a state may be beyond the limit.
     """
     x, log_dets, mask = call.x, [], call.mask
+    seen: list[Tensor] = []
     waiting = spread(parts if call.inverse else parts[::-1], x.shape[1])
 
     def next_map() -> ChannelMap | None:
@@ -165,6 +176,8 @@ def run_parts(parts: Sequence[Part], call: Call, run_net: NetOutput = net_output
         else:
             part = cast(Couples, waiting.pop())
             net_out = run_net(part, x, call.cond)
+            if limit is not None:
+                note(seen, part.spec, x, net_out)
             own = None if call.inverse else next_map()
             if call.inverse:
                 x, log_det = functional.coupling_inverse(x, net_out, part.spec)
@@ -179,6 +192,8 @@ def run_parts(parts: Sequence[Part], call: Call, run_net: NetOutput = net_output
                 if own is None:
                     x = torch.cat([x[:, : part.kept], without_padding(x[:, part.kept :], mask)], dim=1)
         x = x if mask is None or own is None else x * mask
+    if limit is not None:
+        check(limit, [part.spec for part in parts if isinstance(part, Couples)], call, seen, x)
     return x, functional.summed(log_dets)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +18,8 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast.coupling_nets.chain import Outputs
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
-from pyglow_fast.interop.limits import watched
-from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, by_class, read_once
-from pyglow_fast.interop.uniform import UniformRun
+from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, by_class, read_once
 from pyglow_fast.layers.coupling import MAX_CLAMP
-from pyglow_fast.layers.flow_step import unstack_maps
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 from pyglow_fast.reversible.steps import ChannelMap
 
@@ -43,7 +39,7 @@ def _bounded(value: Tensor, cap: Any) -> Tensor:
 def _net_actnorm(norm: Any, dims: int) -> Affine | None:
     """Of an actnorm in a net, which is called forward: log_scale and shift; None while it waits for data."""
     own = norm.actNorm
-    return (_bounded(own.s, own.log_s_cap).flatten(), own.t.flatten()) if _has_seen(own) else None
+    return (_log_scale(own), own.t.flatten()) if _has_seen(own) else None
 
 
 LOG_MAPS["antsnormflows.utils.nn.ActNorm"] = _net_actnorm
@@ -58,17 +54,18 @@ def _actnorms(block: nn.Module) -> list[nn.Module]:
     return [module for module in block.modules() if qualified(type(module)) == _ACTNORM]
 
 
-def _prepare(blocks: Sequence[Any], call: Call) -> None:
-    """Let blocks, from data to latents, see what initialises their actnorms, in their own code.
+def _waits(block: nn.Module) -> bool:
+    return not all(map(_has_seen, _actnorms(block)))
 
-    It is done before ours runs, so that a recomputation of the call is the same call.
+
+@torch.no_grad()
+def _prepare(block: Any, call: Call) -> None:
+    """Let a block see what initialises its actnorms, in its own code.
+
+    It is done before ours runs, so that a recomputation of the call, by a checkpoint around it, is the same call.
     """
-    if not all(_has_seen(norm) for block in blocks for norm in _actnorms(block)):
-        state = call.x
-        with torch.no_grad():
-            for block in reversed(blocks) if call.inverse else blocks:
-                own = block._pgf_theirs
-                state, _ = (own.forward if call.inverse else own.inverse)(block, state)
+    own = block._pgf_theirs
+    (own.forward if call.inverse else own.inverse)(block, call.x)
 
 
 def _unfit(block: Any) -> str:
@@ -101,60 +98,39 @@ def _couples(block: Any) -> Couples:
     return Couples(affine.param_map, spec, half, half, Outputs(True, (-1.0, -1.0), (t_cap, 0.0)))
 
 
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return like.new_tensor(values).unsqueeze(1)
+def _log_scale(actnorm: Any) -> Tensor:
+    return _bounded(actnorm.s, actnorm.log_s_cap).flatten()
 
 
-def _maps(blocks: Sequence[Any]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], ChannelMap]]:
-    """What the maps of blocks, z = diag(exp(-B)) (W y - t'), are made of, and what makes them, stacked."""
-    norms, convs = [block.flows[0] for block in blocks], [block.flows[1] for block in blocks]
-    if len({conv.use_lu for conv in convs}) != 1:
-        raise UnfitError("convolutions with and without LU factors")
-    names, like = ("log_S", "L", "U") if convs[0].use_lu else ("W",), norms[0].s
-    raw = [getattr(norm, name) for name in ("s", "t") for norm in norms]
-    raw += [getattr(conv, name) for name in names for conv in convs]
-    norm_caps, caps = _column([norm.log_s_cap for norm in norms], like), _column([conv.s_cap for conv in convs], like)
-    channels = convs[0].num_channels
-    most = _column([conv.u_offdiag_cap * math.sqrt(channels * (channels - 1) / 2.0) for conv in convs], like)
-
-    def fold(given: Sequence[Tensor]) -> ChannelMap:
-        stacks = iter([torch.stack(list(given[i : i + len(blocks)])) for i in range(0, len(given), len(blocks))])
-        with full_precision(given[0]):
-            log_scale, shift = -_bounded(next(stacks).flatten(1), norm_caps), next(stacks).flatten(1)
-            first = next(stacks)
-            if not convs[0].use_lu:
-                weight, log_det = first, functional.log_abs_det(first)
-            else:
-                log_diagonal, lower, above = _bounded(first, caps), next(stacks).tril(-1), next(stacks).triu(1)
-                norm = torch.linalg.vector_norm(above, dim=(1, 2)).unsqueeze(1)
-                above = above * torch.clamp(most / (norm + 1e-6), max=1.0).unsqueeze(2)
-                upper = above + torch.diag_embed(torch.stack([conv.sign_S for conv in convs]) * log_diagonal.exp())
-                lower = full_product(torch.stack([conv.P for conv in convs]), lower + convs[0].eye)
-                weight, log_det = full_product(lower, upper), log_diagonal.sum(1)
-            scale = log_scale.exp()
-            return ChannelMap(weight * scale.unsqueeze(2), -shift * scale, log_det + log_scale.sum(1))
-
-    return raw, fold
+def _weight(conv: Any) -> tuple[Tensor, Tensor]:
+    """W (C, C) and log|det W|."""
+    if not conv.use_lu:
+        return conv.W, functional.log_abs_det(conv.W)
+    log_diagonal, above, channels = _bounded(conv.log_S, conv.s_cap), conv.U.triu(1), conv.num_channels
+    most = conv.u_offdiag_cap * math.sqrt(channels * (channels - 1) / 2.0)
+    above = above * torch.clamp(most / (torch.linalg.vector_norm(above) + 1e-6), max=1.0)
+    upper = above + torch.diag(conv.sign_S * log_diagonal.exp())
+    return full_product(full_product(conv.P, conv.L.tril(-1) + conv.eye), upper), log_diagonal.sum()
 
 
 def _parts(block: Any, inverse: bool) -> list[Part]:
-    raw, fold = _maps([block])
-    (own,) = unstack_maps(fold(raw))
-    if inverse:  # W^-1 (z exp(B) + t') is M^-1 z + W^-1 t'
-        matrix = functional.invert_matrix(own.matrix)
-        own = ChannelMap(matrix, -full_product(matrix, own.offset.unsqueeze(1)).squeeze(1), -own.log_det)
+    actnorm, conv, _ = block.flows
+    with full_precision(actnorm.s):
+        weight, log_det = _weight(conv)
+        log_scale, shift = _log_scale(actnorm), actnorm.t.flatten()  # z = diag(exp(-B)) (W y - t')
+        scale, log_det = (-log_scale).exp(), log_det - log_scale.sum()
+        own = ChannelMap(weight * scale.unsqueeze(1), -shift * scale, log_det)
+        if inverse:  # W^-1 (z exp(B) + t') is M^-1 z + W^-1 t'
+            matrix = functional.invert_matrix(own.matrix)
+            own = ChannelMap(matrix, -full_product(matrix, own.offset), -log_det)
     return [_couples(block), own]
 
 
 @torch.no_grad()
-def _limit(blocks: Sequence[Any]) -> Tensor:
+def _limit(block: Any) -> Tensor:
     """States below it are within +-gen_clamp between convolution and actnorm too, w = z exp(B) + t'."""
-    norms = [block.flows[0] for block in blocks]
-    caps = _column([norm.log_s_cap for norm in norms], norms[0].s)
-    log_scale = _bounded(torch.stack([norm.s for norm in norms]).flatten(1), caps)
-    shift = torch.stack([norm.t for norm in norms]).flatten(1).abs().amax(1)
-    limits = shift.new_tensor([block._gen_clamp for block in blocks]) - shift
-    return (limits / log_scale.abs().amax(1).exp()).amin()
+    actnorm = block.flows[0]
+    return (block._gen_clamp - actnorm.t.abs().amax()) / _log_scale(actnorm).abs().amax().exp()
 
 
 def _called(inverse: bool) -> Callable[..., Call | None]:
@@ -182,8 +158,9 @@ BLOCK = Row(
     _example,
     _unfit,
     inside=lambda block: [*block.flows, *block.flows[-1].flows, *_actnorms(block)],
+    waits=_waits,
     prepare=_prepare,
-    run=watched(_limit),
+    limit=_limit,
 )
 
 LIBRARY = Library(
@@ -192,7 +169,6 @@ LIBRARY = Library(
     homes=(_FLOWS,),
     containers=("Composite", "Reverse"),
     from_latents=True,
-    runs=partial(UniformRun, couples=_couples, maps=_maps, limit=_limit),
     # Their checkpointing would run a joined run twice, which needs none: it recomputes by itself.
     while_joined=lambda owner: {name: False for name in ("_grad_checkpoint_override",) if hasattr(owner, name)},
 )

@@ -14,7 +14,8 @@ atan(raw), so that with c = |clamp|
     SIGMOID  clamp 2 (sigmoid(s) - 1/2) = c tanh(raw / c)      raw = clamp s / 2
     ATAN     clamp 0.636 atan(s)        = c 0.636 atan(raw)    raw = sign(clamp) s
 
-Any other f, and a clamp that is no number or is out of the kernels' range, becomes a scale map of its own.
+Any other f, and a clamp that is out of the kernels' range, becomes a scale map of its own; a clamp that is a tensor,
+which may learn, is left to FrEIA.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from pyglow_fast.interop.table import (
     Library,
     Part,
     Row,
+    UnfitError,
     by_class,
     one_hot_order,
     read_once,
@@ -51,29 +53,17 @@ COUPLINGS = "FrEIA.modules.coupling_layers"
 SUBNET_GAIN = 0.1  # of the whole output of an AllInOneBlock's subnet
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ScaleFunction:
     """A scale map log s = clamp f(raw), minus its mean over the sample if ``centred`` (GIN), for a CouplingSpec.
 
     With ``divides``, log s = clamp f(raw / clamp).
     """
 
-    clamp: Any
+    clamp: float
     activation: Callable[[Tensor], Tensor]
     centred: bool = False
     divides: bool = False
-
-    def _key(self) -> tuple[Any, ...]:
-        clamp = id(self.clamp) if isinstance(self.clamp, Tensor) else self.clamp
-        return clamp, self.activation, self.centred, self.divides
-
-    def __eq__(self, other: object) -> bool:
-        """Whether it is the same map: of a clamp that learns, the same tensor, not one of the same value."""
-        return isinstance(other, ScaleFunction) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        """Of what makes it equal."""
-        return hash(self._key())
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """s and log s, like raw."""
@@ -106,19 +96,12 @@ def _times(part: Tensor, gain: float) -> Tensor:
     return (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part) * gain
 
 
-def _kind_of(activation: Callable[[Tensor], Tensor]) -> str:
-    """Which of FrEIA's clamps a function is; empty if none."""
-    if activation is torch.tanh:
-        return "tanh"
-    return _kind_of_lambda(activation) if getattr(activation, "__module__", "") == COUPLINGS else ""
-
-
 @functools.lru_cache(64)
-def _kind_of_lambda(activation: Callable[[Tensor], Tensor]) -> str:
-    """Which of FrEIA's clamps a lambda of its own is, by its values."""
+def _kind_of(activation: Callable[[Tensor], Tensor]) -> str:
+    """Which of FrEIA's clamps a function of its own is, by its values."""
     at = torch.tensor([1.0, -0.5], dtype=torch.float64, device="cpu")
+    known = {"tanh": torch.tanh(at), "atan": 0.636 * torch.atan(at), "sigmoid": 2.0 * (torch.sigmoid(at) - 0.5)}
     found = activation(at)
-    known = {"atan": 0.636 * torch.atan(at), "sigmoid": 2.0 * (torch.sigmoid(at) - 0.5)}
     return next((name for name, value in known.items() if torch.equal(found, value)), "")
 
 
@@ -126,14 +109,17 @@ def clamped(
     clamp: Any, activation: Callable[[Tensor], Tensor], centred: bool = False, divides: bool = False
 ) -> tuple[CouplingSpec, float]:
     """Write y = x exp(clamp f(s)) + t as a CouplingSpec of raw = gain s, and that gain; see :class:`ScaleFunction`."""
-    spec, gain = CouplingSpec(scale_map=ScaleFunction(clamp, activation, centred, divides), order="scale_shift"), 1.0
-    kind = _kind_of(activation)
-    if kind and not centred and type(clamp) in (int, float) and 0 < abs(clamp) <= MAX_CLAMP:
-        own = "atan" if kind == "atan" else "tanh"
-        spec = CouplingSpec(scale_map=own, clamp=abs(float(clamp)), order="scale_shift")
-        sign = 1.0 if clamp > 0 else -1.0
-        gain = {"atan": sign, "sigmoid": 0.5 * clamp, "tanh": 1.0 if divides else float(clamp)}[kind]
-    return spec, gain
+    if isinstance(clamp, Tensor):
+        raise UnfitError("a clamp that is a tensor")
+    own = activation is torch.tanh or getattr(activation, "__module__", "") == COUPLINGS
+    kind = _kind_of(activation) if own and not centred and 0 < abs(clamp) <= MAX_CLAMP else ""
+    if not kind:
+        scale_map = ScaleFunction(clamp, activation, centred, divides)
+        return CouplingSpec(scale_map=scale_map, order="scale_shift"), 1.0
+    sign = 1.0 if clamp > 0 else -1.0
+    gain = {"atan": sign, "sigmoid": 0.5 * clamp, "tanh": 1.0 if divides else float(clamp)}[kind]
+    own_map = "atan" if kind == "atan" else "tanh"
+    return CouplingSpec(scale_map=own_map, clamp=abs(float(clamp)), order="scale_shift"), gain
 
 
 def _called(
@@ -182,8 +168,6 @@ def _unfit(block: Any) -> str:
         return f"splits {block.splits} of {channels} channels: expected halves"
     if any(getattr(block, name).shape != (1, channels, *[1] * rank) for name in ("global_scale", "global_offset")):
         return f"another global scale or offset than one for each of {channels} channels"
-    if block.householder and not (hasattr(block, "vk_householder") and hasattr(block, "w_0")):
-        return "reflections that are kept otherwise than in vk_householder and w_0"
     if not isinstance(block.w_perm, Tensor) or block.w_perm.dim() > 1:
         convolution = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
         if block.permute_function is not convolution:
@@ -204,17 +188,14 @@ def _reflected(block: Any) -> Tensor:
 
 def _permutation(block: Any, name: str, reflected: Tensor | None) -> ChannelMap:
     """R ("w_perm") or its inverse ("w_perm_inv"): a gather where it is hard and not learned."""
-    nothing = torch.zeros_like(block.global_offset).flatten()
+    nothing = ChannelMap.nothing(block.global_offset.flatten())
     if reflected is not None:
-        matrix = reflected if name == "w_perm" else reflected.T
-        return ChannelMap(matrix, nothing, nothing.new_zeros(()))
+        return nothing._replace(matrix=reflected if name == "w_perm" else reflected.T, source=None)
     kept = getattr(block, name)
     order = kept if kept.dim() == 1 else None
     if order is None and not kept.requires_grad:
         order = read_once(block, name, kept.flatten(1), one_hot_order)
-    if order is None:
-        return ChannelMap(kept.flatten(1), nothing, nothing.new_zeros(()))
-    return ChannelMap(torch.ones_like(nothing), nothing, nothing.new_zeros(()), order)
+    return nothing._replace(matrix=kept.flatten(1), source=None) if order is None else nothing._replace(source=order)
 
 
 def _block_parts(block: Any, inverse: bool, divides: bool) -> list[Part]:
@@ -222,22 +203,17 @@ def _block_parts(block: Any, inverse: bool, divides: bool) -> list[Part]:
     kept, changed = block.splits
     order = ShiftThenRaw(changed, SUBNET_GAIN, SUBNET_GAIN * gain)
     couples = Couples(block.subnet, spec, kept, changed, order, whole=bool(block.GIN))
-    reflected = _reflected(block) if block.householder else None
     with full_precision(block.global_scale):
         scale = torch.ones_like(block.global_scale) if block.GIN else block.global_scale_activation(block.global_scale)
         scale, offset = scale.flatten(), block.global_offset.flatten()
-        log_det = scale.log().sum()
-        own = _permutation(block, "w_perm_inv" if inverse else "w_perm", reflected)
-        if inverse:  # (R^-1 z - b) / a
-            rows = scale if own.source is not None else scale.unsqueeze(1)
-            after = ChannelMap(own.matrix / rows, -offset / scale, -log_det, own.source)
-        elif own.source is not None:  # R (a y + b)
-            after = ChannelMap(scale[own.source], offset[own.source], log_det, own.source)
-        else:
-            after = ChannelMap(own.matrix * scale, full_product(own.matrix, offset), log_det)
-    if not block.reverse_pre_permute:
-        return [couples, after]
-    return [_permutation(block, "w_perm" if inverse else "w_perm_inv", reflected), couples, after]
+        log_det, channels = scale.log().sum(), torch.arange(len(scale), device=scale.device)
+    affine = ChannelMap(scale, offset, log_det, channels)  # a y + b
+    if inverse:
+        affine = ChannelMap(1.0 / scale, -offset / scale, -log_det, channels)
+    reflected = _reflected(block) if block.householder else None
+    to_latents, to_data = ("w_perm_inv", "w_perm") if inverse else ("w_perm", "w_perm_inv")
+    own: list[Part] = [couples, affine, _permutation(block, to_latents, reflected)]
+    return [_permutation(block, to_data, reflected), *own] if block.reverse_pre_permute else own
 
 
 def _is_dense(block: Any, parts: Sequence[Part]) -> bool:

@@ -12,15 +12,17 @@ from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.runs import Joined, Reasons, Run, places_of
 from pyglow_fast.interop.table import Library
 
+_OF_NODES = ("node_list", "in_nodes", "condition_nodes", "out_nodes")  # of a graph
+
 
 class JoinedGraph(Joined):
     """A base put before GraphINN, which runs joined nodes in chains, and one by one where all outputs are asked for.
 
-    The graph's nodes, modules and calls are what they were. The chains are in a second graph over the same modules,
-    which is no longer used once a node has got another module.
+    The graph's nodes, modules and calls are what they were. Chains run over copies of the nodes with the same modules,
+    which are no longer used once a node has got another module.
     """
 
-    _joined_graph: Any  # no child of it
+    _shown: dict[str, list[Any]]  # the copies, with what stands in the place of modules
     _joined_from: list[Any]  # the modules of the nodes when they were joined
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -36,7 +38,10 @@ class JoinedGraph(Joined):
         same = all(node.module is known for node, known in zip(nodes, self._joined_from, strict=True))
         if intermediate_outputs or not same:
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
-        return self._joined_graph.forward(x_or_z, c, rev, jac, x=x)
+        theirs: Any = self._pgf_was
+        shown = theirs.__new__(theirs)
+        vars(shown).update(vars(self) | self._shown)
+        return shown.forward(x_or_z, c, rev, jac, x=x)
 
 
 _made: dict[type[nn.Module], type[Any]] = {}
@@ -80,9 +85,14 @@ def joined_graph(
     layers, conditions = [node.module for node in nodes], [_conditions(node) for node in nodes]
     places, runs, reasons = places_of(layers, conditions, library, memory, budget, follows)
     if runs:
-        shown = dict(zip(nodes, places, strict=True))
-        vars(graph).update(places=places, _pgf_was=type(graph), _joined_from=[node.module for node in every])
-        vars(graph)["_joined_graph"] = _second_graph(graph, shown)
+        # Copied are the nodes alone: what they hold stays, and places stand for the modules that are joined.
+        copies: dict[int, Any] = {id(node): object.__new__(type(node)) for node in every}
+        held = copies | {id(node.module_args): node.module_args for node in every}
+        held |= {id(layer): place for layer, place in zip(layers, places, strict=True)}
+        for node in every:  # one by one, since each leads to all others
+            vars(copies[id(node)]).update(copy.deepcopy(vars(node), held))
+        shown = copy.deepcopy({name: getattr(graph, name) for name in _OF_NODES}, held)
+        vars(graph).update(places=places, _pgf_was=type(graph), _shown=shown, _joined_from=[n.module for n in every])
         graph.__class__ = _class_for(type(graph))
     return places, runs, reasons
 
@@ -100,21 +110,3 @@ def _in_chains(nodes: list[Any]) -> list[Any]:
             found[node] = None
             node = after.get(node)
     return list(found)
-
-
-def _second_graph(graph: Any, shown: dict[Any, Any]) -> Any:
-    """A graph over copies of the nodes, some with what stands in for their modules."""
-    twins = {node: copy.copy(node) for node in graph.node_list}
-
-    def twin(value: Any) -> Any:
-        if type(value) in (list, tuple):
-            return type(value)(twin(part) for part in value)
-        return twins[value] if value.__hash__ is not None and value in twins else value
-
-    for node, own in twins.items():
-        vars(own).update({name: twin(value) for name, value in vars(node).items() if name != "module"})
-        own.module = shown.get(node, node.module)
-    kind: Any = type(graph)
-    second = kind.__new__(kind)
-    vars(second).update({name: twin(value) for name, value in vars(graph).items()})  # the same modules and hooks
-    return second

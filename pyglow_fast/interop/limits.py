@@ -1,21 +1,24 @@
 """Watches the states of layers that bound what they compute: ours computes without bounds, as long as none would act.
 
 Where one might have, the layers run themselves. Behind a coupling, where a fused pass never writes the state, it is at
-most (|u| + |shift|) s of the largest magnitudes.
+most (|u| + |shift|) max(s, 1) of the largest magnitudes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyglow_fast.interop.adoption import net_output, run_parts
-from pyglow_fast.interop.table import Call, Couples, Part, UnfitError
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.interop.table import Call, UnfitError
+from pyglow_fast.reference import CouplingSpec, scale_and_log
+
+LARGEST_RAW = 700.0  # whose exp float64 holds; that of a larger one is beyond any limit
+
+
+class BeyondLimitError(UnfitError):
+    """Raised where a state may be beyond the limit of the layers that a call is for."""
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -24,66 +27,39 @@ def magnitude(x: Tensor) -> Tensor:
     return torch.maximum(most, -least)
 
 
-class Watch:
-    """The largest values of one call of layers in a row."""
-
-    def __init__(self) -> None:
-        self._seen: list[Tensor] = []
-
-    def __call__(self, largest: Tensor) -> None:
-        """Note those of some couplings, in the order of the call: of state, shift and raw scale, (K, 3)."""
-        self._seen.append(largest)
-
-    def look(self, part: Couples, x: Tensor, net_out: Tensor) -> Tensor:
-        """Note those of one coupling, and pass its net's output on."""
-        if part.spec.coupling == "additive":
-            found = [magnitude(x), magnitude(net_out), x.new_zeros(())]
-        else:
-            found = [magnitude(x), *map(magnitude, net_out.chunk(2, 1))]
-        self._seen.append(torch.stack([value.to(x.dtype) for value in found]).unsqueeze(0))
-        return net_out
-
-    def check(self, limit: Tensor, specs: Sequence[CouplingSpec], call: Call, end: Tensor) -> None:
-        """Hold all states of a call against a limit, a scalar; ``end`` is what the call gives. The host reads once.
-
-        Raises:
-            UnfitError: one may be beyond it.
-        """
-        ends = torch.stack([limit.to(end.dtype), magnitude(call.x), magnitude(end)])
-        most, begin, last, *numbers = torch.cat([ends, *(seen.flatten() for seen in self._seen)]).tolist()
-        triples = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
-        bounds = [begin, last]
-        for spec, (state, *others) in zip(reversed(specs) if call.inverse else specs, triples, strict=True):
-            bounds += [state, _coupled(spec, call.inverse, state, *others)]
-        if not all(bound < most for bound in bounds):  # NaN is not
-            raise UnfitError(f"values beyond {most:g}, which its own layers may bound")
+def note(seen: list[Tensor], spec: CouplingSpec, x: Tensor, net_out: Tensor) -> None:
+    """Add the largest magnitudes of a coupling's state, shift and raw scale, (1, 3), as csrc/run notes them."""
+    parts = [x, *net_out.chunk(2, 1)] if spec.coupling == "affine" else [x, net_out, x.new_zeros(1)]
+    seen.append(torch.stack([magnitude(part).to(x.dtype) for part in parts]).unsqueeze(0))
 
 
-def watched(limit: Callable[[Sequence[Any]], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Make the ``run`` of a row whose layers are bounded so."""
+def check(limit: Tensor, specs: Sequence[CouplingSpec], call: Call, seen: Sequence[Tensor], end: Tensor) -> None:
+    """Hold all states of a call against a limit, a scalar. The host reads once.
 
-    def run(layer: Any, call: Call, parts: Sequence[Part], own: Any) -> tuple[Tensor, Tensor]:
-        watch = Watch()
-        found = run_parts(parts, call, lambda part, x, cond: watch.look(part, x, net_output(part, x, cond)))
-        specs = [part.spec for part in parts if isinstance(part, Couples)]
-        watch.check(limit([layer]), specs, call, found[0])
-        return found
+    Args:
+        limit: of the layers.
+        specs: of their couplings.
+        call: of the layers.
+        seen: the largest magnitudes of the couplings in the order of the call, (K, 3) of one or more each.
+        end: what the call gives.
 
-    return run
+    Raises:
+        BeyondLimitError: a state may be beyond the limit, or NaN.
+    """
+    ends = torch.stack([limit.to(end.dtype), magnitude(call.x), magnitude(end)])
+    most, *bounds = torch.cat([ends, *(numbers.flatten() for numbers in seen)]).tolist()
+    states, shifts, raws = (bounds[i::3] for i in (2, 3, 4))
+    bounds = bounds[:2]
+    for spec, state, shift, raw in zip(reversed(specs) if call.inverse else specs, states, shifts, raws, strict=True):
+        bounds.append((state + shift) * max(_most_scale(spec, call.inverse, raw), 1.0))
+    if not all(bound < most for bound in bounds):  # NaN is not
+        raise BeyondLimitError(f"values beyond {most:g}, which its own layers may bound")
 
 
-def _coupled(spec: CouplingSpec, inverse: bool, state: float, shift: float, raw: float) -> float:
-    """The most that a coupling makes of a state."""
+def _most_scale(spec: CouplingSpec, inverse: bool, raw: float) -> float:
+    """The most that s, or inverted 1 / s, can be: scale maps that have a name are monotone."""
     if spec.coupling == "additive":
-        return state + shift
-    scale = _scale(spec, inverse, raw)
-    return (state + shift) * scale if (spec.order == "shift_scale") != inverse else state * scale + shift
-
-
-def _scale(spec: CouplingSpec, inverse: bool, raw: float) -> float:
-    """The most that s, or inverted 1 / s, can be."""
-    if spec.scale_map == "sigmoid":
-        least = spec.eps + spec.factor / (1.0 + math.exp(min(raw - spec.bias, 700.0)))
-        return spec.eps + spec.factor if not inverse else 1.0 / least
-    capped = {"exp": 700.0, "tanh": spec.clamp, "atan": spec.clamp}.get(str(spec.scale_map))
-    return math.inf if capped is None else math.exp(min(raw, capped) if spec.scale_map != "atan" else capped)
+        return 1.0
+    end = min(raw, LARGEST_RAW)
+    scale, _ = scale_and_log(torch.tensor([-end, end], dtype=torch.float64, device="cpu"), spec)
+    return float(1.0 / scale.min() if inverse else scale.max())

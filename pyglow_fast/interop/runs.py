@@ -8,27 +8,34 @@ a net replaced), waits for data, or a call is none for the run, they are called 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.coupling_nets.masks import mask_of, run_masked
+from pyglow_fast.coupling_nets.masks import run_masked
 from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.adoption import Adopted, run_parts, understood, with_mask
+from pyglow_fast.interop.limits import BeyondLimitError, check, note
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, spread, untouched
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.described import described, is_runnable
-from pyglow_fast.layers.flow_step import after, recomputed, run_couplings, stack_maps
+from pyglow_fast.layers.flow_step import after, recomputed, stack_maps
 from pyglow_fast.reversible import DriftControl, run_steps
-from pyglow_fast.reversible.run import folded_maps, given_maps_of, run_plain, run_recorded
+from pyglow_fast.reversible.run import Fold, GivenMaps, Maps, folded_maps, run_plain, run_recorded
 from pyglow_fast.reversible.steps import ChannelMap
 
 Reasons = dict[nn.Module, str]  # why a layer is in no run
 ALONE = "no layer of its width next to it"
+MOST_POSITIONS = 8  # along each dimension of the state that goes there and back for a report
+VOLUMES = 5  # dimensions of their states
+# Where memory is to be saved a net on volumes takes as much as so many states. On 16^3 and 32^3 (8 channels, hidden 96)
+# that is two strips; eight took twice as long and saved little, as the rest then counts.
+MOST_STATES = 64
 
 
 def row_of(library: Library, module: nn.Module) -> Row | None:
@@ -56,42 +63,34 @@ def unrepeatable(net: nn.Module, memory: str) -> str:
     return ""
 
 
-def learns(scale_map: Any) -> bool:
-    """Whether a scale map holds tensors or modules that are to get a gradient."""
-    held = vars(scale_map).values() if hasattr(scale_map, "__dict__") else ()
-    modules = [value for value in (scale_map, *held) if isinstance(value, nn.Module)]
-    tensors = [*(value for value in held if isinstance(value, Tensor)), *(t for m in modules for t in m.parameters())]
-    return any(tensor.requires_grad for tensor in tensors)
+def learns(part: Couples, x: Tensor) -> bool:
+    """Whether the scale map of a coupling holds what is to get a gradient."""
+    scale_map = part.spec.scale_map
+    return callable(scale_map) and scale_map(x.detach()[:1, -part.changed :])[1].requires_grad
 
 
-def not_halves(part: Couples) -> str:
-    """Say why a coupling is in no run, which halves the channels."""
-    if (part.kept + part.changed) % 2:
-        return f"an odd number of channels, {part.kept + part.changed}"
-    return f"a mask that keeps {part.kept} of {part.kept + part.changed} channels"
-
-
-def check_layer(layer: nn.Module, row: Row, ready: bool = True) -> None:
-    """Refuse a layer of a run that is to be called itself; it may still wait for data where it need not be ``ready``.
+def check_halves(part: Couples) -> None:
+    """Refuse a coupling that does not halve the channels, as those of a run do.
 
     Raises:
-        UnfitError: it is.
+        UnfitError: it does not.
     """
-    if is_altered(layer) or not untouched(row.inside(layer)):
-        raise UnfitError("hooks on it, or a forward of its own")
-    if ready and row.waits(layer):
-        raise UnfitError("it waits for data")
-    if reason := row.unfit(layer):
-        raise UnfitError(reason)
+    channels = part.kept + part.changed
+    if part.kept not in (0, part.changed):
+        odd = f"an odd number of channels, {channels}"
+        raise UnfitError(odd if channels % 2 else f"a mask that keeps {part.kept} of {channels} channels")
 
 
-def parts_of(layer: nn.Module, row: Row, inverse: bool = False, ready: bool = True) -> Sequence[Part]:
+def parts_of(layer: nn.Module, row: Row, inverse: bool = False, *_: Tensor) -> Sequence[Part]:
     """What a layer of a run holds now.
 
     Raises:
-        UnfitError: see :func:`check_layer`.
+        UnfitError: the layer is to be called itself.
     """
-    check_layer(layer, row, ready)
+    if is_altered(layer) or not untouched(row.inside(layer)):
+        raise UnfitError("hooks on it, or a forward of its own")
+    if reason := row.unfit(layer):
+        raise UnfitError(reason)
     return row.parts(layer, inverse)
 
 
@@ -105,34 +104,44 @@ def _like(part: Part, x: Tensor) -> Part:
 class Run:
     """Layers that follow one another as one chain; see ReversibleSequence for the memory modes.
 
-    The run has no parameters of its own: they belong to the layers, and gradients go to them.
+    The run has no parameters of its own: they belong to the layers, and gradients go to them. Where memory is to be
+    saved, the layers' maps are computed again in the backward.
 
     Args:
         layers: in the direction of data to latents.
         rows: of the layers.
         memory: "reversible", "checkpoint" or "store".
         budget: bytes of one net's activations, or "auto".
+
+    Attributes:
+        beyond: how many calls had states that may have been beyond the limit of the layers.
     """
 
     def __init__(self, layers: Sequence[nn.Module], rows: Sequence[Row], memory: str, budget: str | int) -> None:
         self.layers, self.rows, self.memory, self.budget = list(layers), list(rows), memory, budget
         self._coupled: list[tuple[Couples, Coupling]] = []
-        self._couplings([part for part in self.parts(False, ready=False) if isinstance(part, Couples)])
+        self._couplings([part for part in self.parts() if isinstance(part, Couples)])
         self.control = DriftControl(max(1, len(self._coupled)), "auto", None, False)
+        self.beyond = 0
+        self._shape: Sequence[int] = ()  # of the states of the last call
 
     @property
     def spares(self) -> bool:
         """Whether the run saves memory now, so that layers run in it even where they are faster one by one."""
         return torch.is_grad_enabled() and self.memory != "store"
 
-    def parts(self, inverse: bool, ready: bool = True) -> list[Part]:
+    def parts(self, inverse: bool = False) -> list[Part]:
         """What the layers hold now, in the direction of data to latents; see :func:`parts_of`.
 
         Raises:
             UnfitError: a layer is to be called itself.
         """
+        read: Callable[..., Sequence[Part]] = parts_of
+        if self.spares:
+            read = partial(checkpoint, parts_of, use_reentrant=False, preserve_rng_state=False)
+        # Their parameters are given so that a backward refuses those that were written to since.
         pairs = zip(self.layers, self.rows, strict=True)
-        return [part for layer, row in pairs for part in parts_of(layer, row, inverse, ready)]
+        return [part for layer, row in pairs for part in read(layer, row, inverse, *layer.parameters())]
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run the layers: z and log_det (N,), or with an inverse call x and log_det.
@@ -140,100 +149,151 @@ class Run:
         Raises:
             UnfitError: the layers are to be called one by one.
         """
+        if any(row.waits(layer) for layer, row in zip(self.layers, self.rows, strict=True)):
+            raise UnfitError("it waits for data")
+        limit = self._limit()
+        if limit is not None and call.inverse and self.spares:
+            raise UnfitError("nets that would keep what they need for a backward")
         parts = [_like(part, call.x) for part in self.parts(call.inverse)]
         if not self.spares and not self.rows[0].pays(self.layers[0], call, parts):
             raise UnfitError("faster one by one")
-        if call.inverse:
-            return self._inverse(parts, with_mask(call))
-        run = partial(self._forward, parts, call)
-        if call.mask is None:
-            return run(call.x, call.cond)
-        specs = [part.spec for part in parts if isinstance(part, Couples)]
-        return run_masked(run, call.x, call.cond, call.mask, specs)
+        self._shape = call.x.shape
+        try:
+            if call.inverse:
+                return self._in_turn(parts, with_mask(call), limit)
+            return self._chain(parts, call, limit)
+        except BeyondLimitError:
+            self.beyond += 1
+            raise
 
-    @staticmethod
-    def _arranged(
-        parts: Sequence[Part], channels: int
-    ) -> tuple[list[ChannelMap | None], list[Couples], ChannelMap | None]:
-        """The maps before each coupling, the couplings, and the map behind the last; None: nothing is there."""
-        maps: list[ChannelMap | None] = []
-        couples: list[Couples] = []
-        waiting: ChannelMap | None = None
-        for part in spread(parts, channels):
-            if isinstance(part, Couples):
-                maps, couples, waiting = [*maps, waiting], [*couples, part], None
-            else:
-                waiting = part if waiting is None else after(waiting, part)
-        return maps, couples, waiting
+    def _limit(self) -> Tensor | None:
+        limits = [row.limit(layer) for layer, row in zip(self.layers, self.rows, strict=True)]
+        known = [limit for limit in limits if limit is not None]
+        return torch.stack(known).amin() if known else None
+
+    def _chain(self, parts: Sequence[Part], call: Call, limit: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, cond = call.x, call.cond
+        between, couples, last = _arranged(parts, x)
+        couplings, specs = self._couplings(couples), [part.spec for part in couples]
+        given = [x, *(tensor for own in between for tensor in own[:3]), *([] if cond is None else [cond])]
+        given += [parameter for coupling in couplings for parameter in coupling.net.parameters()]
+        records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        mode, maps, budget = self.memory if records else "store", _maps_of(between), self.budget
+        if mode != "store":
+            for part in couples:
+                if reason := unrepeatable(part.net, mode):
+                    raise UnfitError(reason)  # put on a net since it was joined
+                if learns(part, x):
+                    raise UnfitError("a scale map that learns, which a run that recomputes gives no gradient")
+            if budget == "auto" and x.dim() == VOLUMES:
+                budget = MOST_STATES * x.nbytes
+        seen: list[Tensor] = []
+        plain = cond is None and call.mask is None and is_runnable(x)
+        steps = described(couplings, maps, x, None, False, budget) if plain else None
+        if steps is not None:
+            steps = steps._replace(watch=None if limit is None else seen.append)
+            recorded = partial(run_recorded, steps, mode, self.control, x)
+            z, log_det = recorded() if records else run_plain(steps, x, None, False, folded_maps(steps))
+        elif mode == "store":
+            return self._in_turn(parts, with_mask(call), limit)
+        else:
+            again = recomputed(couplings, budget, call.mask is not None)
+            if limit is not None:
+                for step in again:
+                    step.watch = partial(note, seen, step.spec)
+            run = partial(run_steps, again, self.control if mode == "reversible" else None, maps=maps)
+            z, log_det = run(x, cond) if call.mask is None else run_masked(run, x, cond, call.mask, specs)
+        if last is not None:
+            z, gained = run_parts([last], with_mask(call._replace(x=z)))
+            log_det = log_det + gained
+        if limit is not None:
+            check(limit, specs, call, seen, z)
+        return z, log_det
 
     def _couplings(self, couples: Sequence[Couples]) -> list[Coupling]:
         """Our couplings with these nets: those of the call before where nothing has changed."""
         for i, own in enumerate(couples):
             if i < len(self._coupled) and self._coupled[i][0] == own:
                 continue
+            check_halves(own)
             net = own.wrapped()
-            if own.kept not in (0, own.changed):
-                raise UnfitError(not_halves(own))
             made = Coupling(net, *own.spec) if own.kept else AffineInjector(own.changed, net=net, spec=own.spec)
             self._coupled[i : i + 1] = [(own, made)]
         return [made for _, made in self._coupled[: len(couples)]]
 
-    def _forward(self, parts: Sequence[Part], call: Call, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        between, couples, last = self._arranged(parts, x.shape[1])
-        couplings, masked = self._couplings(couples), call.mask is not None
-        nothing = ChannelMap.nothing(x.new_zeros(x.shape[1])) if None in between else None
-        stacked = stack_maps([cast(ChannelMap, nothing if own is None else own) for own in between])
-        own = [tensor for tensor in stacked if tensor is not None]
-        params = [parameter for coupling in couplings for parameter in coupling.net.parameters()]
-        given = [x, *own, *params, *([] if cond is None else [cond])]
-        records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        mode, maps = self.memory if records else "store", given_maps_of(own)
-        if reason := next(filter(None, (unrepeatable(part.net, mode) for part in couples)), ""):
-            raise UnfitError(reason)  # put on a net since it was joined
-        if mode != "store" and any(learns(part.spec.scale_map) for part in couples):
-            raise UnfitError("a scale map that learns, which a run that recomputes gives no gradient")
-        plain = cond is None and is_runnable(x)
-        steps = described(couplings, maps, x, None, False, self.budget) if plain else None
-        if steps is not None and records:
-            z, log_det = run_recorded(steps, mode, self.control, x)
-        elif steps is not None:
-            z, log_det = run_plain(steps, x, None, False, folded_maps(steps))
-        elif mode == "store":
-            z, log_det = run_couplings(couplings, stacked, x, cond, budget=self._budget(), masked=masked)
-        else:
-            control = self.control if mode == "reversible" else None
-            z, log_det = run_steps(recomputed(couplings, self.budget, masked), control, x, cond, maps)
-        if last is None:
-            return z, log_det
-        z, gained = run_parts([last], call._replace(x=z, mask=mask_of(cond) if masked and cond is not None else None))
-        return z, log_det + gained
-
-    def _budget(self) -> str | int | None:
-        """The bytes for nets that run without a record; None for nets that run whole."""
-        whole = torch.is_grad_enabled() or is_watched() or self.memory == "store"
-        return None if whole else self.budget
-
-    def _inverse(self, parts: Sequence[Part], call: Call) -> tuple[Tensor, Tensor]:
-        budget, couples = self._budget(), [part for part in parts if isinstance(part, Couples)]
+    def _in_turn(self, parts: Sequence[Part], call: Call, limit: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run one part after another, as autograd records them; without a record nets run in chunks."""
+        couples = [part for part in parts if isinstance(part, Couples)]
         couplings = dict(zip(couples, self._couplings(couples), strict=True))
+        whole = torch.is_grad_enabled() or is_watched() or self.memory == "store"
 
         def run_net(part: Couples, x: Tensor, cond: Tensor | None) -> Tensor:
             coupling, kept = couplings[part], x[:, : part.kept]
-            return coupling.run_net(kept, cond) if budget is None else coupling.runner(budget).run(kept, cond)
+            return coupling.run_net(kept, cond) if whole else coupling.runner(self.budget).run(kept, cond)
 
-        return run_parts(parts, call, run_net)
+        return run_parts(parts, call, run_net, limit)
 
     def alone(self, layer: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call one of the layers by itself."""
-        return (layer if method == "forward" else getattr(layer, method))(*args, **kwargs)
+        """Call one of the layers by itself; where memory is to be saved, of one with a limit only the input is kept."""
+        run = layer if method == "forward" else getattr(layer, method)
+        if self.spares and self._limit() is not None and untouched([layer]):
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return run(*args, **kwargs)
 
     def report(self) -> dict[str, Any]:
-        """Report mode, steps, spacing of the anchors, drift and what was redone."""
-        return {
-            "memory": self.memory,
-            "steps": max(len(self._coupled), int(self.rows[0].run is not None)),
-            **self.control.report(),
-        }
+        """Report mode, steps, spacing of the anchors, drift and what was redone.
+
+        Of layers with a limit, also how many calls went beyond it, and how well each can be inverted: the condition
+        numbers of their maps and, after a call, the errors of round trips.
+        """
+        steps = max(len(self._coupled), int(self.rows[0].run is not None))
+        found = {"memory": self.memory, "steps": steps, **self.control.report()}
+        return found if self._limit() is None else found | {"beyond_limit": self.beyond, **self._health()}
+
+    @torch.no_grad()
+    def _health(self) -> dict[str, list[float]]:
+        """Condition numbers of maps, and errors of round trips, by layer from data to latents.
+
+        A state of standard normal numbers goes through the layers; behind each it is inverted once, in the dtype of the
+        parameters, and held against what the layer was given: the largest error over the largest value.
+        """
+        sizes = (1, *self._shape[1:2], *(min(size, MOST_POSITIONS) for size in self._shape[2:]))
+        like = next(self.layers[0].parameters())
+        state = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(like)
+        conditions, errors = [], []
+        for layer, row in zip(self.layers, self.rows, strict=True):
+            there, back = (row.parts(layer, inverse) for inverse in (False, True))
+            whole = reduce(after, (part for part in there if isinstance(part, ChannelMap)))
+            conditions.append(float(torch.linalg.cond(whole.as_product().matrix.double())))
+            if self._shape:
+                z, _ = run_parts(there, Call(state, False, lambda x, _: x))
+                x, _ = run_parts(back, Call(z, True, lambda x, _: x))
+                errors.append(float((x - state).abs().max() / state.abs().max()))
+                state = z
+        return {"conditions": conditions, "round_trips": errors}
+
+
+def _arranged(parts: Sequence[Part], x: Tensor) -> tuple[list[ChannelMap], list[Couples], ChannelMap | None]:
+    """The map before each coupling, the couplings, and what is behind the last."""
+    nothing = ChannelMap.nothing(x.new_zeros(x.shape[1]))
+    maps: list[ChannelMap] = []
+    couples: list[Couples] = []
+    waiting: ChannelMap | None = None
+    for part in spread(parts, x.shape[1]):
+        if isinstance(part, Couples):
+            maps, couples, waiting = [*maps, nothing if waiting is None else waiting], [*couples, part], None
+        else:
+            waiting = part if waiting is None else after(waiting, part)
+    return maps, couples, waiting
+
+
+def _maps_of(between: Sequence[ChannelMap]) -> Maps:
+    """The maps before couplings; those of a node are stacked when it is made, so that others wait for no gradient."""
+
+    def of(first: int, end: int) -> tuple[Sequence[Tensor], Fold]:
+        return [part for part in stack_maps(between[first:end]) if part is not None], GivenMaps()
+
+    return Maps(range(1, len(between) + 1), max(own.matrix.nbytes for own in between), of)
 
 
 class Place:
@@ -265,18 +325,17 @@ class Place:
         return getattr(self.layer, name)
 
     def _through(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        read = self.row.calls[method](self.layer, *args, **kwargs)
         if self.layers is None:
-            passed = self.row.calls[method](self.layer, *args, **kwargs)
-            if passed is None:
+            if read is None:
                 return args[0], 0
-            return passed.give(passed.x, passed.x.new_zeros(passed.x.shape[0]))  # by len(x) an export would fix N
+            return read.give(read.x, read.x.new_zeros(read.x.shape[0]))  # by len(x) an export would fix N
         call = understood(self.row, self.layer, method, args, kwargs, self.run.spares)
         if call is not None and call.joins:
             try:
                 return call.give(*self.run(call))
             except UnfitError:  # before anything was computed but maps
                 pass
-        read = self.row.calls[method](self.layer, *args, **kwargs)
         if read is not None:
             backwards = read.inverse != self.from_latents
         else:  # not a call for ours, such as of few positions; the libraries name the way back by one of these
@@ -297,7 +356,7 @@ class Joined(nn.Module):
     def part(self) -> None:
         """Turn the container into what it was."""
         self.__class__ = self._pgf_was  # type: ignore[assignment]
-        for name in ("places", "_pgf_was", "_joined_graph", "_joined_from"):
+        for name in ("places", "_pgf_was", "_shown", "_joined_from"):
             self.__dict__.pop(name, None)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -334,25 +393,25 @@ class JoinedList(Joined, nn.ModuleList):
     append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = _refuse  # type: ignore[assignment]
 
 
-def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, int] | str:
-    """The width of a layer that may be in a run, None for any, and how many couplings it has; or why it may not."""
+def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, int]:
+    """The width of a layer that may be in a run, None for any, and how many couplings it has.
+
+    Raises:
+        UnfitError: it may not.
+    """
     if row is None:
-        return "it was left as it was"
-    try:
-        parts = parts_of(layer, row, ready=False)
-        couples = [part for part in parts if isinstance(part, Couples)]
-        for part in couples:
-            if part.kept not in (0, part.changed):
-                return not_halves(part)
-            if reason := unrepeatable(part.net, memory):
-                return reason
-        if not parts:
-            return "it has no map of channels and no coupling"
-        maps = [part for part in parts if isinstance(part, ChannelMap)]
-        widths = [*(part.kept + part.changed for part in couples), *(len(part.offset) for part in maps), None]
-        return widths[0], len(couples)
-    except UnfitError as unfit:
-        return str(unfit)
+        raise UnfitError("it was left as it was")
+    parts = parts_of(layer, row)
+    couples = [part for part in parts if isinstance(part, Couples)]
+    for part in couples:
+        check_halves(part)
+        if reason := unrepeatable(part.net, memory):
+            raise UnfitError(reason)
+    if not parts:
+        raise UnfitError("it has no map of channels and no coupling")
+    maps = [part for part in parts if isinstance(part, ChannelMap)]
+    widths = [*(part.kept + part.changed for part in couples), *(len(part.offset) for part in maps), None]
+    return widths[0], len(couples)
 
 
 def places_of(
@@ -375,33 +434,30 @@ def places_of(
     Returns:
         The places, the runs, and why each other layer is in none.
     """
-    rows = [row_of(library, layer) for layer in layers]
-    keys = [key_of(layer, row, memory) for layer, row in zip(layers, rows, strict=True)]
+    rows, reasons = [row_of(library, layer) for layer in layers], {}
+    keys: dict[int, tuple[int | None, int]] = {}
+    for i, (layer, row) in enumerate(zip(layers, rows, strict=True)):
+        try:
+            keys[i] = key_of(layer, row, memory)
+        except UnfitError as unfit:
+            reasons[layer] = str(unfit)
+    stretches: list[list[int]] = []
+    for i, (width, _) in keys.items():
+        joins = i - 1 in keys and conditions[i] == conditions[i - 1] and follows(i)
+        if joins and len({width, None, *(keys[k][0] for k in stretches[-1])}) <= 2:
+            stretches[-1].append(i)
+        else:
+            stretches.append([i])
     places: list[Any] = list(layers)
-    reasons: Reasons = {layer: key for layer, key in zip(layers, keys, strict=True) if isinstance(key, str)}
     runs: list[Run] = []
-    start = 0
-    while start < len(layers):
-        end, key = start + 1, keys[start]
-        width = None if isinstance(key, str) else key[0]
-        while end < len(layers) and not isinstance(key, str):
-            following = keys[end]
-            if isinstance(following, str) or conditions[end] != conditions[start] or not follows(end):
-                break
-            if None not in (width, following[0]) and following[0] != width:
-                break
-            width, end = width or following[0], end + 1
-        own = list(layers[start:end])
-        if not isinstance(keys[start], str):
-            if sum(cast(Any, key)[1] for key in keys[start:end]) > 1 and len(own) > 1:
-                turn = -1 if library.from_latents else 1
-                make = library.runs or Run
-                run = make(own[::turn], cast(Any, rows[start:end])[::turn], memory, budget)
-                runs.append(run)
-                for i in range(start, end):
-                    given = own if i == start else None
-                    places[i] = Place(layers[i], cast(Row, rows[i]), run, given, library.from_latents)
-            else:
-                reasons |= dict.fromkeys(own, ALONE)
-        start = end
+    turn = -1 if library.from_latents else 1
+    for stretch in stretches:
+        own = [layers[i] for i in stretch]
+        if len(own) == 1 or sum(keys[i][1] for i in stretch) < 2:
+            reasons |= dict.fromkeys(own, ALONE)
+            continue
+        runs.append(Run(own[::turn], [cast(Row, rows[i]) for i in stretch][::turn], memory, budget))
+        for i in stretch:
+            given = own if i == stretch[0] else None
+            places[i] = Place(layers[i], cast(Row, rows[i]), runs[-1], given, library.from_latents)
     return places, runs, reasons

@@ -138,7 +138,9 @@ class Row:
         alone: why a layer is left unless a memory mode saves what its backward keeps; empty where ours pays anyway.
         pays: whether ours is as fast for a call, of a layer that holds these parts.
         waits: whether the layer waits for data to be initialised from.
-        prepare: (layers, call) is called before ours runs layers, from data to latents; it may let them see data.
+        prepare: (layer, call) lets a layer that waits see the data of a call; else the layer itself runs.
+        limit: the largest magnitude, a scalar, below which no bound acts that the layer puts on its states, see
+            limits.py; None where it puts none.
         inside: the modules of a layer, besides its nets, whose forward is no longer called.
         adopts: its forward is replaced; else it is a part of runs only.
         run: (layer, call, parts, a Run or None) -> z, log_det, of what is no chain of maps and couplings; with a Run,
@@ -157,7 +159,8 @@ class Row:
     alone: Callable[[Any], str] = _nothing
     pays: Callable[[Any, Call, Sequence[Part]], bool] = lambda layer, call, parts: True
     waits: Callable[[Any], bool] = lambda layer: False
-    prepare: Callable[[Sequence[Any], Call], None] = lambda layers, call: None
+    prepare: Callable[[Any, Call], None] = lambda layer, call: None
+    limit: Callable[[Any], Tensor | None] = lambda layer: None
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
     adopts: bool = True
     run: Callable[[Any, Call, Sequence[Part], Any], tuple[Tensor, Tensor]] | None = None
@@ -194,7 +197,6 @@ class Library:
         containers: classes there that only call what they hold, or are a base and no more.
         from_latents: its lists of layers go from latents to data.
         condition: (owner of a list, index) -> what besides the width neighbours in a run must agree in.
-        runs: makes a run, as Run of runs.py does, which it is where this is None.
         while_joined: attributes that an owner of joined lists has until this is undone.
         joins: (container, library, memory, budget) -> what joins a container that is no list, such as a graph, in
             place: see graphs.py; None of another module.
@@ -208,7 +210,6 @@ class Library:
     containers: tuple[str, ...] = ()
     from_latents: bool = False
     condition: Callable[[nn.Module, int], Any] = lambda owner, index: None
-    runs: Callable[..., Any] | None = None
     while_joined: Callable[[nn.Module], Mapping[str, Any]] = lambda owner: {}
     joins: Callable[..., Any] = lambda container, library, memory, budget: None
     keeps: Callable[[nn.Module], str] = _nothing
