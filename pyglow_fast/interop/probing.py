@@ -73,6 +73,9 @@ def chain_of(net: nn.Module) -> nn.Sequential | None:
     parts = list(net.modules())
     if is_watched() or net in _others or any(map(is_altered, parts)):
         return None
+    # A norm or a parametrization may change when it is called.
+    if any((part._parameters or part._buffers) and type(part) not in _CONVOLUTIONS for part in parts):
+        return None
     done: list[nn.Module] = []
     given = _Input({id(part.weight): part for part in parts if type(part) in _CONVOLUTIONS}, done)
     try:
