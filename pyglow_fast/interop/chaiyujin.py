@@ -11,7 +11,6 @@ are not joined: with a memory mode each keeps its input and output for the backw
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,6 @@ __all__ = ["LIBRARY"]
 # For batches of fewer positions, the work on the parameters takes longer than is gained on the data.
 LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
 LEAST_RATIO = 8  # of the sides of a 3x3 convolution: at 512 to 96 and at 320 to 64 channels the library is as fast
-CALL = (["self", "input", "logdet", "reverse"], ["rrdbResults"])
 REMEMBERED = 4096  # permutations, C numbers each, of all models of a process
 IN_TURN = Outputs(in_turn=True)  # shift, raw, shift, raw, ...
 WITH_FEATURES = "CondAffineSeparatedAndCond"
@@ -163,8 +161,6 @@ def _alone(step: Any) -> str:
 
 
 def _example(step: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
-    names = list(inspect.signature(type(step).forward).parameters)
-    _expect(names[:4] == CALL[0] and names[4:] in ([], CALL[1]), f"its forward takes {', '.join(names[1:])}")
     for module in step.modules():
         if hasattr(module, "inited"):
             module.inited = True

@@ -82,22 +82,16 @@ def theirs_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_wide_nets_beside_features_are_ours(theirs_calls: list[int]) -> None:
-    step = step_of("features", hidden=72)
-    inputs = call_of(step, "features")
-    expected = everything(step, *inputs)
-    accelerate(step)
-    theirs_calls.clear()
-    assert_same(everything(step, *inputs), expected)
-    assert not theirs_calls
-
-
-def test_features_by_their_place_in_a_dict() -> None:
+    """The features may be in a dict, by their place."""
     step = step_of("features", hidden=72)
     x, logdet, more = call_of(step, "features")
     by_name = {"fea_up1": more["rrdbResults"], "fea_up2": torch.zeros(1)}
-    expected = step(x, logdet, rrdbResults=by_name)
+    expected = everything(step, x, logdet, more)
     accelerate(step)
-    assert_same(list(step(x, logdet, False, by_name)), list(expected))
+    theirs_calls.clear()
+    assert_same(everything(step, x, logdet, more), expected)
+    assert_same(list(step(x, logdet, False, by_name)), expected[:2])
+    assert not theirs_calls
 
 
 @pytest.mark.parametrize("name", ["affine", "features", "no coupling"])

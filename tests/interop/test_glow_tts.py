@@ -182,11 +182,6 @@ def test_hooks_and_odd_inputs_go_to_their_own_code() -> None:
     assert difference({"z": model(x, soft)[0]}, {"z": twin(x, soft)[0]}) <= EXACT
 
 
-class OtherGate(TextWaveNet):
-    def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
-        return super().forward(x, x_mask, g) * 1.0001
-
-
 class LateDropout(TextWaveNet):
     def forward(self, x: Tensor, x_mask: Tensor | None = None, g: Tensor | None = None, **kwargs: Any) -> Tensor:
         kept, self.drop.p = self.drop.p, 0.0
@@ -195,10 +190,9 @@ class LateDropout(TextWaveNet):
         return self.drop(out)
 
 
-@pytest.mark.parametrize("other", [OtherGate, LateDropout])
-def test_other_arithmetic_is_left_with_its_reason(other: type[TextWaveNet]) -> None:
+def test_other_arithmetic_is_left_with_its_reason() -> None:
     model = decoder(steps=1)
-    model.flows[2].wn.__class__ = other
+    model.flows[2].wn.__class__ = LateDropout
     done = accelerate(model)
     assert sorted(done.replaced) == ["flows.1"]
     assert "its result 0 of forward differs" in done.left["flows.2.wn"]
