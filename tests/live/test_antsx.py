@@ -9,58 +9,28 @@ from typing import Any
 import pytest
 import torch
 from live.peers import load
+from live.test_laws import FLOWS
 from support import ROOT
+from support.accelerate_cases import MEMORIES, noisy, saved_bytes
 from support.antstorch import glow
+from support.structures import Structure
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
 
 load("antsnormflows")
-MODES = (None, "store", "checkpoint", "reversible")
-modes = pytest.mark.parametrize("memory", MODES)
-MODELS: dict[str, dict[str, Any]] = {
-    "volumes": {"dims": 3},
-    "volumes, the blocks' own defaults": {"dims": 3, "leaky": 0.1, "net_actnorm": True},
-    "volumes, bounded shifts": {"dims": 3, "shift_cap": 1.5, "actnorm_s_cap": 1.0, "conv_s_cap": 2.5},
-    "volumes, sigmoid": {"dims": 3, "scale_map": "sigmoid", "shift_cap": 2.0},
-    "volumes, additive, without LU": {"dims": 3, "scale": False, "use_lu": False},
-    "images": {"dims": 2},
-    "images, actnorms in nets": {"dims": 2, "net_actnorm": True},
-}
-models = pytest.mark.parametrize("name", MODELS)
-# A relu's argument that is off by one rounding has another sign with this probability: see bench/live.py.
-OTHER_SIGNS = math.sqrt(2.0 / math.pi * 2.0**-23)
-FLOOR = 4 * 2.0**-23  # of sums over a sample, of which theirs may be right by chance
+modes = pytest.mark.parametrize("memory", MEMORIES)
+ANTSX = [case for case in FLOWS if case.name.startswith("antsx")]
 
 
-def built(name: str, side: int = 16, levels: int = 2, steps: int = 3, **changed: Any) -> tuple[Any, Tensor]:
-    """A model that has seen data, none of whose parameters is zero, and a batch, in float64."""
-    options = {"net_actnorm": False, **MODELS[name], **changed}
-    dims = options.pop("dims")
+def built(**options: Any) -> tuple[Any, Tensor]:
+    """A model of volumes that has seen data, none of whose parameters is zero, and a batch, in float64."""
     torch.manual_seed(0)
-    model: Any = glow((1, *[side] * dims), levels, steps, 24, **options).double()
-    x = torch.randn(2, 1, *[side] * dims, dtype=torch.float64)
+    model: Any = glow((1, 16, 16, 16), 2, 3, 24, **{"net_actnorm": False, **options}).double()
+    x = torch.randn(2, 1, 16, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         model.inverse_and_log_det(x)
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model, x
-
-
-def results(model: Any, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Latents and what is generated of them; both log-dets and log_prob; the gradients of x and the parameters."""
-    model.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_()
-    latents, log_det = model.inverse_and_log_det(x)
-    loss = sum((z.square() + z.square() * z / 10).sum() for z in latents) - log_det.sum()
-    loss.backward()
-    with torch.no_grad():
-        back, back_log_det = model.forward_and_log_det(latents)
-        log_prob = model.log_prob(x)
-    own = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    assert x.grad is not None
-    states, sums = [*(z.detach() for z in latents), back], [log_det.detach(), back_log_det, log_prob]
-    return states, sums, [x.grad, *own]
+    return noisy(model, 0.02), x
 
 
 def error(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -70,51 +40,16 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
     return math.sqrt(off / sum(float(truth.square().sum()) for _, truth in pairs))
 
 
-def check(name: str, memory: str | None, side: int) -> None:
-    """In float64 to 1e-9 theirs, back to x; in float32 off by at most twice as much as they are."""
-    model, x = built(name, side)
-    exact = results(model, x)
-    single = copy.deepcopy(model).float()
-    theirs = [error(*pair) for pair in zip(results(single, x.float()), exact, strict=True)]
-    for dtype, own in ((torch.float64, model), (torch.float32, single)):
-        done = accelerate(own, memory)
-        assert len(done.replaced) == 6
-        assert sum(run["steps"] for run in done.memory_report()) == (0 if memory is None else 6)
-        found = results(own, x.to(dtype))
-        states, sums, gradients = (error(*pair) for pair in zip(found, exact, strict=True))
-        if dtype == torch.float64:
-            assert max(states, sums, gradients) <= 1e-9
-            torch.testing.assert_close(found[0][-1], x, rtol=1e-9, atol=1e-9)
-        else:
-            assert states <= 2 * theirs[0]
-            assert sums <= max(2 * theirs[1], FLOOR)
-            assert gradients <= max(2 * theirs[2], OTHER_SIGNS)
-        assert all(run["beyond_limit"] == 0 for run in done.memory_report())
-
-
-@models
-@modes
-def test_the_same_numbers(name: str, memory: str | None) -> None:
-    check(name, memory, 16)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["volumes", "images"])
-@modes
-def test_the_same_numbers_of_large_ones(name: str, memory: str | None) -> None:
-    check(name, memory, 48)
-
-
-@models
+@pytest.mark.parametrize("case", ANTSX, ids=lambda case: case.name)
 @pytest.mark.parametrize("data_first", [True, False])
-def test_initialised_as_theirs_in_either_direction(name: str, data_first: bool) -> None:
-    options = {"net_actnorm": False, **MODELS[name]}
-    dims = options.pop("dims")
-    torch.manual_seed(0)
-    model: Any = glow((1, 8, 8, 8)[: dims + 1], 2, 2, 8, **options)
+def test_initialised_as_theirs_in_either_direction(case: Structure, data_first: bool) -> None:
+    model = case.model()
+    for key, flag in model.named_buffers():
+        if key.endswith("data_dep_init_done"):
+            flag.fill_(0)
     other = copy.deepcopy(model)
     assert len(accelerate(other, "reversible").joined) == 2
-    x = 2 * torch.randn(2, *(1, 8, 8, 8)[: dims + 1]) + 1
+    x = 2 * torch.randn(2, *case.shapes[0]).double() + 1
     z, _ = copy.deepcopy(model).inverse_and_log_det(x)
     for own in (model, other):
         with torch.no_grad():
@@ -129,7 +64,7 @@ def test_initialised_as_theirs_in_either_direction(name: str, data_first: bool) 
 @modes
 def test_what_they_bound_is_bounded(memory: str | None) -> None:
     for clamp, scale in ((0.5, 1.0), (1.0e4, 1.0e5), (1.0e4, math.inf)):
-        model, x = built("volumes")
+        model, x = built()
         other = copy.deepcopy(model)
         done = accelerate(other, memory)
         for own in (model, other):
@@ -151,28 +86,20 @@ def test_what_they_bound_is_bounded(memory: str | None) -> None:
             assert sum(run["beyond_limit"] for run in done.memory_report()) > 0
 
 
-def test_an_average_a_state_dict_and_undo() -> None:
-    model, x = built("volumes")
-    kept = copy.deepcopy(model)
-    before = [type(module) for module in model.modules()]
+def test_a_joined_run_recomputes_by_itself() -> None:
+    """Their checkpoints around it are off until it is undone."""
+    model, _ = built()
     model._grad_checkpoint_override = True
     done = accelerate(model, "reversible")
-    assert model._grad_checkpoint_override is False  # a joined run recomputes by itself
-    average = copy.deepcopy(model).eval()
-    average.load_state_dict(kept.state_dict())
-    assert list(average.state_dict()) == list(kept.state_dict())
-    latents, log_det = average.inverse_and_log_det(x)
+    assert model._grad_checkpoint_override is False
     done.undo()
-    assert [type(module) for module in model.modules()] == before
     assert model._grad_checkpoint_override is True
-    for value, truth in zip([*latents, log_det], [*(own := kept.inverse_and_log_det(x))[0], own[1]], strict=True):
-        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @modes
 def test_autocast_is_no_worse_than_theirs(memory: str | None, dtype: torch.dtype) -> None:
-    model, x = built("volumes")
+    model, x = built()
     exact = model.inverse_and_log_det(x)
     single = model.float()
     other = copy.deepcopy(single)
@@ -221,7 +148,7 @@ def test_trains_as_they_do(dtype: torch.dtype) -> None:
 
 
 def test_the_report_tells_how_well_steps_can_be_inverted() -> None:
-    model, x = built("volumes")
+    model, x = built()
     done = accelerate(model.float(), "reversible")
     model.inverse_and_log_det(x.float())
     before = [max(run["round_trips"]) for run in done.memory_report()]
@@ -235,7 +162,7 @@ def test_the_report_tells_how_well_steps_can_be_inverted() -> None:
 
 
 def test_what_is_left_has_a_reason() -> None:
-    model, _ = built("volumes", scale_map="sigmoid_inv")
+    model, _ = built(scale_map="sigmoid_inv")
     done = accelerate(model, "reversible")
     assert not done.replaced
     assert "flows.0.0: scale map 'sigmoid_inv': no kernel has it" in str(done)
@@ -250,18 +177,10 @@ def test_the_first_batch_may_be_trained_on_and_keeps_no_more_than_theirs(memory:
     accelerate(other, memory)
     kept, found = [], []
     for own in (model, other):
-        known = {parameter.data_ptr() for parameter in own.parameters()}
-        sizes: dict[int, int] = {}
-
-        def noted(value: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
-            sizes[value.data_ptr()] = value.nbytes
-            return value
-
-        with torch.autograd.graph.saved_tensors_hooks(noted, lambda value: value):
-            latents, log_det = own.inverse_and_log_det(x)
-            loss = latents[0].square().sum() - log_det.sum()
-        loss.backward()
-        kept.append(sum(size for place, size in sizes.items() if place not in known))
+        outputs: list[Any] = []
+        kept.append(saved_bytes(own, lambda own=own, to=outputs: to.extend(own.inverse_and_log_det(x))))
+        latents, log_det = outputs
+        (latents[0].square().sum() - log_det.sum()).backward()
         found.append([parameter.grad for parameter in own.parameters() if parameter.grad is not None])
     assert kept[1] <= kept[0] + x.nbytes
     assert error(found[1], [value.double() for value in found[0]]) < 1e-4

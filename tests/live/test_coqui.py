@@ -1,4 +1,4 @@
-"""coqui-tts's own layers accelerated: the decoder of Glow-TTS, the couplings and nets of VITS."""
+"""coqui-tts's own layers accelerated: what its decoder of Glow-TTS keeps, and the couplings and nets of VITS."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from live.peers import load
-from support.covering import pairs
-from support.glow_tts_cases import difference, mask_of_lengths, moved, results, single_errors
+from support.glow_tts_cases import difference, mask_of_lengths, moved, results
 from support.helpers import assert_close
 from torch import Tensor, nn
 
@@ -27,50 +26,14 @@ def _sizes_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glow_tts, "LEAST_POSITIONS", 0)
 
 
-def decoder(dtype: torch.dtype = torch.float64, channels: int = 6, steps: int = 3, **options: Any) -> Any:
-    settings: dict[str, Any] = {"dropout_p": 0.0, "num_splits": 4, "num_squeeze": 2, **options}
-    model = decoders.Decoder(channels, 8, 5, settings.pop("rate", 1), steps, 3, **settings)
-    return moved(model).to(dtype)
+def decoder() -> Any:
+    return moved(decoders.Decoder(6, 8, 5, 1, 3, 3, dropout_p=0.0, num_splits=4, num_squeeze=2)).double()
 
 
-def exact_inverses(model: nn.Module) -> None:
-    """Kept inverses in the dtype of the model: those that theirs computes are rounded to float32."""
-    for module in model.modules():
-        if hasattr(module, "weight_inv"):
-            module.weight_inv = nn.Parameter(torch.inverse(module.weight.detach()), requires_grad=False)
-
-
-def batch(dtype: torch.dtype = torch.float64, cond: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+def batch(cond: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
     lengths = torch.randint(4, 24, (5,)).tolist()
-    total = max(lengths) + 1
-    x = torch.randn(5, 6, total, dtype=dtype)
-    return x, mask_of_lengths(lengths, total, dtype), torch.randn(5, cond, 1, dtype=dtype) if cond else None
-
-
-@pairs(
-    pytest.mark.parametrize("memory", MODES),
-    pytest.mark.parametrize("training", [False, True]),
-    pytest.mark.parametrize("sigmoid_scale", [False, True]),
-    pytest.mark.parametrize("cond", [0, 4]),
-    pytest.mark.parametrize("rate", [1, 2]),
-    pytest.mark.parametrize("stored", [False, True]),
-)
-def test_decoder(memory: str | None, training: bool, sigmoid_scale: bool, cond: int, rate: int, stored: bool) -> None:
-    model = decoder(sigmoid_scale=sigmoid_scale, c_in_channels=cond, rate=rate).train(training)
-    if stored:
-        model.store_inverse()
-    exact_inverses(model)
-    inputs = batch(cond=cond)
-    expected = results(model, *inputs)
-    done = accelerate(model, memory=memory)
-    assert len(done.replaced) == 9
-    assert done.left == {}
-    for ours, theirs in zip(results(model, *inputs), expected, strict=True):
-        assert difference(ours, theirs) <= EXACT
-    done.undo()
-    again = results(model, *inputs)
-    assert all(torch.equal(again[i][name], value) for i in (0, 1) for name, value in expected[i].items())
-    assert not any(type(module).__module__.startswith("pyglow_fast") for module in model.modules())
+    x = torch.randn(5, 6, max(lengths) + 1).double()
+    return x, mask_of_lengths(lengths, x.shape[2]), torch.randn(5, cond, 1).double() if cond else None
 
 
 @pytest.mark.parametrize("memory", MODES)
@@ -85,12 +48,6 @@ def test_inverses_stored_afterwards(memory: str | None) -> None:
     assert difference({"z": again}, {"z": z.detach()}) <= EXACT
     there = mask[:, :, 1::2].repeat_interleave(2, dim=2)
     assert difference({"x": back}, {"x": x[:, :, : there.shape[2]] * there}) <= 1e-5  # stored in float32
-
-
-@pytest.mark.parametrize("memory", MODES)
-def test_float32_is_within_twice_their_error(memory: str | None) -> None:
-    theirs, ours = single_errors(lambda: decoder(steps=4), batch, memory)
-    assert ours.mean().sqrt() <= 2.0 * theirs.mean().sqrt()
 
 
 def test_first_batch_initialises_as_theirs() -> None:

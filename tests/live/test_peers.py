@@ -20,22 +20,6 @@ def test_blocks_are_the_projects_own() -> None:
     assert log_det.shape == (2,)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "anomalib.models.image.uflow.torch_model",
-        "anomalib.models.image.csflow.torch_model",
-        "anomalib.models.image.cflow.utils",
-        "anomalib.models.image.patchflow.torch_model",
-        "TTS.tts.layers.glow_tts.decoder",
-        "TTS.tts.layers.vits.networks",
-        "jet_pytorch.jet",
-    ],
-)
-def test_module(name: str) -> None:
-    assert load(name).__name__ == name
-
-
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime", "openvino"])
 def test_export_package(name: str) -> None:
     assert load(name).__version__.startswith(importlib.metadata.version(name).split("+")[0])

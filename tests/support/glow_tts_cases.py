@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-
-from pyglow_fast.interop import accelerate
 
 NORMS = ("hook", "parametrized", "none")  # how the weights are normalised: torch's older way, its newer one, not
 
@@ -211,24 +209,3 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest error of any value relative to the largest of its tensor."""
     assert one.keys() == other.keys()
     return max(float((one[key] - other[key]).abs().max() / other[key].abs().max().clamp_min(1e-30)) for key in other)
-
-
-def single_errors(
-    build: Callable[[], nn.Module], batch: Callable[[], Sequence[Any]], memory: str | None
-) -> list[Tensor]:
-    """The squared relative errors in float32 of every tensor that a decoder gives, of four draws: theirs, then ours.
-
-    The errors of one draw alone are so few roundings that they are a matter of luck.
-    """
-    errors: list[list[Tensor]] = [[], []]
-    for _ in range(4):
-        model, inputs = build(), batch()
-        exact = results(model, *inputs)
-        model.float()
-        single = [None if value is None else value.float() for value in inputs]
-        theirs = results(model, *single)
-        accelerate(model, memory=memory)
-        for found, kept in zip((theirs, results(model, *single)), errors, strict=True):
-            for one, truth in zip(found, exact, strict=True):
-                kept += [((one[key].double() - value).norm() / value.norm()).square() for key, value in truth.items()]
-    return [torch.stack(kept) for kept in errors]

@@ -1,0 +1,118 @@
+"""What ``accelerate`` promises of every flow, on other projects' own code: anomalib, coqui-tts and antsnormflows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+from live.peers import load
+from support.accelerate_cases import noisy
+from support.accelerate_laws import LAWS
+from support.antstorch import glow
+from support.structures import Structure, at_work, normal, of_glow_tts
+from torch import nn
+
+
+def of_fastflow(name: str, sizes: Sequence[tuple[int, int]], hidden_ratio: float = 1.0) -> Structure:
+    """The flows of FastflowModel on features of so many channels and of an eighth of their sides."""
+
+    def build() -> nn.Module:
+        fastflow = load("anomalib.models.image.fastflow.torch_model")
+        options: dict[str, Any] = {"conv3x3_only": False, "hidden_ratio": hidden_ratio, "flow_steps": 2}
+        blocks = [fastflow.create_fast_flow_block([channels, side, side], **options) for channels, side in sizes]
+        return noisy(nn.ModuleList(blocks), 0.01)
+
+    return Structure(
+        f"fastflow-{name}",
+        build,
+        [(channels, side, side) for channels, side in sizes],
+        lambda model, data, _: [flow(x) for flow, x in zip(model, data, strict=True)],
+        lambda model, found, _: [flow(z, rev=True) for flow, z in zip(model, found[::2], strict=True)],
+        2 * len(sizes),
+    )
+
+
+class Features(nn.Module):
+    """In the place of a backbone: the numbers that UflowModel asks it for."""
+
+    channels, scale_factors, scales = (64, 128, 256), (4, 8, 16), (4, 8, 16)
+
+
+def uflow() -> nn.Module:
+    module = load("anomalib.models.image.uflow.torch_model")
+    others = {"get_feature_extractor": lambda *_: Features(), "AnomalyMapGenerator": lambda *_: nn.Identity()}
+    with mock.patch.multiple(module, **others):
+        return noisy(module.UflowModel((64, 64), flow_steps=4), 0.01)
+
+
+def cflow() -> nn.Module:
+    heads = load("anomalib.models.image.cflow.utils")
+    return noisy(heads.cflow_head(condition_vector=16, coupling_blocks=4, clamp_alpha=1.9, n_features=32))
+
+
+def decoder(**options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        decoders = load("TTS.tts.layers.glow_tts.decoder")
+        rate = options.get("rate", 1)
+        more = {name: value for name, value in options.items() if name != "rate"}
+        made: nn.Module = decoders.Decoder(6, 8, 5, rate, 3, 3, dropout_p=0.0, num_splits=4, num_squeeze=2, **more)
+        return made
+
+    return build
+
+
+def of_antsx(name: str, dims: int, **options: Any) -> Structure:
+    def build() -> nn.Module:
+        load("antsnormflows")
+        return at_work(glow((1, 8, 8, 8)[: dims + 1], 2, 3, 12, **{"net_actnorm": False, **options}))
+
+    return Structure(
+        f"antsx-{name}",
+        build,
+        [(1, 8, 8, 8)[: dims + 1]],
+        lambda model, data, _: model.inverse_and_log_det(data[0]),
+        lambda model, found, _: model.forward_and_log_det(found[:-1]),
+        6,
+    )
+
+
+FLOWS = [
+    of_fastflow("resnet18", [(64, 8), (128, 4), (256, 2)]),
+    of_fastflow("cait_m48_448", [(768, 7)], 0.16),
+    Structure(
+        "uflow",
+        uflow,
+        [(64, 16, 16), (128, 8, 8), (256, 4, 4)],
+        lambda model, data, _: model.encode(data),
+        lambda model, found, _: model.flow(found[:-1], rev=True),
+        12,
+    ),
+    Structure(
+        "cflow",
+        cflow,
+        [(32,)],
+        lambda model, data, c: model(data[0], c),
+        lambda model, found, c: model(found[0], c, rev=True),
+        0,
+        normal((16,)),
+        pickles=False,
+        left=(None, "reversible"),
+    ),
+    of_glow_tts("coqui", decoder(), 6, parametrized=True),
+    of_glow_tts("coqui-speaker", decoder(sigmoid_scale=True, c_in_channels=4, rate=2), 6, 4, parametrized=True),
+    of_antsx("volumes", 3),
+    of_antsx("volumes-defaults", 3, leaky=0.1, net_actnorm=True),
+    of_antsx("volumes-bounded", 3, shift_cap=1.5, actnorm_s_cap=1.0, conv_s_cap=2.5),
+    of_antsx("volumes-sigmoid", 3, scale_map="sigmoid", shift_cap=2.0),
+    of_antsx("volumes-additive-plain", 3, scale=False, use_lu=False),
+    of_antsx("images", 2),
+    of_antsx("images-net-actnorm", 2, net_actnorm=True),
+]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("case", FLOWS, ids=lambda case: case.name)
+def test_laws(case: Structure, law: Callable[[Structure], None]) -> None:
+    law(case)
