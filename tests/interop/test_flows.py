@@ -76,6 +76,14 @@ def test_convolutions_of_nflows(training: bool) -> None:
                 assert (layer.cache.weight is not None) is not training
 
 
+@pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=str)
+def test_actnorms_of_nflows(shape: tuple[int, ...]) -> None:
+    layer = at_work(t.ActNorm(6))
+    theirs = copy.deepcopy(layer)
+    assert accelerate(layer).replaced  # a probe leaves what is not theirs
+    assert_both_ways(layer, theirs, torch.randn(shape, dtype=torch.float64))
+
+
 @pairs(
     pytest.mark.parametrize("scale_map", ["exp", "sigmoid", "sigmoid_inv", None]),
     pytest.mark.parametrize("options", [{}, {"use_lu": False}, {"net_actnorm": True, "leaky": 0.2}], ids=str),

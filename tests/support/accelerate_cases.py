@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import FrEIA.framework as Ff
@@ -146,21 +146,32 @@ def noisy(model: nn.Module, spread: float = 0.05) -> nn.Module:
     return model
 
 
-def results(model: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+def results(model: nn.Module, call: Callable[..., Any], *inputs: Tensor, gradients: bool = True) -> dict[str, Tensor]:
     """What ``call(model, *inputs)`` gives, and the gradients of inputs and parameters, zeros where there is none."""
-    leaves = [value.detach().clone().requires_grad_() for value in inputs]
-    values = list(tensors(call(model, *leaves)))
-    wanted = [*leaves, *(value for value in model.parameters() if value.requires_grad)]
-    total = sum(((i + 1.0) * value.sin()).sum() for i, value in enumerate(values))
-    grads = torch.autograd.grad(total, wanted, allow_unused=True)
-    zeros = (torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, grads, strict=True))
-    return [*(value.detach() for value in values), *zeros]
+    leaves = {f"input {i}": value.detach().clone().requires_grad_() for i, value in enumerate(inputs)}
+    values = list(tensors(call(model, *leaves.values())))
+    found = {f"output {i}": value.detach() for i, value in enumerate(values)}
+    if not gradients:
+        return found
+    wanted = leaves | {name: value for name, value in model.named_parameters() if value.requires_grad}
+    grads = torch.autograd.grad(weighted(values), list(wanted.values()), allow_unused=True)
+    for (name, value), grad in zip(wanted.items(), grads, strict=True):
+        found[f"gradient of {name}"] = torch.zeros_like(value) if grad is None else grad
+    return found
+
+
+def weighted(values: Sequence[Tensor]) -> Tensor:
+    """Compute a scalar that every value enters with a weight of its own."""
+    generator = torch.Generator().manual_seed(3)
+    weights = (torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value) for value in values)
+    return sum(((weight * value).sum() for weight, value in zip(weights, values, strict=True)), torch.zeros(()))
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> None:
     """Check that both give the same results to 1e-9, the largest values of these small flows being about 1."""
-    for value, wanted in zip(results(ours, call, *inputs), results(theirs, call, *inputs), strict=True):
-        torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
+    found, expected = (results(model, call, *inputs) for model in (ours, theirs))
+    for (name, value), wanted in zip(found.items(), expected.values(), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:

@@ -9,57 +9,34 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast.interop import Acceleration, accelerate
+from support import accelerate_cases
+from support.accelerate_cases import weighted
 from support.helpers import tensors, tolerance
 from support.structures import Structure, Tensors
 
 CONDITION = 100.0  # of a state or gradient with respect to a rounding before it, in these small flows
 
 
-def weighted(values: Iterable[Tensor]) -> Tensor:
-    """Compute a scalar that every value enters with a weight of its own."""
-    generator = torch.Generator().manual_seed(3)
-    return sum(
-        (
-            (torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value) * value).sum()
-            for value in values
-        ),
-        torch.zeros(()),
-    )
-
-
-def gradients(model: nn.Module, leaves: Tensors, values: Tensors) -> dict[str, Tensor]:
-    """Compute the gradients of a weighted sum of values in the leaves and parameters, zeros where there is none."""
-    named = {f"input {i}": leaf for i, leaf in enumerate(leaves)}
-    named |= {name: value for name, value in model.named_parameters() if value.requires_grad}
-    grads = torch.autograd.grad(weighted(values), list(named.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(value) if grad is None else grad
-        for (name, value), grad in zip(named.items(), grads, strict=True)
-    }
-
-
 def results(case: Structure, model: nn.Module, latents: Tensors, seed: int = 0) -> dict[str, Tensor]:
     """Outputs, log-dets and all gradients, forward of the case's batch and inverse of ``latents``, in their dtype."""
-    dtype = latents[0].dtype
-    data, conditions = ([value.to(dtype) for value in values] for values in case.batch(seed))
+    data, conditions = ([value.to(latents[0].dtype) for value in values] for values in case.batch(seed))
+    mask, conditions = conditions[: case.masked], conditions[case.masked :]
     found = {}
     for direction, given in (("forward", data), ("inverse", latents)):
-        leaves = [value.clone().requires_grad_() for value in given]
-        c = [value.clone().requires_grad_(not (case.masked and i == 0)) for i, value in enumerate(conditions)]
-        values = list(tensors(getattr(case, direction)(model, leaves, c)))
-        found |= {f"{direction} {i}": value.detach() for i, value in enumerate(values)}
-        if direction == "inverse" and not case.inverse_gradients:
-            continue
-        wanted = [value for value in (*leaves, *c) if value.requires_grad]
-        own = gradients(model, wanted, values)
-        found |= {f"{direction} gradient of {name}": value for name, value in own.items()}
+
+        def call(model: Any, *inputs: Tensor, way: str = direction, n: int = len(given)) -> Any:
+            return getattr(case, way)(model, list(inputs[:n]), [*mask, *inputs[n:]])
+
+        wants = direction == "forward" or case.inverse_gradients
+        own = accelerate_cases.results(model, call, *given, *conditions, gradients=wants)
+        found |= {f"{direction}: {name}": value for name, value in own.items()}
     return found
 
 
@@ -130,7 +107,7 @@ def state_and_optimizer_go_on_and_undo_gives_the_original(case: Structure) -> No
     def train() -> None:
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
-            (weighted(tensors(case.forward(model, *case.batch()))) / 100).backward()
+            (weighted(list(tensors(case.forward(model, *case.batch())))) / 100).backward()
             optimizer.step()
 
     train()  # so that the optimizers have a momentum

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyglow_fast import ops, reference
 from pyglow_fast.reference import ACTIVATIONS, MAX_LAYERS, Activation, ChainSpec
@@ -62,37 +63,28 @@ class Numbers(NamedTuple):
     log_gain: Tensor | None
     grad: Tensor
 
-    def to(self, dtype: torch.dtype) -> Numbers:
-        def cast(value: Any) -> Any:
-            return (
-                None if value is None else [v.to(dtype) for v in value] if isinstance(value, list) else value.to(dtype)
-            )
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Numbers:
+        """Each tensor changed by a function."""
+        found: Numbers = tree_map_only(Tensor, function, self)
+        return found
 
-        return Numbers(*map(cast, self))
+    def to(self, dtype: torch.dtype) -> Numbers:
+        return self.mapped(lambda value: value.to(dtype))
 
     def nudged(self, seed: int, unit: float) -> Numbers:
         """Each number moved by up to ``unit`` of itself, at random."""
         generator = torch.Generator().manual_seed(seed)
 
-        def moved(value: Any) -> Any:
-            if isinstance(value, list):
-                return [moved(v) for v in value]
-            if value is None:
-                return None
-            return value * (1.0 + unit * (2.0 * torch.rand(value.shape, generator=generator, dtype=value.dtype) - 1.0))
+        def moved(value: Tensor) -> Tensor:
+            draw = torch.rand(value.shape, generator=generator, dtype=value.dtype)
+            return value * (1.0 + unit * (2.0 * draw - 1.0))
 
-        return Numbers(*map(moved, self))
+        return self.mapped(moved)
 
     @property
     def contiguous(self) -> Numbers:
         """Lay the tensors out contiguously, as torch's convolutions can always take them."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, list):
-                return [plain(v) for v in value]
-            return None if value is None else value.contiguous()
-
-        return Numbers(*map(plain, self))
+        return self.mapped(Tensor.contiguous)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -216,10 +208,7 @@ def drawn_whole(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbe
 def largest_sum(spec: ChainSpec, numbers: Numbers) -> float:
     """A bound on all sums of a chain and its gradients: that of the absolute values, nothing cut off by a relu."""
     plain = ChainSpec((Activation("none"),) * len(spec.activations), spec.dilations)
-    absolute = Numbers(*[[v.abs() for v in value] if isinstance(value, list) else value for value in numbers])
-    absolute = absolute._replace(x=numbers.x.abs(), grad=numbers.grad.abs())
-    if numbers.cond is not None:
-        absolute = absolute._replace(cond=numbers.cond.abs())
+    absolute = numbers.mapped(Tensor.abs)
     hidden = []
     for count in range(1, len(spec.dilations)):
         part = ChainSpec(plain.activations[: count - 1], spec.dilations[:count])
@@ -232,15 +221,7 @@ def largest_sum(spec: ChainSpec, numbers: Numbers) -> float:
 
 def results(net: Net, spec: ChainSpec, numbers: Numbers) -> list[Tensor]:
     """The output, and the gradients of all leaves."""
-    leaves = numbers._replace(
-        **{
-            name: [v.detach().requires_grad_() for v in value]
-            if isinstance(value, list)
-            else value.detach().requires_grad_()
-            for name, value in numbers._asdict().items()
-            if value is not None and name != "grad"
-        }
-    )
+    leaves = numbers.mapped(lambda value: value.detach().requires_grad_())
     out = net(leaves.x, leaves.weights, leaves.biases, spec, leaves.log_gain, leaves.cond)
     return [out.detach(), *torch.autograd.grad(out, leaves.leaves, numbers.grad.to(out.dtype))]
 
