@@ -46,7 +46,7 @@ class TestTheContract:
     test_a_condition_alone = staticmethod(of_flows.test_a_condition_alone)
     test_losses_of_single_outputs = staticmethod(of_flows.test_losses_of_single_outputs)
     test_dropout = staticmethod(of_nets.test_dropout)
-    test_nets = staticmethod(of_nets.test_nets)
+    test_nets_that_are_trained = staticmethod(of_nets.test_nets_that_are_trained)
     test_threads = staticmethod(of_nets.test_threads)
     test_batches_of_gradients = staticmethod(with_torch.test_batches_of_gradients)
     test_hooks_on_saved_tensors_and_anomaly_mode = staticmethod(with_torch.test_hooks_on_saved_tensors_and_anomaly_mode)
