@@ -15,7 +15,7 @@ from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
 from pyglow_fast.interop.libraries import LIBRARIES
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.runs import Joined, JoinedList, Place, Reasons, Run, places_of, row_of
-from pyglow_fast.interop.table import Couples, Library, Net, Row
+from pyglow_fast.interop.table import Couples, Library, Net, Row, is_ready
 from pyglow_fast.reversible.setting import MEMORY_MODES, parse_memory
 
 JOINS_ONLY = "its own forward is as fast; with a memory mode it is joined with its neighbours"
@@ -170,6 +170,7 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
                 done.replaced[name] = type(module).__qualname__
                 done.left |= _left_in(row, module, names)
                 module.__class__ = adopted_class(row, type(module))
+                is_ready(row, module)
                 break
             reasons.append((same, reason))
         else:

@@ -25,7 +25,7 @@ from pyglow_fast.coupling_nets.masks import (
 )
 from pyglow_fast.coupling_nets.net_runner import condition_for
 from pyglow_fast.interop.limits import check, note
-from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, spread, untouched
+from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, is_ready, spread, untouched
 from pyglow_fast.layers.flow_step import after
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.steps import ChannelMap
@@ -42,6 +42,12 @@ class Adopted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by row and class, which can be imported; what is made of them is made again."""
         return _blank, (self._pgf_row, self._pgf_theirs), dict(vars(self))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Look at the flags again, which may be other tensors now: see is_ready of table.py."""
+        super()._apply(*args, **kwargs)
+        is_ready(self._pgf_row, self)
+        return self
 
     def _replicate_for_data_parallel(self) -> Any:
         """Make a DataParallel's replica, which keeps no run of the original."""
@@ -74,12 +80,14 @@ def _runs(method: str) -> Callable[..., Any]:
         own = own if own is not None and own.spares else None
         row = self._pgf_row
         call = understood(row, self, method, args, kwargs, own is not None)
-        if call is not None and row.waits(self):
+        ready = call is not None and is_ready(row, self)
+        if call is not None and not ready:
             row.prepare(self, call)
-        if call is not None and not row.waits(self):
+            ready = is_ready(row, self)
+        if call is not None and ready:
             try:
                 parts = row.parts(self, call.inverse)
-                if own is not None or row.pays(self, call, parts):
+                if own is not None or is_watched() or row.pays(self, call, parts):
                     if row.run is not None:
                         return call.give(*row.run(self, call, parts, own))
                     if own is not None:
@@ -87,7 +95,10 @@ def _runs(method: str) -> Callable[..., Any]:
                     return call.give(*run_parts(parts, with_mask(call), limit=row.limit(self)))
             except UnfitError:  # before anything was computed but maps, or what the layer itself would have bounded
                 pass
-        return getattr(self._pgf_theirs, method)(self, *args, **kwargs)
+        out = getattr(self._pgf_theirs, method)(self, *args, **kwargs)
+        if not vars(self).get("_pgf_seen", ((), True))[1]:  # it may have seen data now
+            is_ready(row, self)
+        return out
 
     run.__name__ = method
     return run
@@ -98,20 +109,24 @@ def understood(
 ) -> Call | None:
     """Read a call that our arithmetic applies to; None of any other, which is the layer's own.
 
-    One that the row skips is the layer's own too, unless ours ``spares`` memory.
+    One that the row skips is the layer's own too, unless ours ``spares`` memory. Where torch traces or transforms, all
+    are but those of a layer with flags, and sizes decide nothing.
 
-    It applies to plain states, not empty, of the parameters' dtype, float32 or float64, where nothing traces or
-    transforms and no hooks watch all modules; to a layer whose modules are as their classes say.
+    It applies to plain states, not empty, of the parameters' dtype, float32 or float64, where no hooks watch all
+    modules; to a layer whose modules are as their classes say.
     """
-    if is_watched() or torch.nn.modules.module._has_any_global_hook():
+    watched = is_watched()
+    if (watched and not row.flags(layer)) or torch.nn.modules.module._has_any_global_hook():
         return None
     try:
         call = row.calls[method](layer, *args, **kwargs)
     except TypeError:  # other arguments than the row knows
         return None
-    if call is None or type(call.x) not in (Tensor, nn.Parameter) or call.x.dtype not in STATES or not call.x.numel():
+    if call is None or call.x.dtype not in STATES:
         return None
-    if not spares and row.skips(call):
+    if not watched and (type(call.x) not in (Tensor, nn.Parameter) or not call.x.numel()):
+        return None
+    if not (watched or spares) and row.skips(call):
         return None
     like = next(layer.parameters(), call.x)  # a permutation has none
     if (call.x.dtype, call.x.device) != (like.dtype, like.device) or call.x.is_meta:
@@ -166,7 +181,7 @@ def run_parts(
             found = own if found is None else after(found, own)
         if found is not None:
             positions = n_positions(x) if mask is None else positions_of(mask)
-            log_dets.append((found.log_det * positions).expand(len(x)))
+            log_dets.append((found.log_det * positions).expand(x.shape[0]))  # an export would fix len(x)
         return found
 
     while waiting:
@@ -206,5 +221,6 @@ def give_back(modules: Iterable[nn.Module]) -> None:
     """Give adopted layers their own class again."""
     for module in modules:
         if isinstance(module, Adopted):
-            vars(module).pop("_pgf_run", None)
+            for name in ("_pgf_run", "_pgf_seen"):
+                vars(module).pop(name, None)
             module.__class__ = module._pgf_theirs  # type: ignore[assignment]

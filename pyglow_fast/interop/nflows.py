@@ -85,8 +85,8 @@ def _norm(layer: Any, inverse: bool) -> list[Part]:
     return [ChannelMap(scale, layer.shift, log_det, places)]
 
 
-def _norm_waits(layer: Any) -> bool:
-    return layer.training and not read_once(layer, "initialized", layer.initialized, bool)
+def _norm_flags(layer: Any) -> list[Tensor]:
+    return [layer.initialized] if layer.training else []
 
 
 # OneByOneConvolution
@@ -192,7 +192,7 @@ LIBRARY = Library(
             _norm,
             _example,
             skips=skips_vectors,
-            waits=_norm_waits,
+            flags=_norm_flags,
         ),
         Row(
             "nflows' permutations",

@@ -20,15 +20,18 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.interop.known_net import LOG_MAPS, qualified
 from pyglow_fast.interop.table import (
     Call,
     Couples,
     Library,
+    Net,
     Part,
     Row,
     UnfitError,
     by_class,
+    is_set,
     read_once,
     skips_vectors,
     untouched,
@@ -64,6 +67,21 @@ class ShiftThenRaw:
         return torch.cat([-shift, raw if self.raw_sign > 0 else -raw], dim)
 
 
+class ConvNet(Net):
+    """A net whose actnorms do not read their flags where torch traces or transforms: the block has looked at them."""
+
+    def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Map the kept channels to shift and raw scale (or shift alone)."""
+        net: Any = self.net
+        is_known = _are([net], "normflows.nets.cnn.ConvNet2d") and untouched(list(net.modules()))
+        if not is_watched() or not is_known:
+            return super().forward(x1, cond)
+        for module in net.net:
+            is_norm = _are([module], "normflows.utils.nn.ActNorm")
+            x1 = x1 * module.actNorm.s.exp() + module.actNorm.t if is_norm else module(x1)
+        return x1 if self.order is None else self.order(x1, 1)
+
+
 def reciprocal_sigmoid(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Compute s = 1 / sigmoid(raw + 2) and log s: what "sigmoid_inv" scales by from data to latents."""
     log_scale = -F.logsigmoid(raw + 2.0)
@@ -96,7 +114,7 @@ def _couples(block: Any, channels: int) -> Couples:
         raise UnfitError(f"an unknown scale map {affine.scale_map!r}")
     spec, sign = _MAPS[affine.scale_map] if affine.scale else (CouplingSpec(coupling="additive"), 0)
     kept = (channels + 1) // 2
-    return Couples(affine.param_map, spec, kept, channels - kept, ShiftThenRaw(channels - kept, sign))
+    return Couples(affine.param_map, spec, kept, channels - kept, ShiftThenRaw(channels - kept, sign), wrap=ConvNet)
 
 
 def _called(inverse: bool, block: Any, z: Tensor) -> Call | None:
@@ -123,16 +141,10 @@ def _unfit(block: Any) -> str:
     return _coupling_unfit(block.flows[0])
 
 
-def _is_ready(norm: Any) -> bool:
-    return bool(read_once(norm, "data_dep_init_done", norm.data_dep_init_done, lambda flag: bool(flag > 0)))
-
-
-def _waits(block: Any) -> bool:
-    """Whether the actnorm, or one in the net, sees its first batch: in either direction, and in evaluation too."""
-    if not _is_ready(block.flows[2]):
-        return True
-    norms = (module for module in block.flows[0].flows[1].param_map.modules() if hasattr(module, "data_dep_init_done"))
-    return not all(map(_is_ready, norms))
+def _flags(block: Any) -> list[Tensor]:
+    """Those of the actnorm and of the net's, which see their first batch in either direction, in evaluation too."""
+    norms = [block.flows[2], *block.flows[0].flows[1].param_map.modules()]
+    return [norm.data_dep_init_done for norm in norms if hasattr(norm, "data_dep_init_done")]
 
 
 def _inside(block: Any) -> list[nn.Module]:
@@ -163,7 +175,7 @@ def _parts(block: Any, inverse: bool) -> list[Part]:
 def _net_actnorm(module: Any, dims: int) -> tuple[Tensor, Tensor] | None:
     """Log-scale and offset, (C,), of the actnorm within a ConvNet2d; None if it must be called itself."""
     norm = module.actNorm
-    if not _are([norm], _NORM) or not untouched([norm]) or not _is_ready(norm):
+    if not _are([norm], _NORM) or not untouched([norm]) or not read_once(norm, "flag", norm.data_dep_init_done, is_set):
         return None
     return (norm.s.flatten(), norm.t.flatten()) if norm.s.shape == (1, norm.s.numel(), *[1] * dims) else None
 
@@ -181,7 +193,7 @@ LIBRARY = Library(
             _example,
             _unfit,
             skips=skips_vectors,
-            waits=_waits,
+            flags=_flags,
             inside=_inside,
         ),
     ),

@@ -25,7 +25,8 @@ from pyglow_fast.interop.table import Couples, Net, Row, UnfitError
 MOVED = 0.3  # standard deviation of a copy's parameters
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 _INNER = frozenset(vars(nn.Module()))
-_BY_FORWARD = ("w_perm", "w_perm_inv", "last_jac")  # what FrEIA's forward may set, its weights of now
+# What FrEIA's forward may set, its weights of now, and what ours notes of flags.
+_BY_FORWARD = ("w_perm", "w_perm_inv", "last_jac", "_pgf_seen")
 
 # For each class, by row and configuration of a layer, why ours is not what it computes, or nothing.
 _known: weakref.WeakKeyDictionary[type, dict[Any, tuple[str, int]]] = weakref.WeakKeyDictionary()

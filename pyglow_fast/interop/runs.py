@@ -21,7 +21,7 @@ from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.adoption import Adopted, run_parts, understood, with_mask
 from pyglow_fast.interop.limits import BeyondLimitError, check, note
 from pyglow_fast.interop.probe import difference
-from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, spread, untouched
+from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, is_ready, spread, untouched
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import after, recomputed, stack_maps
@@ -149,7 +149,7 @@ class Run:
         Raises:
             UnfitError: the layers are to be called one by one.
         """
-        if any(row.waits(layer) for layer, row in zip(self.layers, self.rows, strict=True)):
+        if not all(map(is_ready, self.rows, self.layers)):
             raise UnfitError("it waits for data")
         limit = self._limit()
         if limit is not None and call.inverse and self.spares:
@@ -330,7 +330,7 @@ class Place:
             if read is None:
                 return args[0], 0
             return read.give(read.x, read.x.new_zeros(read.x.shape[0]))  # by len(x) an export would fix N
-        call = understood(self.row, self.layer, method, args, kwargs, self.run.spares)
+        call = None if is_watched() else understood(self.row, self.layer, method, args, kwargs, self.run.spares)
         if call is not None and call.joins:
             try:
                 return call.give(*self.run(call))

@@ -14,15 +14,17 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
-from pyglow_fast._tracing import is_traced
+from pyglow_fast._tracing import call_untraced, is_batched, is_traced
 from pyglow_fast.coupling_nets import traits
 from pyglow_fast.coupling_nets.chain import Chain, Outputs
 from pyglow_fast.coupling_nets.traits import is_altered
@@ -138,6 +140,8 @@ class Row:
         alone: why a layer is left unless a memory mode saves what its backward keeps; empty where ours pays anyway.
         pays: whether ours is as fast for a call, of a layer that holds these parts.
         waits: whether the layer waits for data to be initialised from.
+        flags: the tensors that are set once the layer has seen that data. Its own code reads them at each call, which
+            torch.compile, exports and vmap do not take: within these ours runs, as :func:`is_ready` tells.
         prepare: (layer, call) lets a layer that waits see the data of a call; else the layer itself runs.
         limit: the largest magnitude, a scalar, below which no bound acts that the layer puts on its states, see
             limits.py; None where it puts none.
@@ -159,6 +163,7 @@ class Row:
     alone: Callable[[Any], str] = _nothing
     pays: Callable[[Any, Call, Sequence[Part]], bool] = lambda layer, call, parts: True
     waits: Callable[[Any], bool] = lambda layer: False
+    flags: Callable[[Any], Sequence[Tensor]] = lambda layer: ()
     prepare: Callable[[Any, Call], None] = lambda layer, call: None
     limit: Callable[[Any], Tensor | None] = lambda layer: None
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
@@ -320,6 +325,43 @@ class CalledWithContext(Net):
 def skips_vectors(call: Call) -> bool:
     """Whether a library's own layers are faster: for vectors, and for a few values without a gradient (on CPUs)."""
     return call.x.dim() == 2 or (call.x.numel() < FEW_VALUES and not torch.is_grad_enabled())
+
+
+def is_set(flag: Tensor) -> bool:
+    """Whether a flag, (), is above zero; torch.func.vmap, which refuses all reads, does not see this one."""
+    with torch._C._DisableFuncTorch() if is_batched() else nullcontext():
+        return not flag.is_meta and bool(flag > 0)
+
+
+def is_ready(row: Row, layer: nn.Module) -> bool:
+    """Whether a layer has seen the data that it waits for.
+
+    The flags of an adopted layer are remembered on it. An export, which has other tensors in their places, reads those
+    that it has them for; a graph of torch.compile is made again where the verdict changes, and looks at the flags
+    itself, as it may outlive what they said.
+    """
+    flags = tuple(row.flags(layer))
+    if not is_traced():
+        ready = all(read_once(layer, f"flag {i}", flag, is_set) for i, flag in enumerate(flags))
+        if flags:
+            vars(layer)["_pgf_seen"] = flags, ready
+        return ready and not row.waits(layer)
+    seen, ready = vars(layer).get("_pgf_seen", ((), False))
+    if not torch.compiler.is_dynamo_compiling():
+        return len(seen) == len(flags) and all(map(_is_set_in_export, flags, seen))
+    if not ready:
+        return bool(call_untraced(is_ready, row, layer))
+    for flag in flags:
+        torch._assert_async(flag > 0, "an actnorm waits for data: call the model once outside of torch.compile")
+    return True
+
+
+def _is_set_in_export(flag: Tensor, seen: Tensor) -> bool:
+    mode = getattr(flag, "fake_mode", None)
+    if mode is None:  # torch.jit.trace
+        return flag is seen and is_set(flag)
+    with _disable_current_modes():
+        return mode.from_tensor(seen) is flag and is_set(seen)
 
 
 _read: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()

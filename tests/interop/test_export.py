@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.export_cases import ALL, EXPORTED, TO_FOLD, Called, assert_same, dynamic_shapes, other_input
+from support.export_cases import ALL, TO_FOLD, Called, assert_same, dynamic_shapes, other_input
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -23,7 +23,7 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", ALL)
 def test_torch_export(name: str) -> None:
     """A graph of torch's own ops, of any batch and image size; the model is afterwards what it was.
 

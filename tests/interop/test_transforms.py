@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.export_cases import ACCELERATED
 from support.helpers import tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast import ops
 
@@ -42,11 +42,8 @@ WAYS: dict[str, Callable[[Function, Tensor], Tensor]] = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("name", "way"),
-    # normflows' actnorm asks for the value of its flag, which is none for each of a batch, nor in a graph.
-    [(name, way) for name in ACCELERATED for way in WAYS if way != "vmap" or not name.startswith("normflows")],
-)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ACCELERATED)
 def test_torch_func(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where there are no kernels at all."""
     model, x = ACCELERATED[name]()
@@ -59,7 +56,7 @@ def test_torch_func(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in ACCELERATED if not re.search("reversible|normflows", name)])
+@pytest.mark.parametrize("name", ACCELERATED)
 def test_compiles_as_one_graph(name: str) -> None:
     model, x = ACCELERATED[name]()
     model, x = model.double(), x.double()
@@ -77,3 +74,39 @@ def test_compiles_as_one_graph(name: str) -> None:
         assert (got is None) == (exact is None)
         if got is not None:
             torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
+
+
+def _set_flags(model: nn.Module, value: float) -> None:
+    for name, flag in model.named_buffers():
+        if name.endswith("data_dep_init_done"):
+            flag.fill_(value)
+
+
+@pytest.mark.parametrize("name", ["normflows", "normflows, actnorms in nets"])
+def test_what_waits_for_data_is_not_exported(name: str) -> None:
+    """Whenever a flag was taken back, in its place or by another; a copy and a model that was moved are known."""
+    model, x = ACCELERATED[name]()
+    torch.export.export(copy.deepcopy(model).double(), (x.double(),))
+    taken_back = copy.deepcopy(model)
+    _set_flags(taken_back, 0.0)
+    replaced = copy.deepcopy(model)
+    replaced.load_state_dict(taken_back.state_dict(), assign=True)
+    for waiting in (taken_back, replaced):
+        with pytest.raises(Exception, match="data-dependent"):
+            torch.export.export(waiting, (x,))
+    _set_flags(taken_back, 1.0)
+    torch.export.export(taken_back, (x,))
+
+
+@pytest.mark.full
+def test_a_graph_looks_at_flags_itself() -> None:
+    model, x = ACCELERATED["normflows"]()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = compiled(x)
+    _set_flags(model, 0.0)
+    with pytest.raises(RuntimeError, match="waits for data: call the model once"):
+        compiled(x)
+    _set_flags(model, 1.0)
+    for got, exact in zip(compiled(x), expected, strict=True):
+        assert torch.equal(got, exact)

@@ -10,7 +10,6 @@ import torch
 from live.peers import load
 from support.export_cases import (
     ALL,
-    EXPORTED,
     LINEAR_ALGEBRA,
     LikelihoodMap,
     assert_same,
@@ -56,7 +55,7 @@ def check(path: Path, name: str, model: torch.nn.Module, x: Tensor, runtime: str
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", [name for name in EXPORTED if name not in LINEAR_ALGEBRA])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in LINEAR_ALGEBRA])
 def test_onnx(name: str, runtime: str, tmp_path: Path) -> None:
     model, x = ALL[name]()
     torch.onnx.export(
