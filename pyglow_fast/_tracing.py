@@ -7,7 +7,6 @@ torch.compile takes the kernels into its graphs.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -55,14 +54,14 @@ def kernels_step_aside() -> bool:
     return is_exporting() or has_transforms()
 
 
-@functools.cache
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)
+_untraced: dict[Callable[..., Any], Callable[..., Any]] = {}  # torch.compile warns of a functools.cache
 
 
 def call_untraced(function: Callable[..., Any], *inputs: Any) -> Any:
     """Call function(*inputs) where torch.compile is at work and must not trace it: its backward decides by values."""
-    return _untraced(function)(*inputs)
+    if function not in _untraced:
+        _untraced[function] = torch.compiler.disable(function)
+    return _untraced[function](*inputs)
 
 
 call_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast.interop.adoption import adopted_class
-from pyglow_fast.interop.table import Couples, Net, Row, UnfitError
+from pyglow_fast.interop.table import EXACT, Couples, Net, Row, UnfitError
 
 MOVED = 0.3  # standard deviation of a copy's parameters
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
@@ -116,7 +116,7 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
     calls = row.example(twin, draw)
     for method, args, kwargs in calls:
         read = row.calls[method](twin, *args, **kwargs) if method in row.calls else None
-        dtype, bound = row.inverts_in if read is not None and read.inverse else (torch.float64, row.tolerance)
+        dtype, bound = row.inverts_in if read is not None and read.inverse else EXACT
         twin = twin.to(dtype)
         values = list(_tensors((args, kwargs)))
         leaves = [value.to(dtype).requires_grad_() if value.dtype == torch.float64 else value for value in values]

@@ -36,6 +36,7 @@ from pyglow_fast.reference import CouplingSpec, full_precision
 from pyglow_fast.reversible.steps import ChannelMap
 
 FEW_VALUES = 1 << 14  # of a batch, see skips_vectors
+EXACT = torch.float64, 1e-9  # precision and relative tolerance of a probe
 OrderOf = Callable[[Tensor, int], Tensor]  # a linear map of the channels, which are the dimension given: see nets.run
 
 
@@ -149,8 +150,7 @@ class Row:
         adopts: its forward is replaced; else it is a part of runs only.
         run: (layer, call, parts, a Run or None) -> z, log_det, of what is no chain of maps and couplings; with a Run,
             which is of this layer alone, as its memory mode says. None: see run_parts.
-        tolerance: relative, of a probe.
-        inverts_in: in what precision the layer itself inverts matrices, and the tolerance of a probe of its inverse.
+        inverts_in: in what precision the layer itself inverts matrices, and the relative tolerance of a probe there.
         skips: whether the layer's own forward is faster for a call, as that alone tells, unless memory is saved.
     """
 
@@ -169,8 +169,7 @@ class Row:
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
     adopts: bool = True
     run: Callable[[Any, Call, Sequence[Part], Any], tuple[Tensor, Tensor]] | None = None
-    tolerance: float = 1e-9
-    inverts_in: tuple[torch.dtype, float] = (torch.float64, 1e-9)
+    inverts_in: tuple[torch.dtype, float] = EXACT
     skips: Callable[[Call], bool] = lambda call: False
 
     def __post_init__(self) -> None:
