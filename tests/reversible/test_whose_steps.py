@@ -30,8 +30,8 @@ class Doubled(pgf.FlowStep):
 
 
 class Louder(pgf.Coupling):
-    def run_net(self, kept: Tensor, cond: Tensor | None) -> Tensor:
-        return 1.5 * super().run_net(kept, cond)
+    def run_net(self, kept: Tensor, cond: Tensor | None, budget: str | int | None = None) -> Tensor:
+        return 1.5 * super().run_net(kept, cond, budget)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
