@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast.coupling_nets.chain import Outputs
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
-from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, by_class, read_once
+from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, by_class, is_set, read_once
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 from pyglow_fast.reversible.steps import ChannelMap
@@ -47,7 +47,7 @@ WRAPPERS |= {f"antsnormflows.nets.cnn.ConvNet{dims}d": "net" for dims in (2, 3)}
 
 
 def _has_seen(norm: Any) -> bool:
-    return bool(read_once(norm, "data_dep_init_done", norm.data_dep_init_done, lambda flag: bool(flag > 0)))
+    return bool(read_once(norm, "flag", norm.data_dep_init_done, is_set))
 
 
 def _actnorms(block: nn.Module) -> list[nn.Module]:
