@@ -205,36 +205,37 @@ Tensor per_output(const Tensor& scale, const Tensor& weight) {
   return scale.view(shape);
 }
 
-Tensor Outputs::ordered(const Tensor& own, bool back) const {
+Tensor Outputs::of(Tensor own) const {
   if (is_plain()) return own;
-  Tensor found = own;
-  if (in_turn) {
-    const auto parts = back ? std::array<int64_t, 2>{2, -1} : std::array<int64_t, 2>{-1, 2};
-    found = own.unflatten(0, parts).transpose(0, 1).flatten(0, 1);
+  Tensor found = in_turn ? at::empty_like(own) : own;
+  for (int64_t i = 0; i < 2; ++i) {
+    Tensor half = coupled(found, i);
+    if (in_turn) half.copy_(given(own, i));
+    if (signs[i] != 1) half.mul_(signs[i]);
+    if (caps[i] != 0) half.div_(caps[i]).tanh_().mul_(caps[i]);
   }
-  const int64_t half = found.size(0) / 2;
-  const Tensor sign = at::empty({found.size(0)}, found.options());
-  sign.fill_(signs[1]);
-  (back && in_turn ? sign.unflatten(0, {-1, 2}).select(1, 0) : sign.narrow(0, 0, half)).fill_(signs[0]);
-  return found.is_alias_of(own) ? found * per_output(sign, found) : found.mul_(per_output(sign, found));
-}
-
-Tensor Outputs::capped(Tensor out) const {
-  const int64_t half = out.size(1) / 2;
-  for (int64_t i = 0; i < 2; ++i)
-    if (caps[i] != 0) out.narrow(1, i * half, half).div_(caps[i]).tanh_().mul_(caps[i]);
-  return out;
+  return found;
 }
 
 Tensor Outputs::gradient(const Tensor& grad, const Tensor& out) const {
-  const int64_t half = out.size(1) / 2;
-  const Tensor found = grad.clone();
+  if (is_plain()) return grad;
+  const Tensor found = at::empty_like(grad);
   for (int64_t i = 0; i < 2; ++i) {
-    if (caps[i] == 0) continue;
-    const Tensor tanh = out.narrow(1, i * half, half) / caps[i];
-    found.narrow(1, i * half, half).mul_(1 - tanh.square());
+    Tensor half = given(found, i);
+    half.copy_(coupled(grad, i));
+    if (caps[i] != 0) half.mul_(1 - (coupled(out, i) / caps[i]).square());
+    if (signs[i] != 1) half.mul_(signs[i]);
   }
   return found;
+}
+
+Tensor Outputs::coupled(const Tensor& out, int64_t i) const {
+  const int64_t first = i * (out.size(1) / 2);
+  return out.narrow(1, first, i == 0 ? out.size(1) / 2 : out.size(1) - first);
+}
+
+Tensor Outputs::given(const Tensor& own, int64_t i) const {
+  return in_turn ? own.slice(1, i, own.size(1), 2) : coupled(own, i);
 }
 
 std::size_t NetForm::first(std::size_t layer) const {
@@ -327,14 +328,14 @@ Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const
   } else {
     out = by_convolutions(joined(given), kept);
   }
-  if (form_.outputs.is_capped()) out = form_.outputs.capped(std::move(out));
+  out = form_.outputs.of(std::move(out));
   return form_.parity ? half_board(out, 1 - *form_.parity) : out;
 }
 
 NetGradients Net::backward(const Tensor& x1, const Optional& cond, Tensors kept, const Tensor& out,
                            const Tensor& grad_out, const Wanted& wanted) const {
   const Inputs given = inputs(x1, cond);
-  const Tensor before = form_.outputs.is_capped() ? form_.outputs.gradient(grad_out, out) : grad_out;
+  const Tensor before = form_.outputs.gradient(grad_out, out);
   const Tensor grad = form_.parity ? whole_board(before, 1 - *form_.parity) : before;
   NetGradients found = form_.products ? back_by_products(given, kept[0], grad, wanted)
                                       : back_by_convolutions(given, std::move(kept), grad, wanted);

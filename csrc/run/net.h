@@ -35,18 +35,20 @@ struct Chunk {
   }
 };
 
-// How a net's last layer gives shift and raw scale; the coupling wants one half of the channels each.
+// How a net gives shift and raw scale; the coupling wants one half of the channels each.
 struct Outputs {
   bool in_turn = false;               // they alternate: shift, raw, shift, ...
   std::array<double, 2> signs{1, 1};  // what each is multiplied by,
   std::array<double, 2> caps{0, 0};   // and then bounded by, as cap tanh(. / cap); 0: not at all
 
-  bool is_plain() const { return !in_turn && signs[0] == 1 && signs[1] == 1; }
-  bool is_capped() const { return caps[0] != 0 || caps[1] != 0; }
-  // The last layer's weight or bias in the order of the coupling, or (a gradient) back in its own.
-  Tensor ordered(const Tensor& own, bool back) const;
-  Tensor capped(Tensor out) const;  // which it may write over
-  Tensor gradient(const Tensor& grad, const Tensor& out) const;
+  bool is_plain() const { return !in_turn && signs == std::array<double, 2>{1, 1} && caps == std::array<double, 2>{}; }
+  Tensor of(Tensor own) const;  // what the coupling takes of the net's own outputs, which it may write over
+  Tensor gradient(const Tensor& grad, const Tensor& out) const;  // of the own outputs; out: what `of` gave
+
+ private:
+  // The shifts (i = 0) or raw scales (i = 1), as the coupling takes them and as the net gives them.
+  Tensor coupled(const Tensor& out, int64_t i) const;
+  Tensor given(const Tensor& own, int64_t i) const;
 };
 
 // All about a net but its tensors: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l), weight and bias of a layer with

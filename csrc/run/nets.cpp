@@ -60,14 +60,6 @@ Tensor scaled(const Tensor& whole, const Tensor& scale, at::ScalarType dtype, at
   return out;
 }
 
-// The tensors of a last layer, or (back) their gradients, as the coupling wants its outputs.
-void order(const NetForm& form, std::size_t layer, Tensors& weights, Tensors& biases, bool back) {
-  if (layer + 1 != form.layers() || form.outputs.is_plain()) return;
-  TORCH_CHECK_VALUE(form.powers[layer] == 0, "outputs: expected plain ones behind a log_scale");
-  for (Tensor& weight : weights) weight = form.outputs.ordered(weight, back);
-  for (Tensor& bias : biases) bias = form.outputs.ordered(bias, back);
-}
-
 }  // namespace
 
 Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
@@ -158,7 +150,6 @@ std::vector<Folded> Nets::folded(Group& group) const {
   for (std::size_t layer = 0; layer < own.layers(); ++layer) {
     const std::size_t at = own.first(layer);
     Tensors weights = parts(group.steps, at), biases = parts(group.steps, at + 1);
-    order(own, layer, weights, biases, false);
     const auto dtype = own.narrow && !own.products ? *own.narrow : weights[0].scalar_type();
     const auto format = own.products ? contiguous : format_for(weights[0]);
     if (is_gain(own, layer)) {
@@ -207,7 +198,6 @@ void Nets::unfold(const Group& group, std::vector<NetGradients>& grads, const st
         wants_scale = wants_scale || wants[first_[k] + at + 2];
     }
     if (steps.empty()) continue;
-    order(own, layer, weights, biases, true);
     const Tensors like = parts(steps, at);
     const auto dtype = like[0].scalar_type();
     const auto format = like[0].suggest_memory_format();

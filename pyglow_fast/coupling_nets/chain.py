@@ -13,7 +13,7 @@ from pyglow_fast.reference import ChainSpec
 
 @dataclass(frozen=True)
 class Outputs:
-    """How a net's last layer gives what a coupling takes, all shifts and then all raw scales: cap tanh(sign out / cap).
+    """How a net gives what a coupling takes, all shifts and then all raw scales: cap tanh(sign out / cap).
 
     Attributes:
         in_turn: its channels alternate: shift, raw scale, shift, ...
@@ -46,7 +46,7 @@ class Chain(NamedTuple):
             exp(power log_scale).
         powers: of each layer.
         spec: the activations and dilations.
-        outputs: of the last layer, whose power is 0 where they are not as they come.
+        outputs: what a coupling takes of the last layer's.
     """
 
     tensors: list[Tensor]

@@ -76,8 +76,7 @@ def _blank(row: Row, theirs: type[nn.Module]) -> Adopted:
 
 def _runs(method: str) -> Callable[..., Any]:
     def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
-        own = vars(self).get("_pgf_run")
-        own = own if own is not None and own.spares else None
+        own = vars(self).get("_pgf_run") if torch.is_grad_enabled() else None
         row = self._pgf_row
         call = understood(row, self, method, args, kwargs, own is not None)
         ready = call is not None and is_ready(row, self)

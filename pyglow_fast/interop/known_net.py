@@ -93,16 +93,16 @@ class KnownNet:
             return None
         return [weight for weight, _ in ready], [bias for _, bias in ready]
 
-    def chain_tensors(self) -> tuple[list[Tensor], tuple[float, ...]] | None:
+    def chain_tensors(self, folds_last: bool) -> tuple[list[Tensor], tuple[float, ...]] | None:
         """Compute the tensors of a Chain, and its powers; None while a map waits for data.
 
-        The scales are left to the run, so that nothing of the size of a weight is made here; but for that of the last
-        layer, whose channels may be put in another order.
+        The scales are left to the run, so that nothing of the size of a weight is made here; but with ``folds_last``
+        for that of the last layer, whose channels are then put in another order.
         """
         tensors: list[Tensor] = []
         powers = []
         for layer in self.layers:
-            own = layer.tensors(folds=layer is self.layers[-1])
+            own = layer.tensors(folds=folds_last and layer is self.layers[-1])
             if own is None:
                 return None
             tensors += own

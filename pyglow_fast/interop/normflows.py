@@ -10,17 +10,15 @@ of param_map(u1); scale is exp(raw), 1 / sigmoid(raw + 2) ("sigmoid"), sigmoid(r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
 from pyglow_fast._tracing import is_watched
+from pyglow_fast.coupling_nets.chain import Outputs
 from pyglow_fast.interop.known_net import LOG_MAPS, qualified
 from pyglow_fast.interop.table import (
     Call,
@@ -47,26 +45,6 @@ _AFFINE = "normflows.flows.affine.coupling.AffineCoupling"
 _SPLIT, _MERGE = "normflows.flows.reshape.Split", "normflows.flows.reshape.Merge"
 
 
-@dataclass(frozen=True)
-class ShiftThenRaw:
-    """A map of channels: (shift, raw, shift, raw, ...) -> all -shift, then all raw scales, signed; or -shift alone.
-
-    changed: how many channels are shifted.
-    """
-
-    changed: int
-    raw_sign: int  # 0: there are shifts alone
-
-    def __call__(self, params: Tensor, dim: int) -> Tensor:
-        """The map of the channels in dimension ``dim``."""
-        width = self.changed * (2 if self.raw_sign else 1)
-        expect(params.shape[dim] == width, "param_map", f"an output of {width} channels", params.shape[dim])
-        if not self.raw_sign:
-            return -params
-        shift, raw = params.unflatten(dim, (-1, 2)).unbind(dim + 1)
-        return torch.cat([-shift, raw if self.raw_sign > 0 else -raw], dim)
-
-
 class ConvNet(Net):
     """A net whose actnorms do not read their flags where torch traces or transforms: the block has looked at them."""
 
@@ -90,10 +68,11 @@ def reciprocal_sigmoid(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 # From data to latents: (u2 + shift) s.
 _MAPS = {
-    "exp": (CouplingSpec(scale_map="exp"), -1),
-    "sigmoid": (CouplingSpec(), 1),
-    "sigmoid_inv": (CouplingSpec(scale_map=reciprocal_sigmoid), 1),
+    "exp": (CouplingSpec(scale_map="exp"), Outputs(True, (-1.0, -1.0))),
+    "sigmoid": (CouplingSpec(), Outputs(True, (-1.0, 1.0))),
+    "sigmoid_inv": (CouplingSpec(scale_map=reciprocal_sigmoid), Outputs(True, (-1.0, 1.0))),
 }
+_ADDITIVE = CouplingSpec(coupling="additive"), Outputs(False, (-1.0, -1.0))
 
 
 def _are(modules: Sequence[nn.Module], *classes: str) -> bool:
@@ -112,9 +91,9 @@ def _couples(block: Any, channels: int) -> Couples:
     affine = block.flows[1]
     if affine.scale and affine.scale_map not in _MAPS:
         raise UnfitError(f"an unknown scale map {affine.scale_map!r}")
-    spec, sign = _MAPS[affine.scale_map] if affine.scale else (CouplingSpec(coupling="additive"), 0)
+    spec, outputs = _MAPS[affine.scale_map] if affine.scale else _ADDITIVE
     kept = (channels + 1) // 2
-    return Couples(affine.param_map, spec, kept, channels - kept, ShiftThenRaw(channels - kept, sign), wrap=ConvNet)
+    return Couples(affine.param_map, spec, kept, channels - kept, outputs, wrap=ConvNet)
 
 
 def _called(inverse: bool, block: Any, z: Tensor) -> Call | None:

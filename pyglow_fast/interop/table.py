@@ -259,14 +259,14 @@ class Net(nn.Module):
         known = self.known()
         if isinstance(known, str) or known.dims != x.dim() - 2:
             return None
-        found = known.chain_tensors() if known.pays(x) else None
+        outputs = Outputs() if self.order is None else self.order
+        found = known.chain_tensors(not isinstance(outputs, Outputs)) if known.pays(x) else None
         if found is None:
             return None
         tensors, powers = found
-        if isinstance(self.order, Outputs):
-            return Chain(tensors, powers, known.spec, self.order)
-        if self.order is not None:
-            tensors[-2:] = [self.order(tensor, 0) for tensor in tensors[-2:]]
+        if isinstance(outputs, Outputs):
+            return Chain(tensors, powers, known.spec, outputs)
+        tensors[-2:] = [outputs(tensor, 0) for tensor in tensors[-2:]]
         return Chain(tensors, powers, known.spec)
 
     @property
