@@ -86,12 +86,11 @@ def _runs(method: str) -> Callable[..., Any]:
         if call is not None and ready:
             try:
                 parts = row.parts(self, call.inverse)
-                if own is not None or is_watched() or row.pays(self, call, parts):
-                    if row.run is not None:
-                        return call.give(*row.run(self, call, parts, own))
-                    if own is not None:
-                        return call.give(*own(call))
-                    return call.give(*run_parts(parts, with_mask(call), limit=row.limit(self)))
+                if row.run is not None:
+                    return call.give(*row.run(self, call, parts, own))
+                if own is not None:
+                    return call.give(*own(call))
+                return call.give(*run_parts(parts, with_mask(call), limit=row.limit(self)))
             except UnfitError:  # before anything was computed but maps, or what the layer itself would have bounded
                 pass
         out = getattr(self._pgf_theirs, method)(self, *args, **kwargs)
@@ -108,8 +107,8 @@ def understood(
 ) -> Call | None:
     """Read a call that our arithmetic applies to; None of any other, which is the layer's own.
 
-    One that the row skips is the layer's own too, unless ours ``spares`` memory. Where torch traces or transforms, all
-    are but those of a layer with flags, and sizes decide nothing.
+    So is one for which ours does not pay, unless it ``spares`` memory. Where torch traces or transforms, all are but
+    those of a layer with flags, and sizes decide nothing.
 
     It applies to plain states, not empty, of the parameters' dtype, float32 or float64, where no hooks watch all
     modules; to a layer whose modules are as their classes say.
@@ -125,14 +124,14 @@ def understood(
         return None
     if not watched and (type(call.x) not in (Tensor, nn.Parameter) or not call.x.numel()):
         return None
-    if not (watched or spares) and row.skips(call):
-        return None
     like = next(layer.parameters(), call.x)  # a permutation has none
     if (call.x.dtype, call.x.device) != (like.dtype, like.device) or call.x.is_meta:
         return None
     if call.mask is not None and (call.mask.requires_grad or not is_mask(call.mask, call.x)):
         return None
-    return None if not untouched(row.inside(layer)) or row.unfit(layer) else call
+    if not untouched(row.inside(layer)) or row.unfit(layer):
+        return None
+    return call if watched or spares or row.pays(layer, call) else None
 
 
 def net_output(part: Couples, x: Tensor, cond: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from pyglow_fast import functional
 from pyglow_fast._captures import made_once
 from pyglow_fast.coupling_nets.chain import Outputs
 from pyglow_fast.interop.known_net import Layer
-from pyglow_fast.interop.table import Call, Couples, Library, Net, Part, Row, UnfitError
+from pyglow_fast.interop.table import Call, Couples, Library, Net, Part, Row
 from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
 from pyglow_fast.reversible.steps import ChannelMap
 
@@ -32,6 +32,7 @@ LEAST_POSITIONS, LEAST_WITHOUT_NET = 1600, 6400
 LEAST_RATIO = 8  # of the sides of a 3x3 convolution: at 512 to 96 and at 320 to 64 channels the library is as fast
 REMEMBERED = 4096  # permutations, C numbers each, of all models of a process
 IN_TURN = Outputs(in_turn=True)  # shift, raw, shift, raw, ...
+_PERMUTES = ("invconv", "shuffle", "reverse")
 WITH_FEATURES = "CondAffineSeparatedAndCond"
 
 
@@ -55,11 +56,6 @@ class OwnNet(Net):
     layer_of = staticmethod(_layer)
 
 
-def _expect(condition: bool, found: str) -> None:
-    if not condition:
-        raise UnfitError(found)
-
-
 def _looks_like(module: nn.Module) -> bool:
     actnorm = getattr(module, "actnorm", None)
     has_actnorm = isinstance(actnorm, nn.Module) and all(hasattr(actnorm, name) for name in ("bias", "logs", "inited"))
@@ -67,19 +63,25 @@ def _looks_like(module: nn.Module) -> bool:
     return has_actnorm and all(isinstance(name, str) for name in names)
 
 
-def _couplings(step: Any) -> list[Part]:
+def _unfit(step: Any) -> str:
     channels, kind = step.actnorm.bias.numel(), step.flow_coupling
-    _expect(channels % 2 == 0 or kind == "noCoupling", f"{channels} channels")
-    half = channels // 2
-    if kind == WITH_FEATURES:
-        own = step.affine
-        _expect(own.channels_for_nn == half, f"{channels} channels not halved")
-        spec = CouplingSpec("affine", eps=float(own.affine_eps))
-        injector = Couples(own.fFeatures, spec, 0, channels, IN_TURN, wrap=OwnNet)
-        return [injector, Couples(own.fAffine, spec, half, half, IN_TURN, wrap=OwnNet)]
+    if not isinstance(getattr(step, step.flow_permutation, None), nn.Module) or step.flow_permutation not in _PERMUTES:
+        return f"flow_permutation {step.flow_permutation!r}"
+    if kind not in ("affine", "additive", "noCoupling", WITH_FEATURES):
+        return f"flow_coupling {kind!r}"
+    if kind == WITH_FEATURES and step.affine.channels_for_nn * 2 != channels:
+        return f"{channels} channels not halved"
+    return f"{channels} channels" if channels % 2 and kind != "noCoupling" else ""
+
+
+def _couplings(step: Any) -> list[Part]:
+    kind, half = step.flow_coupling, step.actnorm.bias.numel() // 2
     if kind == "noCoupling":
         return []
-    _expect(kind in ("affine", "additive"), f"flow_coupling {kind!r}")
+    if kind == WITH_FEATURES:
+        own, spec = step.affine, CouplingSpec("affine", eps=float(step.affine.affine_eps))
+        injector = Couples(own.fFeatures, spec, 0, 2 * half, IN_TURN, wrap=OwnNet)
+        return [injector, Couples(own.fAffine, spec, half, half, IN_TURN, wrap=OwnNet)]
     return [Couples(step.f, CouplingSpec(kind), half, half, IN_TURN if kind == "affine" else None, wrap=OwnNet)]
 
 
@@ -111,9 +113,6 @@ def _channel_map(step: Any, inverse: bool) -> ChannelMap:
 
 
 def _parts(step: Any, inverse: bool) -> list[Part]:
-    permutation = getattr(step, step.flow_permutation, None)
-    known = step.flow_permutation in ("invconv", "shuffle", "reverse") and isinstance(permutation, nn.Module)
-    _expect(known, f"flow_permutation {step.flow_permutation!r}")
     return [_channel_map(step, inverse), *_couplings(step)]
 
 
@@ -151,9 +150,9 @@ def _nets_pay(parts: Sequence[Part]) -> bool:
     return True
 
 
-def _pays(step: Any, call: Call, parts: Sequence[Part]) -> bool:
-    positions = call.x.shape[0] * n_positions(call.x)
-    return positions >= LEAST_WITHOUT_NET if len(parts) == 1 else positions >= LEAST_POSITIONS and _nets_pay(parts)
+def _pays(step: Any, call: Call) -> bool:
+    positions, nets = call.x.shape[0] * n_positions(call.x), _couplings(step)
+    return positions >= LEAST_POSITIONS and _nets_pay(nets) if nets else positions >= LEAST_WITHOUT_NET
 
 
 def _alone(step: Any) -> str:
@@ -179,6 +178,7 @@ LIBRARY = Library(
             {"forward": _called},
             _parts,
             _example,
+            _unfit,
             alone=_alone,
             pays=_pays,
             waits=lambda step: any(getattr(part, "inited", True) is False and part.training for part in step.modules()),

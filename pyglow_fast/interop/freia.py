@@ -216,15 +216,15 @@ def _block_parts(block: Any, inverse: bool, divides: bool) -> list[Part]:
     return [_permutation(block, to_data, reflected), *own] if block.reverse_pre_permute else own
 
 
-def _is_dense(block: Any, parts: Sequence[Part]) -> bool:
+def _is_dense(block: Any) -> bool:
     """Whether R is a soft one of so many channels that its products decide the time, on the CPU."""
-    soft = any(isinstance(part, ChannelMap) and part.source is None for part in parts)
-    return soft and not block.householder and block.in_channels >= DENSE_FROM and block.w_perm.device.type == "cpu"
+    wide = block.in_channels >= DENSE_FROM and block.w_perm.device.type == "cpu" and not block.householder
+    return wide and _permutation(block, "w_perm", None).source is None
 
 
 def _alone(block: Any) -> str:
     what = f"a soft permutation of {block.in_channels} channels: its own forward is as fast"
-    return what if _is_dense(block, _block_parts(block, False, False)) else ""
+    return what if _is_dense(block) else ""
 
 
 def _block_example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
@@ -257,7 +257,7 @@ def _block(name: str, divides: bool) -> Row:
         _block_example,
         _unfit,
         _alone,
-        lambda block, call, parts: not _is_dense(block, parts),
+        lambda block, call: not _is_dense(block),
     )
 
 

@@ -201,7 +201,7 @@ def _run_net(net: Any, call: Call, parts: Sequence[Part], run: Any) -> tuple[Ten
     return BlockNet(net)(call.x, call.cond, call.mask), call.x.new_zeros(len(call.x))
 
 
-def _pays(layer: Any, call: Call, parts: Sequence[Part]) -> bool:
+def _pays(layer: Any, call: Call) -> bool:
     return call.x.shape[0] * call.x.shape[2] >= LEAST_POSITIONS
 
 

@@ -66,7 +66,7 @@ LIBRARY = Library(
             lambda layer, inverse: [],
             unfit=lambda layer: unrepeatable(layer.dnn, "checkpoint"),
             alone=lambda layer: f"its {type(layer.dnn).__name__} takes its time: its own forward is as fast",
-            pays=lambda layer, call, parts: False,
+            pays=lambda layer, call: False,
             run=_recomputed,
         ),
     ),

@@ -29,8 +29,8 @@ from pyglow_fast.interop.table import (
     Part,
     Row,
     by_class,
+    pays_for_images,
     read_once,
-    skips_vectors,
 )
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 from pyglow_fast.reversible.steps import ChannelMap
@@ -95,6 +95,11 @@ def _norm_flags(layer: Any) -> list[Tensor]:
 def _conv_unfit(layer: Any) -> str:
     known = qualified(type(layer.permutation)) in _PERMUTATIONS and layer.permutation._dim == 1
     return "" if known else "a permutation of its own"
+
+
+def _conv_pays(layer: Any, call: Call) -> bool:
+    caches = layer.using_cache and not layer.training  # what is cached is faster
+    return not caches and pays_for_images(layer, call)
 
 
 def _conv(layer: Any, inverse: bool) -> list[Part]:
@@ -165,7 +170,7 @@ def _couplings(name: str, spec: Callable[[Any], CouplingSpec]) -> Row:
         partial(_coupling, spec=spec),
         _example,
         _coupling_unfit,
-        skips=skips_vectors,
+        pays=pays_for_images,
     )
 
 
@@ -181,8 +186,7 @@ LIBRARY = Library(
             _conv,
             _example,
             _conv_unfit,
-            skips=skips_vectors,
-            pays=lambda layer, call, parts: layer.training or not layer.using_cache,  # what is cached is faster
+            pays=_conv_pays,
             inside=lambda layer: (layer.permutation,),
         ),
         Row(
@@ -191,7 +195,7 @@ LIBRARY = Library(
             _calls(lambda layer: len(layer.log_scale)),
             _norm,
             _example,
-            skips=skips_vectors,
+            pays=pays_for_images,
             flags=_norm_flags,
         ),
         Row(
@@ -199,7 +203,7 @@ LIBRARY = Library(
             by_class(*_PERMUTATIONS),
             _calls(lambda layer: len(layer._permutation)),
             _permutation,
-            skips=skips_vectors,
+            pays=pays_for_images,
             unfit=lambda layer: "" if layer._dim == 1 else f"a permutation along dimension {layer._dim}",
             adopts=False,
         ),

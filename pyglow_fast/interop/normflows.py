@@ -30,8 +30,8 @@ from pyglow_fast.interop.table import (
     UnfitError,
     by_class,
     is_set,
+    pays_for_images,
     read_once,
-    skips_vectors,
     untouched,
 )
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
@@ -171,7 +171,7 @@ LIBRARY = Library(
             _parts,
             _example,
             _unfit,
-            skips=skips_vectors,
+            pays=pays_for_images,
             flags=_flags,
             inside=_inside,
         ),

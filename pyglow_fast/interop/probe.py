@@ -158,7 +158,7 @@ def _unhesitating(row: Row) -> Row:
     """The row without a sense of what pays, under a name of its own: our arithmetic, which it may not use else."""
     from dataclasses import replace
 
-    return replace(row, name=f"{row.name} in a probe", pays=lambda layer, call, parts: True)
+    return replace(row, name=f"{row.name} in a probe", pays=lambda layer, call: True)
 
 
 def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:

@@ -155,8 +155,6 @@ class Run:
         if limit is not None and call.inverse and self.spares:
             raise UnfitError("nets that would keep what they need for a backward")
         parts = [_like(part, call.x) for part in self.parts(call.inverse)]
-        if not self.spares and len(self.layers) > 1 and not self.rows[0].pays(self.layers[0], call, parts):
-            raise UnfitError("faster one by one")
         self._shape = call.x.shape
         try:
             if call.inverse:

@@ -35,7 +35,7 @@ from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.reference import CouplingSpec, full_precision
 from pyglow_fast.reversible.steps import ChannelMap
 
-FEW_VALUES = 1 << 14  # of a batch, see skips_vectors
+FEW_VALUES = 1 << 14  # of a batch, see pays_for_images
 EXACT = torch.float64, 1e-9  # precision and relative tolerance of a probe
 OrderOf = Callable[[Tensor, int], Tensor]  # a linear map of the channels, which are the dimension given: see nets.run
 
@@ -139,7 +139,7 @@ class Row:
             arguments: it makes the copy one for small inputs. draw(*shape) gives random numbers.
         unfit: why a layer cannot be taken, as far as can be seen without a call: asked at adoption and at each call.
         alone: why a layer is left unless a memory mode saves what its backward keeps; empty where ours pays anyway.
-        pays: whether ours is as fast for a call, of a layer that holds these parts.
+        pays: whether ours is as fast for a call of a layer; not asked where memory is saved.
         waits: whether the layer waits for data to be initialised from.
         flags: the tensors that are set once the layer has seen that data. Its own code reads them at each call, which
             torch.compile, exports and vmap do not take: within these ours runs, as :func:`is_ready` tells.
@@ -151,7 +151,6 @@ class Row:
         run: (layer, call, parts, a Run or None) -> z, log_det, of what is no chain of maps and couplings; with a Run,
             which is of this layer alone, as its memory mode says. None: see run_parts.
         inverts_in: in what precision the layer itself inverts matrices, and the relative tolerance of a probe there.
-        skips: whether the layer's own forward is faster for a call, as that alone tells, unless memory is saved.
     """
 
     name: str
@@ -161,7 +160,7 @@ class Row:
     example: Callable[[Any, Callable[..., Tensor]], list[tuple[str, Sequence[Any], dict[str, Any]]]] | None = None
     unfit: Callable[[Any], str] = _nothing
     alone: Callable[[Any], str] = _nothing
-    pays: Callable[[Any, Call, Sequence[Part]], bool] = lambda layer, call, parts: True
+    pays: Callable[[Any, Call], bool] = lambda layer, call: True
     waits: Callable[[Any], bool] = lambda layer: False
     flags: Callable[[Any], Sequence[Tensor]] = lambda layer: ()
     prepare: Callable[[Any, Call], None] = lambda layer, call: None
@@ -170,7 +169,6 @@ class Row:
     adopts: bool = True
     run: Callable[[Any, Call, Sequence[Part], Any], tuple[Tensor, Tensor]] | None = None
     inverts_in: tuple[torch.dtype, float] = EXACT
-    skips: Callable[[Call], bool] = lambda call: False
 
     def __post_init__(self) -> None:
         _rows[self.name] = self
@@ -321,9 +319,9 @@ class CalledWithContext(Net):
         return out
 
 
-def skips_vectors(call: Call) -> bool:
-    """Whether a library's own layers are faster: for vectors, and for a few values without a gradient (on CPUs)."""
-    return call.x.dim() == 2 or (call.x.numel() < FEW_VALUES and not torch.is_grad_enabled())
+def pays_for_images(layer: nn.Module, call: Call) -> bool:
+    """Whether ours is as fast: not for vectors, nor for a few values without a gradient (on CPUs)."""
+    return call.x.dim() > 2 and (call.x.numel() >= FEW_VALUES or torch.is_grad_enabled())
 
 
 def is_set(flag: Tensor) -> bool:
