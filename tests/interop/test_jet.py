@@ -57,7 +57,7 @@ def test_dropout_is_drawn_again(budget: str | int) -> None:
         for value, expected in zip(found, gradients(model, x), strict=True):
             assert_close(value, expected, 100.0)
     with torch.no_grad():  # a finite difference along the first coupling's last bias, the same numbers drawn again
-        losses, bias = [], ours.blocks[0].dnn.final_proj.bias
+        losses, bias = [], ours.blocks[0].dnn.last.bias
         for sign in (1.0, -1.0):
             bias += sign * 1e-5
             with torch.enable_grad():
@@ -66,13 +66,13 @@ def test_dropout_is_drawn_again(budget: str | int) -> None:
             losses.append(float(z.square().sum() - log_det.sum()))
             bias -= sign * 1e-5
     names = [name for name, _ in ours.named_parameters()]
-    exact = float(found[1 + names.index("blocks.0.dnn.final_proj.bias")].sum())
+    exact = float(found[1 + names.index("blocks.0.dnn.last.bias")].sum())
     assert abs((losses[0] - losses[1]) / 2e-5 - exact) <= 1e-5 * abs(exact)
 
 
-@pytest.mark.parametrize("context", [None, torch.ones(3, 1, 8, dtype=torch.float64)], ids=["no context", "context"])
+@pytest.mark.parametrize("context", [None, torch.ones(3, 1, 24, dtype=torch.float64)], ids=["no context", "context"])
 def test_couplings_of_images(context: Tensor | None) -> None:
-    theirs, x = ImageFlow((4, 6, 3), 2, 4).double(), torch.randn(3, 4, 6, 3, dtype=torch.float64)
+    theirs, x = ImageFlow(6, 4).double(), torch.randn(3, 4, 3, 6, dtype=torch.float64)
     ours = copy.deepcopy(theirs)
     assert len(accelerate(ours, "checkpoint", memory_budget=1).joined) == 4
     for value, expected in zip(*(gradients(model, x, context=context) for model in (ours, theirs)), strict=True):
@@ -81,7 +81,7 @@ def test_couplings_of_images(context: Tensor | None) -> None:
 
 def test_a_net_that_changes_when_it_runs_is_left() -> None:
     model = ProjectedFlow(6, 8, 2)
-    model.blocks[1].dnn.encoder = nn.BatchNorm1d(6)
+    model.blocks[1].dnn.hidden = nn.BatchNorm1d(6)
     done = accelerate(model, "reversible")
     assert list(done.replaced) == ["blocks.0"]
     assert "BatchNorm1d" in done.left["blocks.1"]

@@ -1,4 +1,4 @@
-"""What ``accelerate`` promises of every flow, on other projects' own code: anomalib, coqui-tts and antsnormflows."""
+"""What ``accelerate`` promises of every flow, on other projects' own: anomalib, coqui-tts, antsnormflows, jet-pytorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from live.peers import load
 from support.accelerate_cases import noisy
 from support.accelerate_laws import LAWS
 from support.antstorch import glow
-from support.structures import Structure, at_work, normal, of_glow_tts
+from support.structures import Structure, at_work, normal, of_glow_tts, of_jet
 from torch import nn
 
 
@@ -78,6 +78,15 @@ def of_antsx(name: str, dims: int, **options: Any) -> Structure:
     )
 
 
+def jet() -> nn.Module:
+    """Pixels in patches of 4, couplings by channels and by tokens; nets that do something."""
+    module = load("jet_pytorch.jet")
+    model: Any = module.Jet(4, 48, 16, (16, 16), coupling_layers=7, block_depth=1, block_width=16, num_heads=2)
+    for block in model.blocks:
+        nn.init.normal_(block.dnn.final_proj.weight, std=0.1)
+    return model
+
+
 FLOWS = [
     of_fastflow("resnet18", [(64, 8), (128, 4), (256, 2)]),
     of_fastflow("cait_m48_448", [(768, 7)], 0.16),
@@ -109,6 +118,7 @@ FLOWS = [
     of_antsx("volumes-additive-plain", 3, scale=False, use_lu=False),
     of_antsx("images", 2),
     of_antsx("images-net-actnorm", 2, net_actnorm=True),
+    of_jet("pytorch", jet, (16, 16, 3), 7),
 ]
 
 

@@ -1,190 +1,114 @@
-"""Small flows of tokens around ViTs, with the two interfaces that Jet has in PyTorch: of products, as their papers say.
+"""Small flows of tokens with the two interfaces that Jet has in PyTorch, around nets of two layers.
 
 ``ProjectedFlow`` has jet-pytorch's (couplings called with the projections, which are the model's), ``ImageFlow`` that
-of JetFormer's flow (couplings of images, with projections of their own).
+of JetFormer's flow (couplings of images). ``accelerate`` goes by these alone; jet-pytorch's own flow is in tests/live.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def one_hot(size: int, generator: torch.Generator) -> Tensor:
-    """Draw a random permutation matrix."""
-    return torch.eye(size)[torch.randperm(size, generator=generator)]
+class TokenNet(nn.Module):
+    """(N, T, C) -> shift and raw scale, both (N, T, C); a context is added to the hidden layer."""
 
-
-def encoder(width: int, dropout: float) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout, "gelu", batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-
-
-class Vit(nn.Module):
-    """(N, T, C) -> shift and raw, both (N, T, C)."""
-
-    def __init__(self, tokens: int, channels: int, width: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.init_proj = nn.Linear(channels, width)
-        self.pos_emb = nn.Parameter(0.3 * torch.randn(1, tokens, width))
-        self.encoder = encoder(width, dropout)
-        self.final_proj = nn.Linear(width, 2 * channels)
+        self.first, self.hidden = nn.Linear(channels, 8 * channels), nn.Sequential(nn.GELU(), nn.Dropout(dropout))
+        self.last = nn.Linear(8 * channels, 2 * channels)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = self.final_proj(self.encoder(self.init_proj(x) + self.pos_emb)).chunk(2, -1)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x) if context is None else self.first(x) + context
+        shift, raw = self.last(self.hidden(hidden)).chunk(2, -1)
         return shift, raw
 
 
+def coupled(x: Tensor, dim: int, inverse: bool, net: nn.Module, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(x_0, (x_1 + shift) scale) of the halves along ``dim``, or the inverse of it, and the log-det of the former."""
+    kept, moved = x.chunk(2, dim)
+    shift, raw = net(kept, *context)
+    scale = 2.0 * torch.sigmoid(raw)
+    moved = moved / scale - shift if inverse else (moved + shift) * scale
+    return torch.cat([kept, moved], dim), scale.log().flatten(1).sum(1)
+
+
 class ProjectedCoupling(nn.Module):
-    def __init__(self, dnn: nn.Module, scale_factor: float) -> None:
+    def __init__(self, dnn: nn.Module) -> None:
         super().__init__()
-        self.dnn, self.scale_factor = dnn, scale_factor
+        self.dnn = dnn
 
-    def _parts(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, ...]:
-        if is_channel:
-            u1, u2 = (x @ channel_proj).chunk(2, 2)
-            shift, raw = self.dnn(u1)
-        else:
-            u1, u2 = (spatial_proj.T @ x).chunk(2, 1)
-            n, tokens, channels = u1.shape
-            shift, raw = (out.reshape(u1.shape) for out in self.dnn(u1.reshape(n, 2 * tokens, channels // 2)))
-        log_det = (F.logsigmoid(raw) + math.log(self.scale_factor)).flatten(1).sum(1, keepdim=True)
-        return u1, u2, shift, self.scale_factor * torch.sigmoid(raw), log_det
-
-    @staticmethod
-    def _whole(u1: Tensor, u2: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> Tensor:
-        if is_channel:
-            return torch.cat([u1, u2], 2) @ channel_proj.T
-        whole: Tensor = spatial_proj @ torch.cat([u1, u2], 1)
-        return whole
+    def _run(self, x: Tensor, is_channel: bool, projection: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        halves = x @ projection if is_channel else projection.T @ x
+        z, log_det = coupled(halves, 2 if is_channel else 1, inverse, self.dnn)
+        return z @ projection.T if is_channel else projection @ z, log_det.unsqueeze(1)
 
     def forward(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, Tensor]:
-        projections = is_channel, channel_proj, spatial_proj
-        u1, u2, shift, scale, log_det = self._parts(x, *projections)
-        return self._whole(u1, (u2 + shift) * scale, *projections), log_det
+        return self._run(x, is_channel, channel_proj if is_channel else spatial_proj, False)
 
     def inverse(self, x: Tensor, is_channel: bool, channel_proj: Any, spatial_proj: Any) -> tuple[Tensor, Tensor]:
-        projections = is_channel, channel_proj, spatial_proj
-        u1, u2, shift, scale, log_det = self._parts(x, *projections)
-        return self._whole(u1, u2 / scale - shift, *projections), -log_det
-
-
-class ProjectedFlow(nn.Module):
-    """x (N, T, C) -> z, log_det (N, 1); every third coupling is by tokens."""
-
-    def __init__(
-        self, tokens: int, channels: int, n: int, width: int = 8, scale_factor: float = 2.0, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        nets = [Vit(tokens, channels // 2, width, dropout) for _ in range(n)]
-        self.blocks = nn.ModuleList([ProjectedCoupling(net, scale_factor) for net in nets])
-        self.kind_flags = [i % 3 != 2 for i in range(n)]
-        counts = [sum(self.kind_flags[: i + 1]) for i in range(n)]
-        self.channel_indices = [count - 1 if flag else -1 for count, flag in zip(counts, self.kind_flags, strict=True)]
-        self.spatial_indices = [
-            -1 if flag else i - count for i, (count, flag) in enumerate(zip(counts, self.kind_flags, strict=True))
-        ]
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("channel_projections", torch.stack([one_hot(channels, generator) for _ in range(n)]))
-        self.register_buffer("spatial_projections", torch.stack([one_hot(tokens, generator) for _ in range(n)]))
-
-    def _arguments(self, i: int) -> tuple[Any, ...]:
-        channel, spatial = self.channel_indices[i], self.spatial_indices[i]
-        of_channels = self.channel_projections[channel] if channel >= 0 else None
-        return self.kind_flags[i], of_channels, self.spatial_projections[spatial] if spatial >= 0 else None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = x.new_zeros(len(x), 1)
-        for i in range(len(self.blocks)):
-            x, own = self.blocks[i](x, *self._arguments(i))
-            log_det += own
-        return x, log_det
-
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = x.new_zeros(len(x), 1)
-        for i in reversed(range(len(self.blocks))):
-            x, own = self.blocks[i].inverse(x, *self._arguments(i))
-            log_det += own
-        return x, log_det
-
-
-class ScaledVit(nn.Module):
-    """(N, T, C) -> shift, scale and log-det; a context is added to the tokens."""
-
-    def __init__(self, tokens: int, channels: int, width: int, scale_factor: float) -> None:
-        super().__init__()
-        self.init_proj, self.vit_encoder = nn.Linear(channels, width), encoder(width, 0.0)
-        self.posemb = nn.Parameter(0.3 * torch.randn(1, tokens, width))
-        self.final_proj = nn.Linear(width, 2 * channels)
-        self.scale_factor = scale_factor
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = self.init_proj(x) + self.posemb
-        hidden = hidden if context is None else hidden + context
-        shift, raw = self.final_proj(self.vit_encoder(hidden)).chunk(2, -1)
-        log_det = (F.logsigmoid(raw) + math.log(self.scale_factor)).flatten(1).sum(1)
-        return shift, self.scale_factor * torch.sigmoid(raw), log_det
+        z, log_det = self._run(x, is_channel, channel_proj if is_channel else spatial_proj, True)
+        return z, -log_det
 
 
 class ImageCoupling(nn.Module):
-    use_actnorm = use_invertible_dense = False
+    """A coupling of the channels of x (N, H, W, C), which are then in the other order."""
 
-    def __init__(
-        self, shape: tuple[int, int, int], ps: int, by_channel: bool, mode: str, generator: torch.Generator
-    ) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        height, width, channels = shape
-        tokens, features = height * width // ps**2, channels * ps**2
-        self.kind_is_channel, self.masking_mode, self.ps = by_channel, mode, ps
-        seen = (tokens, features // 2) if by_channel else (tokens // 2, features)
-        self.dnn = ScaledVit(*seen, 8, 2.0)
-        self.register_buffer("P_chan", one_hot(features, generator), persistent=False)
-        self.register_buffer("P_spatial", one_hot(tokens, generator), persistent=False)
-
-    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        size = x.shape[1:3]
-        tokens = F.unfold(x.permute(0, 3, 1, 2), self.ps, stride=self.ps)  # (N, C ps^2, T)
-        if self.masking_mode == "pairing":
-            tokens = self.P_chan.T @ tokens if self.kind_is_channel else tokens @ self.P_spatial
-        u1, u2 = tokens.chunk(2, 1 if self.kind_is_channel else 2)
-        shift, scale, log_det = self.dnn(u1.transpose(1, 2), context=context)
-        shift, scale = shift.transpose(1, 2), scale.transpose(1, 2)
-        u2 = u2 / scale - shift if inverse else (u2 + shift) * scale
-        tokens = torch.cat([u1, u2], 1 if self.kind_is_channel else 2)
-        if self.masking_mode == "pairing":
-            tokens = self.P_chan @ tokens if self.kind_is_channel else tokens @ self.P_spatial.T
-        return F.fold(tokens, size, self.ps, stride=self.ps).permute(0, 2, 3, 1), log_det
+        self.dnn = TokenNet(channels // 2)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(x, context, False)
+        z, log_det = coupled(x.flatten(1, 2), 2, False, self.dnn, context)
+        return z.flip(2).view_as(x), log_det
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(y, context, True)
+        x, log_det = coupled(y.flatten(1, 2).flip(2), 2, True, self.dnn, context)
+        return x.view_as(y), -log_det
 
 
-class ImageFlow(nn.Module):
-    """x (N, H, W, C) -> z, log_det (N,); the inverse has the same sign of it."""
+class TokenFlow(nn.Module):
+    """Couplings one after another."""
 
-    def __init__(self, shape: tuple[int, int, int], ps: int, n: int, mode: str = "pairing") -> None:
+    def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        by_channel = [i % 3 != 2 or mode == "masking" for i in range(n)]
-        self.couplings = nn.ModuleList([ImageCoupling(shape, ps, flag, mode, generator) for flag in by_channel])
+        self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(len(x))
-        for coupling in self.couplings:
-            x, log_det = coupling(x, context=context)
+    def _given(self, i: int) -> tuple[Any, ...]:
+        return ()
+
+    def forward(self, x: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
+        total: Any = 0.0
+        for i, block in enumerate(self.blocks):
+            x, log_det = block(x, *self._given(i), **named)
             total = total + log_det
         return x, total
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = z.new_zeros(len(z))
-        for coupling in reversed(self.couplings):
-            z, log_det = coupling.inverse(z, context=context)
+    def inverse(self, x: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
+        total: Any = 0.0
+        for i, block in reversed(list(enumerate(self.blocks))):
+            x, log_det = block.inverse(x, *self._given(i), **named)
             total = total + log_det
-        return z, total
+        return x, total
+
+
+class ProjectedFlow(TokenFlow):
+    """x (N, T, C) -> z, log_det (N, 1); every third coupling is by tokens."""
+
+    def __init__(self, tokens: int, channels: int, n: int, dropout: float = 0.0) -> None:
+        nets = [TokenNet(channels if i % 3 == 2 else channels // 2, dropout) for i in range(n)]
+        super().__init__([ProjectedCoupling(net) for net in nets])
+        for name, size in (("channel_projection", channels), ("spatial_projection", tokens)):
+            self.register_buffer(name, torch.eye(size)[torch.randperm(size)])
+
+    def _given(self, i: int) -> tuple[Any, ...]:
+        return i % 3 != 2, self.channel_projection, self.spatial_projection
+
+
+class ImageFlow(TokenFlow):
+    """x (N, H, W, C) -> z, log_det (N,); the couplings may be given a context."""
+
+    def __init__(self, channels: int, n: int) -> None:
+        super().__init__([ImageCoupling(channels) for _ in range(n)])

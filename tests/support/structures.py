@@ -440,6 +440,5 @@ STRUCTURES = [
         normal((2, 8, 6), (2, 4, 3)),
     ),
     of_jet("projected", lambda: ProjectedFlow(6, 8, 4), (6, 8), 4),
-    of_jet("images", lambda: ImageFlow((4, 6, 3), 2, 4), (4, 6, 3), 4),
-    of_jet("masking", lambda: ImageFlow((4, 4, 2), 2, 3, "masking"), (4, 4, 2), 3),
+    of_jet("images", lambda: ImageFlow(6, 4), (4, 3, 6), 4),
 ]
