@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.accelerate_cases import at_work
 from support.gradients import CONDITION
 from support.helpers import assert_close, tensors
-from support.structures import STRUCTURES
+from support.structures import BY_NAME
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
-
-BY_NAME = {case.name: case for case in STRUCTURES}
 
 
 def set_clamp(layer: Any) -> None:
@@ -45,6 +45,68 @@ def set_slope(layer: Any) -> None:
     layer.negative_slope = 0.7
 
 
+def learn_clamp(block: Any) -> None:
+    """Make it a parameter, of each channel, that gets a gradient."""
+    block.clamp = nn.Parameter(torch.linspace(1.7, 2.3, 6, dtype=torch.float64).view(1, 6, 1, 1))
+
+
+def write_permutation(block: Any) -> None:
+    """Change an entry behind torch's count of writes: the ones stay where they are."""
+    block.w_perm.data[tuple((block.w_perm == 0).nonzero()[0])] = 0.5
+
+
+def hook_block(block: nn.Module) -> None:
+    block.register_forward_hook(lambda module, given, out: ((1.1 * out[0][0],), out[1]))
+
+
+def hook_convolution(conv: nn.Module) -> None:
+    conv.register_forward_hook(lambda module, given, out: 1.1 * out)
+
+
+def exchange_forward(conv: Any) -> None:
+    conv.forward = lambda x: 1.5 * type(conv).forward(conv, x)
+
+
+def old_spectral_norm(conv: nn.Module) -> None:
+    """A hook, which changes a buffer in each forward: such a net cannot be run again."""
+    torch.manual_seed(5)
+    nn.utils.spectral_norm(conv)
+
+
+def new_spectral_norm(conv: nn.Module) -> None:
+    torch.manual_seed(5)
+    nn.utils.parametrizations.spectral_norm(conv)
+
+
+class Scaled(nn.Module):
+    """Another net, whatever it is given."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        out: Tensor = 0.9 * self.net(*given, **named)
+        return out
+
+
+def exchange_net(attribute: str) -> Callable[[Any], None]:
+    return lambda layer: setattr(layer, attribute, Scaled(copy.deepcopy(getattr(layer, attribute))))
+
+
+def exchange_convolution(net: Any) -> None:
+    torch.manual_seed(7)
+    net.convs[1] = nn.Conv2d(8, 8, 3, padding=1).double()
+
+
+def exchange_node(graph: Any) -> None:
+    """Put another module into a node of the graph, and none into its list."""
+    torch.manual_seed(7)
+    node = graph.get_node_by_name("first1")
+    node.module = at_work(copy.deepcopy(node.module), 0.3)
+
+
+LIBRARIES = ("normflows-lu-sigmoid", "nflows-halves", "freia")
 CHANGES: dict[str, tuple[str, str, Callable[[Any], None]]] = {  # the structure, an attribute of its layers, the change
     "clamp of FrEIA": ("freia", "clamp", set_clamp),
     "clamp of anomalib": ("anomalib-fastflow", "clamp", set_clamp),
@@ -56,6 +118,26 @@ CHANGES: dict[str, tuple[str, str, Callable[[Any], None]]] = {  # the structure,
     "slope in nflows": ("nflows-alternating-leaky", "negative_slope", set_slope),
     "slope in FrEIA": ("freia-leaky-gin", "negative_slope", set_slope),
     "features of nflows, exchanged": ("nflows-halves", "identity_features", exchange_features),
+    "clamp of FrEIA, learned": ("freia", "clamp", learn_clamp),
+    "permutation of FrEIA, written": ("freia", "w_perm", write_permutation),
+    "hook on a block of FrEIA": ("freia", "w_perm", hook_block),
+    "node of FrEIA": ("anomalib-uflow", "node_list", exchange_node),
+    "net of normflows": ("normflows-lu-sigmoid", "param_map", exchange_net("param_map")),
+    "net of nflows": ("nflows-halves", "transform_net", exchange_net("transform_net")),
+    "net of FrEIA": ("freia", "subnet", exchange_net("subnet")),
+    "net of a graph": ("anomalib-uflow", "subnet", exchange_net("subnet")),
+    "net of Glow-TTS": ("glow-tts-weight-norm", "wn", exchange_net("wn")),
+    "net of chaiyujin": ("chaiyujin-affine", "f", exchange_net("f")),
+    "convolution of nflows": ("nflows-halves", "convs", exchange_convolution),
+} | {
+    f"{change.__name__} in {name}": (name, "kernel_size", change)
+    for change, names in {
+        hook_convolution: (*LIBRARIES, "anomalib-uflow", "glow-tts-weight-norm", "chaiyujin-affine"),
+        exchange_forward: LIBRARIES,
+        old_spectral_norm: ("normflows-lu-sigmoid", "freia"),
+        new_spectral_norm: ("normflows-lu-sigmoid", "freia"),
+    }.items()
+    for name in names
 }
 
 
@@ -89,6 +171,8 @@ def test_a_changed_attribute_is_followed(name: str, memory: str | None) -> None:
     assert float((expected[0] - before[0]).abs().max()) > 1e-3
     for value, wanted in zip(outputs(structure, ours), expected, strict=True):
         assert_close(value, wanted, CONDITION)
+    for value, wanted in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert_close(value.double(), wanted.double(), CONDITION)
 
 
 @pytest.mark.parametrize("memory", [None, "reversible"], ids=str)

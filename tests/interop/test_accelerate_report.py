@@ -8,9 +8,9 @@ import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import nflows.transforms
 import normflows
-import pytest
 import torch
-from support.accelerate_cases import ContextNet, assert_same, from_normflows, mask, noisy, prepared, subnet
+from support.accelerate_cases import ContextNet, at_work, from_normflows, mask, subnet
+from support.structures import BY_NAME
 from torch import nn
 
 from pyglow_fast.interop import accelerate
@@ -40,9 +40,11 @@ class TestReport:
         assert not any(name in left for name in ("chain", "mine.flows.0.flows.0"))
 
     def test_nets_that_run_as_they_are(self) -> None:
-        model, _ = prepared("normflows")
+        ours = ("normflows-lu-sigmoid", "normflows-leaky-net-actnorm", "nflows-halves", "freia", "freia-module-twice")
+        for name in (*ours, "anomalib-fastflow"):
+            assert not any("net runs as it is" in reason for reason in accelerate(BY_NAME[name].model()).left.values())
+        model = BY_NAME["normflows-lu-sigmoid"].model()
         done = accelerate(model, "store")
-        assert not any("net runs as it is" in reason for reason in done.left.values())
         assert done.joined == {f"flows.{i}": "3 steps in one chain each, memory 'store'" for i in range(2)}
         done.undo()
         model.flows[0][0].flows[0].flows[1].param_map.net[1] = nn.Softplus()
@@ -77,41 +79,8 @@ class TestReport:
         for _ in range(2):
             shape = model.add_transform(t.ActNorm(4), shape)
             shape = model.add_transform(t.AffineCouplingTransform(mask(4, "halves"), ContextNet), shape)
-        model = noisy(model)
+        model = at_work(model)
         theirs, x = copy.deepcopy(model), torch.randn(3, 4, 16, 4, dtype=torch.float64)
         done = accelerate(model, "store")
         assert (done.joined, "splits after each" in done.left["_transforms.1"]) == ({}, True)
         torch.testing.assert_close(model(x), theirs(x), rtol=1e-12, atol=1e-12)
-
-
-class TestConditionsOfFrEIA:
-    """SequenceINN gives each block its condition by the block's number in the list."""
-
-    def make(self, conditions: list[int | None]) -> nn.Module:
-        torch.manual_seed(0)
-        model = Ff.SequenceINN(4, 8, 8)
-        for cond in conditions:
-            given = {} if cond is None else {"cond": cond, "cond_shape": (2 + cond, 8, 8)}
-            model.append(Fm.AllInOneBlock, subnet_constructor=subnet, **given)
-        return noisy(model)
-
-    @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
-    @pytest.mark.parametrize(
-        ("conditions", "joined"),
-        [([0, 0, 0], "3 steps"), ([None, None, 0, 1, 1], "2, 2 steps"), ([1, None, None, 0], "2 steps"), ([0, 1], "")],
-    )
-    def test_joined_where_they_are_the_same(self, conditions: list[int | None], joined: str, memory: str) -> None:
-        model = self.make(conditions)
-        theirs = copy.deepcopy(model)
-        done = accelerate(model, memory)
-        assert list(done.joined.values()) == ([f"{joined} in one chain each, memory {memory!r}"] if joined else [])
-        assert len(model) == len(conditions)
-        x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-        given = [torch.randn(2, 2 + i, 8, 8, dtype=torch.float64) for i in range(2)]
-        for rev in (False, True):
-            assert_same(model, theirs, lambda m, x, *c, rev=rev: m(x, c=list(c), rev=rev), x, *given)
-        reports = done.memory_report()
-        assert all(report["skipped"] == report["redone_steps"] == 0 for report in reports)
-        done.undo()
-        model.append(Fm.AllInOneBlock, subnet_constructor=subnet)
-        assert len(model) == len(conditions) + 1

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.accelerate_cases import MEMORIES, images, prepared
+from support.accelerate_cases import MEMORIES
 from support.captures import Recording, capture_guard, like_a_gpu
 from support.helpers import tensors
-from support.structures import STRUCTURES, Structure
+from support.structures import BY_NAME, STRUCTURES, Structure
 from torch import Tensor, nn
 
 from pyglow_fast.interop import table
@@ -71,13 +71,13 @@ def test_replays(case: Structure, memory: str | None) -> None:
 
 def test_indices_that_a_graph_reads_outlive_a_load() -> None:
     """FrEIA's of a hard permutation: loading reads them anew."""
-    model, loss = prepared("FrEIA")
+    case = BY_NAME["freia"]
+    model, (data, conditions) = case.model(), case.batch()
     accelerate(model)
-    x = images(4)
     block = next(module for module in model.modules() if hasattr(module, "w_perm"))
 
     def step() -> None:
-        gradients(model, lambda: loss(model, x))
+        gradients(model, lambda: case.forward(model, data, conditions)[0].sum())
 
     with like_a_gpu():
         step()

@@ -11,10 +11,15 @@ import nflows.transforms as t
 import normflows
 import pytest
 import torch
-from support.accelerate_cases import MEMORIES, ContextNet, assert_same, from_nflows, from_normflows, mask, subnet
+from support.accelerate_cases import (
+    ContextNet,
+    assert_same,
+    at_work,
+    from_normflows,
+    mask,
+    subnet,
+)
 from support.covering import pairs
-from support.helpers import tensors
-from support.structures import at_work, nflows_of_vectors
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
@@ -113,26 +118,6 @@ def test_what_stays_theirs() -> None:
         assert reason in done.left[""], name
 
 
-@pytest.mark.parametrize("memory", MEMORIES, ids=str)
-@pytest.mark.parametrize("name", ["nflows", "normflows", "normflows net_actnorm"])
-def test_models_that_wait_for_data(name: str, memory: str | None) -> None:
-    """The first batch is seen by the library's own layers; from then on ours run, joined."""
-    torch.manual_seed(4)
-    model = (from_nflows()._transform if name == "nflows" else from_normflows(net_actnorm="act" in name)).double()
-    theirs = copy.deepcopy(model)
-    done = accelerate(model, memory)
-    assert bool(done.joined) is (memory is not None)
-    for _ in range(2):
-        x = 3 + 2 * torch.randn(8, 3, 8, 8, dtype=torch.float64)
-        found, expected = (
-            list(tensors(item(x) if name == "nflows" else item.inverse_and_log_det(x))) for item in (model, theirs)
-        )
-        for value, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9)
-        for (key, value), wanted in zip(model.state_dict().items(), theirs.state_dict().values(), strict=True):
-            torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9, msg=key)
-
-
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
 def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.dtype) -> None:
     """They have none of their own; a run may begin with one."""
@@ -151,17 +136,6 @@ def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.
     x = torch.randn(IMAGES, dtype=default)
     for direction in ("forward", "inverse"):
         torch.testing.assert_close(getattr(model, direction)(x), getattr(theirs, direction)(x))
-
-
-def test_where_ours_would_be_slower_their_own_code_runs() -> None:
-    """For vectors, and for a few values without a gradient: the same bits."""
-    for model, x in ((nflows_of_vectors(), torch.randn(64, 6)), (from_nflows()._transform, torch.randn(2, 3, 8, 8))):
-        at_work(model).float()
-        theirs = copy.deepcopy(model)
-        assert accelerate(model).replaced
-        with torch.set_grad_enabled(x.dim() == 2):
-            for value, wanted in zip(model(x), theirs(x), strict=True):
-                assert torch.equal(value, wanted)
 
 
 def test_a_net_in_lower_precision_and_an_empty_batch() -> None:

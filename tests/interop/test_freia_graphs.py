@@ -7,13 +7,12 @@ from typing import Any
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
-import numpy as np
 import pytest
 import torch
-from support.accelerate_cases import assert_same, noisy, subnet
+from support.accelerate_cases import assert_same, at_work, subnet
 from support.freia_copies import Block
 from support.helpers import assert_close
-from support.structures import at_work, like_uflow
+from support.structures import like_uflow
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
@@ -62,7 +61,7 @@ def test_conditions(memory: str) -> None:
     nodes += blocks(nodes[-1], 1, "first", conditions=conds[0])
     nodes += blocks(nodes[-1], 2, "second", conditions=conds[1])
     nodes += blocks(nodes[-1], 2, "none", Fm.AllInOneBlock)
-    theirs = noisy(Ff.GraphINN([start, *conds, *nodes, Ff.OutputNode(nodes[-1])]))
+    theirs = at_work(Ff.GraphINN([start, *conds, *nodes, Ff.OutputNode(nodes[-1])]))
     ours = copy.deepcopy(theirs)
     done = accelerate(ours, memory)
     assert done.joined == {"": f"2, 2, 2 steps in one chain each, memory {memory!r}"}
@@ -81,7 +80,7 @@ def test_what_somebody_else_reads_ends_a_run() -> None:
     nodes = blocks(start, 2, "first")
     tap = Ff.OutputNode(nodes[1], name="tap")
     nodes += blocks(nodes[1], 2, "second")
-    theirs = noisy(Ff.GraphINN([start, *nodes, tap, Ff.OutputNode(nodes[-1], name="end")]))
+    theirs = at_work(Ff.GraphINN([start, *nodes, tap, Ff.OutputNode(nodes[-1], name="end")]))
     ours = copy.deepcopy(theirs)
     assert accelerate(ours, "store").joined == {"": "2, 2 steps in one chain each, memory 'store'"}
     (tapped, end), log_det = ours(x := states((4, 6, 6))[0])
@@ -97,31 +96,6 @@ def test_a_module_in_two_nodes_is_in_no_run() -> None:
     theirs = Ff.GraphINN([start, *nodes, Ff.OutputNode(nodes[-1])])
     theirs.node_list[2].module = theirs.node_list[1].module
     assert accelerate(theirs, "store").joined == {}
-
-
-def test_another_module_in_a_node_is_what_runs() -> None:
-    theirs = at_work(like_uflow())
-    ours, xs = copy.deepcopy(theirs), states((8, 4, 4), (3, 8, 8))
-    accelerate(ours, "store")
-    for model in (ours, theirs):
-        np.random.seed(3)
-        torch.manual_seed(3)
-        model.get_node_by_name("first1").module = noisy(Block([(8, 4, 4)], subnet_constructor=subnet))
-    assert_close(ours(xs)[1], theirs(xs)[1], 100.0)
-
-
-def test_called_again() -> None:
-    model = at_work(like_uflow())
-    first = accelerate(model)
-    second = accelerate(model, "reversible")
-    third = accelerate(model, "store")
-    assert (list(second.joined), third.joined) == ([""], {})
-    assert sum("joined before, memory reversible" in reason for reason in third.left.values()) == 5
-    with pytest.raises(RuntimeError, match="joined by a later call of accelerate"):
-        first.undo()
-    second.undo()
-    first.undo()
-    assert type(model) is Ff.GraphINN
 
 
 def test_another_kind_of_graph_runs_node_by_node() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.accelerate_cases import saved_bytes
 from support.helpers import assert_close
 from support.jet_models import ImageFlow, ProjectedFlow
 from torch import Tensor, nn
@@ -20,27 +21,12 @@ def gradients(model: Any, x: Tensor, **named: Any) -> list[Tensor]:
     return list(torch.autograd.grad(z.square().sum() - log_det.sum(), [leaf, *model.parameters()]))
 
 
-def saved(model: nn.Module, x: Tensor) -> int:
-    """How many numbers autograd keeps, but for the parameters."""
-    found: dict[int, int] = {}
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            found[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x.requires_grad_())
-    return sum(found.values())
-
-
 def test_a_coupling_keeps_its_input_alone() -> None:
-    model, x = ProjectedFlow(6, 8, 4), torch.randn(5, 6, 8)
-    before = saved(model, x)
+    model, x = ProjectedFlow(6, 8, 4), torch.randn(5, 6, 8, requires_grad=True)
+    before = saved_bytes(model, lambda: model(x))
     accelerate(model, "reversible")
-    assert before > 30 * x.numel()
-    assert saved(model, x) <= 10 * x.numel()
+    assert before > 30 * x.nbytes
+    assert saved_bytes(model, lambda: model(x)) <= 10 * x.nbytes
 
 
 @pytest.mark.parametrize("budget", ["auto", 20_000])

@@ -1,4 +1,4 @@
-"""What surrounds a replaced layer: hooks, autocast, transforms, sizes and dtypes, and a probe that touches nothing."""
+"""What surrounds a replaced layer: autocast, transforms, sizes and dtypes, and a probe that touches nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import FrEIA.modules as Fm
 import numpy as np
 import pytest
 import torch
-from support.accelerate_cases import assert_same, noisy, subnet
+from support.accelerate_cases import assert_same, at_work, subnet
 from support.freia_copies import Block, LaterBlock, Sized
-from support.helpers import assert_close
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
@@ -23,7 +22,7 @@ SHAPE = (6, 4, 5)
 def block(kind: Any = Fm.AllInOneBlock, shape: tuple[int, ...] = SHAPE, net: Any = subnet, **options: Any) -> Any:
     torch.manual_seed(3)
     np.random.seed(3)
-    return noisy(kind([shape], subnet_constructor=net, **options))
+    return at_work(kind([shape], subnet_constructor=net, **options))
 
 
 def assert_both_ways(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
@@ -97,47 +96,6 @@ def test_a_probe_touches_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("at", ["", "subnet", "subnet.0"])
-def test_hooks_are_called(at: str) -> None:
-    """On the layer, on its net, and on what is in that."""
-    theirs, calls = block(), []
-    ours = copy.deepcopy(theirs)
-    accelerate(ours)
-    ours.get_submodule(at).register_forward_hook(lambda *args: calls.append(1))
-    assert_both_ways(ours, theirs, state(*SHAPE))
-    assert len(calls) == 2
-
-
-def test_a_permutation_is_what_it_is_at_the_call() -> None:
-    """Also behind torch's count of writes."""
-    theirs = block()
-    ours, x = copy.deepcopy(theirs), state(*SHAPE)
-    accelerate(ours)
-    ours([x])
-    for item in (ours, theirs):
-        item.w_perm.data[tuple((item.w_perm == 0).nonzero()[0])] = 0.5  # the ones stay where they are
-    assert_both_ways(ours, theirs, x)
-
-
-@pytest.mark.parametrize("memory", [None, "store", "reversible"], ids=str)
-def test_a_learned_clamp_has_its_gradient(memory: str | None) -> None:
-    """Also one of the same value that takes its place."""
-    torch.manual_seed(3)
-    np.random.seed(3)
-    theirs = Ff.SequenceINN(*SHAPE)
-    for _ in range(2):
-        theirs.append(Fm.AllInOneBlock, subnet_constructor=subnet)
-    theirs, clamp = noisy(theirs), torch.tensor([1.7, 1.9, 2.1]).double().view(1, 3, 1, 1)
-    ours = copy.deepcopy(theirs)
-    done = accelerate(ours, memory)
-    assert len(done.replaced) == 2
-    for _ in range(2):
-        for model in (ours, theirs):
-            for layer in model.module_list._modules.values():
-                layer.clamp = nn.Parameter(clamp.clone())
-        assert_same(ours, theirs, lambda of, x: of(x), state(*SHAPE))
-
-
 @pytest.mark.parametrize("x", [state(6, 7, 3), state(6, 1, 2)], ids=["size", "few"])
 def test_other_sizes(x: Tensor) -> None:
     theirs = block(Block)
@@ -167,19 +125,3 @@ def test_autocast_is_for_the_net() -> None:
     (exact,), _ = theirs([x])
     assert (found.dtype, log_det.dtype) == (torch.float32, torch.float32)
     assert float((found - exact).abs().max()) < 0.05
-
-
-@pytest.mark.full
-def test_transforms_and_compilers_see_the_layer_itself() -> None:
-    theirs = block()
-    ours, x = copy.deepcopy(theirs), state(*SHAPE)
-    accelerate(ours)
-
-    def total(of: Any, x: Tensor) -> Tensor:
-        (z,), log_det = of([x])
-        return z.square().sum() + log_det.sum()
-
-    found, expected = (torch.func.hessian(lambda x, of=of: total(of, x))(x[:1, :, :1, :2]) for of in (ours, theirs))
-    assert_close(found, expected, 1000.0)
-    compiled = torch.compile(lambda x: total(ours, x), backend="eager", fullgraph=True)
-    assert_close(compiled(x), total(theirs, x), 1000.0)

@@ -1,4 +1,4 @@
-"""coqui-tts's own layers accelerated: what its decoder of Glow-TTS keeps, and the couplings and nets of VITS."""
+"""coqui-tts's own layers of VITS: nets that are accelerated, and couplings that are a case of our layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from live.peers import load
-from support.glow_tts_cases import difference, mask_of_lengths, moved, results
+from support.glow_tts_cases import mask_of_lengths, moved
 from support.helpers import assert_close
 from torch import Tensor, nn
 
@@ -15,9 +15,7 @@ from pyglow_fast.interop import accelerate, glow_tts
 from pyglow_fast.layers import MaskedSequence, Permute, WaveNet, wavenet
 from pyglow_fast.layers.flow_step import FlowStep
 
-decoders = load("TTS.tts.layers.glow_tts.decoder")
-MODES = (None, "store", "checkpoint", "reversible")
-EXACT = 1e-9
+networks = load("TTS.tts.layers.vits.networks")
 
 
 @pytest.fixture(autouse=True)
@@ -26,55 +24,20 @@ def _sizes_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glow_tts, "LEAST_POSITIONS", 0)
 
 
-def decoder() -> Any:
-    return moved(decoders.Decoder(6, 8, 5, 1, 3, 3, dropout_p=0.0, num_splits=4, num_squeeze=2)).double()
-
-
 def batch(cond: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
     lengths = torch.randint(4, 24, (5,)).tolist()
     x = torch.randn(5, 6, max(lengths) + 1).double()
     return x, mask_of_lengths(lengths, x.shape[2]), torch.randn(5, cond, 1).double() if cond else None
 
 
-@pytest.mark.parametrize("memory", MODES)
-def test_inverses_stored_afterwards(memory: str | None) -> None:
-    model, (x, mask, _) = decoder(), batch()
-    accelerate(model, memory=memory)
-    z, _ = model(x, mask)
-    model.store_inverse()
-    with torch.no_grad():
-        again, _ = model(x, mask)
-        back, _ = model(again, mask[:, :, : z.shape[2]], reverse=True)
-    assert difference({"z": again}, {"z": z.detach()}) <= EXACT
-    there = mask[:, :, 1::2].repeat_interleave(2, dim=2)
-    assert difference({"x": back}, {"x": x[:, :, : there.shape[2]] * there}) <= 1e-5  # stored in float32
-
-
-def test_first_batch_initialises_as_theirs() -> None:
-    model, (x, mask, _) = decoder(), batch()
-    twin = decoder()
-    twin.load_state_dict(model.state_dict())
-    for flow in [*model.flows, *twin.flows]:
-        if hasattr(flow, "set_ddi"):
-            flow.set_ddi(True)
-    accelerate(model, memory="reversible")
-    assert difference(*(results(part, x, mask)[0] for part in (model, twin))) <= 1e-5  # the inverse is float32
-    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
-
-
-def vits() -> Any:
-    return load("TTS.tts.layers.vits.networks")
-
-
 def test_nets_of_vits_are_served() -> None:
-    flows = moved(vits().ResidualCouplingBlocks(6, 8, 5, 1, 3, num_flows=4, cond_channels=4)).double()
+    flows = moved(networks.ResidualCouplingBlocks(6, 8, 5, 1, 3, num_flows=4, cond_channels=4)).double()
     x, mask, g = batch(cond=4)
     expected = [flows(x * mask, mask, g=g), flows(x * mask, mask, g=g, reverse=True)]
     done = accelerate(flows)
     assert sorted(done.replaced) == [f"flows.{i}.enc" for i in range(4)]
     for reverse, theirs in enumerate(expected):
-        assert difference({"x": flows(x * mask, mask, g=g, reverse=bool(reverse))}, {"x": theirs}) <= EXACT
+        assert_close(flows(x * mask, mask, g=g, reverse=bool(reverse)), theirs)
 
 
 def weights_of(block: Any, net: WaveNet) -> None:
@@ -92,12 +55,12 @@ def weights_of(block: Any, net: WaveNet) -> None:
             own.bias.copy_(theirs.bias)
 
 
-@pytest.mark.parametrize("memory", MODES[1:])
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 @pytest.mark.parametrize("mean_only", [True, False])
 def test_vits_is_a_case_of_our_layers(memory: str, mean_only: bool) -> None:
     """Mean only, then a flip, four times: FlowSteps that reverse the channels, on reversed ones, and so reversed."""
-    blocks = moved(vits().ResidualCouplingBlocks(6, 8, 5, 1, 3, num_flows=4, cond_channels=4)).double()
-    block_class = vits().ResidualCouplingBlock
+    blocks = moved(networks.ResidualCouplingBlocks(6, 8, 5, 1, 3, num_flows=4, cond_channels=4)).double()
+    block_class = networks.ResidualCouplingBlock
     if not mean_only:
         own = [moved(block_class(6, 8, 5, 1, 3, cond_channels=4, mean_only=False)).double() for _ in range(4)]
         blocks.flows = nn.ModuleList(own)

@@ -1,4 +1,4 @@
-"""What ``accelerate`` promises of every flow, on other projects' own: anomalib, coqui-tts, antsnormflows, jet-pytorch."""
+"""What ``accelerate`` promises of every flow, on flows of anomalib, coqui-tts, antsnormflows and jet-pytorch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 from live.peers import load
-from support.accelerate_cases import noisy
+from support.accelerate_cases import at_work
 from support.accelerate_laws import LAWS
 from support.antstorch import glow
-from support.structures import Structure, at_work, normal, of_glow_tts, of_jet
+from support.structures import Structure, normal, of_freia, of_glow_tts, of_jet
 from torch import nn
 
 
@@ -22,7 +22,7 @@ def of_fastflow(name: str, sizes: Sequence[tuple[int, int]], hidden_ratio: float
         fastflow = load("anomalib.models.image.fastflow.torch_model")
         options: dict[str, Any] = {"conv3x3_only": False, "hidden_ratio": hidden_ratio, "flow_steps": 2}
         blocks = [fastflow.create_fast_flow_block([channels, side, side], **options) for channels, side in sizes]
-        return noisy(nn.ModuleList(blocks), 0.01)
+        return at_work(nn.ModuleList(blocks), 0.01)
 
     return Structure(
         f"fastflow-{name}",
@@ -44,12 +44,22 @@ def uflow() -> nn.Module:
     module = load("anomalib.models.image.uflow.torch_model")
     others = {"get_feature_extractor": lambda *_: Features(), "AnomalyMapGenerator": lambda *_: nn.Identity()}
     with mock.patch.multiple(module, **others):
-        return noisy(module.UflowModel((64, 64), flow_steps=4), 0.01)
+        return at_work(module.UflowModel((64, 64), flow_steps=4), 0.01)
+
+
+def patchflow() -> nn.Module:
+    """Nets that end in a BatchNorm and an activation."""
+    fastflow, module = (load(f"anomalib.models.image.{name}.torch_model") for name in ("fastflow", "patchflow"))
+    block = load("anomalib.models.components.flow.all_in_one_block").AllInOneBlock
+    model: nn.Module = fastflow.SequenceINN(8, 5, 6)
+    for _ in range(2):
+        model.append(block, subnet_constructor=module._build_subnet_constructor(16))
+    return model
 
 
 def cflow() -> nn.Module:
     heads = load("anomalib.models.image.cflow.utils")
-    return noisy(heads.cflow_head(condition_vector=16, coupling_blocks=4, clamp_alpha=1.9, n_features=32))
+    return at_work(heads.cflow_head(condition_vector=16, coupling_blocks=4, clamp_alpha=1.9, n_features=32))
 
 
 def decoder(**options: Any) -> Callable[[], nn.Module]:
@@ -109,6 +119,7 @@ FLOWS = [
         pickles=False,
         left=(None, "reversible"),
     ),
+    of_freia("patchflow", patchflow, (8, 5, 6), 0, trains=False, pickles=True),
     of_glow_tts("coqui", decoder(), 6, parametrized=True),
     of_glow_tts("coqui-speaker", decoder(sigmoid_scale=True, c_in_channels=4, rate=2), 6, 4, parametrized=True),
     of_antsx("volumes", 3),

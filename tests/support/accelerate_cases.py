@@ -102,48 +102,48 @@ def from_freia(steps: int = 3, net: Callable[..., nn.Module] = subnet, **options
     return model
 
 
-def normflows_loss(model: Any, x: Tensor) -> Tensor:
-    return -model.log_prob(x, None).mean() if hasattr(model, "merges") else model.forward_kld(x)
+@torch.no_grad()
+def orthogonalise(layer: Any) -> None:
+    """Make a rotation of FrEIA's, drawn in float32, one in float64 too: only then is log|det| 0."""
+    if getattr(layer, "w_0", None) is not None:
+        layer.w_0.copy_(torch.linalg.qr(layer.w_0).Q)
+    elif isinstance(layer.w_perm, Tensor) and layer.w_perm.is_floating_point() and layer.w_perm.frac().any():
+        rotation = torch.linalg.qr(layer.w_perm.flatten(1)).Q
+        layer.w_perm.copy_(rotation.view_as(layer.w_perm))
+        layer.w_perm_inv.copy_(rotation.T.reshape(layer.w_perm.shape))
 
 
-def nflows_loss(model: Any, x: Tensor) -> Tensor:
-    return -model.log_prob(x).mean()
-
-
-def freia_loss(model: Any, x: Tensor) -> Tensor:
-    z, log_det = model(x)
-    return (z.square().flatten(1).sum(1) / 2 - log_det).mean()
-
-
-LIBRARIES: dict[str, tuple[Callable[..., nn.Module], Callable[[Any, Tensor], Tensor]]] = {
-    "normflows": (from_normflows, normflows_loss),
-    "nflows": (from_nflows, nflows_loss),
-    "FrEIA": (from_freia, freia_loss),
-}
-
-
-def images(n: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=dtype) - 0.5
-
-
-def prepared(name: str) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
-    """A model of a library that has seen data, with weights at work, in float64, and its loss."""
-    make, loss = LIBRARIES[name]
-    torch.manual_seed(3)
-    model = make().double()
-    with torch.no_grad():
-        loss(model, images(16))
-    return noisy(model), loss
-
-
-def noisy(model: nn.Module, spread: float = 0.05) -> nn.Module:
-    """Turn a model to float64 with weights at work; whoever wants actnorms initialised does it before."""
+@torch.no_grad()
+def at_work(model: nn.Module, spread: float = 0.05) -> nn.Module:
+    """Move every parameter off its start, and let no layer wait for data. Float64."""
     model = model.double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(spread * torch.randn_like(parameter))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(spread * torch.randn_like(parameter))
+    wait_for_data(model, False)
+    for module in model.modules():
+        if hasattr(module, "w_perm_inv") and not getattr(module, "householder", 0):
+            orthogonalise(module)
     return model
+
+
+def wait_for_data(model: nn.Module, waits: bool = True) -> int:
+    """Let the actnorms start from the next batch, or not, and count them."""
+    count = 0
+    for module in model.modules():
+        if hasattr(module, "set_ddi"):  # of Glow-TTS
+            module.set_ddi(waits)
+        elif hasattr(module, "init_on_next_batch"):  # of FrEIA
+            module.init_on_next_batch = waits
+        elif isinstance(getattr(module, "inited", None), bool):  # of chaiyujin and SRFlow
+            module.inited = not waits
+        else:
+            flag = getattr(module, "data_dep_init_done", getattr(module, "initialized", None))  # of normflows, nflows
+            if not isinstance(flag, Tensor):
+                continue
+            flag.fill_(not waits)
+        count += 1
+    return count
 
 
 def results(model: nn.Module, call: Callable[..., Any], *inputs: Tensor, gradients: bool = True) -> dict[str, Tensor]:

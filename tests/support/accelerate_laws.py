@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyglow_fast.interop import Acceleration, accelerate
 from support import accelerate_cases
-from support.accelerate_cases import weighted
+from support.accelerate_cases import wait_for_data, weighted
 from support.helpers import tensors, tolerance
 from support.structures import Structure, Tensors
 
@@ -69,14 +69,15 @@ def classes(model: nn.Module) -> dict[str, str]:
 
 
 def numbers_and_gradients_are_those_of_the_original(case: Structure) -> None:
-    """In both directions, in training and in evaluation, layer by layer and in chains, for conditions too."""
-    theirs, by_layer, in_chains = case.model(), case.model(), case.model()
+    """In both directions, in training and in evaluation, for conditions too; whole nets, and nets row by row."""
+    theirs, by_layer, in_chains, in_rows = (case.model() for _ in range(4))
     latents = latents_of(case, theirs)
     accelerate(by_layer)
     accelerate(in_chains, "reversible")
+    accelerate(in_rows, "checkpoint", memory_budget=1)
     for training in (True, False)[not case.trains :]:
         expected = results(case, theirs.train(training), latents)
-        for ours in (by_layer, in_chains):
+        for ours in (by_layer, in_chains, in_rows):
             assert_same(case, results(case, ours.train(training), latents), expected)
 
 
@@ -130,6 +131,25 @@ def state_and_optimizer_go_on_and_undo_gives_the_original(case: Structure) -> No
     assert_same(case, results(case, ours, latents), results(case, theirs, latents))
     train()
     done.undo()  # a second time there is nothing to undo
+
+
+def a_fresh_model_starts_from_its_first_batch_as_theirs(case: Structure) -> None:
+    """Layer by layer and in chains, whichever direction comes first."""
+    for first in ("forward", "inverse"):
+        theirs, by_layer, in_chains = models = [case.model() for _ in range(3)]
+        latents = latents_of(case, theirs)
+        if sum(wait_for_data(model) for model in models) == 0:
+            return
+        accelerate(by_layer)
+        accelerate(in_chains, "reversible")
+        data, conditions = case.batch(seed=1)
+        for model in models:
+            with torch.no_grad():
+                getattr(case, first)(model, data if first == "forward" else latents, conditions)
+        state, expected = theirs.state_dict(), results(case, theirs, latents)
+        for ours in (by_layer, in_chains):
+            assert_same(case, ours.state_dict(), state)
+            assert_same(case, results(case, ours, latents), expected)
 
 
 def joined_steps(done: Acceleration) -> int:
@@ -189,6 +209,7 @@ def copies_and_pickles_are_the_model(case: Structure) -> None:
 
 LAWS: list[Callable[[Structure], None]] = [
     numbers_and_gradients_are_those_of_the_original,
+    a_fresh_model_starts_from_its_first_batch_as_theirs,
     float32_is_within_twice_the_error_of_the_original,
     state_and_optimizer_go_on_and_undo_gives_the_original,
     the_report_names_what_was_done_and_twice_is_harmless,

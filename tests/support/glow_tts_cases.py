@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-NORMS = ("hook", "parametrized", "none")  # how the weights are normalised: torch's older way, its newer one, not
-
 
 def normed(conv: nn.Conv1d, norm: str) -> nn.Module:
     """The convolution with a weight norm or none."""
@@ -183,29 +181,3 @@ def moved(model: nn.Module, by: float = 0.2) -> Any:
         if weight is not None and weight.dim() == 2 and torch.linalg.det(weight) < 0:
             weight[:, 0] *= -1
     return model
-
-
-def results(
-    model: nn.Module, x: Tensor, mask: Tensor, g: Tensor | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a decoder gives (forward, log_det, inverse, gradients of its inputs) and the gradients of its parameters."""
-    leaf = x.clone().requires_grad_()
-    cond = None if g is None else g.clone().requires_grad_()
-    z, log_det = model(leaf, mask, g=cond)
-    weights = torch.linspace(1.0, 2.0, len(x), dtype=x.dtype)
-    (z.square().sum() - (log_det * weights).sum()).backward()
-    found = {"z": z.detach(), "log_det": log_det.detach(), "grad_x": leaf.grad}
-    if cond is not None:
-        found["grad_g"] = cond.grad
-    with torch.no_grad():
-        found["silent z"], found["silent log_det"] = model(x, mask, g=g)
-        found["inverse"] = model(z.detach(), mask[:, :, : z.shape[2]], g=g, reverse=True)[0]
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    return found, grads
-
-
-def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest error of any value relative to the largest of its tensor."""
-    assert one.keys() == other.keys()
-    return max(float((one[key] - other[key]).abs().max() / other[key].abs().max().clamp_min(1e-30)) for key in other)

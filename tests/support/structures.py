@@ -19,7 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from support.accelerate_cases import from_freia, from_nflows, from_normflows, leaky_context_net, leaky_subnet, subnet
+from support.accelerate_cases import (
+    at_work,
+    from_freia,
+    from_nflows,
+    from_normflows,
+    leaky_context_net,
+    leaky_subnet,
+    subnet,
+)
 from support.freia_copies import Block, LaterBlock
 from support.glow_tts_cases import TextDecoder, mask_of_lengths, moved
 from support.jet_models import ImageFlow, ProjectedFlow
@@ -76,37 +84,6 @@ class Structure:
         torch.manual_seed(18 + seed)
         data = [torch.randn(self.samples, *shape, dtype=torch.float64) for shape in self.shapes]
         return data, self.conditions(self.samples)
-
-
-@torch.no_grad()
-def orthogonalise(layer: nn.Module) -> None:
-    """A rotation is one in float64 too, whose entries FrEIA draws in float32: only then is log|det| 0."""
-    if getattr(layer, "w_0", None) is not None:
-        layer.w_0.copy_(torch.linalg.qr(layer.w_0).Q)
-    elif getattr(layer, "w_perm", None) is not None:
-        rotation = torch.linalg.qr(layer.w_perm.flatten(1)).Q
-        layer.w_perm.copy_(rotation.view_as(layer.w_perm))
-        layer.w_perm_inv.copy_(rotation.T.reshape(layer.w_perm.shape))
-
-
-@torch.no_grad()
-def at_work(model: nn.Module, spread: float = 0.05) -> nn.Module:
-    """Move every parameter off its start, and let no layer wait for data. Float64."""
-    model = model.double()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(spread * torch.randn_like(parameter))
-    for module in model.modules():
-        for flag in ("data_dep_init_done", "initialized"):  # of the actnorms of normflows and nflows
-            if isinstance(value := getattr(module, flag, None), Tensor):
-                value.fill_(1)
-        if hasattr(module, "init_on_next_batch"):  # of FrEIA's
-            module.init_on_next_batch = False
-        if hasattr(module, "w_perm_inv") and not getattr(module, "householder", 0):
-            matrix = module.w_perm
-            if isinstance(matrix, Tensor) and matrix.is_floating_point():
-                orthogonalise(module)  # a rotation in float64 too
-    return model
 
 
 def normal(*shapes: tuple[int, ...]) -> Callable[[int], Tensors]:
@@ -226,6 +203,18 @@ def net_of_volumes(c_in: int, c_out: int) -> nn.Module:
     return nn.Sequential(nn.Conv3d(c_in, 6, 3, padding=1), nn.ReLU(), nn.Conv3d(6, c_out, 3, padding=1))
 
 
+def net_with_a_module_twice(c_in: int, c_out: int) -> nn.Module:
+    """One convolution and one activation in two places."""
+    parts = [nn.Conv2d(6, 6, 3, padding=1), nn.Tanh()] * 2
+    return nn.Sequential(nn.Conv2d(c_in, 6, 1), parts[1], *parts, nn.Conv2d(6, c_out, 1))
+
+
+def net_of_far_rows(c_in: int, c_out: int) -> nn.Module:
+    """A net that looks further along one dimension than along the other: strips overlap by that."""
+    first, pad = nn.Conv2d(c_in, 6, (5, 3), padding=(4, 1), dilation=(2, 1)), nn.ZeroPad2d((0, 0, 1, 1))
+    return nn.Sequential(first, nn.Tanh(), nn.Conv2d(6, 6, 1), pad, nn.Conv2d(6, c_out, (3, 1)))
+
+
 class NetWithLayerNorm(nn.Module):
     """msflow's net: conv, LayerNorm over channels, relu, conv."""
 
@@ -276,10 +265,11 @@ def glow_couplings() -> nn.Module:
 
 
 def two_conditions() -> nn.Module:
-    """Neighbours with the same condition, and others."""
+    """Neighbours with the same condition, or with none, and a block alone with its own."""
     model = Ff.SequenceINN(4, 5, 6)
-    for cond, width in ((0, 2), (0, 2), (1, 3), (1, 3)):
-        model.append(Fm.AllInOneBlock, cond=cond, cond_shape=(width, 5, 6), subnet_constructor=subnet)
+    for cond in (0, 0, None, None, 1, 1, 0):
+        given = {} if cond is None else {"cond": cond, "cond_shape": (2 + cond, 5, 6)}
+        model.append(Fm.AllInOneBlock, subnet_constructor=subnet, **given)
     return model
 
 
@@ -401,7 +391,9 @@ STRUCTURES = [
     of_freia("freia-glow-couplings", glow_couplings, (4, 5, 6), 0),
     of_freia("freia-volumes", plain((4, 3, 4, 2), net_of_volumes), (4, 3, 4, 2), 3),
     of_freia("freia-few-positions", plain((8, 2, 2), subnet), (8, 2, 2), 3),  # on which their own blocks run
-    of_freia("freia-two-conditions", two_conditions, (4, 5, 6), 4, [(2, 5, 6), (3, 5, 6)]),
+    of_freia("freia-two-conditions", two_conditions, (4, 5, 6), 6, [(2, 5, 6), (3, 5, 6)]),
+    of_freia("freia-module-twice", plain((4, 5, 6), net_with_a_module_twice), (4, 5, 6), 3),
+    of_freia("freia-far-rows", plain((4, 20, 3), net_of_far_rows), (4, 20, 3), 3),
     of_freia("freia-git", plain((4, 5, 6), subnet, LaterBlock), (4, 5, 6), 3),
     of_freia("anomalib-fastflow", like_fastflow, (4, 5, 6), 3, pickles=True),
     of_freia("anomalib-patchflow", plain((4, 5, 6), net_with_batch_norm, Block), (4, 5, 6), 0, trains=False),
@@ -421,6 +413,7 @@ STRUCTURES = [
         5,
     ),
     of_glow_tts("weight-norm", text_decoder()),
+    of_glow_tts("no-norm", text_decoder(norm="none", n_split=2)),
     of_glow_tts(
         "speaker-parametrized",
         text_decoder(cond=3, norm="parametrized", sigmoid_scale=True),
@@ -442,3 +435,4 @@ STRUCTURES = [
     of_jet("projected", lambda: ProjectedFlow(6, 8, 4), (6, 8), 4),
     of_jet("images", lambda: ImageFlow(6, 4), (4, 3, 6), 4),
 ]
+BY_NAME = {case.name: case for case in STRUCTURES}
