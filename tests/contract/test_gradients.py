@@ -18,6 +18,7 @@ from support.covering import pairs
 from support.glow_settings import Setting
 from support.glow_tts_cases import mask_of_lengths
 from support.gradients import (
+    CONDITION,
     MEMORIES,
     PLANS,
     RECOMPUTING,
@@ -34,7 +35,7 @@ from support.gradients import (
     ready,
     steps,
 )
-from support.helpers import memory_layouts
+from support.helpers import assert_close, memory_layouts
 from support.plain_glow import plain_log_prob
 from support.user_steps import Build, runs
 from torch import Tensor, nn
@@ -122,10 +123,16 @@ def test_every_kind_of_run(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["glow", "glow-1d", "glow-3d", "glow-cond-map", "glow-checkerboard", "glow-injectors", "glow-without-splits"],
+    [
+        *("glow", "glow-1d", "glow-3d", "glow-cond-map", "glow-checkerboard", "glow-injectors", "glow-without-splits"),
+        *("glow-own-nets", "glow-own-nets-additive", "glow-own-nets-cond"),
+    ],
 )
 def test_whole_models(name: str) -> None:
-    """A Glow's log_prob, with its splits, priors, conditions and classes, in every mode and within a budget."""
+    """A Glow's log_prob, with its splits, priors, conditions and classes, in every mode and within a budget.
+
+    A frozen model has the same.
+    """
     case = next(case for case in BIJECTIONS if case.name == name)
     layer = case.trained(torch.device("cpu"))
     assert isinstance(layer, GlowAsLayer)
@@ -138,7 +145,7 @@ def test_whole_models(name: str) -> None:
     model.memory = "store"
     expected = gradients(model, x, cond, run)
     memories: list[str | int] = ["checkpoint", "reversible"]
-    if PLANS:
+    if PLANS and "own-nets" not in name:
         model.memory = 2**40
         most = model.memory_plan(3)
         assert most is not None
@@ -147,6 +154,7 @@ def test_whole_models(name: str) -> None:
     for memory in memories:
         model.memory = memory
         assert_same_gradients(gradients(model, x, cond, run), expected, memory)
+    assert_close(model.freeze().log_prob(x, y, cond), model.log_prob(x, y, cond), CONDITION)
 
 
 def test_sequences_with_padding() -> None:
@@ -170,27 +178,6 @@ def test_sequences_with_padding() -> None:
 def test_few_samples(n: int) -> None:
     """One sample, and an empty batch, as the last one of a rank may be."""
     assert_stored_gradients(steps(), batch(n))
-
-
-class Pointwise(nn.Module):
-    """A net that takes what convolutions refuse: no positions at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 2))
-
-    def forward(self, x1: Tensor) -> Tensor:
-        return torch.einsum("oc,ncp->nop", self.weight, x1).sin()
-
-
-def test_no_positions() -> None:
-    """Sequences of length zero give gradients of zeros or none, and no crash."""
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, net=Pointwise(), dims=1) for _ in range(4)]).double().eval()
-    x = batch(3, 4, 0)
-    sequence.memory = "store"
-    expected = gradients(perturbed(sequence), x)
-    for memory in RECOMPUTING:
-        assert_same_gradients(gradients(memory.of(sequence), x), expected, memory)
 
 
 @runs
@@ -352,31 +339,3 @@ def test_losses_of_single_outputs(build: Build) -> None:
     ]
     for loss in losses:
         assert_stored_gradients(sequence, x, None, lambda own, x, cond, loss=loss: loss(*own(x)))
-
-
-def test_states_between_steps() -> None:
-    """Glow.intermediates: a loss of features within the flow reaches all that comes before them, in every mode."""
-    model = pgf.Glow(image_shape=(1, 8, 8), n_levels=2, n_steps=5, hidden=4, anchor_every=2).double()
-    x = torch.rand(4, 1, 8, 8, dtype=torch.float64) - 0.5
-    model.initialize(x)
-    perturbed(model, 0.05)
-
-    def run(x: Tensor, cond: Tensor | None) -> Tensor:
-        latents, states, log_det = model.intermediates(x, at=(0, 2))
-        parts = [part for level in states for part in level] + latents
-        return sum((k + 1.0) * part.sin().sum() for k, part in enumerate(parts)) + log_det.sum()
-
-    def of_one(x: Tensor, cond: Tensor | None) -> Tensor:
-        return model.intermediates(x, at=(0, 2))[1][0][1].square().sum()
-
-    def of_a_latent(x: Tensor, cond: Tensor | None) -> Tensor:
-        return model(x)[0][0].square().sum()
-
-    for value in (run, of_one, of_a_latent):
-        model.memory = "store"
-        expected = gradients(model, x, None, value)
-        for mode in ("checkpoint", "reversible"):
-            model.memory = mode
-            got = gradients(model, x, None, value)
-            assert_same_gradients({name: got[name] for name in expected}, expected, mode)
-            assert not any(got[name].any() for name in got.keys() - expected.keys())

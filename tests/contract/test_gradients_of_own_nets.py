@@ -153,16 +153,15 @@ def tied() -> list[nn.Module]:
 
 
 def repeated() -> list[nn.Module]:
-    return [applied_twice(2, 4) for _ in range(2)]
-
-
-def applied_twice(inputs: int, outputs: int) -> nn.Module:
-    middle, relu = nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()
-    first, last = nn.Conv2d(inputs, 6, 3, padding=1), nn.Conv2d(6, outputs, 3, padding=1)
-    return nn.Sequential(first, relu, middle, relu, middle, relu, last)
+    nets: list[nn.Module] = []
+    for _ in range(2):
+        twice = [nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()] * 2
+        nets.append(nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), *twice, nn.Conv2d(6, 4, 3, padding=1)))
+    return nets
 
 
 NETS: dict[str, Callable[[], list[nn.Module]]] = {
+    "ours": lambda: [pgf.CouplingNet(2, 4, 5) for _ in range(4)],
     "shared between steps": shared,
     "tied and computed weights": tied,
     "one module twice": repeated,
@@ -212,7 +211,10 @@ def test_nets_that_are_trained(name: str, hooked: bool) -> None:
 
 @pytest.mark.parametrize("name", NETS)
 def test_nets_of_lent_parameters(name: str) -> None:
-    """By ``functional_call``: gradients flow on to what the lent tensors are made of, after they are given back."""
+    """By ``functional_call``: gradients flow on to what the lent tensors are made of, after they are given back.
+
+    So do hypernetworks and MAML.
+    """
     sequence, x = with_nets(*NETS[name]()).eval(), batch()
     leaves = {name: (1.1 * value.detach()).requires_grad_() for name, value in sequence.named_parameters()}
 
@@ -230,24 +232,8 @@ def test_nets_of_lent_parameters(name: str) -> None:
         return {name: grad for name, grad in got.items() if grad is not None}
 
     expected = found(sequence)
-    for memory in RECOMPUTING:
-        assert_same_gradients(found(memory.of(sequence)), expected, memory)
-
-
-@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
-def test_an_accelerated_net_that_applies_a_module_twice(mode: str) -> None:
-    """The same by ``accelerate``, of a model that trained rightly before."""
-    framework, modules = pytest.importorskip("FrEIA.framework"), pytest.importorskip("FrEIA.modules")
-    from pyglow_fast.interop import accelerate
-
-    model = framework.SequenceINN(4, 4, 4)
-    for _ in range(2):
-        model.append(modules.AllInOneBlock, subnet_constructor=applied_twice)
-    model = model.double()
-    x = batch(2, 4, 4, 4)
-    expected = accumulated(model, x)
-    accelerate(model, memory=mode)
-    assert_same_gradients(accumulated(model, x), expected)
+    for memory in memories_of(sequence):
+        assert_same_gradients(found(memory.of(sequence, x)), expected, memory)
 
 
 # -------------------------------------------------------------------------------------------------------------- threads

@@ -28,7 +28,6 @@ from support.gradients import (
     objective,
     perturbed,
     ready,
-    relative_error,
     steps,
     worst_error,
 )
@@ -259,22 +258,6 @@ def test_compiled() -> None:
 
     assert_same_gradients(gradients(own, x, None, lambda x, _: run(x)), expected)
     assert own.memory_report()["passes"] == 1
-
-
-def test_functional_call() -> None:
-    """Gradients flow on to what the lent tensors are made of, after they are given back: hypernetworks, MAML."""
-    sequence, x = steps(6), batch()
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in sequence.named_parameters()}
-
-    def found(own: pgf.ReversibleSequence) -> Gradients:
-        lent = {name: value + 0.05 * value.sin() for name, value in leaves.items()}
-        value = objective(torch.func.functional_call(own, lent, (x,)))
-        return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
-
-    expected = found(sequence)
-    assert relative_error(gradients(sequence, x)["3.actnorm.bias"], expected["3.actnorm.bias"]) > 1e-3
-    for memory in MEMORIES:
-        assert_same_gradients(found(memory.of(sequence, x)), expected, memory)
 
 
 def test_transforms_of_torch_func() -> None:

@@ -136,8 +136,22 @@ def _modules(memory: str) -> nn.Module:
     return pgf.ReversibleSequence(steps, memory, anchor_every=2)
 
 
-def _net(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, outputs, 1))
+class OwnNet(nn.Module):
+    """A net of a user's own, which reads a condition if it is given one."""
+
+    def __init__(self, inputs: int, outputs: int, cond_channels: int = 0) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs + cond_channels, 5, 3, padding=1)
+        self.last = nn.Conv2d(5, outputs, 1)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Map x, and cond, to the coupling's parameters."""
+        out: Tensor = self.last(torch.tanh(self.first(x if cond is None else torch.cat([x, cond], dim=1))))
+        return out
+
+
+def _net_with_condition(inputs: int, outputs: int) -> nn.Module:
+    return OwnNet(inputs, outputs, 2)
 
 
 def _glow(**fields: object) -> nn.Module:
@@ -260,7 +274,18 @@ BIJECTIONS = [
         (1, 8, 4),
         (2, 8, 4),
     ),
-    Bijection("glow-own-nets", lambda: _glow(image_shape=(2, 4, 4), n_checkerboard=1, net=_net), (2, 4, 4)),
+    Bijection("glow-own-nets", lambda: _glow(image_shape=(2, 4, 4), n_checkerboard=1, net=OwnNet), (2, 4, 4)),
+    Bijection(
+        "glow-own-nets-additive",
+        lambda: _glow(image_shape=(1, 8, 4), coupling="additive", permutation="reverse", net=OwnNet),
+        (1, 8, 4),
+    ),
+    Bijection(
+        "glow-own-nets-cond",
+        lambda: _glow(image_shape=(1, 8, 4), cond_channels=2, injector=True, n_transitions=1, net=_net_with_condition),
+        (1, 8, 4),
+        (2, 8, 4),
+    ),
     Bijection("glow-without-splits", lambda: _glow(image_shape=(1, 4, 4), n_splits=0, learn_top=False), (1, 4, 4)),
     Bijection("glow-shuffle", lambda: _glow(image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"), (1, 4, 4)),
 ]
