@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from support.light_import import StandIn, light_import
 
 from bench import calls, harness, kernels, live, memory, models, nets, tables
 from bench.harness import Row
@@ -130,39 +128,3 @@ def test_turns_and_their_summary() -> None:
     assert min(count.values()) > 3  # once to see how long it takes, and in each round
     row = Row("case", "what", "a", per=2).timed([(4.0, 2.0), (2.0, 8.0), (6.0, 4.0)])
     assert (row.seconds, row.seconds_low, row.seconds_high, row.processor_seconds) == (2.0, 1.5, 2.5, 2.0)
-
-
-class TestLightImport:
-    NAME = "heavy_package_of_a_test"
-
-    @pytest.fixture(autouse=True)
-    def _package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        files = {
-            "__init__.py": "import a_framework_that_is_missing\n",
-            "plain.py": "VALUE = 7\n",
-            "models/__init__.py": "from .needy import Model\n",
-            "models/needy.py": "import another_that_is_missing\n",
-            "models/flow.py": f"from {self.NAME} import Result, plain\n",
-        }
-        for name, text in files.items():
-            path = tmp_path / self.NAME / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        monkeypatch.syspath_prepend(tmp_path)
-        for name in [name for name in sys.modules if name.partition(".")[0] == self.NAME]:
-            monkeypatch.delitem(sys.modules, name)
-
-    def test_a_module_below_packages_that_fail(self) -> None:
-        flow = light_import(f"{self.NAME}.models.flow")
-        assert flow.plain.VALUE == 7
-        assert isinstance(sys.modules[f"{self.NAME}.models"], StandIn)
-        with pytest.raises(ImportError, match=rf"{self.NAME}\.Result: {self.NAME} cannot be imported here"):
-            flow.Result()
-
-    @pytest.mark.parametrize(
-        ("name", "missing"),
-        [("models.needy", "another_that_is_missing"), ("absent", r"heavy_package_of_a_test\.absent")],
-    )
-    def test_what_is_missing_is_named(self, name: str, missing: str) -> None:
-        with pytest.raises(ImportError, match=missing):
-            light_import(f"{self.NAME}.{name}")

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from support.figures import leave_undrawn
 from support.program import contents, done, pyglow_fast
-from support.tiny_run import CLASSES, HELD_OUT, IMAGES, SIDE, STEPS, made
+from support.tiny_run import CLASSES, HELD_OUT, IMAGES, MODEL, SIDE, STEPS, made
 
 leave_undrawn()
 
@@ -221,6 +221,21 @@ def test_interpolate_between_held_out_images(place: Path, tmp_path: Path) -> Non
     assert size(out)[0] > 3 * SIDE
 
 
+def test_compare(place: Path, tmp_path: Path) -> None:
+    """Every variant with every seed: a run each, their table and their curves."""
+    options = [*("--size", SIDE, "--batch-size", 8, "--max-steps", 2, "--eval-images", 8), *MODEL]
+    variants = ["--permutations", "reverse", "invconv", "--couplings", "additive", "--seeds", 0, 1]
+    out = tmp_path / "compared"
+    done("compare", DATA, "--out", out, "--quiet", *variants, *options)
+    assert sorted(path.name for path in out.iterdir()) == ["curves.csv", "curves.png", "runs", "table.md"]
+    names = sorted(f"{name}-additive-seed{seed}" for name in ("reverse", "invconv") for seed in (0, 1))
+    assert sorted(path.name for path in (out / "runs").iterdir()) == names
+    table = (out / "table.md").read_text()
+    assert "reverse" in table
+    assert "invconv" in table
+    assert {row["permutation"] for row in rows(out / "curves.csv")} == {"reverse", "invconv"}
+
+
 def test_data_lists_what_can_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a name the command fetches nothing and creates nothing."""
     monkeypatch.setenv("PYGLOW_DATA", str(tmp_path / "cache"))
@@ -370,7 +385,6 @@ REFUSED: list[tuple[str, str]] = [
     ("train digits --out run", "out: expected a new folder .*, found a run in 'run'"),
     ("train digits --overwrite --out images", "out: expected a new or empty folder, or a run, found 'images', .*"),
     ("resume nowhere", "run: expected the folder of a run, found 'nowhere', which does not exist"),
-    ("resume run --hidden 8", "hidden: expected 4, as the run was started with, found 8"),
     ("sample images --out x.png", "run: expected the folder of a run .*, found 'images' without one"),
     ("sample cut --out x.png", ".*step-0000020.safetensors: expected a complete safetensors file, found .*"),
     ("sample flipped --out x.png", ".*step-0000020.safetensors: expected .*, found .*"),

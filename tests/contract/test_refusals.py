@@ -442,19 +442,10 @@ INTEROP = [
                 lambda _: load_unlike("chaiyujin-plain-top", "invconv.weight", torch.zeros_like),
                 "flow.layers.1.invconv.weight: expected an invertible matrix",
             ),
-            "an order missing": (
-                lambda _: load_unlike("y0ast-shuffle", "shuffle.indices", lambda x: None),
-                "flow.layers.1.shuffle.indices: expected a tensor of that name",
-            ),
-            "image size": (
-                lambda _: convert.load_openai(golden.read("openai-shuffle").state, 5),
-                "image_size: expected H = W or",
-            ),
             "a zero scale": (
                 lambda _: load_unlike("rosinality-plain", "actnorm.scale", torch.zeros_like),
                 "blocks.0.flows.0.actnorm.scale: expected no zeros",
             ),
-            "features of SRFlow": (lambda _: convert.level_features({}, 3, 3), "scale: expected 1, 4, 8 or 16"),
         },
     ),
     *rows(

@@ -197,21 +197,6 @@ def test_a_disk_that_stays_full(place: Path, whole: Path) -> None:
     assert_same_run(place / "run", whole)
 
 
-def test_a_row_that_could_not_be_written_is_written_later(place: Path, whole: Path) -> None:
-    """The curve of a run has no hole where the disk was full for a while."""
-    process, run = train(place, "run"), place / "run"
-    wait(process, lambda: len(steps(run)) > 2)
-    (run / "metrics.csv").rename(run / "aside")
-    (run / "metrics.csv").mkdir()  # which no row can be appended to
-    wait(process, lambda: "warning: a row of metrics.csv cannot be written" in process.read()[0], alive=False)
-    (run / "metrics.csv").rmdir()
-    (run / "aside").rename(run / "metrics.csv")
-    ended(process)
-    if not {0, STEPS} <= set(steps(run)):
-        pytest.fail(f"the test has spoilt what it looks at: {steps(run)}")
-    assert steps(run) == steps(whole / "whole")
-
-
 @pytest.mark.parametrize("spoil", ["cut off", "a bit flipped"])
 def test_a_newest_checkpoint_that_is_damaged(place: Path, whole: Path, spoil: str) -> None:
     """The one before it is taken, with a warning; the damaged one is set aside."""
