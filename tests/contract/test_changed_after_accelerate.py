@@ -94,6 +94,11 @@ def exchange_net(attribute: str) -> Callable[[Any], None]:
     return lambda layer: setattr(layer, attribute, Scaled(copy.deepcopy(getattr(layer, attribute))))
 
 
+def exchange_wavenet(coupling: Any) -> None:
+    torch.manual_seed(7)
+    coupling.wn = at_work(copy.deepcopy(coupling.wn), 0.3)
+
+
 def exchange_convolution(net: Any) -> None:
     torch.manual_seed(7)
     net.convs[1] = nn.Conv2d(8, 8, 3, padding=1).double()
@@ -126,7 +131,7 @@ CHANGES: dict[str, tuple[str, str, Callable[[Any], None]]] = {  # the structure,
     "net of nflows": ("nflows-halves", "transform_net", exchange_net("transform_net")),
     "net of FrEIA": ("freia", "subnet", exchange_net("subnet")),
     "net of a graph": ("anomalib-uflow", "subnet", exchange_net("subnet")),
-    "net of Glow-TTS": ("glow-tts-weight-norm", "wn", exchange_net("wn")),
+    "net of Glow-TTS": ("glow-tts-no-norm", "wn", exchange_wavenet),
     "net of chaiyujin": ("chaiyujin-affine", "f", exchange_net("f")),
     "convolution of nflows": ("nflows-halves", "convs", exchange_convolution),
 } | {

@@ -28,6 +28,7 @@ from support.gradients import (
     ready,
     steps,
 )
+from support.net_cases import DropoutNet
 from support.user_steps import Build, Checkpointed, Nested, runs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -43,23 +44,6 @@ def with_nets(*nets: nn.Module, **options: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------- coupling nets
 
 
-class Dropped(nn.Module):
-    """A net with dropout, in a module or hidden in its forward."""
-
-    halo = 1
-
-    def __init__(self, hidden: bool) -> None:
-        super().__init__()
-        self.conv, self.last = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
-        self.dropout = None if hidden else nn.Dropout(0.4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = self.conv(x)
-        found = self.dropout(found) if self.dropout else nn.functional.dropout(found, 0.4, self.training)
-        out: Tensor = self.last(found)
-        return out
-
-
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("leave_training", [False, True])
 def test_dropout(hidden: bool, leave_training: bool) -> None:
@@ -67,7 +51,7 @@ def test_dropout(hidden: bool, leave_training: bool) -> None:
 
     In chunks masks are drawn piece by piece: the stored gradient has other ones than these.
     """
-    sequence, x = with_nets(*(Dropped(hidden) for _ in range(4))), batch()
+    sequence, x = with_nets(*(DropoutNet(hidden) for _ in range(4))), batch()
 
     def run(own: pgf.ReversibleSequence) -> tuple[Gradients, Tensor, Tensor]:
         between: list[Tensor] = []
@@ -287,7 +271,7 @@ def test_threads(build: Build) -> None:
             assert_same_gradients(got, expected, memory)
 
 
-class Slow(Dropped):
+class Slow(DropoutNet):
     """A net that several threads are within at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,7 +282,7 @@ class Slow(Dropped):
 def test_threads_that_share_a_net_with_dropout() -> None:
     """Training in threads works, or the refusal says that threads are why."""
 
-    net = Slow(hidden=False)
+    net = Slow()
     sequence, x = Memory("reversible").of(with_nets(net, net)), batch()
     said = "no refusal that names threads"
     try:
@@ -311,7 +295,7 @@ def test_threads_that_share_a_net_with_dropout() -> None:
 @pytest.mark.parametrize("hooked", [False, True])
 def test_threads_through_one_graph_of_ones_own_nets(hooked: bool) -> None:
     """Two backwards at a time through nets that autograd runs give what one gives."""
-    sequence, x = with_nets(*(Slow(hidden=False) for _ in range(3))).eval(), batch()
+    sequence, x = with_nets(*(Slow() for _ in range(3))).eval(), batch()
     own, named = Memory("reversible").of(sequence), dict(sequence.named_parameters())
     if hooked:
         for parameter in named.values():

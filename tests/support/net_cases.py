@@ -52,13 +52,15 @@ class DropoutNet(nn.Module):
 
     halo = 1
 
-    def __init__(self, module: bool = True) -> None:
+    def __init__(self, hidden: bool = False) -> None:
         super().__init__()
         self.conv, self.last = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
-        self.dropout: Callable[[Tensor], Tensor] = nn.Dropout(0.4) if module else nn.functional.dropout
+        self.dropout = None if hidden else nn.Dropout(0.4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.dropout(self.conv(x)))
+        found = self.conv(x)
+        found = self.dropout(found) if self.dropout else nn.functional.dropout(found, 0.4, self.training)
+        return self.last(found)
 
 
 def coupling_net(dims: int = 2, actnorm: bool = False, cond_channels: int = 0) -> nn.Module:
