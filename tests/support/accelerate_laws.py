@@ -146,7 +146,10 @@ def a_fresh_model_starts_from_its_first_batch_as_theirs(case: Structure) -> None
         for model in models:
             with torch.no_grad():
                 getattr(case, first)(model, data if first == "forward" else latents, conditions)
-        state, expected = theirs.state_dict(), results(case, theirs, latents)
+        state = theirs.state_dict()
+        if not all(value.isfinite().all() for value in state.values()):
+            continue  # their own code cannot begin in this direction
+        expected = results(case, theirs, latents)
         for ours in (by_layer, in_chains):
             assert_same(case, ours.state_dict(), state)
             assert_same(case, results(case, ours, latents), expected)
