@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from support import golden
-from support.covering import pairs
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -24,6 +23,10 @@ from pyglow_fast.interop import convert
 # How models are saved in each format, by functions of one argument.
 SAVED: dict[str, Callable[..., dict[str, Any]]] = {
     name: getattr(convert, f"save_{name}") for name in ("openai", "rosinality", "chaiyujin", "y0ast")
+}
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "openai": ({"lu": True}, {}),
+    "chaiyujin": ({"rescale": False}, {"rescale": True, "batch_size": 7}),
 }
 OURS: dict[str, dict[str, Any]] = {
     "affine": {},
@@ -36,6 +39,12 @@ OURS: dict[str, dict[str, Any]] = {
     "fixed priors": {"learn_prior": False},
     "one level": {"n_levels": 1},
     "border": {"border": True},
+}
+LACKS = {  # what a format has no place for, and how its refusal begins
+    ("rosinality", "classes"): "n_classes",
+    ("rosinality", "border"): "border1",
+    ("chaiyujin", "border"): "border",
+    ("y0ast", "border"): "border",
 }
 
 
@@ -78,43 +87,34 @@ def assert_same(found: pgf.Glow, expected: pgf.Glow) -> None:
         assert float((one - other).abs().max() / other.abs().max().clamp(min=1.0)) < 1e-10
 
 
-@pairs(
-    pytest.mark.parametrize("option", [False, True]),  # LU factors, or whether the range is changed
-    pytest.mark.parametrize("case", OURS),
-    pytest.mark.parametrize("name", ["openai", "chaiyujin", "y0ast"]),
-)
-def test_ours_to_theirs_and_back(name: str, case: str, option: bool) -> None:
-    model = our_model(**OURS[case])
-    if name != "openai" and case == "border":
-        with pytest.raises(ValueError, match=r"^border: expected no border term"):
+@pytest.mark.parametrize("case", OURS)
+@pytest.mark.parametrize("name", SAVED)
+def test_ours_to_theirs_and_back(name: str, case: str) -> None:
+    """In all ways in which a format can be written.
+
+    A plain border in rosinality's: one hidden unit more pads what theirs pads with ones; its priors must have nothing
+    to pad.
+    """
+    model, load_format = our_model(**OURS[case]), getattr(convert, f"load_{name}")
+    given: dict[str, Any] = {"image_size": 8} if name in ("openai", "rosinality") else {}
+    if name == "rosinality":
+        with torch.no_grad():
+            for split in (split for split in model.splits if split.learn_prior):
+                split.conv.weight.zero_()
+    elif name != "openai" and case == "reverse":
+        given["permutation"] = "reverse"
+    if (name, case) in LACKS:
+        with pytest.raises(ValueError, match=rf"^{LACKS[name, case]}: expected "):
             SAVED[name](model)
         return
-    reverse = {"permutation": "reverse"} if case == "reverse" else {}
-    if name == "openai":
-        again = convert.load_openai(convert.save_openai(model, lu=option), 8)
-        assert again.config.border == model.config.border
-    elif name == "y0ast":
-        again = convert.load_y0ast(convert.save_y0ast(model), **reverse)
-    else:
-        state = convert.save_chaiyujin(model, batch_size=7, rescale=option)
+    for option in OPTIONS.get(name, ({},)):
+        state = SAVED[name](model, **option)
+        again = load_format(state, **given, **{key: value for key, value in option.items() if key == "rescale"})
+        assert_same(again, model)
+    if name == "chaiyujin":
         assert state["prior_h"].shape[0] == 7
-        again = convert.load_chaiyujin(state, rescale=option, **reverse)
-    if name != "openai":
-        assert again.config.permutation == model.config.permutation
-    assert_same(again, model)
-
-
-@pytest.mark.parametrize("case", [case for case in OURS if case not in ("border", "classes")])
-def test_ours_to_rosinality_and_back(case: str) -> None:
-    """A plain border: one hidden unit more pads what theirs pads with ones; priors must have nothing to pad."""
-    model = our_model(**OURS[case])
-    with torch.no_grad():
-        for split in model.splits:
-            if split.learn_prior:
-                split.conv.weight.zero_()
-    again = convert.load_rosinality(convert.save_rosinality(model), 8)
-    assert again.config.hidden == 6
-    assert_same(again, model)
+    kept = {"openai": "border", "rosinality": "n_classes"}.get(name, "permutation")
+    assert getattr(again.config, kept) == getattr(model.config, kept)
 
 
 def test_parts_of_ones_own_are_written_as_what_they_compute() -> None:
@@ -259,15 +259,11 @@ def test_what_the_state_dicts_of_ports_do_not_hold(name: str) -> None:
     with pytest.raises(ValueError, match=r"^prior_h: expected zeros"):
         load_port(changed(state, "prior_h", torch.ones_like))
     without = {key: value for key, value in state.items() if not key.startswith("flow.layers.2.")}
-    with pytest.raises(ValueError, match=r"flow.layers: expected levels of 0 steps without and 1 with.*found c s cc"):
+    with pytest.raises(ValueError, match=r"^flow\.layers\.\d+\.[\w.]+: expected "):
         load_port(without)
 
 
 def test_what_rosinality_does_not_have() -> None:
-    with pytest.raises(ValueError, match=r"^n_classes: expected None"):
-        convert.save_rosinality(fresh(n_classes=2))
-    with pytest.raises(ValueError, match=r"^border1: expected zeros"):
-        convert.save_rosinality(load("openai-reverse", state_of("openai-reverse")))
     name = "rosinality-plain"
     state = state_of(name)
     assert not load(name, {k: 0 * v if k.endswith("initialized") else v for k, v in state.items()}).is_initialized

@@ -112,8 +112,10 @@ def test_our_own_file_is_refused(tmp_path: Path) -> None:
             convert.save_glow(wrong, target)
     with pytest.raises(ValueError, match=r"model.safetensors: expected a file, found nothing there"):
         convert.load_glow(path)
+    with pytest.raises(ValueError, match=r"model.pt: expected a name ending in .safetensors"):
+        convert.load_glow(tmp_path / "model.pt")
     path.write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"model.safetensors: expected a complete safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors: expected a file of tensors"):
         convert.load_glow(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"expected a model of pyglow_fast, found another safetensors file"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -132,13 +132,10 @@ def load_glow(path: str | Path, device: str | torch.device = "cpu", **options: A
         ValueError: no such file, another one, or weights that do not fit its configuration.
     """
     path, name = Path(path), str(path)
-    expect(path.is_file(), name, "a file", "a folder" if path.is_dir() else "nothing there")
-    try:
-        with safe_open(name, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(_HEADER)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
+    expect(path.suffix == _SAFETENSORS, name, "a name ending in .safetensors", repr(path.suffix))
+    reader = Reader(path)
+    with safe_open(name, framework="pt") as file:
+        text = (file.metadata() or {}).get(_HEADER)
     expect(text is not None, name, "a model of pyglow_fast", "another safetensors file")
     try:
         header = json.loads(str(text))
@@ -149,7 +146,6 @@ def load_glow(path: str | Path, device: str | torch.device = "cpu", **options: A
     expect(config is not None, name, expected, header["format"])
     with torch.random.fork_rng(devices=[]):
         model = Glow(config, **options)
-    reader = Reader(tensors)
     state = _without_control(model.state_dict())
     state = {key: reader.take(key, *tensor.shape) for key, tensor in state.items()}
     model.to(reader.finish()).load_state_dict(state)
@@ -200,10 +196,6 @@ class Reader:
         """List the numbers, 0, 1, ..., that follow ``prefix`` in the names."""
         found = (re.match(re.escape(prefix) + r"(\d+)[./]", name) for name in self.tensors)
         return sorted({int(match[1]) for match in found if match})
-
-    def count(self, prefix: str) -> int:
-        """Count how many of 0, 1, ... follow ``prefix`` in the names, up to the first gap."""
-        return next(n for n, index in enumerate([*self.indices(prefix), -1]) if n != index)
 
     def size(self, name: str, dim: int) -> int:
         """The size of a tensor along one dimension; one that is missing, or has not so many, is refused."""

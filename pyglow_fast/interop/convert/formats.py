@@ -143,7 +143,7 @@ def load_openai(arrays: Mapping[str, Any] | str, image_size: int | tuple[int, in
         means = {name.removesuffix(_AVERAGE): x for name, x in reader.tensors.items() if name.endswith(_AVERAGE)}
         expect(bool(means), "averaged", "variables named .../ExponentialMovingAverage", "none")
         reader.tensors |= means
-    n_levels, n_steps = reader.count("model/"), reader.count("model/0/")
+    n_levels, n_steps = len(reader.indices("model/")), len(reader.indices("model/0/"))
     config = _OPENAI.config(reader, image_size, n_levels=n_levels, n_steps=n_steps, net_actnorm=True)
     parts = _OPENAI.read(config, reader)
     for name, step in _OPENAI.steps(config, parts):
@@ -195,7 +195,7 @@ def load_rosinality(state: Mapping[str, Any] | str, image_size: int | tuple[int,
             image size.
     """
     reader = Reader(state)
-    n_levels, n_steps = reader.count("blocks."), reader.count("blocks.0.flows.")
+    n_levels, n_steps = len(reader.indices("blocks.")), len(reader.indices("blocks.0.flows."))
     config = _ROSINALITY.config(reader, image_size, n_levels=n_levels, n_steps=n_steps)
     reader.size(f"blocks.{n_levels - 1}.prior.conv.weight", 0)  # which they always have
     parts = _ROSINALITY.read(config, reader)
@@ -307,12 +307,10 @@ def _read(
     state: Mapping[str, Any] | str, table: Table, permutation: str | None
 ) -> tuple[GlowConfig, Parts, torch.dtype]:
     reader = Reader(state)
-    n_levels, n_transitions, n_steps, n_splits = table.layers(reader)
-    expected = "a split behind each level but the last, and steps with couplings alone"
-    expect((n_splits, n_transitions) == (n_levels - 1, 0), "flow.layers", expected, f"{n_splits} of {n_levels}")
+    n_levels, coupled, _ = table.layers(reader)
     batch, height, width = (reader.size("prior_h", dim) for dim in (0, 2, 3))
     size = (height * 2**n_levels, width * 2**n_levels)
-    config = table.config(reader, size, n_levels=n_levels, n_steps=n_steps, net_actnorm=True)
+    config = table.config(reader, size, n_levels=n_levels, n_steps=len(coupled) // n_levels, net_actnorm=True)
     parts = table.read(config, reader)
     told = any(mixes(step) for _, step in table.steps(config, parts))
     expect(permutation is None or not told, "permutation", "None: the state dict tells it", repr(permutation))
@@ -399,12 +397,11 @@ def level_features(features: Mapping[str, Tensor], scale: int, n_levels: int) ->
         n_levels: L.
 
     Raises:
-        ValueError: another scale, a level for which they have no features, or one that is missing.
+        ValueError: another scale, or features that are missing.
     """
     expect(scale in (1, 4, 8, 16), "scale", "1, 4, 8 or 16", scale)
     exponents = [int(math.log2(4 if scale == 1 else scale)) - level for level in range(1, n_levels + 1)]
     names = [f"fea_up{2**n if n >= 0 else n + 1}" for n in exponents]
-    expect(exponents[-1] >= -2, "n_levels", f"levels that they have features for, down to {scale=}", n_levels)
     for name in names:
         expect(name in features, "features", f"a tensor {name!r}", sorted(features))
     return [features[name] for name in names]
@@ -431,19 +428,18 @@ def load_srflow(
             by LU factors, or of LLFlow's curves (``fCurve``).
     """
     reader = Reader(state)
-    n_levels, n_transitions, n_steps, n_splits = _SRFLOW.layers(reader)
-    layers = n_transitions + n_steps + 1
-    starts = [level * layers + min(level, n_splits) + 1 for level in range(n_levels)]
-    net = "flowUpsamplerNet.layers.{}.affine.fFeatures.0.weight"
-    fields: dict[str, Any] = {"cond_channels": tuple(reader.size(net.format(i + n_transitions), 1) for i in starts)}
-    if n_splits:
-        split, bias = (f"flowUpsamplerNet.layers.{name}" for name in (f"{layers}.conv.weight", "1.actnorm.bias"))
+    n_levels, coupled, splits = _SRFLOW.layers(reader)
+    n_steps, name = len(coupled) // n_levels, "flowUpsamplerNet.layers.{}.{}"
+    nets = [name.format(i, "affine.fFeatures.0.weight") for i in coupled[::n_steps][:n_levels]]
+    cond_channels = tuple(reader.size(net, 1) for net in nets)
+    fields: dict[str, Any] = {"cond_channels": cond_channels, "n_splits": len(splits), "n_transitions": coupled[0] - 1}
+    if splits:
+        bias, split = name.format(1, "actnorm.bias"), name.format(splits[0], "conv.weight")
         channels, factored = reader.size(bias, 1), reader.size(split, 0) // 2
-        kept_and_cond = channels - factored + fields["cond_channels"][0]
-        fields |= {"split_ratio": factored / channels, "cond_splits": reader.size(split, 1) == kept_and_cond}
-    counts = {"n_levels": n_levels, "n_steps": n_steps, "n_transitions": n_transitions, "n_splits": n_splits}
-    known = {"permutation": "invconv_plain", "net_actnorm": True, "injector": True, "learn_top": False}
-    config = _SRFLOW.config(reader, image_size, scale_eps=scale_eps, **counts, **known, **fields)
+        given = channels - factored + cond_channels[0]
+        fields |= {"split_ratio": factored / channels, "cond_splits": reader.size(split, 1) == given}
+    fields |= {"permutation": "invconv_plain", "net_actnorm": True, "injector": True, "learn_top": False}
+    config = _SRFLOW.config(reader, image_size, n_levels=n_levels, n_steps=n_steps, scale_eps=scale_eps, **fields)
     parts = _SRFLOW.read(config, reader)
     model = put_together(config, parts, reader.finish(left_out=r"(?!flowUpsamplerNet\.layers\.)"))
     model._range_is_known = True  # [0, 1], as in their code

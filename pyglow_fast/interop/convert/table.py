@@ -189,32 +189,25 @@ class Table:
         known = (rows for rows in self.mixings if any(prefix + row.theirs in reader.tensors for row in rows))
         return next(known, [])
 
-    def layers(self, reader: Reader) -> tuple[int, int, int, int]:
-        """Count levels, steps without and with a coupling in each, and splits, where a prefix has {i}."""
-        name = self.prefixes["step"].removesuffix("{i}.")
-        found, net = reader.indices(name), self.rows["step"][-1].theirs.split(".")[0]
-        expect(len(found) > 0, name[:-1], "the layers of a flow", "none")
-        kinds = {"conv.": "s", f"{net}.": "c", "": "t"}  # a squeeze has no tensors
-        layers = (f"{name}{i}." for i in range(found[-1] + 1))
-        letters = [next((kinds[part] for part in kinds if reader.has(layer + part)), "-") for layer in layers]
-        levels = "".join(letters).split("-")[1:] or [""]
-        first = levels[0]
-        n_transitions, n_steps, n_splits = first.count("t"), first.count("c"), "".join(levels).count("s")
-        steps = "t" * n_transitions + "c" * n_steps
-        regular = n_steps > 0 and levels == [steps + "s" * (i < n_splits) for i in range(len(levels))]
-        expected = f"levels of {n_transitions} steps without and {n_steps} with a coupling, the first ones with a split"
-        expect(regular, name[:-1], expected, " ".join(levels))
-        return len(levels), n_transitions, n_steps, n_splits
+    def layers(self, reader: Reader) -> tuple[int, list[int], list[int]]:
+        """Count levels, and list the layers with a coupling and those that split, where a prefix has {i}.
+
+        Where levels are not alike, the tensor that one of them lacks is named when it is to be read.
+        """
+        name, net = self.prefixes["step"].removesuffix("{i}."), self.rows["step"][-1].theirs.split(".")[0]
+        found = reader.indices(name)
+        coupled, splits = ([i for i in found if reader.has(f"{name}{i}.{part}.")] for part in (net, "conv"))
+        n_levels = max(found, default=0) + 1 - len(found)  # each begins with a squeeze, which has no tensors
+        fits = n_levels > 0 and len(coupled) >= n_levels
+        expect(fits, name[:-1], "levels of a squeeze and steps with couplings", f"layers {found}")
+        return n_levels, coupled, splits
 
     def config(self, reader: Reader, image_size: int | tuple[int, int], **fields: Any) -> GlowConfig:
         """Read the configuration off the shapes of the first step and of the classes; ``fields`` are known."""
         prefix = self.prefixes["step"].format(level=0, k=0, i=1 + fields.get("n_transitions", 0))
         names = {row.ours: prefix + row.theirs for row in self.rows["step"]}
-        bias, last = names["actnorm.bias"], names["coupling.net.conv3.weight"]
-        channels, given = reader.size(bias, self.out or 1), reader.size(last, self.out)
-        expect(channels % 4 == 0, bias, "a multiple of 4 channels, after a squeeze", channels)
-        fits = given in (channels, channels // 2)
-        expect(fits, last, f"{channels} output channels (affine) or {channels // 2} (additive)", given)
+        channels = reader.size(names["actnorm.bias"], self.out or 1)
+        is_affine = reader.size(names["coupling.net.conv3.weight"], self.out) == channels
         sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
         n_levels = fields["n_levels"]
         fits = len(sides) == 2 and all(isinstance(side, int) and side > 0 and side % 2**n_levels == 0 for side in sides)
@@ -223,5 +216,5 @@ class Table:
             if reader.has(self.prefixes["classes"]):
                 fields["n_classes"] = reader.size(self.prefixes["classes"] + row.theirs, self.out + 1)
         hidden = reader.size(names["coupling.net.conv2.weight"], self.out)
-        coupling = "affine" if given == channels else "additive"
+        coupling = "affine" if is_affine else "additive"
         return GlowConfig((channels // 4, sides[0], sides[1]), hidden=hidden, coupling=coupling, **fields)
