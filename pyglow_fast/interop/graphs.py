@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import cache
 from typing import Any
-
-from torch import nn
 
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.runs import Joined, Reasons, Run, places_of
@@ -44,17 +43,13 @@ class JoinedGraph(Joined):
         return shown.forward(x_or_z, c, rev, jac, x=x)
 
 
-_made: dict[type[nn.Module], type[Any]] = {}
+@cache
+def _class_for(theirs: Any) -> type[Any]:
+    names = {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(theirs.__name__, (JoinedGraph, theirs), names)
 
 
-def _class_for(theirs: type[nn.Module]) -> type[Any]:
-    if theirs not in _made:
-        names = {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
-        _made[theirs] = type(theirs.__name__, (JoinedGraph, theirs), names)
-    return _made[theirs]
-
-
-def _blank(theirs: type[nn.Module]) -> Any:
+def _blank(theirs: Any) -> Any:
     made: Any = _class_for(theirs)
     return made.__new__(made)
 
@@ -93,7 +88,7 @@ def joined_graph(
             vars(copies[id(node)]).update(copy.deepcopy(vars(node), held))
         shown = copy.deepcopy({name: getattr(graph, name) for name in _OF_NODES}, held)
         vars(graph).update(places=places, _pgf_was=type(graph), _shown=shown, _joined_from=[n.module for n in every])
-        graph.__class__ = _class_for(type(graph))
+        graph.__class__ = _class_for(graph.__class__)
     return places, runs, reasons
 
 
