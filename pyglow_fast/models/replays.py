@@ -15,33 +15,35 @@ from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.state import holding, without_autocast_cache
 from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.models.prior import check_temperature
+from pyglow_fast.reversible.drift import GROW_AFTER
 
 if TYPE_CHECKING:
     from pyglow_fast.models.condition import Condition
     from pyglow_fast.models.glow import Glow
 
-WARM_UPS = 3  # calls before a capture, in which libraries allocate and the anchors' spacing adapts
+# Calls before a capture, in which libraries allocate, and no spacing of anchors has changed: one that is going to be
+# wider is so after GROW_AFTER of them and those in which a verdict is on its way.
+WARM_UPS = GROW_AFTER + 2
 
 
 class Replays:
-    """Calls of functions of tensors, replayed from CUDA graphs once WARM_UPS in a row had inputs of the same shapes.
+    """Calls of functions of tensors, replayed from CUDA graphs once WARM_UPS in a row were alike.
 
-    Calls with other shapes run eagerly, and are captured in turn when as many of them have come in a row. What a graph
-    cannot hold runs eagerly for good, and :attr:`how` says why. A result is overwritten by the next replay.
+    Alike are calls with inputs of the same shapes, and anchors as far apart. Others run eagerly, and are captured in
+    turn when as many of them have come in a row. What a graph cannot hold runs eagerly for good, and :attr:`how` says
+    why. A result is overwritten by the next replay.
 
     Args:
-        device: tells where the tensors are.
-        refuses: tells, before a capture, why there is to be none; "" if nothing is against it.
+        model: which the functions call; what has hooks is not captured.
+        against: why there is to be no capture; "" if nothing is against it.
         functions: one called after the other, the first with the inputs, each other with what the one before it has
             returned. Each is a graph, but every second one, which changes what it gets, and is called between replays.
     """
 
-    def __init__(
-        self, device: Callable[[], torch.device], refuses: Callable[[], str], *functions: Callable[..., Any]
-    ) -> None:
-        self._device, self._refuses, self._functions = device, refuses, functions
-        self._why = ""
-        self._runs, self._seen, self._key = 0, None, None  # calls in a row of one shape; that shape; the captured one
+    def __init__(self, model: Glow, against: str, *functions: Callable[..., Any]) -> None:
+        self._model, self._why, self._functions = model, against, functions
+        self._replayed = False  # the last call was
+        self._runs, self._seen, self._key = 0, None, None  # alike calls in a row; what they were like; the captured one
         self._buffers: Sequence[Tensor | None] = ()
         self._graphs: list[tuple[Callable[[], None], Any]] = []  # what replays each, and its result
         self._stream: Any = None  # of runs before a capture, and of the capture
@@ -49,48 +51,54 @@ class Replays:
     @property
     def how(self) -> str:
         """How calls run: "a CUDA graph", or "eagerly: " and why."""
-        return "a CUDA graph" if self._graphs else f"eagerly: {self._why or self._against() or 'the first steps do'}"
+        if self._replayed:
+            return "a CUDA graph"
+        return f"eagerly: {self._why or self._against() or 'the first calls of a shape do'}"
 
     @property
-    def replays(self) -> bool:
-        """Whether there are graphs."""
-        return bool(self._graphs)
+    def replayed(self) -> bool:
+        """Whether the last call was a replay."""
+        return self._replayed
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """Run the functions, or replay them."""
-        device = self._device()
+        device = self._model._parameter().device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        key: Any = (autocast, *(None if value is None else (value.shape, value.dtype) for value in inputs))
-        if self._graphs and key == self._key:
+        shapes = [None if value is None else (value.shape, value.dtype) for value in inputs]
+        key: Any = autocast, shapes, [sequence.control.spacing for sequence in self._model._sequences()]
+        self._replayed = bool(self._graphs) and key == self._key
+        if self._replayed:
             self._runs = 0
             for buffer, value in zip(self._buffers, inputs, strict=True):
                 if buffer is not None and value is not None:
                     buffer.copy_(value, non_blocking=True)
             return self._replay()
-        self._runs, self._seen = (self._runs + 1 if key == self._seen else 1), key
+        self._runs, self._seen = (self._runs + 1 if self._seen in (None, key) else 1), key
         if self._runs > WARM_UPS and not self._why:
             self._why = self._against()
             if not self._why:
                 try:
                     self._capture(key, inputs)
+                    self._replayed = True
                     return self._replay()
                 except (RuntimeError, ValueError) as error:
                     self.forget()
+                    self._replayed = False
                     self._why = str(error).strip().partition("\n")[0]
         with self._aside() if can_capture(device) and not self._why else contextlib.nullcontext():
             return self._eager(inputs)
 
     def forget(self) -> None:
         """Drop the graphs, and their memory: the next call runs eagerly, the one after it is captured anew."""
-        self._graphs, self._buffers, self._runs = [], (), WARM_UPS - 1
+        self._graphs, self._buffers, self._runs, self._seen = [], (), WARM_UPS - 1, None
 
     def _against(self) -> str:
-        device = self._device()
-        return self._refuses() if can_capture(device) else f"the device is {device}"
+        device = self._model._parameter().device
+        return hooks_of(self._model) if can_capture(device) else f"the device is {device}"
 
     def _aside(self) -> contextlib.AbstractContextManager[Any]:
         if self._stream is None:
-            self._stream = _side_stream(self._device())
+            self._stream = _side_stream(self._model._parameter().device)
         return _on(self._stream)
 
     def _eager(self, inputs: Sequence[Tensor | None]) -> Any:
@@ -134,8 +142,9 @@ class _Step(NamedTuple):
 class GraphedGlow:
     """loss = mean over the batch of -log p(x), its gradients, and samples, replayed from CUDA graphs where they can be.
 
-    Made by :func:`pyglow_fast.graphed`. The first calls run eagerly, on any device; from the fourth in a row with the
-    same shapes on, a graph is replayed. On a CPU, and where a graph cannot hold (other shapes such as a last small
+    Made by :func:`pyglow_fast.graphed`. The first calls run eagerly, on any device; from the seventh in a row on with
+    the same shapes, and anchors as far apart (which are at first moved apart, see DriftControl), a graph is replayed.
+    On a CPU, and where a graph cannot hold (other shapes such as a last small
     batch's, a condition for each level, hooks, nets that read values), calls go on eagerly, and :attr:`how` says why.
     The parameters stay the model's own: an optimizer steps them as ever. Once captured, settings and hooks count as
     they were; after a change of those, or of where the parameters are, call :meth:`forget`.
@@ -160,8 +169,8 @@ class GraphedGlow:
         trains = model.memory != "frozen" and any(parameter.requires_grad for parameter in model.parameters())
         expect(trains, "model", "one that is not frozen", "a frozen one")
         self.model = model
-        self._training = Replays(self._device, lambda: hooks_of(model), self._train)
-        self._sampling = Replays(self._device, lambda: hooks_of(model), self._sample)
+        self._training = Replays(model, "", self._train)
+        self._sampling = Replays(model, "", self._sample)
         self._why = ""  # the last step could not be replayed
         self._notice: Later | None = None  # of how many gradients have become zero
         self._zeroed = 0.0  # of which the host knows
@@ -181,7 +190,7 @@ class GraphedGlow:
             step = self._training(x, y, cond)
         else:
             self._why, step = "eagerly: a condition for each level", self._train(x, y, cond)
-        if self._training.replays and not self._why:
+        if self._training.replayed and not self._why:
             wanting = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
             for parameter, gradient in zip(wanting, step.gradients, strict=True):
                 parameter.grad = gradient

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
 from pyglow_fast.models.class_head import class_bits
-from pyglow_fast.models.replays import Replays, hooks_of, zeroed
+from pyglow_fast.models.replays import Replays, zeroed
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.evaluation import device_of, labels_for
 from pyglow_fast.train.optim import FUSED, Average
@@ -46,8 +46,9 @@ class Losses(nn.Module):
 class Update:
     """Noise, losses, backward of all parts, their sum over the ranks, clipping, optimizer and average.
 
-    The host reads nothing before all of this is under way: whether a loss or the gradient is not finite, so that the
-    update is left out, is decided on the device. ``replays.how`` says whether it is a CUDA graph, or why it is not.
+    Whether a loss or the gradient is not finite, so that the update is left out, is decided on the device, and the host
+    reads nothing before all of this is under way: but Adamax asks it, and eager reversible steps judge their drift.
+    ``replays.how`` says whether it was a CUDA graph, or why not.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Update:
             return self._apply(self._backward(*inputs))
 
         functions = [whole] if ranks.world == 1 else [self._backward, ranks.add, self._apply]
-        self.replays = Replays(lambda: device_of(model), lambda: first or hooks_of(model), *functions)
+        self.replays = Replays(model, first, *functions)
 
     def __call__(self, parts: Sequence[Part], lr: float) -> tuple[list[float], float, bool]:
         """Update the weights; returns the losses, the norm of the gradients before clipping, and whether it did so.

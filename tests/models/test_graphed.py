@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 import pyglow_fast as pgf
 from pyglow_fast.models import GraphedGlow
 from pyglow_fast.models.replays import WARM_UPS
+from pyglow_fast.reversible.drift import GROW_AFTER
 
 N, SHAPE = 4, (3, 8, 8)
+MOST_WARM_UPS = GROW_AFTER + WARM_UPS + 1  # where the anchors of 8 steps are moved apart first
 
 
 def make(device: str = "cpu", **options: object) -> tuple[pgf.Glow, Tensor]:
@@ -43,8 +47,10 @@ def check_step(model: pgf.Glow, step: GraphedGlow, x: Tensor, y: Tensor | None =
 
 def captured(model: pgf.Glow, x: Tensor, y: Tensor | None = None, cond: Tensor | None = None) -> GraphedGlow:
     step = pgf.graphed(model)
-    for _ in range(WARM_UPS + 1):
+    for _ in range(MOST_WARM_UPS):
         step(x, y, cond)
+        if step.how == "a CUDA graph":
+            break
     assert step.how == "a CUDA graph"
     return step
 
@@ -65,28 +71,34 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 def test_replays_are_the_models_steps_to_the_bit(recorded: Side, memory: str) -> None:
     """After updates too."""
-    model, x = make(memory=memory)
-    step = pgf.graphed(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    for i in range(WARM_UPS + 3):
+    model, x = make(memory=memory, n_steps=6)
+    step, eager = pgf.graphed(model), copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=1e-4) for each in (model, eager)]
+    first = WARM_UPS + (GROW_AFTER if memory == "reversible" else 0)  # whose anchors are moved apart
+    for i in range(first + 3):
         x = x.roll(1, dims=-1)
-        loss, gradients = expected(model, x)
+        loss, gradients = expected(eager, x)
         assert torch.equal(step(x), loss)
-        assert (step.how == "a CUDA graph") == (i >= WARM_UPS)
+        assert (step.how == "a CUDA graph") == (i >= first)
         assert not step.lost
-        assert all(torch.equal(p.grad, own) for p, own in zip(model.parameters(), gradients, strict=True))  # type: ignore[arg-type]
-        optimizer.step()
+        for parameter, twin, gradient in zip(model.parameters(), eager.parameters(), gradients, strict=True):
+            assert torch.equal(cast(Tensor, parameter.grad), gradient)
+            twin.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def test_other_shapes_run_eagerly_until_there_are_as_many(recorded: Side) -> None:
     model, x = make()
     step, runs = captured(model, x), []
     model.log_prob, true = lambda *a: runs.append(0) or true(*a), model.log_prob  # type: ignore
-    for count, eager in ((2, 1), (N, 0), (2, 1), (N, 0), (2, 3), (2, 1), (2, 0), (N, 1)):
-        for _ in range(max(1, eager)):
-            runs.clear()
-            check_step(model, step, x[:count])
-            assert len(runs) == 1 + min(1, eager), "the step itself, and what it is compared with"
+    eagerly, captures, replays = (1, False), (1, True), (0, True)  # how often Python runs; how it says that it did
+    turns = [(2, eagerly), (N, replays), (2, eagerly), (N, replays)]
+    for count, (ran, graph) in [*turns, *[(2, eagerly)] * WARM_UPS, (2, captures), (2, replays), (N, eagerly)]:
+        runs.clear()
+        check_step(model, step, x[:count])
+        assert len(runs) == 1 + ran, "the step itself, and what it is compared with"
+        assert (step.how == "a CUDA graph") == graph
 
 
 class ReadsNet(torch.nn.Conv2d):
@@ -147,7 +159,7 @@ class TestDrift:
         step(x)
         assert step.lost
         assert all(not parameter.grad.any() for parameter in model.levels[0].steps.parameters())  # type: ignore
-        for _ in range(WARM_UPS):  # the next one has learnt of it
+        for _ in range(WARM_UPS + 3):  # the next one has learnt of it, and anchors come closer together thrice
             check_step(model, step, x)
             assert not step.lost
         assert step.how == "a CUDA graph"

@@ -18,11 +18,14 @@ from torch import Tensor
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet
 from pyglow_fast.models.replays import WARM_UPS, Replays
+from pyglow_fast.reversible.drift import GROW_AFTER
 from pyglow_fast.train import TrainConfig, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
-STEPS, LR = 8, 1e-3
+GROWN = GROW_AFTER + WARM_UPS  # the step that is captured where the anchors of 8 steps are moved apart first
+STEPS, LR = GROWN + 2 * WARM_UPS, 1e-3
 TINY: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
+DEEP = GlowConfig(**TINY | {"n_steps": 6})  # whose anchors are moved apart
 CLASSES, JUDGED = GlowConfig(**TINY, n_classes=2), GlowConfig(**TINY, classify=2)
 
 
@@ -59,7 +62,7 @@ def weights(state: TrainState) -> Tensor:
     [
         {"memory": "store", "ema_decay": None, "clip_norm": None},
         {"memory": "checkpoint", "optimizer": "adamw", "weight_decay": 0.1},
-        {"memory": "reversible", "accumulate": 2},
+        {"memory": "reversible", "accumulate": 2, "model": DEEP},
         {"precision": "bf16"},
         {"model": CLASSES, "class_conditional": True},
         {"model": JUDGED, "class_weight": 0.5, "accumulate": 2},
@@ -86,7 +89,7 @@ from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.train import TrainConfig, TrainState, open_ranks
 pixels = torch.randint(5, (40, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-model = GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=4)
+model = GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=6, hidden=4)
 with recorded_graphs(), open_ranks() as ranks:
     found = []
     for graph in ("auto", "off"):
@@ -118,7 +121,12 @@ def test_two_ranks_replay_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("drifts", "lost"),
-    [([5], [5]), (range(4, STEPS), [4]), (range(3), []), (range(STEPS), [])],  # steps that drift end at checkpointing
+    [  # steps that drift end at checkpointing
+        ([GROWN + 1], [GROWN + 1]),
+        (range(GROWN + 1, STEPS), [GROWN + 1]),
+        (range(3), []),
+        (range(STEPS), []),
+    ],
 )
 def test_a_step_that_drifts_is_taken_by_the_model(
     tiny_config: MakeConfig,
