@@ -150,23 +150,6 @@ def test_a_wrong_inverse_is_found() -> None:
 # ---- The functions over them ----
 
 
-@pytest.mark.parametrize("name", ["channel_mix", "channel_unmix"])
-@pairs(option("shape", [(3, 4), (2, 4, 5), (2, 4, 3, 2), (1, 8, 2, 2), (0, 4, 3, 2)]), gathers)
-def test_functions_equal_the_reference(name: str, shape: tuple[int, ...], gathers: bool, device: torch.device) -> None:
-    """Values and gradients, of one tensor alone and of all."""
-    x = torch.randn(shape, dtype=float64)
-    matrix, offset, index = Kernels(None, str(device)).channel_map(shape[1], float64, gathers)
-    inputs = (x.to(device), matrix, offset)
-    for wanted in ([0], [1], [2], [0, 1, 2]):
-        results = []
-        for home in (functional, reference):
-            leaves = [value.detach().requires_grad_(at in wanted) for at, value in enumerate(inputs)]
-            out = getattr(home, name)(*leaves, index)
-            results.append([out, *torch.autograd.grad(out.square().sum(), [leaves[at] for at in wanted])])
-        for actual, expected in zip(*results, strict=True):
-            assert_close(actual, expected, condition=10.0 * max(1, x.numel()))
-
-
 def test_second_derivatives_of_inverses(device: torch.device) -> None:
     matrices = rotations(2, 4).to(device).requires_grad_()
     for function in (functional.invert_matrix, functional.log_abs_det):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import pytest
 import torch
 from support.covering import pairs
-from support.helpers import assert_close
 from support.kernel_cases import (
     DTYPES,
     HALVES,
@@ -27,7 +25,7 @@ from support.kernel_cases import (
 )
 from torch import Tensor, float32, float64
 
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import ops
 from pyglow_fast.reference import CouplingSpec
 
 AFFINE = [spec for spec in SPECS if spec.coupling == "affine"]
@@ -261,48 +259,3 @@ def test_nan_comes_through(kernels: Kernels) -> None:
         out, log_det = kernels(name, torch.zeros_like(net_out), net_out, *rest, *codes(CouplingSpec(), False))
         assert out[1, 3, 36].isnan()
         assert log_det.isnan().tolist() == [False, True]
-
-
-# ---- The functions over them ----
-
-FUNCTIONS = ("coupling", "coupling_inverse", "coupling_mix", "coupling_mix_inverse")
-
-
-def drawn(name: str, shape: tuple[int, ...], spec: CouplingSpec, gathers: bool, device: torch.device) -> Any:
-    """The tensors of a function, float64, and its index."""
-    kernels = Kernels(None, str(device))
-    inputs = [kernels.randn(shape, float64), kernels.net_out(shape, spec, float64)]
-    if "mix" not in name:
-        return inputs, ()
-    matrix, offset, index = kernels.channel_map(shape[1], float64, gathers)
-    return [*inputs, matrix, offset], (index,)
-
-
-def squared(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """A scale map that no kernel knows: s = raw^2 + 1."""
-    scale = raw.square() + 1.0
-    return scale, scale.log()
-
-
-@pairs(
-    option("name", FUNCTIONS),
-    option("shape", [(3, 4), (2, 4, 5), (2, 6, 3, 2), (2, 2, 3, 1, 2), (0, 4, 3, 2)]),
-    option("spec", [*SPECS, CouplingSpec(scale_map=squared)]),
-    gathers,
-)
-def test_functions_equal_the_reference(
-    name: str, shape: tuple[int, ...], spec: CouplingSpec, gathers: bool, device: torch.device
-) -> None:
-    """Values and gradients, of one tensor alone and of all, and without a gradient, where the inverse is one pass."""
-    inputs, index = drawn(name, shape, spec, gathers, device)
-    for wanted in ([], *([at] for at in range(len(inputs))), [*range(len(inputs))]):
-        results = []
-        for home in (functional, reference):
-            leaves = [value.detach().requires_grad_(at in wanted) for at, value in enumerate(inputs)]
-            outputs = getattr(home, name)(*leaves, spec, *index)
-            results.append([*outputs])
-            if wanted:
-                value = outputs[0].square().sum() + outputs[1].sin().sum()
-                results[-1] += torch.autograd.grad(value, [leaves[at] for at in wanted])
-        for actual, expected in zip(*results, strict=True):
-            assert_close(actual, expected, condition=CONDITION * max(1, inputs[0].numel()))

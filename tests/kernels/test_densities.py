@@ -144,29 +144,3 @@ def test_derivatives_of_checkerboards(shape: tuple[int, ...], both: bool, device
         values = x.detach()
         assert torch.equal(torch.func.jvp(move, (values,), (values.sin(),))[1], expected(values.sin(), 1, both))
         assert torch.equal(torch.func.vmap(move)(values[None]), expected(values, 1, both)[None])
-
-
-# ---- The functions over them ----
-
-
-@pairs(
-    option("name", ["gaussian_log_prob", "gaussian_sample"]),
-    option("shape", [(3, 4), (2, 4, 5), (2, 6, 3, 2), (2, 2, 3, 1, 2), (0, 4, 3, 2)]),
-    option("rows", [None, 1, 0]),
-)
-def test_functions_equal_the_reference(
-    name: str, shape: tuple[int, ...], rows: int | None, device: torch.device
-) -> None:
-    """Mean and log_sd of the full shape, of one per channel, or of one per sample and channel: gradients sum back."""
-    column = (shape[0] if rows == 0 else 1, shape[1], *[1] * (len(shape) - 2))
-    given = [shape, *[shape if rows is None else column] * 2]
-    inputs = [torch.randn(size, dtype=float64, device=device) for size in given]
-    results = []
-    for home in (functional, reference):
-        leaves = [value.clone().requires_grad_() for value in inputs]
-        out = getattr(home, name)(*leaves)
-        with torch.no_grad():
-            plain = getattr(home, name)(*inputs)
-        results.append([out, plain, *torch.autograd.grad(out.square().sum(), leaves)])
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, condition=1000.0 * max(1, inputs[0].numel()))

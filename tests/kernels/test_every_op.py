@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.captures import is_factorisation
+from support.covering import pairs
 from support.helpers import assert_close
 from support.kernel_cases import (
     SPECS,
@@ -18,7 +19,9 @@ from support.kernel_cases import (
     Kernels,
     assert_bits_do_not_depend_on_threads,
     codes,
+    gathers,
     laid_out,
+    option,
 )
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, nn
@@ -35,6 +38,7 @@ SPEC = CouplingSpec()
 FORWARD, BACKWARD = codes(SPEC, False), codes(SPEC)
 SHAPE = (2, 4, 6, 5)
 CHAIN = ChainSpec((Activation("silu"),), ((1, 1), (2, 1)))
+COUPLINGS = ("coupling", "coupling_inverse", "coupling_mix", "coupling_mix_inverse")
 
 
 def drawn(*shape: int) -> Tensor:
@@ -274,6 +278,53 @@ def test_elements_beyond_32_bits(case: str) -> None:
         for actual, exact in zip(*([r] if isinstance(r, Tensor) else r for r in (found, expected)), strict=True):
             if not (case.startswith("net_chain") and actual.dim() == 1):  # of what is kept a margin is nobody's
                 assert_close(actual.float(), exact.float(), condition=2.0)
+
+
+# ---- The functions over the ops ----
+
+
+def squared(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale map that no kernel knows: s = raw^2 + 1."""
+    scale = raw.square() + 1.0
+    return scale, scale.log()
+
+
+@pairs(
+    option("name", ["channel_mix", "channel_unmix", *COUPLINGS, "gaussian_log_prob", "gaussian_sample"]),
+    option("shape", [(3, 4), (2, 4, 5), (2, 6, 3, 2), (2, 2, 3, 1, 2), (0, 4, 3, 2)]),
+    option("spec", [*SPECS, CouplingSpec(scale_map=squared)]),
+    gathers,
+    option("rows", [None, 1, 0]),
+)
+def test_functions_equal_the_reference(
+    name: str, shape: tuple[int, ...], spec: CouplingSpec, gathers: bool, rows: int | None, device: torch.device
+) -> None:
+    """Values and gradients, of one tensor alone and of all, and without a gradient, where an inverse is one pass.
+
+    Mean and log_sd are of the full shape, of one per channel, or of one per sample and channel: gradients sum back.
+    """
+    kernels, others = Kernels(None, str(device)), tuple[object, ...]()
+    inputs = [kernels.randn(shape, torch.float64)]
+    if name.startswith("gaussian"):
+        column = (shape[0] if rows == 0 else 1, shape[1], *[1] * (len(shape) - 2))
+        inputs += [kernels.randn(shape if rows is None else column, torch.float64) for _ in range(2)]
+    if name in COUPLINGS:
+        inputs.append(kernels.net_out(shape, spec, torch.float64))
+        others = (spec,)
+    if "mix" in name:
+        *channel_map, index = kernels.channel_map(shape[1], torch.float64, gathers)
+        inputs, others = [*inputs, *channel_map], (*others, index)
+    for wanted in ([], *([at] for at in range(len(inputs))), [*range(len(inputs))]):
+        results = []
+        for home in (functional, reference):
+            leaves = [value.detach().requires_grad_(at in wanted) for at, value in enumerate(inputs)]
+            found = getattr(home, name)(*leaves, *others)
+            outputs = [found] if isinstance(found, Tensor) else [*found]
+            value = sum(part.square().sum() + part.sin().sum() for part in outputs)
+            gradients = torch.autograd.grad(value, [leaves[at] for at in wanted]) if wanted else ()
+            results.append([*outputs, *gradients])
+        for actual, expected in zip(*results, strict=True):
+            assert_close(actual, expected, condition=1000.0 * max(1, inputs[0].numel()))
 
 
 # ---- torch's machinery ----

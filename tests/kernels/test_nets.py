@@ -26,10 +26,9 @@ from support.net_chains import (
     results,
     rounded_chain,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyglow_fast import _backend, functional, ops, reference
-from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
 from pyglow_fast.reference import ACTIVATIONS, Activation, ChainSpec
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
@@ -166,7 +165,7 @@ def test_the_checks_reject_what_is_wrong(precision: str) -> None:
         wrong[index] = value * (1.0 + 2.0 * SLACK[precision] * ROUNDING[precision] * (1.0 + roundings[index]))
         with pytest.raises(AssertionError, match=f"result {index}: relative error"):
             assert_errors(wrong, exact, roundings, precision)
-    spec, numbers, exact, rounded = whole(0, CHUNKED[0])
+    spec, numbers, exact, rounded = whole(0, shape_of(3, (9, 6), (3, 10, 4), (3, 3), (3, 3)))
     turned = numbers._replace(weights=[value.flip(2) for value in numbers.weights])
     assert not torch.equal(results(reference.net_chain, spec, turned)[0], exact[0])
     assert any(not torch.equal(one, other) for one, other in zip(*whole(0)[2:], strict=True)), "nothing is rounded"
@@ -231,78 +230,6 @@ def test_half_rounds_what_is_multiplied_and_stored() -> None:
         strict=True,
     ):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-# ---- Chunks, and nets without autograd ----
-
-
-class ChainNet(nn.Module):
-    """A chain as a net of its own, which states its halo."""
-
-    def __init__(self, spec: ChainSpec, numbers: Numbers) -> None:
-        super().__init__()
-        self.spec = spec
-        self.weights = nn.ParameterList([value.clone() for value in numbers.weights])
-        self.biases = nn.ParameterList([value.clone() for value in numbers.biases])
-        self.log_gain = None if numbers.log_gain is None else nn.Parameter(numbers.log_gain.clone())
-        pairs = zip(numbers.weights, spec.dilations, strict=True)
-        self.halo = sum(weight.shape[2] // 2 * dilation[0] for weight, dilation in pairs)
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        return functional.net_chain(x, [*self.weights], [*self.biases], self.spec, self.log_gain, cond)
-
-    @property
-    def all(self) -> list[Tensor]:
-        """In the order of a chain's results."""
-        return [*([] if self.log_gain is None else [self.log_gain]), *self.weights, *self.biases]
-
-
-CHUNKED = [
-    shape_of(3, (9, 6), (3, 10, 4), (3, 3), (3, 3)),
-    shape_of(2, (31,), (2, 5, 7, 3), (5,), (1,), (7,), dilation=2),
-    shape_of(2, (6, 3, 4), (4, 3, 6), (3, 1, 3), (3, 3, 1)),
-    shape_of(4, (12, 5), (2, 40, 40, 2), (1, 3), (1, 1), (5, 1)),
-]
-
-
-def in_chunks(net: ChainNet, numbers: Numbers, budget: int) -> list[Tensor]:
-    """The results of a chain in chunks."""
-    plan = plan_chunks(
-        net, numbers.x.shape, numbers.x.element_size(), budget, cond_channels=int(numbers.cond is not None)
-    )
-    assert plan[0].whole == (budget > 1)
-    out = run_net(plain_call(net), numbers.x, numbers.cond, plan)
-    recomputed = torch.zeros_like(out)
-
-    def consume(part: Tensor, chunk: Chunk) -> Tensor:
-        chunk.outputs(recomputed).copy_(part)
-        return chunk.outputs(numbers.grad)
-
-    grad_x, grad_cond, grads = run_net_backward(plain_call(net), numbers.x, numbers.cond, plan, consume, net.all)
-    assert torch.equal(recomputed, out)
-    return [out, *[value for value in (grad_x, grad_cond, *grads) if value is not None]]
-
-
-@pytest.mark.parametrize("budget", [1, 2**40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=case_name)
-@pytest.mark.parametrize("given", CHUNKED, ids=lambda shape: case_name(shape.spatial))
-def test_chunks_to_the_bit(given: Shape, dtype: torch.dtype, budget: int) -> None:
-    spec, numbers, exact, _ = whole(1, given)
-    got = in_chunks(ChainNet(spec, numbers.to(dtype)), numbers.to(dtype), budget)
-    for actual, expected in zip(got, exact, strict=True):
-        assert torch.equal(actual.double(), expected)
-
-
-@pytest.mark.parametrize("given", CHUNKED, ids=lambda shape: case_name(shape.spatial))
-def test_chunks_in_half(given: Shape) -> None:
-    """The same values; gradients of a pixel of which chunks have a part each are rounded by parts."""
-    spec, numbers, _, rounded = whole(1, given)
-    numbers = numbers.to(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, *grads = in_chunks(ChainNet(spec, numbers), numbers, 1)
-    assert torch.equal(out.double(), rounded[0])
-    for error in relative_errors(grads, rounded[1:]):
-        assert error < 4 * len(spec.dilations) * ROUNDING["half"]
 
 
 # ---- Forms ----
