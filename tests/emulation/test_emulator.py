@@ -5,16 +5,14 @@ The values of all kernels, and that nothing beside an output is written, are the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support.covering import pairs
 from support.emulator import EmulatedOps, Room
 from support.inverse_cases import assert_inverses, rotations
-from support.kernel_cases import Case, Kernels, codes, dtypes, laid_out, layouts, option, same_values, shapes
+from support.kernel_cases import Case, Kernels, codes, dtypes, laid_out, option, same_values
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, float64
 
@@ -29,57 +27,66 @@ def kernels(_library: Path) -> Kernels:
     return Kernels(EmulatedOps(_library))
 
 
-def check_maps(case: Case) -> None:
-    """Channel maps by a matrix and by a gather, against the reference."""
-    for matrix, offset, index in case.maps:
-        case.kernels.check("channel_mix", case.x, matrix, offset, True, 0, index)
-        arguments = (case.x, case.grad, matrix, offset, case.added, False, index)
-        case.kernels.check("channel_mix_backward", *arguments)
-
-
-def check_couplings(case: Case, maps: Sequence[Any]) -> None:
-    """Couplings alone and in one pass with these maps, against the reference."""
-    inputs = (case.x, case.net_out, case.grad, case.grad_log_det)
-    for inverse in (False, True):
-        case.kernels.check("coupling", *inputs[:2], *codes(case.spec, inverse), condition=100.0)
-        case.kernels.check("coupling_backward", *inputs, *codes(case.spec, inverse), True, condition=100.0)
-        for matrix, offset, index in maps:
-            arguments = (*inputs[:2], matrix, offset, *codes(case.spec, inverse), index)
-            case.kernels.check("coupling_mix", *arguments, condition=100.0)
-    for matrix, offset, index in maps:
-        arguments = (*inputs, matrix, *codes(case.spec), case.added, index)
-        case.kernels.check("coupling_mix_backward", *arguments, condition=100.0)
-        arguments = (*inputs, matrix, offset, *codes(case.spec), index)
-        case.kernels.check("step_backward", *arguments, condition=100.0)
-
-
-def check_densities(case: Case) -> None:
-    values = (case.x, case.grad, 0.5 * case.grad)
-    case.kernels.check("gaussian_log_prob", *values, condition=1000.0)
-    case.kernels.check("gaussian_log_prob_backward", *values, case.grad_log_det, condition=1000.0)
-    case.kernels.check("gaussian_sample", *values)
-
-
 # ---- Grids ----
 
 
-@pairs(dtypes, shapes, layouts)
-def test_wide_tiles(kernels: Kernels, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    """Small grids are cut further for a large GPU, as everywhere else here; not for one of a single multiprocessor."""
-    kernels.home.multiprocessors = 1
-    case = Case(kernels, shape, dtype, SPEC).in_layout(layout)
-    check_maps(case)
-    check_couplings(case, case.maps[:1])
+# Vector path and tail; one block and several; several groups and chunks of channels; one sample to several tiles and
+# several samples to a tile; patches of nets' halves of 2, 6, 8 and 38 channels; two splits of the positions; matrices
+# that are inverted in scratch memory.
+GRIDS = [(1, 3, 1, 5), (2, 4, 4, 4), (2, 4, 3, 5), (1, 12, 12, 15), (3, 37, 2, 2), (1, 70, 2, 4), (2, 6, 4, 11)]
+GRIDS += [(3, 16, 4, 5), (1, 76, 2, 4), (5, 6, 15, 16), (5, 6, 1, 241), (90, 2, 1, 1), (1, 6, 28, 43), (1, 80, 2, 4)]
+
+
+@pairs(
+    dtypes,
+    option("shape", GRIDS),
+    option("spec", [SPEC, ADDITIVE, CouplingSpec(order="scale_shift")]),
+    option(
+        "layout", ["contiguous", "channels_last", "channels_last_slice", "ragged_samples", "strided", "batch_innermost"]
+    ),
+    option("net_layout", ["contiguous", "channels_last"]),
+    option("net", [None, torch.bfloat16, torch.float16]),
+    option("multiprocessors", [1, 132]),
+)
+def test_small_grids(
+    kernels: Kernels,
+    shape: tuple[int, ...],
+    spec: CouplingSpec,
+    layout: str,
+    net_layout: str,
+    net: torch.dtype | None,
+    multiprocessors: int,
+    dtype: torch.dtype,
+) -> None:
+    """Every kernel, and where there are channels for it squeezed. Small ones are cut further for a large GPU.
+
+    The sanitizers watch these, in the order of threads that shows missing barriers.
+    """
+    kernels.home.multiprocessors, kernels.home.seed = multiprocessors, 3
+    case = Case(kernels, shape, dtype, spec).in_layout(layout)
+    net_out = case.net_out if net is None or dtype == float64 else case.net_out.to(net)
+    case = case.replaced(net_out=laid_out(net_out.contiguous(), net_layout))
+    case.check_maps()
+    case.check_couplings()
+    case.check_densities()
+    if shape[1] % 4 == 0:
+        image = kernels.randn((shape[0], shape[1] // 4, 2 * shape[2], 2 * shape[3]), dtype, layout)
+        for matrix, offset, index in case.maps:
+            kernels.check("channel_mix", image, matrix, offset, False, 1, index)
+            kernels.check("channel_mix", case.x, matrix, offset, True, 2, index)
+            kernels.check("channel_mix_backward", image, case.grad, matrix, None, case.added, True, index)
+    matrices = rotations(3, shape[1]).to(dtype)
+    assert_inverses(matrices, *kernels("invert_matrices", matrices))
 
 
 @pytest.mark.parametrize("shape", [(2600, 2, 1), (1, 1, 300_000), (2600, 1, 3), (2, 2600, 3)], ids=str)
 def test_more_work_than_blocks(kernels: Kernels, shape: tuple[int, ...]) -> None:
     """Grids are limited, so blocks loop; the sums of many positions are split."""
     case = Case(kernels, shape, float32, SPEC)
-    check_densities(case)
+    case.check_densities()
     if shape[1] < 100:
-        check_maps(case)
-        check_couplings(case, case.maps)
+        case.check_maps()
+        case.check_couplings()
 
 
 def test_more_tiles_than_blocks(kernels: Kernels) -> None:
@@ -98,17 +105,17 @@ def test_many_channels(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dt
     splits; of 1450 it is one split, which writes the result.
     """
     case = Case(kernels, shape, dtype, SPEC)
-    check_maps(case)
+    case.check_maps()
     if shape[1] == 768:
-        check_couplings(case, case.maps[:1])
+        case.check_couplings(case.maps[:1])
 
 
 @pytest.mark.parametrize("channels", [4, 16, 32, 128])
 def test_shared_memory_of_the_widest_tiles(kernels: Kernels, channels: int) -> None:
     """No whole vectors, gradients in two parts, tiles enough for a large GPU: more than 48 KB would be refused."""
     case = Case(kernels, (1, channels, 263 * 256 + 1 if channels == 32 else 70_001 // channels), float32, ADDITIVE)
-    check_maps(case)
-    check_couplings(case, case.maps[:1])
+    case.check_maps()
+    case.check_couplings(case.maps[:1])
 
 
 # Samples in one tile, tiles in one sample, samples that end within tiles; and more tiles than blocks, so that blocks
@@ -163,6 +170,53 @@ def test_more_matrices_than_blocks_and_than_scratch_memory(kernels: Kernels) -> 
     matrices = rotations(1, 96).float() * torch.arange(1.0, 231.0)[:, None, None]
     inverses, log_dets = kernels("invert_matrices", matrices)
     assert_inverses(matrices[225:], inverses[225:], log_dets[225:])
+
+
+# ---- Folded maps ----
+
+
+def folded(factors: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The channel maps of convolutions in LU factors, as csrc/core.h describes them."""
+    permutation, lower, upper, log_diag, sign_diag, log_scale, bias = (torch.stack(part) for part in factors)
+    ones = torch.eye(lower.shape[-1], dtype=lower.dtype)
+    upper = upper.triu(1) + (sign_diag * log_diag.exp()).diag_embed()
+    product = (lower.tril(-1) + ones) @ upper
+    matrices = torch.stack([rows[order] for rows, order in zip(product, permutation, strict=True)])
+    matrices = matrices * log_scale.exp().unsqueeze(1)
+    offsets = (matrices @ bias.unsqueeze(-1)).squeeze(-1)
+    return matrices, offsets, log_diag.sum(1) + log_scale.sum(1)
+
+
+def assert_rounded_once(actual: Tensor, truth: Tensor) -> None:
+    """Relative to the largest value; in float64 the sums of the truth are rounded, too."""
+    truth = truth.detach()
+    roundings = 2 if actual.dtype == torch.float32 else 64 * truth.shape[-1]
+    error = (actual.double() - truth).abs().max() / truth.abs().max().clamp(min=1.0)
+    assert float(error) <= roundings * torch.finfo(actual.dtype).eps
+
+
+@dtypes
+@pytest.mark.parametrize(("count", "channels"), [(2, 1), (3, 12), (1, 70), (130, 2), (1, 300)])
+def test_folded_maps(kernels: Kernels, count: int, channels: int, dtype: torch.dtype) -> None:
+    """More maps than a launch takes, more channels than a block has threads; and the gradients of all factors."""
+    size = channels, channels
+
+    def drawn(*shape: int) -> list[Tensor]:
+        return [torch.randn(shape, dtype=dtype) / channels**0.5 for _ in range(count)]
+
+    orders, signs = [torch.randperm(channels) for _ in range(count)], [torch.randn(channels).sign().to(dtype)] * count
+    factors = [orders, drawn(*size), drawn(*size), drawn(channels), signs, drawn(channels), drawn(channels)]
+    exact = [[part.double() if part.is_floating_point() else part for part in parts] for parts in factors]
+    leaves = [part.requires_grad_() for i in (1, 2, 3, 5, 6) for part in exact[i]]
+    expected = folded(exact)
+    found = kernels.home.fold(factors)
+    for actual, truth in zip(found, expected, strict=True):
+        assert_rounded_once(actual, truth)
+    grads = [torch.randn_like(part) for part in found]
+    wanted = torch.autograd.grad(expected, leaves, [grad.double() for grad in grads])
+    gradients = kernels.home.fold_backward(factors, grads)
+    for actual, first in zip(gradients, range(0, len(wanted), count), strict=True):
+        assert_rounded_once(actual, torch.stack(wanted[first : first + count]))
 
 
 # ---- The order of threads ----

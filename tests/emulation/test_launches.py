@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.emulator import EmulatedOps, Launch
+from support.kernel_cases import Case, Kernels
+from torch import Tensor
 
 from bench.cases import SHAPES
 from pyglow_fast import ops
@@ -21,36 +24,18 @@ FORWARD = ops.coupling_arguments(CouplingSpec(), inverse=False)
 BACKWARD = (*FORWARD[:2], *FORWARD[3:])
 
 
-def launches_of_ops(emulator: EmulatedOps, shape: tuple[int, ...]) -> dict[str, list[Launch]]:
-    """What each op launches by its name, float32 and contiguous, for a state (N, C, H, W); nothing runs."""
-    n, c, p = shape[0], shape[1], math.prod(shape[2:])
-    x = torch.empty(n, c, p)
-    images = torch.empty(n, c // 4, *(2 * size for size in shape[2:]))
-    matrix, offset, log_det = torch.empty(c, c), torch.empty(c), torch.empty(n)
-    index = torch.arange(c)
-    calls = {
-        "channel_mix": lambda: emulator.channel_mix(x, matrix, offset),
-        "channel_mix of squeeze(x)": lambda: emulator.channel_mix(images, matrix, offset, False, 1),
-        "channel_mix_backward": lambda: emulator.channel_mix_backward(x, x, matrix),
-        "coupling": lambda: emulator.coupling(x, x, *FORWARD),
-        "coupling_backward": lambda: emulator.coupling_backward(x, x, x, log_det, *FORWARD, True),
-        "coupling_mix": lambda: emulator.coupling_mix(x, x, matrix, offset, *FORWARD),
-        "coupling_mix_backward": lambda: emulator.coupling_mix_backward(x, x, x, log_det, matrix, *BACKWARD, None),
-        "step_backward": lambda: emulator.step_backward(x, x, x, log_det, matrix, offset, *BACKWARD),
-        "gather": lambda: emulator.coupling_mix(x, x, offset, offset, *FORWARD, index),
-        "gather_backward": lambda: emulator.coupling_mix_backward(x, x, x, log_det, offset, *BACKWARD, None, index),
-        "step_gather_backward": lambda: emulator.step_backward(x, x, x, log_det, offset, offset, *BACKWARD, index),
-        "gaussian_log_prob": lambda: emulator.gaussian_log_prob(x, x, x),
-        "gaussian_log_prob_backward": lambda: emulator.gaussian_log_prob_backward(x, x, x, log_det),
-        "gaussian_sample": lambda: emulator.gaussian_sample(x, x, x),
-    }
-    launches = {}
-    emulator.only_recorded = True
-    for name, call in calls.items():
-        call()
-        launches[name] = emulator.launches()
-    emulator.only_recorded = False
-    return launches
+class Recorded(Kernels):
+    """Ops of which none runs: what each would launch, by its name."""
+
+    def __init__(self, home: EmulatedOps) -> None:
+        super().__init__(home)
+        home.only_recorded = True
+        self.launches: list[tuple[str, Launch]] = []
+
+    def __call__(self, name: str, *arguments: Any) -> list[Tensor]:
+        found = super().__call__(name, *arguments)
+        self.launches += [(name, launch) for launch in self.home.launches()]
+        return found
 
 
 @pytest.fixture
@@ -78,14 +63,18 @@ def test_kernels_occupy_a_large_gpu(emulator: EmulatedOps, shape: tuple[int, ...
 
     Where more than half have a block, cutting each in two would leave one multiprocessor with both.
     """
-    for op, launches in launches_of_ops(emulator, shape).items():
-        for launch in launches:
-            if launch.kernel in SECOND_STAGES:
-                continue
-            threads = math.prod(launch.threads)
-            spread = launch.blocks > MULTIPROCESSORS // 2 and threads >= 64
-            transformed = math.prod(shape) // (2 if launch.kernel.startswith("coupling") else 1)
-            assert spread or launch.blocks * threads * 4 >= transformed, f"{op}: {launch}"
+    kernels = Recorded(emulator)
+    case = Case(kernels, shape, torch.float32, CouplingSpec())
+    case.of_all()
+    images = torch.empty(shape[0], shape[1] // 4, *(2 * size for size in shape[2:]))
+    kernels("channel_mix", images, *case.maps[0][:2], False, ops.SQUEEZE_CODES["input"])
+    for op, launch in kernels.launches:
+        if launch.kernel in SECOND_STAGES:
+            continue
+        threads = math.prod(launch.threads)
+        spread = launch.blocks > MULTIPROCESSORS // 2 and threads >= 64
+        transformed = math.prod(shape) // (2 if launch.kernel.startswith("coupling") else 1)
+        assert spread or launch.blocks * threads * 4 >= transformed, f"{op}: {launch}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

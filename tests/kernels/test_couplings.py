@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
@@ -32,21 +31,6 @@ AFFINE = [spec for spec in SPECS if spec.coupling == "affine"]
 # Of the net's output beside a state that is contiguous, and of both.
 net_layouts = option("net_layout", ["same", "contiguous", "channels_last", "channels_last_slice"])
 directions = option("inverse", [False, True])
-# By how much 1/s amplifies an error here: up to about 20.
-CONDITION = 100.0
-
-
-class Drawn:
-    """The inputs of one case."""
-
-    def __init__(
-        self, kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec, layout: str, net: str
-    ) -> None:
-        self.x, self.grad = (kernels.randn(shape, dtype, layout) for _ in range(2))
-        self.net_out = kernels.net_out(shape, spec, dtype, layout if net == "same" else net)
-        # As a sum's gradient comes, one number that repeats, or each its own.
-        weight = kernels.randn((shape[0],), dtype)
-        self.grad_log_det = weight[:1].expand(shape[0]) if layout == "batch_innermost" and shape[0] else weight
 
 
 @pairs(
@@ -55,7 +39,6 @@ class Drawn:
     specs,
     layouts,
     net_layouts,
-    directions,
     gathers,
     option("added", [None, "contiguous", "same", "channels_last", "offset", "ragged_samples"]),
 )
@@ -65,7 +48,6 @@ def test_every_pass(
     spec: CouplingSpec,
     layout: str,
     net_layout: str,
-    inverse: bool,
     gathers: bool,
     added: str | None,
     dtype: torch.dtype,
@@ -74,21 +56,18 @@ def test_every_pass(
 
     Those back are from the input of the pass forward, and from the output of a step.
     """
-    case = Drawn(kernels, shape, dtype, spec, layout, net_layout)
-    check = functools.partial(kernels.check, condition=CONDITION)
-    state, inputs = (case.x, case.net_out), (case.x, case.net_out, case.grad, case.grad_log_det)
-    check("coupling", *state, *codes(spec, inverse))
-    grads = check("coupling_backward", *inputs, *codes(spec, inverse), True)
-    alone = kernels("coupling_backward", *inputs, *codes(spec, inverse), False)
+    case = Case(kernels, shape, dtype, spec).in_layout(layout)
+    if net_layout != "same":
+        case = case.replaced(net_out=laid_out(case.net_out, net_layout))
+    if added != "same":
+        case = case.replaced(added=None if added is None else laid_out(case.added, added))
+    if layout == "batch_innermost" and shape[0]:  # as a sum's gradient comes, one number that repeats
+        case = case.replaced(grad_log_det=case.grad_log_det[:1].expand(shape[0]))
+    case.check_couplings(case.maps[int(gathers) :][:1])
+    inputs = (case.x, case.net_out, case.grad, case.grad_log_det, *codes(spec, gathers))
+    grads, alone = (kernels("coupling_backward", *inputs, want) for want in (True, False))
     assert all(map(torch.equal, alone[:2], grads[:2]))
     assert alone[2].numel() == 0
-
-    matrix, offset, index = kernels.channel_map(shape[1], dtype, gathers)
-    first = (shape[0], shape[1] // 2, *shape[2:])
-    part = None if added is None else kernels.randn(first, dtype, layout if added == "same" else added)
-    check("coupling_mix", *state, matrix, offset, *codes(spec, inverse), index)
-    check("coupling_mix_backward", *inputs, matrix, *codes(spec), part, index)
-    check("step_backward", *inputs, matrix, offset, *codes(spec), index)
 
 
 # (N, C, H, W): C2 of 2, 6, 10, 12, 24, 48 and 76, in fours and not; one tile and several, ragged ones, samples within a
@@ -114,24 +93,10 @@ def test_channels_last_nets(
         net_out = kernels.net_out((shape[0], 2 * (shape[1] - kept), *shape[2:]), spec, dtype)
     for layout in ("channels_last", "channels_last_slice"):
         narrow = laid_out(net_out.to(net_dtype), layout)
-        inputs = (case.x, narrow, case.grad, case.grad_log_det)
-        results = [
-            kernels.check("coupling", *inputs[:2], *codes(spec, False), condition=CONDITION),
-            kernels.check("coupling_backward", *inputs, *codes(spec, False), True, condition=CONDITION)[1:2],
-        ]
-        for matrix, offset, index in case.maps:
-            backward = (*inputs, matrix, *codes(spec), laid_out(case.added, layout), index)
-            mixed = kernels.check("coupling_mix_backward", *backward, condition=CONDITION)
-            step = (*inputs, matrix, offset, *codes(spec), index)
-            undone = kernels.check("step_backward", *step, condition=CONDITION)
-            arguments = (*inputs[:2], matrix, offset, *codes(spec, True), index)
-            kernels.check("coupling_mix", *arguments, condition=CONDITION)
-            results += [mixed[1:2], undone[2:]]
-        for *_, grad in results[1:]:
+        as_narrow = narrow.is_contiguous(memory_format=torch.channels_last)
+        for grad in case.replaced(net_out=narrow, added=laid_out(case.added, layout)).check_couplings():
             assert grad.dtype == net_dtype
-            assert grad.is_contiguous(memory_format=torch.channels_last) == narrow.is_contiguous(
-                memory_format=torch.channels_last
-            )
+            assert grad.is_contiguous(memory_format=torch.channels_last) == as_narrow
 
 
 @pairs(option("half", HALVES), specs, option("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 20)]), layouts)

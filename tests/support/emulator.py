@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from pyglow_fast import ops
 from support.machine import made_once
 from support.toolchain import CUDA_SOURCES, EMULATION, build
 
+EMULATED = [*CUDA_SOURCES, EMULATION / "driver.cpp"]
+GIVEN = "PYGLOW_EMULATED"  # names a library that has been built with other flags
 NET_TYPES = {torch.bfloat16: 1, torch.float16: 2}  # NetType of csrc/math/kinds.h; the state's own type: 0
 GUARD = 64  # elements before and behind an output that must stay as they are
 # The integer type of each dtype, and the bits of a NaN that no arithmetic makes: outputs start with them.
@@ -34,39 +37,19 @@ UNWRITTEN = {
 }
 
 
-def _numbers(type_: Any, *names: str) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, type_) for name in names)
+def _struct(*members: Any) -> Any:
+    """The members one after the other, laid out as a compiler does a structure of them."""
+    return _layout(*map(type, members))(*members)
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = (*_numbers(ctypes.c_void_p, "data"), *_numbers(ctypes.c_int64, "sample", "channel", "position"))
+@functools.cache
+def _layout(*types: Any) -> Any:
+    fields = [(f"member_{i}", type_) for i, type_ in enumerate(types)]
+    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
 
 
-class _Image(ctypes.Structure):
-    _fields_ = (("tensor", _Tensor), *_numbers(ctypes.c_int64, "width", "row"))
-
-
-class _Net(ctypes.Structure):
-    _fields_ = (("tensor", _Tensor), ("type", ctypes.c_int))
-
-
-class _Sizes(ctypes.Structure):
-    _fields_ = _numbers(ctypes.c_int64, "samples", "channels", "transformed", "positions")
-
-
-class _Variant(ctypes.Structure):
-    _fields_ = (
-        *_numbers(ctypes.c_int, "map", "order", "inverse"),
-        *_numbers(ctypes.c_double, "bias", "eps", "clamp", "factor"),
-    )
-
-
-class _Map(ctypes.Structure):
-    _fields_ = _numbers(ctypes.c_void_p, "scale", "offset", "center", "index")
-
-
-class _Launch(ctypes.Structure):
-    _fields_ = _numbers(ctypes.c_int64, "kernel", "blocks", "x", "y", "dynamic_bytes")
+def _integers(*values: int) -> tuple[ctypes.c_int64, ...]:
+    return tuple(map(ctypes.c_int64, values))
 
 
 class Launch(NamedTuple):
@@ -125,27 +108,33 @@ class EmulatedOps:
         self._rooms: list[Room] = []
         self._alive: list[Tensor] = []  # that a call points to
 
-    # ---- Arguments ----
+    # ---- Arguments: members of the structures in csrc/core.h ----
 
-    def _flat(self, x: Tensor) -> Tensor:
-        """(N, C, *spatial) as (N, C, P), without positions where x is empty."""
+    def _flat(self, x: Tensor | None) -> tuple[Any, ...]:
+        """Data and strides of (N, C, *spatial) as (N, C, P), without positions where x is empty."""
+        if x is None:
+            return ctypes.c_void_p(None), *_integers(0, 0, 0)
         flat = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
         flat = flat if x.numel() else flat[..., :0]
         self._alive.append(flat)
-        return flat
+        return ctypes.c_void_p(flat.data_ptr()), *_integers(*flat.stride())
 
-    def _view(self, x: Tensor | None) -> _Tensor:
-        return _Tensor(None, 0, 0, 0) if x is None else _Tensor((flat := self._flat(x)).data_ptr(), *flat.stride())
+    def _view(self, x: Tensor | None) -> Any:
+        """Strided."""
+        return _struct(*self._flat(x))
 
-    def _image(self, x: Tensor, squeezed: bool) -> _Image:
-        """A state as it is, or images (N, C / 4, 2 H, 2 W) as the squeezed (N, C, H W)."""
+    def _image(self, x: Tensor, squeezed: bool) -> Any:
+        """Squeezed: a state as it is, or images (N, C / 4, 2 H, 2 W) as the squeezed (N, C, H W)."""
         if not squeezed:
-            return _Image(self._view(x), 0, 0)
+            return _struct(self._view(x), *_integers(0, 0))
         sample, channel, row, position = x.stride()
-        return _Image(_Tensor(x.data_ptr(), sample, channel, position), x.shape[3] // 2, row)
+        view = _struct(ctypes.c_void_p(x.data_ptr()), *_integers(sample, channel, position))
+        return _struct(view, *_integers(x.shape[3] // 2, row))
 
-    def _net(self, x: Tensor | None) -> _Net:
-        return _Net(self._view(x), 0 if x is None else NET_TYPES.get(x.dtype, 0))
+    def _net(self, x: Tensor | None) -> Any:
+        """NetTensor."""
+        data, *strides = self._flat(x)
+        return _struct(data, ctypes.c_int(0 if x is None else NET_TYPES.get(x.dtype, 0)), *strides)
 
     def _pointer(self, x: Tensor | None) -> ctypes.c_void_p:
         if x is None:
@@ -153,11 +142,13 @@ class EmulatedOps:
         self._alive.append(x.contiguous())
         return ctypes.c_void_p(self._alive[-1].data_ptr())
 
-    def _map(self, scale: Tensor, index: Tensor, offset: Tensor | None, center: Tensor | None) -> _Map:
-        return _Map(*(self._pointer(value) for value in (scale, offset, center, index)))
+    def _map(self, scale: Tensor, index: Tensor, offset: Tensor | None, center: Tensor | None) -> Any:
+        """Gather."""
+        return _struct(*(self._pointer(value) for value in (scale, offset, center, index)))
 
-    def _split(self, grad: Tensor, added: Tensor | None) -> tuple[Any, ...]:
-        return self._view(grad), self._view(added), ctypes.c_int64(0 if added is None else added.shape[1])
+    def _split(self, grad: Tensor, added: Tensor | None) -> Any:
+        """SplitGrad."""
+        return _struct(self._view(grad), self._view(added), *_integers(0 if added is None else added.shape[1]))
 
     def _like(self, x: Tensor, shape: Sequence[int] | None = None, of_net: bool = False) -> Tensor:
         """Room for an output that goes with x."""
@@ -170,15 +161,15 @@ class EmulatedOps:
         self._rooms.append(Room(shape, dtype, channels_last))
         return self._rooms[-1].tensor
 
-    def _call(self, name: str, x: Tensor, transformed: int, *arguments: Any) -> None:
-        """Runs an entry point on a state of the shape of x."""
+    def _call(self, name: str, dtype: torch.dtype, *members: Any) -> None:
+        """Runs a kernel on these members of its arguments."""
         function: Callable[..., bytes | None] = getattr(self._library, f"emulated_{name}")
         function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
-        self._library.emulated_only_recorded(ctypes.c_int(self.only_recorded))
-        self._library.emulated_multiprocessors(ctypes.c_int64(self.multiprocessors))
-        n, c, *spatial = x.shape
-        sizes = _Sizes(n, c, transformed, math.prod(spatial) if x.numel() else 0)
-        error = function(ctypes.c_int(x.dtype == torch.float64), ctypes.c_uint(self.seed), sizes, *arguments)
+        settings = ctypes.c_uint(self.seed), ctypes.c_int64(self.multiprocessors), ctypes.c_int(self.only_recorded)
+        self._library.emulated_settings(*settings)
+        arguments = _struct(*members)
+        size = ctypes.c_int64(ctypes.sizeof(arguments))
+        error = function(ctypes.c_int(dtype == torch.float64), ctypes.byref(arguments), size)
         rooms, self._rooms, self._alive = self._rooms, [], []
         if error is not None:
             raise RuntimeError(error.decode())
@@ -191,12 +182,11 @@ class EmulatedOps:
         """What the last call of an op launched, in order."""
         count = self._library.emulated_launches
         count.restype = ctypes.c_int64
-        room = ctypes.c_int64(16)
-        records = (_Launch * room.value)()
-        number = count(records, room)
-        assert number <= room.value, f"{number} launches in one call"
-        names = _kernels(self._path)
-        return [Launch(*names[r.kernel], r.blocks, (r.x, r.y), r.dynamic_bytes) for r in records[:number]]
+        records = torch.empty(16, 5, dtype=torch.int64)
+        number = count(ctypes.c_void_p(records.data_ptr()), ctypes.c_int64(len(records)))
+        assert number <= len(records), f"{number} launches in one call"
+        names, found = _kernels(self._path), records[:number].tolist()
+        return [Launch(*names[kernel], blocks, (x, y), shared) for kernel, blocks, x, y, shared in found]
 
     # ---- The ops ----
 
@@ -211,22 +201,20 @@ class EmulatedOps:
     ) -> Tensor:
         """u = M x + c, or M (x - c)."""
         squeezes, unsqueezes = squeeze == ops.SQUEEZE_CODES["input"], squeeze == ops.SQUEEZE_CODES["output"]
-        if squeezes:
+        shape = None
+        if squeezes or unsqueezes:
             n, c, h, w = x.shape
-            state = u = self._like(x, (n, 4 * c, h // 2, w // 2))
-        elif unsqueezes:
-            n, c, h, w = x.shape
-            state, u = x, self._like(x, (n, c // 4, 2 * h, 2 * w))
-        else:
-            state, u = x, self._like(x)
+            shape = (n, 4 * c, h // 2, w // 2) if squeezes else (n, c // 4, 2 * h, 2 * w)
+        u = self._like(x, shape)
+        state = u if squeezes else x
         images = self._image(x, squeezes), self._image(u, unsqueezes)
         if index is None:
-            arguments = (images[0], self._pointer(matrix), self._pointer(offset), images[1])
-            self._call("channel_mix", state, 0, *arguments, ctypes.c_int(subtract_first))
-            return u
-        added, center = (None, offset) if subtract_first else (offset, None)
-        map_ = self._map(matrix, index, added, center)
-        self._call("gather", state, 0, _Variant(), images[0], self._net(None), map_, images[1], self._pointer(None))
+            inputs = (images[0], self._pointer(matrix), self._pointer(offset))
+            self._call("channel_mix", x.dtype, *inputs, images[1], *_sizes(state), ctypes.c_bool(subtract_first))
+        else:
+            map_ = self._map(matrix, index, *((None, offset) if subtract_first else (offset, None)))
+            outputs = (images[1], self._pointer(None), *_coupled(state, None))
+            self._call("gather", x.dtype, images[0], self._net(None), map_, *outputs)
         return u
 
     def channel_mix_backward(
@@ -240,26 +228,29 @@ class EmulatedOps:
         index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """grad_x, grad_M, grad_c; ``added`` belongs to grad_u."""
-        grad_x, grad_matrix = self._like(x), self._new(matrix.shape, x.dtype)
-        grad_offset = self._new((grad_u.shape[1],), x.dtype)
-        grads, center_pointer = self._split(grad_u, added), self._pointer(center)
-        outputs = (self._image(grad_x, squeeze), *map(self._pointer, (grad_matrix, grad_offset)))
-        image = self._image(x, squeeze)
+        results = self._like(x), self._new(matrix.shape, x.dtype), self._new((grad_u.shape[1],), x.dtype)
+        image, grad_image, sums = self._image(x, squeeze), self._image(results[0], squeeze), results[1:]
+        split = self._split(grad_u, added)
         if index is None:
-            inputs = (image, *grads, self._pointer(matrix), center_pointer)
-            self._call("channel_mix_backward", grad_u, 0, *inputs, *outputs)
+            inputs = (image, split, self._pointer(matrix), self._pointer(center))
+            outputs = (grad_image, *map(self._pointer, sums))
+            self._call("channel_mix_backward", x.dtype, *inputs, *outputs, *_sizes(grad_u))
         else:
-            map_, none = self._map(matrix, index, None, center), self._net(None)
-            inputs = (_Variant(), image, none, *grads, self._pointer(None), map_, outputs[0], none)
-            self._call("gather_backward", grad_u, 0, *inputs, *outputs[1:])
-        return grad_x, grad_matrix, grad_offset
+            inputs = (image, self._net(None), split, self._pointer(None), self._map(matrix, index, None, center))
+            outputs = (grad_image, self._net(None), *map(self._pointer, sums))
+            self._call("gather_backward", x.dtype, *inputs, *outputs, *_coupled(grad_u, None))
+        return results
 
     def coupling(self, x: Tensor, net_out: Tensor, *codes: Any) -> tuple[Tensor, Tensor]:
         """The transformed x and log_det."""
         out, log_det = self._like(x), self._new(x.shape[:1], x.dtype)
-        arguments = (_Variant(*codes), self._view(x), self._net(net_out), self._view(out), self._pointer(log_det))
-        self._call("coupling", x, _transformed(net_out, codes), *arguments)
+        self._call("coupling", x.dtype, *self._coupling(x, net_out, out, log_det, codes))
         return out, log_det
+
+    def _coupling(self, x: Tensor, net_out: Tensor, out: Tensor, log_det: Tensor, codes: Sequence[Any]) -> Any:
+        """CouplingArgs."""
+        outputs = self._view(out), self._pointer(log_det)
+        return self._view(x), self._net(net_out), *outputs, *_coupled(x, net_out, *codes)
 
     def coupling_backward(
         self, out: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, *codes_and_want: Any
@@ -268,10 +259,9 @@ class EmulatedOps:
         *codes, want = codes_and_want
         grad_in, grad_net_out = self._like(out), self._like(net_out, of_net=True)
         recovered = self._like(out) if want else None
-        inputs = (_Variant(*codes), self._view(out), self._net(net_out), self._view(grad_out))
+        inputs = (self._view(out), self._net(net_out), self._view(grad_out), self._pointer(grad_log_det))
         outputs = (self._view(recovered), self._view(grad_in), self._net(grad_net_out))
-        transformed = _transformed(net_out, codes)
-        self._call("coupling_backward", out, transformed, *inputs, self._pointer(grad_log_det), *outputs)
+        self._call("coupling_backward", out.dtype, *inputs, *outputs, *_coupled(out, net_out, *codes))
         return grad_in, grad_net_out, out.new_empty(0) if recovered is None else recovered
 
     def coupling_mix(
@@ -280,14 +270,13 @@ class EmulatedOps:
         """M couple(x) + c, or M (uncouple(x) - c), and the coupling's log_det."""
         codes, index = codes_and_index[:7], (*codes_and_index, None)[7]
         out, log_det = self._like(x), self._new(x.shape[:1], x.dtype)
-        variant, net, transformed = _Variant(*codes), self._net(net_out), _transformed(net_out, codes)
         if index is None:
-            inputs = (variant, self._view(x), net, self._pointer(matrix), self._pointer(offset))
-            self._call("coupling_mix", x, transformed, *inputs, self._view(out), self._pointer(log_det))
+            coupling = _struct(*self._coupling(x, net_out, out, log_det, codes))
+            self._call("coupling_mix", x.dtype, coupling, self._pointer(matrix), self._pointer(offset))
         else:
             map_ = self._map(matrix, index, *((None, offset) if codes[2] else (offset, None)))
-            inputs = (variant, self._image(x, False), net, map_)
-            self._call("gather", x, transformed, *inputs, self._image(out, False), self._pointer(log_det))
+            outputs = (self._image(out, False), self._pointer(log_det), *_coupled(x, net_out, *codes))
+            self._call("gather", x.dtype, self._image(x, False), self._net(net_out), map_, *outputs)
         return out, log_det
 
     def coupling_mix_backward(
@@ -297,17 +286,15 @@ class EmulatedOps:
         (map_code, order, *parameters), (added, index) = rest[:6], (*rest, None)[6:8]
         grads = self._like(x), self._like(net_out, of_net=True)
         sums = self._new(matrix.shape, x.dtype), self._new(x.shape[1:2], x.dtype)
-        variant, net = _Variant(map_code, order, False, *parameters), self._net(net_out)
-        parts, weight = self._split(grad_out, added), self._pointer(grad_log_det)
-        transformed, pointers = _transformed(net_out, rest), tuple(map(self._pointer, sums))
+        inputs: tuple[Any, ...] = (self._net(net_out), self._split(grad_out, added), self._pointer(grad_log_det))
+        outputs = (self._net(grads[1]), *map(self._pointer, sums))
+        kind = _coupled(x, net_out, map_code, order, False, *parameters)
         if index is None:
-            inputs = (variant, self._view(x), net, *parts, weight, self._pointer(matrix))
-            outputs = (self._view(grads[0]), self._net(grads[1]), *pointers)
-            self._call("coupling_mix_backward", x, transformed, *inputs, *outputs)
+            inputs = (self._view(x), *inputs, self._pointer(matrix), self._view(grads[0]))
+            self._call("coupling_mix_backward", x.dtype, *inputs, *outputs, *kind)
         else:
-            inputs = (variant, self._image(x, False), net, *parts, weight, self._map(matrix, index, None, None))
-            outputs = (self._image(grads[0], False), self._net(grads[1]), *pointers)
-            self._call("gather_backward", x, transformed, *inputs, *outputs)
+            inputs = (self._image(x, False), *inputs, self._map(matrix, index, None, None))
+            self._call("gather_backward", x.dtype, *inputs, self._image(grads[0], False), *outputs, *kind)
         return *grads, *sums
 
     def step_backward(
@@ -316,22 +303,22 @@ class EmulatedOps:
         """x = A (uncouple(y) - c), the gradients of uncouple(y) and of the net's output."""
         offset, (map_code, order, *parameters), index = rest[0], rest[1:7], (*rest, None)[7]
         results = self._like(y), self._like(y), self._like(net_out, of_net=True)
-        variant, weight = _Variant(map_code, order, False, *parameters), self._pointer(grad_log_det)
-        inputs = (variant, self._view(y), self._net(net_out), self._view(grad_y), weight)
-        outputs = (self._view(results[0]), self._view(results[1]), self._net(results[2]))
-        transformed = _transformed(net_out, (map_code,))
+        inputs = (self._view(y), self._net(net_out), self._view(grad_y), self._pointer(grad_log_det))
         if index is None:
             maps: tuple[Any, ...] = (self._pointer(matrix), self._pointer(offset))
         else:
             maps = (self._map(matrix, index, None, offset),)
+        outputs = (self._view(results[0]), self._view(results[1]), self._net(results[2]))
         name = "step_backward" if index is None else "step_gather_backward"
-        self._call(name, y, transformed, *inputs, *maps, *outputs)
+        kind = _coupled(y, net_out, map_code, order, False, *parameters)
+        self._call(name, y.dtype, *inputs, *maps, *outputs, *kind)
         return results
 
     def gaussian_log_prob(self, z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
         """log N(z; mean, exp(log_sd)) summed per sample."""
         log_prob = self._new(z.shape[:1], z.dtype)
-        self._call("gaussian_log_prob", z, 0, *map(self._view, (z, mean, log_sd)), self._pointer(log_prob))
+        members = (*map(self._view, (z, mean, log_sd)), self._pointer(log_prob))
+        self._call("gaussian_log_prob", z.dtype, *members, *_sizes(z))
         return log_prob
 
     def gaussian_log_prob_backward(
@@ -340,20 +327,20 @@ class EmulatedOps:
         """Gradients of z, mean and log_sd, each of the full shape."""
         grads = self._like(z), self._like(z), self._like(z)
         inputs = (*map(self._view, (z, mean, log_sd)), self._pointer(grad_log_prob))
-        self._call("gaussian_log_prob_backward", z, 0, *inputs, *map(self._view, grads))
+        self._call("gaussian_log_prob_backward", z.dtype, *inputs, *map(self._view, grads), *_sizes(z))
         return grads
 
     def gaussian_sample(self, noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
         """mean + exp(log_sd) noise."""
         z = self._like(noise)
-        self._call("gaussian_sample", noise, 0, *map(self._view, (noise, mean, log_sd, z)))
+        self._call("gaussian_sample", noise.dtype, *map(self._view, (noise, mean, log_sd, z)), *_sizes(noise))
         return z
 
     def invert_matrices(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of each of (K, C, C) and log|det|."""
         inverses, log_dets = self._new(matrices.shape, matrices.dtype), self._new(matrices.shape[:1], matrices.dtype)
         pointers = map(self._pointer, (matrices, inverses, log_dets))
-        self._call("invert_matrices", matrices, 0, *pointers)
+        self._call("invert_matrices", matrices.dtype, *pointers, *_integers(*matrices.shape[:2]))
         return inverses, log_dets
 
     def fold(self, factors: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -361,7 +348,7 @@ class EmulatedOps:
         like = factors[1][0]
         count, channels = len(factors[0]), like.shape[0]
         found = [self._new(shape, like.dtype) for shape in ((count, channels, channels), (count, channels), (count,))]
-        self._call("fold", like.new_empty(count, channels), 0, self._table(factors), *map(self._pointer, found))
+        self._call("fold", like.dtype, self._factors(factors), *map(self._pointer, found))
         return found[0], found[1], found[2]
 
     def fold_backward(self, factors: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -369,21 +356,39 @@ class EmulatedOps:
         matrices, offsets, _ = grads
         shapes = (matrices.shape, matrices.shape, *[offsets.shape] * 3)
         found = [self._new(shape, matrices.dtype) for shape in shapes]
-        tables = self._table(factors), self._table([grads]), self._table([found])
-        self._call("fold_backward", offsets, 0, *tables)
+        self._call("fold_backward", matrices.dtype, self._factors(factors), *map(self._pointer, (*grads, *found)))
         return found
 
-    def _table(self, tensors: Sequence[Sequence[Tensor]]) -> Any:
-        addresses = [self._pointer(tensor).value for part in tensors for tensor in part]
-        return (ctypes.c_void_p * len(addresses))(*addresses)
+    def _factors(self, factors: Sequence[Sequence[Tensor]]) -> Any:
+        """Factors: a table of addresses for each parameter."""
+        count = len(factors[0])
+        tables = [(ctypes.c_void_p * count)(*(self._pointer(tensor).value for tensor in part)) for part in factors]
+        self._alive += tables
+        pointers = (ctypes.cast(table, ctypes.c_void_p) for table in tables)
+        return _struct(*pointers, *_integers(count, factors[1][0].shape[0]))
 
 
-def _transformed(net_out: Tensor, codes: Sequence[Any]) -> int:
-    """The number of transformed channels."""
-    return net_out.shape[1] // (1 if codes[0] == ops.SCALE_MAP_CODES["none"] else 2)
+def _sizes(state: Tensor) -> tuple[Any, ...]:
+    """The numbers of samples, channels and positions."""
+    n, c, *spatial = state.shape
+    return _integers(n, c, math.prod(spatial) if state.numel() else 0)
+
+
+def _coupled(state: Tensor, net_out: Tensor | None, *codes: Any) -> tuple[Any, ...]:
+    """The sizes with the number of transformed channels, and CouplingKind; without a net no channel is transformed."""
+    map_code, order, inverse, bias, eps, clamp, factor = codes or (0, 0, False, 0.0, 0.0, 1.0, 1.0)
+    samples, channels, positions = _sizes(state)
+    parts = 1 if map_code == ops.SCALE_MAP_CODES["none"] else 2
+    transformed = _integers(0 if net_out is None else net_out.shape[1] // parts)
+    number = ctypes.c_double if state.dtype == torch.float64 else ctypes.c_float
+    parameters = _struct(*map(number, (bias, eps, clamp, factor, math.log(factor))))
+    kind = _struct(ctypes.c_int(map_code), ctypes.c_int(order), ctypes.c_bool(inverse), parameters)
+    return samples, channels, *transformed, positions, kind
 
 
 def library(factory: pytest.TempPathFactory) -> Path:
-    """The CUDA sources compiled for the CPU, once for all workers of a run."""
-    sources, name = [*CUDA_SOURCES, *sorted(EMULATION.glob("driver*.cpp"))], "libemulated.so"
-    return made_once(factory, "emulated", lambda to: build(to / name, sources, "-O1", "-shared")) / name
+    """The CUDA sources compiled for the CPU, once for all workers of a run; or the library of :data:`GIVEN`."""
+    if GIVEN in os.environ:
+        return Path(os.environ[GIVEN])
+    name = "libemulated.so"
+    return made_once(factory, "emulated", lambda to: build(to / name, EMULATED, "-O1", "-shared")) / name

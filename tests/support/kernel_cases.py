@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from support.helpers import assert_close, assert_kernel_close, laid_out
 
 DTYPES = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]
+# By how much 1/s amplifies an error in couplings here: up to about 20.
+CONDITION = 100.0
 # (N, C, *spatial): H != W, P no multiple of a vector or tile unless said, several tiles, more tiles than the slots of
 # the sums over them (32) and no multiple of those, odd and large C, more channels than a block of a GPU
 # takes, no and single samples and positions, 1-d and 3-d data, vectors.
@@ -197,7 +200,7 @@ class Case:
         self.grad_log_det = kernels.randn((shape[0],), dtype)
         self.maps = [kernels.channel_map(shape[1], dtype, gathers) for gathers in (False, True)]
 
-    def replaced(self, **changed: Tensor) -> Case:
+    def replaced(self, **changed: Tensor | None) -> Case:
         """With some of the tensors exchanged."""
         other = object.__new__(Case)
         other.__dict__.update({**self.__dict__, **changed})
@@ -207,6 +210,36 @@ class Case:
         """All tensors of positions in that layout."""
         names = ("x", "grad", "net_out", "added")
         return self.replaced(**{name: laid_out(getattr(self, name), layout) for name in names})
+
+    def check_maps(self) -> None:
+        """Compare channel maps by a matrix and by a gather with the reference."""
+        for matrix, offset, index in self.maps:
+            self.kernels.check("channel_mix", self.x, matrix, offset, True, 0, index)
+            arguments = (self.x, self.grad, matrix, offset, self.added, False, index)
+            self.kernels.check("channel_mix_backward", *arguments)
+
+    def check_couplings(self, maps: Sequence[Any] | None = None) -> list[Tensor]:
+        """Compare couplings alone, and in one pass with these maps or all; return the gradients of the net's output."""
+        check = functools.partial(self.kernels.check, condition=CONDITION)
+        state, found = (self.x, self.net_out), []
+        inputs, backward = (*state, self.grad, self.grad_log_det), codes(self.spec)
+        for inverse in (False, True):
+            ways = codes(self.spec, inverse)
+            check("coupling", *state, *ways)
+            found.append(check("coupling_backward", *inputs, *ways, True)[1])
+            for matrix, offset, index in self.maps if maps is None else maps:
+                check("coupling_mix", *state, matrix, offset, *ways, index)
+        for matrix, offset, index in self.maps if maps is None else maps:
+            found.append(check("coupling_mix_backward", *inputs, matrix, *backward, self.added, index)[1])
+            found.append(check("step_backward", *inputs, matrix, offset, *backward, index)[2])
+        return found
+
+    def check_densities(self) -> None:
+        """Compare the normal distribution."""
+        values = (self.x, self.grad, 0.5 * self.grad)
+        self.kernels.check("gaussian_log_prob", *values, condition=1000.0)
+        self.kernels.check("gaussian_log_prob_backward", *values, self.grad_log_det, condition=1000.0)
+        self.kernels.check("gaussian_sample", *values)
 
     def of_maps(self) -> list[Tensor]:
         """The results of the ops of channel maps."""

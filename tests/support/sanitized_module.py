@@ -7,30 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from support import ROOT, native_builds
-from support.toolchain import KEPT, compiler
+from support.toolchain import KEPT, loaded_first
 
 FOLDER = KEPT.parent / "sanitized"
 FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so.6")  # that a python without them must load first
 LEFT_OUT = ("avx2", "avx512", "avx512_bf16", "amx")  # the same kernels with other vectors
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
-
-
-def _libraries() -> str:
-    command = [compiler(), "-print-file-name="]
-    found = [
-        subprocess.run([command[0], command[1] + name], capture_output=True, text=True, check=False).stdout.strip()
-        for name in LIBRARIES
-    ]
-    if not all(os.path.isabs(path) for path in found):
-        pytest.skip("needs GCC and its sanitizers' libraries")
-    return " ".join(found)
 
 
 def package(folder: Path) -> Path:
@@ -46,10 +32,11 @@ def package(folder: Path) -> Path:
 
 def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``python ARGUMENTS`` with that package."""
-    environment = {**os.environ, **OPTIONS, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT / "tests")])}
+    path = os.pathsep.join([str(package), str(ROOT / "tests")])
+    preload = loaded_first("libasan.so", "libubsan.so")
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**environment, "LD_PRELOAD": _libraries(), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **OPTIONS, "PYTHONPATH": path, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -78,14 +78,25 @@ def supports(flag: str, folder: Path) -> bool:
     return built.returncode == 0 and execute(program).returncode == 0
 
 
-def execute(program: Path, *arguments: str, address_options: str = "") -> subprocess.CompletedProcess[str]:
+def loaded_first(*libraries: str) -> str:
+    """What LD_PRELOAD is for a program without sanitizers that loads a library with them; else the test is skipped."""
+    names = (*libraries, "libstdc++.so.6")
+    found = [_run([compiler(), f"-print-file-name={name}"]).strip() for name in names]
+    if not all(os.path.isabs(path) for path in found):
+        pytest.skip("needs GCC and its sanitizers' libraries")
+    return " ".join(found)
+
+
+def execute(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the tests to its end.
 
     Without address space randomisation where that can be had: ThreadSanitizer does not find its memory free otherwise.
     """
     setarch = shutil.which("setarch")
     prefix = [setarch, os.uname().machine, "-R"] if setarch else []
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": f"detect_leaks=0:{address_options}"}
+    # A stack for every variable whose address is taken is what would take AddressSanitizer's time.
+    address = "detect_leaks=0:detect_stack_use_after_return=0"
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": address}
     command = [*prefix, str(program), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if prefix and result.returncode != 0 and "setarch" in result.stderr:  # not permitted here

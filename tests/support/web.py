@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import os
 import shutil
@@ -156,8 +155,3 @@ def headed(width: int, height: int) -> bytes:
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
-def in_base64(path: Path) -> str:
-    """What a file holds, as data: addresses have it."""
-    return base64.b64encode(path.read_bytes()).decode()
