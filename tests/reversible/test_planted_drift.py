@@ -1,0 +1,141 @@
+"""States that are wrong are found and what hangs on them is redone, whatever node of a run they are in.
+
+By csrc/run and on the path in Python. Flows that drift of themselves are in the contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+from support.captures import drifting
+from support.chain_cases import EVERY_STEP, Case, Mode, assert_same_gradients, cut_parts, gradients, objective
+from support.wrong_states import plant
+from torch import Tensor
+
+import pyglow_fast as pgf
+from pyglow_fast._backend import extension
+from pyglow_fast.layers import reversible_sequence
+from pyglow_fast.reversible import parts
+from pyglow_fast.reversible import steps as steps_module
+
+DEPTH = 8
+
+
+class Home(NamedTuple):
+    """Who runs the steps, and how many of them are a node."""
+
+    compiled: bool
+    steps: int
+
+    def plant(self, patch: pytest.MonkeyPatch, at: int) -> None:
+        """Make the state wrong that step ``at`` inverts, or that the node of that step begins from."""
+        if self.compiled:
+            nodes = -(-DEPTH // self.steps)
+            plant(patch, 1.01, only=nodes - at // self.steps)
+            return
+        true, seen = steps_module.coupling_backward_from_output, []
+
+        def wrong(*inputs: Any) -> tuple[Tensor, ...]:
+            found, *grads = true(*inputs)
+            seen.append(DEPTH - 1 - len(seen))  # the step: none before this one is redone
+            return (1.01 * found if seen[-1] == at else found, *grads)
+
+        patch.setattr(steps_module, "coupling_backward_from_output", wrong)
+
+
+HOMES = [Home(compiled, steps) for compiled in (True, False) for steps in (1, 3, DEPTH)]
+
+
+@pytest.fixture(params=HOMES, ids=lambda home: f"{'compiled' if home.compiled else 'python'}, nodes of {home.steps}")
+def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Home:
+    found: Home = request.param
+    if not found.compiled:
+        monkeypatch.setattr(reversible_sequence, "is_runnable", lambda x: False)
+    elif extension() is None:
+        pytest.skip("the run is compiled")
+    cut_parts(monkeypatch, EVERY_STEP, found.steps)
+    return found
+
+
+def built(cond: bool = False) -> tuple[pgf.ReversibleSequence, tuple[Tensor, Tensor | None], dict[str, Tensor]]:
+    """A run, a batch for it, and its gradients by ordinary autograd; what drifts beyond 1e-9 is redone."""
+    case = Case(DEPTH, (2, 6, 3)) if cond else Case(DEPTH)
+    sequence, inputs = case.build(tolerance=1e-9), case.batch()
+    Mode("store").apply(sequence)
+    return sequence, inputs, gradients(sequence, *inputs)
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan"), float("inf")])
+@pytest.mark.parametrize("every", [None, 2, 3])
+def test_what_drifts_is_redone(home: Home, every: int | None, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence, inputs, expected = built(cond=True)
+    Mode("reversible", every).apply(sequence)
+    drifting(monkeypatch, inputs[0]).fill_(factor)
+    assert_same_gradients(gradients(sequence, *inputs), expected)
+    report = sequence.memory_report()
+    assert (report["passes"], report["trips"]) == (1, 1)
+    assert report["redone_steps"] >= 1
+
+
+@pytest.mark.parametrize("every", [None, 4])
+@pytest.mark.parametrize("at", [1, 3, 6, 7])
+def test_one_state_alone(home: Home, at: int, every: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more is redone than lies between two anchors, or in a node, or than the run where there is no anchor."""
+    sequence, inputs, expected = built()
+    Mode("reversible", every).apply(sequence)
+    home.plant(monkeypatch, at)
+    assert_same_gradients(gradients(sequence, *inputs), expected)
+    report = sequence.memory_report()
+    assert (report["passes"], report["trips"]) == (1, 1)
+    assert 1 <= report["redone_steps"] <= max(home.steps, every or DEPTH)
+    assert 1e-3 < report["last_drift"] < 1e-1
+
+
+@pytest.mark.parametrize("at", [5, 7])
+def test_behind_parts_without_a_gradient(home: Home, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of steps 0..2, which are frozen, nothing is kept: the input of the first that is trained is."""
+    sequence, (x, _), expected = built()
+    for step in list(sequence)[:3]:
+        step.requires_grad_(False)
+    Mode("reversible", None).apply(sequence)
+    home.plant(monkeypatch, at)
+    objective(sequence(x)).backward()
+    found = {name: p.grad for name, p in sequence.named_parameters() if p.requires_grad}
+    assert_same_gradients(found, {name: expected[name] for name in found})
+    assert (sequence.memory_report()["passes"], sequence.memory_report()["trips"]) == (1, 1)
+
+
+def test_judged_at_the_end_as_on_a_gpu(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence, inputs, expected = built()
+    Mode("reversible", 2).apply(sequence)
+    monkeypatch.setattr(parts, "can_read", lambda x: False)
+    for factor, trips in ((1.0, 0), (1.001, 1)):
+        drifting(monkeypatch, inputs[0]).fill_(factor)
+        assert_same_gradients(gradients(sequence, *inputs), expected)
+        assert sequence.memory_report()["trips"] == trips
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, float("nan"), float("inf")])
+def test_deferred(home: Home, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parts invert; what has drifted makes its own gradients zero, and those of the parts before it.
+
+    The next pass knows of it: its anchors are closer together.
+    """
+    sequence, inputs, expected = built()
+    Mode("reversible").apply(sequence)
+    sequence.control.deferred = True
+    drifts = factor != 1.0
+    with monkeypatch.context() as patch:
+        drifting(patch, inputs[0]).fill_(factor)
+        found = gradients(sequence, *inputs)
+    assert sequence.control.spacing == 4, "not known yet"
+    if drifts:
+        assert not any(grad.any() for grad in found.values())
+    else:
+        assert_same_gradients(found, expected)
+    assert_same_gradients(gradients(sequence, *inputs), expected)
+    assert sequence.control.spacing == (2 if drifts else 4)
+    report = sequence.memory_report()
+    assert (report["passes"], report["redone_steps"]) == (2, 0)
+    assert (report["trips"], report["skipped"]) == (drifts, drifts)
