@@ -19,8 +19,6 @@ from support.user_steps import Build, runs
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
 from pyglow_fast.layers import reversible_sequence
-from pyglow_fast.reversible.parts import LEAST_PART, part_limit
-from pyglow_fast.reversible.run import no_maps
 
 HOMES = {"compiled, parts of 1": (True, 1), "compiled, parts of 3": (True, 3), "python, parts of 2": (False, 2)}
 
@@ -108,13 +106,3 @@ def test_gradients_that_are_added_to_others_exist_twice_by_parts_alone(monkeypat
             objective(model(x)).backward()
         peaks[limit] = meter.peak
     assert peaks[ONE_PART] > size > 4 * peaks[EVERY_STEP]
-
-
-def test_the_limit_of_a_part() -> None:
-    """sqrt(between sum), where the gradients of one part and what lies between all parts are equally many bytes."""
-    x, sizes = torch.zeros(1), [10**6] * 64
-    assert part_limit(x, sizes, 0) == part_limit(x, [1], 1) == LEAST_PART
-    limit = part_limit(x, sizes, 10**6)
-    assert limit == 8 * 10**6
-    parts = no_maps(64).bounds(sizes, limit, 2**20)
-    assert max(end - first for first, end in parts) * 10**6 == limit == len(parts) * 10**6
