@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from support.bijections import softplus_scale
-from support.chain_cases import perturbed
 from support.covering import pairs
 from support.helpers import assert_close
 from support.plain_glow import checkerboard, masked_coupling
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.layers import FrozenSteps
 from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec
 
 SHAPES = [(3, 4, 6), (1, 6, 5), (2, 8), (2, 4, 3, 2)]
@@ -125,24 +123,3 @@ def test_hidden_actnorms_are_initialised_from_what_the_net_sees(mask: str) -> No
     for other in (twin, third):
         for got, expected in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
             assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("budget", ["auto", 1])
-def test_a_run_of_checkerboards_is_its_steps_one_by_one(budget: str | int) -> None:
-    """Whatever parity follows which."""
-    steps = [pgf.FlowStep(2, 5, mask="checkerboard", parity=parity) for parity in (1, 0, 0, 1, 1, 0)]
-    run = pgf.ReversibleSequence(steps, memory_budget=budget).double()
-    x = torch.randn(4, 2, 6, 4, dtype=torch.float64)
-    run.initialize(x)
-    perturbed(run)
-    expected, total = x, torch.zeros(4, dtype=torch.float64)
-    for step in steps:
-        expected, part = step(expected)
-        total = total + part
-    frozen = FrozenSteps(run)
-    with torch.no_grad():
-        for z, log_det in (run(x), frozen(x)):
-            assert_close(z, expected, condition=1000.0)
-            assert_close(log_det, total, condition=1000.0)
-        for own in (run, frozen):
-            assert_close(own.inverse(expected)[0], x, condition=1000.0)

@@ -1,75 +1,78 @@
-"""FlowStep: the folded step is its layers one after the other, and is initialised in their order."""
+"""FlowStep: folded steps are their layers one after the other, and are initialised in their order."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
-from support.covering import pairs
+from support.chain_cases import perturbed
 from support.helpers import assert_close
-from torch import Tensor, nn
+from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast.functional import CouplingSpec
+from pyglow_fast.layers import FrozenSteps
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 
 
-def trained(step: nn.Module, x: Tensor, cond: Tensor | None = None) -> nn.Module:
-    step.to(x.dtype)(x, cond)
-    with torch.no_grad():
-        for parameter in step.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return step
+def in_order(steps: Iterable[pgf.FlowStep], x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ActNorm, permutation, injector and coupling of each step, each by itself."""
+    total = x.new_zeros(x.shape[0])
+    for step in steps:
+        for layer in (step.actnorm, step.permutation, step.injector, step.coupling):
+            if layer is not None:
+                x, log_det = layer(x, cond if layer in (step.injector, step.coupling) else None)
+                total = total + log_det
+    return x, total
 
 
-def in_order(step: pgf.FlowStep, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """ActNorm, permutation, coupling, each by itself."""
-    x, first = step.actnorm(x)
-    x, second = step.permutation(x)
-    x, third = step.coupling(x, cond)
-    return x, first + second + third
-
-
-@pairs(
-    pytest.mark.parametrize("permutation", PERMUTATIONS),
-    pytest.mark.parametrize("coupling", ["affine", "additive"]),
-    pytest.mark.parametrize("mask", ["channels", "checkerboard"]),
-)
-def test_is_its_layers_in_order(permutation: str, coupling: str, mask: str) -> None:
-    x = 2.0 * torch.randn(16, 4, 4, 5, dtype=torch.float64) + 1.0
-    step = trained(pgf.FlowStep(4, 6, coupling, permutation, mask=mask), x)
-    z, log_det = step(x)
-    expected, expected_log_det = in_order(step, x)
-    assert_close(z, expected, condition=100.0)
-    assert_close(log_det, expected_log_det, condition=100.0)
-
-
-@pytest.mark.parametrize("first", PERMUTATIONS)
-@pytest.mark.parametrize("second", PERMUTATIONS)
-def test_a_run_is_its_steps_in_order(first: str, second: str) -> None:
-    """Folded in one batch, where maps of steps without a coupling are part of the next step's."""
-    x = 2.0 * torch.randn(16, 4, 4, 5, dtype=torch.float64) + 1.0
+def of_maps(first: str, second: str) -> list[dict[str, Any]]:
+    """Maps of steps without a coupling are part of the next step's."""
     kinds = [("affine", first), ("none", first), ("none", second), ("affine", first), ("none", second), ("none", first)]
-    run = pgf.ReversibleSequence([pgf.FlowStep(4, 6, coupling, kind) for coupling, kind in kinds]).double()
-    trained(run, x)
-    expected, total = x, x.new_zeros(16)
+    return [{"coupling": coupling, "permutation": permutation} for coupling, permutation in kinds]
+
+
+CONDITIONED = {"cond_channels": 3, "scale_eps": 0.01}
+RUNS: dict[str, list[dict[str, Any]]] = {
+    "additive": [{"coupling": "additive"}] * 3,
+    # Whatever parity follows which.
+    "checkerboards": [{"mask": "checkerboard", "parity": parity} for parity in (1, 0, 0, 1, 1, 0)],
+    "additive checkerboards": [{"mask": "checkerboard", "coupling": "additive", "permutation": "shuffle"}] * 2,
+    "injectors": [{**CONDITIONED, "injector": i % 2 == 0, "permutation": "invconv_plain"} for i in range(3)],
+    **{f"{first}, {second}": of_maps(first, second) for first in PERMUTATIONS for second in PERMUTATIONS},
+}
+
+
+@pytest.mark.parametrize("budget", ["auto", 1])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_its_layers_in_order(name: str, budget: str | int) -> None:
+    """Folded in one batch, and step by step; recorded or not, frozen, in strips of a row."""
+    run = pgf.ReversibleSequence([pgf.FlowStep(4, 6, **options) for options in RUNS[name]], memory_budget=budget)
+    x = 2.0 * torch.randn(16, 4, 4, 5, dtype=torch.float64) + 1.0
+    cond = torch.randn(16, 3, 4, 5, dtype=torch.float64) if "cond_channels" in RUNS[name][0] else None
+    run.double().initialize(x, cond)
+    perturbed(run)
+    expected, total = in_order(run, x, cond)
+    one_by_one = x
     for step in run:
-        expected, log_det = step(expected)
-        total = total + log_det
-    for grad in (True, False):
+        one_by_one, _ = step(one_by_one, cond)
+    assert_close(one_by_one, expected, condition=100.0)
+    for own, grad in ((run, True), (run, False), (FrozenSteps(run), False)):
         with torch.set_grad_enabled(grad):
-            z, log_det = run(x)
-            assert_close(z, expected, condition=100.0)
+            z, log_det = own(x, cond)
+            assert_close(z, expected, condition=1000.0)
             assert_close(log_det, total, condition=1000.0)
-            assert_close(run.inverse(expected)[0], x, condition=1000.0)
+            assert_close(own.inverse(expected, cond)[0], x, condition=1000.0)
 
 
 def test_initialises_in_order() -> None:
     x, cond = 2.0 * torch.randn(8, 4, 3, 5, dtype=torch.float64) + 1.0, torch.randn(8, 1, 3, 5, dtype=torch.float64)
     step = pgf.FlowStep(4, 6, net_actnorm=True, cond_channels=1).double()
     one_by_one = copy.deepcopy(step)
-    in_order(one_by_one, x, cond)
+    in_order([one_by_one], x, cond)
     by_call = copy.deepcopy(step)
     z = by_call.initialize(x, cond)
     step(x, cond)

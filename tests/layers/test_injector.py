@@ -60,18 +60,6 @@ def test_a_condition_that_wants_no_gradient_changes_none(memory: str) -> None:
         assert_close(without, with_condition, 10.0)
 
 
-def test_a_step_is_its_layers_in_order() -> None:
-    step = moved(pgf.FlowStep(4, 6, cond_channels=3, injector=True, permutation="invconv_plain", scale_eps=0.01))
-    assert step.injector.spec == step.coupling.spec
-    u, first = step.actnorm(X)
-    u, second = step.permutation(u)
-    u, third = step.injector(u, COND)
-    expected, fourth = step.coupling(u, COND)
-    z, log_det = step(X, COND)
-    assert_close(z, expected)
-    assert_close(log_det, first + second + third + fourth)
-
-
 @pytest.mark.parametrize("at", [(4,), (2, 1), (1, 1), (-1,), (7,), 1, (0.5,)])
 def test_steps_that_there_are_not(at: Any) -> None:
     with pytest.raises(ValueError, match=r"at: expected (ascending numbers of steps in 0\.\.3|a sequence of ints)"):

@@ -26,16 +26,6 @@ def test_the_first_training_forward_initialises() -> None:
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_it_happens_once() -> None:
-    model = pgf.Glow(**FIELDS)
-    model(torch.rand(8, 1, 4, 4) - 0.5)
-    before = copy.deepcopy(model.state_dict())
-    model(torch.rand(8, 1, 4, 4) * 9.0)
-    model.initialize(torch.rand(8, 1, 4, 4) * 9.0)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
 def test_it_makes_every_state_standard() -> None:
     # With fresh couplings the top latent is what the last actnorm made, rotated and half of it scaled.
     model = pgf.Glow(**FIELDS).double()
@@ -58,20 +48,6 @@ def test_one_actnorm_that_waits_is_initialised_alone() -> None:
     assert model.is_initialized
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"levels.1.steps.0.actnorm.{name}" for name in ("bias", "log_scale", "initialized")}
-
-
-def test_training_steps_lower_the_loss() -> None:
-    model = pgf.Glow(image_shape=(1, 4, 4), n_levels=2, n_steps=2, hidden=8)
-    x = 0.1 * torch.randn(64, 1, 4, 1).expand(64, 1, 4, 4) + 0.01 * torch.randn(64, 1, 4, 4)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    losses = []
-    for _ in range(40):
-        loss = -model.log_prob(x).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 2.0
 
 
 @pytest.mark.parametrize("learn", [True, False])
