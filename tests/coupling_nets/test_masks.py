@@ -8,14 +8,6 @@ from support.glow_tts_cases import mask_of_lengths
 from torch import Tensor, nn
 
 from pyglow_fast.coupling_nets import masks
-from pyglow_fast.reference import CouplingSpec
-
-
-def test_lengths_end_with_the_last_position() -> None:
-    mask = mask_of_lengths((5, 2, 0), 6)
-    assert masks.lengths(mask) == [5, 2, 1]
-    mask[2, 0, 3] = 1.0  # a hole before it does not matter
-    assert masks.lengths(mask) == [5, 2, 4]
 
 
 def test_groups_are_of_like_lengths() -> None:
@@ -44,18 +36,3 @@ def test_cutting_by_length_changes_nothing(lengths: tuple[int, ...], positions: 
     assert torch.allclose(found, call(x, cond, mask), rtol=1e-13, atol=1e-13)
     assert work <= 27
     assert lengths == (9, 9, 9) or work < 27
-
-
-def test_samples_run_by_length_and_come_back_in_their_order() -> None:
-    x, mask = torch.randn(4, 2, 5), mask_of_lengths((2, 5, 1, 4), 5, torch.float32)
-    seen = []
-
-    def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(masks.lengths(masks.mask_of(extra)))
-        return x + extra[:, 1:], masks.positions_of(extra)
-
-    cond = torch.randn(4, 2, 1)
-    z, counts = masks.run_masked(run, x, cond, mask, [CouplingSpec("additive")])
-    assert seen == [[5, 4, 2, 1]]
-    assert torch.equal(z, (x + cond) * mask)
-    assert counts.tolist() == [2, 5, 1, 4]

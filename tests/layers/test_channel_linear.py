@@ -127,27 +127,6 @@ def test_in_a_glow() -> None:
         assert_close(model.decode(model.encode(x)), x, CONDITION)
 
 
-class Gated(Householder):
-    """A W that depends on more than tensors, of which it says nothing."""
-
-    gate = 0.0
-
-    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
-        weight, log_det = super().weight_and_log_det()
-        return weight * 2.0**self.gate, log_det + self.channels * self.gate * torch.tensor(2.0).log()
-
-
-@torch.no_grad()
-def test_what_is_not_stated_is_not_kept() -> None:
-    sequence, x = sequence_of("third"), torch.randn(2, 4, 3, 3, dtype=DOUBLE)
-    sequence[0].permutation = Gated(4).double()
-    before = sequence(x)[0]
-    sequence[0].permutation.gate = 1.0
-    after = sequence(x)[0]
-    assert not torch.allclose(before, after)
-    assert_close(after, in_order(sequence, x)[0], CONDITION)
-
-
 class Product(ChannelLinear):
     """W = A B."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.covering import pairs
+from support.gradients import assert_stored_gradients, batch, ready
 from support.helpers import assert_close
 from support.library_ops import use_library
 from torch import Tensor, nn
@@ -152,52 +153,22 @@ def test_starts_without_one() -> None:
     assert_close(net(x), plain(x), condition=10.0)
 
 
-MODELS: dict[str, dict[str, Any]] = {
-    "affine": {"image_shape": (1, 8, 8), "net_actnorm": True},
-    "additive": {"image_shape": (1, 8, 8), "coupling": "additive", "n_classes": 3},
-    "condition": {"image_shape": (1, 8, 4), "cond_channels": 2},
-    "one dimension": {"image_shape": (2, 16)},
-    "three dimensions": {"image_shape": (1, 4, 4, 8), "n_levels": 1},
-}
-
-
-def model_and_batch(name: str) -> tuple[pgf.Glow, tuple[Tensor | None, ...]]:
-    config = pgf.GlowConfig(**{"n_levels": 2, "n_steps": 3, "hidden": 5, "border": True, **MODELS[name]})
-    model = pgf.Glow(config).double()
-    x = torch.rand(4, *config.image_shape, dtype=torch.float64) - 0.5
-    cond = torch.randn(4, config.cond_channels, dtype=torch.float64) if config.cond_channels else None
-    y = None if config.n_classes is None else torch.arange(4) % config.n_classes
-    model.initialize(x, cond)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model, (x, y, cond)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_models_in_strips_and_frozen(name: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"net_actnorm": True}, (6, 3)),
+        ({"coupling": "additive", "cond_channels": 2}, (6, 3)),
+        ({"dims": 1}, (7,)),
+        ({"dims": 3}, (4, 2, 3)),
+    ],
+    ids=str,
+)
+def test_gradients_of_runs_in_strips(options: dict[str, Any], sizes: tuple[int, ...]) -> None:
     """A budget of one byte cuts every sample into strips of a row or so: the border stays that of the image."""
-    model, (x, y, cond) = model_and_batch(name)
-
-    def gradients() -> dict[str, Tensor]:
-        model.zero_grad()
-        model.log_prob(x, y, cond).sum().backward()
-        return {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
-
-    model.memory = "store"
-    expected, recorded = gradients(), model.log_prob(x, y, cond).detach()
-    assert all(expected[key].any() for key in expected if "border" in key)
-    for level in model.levels:
-        level.steps.memory_budget = 1
-    for model.memory in ("reversible", "checkpoint"):
-        for key, value in gradients().items():
-            assert_close(value, expected[key], condition=1000.0)
-    frozen = model.eval().freeze()
-    with torch.no_grad():
-        assert_close(frozen.log_prob(x, y, cond), recorded, condition=1000.0)
-        latents = model.encode(x, cond)
-        for own in (model, frozen):
-            assert_close(own.decode(latents, cond), x, condition=1000.0)
+    cond = torch.randn(64, 2, *sizes, dtype=torch.float64) if "cond_channels" in options else None
+    sequence = ready([pgf.FlowStep(4, 5, border=True, **options) for _ in range(3)], (4, *sizes), cond)
+    found = assert_stored_gradients(sequence, batch(3, 4, *sizes), None if cond is None else cond[:3])
+    assert all(found[key].any() for key in found if "border" in key)
 
 
 def test_the_term_changes_the_rim_alone() -> None:

@@ -91,29 +91,6 @@ def _both_ways(layer: nn.Module, x: Tensor, *cond: Tensor) -> list[Tensor]:
     return [y, log_det]
 
 
-@pytest.mark.parametrize("coupling", ["affine", "additive"])
-@pytest.mark.parametrize("mask", ["channels", "checkerboard"])
-@pytest.mark.parametrize("net", NETS)
-def test_coupling(net: Maker, mask: str, coupling: str) -> None:
-    width = 4 if mask == "checkerboard" else 2
-    outputs = width * (2 if coupling == "affine" else 1)
-    one, other = _pair(lambda in_place: pgf.Coupling(net(width, outputs, in_place), coupling, mask=mask))
-    torch.testing.assert_close(_both_ways(one, _x()), _both_ways(other, _x()), rtol=0, atol=0)
-
-
-def test_condition_of_a_coupling() -> None:
-    one, other = _pair(lambda in_place: pgf.Coupling(Own(5, 4, in_place)))
-    cond = torch.randn(3, 3, 4, 6)
-    torch.testing.assert_close(_both_ways(one, _x(), cond), _both_ways(other, _x(), cond), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_injector(net: Maker) -> None:
-    one, other = _pair(lambda in_place: pgf.AffineInjector(4, net=net(3, 8, in_place)))
-    cond = torch.randn(3, 3, 4, 6)
-    torch.testing.assert_close(_both_ways(one, _x(), cond), _both_ways(other, _x(), cond), rtol=0, atol=0)
-
-
 def _run(net: Maker, memory: str) -> Callable[[bool], pgf.ReversibleSequence]:
     def make(in_place: bool) -> pgf.ReversibleSequence:
         steps = [pgf.FlowStep(4, net=net(2, 4, in_place)) for _ in range(3)]
@@ -124,10 +101,23 @@ def _run(net: Maker, memory: str) -> Callable[[bool], pgf.ReversibleSequence]:
     return make
 
 
+LAYERS: dict[str, Callable[[Maker, bool], nn.Module]] = {
+    "affine": lambda net, writes: pgf.Coupling(net(2, 4, writes)),
+    "additive": lambda net, writes: pgf.Coupling(net(2, 2, writes), "additive"),
+    "checkerboard": lambda net, writes: pgf.Coupling(net(4, 8, writes), mask="checkerboard"),
+    "additive checkerboard": lambda net, writes: pgf.Coupling(net(4, 4, writes), "additive", mask="checkerboard"),
+    "injector": lambda net, writes: pgf.AffineInjector(4, net=net(3, 8, writes)),
+    "condition": lambda net, writes: pgf.Coupling(Own(5, 4, writes)),  # the one net here that reads one
+    "run in evaluation": lambda net, writes: _run(net, "reversible")(writes).eval(),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("net", NETS)
-def test_evaluation_of_a_run_of_steps(net: Maker) -> None:
-    one, other = (module.eval() for module in _pair(_run(net, "reversible")))
-    torch.testing.assert_close(_both_ways(one, _x()), _both_ways(other, _x()), rtol=0, atol=0)
+def test_values(net: Maker, layer: str) -> None:
+    one, other = _pair(lambda writes: LAYERS[layer](net, writes))
+    cond = [torch.randn(3, 3, 4, 6)] if layer in ("injector", "condition") else []
+    torch.testing.assert_close(_both_ways(one, _x(), *cond), _both_ways(other, _x(), *cond), rtol=0, atol=0)
 
 
 @pytest.mark.full

@@ -17,7 +17,7 @@ from pyglow_fast.layers.flow_step import FlowStep
 from pyglow_fast.reference import CouplingSpec
 
 MEMORY = ("store", "checkpoint", "reversible")
-LENGTHS, TIME = (9, 5, 2), 9
+LENGTHS, TIME = (5, 9, 2), 9  # which run by length, and come back in this order
 SPECS = {
     "exp": CouplingSpec("affine", "exp", order="scale_shift"),
     "sigmoid": CouplingSpec("affine", "sigmoid", eps=1e-6),  # whose log s of zero is not zero

@@ -20,18 +20,6 @@ def test_a_vector_is_a_constant_map() -> None:
 
 
 class TestBitsPerDim:
-    def identity(self) -> pgf.Glow:
-        """z is a permutation of x, with standard normal priors: evaluation mode leaves the actnorms at their start."""
-        fields = {"coupling": "additive", "permutation": "reverse", "learn_prior": False}
-        return pgf.Glow(image_shape=(1, 2, 4), n_levels=1, n_steps=2, hidden=2, **fields).double().eval()
-
-    def test_of_the_standard_normal_by_hand(self) -> None:
-        model, images = self.identity(), torch.randint(16, (3, 1, 2, 4))
-        got = model.bits_per_dim(images, n_bins=16, generator=torch.Generator().manual_seed(3))
-        x = likelihood.dequantize(images, 16, torch.Generator().manual_seed(3), dtype=torch.float64)
-        nats = 0.5 * x.square().flatten(1).sum(1) + 0.5 * 8.0 * math.log(2.0 * math.pi)
-        assert_close(got, nats / (8.0 * math.log(2.0)) + 4.0, condition=8.0)
-
     def test_is_the_log_prob_of_the_dequantised_images(self) -> None:
         setting = Setting("everything")
         images = torch.randint(32, (4, 1, 4, 8), dtype=torch.uint8)

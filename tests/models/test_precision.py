@@ -10,8 +10,6 @@ from support.tf32 import SETTINGS, in_tf32
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast import functional
-from pyglow_fast.coupling_nets.precision import PRECISIONS
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,33 +26,6 @@ def model(precision: str = "auto", **options: object) -> pgf.Glow:
 
 def images(n: int) -> Tensor:
     return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5
-
-
-def net_precisions(glow: pgf.Glow) -> list[torch.dtype]:
-    """The dtypes that the nets compute in, filled as they run: of ours the output is float32 in bfloat16, too."""
-    found: list[torch.dtype] = []
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        assert out.dtype in (torch.float32, torch.float16)
-        found.append(torch.bfloat16 if functional.net_in_half(inputs[0]) else out.dtype)
-
-    for module in glow.modules():
-        if isinstance(module, pgf.CouplingNet):
-            module.register_forward_hook(note)
-    return found
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_nets_compute_in_it_and_the_state_does_not(precision: str, memory: str) -> None:
-    glow, x = model(precision, memory=memory), images(4)
-    seen = net_precisions(glow)
-    log_prob = glow.log_prob(x)
-    log_prob.sum().backward()
-    assert set(seen) == {HALVES.get(precision, torch.float32)}
-    assert log_prob.dtype == torch.float32
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in glow.levels.parameters())
 
 
 @pytest.mark.full
