@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from pyglow_fast.cli import main
 from pyglow_fast.cli._output import duration
+from pyglow_fast.experiments import Comparison
 from pyglow_fast.train import Checkpoint, RunFolder, TrainState
 
 Capture = pytest.CaptureFixture[str]
@@ -46,6 +48,12 @@ def test_divergence_exits_with_1(tiny: list[str], tmp_path: Path, capsys: Captur
     assert "the last good checkpoint" in error
     assert "try: a lower learning rate" in error
     assert main(["sample", str(tmp_path / "r")]) == 0  # what is kept can be used
+
+
+def test_a_comparison_that_a_signal_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(Comparison, "execute", lambda *args, **options: signal.SIGTERM)
+    assert main(["compare", "digits", "--out", str(tmp_path / "c")]) == 128 + signal.SIGTERM
+    assert f"stopped; the same command goes on in {tmp_path / 'c'}" in capsys.readouterr().out
 
 
 def test_an_end_that_cannot_be_written(run: Path, capsys: Capture) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.experiments import Comparison, variants
-from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, TrainState
+from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, TrainState, start
 
 BASE = TrainConfig(
     DataConfig("digits"),
@@ -76,6 +77,42 @@ def test_means_and_spreads_over_the_seeds(whole: Path) -> None:
     assert scores == sorted(scores)  # the best first
     reverse, invconv = (int(found[name][4].replace(",", "")) for name in ("reverse", "invconv"))
     assert invconv - reverse == 2 * (4 * 4 + 4 * 4 + 4)  # L, U and log_diag, in two steps of 4 channels
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return RunFolder(run).load().model
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    found, expected = weights(one), weights(other)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_run_of_it_is_a_run_of_training(whole: Path, tmp_path: Path) -> None:
+    """To the bit, whatever was trained before it in the same process."""
+    start(CONFIGS[2], str(tmp_path / "r"), data=IMAGES).execute(quiet=True)
+    assert_same_weights(tmp_path / "r", whole / "runs" / NAMES[2])
+
+
+def test_a_signal_stops_all_and_it_goes_on(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the second run; in the end all is as if nothing had stopped."""
+    step, out = TrainState.step, tmp_path / "c"
+
+    def interrupted(state: TrainState) -> float:
+        if state.config.model.permutation == "invconv" and state.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainState, "step", interrupted)
+        comparison = Comparison(CONFIGS[:2], out, IMAGES)
+        assert comparison.execute(quiet=True) == signal.SIGTERM
+    assert "- invconv, additive, seed 0: it is not at its end" in comparison.write()
+    assert sorted(os.listdir(out / "runs")) == sorted(NAMES[:2])
+    assert Comparison(CONFIGS[:2], out, IMAGES).execute(quiet=True) is None
+    for name in NAMES[:2]:
+        assert_same_weights(out / "runs" / name, whole / "runs" / name)
 
 
 def test_what_is_finished_is_left_alone_and_the_rest_goes_on(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
