@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from support.edits import ByHand, assert_repeatable, kept_command, rgb_of
+from support.edits import ByHand, assert_repeatable, rgb_of
 from support.latent_runs import train, write_emoji
 
 from pyglow_fast import Glow
@@ -59,23 +59,6 @@ def test_edit(place: Path, tmp_path: Path, run: str, adds: Adds, keep: list[floa
     assert np.array_equal(rgb_of(out), image_picture(wanted, by_hand.n_bins).permute(1, 2, 0).numpy())
     assert not torch.equal(wanted, pixels)
     assert_repeatable(out)
-
-
-@pytest.mark.parametrize(
-    ("run", "words", "label"), [("digits", "--label 3 --label 5", ":label=3:label=5"), ("emoji run", "", "")]
-)
-def test_a_sample_is_the_one_in_the_grid(place: Path, tmp_path: Path, run: str, words: str, label: str) -> None:
-    whole, out = tmp_path / "grid.png", tmp_path / "x.png"
-    drawn = ["--n", "5", "--seed", "3", "--columns", "5", "--scale", "1", "--temperature", "0.123456789"]
-    assert main(["sample", str(place / run), *drawn, *words.split(), "--out", str(whole)]) == 0
-    assert_repeatable(whole)
-    images = []
-    for number in range(5):
-        name = f"sample:{number}:n=5:seed=3:temperature=0.123456789{label}"
-        assert main(["edit", str(place / run), name, "--scale", "1", "--out", str(out)]) == 0
-        assert kept_command(out)[2] == name
-        images.append(torch.from_numpy(rgb_of(out).copy()).permute(2, 0, 1))
-    assert np.array_equal(rgb_of(whole), grid(torch.stack(images), 256, 5, 1).permute(1, 2, 0).numpy())
 
 
 def test_what_edit_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.covering import pairs
-from support.helpers import assert_close, assert_kernel_close
+from support.helpers import assert_kernel_close
 from support.inverse_cases import IRREGULAR, MATRICES, assert_inverses, rotations, with_condition
 from support.kernel_cases import Kernels, dtypes, gathers, layouts, option, shapes
 from torch import Tensor, float32, float64
@@ -192,28 +192,3 @@ def test_gradients_of_inverses(name: str, channels: int, dtype: torch.dtype, dev
     inverse = reference.invert_matrix(matrices.double()).abs()
     terms = inverse.mT @ torch.ones_like(inverse) @ inverse.mT if name == "invert_matrix" else inverse
     assert_kernel_close(gradient(functional, dtype), gradient(reference, dtype), exact, float(terms.max()))
-
-
-def test_gathers_are_products() -> None:
-    """The reference of a gather against a matrix with scale_i at [i, index_i]."""
-    kernels = Kernels(None)
-    scale, offset, index = kernels.channel_map(6, float64, True)
-    assert index is not None
-    x = torch.randn(2, 6, 5, dtype=float64)
-
-    def matrix_of(scale: Tensor, index: Tensor) -> Tensor:
-        return torch.eye(6, dtype=float64)[index] * scale.unsqueeze(1)
-
-    matrix = matrix_of(scale, index)
-    for mix in (reference.channel_mix, reference.channel_unmix):
-        assert_close(mix(x, scale, offset, index=index), mix(x, matrix, offset))
-    assert_close(matrix_of(*reference.invert_gather(scale, index)), torch.linalg.inv(matrix))
-    assert torch.equal(matrix_of(*reference.transpose_map(scale, index)), matrix.T)  # type: ignore[arg-type]
-    log_scale, bias = torch.randn(6, dtype=float64), torch.randn(6, dtype=float64)
-    folded = reference.gather_actnorm(index, log_scale, bias)
-    exact = reference.fold_actnorm(torch.eye(6, dtype=float64)[index], log_scale, bias)
-    assert torch.equal(matrix_of(folded[0], index), exact[0])
-    assert_close(folded[1], exact[1])
-    for wrong in ([0, 1, 2, 3, 4, 6], [0, -1, 2, 3, 4, 5], [0, 1, 1, 3, 4, 5]):
-        with pytest.raises(ValueError, match="index: expected a permutation of 0 to 5"):
-            reference.channel_mix(x, scale, offset, index=torch.tensor(wrong))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ web.require("gradio")
 
 import gradio as gr  # noqa: E402
 
-from pyglow_fast.cli import main  # noqa: E402
 from pyglow_fast.studio import OpenRun  # noqa: E402
 from pyglow_fast.train import RunFolder  # noqa: E402
 from pyglow_fast.web import uploads  # noqa: E402
@@ -113,24 +111,6 @@ def test_no_slider_leads_out_of_what_the_model_has_seen(place: Place) -> None:
             assert f"--add {i} rest {end:g} " in command
             assert "Far out" not in shown
             assert "not finite" not in shown
-
-
-def test_shown_commands_write_the_files_that_are_saved(place: Place, runs: Path) -> None:
-    """Byte for byte, of every tab."""
-    place.edited(0.0, 1.5)
-    place.between.fill(place.desk)
-    _, strip, _ = place.between.draw_strip(place.desk, "linear", 3)
-    frame, path_commands = place.between.draw(place.desk, "spherical", 0.25)
-    shown, edits = place.edited(0.0, 1.5)
-    samples, command = place.sample.draw(place.desk, *DRAWN)
-    commands = [command, edits, *path_commands.splitlines()]
-    saved = dict(re.findall(r'download="([^"]+)" href="data:[^,]+,([^"]+)"', samples + shown + frame + strip))
-    for line in commands:
-        words = shlex.split(line)
-        assert main(words[1:]) == 0, line
-        name = words[words.index("--out") + 1]
-        assert saved[name] == web.in_base64(runs.parent / name), name
-    assert len(saved) == len(commands)
 
 
 def test_a_click_takes_what_was_clicked(place: Place) -> None:
