@@ -135,8 +135,8 @@ def test_labels_are_drawn_if_none_are_given() -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "everything", "last checkerboard"])
-def test_folded_models_are_the_same(name: str) -> None:
-    """folded() for many calls gives the model's numbers, and leaves the model as it was."""
+def test_frozen_and_folded_models_are_the_same(name: str) -> None:
+    """freeze() for deployment and folded() for many calls give the model's numbers, and leave the model as it was."""
     setting = Setting(name, spread=CALM)
     model, x, y, cond = setting.model.eval(), setting.x, setting.y, setting.cond
     state = {key: value.clone() for key, value in setting.state.items() if isinstance(value, Tensor)}
@@ -148,12 +148,21 @@ def test_folded_models_are_the_same(name: str) -> None:
             return [of.log_prob(x, y, cond), *latents, of.decode(latents, cond), drawn]
 
     expected = [value.clone() for value in numbers(model)]
+    frozen = model.freeze()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    for got, wanted in zip(numbers(frozen), expected, strict=True):
+        assert_close(got, wanted, condition=CONDITION)
     with model.folded():
         for _ in range(2):
             for got, wanted in zip(numbers(model), expected, strict=True):
                 assert_close(got, wanted, condition=CONDITION)
     for key, value in model.state_dict().items():
         assert not isinstance(value, Tensor) or torch.equal(value, state[key]), key
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    for got, wanted in zip(numbers(frozen), expected, strict=True):
+        assert_close(got, wanted, condition=CONDITION)
 
 
 def test_every_write_to_a_parameter_is_seen_by_the_next_call() -> None:
