@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from support.gradients import (
-    RECOMPUTING,
     Gradients,
     Memory,
     assert_same_gradients,
@@ -168,7 +167,8 @@ def accumulated(model: nn.Module, x: Tensor) -> Gradients:
 def test_nets_that_are_trained(name: str, hooked: bool) -> None:
     """Nets of a user's own, which share, repeat, checkpoint, nest or write, by autograd.grad and by ``backward()``.
 
-    Else a part of a user's net would never be trained. Hooks on parameters are called once, with the whole gradient.
+    Else a part of a user's net would never be trained. Hooks on parameters are called once, with the whole gradient,
+    and what they return counts (clipping, FSDP, DDP).
     """
     sequence, x = with_nets(*NETS[name]()).eval(), batch()
     if not hooked:
@@ -176,20 +176,21 @@ def test_nets_that_are_trained(name: str, hooked: bool) -> None:
         sequence.memory = "store"
     expected, calls = accumulated(sequence, x), 0
 
-    def doubled(grad: Tensor) -> Tensor:
+    def counted(value: Tensor) -> None:
         nonlocal calls
         calls += 1
-        return 2.0 * grad
 
     parameters = list(sequence.parameters())
     if hooked:
         expected = {name: 2.0 * value for name, value in expected.items()}
         for parameter in parameters:
-            parameter.register_hook(doubled)
-    for memory in RECOMPUTING:
+            parameter.register_hook(counted)
+            parameter.register_hook(lambda grad: 2.0 * grad)
+            parameter.register_post_accumulate_grad_hook(counted)
+    for memory in memories_of(sequence):
         calls = 0
-        assert_same_gradients(accumulated(memory.of(sequence), x), expected, memory)
-        assert calls == hooked * len(expected)
+        assert_same_gradients(accumulated(memory.of(sequence, x), x), expected, memory)
+        assert calls == 2 * hooked * len(expected)
         assert all(map(operator.is_, sequence.parameters(), parameters))
 
 

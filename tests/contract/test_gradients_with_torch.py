@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -149,39 +148,11 @@ def test_what_changes_before_the_backward_is_refused(build: Build) -> None:
 
 
 @runs
-def test_hooks(build: Build) -> None:
-    """A hook on a parameter is called once, with the whole gradient, and what it returns counts (clipping, FSDP, DDP).
-
-    A hook on a module is called in the forward.
-    """
-    sequence, x = build(), batch()
+def test_hooks_on_a_step(build: Build) -> None:
+    """They are called in the forward."""
+    sequence, x, seen = build(), batch(), []
     sequence.memory = "store"
     expected = gradients(sequence, x)
-    calls: list[str] = []
-
-    def doubled(name: str) -> Callable[[Tensor], Tensor]:
-        def hook(grad: Tensor) -> Tensor:
-            calls.append(name)
-            return 2.0 * grad
-
-        return hook
-
-    handles = []
-    for name, parameter in sequence.named_parameters():
-        handles.append(parameter.register_hook(doubled(name)))
-        handles.append(parameter.register_post_accumulate_grad_hook(lambda _, name=name: calls.append(name)))
-    names = sorted(name for name, _ in sequence.named_parameters())
-    for memory in memories_of(sequence):
-        calls.clear()
-        objective(memory.of(sequence, x)(x)).backward()
-        assert sorted(calls) == sorted(2 * names), memory
-        found = {name: value.grad for name, value in sequence.named_parameters() if value.grad is not None}
-        assert_same_gradients(found, {name: 2.0 * expected[name] for name in names}, memory)
-        sequence.zero_grad()
-    for handle in handles:
-        handle.remove()
-
-    seen: list[int] = []
     sequence[1].register_forward_hook(lambda module, inputs, outputs: seen.append(len(inputs)))
     for memory in RECOMPUTING[:4]:
         seen.clear()
