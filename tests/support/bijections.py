@@ -154,8 +154,9 @@ def _net_with_condition(inputs: int, outputs: int) -> nn.Module:
     return OwnNet(inputs, outputs, 2)
 
 
-def _glow(**fields: object) -> nn.Module:
-    return GlowAsLayer(pgf.Glow(**{"n_levels": 2, "n_steps": 2, "hidden": 4, **fields}))
+def _glow(name: str, cond_shape: tuple[int, ...] | None = None, **fields: Any) -> Bijection:
+    given = {"n_levels": 2, "n_steps": 2, "hidden": 4, **fields}
+    return Bijection(name, lambda: GlowAsLayer(pgf.Glow(**given)), fields["image_shape"], cond_shape)
 
 
 BIJECTIONS = [
@@ -246,46 +247,42 @@ BIJECTIONS = [
     Bijection("split", lambda: pgf.Split(4), (4, 3, 2)),
     Bijection("split-uneven-cond", lambda: pgf.Split(5, factored=2, dims=1, cond_channels=2), (5, 4), (2, 4)),
     Bijection("split-fixed-prior", lambda: pgf.Split(4, learn_prior=False), (4, 3, 2)),
-    Bijection("glow", lambda: _glow(image_shape=(3, 4, 8), n_steps=1), (3, 4, 8)),
-    Bijection("glow-one-channel", lambda: _glow(image_shape=(1, 8, 4)), (1, 8, 4)),
-    Bijection("glow-1d", lambda: _glow(image_shape=(2, 8)), (2, 8)),
-    Bijection("glow-3d", lambda: _glow(image_shape=(1, 2, 2, 4), n_levels=1), (1, 2, 2, 4)),
-    Bijection("glow-cond", lambda: _glow(image_shape=(1, 4, 4), cond_channels=2, net_actnorm=True), (1, 4, 4), (2,)),
-    Bijection(
-        "glow-cond-map", lambda: _glow(image_shape=(1, 4, 8), cond_channels=1, n_classes=3), (1, 4, 8), (1, 4, 8)
-    ),
-    Bijection(
+    _glow("glow", image_shape=(3, 4, 8), n_steps=1),
+    _glow("glow-one-channel", image_shape=(1, 8, 4)),
+    _glow("glow-1d", image_shape=(2, 8)),
+    _glow("glow-3d", image_shape=(1, 2, 2, 4), n_levels=1),
+    _glow("glow-cond", (2,), image_shape=(1, 4, 4), cond_channels=2, net_actnorm=True),
+    _glow("glow-cond-map", (1, 4, 8), image_shape=(1, 4, 8), cond_channels=1, n_classes=3),
+    _glow(
         "glow-checkerboard",
-        lambda: _glow(image_shape=(2, 4, 4), n_checkerboard=1, n_last_checkerboard=2, cond_channels=1),
-        (2, 4, 4),
         (1, 4, 4),
+        image_shape=(2, 4, 4),
+        n_checkerboard=1,
+        n_last_checkerboard=2,
+        cond_channels=1,
     ),
-    Bijection(
+    _glow(
         "glow-injectors",
-        lambda: _glow(
-            image_shape=(1, 8, 4),
-            **_INJECTED,
-            injector=True,
-            n_steps=1,
-            n_transitions=1,
-            split_ratio=0.25,
-            cond_splits=True,
-        ),
-        (1, 8, 4),
         (2, 8, 4),
+        image_shape=(1, 8, 4),
+        **_INJECTED,
+        injector=True,
+        n_steps=1,
+        n_transitions=1,
+        split_ratio=0.25,
+        cond_splits=True,
     ),
-    Bijection("glow-own-nets", lambda: _glow(image_shape=(2, 4, 4), n_checkerboard=1, net=OwnNet), (2, 4, 4)),
-    Bijection(
-        "glow-own-nets-additive",
-        lambda: _glow(image_shape=(1, 8, 4), coupling="additive", permutation="reverse", net=OwnNet),
-        (1, 8, 4),
-    ),
-    Bijection(
+    _glow("glow-own-nets", image_shape=(2, 4, 4), n_checkerboard=1, net=OwnNet),
+    _glow("glow-own-nets-additive", image_shape=(1, 8, 4), coupling="additive", permutation="reverse", net=OwnNet),
+    _glow(
         "glow-own-nets-cond",
-        lambda: _glow(image_shape=(1, 8, 4), cond_channels=2, injector=True, n_transitions=1, net=_net_with_condition),
-        (1, 8, 4),
         (2, 8, 4),
+        image_shape=(1, 8, 4),
+        cond_channels=2,
+        injector=True,
+        n_transitions=1,
+        net=_net_with_condition,
     ),
-    Bijection("glow-without-splits", lambda: _glow(image_shape=(1, 4, 4), n_splits=0, learn_top=False), (1, 4, 4)),
-    Bijection("glow-shuffle", lambda: _glow(image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"), (1, 4, 4)),
+    _glow("glow-without-splits", image_shape=(1, 4, 4), n_splits=0, learn_top=False),
+    _glow("glow-shuffle", image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"),
 ]

@@ -279,30 +279,27 @@ class FlowUpsamplerNet(nn.Module):
             self.layers.extend(layers)
             self.levels += [level] * len(layers)
 
+    def _run(self, x: Tensor, features: list[Tensor], reverse: bool, epses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Go through all layers; the eps of each split is added to ``epses``, or taken from there in reverse."""
+        logdet, layers = x.new_zeros(len(x)), list(zip(self.levels, self.layers, strict=True))
+        for level, layer in reversed(layers) if reverse else layers:
+            if isinstance(layer, Split2d):
+                x, logdet, eps = layer(x, logdet, reverse, features[level], epses.pop() if reverse else None)
+                epses += [] if reverse else [eps]
+            else:
+                given = {"rrdbResults": features[level]} if isinstance(layer, FlowStep) else {}
+                x, logdet = layer(x, logdet, reverse=reverse, **given)
+        return x, logdet
+
     def encode(self, x: Tensor, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The eps of every split and the top latent; log_det with the density of the splits."""
-        found, logdet = [], torch.zeros(len(x), dtype=x.dtype)
-        for level, layer in zip(self.levels, self.layers, strict=True):
-            if isinstance(layer, Split2d):
-                x, logdet, eps = layer(x, logdet, False, features[level])
-                found.append(eps)
-            elif isinstance(layer, FlowStep):
-                x, logdet = layer(x, logdet, reverse=False, rrdbResults=features[level])
-            else:
-                x, logdet = layer(x, logdet, reverse=False)
-        return [*found, x], logdet
+        epses: list[Tensor] = []
+        top, logdet = self._run(x, features, False, epses)
+        return [*epses, top], logdet
 
     def decode(self, epses: list[Tensor], features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        left, logdet = list(epses), torch.zeros(len(epses[0]), dtype=epses[0].dtype)
-        x = left.pop()
-        for level, layer in zip(reversed(self.levels), reversed(self.layers), strict=True):
-            if isinstance(layer, Split2d):
-                x, logdet, _ = layer(x, logdet, True, features[level], left.pop())
-            elif isinstance(layer, FlowStep):
-                x, logdet = layer(x, logdet, reverse=True, rrdbResults=features[level])
-            else:
-                x, logdet = layer(x, logdet, reverse=True)
-        return x, logdet
+        *splits, top = epses
+        return self._run(top, features, True, splits)
 
 
 def randomised(model: nn.Module, spread: float = 0.1) -> nn.Module:
