@@ -86,16 +86,15 @@ def _has_only_weight_norm(module: nn.Module) -> bool:
     return True
 
 
-def _dropout(wavenet: nn.Module) -> nn.Dropout | None:
-    found = [child for child in wavenet.children() if type(child) is nn.Dropout]
-    return found[0] if len(found) == 1 else None
+def _dropouts(wavenet: nn.Module) -> list[nn.Dropout]:
+    return [child for child in wavenet.children() if type(child) is nn.Dropout]
 
 
 def _unfit(layer: Any) -> str:
     """Why a WaveNet, or a coupling around one, is none that ours runs; channels of other numbers fail in a probe."""
     net = _wavenet(layer)
-    if len(net.res_skip_layers) != len(net.in_layers) or _dropout(net) is None:
-        return "another number of layers or dropouts than a WaveNet's"
+    if len(_dropouts(net)) != 1:
+        return "another number of dropouts than a WaveNet's"
     for conv in (*net.in_layers, *net.res_skip_layers, *_ends(layer)):
         if conv is not None and not _keeps_length(conv):
             return f"{type(conv).__name__}({conv.extra_repr()}) where a WaveNet has another convolution"
@@ -133,8 +132,7 @@ class BlockNet(nn.Module):
     @property
     def dropout(self) -> float:
         """The probability that a value is dropped now."""
-        dropout = _dropout(_wavenet(self.block))
-        return dropout.p if dropout is not None and dropout.training else 0.0
+        return sum(dropout.p for dropout in _dropouts(_wavenet(self.block)) if dropout.training)
 
     @property
     def deterministic(self) -> bool:
@@ -212,8 +210,7 @@ def _example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequenc
         channels = layer.in_layers[0].in_channels if net is layer else 2 * layer.start.in_channels
         cond = net._modules.get("cond_layer")
         given = {} if cond is None else {"g": draw(len(LENGTHS), cond.in_channels, 1)}
-        dropout = _dropout(net)
-        if dropout is not None and layer.training:  # all is dropped, which shows where the dropout is
+        for dropout in _dropouts(net) if layer.training else []:  # all is dropped, which shows where the dropout is
             dropout.p = 1.0
     elif _is_actnorm(layer):
         channels, given, layer.initialized = layer.logs.shape[1], {}, True

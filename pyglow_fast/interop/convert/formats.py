@@ -455,11 +455,7 @@ def save_srflow(model: Glow) -> dict[str, Tensor]:
     Raises:
         ValueError: another interface, a frozen model, or actnorms that have seen no data.
     """
-
-    def wanted(config: GlowConfig) -> dict[str, Any]:
-        found = {"injector": True, "coupling": "affine", "permutation": "invconv_plain", "net_actnorm": True}
-        found |= {"border": False, "n_classes": None, "learn_top": False, "classify": 0, "dims": 2}
-        found |= {"scale_map": "sigmoid", "scale_bias": 2.0, "scale_factor": 1.0}
-        return found | ({"learn_prior": True} if config.splits else {})
-
-    return _SRFLOW.write(model, take_apart(model, wanted))
+    wanted = {"injector": True, "coupling": "affine", "permutation": "invconv_plain", "net_actnorm": True}
+    wanted |= {"border": False, "n_classes": None, "learn_prior": True, "learn_top": False, "classify": 0, "dims": 2}
+    wanted |= {"scale_map": "sigmoid", "scale_bias": 2.0, "scale_factor": 1.0}
+    return _SRFLOW.write(model, take_apart(model, lambda config: wanted))
