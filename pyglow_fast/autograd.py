@@ -21,45 +21,32 @@ _CouplingArguments = tuple[int, int, bool, float, float, float, float]
 class ChannelMix(torch.autograd.Function):
     """u = M x + c; grad_x = M^T grad_u, grad_M = sum grad_u x^T, grad_c = sum grad_u.
 
+    ``subtract_first``: u = M (x - c), as maps are undone; then grad_M = sum grad_u (x - c)^T, grad_c = -M^T sum grad_u.
     With an index (C,) M is the scales of a gather, here and below: grad_M_i = sum grad_u_i x_j, j = index_i.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, matrix: Tensor, offset: Tensor, subtract_first: bool, index: Tensor | None
+    ) -> Tensor:
         """Compute u, like x."""
-        ctx.save_for_backward(x, matrix, index)
-        return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["none"], index)
+        ctx.save_for_backward(x, matrix, offset if subtract_first else None, index)
+        return ops.channel_mix(x, matrix, offset, subtract_first, ops.SQUEEZE_CODES["none"], index)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, M and c."""
-        x, matrix, index = ctx.saved_tensors
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            return (*ops.channel_mix_backward(x, grad_u, matrix, None, None, False, index), None)
-        transposed, back = transpose_map(matrix, index)
-        grad_x = ops.channel_mix(grad_u, transposed, grad_u.new_zeros(matrix.shape[0]), False, 0, back)
-        return grad_x, None, None, None
-
-
-class ChannelUnmix(torch.autograd.Function):
-    """x = A (u - c) with A = M^-1; grad_u = A^T grad_x, grad_A = sum grad_x (u - c)^T, grad_c = -sum grad_u."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, inverse_matrix: Tensor, offset: Tensor, index: Tensor | None) -> Tensor:
-        """Compute x, like u."""
-        ctx.save_for_backward(u, inverse_matrix, offset, index)
-        return ops.channel_mix(u, inverse_matrix, offset, True, ops.SQUEEZE_CODES["none"], index)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of u, A and c."""
-        u, inverse_matrix, offset, index = ctx.saved_tensors
-        grad_u, grad_matrix, summed = ops.channel_mix_backward(u, grad_x, inverse_matrix, offset, None, False, index)
-        transposed, back = transpose_map(inverse_matrix, index)
-        grad_offset = -(full_product(transposed, summed) if back is None else transposed * summed[back])
-        return grad_u, grad_matrix, grad_offset, None
+        x, matrix, center, index = ctx.saved_tensors
+        if not any(ctx.needs_input_grad[1:3]):
+            transposed, back = transpose_map(matrix, index)
+            zeros = grad_u.new_zeros(matrix.shape[0])
+            return ops.channel_mix(grad_u, transposed, zeros, False, ops.SQUEEZE_CODES["none"], back), *[None] * 4
+        grad_x, grad_matrix, grad_offset = ops.channel_mix_backward(x, grad_u, matrix, center, None, False, index)
+        if center is not None:
+            transposed, back = transpose_map(matrix, index)
+            grad_offset = -(full_product(transposed, grad_offset) if back is None else transposed * grad_offset[back])
+        return grad_x, grad_matrix, grad_offset, None, None
 
 
 class InvertMatrices(torch.autograd.Function):

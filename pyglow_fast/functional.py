@@ -76,7 +76,7 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None 
     if not ops.run_on(x):
         return reference.channel_mix(x, matrix, offset, index)
     if _is_seen(x, matrix, offset):
-        return apply(autograd.ChannelMix, x, matrix, offset, index)
+        return apply(autograd.ChannelMix, x, matrix, offset, False, index)
     return ops.channel_mix(x, matrix, offset, False, ops.SQUEEZE_CODES["none"], index)
 
 
@@ -84,24 +84,22 @@ def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, index: Tens
     """x = M^-1 (u - c) at every position; see :func:`pyglow_fast.reference.channel_unmix`."""
     if not ops.run_on(u):
         return reference.channel_unmix(u, inverse_matrix, offset, index)
-    return apply(autograd.ChannelUnmix, u, inverse_matrix, offset, index)
+    return apply(autograd.ChannelMix, u, inverse_matrix, offset, True, index)
 
 
 def coupling(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """y2 = (u2 + shift) s, log_det = sum log s; see :func:`pyglow_fast.reference.coupling`."""
-    if ops.run_on(u) and ops.has_kernel(spec):
-        return _coupled(u, net_out, spec, inverse=False)
-    return reference.coupling(u, net_out, spec)
+    return _coupled(u, net_out, spec, inverse=False)
 
 
 def coupling_inverse(y: Tensor, net_out: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """u2 = y2 / s - shift, log_det = -sum log s; see :func:`pyglow_fast.reference.coupling_inverse`."""
-    if ops.run_on(y) and ops.has_kernel(spec):
-        return _coupled(y, net_out, spec, inverse=True)
-    return reference.coupling_inverse(y, net_out, spec)
+    return _coupled(y, net_out, spec, inverse=True)
 
 
 def _coupled(x: Tensor, net_out: Tensor, spec: CouplingSpec, inverse: bool) -> tuple[Tensor, Tensor]:
+    if not ops.run_on(x) or not ops.has_kernel(spec):
+        return (reference.coupling_inverse if inverse else reference.coupling)(x, net_out, spec)
     net_out, arguments = readable_net_output(net_out, x), ops.coupling_arguments(spec, inverse)
     if _is_seen(x, net_out):
         return apply(autograd.Coupling, x, net_out, arguments)
