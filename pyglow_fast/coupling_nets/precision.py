@@ -19,16 +19,6 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("net_precision", default=None)
 
 
-def of_prior(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context for computing a prior's mean and deviation from x: float32 where all nets are told to be that.
-
-    A latent is so encoded and decoded with the same prior.
-    """
-    if torch.compiler.is_compiling() or _override.get() != "fp32":
-        return contextlib.nullcontext()
-    return in_precision("fp32", x)
-
-
 def dtype_on(x: Tensor) -> torch.dtype:
     """The dtype that a net computes in, given its input: under autocast that of the moment, where x is float32."""
     device_type = device_of(x).type

@@ -26,6 +26,12 @@ class FlowLayer(nn.Module):
         True
     """
 
+    _shown: tuple[str, ...] = ()  # attributes that the repr shows
+
+    def extra_repr(self) -> str:
+        """Show the layer's options in the repr."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
+
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Set data-dependent parameters from x and return z; layers without any just map. No gradient is recorded."""
         with torch.no_grad():

@@ -90,6 +90,7 @@ class ActNorm(FlowLayer):
     """
 
     initialized: Tensor
+    _shown = ("channels",)
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -167,7 +168,3 @@ class ActNorm(FlowLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._ask_buffer()  # now: in a compiled forward it would break the graph
-
-    def extra_repr(self) -> str:
-        """Show the number of channels in the repr."""
-        return f"{self.channels}"

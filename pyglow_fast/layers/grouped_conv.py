@@ -45,6 +45,8 @@ class GroupedInvConv(ChannelLinear):
         (torch.Size([8, 8]), 32)
     """
 
+    _shown = ("channels", "size")
+
     def __init__(self, channels: int, size: int = 4) -> None:
         super().__init__()
         check_count("channels", channels)
@@ -58,7 +60,3 @@ class GroupedInvConv(ChannelLinear):
         """The matrix W (C, C), with w for each group, and log|det W| ()."""
         log_det = functional.log_abs_det(self.weight) * (self.channels // self.size)
         return spread_over_groups(self.weight, self.channels), log_det
-
-    def extra_repr(self) -> str:
-        """Show channels and group size in the repr."""
-        return f"{self.channels}, size={self.size}"

@@ -46,6 +46,7 @@ class ChannelLinear(FlowLayer):
     """
 
     channels: int
+    _shown: tuple[str, ...] = ("channels",)
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         """The matrix W (C, C) and log|det W| (); a subclass has to define it."""
@@ -82,10 +83,6 @@ class ChannelLinear(FlowLayer):
         check_input("z", z, self.channels, weight)
         return functional.channel_linear_inverse(z, weight, log_det)
 
-    def extra_repr(self) -> str:
-        """Show the number of channels in the repr."""
-        return f"{self.channels}"
-
 
 class InvConv(ChannelLinear):
     """Invertible 1x1 convolution: z = W x at every position; log_det = P log|det W|.
@@ -119,6 +116,7 @@ class InvConv(ChannelLinear):
 
     permutation: Tensor
     sign_diag: Tensor
+    _shown = ("channels", "lu")
 
     def __init__(self, channels: int, lu: bool = True) -> None:
         super().__init__()
@@ -164,10 +162,6 @@ class InvConv(ChannelLinear):
 
         return [getattr(conv, name) for name in LU_FACTORS for conv in convs], from_factors
 
-    def extra_repr(self) -> str:
-        """Show channels and parameterisation in the repr."""
-        return f"{self.channels}, lu={self.lu}"
-
 
 class Permute(ChannelLinear):
     """z[:, i] = x[:, index[i]], channels in another order; log_det = 0.
@@ -192,6 +186,7 @@ class Permute(ChannelLinear):
 
     index: Tensor
     unit: Tensor
+    _shown = ("channels", "permutation")
 
     def __init__(self, channels: int, permutation: str = "shuffle") -> None:
         super().__init__()
@@ -221,7 +216,3 @@ class Permute(ChannelLinear):
         """Map z back to x by gathering with the inverse order."""
         check_input("z", z, self.channels, self.unit)
         return z.index_select(1, self.index.argsort()), z.new_zeros(z.shape[0])
-
-    def extra_repr(self) -> str:
-        """Show channels and permutation in the repr."""
-        return f"{self.channels}, {self.permutation!r}"

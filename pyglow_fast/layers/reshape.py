@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.coupling_nets.net_runner import condition_for
-from pyglow_fast.coupling_nets.precision import of_prior
+from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.border import border_kernel, border_map
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias
@@ -35,6 +35,8 @@ class Squeeze(FlowLayer):
         tensor([0., 1., 4., 5.])
     """
 
+    _shown = ("factor",)
+
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
         check_count("factor", factor)
@@ -47,10 +49,6 @@ class Squeeze(FlowLayer):
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, channels to blocks of positions."""
         return functional.unsqueeze(z, self.factor), z.new_zeros(z.shape[0])
-
-    def extra_repr(self) -> str:
-        """Show the factor in the repr."""
-        return f"{self.factor}"
 
 
 def standardised(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
@@ -95,6 +93,8 @@ class Split(FlowLayer):
         True
     """
 
+    _shown = ("channels", "learn_prior")
+
     def __init__(
         self,
         channels: int,
@@ -135,7 +135,7 @@ class Split(FlowLayer):
         expect(kept.dim() == self.dims + 2, "kept", f"{self.dims} spatial dimensions", f"shape {tuple(kept.shape)}")
         if self.cond_channels:
             kept = torch.cat([kept, condition_for(kept, cond)], dim=1)
-        with of_prior(kept):
+        with in_precision("auto", kept):  # as all nets are told to run, so that latents go back by the prior they had
             out = self.conv(kept)
         if self.border is not None:
             out = out + border_map(self.border, kept.shape[2:])
@@ -159,7 +159,3 @@ class Split(FlowLayer):
     def log_prob(self, kept: Tensor, factored: Tensor, cond: Tensor | None = None) -> Tensor:
         """log N(z2; prior(z1)), the log density of what leaves the flow, summed per sample, (N,) nats."""
         return functional.gaussian_log_prob(factored, *self.prior(kept, cond))
-
-    def extra_repr(self) -> str:
-        """Show the channels and whether the prior is learned in the repr."""
-        return f"{self.channels}, learn_prior={self.learn_prior}"
