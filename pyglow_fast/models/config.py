@@ -151,7 +151,7 @@ class GlowConfig:
         coupling_spec(self.coupling, self.scale_map, scale_factor=self.scale_factor)
         fewer = self.n_splits is None or self.n_splits < self.n_levels
         expect(fewer, "n_splits", f"fewer than n_levels = {self.n_levels}, or none", self.n_splits)
-        for state, factored in zip(self.level_shapes(), self._factored(), strict=False):
+        for state, factored in self._levels()[: self.splits]:
             keeps = 0 < factored < state[0]
             expect(keeps, "split_ratio", f"a share that leaves a part of {state[0]} channels on each side", factored)
 
@@ -188,32 +188,30 @@ class GlowConfig:
         """Whether a level, counted from 0, has a squeeze."""
         return not self.n_last_checkerboard or level + 1 < self.n_levels
 
-    def level_shapes(self) -> list[tuple[int, ...]]:
-        """List (C, *spatial) of the flow state inside each level, after its squeeze."""
-        channels, spatial, shapes = self.image_shape[0], self.image_shape[1:], []
+    def _levels(self) -> list[tuple[tuple[int, ...], int]]:
+        """The shape of the state inside each level, and how many of its channels a split behind it factors out."""
+        channels, spatial, found = self.image_shape[0], self.image_shape[1:], []
         for level in range(self.n_levels):
             if self.squeezes(level):
                 channels, spatial = channels * 2**self.dims, tuple(size // 2 for size in spatial)
-            shapes.append((channels, *spatial))
-            channels -= self._factored_of(channels) if level < self.splits else 0
-        return shapes
+            factored = round(self.split_ratio * channels) if level < self.splits else 0
+            found.append(((channels, *spatial), factored))
+            channels -= factored
+        return found
+
+    def level_shapes(self) -> list[tuple[int, ...]]:
+        """List (C, *spatial) of the flow state inside each level, after its squeeze."""
+        return [state for state, _ in self._levels()]
 
     @property
     def splits(self) -> int:
         """The number of splits, one behind each of the first levels."""
         return self.n_levels - 1 if self.n_splits is None else self.n_splits
 
-    def _factored_of(self, channels: int) -> int:
-        return round(self.split_ratio * channels)
-
-    def _factored(self) -> list[int]:
-        return [self._factored_of(shape[0]) for shape in self.level_shapes()[: self.splits]]
-
     def latent_shapes(self) -> list[tuple[int, ...]]:
         """List (C, *spatial) of each latent: what each split factors out, shallowest first, then the top state."""
-        states = self.level_shapes()
-        parts = zip(self._factored(), states, strict=False)
-        return [*((factored, *state[1:]) for factored, state in parts), states[-1]]
+        levels = self._levels()
+        return [*((factored, *state[1:]) for state, factored in levels[: self.splits]), levels[-1][0]]
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> GlowConfig:
