@@ -128,13 +128,27 @@ def differentiable_once(backward: Backward) -> Backward:
     return checked
 
 
-def check_leaves(output: Tensor, known: Sequence[Tensor], what: str = "net") -> None:
+def passed_back(
+    outputs: Sequence[Tensor], output_grads: Sequence[Tensor], slots: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Compute the gradients of slots from those of outputs; None where a slot is empty, wants none or is not used."""
+    pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if out.requires_grad]
+    wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
+    if not wanted or not pairs:
+        return [None] * len(slots)
+    outs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
+    return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
+
+
+def check_leaves(output: Tensor, known: Sequence[Tensor | None], what: str = "net") -> None:
     """Refuse an output of ``what`` through whose graph a gradient would reach other tensors than the known ones.
 
     Raises:
         ValueError: with the shape of such a tensor.
     """
-    ends = [tensor.grad_fn for tensor in known if tensor.grad_fn is not None]  # kept: ids are unique among the living
+    found = [tensor.grad_fn for tensor in known if tensor is not None]
+    ends = [node for node in found if node is not None]  # kept: ids are unique among the living
     seen, known_ids = {id(node) for node in ends}, {id(tensor) for tensor in known}
     waiting: list[Any] = [] if output.grad_fn is None else [output.grad_fn]
     visited = []

@@ -55,11 +55,6 @@ class Chain(NamedTuple):
     outputs: Outputs = Outputs()
 
     @property
-    def nbytes(self) -> int:
-        """The bytes of the tensors."""
-        return sum([tensor.numel() for tensor in self.tensors]) * self.tensors[0].element_size()
-
-    @property
     def last_weight(self) -> Tensor:
         """The weight of the last layer, whose outputs are the net's."""
         return self.tensors[-2 if self.powers[-1] == 0 else -3]

@@ -24,8 +24,12 @@ class Checkerboard:
 
     parity: int
 
-    def check(self, x: Tensor, cond: Tensor | None) -> None:
-        """Refuse images that have no halves of one size, or a condition of other positions."""
+    def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Divide x into its halves, and view the condition by pairs of rows.
+
+        Raises:
+            ValueError: images that have no halves of one size, or a condition of other positions.
+        """
         expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
         if x.dim() < 3 or x.shape[2] % 2 == 1:
             expected = "shape (N, C, *spatial) with an even first spatial side (mask='checkerboard')"
@@ -35,10 +39,6 @@ class Checkerboard:
             fits = cond.dim() == x.dim() and (cond.shape[0], *cond.shape[2:]) == (x.shape[0], *x.shape[2:])
             shape = ", ".join(map(str, (x.shape[0], "Cc", *x.shape[2:])))
             expect(fits, "cond", f"shape ({shape}), the positions of x", f"shape {tuple(cond.shape)}")
-
-    def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Divide x into its halves, and view the condition by pairs of rows."""
-        self.check(x, cond)
         return functional.checkerboard_split(x, self.parity), None if cond is None else cond.unflatten(2, (-1, 2))
 
     def leave(self, halves: Tensor) -> Tensor:

@@ -77,11 +77,10 @@ class NetShape(nn.Module):
         return x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
 
     def run_on(self, x: Tensor, cond: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
-        """Run the net on checked x and cond by w1, b1, w2, b2, w3, b3 and maybe log_gain, a border term folded in."""
-        if self.border:  # which then is a channel of ones
-            x = self.with_condition(x, cond)
-            x = torch.cat([x, x.new_ones(x.shape[0], 1, *x.shape[2:])], dim=1)
-            return functional.net_chain(x, weights[:6:2], weights[1:6:2], COUPLING_NETS[self.dims], *weights[6:])
+        """Check x and cond, and run the net by w1, b1, w2, b2, w3, b3 and maybe log_gain, a border term folded in."""
         self.check_inputs(x, cond)
         gain, beside = weights[6] if len(weights) > 6 else None, None if cond is None else cond.to(x.dtype)
+        if self.border:  # which reads a channel of ones
+            ones = x.new_ones(x.shape[0], 1, *x.shape[2:])
+            beside = ones if beside is None else torch.cat([beside, ones], dim=1)
         return functional.net_chain(x, weights[:6:2], weights[1:6:2], COUPLING_NETS[self.dims], gain, beside)

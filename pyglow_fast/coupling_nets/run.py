@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._derivatives import check_leaves
+from pyglow_fast._derivatives import check_leaves, passed_back
 from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.state import without_autocast_cache
 from pyglow_fast.coupling_nets.traits import may_write
@@ -37,6 +37,23 @@ def plain_call(net: nn.Module) -> NetCall:
     return lambda x1, cond: net(*inputs_for(net, x1, cond))
 
 
+class Tiles:
+    """A tensor that chunks give part by part, of the batch and the positions of another; one chunk is not copied."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = self.value = like
+
+    def put(self, chunk: Chunk, part: Tensor) -> None:
+        """Take what a chunk gives; the first one's dtype, channels and memory format are those of the whole."""
+        if chunk.whole:
+            self.value = part
+            return
+        if self.value is self._like:
+            shape = (self._like.shape[0], part.shape[1], *self._like.shape[2:])
+            self.value = part.new_empty(shape).to(memory_format=memory_format_of(part))
+        chunk.outputs(self.value).copy_(part)
+
+
 @torch.no_grad()
 def run_net(call: NetCall, x1: Tensor, cond: Tensor | None, plan: Sequence[Chunk]) -> Tensor:
     """Compute call(x1, cond) chunk by chunk without recording a gradient, equal to the plain call up to rounding.
@@ -50,18 +67,11 @@ def run_net(call: NetCall, x1: Tensor, cond: Tensor | None, plan: Sequence[Chunk
     Returns:
         (N, C_out, *spatial), of the dtype that the net gives, and in the memory format of its first chunk.
     """
-    net_out: Tensor | None = None
+    net_out = Tiles(x1)
     with without_autocast_cache():
         for chunk in plan:
-            part = chunk.crop(call(chunk.inputs(x1), None if cond is None else chunk.inputs(cond)))
-            if chunk.whole:
-                return part
-            if net_out is None:
-                shape = (x1.shape[0], part.shape[1], *x1.shape[2:])
-                net_out = part.new_empty(shape).to(memory_format=memory_format_of(part))
-            chunk.outputs(net_out).copy_(part)
-    assert net_out is not None  # for the type checker: a plan has a chunk
-    return net_out
+            net_out.put(chunk, chunk.crop(call(chunk.inputs(x1), None if cond is None else chunk.inputs(cond))))
+    return net_out.value
 
 
 class GradientSum:
@@ -136,14 +146,10 @@ def run_net_backward(
         with torch.enable_grad():
             net_out = chunk.crop(call(leaf, cond_leaf))
         slots = [leaf, cond_leaf, *params]
-        wanted = [tensor for tensor in slots if tensor is not None and tensor.requires_grad]
         if chunk is plan[0]:
-            check_leaves(net_out, wanted)
+            check_leaves(net_out, slots)
         grad_out = consume(net_out.detach(), chunk)
-        if not wanted or not net_out.requires_grad:
-            return [None] * len(slots)
-        found = iter(torch.autograd.grad(net_out, wanted, grad_out, allow_unused=True))
-        return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
+        return passed_back([net_out], [grad_out], slots)
 
     whole = (x1 if needs_x1 else None, cond if needs_cond else None)
     totals = [None if like is None else torch.zeros_like(like) for like in whole]  # halos of strips overlap

@@ -26,7 +26,7 @@ from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import after, recomputed, stack_maps
 from pyglow_fast.reversible import DriftControl, run_steps
-from pyglow_fast.reversible.run import Fold, GivenMaps, Maps, folded_maps, run_plain, run_recorded
+from pyglow_fast.reversible.run import GIVEN, Fold, Maps, folded_maps, run_plain, run_recorded
 from pyglow_fast.reversible.steps import ChannelMap
 
 Reasons = dict[nn.Module, str]  # why a layer is in no run
@@ -289,7 +289,7 @@ def _maps_of(between: Sequence[ChannelMap]) -> Maps:
     """The maps before couplings; those of a node are stacked when it is made, so that others wait for no gradient."""
 
     def of(first: int, end: int) -> tuple[Sequence[Tensor], Fold]:
-        return [part for part in stack_maps(between[first:end]) if part is not None], GivenMaps()
+        return [part for part in stack_maps(between[first:end]) if part is not None], GIVEN
 
     return Maps(range(1, len(between) + 1), max(own.matrix.nbytes for own in between), of)
 

@@ -164,20 +164,18 @@ class Coupling(FlowLayer):
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
-        if self.board is None:
-            x, cond = self._net_inputs(self.kept_half(x), cond)
-        else:
-            self.board.check(x, cond)
+        x, cond = self.enter(x, cond)
+        x, cond = self._net_inputs(self.kept_half(x), cond)
         if isinstance(self.net, CouplingNet):
             self.net.check_inputs(x, cond)
 
     def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the net is called with."""
-        kept, cond = self.runner("auto").inputs(kept, cond)
+        kept, cond = self.runner(None).inputs(kept, cond)
         return (kept, cond) if self.board is None else self.board.net_inputs(kept, cond)
 
-    def runner(self, budget: str | int) -> NetRunner:
-        """What runs the net in chunks whose activations fit a budget of bytes."""
+    def runner(self, budget: str | int | None) -> NetRunner:
+        """What runs the net, in chunks whose activations fit a budget of bytes."""
         width = 2 if self.spec.coupling == "affine" else 1
         return NetRunner(self.net, width, budget, self.precision, self.board)
 
@@ -186,18 +184,18 @@ class Coupling(FlowLayer):
 
         With a budget of bytes, or "auto", it runs in chunks and without a record.
         """
-        return self.runner("auto").whole(kept, cond) if budget is None else self.runner(budget).run(kept, cond)
+        return self.runner(budget).run(kept, cond)
 
     @property
-    def net_is_initialized(self) -> bool:
-        """Whether no ActNorm in the net still waits for data."""
+    def fresh_net(self) -> CouplingNet | None:
+        """The net, if an ActNorm in it still waits for data."""
         net = self._modules["net"]
-        return not isinstance(net, CouplingNet) or net.is_initialized
+        return net if isinstance(net, CouplingNet) and not net.is_initialized else None
 
     def run_net_forward(self, kept: Tensor, cond: Tensor | None, budget: str | int | None = None) -> Tensor:
         """Run the net in the forward direction; in training its fresh ActNorms are initialised first."""
-        if self.training and isinstance(self.net, CouplingNet) and not self.net.is_initialized:
-            self.net.initialize(*self._net_inputs(kept, cond))
+        if self.training and (net := self.fresh_net) is not None:
+            net.initialize(*self._net_inputs(kept, cond))
         return self.run_net(kept, cond, budget)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -214,9 +212,9 @@ class Coupling(FlowLayer):
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise the net's ActNorms from x if that has not happened yet, and return y."""
-        if isinstance(self.net, CouplingNet) and not self.net.is_initialized:
+        if (net := self.fresh_net) is not None:
             halves, halved_cond = self.enter(x, cond)
-            self.net.initialize(*self._net_inputs(self.kept_half(halves), halved_cond))
+            net.initialize(*self._net_inputs(self.kept_half(halves), halved_cond))
         return super().initialize(x, cond)
 
     def extra_repr(self) -> str:

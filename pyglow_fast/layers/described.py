@@ -120,8 +120,6 @@ def described(
     state, given = _state_shape(x, squeezes), None if cond is None else (cond.shape, cond.device)
     forms: list[Any] = []
     nets: list[Tensor] = []
-    counts: list[int] = []
-    nbytes: list[int] = []
     ways: dict[str, tuple[_Computes, dict[tuple[object, ...], Any]]] = {}
     for coupling in couplings:
         chain = chain_of(coupling, x)
@@ -145,10 +143,8 @@ def described(
             form = known[key] = _made(coupling, chain, state, x, cond, how, budget)
         forms.append(form)
         nets += chain.tensors
-        counts.append(len(chain.tensors))
-        nbytes.append(chain.nbytes)
     lowest = max((how.lowest for how, _ in ways.values()), key=lambda dtype: torch.finfo(dtype).eps)
-    return Steps(forms, nets, counts, nbytes, maps, lowest, next(iter(ways)))
+    return Steps(forms, nets, maps, lowest, next(iter(ways)))
 
 
 def _state_shape(x: Tensor, squeezes: bool) -> tuple[int, ...]:

@@ -412,7 +412,7 @@ class FlowStep(FlowLayer):
     def is_initialized(self) -> bool:
         """Whether every actnorm of the step, also in its net, has seen data."""
         actnorm = cast(ActNorm, self._modules["actnorm"])
-        return actnorm.is_initialized and all(part.net_is_initialized for part in self.couplings)
+        return actnorm.is_initialized and all(part.fresh_net is None for part in self.couplings)
 
     def _check(self, x: Tensor, cond: Tensor | None) -> None:
         """Before an initialisation: refuse what the step cannot take."""

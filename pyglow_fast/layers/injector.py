@@ -76,8 +76,8 @@ class AffineInjector(Coupling):
         check_input("x", x, self.channels)
         return x[:, :0]
 
-    def runner(self, budget: str | int) -> NetRunner:
-        """What runs the net in chunks whose activations fit a budget of bytes."""
+    def runner(self, budget: str | int | None) -> NetRunner:
+        """What runs the net, in chunks whose activations fit a budget of bytes."""
         return NetRunner(self.net, 2 * self.channels, budget, self.precision, injects=True)
 
     def extra_repr(self) -> str:

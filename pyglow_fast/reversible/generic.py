@@ -186,9 +186,9 @@ class _Backward:
     def _step(self, k: int, y: Tensor | None, x: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The input of a step, and its gradient; those of the parameters and of the condition are noted."""
         found = self._steps[k].backward(y, x, grad, self._grad_log_det, self._given[k])
-        self.of_cond.add(found.grad_cond)
-        self.of_params[k], self._of_maps[k] = found.grad_params, found.grad_map
-        return found.x, found.grad_x
+        x, grad, of_cond, self.of_params[k], self._of_maps[k] = found
+        self.of_cond.add(of_cond)
+        return x, grad
 
     def of_raw(self) -> Sequence[Tensor | None]:
         """Compute the gradients of what the maps are folded from."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
-from pyglow_fast._derivatives import apply_to_plain, differentiable_once
+from pyglow_fast._derivatives import apply_to_plain, differentiable_once, passed_back
 from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.reference import n_positions
 from pyglow_fast.reversible.deferred import accepted
@@ -47,27 +47,10 @@ class FoldByTorch:
         leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in raw]
         with torch.enable_grad():
             found = self._function(leaves)
-        pairs = [pair for pair in zip(found[:3], (matrices, offsets, log_dets), strict=True) if pair[0].requires_grad]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        if not wanted or not pairs:
-            return [None] * len(leaves)
-        outs, grads = zip(*pairs, strict=True)
-        given = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True))
-        return [next(given) if leaf.requires_grad else None for leaf in leaves]
+        return passed_back(found[:3], (matrices, offsets, log_dets), leaves)
 
 
-class GivenMaps:
-    """Passes on maps that someone has folded: matrices, offsets, log_dets and, of gathers, indices; or none at all."""
-
-    def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return them as they are."""
-        return raw
-
-    def gradients(
-        self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
-    ) -> Sequence[Tensor | None]:
-        """Return their gradients; indices have none."""
-        return [matrices, offsets, log_dets, None][: len(raw)]
+GIVEN = FoldByTorch(lambda raw: raw)  # of maps that someone has folded, or of none at all
 
 
 FACTORS, CONSTANTS = ("log_scale", "bias", "lower", "upper", "log_diag"), ("permutation", "sign_diag")
@@ -98,7 +81,7 @@ class FoldFactors:
         return [one for each in stacked for one in each.unbind()]
 
 
-Fold = FoldByTorch | GivenMaps | FoldFactors
+Fold = FoldByTorch | FoldFactors
 
 
 class Maps(NamedTuple):
@@ -134,7 +117,7 @@ class Maps(NamedTuple):
 
 def no_maps(count: int) -> Maps:
     """The maps of steps that have none, any of which may end a node."""
-    return Maps(range(1, count + 1), 1, lambda first, end: ([], GivenMaps()))
+    return Maps(range(1, count + 1), 1, lambda first, end: ([], GIVEN))
 
 
 def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
@@ -142,7 +125,7 @@ def given_maps_of(stacked: Sequence[Tensor]) -> Maps:
     nbytes = stacked[0][0].nbytes
 
     def of(first: int, end: int) -> tuple[Sequence[Tensor], Fold]:
-        return [part[first:end] for part in stacked], GivenMaps()
+        return [part[first:end] for part in stacked], GIVEN
 
     return Maps(range(1, len(stacked[0]) + 1), nbytes, of)
 
@@ -153,8 +136,6 @@ class Steps(NamedTuple):
     Attributes:
         forms: of the couplings and their nets.
         nets: the nets' tensors, one net after another.
-        counts: how many of them each net has.
-        nbytes: of the tensors of each net.
         maps: where the channel maps come from.
         lowest: the dtype that the nets compute in, if lower than the state's.
         precision: that the nets are to be run in, see in_precision.
@@ -164,8 +145,6 @@ class Steps(NamedTuple):
 
     forms: Sequence[Any]
     nets: Sequence[Tensor]
-    counts: Sequence[int]
-    nbytes: Sequence[int]
     maps: Maps
     lowest: torch.dtype
     precision: str = "auto"
@@ -314,25 +293,25 @@ def run_recorded(
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeezes else 1)
     few = positions <= SKETCHED  # a sketch of such a state would be no smaller
     between = x.nbytes if few or control is None else x.nbytes // positions * SKETCHED
-    limit = part_limit(x, steps.nbytes, between)
-    units = steps.maps.bounds(steps.nbytes, limit, FOLDED_AT_ONCE)
+    nets_at = [0, *accumulate(form.tensors for form in steps.forms)]
+    net_bytes = [sum([tensor.nbytes for tensor in steps.nets[at:end]]) for at, end in pairwise(nets_at)]
+    limit = part_limit(x, net_bytes, between)
+    units = steps.maps.bounds(net_bytes, limit, FOLDED_AT_ONCE)
     ends = [steps.maps.ends[end - 1] for _, end in units]
     whole = Whole(control, list(pairwise([0, *ends])), few)
     keeps = CHECKPOINT if mode == "reversible" and whole.keeps_states else _MODES[mode]
     reversible = keeps == REVERSIBLE
     drawn = signs_of(positions, x.dtype, x.device) if reversible else (None, None)
     rounds = reversible and _float32.rounds(_float32.PRODUCTS, x)
-    log_dets, at = [], 0
+    log_dets = []
     for (first, end), part in zip(units, whole.parts, strict=True):
         raw, fold = steps.maps.of(first, end)
-        forms, count = steps.forms[part.first : part.end], sum(steps.counts[part.first : part.end])
-        nets = steps.nets[at : at + count]
-        at += count
+        forms, nets = steps.forms[part.first : part.end], steps.nets[nets_at[part.first] : nets_at[part.end]]
         whole.joins(part.first, x, (cond, *nets, *raw))
         squeezes_here = squeezes and part.index == 0
         kept, watch = (part.anchors, part.knows_start), steps.watch
         form = require().Part(forms, squeezes_here, keeps, *kept, *drawn, rounds, watch is not None)
-        node = _Node(part, keeps, forms, squeezes_here, form, fold, count, steps.lowest, steps.precision, watch)
+        node = _Node(part, keeps, forms, squeezes_here, form, fold, len(nets), steps.lowest, steps.precision, watch)
         with in_precision(steps.precision, x):
             x, log_det = apply_to_plain(_RunNode, node, x, cond, *nets, *raw)
         log_dets.append(log_det)

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, ops, reference
-from pyglow_fast._derivatives import check_leaves
+from pyglow_fast._derivatives import check_leaves, passed_back
 from pyglow_fast._errors import expect
 from pyglow_fast.coupling_nets.masks import mask_of, positions_of
-from pyglow_fast.coupling_nets.net_runner import Memo, NetRunner
+from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.coupling_nets.plan import Chunk
 from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
+from pyglow_fast.coupling_nets.run import Tiles, run_net, run_net_backward
 from pyglow_fast.coupling_nets.state import RunState, check_repeated, holding, leaves_of, output_sums, states_before
 from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.reference import CouplingSpec, n_positions
 from pyglow_fast.reversible.drift import lowest_precision
 
+Memo = tuple[tuple[Chunk, ...], RunState]
 MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
 
 
@@ -74,17 +76,9 @@ class Given(NamedTuple):
     memo: Any = None
 
 
-class Differentiated(NamedTuple):
-    """What a step gives in the backward: its input, the gradient of that, of the condition and of its parameters.
-
-    And those of the map's matrix, offset and log_det, if there is one.
-    """
-
-    x: Tensor
-    grad_x: Tensor
-    grad_cond: Tensor | None
-    grad_params: Sequence[Tensor | None]
-    grad_map: tuple[Tensor, ...] = ()
+# What a step gives in the backward: its input, the gradients of that, of the condition and of the parameters, and those
+# of the map's matrix, offset and log_det, if there is one.
+Differentiated = tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor | None], tuple[Tensor, ...]]
 
 
 class ModuleStep:
@@ -162,20 +156,16 @@ class ModuleStep:
         if state.sums is not None and x is not None:
             check_repeated(state.sums, output_sums(z), self.name)
         grad_x, grad_cond, *rest = _passed_back([z, log_det], [grad_y, grad_log_det], [leaf, cond, *params])
-        return Differentiated(found, torch.zeros_like(leaf) if grad_x is None else grad_x, grad_cond, rest)
+        return found, torch.zeros_like(leaf) if grad_x is None else grad_x, grad_cond, rest, ()
 
 
 def _passed_back(
     outputs: Sequence[Tensor], output_grads: Sequence[Tensor], slots: Sequence[Tensor | None], what: str = "net"
 ) -> list[Tensor | None]:
-    """The gradients of a step's slots (input, condition, parameters) from those of its outputs; None where none is."""
-    wanted = [slot for slot in slots if slot is not None and slot.requires_grad]
+    """The gradients of a step's slots: input, condition, parameters. Its outputs may depend on no others."""
     for output in outputs:
-        check_leaves(output, wanted, what)
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, output_grads, strict=True) if o.requires_grad]
-    own, grads = [o for o, _ in pairs], [g for _, g in pairs]
-    found = iter(torch.autograd.grad(own, wanted, grads, allow_unused=True))
-    return [next(found) if slot is not None and slot.requires_grad else None for slot in slots]
+        check_leaves(output, slots, what)
+    return passed_back(outputs, [g.to(o.dtype) for o, g in zip(outputs, output_grads, strict=True)], slots)
 
 
 def coupling_backward(
@@ -224,22 +214,6 @@ def with_added(grad: Tensor, added: Tensor | None) -> Tensor:
     return total
 
 
-class _Tiles:
-    """A tensor that chunks give part by part; nothing is copied if there is one chunk."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.value = like
-
-    def put(self, chunk: Chunk, part: Tensor) -> None:
-        if chunk.whole:
-            self.value = part
-            return
-        if self.value is self.like:
-            self.value = torch.empty_like(self.like)
-        chunk.outputs(self.value).copy_(part)
-
-
 class CouplingStep:
     """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
 
@@ -254,12 +228,12 @@ class CouplingStep:
 
     def __init__(self, runner: NetRunner, spec: CouplingSpec, masked: bool = False) -> None:
         self.runner, self.spec, self.masked = runner, spec, masked
-        self.params = runner.params
+        self.params = list(runner.net.parameters())  # of now: functional_call may put others in their place for a call
         self.watch: Callable[[Tensor, Tensor], Any] | None = None  # is given state and net output of each forward
 
-    def _read(self, u: Tensor) -> Tensor:
-        """What the net reads of a state."""
-        return u[:, : self.runner.reads(u.shape[1])]
+    def _inputs(self, u: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the net reads: of a state, and the condition."""
+        return self.runner.inputs(u[:, : self.runner.reads(u.shape[1])], cond)
 
     def _masked(self, u: Tensor, cond: Tensor | None) -> Tensor:
         """Set a state of our own to zero at masked positions, where a channel map has put its offset."""
@@ -277,13 +251,17 @@ class CouplingStep:
         return self._masked(functional.channel_mix(x, matrix, offset, index=source), given.cond)
 
     def forward(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor, Memo, torch.dtype]:
-        """Run the map and the coupling, and note what repeats the net."""
-        u = self._mixed(x, given)
-        net_out, memo = self.runner.forward(self._read(u), given.cond, given.params)
+        """Run the map and the coupling, and note what repeats the net: how it was cut, and the state around it."""
+        u, net = self._mixed(x, given), self.runner.net
+        inputs = self._inputs(u, given.cond)
+        plan = self.runner.plan(*inputs)
+        with in_precision(self.runner.precision, u):
+            before = states_before(net, u.device)
+            net_out = run_net(self.runner.call(given.params), *inputs, plan)
+            memo = plan, RunState.after(net, before, net_out)
+            lowest = lowest_precision(u.dtype, net_out, given.params)  # which does not show in an output in float32
         if self.watch is not None:
             self.watch(u, net_out)
-        with in_precision(self.runner.precision, u):  # its precision does not show in an output in float32
-            lowest = lowest_precision(u.dtype, net_out, given.params)
         z, log_det = functional.coupling(u, net_out, self.spec)
         if given.map is not None:
             log_det = log_det + given.map.log_det * self._positions(u, given.cond)
@@ -291,23 +269,28 @@ class CouplingStep:
 
     def repeat(self, x: Tensor, given: Given) -> Tensor:
         """Run the map, the net and the coupling again."""
-        u = self._mixed(x, given)
-        net_out = self.runner.repeat(self._read(u), given.cond, given.params, given.memo)
+        u, (plan, state) = self._mixed(x, given), given.memo
+        with in_precision(self.runner.precision, u), state.restored(self.runner.net):
+            net_out = run_net(self.runner.call(given.params), *self._inputs(u, given.cond), plan)
         return functional.coupling(u, net_out, self.spec)[0]
 
     def backward(
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
     ) -> Differentiated:
         """Run the net once more, chunk by chunk, then the map."""
-        cond, own = given.cond, given.map
+        cond, own, runner, (plan, memo) = given.cond, given.map, self.runner, given.memo
         inverse = None if own is None or y is None else own.inverse()
         state = y
         if state is None:
             assert x is not None  # one of the two is given
             state = self._mixed(x, given)
-        inputs, grads = _Tiles(state), _Tiles(state)
+        inputs, grads = Tiles(state), Tiles(state)
+        sums = memo.sums if y is None or runner.injects else None  # else the net's input is not that of the forward
+        seen = None if sums is None else torch.zeros_like(sums)
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
+            if seen is not None:
+                seen[chunk.samples] += output_sums(net_out)
             arguments = net_out, chunk.outputs(grad_y), chunk.per_sample(grad_log_det), self.spec
             if y is None:
                 grad_u, grad_net_out = coupling_backward(chunk.outputs(state), *arguments)
@@ -319,17 +302,29 @@ class CouplingStep:
             grads.put(chunk, grad_u)
             return grad_net_out
 
-        added, grad_cond, of_net = self.runner.backward(
-            self._read(state), cond, given.params, given.memo, consume, given.needs_cond, same_x1=y is None
-        )
+        with in_precision(runner.precision, state), memo.restored(runner.net):
+            params = leaves_of(runner.net, given.params)
+            added, grad_cond, of_net = run_net_backward(
+                runner.call(params),
+                *self._inputs(state, cond),
+                plan,
+                consume,
+                params,
+                needs_x1=given.needs_cond or not runner.injects,
+                needs_cond=given.needs_cond,
+            )
+        if sums is not None and seen is not None:
+            check_repeated(sums, seen)
+        if runner.injects:  # whose net reads the condition in the place of the state
+            added, grad_cond = None, added
         found, grad_u = x if y is None else self._masked(inputs.value, cond), grads.value
         assert found is not None
         if own is None:
-            return Differentiated(found, with_added(grad_u, added), grad_cond, of_net)
+            return found, with_added(grad_u, added), grad_cond, of_net, ()
         true = found if x is None else x
         grad_x, *of_map = channel_mix_backward(true, grad_u, own.matrix, own.offset, added, own.source)
         of_log_det = (grad_log_det * self._positions(grad_u, cond)).sum()
-        return Differentiated(found, grad_x, grad_cond, of_net, (*of_map, of_log_det))
+        return found, grad_x, grad_cond, of_net, (*of_map, of_log_det)
 
 
 Step = ModuleStep | CouplingStep
