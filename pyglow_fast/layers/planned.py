@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.reference import autocast_is_on
 from pyglow_fast.reversible.drift import DriftRecord
 from pyglow_fast.reversible.dry_run import dry_run, twin_of, without_values
-from pyglow_fast.reversible.planner import MemoryPlan, RunPlan, plan_memory
+from pyglow_fast.reversible.planner import RunPlan, plan_memory
 from pyglow_fast.reversible.setting import memory_text
 
 REMEMBERED = 16  # plans
@@ -60,24 +59,22 @@ class _Scratch:
 
 
 class Plans:
-    """The plans of a model or a run of steps, by shapes, and what the last forward did.
+    """The plans of a model or a run of steps, by shapes.
 
     Attributes:
-        last: the plan of the last forward.
         tried: in a dry run, what it tries.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, MemoryPlan] = {}
-        self.last: MemoryPlan | None = None
+        self._known: dict[Hashable, RunPlan] = {}
         self.tried: RunPlan | None = None
 
     def __reduce__(self) -> tuple[type[Plans], tuple[()]]:
         """Copies of a model begin without plans, which are of its own nets."""
         return Plans, ()
 
-    def of(self, model: Any, inputs: Inputs, forward: Forward, *settings: Hashable) -> list[RunPlan]:
-        """Give the plan of each run in a forward that begins now, made anew for shapes that have none.
+    def of(self, model: Any, inputs: Inputs, forward: Forward, *settings: Hashable) -> RunPlan:
+        """Give the plan of all steps in a forward that begins now, made anew for shapes that have none.
 
         Args:
             model: that has these plans, whose ``_sequences()`` are its runs, in order.
@@ -89,7 +86,7 @@ class Plans:
             ValueError: no plan takes so few bytes, or steps are not computed by csrc/run.
         """
         if self.tried is not None:
-            return _of_runs(self.tried, map(len, model._sequences()))
+            return self.tried
         # Anchors that move apart take less than those that a control begins with. Drift moves them closer together.
         first = [run.control.first_spacing for run in model._sequences()]
         now = [min(run.control.spacing, own) for run, own in zip(model._sequences(), first, strict=True)]
@@ -100,26 +97,7 @@ class Plans:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
             self._known[key] = plan
-        self.last = plan
-        return _of_runs(plan.steps, map(len, model._sequences()))
-
-    def report(self, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The reports of the runs, with what the last plan says of each, and predicts for all."""
-        if self.last is None:
-            return reports
-        found = []
-        plans = _of_runs(self.last.steps, [report["steps"] for report in reports])
-        for report, (states_from, stored_from, _) in zip(reports, plans, strict=True):
-            counts = {"inverted": states_from, "checkpointed": stored_from - states_from}
-            counts |= {"stored": report["steps"] - stored_from, "predicted_bytes": self.last.peak}
-            found.append(report | counts)
-        return found
-
-
-def _of_runs(plan: RunPlan, lengths: Iterable[int]) -> list[RunPlan]:
-    """Cut the plan of a model into those of its runs."""
-    ends = list(accumulate(lengths, initial=0))
-    return [plan.between(first, end) for first, end in pairwise(ends)]
+        return plan
 
 
 def _key(model: nn.Module, inputs: Inputs) -> Hashable:
@@ -133,16 +111,15 @@ def _key(model: nn.Module, inputs: Inputs) -> Hashable:
     return (*given, *own, *nets, autocast, model.training)
 
 
-def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: list[int]) -> MemoryPlan:
+def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: list[int]) -> RunPlan:
     """A plan with anchors that lie as they do now; with a warning as they did at first, where that takes too much."""
     runs, budget, like = model._sequences(), model.memory, next(x for x in inputs if x is not None)
     parts = [part for run in runs for part in run.modules()]
     check_runs(all(run.is_fused for run in runs) and not any(map(has_hooks, parts)) and ops.run_on(like), budget)
-    step, n_steps = _DryStep(model, inputs, forward), sum(map(len, runs))
+    bytes_of, n_steps = _dry_step(model, inputs, forward), sum(map(len, runs))
 
-    def planned(spacings: list[int]) -> MemoryPlan:
-        bytes_of = partial(step.bytes_of, spacings)
-        return plan_memory(bytes_of, n_steps, budget, runs[0].memory_budget, like.device.type)
+    def planned(spacings: list[int]) -> RunPlan:
+        return plan_memory(partial(bytes_of, spacings), n_steps, budget, runs[0].memory_budget, like.device.type)
 
     try:
         return planned(now)
@@ -158,32 +135,33 @@ def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: l
     return plan
 
 
-class _DryStep:
-    """A training step of a model, or of a run of steps, without values; see :meth:`Plans.of`."""
+def _dry_step(model: Any, inputs: Inputs, forward: Forward) -> Callable[[list[int], RunPlan], int]:
+    """What takes a training step of a model, or of a run of steps, without values; see :meth:`Plans.of`.
 
-    def __init__(self, model: Any, inputs: Inputs, forward: Forward) -> None:
-        self._device, self._forward = next(model.parameters()).device, forward
-        with dry_run(self._device):
-            self._twin: Any = twin_of(model)
-            known = {id(x): without_values(x) for x in inputs if x is not None}
-            self._inputs = [None if x is None else known[id(x)] for x in inputs]
-        own = {part for run in self._twin._sequences() for part in run.modules()}
-        for module in self._twin.modules():
-            if isinstance(module, ActNorm):
-                module._known_initialized = True  # or a forward in training would look at values
-            if isinstance(module, nn.modules.conv._ConvNd) and module not in own:
-                _Scratch(module)
+    It is given the spacing of each run's anchors, and a plan, and tells the most bytes at any time.
+    """
+    device = next(model.parameters()).device
+    with dry_run(device):
+        twin: Any = twin_of(model)
+        known = {id(x): without_values(x) for x in inputs if x is not None}
+    given = [None if x is None else known[id(x)] for x in inputs]
+    own = {part for run in twin._sequences() for part in run.modules()}
+    for module in twin.modules():
+        if isinstance(module, ActNorm):
+            module._known_initialized = True  # or a forward in training would look at values
+        if isinstance(module, nn.modules.conv._ConvNd) and module not in own:
+            _Scratch(module)
 
-    def bytes_of(self, spacings: list[int], plan: RunPlan) -> int:
-        """Go through the step with a spacing of the anchors of each run and a plan: the most bytes at any time."""
-        for run, spacing in zip(self._twin._sequences(), spacings, strict=True):
+    def bytes_of(spacings: list[int], plan: RunPlan) -> int:
+        for run, spacing in zip(twin._sequences(), spacings, strict=True):
             run.control.deferred, run.control.learnt = False, DriftRecord(spacing)  # or anchors would move apart
-        self._twin._plans.tried = plan
-        with dry_run(self._device) as count, torch.enable_grad():
-            outputs = [out for out in self._forward(self._twin, self._inputs) if out.requires_grad]
+        twin._plans.tried = plan
+        with dry_run(device) as count, torch.enable_grad():
+            outputs = [out for out in forward(twin, given) if out.requires_grad]
             torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
             most = int(count.most) + BESIDE
-        for x in self._inputs:
-            if x is not None:
-                x.grad = None
+        for x in known.values():
+            x.grad = None
         return most
+
+    return bytes_of

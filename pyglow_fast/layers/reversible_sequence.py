@@ -60,6 +60,7 @@ class Run(NamedTuple):
         behind: folds the map behind the last coupling, or gives None.
         budget: bytes of one net's activations, or "auto".
         memory: the mode, or bytes, which only csrc/run keeps to.
+        control: of the drift, in mode "reversible".
         masked: x is zero where the first channel of the condition is, and z will be; then without csrc/run.
         kept: gives what the function makes, or made before under that name.
     """
@@ -70,6 +71,7 @@ class Run(NamedTuple):
     behind: Callable[[], ChannelMap | None]
     budget: str | int
     memory: str | int = "store"
+    control: DriftControl | None = None
     masked: bool = False
     kept: Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]] = lambda _, make: make()
 
@@ -95,24 +97,15 @@ class Run(NamedTuple):
         return None if torch.is_grad_enabled() or is_watched() else self.budget
 
     def forward(
-        self,
-        x: Tensor,
-        cond: Tensor | None,
-        squeezes: bool,
-        mode: str = "store",
-        control: DriftControl | None = None,
-        records: bool = False,
+        self, x: Tensor, cond: Tensor | None, squeezes: bool, mode: str = "store", records: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Map x to z and log_det (N,).
-
-        The mode is "store" where no backward follows; where one may, it ``records``. The control is of "reversible".
-        """
+        """Map x to z and log_det (N,). The mode is "store" where no backward follows; where one may, it ``records``."""
         found, couplings = self._entered(x, cond, squeezes), self.couplings
         check_runs(found is not None or not couplings or not is_dry(x), self.memory)
         if found is not None:
             own, x, cond, squeezes = found
             if records:
-                z, log_det = run_recorded(own, mode, control, x, cond, squeezes)
+                z, log_det = run_recorded(own, mode, self.control, x, cond, squeezes)
             else:
                 z, log_det = run_plain(own, x, cond, squeezes, self.kept("maps", lambda: folded_maps(own)))
         elif mode == "store" or not couplings:
@@ -120,8 +113,8 @@ class Run(NamedTuple):
             return run_couplings(couplings, self.fold(), x, cond, self._chunks(), self.masked)
         else:
             x, cond = couplings[0].enter(functional.squeeze(x) if squeezes else x, cond)
-            again = recomputed(couplings, self.budget, self.masked)
-            z, log_det = run_steps(again, control, x, cond, self.maps(is_runnable(x)))
+            again, control = recomputed(couplings, self.budget, self.masked), self.control
+            z, log_det = run_steps(again, control if mode == "reversible" else None, x, cond, self.maps(is_runnable(x)))
         behind = self.behind()
         if behind is not None:
             z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
@@ -204,6 +197,9 @@ class ReversibleSequence(FlowLayer):
         >>> torch.allclose(*recomputed, *stored, atol=1e-6)  # the same gradient for less memory
         True
     """
+
+    _shown = ("memory",)
+    planned: RunPlan | None = None  # what the last forward did that kept to a number of bytes
 
     def __init__(
         self,
@@ -360,13 +356,12 @@ class ReversibleSequence(FlowLayer):
         if torch.compiler.is_compiling() and mode != "store":
             arguments = (self, steps, fused, x, cond, squeezes, mode, budget, records)
             return call_untraced(ReversibleSequence._through, *arguments)
-        control = self.control if mode == "reversible" else None
         if fused:
-            run = self._run_of(cast("list[FlowStep]", steps), budget)
-            return run.forward(x, cond, squeezes, mode, control, records)
+            return self._run_of(cast("list[FlowStep]", steps), budget).forward(x, cond, squeezes, mode, records)
         check_runs(not is_dry(x), self.memory)
         if mode != "store":
-            return run_steps([ModuleStep(step, f"steps[{k}]") for k, step in enumerate(steps)], control, x, cond)
+            again = [ModuleStep(step, f"steps[{k}]") for k, step in enumerate(steps)]
+            return run_steps(again, self.control if mode == "reversible" else None, x, cond)
         total = x.new_zeros(x.shape[0])
         for step in steps:
             x, log_det = step(x) if cond is None else step(x, cond)
@@ -383,6 +378,7 @@ class ReversibleSequence(FlowLayer):
             lambda: map_behind(steps),
             budget,
             self.memory,
+            self.control,
             kept=lambda name, make: self._folded.get((name, id(steps[0]), len(steps)), make),
         )
 
@@ -399,7 +395,8 @@ class ReversibleSequence(FlowLayer):
             assert x is not None
             return twin(x, cond, squeeze_first)
 
-        return self._plans.of(self, (x, cond), forward, squeeze_first)[0]
+        self.planned = self._plans.of(self, (x, cond), forward, squeeze_first)
+        return self.planned
 
     def _sequences(self) -> list[ReversibleSequence]:
         """The runs that a plan is made for."""
@@ -444,7 +441,7 @@ class ReversibleSequence(FlowLayer):
         the "predicted_bytes" of its plan.
         """
         own = {"memory": self.memory, "steps": len(self), **self.control.report()}
-        return own if isinstance(self.memory, str) else self._plans.report([own])[0]
+        return own if isinstance(self.memory, str) or self.planned is None else own | self.planned.report(len(self))
 
     def get_extra_state(self) -> Tensor:
         """The drift control's state, saved with the weights."""
@@ -457,7 +454,3 @@ class ReversibleSequence(FlowLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "_extra_state", self.control.state())  # of weights without it: converted ones
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        """Show the memory mode in the repr."""
-        return f"memory={self.memory!r}"

@@ -138,8 +138,7 @@ class MaskedSequence(ReversibleSequence):
         def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
             mode = self.memory if self._records(x, extra) and not kernels_step_aside() else "store"
             check_runs(isinstance(mode, str), mode)
-            control = self.control if mode == "reversible" else None
-            return own.forward(x, extra, False, str(mode), control)
+            return own.forward(x, extra, False, str(mode))
 
         return run_masked(run, x, cond, mask, [part.spec for part in own.couplings])
 

@@ -28,7 +28,7 @@ from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
-from pyglow_fast.reversible.planner import MemoryPlan, RunPlan
+from pyglow_fast.reversible.planner import RunPlan
 from pyglow_fast.reversible.setting import parse_memory
 
 
@@ -158,7 +158,7 @@ class Glow(nn.Module):
         for sequence in self._sequences():
             sequence.memory = found
 
-    def memory_plan(self, n: int) -> MemoryPlan | None:
+    def memory_plan(self, n: int) -> RunPlan | None:
         """Plan a training step on n images of the model's size, from shapes alone; None without a budget.
 
         What the nets run in is reckoned as it would be now: within torch.autocast call it there.
@@ -178,9 +178,7 @@ class Glow(nn.Module):
             conds = [like.expand(n, channels, *self.config.image_shape[1:]) if channels else None] * len(self.levels)
         else:
             conds = [like.expand(n, own, *s[1:]) for own, s in zip(channels, self.state_shapes, strict=True)]
-        plans = Plans()
-        plans.of(self, *self._dry_step(like.expand(n, *self.config.image_shape), conds))
-        return plans.last
+        return Plans().of(self, *self._dry_step(like.expand(n, *self.config.image_shape), conds))
 
     def _dry_step(self, x: Tensor, conds: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Forward]:
         """What a plan needs to know of a training step on x: its inputs, and the forward of a twin."""
@@ -202,7 +200,11 @@ class Glow(nn.Module):
             return call_untraced(Glow._run_plans, self, x, conds)
         if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), x, *conds)):
             return {}
-        return dict(zip(self._sequences(), self._plans.of(self, *self._dry_step(x, conds)), strict=True))
+        runs = self._sequences()
+        plans = self._plans.of(self, *self._dry_step(x, conds)).cut(map(len, runs))
+        for run, plan in zip(runs, plans, strict=True):
+            run.planned = plan
+        return dict(zip(runs, plans, strict=True))
 
     def _couplings(self) -> list[Coupling]:
         return [module for module in self.modules() if isinstance(module, Coupling)]
@@ -220,11 +222,9 @@ class Glow(nn.Module):
     def memory_report(self) -> list[dict[str, Any]]:
         """Report on each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report.
 
-        With a budget each also says what the last training step's plan was: how many of its steps are "stored",
-        "checkpointed" and "inverted", and the "predicted_bytes" of all runs together.
+        With a budget "predicted_bytes" are those of the whole model's last training step.
         """
-        reports = [sequence.memory_report() for sequence in self._sequences()]
-        return reports if isinstance(self.memory, str) else self._plans.report(reports)
+        return [sequence.memory_report() for sequence in self._sequences()]
 
     def freeze(self) -> Glow:
         """Make a copy for deployment: the same densities, latents and samples from folded weights in buffers.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from pyglow_fast._errors import expect
@@ -25,16 +24,25 @@ class RunPlan(NamedTuple):
     states_from: int  # steps 0 .. states_from - 1 are inverted
     stored_from: int  # steps states_from .. stored_from - 1 keep their state, those from stored_from on everything
     budget: str | int = "auto"  # bytes of one net's activations
+    peak: int = 0  # bytes, the most at one time that the whole training step is predicted to take; 0: nobody asked
 
     @classmethod
     def of_mode(cls, mode: str, n_steps: int, budget: str | int) -> RunPlan:
         """Plan all steps in one mode."""
         return cls(n_steps * (mode == "reversible"), n_steps * (mode != "store"), budget)
 
-    def between(self, first: int, end: int) -> RunPlan:
-        """Plan steps first .. end - 1, counted from the first of them."""
-        states_from, stored_from = (min(max(own - first, 0), end - first) for own in self[:2])
-        return RunPlan(states_from, stored_from, self.budget)
+    def cut(self, lengths: Iterable[int]) -> list[RunPlan]:
+        """Plan each of the runs of so many steps that follow one another, their steps counted from their own first."""
+        found = []
+        for first, end in pairwise(accumulate(lengths, initial=0)):
+            states_from, stored_from = (min(max(own - first, 0), end - first) for own in self[:2])
+            found.append(self._replace(states_from=states_from, stored_from=stored_from))
+        return found
+
+    def report(self, n_steps: int) -> dict[str, int]:
+        """Count the steps of each kind, for memory reports."""
+        counts = {"inverted": self.states_from, "checkpointed": self.stored_from - self.states_from}
+        return counts | {"stored": n_steps - self.stored_from, "predicted_bytes": self.peak}
 
     def runs_between(self, first: int, end: int) -> Iterator[tuple[int, int, str]]:
         """List (first, one past the last, mode) of consecutive steps among first .. end - 1."""
@@ -44,22 +52,9 @@ class RunPlan(NamedTuple):
                 yield max(start, first), min(stop, end), mode
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The mode of each step of a run or of a model, and the bytes that this is predicted to take.
-
-    Attributes:
-        steps: of all steps in their order, those of the first level first.
-        peak: bytes, the most at one time.
-    """
-
-    steps: RunPlan
-    peak: int
-
-
 def plan_memory(
     bytes_of: Callable[[RunPlan], int], n_steps: int, budget: int, net_budget: str | int, device_type: str
-) -> MemoryPlan:
+) -> RunPlan:
     """Find a plan of little time whose tensors, beyond parameters and their gradients, take at most ``budget`` bytes.
 
     Plans are tried in one order: from that which inverts every step, each next one keeps the state of one step more,
@@ -79,9 +74,9 @@ def plan_memory(
     """
 
     @cache
-    def tried(number: int, chunks: str | int) -> MemoryPlan:
+    def tried(number: int, chunks: str | int) -> RunPlan:
         plan = RunPlan(max(n_steps - number, 0), min(2 * n_steps - number, n_steps), chunks)
-        return MemoryPlan(plan, bytes_of(plan))
+        return plan._replace(peak=bytes_of(plan))
 
     inverted, checkpointed, stored = 0, n_steps, 2 * n_steps
     # To invert steps of tiny states takes more than to keep these.
