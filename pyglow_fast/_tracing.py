@@ -17,11 +17,6 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 
-def is_exporting() -> bool:
-    """Tells whether torch.export, and so torch.onnx and AOTInductor, or torch.jit.trace records what is called."""
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
-
-
 def is_traced() -> bool:
     """Tells whether torch.compile or an export records what is called: then tensors have no values to decide by."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
@@ -50,8 +45,11 @@ def is_of_several(x: Tensor) -> bool:
 
 
 def kernels_step_aside() -> bool:
-    """Tells whether functions are to be made of torch's own ops: see the module."""
-    return is_exporting() or has_transforms()
+    """Tells whether functions are to be made of torch's own ops, for torch.func or an export: see the module.
+
+    An export is torch.export's, and so torch.onnx's and AOTInductor's, or one of torch.jit.trace.
+    """
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None or has_transforms()
 
 
 _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}  # torch.compile warns of a functools.cache

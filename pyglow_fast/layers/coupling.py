@@ -154,12 +154,11 @@ class Coupling(FlowLayer):
 
     def kept_half(self, x: Tensor) -> Tensor:
         """The half of the channels (of what :meth:`enter` gives) that the coupling leaves as they are."""
-        if self.board is not None:  # which has made the halves
-            return x[:, : x.shape[1] // 2]
-        expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
-        expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
-        halves = x.shape[1] >= 2 and x.shape[1] % 2 == 0
-        expect(halves, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}")
+        if self.board is None:  # which would have made the halves
+            expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
+            expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
+            halves = x.shape[1] >= 2 and x.shape[1] % 2 == 0
+            expect(halves, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}")
         return x[:, : x.shape[1] // 2]
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:

@@ -27,7 +27,7 @@ from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import FlowStep, fold_in_one, map_bytes, raw_maps
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv
-from pyglow_fast.reversible.drift import lowest_precision
+from pyglow_fast.reversible.drift import lowest_of, lowest_precision
 from pyglow_fast.reversible.run import CONSTANTS, FACTORS, Fold, FoldByTorch, FoldFactors, Maps, Steps
 from pyglow_fast.reversible.steps import ChannelMap
 
@@ -143,7 +143,7 @@ def described(
             form = known[key] = _made(coupling, chain, state, x, cond, how, budget)
         forms.append(form)
         nets += chain.tensors
-    lowest = max((how.lowest for how, _ in ways.values()), key=lambda dtype: torch.finfo(dtype).eps)
+    lowest = lowest_of(*(how.lowest for how, _ in ways.values()))
     return Steps(forms, nets, maps, lowest, next(iter(ways)))
 
 

@@ -185,10 +185,9 @@ class MaskedSequence(ReversibleSequence):
     @torch.no_grad()
     def _initialize_masked(self, steps: list[FlowStep], x: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
         couplings = _couplings(steps, cond)
-        for step in steps:  # before any of them is changed
-            assert step.coupling is not None  # checked before
-            if isinstance(step.coupling.net, WaveNet):
-                step.coupling.net.check_inputs(step.coupling.kept_half(x), cond)
+        for own in couplings_of(steps):  # before any of them is changed
+            if isinstance(own.net, WaveNet):
+                own.net.check_inputs(own.kept_half(x), cond)
         x, extra = without_padding(x, mask), masked_condition(mask, cond)
         there = mask[:, 0] != 0
         for step, coupling in zip(steps, couplings, strict=True):
