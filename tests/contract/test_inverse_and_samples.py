@@ -29,8 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 import pyglow_fast as pgf
 from pyglow_fast import functional
 
-SETTINGS = ["default", "one dimension", "three dimensions", "everything", "last checkerboard", "realnvp"]
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_prob_latents_and_back(name: str) -> None:

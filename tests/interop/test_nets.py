@@ -39,12 +39,6 @@ def test_drawn_chains(seed: int, dims: int) -> None:
     torch.testing.assert_close(results(net, nets.run, x), results(net, type(net).__call__, x), **CLOSE)
 
 
-def like_fast_flow(c_in: int, c_out: int) -> nn.Module:
-    """Pads are modules of their own."""
-    pads = [nn.ZeroPad2d(1), nn.ZeroPad2d((1, 1, 1, 1))]
-    return nn.Sequential(pads[0], nn.Conv2d(c_in, 6, 3), nn.ReLU(), pads[1], nn.Conv2d(6, c_out, 3))
-
-
 class Mine(nn.Conv2d):
     """Of a user."""
 
@@ -148,7 +142,7 @@ def test_nets_that_are_left_whole() -> None:
 )
 def test_inputs_that_are_left_alone(x: Tensor) -> None:
     """Torch raises, or knows what to do with them."""
-    net = like_fast_flow(4, 6).double()
+    net = subnet(4, 6).double()
     found, expected = outcome(lambda x: nets.run(net, x), x), outcome(net, x)
     assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from live.peers import load
-from live.test_laws import FLOWS
 from support import ROOT
 from support.accelerate_cases import MEMORIES, at_work, saved_bytes
 from support.antstorch import glow
@@ -19,7 +18,6 @@ from pyglow_fast.interop import accelerate
 
 load("antsnormflows")
 modes = pytest.mark.parametrize("memory", MEMORIES)
-ANTSX = [case for case in FLOWS if case.name.startswith("antsx")]
 
 
 def built(**options: Any) -> tuple[Any, Tensor]:

@@ -26,18 +26,12 @@ def rgb_of(path: Path) -> np.ndarray[Any, Any]:
         return np.asarray(picture.convert("RGB"))
 
 
-def kept_command(path: Path) -> list[str]:
-    """The words of the command that a PNG holds, without the program's name."""
+def assert_repeatable(path: Path, option: str = "--out") -> list[str]:
+    """The command that a PNG holds gives the same bytes; returns its words."""
     with Image.open(path) as picture:
         picture.load()
         program, *words = shlex.split(picture.text["Command"])  # type: ignore[attr-defined]
     assert program == "pyglow-fast"
-    return words
-
-
-def assert_repeatable(path: Path, option: str = "--out") -> list[str]:
-    """The command that a PNG holds gives the same bytes; returns its words."""
-    words = kept_command(path)
     again = path.with_name("again.png")
     assert main([*words, option, str(again)]) == 0
     assert again.read_bytes() == path.read_bytes()
