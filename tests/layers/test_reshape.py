@@ -1,17 +1,13 @@
-"""Squeeze and Split, and conditions brought to the size of a level."""
+"""Split. What holds of it and of Squeeze as bijections, and of conditions at each level, is in tests/contract."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from support.helpers import assert_close
-from torch import Tensor
 from torch.distributions import Normal
 
 import pyglow_fast as pgf
-from pyglow_fast.models.condition import fitted
 
 
 class TestSplit:
@@ -44,18 +40,3 @@ class TestSplit:
         expected = Normal(0.0, 1.0).log_prob(factored).sum((1, 2, 3))
         assert_close(split.log_prob(kept, factored), expected, condition=12.0)
         assert bool(list(split.parameters())) == learn_prior
-
-
-class TestFitCondition:
-    @pytest.mark.parametrize("spatial", [(4,), (2, 3), (1, 2, 3)], ids=str)
-    def test_a_vector_is_spread(self, spatial: tuple[int, ...]) -> None:
-        cond = torch.randn(3, 2)
-        found = fitted(cond, spatial)
-        assert found.shape == (3, 2, *spatial)
-        assert torch.equal(found.flatten(2), cond[:, :, None].expand(3, 2, math.prod(spatial)))
-
-    @pytest.mark.parametrize(("size", "spatial"), [((8,), (4,)), ((4, 6), (2, 3)), ((2, 4, 4), (1, 2, 2))], ids=str)
-    def test_a_larger_map_is_averaged(self, size: tuple[int, ...], spatial: tuple[int, ...]) -> None:
-        cond = torch.randn(3, 2, *size)
-        blocks: Tensor = pgf.reference.squeeze(cond).reshape(3, 2, 2 ** len(size), *spatial)
-        assert_close(fitted(cond, spatial), blocks.mean(2))

@@ -1,22 +1,14 @@
-"""Glow: bits per dimension, and a vector for a condition. Its density is the business of tests/contract."""
+"""Glow: bits per dimension. Its density is the business of tests/contract."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from support.glow_settings import CONDITION, Setting
-from support.helpers import assert_close
+from support.glow_settings import Setting
 
 import pyglow_fast as pgf
 from pyglow_fast import likelihood
-
-
-def test_a_vector_is_a_constant_map() -> None:
-    setting = Setting("vector")
-    spread = setting.cond[:, :, None, None].expand(-1, -1, 4, 4)
-    log_prob = setting.model.log_prob(setting.x, cond=setting.cond)
-    assert_close(setting.model.log_prob(setting.x, cond=spread), log_prob, condition=CONDITION)
 
 
 class TestBitsPerDim:

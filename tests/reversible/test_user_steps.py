@@ -34,14 +34,6 @@ def test_steps_that_hand_their_input_on(handed: str, where: tuple[int, ...], mod
     assert_same_gradients(gradients(sequence, x), expected)
 
 
-def test_nothing_but_views() -> None:
-    sequence, x = pgf.ReversibleSequence([Identity("view")]), batch().requires_grad_()
-    z, log_det = sequence(x)
-    (z.square().sum() + log_det.sum()).backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, 2.0 * x.detach())
-
-
 def test_a_shared_step() -> None:
     step, x = Scale(), batch()
     sequence = pgf.ReversibleSequence([step, pgf.ActNorm(4), step]).double().eval()
