@@ -19,7 +19,7 @@ from bench.live import INFERENCE
 from bench.memory import PEERS, PERCENTS
 from bench.model_cases import CHECKPOINTED, LOG_PROB, MEMCNN, PEER_STEPS, SAMPLE, TRAIN
 from bench.nets import BOTH, FORWARD
-from pyglow_fast.train.files import write_text
+from pyglow_fast._files import write_text
 
 _PAGES = ("memory", "memory-derivation", "other-models", "speed", "switching")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in _PAGES))

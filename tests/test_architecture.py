@@ -13,7 +13,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_settings", "_captures", "_derivatives", "_dry", "_float32", "_moments"}
+FOUNDATION = {"_tracing", "_errors", "_files", "_settings", "_captures", "_derivatives", "_dry", "_float32", "_moments"}
 # Each may import those before it.
 KERNELS = ["_backend", "ops", "autograd", "functional"]
 FLOWS = ["coupling_nets", "reversible", "layers", "models"]
@@ -21,7 +21,7 @@ APPLICATION = ["latents", "train", "experiments", "studio", "web", "cli"]
 STACK = [*KERNELS, *FLOWS, *APPLICATION]
 BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
-    **{name: set() for name in ("_tracing", "_moments")},
+    **{name: set() for name in ("_tracing", "_files", "_moments")},
     "_float32": {"_dry"},
     "_dry": set(),
     "_errors": {"_tracing"},

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyglow_fast._files import write_text
 from pyglow_fast._settings import Declared, declared_of, value_text
 from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train import TrainConfig
-from pyglow_fast.train.files import write_text
 
 PAGE = Path(__file__).resolve().parents[1] / "settings.md"
 TITLE = """# Settings

@@ -11,6 +11,7 @@ import torch
 
 from pyglow_fast import latents
 from pyglow_fast._errors import expect
+from pyglow_fast._files import write_bytes
 from pyglow_fast._moments import Moments
 from pyglow_fast.cli import _arguments as shared
 from pyglow_fast.cli._arguments import COUNT, IMAGES, PICTURE, RUN, command, open_run
@@ -24,7 +25,6 @@ from pyglow_fast.studio.pictures import ANIMATED
 from pyglow_fast.studio.reading import inputs, name_of
 from pyglow_fast.studio.words import IMAGE_HELP, TEMPERATURE, HeldOut, Image, N, shown_name
 from pyglow_fast.train import derive, save_grid, to_pixels
-from pyglow_fast.train.files import write_bytes
 from pyglow_fast.train.seeds import random_subset
 
 PAIRS, FRAMES = 4, 8

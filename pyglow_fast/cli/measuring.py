@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._files import write_bytes
 from pyglow_fast.cli import _arguments as shared
 from pyglow_fast.cli._arguments import IMAGES, RUN, command, open_run, output_path
 from pyglow_fast.cli._output import say, say_next, table, user_input
@@ -23,7 +24,6 @@ from pyglow_fast.studio.scored import made_csv, made_picture
 from pyglow_fast.studio.words import File
 from pyglow_fast.train import Score, progress_line, score_images
 from pyglow_fast.train import evaluate as evaluated
-from pyglow_fast.train.files import write_bytes
 
 CAVEAT = (
     "note: the foreign images are the MORE likely ones. A likelihood follows what images have in common, such as\n"

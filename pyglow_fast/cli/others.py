@@ -7,13 +7,13 @@ from typing import Any
 
 from pyglow_fast import info
 from pyglow_fast._errors import expect
+from pyglow_fast._files import write_text
 from pyglow_fast.cli._arguments import Commands, command, output_path
 from pyglow_fast.cli._output import InputError, say, say_next, user_input
 from pyglow_fast.data import FETCHABLE, FetchError, data_folder, fetch
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.studio.opened import find_run
 from pyglow_fast.train import page_of
-from pyglow_fast.train.files import write_text
 
 
 def add(commands: Commands[Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pyglow_fast._errors import expect
+from pyglow_fast._files import TEMPORARY, refusing, write_bytes, write_text
 from pyglow_fast._moments import Moments
 from pyglow_fast.data import Images
 from pyglow_fast.models import Glow
@@ -31,7 +32,6 @@ from pyglow_fast.train import (
 )
 from pyglow_fast.train.config import flatten
 from pyglow_fast.train.figures import curve_png
-from pyglow_fast.train.files import TEMPORARY, refusing, write_bytes, write_text
 from pyglow_fast.train.metrics import csv_text, read_metrics
 from pyglow_fast.train.page import time_text
 from pyglow_fast.train.run_folder import step_of

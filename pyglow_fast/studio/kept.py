@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pyglow_fast._errors import visible
-from pyglow_fast.train.files import write_bytes
+from pyglow_fast._files import write_bytes
 
 MOST = 4  # files of one name: those of the newest checkpoints, or of other settings
 

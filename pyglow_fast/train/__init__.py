@@ -1,11 +1,11 @@
 """Training: configuration, the loop, checkpoints, evaluation and pictures. Uses models, likelihood and data."""
 
+from pyglow_fast._files import FolderError
 from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import LIMITS, TrainConfig, read_config, to_toml
 from pyglow_fast.train.evaluation import ImageScores, Score, check_fits, device_of, evaluate, labels_for, score_images
 from pyglow_fast.train.figures import class_columns, class_cycle, grid, save_grid, to_pixels
-from pyglow_fast.train.files import FolderError
 from pyglow_fast.train.loop import Result, Run, resume, start
 from pyglow_fast.train.machine import resolve_device
 from pyglow_fast.train.optim import learning_rate

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast._files import replacing
 from pyglow_fast.train.config import TrainConfig
-from pyglow_fast.train.files import replacing
 
 FORMAT = 3
 DRIFT = "_extra_state"  # how the names of the states of drift controls end

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, expect, visible
+from pyglow_fast._files import write_bytes
 from pyglow_fast._settings import Range
 from pyglow_fast.data import optional
 from pyglow_fast.data.files import pixels as pixels_of
 from pyglow_fast.likelihood import quantize
-from pyglow_fast.train.files import write_bytes
 from pyglow_fast.train.metrics import Row
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from pyglow_fast._errors import SingularMatrixError, expect
+from pyglow_fast._files import FolderError, refusing, write_bytes, write_text
 from pyglow_fast.data import Images, UnreadableImageError, Yardstick, load_data, measure_yardsticks, optional
 from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.config import LIMITS, TrainConfig
 from pyglow_fast.train.evaluation import Score
 from pyglow_fast.train.figures import bits_png, class_cycle, to_pixels
-from pyglow_fast.train.files import FolderError, refusing, write_bytes, write_text
 from pyglow_fast.train.machine import memory_mb, versions
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.page import environment, write_page

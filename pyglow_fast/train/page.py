@@ -15,8 +15,8 @@ import torch
 
 from pyglow_fast import info
 from pyglow_fast._errors import visible
+from pyglow_fast._files import write_text
 from pyglow_fast.train.figures import bits_png, curve_png, points
-from pyglow_fast.train.files import write_text
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.run_folder import RunFolder, step_of
 

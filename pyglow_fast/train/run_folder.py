@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from pyglow_fast._errors import expect
+from pyglow_fast._files import TEMPORARY, FolderError, refusing, write_text
 from pyglow_fast.data import optional
 from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import ADJUSTABLE, TrainConfig, read_config, to_toml
-from pyglow_fast.train.files import TEMPORARY, FolderError, refusing, write_text
 
 _REPORTED = {"step", "seconds", "stopped_early", "held_out", "train", "before", "yardsticks", "skipped", "unreadable"}
 _REPORTED |= {"data", "config", "environment"}

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from pyglow_fast._files import refusing, write_text
 from pyglow_fast.data import optional
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.figures import class_columns, grid, save_picture
-from pyglow_fast.train.files import refusing, write_text
 from pyglow_fast.train.metrics import COLUMNS, Row, csv_text, read_metrics
 from pyglow_fast.train.run_folder import RunFolder
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pyglow_fast import GlowConfig
+from pyglow_fast._files import replacing, write_text
 from pyglow_fast.data import ImageSet
 from pyglow_fast.train import Checkpoint, TrainConfig, TrainState
-from pyglow_fast.train.files import replacing, write_text
 
 MakeConfig = Callable[..., TrainConfig]
 MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}

@@ -6,8 +6,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyglow_fast._errors import expect
+from pyglow_fast._files import replacing
 from pyglow_fast.models import Glow, GlowConfig
 
 FORMAT = 1
@@ -69,16 +69,6 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_tensors(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write tensors or arrays, whole or not at all; torch.save's files may also hold dicts around them.
 
@@ -88,7 +78,7 @@ def write_tensors(path: str | Path, content: Mapping[str, Any]) -> None:
     path = check_target(path)
     flat = path.suffix in _TORCH or all(isinstance(value, Tensor | np.ndarray) for value in content.values())
     expect(flat, "out", "a torch.save file for what is not tensors alone", repr(str(path)))
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         if path.suffix == _SAFETENSORS:
             save_file({name: torch.as_tensor(value).contiguous() for name, value in content.items()}, temporary)
         elif path.suffix == _NUMPY:
@@ -115,7 +105,7 @@ def save_glow(model: Glow, path: str | Path) -> None:
     expect(path.suffix == _SAFETENSORS, "out", "a name ending in .safetensors", repr(str(path)))
     header = {"format": FORMAT, "config": model.config.to_dict()}
     state = _without_control(model.state_dict())
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
         save_file(own, temporary, {_HEADER: json.dumps(header)})
 
