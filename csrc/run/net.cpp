@@ -329,7 +329,7 @@ Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const
     out = by_convolutions(joined(given), kept);
   }
   out = form_.outputs.of(std::move(out));
-  return form_.parity ? half_board(out, 1 - *form_.parity) : out;
+  return form_.parity ? half_board(out.to(x1.scalar_type()), 1 - *form_.parity) : out;
 }
 
 NetGradients Net::backward(const Tensor& x1, const Optional& cond, Tensors kept, const Tensor& out,

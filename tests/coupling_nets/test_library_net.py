@@ -17,10 +17,12 @@ def _library(monkeypatch: pytest.MonkeyPatch) -> None:
     use_library(monkeypatch)
 
 
+@pytest.mark.parametrize("boards", [0, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_model(precision: str, device: torch.device) -> None:
+def test_a_model(precision: str, boards: int, device: torch.device) -> None:
     """Training steps, sampling and a frozen copy: the gradients of every mode agree."""
-    model = pgf.Glow(image_shape=(3, 16, 16), n_levels=2, n_steps=3, hidden=16, precision=precision).to(device)
+    options = {"n_levels": 2, "n_steps": 3, "hidden": 16, "precision": precision, "n_checkerboard": boards}
+    model = pgf.Glow(image_shape=(3, 16, 16), **options).to(device)
     x = (torch.rand(4, 3, 16, 16) - 0.5).to(device)
     model.initialize(x)
     with torch.no_grad():
