@@ -1,6 +1,6 @@
 """What is asked first of a GPU: layouts and precisions of nets, steps eager and graphed, whether updates agree.
 
-    python -m bench.gpu_answers [--device cuda] [--quick] [--seconds S] [--out FILE]
+    python -m bench.gpu_answers [--device cuda] [--quick] [--until T] [--out FILE]
 
 Questions, in this order:
 
@@ -8,19 +8,22 @@ Questions, in this order:
   TF32 and in bfloat16;
 - steps: a training step (zero_grad, forward, backward) of L 3, K 32, hidden 512, batch 64 at 32x32, in all modes, eager
   and as a CUDA graph: the clock, the kernels' time, launches by the profiler, peak memory;
-- updates: 20 updates of the weights by this package's training, graphed against eager: time, and how far apart the
-  weights are;
+- updates: 20 updates of the weights by this package's training, graphed against eager, from the same state and under
+  torch.use_deterministic_algorithms: time, and whether the weights are the same bits;
 - deterministic: two steps under torch.use_deterministic_algorithms: whether their gradients are the same bits;
 - poisoned: a step whose memory held NaN, against one before that: whether they are the same bits;
 - large: as steps, of L 6, K 32, hidden 512, batch 2 at 256x256.
 
-Where the clock shows more than the kernels take, the GPU waits for Python. With ``--device cpu``, to rehearse, launches
-are operators that call no other, and nothing is captured.
+Where the clock shows more than the kernels take, the GPU waits for Python. What was to run as a CUDA graph and did not
+is wrong. With ``--device cpu``, to rehearse, launches are operators that call no other, and nothing is captured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import dataclasses
 import functools
 import gc
 import itertools
@@ -34,13 +37,14 @@ from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu_questions import Question, Row, run, stage_options
+from bench.gpu_questions import Question, Row, replayed, run, stage_options, until_replayed
 from bench.harness import Turns, autocast, synchronize
 from bench.model_cases import OURS, PLAIN, Shape, ThreeConvolutions, build, images, plain_levels, wake
 from pyglow_fast import graphed
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.models.replays import WARM_UPS
+from pyglow_fast.reversible.drift import LAST_HOLD
 from pyglow_fast.train import TrainConfig, TrainState
 
 ROUNDS, UPDATES = 5, 20
@@ -77,12 +81,24 @@ def launched(function: Callable[[], object], device: torch.device) -> Row:
     return {"launches": len(chosen), "ours": sum(MARK in e.name for e in chosen), "kernels ms": milliseconds}
 
 
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """A context in which equal inputs give equal bits. Memory is not filled, which is a launch for each tensor."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(False)
+
+
 class Answers:
-    """The questions of a device, for models of two shapes."""
+    """The questions of a device, for models of two shapes. ``captures``: whether it has CUDA graphs."""
 
     def __init__(self, device: torch.device, small: Shape, large: Shape) -> None:
         self.device, self.small, self.large = device, small, large
-        self.on_gpu = device.type == "cuda"
+        self.on_gpu = self.captures = device.type == "cuda"
         self._built: tuple[Shape, Any] | None = None  # one model at a time
 
     def questions(self) -> Iterator[Question]:
@@ -140,7 +156,7 @@ class Answers:
         def backward() -> object:
             return torch.autograd.grad(forward().sum(), list(net.parameters()))
 
-        with torch.backends.cudnn.flags(allow_tf32=True):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             with torch.no_grad():
                 forward()
                 row: Row = {"ms": clock(forward, self.device), **launched(forward, self.device), "note": "forward"}
@@ -162,77 +178,84 @@ class Answers:
             loss.backward()
             return loss
 
-        replayed = graphed(model)
-        step = functools.partial(replayed, x) if graph else eager
+        own = graphed(model)
+        step = functools.partial(own, x) if graph else eager
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        for _ in range(2 * WARM_UPS if self.on_gpu else 1):  # in which the anchors' spacing adapts
-            step()
+        if graph:
+            until_replayed(step, lambda: own.how)
+        else:  # of the model of the question before, which has learnt how far apart its anchors may be
+            for _ in range(WARM_UPS):
+                step()
         row: Row = {"shape": shape.title, "ms": clock(step, self.device), **launched(step, self.device)}
+        row |= {"failed": False, "note": ""}
         if self.on_gpu:
             row["peak MB"] = torch.cuda.max_memory_allocated(self.device) / 1e6
-        words = [replayed.how] if graph else []
         if memory == "reversible":
-            words.append(f"anchors every {[report['anchor_every'] for report in model.memory_report()]}")
-        return row | {"note": "; ".join(words)}
+            row["note"] = f"anchors every {[report['anchor_every'] for report in model.memory_report()]}"
+        return replayed(row, own.how, self.captures) if graph else row
 
     def updates(self, memory: str) -> Row:
-        """The time of an update, and how far the weights are from those of eager ones, after some that are eager."""
-        shape = self.small
+        """The time of an update, and whether the weights are those of eager ones: both go on from the same state."""
+        shape: Any = self.small
         pixels = torch.randint(256, (2 * shape.batch, *shape.image), dtype=torch.uint8)
-        channels, height, width = shape.image
-        image, steps, hidden = (channels, height, width), min(shape.n_steps, 8), min(shape.hidden, 128)
-        weights, milliseconds, how = {}, {}, {}
-        for graph in ("auto", "off"):
-            config = TrainConfig(
-                data=DataConfig("digits", held_out=0.4),
-                model=GlowConfig(image, shape.n_levels, steps, hidden),
-                memory=memory,
-                graph=graph,
-                batch_size=shape.batch,
-                device=self.device.type,
-                precision="fp32",
-            )
-            state = TrainState(config, ImageSet("random", pixels, 256))
-            state.initialize()
-            for _ in range(WARM_UPS + 1):
+        steps, hidden, milliseconds = min(shape.n_steps, 8), min(shape.hidden, 128), list[float]()
+        config = TrainConfig(
+            data=DataConfig("digits", held_out=0.4),
+            model=GlowConfig(shape.image, shape.n_levels, steps, hidden),
+            memory=memory,
+            batch_size=shape.batch,
+            device=self.device.type,
+            precision="fp32",
+        )
+        with deterministic_algorithms():
+            data = ImageSet("random", pixels, 256)
+            configs = config, dataclasses.replace(config, graph="off")
+            graph, eager = states = [TrainState(each, data) for each in configs]
+            for state in states:
+                state.initialize()
                 state.step()
-            start = time.perf_counter()
-            for _ in range(UPDATES):
-                state.step()
-            milliseconds[graph] = 1e3 * (time.perf_counter() - start) / UPDATES
-            state.close()
-            weights[graph] = torch.cat([value.detach().flatten() for value in state.model.parameters()])
-            how[graph] = state.update.replays.how
-        apart = float((weights["auto"] - weights["off"]).abs().max())
-        note = f"weights at most {apart:.1e} apart; eager {milliseconds['off']:.2f} ms; {how['auto']}"
-        return {"ms": milliseconds["auto"], "note": note}
+            until_replayed(graph.step, lambda: graph.update.replays.how)
+            for sequence in graph.model._sequences():  # recomputed states are the same bits between the same anchors
+                sequence.control.learnt.hold = LAST_HOLD
+            eager.restore(copy.deepcopy(graph.checkpoint()), "the graphed run")
+            for state in states:
+                start = time.perf_counter()
+                for _ in range(UPDATES):
+                    state.step()
+                milliseconds.append(1e3 * (time.perf_counter() - start) / UPDATES)
+                state.close()
+        weights = [torch.cat([value.detach().flatten() for value in state.model.parameters()]) for state in states]
+        differ = int((weights[0] != weights[1]).sum())  # of which NaN is one
+        note = f"{differ} of {len(weights[0])} weights differ; eager {milliseconds[1]:.2f} ms"
+        row = {"ms": milliseconds[0], "failed": differ > 0, "note": note}
+        return replayed(row, graph.update.replays.how, self.captures)
 
-    def _gradients(self, memory: str, precision: str) -> list[Tensor]:
-        shape = self.small.small()
-        model = self._model(shape, precision, memory)
-        loss = -model.log_prob(images(shape, self.device)).mean()
+    def _gradients(self, model: Any) -> list[Tensor]:
+        loss = -model.log_prob(images(self.small.small(), self.device)).mean()
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    def _twice(self, memory: str, precision: str) -> list[Any]:
+        """The model of small images for two steps: what one learns of drift does not move the anchors of the other."""
+        model = self._model(self.small.small(), precision, memory)
+        return [copy.deepcopy(model) for _ in range(2)]
 
     def deterministic(self, memory: str) -> Row:
         """Two steps, and whether anything refuses."""
-        torch.use_deterministic_algorithms(True)
-        try:
-            return _compared(*(self._gradients(memory, "fp32") for _ in range(2)))
-        finally:
-            torch.use_deterministic_algorithms(False)
+        with deterministic_algorithms():
+            return _compared(*map(self._gradients, self._twice(memory, "fp32")))
 
     def poisoned(self, precision: str) -> Row:
         """A step in memory that held NaN."""
-        clean = self._gradients("reversible", precision)
-        held = []
+        one, other = self._twice("reversible", precision)
+        clean, held = self._gradients(one), []
         if self.on_gpu:
             free, _ = torch.cuda.mem_get_info(self.device)
             held.append(torch.full((free // 4 // 4,), float("nan"), device=self.device))
         held += [torch.full((2**k,), float("nan"), device=self.device) for k in range(22) for _ in range(8)]
         synchronize(self.device)
         held.clear()  # the allocator hands these out again
-        return _compared(clean, self._gradients("reversible", precision))
+        return _compared(clean, self._gradients(other))
 
 
 def _compared(one: Sequence[Tensor], other: Sequence[Tensor]) -> Row:
@@ -242,10 +265,10 @@ def _compared(one: Sequence[Tensor], other: Sequence[Tensor]) -> Row:
     return {"failed": bool(differ or bad), "note": words if differ or bad else "the same bits"}
 
 
-def groups(arguments: argparse.Namespace) -> Iterator[list[Question]]:
+def groups(arguments: argparse.Namespace) -> list[Callable[[], Iterator[Question]]]:
     """The questions, in one group."""
     small, large = (SMALL.quick(), SMALL.quick()) if arguments.quick else (SMALL, LARGE)
-    yield list(Answers(arguments.device, small, large).questions())
+    return [Answers(arguments.device, small, large).questions]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,27 +6,28 @@ Needs a source tree, Python 3.11 or newer with torch built for CUDA, numpy, safe
 C++ compiler, cmake and nvcc: of a CUDA toolkit, or of pip's packages (nvidia-cuda-nvcc, -crt, -runtime, -cccl and
 nvidia-nvvm). Where these are missing, ``--module`` takes a _C*.so that was built elsewhere for the same Python and
 minor version of torch. Nothing is downloaded or installed. What else is missing is skipped by name. Stages, with the
-seconds that each may take besides what those before it left; each stops by itself and says how far it came:
+seconds that each may take besides what those before it left:
 
 {stages}
 
 The folder gets two files: gpu_check.zip, with a JSON of each stage and the report, and report.md. Both are made anew as
-each stage ends, and the archive every few seconds in between, with what the stage has written so far: a run that is
-killed leaves that. ``--only`` runs some stages alone and leaves the others' results. ``--rehearse`` runs every command
-on the CPU with tiny sizes, where numbers mean nothing, and has a folder of its own. Exit code: 0 all well; 1 a stage
-failed; 2 there is no GPU (then only the build runs), or the options are wrong.
+each stage ends and every few seconds in between, with what the stage has found so far: a run that is killed leaves
+that, and later runs keep it until they have more of that stage. A stage that asks questions or runs tests begins
+nothing that would be late, and says how far it came; what is late all the same is ended, a build too, which goes on
+where it was when it is run again. ``--only`` runs some stages alone and leaves the others' results. ``--rehearse`` runs
+every command on the CPU with tiny sizes, where numbers mean nothing, and has a folder of its own. Exit code: 0 all
+well; 1 a stage failed; 2 there is no GPU (then only the build runs), or the options are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -37,6 +38,7 @@ from typing import Any
 
 from bench.gpu_stages import (
     GIVEN,
+    LATE,
     MACHINE,
     NO_KERNELS,
     PARTLY,
@@ -47,7 +49,7 @@ from bench.gpu_stages import (
     find_tool,
     toolkit,
 )
-from bench.harness import ROOT, commit, markdown
+from bench.harness import ROOT, commit, markdown, place
 
 _ABOUT = [f"    {stage.name:<12} {stage.seconds:>3}  {stage.about}" for stage in (MACHINE, *STAGES)]
 __doc__ = (__doc__ or "").format(stages="\n".join(_ABOUT))
@@ -55,15 +57,18 @@ KEPT = 400_000  # characters of a stage's output, its end
 REHEARSAL_PATIENCE = 4  # times the seconds of a stage, on a machine that other tests are running on
 STARTING, GRACE = 0.75, 10.0  # of its time a stage that stops itself gets this share; what it may be late, seconds
 TICK = 5.0  # seconds from one archive to the next
+# Ends its group of processes when its input ends; first by SIGTERM, for ninja has compilers in groups of their own, and
+# takes away what they have written a part of.
+GUARD = ["sh", "-c", "trap '' TERM; read -r _; kill -TERM 0; sleep 0.5; kill -KILL 0"]
 NO_GPU = "no GPU: torch.cuda.is_available() is false here"
 MEASURED, REHEARSED = Path("gpu_check"), Path("gpu_check", "rehearsal")  # folders, if none is given
-ARCHIVE, REPORT = "gpu_check.zip", "report.md"
+ARCHIVE, REPORT, OUT = "gpu_check.zip", "report.md", "results.json"
 TOOLS = ("nvcc", "g++", "cmake", "ninja", "nvidia-smi", "compute-sanitizer")
 
 
 @dataclasses.dataclass
 class Ended:
-    """The outcome of a stage; ``status`` is passed, partly, failed, timeout or skipped. ``machine``: where it was."""
+    """A stage: passed, partly, failed, timeout or skipped; unfinished until then. ``machine``: where it was."""
 
     name: str
     status: str
@@ -76,51 +81,47 @@ class Ended:
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _end_with_parent() -> None:
-    """Let the kernel end this process when the one that started it ends, however that does (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-
-
 def run(
-    name: str, line: Sequence[str], seconds: float, log: Path, more: Mapping[str, str], tick: Callable[[], object]
+    name: str,
+    line: Sequence[str],
+    seconds: float,
+    folder: Path,
+    more: Mapping[str, str],
+    tick: Callable[[Ended], object],
 ) -> Ended:
-    """Run a command in the source tree; it and its children end when the time is over. ``log`` takes its output."""
-    start = time.monotonic()
+    """Run a command in the source tree; ``folder`` takes its output and its results, ``tick`` what there is so far.
+
+    It and its children end when the time is over, and when this process does, killed or not: a shell whose input comes
+    from here is of the same group.
+    """
+    start, out, log = time.monotonic(), folder / OUT, folder / "log"
     shown = " ".join([part if "\n" not in part else "..." for part in line])
     print(f"== {name}: {shown} (at most {seconds:.0f} s)", flush=True)
-    with log.open("w+", encoding="utf-8", errors="replace") as output:
-        try:
-            process = subprocess.Popen(
-                line,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(more),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
-        except OSError as error:
-            return Ended(name, "failed", 0.0, shown, f"cannot start: {error}")
+
+    def found(status: str, reason: str, code: int | None = None) -> Ended:
+        text = log.read_text(encoding="utf-8", errors="replace")[-KEPT:]
+        results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else None
+        return Ended(name, status, round(time.monotonic() - start, 1), shown, reason, text, code, results)
+
+    with log.open("w") as output, subprocess.Popen(GUARD, stdin=subprocess.PIPE, process_group=0) as guard:
+        process = subprocess.Popen(
+            line,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(more),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=guard.pid,
+        )
         code = None
-        try:
-            while code is None and (left := start + max(1.0, seconds) - time.monotonic()) > 0:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    code = process.wait(timeout=min(TICK, left))
-                tick()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        output.seek(0)
-        text = output.read()[-KEPT:]
-    status, reason = {
-        None: ("timeout", f"more than {seconds:.0f} s"),
-        0: ("passed", ""),
-        PARTLY: ("partly", (text.splitlines() or [""])[-1]),
-    }.get(code, ("failed", f"exit code {code}"))
-    return Ended(name, status, round(time.monotonic() - start, 1), shown, reason, text, code)
+        while code is None and (left := start + max(1.0, seconds) - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=min(TICK, left))
+            tick(found("unfinished", "the run ended within it"))
+    process.wait()
+    late = re.findall(f"^{LATE}.*", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    ends = {None: ("timeout", f"more than {seconds:.0f} s"), 0: ("passed", ""), PARTLY: ("partly", "".join(late[-1:]))}
+    return found(*ends.get(code, ("failed", f"exit code {code}")), code)
 
 
 def read(folder: Path) -> dict[str, Ended]:
@@ -177,33 +178,32 @@ class Check:
         self.results[ended.name] = ended
         self.save()
 
-    def save(self, running: Path | None = None) -> None:
-        """Write both files: results, and what the stage in the folder ``running`` has written so far."""
-        files = {
-            f"{name}.json": json.dumps(dataclasses.asdict(ended), indent=1) + "\n"
-            for name, ended in self.results.items()
-        }
-        if "machine" in self.results:
-            files["report.md"] = report(self.results)
-            _place(self.out / REPORT, lambda path: path.write_text(files["report.md"], encoding="utf-8"))
-        for path in sorted(running.iterdir()) if running is not None else ():
-            files[f"running/{path.name}"] = path.read_text(encoding="utf-8", errors="replace")[-KEPT:]
+    def save(self, running: Ended | None = None) -> None:
+        """Write both files: results, and what a stage has found so far, unless all it has are results of before."""
+        results = dict(self.results)
+        if running is not None:
+            running.machine, before = self.facts, results.get(running.name)
+            if running.results is not None or before is None or before.results is None:
+                results[running.name] = running
+        files = {f"{name}.json": json.dumps(dataclasses.asdict(found), indent=1) for name, found in results.items()}
+        files["report.md"] = report(results)
 
         def write(path: Path) -> None:
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
                 for name, text in files.items():
                     archive.writestr(name, text)
 
-        _place(self.out / ARCHIVE, write)
+        place(self.out / REPORT, lambda path: path.write_text(files["report.md"], encoding="utf-8"))
+        place(self.out / ARCHIVE, write)
 
     def machine(self) -> bool:
-        """Look up what is there; tells whether there is a GPU."""
+        """Look up what is there; tells whether there is a GPU, or may be one where that did not come to its end."""
         ended = self.run(MACHINE)
         with contextlib.suppress(ValueError, IndexError):
             self.facts |= json.loads(ended.output.splitlines()[-1])
         self.facts |= {tool: find_tool(tool, self.home) or "not found" for tool in TOOLS}
         self.add(ended)
-        return "capability" in self.facts
+        return "capability" in self.facts or ended.status != "passed"
 
     def run(self, stage: Stage) -> Ended:
         """Run a stage, or skip it for want of a program."""
@@ -216,23 +216,13 @@ class Check:
         more = environment(stage, self.device, self.facts.get("capability", ""), self.home)
         limit = self.patience * stage.seconds + self.saved
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-            out, log = Path(folder, "results.json"), Path(folder, "log")
-            own = max(STARTING * limit, limit - GRACE)  # to start Python and to end take a while
-            line = command(stage, self.device, out, own)
-            ended = run(stage.name, line, limit, log, more, lambda: self.save(Path(folder)))
-            with contextlib.suppress(ValueError, OSError):
-                ended.results = json.loads(out.read_text(encoding="utf-8"))
+            until = time.monotonic() + max(STARTING * limit, limit - GRACE)  # to end takes a while
+            line = command(stage, self.device, Path(folder, OUT), until)
+            ended = run(stage.name, line, limit, Path(folder), more, self.save)
         self.saved = limit - ended.seconds
         if stage.name == "build" and ended.status == "timeout":
             ended.reason += "; what is compiled is kept: run it again"
         return ended
-
-
-def _place(path: Path, write: Callable[[Path], object]) -> None:
-    """Put a file in its place whole: a kill leaves the one before or this one."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    new.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Times every op, and the flow step outside its net, on a GPU: in a CUDA graph, on buffers that rotate beyond the L2.
 
-    python -m bench.gpu_kernels [--device cuda] [--shapes 8x12x64x64,...] [--only TEXT] [--seconds S] [--out FILE]
+    python -m bench.gpu_kernels [--device cuda] [--shapes 8x12x64x64,...] [--only TEXT] [--until T] [--out FILE]
 
 A row has a case's microseconds, the bytes that it must move at least, and its share of a copy: the time of a copy of as
 many bytes, measured in the same run in the same way, over the case's own; beside it is plain torch's time for the same
@@ -22,7 +22,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -179,12 +179,11 @@ def scratch_kilobytes(case: Case, device: torch.device) -> float | str:
     return beyond / 1e3
 
 
-def groups(arguments: argparse.Namespace) -> Iterator[list[Question]]:
+def groups(arguments: argparse.Namespace) -> list[Callable[[], list[Question]]]:
     """The questions of each shape."""
     gc.collect()
     gc.freeze()  # every capture collects garbage: what torch made at import would be looked through each time
-    for shape in arguments.shapes:
-        yield questions(shape, arguments.device, arguments.only)
+    return [functools.partial(questions, shape, arguments.device, arguments.only) for shape in arguments.shapes]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,64 +14,79 @@ from typing import Any
 
 import torch
 
-from bench.gpu_stages import NO_KERNELS, PARTLY
+from bench.gpu_stages import LATE, NO_KERNELS, PARTLY
 from bench.harness import machine, markdown, markdown_line, synchronize, write_json
 from pyglow_fast import _backend, ops
 
 Row = dict[str, Any]  # what was found; "note" says it in words, "failed" whether it is wrong
 Question = tuple[str, Callable[[], object]]  # its name, and what answers it: by a Row, or by not raising an error
-Groups = Callable[[argparse.Namespace], Iterable[Sequence[Question]]]
+# What makes each group of questions, which may hold large tensors.
+Groups = Callable[[argparse.Namespace], Iterable[Callable[[], Iterable[Question]]]]
+GRAPH = "a CUDA graph"  # how calls run that are replayed
+MOST_WARM_UPS = 40  # calls until they are: anchors move apart before, at K 32 three times, each after some passes
+
+
+def until_replayed(step: Callable[[], object], how: Callable[[], str]) -> None:
+    """Take steps until one is a replay, or there have been so many that none is going to be."""
+    for _ in range(MOST_WARM_UPS):
+        step()
+        if how() == GRAPH:
+            break
+
+
+def replayed(row: Row, how: str, asked: bool = True) -> Row:
+    """The row of calls, and how they ran: it is wrong where they were asked to be replays and were not."""
+    return row | {"failed": row["failed"] or (asked and how != GRAPH), "note": f"{how}; {row['note']}"}
 
 
 def stage_options(name: str, about: str) -> argparse.ArgumentParser:
     """Make the parser of a stage, with the options that all of them have."""
     options = argparse.ArgumentParser(prog=f"bench {name}", description=about, allow_abbrev=False)
     options.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu")
-    options.add_argument("--seconds", type=float, default=600.0, help="the time after which nothing begins")
+    options.add_argument("--until", type=float, default=float("inf"), help="the end, by time.monotonic()")
     options.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
     return options
-
-
-def cells(row: Row, columns: Sequence[str]) -> list[str]:
-    """A row's words and numbers in a table."""
-    values = [row["case"], *(row.get(column, "-") for column in columns), "FAILED " * row["failed"] + row["note"]]
-    return [f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "/") for value in values]
 
 
 def ask(arguments: argparse.Namespace, columns: Sequence[str], groups: Groups) -> int:
     """Ask as long as there is time for a question that takes as long as the longest so far.
 
-    A line of a table is printed, and the file written, as each answer comes. A group, which may hold large tensors, is
-    made when the one before it is done.
+    A line of a table is printed, and the file written, as each answer comes. Groups are made one after the other.
 
     Returns:
-        1 if an answer was wrong or none came, PARTLY if the time was over before, else 0.
+        1 if an answer was wrong, PARTLY if the time was over before all was asked, else 0.
     """
-    end, longest, of = time.monotonic() + arguments.seconds, 0.0, 0
-    facts, rows = machine(arguments.device), list[Row]()
+    facts, rows, longest = machine(arguments.device), list[Row](), 0.0
+    waiting, questions = list(groups(arguments)), list[Question]()
     print(facts, markdown(["case", *columns, "note"], []), sep="\n", flush=True)
-    for questions in groups(arguments):
-        of += len(questions)
-        for name, answer in questions:
-            start = time.monotonic()
-            if start + longest > end:
-                break
-            row: Row = {"case": name, "note": "", "failed": False}
-            try:
-                found = answer()
-                synchronize(arguments.device)  # so that a fault is told of the case whose it is
-                row |= found if isinstance(found, dict) else {}
-            except Exception as error:  # whatever is raised, running out of memory too; the next tells something else
-                traceback.print_exc(limit=-3)
-                reason = (str(error).strip().splitlines() or ["?"])[0][:200]
-                row |= {"failed": True, "note": f"{type(error).__name__}: {reason}"}
+    while (waiting or questions) and (start := time.monotonic()) + longest <= arguments.until:
+        if questions:
+            row = _answered(*questions.pop(0), arguments.device)
             rows.append(row)
-            print(markdown_line(cells(row, columns)), flush=True)
+            note = "FAILED " * row["failed"] + row["note"]
+            cells = [row["case"], *(row.get(column, "-") for column in columns), note]
+            words = (f"{cell:.3f}" if isinstance(cell, float) else str(cell).replace("|", "/") for cell in cells)
+            print(markdown_line(words), flush=True)
             if arguments.out is not None:
                 write_json(arguments.out, facts, rows)
-            longest = max(longest, time.monotonic() - start)
-    print(f"{'all' if len(rows) == of else 'the time was over after'} {len(rows)} of {of}", flush=True)
-    return 1 if any(row["failed"] for row in rows) else 0 if len(rows) == of else PARTLY
+        else:
+            questions = list(waiting.pop(0)())
+        longest = max(longest, time.monotonic() - start)
+    late, more = bool(waiting or questions), f", and {len(waiting)} more groups" * bool(waiting)
+    print(f"{LATE if late else 'all'} {len(rows)} of {len(rows) + len(questions)}{more}", flush=True)
+    return 1 if any(row["failed"] for row in rows) else PARTLY if late else 0
+
+
+def _answered(name: str, answer: Callable[[], object], device: torch.device) -> Row:
+    row: Row = {"case": name, "note": "", "failed": False}
+    try:
+        found = answer()
+        synchronize(device)  # so that a fault is told of the case whose it is
+        return row | found if isinstance(found, dict) else row
+    except Exception as error:  # whatever is raised, running out of memory too; the next tells something else
+        traceback.print_exc(limit=-3)
+        reason = (str(error).strip().splitlines() or ["?"])[0][:200]
+        return row | {"failed": True, "note": f"{type(error).__name__}: {reason}"}
 
 
 def run(options: argparse.ArgumentParser, argv: Sequence[str] | None, columns: Sequence[str], groups: Groups) -> int:

@@ -1,6 +1,6 @@
 """The first facts of a device, in seconds: every op, a training step in each memory mode, and a CUDA graph of one.
 
-    python -m bench.gpu_smoke [--device cuda] [--unchecked] [--seconds S] [--out FILE]
+    python -m bench.gpu_smoke [--device cuda] [--unchecked] [--until T] [--out FILE]
 
 An op runs on small shapes with ragged ends, forward, backward and inverse, the net's output in float32 and in bfloat16,
 in either layout. A result may be off by twice what plain torch on the CPU is off by in float32, both against float64,
@@ -14,18 +14,17 @@ import argparse
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.cases import Case, Data, kernel_cases, matrix_cases, shape_title
-from bench.gpu_questions import Question, Row, run, stage_options
+from bench.gpu_questions import Question, Row, replayed, run, stage_options, until_replayed
 from bench.harness import CPU, synchronize
 from bench.model_cases import OURS, PLAIN, Shape, build, gradient_error, images, plain_levels
 from pyglow_fast import functional, graphed, reference
-from pyglow_fast.models.replays import WARM_UPS
 
 # Channels that 4 divides and others, H != W, ends of tiles and vectors that are not full, a single position.
 SHAPES = [(2, 4, 5, 9), (3, 5, 7, 3), (1, 131, 3, 5), (1, 12, 40, 33), (2, 48, 16, 12), (3, 8, 1, 1)]
@@ -117,13 +116,13 @@ def check_replay(memory: str, device: torch.device) -> Row:
     """Losses and gradients of a captured training step, replayed on other images, against the eager one."""
     model, x = model_and_images(memory, device)
     step = graphed(model)
-    for _ in range(WARM_UPS + 1):
-        step(x)
+    until_replayed(lambda: step(x), lambda: step.how)
     other = x.flip(0).roll(1, dims=-1)
     loss, gradients = float(-model.log_prob(other).mean()), gradients_of(model, other)
     off = max(abs(float(step(other)) - loss) for _ in range(2))
     found, _ = gradient_error([parameter.grad for parameter in model.parameters()], gradients)
-    return judged({"loss": (off, 1e-4 * max(1.0, abs(loss))), "gradients": (found, GRADIENTS)})
+    row = judged({"loss": (off, 1e-4 * max(1.0, abs(loss))), "gradients": (found, GRADIENTS)})
+    return replayed(row, step.how)
 
 
 def checks(device: torch.device) -> Iterator[Question]:
@@ -139,18 +138,21 @@ def checks(device: torch.device) -> Iterator[Question]:
         yield f"ops, {titled(shape, form)}", functools.partial(check_cases, shape, form, device)
 
 
-def groups(arguments: argparse.Namespace) -> Iterator[list[Question]]:
+def groups(arguments: argparse.Namespace) -> list[Callable[[], Iterable[Question]]]:
     """All checks; with ``--unchecked`` a training step in two memory modes, then every case."""
     device = arguments.device
+
+    def steps() -> Iterator[Question]:
+        for memory in ("store", "reversible"):
+            yield f"training step, {memory}", functools.partial(gradients_of, *model_and_images(memory, device))
+
+    def ops(shape: tuple[int, ...], form: Form) -> Iterator[Question]:
+        for case in cases_of(data_of(shape, form).copy(device)):
+            yield f"{case.name}, {titled(shape, form)}", case.build(functional, False)
+
     if not arguments.unchecked:
-        yield list(checks(device))
-        return
-    for memory in ("store", "reversible"):
-        model, x = model_and_images(memory, device)
-        yield [(f"training step, {memory}", functools.partial(gradients_of, model, x))]
-    for shape, form in itertools.product(SHAPES, FORMS):
-        cases = cases_of(data_of(shape, form).copy(device))
-        yield [(f"{case.name}, {titled(shape, form)}", case.build(functional, False)) for case in cases]
+        return [functools.partial(checks, device)]
+    return [steps, *(functools.partial(ops, *of) for of in itertools.product(SHAPES, FORMS))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

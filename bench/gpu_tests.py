@@ -1,9 +1,9 @@
 """A pytest plugin for machines that have torch, numpy, safetensors and pytest, and little else.
 
-    python -m pytest -p bench.gpu_tests --seconds 60 -m cuda tests
+    python -m pytest -p bench.gpu_tests -m cuda tests
 
 A test file, or a test, that imports a library that is not installed is skipped by that library's name; without this
-plugin it is an error. With ``--seconds`` tests that have not begun by then are skipped.
+plugin it is an error. With ``--until`` tests that have not begun by then are skipped, and the exit code is PARTLY.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from bench.gpu_stages import LATE, PARTLY
+
 NEEDED = ("torch", "numpy", "safetensors", "pytest")
-_END = pytest.StashKey[float]()
+_LATE = pytest.StashKey[int]()  # how many tests were
 OWN = ("pyglow_fast", "bench", "support", "tests")
 
 
@@ -31,18 +33,23 @@ def missing_library(error: BaseException | None) -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the time."""
-    parser.addoption("--seconds", type=float, default=float("inf"), help="skip tests that have not begun by then")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Starts the clock."""
-    config.stash[_END] = time.monotonic() + config.getoption("--seconds")
+    about = "skip tests that have not begun by then, by time.monotonic()"
+    parser.addoption("--until", type=float, default=float("inf"), help=about)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what is too late."""
-    if time.monotonic() > item.config.stash[_END]:
+    if time.monotonic() > item.config.getoption("--until"):
+        item.config.stash[_LATE] = item.config.stash.get(_LATE, 0) + 1
         pytest.skip("the time was over")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tells how many tests there was time for."""
+    late, of = session.config.stash.get(_LATE, 0), session.testscollected
+    if late:
+        session.config.get_terminal_writer().line(f"\n{LATE} {of - late} of {of}")
+        session.exitstatus = session.exitstatus or PARTLY
 
 
 @pytest.hookimpl(wrapper=True)

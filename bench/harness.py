@@ -174,6 +174,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def place(path: Path, write: Callable[[Path], object]) -> None:
+    """Put a file in its place whole: a kill leaves the one before or this one."""
+    new = path.with_name(path.name + ".new")
+    write(new)
+    new.replace(path)
+
+
 def write_json(path: Path, facts: Mapping[str, object], rows: Sequence[Any], **more: object) -> None:
     """The machine, the rows (dataclasses or dictionaries), a line each, and what else belongs to them."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +190,8 @@ def write_json(path: Path, facts: Mapping[str, object], rows: Sequence[Any], **m
         plain = [{name: value for name, value in row.items() if defaults[name] != value} for row in plain]
     head = json.dumps({"machine": dict(facts), **more}, indent=1).removesuffix("\n}")
     lines = ",\n".join(f"  {json.dumps(row)}" for row in plain)
-    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    text = f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+    place(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def read_rows(path: Path) -> tuple[dict[str, str], list[Row]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -17,11 +18,15 @@ from typing import Any
 import pytest
 import torch
 from support import ROOT
+from support.graphed_stand_in import recorded_graphs
 
-from bench import gpu_check, gpu_kernels, gpu_questions, gpu_smoke, gpu_stages
+from bench import gpu_answers, gpu_check, gpu_kernels, gpu_questions, gpu_smoke, gpu_stages
 from bench.cases import Data, kernel_cases
 from bench.gpu_stages import MACHINE, PARTLY, STAGES, TOTAL_SECONDS, Stage
+from bench.model_cases import Shape
 from pyglow_fast import _backend
+from pyglow_fast.reversible import drift
+from pyglow_fast.train.update import Update
 
 CPU = torch.device("cpu")
 # What the package can do without, and what pytest would load by itself.
@@ -111,8 +116,9 @@ def test_stages_fit_into_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def run(name: str, line: list[str], seconds: float, *rest: object) -> gpu_check.Ended:
         limits[name] = seconds
-        if "--seconds" in line:
-            assert float(line[line.index("--seconds") + 1]) <= seconds - min(10, seconds / 4) + 1
+        if "--until" in line:
+            left = float(line[line.index("--until") + 1]) - time.monotonic()
+            assert left <= seconds - min(10, seconds / 4) + 0.1
         return gpu_check.Ended(name, "passed", 0.0 if name in ("build", "answers") else seconds)
 
     monkeypatch.setattr(gpu_check, "run", run)
@@ -138,18 +144,20 @@ def test_a_stage_stops_before_what_would_be_late(
     def take(seconds: float) -> None:
         now[0] += seconds
 
-    def groups(_: object) -> list[list[gpu_questions.Question]]:
-        first = [(f"{seconds} s", functools.partial(take, seconds)) for seconds in (1, 20, 20, 20)]
-        return [first, [("late", dict)]]
-
+    first = [(f"{seconds} s", functools.partial(take, seconds)) for seconds in (1, 20, 20, 20)]
     options = gpu_questions.stage_options("stage", "")
-    given = ["--device", "cpu", "--seconds", "50", "--out", str(tmp_path / "out.json")]
-    assert gpu_questions.ask(options.parse_args(given), (), groups) == PARTLY
-    assert capsys.readouterr().out.endswith("the time was over after 3 of 5\n")
+    given = ["--device", "cpu", "--until", "50", "--out", str(tmp_path / "out.json")]
+    # What is late is not even made, which takes time, too.
+    assert gpu_questions.ask(options.parse_args(given), (), lambda _: [lambda: first, pytest.fail]) == PARTLY
+    assert capsys.readouterr().out.endswith("the time was over after 3 of 4, and 1 more groups\n")
     kept = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["case"] for row in kept] == ["1 s", "20 s", "20 s"]
-    assert gpu_questions.ask(options.parse_args(given), (), lambda _: [[("none", lambda: 1 / 0)], [("n", dict)]]) == 1
-    assert "FAILED ZeroDivisionError" in capsys.readouterr().out
+    now[0] = 0.0
+    both = [lambda: [("none", lambda: 1 / 0)], lambda: [("n", dict)]]
+    assert gpu_questions.ask(options.parse_args(given), (), lambda _: both) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED ZeroDivisionError" in shown
+    assert shown.endswith("all 2 of 2\n")
 
 
 def entries(out: Path) -> dict[str, str]:
@@ -162,7 +170,7 @@ def entries(out: Path) -> dict[str, str]:
 def test_a_stage_that_is_stopped_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another stage's results of an earlier run stay, and measurements are not written among a rehearsal's."""
     write = "import pathlib, time; pathlib.Path('{out}').write_text('[1]'); print('so far'); time.sleep(600)"
-    some = f"print('the time was over after 1 of 2'); raise SystemExit({PARTLY})"
+    some = f"print('the time was over after 1 of 2\\nthe end'); raise SystemExit({PARTLY})"
     stages = [Stage("one", 1, "", f'-c "{write}"'), Stage("two", 60, "", '-c "raise SystemExit(7)"')]
     stages.append(Stage("three", 60, "", f'-c "{some}"'))
     monkeypatch.setattr(gpu_check, "STAGES", stages)
@@ -178,36 +186,106 @@ def test_a_stage_that_is_stopped_leaves_what_it_had(tmp_path: Path, monkeypatch:
         gpu_check.main(["--out", str(tmp_path)])
 
 
-def test_a_check_that_is_killed_leaves_an_archive(tmp_path: Path) -> None:
-    """Also of the stage that it was at."""
+def test_a_machine_that_is_slow_has_a_gpu_perhaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for program, code, status in (("import time; time.sleep(600)", 1, "passed"), ("print('{}')", 2, "skipped")):
+        monkeypatch.setattr(gpu_check, "MACHINE", Stage("machine", 1, "", f'-c "{program}"'))
+        monkeypatch.setattr(gpu_check, "STAGES", [Stage("one", 60, "", '-c "pass"')])
+        assert gpu_check.main(["--out", str(tmp_path)]) == code
+        assert json.loads(entries(tmp_path)["one.json"])["status"] == status
+
+
+def test_tests_that_were_late(tmp_path: Path) -> None:
+    """Pytest itself would say that all is well."""
+    (tmp_path / "test_it.py").write_text("def test_one(): pass\ndef test_other(): pass\n")
+    line = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", "--until", "0"]
+    ended = gpu_check.run("tests", [*line, str(tmp_path)], 120, tmp_path, {}, lambda _: None)
+    assert (ended.status, ended.reason) == ("partly", "the time was over after 0 of 2")
+
+
+def test_a_check_that_is_killed_leaves_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the stage that it was at, whose children end with it; later runs keep it."""
+    pid = tmp_path / "pid"
     program = f"""
 from bench import gpu_check
 from bench.gpu_stages import Stage
-write = "import pathlib, time; pathlib.Path('{{out}}').write_text('[1]'); print('so far'); time.sleep(600)"
+write = "import pathlib, subprocess, time; child = subprocess.Popen(('sleep', '600')); "
+write += "pathlib.Path({str(pid)!r}).write_text(str(child.pid)); "
+write += "new = pathlib.Path('{{out}}.new'); new.write_text('[1]'); new.rename('{{out}}'); "
+write += "print('so far'); time.sleep(600)"
 gpu_check.STAGES = [Stage("one", 600, "", f'-c "{{write}}"')]
 gpu_check.TICK, gpu_check.MACHINE = 0.1, Stage("machine", 25, "", "-c \\"print('{{}}')\\"")
-gpu_check.main(["--rehearse", "--out", {str(tmp_path)!r}])
+gpu_check.main(["--rehearse", "--out", {str(tmp_path / "out")!r}])
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not (
-        (tmp_path / "gpu_check.zip").is_file() and "running/log" in entries_of(tmp_path)
-    ):
+    end = time.monotonic() + 600  # on a machine that others use
+    while time.monotonic() < end and not found_so_far(tmp_path / "out"):
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (tmp_path / "gpu_check.zip.new").unlink(missing_ok=True)
-    (tmp_path / "report.md.new").unlink(missing_ok=True)
-    found = entries(tmp_path)
-    assert (found["running/log"], found["running/results.json"]) == ("so far\n", "[1]")
-    assert json.loads(found["machine.json"])["status"] == "passed"
+    while time.monotonic() < end and runs(int(pid.read_text())):
+        time.sleep(0.1)
+    assert not runs(int(pid.read_text()))
+    for path in (tmp_path / "out").glob("*.new"):
+        path.unlink()
+    assert json.loads(entries(tmp_path / "out")["machine.json"])["status"] == "passed"
+    monkeypatch.setattr(gpu_check, "STAGES", [Stage(name, 60, "", '-c "pass"') for name in ("one", "two")])
+    assert gpu_check.main(["--rehearse", "--out", str(tmp_path / "out"), "--only", "two"]) == 0
+    kept = json.loads(entries(tmp_path / "out")["one.json"])
+    assert (kept["status"], kept["output"], kept["results"]) == ("unfinished", "so far\n", [1])
 
 
-def entries_of(out: Path) -> dict[str, str]:
-    """The archive of a check that goes on."""
+def found_so_far(out: Path) -> bool:
+    """Whether a check that goes on has results of its stage."""
+    if not (out / "gpu_check.zip").is_file():
+        return False
     with zipfile.ZipFile(out / "gpu_check.zip") as archive:
-        found = {name: archive.read(name).decode() for name in archive.namelist()}
-    return found if found.get("running/log") == "so far\n" else {}
+        return "one.json" in archive.namelist() and b"so far" in archive.read("one.json")
+
+
+def runs(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait for a parent to be told."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+TINY = Shape((1, 4, 4), n_levels=1, n_steps=8, hidden=4, batch=2)
+
+
+@pytest.mark.parametrize("memory", ["store", "reversible"])
+def test_a_graph_that_was_asked_for(memory: str) -> None:
+    """Without one the answer is wrong, and says why; recordings in the place of graphs are right."""
+    answers = gpu_answers.Answers(CPU, TINY, TINY)
+    answers.captures = True
+    for context, failed in ((contextlib.nullcontext(), True), (recorded_graphs(), False)):
+        with context:
+            rows = [answers.step(TINY, "fp32", memory, True), answers.updates(memory)]
+            rows.append(gpu_smoke.check_replay(memory, CPU))
+        assert [row["failed"] for row in rows] == [failed] * 3, rows
+        expected = "eagerly: the device is cpu; " if failed else "a CUDA graph; "
+        assert all(row["note"].startswith(expected) for row in rows)
+        assert "; 0 of" in rows[1]["note"]
+
+
+def test_updates_that_differ_in_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they would if a graph kept the learning rate of its capture."""
+    true = Update.__call__
+
+    def stale(update: Update, parts: Any, lr: float) -> Any:
+        return true(update, parts, lr * (1 + 1e-6) if update.replays.how == "a CUDA graph" else lr)
+
+    answers = gpu_answers.Answers(CPU, TINY, TINY)
+    monkeypatch.setattr(Update, "__call__", stale)
+    with recorded_graphs():
+        assert answers.updates("store")["failed"]
+
+
+def test_anchors_that_move_are_no_difference_of_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "GROW_AFTER", 1)
+    answers = gpu_answers.Answers(CPU, TINY, TINY)
+    assert not answers.deterministic("reversible")["failed"]
+    assert not answers.poisoned("fp32")["failed"]
 
 
 def test_pips_packages_are_put_together_to_a_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
