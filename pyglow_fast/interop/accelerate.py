@@ -218,6 +218,7 @@ def _price(runs: Sequence[Run], memory: str) -> str:
     """Say in the report what recomputation costs where the library runs the nets of a run."""
     nets_of = (part.wrapped() for run in runs for part in run.parts() if isinstance(part, Couples))
     own = any(isinstance(net, Net) and isinstance(net.known(), str) for net in nets_of)
+    own = own or any(run.rows[0].run is not None for run in runs)
     return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
 
 
@@ -231,7 +232,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
                     continue  # there is nothing to keep
                 done._runs.append(Run([module], [row], memory, budget))
                 vars(module)["_pgf_run"] = done._runs[-1]
-                done.joined[name] = f"one step, memory {memory!r}"
+                done.joined[name] = f"one step, memory {memory!r}{_price(done._runs[-1:], memory)}"
         return
     reasons: Reasons = {}
     joined: set[nn.Module] = set()

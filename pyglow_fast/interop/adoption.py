@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
@@ -24,6 +25,7 @@ from pyglow_fast.coupling_nets.masks import (
     without_padding,
 )
 from pyglow_fast.coupling_nets.net_runner import condition_for
+from pyglow_fast.coupling_nets.state import holding
 from pyglow_fast.interop.limits import check, note
 from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, is_ready, spread, untouched
 from pyglow_fast.layers.flow_step import after
@@ -132,6 +134,25 @@ def understood(
     if not untouched(row.inside(layer)) or row.unfit(layer):
         return None
     return call if watched or spares or row.pays(layer, call) else None
+
+
+def recomputed_later(
+    layer: nn.Module, function: Callable[..., Any], *args: Any, only_reads: bool = False, **kwargs: Any
+) -> Any:
+    """Call function, of a layer, and once more in the backward, with the parameters that the layer has now.
+
+    They may be lent to it for this call, as torch.func.functional_call does. The backward refuses those that were
+    written to since, as autograd does. A function that ``only_reads`` draws no random numbers and writes to no buffer,
+    so that the buffers are watched as well.
+    """
+    parameters = list(layer.parameters())
+    watched = [*parameters, *(layer.buffers() if only_reads else ())]
+
+    def run(*given: Any) -> Any:
+        with holding(layer, given[: len(parameters)]):
+            return function(*given[len(watched) :], **kwargs)
+
+    return checkpoint(run, *watched, *args, use_reentrant=False, preserve_rng_state=not only_reads)
 
 
 def net_output(part: Couples, x: Tensor, cond: Tensor | None) -> Tensor:

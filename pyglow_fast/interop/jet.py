@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pyglow_fast.coupling_nets.plan import budget_bytes
 from pyglow_fast.coupling_nets.traits import bytes_per_position
+from pyglow_fast.interop.adoption import recomputed_later
 from pyglow_fast.interop.runs import Run, unrepeatable
 from pyglow_fast.interop.table import Call, Library, Part, Row
 
@@ -52,7 +52,7 @@ def _recomputed(layer: Any, call: Call, parts: Sequence[Part], run: Run | None) 
         each = bytes_per_position(layer.dnn, channels, x.element_size()) * x[0].numel() // channels
         count = max(1, budget_bytes(run.budget, x.device.type) // each)
     own = partial(layer._pgf_theirs.forward, layer)
-    chunks = [checkpoint(own, chunk, *rest, use_reentrant=False, **named) for chunk in x.split(count)]
+    chunks = [recomputed_later(layer, own, chunk, *rest, **named) for chunk in x.split(count)]
     return torch.cat([z for z, _ in chunks]), torch.cat([log_det for _, log_det in chunks])
 
 

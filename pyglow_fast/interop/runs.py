@@ -13,12 +13,11 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.coupling_nets.masks import run_masked
 from pyglow_fast.coupling_nets.traits import is_altered
-from pyglow_fast.interop.adoption import Adopted, run_parts, understood, with_mask
+from pyglow_fast.interop.adoption import Adopted, recomputed_later, run_parts, understood, with_mask
 from pyglow_fast.interop.limits import BeyondLimitError, check, note
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, is_ready, spread, untouched
@@ -81,7 +80,7 @@ def check_halves(part: Couples) -> None:
         raise UnfitError(odd if channels % 2 else f"a mask that keeps {part.kept} of {channels} channels")
 
 
-def parts_of(layer: nn.Module, row: Row, inverse: bool = False, *_: Tensor) -> Sequence[Part]:
+def parts_of(layer: nn.Module, row: Row, inverse: bool = False) -> Sequence[Part]:
     """What a layer of a run holds now.
 
     Raises:
@@ -136,12 +135,14 @@ class Run:
         Raises:
             UnfitError: a layer is to be called itself.
         """
-        read: Callable[..., Sequence[Part]] = parts_of
-        if self.spares:
-            read = partial(checkpoint, parts_of, use_reentrant=False, preserve_rng_state=False)
-        # Their parameters are given so that a backward refuses those that were written to since.
-        pairs = zip(self.layers, self.rows, strict=True)
-        return [part for layer, row in pairs for part in read(layer, row, inverse, *layer.parameters())]
+
+        def read(layer: nn.Module, row: Row) -> Sequence[Part]:
+            if not self.spares:
+                return parts_of(layer, row, inverse)
+            found: Sequence[Part] = recomputed_later(layer, parts_of, layer, row, inverse, only_reads=True)
+            return found
+
+        return [part for layer, row in zip(self.layers, self.rows, strict=True) for part in read(layer, row)]
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run the layers: z and log_det (N,), or with an inverse call x and log_det.
@@ -234,9 +235,13 @@ class Run:
     def alone(self, layer: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call one of the layers by itself; where memory is to be saved, of one with a limit only the input is kept."""
         run = layer if method == "forward" else getattr(layer, method)
-        if self.spares and self._limit() is not None and untouched([layer]):
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
-        return run(*args, **kwargs)
+        row = self.rows[self.layers.index(layer)]
+        if not self.spares or row.limit(layer) is None or not untouched([layer]):
+            return run(*args, **kwargs)
+        call = row.calls[method](layer, *args, **kwargs)
+        if call is not None and not is_ready(row, layer):
+            row.prepare(layer, call)  # before the parameters are held for the backward
+        return recomputed_later(layer, run, *args, **kwargs)
 
     def report(self) -> dict[str, Any]:
         """Report mode, steps, spacing of the anchors, drift and what was redone.
@@ -297,6 +302,8 @@ def _maps_of(between: Sequence[ChannelMap]) -> Maps:
 class Place:
     """What a joined container shows in the place of a layer: the run in that of the first, else nothing to do.
 
+    Attributes are the layer's, to be read and to be set.
+
     Args:
         layer: whose place it is.
         row: of the layer.
@@ -308,7 +315,7 @@ class Place:
     def __init__(
         self, layer: nn.Module, row: Row, run: Run, layers: Sequence[nn.Module] | None, from_latents: bool
     ) -> None:
-        self.layer, self.row, self.run, self.layers, self.from_latents = layer, row, run, layers, from_latents
+        vars(self).update(layer=layer, row=row, run=run, layers=layers, from_latents=from_latents)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run all layers, or hand on the state."""
@@ -321,6 +328,10 @@ class Place:
         if name in self.row.calls:
             return lambda *args, **kwargs: self._through(name, args, kwargs)
         return getattr(self.layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set it on the layer."""
+        setattr(self.layer, name, value)
 
     def _through(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         read = self.row.calls[method](self.layer, *args, **kwargs)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.accelerate_cases import (
     HIDDEN,
+    MEMORIES,
     ContextNet,
     WithContext,
     assert_same,
@@ -57,6 +58,51 @@ def classes(model: nn.Module) -> list[type[nn.Module]]:
 
 
 # What changes later
+
+
+@libraries
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_what_is_set_through_a_list_is_set_on_the_layer(name: str, memory: str | None) -> None:
+    model = prepared(name)
+    children = [child for child in model.modules() if isinstance(child, nn.ModuleList)]
+    before = [list(child) for child in children]
+    accelerate(model, memory)
+    for child, layers in zip(children, before, strict=True):
+        for shown, layer in zip(child, layers, strict=True):
+            shown.mark = mark = object()
+            assert layer.mark is mark
+
+
+@libraries
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_parameters_that_are_lent_for_a_call_get_its_gradients(name: str, memory: str | None) -> None:
+    """By torch.func.functional_call: in the backward the model has its own again."""
+    model = prepared(name)
+    theirs = copy.deepcopy(model)
+    accelerate(model, memory)
+    found = []
+    for each in (theirs, model):
+        lent = {key: (1.1 * value).detach().requires_grad_() for key, value in each.named_parameters()}
+        z, log_det = torch.func.functional_call(
+            _Called(each), {f"model.{key}": value for key, value in lent.items()}, X
+        )
+        latents = sum(part.square().sum() for part in (z if isinstance(z, tuple | list) else [z]))
+        found.append(torch.autograd.grad(latents - log_det.sum(), list(lent.values()), allow_unused=True))
+    for own, expected in zip(*found, strict=True):
+        assert (own is None) == (expected is None)
+        if own is not None:
+            torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
+
+
+class _Called(nn.Module):
+    """A model, called as its library calls it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return call(self.model, x)
 
 
 @libraries

@@ -29,6 +29,19 @@ def test_a_coupling_keeps_its_input_alone() -> None:
     assert saved_bytes(model, lambda: model(x)) <= 10 * x.nbytes
 
 
+def test_weights_that_were_written_to_since_are_refused() -> None:
+    """As their own code refuses them."""
+    for model in (ProjectedFlow(6, 8, 4), ours := ProjectedFlow(6, 8, 4)):
+        if model is ours:
+            accelerate(model, "reversible")
+        z, log_det = model(torch.randn(5, 6, 8))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (z.square().sum() - log_det.sum()).backward()
+
+
 @pytest.mark.parametrize("budget", ["auto", 20_000])
 def test_dropout_is_drawn_again(budget: str | int) -> None:
     """The gradients are those of the very numbers that the forward has drawn; a small budget cuts the batch."""
