@@ -87,11 +87,11 @@ def _runs(method: str) -> Callable[..., Any]:
             ready = is_ready(row, self)
         if call is not None and ready:
             try:
+                if own is not None and row.run is None:
+                    return call.give(*own(call))
                 parts = row.parts(self, call.inverse)
                 if row.run is not None:
                     return call.give(*row.run(self, call, parts, own))
-                if own is not None:
-                    return call.give(*own(call))
                 return call.give(*run_parts(parts, with_mask(call), limit=row.limit(self)))
             except UnfitError:  # before anything was computed but maps, or what the layer itself would have bounded
                 pass

@@ -38,11 +38,13 @@ class Replays:
         against: why there is to be no capture; "" if nothing is against it.
         functions: one called after the other, the first with the inputs, each other with what the one before it has
             returned. Each is a graph, but every second one, which changes what it gets, and is called between replays.
+
+    Attributes:
+        replayed: whether the last call was a replay.
     """
 
     def __init__(self, model: Glow, against: str, *functions: Callable[..., Any]) -> None:
-        self._model, self._why, self._functions = model, against, functions
-        self._replayed = False  # the last call was
+        self._model, self._why, self._functions, self.replayed = model, against, functions, False
         self._runs, self._seen, self._key = 0, None, None  # alike calls in a row; what they were like; the captured one
         self._buffers: Sequence[Tensor | None] = ()
         self._graphs: list[tuple[Callable[[], None], Any]] = []  # what replays each, and its result
@@ -51,14 +53,9 @@ class Replays:
     @property
     def how(self) -> str:
         """How calls run: "a CUDA graph", or "eagerly: " and why."""
-        if self._replayed:
+        if self.replayed:
             return "a CUDA graph"
         return f"eagerly: {self._why or self._against() or 'the first calls of a shape do'}"
-
-    @property
-    def replayed(self) -> bool:
-        """Whether the last call was a replay."""
-        return self._replayed
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """Run the functions, or replay them."""
@@ -66,8 +63,8 @@ class Replays:
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         shapes = [None if value is None else (value.shape, value.dtype) for value in inputs]
         key: Any = autocast, shapes, [sequence.control.spacing for sequence in self._model._sequences()]
-        self._replayed = bool(self._graphs) and key == self._key
-        if self._replayed:
+        self.replayed = bool(self._graphs) and key == self._key
+        if self.replayed:
             self._runs = 0
             for buffer, value in zip(self._buffers, inputs, strict=True):
                 if buffer is not None and value is not None:
@@ -79,11 +76,11 @@ class Replays:
             if not self._why:
                 try:
                     self._capture(key, inputs)
-                    self._replayed = True
+                    self.replayed = True
                     return self._replay()
                 except (RuntimeError, ValueError) as error:
                     self.forget()
-                    self._replayed = False
+                    self.replayed = False
                     self._why = str(error).strip().partition("\n")[0]
         with self._aside() if can_capture(device) and not self._why else contextlib.nullcontext():
             return self._eager(inputs)
