@@ -44,7 +44,7 @@ from pyglow_fast import graphed
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.models.replays import WARM_UPS
-from pyglow_fast.reversible.drift import LAST_HOLD
+from pyglow_fast.runs.drift import LAST_HOLD
 from pyglow_fast.train import TrainConfig, TrainState
 
 ROUNDS, UPDATES = 5, 20

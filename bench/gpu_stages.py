@@ -13,7 +13,7 @@ from pathlib import Path
 TOTAL_SECONDS = 570  # of all stages, so that the whole fits into ten minutes
 # Errors of calls that torch makes to see what a driver can do are no faults.
 SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no --kernel-name kns=pyglow --tool"
-TESTS = " ".join(f"tests/{name}" for name in ("kernels", "core", "coupling_nets", "layers", "models", "reversible"))
+TESTS = " ".join(f"tests/{name}" for name in ("kernels", "core", "nets", "layers", "models", "runs"))
 # Exit codes of a stage, which neither Python nor pytest has: the extension has no kernels for the device, so that no
 # later stage is worth it; the time was over before all was done, of which a line that begins with LATE tells.
 NO_KERNELS, PARTLY = 93, 94

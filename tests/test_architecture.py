@@ -16,7 +16,7 @@ PACKAGE = "pyglow_fast"
 FOUNDATION = {"_tracing", "_errors", "_files", "_settings", "_captures", "_derivatives", "_dry", "_float32", "_moments"}
 # Each may import those before it.
 KERNELS = ["_backend", "ops", "autograd", "functional"]
-FLOWS = ["coupling_nets", "reversible", "layers", "models"]
+FLOWS = ["nets", "runs", "layers", "models"]
 APPLICATION = ["latents", "train", "experiments", "studio", "web", "cli"]
 STACK = [*KERNELS, *FLOWS, *APPLICATION]
 BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend

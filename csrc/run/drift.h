@@ -1,5 +1,5 @@
 // Drift: how far recomputed states are from the true ones. Formulas and bounds are explained in
-// pyglow_fast/reversible/drift.py, which has the same functions for steps that Python runs.
+// pyglow_fast/runs/drift.py, which has the same functions for steps that Python runs.
 #pragma once
 #include "run/net.h"
 

@@ -9,14 +9,14 @@ from typing import Any, cast
 from torch import nn
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
 from pyglow_fast.interop.libraries import LIBRARIES
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.runs import Joined, JoinedList, Place, Reasons, Run, places_of, row_of
 from pyglow_fast.interop.table import Couples, Library, Net, Row, is_ready
-from pyglow_fast.reversible.setting import MEMORY_MODES, parse_memory
+from pyglow_fast.nets.plan import budget_bytes
+from pyglow_fast.nets.traits import is_altered
+from pyglow_fast.runs.setting import MEMORY_MODES, parse_memory
 
 JOINS_ONLY = "its own forward is as fast; with a memory mode it is joined with its neighbours"
 

@@ -16,21 +16,21 @@ from torch.utils.checkpoint import checkpoint
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.coupling_nets import plain_call
-from pyglow_fast.coupling_nets.masks import (
+from pyglow_fast.interop.limits import check, note
+from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, is_ready, spread, untouched
+from pyglow_fast.layers.flow_step import after
+from pyglow_fast.nets import plain_call
+from pyglow_fast.nets.masks import (
     is_mask,
     log_scale_of_padding,
     masked_condition,
     positions_of,
     without_padding,
 )
-from pyglow_fast.coupling_nets.net_runner import condition_for
-from pyglow_fast.coupling_nets.state import holding
-from pyglow_fast.interop.limits import check, note
-from pyglow_fast.interop.table import Call, Couples, Part, Row, UnfitError, is_ready, spread, untouched
-from pyglow_fast.layers.flow_step import after
+from pyglow_fast.nets.net_runner import condition_for
+from pyglow_fast.nets.state import holding
 from pyglow_fast.reference import n_positions
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.steps import ChannelMap
 
 STATES = (torch.float32, torch.float64)
 
@@ -232,7 +232,7 @@ def run_parts(
 
 
 def with_mask(call: Call) -> Call:
-    """The call with what masked nets get as its condition, see coupling_nets/masks.py."""
+    """The call with what masked nets get as its condition, see nets/masks.py."""
     return call if call.mask is None else call._replace(cond=masked_condition(call.mask, call.cond))
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast.coupling_nets.chain import Outputs
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
 from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, by_class, is_set, read_once
 from pyglow_fast.layers.coupling import MAX_CLAMP
+from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.steps import ChannelMap
 
 __all__ = ["LIBRARY"]
 

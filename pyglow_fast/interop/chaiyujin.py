@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._captures import made_once
-from pyglow_fast.coupling_nets.chain import Outputs
 from pyglow_fast.interop.known_net import Layer
 from pyglow_fast.interop.table import Call, Couples, Library, Net, Part, Row
+from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.steps import ChannelMap
 
 __all__ = ["LIBRARY"]
 

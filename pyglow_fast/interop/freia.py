@@ -45,7 +45,7 @@ from pyglow_fast.interop.table import (
 )
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, n_positions
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.steps import ChannelMap
 
 FEW_POSITIONS = 8  # for samples of fewer the kernels, made for images, are slower: they walk along positions
 DENSE_FROM = 128  # channels from which, on the CPU, a product with a soft R costs more than all else but the net

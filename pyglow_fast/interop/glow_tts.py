@@ -23,11 +23,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read
-from pyglow_fast.coupling_nets.masks import MaskedNet
 from pyglow_fast.interop.table import Call, Couples, GroupMap, Library, Part, Row
 from pyglow_fast.layers.wavenet import Conv, WaveNetParts, run_wavenet, wavenet_bytes, wavenet_halo
+from pyglow_fast.nets.masks import MaskedNet
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.steps import ChannelMap
 
 __all__ = ["LIBRARY"]
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.coupling_nets.traits import bytes_per_position
 from pyglow_fast.interop.adoption import recomputed_later
 from pyglow_fast.interop.runs import Run, unrepeatable
 from pyglow_fast.interop.table import Call, Library, Part, Row
+from pyglow_fast.nets.plan import budget_bytes
+from pyglow_fast.nets.traits import bytes_per_position
 
 __all__ = ["LIBRARY"]
 

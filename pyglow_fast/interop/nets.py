@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
-from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, KnownNet, Layer, qualified
+from pyglow_fast.nets.traits import is_altered
 from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec, sides
 
 __all__ = ["KnownNet", "recognised", "run"]

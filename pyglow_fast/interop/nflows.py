@@ -33,7 +33,7 @@ from pyglow_fast.interop.table import (
     read_once,
 )
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.steps import ChannelMap
 
 __all__ = ["LIBRARY"]
 

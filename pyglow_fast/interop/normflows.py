@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.coupling_nets.chain import Outputs
 from pyglow_fast.interop.known_net import LOG_MAPS, qualified
 from pyglow_fast.interop.table import (
     Call,
@@ -34,8 +33,9 @@ from pyglow_fast.interop.table import (
     read_once,
     untouched,
 )
+from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.steps import ChannelMap
 
 __all__ = ["LIBRARY"]
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.coupling_nets.masks import run_masked
-from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop.adoption import Adopted, recomputed_later, run_parts, understood, with_mask
 from pyglow_fast.interop.limits import BeyondLimitError, check, note
 from pyglow_fast.interop.probe import difference
@@ -24,9 +22,11 @@ from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitEr
 from pyglow_fast.layers import AffineInjector, Coupling
 from pyglow_fast.layers.described import described, is_runnable
 from pyglow_fast.layers.flow_step import after, recomputed, stack_maps
-from pyglow_fast.reversible import DriftControl, run_steps
-from pyglow_fast.reversible.run import GIVEN, Fold, Maps, folded_maps, run_plain, run_recorded
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.nets.masks import run_masked
+from pyglow_fast.nets.traits import is_altered
+from pyglow_fast.runs import DriftControl, run_steps
+from pyglow_fast.runs.run import GIVEN, Fold, Maps, folded_maps, run_plain, run_recorded
+from pyglow_fast.runs.steps import ChannelMap
 
 Reasons = dict[nn.Module, str]  # why a layer is in no run
 ALONE = "no layer of its width next to it"

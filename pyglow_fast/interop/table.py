@@ -25,15 +25,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import call_untraced, is_batched, is_traced
-from pyglow_fast.coupling_nets import traits
-from pyglow_fast.coupling_nets.chain import Chain, Outputs
-from pyglow_fast.coupling_nets.traits import is_altered
 from pyglow_fast.interop import nets
 from pyglow_fast.interop.known_net import KnownNet, qualified
 from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.layers.grouped_conv import spread_over_groups
+from pyglow_fast.nets import traits
+from pyglow_fast.nets.chain import Chain, Outputs
+from pyglow_fast.nets.traits import is_altered
 from pyglow_fast.reference import CouplingSpec, full_precision
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.steps import ChannelMap
 
 FEW_VALUES = 1 << 14  # of a batch, see pays_for_images
 EXACT = torch.float64, 1e-9  # precision and relative tolerance of a probe
@@ -275,7 +275,7 @@ class Net(nn.Module):
 
     @property
     def halo(self) -> int | None:
-        """How many positions to each side an output depends on; None where it is not known: see coupling_nets."""
+        """How many positions to each side an output depends on; None where it is not known: see nets."""
         if self.whole_samples:
             return None
         known = self.known()

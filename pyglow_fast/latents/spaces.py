@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.precision import overridden
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import check_labels
+from pyglow_fast.nets.precision import overridden
 
 SPACES = ("noise", "latent")
 # Measured on 25 held-out emoji whose edits have a known target: both spaces come as near to it, but in models that were

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import Range
-from pyglow_fast.coupling_nets.checkerboard import Checkerboard
-from pyglow_fast.coupling_nets.net_runner import NetRunner
-from pyglow_fast.coupling_nets.precision import check_precision
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.nets.checkerboard import Checkerboard
+from pyglow_fast.nets.net_runner import NetRunner
+from pyglow_fast.nets.precision import check_precision
 from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec, factor_fits
 
 MASKS = ("channels", "checkerboard")

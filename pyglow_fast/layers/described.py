@@ -1,7 +1,7 @@
 """Describes flow steps for the run of csrc/run, or says that it does not compute them.
 
 This is the one place that chooses between the two paths: the run, for steps that the compiled kernels compute whole,
-and Python over the registered ops (flow_step.py, reversible/) for all else: nets of the user's, hooks, subclasses,
+and Python over the registered ops (flow_step.py, runs/) for all else: nets of the user's, hooks, subclasses,
 scale maps that are callables, and whatever watches calls, such as torch.compile and torch.func.
 """
 
@@ -20,16 +20,16 @@ from pyglow_fast._backend import require
 from pyglow_fast._dry import device_of
 from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.coupling_nets.chain import Chain
-from pyglow_fast.coupling_nets.precision import dtype_on, in_precision
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import FlowStep, fold_in_one, map_bytes, raw_maps
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import InvConv
-from pyglow_fast.reversible.drift import lowest_of, lowest_precision
-from pyglow_fast.reversible.run import CONSTANTS, FACTORS, Fold, FoldByTorch, FoldFactors, Maps, Steps
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.nets.chain import Chain
+from pyglow_fast.nets.precision import dtype_on, in_precision
+from pyglow_fast.runs.drift import lowest_of, lowest_precision
+from pyglow_fast.runs.run import CONSTANTS, FACTORS, Fold, FoldByTorch, FoldFactors, Maps, Steps
+from pyglow_fast.runs.steps import ChannelMap
 
 
 class _Computes(NamedTuple):

@@ -12,16 +12,16 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast.coupling_nets.masks import mask_of, positions_of
-from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute, WeightsOf
+from pyglow_fast.nets.masks import mask_of, positions_of
+from pyglow_fast.nets.traits import has_hooks
 from pyglow_fast.reference import COUPLINGS, CouplingSpec, fold_actnorm, full_precision, full_product
-from pyglow_fast.reversible.steps import ChannelMap, CouplingStep, MapInverse
+from pyglow_fast.runs.steps import ChannelMap, CouplingStep, MapInverse
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 NO_COUPLING = "none"  # what is said as the coupling of a step without one

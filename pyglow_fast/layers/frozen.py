@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_input, expect
-from pyglow_fast.coupling_nets.chain import Chain
-from pyglow_fast.coupling_nets.net_shape import NetShape
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.described import folded_steps
 from pyglow_fast.layers.flow_step import couplings_of, unstack_maps
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
+from pyglow_fast.nets.chain import Chain
+from pyglow_fast.nets.net_shape import NetShape
 from pyglow_fast.reference import COUPLING_NETS
-from pyglow_fast.reversible.run import given_maps_of
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.runs.run import given_maps_of
+from pyglow_fast.runs.steps import ChannelMap
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
 MAPS, INVERSES = ("matrices", "offsets", "log_dets", "indices"), ("inverses", "offsets", "log_dets", "inverse_indices")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, check_input
-from pyglow_fast.coupling_nets.net_runner import NetRunner
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
+from pyglow_fast.nets.net_runner import NetRunner
 from pyglow_fast.reference import CouplingSpec
 
 _SIGMOID = CouplingSpec()

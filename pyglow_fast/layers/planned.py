@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from pyglow_fast import ops
 from pyglow_fast._backend import require
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
+from pyglow_fast.nets.traits import has_hooks
 from pyglow_fast.reference import autocast_is_on
-from pyglow_fast.reversible.drift import DriftRecord
-from pyglow_fast.reversible.dry_run import dry_run, twin_of, without_values
-from pyglow_fast.reversible.planner import RunPlan, plan_memory
-from pyglow_fast.reversible.setting import memory_text
+from pyglow_fast.runs.drift import DriftRecord
+from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values
+from pyglow_fast.runs.planner import RunPlan, plan_memory
+from pyglow_fast.runs.setting import memory_text
 
 REMEMBERED = 16  # plans
 BESIDE = 4096  # bytes of tables of pointers, and of the number that the caller makes of the outputs

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast.coupling_nets.net_runner import condition_for
-from pyglow_fast.coupling_nets.precision import in_precision
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.border import border_kernel, border_map
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias
+from pyglow_fast.nets.net_runner import condition_for
+from pyglow_fast.nets.precision import in_precision
 
 
 class Squeeze(FlowLayer):

@@ -14,8 +14,6 @@ from pyglow_fast import functional
 from pyglow_fast._dry import is_dry
 from pyglow_fast._errors import check_input, expect
 from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
-from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.coupling_nets.traits import check_net
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
@@ -33,11 +31,13 @@ from pyglow_fast.layers.flow_step import (
 )
 from pyglow_fast.layers.folded import Folded
 from pyglow_fast.layers.planned import Plans, check_runs
-from pyglow_fast.reversible import DriftControl, ModuleStep, run_steps
-from pyglow_fast.reversible.planner import RunPlan
-from pyglow_fast.reversible.run import Maps, Steps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
-from pyglow_fast.reversible.setting import parse_memory
-from pyglow_fast.reversible.steps import ChannelMap
+from pyglow_fast.nets.plan import budget_bytes
+from pyglow_fast.nets.traits import check_net
+from pyglow_fast.runs import DriftControl, ModuleStep, run_steps
+from pyglow_fast.runs.planner import RunPlan
+from pyglow_fast.runs.run import Maps, Steps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
+from pyglow_fast.runs.setting import parse_memory
+from pyglow_fast.runs.steps import ChannelMap
 
 
 def _is_initialized(step: Any) -> bool:

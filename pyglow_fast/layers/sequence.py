@@ -13,13 +13,13 @@ from torch import Tensor
 
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import kernels_step_aside
-from pyglow_fast.coupling_nets.masks import MaskedNet, check_mask, masked_condition, run_masked, without_padding
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.flow_step import FlowStep, couplings_of, fold_in_one, run_couplings
 from pyglow_fast.layers.planned import check_runs
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
 from pyglow_fast.layers.wavenet import WaveNet
-from pyglow_fast.reversible.planner import RunPlan
+from pyglow_fast.nets.masks import MaskedNet, check_mask, masked_condition, run_masked, without_padding
+from pyglow_fast.runs.planner import RunPlan
 
 
 def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tensor]:

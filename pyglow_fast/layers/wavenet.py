@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.coupling_nets.masks import run_by_length
+from pyglow_fast.nets.masks import run_by_length
 
 
 class Conv(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyglow_fast._float32 import CONVOLUTIONS, has_tf32, rounds
-from pyglow_fast.coupling_nets.precision import HALF, check_precision, overridden
+from pyglow_fast.nets.precision import HALF, check_precision, overridden
 
 if TYPE_CHECKING:
     from pyglow_fast.models.glow import Glow

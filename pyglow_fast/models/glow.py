@@ -28,8 +28,8 @@ from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
-from pyglow_fast.reversible.planner import RunPlan
-from pyglow_fast.reversible.setting import parse_memory
+from pyglow_fast.runs.planner import RunPlan
+from pyglow_fast.runs.setting import parse_memory
 
 
 class _Encoded(NamedTuple):

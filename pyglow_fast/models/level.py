@@ -14,7 +14,7 @@ from pyglow_fast.layers.flow_step import NO_COUPLING
 from pyglow_fast.models.condition import fitted
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.reversible.planner import RunPlan
+from pyglow_fast.runs.planner import RunPlan
 
 Steps = ReversibleSequence | FrozenSteps
 NetFactory = Callable[[int, int], nn.Module]  # net(in_channels, out_channels), called once for each coupling

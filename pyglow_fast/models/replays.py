@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pyglow_fast._captures import Later, can_capture, is_capturing
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.state import holding, without_autocast_cache
-from pyglow_fast.coupling_nets.traits import has_hooks
 from pyglow_fast.models.prior import check_temperature
-from pyglow_fast.reversible.drift import GROW_AFTER
+from pyglow_fast.nets.state import holding, without_autocast_cache
+from pyglow_fast.nets.traits import has_hooks
+from pyglow_fast.runs.drift import GROW_AFTER
 
 if TYPE_CHECKING:
     from pyglow_fast.models.condition import Condition

@@ -29,11 +29,11 @@ from pyglow_fast._settings import (
     setting,
     settings,
 )
-from pyglow_fast.coupling_nets.precision import PRECISIONS
 from pyglow_fast.data import DATA_HELP, DataConfig, optional
 from pyglow_fast.data.loader import WORKERS
 from pyglow_fast.models import GlowConfig
-from pyglow_fast.reversible.setting import MEMORY_EXPECTED, MEMORY_MODES, memory_text, parse_memory
+from pyglow_fast.nets.precision import PRECISIONS
+from pyglow_fast.runs.setting import MEMORY_EXPECTED, MEMORY_MODES, memory_text, parse_memory
 from pyglow_fast.train.figures import PICTURE_IMAGES
 from pyglow_fast.train.optim import OPTIMIZERS
 

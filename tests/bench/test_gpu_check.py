@@ -25,7 +25,7 @@ from bench.cases import Data, kernel_cases
 from bench.gpu_stages import MACHINE, PARTLY, STAGES, TOTAL_SECONDS, Stage
 from bench.model_cases import Shape
 from pyglow_fast import _backend
-from pyglow_fast.reversible import drift
+from pyglow_fast.runs import drift
 from pyglow_fast.train.update import Update
 
 CPU = torch.device("cpu")

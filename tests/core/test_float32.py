@@ -16,7 +16,7 @@ import pyglow_fast as pgf
 from pyglow_fast import functional, ops, reference
 from pyglow_fast.layers.border import border_map
 from pyglow_fast.models.class_head import ClassHead
-from pyglow_fast.reversible.drift import LEAST_EPS, PROJECTION_SLACK, norms, project
+from pyglow_fast.runs.drift import LEAST_EPS, PROJECTION_SLACK, norms, project
 
 C = 12
 SHAPES = [(3, C), (3, C, 40), (3, C, 6, 8), (3, C, 4, 6, 2)]

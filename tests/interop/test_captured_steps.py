@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyglow_fast.interop import table
 from pyglow_fast.interop.accelerate import accelerate
-from pyglow_fast.reversible import drift
+from pyglow_fast.runs import drift
 
 pytestmark = pytest.mark.full
 

@@ -13,8 +13,8 @@ from support.helpers import assert_close
 from torch import Tensor, nn
 
 from bench.memory_meter import peak_tensor_bytes
-from pyglow_fast.coupling_nets import is_deterministic, plain_call, plan_chunks, run_net_backward
 from pyglow_fast.layers import WaveNet
+from pyglow_fast.nets import is_deterministic, plain_call, plan_chunks, run_net_backward
 
 
 def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import pyglow_fast as pgf
 from pyglow_fast.models import GraphedGlow
 from pyglow_fast.models.replays import WARM_UPS
-from pyglow_fast.reversible.drift import GROW_AFTER
+from pyglow_fast.runs.drift import GROW_AFTER
 
 N, SHAPE = 4, (3, 8, 8)
 MOST_WARM_UPS = GROW_AFTER + WARM_UPS + 1  # where the anchors of 8 steps are moved apart first

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyglow_fast.reversible import steps
+from pyglow_fast.runs import steps
 from support.wrong_states import plant
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast.reversible import generic, run
+from pyglow_fast.runs import generic, run
 from support.gradients import CONDITION as CONDITION
 from support.gradients import SHAPE
 from support.gradients import assert_same_gradients as assert_same_gradients

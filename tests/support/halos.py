@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pyglow_fast.coupling_nets import plain_call, plan_chunks, run_net
-from pyglow_fast.coupling_nets.traits import halo_of
+from pyglow_fast.nets import plain_call, plan_chunks, run_net
+from pyglow_fast.nets.traits import halo_of
 
 SAFETY = 1e4  # roundings of sums in another order are a few eps; a position that is missed shows as 1e-3 or more
 

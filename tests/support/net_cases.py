@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.coupling_nets import Chunk
+from pyglow_fast.nets import Chunk
 
 
 def randomised(net: nn.Module) -> nn.Module:

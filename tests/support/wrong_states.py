@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._backend import require
-from pyglow_fast.reversible import run
+from pyglow_fast.runs import run
 
 
 class _Wrong:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._errors import can_read, expect
-from pyglow_fast.coupling_nets.traits import is_deterministic
+from pyglow_fast.nets.traits import is_deterministic
 
 REPEAT_TOLERANCE = 0.01  # of the norm of a net's output
 _lending = threading.RLock()  # a net may have others inside, to which tensors are lent too

@@ -12,7 +12,7 @@ from support.tf32 import in_tf32
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.reversible.drift import START_SPACING, lowest_precision
+from pyglow_fast.runs.drift import START_SPACING, lowest_precision
 
 C, DEPTH, HIDDEN = 12, 16, 64
 of_both = pytest.mark.parametrize("parts", ["steps", "modules"])

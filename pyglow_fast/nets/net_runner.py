@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from pyglow_fast._dry import device_of
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.checkerboard import Checkerboard
-from pyglow_fast.coupling_nets.net_shape import NetShape
-from pyglow_fast.coupling_nets.plan import Chunk, plan_chunks
-from pyglow_fast.coupling_nets.precision import in_precision
-from pyglow_fast.coupling_nets.run import NetCall, inputs_for, run_net
-from pyglow_fast.coupling_nets.state import holding
-from pyglow_fast.coupling_nets.traits import check_net
+from pyglow_fast.nets.checkerboard import Checkerboard
+from pyglow_fast.nets.net_shape import NetShape
+from pyglow_fast.nets.plan import Chunk, plan_chunks
+from pyglow_fast.nets.precision import in_precision
+from pyglow_fast.nets.run import NetCall, inputs_for, run_net
+from pyglow_fast.nets.state import holding
+from pyglow_fast.nets.traits import check_net
 
 
 def condition_for(x: Tensor, cond: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from support.gradients import least_bytes
 
 import pyglow_fast as pgf
-from pyglow_fast.reversible.setting import MEMORY_MODES, memory_text, parse_memory
+from pyglow_fast.runs.setting import MEMORY_MODES, memory_text, parse_memory
 
 EXPECTED = 'one of ("reversible", "checkpoint", "store") or bytes such as "4GB"'
 DECIMAL = {f"{prefix}B": 10 ** (3 * n) for n, prefix in enumerate(["", "k", "M", "G", "T", "P", "E"])}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from bench.memory_meter import MemoryMeter
 from pyglow_fast._derivatives import check_leaves
-from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
-from pyglow_fast.coupling_nets.state import (
+from pyglow_fast.nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.nets.state import (
     captured_autocast,
 )
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves, passed_back
-from pyglow_fast.coupling_nets.plan import Chunk
-from pyglow_fast.coupling_nets.state import without_autocast_cache
-from pyglow_fast.coupling_nets.traits import may_write
+from pyglow_fast.nets.plan import Chunk
+from pyglow_fast.nets.state import without_autocast_cache
+from pyglow_fast.nets.traits import may_write
 from pyglow_fast.ops import memory_format_of
 
 NetCall = Callable[[Tensor, Tensor | None], Tensor]  # (x1, cond) -> net output

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from pyglow_fast import functional, ops, reference
 from pyglow_fast._derivatives import check_leaves, passed_back
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.masks import mask_of, positions_of
-from pyglow_fast.coupling_nets.net_runner import NetRunner
-from pyglow_fast.coupling_nets.plan import Chunk
-from pyglow_fast.coupling_nets.precision import in_precision, precisions_of
-from pyglow_fast.coupling_nets.run import Tiles, run_net, run_net_backward
-from pyglow_fast.coupling_nets.state import RunState, check_repeated, holding, leaves_of, output_sums, states_before
-from pyglow_fast.coupling_nets.traits import check_net
+from pyglow_fast.nets.masks import mask_of, positions_of
+from pyglow_fast.nets.net_runner import NetRunner
+from pyglow_fast.nets.plan import Chunk
+from pyglow_fast.nets.precision import in_precision, precisions_of
+from pyglow_fast.nets.run import Tiles, run_net, run_net_backward
+from pyglow_fast.nets.state import RunState, check_repeated, holding, leaves_of, output_sums, states_before
+from pyglow_fast.nets.traits import check_net
 from pyglow_fast.reference import CouplingSpec, n_positions
-from pyglow_fast.reversible.drift import lowest_precision
+from pyglow_fast.runs.drift import lowest_precision
 
 Memo = tuple[tuple[Chunk, ...], RunState]
 MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
@@ -222,7 +222,7 @@ class CouplingStep:
     Args:
         runner: of the net.
         spec: of the coupling.
-        masked: the first channel of the condition is a mask (see coupling_nets/masks.py): where it is zero the state is
+        masked: the first channel of the condition is a mask (see nets/masks.py): where it is zero the state is
             kept zero, which the input and what the net gives are.
     """
 

@@ -10,8 +10,8 @@ from support.chain_cases import (
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.reversible import drift as drift_module
-from pyglow_fast.reversible.drift import (
+from pyglow_fast.runs import drift as drift_module
+from pyglow_fast.runs.drift import (
     SKETCHED,
     DriftControl,
     anchor_drift,

@@ -10,8 +10,8 @@ from support.helpers import assert_close, memory_layouts
 from support.net_cases import Consume, DilatedNet, WideNet, coupling_net, objective, plain_gradients, randomised
 from torch import Tensor, nn
 
-from pyglow_fast.coupling_nets import plain_call, plan_chunks, run_net, run_net_backward
-from pyglow_fast.coupling_nets.traits import bytes_per_position
+from pyglow_fast.nets import plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.nets.traits import bytes_per_position
 
 # Sums over positions are formed in another order; values and weights here are of order 1 to 10.
 CONDITION = 30.0

@@ -20,8 +20,8 @@ from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import backward_key
 from pyglow_fast._dry import device_of, is_dry
 from pyglow_fast._errors import can_read
-from pyglow_fast.reversible.deferred import drifted_in_this_backward
-from pyglow_fast.reversible.drift import DriftControl
+from pyglow_fast.runs.deferred import drifted_in_this_backward
+from pyglow_fast.runs.drift import DriftControl
 
 # Several backwards may go through one graph at the same time. One lock for all, since torch.compile cannot trace the
 # making of one.

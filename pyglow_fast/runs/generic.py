@@ -18,12 +18,12 @@ from torch import Tensor
 from pyglow_fast import functional
 from pyglow_fast._derivatives import apply, differentiable_once
 from pyglow_fast._tracing import call_untraced
-from pyglow_fast.coupling_nets.run import GradientSum
-from pyglow_fast.reversible.deferred import accepted
-from pyglow_fast.reversible.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift
-from pyglow_fast.reversible.parts import LATER, Part, Whole, part_limit
-from pyglow_fast.reversible.run import Fold, Maps, no_maps
-from pyglow_fast.reversible.steps import ChannelMap, Given, Step
+from pyglow_fast.nets.run import GradientSum
+from pyglow_fast.runs.deferred import accepted
+from pyglow_fast.runs.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift
+from pyglow_fast.runs.parts import LATER, Part, Whole, part_limit
+from pyglow_fast.runs.run import Fold, Maps, no_maps
+from pyglow_fast.runs.steps import ChannelMap, Given, Step
 
 
 def run_steps(

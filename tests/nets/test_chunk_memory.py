@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
-from pyglow_fast.coupling_nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
-from pyglow_fast.coupling_nets.traits import bytes_per_position
+from pyglow_fast.nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.nets.traits import bytes_per_position
 
 HIDDEN = 64
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.traits import bytes_per_position, draws_random_numbers, halo_of, mixes_positions
+from pyglow_fast.nets.traits import bytes_per_position, draws_random_numbers, halo_of, mixes_positions
 
 # Budget "auto", bytes of activations: fixed, so that results repeat to the bit whatever memory is free. On a CPU, 16 to
 # 32 MiB were the fastest too (one thread, three shapes: 64 MiB cost up to 1.4x, a batch in one piece 1.4x to 1.5x), as
@@ -30,7 +30,7 @@ class Chunk:
 
     Examples:
         >>> import torch
-        >>> from pyglow_fast.coupling_nets import Chunk
+        >>> from pyglow_fast.nets import Chunk
         >>> chunk = Chunk(samples=slice(0, 1), rows=slice(0, 4), taken=slice(0, 5), whole=False)  # of a net with halo 1
         >>> x = torch.randn(2, 3, 8, 8)
         >>> chunk.inputs(x).shape, chunk.outputs(x).shape
@@ -113,7 +113,7 @@ def plan_chunks(
     Where the smallest possible chunk exceeds the budget, it is taken.
 
     Args:
-        net: the coupling net; see :mod:`pyglow_fast.coupling_nets.traits`.
+        net: the coupling net; see :mod:`pyglow_fast.nets.traits`.
         shape: of x1, (N, C1, *spatial).
         element_size: bytes of one element of x1 (under autocast too: the larger of the dtypes is what counts).
         budget: bytes of activations, or "auto": a fixed number for the type of device.
@@ -130,7 +130,7 @@ def plan_chunks(
 
     Examples:
         >>> import torch
-        >>> from pyglow_fast.coupling_nets import plan_chunks
+        >>> from pyglow_fast.nets import plan_chunks
         >>> plan = plan_chunks(torch.nn.Conv2d(2, 4, 1), (8, 2, 16, 16), element_size=4, budget=50_000)
         >>> [(chunk.samples.start, chunk.samples.stop) for chunk in plan]
         [(0, 2), (2, 5), (5, 8)]

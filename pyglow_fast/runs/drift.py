@@ -23,7 +23,7 @@ from pyglow_fast._captures import can_capture, made_once
 from pyglow_fast._errors import expect
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
 from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision
-from pyglow_fast.reversible.deferred import Verdicts
+from pyglow_fast.runs.deferred import Verdicts
 
 START_SPACING, MOST_ANCHORS = 4, 12  # anchors are 4 steps apart at first, or farther so that they are at most 12
 # The projection of an error on random signs is its norm times about a standard normal number, of which many are drawn.
@@ -201,7 +201,7 @@ class DriftControl:
         ValueError: a wrong option.
 
     Examples:
-        >>> from pyglow_fast.reversible import DriftControl
+        >>> from pyglow_fast.runs import DriftControl
         >>> control = DriftControl(n_steps=32)
         >>> control.spacing, sorted(control.anchors())
         (4, [4, 8, 12, 16, 20, 24, 28])

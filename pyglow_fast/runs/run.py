@@ -18,11 +18,11 @@ from torch import Tensor
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
 from pyglow_fast._derivatives import apply_to_plain, differentiable_once, passed_back
-from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast.nets.precision import in_precision
 from pyglow_fast.reference import n_positions
-from pyglow_fast.reversible.deferred import accepted
-from pyglow_fast.reversible.drift import SKETCHED, DriftControl, signs_of
-from pyglow_fast.reversible.parts import EACH, LATER, Part, Whole, part_limit
+from pyglow_fast.runs.deferred import accepted
+from pyglow_fast.runs.drift import SKETCHED, DriftControl, signs_of
+from pyglow_fast.runs.parts import EACH, LATER, Part, Whole, part_limit
 
 FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
 NONE, STORE, CHECKPOINT, REVERSIBLE = range(4)  # csrc/run/run.h

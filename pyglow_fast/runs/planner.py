@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from pyglow_fast._errors import expect
-from pyglow_fast.coupling_nets.plan import budget_bytes
-from pyglow_fast.reversible.setting import memory_text
+from pyglow_fast.nets.plan import budget_bytes
+from pyglow_fast.runs.setting import memory_text
 
 LEAST_CHUNK = 128 * 1024  # bytes of a net's activations that a plan goes down to, by halves, from the automatic budget
 

@@ -16,8 +16,8 @@ from torch import Tensor
 import pyglow_fast as pgf
 from pyglow_fast._backend import extension
 from pyglow_fast.layers import reversible_sequence
-from pyglow_fast.reversible import parts
-from pyglow_fast.reversible import steps as steps_module
+from pyglow_fast.runs import parts
+from pyglow_fast.runs import steps as steps_module
 
 DEPTH = 8
 

@@ -13,7 +13,7 @@ from support.tf32 import SETTINGS, in_tf32
 
 from pyglow_fast import _float32
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
-from pyglow_fast.coupling_nets.precision import in_precision
+from pyglow_fast.nets.precision import in_precision
 
 C = 12
 by_setting = pytest.mark.parametrize("setting", SETTINGS)

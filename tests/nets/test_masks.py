@@ -7,7 +7,7 @@ import torch
 from support.glow_tts_cases import mask_of_lengths
 from torch import Tensor, nn
 
-from pyglow_fast.coupling_nets import masks
+from pyglow_fast.nets import masks
 
 
 def test_groups_are_of_like_lengths() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import reference
 from pyglow_fast._errors import can_read, expect
-from pyglow_fast.coupling_nets.traits import bytes_per_position, halo_of, is_deterministic, may_write
+from pyglow_fast.nets.traits import bytes_per_position, halo_of, is_deterministic, may_write
 from pyglow_fast.reference import CouplingSpec
 
 # Samples run together while the shortest has this part of the positions of the longest at least: the rest is computed

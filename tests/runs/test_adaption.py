@@ -13,7 +13,7 @@ from support.captures import drifting
 from support.chain_cases import Case, Mode, gradients
 
 import pyglow_fast as pgf
-from pyglow_fast.reversible import DriftControl, drift
+from pyglow_fast.runs import DriftControl, drift
 
 DEEP = Case(8)
 LIMIT = 1e-6
