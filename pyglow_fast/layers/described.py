@@ -218,5 +218,4 @@ def _factors_of(steps: Sequence[FlowStep]) -> tuple[Sequence[Tensor], Fold] | No
             if tensor is None:
                 return None
             tensors.append(tensor)
-    *factors, permutations, signs = found
-    return [tensor for some in factors for tensor in some], FoldFactors(permutations, signs)
+    return [tensor for some in found for tensor in some], FoldFactors()

@@ -59,26 +59,27 @@ FACTORS, CONSTANTS = ("log_scale", "bias", "lower", "upper", "log_diag"), ("perm
 class FoldFactors:
     """Folds actnorms and invertible 1x1 convolutions in LU factors, in csrc/run.
 
-    Raw tensors are, of all steps each, those that FACTORS names.
-
-    Args:
-        permutations, signs: of all steps.
+    Raw tensors are, of all steps each, those that FACTORS and CONSTANTS name.
     """
-
-    def __init__(self, permutations: Sequence[Tensor], signs: Sequence[Tensor]) -> None:
-        self._constants = permutations, signs
 
     def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
         """Fold, without a record."""
-        found: Sequence[Tensor] = require().fold(raw, *self._constants)
+        found: Sequence[Tensor] = require().fold(*self._split(raw))
         return found
 
     def gradients(
         self, raw: Sequence[Tensor], matrices: Tensor, offsets: Tensor, log_dets: Tensor
     ) -> Sequence[Tensor | None]:
-        """Compute the gradients of the parameters."""
-        stacked = require().fold_backward(raw, *self._constants, matrices, offsets, log_dets)
-        return [one for each in stacked for one in each.unbind()]
+        """Compute the gradients of the parameters; None for constants."""
+        factors, *constants = self._split(raw)
+        stacked = require().fold_backward(factors, *constants, matrices, offsets, log_dets)
+        return [*(one for each in stacked for one in each.unbind()), *[None] * (len(raw) - len(factors))]
+
+    @staticmethod
+    def _split(raw: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """The factors, the permutations and the signs of all steps."""
+        count = len(raw) // len((*FACTORS, *CONSTANTS))
+        return raw[: -2 * count], raw[-2 * count : -count], raw[-count:]
 
 
 Fold = FoldByTorch | FoldFactors

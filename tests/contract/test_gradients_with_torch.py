@@ -147,6 +147,24 @@ def test_what_changes_before_the_backward_is_refused(build: Build) -> None:
         sequence.zero_grad()
 
 
+@pytest.mark.parametrize("buffer", ["permutation", "sign_diag"])
+def test_a_buffer_that_changes_before_the_backward_is_refused(buffer: str) -> None:
+    """What a convolution holds besides its parameters, in a run of steps and in a Glow."""
+    x, images = batch(), batch(3, 1, 4, 4)
+    sequence, model = steps(), pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=4).double()
+    model.initialize(images)
+    for flow, value_of in (
+        (sequence, lambda: objective(sequence(x))),
+        (model, lambda: model.log_prob(images).sum()),
+    ):
+        for memory in ("checkpoint", "reversible", *(["store"] if PLANS else [])):  # plain torch stores copies of them
+            flow.memory = memory
+            value = value_of()
+            next(tensor for name, tensor in flow.named_buffers() if name.endswith(buffer)).add_(0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                value.backward()
+
+
 @runs
 def test_hooks_on_a_step(build: Build) -> None:
     """They are called in the forward."""
