@@ -23,6 +23,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from pyglow_fast._errors import expect
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
+Saved = tuple[Any, ...]  # tensors, and None
 
 
 class _Final(torch.autograd.Function):
@@ -69,18 +70,20 @@ def backward_key() -> tuple[int, int]:
     return torch._C._current_graph_task_id(), _rows.now
 
 
-def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """backward(ctx, *grads), where vmap hands in many rows of gradients at once (of a Jacobian) for one after another.
+def _of_each_row(
+    backward: Backward, ctx: Any, grads: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor | None, ...], Saved]:
+    """backward(ctx, saved, *grads), where vmap hands in many rows of gradients at once (of a Jacobian), row by row.
 
-    Kernels know nothing of vmap, and a backward that decides by values cannot go through it.
+    Kernels know nothing of vmap, and a backward that decides by values cannot go through it. Second, the saved tensors,
+    which are read once: hooks of torch.utils.checkpoint, which may run a forward here, allow no more.
     """
-    if torch.compiler.is_compiling():
-        return backward(ctx, *grads)
-    for grad in grads:
-        if grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad)):
-            break
-    else:
-        return backward(ctx, *grads)
+    grad = None
+    if not torch.compiler.is_compiling():
+        grad = next((grad for grad in grads if grad is not None and _is_batched(grad)), None)
+    if grad is None:
+        saved = ctx.saved_tensors
+        return backward(ctx, saved, *grads), saved
     add: Callable[..., Tensor] = _add_batch_dim
     remove: Callable[..., Tensor] = _remove_batch_dim
     outside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -95,19 +98,24 @@ def _of_each_row(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -
     rows = [remove(grad, level, 0, 0) if grad is not None and ours(grad) else None for grad in grads]
     count = next(len(row) for row in rows if row is not None)
     with outside:
+        saved = ctx.saved_tensors
         pairs, found, before = list(zip(rows, grads, strict=True)), [], _rows.now
         try:
             for i in range(count):
                 _rows.now = i
-                found.append(backward(ctx, *(grad if row is None else row[i] for row, grad in pairs)))
+                found.append(backward(ctx, saved, *(grad if row is None else row[i] for row, grad in pairs)))
         finally:
             _rows.now = before
         stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
-    return tuple(None if part is None else add(part, 0, level) for part in stacked)
+    return tuple(None if part is None else add(part, 0, level) for part in stacked), saved
+
+
+def _is_batched(grad: Tensor) -> bool:
+    return is_legacy_batchedtensor(grad) or is_batchedtensor(grad)
 
 
 def differentiable_once(backward: Backward) -> Backward:
-    """Decorate the backward of an autograd function so that a second derivative raises.
+    """Decorate ``backward(ctx, saved, *grads)`` of an autograd function so that a second derivative raises.
 
     torch's once_differentiable raises only where the incoming gradients require one: those of a sum do not, and a
     penalty on such a gradient would then have a derivative of zero, silently.
@@ -116,12 +124,12 @@ def differentiable_once(backward: Backward) -> Backward:
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return _of_each_row(backward, ctx, grads)
+            return _of_each_row(backward, ctx, grads)[0]
         with torch.no_grad():
-            found = _of_each_row(backward, ctx, grads)
+            found, saved = _of_each_row(backward, ctx, grads)
         given = [grad.detach().requires_grad_() for grad in found if grad is not None]
         # A derivative with respect to any of these must meet the refusal too, and not be None or zero.
-        sources = [tensor for tensor in (*ctx.saved_tensors, *grads) if tensor is not None and tensor.requires_grad]
+        sources = [tensor for tensor in (*saved, *grads) if tensor is not None and tensor.requires_grad]
         final = iter(_Final.apply(len(given), *given, *sources))
         return tuple(None if grad is None else next(final) for grad in found)
 

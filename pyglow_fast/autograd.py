@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import ops
-from pyglow_fast._derivatives import differentiable_once
+from pyglow_fast._derivatives import Saved, differentiable_once
 from pyglow_fast.reference import full_product, transpose_map
 
 _CouplingArguments = tuple[int, int, bool, float, float, float, float]
@@ -35,9 +35,9 @@ class ChannelMix(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Saved, grad_u: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of x, M and c."""
-        x, matrix, center, index = ctx.saved_tensors
+        x, matrix, center, index = saved
         if not any(ctx.needs_input_grad[1:3]):
             transposed, back = transpose_map(matrix, index)
             zeros = grad_u.new_zeros(matrix.shape[0])
@@ -89,9 +89,9 @@ class Coupling(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Saved, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Compute gradients of x (without what flows through the net, which autograd adds) and of the net's output."""
-        out, net_out = ctx.saved_tensors
+        out, net_out = saved
         grad_in, grad_net_out, _ = ops.coupling_backward(out, net_out, grad_out, grad_log_det, *ctx.arguments, False)
         return grad_in, grad_net_out, None
 
@@ -116,9 +116,9 @@ class CouplingMix(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Saved, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Compute gradients of u (without what flows through the net), of the net's output, M and c."""
-        u, net_out, matrix, index = ctx.saved_tensors
+        u, net_out, matrix, index = saved
         scale_map, order, _, *parameters = ctx.arguments
         arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters, None, index)
         return (*ops.coupling_mix_backward(*arguments), None, None)
@@ -144,9 +144,9 @@ class NetChain(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Saved, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Compute gradients of x, cond, the gain, the weights and the biases."""
-        x, cond, kept, log_gain, bias, *weights = ctx.saved_tensors
+        x, cond, kept, log_gain, bias, *weights = saved
         want_weights = any((ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]))
         found = ops.net_chain_backward(grad_out, x, cond, kept, weights, bias, log_gain, *ctx.arguments, want_weights)
         grad_x, *grads = found
@@ -166,9 +166,9 @@ class GaussianLogProb(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Saved, grad_log_prob: Tensor) -> tuple[Tensor | None, ...]:
         """Compute gradients of z, mean and log_sd."""
-        return ops.gaussian_log_prob_backward(*ctx.saved_tensors, grad_log_prob)
+        return ops.gaussian_log_prob_backward(*saved, grad_log_prob)
 
 
 class CheckerboardMove(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional
-from pyglow_fast._derivatives import apply, differentiable_once
+from pyglow_fast._derivatives import Saved, apply, differentiable_once
 from pyglow_fast._tracing import call_untraced
 from pyglow_fast.nets.run import GradientSum
 from pyglow_fast.runs.deferred import accepted
@@ -109,9 +109,9 @@ class _RunSteps(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Saved, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, cond and the parameters."""
-        own, part, drifted = _Backward(ctx, grad_log_det), ctx.part, None
+        own, part, drifted = _Backward(ctx, saved, grad_log_det), ctx.part, None
         whole: Whole = part.whole
         if whole.control is None or whole.keeps_states:
             whole.checkpointed(part, grad_z.device)
@@ -135,7 +135,7 @@ class _Backward:
     """The backward of a part. A step that is redone overwrites the gradients of its parameters.
 
     Args:
-        ctx: of the part's node.
+        ctx, saved: of the part's node.
         grad_log_det: (N,).
 
     Attributes:
@@ -143,8 +143,8 @@ class _Backward:
         of_cond: that of the condition, summed over the steps.
     """
 
-    def __init__(self, ctx: Any, grad_log_det: Tensor) -> None:
-        self._z, cond, *rest = ctx.saved_tensors  # once: hooks of torch.utils.checkpoint allow no more
+    def __init__(self, ctx: Any, saved: Saved, grad_log_det: Tensor) -> None:
+        self._z, cond, *rest = saved
         counts = len(ctx.states), len(ctx.states) + len(ctx.seen)
         self._states: dict[int, Tensor] = dict(zip(ctx.states, rest[: counts[0]], strict=True))
         self._seen: dict[int, Tensor] = dict(zip(ctx.seen, rest[counts[0] : counts[1]], strict=True))

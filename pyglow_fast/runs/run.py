@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyglow_fast import _float32, functional
 from pyglow_fast._backend import require
-from pyglow_fast._derivatives import apply_to_plain, differentiable_once, passed_back
+from pyglow_fast._derivatives import Saved, apply_to_plain, differentiable_once, passed_back
 from pyglow_fast.nets.precision import in_precision
 from pyglow_fast.reference import n_positions
 from pyglow_fast.runs.deferred import accepted
@@ -196,11 +196,11 @@ class _RunNode(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: Saved, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, cond, the nets' tensors and what the maps are folded from."""
         node: _Node = ctx.node
         part, whole, reversible = node.part, node.part.whole, node.mode == REVERSIBLE
-        (x, z, cond, seen, start), (nets, raw, *lists, maps) = _saved(ctx)
+        (x, z, cond, seen, start), (nets, raw, *lists, maps) = _split(ctx, saved)
         if reversible:
             left = whole.take(part)
             z = z if left is None else left
@@ -238,10 +238,10 @@ def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False, watches: bool =
     return require().Part(forms, squeezes, NONE, [], True, None, None, False, watches)
 
 
-def _saved(ctx: Any) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
+def _split(ctx: Any, tensors: Saved) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
     """The five tensors that may be missing, and the sequences, that a node has saved."""
-    tensors = ctx.saved_tensors
-    found, at = [], 5
+    found: list[Sequence[Tensor]] = []
+    at = 5
     for count in ctx.counts:
         found.append(tensors[at : at + count])
         at += count
@@ -256,7 +256,7 @@ def _restored(whole: Whole, index: int) -> tuple[Tensor, int]:
     count = 0
     for ctx in ctxs[begin:index]:
         node: _Node = ctx.node
-        (x, _, cond, _, _), (nets, raw, anchors, *_) = _saved(ctx)
+        (x, _, cond, _, _), (nets, raw, anchors, *_) = _split(ctx, ctx.saved_tensors)
         first = max(node.part.anchors, default=0) if state is None else 0
         if state is None:
             state = anchors[-1] if first else x

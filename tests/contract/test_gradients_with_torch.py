@@ -196,6 +196,24 @@ def test_hooks_on_saved_tensors_and_anomaly_mode(build: Build) -> None:
         assert_stored_gradients(sequence, x)
 
 
+@runs
+def test_checkpointed_by_torch_for_rows_and_for_graphs_of_gradients(build: Build) -> None:
+    """Jacobians, and gradients with create_graph, through torch.utils.checkpoint around a flow."""
+    sequence, x = build().eval(), batch(2).requires_grad_()
+    inputs, rows = [x, *sequence.parameters()], (batch(3, 2, *SHAPE), batch(3, 2))
+    sequence.memory = "store"
+    expected = torch.autograd.grad(sequence(x), inputs, rows, is_grads_batched=True)
+    for memory in RECOMPUTING[:4]:
+        own = memory.of(sequence)
+        got = torch.autograd.grad(checkpoint(own, x, use_reentrant=False), inputs, rows, is_grads_batched=True)
+        for one, other in zip(got, expected, strict=True):
+            assert_same_gradients({"": one}, {"": other}, memory)
+        first = [row[0] for row in rows]
+        got = torch.autograd.grad(checkpoint(own, x, use_reentrant=False), inputs, first, create_graph=True)
+        for one, other in zip(got, expected, strict=True):
+            assert_same_gradients({"": one}, {"": other[0]}, memory)
+
+
 # ---------------------------------------------------------------------------------------------------------- other tools
 
 
