@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +55,6 @@ class Whole:
         spacing: of the anchors, now.
         anchors: steps whose input is stored; none with keeps_states.
         parts: of the run, in its order.
-        nodes: their autograd functions by number, as long as the graph lives.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class Whole:
         if knows_starts and not self.keeps_states:
             self.anchors = sorted({*self.anchors, *(first for first, _ in bounds[1:])})
         self.parts = [Part(self, index, first, end) for index, (first, end) in enumerate(bounds)]
-        self.nodes: dict[int, weakref.ref[Any]] = {}
         self.final: int | None = None
         # By backward (graph task and row) its thread, and the output of the node that is next, recomputed.
         self._states: dict[tuple[int, int], tuple[int, Tensor]] = {}

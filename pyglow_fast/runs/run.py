@@ -1,15 +1,16 @@
 """The autograd node of a run: K flow steps whose forward, inverse and backward are calls of csrc/run.
 
 A run is cut into parts, each a node of its own; parts.py says why. A node saves its input or output, the parameters,
-and what its memory mode keeps between the steps. Channel maps are folded inside each node from raw parameters, and
-again in its backward: only mode "store" keeps them.
+and what its memory mode keeps between the steps. One that does not know its input saves what computes it again too: the
+last state that is kept before, and the parameters of the steps behind that. These are kept anyway, by the nodes before;
+but what a node saves is there for its own backward alone. Channel maps are folded inside each node from raw parameters,
+and again in its backward: only mode "store" keeps them.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -167,11 +168,34 @@ class _Node(NamedTuple):
     watch: Callable[[Tensor], None] | None
 
 
+class _Way:
+    """From the last state that is kept to the input of the next part: what computes this again.
+
+    Attributes:
+        legs: the nodes on the way, and from which of its steps on each of them is.
+        tensors: that state; then of each node those of these steps, in its order.
+    """
+
+    def __init__(self) -> None:
+        self.legs: list[tuple[_Node, int]] = []
+        self.tensors: list[Sequence[Tensor]] = []
+
+    def goes_on(self, node: _Node, x: Tensor, anchors: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Lead on through a node, which has this input and these tensors, and keeps these states inside."""
+        first = node.part.anchors[-1] if anchors else 0
+        if anchors or node.part.knows_start:
+            self.legs, self.tensors = [], [[anchors[-1] if anchors else x]]
+        skipped = sum(form.tensors for form in node.forms[:first])
+        self.legs, self.tensors = [*self.legs, (node, first)], [*self.tensors, tensors[skipped:]]
+
+
 class _RunNode(torch.autograd.Function):
     """z, log_det of a part of a run."""
 
     @staticmethod
-    def forward(ctx: Any, node: _Node, x: Tensor, cond: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, node: _Node, way: _Way, x: Tensor, cond: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """z like x (squeezed), log_det (N,). tensors: of the nets, then what the maps are folded from."""
         nets, raw = tensors[: node.n_nets], tensors[node.n_nets :]
         maps = node.fold(raw)
@@ -179,19 +203,20 @@ class _RunNode(torch.autograd.Function):
         if node.watch is not None:
             node.watch(largest)
         part, reversible, stores = node.part, node.mode == REVERSIBLE, node.mode == STORE
-        lists.append(maps if stores else [])
-        ctx.node, ctx.counts = node, [len(nets), len(raw), *map(len, lists)]
+        knows_start = not reversible or part.knows_start
+        kept = [nets, raw, *lists, maps if stores else [], *([] if knows_start else way.tensors)]
+        ctx.node, ctx.legs, ctx.counts = node, way.legs, [*map(len, kept)]
         keeps_z = stores or (reversible and part.is_last)
         ctx.save_for_backward(
-            x if not reversible or part.knows_start else None,
+            x if knows_start else None,
             z if keeps_z else None,
             cond,
             seen,
             start,
-            *tensors,
-            *(tensor for some in lists for tensor in some),
+            *(tensor for some in kept for tensor in some),
         )
-        part.whole.nodes[part.index] = weakref.ref(ctx)
+        if reversible and part.whole.final is not None:
+            way.goes_on(node, x, lists[0], tensors)
         return z, log_det
 
     @staticmethod
@@ -200,7 +225,9 @@ class _RunNode(torch.autograd.Function):
         """Gradients of x, cond, the nets' tensors and what the maps are folded from."""
         node: _Node = ctx.node
         part, whole, reversible = node.part, node.part.whole, node.mode == REVERSIBLE
-        (x, z, cond, seen, start), (nets, raw, *lists, maps) = _split(ctx, saved)
+        (x, z, cond, seen, start), rest = saved[:5], iter(saved[5:])
+        nets, raw, *lists = (list(islice(rest, count)) for count in ctx.counts)
+        kept, folded, way = lists[:4], lists[4], lists[5:]
         if reversible:
             left = whole.take(part)
             z = z if left is None else left
@@ -210,13 +237,13 @@ class _RunNode(torch.autograd.Function):
 
         def restored() -> Tensor:
             nonlocal redone_before
-            found, redone_before = _restored(whole, part.index)
-            return found
+            redone_before = sum(len(own.forms) - first for own, first in ctx.legs)
+            return _restored(ctx.legs, cond, *way)
 
         needs = ctx.needs_input_grad
-        wants = needs[3 : 3 + node.n_nets]
-        maps = maps or node.fold(raw)
-        arguments = (maps, nets, grad_z, grad_log_det, *lists, seen, start, wants, needs[2], when, limit, restored)
+        wants = needs[4 : 4 + node.n_nets]
+        maps = folded or node.fold(raw)
+        arguments = (maps, nets, grad_z, grad_log_det, *kept, seen, start, wants, needs[3], when, limit, restored)
         with in_precision(node.precision, grad_z):
             found = require().run_backward(node.form, x, z, cond, *arguments)
         *others, of_nets, first, worst, drift, redone = found  # gradients of x, cond, matrices, offsets and log_dets
@@ -228,9 +255,9 @@ class _RunNode(torch.autograd.Function):
             whole.checkpointed(part, grad_z.device)
         grads = accepted((*others, *of_nets), drifted)
         of_raw: Sequence[Tensor | None] = [None] * len(raw)
-        if any(needs[3 + node.n_nets :]):  # which are linear in those of the maps: of zeros they are zeros
+        if any(needs[4 + node.n_nets :]):  # which are linear in those of the maps: of zeros they are zeros
             of_raw = node.fold.gradients(raw, *cast("Sequence[Tensor]", grads[2:5]))
-        return (None, *grads[:2], *grads[5:], *of_raw)
+        return (None, None, *grads[:2], *grads[5:], *of_raw)
 
 
 def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False, watches: bool = False) -> Any:
@@ -238,35 +265,17 @@ def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False, watches: bool =
     return require().Part(forms, squeezes, NONE, [], True, None, None, False, watches)
 
 
-def _split(ctx: Any, tensors: Saved) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor]]]:
-    """The five tensors that may be missing, and the sequences, that a node has saved."""
-    found: list[Sequence[Tensor]] = []
-    at = 5
-    for count in ctx.counts:
-        found.append(tensors[at : at + count])
-        at += count
-    return tensors[:5], found
-
-
-def _restored(whole: Whole, index: int) -> tuple[Tensor, int]:
-    """The true input of a node, forward from the anchor before it, and how many steps that took."""
-    ctxs: list[Any] = [whole.nodes[i]() for i in range(index)]
-    begin = next(i for i in reversed(range(index)) if ctxs[i].node.part.anchors or ctxs[i].node.part.knows_start)
-    state: Tensor | None = None
-    count = 0
-    for ctx in ctxs[begin:index]:
-        node: _Node = ctx.node
-        (x, _, cond, _, _), (nets, raw, anchors, *_) = _split(ctx, ctx.saved_tensors)
-        first = max(node.part.anchors, default=0) if state is None else 0
-        if state is None:
-            state = anchors[-1] if first else x
-        maps = [part[first:] for part in node.fold(raw)]
-        skipped = sum(form.tensors for form in node.forms[:first])
+def _restored(
+    legs: Sequence[tuple[_Node, int]], cond: Tensor | None, kept: Sequence[Tensor], *tensors: Sequence[Tensor]
+) -> Tensor:
+    """The true input of a node, forward through the legs of its way."""
+    (state,) = kept
+    for (node, first), own in zip(legs, tensors, strict=True):
+        n_nets = sum(form.tensors for form in node.forms[first:])
+        maps = [part[first:] for part in node.fold(own[n_nets:])]
         form = _keeps_nothing(node.forms[first:], node.squeezes and first == 0)
-        state = require().run_forward(form, state, cond, maps, nets[skipped:])[0]
-        count += len(node.forms) - first
-    assert state is not None
-    return state, count
+        state = require().run_forward(form, state, cond, maps, own[:n_nets])[0]
+    return state
 
 
 def run_recorded(
@@ -304,7 +313,7 @@ def run_recorded(
     reversible = keeps == REVERSIBLE
     drawn = signs_of(positions, x.dtype, x.device) if reversible else (None, None)
     rounds = reversible and _float32.rounds(_float32.PRODUCTS, x)
-    log_dets = []
+    log_dets, way = [], _Way()
     for (first, end), part in zip(units, whole.parts, strict=True):
         raw, fold = steps.maps.of(first, end)
         forms, nets = steps.forms[part.first : part.end], steps.nets[nets_at[part.first] : nets_at[part.end]]
@@ -314,7 +323,7 @@ def run_recorded(
         form = require().Part(forms, squeezes_here, keeps, *kept, *drawn, rounds, watch is not None)
         node = _Node(part, keeps, forms, squeezes_here, form, fold, len(nets), steps.lowest, steps.precision, watch)
         with in_precision(steps.precision, x):
-            x, log_det = apply_to_plain(_RunNode, node, x, cond, *nets, *raw)
+            x, log_det = apply_to_plain(_RunNode, node, way, x, cond, *nets, *raw)
         log_dets.append(log_det)
     return x, functional.summed(log_dets)
 
