@@ -17,7 +17,7 @@ from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.nets.traits import has_hooks
 from pyglow_fast.reference import autocast_is_on
-from pyglow_fast.runs.drift import DriftRecord
+from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values
 from pyglow_fast.runs.planner import RunPlan, plan_memory
 from pyglow_fast.runs.setting import memory_text
@@ -87,6 +87,8 @@ class Plans:
         """
         if self.tried is not None:
             return self.tried
+        for run in model._sequences():
+            run.control.begin()
         # Anchors that move apart take less than those that a control begins with. Drift moves them closer together.
         first = [run.control.first_spacing for run in model._sequences()]
         now = [min(run.control.spacing, own) for run, own in zip(model._sequences(), first, strict=True)]
@@ -154,7 +156,7 @@ def _dry_step(model: Any, inputs: Inputs, forward: Forward) -> Callable[[list[in
 
     def bytes_of(spacings: list[int], plan: RunPlan) -> int:
         for run, spacing in zip(twin._sequences(), spacings, strict=True):
-            run.control.deferred, run.control.learnt = False, DriftRecord(spacing)  # or anchors would move apart
+            run.control = DriftControl(run.control.n_steps, spacing)
         twin._plans.tried = plan
         with dry_run(device) as count, torch.enable_grad():
             outputs = [out for out in forward(twin, given) if out.requires_grad]

@@ -76,6 +76,12 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tens
     return lowest_of(*found)
 
 
+def is_in_backward() -> bool:
+    """Whether this thread is within a backward pass."""
+    found: int = torch._C._current_graph_task_id()
+    return found != -1
+
+
 def lowest_of(*dtypes: torch.dtype) -> torch.dtype:
     """Find the dtype that rounds most."""
     return dtypes[0] if len(dtypes) == 1 else max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -233,11 +239,27 @@ class DriftControl:
         self.first_spacing = anchor_every if isinstance(anchor_every, int) else most if anchor_every is None else start
         self.verdicts, self._has_warned = Verdicts(), False
         self.learnt = DriftRecord(start)
+        self._began_with: int | None = None  # the learnt spacing, at the last forward outside of a backward
 
     @property
     def spacing(self) -> int:
-        """How many steps there are now from one anchor to the next."""
-        return self.learnt.spacing if self.anchor_every == "auto" else self.first_spacing
+        """How many steps there are from one anchor to the next in a forward pass that begins now."""
+        if self.anchor_every != "auto":
+            return self.first_spacing
+        return self._began_with if is_in_backward() and self._began_with is not None else self.learnt.spacing
+
+    def begin(self) -> None:
+        """Take in, before a forward pass, the verdicts that are known by now.
+
+        A forward inside a backward may repeat one from before for torch.utils.checkpoint, which asks for the same
+        anchors. So it has those of the last forward outside of a backward, whatever has been learnt since. If that was
+        another forward than the one that is repeated, and the spacing another, torch refuses the backward.
+        """
+        if is_in_backward() and self._began_with is not None:
+            return
+        self.settle()
+        if not is_in_backward():
+            self._began_with = self.learnt.spacing
 
     def limit(self, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
         """Give the tolerance for states of that dtype between nets that compute in ``lowest``."""
@@ -252,7 +274,6 @@ class DriftControl:
 
     def anchors(self) -> list[int]:
         """List the steps (but for the first) whose input is stored in a forward pass that begins now."""
-        self.settle()
         return list(range(self.spacing, self.n_steps, self.spacing))
 
     def prepare(self, device: torch.device) -> None:

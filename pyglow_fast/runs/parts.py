@@ -61,6 +61,8 @@ class Whole:
         self, control: DriftControl | None, bounds: Sequence[tuple[int, int]], knows_starts: bool = False
     ) -> None:
         n_steps = bounds[-1][1]
+        if control is not None:
+            control.begin()
         self.control = control
         self.keeps_states = control is None or control.checkpoints
         self.anchors = [] if control is None or self.keeps_states else [k for k in control.anchors() if k < n_steps]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from support.gradients import (
     SHAPE,
     Gradients,
     Memory,
+    Run,
     assert_same_gradients,
     assert_stored_gradients,
     batch,
@@ -212,6 +214,42 @@ def test_checkpointed_by_torch_for_rows_and_for_graphs_of_gradients(build: Build
         got = torch.autograd.grad(checkpoint(own, x, use_reentrant=False), inputs, first, create_graph=True)
         for one, other in zip(got, expected, strict=True):
             assert_same_gradients({"": one}, {"": other[0]}, memory)
+
+
+def deep(name: str, **options: Any) -> tuple[Any, Run]:
+    """A flow whose runs are of several parts, and its loss."""
+    if name == "model":
+        model = pgf.Glow(image_shape=(3, 12, 12), n_levels=2, n_steps=8, hidden=320, **options).double()
+        model.initialize(batch(8, 3, 12, 12))
+        return perturbed(model, 0.02), lambda own, x: own.log_prob(x).sum()
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(6, 320, 3, padding=1), nn.Tanh(), nn.Conv2d(320, 320, 1), nn.Conv2d(320, 12, 1))
+
+    made = [pgf.FlowStep(12, 320, net=net() if name == "own nets" else None) for _ in range(8)]
+    sequence = pgf.ReversibleSequence(made, **options).double()
+    sequence.initialize(batch(8, 12, 6, 6))
+    return perturbed(sequence, 0.02), lambda own, x: objective(own(x))
+
+
+@pytest.mark.parametrize("name", ["steps", "own nets", "model"])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_checkpointed_by_torch_while_anchors_move(name: str, deferred: bool) -> None:
+    """Where all states are taken for drifted ones; of two batches at a time, whose backwards find other anchors."""
+    flow, run = deep(name, tolerance=1e-30, deferred_check=deferred)
+    twin = copy.deepcopy(flow)
+    for _ in range(4):
+        batches = [batch(2, *((3, 12, 12) if name == "model" else (12, 6, 6))) for _ in range(2)]
+        for own in (flow, twin):
+            own.zero_grad()
+            values = [run(own, x) if own is twin else checkpoint(run, own, x, use_reentrant=False) for x in batches]
+            for value in values:
+                value.backward()
+        found, expected = ({name: p.grad for name, p in own.named_parameters()} for own in (flow, twin))
+        assert_same_gradients(found, expected)
+    reports = [own.memory_report() for own in (flow, twin)]
+    assert reports[0] == reports[1]
+    assert all(report["anchor_every"] == 1 for report in (reports[0] if name == "model" else reports[:1]))
 
 
 # ---------------------------------------------------------------------------------------------------------- other tools
