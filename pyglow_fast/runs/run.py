@@ -300,6 +300,8 @@ def run_recorded(
         z (N, C, *spatial) and log_det (N,), nats.
     """
     control = control if mode == "reversible" else None
+    if squeezes and not len(x):  # torch's pixel_unshuffle, by which states are compared, leaves an empty one as it is
+        x, squeezes = functional.squeeze(x), False
     positions = n_positions(x) // (2 ** (x.dim() - 2) if squeezes else 1)
     few = positions <= SKETCHED  # a sketch of such a state would be no smaller
     between = x.nbytes if few or control is None else x.nbytes // positions * SKETCHED

@@ -180,6 +180,17 @@ def test_few_samples(n: int) -> None:
     assert_stored_gradients(steps(), batch(n))
 
 
+def test_an_empty_batch_that_is_squeezed() -> None:
+    def run(own: pgf.ReversibleSequence, x: Tensor, cond: Tensor | None) -> Tensor:
+        return objective(own(x, squeeze_first=True))
+
+    sequence, x = steps(), batch(0, 1, 12, 6)
+    expected = gradients(sequence, x, None, partial(run, sequence))
+    for memory in RECOMPUTING:
+        own = memory.of(sequence)
+        assert_same_gradients(gradients(own, x, None, partial(run, own)), expected, memory)
+
+
 @runs
 def test_memory_layouts_of_input_and_incoming_gradient(build: Build) -> None:
     """Channels-last images, slices and transposed views are their values, whatever their strides."""
