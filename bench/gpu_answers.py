@@ -43,7 +43,7 @@ from bench.model_cases import OURS, PLAIN, Shape, ThreeConvolutions, build, imag
 from pyglow_fast import graphed
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.models import GlowConfig
-from pyglow_fast.models.replays import WARM_UPS
+from pyglow_fast.replays import WARM_UPS
 from pyglow_fast.runs.drift import LAST_HOLD
 from pyglow_fast.train import TrainConfig, TrainState
 

@@ -4,6 +4,7 @@ Kingma & Dhariwal 2018, "Glow: Generative Flow with Invertible 1x1 Convolutions"
 """
 
 from pyglow_fast import functional, likelihood, presets, reference
+from pyglow_fast.graphed_glow import graphed
 from pyglow_fast.layers import (
     ActNorm,
     AffineInjector,
@@ -21,7 +22,6 @@ from pyglow_fast.layers import (
 )
 from pyglow_fast.memory import release_memory
 from pyglow_fast.models import Glow, GlowConfig
-from pyglow_fast.models.replays import graphed
 
 __version__ = "0.1.0"
 

@@ -16,7 +16,7 @@ PACKAGE = "pyglow_fast"
 FOUNDATION = {"_tracing", "_errors", "_files", "_settings", "_captures", "_derivatives", "_dry", "_float32", "_moments"}
 # Each may import those before it.
 KERNELS = ["_backend", "ops", "autograd", "functional"]
-FLOWS = ["nets", "runs", "layers", "models"]
+FLOWS = ["nets", "runs", "layers", "models", "replays"]
 APPLICATION = ["latents", "train", "experiments", "studio", "web", "cli"]
 STACK = [*KERNELS, *FLOWS, *APPLICATION]
 BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "info": FOUNDATION | BESIDE | {"_backend", "ops"},
     "memory": {"_backend"},
     "interop": FOUNDATION | BESIDE | {*KERNELS, *FLOWS},
-    "__init__": FOUNDATION | BESIDE | {"interop", "memory"} | {*KERNELS, *FLOWS},
+    "graphed_glow": FOUNDATION | BESIDE | {*KERNELS, *FLOWS},
+    "__init__": FOUNDATION | BESIDE | {"graphed_glow", "interop", "memory"} | {*KERNELS, *FLOWS},
     "__main__": {"cli"},
 }
 for above_data in ("train", "experiments", "studio", "web", "cli"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
 from pyglow_fast.models.class_head import class_bits
-from pyglow_fast.models.replays import Replays, zeroed
+from pyglow_fast.replays import Replays
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.evaluation import device_of, labels_for
 from pyglow_fast.train.optim import FUSED, Average
@@ -99,7 +99,7 @@ class Update:
     def _backward(self, *inputs: Tensor | None) -> Tensor:
         """Leave gradients in ``.grad``; return losses and whether states drifted, of ranks behind all gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        before, count, losses = zeroed(self.model), len(inputs) // 3, list[Tensor]()
+        before, count, losses = self.replays.zeroed(), len(inputs) // 3, list[Tensor]()
         for pixels, keys, labels in zip(inputs[::3], inputs[1::3], inputs[2::3], strict=True):
             assert pixels is not None
             assert keys is not None
@@ -107,7 +107,7 @@ class Update:
             (values[0] + self._class_weight * values[1:].sum()).backward()
             losses.append(values.detach())
         row = torch.stack(losses).sum(0)
-        lost = (zeroed(self.model) > before).to(row.dtype).reshape(1)
+        lost = (self.replays.zeroed() > before).to(row.dtype).reshape(1)
         summed = self._trained() if self.ranks.world > 1 else []
         return torch.cat([*(parameter.grad.flatten() for parameter in summed if parameter.grad is not None), row, lost])
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from pyglow_fast.models import replays
+from pyglow_fast import replays
 from support.captures import Recording, capture_guard, like_a_gpu
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet
-from pyglow_fast.models.replays import WARM_UPS, Replays
+from pyglow_fast.replays import WARM_UPS, Replays
 from pyglow_fast.runs import drift
 from pyglow_fast.runs.drift import GROW_AFTER
 from pyglow_fast.train import TrainConfig, TrainState

@@ -13,8 +13,8 @@ from support.graphed_stand_in import Side, recorded_graphs
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast.models import GraphedGlow
-from pyglow_fast.models.replays import WARM_UPS
+from pyglow_fast.graphed_glow import GraphedGlow
+from pyglow_fast.replays import WARM_UPS
 from pyglow_fast.runs.drift import GROW_AFTER
 
 N, SHAPE = 4, (3, 8, 8)
