@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Size, Tensor
@@ -12,9 +12,6 @@ from torch.distributions import Independent, Normal, Transform, TransformedDistr
 
 from pyglow_fast._errors import expect
 from pyglow_fast.models.prior import check_labels
-
-if TYPE_CHECKING:
-    from pyglow_fast.models.glow import Glow
 
 
 def _flat(values: Tensor, event_dims: int) -> tuple[Tensor, Size]:
@@ -57,7 +54,7 @@ class GlowTransform(Transform):
 
     bijective = True
 
-    def __init__(self, model: Glow, y: Tensor | int | None = None, cond: Tensor | None = None) -> None:
+    def __init__(self, model: Any, y: Tensor | int | None = None, cond: Tensor | None = None) -> None:
         super().__init__()
         self.model, self.event_dims = model, 1 + model.config.dims
         self.sizes = [math.prod(shape) for shape in model.latent_shapes]
@@ -66,9 +63,8 @@ class GlowTransform(Transform):
         channels, n_classes = model.config.cond_channels, model.config.n_classes
         wanted = n_classes is not None
         expect((y is not None) == wanted, "y", "labels exactly if the model has classes", type(y).__name__)
-        if isinstance(channels, tuple):
-            expect(False, "model", "one with one condition for all levels", "one with a condition of each")
-            raise AssertionError  # for the type checker: refused above
+        one = not isinstance(channels, tuple)
+        expect(one, "model", "one with one condition for all levels", "one with a condition of each")
         expect((cond is not None) == bool(channels), "cond", f"a condition of {channels} channels or none", type(cond))
         self._y = None if y is None else torch.as_tensor(y, device=model._parameter().device)
         if self._y is not None:
@@ -149,7 +145,7 @@ class GlowDistribution(TransformedDistribution):
 
     def __init__(
         self,
-        model: Glow,
+        model: Any,
         y: Tensor | int | None = None,
         cond: Tensor | None = None,
         validate_args: bool | None = None,

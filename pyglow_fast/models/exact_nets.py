@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from pyglow_fast._float32 import CONVOLUTIONS, has_tf32, rounds
+from pyglow_fast.layers import Coupling
 from pyglow_fast.nets.precision import HALF, check_precision, overridden
-
-if TYPE_CHECKING:
-    from pyglow_fast.models.glow import Glow
 
 # The largest error of decode(encode(x)), as a part of the range of x, by the precision of the nets. Measured with 8
 # images of 3x32x32, nets of 64 channels, L = 3, K = 8, trained 150 steps.
@@ -21,10 +19,10 @@ ROUND_TRIP_ERROR: dict[object, str] = {torch.bfloat16: "1e-3", torch.float16: "2
 
 
 @contextlib.contextmanager
-def exact_nets(model: Glow, precision: str, what: str) -> Iterator[None]:
-    """Runs the nets in the precision that a call asks for, with a warning if that is not a full one."""
+def exact_nets(couplings: Sequence[Coupling], like: Tensor, precision: str, what: str) -> Iterator[None]:
+    """Runs nets, on tensors like ``like``, in the precision a call asks for; warns if that is not a full one."""
     check_precision(precision)
-    found, like = (model.precision if precision == "auto" else precision), model._parameter()
+    found = couplings[0].precision if precision == "auto" else precision
     autocast = torch.is_autocast_enabled(like.device.type)
     coarse: object = HALF.get(found)
     if found == "auto" and autocast:
@@ -37,7 +35,7 @@ def exact_nets(model: Glow, precision: str, what: str) -> Iterator[None]:
             'range of x, by more the deeper and longer trained the model is; precision="fp32" repeats it to 1e-6',
             stacklevel=4,
         )
-    settings = {coupling.precision for coupling in model._couplings()}
+    settings = {coupling.precision for coupling in couplings}
     plain = precision == "fp32" and settings == {"auto"} and not has_tf32(like) and not autocast
     same = plain or settings <= {precision}
     with contextlib.nullcontext() if same or precision == "auto" else overridden(precision):

@@ -478,12 +478,12 @@ class Glow(nn.Module):
         precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
         step: a warning says by how much.
         """
-        with exact_nets(self, precision, "encode"):
+        with exact_nets(self._couplings(), self._parameter(), precision, "encode"):
             return self(x, cond)[0]
 
     def decode(self, latents: list[Tensor], cond: Condition | None = None, precision: str = "fp32") -> Tensor:
         """Compute the x whose latents these are; precision as in :meth:`encode`."""
-        with exact_nets(self, precision, "decode"):
+        with exact_nets(self._couplings(), self._parameter(), precision, "decode"):
             return self.inverse(latents, cond)[0]
 
     @torch.no_grad()
