@@ -1,26 +1,19 @@
-"""Makes pictures that hold the command that repeats them: samples side by side, and paths between images."""
+"""Makes pictures that hold the command that repeats them, such as samples side by side."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from pyglow_fast.latents import decode_path
-from pyglow_fast.likelihood import count_not_finite
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.words import Draw, File, Sample, number_text
-from pyglow_fast.train import class_columns, to_pixels
-from pyglow_fast.train.figures import animation_bytes, grid, image_picture, png_bytes
+from pyglow_fast.train import class_columns
+from pyglow_fast.train.figures import grid, png_bytes
 
-if TYPE_CHECKING:
-    from pyglow_fast.studio.edits import Subject
-
-ANIMATED = (".gif", ".webp")
 COMMAND = "Command"  # the name of the text in a PNG
 
 
@@ -85,37 +78,3 @@ class Grid:
         words += ["--columns", str(columns)] if columns else []
         picture = grid(self.drawn.pixels, opened.n_bins, columns or self.heads or None, scale)
         return made_png(opened, "sample", words, picture, scale)
-
-
-class Between:
-    """A path from one image to another of a run: straight in its space, or on great circles level by level."""
-
-    def __init__(self, first: Subject, last: Subject, spherical: bool = False) -> None:
-        self.first, self.last, self.spherical = first, last, spherical
-
-    @torch.no_grad()
-    def frames(self, times: Sequence[float]) -> tuple[Tensor, int]:
-        """Compute the frames at points of the path between 0 and 1, (n, C, H, W), and how many were not finite."""
-        first, last, opened = self.first, self.last, self.first.opened
-        ends, labels = (first.latents, last.latents), (first.y, last.y)
-        x = decode_path(opened.model, *ends, times, self.spherical, opened.space, labels)[0]
-        return to_pixels(x, opened.n_bins).cpu(), count_not_finite(x)
-
-    def made(self, pixels: Tensor, at: float | None = None, suffix: str = ".png", scale: int | None = None) -> Made:
-        """Encode frames (n, C, H, W): the one ``at`` a point, or all, side by side (PNG) or there and back (GIF, WebP).
-
-        All are evenly spaced.
-        """
-        opened = self.first.opened
-        words = ["--from", self.first.picked.image.text, "--to", self.last.picked.image.text]
-        words += ["--spherical"] if self.spherical else []
-        words += ["--frames", str(len(pixels))] if at is None else ["--at", number_text(at)]
-        if suffix in ANIMATED:
-            command = command_line(opened, "interpolate", words, scale)
-            data = animation_bytes(pixels, opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
-            return Made(data, command, suffix)
-        if at is None:
-            picture = grid(pixels, opened.n_bins, len(pixels), scale)
-        else:
-            picture = image_picture(pixels[0], opened.n_bins, scale)
-        return made_png(opened, "interpolate", words, picture, scale)
