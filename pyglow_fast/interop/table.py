@@ -11,7 +11,6 @@ couplings, in the direction of data to latents. What is done with that is writte
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -169,23 +168,6 @@ class Row:
     adopts: bool = True
     run: Callable[[Any, Call, Sequence[Part], Any], tuple[Tensor, Tensor]] | None = None
     inverts_in: tuple[torch.dtype, float] = EXACT
-
-    def __post_init__(self) -> None:
-        _rows[self.name] = self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copied and pickled by its name."""
-        return row_named, (self.name,)
-
-
-_rows: dict[str, Row] = {}
-
-
-def row_named(name: str) -> Row:
-    """Find the row of this name in the tables."""
-    if name not in _rows:  # in a process that has accelerated nothing
-        importlib.import_module("pyglow_fast.interop.libraries")
-    return _rows[name]
 
 
 @dataclass(frozen=True)
