@@ -17,7 +17,7 @@ FOUNDATION = {"_tracing", "_errors", "_files", "_settings", "_captures", "_deriv
 # Each may import those before it.
 KERNELS = ["_backend", "ops", "autograd", "functional"]
 FLOWS = ["nets", "runs", "layers", "models", "replays"]
-APPLICATION = ["latents", "train", "experiments", "studio", "web", "cli"]
+APPLICATION = ["latents", "train", "studio", "web", "experiments", "cli"]
 STACK = [*KERNELS, *FLOWS, *APPLICATION]
 BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {

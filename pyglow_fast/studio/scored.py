@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 
 from pyglow_fast.data import ImageSet
-from pyglow_fast.experiments import ScoredImages, histogram_png, score_csv
 from pyglow_fast.studio.opened import OpenRun, Picked
 from pyglow_fast.studio.pictures import COMMAND, Made, command_line
 from pyglow_fast.studio.words import shown_name
-from pyglow_fast.train import ImageScores
+from pyglow_fast.train import ImageScores, ScoredImages, histogram_png, score_csv
 
 LONGEST = 24  # characters of a name in the picture
 NAMED = 12  # marks that have names in the picture; of more each has its number alone

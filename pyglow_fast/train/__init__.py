@@ -5,13 +5,14 @@ from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import LIMITS, TrainConfig, read_config, to_toml
 from pyglow_fast.train.evaluation import ImageScores, Score, check_fits, device_of, evaluate, labels_for, score_images
-from pyglow_fast.train.figures import class_columns, class_cycle, grid, save_grid, to_pixels
+from pyglow_fast.train.figures import class_columns, class_cycle, grid, histogram_png, save_grid, to_pixels
 from pyglow_fast.train.loop import Result, Run, resume, start
 from pyglow_fast.train.machine import resolve_device
 from pyglow_fast.train.optim import learning_rate
 from pyglow_fast.train.page import page_of
 from pyglow_fast.train.ranks import RankError, Ranks, open_ranks
 from pyglow_fast.train.run_folder import RunFolder, load_model
+from pyglow_fast.train.scores import ScoredImages, score_csv, write_scores
 from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import InputLostError, TrainingDivergedError, TrainState
 from pyglow_fast.train.writer import SaveError
@@ -29,6 +30,7 @@ __all__ = [
     "RunFolder",
     "SaveError",
     "Score",
+    "ScoredImages",
     "TrainConfig",
     "TrainState",
     "TrainingDivergedError",
@@ -39,6 +41,7 @@ __all__ = [
     "device_of",
     "evaluate",
     "grid",
+    "histogram_png",
     "labels_for",
     "learning_rate",
     "load_model",
@@ -49,8 +52,10 @@ __all__ = [
     "resolve_device",
     "resume",
     "save_grid",
+    "score_csv",
     "score_images",
     "start",
     "to_pixels",
     "to_toml",
+    "write_scores",
 ]

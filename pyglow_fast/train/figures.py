@@ -1,4 +1,4 @@
-"""Draws what a run shows: images, grids of them, animations and curves. Saved pictures are large enough to look at."""
+"""Draws what a run shows: images, grids, animations, curves, histograms. Saved pictures are large enough to look at."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ LEAST_SIDE = 256  # pixels of a picture's longer side, unless its scale is given
 PICTURE_IMAGES = Range(least=1, most=1 << 16, why="all of them are in one picture")
 ANIMATIONS = ("gif", "webp")
 FONT_SIZE = 14
+BINS = 60  # of a histogram, at most; fewer for fewer images
+TAIL = 0.001  # share of each set that may lie beyond either end of a histogram's axis
 _GAP = 6  # pixels between images, and around text; 2 where there is no text
 _WIDEST_LABEL = 260  # pixels of a row's label; longer ones are broken into lines
 _LETTER = 8  # pixels of a letter, about
@@ -247,6 +250,51 @@ def bits_png(rows: Sequence[Row], yardsticks: Mapping[str, float]) -> bytes:
     names = {"train_bpd": "training batches", "train_subset_bpd": "train", "held_out_bpd": "held out"}
     curves = {label: points(rows, column) for column, label in names.items()}
     return curve_png(curves, "bits/dim", levels=yardsticks)
+
+
+def histogram_png(
+    sets: Mapping[str, Tensor],
+    title: str,
+    marks: Mapping[str, float] | None = None,
+    text: Mapping[str, str] | None = None,
+) -> bytes:
+    """Draw sets of finite bits/dim, by their names, as one histogram on common bins, each as shares of 100 %; a PNG.
+
+    At most TAIL of each lies beyond either end of the axis, whose label says how many do. ``marks`` are bits/dim of
+    single images by their short names, all on the axis but for those that are not finite; ``text`` is kept in the PNG.
+    """
+    figure_class = optional("matplotlib.figure", "the histogram").Figure  # no pyplot: no global state
+    axes = (figure := figure_class(figsize=(8, 4.5), layout="constrained")).subplots()
+    marked = sorted((value, name) for name, value in (marks or {}).items() if math.isfinite(value))
+    values = {name: found.double().numpy() for name, found in sets.items()}
+    ends = [np.quantile(found, [TAIL, 1.0 - TAIL]) for found in values.values()] + [[value] for value, _ in marked]
+    low, high = min(map(min, ends)), max(map(max, ends))
+    margin = 0.02 * (high - low) or 0.5
+    count = min(BINS, max(10, 2 * math.isqrt(min(map(len, values.values())))))
+    bins = np.linspace(low - margin, high + margin, 1 + count)
+    beyond = sum(int(((found < bins[0]) | (found > bins[-1])).sum()) for found in values.values())
+    for i, (name, found) in enumerate(values.items()):
+        share, label = np.full(len(found), 100.0 / len(found)), f"{name}: {len(found)} images, mean {found.mean():.3f}"
+        axes.hist(found, bins, weights=share, alpha=0.55, color=f"C{i}", label=label)
+        axes.axvline(found.mean(), color=f"C{i}", ls="--", lw=1.2)
+    top = axes.get_ylim()[1]
+    if marked:
+        axes.set_ylim(0.0, 1.2 * top)  # room for the legend, above the lines
+    box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # other lines go below it
+    for i, (value, name) in enumerate(marked):
+        axes.axvline(value, ymax=0.9, color="C3", lw=1.2)
+        side = "left" if value < bins.mean() else "right"  # where there is more room, neighbours at other heights
+        place = (value, top * (1.04 - 0.06 * (i % 12)))
+        axes.text(*place, f" {name} ", ha=side, va="top", fontsize=8, color="C3", parse_math=False, bbox=box)
+    axes.set_title(title, parse_math=False)
+    total = sum(map(len, values.values()))
+    unseen = f"; {beyond} of {total} images {'lie' if beyond > 1 else 'lies'} beyond this axis" if beyond else ""
+    axes.set(xlabel=f"bits/dim (less is more likely{unseen})", ylabel="share of the set's images, %")
+    axes.grid(alpha=0.3)
+    for label in axes.legend().get_texts():
+        label.set_parse_math(False)  # the names of images may hold a $
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=120, metadata=dict(text or {}))
+    return buffer.getvalue()
 
 
 def class_columns(count: int, n_classes: int | None) -> int | None:

@@ -9,9 +9,8 @@ import torch
 
 from pyglow_fast import Glow, GlowConfig
 from pyglow_fast.data import ImageSet
-from pyglow_fast.experiments import ScoredImages, score_csv
 from pyglow_fast.likelihood import bits_per_dim, dequantize
-from pyglow_fast.train import ImageScores, derive, evaluate, score_images
+from pyglow_fast.train import ImageScores, ScoredImages, derive, evaluate, score_csv, score_images
 from pyglow_fast.train.seeds import keyed_noise
 
 

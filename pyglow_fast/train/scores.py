@@ -13,7 +13,7 @@ from pyglow_fast._errors import visible
 from pyglow_fast._files import write_text
 from pyglow_fast.data import Images, LazyImages
 from pyglow_fast.data.lazy import FileReader
-from pyglow_fast.train import ImageScores
+from pyglow_fast.train.evaluation import ImageScores
 from pyglow_fast.train.metrics import Cell, csv_text
 
 NAMED = 5  # images that are named in a line about many
