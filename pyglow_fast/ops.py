@@ -2,8 +2,8 @@
 
 The extension registers their kernels with torch's dispatcher when it is loaded (csrc/bindings): these check their
 arguments, allocate outputs and run one kernel. Equations and shapes are in :mod:`pyglow_fast.reference` and
-csrc/core.h. The ops have no derivative of their own; :mod:`pyglow_fast.autograd` combines them into differentiable
-functions.
+csrc/core.h. The ops have no derivative of their own; :mod:`pyglow_fast.functional.autograd` combines them into
+differentiable functions.
 """
 
 from __future__ import annotations

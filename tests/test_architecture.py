@@ -15,7 +15,7 @@ PACKAGE = "pyglow_fast"
 # child of the package: layers stands for all modules in layers/.
 FOUNDATION = {"_tracing", "_errors", "_files", "_settings", "_captures", "_derivatives", "_dry", "_float32", "_moments"}
 # Each may import those before it.
-KERNELS = ["_backend", "ops", "autograd", "functional"]
+KERNELS = ["_backend", "ops", "functional"]
 FLOWS = ["nets", "runs", "layers", "models", "replays"]
 APPLICATION = ["latents", "train", "studio", "web", "experiments", "cli"]
 STACK = [*KERNELS, *FLOWS, *APPLICATION]

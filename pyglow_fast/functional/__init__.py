@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import _backend, autograd, ops, reference
+from pyglow_fast import _backend, ops, reference
 from pyglow_fast._derivatives import apply
 from pyglow_fast._dry import device_of
 from pyglow_fast._errors import can_read
+from pyglow_fast.functional import autograd
 from pyglow_fast.reference import (
     Activation,
     ChainSpec,
