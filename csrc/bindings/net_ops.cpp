@@ -52,42 +52,11 @@ Image<T> output_image(at::Tensor& x) {
   return image_of(x.mutable_data_ptr<T>(), x);
 }
 
-// What the ops say about the layers besides their weights.
-struct Description {
-  at::IntArrayRef activations;
-  at::ArrayRef<double> parameters;
-  at::IntArrayRef dilations;
-  bool half;
-};
-
-void check_description(const Description& how, std::size_t layers, int64_t dims) {
-  TORCH_CHECK_VALUE(how.activations.size() + 1 == layers && how.parameters.size() + 1 == layers,
-                    "activations, parameters: expected ", layers - 1, " of each, found ", how.activations.size(),
-                    " and ", how.parameters.size());
-  TORCH_CHECK_VALUE(how.dilations.size() == layers * static_cast<std::size_t>(dims), "dilations: expected ",
-                    layers * static_cast<std::size_t>(dims), " numbers, found ", how.dilations.size());
-  for (const int64_t dilation : how.dilations)
-    TORCH_CHECK_VALUE(dilation >= 1, "dilations: expected numbers of at least 1, found ", how.dilations);
-  for (std::size_t i = 0; i + 1 < layers; ++i) {
-    const int64_t kind = how.activations[i];
-    const double parameter = how.parameters[i];
-    TORCH_CHECK_VALUE(kind >= 0 && kind <= static_cast<int64_t>(Activation::sigmoid),
-                      "activations: expected codes from 0 to ", static_cast<int>(Activation::sigmoid), ", found ",
-                      kind);
-    if (kind == static_cast<int64_t>(Activation::leaky_relu))
-      TORCH_CHECK_VALUE(0 <= parameter && parameter <= 1, "parameters: expected a slope from 0 to 1, found ",
-                        parameter);
-    if (kind == static_cast<int64_t>(Activation::elu))
-      TORCH_CHECK_VALUE(0 < parameter && parameter <= std::numeric_limits<double>::max(),
-                        "parameters: expected an alpha above 0, found ", parameter);
-  }
-}
-
 // Weights as the kernels read them: checked, contiguous, held for as long as the kernel runs.
 class Net {
  public:
   Net(const at::Tensor& x, const Optional& cond, at::TensorList weights, at::TensorList biases,
-      const Optional& log_gain, const Description& how)
+      const Optional& log_gain, const ChainDescription& how)
       : how_(how) {
     check_state("x", x);
     extent_ = x.sizes().slice(2).vec();
@@ -98,7 +67,7 @@ class Net {
     const std::size_t layers = weights.size();
     TORCH_CHECK_VALUE(layers >= 1 && layers <= max_net_layers, "weights: expected 1 to ", max_net_layers,
                       " layers, found ", layers);
-    check_description(how, layers, dims);
+    check_chain(how, layers, dims);
     int64_t channels = x.size(1);
     if (cond) {
       std::vector<int64_t> shape = x.sizes().vec();
@@ -174,7 +143,7 @@ class Net {
  private:
   std::vector<at::Tensor> weights_, biases_;
   Optional log_gain_;
-  Description how_;
+  ChainDescription how_;
   std::vector<int64_t> extent_;  // the spatial sizes of x
 };
 
@@ -189,6 +158,29 @@ int64_t kept_elements(const Net& net, const at::Tensor& x) {
 }
 
 }  // namespace
+
+void check_chain(const ChainDescription& how, std::size_t layers, int64_t dims) {
+  TORCH_CHECK_VALUE(how.activations.size() + 1 == layers && how.parameters.size() + 1 == layers,
+                    "activations, parameters: expected ", layers - 1, " of each, found ", how.activations.size(),
+                    " and ", how.parameters.size());
+  TORCH_CHECK_VALUE(how.dilations.size() == layers * static_cast<std::size_t>(dims), "dilations: expected ",
+                    layers * static_cast<std::size_t>(dims), " numbers, found ", how.dilations.size());
+  for (const int64_t dilation : how.dilations)
+    TORCH_CHECK_VALUE(dilation >= 1, "dilations: expected numbers of at least 1, found ", how.dilations);
+  for (std::size_t i = 0; i + 1 < layers; ++i) {
+    const int64_t kind = how.activations[i];
+    const double parameter = how.parameters[i];
+    TORCH_CHECK_VALUE(kind >= 0 && kind <= static_cast<int64_t>(Activation::sigmoid),
+                      "activations: expected codes from 0 to ", static_cast<int>(Activation::sigmoid), ", found ",
+                      kind);
+    if (kind == static_cast<int64_t>(Activation::leaky_relu))
+      TORCH_CHECK_VALUE(0 <= parameter && parameter <= 1, "parameters: expected a slope from 0 to 1, found ",
+                        parameter);
+    if (kind == static_cast<int64_t>(Activation::elu))
+      TORCH_CHECK_VALUE(0 < parameter && parameter <= std::numeric_limits<double>::max(),
+                        "parameters: expected an alpha above 0, found ", parameter);
+  }
+}
 
 // net_out (N, C, *spatial) and what is kept, if it is.
 std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional& cond, at::TensorList weights,
@@ -232,8 +224,8 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
   check_shape("grad_out", grad_out, shape);
   check_like("grad_out", grad_out, "x", x);
   check_shape("kept", kept_in, {kept_elements(net, x)});
-  TORCH_CHECK_VALUE(kept_in.scalar_type() == (half ? at::kBFloat16 : x.scalar_type()),
-                    "kept: expected what net_chain kept, found ", name_of(kept_in.scalar_type()));
+  TORCH_CHECK_VALUE(kept_in.options().type_equal(kept_options(x, half)), "kept: expected what net_chain kept, found ",
+                    name_of(kept_in.scalar_type()), " on ", kept_in.device());
   const at::Tensor kept = kept_in.contiguous();
   TORCH_CHECK_VALUE(!log_gain || last_bias, "last_bias: expected a bias beside log_gain, found none");
   if (last_bias) {

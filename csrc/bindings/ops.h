@@ -55,6 +55,16 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
                                            const Optional& log_gain, at::IntArrayRef activations,
                                            at::ArrayRef<double> parameters, at::IntArrayRef dilations, bool half,
                                            bool want_weights);
+
+// What the ops of nets say about the layers besides their weights.
+struct ChainDescription {
+  at::IntArrayRef activations;
+  at::ArrayRef<double> parameters;
+  at::IntArrayRef dilations;
+  bool half;
+};
+void check_chain(const ChainDescription& how, std::size_t layers, int64_t dims);
+
 at::Tensor checkerboard_split(const at::Tensor& x, int64_t parity, bool both);
 at::Tensor checkerboard_merge(const at::Tensor& halves, int64_t parity, bool both);
 

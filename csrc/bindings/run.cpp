@@ -1,11 +1,9 @@
-// The run as Python sees it: forms, parts, and the functions of csrc/run, which run without the interpreter's lock.
+// The run as Python sees it: structs by their fields, and the functions of csrc/run, which run without the
+// interpreter's lock.
 #include <pybind11/functional.h>
+#include <pybind11/native_enum.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
-
-#include <array>
-#include <functional>
-#include <string>
 
 #include "bindings/dry.h"
 #include "run/run.h"
@@ -14,13 +12,16 @@ namespace pyglow::bindings {
 namespace {
 
 namespace py = pybind11;
-using run::Mode;
 using run::Optional;
 using run::Tensor;
 using run::Tensors;
 
 run::Maps maps_of(const Tensors& maps) {
-  return {maps.at(0), maps.at(1), maps.at(2), maps.size() > 3 ? Optional(maps[3]) : std::nullopt};
+  TORCH_CHECK_VALUE(maps.size() == 3 || maps.size() == 4, "maps: expected 3 or 4 tensors, found ", maps.size());
+  for (const Tensor& one : maps)
+    TORCH_CHECK_VALUE(one.dim() > 0 && one.size(0) == maps[0].size(0), "maps: expected stacks of as many each, found ",
+                      maps[0].sizes(), " and ", one.sizes());
+  return {maps[0], maps[1], maps[2], maps.size() > 3 ? Optional(maps[3]) : std::nullopt};
 }
 
 Tensors as_list(const run::Maps& maps) {
@@ -29,18 +30,12 @@ Tensors as_list(const run::Maps& maps) {
   return found;
 }
 
-// z, log_det; then what is kept: anchors, states, outputs, what nets keep, projections, sketch; largest values.
-using Run = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensor, Tensor, Tensor>;
-
 // Kernels read memory as it lies there: a tensor that is negated as it is read is written out first.
 Optional resolved(const Optional& x) { return x ? Optional(x->resolve_neg()) : x; }
 
-Run forward(const run::Part& part, const Tensor& x, const Optional& cond, const Tensors& maps, const Tensors& nets) {
-  run::Forward found = run::forward(part, x.resolve_neg(), resolved(cond), maps_of(maps), nets);
-  Tensors anchors;
-  for (const auto& [step, state] : found.kept.anchors) anchors.push_back(state);
-  return {found.z,         found.log_det,   anchors,          found.kept.states, found.kept.outputs,
-          found.kept.nets, found.kept.seen, found.kept.start, found.largest};
+run::Forward forward(const run::Part& part, const Tensor& x, const Optional& cond, const Tensors& maps,
+                     const Tensors& nets) {
+  return run::forward(part, x.resolve_neg(), resolved(cond), maps_of(maps), nets);
 }
 
 std::tuple<Tensor, Tensor> inverse(const run::Part& part, const Tensor& z, const Optional& cond, const Tensors& maps,
@@ -48,33 +43,12 @@ std::tuple<Tensor, Tensor> inverse(const run::Part& part, const Tensor& z, const
   return run::inverse(part, z.resolve_neg(), resolved(cond), maps_of(maps), nets);
 }
 
-using Back = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors, Tensor, Tensor, double, int64_t>;
-
-Back backward(const run::Part& part, const Optional& x, const Optional& z, const Optional& cond, const Tensors& maps,
-              const Tensors& nets, const Tensor& grad_z, const Tensor& grad_log_det, const Tensors& anchors,
-              const Tensors& states, const Tensors& outputs, const Tensors& kept_nets, const Optional& seen,
-              const Optional& start, const std::vector<bool>& wants, bool wants_cond, int64_t judged, double limit,
-              const std::function<Tensor()>& restored) {
-  run::BackwardArgs args{.x = resolved(x),
-                         .z = z,
-                         .cond = resolved(cond),
-                         .grad_z = grad_z.resolve_neg(),
-                         .grad_log_det = grad_log_det.resolve_neg(),
-                         .kept = {.anchors = {},
-                                  .states = states,
-                                  .outputs = outputs,
-                                  .nets = kept_nets,
-                                  .seen = seen ? *seen : Tensor(),
-                                  .start = start ? *start : Tensor()},
-                         .wants = wants,
-                         .wants_cond = wants_cond,
-                         .judged = static_cast<run::Judged>(judged),
-                         .limit = limit,
-                         .restored = restored};
-  for (std::size_t i = 0; i < anchors.size(); ++i) args.kept.anchors[part.anchors.at(i)] = anchors[i];
-  run::Gradients found = run::backward(part, maps_of(maps), nets, std::move(args));
-  return {found.x,    found.cond,  found.matrices, found.offsets, found.log_dets,
-          found.nets, found.start, found.worst,    found.drift,   found.redone};
+run::Gradients backward(const run::Part& part, const Tensors& maps, const Tensors& nets, run::BackwardArgs args) {
+  args.x = resolved(args.x);
+  args.cond = resolved(args.cond);
+  args.grad_z = args.grad_z.resolve_neg();
+  args.grad_log_det = args.grad_log_det.resolve_neg();
+  return run::backward(part, maps_of(maps), nets, std::move(args));
 }
 
 // raw: of all steps each, log_scale, bias, lower, upper and log_diag.
@@ -85,6 +59,73 @@ run::Factors factors_of(const Tensors& raw, const Tensors& permutations, const T
   const at::TensorList all(raw);
   const auto part = [&](std::size_t i) { return all.slice(i * count, count); };
   return {permutations, part(2), part(3), part(4), signs, part(0), part(1)};
+}
+
+template <class T, class F>
+struct Field {
+  const char* name;
+  F T::* at;
+};
+template <class T, class F>
+Field(const char*, F T::*) -> Field<T, F>;
+#define FIELD(Struct, name) \
+  Field { #name, &Struct::name }
+
+// A struct whose fields Python reads.
+template <class T, class... F>
+auto read(py::module_& m, const char* name, const char* doc, Field<T, F>... field) {
+  py::class_<T, std::shared_ptr<T>> made(m, name, doc);
+  (made.def_readonly(field.name, field.at), ...);
+  return made;
+}
+
+// One that Python makes, too, of all its fields by their names.
+template <class T, class... F>
+auto given(py::module_& m, const char* name, const char* doc, Field<T, F>... field) {
+  const auto init = [field...](F... value) {
+    T made{};
+    ((made.*field.at = std::move(value)), ...);
+    if constexpr (requires { made.check(); }) made.check();
+    return made;
+  };
+  return read(m, name, doc, field...).def(py::init(init), py::kw_only(), py::arg(field.name)...);
+}
+
+void define_structs(py::module_& m) {
+  using run::Part, run::Step, run::Outputs, run::NetForm, run::Chunk, run::Signs, run::Kept, run::Forward,
+      run::Gradients;
+  using Args = run::BackwardArgs;
+  given(m, "Chunk", "Some samples, and of those some rows, that a net runs on at a time.", FIELD(Chunk, sample),
+        FIELD(Chunk, samples), FIELD(Chunk, row), FIELD(Chunk, rows), FIELD(Chunk, taken), FIELD(Chunk, takes));
+  given(m, "Outputs", "How a net gives shift and raw scale.", FIELD(Outputs, in_turn), FIELD(Outputs, signs),
+        FIELD(Outputs, caps));
+  given(m, "NetForm", "All about a coupling net but its tensors.", FIELD(NetForm, activations),
+        FIELD(NetForm, dilations), FIELD(NetForm, parameters), FIELD(NetForm, powers), FIELD(NetForm, products),
+        FIELD(NetForm, narrow), FIELD(NetForm, takes_state), FIELD(NetForm, takes_cond), FIELD(NetForm, parity),
+        FIELD(NetForm, chunks), FIELD(NetForm, outputs));
+  given(m, "Kind", "Which coupling: map and order by their codes.", FIELD(Kind, map), FIELD(Kind, order),
+        FIELD(Kind, inverse), FIELD(Kind, bias), FIELD(Kind, eps), FIELD(Kind, clamp), FIELD(Kind, factor));
+  given(m, "Step", "A coupling of a run and its net.", FIELD(Step, kind), FIELD(Step, net), FIELD(Step, reads))
+      .def_property_readonly(
+          "tensors", [](const Step& step) { return step.net->tensors(); }, "How many tensors the net has.")
+      .def_property_readonly(
+          "overlap", [](const Step& step) { return step.net->overlap(); },
+          "Positions that the net's chunks read, over those that they give.");
+  given(m, "Signs", "Random signs of positions, and those of a sketch.", FIELD(Signs, inner), FIELD(Signs, outer),
+        FIELD(Signs, sum), FIELD(Signs, sketch_inner), FIELD(Signs, sketch_outer), FIELD(Signs, sketch_sums),
+        FIELD(Signs, rounds));
+  given(m, "Part", "Consecutive steps that are one autograd node.", FIELD(Part, steps), FIELD(Part, squeezes),
+        FIELD(Part, mode), FIELD(Part, anchors), FIELD(Part, knows_start), FIELD(Part, signs), FIELD(Part, watches));
+  given(m, "Kept", "What a forward keeps, besides its input and output.", FIELD(Kept, anchors), FIELD(Kept, states),
+        FIELD(Kept, outputs), FIELD(Kept, nets), FIELD(Kept, seen), FIELD(Kept, start));
+  read(m, "Forward", "What a part gives, and what its backward needs.", FIELD(Forward, z), FIELD(Forward, log_det),
+       FIELD(Forward, kept), FIELD(Forward, largest));
+  given(m, "BackwardArgs", "What a backward is given besides maps and nets.", FIELD(Args, x), FIELD(Args, z),
+        FIELD(Args, cond), FIELD(Args, grad_z), FIELD(Args, grad_log_det), FIELD(Args, kept), FIELD(Args, wants),
+        FIELD(Args, wants_cond), FIELD(Args, judged), FIELD(Args, limit), FIELD(Args, restored));
+  read(m, "Gradients", "What a backward finds.", FIELD(Gradients, x), FIELD(Gradients, cond),
+       FIELD(Gradients, matrices), FIELD(Gradients, offsets), FIELD(Gradients, log_dets), FIELD(Gradients, nets),
+       FIELD(Gradients, start), FIELD(Gradients, worst), FIELD(Gradients, drift), FIELD(Gradients, redone));
 }
 
 }  // namespace
@@ -98,59 +139,19 @@ void define_run(py::module& m) {
       PyErr_SetString(own.ptr(), singular.what());
     }
   });
+  py::native_enum<run::Mode>(m, "Mode", "enum.Enum", "What a forward keeps for the backward.")
+      .value("none", run::Mode::none)
+      .value("store", run::Mode::store)
+      .value("checkpoint", run::Mode::checkpoint)
+      .value("reversible", run::Mode::reversible)
+      .finalize();
+  py::native_enum<run::Judged>(m, "Judged", "enum.Enum", "When the drift of recomputed states is judged.")
+      .value("each", run::Judged::each)
+      .value("at_the_end", run::Judged::at_the_end)
+      .value("later", run::Judged::later)
+      .finalize();
+  define_structs(m);
   using Released = py::call_guard<py::gil_scoped_release>;
-  py::class_<run::NetForm, std::shared_ptr<run::NetForm>>(m, "NetForm", "All about a coupling net but its tensors.")
-      .def(
-          py::init([](std::vector<int64_t> activations, std::vector<double> parameters, std::vector<int64_t> dilations,
-                      std::vector<double> powers, bool products, const std::string& narrow, bool takes_state,
-                      bool takes_cond, std::optional<int64_t> parity, const std::vector<std::array<int64_t, 6>>& chunks,
-                      bool in_turn, const std::array<double, 2>& signs, const std::array<double, 2>& caps) {
-            std::optional<at::ScalarType> bits;
-            if (!narrow.empty()) bits = narrow == "bfloat16" ? at::kBFloat16 : at::kHalf;
-            run::NetForm form{std::move(activations),
-                              std::move(dilations),
-                              std::move(parameters),
-                              std::move(powers),
-                              products,
-                              bits,
-                              takes_state,
-                              takes_cond,
-                              parity,
-                              {},
-                              {in_turn, signs, caps}};
-            for (const auto& c : chunks) form.chunks.push_back({c[0], c[1], c[2], c[3], c[4], c[5]});
-            return std::make_shared<run::NetForm>(std::move(form));
-          }),
-          py::arg("activations"), py::arg("parameters"), py::arg("dilations"), py::arg("powers"), py::arg("products"),
-          py::arg("narrow"), py::arg("takes_state"), py::arg("takes_cond"), py::arg("parity"), py::arg("chunks"),
-          py::arg("in_turn"), py::arg("signs"), py::arg("caps"))
-      .def_property_readonly("tensors", &run::NetForm::tensors, "How many tensors the net has.");
-  py::class_<run::Step>(m, "Step", "A coupling of a run and its net.")
-      .def(py::init([](int64_t map, int64_t order, double bias, double eps, double clamp, double factor,
-                       std::shared_ptr<run::NetForm> net, int64_t reads) {
-             return run::Step{{map, order, false, bias, eps, clamp, factor}, std::move(net), reads};
-           }),
-           py::arg("map"), py::arg("order"), py::arg("bias"), py::arg("eps"), py::arg("clamp"), py::arg("factor"),
-           py::arg("net"), py::arg("reads"))
-      .def_property_readonly(
-          "tensors", [](const run::Step& step) { return step.net->tensors(); }, "How many tensors the net has.")
-      .def_property_readonly(
-          "overlap", [](const run::Step& step) { return step.net->overlap(); },
-          "Positions that the net's chunks read, over those that they give.");
-  py::class_<run::Part>(m, "Part", "Consecutive steps that are one autograd node.")
-      .def(py::init([](std::vector<run::Step> steps, bool squeezes, int64_t mode, std::vector<int64_t> anchors,
-                       bool knows_start, const std::optional<std::tuple<Tensor, Tensor, double>>& signs,
-                       const std::optional<std::tuple<Tensor, Tensor, Tensor>>& sketched, bool rounds, bool watches) {
-             run::Part part{std::move(steps), squeezes, static_cast<Mode>(mode), std::move(anchors), knows_start, {},
-                            watches};
-             if (signs) std::tie(part.signs.inner, part.signs.outer, part.signs.sum) = *signs;
-             if (sketched)
-               std::tie(part.signs.sketch_inner, part.signs.sketch_outer, part.signs.sketch_sums) = *sketched;
-             part.signs.rounds = rounds;
-             return part;
-           }),
-           py::arg("steps"), py::arg("squeezes"), py::arg("mode"), py::arg("anchors"), py::arg("knows_start"),
-           py::arg("signs"), py::arg("sketched"), py::arg("rounds"), py::arg("watches"));
   m.def("run_forward", &forward, "z and log_det of a part, and what its backward needs.", Released());
   m.def(
       "inverted", [](const Tensors& maps) { return as_list(run::inverted(maps_of(maps))); },

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "run/checks.h"
 #include "run/steps.h"
 
 namespace pyglow::run {
@@ -148,9 +149,9 @@ class Backward {
   std::vector<Segment> segments() const {  // the last first
     std::vector<Segment> found;
     int64_t end = part_.size();
-    for (auto anchor = args_.kept.anchors.rbegin(); anchor != args_.kept.anchors.rend(); ++anchor) {
-      found.push_back({anchor->first, end, anchor->second});
-      end = anchor->first;
+    for (std::size_t i = part_.anchors.size(); i-- > 0;) {
+      found.push_back({part_.anchors[i], end, args_.kept.anchors[i]});
+      end = part_.anchors[i];
     }
     found.push_back({0, end, args_.x ? *args_.x : Tensor()});
     return found;
@@ -208,8 +209,8 @@ class Backward {
       const Tensor state = k == 0 && part_.squeezes ? at::pixel_unshuffle(truth, 2) : truth;
       return {k, {}, norms(state), difference_norms(x, state), {}};
     }
-    if (k > 0) return {k, {}, norms(x), {}, project(x, part_.signs)};
-    return {k, sketched_drift(x, sketch_before(args_.kept.start, unmix(k), part_.signs), part_.signs), {}, {}, {}};
+    if (k > 0) return {k, {}, norms(x), {}, project(x, *part_.signs)};
+    return {k, sketched_drift(x, sketch_before(*args_.kept.start, unmix(k), *part_.signs), *part_.signs), {}, {}, {}};
   }
 
   // The worst of what was measured of steps one after another, the last first, in one go.
@@ -240,7 +241,7 @@ class Backward {
       const Unmix map{of_ranges(inverse_.matrices),
                       inverse_.indices ? Optional(of_ranges(*inverse_.indices)) : std::nullopt,
                       of_ranges(inverse_.offsets)};
-      const Tensor expected = projections_before(of_ranges(args_.kept.seen), map, part_.signs);
+      const Tensor expected = projections_before(of_ranges(*args_.kept.seen), map, *part_.signs);
       errors.push_back(projected_drift(stacked(projections), stacked(all_norms), expected));
     }
     return errors.size() == 1 ? errors[0] : stacked(errors).amax();
@@ -400,6 +401,7 @@ class Backward {
 
 Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args) {
   const Plain plain;
+  check_backward(part, maps, nets, args);
   return Backward(part, maps, nets, std::move(args)).run();
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/zeros_like.h>
 
+#include "run/checks.h"
 #include "run/steps.h"
 
 namespace pyglow::run {
@@ -77,6 +78,7 @@ Tensor magnitudes(const Step& step, const Tensor& u, const Tensor& net_out) {
 
 Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps_in, at::TensorList tensors) {
   const Plain plain;
+  check_inputs(part, "x", x, part.squeezes, cond, maps_in, tensors);
   const std::vector<Map> maps = unstacked(maps_in);
   const Nets nets(part, tensors);
   const int64_t count = part.size();
@@ -84,12 +86,11 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
   Forward found;
   Kept& kept = found.kept;
   Tensors seen, log_dets, largest;
-  std::size_t next_anchor = 0;
   Tensor u = mixed(x, maps[0], part.squeezes);
-  if (inverts && !part.knows_start) kept.start = sketch(u, part.signs);
+  if (inverts && !part.knows_start) kept.start = sketch(u, *part.signs);
   for (int64_t k = 0; k < count; ++k) {
     const Step& step = part.steps[k];
-    if (inverts) seen.push_back(project(u, part.signs));
+    if (inverts) seen.push_back(project(u, *part.signs));
     if (stores || part.mode == Mode::checkpoint) kept.states.push_back(u);
     const Tensor net_out = net_output(step, nets.of(k), u, cond, stores ? &kept.nets : nullptr);
     if (stores) kept.outputs.push_back(net_out);
@@ -97,11 +98,11 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
     Tensor step_log_det;
     if (k + 1 == count) {
       std::tie(u, step_log_det) = coupled(step.kind, u, net_out);
-    } else if (next_anchor < part.anchors.size() && part.anchors[next_anchor] == k + 1) {
+    } else if (const std::size_t next = kept.anchors.size();
+               next < part.anchors.size() && part.anchors[next] == k + 1) {
       std::tie(u, step_log_det) = coupled(step.kind, u, net_out);
-      kept.anchors[k + 1] = u;
+      kept.anchors.push_back(u);
       u = mixed(u, maps[k + 1], false);
-      ++next_anchor;
     } else {
       std::tie(u, step_log_det) = coupled_and_mixed(step.kind, u, net_out, maps[k + 1]);
     }
@@ -119,6 +120,7 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
 std::tuple<Tensor, Tensor> inverse(const Part& part, const Tensor& z, const Optional& cond, const Maps& inverses,
                                    at::TensorList tensors) {
   const Plain plain;
+  check_inputs(part, "z", z, false, cond, inverses, tensors);
   const std::vector<Map> back = unstacked(inverses);
   const Nets nets(part, tensors);
   Tensor x = z;

@@ -49,6 +49,7 @@ class Addresses {
 
 // Shapes, dtypes and devices; on the CPU that the permutations name rows.
 void check(const Factors& of) {
+  TORCH_CHECK_VALUE(!of.lower.empty(), "raw: expected tensors of at least one step, found none");
   const Tensor& like = of.lower[0];
   bindings::check_state("lower", like);
   const int64_t channels = like.size(0);
@@ -94,6 +95,14 @@ Maps fold(const Factors& factors) {
 Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const Tensor& grad_offsets,
                       const Tensor& grad_log_dets) {
   const Plain plain;
+  check(factors);
+  const Tensor& like = factors.lower[0];
+  const auto count = static_cast<int64_t>(factors.lower.size()), channels = like.size(0);
+  bindings::check_shape("matrices", grad_matrices, {count, channels, channels});
+  bindings::check_shape("offsets", grad_offsets, {count, channels});
+  bindings::check_shape("log_dets", grad_log_dets, {count});
+  for (const Tensor* grad : {&grad_matrices, &grad_offsets, &grad_log_dets})
+    bindings::check_like("gradients", *grad, "lower", like);
   const Tensor matrices = grad_matrices.contiguous(), offsets = grad_offsets.contiguous();
   const Tensor log_dets = grad_log_dets.contiguous();
   const Tensors stacked{at::empty_like(offsets), at::empty_like(offsets), at::empty_like(matrices),

@@ -390,6 +390,10 @@ NetGradients Net::back_by_convolutions(const Inputs& given, Tensors kept, const 
     const bool own = wants_layer(layer, wanted);
     if (!goes_on && !own) break;
     const Tensor h = taken(), weight = folded_.weights[layer];
+    std::vector<int64_t> sizes = grad.sizes().vec();
+    sizes[1] = weight.size(1);
+    TORCH_CHECK_VALUE(h.sizes() == sizes && h.scalar_type() == dtype_, "kept.nets: expected ", sizes, " of ", dtype_,
+                      ", found ", h.sizes(), " of ", h.scalar_type());
     const std::array<bool, 3> mask{goes_on, own, own};
     std::tie(grad, found.weights[layer], found.biases[layer]) =
         convolution_backward(grad, h, weight, Window(form_, layer, weight), mask);

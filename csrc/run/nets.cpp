@@ -69,7 +69,6 @@ Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
     first_.push_back(at);
     at += step.net->tensors();
   }
-  TORCH_CHECK_VALUE(at == tensors.size(), "nets: expected ", at, " tensors, found ", tensors.size());
   for (int64_t k = 0; k < part.size(); ++k) {
     const auto found =
         std::find_if(groups_.begin(), groups_.end(), [&](const Group& group) { return alike(group.steps[0], k); });
@@ -79,7 +78,11 @@ Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
       groups_.push_back({{k}, {}});
   }
   at = 0;
-  const auto next = [&] { return made[at++]; };
+  const auto next = [&](at::IntArrayRef sizes) {
+    TORCH_CHECK_VALUE(at < made.size() && made[at].sizes() == sizes, "kept.nets: expected ", sizes, " made of tensor ",
+                      at, " of ", made.size(), ", found another");
+    return made[at++];
+  };
   for (Group& group : groups_) {
     const NetForm& own = form(group.steps[0]);
     if (own.products) continue;
@@ -90,10 +93,12 @@ Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
     }
     group.scales.resize(own.layers());
     for (std::size_t layer = 0; layer < own.layers(); ++layer) {
-      if (own.powers[layer] != 0) group.scales[layer] = next();
+      const Tensor& weight = tensors_[first_[group.steps[0]] + own.first(layer)];
+      const int64_t outputs = weight.size(0);
+      if (own.powers[layer] != 0) group.scales[layer] = next({static_cast<int64_t>(group.steps.size()) * outputs});
       for (const int64_t k : group.steps) {
-        folded_[k].weights.push_back(next());
-        folded_[k].biases.push_back(next());
+        folded_[k].weights.push_back(next(weight.sizes()));
+        folded_[k].biases.push_back(next({outputs}));
       }
     }
   }

@@ -7,7 +7,6 @@
 //
 // pyglow_fast/runs/run.py is the autograd node over these functions.
 #pragma once
-#include <map>
 #include <stdexcept>
 
 #include "bindings/coupling_kind.h"
@@ -20,6 +19,8 @@ struct Step {
   bindings::Kind kind;
   std::shared_ptr<const NetForm> net;
   int64_t reads;  // how many channels of the state the net reads, the first ones
+
+  void check() const;  // as what Python makes is checked once
 };
 
 // The channel map before each coupling, stacked.
@@ -37,11 +38,11 @@ enum class Mode { none, store, checkpoint, reversible };
 
 // What a forward keeps, besides its input and output.
 struct Kept {
-  std::map<int64_t, Tensor> anchors;  // reversible: inputs of steps but the first
-  Tensors states;                     // u of every step; reversible: none
-  Tensors outputs, nets;              // store: of every net its output, and what its backward needs
-  Tensor seen;                        // reversible: projections of every u, (K, N, C)
-  Tensor start;                       // reversible: a sketch of the first u, where the input is not kept
+  Tensors anchors;        // reversible: inputs of the steps that are the part's anchors
+  Tensors states;         // u of every step; reversible: none
+  Tensors outputs, nets;  // store: of every net its output, and what its backward needs
+  Optional seen;          // reversible: projections of every u, (K, N, C)
+  Optional start;         // reversible: a sketch of the first u, (N, C, S), where the input is not kept
 };
 
 // Part of a run: consecutive steps that are one autograd node.
@@ -49,12 +50,13 @@ struct Part {
   std::vector<Step> steps;
   bool squeezes;  // the input is squeezed as it is read
   Mode mode;
-  std::vector<int64_t> anchors;  // steps but the first whose input is kept
+  std::vector<int64_t> anchors;  // steps but the first whose input is kept, ascending
   bool knows_start;              // the input is kept
-  Signs signs;                   // of reversible
+  std::optional<Signs> signs;    // of reversible
   bool watches;                  // the largest values of the states are wanted
 
   int64_t size() const { return static_cast<int64_t>(steps.size()); }
+  void check() const;
 };
 
 // largest: of a part that watches, per step the largest magnitude of u, of shift and of raw scale, (K, 3); NaN if one

@@ -36,7 +36,7 @@ class _Computes(NamedTuple):
     """How nets of one precision are computed on a state."""
 
     products: bool
-    narrow: str  # "bfloat16", "float16" or, as the state is, ""
+    narrow: torch.dtype | None  # None: as the state is
     lowest: torch.dtype
 
 
@@ -48,7 +48,7 @@ def _computes(precision: str, x: Tensor) -> _Computes | None:
             return None
         dtype = torch.bfloat16 if products and functional.net_in_half(x) else dtype_on(x)
         lowest = lowest_precision(x.dtype, x, [x.new_empty(0, 0, 0)] if has_tf32(x) else ())
-        return _Computes(products, "" if dtype == x.dtype else str(dtype).removeprefix("torch."), lowest)
+        return _Computes(products, None if dtype == x.dtype else dtype, lowest)
 
 
 @functools.lru_cache(256)
@@ -73,25 +73,26 @@ def _made(
     runner.check_width(kept, chain.last_weight.shape[0])
     with in_precision(coupling.precision, x):
         plan = runner.plan(*runner.inputs(kept, cond))
-    chunks = [] if plan[0].whole else [chunk.numbers for chunk in plan]
+    chunks = [] if plan[0].whole else [require().Chunk(**chunk.numbers) for chunk in plan]
     activations, parameters, dilations = ops.chain_arguments(chain.spec)
+    own = chain.outputs
     form = require().NetForm(
-        activations,
-        parameters,
-        dilations,
-        chain.powers,
-        how.products,
-        how.narrow,
-        not injects,
-        cond is not None and not injects,
-        None if board is None else board.parity,
-        chunks,
-        chain.outputs.in_turn,
-        chain.outputs.signs,
-        chain.outputs.caps,
+        activations=activations,
+        dilations=dilations,
+        parameters=parameters,
+        powers=chain.powers,
+        products=how.products,
+        narrow=how.narrow,
+        takes_state=not injects,
+        takes_cond=cond is not None and not injects,
+        parity=None if board is None else board.parity,
+        chunks=chunks,
+        outputs=require().Outputs(in_turn=own.in_turn, signs=own.signs, caps=own.caps),
     )
-    scale_map, order, _, *numbers = ops.coupling_arguments(coupling.spec, inverse=False)
-    return require().Step(scale_map, order, *numbers, form, reads)
+    names = ("map", "order", "inverse", "bias", "eps", "clamp", "factor")
+    arguments = ops.coupling_arguments(coupling.spec, inverse=False)
+    kind = require().Kind(**dict(zip(names, arguments, strict=True)))
+    return require().Step(kind=kind, net=form, reads=reads)
 
 
 def is_runnable(x: Tensor) -> bool:

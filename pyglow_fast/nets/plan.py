@@ -43,9 +43,11 @@ class Chunk:
     whole: bool = False
 
     @property
-    def numbers(self) -> tuple[int, ...]:
-        """The first of its samples, rows and taken rows, and how many each are, as csrc/run takes them."""
-        return tuple(n for part in (self.samples, self.rows, self.taken) for n in (part.start, part.stop - part.start))
+    def numbers(self) -> dict[str, int]:
+        """The first of its samples, rows and taken rows, and how many each are, by their names in csrc/run."""
+        names = (("sample", "samples"), ("row", "rows"), ("taken", "takes"))
+        parts = zip(names, (self.samples, self.rows, self.taken), strict=True)
+        return {key: n for (at, count), part in parts for key, n in ((at, part.start), (count, part.stop - part.start))}
 
     def inputs(self, x: Tensor) -> Tensor:
         """Cut out the part of x (N, C, *spatial) that the net gets: a view, or x itself where that is all of it."""

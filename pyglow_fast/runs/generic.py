@@ -21,7 +21,7 @@ from pyglow_fast._tracing import call_untraced
 from pyglow_fast.nets.run import GradientSum
 from pyglow_fast.runs.deferred import accepted
 from pyglow_fast.runs.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift
-from pyglow_fast.runs.parts import LATER, Part, Whole, part_limit
+from pyglow_fast.runs.parts import Part, Whole, part_limit
 from pyglow_fast.runs.run import Fold, Maps, no_maps
 from pyglow_fast.runs.steps import ChannelMap, Given, Step
 
@@ -119,7 +119,7 @@ class _RunSteps(torch.autograd.Function):
         else:
             limit = whole.control.limit(grad_z.dtype, ctx.lowest)
             grad_x, worst = own.inverted(grad_z)
-            if whole.judges(grad_z) == LATER:
+            if whole.defers(grad_z):
                 drifted = whole.judged(part, worst, limit, 0)
             else:
                 drift, redone = float(worst), 0

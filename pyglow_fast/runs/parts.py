@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyglow_fast._backend import require
 from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import backward_key
 from pyglow_fast._dry import device_of, is_dry
@@ -25,8 +26,6 @@ from pyglow_fast.runs.drift import DriftControl
 # Several backwards may go through one graph at the same time. One lock for all, since torch.compile cannot trace the
 # making of one.
 _judging = threading.Lock()
-
-EACH, AT_THE_END, LATER = range(3)  # csrc/run/run.h
 
 LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
@@ -87,19 +86,24 @@ class Whole:
         if self.final is None and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
             self.final = first
 
-    def judges(self, state: Tensor) -> int:
-        """Tell when a backward on such states judges drift: at EACH anchor, AT_THE_END or LATER.
+    def defers(self, state: Tensor) -> bool:
+        """Tell whether a backward on such states leaves the verdict for later, since the host is not to wait for it."""
+        assert self.control is not None
+        return self.control.deferred or is_capturing(state.device)
+
+    def judges(self, state: Tensor) -> Any:
+        """Tell when a backward of csrc/run on such states judges drift, as its ``Judged`` has it.
 
         On a GPU, where to read a value makes the host wait, once of all steps; where it is not to wait, never.
         """
-        assert self.control is not None
-        if self.control.deferred or is_capturing(state.device):
-            return LATER
+        times = require().Judged
+        if self.defers(state):
+            return times.later
         reads = can_read(state) or (is_dry(state) and device_of(state).type == "cpu")
-        return EACH if reads else AT_THE_END
+        return times.each if reads else times.at_the_end
 
     def judged(self, part: Part, worst: Tensor | float, limit: float, redone: int) -> Tensor | None:
-        """Note the worst drift of a part, a tensor where it is judged LATER, and how many steps it has redone.
+        """Note the worst drift of a part, a tensor where it is judged later, and how many steps it has redone.
 
         Returns whether the part's gradients are to become zero, a scalar tensor; None where what drifted was redone.
         """

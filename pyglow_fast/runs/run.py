@@ -10,7 +10,7 @@ and again in its backward: only mode "store" keeps them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,11 +23,9 @@ from pyglow_fast.nets.precision import in_precision
 from pyglow_fast.reference import n_positions
 from pyglow_fast.runs.deferred import accepted
 from pyglow_fast.runs.drift import SKETCHED, DriftControl, signs_of
-from pyglow_fast.runs.parts import EACH, LATER, Part, Whole, part_limit
+from pyglow_fast.runs.parts import Part, Whole, part_limit
 
 FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
-NONE, STORE, CHECKPOINT, REVERSIBLE = range(4)  # csrc/run/run.h
-_MODES = {"store": STORE, "checkpoint": CHECKPOINT, "reversible": REVERSIBLE}
 
 
 class FoldByTorch:
@@ -157,7 +155,7 @@ class _Node(NamedTuple):
     """One node's part of a run: all but its tensors."""
 
     part: Part
-    mode: int
+    mode: str
     forms: Sequence[Any]
     squeezes: bool
     form: Any
@@ -199,41 +197,44 @@ class _RunNode(torch.autograd.Function):
         """z like x (squeezed), log_det (N,). tensors: of the nets, then what the maps are folded from."""
         nets, raw = tensors[: node.n_nets], tensors[node.n_nets :]
         maps = node.fold(raw)
-        z, log_det, *lists, seen, start, largest = require().run_forward(node.form, x, cond, maps, nets)
+        found = require().run_forward(node.form, x, cond, maps, nets)
+        z, own = found.z, found.kept
         if node.watch is not None:
-            node.watch(largest)
-        part, reversible, stores = node.part, node.mode == REVERSIBLE, node.mode == STORE
+            node.watch(found.largest)
+        part, reversible, stores = node.part, node.mode == "reversible", node.mode == "store"
         knows_start = not reversible or part.knows_start
-        kept = [nets, raw, *lists, maps if stores else [], *([] if knows_start else way.tensors)]
-        ctx.node, ctx.legs, ctx.counts = node, way.legs, [*map(len, kept)]
+        anchors = own.anchors
+        kept = [nets, raw, anchors, own.states, own.outputs, own.nets, maps if stores else []]
+        kept += [] if knows_start else way.tensors
+        ctx.node, ctx.legs, ctx.counts = node, [] if knows_start else way.legs, [*map(len, kept)]
         keeps_z = stores or (reversible and part.is_last)
         ctx.save_for_backward(
             x if knows_start else None,
             z if keeps_z else None,
             cond,
-            seen,
-            start,
-            *(tensor for some in kept for tensor in some),
+            own.seen,
+            own.start,
+            *chain.from_iterable(kept),
         )
         if reversible and part.whole.final is not None:
-            way.goes_on(node, x, lists[0], tensors)
-        return z, log_det
+            way.goes_on(node, x, anchors, tensors)
+        return z, found.log_det
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: Saved, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, cond, the nets' tensors and what the maps are folded from."""
         node: _Node = ctx.node
-        part, whole, reversible = node.part, node.part.whole, node.mode == REVERSIBLE
-        (x, z, cond, seen, start), rest = saved[:5], iter(saved[5:])
-        nets, raw, *lists = (list(islice(rest, count)) for count in ctx.counts)
-        kept, folded, way = lists[:4], lists[4], lists[5:]
+        part, whole, reversible = node.part, node.part.whole, node.mode == "reversible"
+        (x, z, cond, seen, start), rest, extension = saved[:5], iter(saved[5:]), require()
+        lists = [list(islice(rest, count)) for count in ctx.counts]
+        nets, raw, anchors, states, outputs, of_nets, folded, *way = lists
         if reversible:
             left = whole.take(part)
             z = z if left is None else left
-        when, limit, redone_before = EACH, 0.0, 0
+        judged, limit, redone_before = extension.Judged.each, 0.0, 0
         if whole.control is not None and reversible:
-            when, limit = whole.judges(grad_z), whole.control.limit(grad_z.dtype, node.lowest)
+            judged, limit = whole.judges(grad_z), whole.control.limit(grad_z.dtype, node.lowest)
 
         def restored() -> Tensor:
             nonlocal redone_before
@@ -241,19 +242,30 @@ class _RunNode(torch.autograd.Function):
             return _restored(ctx.legs, cond, *way)
 
         needs = ctx.needs_input_grad
-        wants = needs[4 : 4 + node.n_nets]
-        maps = folded or node.fold(raw)
-        arguments = (maps, nets, grad_z, grad_log_det, *kept, seen, start, wants, needs[3], when, limit, restored)
+        args = extension.BackwardArgs(
+            x=x,
+            z=z,
+            cond=cond,
+            grad_z=grad_z,
+            grad_log_det=grad_log_det,
+            kept=extension.Kept(anchors=anchors, states=states, outputs=outputs, nets=of_nets, seen=seen, start=start),
+            wants=needs[4 : 4 + node.n_nets],
+            wants_cond=needs[3],
+            judged=judged,
+            limit=limit,
+            restored=restored,
+        )
         with in_precision(node.precision, grad_z):
-            found = require().run_backward(node.form, x, z, cond, *arguments)
-        *others, of_nets, first, worst, drift, redone = found  # gradients of x, cond, matrices, offsets and log_dets
+            found = extension.run_backward(node.form, folded or node.fold(raw), nets, args)
         drifted = None
         if reversible:
-            drifted = whole.judged(part, worst if when == LATER else drift, limit, redone + redone_before)
-            whole.leave(part, first)
-        elif node.mode == CHECKPOINT:
+            worst = found.worst if judged is extension.Judged.later else found.drift
+            drifted = whole.judged(part, worst, limit, found.redone + redone_before)
+            whole.leave(part, found.start)
+        elif node.mode == "checkpoint":
             whole.checkpointed(part, grad_z.device)
-        grads = accepted((*others, *of_nets), drifted)
+        grads: Sequence[Any] = (found.x, found.cond, found.matrices, found.offsets, found.log_dets, *found.nets)
+        grads = grads if drifted is None else accepted(grads, drifted)
         of_raw: Sequence[Tensor | None] = [None] * len(raw)
         if any(needs[4 + node.n_nets :]):  # which are linear in those of the maps: of zeros they are zeros
             of_raw = node.fold.gradients(raw, *cast("Sequence[Tensor]", grads[2:5]))
@@ -262,7 +274,30 @@ class _RunNode(torch.autograd.Function):
 
 def _keeps_nothing(forms: Sequence[Any], squeezes: bool = False, watches: bool = False) -> Any:
     """The steps as a part of csrc/run that no backward follows."""
-    return require().Part(forms, squeezes, NONE, [], True, None, None, False, watches)
+    extension = require()
+    return extension.Part(
+        steps=forms,
+        squeezes=squeezes,
+        mode=extension.Mode.none,
+        anchors=[],
+        knows_start=True,
+        signs=None,
+        watches=watches,
+    )
+
+
+def _signs(positions: int, x: Tensor) -> Any:
+    """The signs of states like x, and those of a sketch, as csrc/run takes them."""
+    (inner, outer, total), sketched = signs_of(positions, x.dtype, x.device)
+    return require().Signs(
+        inner=inner,
+        outer=outer,
+        sum=total,
+        sketch_inner=sketched.inner,
+        sketch_outer=sketched.outer,
+        sketch_sums=sketched.sum,
+        rounds=_float32.rounds(_float32.PRODUCTS, x),
+    )
 
 
 def _restored(
@@ -274,7 +309,7 @@ def _restored(
         n_nets = sum(form.tensors for form in node.forms[first:])
         maps = [part[first:] for part in node.fold(own[n_nets:])]
         form = _keeps_nothing(node.forms[first:], node.squeezes and first == 0)
-        state = require().run_forward(form, state, cond, maps, own[:n_nets])[0]
+        state = require().run_forward(form, state, cond, maps, own[:n_nets]).z
     return state
 
 
@@ -311,18 +346,24 @@ def run_recorded(
     units = steps.maps.bounds(net_bytes, limit, FOLDED_AT_ONCE)
     ends = [steps.maps.ends[end - 1] for _, end in units]
     whole = Whole(control, list(pairwise([0, *ends])), few)
-    keeps = CHECKPOINT if mode == "reversible" and whole.keeps_states else _MODES[mode]
-    reversible = keeps == REVERSIBLE
-    drawn = signs_of(positions, x.dtype, x.device) if reversible else (None, None)
-    rounds = reversible and _float32.rounds(_float32.PRODUCTS, x)
+    keeps = "checkpoint" if mode == "reversible" and whole.keeps_states else mode
+    signs = _signs(positions, x) if keeps == "reversible" else None
     log_dets, way = [], _Way()
     for (first, end), part in zip(units, whole.parts, strict=True):
         raw, fold = steps.maps.of(first, end)
         forms, nets = steps.forms[part.first : part.end], steps.nets[nets_at[part.first] : nets_at[part.end]]
         whole.joins(part.first, x, (cond, *nets, *raw))
         squeezes_here = squeezes and part.index == 0
-        kept, watch = (part.anchors, part.knows_start), steps.watch
-        form = require().Part(forms, squeezes_here, keeps, *kept, *drawn, rounds, watch is not None)
+        watch = steps.watch
+        form = require().Part(
+            steps=forms,
+            squeezes=squeezes_here,
+            mode=require().Mode[keeps],
+            anchors=part.anchors,
+            knows_start=part.knows_start,
+            signs=signs,
+            watches=watch is not None,
+        )
         node = _Node(part, keeps, forms, squeezes_here, form, fold, len(nets), steps.lowest, steps.precision, watch)
         with in_precision(steps.precision, x):
             x, log_det = apply_to_plain(_RunNode, node, way, x, cond, *nets, *raw)
@@ -336,10 +377,10 @@ def run_plain(
     """Compute what :func:`run_recorded` does without a record, given the folded maps."""
     form = _keeps_nothing(steps.forms, squeezes, steps.watch is not None)
     with in_precision(steps.precision, x):
-        z, log_det, *_, largest = require().run_forward(form, x, cond, maps, steps.nets)
+        found = require().run_forward(form, x, cond, maps, steps.nets)
     if steps.watch is not None:
-        steps.watch(largest)
-    return z, log_det
+        steps.watch(found.largest)
+    return found.z, found.log_det
 
 
 def run_inverse(steps: Steps, z: Tensor, cond: Tensor | None, inverses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

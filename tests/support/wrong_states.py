@@ -21,11 +21,11 @@ class _Wrong:
     def __getattr__(self, name: str) -> Any:
         return getattr(require(), name)
 
-    def run_backward(self, form: Any, x: Any, z: Any, *rest: Any) -> Any:
+    def BackwardArgs(self, z: Any, **rest: Any) -> Any:
         """With z off by the factor in all nodes, or in one, counted from the last."""
         self._calls += 1
         wrong = z is not None and self._only in (None, self._calls)  # none where all states are kept
-        return require().run_backward(form, x, z * self._factor if wrong else z, *rest)
+        return require().BackwardArgs(z=z * self._factor if wrong else z, **rest)
 
 
 def plant(patch: pytest.MonkeyPatch, factor: float | Tensor, only: int | None = None) -> Tensor:
