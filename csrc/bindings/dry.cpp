@@ -72,7 +72,6 @@ class DryRun {
     before_ = std::exchange(counting, count_);
   }
   void exit() { counting = std::exchange(before_, nullptr); }
-  int64_t now() const { return count_->now; }
   int64_t most() const { return count_->most; }
 
  private:
@@ -100,7 +99,6 @@ void define_dry(py::module& m) {
       .def(py::init<bool>(), py::arg("on_gpu"))
       .def("enter", &DryRun::enter, "Begin to count.")
       .def("exit", &DryRun::exit, "Count no new tensors any more; those counted are still subtracted.")
-      .def_property_readonly("now", &DryRun::now, "Bytes that there are now.")
       .def_property_readonly("most", &DryRun::most, "The most so far.");
 }
 

@@ -11,24 +11,21 @@
 namespace pyglow::bindings {
 
 // M couple(x) + c and log_det; inverse: A (uncouple(x) - c) and its log_det, with matrix A = M^-1.
-std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at::Tensor& net_out_in,
-                                                const at::Tensor& matrix_in, const at::Tensor& offset_in, int64_t map,
-                                                int64_t order, bool inverse, double bias, double eps, double clamp,
-                                                double factor, const std::optional<at::Tensor>& index) {
-  const Kind kind{map, order, inverse, bias, eps, clamp, factor};
+std::tuple<Tensor, Tensor> coupling_mix(const Tensor& x_in, const Tensor& net_out_in, const Tensor& matrix_in,
+                                        const Tensor& offset_in, const Kind& kind, const Optional& index) {
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   const MapTensors mix("matrix", matrix_in, index, "x", x_in, x_in.size(1));
   check_vector("offset", offset_in, "x", x_in, x_in.size(1));
-  const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
-  const at::Tensor offset = offset_in.contiguous();
-  at::Tensor out = empty_output(x), log_det = empty_reused({x.size(0)}, x.options());
+  const Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
+  const Tensor offset = offset_in.contiguous();
+  Tensor out = empty_output(x), log_det = empty_reused({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     if (mix.gathers()) {
       const GatherArgs<T> args{.in = {input<T>(x), 0, 0},
                                .net_out = net_input(net_out),
-                               .map = inverse ? mix.gather<T>({}, offset) : mix.gather<T>(offset, {}),
+                               .map = kind.inverse ? mix.gather<T>({}, offset) : mix.gather<T>(offset, {}),
                                .out = {output<T>(out), 0, 0},
                                .log_det = log_det.mutable_data_ptr<T>(),
                                .samples = x.size(0),
@@ -48,21 +45,21 @@ std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x_in, const at
 }
 
 // grad_x (without the net's part), grad_net_out, grad_M and grad_c of M couple(x) + c.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward(
-    const at::Tensor& x_in, const at::Tensor& net_out_in, const at::Tensor& grad_out_in,
-    const at::Tensor& grad_log_det_in, const at::Tensor& matrix_in, int64_t map, int64_t order, double bias, double eps,
-    double clamp, double factor, const std::optional<at::Tensor>& added_in, const std::optional<at::Tensor>& index) {
-  const Kind kind{map, order, false, bias, eps, clamp, factor};
+std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_mix_backward(const Tensor& x_in, const Tensor& net_out_in,
+                                                                 const Tensor& grad_out_in,
+                                                                 const Tensor& grad_log_det_in, const Tensor& matrix_in,
+                                                                 const Kind& kind, const Optional& added_in,
+                                                                 const Optional& index) {
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "x", x_in);
   const MapTensors mix("matrix", matrix_in, index, "x", x_in, x_in.size(1));
-  const at::Tensor added = check_added(added_in, "grad_out", grad_out_in);
-  const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
-  const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
-  at::Tensor grad_x = empty_output(x), grad_net_out = empty_output(net_out);
-  at::Tensor grad_matrix = empty_reused(mix.matrix.sizes(), mix.matrix.options()),
-             grad_offset = empty_reused({x.size(1)}, x.options());
+  const Tensor added = check_added(added_in, "grad_out", grad_out_in);
+  const Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
+  const Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
+  Tensor grad_x = empty_output(x), grad_net_out = empty_output(net_out);
+  Tensor grad_matrix = empty_reused(mix.matrix.sizes(), mix.matrix.options()),
+         grad_offset = empty_reused({x.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     if (mix.gathers()) {
@@ -102,20 +99,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward
 }
 
 // From a step's output y: its input x, grad_u (without the net's part) and grad_net_out.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(
-    const at::Tensor& y_in, const at::Tensor& net_out_in, const at::Tensor& grad_y_in,
-    const at::Tensor& grad_log_det_in, const at::Tensor& inverse_matrix_in, const at::Tensor& offset_in, int64_t map,
-    int64_t order, double bias, double eps, double clamp, double factor, const std::optional<at::Tensor>& index) {
-  const Kind kind{map, order, false, bias, eps, clamp, factor};
+std::tuple<Tensor, Tensor, Tensor> step_backward(const Tensor& y_in, const Tensor& net_out_in, const Tensor& grad_y_in,
+                                                 const Tensor& grad_log_det_in, const Tensor& inverse_matrix_in,
+                                                 const Tensor& offset_in, const Kind& kind, const Optional& index) {
   check_state("y", y_in);
   const int64_t transformed = check_net_out(net_out_in, "y", y_in, kind);
   check_output_grads("grad_y", grad_y_in, grad_log_det_in, "y", y_in);
   const MapTensors unmix("inverse_matrix", inverse_matrix_in, index, "y", y_in, y_in.size(1));
   check_vector("offset", offset_in, "y", y_in, y_in.size(1));
-  const at::Tensor y = with_position_stride(y_in), net_out = with_position_stride(net_out_in);
-  const at::Tensor grad_y = with_position_stride(grad_y_in), grad_log_det = grad_log_det_in.contiguous();
-  const at::Tensor offset = offset_in.contiguous();
-  at::Tensor x = empty_output(y), grad_u = empty_output(y), grad_net_out = empty_output(net_out);
+  const Tensor y = with_position_stride(y_in), net_out = with_position_stride(net_out_in);
+  const Tensor grad_y = with_position_stride(grad_y_in), grad_log_det = grad_log_det_in.contiguous();
+  const Tensor offset = offset_in.contiguous();
+  Tensor x = empty_output(y), grad_u = empty_output(y), grad_net_out = empty_output(net_out);
   with_dtype(y, [&](auto zero) {
     using T = decltype(zero);
     if (unmix.gathers()) {
@@ -154,9 +149,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(
 }
 
 void register_fused_ops(torch::Library& m) {
-  m.impl("coupling_mix", &coupling_mix);
-  m.impl("coupling_mix_backward", &coupling_mix_backward);
-  m.impl("step_backward", &step_backward);
+  m.impl("coupling_mix",
+         [](const Tensor& x, const Tensor& net_out, const Tensor& matrix, const Tensor& offset, int64_t map,
+            int64_t order, bool inverse, double bias, double eps, double clamp, double factor, const Optional& index) {
+           return coupling_mix(x, net_out, matrix, offset, {map, order, inverse, bias, eps, clamp, factor}, index);
+         });
+  m.impl("coupling_mix_backward",
+         [](const Tensor& x, const Tensor& net_out, const Tensor& grad_out, const Tensor& grad_log_det,
+            const Tensor& matrix, int64_t map, int64_t order, double bias, double eps, double clamp, double factor,
+            const Optional& added, const Optional& index) {
+           const Kind kind{map, order, false, bias, eps, clamp, factor};
+           return coupling_mix_backward(x, net_out, grad_out, grad_log_det, matrix, kind, added, index);
+         });
+  m.impl("step_backward", [](const Tensor& y, const Tensor& net_out, const Tensor& grad_y, const Tensor& grad_log_det,
+                             const Tensor& inverse_matrix, const Tensor& offset, int64_t map, int64_t order,
+                             double bias, double eps, double clamp, double factor, const Optional& index) {
+    const Kind kind{map, order, false, bias, eps, clamp, factor};
+    return step_backward(y, net_out, grad_y, grad_log_det, inverse_matrix, offset, kind, index);
+  });
 }
 
 }  // namespace pyglow::bindings

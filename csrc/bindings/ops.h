@@ -16,45 +16,37 @@ void register_statistics_ops(torch::Library& m);
 void register_net_ops(torch::Library& m);
 void register_checkerboard_ops(torch::Library& m);
 
-using Optional = std::optional<at::Tensor>;
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+struct Kind;  // of a coupling
 
 // Each is described where it is defined; schemas and shapes are in pyglow_fast/ops.py.
-at::Tensor channel_mix(const at::Tensor& x, const at::Tensor& matrix, const at::Tensor& offset, bool subtract_first,
-                       int64_t squeeze, const Optional& index);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Tensor& x, const at::Tensor& grad_u,
-                                                                    const at::Tensor& matrix, const Optional& center,
-                                                                    const Optional& added, bool squeezes,
-                                                                    const Optional& index);
-std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x, const at::Tensor& net_out, int64_t map, int64_t order,
-                                            bool inverse, double bias, double eps, double clamp, double factor);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tensor& out, const at::Tensor& net_out,
-                                                                 const at::Tensor& grad_out,
-                                                                 const at::Tensor& grad_log_det, int64_t map,
-                                                                 int64_t order, bool inverse, double bias, double eps,
-                                                                 double clamp, double factor, bool want_input);
-std::tuple<at::Tensor, at::Tensor> coupling_mix(const at::Tensor& x, const at::Tensor& net_out,
-                                                const at::Tensor& matrix, const at::Tensor& offset, int64_t map,
-                                                int64_t order, bool inverse, double bias, double eps, double clamp,
-                                                double factor, const Optional& index);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> coupling_mix_backward(
-    const at::Tensor& x, const at::Tensor& net_out, const at::Tensor& grad_out, const at::Tensor& grad_log_det,
-    const at::Tensor& matrix, int64_t map, int64_t order, double bias, double eps, double clamp, double factor,
-    const Optional& added, const Optional& index);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> step_backward(const at::Tensor& y, const at::Tensor& net_out,
-                                                             const at::Tensor& grad_y, const at::Tensor& grad_log_det,
-                                                             const at::Tensor& inverse_matrix, const at::Tensor& offset,
-                                                             int64_t map, int64_t order, double bias, double eps,
-                                                             double clamp, double factor, const Optional& index);
-std::tuple<at::Tensor, at::Tensor> invert_matrices(const at::Tensor& matrices);
-std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional& cond, at::TensorList weights,
-                                             at::TensorList biases, const Optional& log_gain,
-                                             at::IntArrayRef activations, at::ArrayRef<double> parameters,
-                                             at::IntArrayRef dilations, bool half, bool keep);
-std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at::Tensor& x, const Optional& cond,
-                                           const at::Tensor& kept, at::TensorList weights, const Optional& last_bias,
-                                           const Optional& log_gain, at::IntArrayRef activations,
-                                           at::ArrayRef<double> parameters, at::IntArrayRef dilations, bool half,
-                                           bool want_weights);
+Tensor channel_mix(const Tensor& x, const Tensor& matrix, const Tensor& offset, bool subtract_first, int64_t squeeze,
+                   const Optional& index);
+std::tuple<Tensor, Tensor, Tensor> channel_mix_backward(const Tensor& x, const Tensor& grad_u, const Tensor& matrix,
+                                                        const Optional& center, const Optional& added, bool squeezes,
+                                                        const Optional& index);
+std::tuple<Tensor, Tensor> coupling(const Tensor& x, const Tensor& net_out, const Kind& kind);
+std::tuple<Tensor, Tensor, Tensor> coupling_backward(const Tensor& out, const Tensor& net_out, const Tensor& grad_out,
+                                                     const Tensor& grad_log_det, const Kind& kind, bool want_input);
+std::tuple<Tensor, Tensor> coupling_mix(const Tensor& x, const Tensor& net_out, const Tensor& matrix,
+                                        const Tensor& offset, const Kind& kind, const Optional& index);
+std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_mix_backward(const Tensor& x, const Tensor& net_out,
+                                                                 const Tensor& grad_out, const Tensor& grad_log_det,
+                                                                 const Tensor& matrix, const Kind& kind,
+                                                                 const Optional& added, const Optional& index);
+std::tuple<Tensor, Tensor, Tensor> step_backward(const Tensor& y, const Tensor& net_out, const Tensor& grad_y,
+                                                 const Tensor& grad_log_det, const Tensor& inverse_matrix,
+                                                 const Tensor& offset, const Kind& kind, const Optional& index);
+std::tuple<Tensor, Tensor> invert_matrices(const Tensor& matrices);
+std::tuple<Tensor, Tensor> net_chain(const Tensor& x, const Optional& cond, at::TensorList weights,
+                                     at::TensorList biases, const Optional& log_gain, at::IntArrayRef activations,
+                                     at::ArrayRef<double> parameters, at::IntArrayRef dilations, bool half, bool keep);
+std::vector<Tensor> net_chain_backward(const Tensor& grad_out, const Tensor& x, const Optional& cond,
+                                       const Tensor& kept, at::TensorList weights, const Optional& last_bias,
+                                       const Optional& log_gain, at::IntArrayRef activations,
+                                       at::ArrayRef<double> parameters, at::IntArrayRef dilations, bool half,
+                                       bool want_weights);
 
 // What the ops of nets say about the layers besides their weights.
 struct ChainDescription {
@@ -65,7 +57,7 @@ struct ChainDescription {
 };
 void check_chain(const ChainDescription& how, std::size_t layers, int64_t dims);
 
-at::Tensor checkerboard_split(const at::Tensor& x, int64_t parity, bool both);
-at::Tensor checkerboard_merge(const at::Tensor& halves, int64_t parity, bool both);
+Tensor checkerboard_split(const Tensor& x, int64_t parity, bool both);
+Tensor checkerboard_merge(const Tensor& halves, int64_t parity, bool both);
 
 }  // namespace pyglow::bindings

@@ -61,36 +61,27 @@ run::Factors factors_of(const Tensors& raw, const Tensors& permutations, const T
   return {permutations, part(2), part(3), part(4), signs, part(0), part(1)};
 }
 
-template <class T, class F>
-struct Field {
-  const char* name;
-  F T::* at;
-};
-template <class T, class F>
-Field(const char*, F T::*) -> Field<T, F>;
-#define FIELD(Struct, name) \
-  Field { #name, &Struct::name }
-
-// A struct whose fields Python reads.
+// A struct whose fields, each with its name, Python reads.
 template <class T, class... F>
-auto read(py::module_& m, const char* name, const char* doc, Field<T, F>... field) {
+auto read(py::module_& m, const char* name, const char* doc, std::pair<const char*, F T::*>... field) {
   py::class_<T, std::shared_ptr<T>> made(m, name, doc);
-  (made.def_readonly(field.name, field.at), ...);
+  (made.def_readonly(field.first, field.second), ...);
   return made;
 }
 
 // One that Python makes, too, of all its fields by their names.
 template <class T, class... F>
-auto given(py::module_& m, const char* name, const char* doc, Field<T, F>... field) {
+auto given(py::module_& m, const char* name, const char* doc, std::pair<const char*, F T::*>... field) {
   const auto init = [field...](F... value) {
     T made{};
-    ((made.*field.at = std::move(value)), ...);
+    ((made.*field.second = std::move(value)), ...);
     if constexpr (requires { made.check(); }) made.check();
     return made;
   };
-  return read(m, name, doc, field...).def(py::init(init), py::kw_only(), py::arg(field.name)...);
+  return read(m, name, doc, field...).def(py::init(init), py::kw_only(), py::arg(field.first)...);
 }
 
+#define FIELD(Struct, name) std::pair(#name, &Struct::name)
 void define_structs(py::module_& m) {
   using run::Part, run::Step, run::Outputs, run::NetForm, run::Chunk, run::Signs, run::Kept, run::Forward,
       run::Gradients;
@@ -107,10 +98,7 @@ void define_structs(py::module_& m) {
         FIELD(Kind, inverse), FIELD(Kind, bias), FIELD(Kind, eps), FIELD(Kind, clamp), FIELD(Kind, factor));
   given(m, "Step", "A coupling of a run and its net.", FIELD(Step, kind), FIELD(Step, net), FIELD(Step, reads))
       .def_property_readonly(
-          "tensors", [](const Step& step) { return step.net->tensors(); }, "How many tensors the net has.")
-      .def_property_readonly(
-          "overlap", [](const Step& step) { return step.net->overlap(); },
-          "Positions that the net's chunks read, over those that they give.");
+          "tensors", [](const Step& step) { return step.net->tensors(); }, "How many tensors the net has.");
   given(m, "Signs", "Random signs of positions, and those of a sketch.", FIELD(Signs, inner), FIELD(Signs, outer),
         FIELD(Signs, sum), FIELD(Signs, sketch_inner), FIELD(Signs, sketch_outer), FIELD(Signs, sketch_sums),
         FIELD(Signs, rounds));
@@ -127,6 +115,7 @@ void define_structs(py::module_& m) {
        FIELD(Gradients, matrices), FIELD(Gradients, offsets), FIELD(Gradients, log_dets), FIELD(Gradients, nets),
        FIELD(Gradients, start), FIELD(Gradients, worst), FIELD(Gradients, drift), FIELD(Gradients, redone));
 }
+#undef FIELD
 
 }  // namespace
 

@@ -14,19 +14,19 @@ namespace pyglow::bindings {
 
 // u = M x + c, or u = M (x - c); x may be squeezed on the way in, or u unsqueezed on the way out. With an index M has
 // the scale i, matrix_i, at [i, index_i] and nothing elsewhere.
-at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, const at::Tensor& offset_in,
-                       bool subtract_first, int64_t squeeze_code, const std::optional<at::Tensor>& index) {
+Tensor channel_mix(const Tensor& x_in, const Tensor& matrix_in, const Tensor& offset_in, bool subtract_first,
+                   int64_t squeeze_code, const Optional& index) {
   check_state("x", x_in);
   const Squeeze squeeze = check_squeeze(squeeze_code, x_in);
   const bool squeezes = squeeze == Squeeze::input, unsqueezes = squeeze == Squeeze::output;
   const int64_t channels = squeezes ? 4 * x_in.size(1) : x_in.size(1);
   const MapTensors map("matrix", matrix_in, index, "x", x_in, channels);
   check_vector("offset", offset_in, "x", x_in, channels);
-  const at::Tensor x = squeezes ? x_in : with_position_stride(x_in);
-  const at::Tensor offset = offset_in.contiguous();
-  at::Tensor u = squeezes     ? empty_output(x, squeezed_sizes(x))
-                 : unsqueezes ? empty_output(x, unsqueezed_sizes(x))
-                              : empty_output(x);
+  const Tensor x = squeezes ? x_in : with_position_stride(x_in);
+  const Tensor offset = offset_in.contiguous();
+  Tensor u = squeezes     ? empty_output(x, squeezed_sizes(x))
+             : unsqueezes ? empty_output(x, unsqueezed_sizes(x))
+                          : empty_output(x);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const auto in = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0};
@@ -60,23 +60,21 @@ at::Tensor channel_mix(const at::Tensor& x_in, const at::Tensor& matrix_in, cons
 
 // grad_x, grad_M, grad_c of u = M x + c; with center, of the product with x - center. x may be squeezed on the way in,
 // and grad_x unsqueezed on the way out. `added` belongs to grad_u.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Tensor& x_in, const at::Tensor& grad_u_in,
-                                                                    const at::Tensor& matrix_in,
-                                                                    const std::optional<at::Tensor>& center_in,
-                                                                    const std::optional<at::Tensor>& added_in,
-                                                                    bool squeezes,
-                                                                    const std::optional<at::Tensor>& index) {
+std::tuple<Tensor, Tensor, Tensor> channel_mix_backward(const Tensor& x_in, const Tensor& grad_u_in,
+                                                        const Tensor& matrix_in, const Optional& center_in,
+                                                        const Optional& added_in, bool squeezes,
+                                                        const Optional& index) {
   check_state("x", x_in);
   check_squeeze(squeezes ? 1 : 0, x_in);
   check_shape("grad_u", grad_u_in, squeezes ? at::IntArrayRef(squeezed_sizes(x_in)) : x_in.sizes());
   check_like("grad_u", grad_u_in, "x", x_in);
   const MapTensors map("matrix", matrix_in, index, "x", x_in, grad_u_in.size(1));
   if (center_in) check_vector("center", *center_in, "x", x_in, grad_u_in.size(1));
-  const at::Tensor added = check_added(added_in, "grad_u", grad_u_in);
-  const at::Tensor x = squeezes ? x_in : with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
-  const at::Tensor center = center_in ? center_in->contiguous() : at::Tensor();
-  at::Tensor grad_x = empty_output(x), grad_matrix = empty_reused(map.matrix.sizes(), map.matrix.options());
-  at::Tensor grad_offset = empty_reused({grad_u.size(1)}, x.options());
+  const Tensor added = check_added(added_in, "grad_u", grad_u_in);
+  const Tensor x = squeezes ? x_in : with_position_stride(x_in), grad_u = with_position_stride(grad_u_in);
+  const Tensor center = center_in ? center_in->contiguous() : Tensor();
+  Tensor grad_x = empty_output(x), grad_matrix = empty_reused(map.matrix.sizes(), map.matrix.options());
+  Tensor grad_offset = empty_reused({grad_u.size(1)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const auto in = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0};
@@ -114,14 +112,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_mix_backward(const at::Te
 }
 
 // y and log_det of the coupling, or of its inverse.
-std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Tensor& net_out_in, int64_t map,
-                                            int64_t order, bool inverse, double bias, double eps, double clamp,
-                                            double factor) {
-  const Kind kind{map, order, inverse, bias, eps, clamp, factor};
+std::tuple<Tensor, Tensor> coupling(const Tensor& x_in, const Tensor& net_out_in, const Kind& kind) {
   check_state("x", x_in);
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
-  const at::Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
-  at::Tensor out = empty_output(x), log_det = empty_reused({x.size(0)}, x.options());
+  const Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
+  Tensor out = empty_output(x), log_det = empty_reused({x.size(0)}, x.options());
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     run(x, coupling_args<T>(x, net_out, out, log_det, transformed, kind));
@@ -131,19 +126,16 @@ std::tuple<at::Tensor, at::Tensor> coupling(const at::Tensor& x_in, const at::Te
 }
 
 // From the output: grad_in (without the net's part), grad_net_out, and the input if it is wanted (else empty).
-std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tensor& out_in, const at::Tensor& net_out_in,
-                                                                 const at::Tensor& grad_out_in,
-                                                                 const at::Tensor& grad_log_det_in, int64_t map,
-                                                                 int64_t order, bool inverse, double bias, double eps,
-                                                                 double clamp, double factor, bool want_input) {
-  const Kind kind{map, order, inverse, bias, eps, clamp, factor};
+std::tuple<Tensor, Tensor, Tensor> coupling_backward(const Tensor& out_in, const Tensor& net_out_in,
+                                                     const Tensor& grad_out_in, const Tensor& grad_log_det_in,
+                                                     const Kind& kind, bool want_input) {
   check_state("out", out_in);
   const int64_t transformed = check_net_out(net_out_in, "out", out_in, kind);
   check_output_grads("grad_out", grad_out_in, grad_log_det_in, "out", out_in);
-  const at::Tensor out = with_position_stride(out_in), net_out = with_position_stride(net_out_in);
-  const at::Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
-  at::Tensor grad_in = empty_output(out), grad_net_out = empty_output(net_out);
-  at::Tensor in = want_input ? empty_output(out) : empty_reused({0}, out.options());
+  const Tensor out = with_position_stride(out_in), net_out = with_position_stride(net_out_in);
+  const Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
+  Tensor grad_in = empty_output(out), grad_net_out = empty_output(net_out);
+  Tensor in = want_input ? empty_output(out) : empty_reused({0}, out.options());
   with_dtype(out, [&](auto zero) {
     using T = decltype(zero);
     const CouplingBackwardArgs<T> args{.out = input<T>(out),
@@ -164,12 +156,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coupling_backward(const at::Tenso
 }
 
 // The inverse of each matrix of a stack, and log|det|.
-std::tuple<at::Tensor, at::Tensor> invert_matrices(const at::Tensor& matrices_in) {
+std::tuple<Tensor, Tensor> invert_matrices(const Tensor& matrices_in) {
   TORCH_CHECK_VALUE(matrices_in.dim() == 3 && matrices_in.size(1) == matrices_in.size(2),
                     "matrices: expected shape (K, C, C), found ", matrices_in.sizes());
   check_state("matrices", matrices_in);
-  const at::Tensor matrices = matrices_in.contiguous();
-  at::Tensor inverses = at::empty_like(matrices), log_dets = empty_reused({matrices.size(0)}, matrices.options());
+  const Tensor matrices = matrices_in.contiguous();
+  Tensor inverses = at::empty_like(matrices), log_dets = empty_reused({matrices.size(0)}, matrices.options());
   with_dtype(matrices, [&](auto zero) {
     using T = decltype(zero);
     const InvertMatricesArgs<T> args{.matrices = matrices.const_data_ptr<T>(),
@@ -186,8 +178,16 @@ void register_step_ops(torch::Library& m) {
   m.impl("invert_matrices", &invert_matrices);
   m.impl("channel_mix", &channel_mix);
   m.impl("channel_mix_backward", &channel_mix_backward);
-  m.impl("coupling", &coupling);
-  m.impl("coupling_backward", &coupling_backward);
+  m.impl("coupling", [](const Tensor& x, const Tensor& net_out, int64_t map, int64_t order, bool inverse, double bias,
+                        double eps, double clamp, double factor) {
+    return coupling(x, net_out, {map, order, inverse, bias, eps, clamp, factor});
+  });
+  m.impl("coupling_backward",
+         [](const Tensor& out, const Tensor& net_out, const Tensor& grad_out, const Tensor& grad_log_det, int64_t map,
+            int64_t order, bool inverse, double bias, double eps, double clamp, double factor, bool want_input) {
+           const Kind kind{map, order, inverse, bias, eps, clamp, factor};
+           return coupling_backward(out, net_out, grad_out, grad_log_det, kind, want_input);
+         });
 }
 
 }  // namespace pyglow::bindings

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "run/checks.h"
 #include "run/steps.h"
 
 namespace pyglow::run {
@@ -67,9 +66,7 @@ void add_to(Tensor& sum, const Tensor& value, at::ScalarType dtype) {
 
 // What the forward has made of the nets' tensors: behind what each net has kept.
 at::TensorList made_of(const Part& part, const Tensors& kept) {
-  std::size_t count = 0;
-  for (const Step& step : part.steps) count += step.net->kept();
-  return at::TensorList(kept).slice(std::min(count, kept.size()));
+  return at::TensorList(kept).slice(std::min(part.bounds(&NetForm::kept).back(), kept.size()));
 }
 
 // The value of a drift; of a dry run, which has none, no drift.
@@ -100,16 +97,10 @@ class Backward {
         maps_(unstacked(maps)),
         nets_(part, nets, made_of(part, args_.kept.nets)),
         of_nets_(part.size()),
+        first_(part.bounds(&NetForm::tensors)),
+        kept_(part.bounds(&NetForm::kept)),
         matrices_(part.size()),
-        offsets_(part.size()) {
-    std::size_t at = 0, kept = 0;
-    for (const Step& step : part.steps) {
-      first_.push_back(at);
-      kept_.push_back(kept);
-      at += step.net->tensors();
-      kept += step.net->kept();
-    }
-  }
+        offsets_(part.size()) {}
 
   Gradients run() {
     Gradients found{};
@@ -250,13 +241,12 @@ class Backward {
   // Step k's input from its output, and the gradient of it, which uses the true input where that is known. One run of
   // the net serves both.
   std::pair<Tensor, Tensor> inverted_step(int64_t k, const Tensor& y, const Tensor& grad_y, const Tensor& truth) {
-    const auto& kind = part_.steps[k].kind;
     const Map& back = inverses_[k];
     Gathered x_parts(y), grad_parts(y);
     const Consume consume = [&](const Tensor& net_out, const Chunk* chunk) {
-      auto [x, grad_u, grad_net_out] = bindings::step_backward(
-          outputs(chunk, y), net_out, outputs(chunk, grad_y), per_sample(chunk, args_.grad_log_det), back.matrix,
-          back.offset, kind.map, kind.order, kind.bias, kind.eps, kind.clamp, kind.factor, back.index);
+      auto [x, grad_u, grad_net_out] = bindings::step_backward(outputs(chunk, y), net_out, outputs(chunk, grad_y),
+                                                               per_sample(chunk, args_.grad_log_det), back.matrix,
+                                                               back.offset, part_.steps[k].kind, back.index);
       x_parts.put(chunk, x);
       grad_parts.put(chunk, grad_u);
       return grad_net_out;
@@ -302,16 +292,15 @@ class Backward {
         const Tensor grad_log_det = per_sample(chunk, args_.grad_log_det);
         Tensor grad_u, grad_net_out;
         if (i + 1 == count) {
-          const Tensor y = part_.mode == Mode::store ? *args_.z : std::get<0>(coupled(kind, part, net_out));
+          const Tensor y = part_.mode == Mode::store ? *args_.z : std::get<0>(bindings::coupling(part, net_out, kind));
           std::tie(grad_u, grad_net_out, std::ignore) =
-              bindings::coupling_backward(y, net_out, grad_out, grad_log_det, kind.map, kind.order, false, kind.bias,
-                                          kind.eps, kind.clamp, kind.factor, false);
+              bindings::coupling_backward(y, net_out, grad_out, grad_log_det, kind, false);
         } else {
           Tensor of_matrix, of_offset;
           const Map& map = maps_[k + 1];
           std::tie(grad_u, grad_net_out, of_matrix, of_offset) = bindings::coupling_mix_backward(
-              part, net_out, grad_out, grad_log_det, map.matrix, kind.map, kind.order, kind.bias, kind.eps, kind.clamp,
-              kind.factor, added.defined() ? Optional(outputs(chunk, added)) : Optional(), map.index);
+              part, net_out, grad_out, grad_log_det, map.matrix, kind,
+              added.defined() ? Optional(outputs(chunk, added)) : Optional(), map.index);
           grad_matrix = grad_matrix.defined() ? grad_matrix.add_(of_matrix) : of_matrix;
           grad_offset = grad_offset.defined() ? grad_offset.add_(of_offset) : of_offset;
         }

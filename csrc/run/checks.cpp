@@ -1,8 +1,5 @@
-#include "run/checks.h"
-
-#include <utility>
-
 #include "bindings/ops.h"
+#include "run/run.h"
 
 namespace pyglow::run {
 namespace {
@@ -28,7 +25,10 @@ void check_form(const NetForm& form, at::IntArrayRef sizes, const Optional& cond
 
 }  // namespace
 
-void Step::check() const { TORCH_CHECK_VALUE(net != nullptr, "net: expected a NetForm, found None"); }
+void Step::check() const {
+  TORCH_CHECK_VALUE(net != nullptr, "net: expected a NetForm, found None");
+  TORCH_CHECK_VALUE(!kind.inverse, "kind: expected that of the forward direction, found the inverse");
+}
 
 void Part::check() const {
   TORCH_CHECK_VALUE(!steps.empty(), "steps: expected at least one, found none");
@@ -45,22 +45,16 @@ void check_inputs(const Part& part, const char* name, const Tensor& x, bool sque
   bindings::check_shape("log_dets", maps.log_dets, {part.size()});
   bindings::check_like("log_dets", maps.log_dets, name, x);
   const std::vector<int64_t> sizes = squeezes ? bindings::squeezed_sizes(x) : x.sizes().vec();
-  std::size_t end = 0;
-  const NetForm* before = nullptr;
-  for (const Step& step : part.steps) {
-    const NetForm& form = *step.net;
-    if (&form != std::exchange(before, &form)) check_form(form, sizes, cond);
-    end += form.tensors();
-  }
-  check_count("nets", nets.size(), end);
-  end = 0;
-  for (const Step& step : part.steps) {
-    for (std::size_t layer = 0; layer < step.net->layers(); ++layer) {
-      const std::size_t at = end + step.net->first(layer);
+  const std::vector<std::size_t> first = part.bounds(&NetForm::tensors);
+  check_count("nets", nets.size(), first.back());
+  for (int64_t k = 0; k < part.size(); ++k) {
+    const NetForm& form = *part.steps[k].net;
+    if (k == 0 || part.steps[k].net != part.steps[k - 1].net) check_form(form, sizes, cond);
+    for (std::size_t layer = 0; layer < form.layers(); ++layer) {
+      const std::size_t at = first[k] + form.first(layer);
       TORCH_CHECK_VALUE(nets[at].dim() == x.dim() && nets[at + 1].dim() == 1, "nets: expected weights of ", x.dim(),
                         " dimensions, and biases of one, found ", nets[at].sizes(), " and ", nets[at + 1].sizes());
     }
-    end += step.net->tensors();
   }
 }
 
@@ -71,8 +65,7 @@ void check_backward(const Part& part, const Maps& maps, at::TensorList nets, con
   if (!reversible || part.knows_start) check_given("x", args.x);
   if (reversible || stores) check_given("z", args.z);
   const Kept& kept = args.kept;
-  std::size_t held = 0;
-  for (const Step& step : part.steps) held += step.net->kept();
+  const std::size_t held = part.bounds(&NetForm::kept).back();
   TORCH_CHECK_VALUE(stores ? kept.nets.size() >= held : kept.nets.empty(), "kept.nets: expected ", stores ? held : 0,
                     " tensors, found ", kept.nets.size());
   check_count("kept.anchors", kept.anchors.size(), part.anchors.size());

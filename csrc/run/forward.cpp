@@ -4,7 +4,6 @@
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "run/checks.h"
 #include "run/steps.h"
 
 namespace pyglow::run {
@@ -97,10 +96,10 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
     if (part.watches) largest.push_back(magnitudes(step, u, net_out));
     Tensor step_log_det;
     if (k + 1 == count) {
-      std::tie(u, step_log_det) = coupled(step.kind, u, net_out);
+      std::tie(u, step_log_det) = bindings::coupling(u, net_out, step.kind);
     } else if (const std::size_t next = kept.anchors.size();
                next < part.anchors.size() && part.anchors[next] == k + 1) {
-      std::tie(u, step_log_det) = coupled(step.kind, u, net_out);
+      std::tie(u, step_log_det) = bindings::coupling(u, net_out, step.kind);
       kept.anchors.push_back(u);
       u = mixed(u, maps[k + 1], false);
     } else {
@@ -127,12 +126,11 @@ std::tuple<Tensor, Tensor> inverse(const Part& part, const Tensor& z, const Opti
   Tensors log_dets;
   for (int64_t k = part.size() - 1; k >= 0; --k) {
     const Step& step = part.steps[k];
-    const auto& kind = step.kind;
     const Tensor net_out = net_output(step, nets.of(k), x, cond, nullptr);
+    bindings::Kind kind = step.kind;
+    kind.inverse = true;
     Tensor step_log_det;
-    std::tie(x, step_log_det) =
-        bindings::coupling_mix(x, net_out, back[k].matrix, back[k].offset, kind.map, kind.order, true, kind.bias,
-                               kind.eps, kind.clamp, kind.factor, back[k].index);
+    std::tie(x, step_log_det) = coupled_and_mixed(kind, x, net_out, back[k]);
     log_dets.push_back(step_log_det);
   }
   return {x, summed(log_dets, inverses.log_dets, -bindings::positions_of(z))};

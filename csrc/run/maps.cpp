@@ -54,11 +54,12 @@ void check(const Factors& of) {
   bindings::check_state("lower", like);
   const int64_t channels = like.size(0);
   for (std::size_t k = 0; k < of.lower.size(); ++k) {
-    for (const auto& [name, one] : {std::pair("lower", of.lower[k]), std::pair("upper", of.upper[k])})
-      bindings::check_matrix(name, one, "lower", like, channels);
-    for (const auto& [name, one] : {std::pair("log_diag", of.log_diag[k]), std::pair("sign_diag", of.sign_diag[k]),
-                                    std::pair("log_scale", of.log_scale[k]), std::pair("bias", of.bias[k])})
-      bindings::check_vector(name, one, "lower", like, channels);
+    bindings::check_matrix("lower", of.lower[k], "lower", like, channels);
+    bindings::check_matrix("upper", of.upper[k], "lower", like, channels);
+    bindings::check_vector("log_diag", of.log_diag[k], "lower", like, channels);
+    bindings::check_vector("sign_diag", of.sign_diag[k], "lower", like, channels);
+    bindings::check_vector("log_scale", of.log_scale[k], "lower", like, channels);
+    bindings::check_vector("bias", of.bias[k], "lower", like, channels);
     const Tensor& rows = of.permutation[k];
     bindings::check_shape("permutation", rows, {channels});
     TORCH_CHECK_VALUE(rows.scalar_type() == at::kLong && rows.device() == like.device(),

@@ -253,15 +253,6 @@ std::size_t NetForm::kept() const {
   return count;
 }
 
-double NetForm::overlap() const {
-  double read = 0, given = 0;
-  for (const Chunk& chunk : chunks) {
-    read += static_cast<double>(chunk.samples) * static_cast<double>(chunk.takes);
-    given += static_cast<double>(chunk.samples) * static_cast<double>(chunk.rows);
-  }
-  return given > 0 ? read / given : 1;
-}
-
 std::vector<Chunk> NetForm::chunks_for(const Tensor& x) const {
   if (!x.is_meta()) return chunks;
   std::map<std::array<int64_t, 3>, int> counts;

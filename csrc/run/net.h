@@ -68,7 +68,6 @@ struct NetForm {
   std::size_t first(std::size_t layer) const;  // where the layer's tensors begin
   std::size_t tensors() const;
   std::size_t kept() const;  // tensors that forward keeps
-  double overlap() const;    // positions that the chunks read, over those that they give
   // Of a dry run no more than two of each size: the others take what the second does.
   std::vector<Chunk> chunks_for(const Tensor& x) const;
 };

@@ -63,12 +63,7 @@ Tensor scaled(const Tensor& whole, const Tensor& scale, at::ScalarType dtype, at
 }  // namespace
 
 Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
-    : part_(part), tensors_(tensors), folded_(part.steps.size()) {
-  std::size_t at = 0;
-  for (const Step& step : part.steps) {
-    first_.push_back(at);
-    at += step.net->tensors();
-  }
+    : part_(part), tensors_(tensors), first_(part.bounds(&NetForm::tensors)), folded_(part.steps.size()) {
   for (int64_t k = 0; k < part.size(); ++k) {
     const auto found =
         std::find_if(groups_.begin(), groups_.end(), [&](const Group& group) { return alike(group.steps[0], k); });
@@ -77,7 +72,7 @@ Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
     else
       groups_.push_back({{k}, {}});
   }
-  at = 0;
+  std::size_t at = 0;
   const auto next = [&](at::IntArrayRef sizes) {
     TORCH_CHECK_VALUE(at < made.size() && made[at].sizes() == sizes, "kept.nets: expected ", sizes, " made of tensor ",
                       at, " of ", made.size(), ", found another");
@@ -115,6 +110,12 @@ Tensors Nets::made() const {
       }
     }
   }
+  return found;
+}
+
+std::vector<std::size_t> Part::bounds(std::size_t (NetForm::*count)() const) const {
+  std::vector<std::size_t> found{0};
+  for (const Step& step : steps) found.push_back(found.back() + (*step.net.*count)());
   return found;
 }
 

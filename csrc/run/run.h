@@ -57,6 +57,8 @@ struct Part {
 
   int64_t size() const { return static_cast<int64_t>(steps.size()); }
   void check() const;
+  // Where what each net has begins among that of all, and last how much there is: tensors, or what is kept.
+  std::vector<std::size_t> bounds(std::size_t (NetForm::*count)() const) const;
 };
 
 // largest: of a part that watches, per step the largest magnitude of u, of shift and of raw scale, (K, 3); NaN if one
@@ -66,6 +68,12 @@ struct Forward {
   Kept kept;
   Tensor largest;
 };
+
+// What the entries below require, so that no loop reads beside what there is: counts, and what must be there. Shapes,
+// dtypes and devices are checked by the ops, each of what it reads. No value is looked at. x: the input, or what has
+// its sizes; with squeezes the state is x squeezed.
+void check_inputs(const Part& part, const char* name, const Tensor& x, bool squeezes, const Optional& cond,
+                  const Maps& maps, at::TensorList nets);
 
 Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps, at::TensorList nets);
 
@@ -99,6 +107,7 @@ struct Gradients {
   int64_t redone;                      // steps
 };
 
+void check_backward(const Part& part, const Maps& maps, at::TensorList nets, const BackwardArgs& args);
 Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args);
 
 // Maps M = W diag(exp(log_scale)), c = M bias of K invertible 1x1 convolutions in LU factors, each with its actnorm; by

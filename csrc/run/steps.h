@@ -25,13 +25,9 @@ std::vector<Map> unstacked(const Maps& maps);
 inline Tensor mixed(const Tensor& x, const Map& map, bool squeezes) {
   return bindings::channel_mix(x, map.matrix, map.offset, false, squeezes ? 1 : 0, map.index);
 }
-inline std::tuple<Tensor, Tensor> coupled(const bindings::Kind& kind, const Tensor& u, const Tensor& net_out) {
-  return bindings::coupling(u, net_out, kind.map, kind.order, false, kind.bias, kind.eps, kind.clamp, kind.factor);
-}
 inline std::tuple<Tensor, Tensor> coupled_and_mixed(const bindings::Kind& kind, const Tensor& u, const Tensor& net_out,
                                                     const Map& map) {
-  return bindings::coupling_mix(u, net_out, map.matrix, map.offset, kind.map, kind.order, false, kind.bias, kind.eps,
-                                kind.clamp, kind.factor, map.index);
+  return bindings::coupling_mix(u, net_out, map.matrix, map.offset, kind, map.index);
 }
 
 inline Tensor read_by(const Step& step, const Tensor& state) { return state.narrow(1, 0, step.reads); }
