@@ -52,8 +52,7 @@ at::Tensor checkerboard_split(const at::Tensor& x_in, int64_t parity, bool both)
   sizes[2] /= 2;
   at::Tensor halves = empty_reused(sizes, x.options());
   if (halves.numel() == 0) return halves;  // there is no value to move, however many rows there are
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     const CheckerboardSplitArgs<T> args{.whole = planes<T>(x, 0),
                                         .kept = written<T>(halves, 0),
                                         .other = both ? written<T>(halves, channels) : Planes<T>{},
@@ -75,8 +74,7 @@ at::Tensor checkerboard_merge(const at::Tensor& halves_in, int64_t parity, bool 
   sizes[2] *= 2;
   at::Tensor x = empty_reused(sizes, halves.options());
   if (x.numel() == 0) return x;  // there is no value to move, however many rows there are
-  with_dtype(halves, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(halves, [&]<class T>(T) {
     const CheckerboardMergeArgs<T> args{.kept = planes<T>(halves, 0),
                                         .other = both ? planes<T>(halves, channels) : Planes<const T>{},
                                         .whole = written<T>(x, 0),

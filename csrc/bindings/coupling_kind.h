@@ -185,8 +185,7 @@ CouplingArgs<T> coupling_args(const at::Tensor& x, const at::Tensor& net_out, at
 inline void check_overflow(const Kind& kind, const at::Tensor& log_det) {
   if (kind.map != static_cast<int64_t>(ScaleMap::exp) || !log_det.is_cpu()) return;
   const double overflowed = kind.inverse ? -INFINITY : INFINITY;
-  with_dtype(log_det, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(log_det, [&]<class T>(T) {
     const T* values = log_det.const_data_ptr<T>();
     for (int64_t n = 0; n < log_det.numel(); ++n)
       TORCH_CHECK_VALUE(values[n] != overflowed, "net_out: expected raw scales whose exp is finite in ",

@@ -20,8 +20,7 @@ std::tuple<Tensor, Tensor> coupling_mix(const Tensor& x_in, const Tensor& net_ou
   const Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   const Tensor offset = offset_in.contiguous();
   Tensor out = empty_output(x), log_det = empty_reused({x.size(0)}, x.options());
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     if (mix.gathers()) {
       const GatherArgs<T> args{.in = {input<T>(x), 0, 0},
                                .net_out = net_input(net_out),
@@ -60,8 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coupling_mix_backward(const Tensor& x
   Tensor grad_x = empty_output(x), grad_net_out = empty_output(net_out);
   Tensor grad_matrix = empty_reused(mix.matrix.sizes(), mix.matrix.options()),
          grad_offset = empty_reused({x.size(1)}, x.options());
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     if (mix.gathers()) {
       const GatherBackwardArgs<T> args{.in = {input<T>(x), 0, 0},
                                        .net_out = net_input(net_out),
@@ -111,8 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> step_backward(const Tensor& y_in, const Tenso
   const Tensor grad_y = with_position_stride(grad_y_in), grad_log_det = grad_log_det_in.contiguous();
   const Tensor offset = offset_in.contiguous();
   Tensor x = empty_output(y), grad_u = empty_output(y), grad_net_out = empty_output(net_out);
-  with_dtype(y, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(y, [&]<class T>(T) {
     if (unmix.gathers()) {
       const StepGatherBackwardArgs<T> args{.y = input<T>(y),
                                            .net_out = net_input(net_out),

@@ -71,8 +71,7 @@ at::Tensor elementary(const std::string& name, const at::Tensor& x_in) {
   const auto function = enumerator<Elementary>(names, name);
   const at::Tensor x = checked_array("x", x_in);
   at::Tensor y = at::empty_like(x);
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     const ElementaryArgs<T> args{
         .function = function, .x = x.const_data_ptr<T>(), .y = y.mutable_data_ptr<T>(), .count = x.numel()};
     cpu::elementary(args, torch_threads());
@@ -92,8 +91,7 @@ at::Tensor activation(const std::string& name, const at::Tensor& x_in, double pa
     check_like("grad", grad, "x", x);
   }
   at::Tensor y = at::empty_like(x);
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     const ActivationArgs<T> args{.kind = kind,
                                  .parameter = static_cast<T>(parameter),
                                  .x = x.const_data_ptr<T>(),

@@ -194,8 +194,7 @@ std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional
   shape[1] = net.out();
   at::Tensor y = empty_reused(shape, x.options(), x.suggest_memory_format());
   at::Tensor kept = empty_reused({keep ? kept_elements(net, x) : 0}, kept_options(x, half));
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     const NetArgs<T> args{.x = input_image<T>(x),
                           .cond = cond ? input_image<T>(*cond) : Image<const T>{},
                           .cond_channels = cond ? cond->size(1) : 0,
@@ -241,8 +240,7 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
     for (const at::Tensor& weight : net.weights()) grads.push_back(empty_reused({weight.size(0)}, x.options()));
     if (log_gain) grads.push_back(empty_reused(log_gain->sizes(), x.options()));
   }
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     NetBackwardArgs<T> args{.grad_y = input_image<T>(grad_out),
                             .x = input_image<T>(x),
                             .cond = cond ? input_image<T>(*cond) : Image<const T>{},

@@ -29,8 +29,7 @@ struct Normal {
 at::Tensor gaussian_log_prob(const at::Tensor& z, const at::Tensor& mean, const at::Tensor& log_sd) {
   const Normal normal("z", z, mean, log_sd);
   at::Tensor log_prob = empty_reused({z.size(0)}, z.options());
-  with_dtype(z, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(z, [&]<class T>(T) {
     const GaussianArgs<T> args{.z = input<T>(normal.value),
                                .mean = input<T>(normal.mean),
                                .log_sd = input<T>(normal.log_sd),
@@ -53,8 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
   const at::Tensor grad_log_prob = grad_log_prob_in.contiguous();
   at::Tensor grad_z = empty_output(normal.value), grad_mean = empty_output(grad_z);
   at::Tensor grad_log_sd = empty_output(grad_z);
-  with_dtype(z, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(z, [&]<class T>(T) {
     const GaussianBackwardArgs<T> args{.z = input<T>(normal.value),
                                        .mean = input<T>(normal.mean),
                                        .log_sd = input<T>(normal.log_sd),
@@ -73,8 +71,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gaussian_log_prob_backward(const 
 at::Tensor gaussian_sample(const at::Tensor& noise, const at::Tensor& mean, const at::Tensor& log_sd) {
   const Normal normal("noise", noise, mean, log_sd);
   at::Tensor z = empty_output(normal.value);
-  with_dtype(noise, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(noise, [&]<class T>(T) {
     const GaussianSampleArgs<T> args{.noise = input<T>(normal.value),
                                      .mean = input<T>(normal.mean),
                                      .log_sd = input<T>(normal.log_sd),

@@ -27,8 +27,7 @@ Tensor channel_mix(const Tensor& x_in, const Tensor& matrix_in, const Tensor& of
   Tensor u = squeezes     ? empty_output(x, squeezed_sizes(x))
              : unsqueezes ? empty_output(x, unsqueezed_sizes(x))
                           : empty_output(x);
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     const auto in = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0};
     const auto out = unsqueezes ? squeezed_output<T>(u) : Squeezed<T>{output<T>(u), 0, 0};
     const int64_t positions = squeezes ? positions_of(u) : positions_of(x);
@@ -75,8 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_mix_backward(const Tensor& x_in, cons
   const Tensor center = center_in ? center_in->contiguous() : Tensor();
   Tensor grad_x = empty_output(x), grad_matrix = empty_reused(map.matrix.sizes(), map.matrix.options());
   Tensor grad_offset = empty_reused({grad_u.size(1)}, x.options());
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(x, [&]<class T>(T) {
     const auto in = squeezes ? squeezed_input<T>(x) : Squeezed<const T>{input<T>(x), 0, 0};
     const auto grad_in = squeezes ? squeezed_output<T>(grad_x) : Squeezed<T>{output<T>(grad_x), 0, 0};
     if (map.gathers()) {
@@ -117,10 +115,7 @@ std::tuple<Tensor, Tensor> coupling(const Tensor& x_in, const Tensor& net_out_in
   const int64_t transformed = check_net_out(net_out_in, "x", x_in, kind);
   const Tensor x = with_position_stride(x_in), net_out = with_position_stride(net_out_in);
   Tensor out = empty_output(x), log_det = empty_reused({x.size(0)}, x.options());
-  with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    run(x, coupling_args<T>(x, net_out, out, log_det, transformed, kind));
-  });
+  with_dtype(x, [&]<class T>(T) { run(x, coupling_args<T>(x, net_out, out, log_det, transformed, kind)); });
   check_overflow(kind, log_det);
   return {out, log_det};
 }
@@ -136,8 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> coupling_backward(const Tensor& out_in, const
   const Tensor grad_out = with_position_stride(grad_out_in), grad_log_det = grad_log_det_in.contiguous();
   Tensor grad_in = empty_output(out), grad_net_out = empty_output(net_out);
   Tensor in = want_input ? empty_output(out) : empty_reused({0}, out.options());
-  with_dtype(out, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(out, [&]<class T>(T) {
     const CouplingBackwardArgs<T> args{.out = input<T>(out),
                                        .net_out = net_input(net_out),
                                        .grad_out = input<T>(grad_out),
@@ -162,8 +156,7 @@ std::tuple<Tensor, Tensor> invert_matrices(const Tensor& matrices_in) {
   check_state("matrices", matrices_in);
   const Tensor matrices = matrices_in.contiguous();
   Tensor inverses = at::empty_like(matrices), log_dets = empty_reused({matrices.size(0)}, matrices.options());
-  with_dtype(matrices, [&](auto zero) {
-    using T = decltype(zero);
+  with_dtype(matrices, [&]<class T>(T) {
     const InvertMatricesArgs<T> args{.matrices = matrices.const_data_ptr<T>(),
                                      .inverses = inverses.mutable_data_ptr<T>(),
                                      .log_dets = log_dets.mutable_data_ptr<T>(),

@@ -83,8 +83,7 @@ Maps fold(const Factors& factors) {
   const auto count = static_cast<int64_t>(factors.lower.size()), channels = like.size(0);
   Tensor matrices = at::empty({count, channels, channels}, like.options());
   Tensor offsets = at::empty({count, channels}, like.options()), log_dets = at::empty({count}, like.options());
-  bindings::with_dtype(like, [&](auto zero) {
-    using T = decltype(zero);
+  bindings::with_dtype(like, [&]<class T>(T) {
     if (like.is_meta()) return;
     const Addresses<T> own(factors);
     bindings::run(like, FoldArgs<T>{own.factors(), matrices.mutable_data_ptr<T>(), offsets.mutable_data_ptr<T>(),
@@ -108,8 +107,7 @@ Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const
   const Tensor log_dets = grad_log_dets.contiguous();
   const Tensors stacked{at::empty_like(offsets), at::empty_like(offsets), at::empty_like(matrices),
                         at::empty_like(matrices), at::empty_like(offsets)};
-  bindings::with_dtype(matrices, [&](auto zero) {
-    using T = decltype(zero);
+  bindings::with_dtype(matrices, [&]<class T>(T) {
     if (matrices.is_meta()) return;
     const Addresses<T> own(factors);
     const auto out = [&](std::size_t i) { return stacked[i].mutable_data_ptr<T>(); };
