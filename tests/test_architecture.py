@@ -200,7 +200,7 @@ def test_runs_read_values_where_no_graph_is_captured() -> None:
     """On the CPU, for a verdict that is not deferred, and once for each size that cuDNN's fused relu is tried at."""
     reads = re.compile(r"\.(item|is_nonzero|equal|nonzero|cpu)\b *[<(]|kCPU|Synchronize|cudaMemcpy")
     found = Counter(name for name, source in native_files() if name.startswith("run/") for _ in reads.findall(source))
-    assert found == {"run/backward.cpp": 1, "run/forward.cpp": 2, "run/net.cpp": 1}
+    assert found == {"run/backward.cpp": 1, "run/forward.cpp": 2, "run/convolution.cpp": 1}
 
 
 def test_every_native_source_is_built() -> None:

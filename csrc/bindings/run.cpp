@@ -81,8 +81,29 @@ auto given(py::module_& m, const char* name, const char* doc, std::pair<const ch
   return read(m, name, doc, field...).def(py::init(init), py::kw_only(), py::arg(field.first)...);
 }
 
+}  // namespace
+
 #define FIELD(Struct, name) std::pair(#name, &Struct::name)
-void define_structs(py::module_& m) {
+void define_run(py::module& m) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const run::SingularMatrix& singular) {
+      const py::object own = py::module_::import("pyglow_fast._errors").attr("SingularMatrixError");
+      PyErr_SetString(own.ptr(), singular.what());
+    }
+  });
+  py::native_enum<run::Mode>(m, "Mode", "enum.Enum", "What a forward keeps for the backward.")
+      .value("none", run::Mode::none)
+      .value("store", run::Mode::store)
+      .value("checkpoint", run::Mode::checkpoint)
+      .value("reversible", run::Mode::reversible)
+      .finalize();
+  py::native_enum<run::Judged>(m, "Judged", "enum.Enum", "When the drift of recomputed states is judged.")
+      .value("each", run::Judged::each)
+      .value("at_the_end", run::Judged::at_the_end)
+      .value("later", run::Judged::later)
+      .finalize();
   using run::Part, run::Step, run::Outputs, run::NetForm, run::Chunk, run::Signs, run::Kept, run::Forward,
       run::Gradients;
   using Args = run::BackwardArgs;
@@ -114,32 +135,6 @@ void define_structs(py::module_& m) {
   read(m, "Gradients", "What a backward finds.", FIELD(Gradients, x), FIELD(Gradients, cond),
        FIELD(Gradients, matrices), FIELD(Gradients, offsets), FIELD(Gradients, log_dets), FIELD(Gradients, nets),
        FIELD(Gradients, start), FIELD(Gradients, worst), FIELD(Gradients, drift), FIELD(Gradients, redone));
-}
-#undef FIELD
-
-}  // namespace
-
-void define_run(py::module& m) {
-  py::register_local_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const run::SingularMatrix& singular) {
-      const py::object own = py::module_::import("pyglow_fast._errors").attr("SingularMatrixError");
-      PyErr_SetString(own.ptr(), singular.what());
-    }
-  });
-  py::native_enum<run::Mode>(m, "Mode", "enum.Enum", "What a forward keeps for the backward.")
-      .value("none", run::Mode::none)
-      .value("store", run::Mode::store)
-      .value("checkpoint", run::Mode::checkpoint)
-      .value("reversible", run::Mode::reversible)
-      .finalize();
-  py::native_enum<run::Judged>(m, "Judged", "enum.Enum", "When the drift of recomputed states is judged.")
-      .value("each", run::Judged::each)
-      .value("at_the_end", run::Judged::at_the_end)
-      .value("later", run::Judged::later)
-      .finalize();
-  define_structs(m);
   using Released = py::call_guard<py::gil_scoped_release>;
   m.def("run_forward", &forward, "z and log_det of a part, and what its backward needs.", Released());
   m.def(
@@ -162,5 +157,6 @@ void define_run(py::module& m) {
       },
       "Gradients of what the maps are folded from.", Released());
 }
+#undef FIELD
 
 }  // namespace pyglow::bindings

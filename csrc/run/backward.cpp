@@ -1,6 +1,4 @@
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/pixel_unshuffle.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 
@@ -35,35 +33,6 @@ class Sum {
   bool owns_segment_ = false, owns_total_ = false;
 };
 
-// A tensor that chunks give part by part; nothing is copied if there is one.
-class Gathered {
- public:
-  explicit Gathered(const Tensor& like) : like_(like) {}
-  void put(const Chunk* chunk, const Tensor& part) {
-    if (chunk == nullptr) {
-      value_ = part;
-      return;
-    }
-    if (!value_.defined()) value_ = at::empty_like(like_);
-    chunk->outputs(value_).copy_(part);
-  }
-  Tensor get() { return std::move(value_); }
-
- private:
-  const Tensor& like_;
-  Tensor value_;
-};
-
-Tensor outputs(const Chunk* chunk, const Tensor& y) { return chunk == nullptr ? y : chunk->outputs(y); }
-Tensor per_sample(const Chunk* chunk, const Tensor& values) {
-  return chunk == nullptr ? values : chunk->per_sample(values);
-}
-
-// Into a sum of the state's dtype, in which 16 bits lose nothing.
-void add_to(Tensor& sum, const Tensor& value, at::ScalarType dtype) {
-  if (value.defined()) sum = sum.defined() ? sum.add_(value) : value.to(dtype);
-}
-
 // What the forward has made of the nets' tensors: behind what each net has kept.
 at::TensorList made_of(const Part& part, const Tensors& kept) {
   return at::TensorList(kept).slice(std::min(part.bounds(&NetForm::kept).back(), kept.size()));
@@ -71,17 +40,6 @@ at::TensorList made_of(const Part& part, const Tensors& kept) {
 
 // The value of a drift; of a dry run, which has none, no drift.
 double read(const Tensor& drift) { return drift.is_meta() ? 0 : drift.item<double>(); }
-
-// Says what the gradient of a chunk's net output is.
-using Consume = std::function<Tensor(const Tensor& net_out, const Chunk* chunk)>;
-
-// How far the recomputed input of a step is off: the error itself, or what it is found from for several: norms and how
-// large the difference from the truth is, or norms and projection.
-struct Measure {
-  int64_t step;
-  Tensor error, norm, difference, projection;
-};
-using Measures = std::vector<Measure>;
 
 struct Segment {
   int64_t first, end;
@@ -153,7 +111,7 @@ class Backward {
     for (const Segment& segment : segments()) {
       Measures measures;
       auto [start, grad_start] = inverted_segment(segment, y, grad, measures);
-      const double error = read(drift_of(measures));
+      const double error = read(drift_of(measures, unmix_all(), args_.kept.seen, *part_.signs));
       found.drift = std::isnan(found.drift) || std::isnan(error) ? NAN : std::max(found.drift, error);
       if (!(error <= args_.limit)) {
         cond_.drop_segment();
@@ -172,7 +130,7 @@ class Backward {
     Measures measures;
     for (const Segment& segment : segments()) std::tie(y, grad) = inverted_segment(segment, y, grad, measures);
     start_ = y;
-    found.worst = drift_of(measures);
+    found.worst = drift_of(measures, unmix_all(), args_.kept.seen, *part_.signs);
     if (args_.judged == Judged::later) return grad;
     found.drift = read(found.worst);
     if (found.drift <= args_.limit) return grad;
@@ -193,6 +151,7 @@ class Backward {
     return {segment.input.defined() ? segment.input : y, grad};
   }
 
+  Unmix unmix_all() const { return {inverse_.matrices, inverse_.indices, inverse_.offsets}; }
   Unmix unmix(int64_t k) const { return {inverses_[k].matrix, inverses_[k].index, inverses_[k].offset}; }
 
   Measure measured(int64_t k, const Tensor& x, const Tensor& truth) const {
@@ -202,40 +161,6 @@ class Backward {
     }
     if (k > 0) return {k, {}, norms(x), {}, project(x, *part_.signs)};
     return {k, sketched_drift(x, sketch_before(*args_.kept.start, unmix(k), *part_.signs), *part_.signs), {}, {}, {}};
-  }
-
-  // The worst of what was measured of steps one after another, the last first, in one go.
-  Tensor drift_of(const Measures& measures) const {
-    Tensors errors, differences, truths, projections, all_norms;
-    std::vector<std::pair<int64_t, int64_t>> ranges;  // of steps with projections: the first, and how many
-    for (auto one = measures.rbegin(); one != measures.rend(); ++one) {
-      if (one->error.defined()) {
-        errors.push_back(one->error);
-      } else if (one->difference.defined()) {
-        differences.push_back(one->difference);
-        truths.push_back(one->norm);
-      } else {
-        if (ranges.empty() || ranges.back().first + ranges.back().second != one->step)
-          ranges.emplace_back(one->step, 0);
-        ++ranges.back().second;
-        projections.push_back(one->projection);
-        all_norms.push_back(one->norm);
-      }
-    }
-    const auto of_ranges = [&](const Tensor& all) {
-      Tensors parts;
-      for (const auto& [first, count] : ranges) parts.push_back(all.narrow(0, first, count));
-      return joined(parts);
-    };
-    if (!differences.empty()) errors.push_back(anchor_drift(stacked(differences), stacked(truths)));
-    if (!projections.empty()) {
-      const Unmix map{of_ranges(inverse_.matrices),
-                      inverse_.indices ? Optional(of_ranges(*inverse_.indices)) : std::nullopt,
-                      of_ranges(inverse_.offsets)};
-      const Tensor expected = projections_before(of_ranges(*args_.kept.seen), map, *part_.signs);
-      errors.push_back(projected_drift(stacked(projections), stacked(all_norms), expected));
-    }
-    return errors.size() == 1 ? errors[0] : stacked(errors).amax();
   }
 
   // Step k's input from its output, and the gradient of it, which uses the true input where that is known. One run of
@@ -327,6 +252,7 @@ class Backward {
     Wanted wanted{form.takes_state || args_.wants_cond, {}};
     wanted.own.assign(args_.wants.begin() + static_cast<std::ptrdiff_t>(first_[k]),
                       args_.wants.begin() + static_cast<std::ptrdiff_t>(first_[k] + form.tensors()));
+    NetGradients found;
     if (part_.mode == Mode::store || form.chunks.empty()) {
       Tensors kept;
       Tensor net_out;
@@ -338,38 +264,14 @@ class Backward {
         net_out = net.forward(x1, args_.cond, &kept);
       }
       const Tensor grad_out = consume(net_out, nullptr);
-      NetGradients found = net.backward(x1, args_.cond, std::move(kept), net_out, grad_out, wanted);
-      if (args_.wants_cond) cond_.add(found.cond);
-      Tensor of_state = std::move(found.state);
-      of_nets_[k] = {{}, {}, std::move(found.weights), std::move(found.biases), std::move(found.log_gain)};
-      return of_state;
+      found = net.backward(x1, args_.cond, std::move(kept), net_out, grad_out, wanted);
+    } else {
+      found = net_gradients(step, net, state, args_.cond, args_.wants_cond, wanted, consume);
     }
-    Tensor grad_state, grad_cond;  // halos overlap: sums
-    if (form.takes_state) grad_state = at::zeros_like(x1);
-    if (args_.wants_cond && (form.takes_cond || !form.takes_state)) grad_cond = at::zeros_like(*args_.cond);
-    NetGradients& own = of_nets_[k] = {{}, {}, Tensors(form.layers()), Tensors(form.layers()), {}};
-    for (const Chunk& chunk : form.chunks_for(state)) {
-      const Tensor part = chunk.inputs(x1);
-      const Optional beside = args_.cond ? Optional(chunk.inputs(*args_.cond)) : args_.cond;
-      Tensors kept;
-      const Tensor whole = net.forward(part, beside, &kept);
-      const Tensor cropped = consume(chunk.crop(whole), &chunk);
-      Tensor grad_out = cropped;
-      if (cropped.sizes() != whole.sizes()) {
-        grad_out = at::zeros_like(whole);
-        chunk.crop(grad_out).copy_(cropped);
-      }
-      NetGradients found = net.backward(part, beside, std::move(kept), whole, grad_out, wanted);
-      if (grad_state.defined()) chunk.inputs(grad_state).add_(found.state);
-      if (grad_cond.defined()) chunk.inputs(grad_cond).add_(found.cond);
-      for (std::size_t i = 0; i < found.weights.size(); ++i) {
-        add_to(own.weights[i], found.weights[i], state.scalar_type());
-        add_to(own.biases[i], found.biases[i], state.scalar_type());
-      }
-      add_to(own.log_gain, found.log_gain, state.scalar_type());
-    }
-    cond_.add(grad_cond);
-    return grad_state;
+    if (args_.wants_cond) cond_.add(found.cond);
+    Tensor of_state = std::move(found.state);
+    of_nets_[k] = {{}, {}, std::move(found.weights), std::move(found.biases), std::move(found.log_gain)};
+    return of_state;
   }
 
   const Part& part_;

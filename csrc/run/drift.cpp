@@ -51,6 +51,22 @@ Tensor unmixed(const Tensor& moved, const Unmix& map, bool rounds) {
 Tensor nothing(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options()); }
 Tensor no_drift(const Tensor& like) { return nothing(like, {}); }
 
+// What projections of M x + c say of those of x: (K, N, C) by K maps.
+Tensor projections_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
+  if (seen.is_meta()) return at::empty_like(seen);
+  return unmixed(seen - map.offset.unsqueeze(-2) * signs.sum, map, signs.rounds);
+}
+
+// The largest relative errors; scalars, NaN if a state is. Of norms (K, N, C).
+Tensor anchor_drift(const Tensor& differences, const Tensor& norms) {
+  return norms.is_meta() ? no_drift(norms) : largest(differences / scale_of(norms));
+}
+
+Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen) {
+  if (seen.is_meta()) return no_drift(seen);
+  return largest((found - seen) / (scale_of(norm) * projection_slack));
+}
+
 }  // namespace
 
 Tensor stacked(const Tensors& parts) {
@@ -101,11 +117,6 @@ Tensor norms(const Tensor& x) {
   return at::linalg_vector_norm(flat(x), 2, {2});
 }
 
-Tensor projections_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
-  if (seen.is_meta()) return at::empty_like(seen);
-  return unmixed(seen - map.offset.unsqueeze(-2) * signs.sum, map, signs.rounds);
-}
-
 Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs) {
   if (seen.is_meta()) return at::empty_like(seen);
   const Tensor ones = signs.sketch_sums.view({-1, 1, 1});
@@ -116,10 +127,6 @@ Tensor difference_norms(const Tensor& recomputed, const Tensor& truth) {
   return norms(truth.is_meta() ? at::empty_like(truth) : recomputed - truth);
 }
 
-Tensor anchor_drift(const Tensor& differences, const Tensor& norms) {
-  return norms.is_meta() ? no_drift(norms) : largest(differences / scale_of(norms));
-}
-
 Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs) {
   if (x.is_meta()) return no_drift(x);
   const double root = std::sqrt(static_cast<double>(seen.size(2)));
@@ -127,9 +134,35 @@ Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs) {
   return largest(error / scale_of(norms(x)));
 }
 
-Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen) {
-  if (seen.is_meta()) return no_drift(seen);
-  return largest((found - seen) / (scale_of(norm) * projection_slack));
+Tensor drift_of(const Measures& measures, const Unmix& inverses, const Optional& seen, const Signs& signs) {
+  Tensors errors, differences, truths, projections, all_norms;
+  std::vector<std::pair<int64_t, int64_t>> ranges;  // of steps with projections: the first, and how many
+  for (auto one = measures.rbegin(); one != measures.rend(); ++one) {
+    if (one->error.defined()) {
+      errors.push_back(one->error);
+    } else if (one->difference.defined()) {
+      differences.push_back(one->difference);
+      truths.push_back(one->norm);
+    } else {
+      if (ranges.empty() || ranges.back().first + ranges.back().second != one->step) ranges.emplace_back(one->step, 0);
+      ++ranges.back().second;
+      projections.push_back(one->projection);
+      all_norms.push_back(one->norm);
+    }
+  }
+  const auto of_ranges = [&](const Tensor& all) {
+    Tensors parts;
+    for (const auto& [first, count] : ranges) parts.push_back(all.narrow(0, first, count));
+    return joined(parts);
+  };
+  if (!differences.empty()) errors.push_back(anchor_drift(stacked(differences), stacked(truths)));
+  if (!projections.empty()) {
+    const Unmix map{of_ranges(inverses.matrix), inverses.index ? Optional(of_ranges(*inverses.index)) : std::nullopt,
+                    of_ranges(inverses.offset)};
+    const Tensor expected = projections_before(of_ranges(*seen), map, signs);
+    errors.push_back(projected_drift(stacked(projections), stacked(all_norms), expected));
+  }
+  return errors.size() == 1 ? errors[0] : stacked(errors).amax();
 }
 
 }  // namespace pyglow::run

@@ -30,13 +30,20 @@ struct Unmix {
   Tensor offset;   // (..., C)
 };
 
-// What projections of M x + c say of those of x: (K, N, C) by K maps; a sketch (N, C, S) by one.
-Tensor projections_before(const Tensor& seen, const Unmix& map, const Signs& signs);
+// What a sketch (N, C, S) of M x + c says of that of x.
 Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs);
 
-// The largest relative errors; scalars, NaN if a state is. Of norms (K, N, C).
-Tensor anchor_drift(const Tensor& differences, const Tensor& norms);
+// The largest relative error, a scalar, NaN if a state is; by a sketch.
 Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs);
-Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen);
+
+// How far the recomputed input of a step is off: the error itself, or what it is found from for several: norms and how
+// large the difference from the truth is, or norms and projection.
+struct Measure {
+  int64_t step;
+  Tensor error, norm, difference, projection;
+};
+using Measures = std::vector<Measure>;
+// The worst of what was measured of steps one after another, the last first, in one go. inverses, seen: of all steps.
+Tensor drift_of(const Measures& measures, const Unmix& inverses, const Optional& seen, const Signs& signs);
 
 }  // namespace pyglow::run

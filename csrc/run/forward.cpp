@@ -1,5 +1,4 @@
 #include <ATen/ops/aminmax.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/zeros_like.h>
@@ -32,23 +31,6 @@ Maps inverted(const Maps& maps) {
     throw SingularMatrix("scale: expected scales that are not zero, found a zero");
   const Tensor back = maps.indices->argsort(int64_t{-1});
   return {maps.matrices.gather(-1, back).reciprocal(), maps.offsets, maps.log_dets, back};
-}
-
-Tensor net_output(const Step& step, const Net& net, const Tensor& state, const Optional& cond, Tensors* kept) {
-  const Tensor x1 = read_by(step, state);
-  if (kept != nullptr || step.net->chunks.empty()) return net.forward(x1, cond, kept);
-  Tensor all;
-  for (const Chunk& chunk : step.net->chunks_for(state)) {
-    const Optional beside = cond ? Optional(chunk.inputs(*cond)) : cond;
-    const Tensor part = chunk.crop(net.forward(chunk.inputs(x1), beside, nullptr));
-    if (!all.defined()) {
-      std::vector<int64_t> shape = x1.sizes().vec();
-      shape[1] = part.size(1);
-      all = at::empty(shape, part.options(), part.suggest_memory_format());
-    }
-    chunk.outputs(all).copy_(part);
-  }
-  return all;
 }
 
 // Over the steps: of couplings (N,) each, of maps (K,) times how often they are applied.

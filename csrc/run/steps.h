@@ -1,6 +1,7 @@
 // One step's kernels with its tensors, as forward and backward call them.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "bindings/ops.h"
@@ -34,5 +35,35 @@ inline Tensor read_by(const Step& step, const Tensor& state) { return state.narr
 
 // A net's output, in chunks where its form says so; `kept`: whole, with what its backward needs.
 Tensor net_output(const Step& step, const Net& net, const Tensor& state, const Optional& cond, Tensors* kept);
+
+// A tensor that chunks give part by part; nothing is copied if there is one.
+class Gathered {
+ public:
+  explicit Gathered(const Tensor& like) : like_(like) {}
+  void put(const Chunk* chunk, const Tensor& part) {
+    if (chunk == nullptr) {
+      value_ = part;
+      return;
+    }
+    if (!value_.defined()) value_ = at::empty_like(like_);
+    chunk->outputs(value_).copy_(part);
+  }
+  Tensor get() { return std::move(value_); }
+
+ private:
+  const Tensor& like_;
+  Tensor value_;
+};
+
+inline Tensor outputs(const Chunk* chunk, const Tensor& y) { return chunk == nullptr ? y : chunk->outputs(y); }
+inline Tensor per_sample(const Chunk* chunk, const Tensor& values) {
+  return chunk == nullptr ? values : chunk->per_sample(values);
+}
+
+// Says what the gradient of a chunk's net output is.
+using Consume = std::function<Tensor(const Tensor& net_out, const Chunk* chunk)>;
+// The gradients of a net that is cut into chunks, which run again.
+NetGradients net_gradients(const Step& step, const Net& net, const Tensor& state, const Optional& cond, bool wants_cond,
+                           const Wanted& wanted, const Consume& consume);
 
 }  // namespace pyglow::run
