@@ -39,6 +39,7 @@ def build_info() -> dict[str, str]:
     return {} if module is None else module.build_info()
 
 
+@functools.cache
 def require() -> ModuleType:
     """The compiled module; where there is none, an ImportError that says why and how to build it."""
     module, why = _load()

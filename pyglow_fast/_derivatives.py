@@ -78,12 +78,15 @@ def _of_each_row(
     Kernels know nothing of vmap, and a backward that decides by values cannot go through it. Second, the saved tensors,
     which are read once: hooks of torch.utils.checkpoint, which may run a forward here, allow no more.
     """
-    grad = None
+    found: list[Any] = []
     if not torch.compiler.is_compiling():
-        grad = next((grad for grad in grads if grad is not None and _is_batched(grad)), None)
-    if grad is None:
+        found = [
+            grad for grad in grads if grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad))
+        ]
+    if not found:
         saved = ctx.saved_tensors
         return backward(ctx, saved, *grads), saved
+    grad = found[0]
     add: Callable[..., Tensor] = _add_batch_dim
     remove: Callable[..., Tensor] = _remove_batch_dim
     outside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -108,10 +111,6 @@ def _of_each_row(
             _rows.now = before
         stacked = [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
     return tuple(None if part is None else add(part, 0, level) for part in stacked), saved
-
-
-def _is_batched(grad: Tensor) -> bool:
-    return is_legacy_batchedtensor(grad) or is_batchedtensor(grad)
 
 
 def differentiable_once(backward: Backward) -> Backward:

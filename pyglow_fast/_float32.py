@@ -60,6 +60,11 @@ def rounds(operation: str, x: Tensor) -> bool:
     return x.dtype == torch.float32 and _setting(operation, device_of(x)) in (TF32, "bf16")
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether torch.autocast is enabled for a type of device, which may be one that it does not know."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def has_tf32(x: Tensor) -> bool:
     """Whether x is on a GPU that rounds it to TF32 where the settings say so."""
     return x.dtype == torch.float32 and backend_of(device_of(x)) == "cuda"

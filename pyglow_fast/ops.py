@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast import _backend
 from pyglow_fast._dry import device_of
 from pyglow_fast._errors import expect
-from pyglow_fast._tracing import kernels_step_aside
+from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.reference import (
     ACTIVATIONS,
     COUPLINGS,
@@ -348,3 +348,10 @@ def _chain_arguments(spec: ChainSpec) -> ChainArguments:
 
 
 _known_chain_arguments = functools.cache(_chain_arguments)
+
+
+def is_runnable(x: Tensor) -> bool:
+    """Tells whether csrc/run may compute on x: kernels exist for x, and nothing watches the calls."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or is_watched():
+        return False
+    return run_on(x) and torch._C._len_torch_dispatch_stack() == 0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyglow_fast import _float32
 from pyglow_fast._errors import SingularMatrixError, can_read, expect
-from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
+from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS, autocast_is_on
 
 COUPLINGS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
@@ -49,11 +49,6 @@ def full_product(a: Tensor, b: Tensor) -> Tensor:
         if _float32.rounds(PRODUCTS, a):
             return (a.double() @ b.double()).to(a.dtype)
         return a @ b
-
-
-def autocast_is_on(device_type: str) -> bool:
-    """Whether torch.autocast is enabled for a type of device, which may be one that it does not know."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class CouplingSpec(NamedTuple):

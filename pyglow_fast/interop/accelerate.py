@@ -12,10 +12,11 @@ from pyglow_fast._errors import expect
 from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
 from pyglow_fast.interop.libraries import LIBRARIES
 from pyglow_fast.interop.probe import difference
-from pyglow_fast.interop.runs import Joined, JoinedList, Place, Reasons, Run, places_of, row_of
-from pyglow_fast.interop.table import Couples, Library, Net, Row, is_ready
+from pyglow_fast.interop.runs import Joined, JoinedLayers, JoinedList, Place, Reasons, places_of, row_of
+from pyglow_fast.interop.table import Library, Net, Row, is_ready
 from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.nets.traits import is_altered
+from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.setting import MEMORY_MODES, parse_memory
 
 JOINS_ONLY = "its own forward is as fast; with a memory mode it is joined with its neighbours"
@@ -53,7 +54,7 @@ class Acceleration:
     joined: dict[str, str] = field(default_factory=dict)
     _adopted: list[nn.Module] = field(default_factory=list)
     _containers: list[Joined] = field(default_factory=list)
-    _runs: list[Run] = field(default_factory=list)
+    _runs: list[JoinedLayers] = field(default_factory=list)
     _set: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -196,10 +197,9 @@ def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[s
     """Name the nets of an adopted layer that run as they are, and why."""
     found = {}
     for part in row.parts(module, False):
-        if isinstance(part, Couples) and isinstance(net := part.wrapped(), Net) and part.net in names:
-            known = net.known()
-            if isinstance(known, str):
-                found[names[part.net]] = f"its net runs as it is: {known}"
+        net = part.net if isinstance(part, NetCoupling) else None
+        if isinstance(net, Net) and net.net in names and isinstance(known := net.known(), str):
+            found[names[net.net]] = f"its net runs as it is: {known}"
     return found
 
 
@@ -214,9 +214,9 @@ def _no_row(module: nn.Module, library: Library) -> str:
     return f"{own.__qualname__}, a subclass of {bases[0].__qualname__}: what it changes is not known"
 
 
-def _price(runs: Sequence[Run], memory: str) -> str:
+def _price(runs: Sequence[JoinedLayers], memory: str) -> str:
     """Say in the report what recomputation costs where the library runs the nets of a run."""
-    nets_of = (part.wrapped() for run in runs for part in run.parts() if isinstance(part, Couples))
+    nets_of = (part.net for run in runs for part in run.parts() if isinstance(part, NetCoupling))
     own = any(isinstance(net, Net) and isinstance(net.known(), str) for net in nets_of)
     own = own or any(run.rows[0].run is not None for run in runs)
     return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
@@ -226,12 +226,12 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
     """Join the layers of a library, in all containers of a model, and report those that are in no run."""
     if library.one_by_one:
         for name, module in done.model.named_modules():
-            if module in done._adopted and module._pgf_row in library.rows and "_pgf_run" not in vars(module):
+            if module in done._adopted and module._pgf_row in library.rows and "_pgf_joined" not in vars(module):
                 row = module._pgf_row
-                if row.run is None and not any(isinstance(part, Couples) for part in row.parts(module, False)):
+                if row.run is None and not any(isinstance(part, NetCoupling) for part in row.parts(module, False)):
                     continue  # there is nothing to keep
-                done._runs.append(Run([module], [row], memory, budget))
-                vars(module)["_pgf_run"] = done._runs[-1]
+                done._runs.append(JoinedLayers([module], [row], memory, budget))
+                vars(module)["_pgf_joined"] = done._runs[-1]
                 done.joined[name] = f"one step, memory {memory!r}{_price(done._runs[-1:], memory)}"
         return
     reasons: Reasons = {}
@@ -247,7 +247,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
                 modes = {place.run.memory for place in container.places if isinstance(place, Place)}
                 reasons |= dict.fromkeys(container.modules(), f"joined before, memory {', '.join(sorted(modes))}")
             continue
-        found = library.joins(container, library, memory, budget)
+        found = library.join_graph(container, library, memory, budget)
         if found is not None:
             seen |= set(container.children())
         else:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
-from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, by_class, is_set, read_once
+from pyglow_fast.interop.table import Call, Library, Net, Part, Row, by_class, is_set, read_once, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
@@ -87,15 +88,17 @@ def _unfit(block: Any) -> str:
     return f"{bad[0]} {getattr(affine, bad[0])}: expected a number above 0" if bad else ""
 
 
-def _couples(block: Any) -> Couples:
+def _coupling(block: Any) -> NetCoupling:
     affine, half = block.flows[2].flows[1], block.flows[1].num_channels // 2
     s_cap, t_cap = affine.s_cap or 0.0, affine.t_cap or 0.0
     if not affine.scale:
-        return Couples(affine.param_map, CouplingSpec("additive"), half, half, Outputs(False, (-1.0, -1.0)))
-    if affine.scale_map == "sigmoid":
-        return Couples(affine.param_map, CouplingSpec(), half, half, Outputs(True, (-1.0, 1.0), (t_cap, s_cap)))
-    spec = CouplingSpec(scale_map="tanh", clamp=float(s_cap)) if s_cap else CouplingSpec(scale_map="exp")
-    return Couples(affine.param_map, spec, half, half, Outputs(True, (-1.0, -1.0), (t_cap, 0.0)))
+        spec, outputs = CouplingSpec("additive"), Outputs(False, (-1.0, -1.0))
+    elif affine.scale_map == "sigmoid":
+        spec, outputs = CouplingSpec(), Outputs(True, (-1.0, 1.0), (t_cap, s_cap))
+    else:
+        spec = CouplingSpec(scale_map="tanh", clamp=float(s_cap)) if s_cap else CouplingSpec(scale_map="exp")
+        outputs = Outputs(True, (-1.0, -1.0), (t_cap, 0.0))
+    return NetCoupling(wrapped(block, Net, affine.param_map, outputs), spec, half, half)
 
 
 def _log_scale(actnorm: Any) -> Tensor:
@@ -123,7 +126,7 @@ def _parts(block: Any, inverse: bool) -> list[Part]:
         if inverse:  # W^-1 (z exp(B) + t') is M^-1 z + W^-1 t'
             matrix = functional.invert_matrix(own.matrix)
             own = ChannelMap(matrix, -full_product(matrix, own.offset), -log_det)
-    return [_couples(block), own]
+    return [_coupling(block), Map.of(own)]
 
 
 @torch.no_grad()

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._captures import made_once
-from pyglow_fast.interop.known_net import Layer
-from pyglow_fast.interop.table import Call, Couples, Library, Net, Part, Row
+from pyglow_fast.interop.known_net import KnownNet, Layer
+from pyglow_fast.interop.table import Call, Library, Net, Part, Row, wrapped
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
@@ -80,9 +81,10 @@ def _couplings(step: Any) -> list[Part]:
         return []
     if kind == WITH_FEATURES:
         own, spec = step.affine, CouplingSpec("affine", eps=float(step.affine.affine_eps))
-        injector = Couples(own.fFeatures, spec, 0, 2 * half, IN_TURN, wrap=OwnNet)
-        return [injector, Couples(own.fAffine, spec, half, half, IN_TURN, wrap=OwnNet)]
-    return [Couples(step.f, CouplingSpec(kind), half, half, IN_TURN if kind == "affine" else None, wrap=OwnNet)]
+        injector = NetCoupling(wrapped(step, OwnNet, own.fFeatures, IN_TURN), spec, 0, 2 * half)
+        return [injector, NetCoupling(wrapped(step, OwnNet, own.fAffine, IN_TURN), spec, half, half)]
+    net = wrapped(step, OwnNet, step.f, IN_TURN if kind == "affine" else None)
+    return [NetCoupling(net, CouplingSpec(kind), half, half)]
 
 
 @made_once(REMEMBERED)
@@ -113,7 +115,7 @@ def _channel_map(step: Any, inverse: bool) -> ChannelMap:
 
 
 def _parts(step: Any, inverse: bool) -> list[Part]:
-    return [_channel_map(step, inverse), *_couplings(step)]
+    return [Map.of(_channel_map(step, inverse)), *_couplings(step)]
 
 
 def _called(
@@ -141,7 +143,8 @@ def _called(
 def _nets_pay(parts: Sequence[Part]) -> bool:
     """Whether products are faster than the library's convolutions: those with more than one tap are wide to narrow."""
     for part in parts:
-        known = OwnNet(part).known() if isinstance(part, Couples) else None
+        net: Any = part.net if isinstance(part, NetCoupling) else None
+        known: KnownNet | str | None = None if net is None else net.known()
         if isinstance(known, str):
             return False
         wide = [layer for layer in known.layers if max(layer.kernel_size) > 1] if known is not None else []

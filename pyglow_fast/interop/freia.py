@@ -34,18 +34,20 @@ from pyglow_fast._errors import expect
 from pyglow_fast.interop.graphs import joined_graph
 from pyglow_fast.interop.table import (
     Call,
-    Couples,
     Library,
+    Net,
     Part,
     Row,
     UnfitError,
     by_class,
     one_hot_order,
     read_once,
+    wrapped,
 )
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, n_positions
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 FEW_POSITIONS = 8  # for samples of fewer the kernels, made for images, are slower: they walk along positions
 DENSE_FROM = 128  # channels from which, on the CPU, a product with a soft R costs more than all else but the net
@@ -186,23 +188,25 @@ def _reflected(block: Any) -> Tensor:
     return w
 
 
-def _permutation(block: Any, name: str, reflected: Tensor | None) -> ChannelMap:
+def _permutation(block: Any, name: str, reflected: Tensor | None) -> Map:
     """R ("w_perm") or its inverse ("w_perm_inv"): a gather where it is hard and not learned."""
     nothing = ChannelMap.nothing(block.global_offset.flatten())
     if reflected is not None:
-        return nothing._replace(matrix=reflected if name == "w_perm" else reflected.T, source=None)
+        return Map.of(nothing._replace(matrix=reflected if name == "w_perm" else reflected.T, source=None))
     kept = getattr(block, name)
     order = kept if kept.dim() == 1 else None
     if order is None and not kept.requires_grad:
         order = read_once(block, name, kept.flatten(1), one_hot_order)
-    return nothing._replace(matrix=kept.flatten(1), source=None) if order is None else nothing._replace(source=order)
+    if order is None:
+        return Map.of(nothing._replace(matrix=kept.flatten(1), source=None))
+    return Map.of(nothing._replace(source=order))
 
 
 def _block_parts(block: Any, inverse: bool, divides: bool) -> list[Part]:
     spec, gain = clamped(block.clamp, torch.tanh, block.GIN, divides)
     kept, changed = block.splits
     order = ShiftThenRaw(changed, SUBNET_GAIN, SUBNET_GAIN * gain)
-    couples = Couples(block.subnet, spec, kept, changed, order, whole=bool(block.GIN))
+    coupling = NetCoupling(wrapped(block, Net, block.subnet, order, bool(block.GIN)), spec, kept, changed)
     with full_precision(block.global_scale):
         scale = torch.ones_like(block.global_scale) if block.GIN else block.global_scale_activation(block.global_scale)
         scale, offset = scale.flatten(), block.global_offset.flatten()
@@ -212,7 +216,7 @@ def _block_parts(block: Any, inverse: bool, divides: bool) -> list[Part]:
         affine = ChannelMap(1.0 / scale, -offset / scale, -log_det, channels)
     reflected = _reflected(block) if block.householder else None
     to_latents, to_data = ("w_perm_inv", "w_perm") if inverse else ("w_perm", "w_perm_inv")
-    own: list[Part] = [couples, affine, _permutation(block, to_latents, reflected)]
+    own: list[Part] = [coupling, Map.of(affine), _permutation(block, to_latents, reflected)]
     return [_permutation(block, to_data, reflected), *own] if block.reverse_pre_permute else own
 
 
@@ -273,12 +277,12 @@ def _two_sided(layer: Any, inverse: bool) -> list[Part]:
     places = torch.arange(first + second, device=next(layer.parameters()).device)
     like = next(layer.parameters()).new_zeros(first + second)
 
-    def swap(count: int) -> ChannelMap:
-        return ChannelMap.nothing(like)._replace(source=places.roll(-count))
+    def swap(count: int) -> Map:
+        return Map.of(ChannelMap.nothing(like)._replace(source=places.roll(-count)))
 
     spec, gain = clamped(layer.clamp, layer.f_clamp)
-    one = Couples(layer.subnet2, spec, second, first, ShiftThenRaw(first, 1.0, gain))
-    other = Couples(layer.subnet1, spec, first, second, ShiftThenRaw(second, 1.0, gain))
+    one = NetCoupling(wrapped(layer, Net, layer.subnet2, ShiftThenRaw(first, 1.0, gain)), spec, second, first)
+    other = NetCoupling(wrapped(layer, Net, layer.subnet1, ShiftThenRaw(second, 1.0, gain)), spec, first, second)
     before, between = (second, first) if inverse else (first, second)
     return [swap(before), one, swap(between), other]
 
@@ -286,7 +290,8 @@ def _two_sided(layer: Any, inverse: bool) -> list[Part]:
 def _one_sided(layer: Any, inverse: bool) -> list[Part]:
     spec, gain = clamped(layer.clamp, layer.f_clamp)
     kept, changed = _split(layer)
-    return [Couples(layer.subnet, spec, kept, changed, ShiftThenRaw(changed, 1.0, gain))]
+    net = wrapped(layer, Net, layer.subnet, ShiftThenRaw(changed, 1.0, gain))
+    return [NetCoupling(net, spec, kept, changed)]
 
 
 def _coupling_example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
@@ -316,5 +321,5 @@ LIBRARY = Library(
     homes=("FrEIA.modules",),
     containers=("InvertibleModule", "SequenceINN", "GraphINN", "ReversibleGraphNet", "ReversibleSequential"),
     condition=lambda owner, index: (getattr(owner, "conditions", None) or [None] * (index + 1))[index],
-    joins=joined_graph,
+    join_graph=joined_graph,
 )

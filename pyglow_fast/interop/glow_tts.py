@@ -23,11 +23,12 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read
-from pyglow_fast.interop.table import Call, Couples, GroupMap, Library, Part, Row
+from pyglow_fast.interop.table import Call, Library, Part, Row, grouped, wrapped
 from pyglow_fast.layers.wavenet import Conv, WaveNetParts, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.nets.masks import MaskedNet
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
@@ -152,29 +153,30 @@ class BlockNet(nn.Module):
         return run_wavenet(WaveNetParts(dilated, mixing, *ends), x, cond, mask, self.dropout)
 
 
-def _masked(couples: Couples) -> nn.Module:
-    return MaskedNet(BlockNet(couples.net))
+def _masked(block: nn.Module) -> nn.Module:
+    return MaskedNet(BlockNet(block))
 
 
 def _coupling_parts(block: Any, inverse: bool) -> list[Part]:
     spec, half = CouplingSpec("affine", "exp", order="scale_shift"), block.start.in_channels
     if getattr(block, "sigmoid_scale", False):
         spec = CouplingSpec("affine", "sigmoid", bias=2.0, eps=SIGMOID_EPS, order="scale_shift")
-    return [Couples(block, spec, half, half, wrap=_masked)]
+    return [NetCoupling(wrapped(block, _masked, block), spec, half, half)]
 
 
 def _conv_parts(conv: Any, inverse: bool) -> list[Part]:
     log_det = functional.log_abs_det(conv.weight)
     if not inverse:
-        return [GroupMap(conv.weight, log_det)]
+        return [grouped(conv.weight, log_det)]
     # A stored inverse is a constant, as theirs.
-    return [GroupMap(functional.invert_matrix(conv.weight) if conv.weight_inv is None else conv.weight_inv, -log_det)]
+    return [grouped(functional.invert_matrix(conv.weight) if conv.weight_inv is None else conv.weight_inv, -log_det)]
 
 
 def _actnorm_parts(actnorm: Any, inverse: bool) -> list[Part]:
     logs, bias = actnorm.logs.flatten(), actnorm.bias.flatten()
     scale, places = (-logs if inverse else logs).exp(), torch.arange(len(logs), device=logs.device)
-    return [ChannelMap(scale, -bias * scale if inverse else bias, (-logs if inverse else logs).sum(), places)]
+    offset = -bias * scale if inverse else bias
+    return [Map.of(ChannelMap(scale, offset, (-logs if inverse else logs).sum(), places))]
 
 
 def _called(
@@ -195,7 +197,7 @@ def _net_called(net: Any, x: Tensor, x_mask: Tensor | None = None, g: Tensor | N
     return call._replace(give=lambda out, _: out, mask=None if x_mask is None else call.mask)
 
 
-def _run_net(net: Any, call: Call, parts: Sequence[Part], run: Any) -> tuple[Tensor, Tensor]:
+def _run_net(net: Any, call: Call, joined: Any) -> tuple[Tensor, Tensor]:
     return BlockNet(net)(call.x, call.cond, call.mask), call.x.new_zeros(len(call.x))
 
 

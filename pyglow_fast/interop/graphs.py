@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from pyglow_fast.interop.known_net import qualified
-from pyglow_fast.interop.runs import Joined, Reasons, Run, places_of
+from pyglow_fast.interop.runs import Joined, JoinedLayers, Reasons, places_of
 from pyglow_fast.interop.table import Library
 
 _OF_NODES = ("node_list", "in_nodes", "condition_nodes", "out_nodes")  # of a graph
@@ -56,7 +56,7 @@ def _blank(theirs: Any) -> Any:
 
 def joined_graph(
     graph: Any, library: Library, memory: str, budget: str | int
-) -> tuple[list[Any], list[Run], Reasons] | None:
+) -> tuple[list[Any], list[JoinedLayers], Reasons] | None:
     """Join the runs of a graph in place: its runs, and why other modules are in none; None of what is no graph."""
     if not hasattr(graph, "node_list") or isinstance(graph, Joined):
         return None

@@ -11,7 +11,6 @@ Reference: Kolesnikov et al. 2024, Jet: a modern transformer-based normalizing f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast.interop.adoption import recomputed_later
-from pyglow_fast.interop.runs import Run, unrepeatable
-from pyglow_fast.interop.table import Call, Library, Part, Row
+from pyglow_fast.interop.runs import JoinedLayers, unrepeatable
+from pyglow_fast.interop.table import Call, Library, Row
 from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.nets.traits import bytes_per_position
 
@@ -44,13 +43,13 @@ def _called(layer: nn.Module, x: Tensor, *rest: Any, **named: Any) -> Call:
     return Call(x, False, lambda z, log_det: (z, log_det), rest=(rest, named))
 
 
-def _recomputed(layer: Any, call: Call, parts: Sequence[Part], run: Run | None) -> tuple[Tensor, Tensor]:
+def _recomputed(layer: Any, call: Call, joined: JoinedLayers | None) -> tuple[Tensor, Tensor]:
     """The layer's own forward, again in the backward, with as many samples at a time as the budget holds."""
     rest, named = call.rest
     x, channels, count = call.x, call.x.shape[-1], len(call.x)
-    if run is not None and named.get("context") is None:  # which is of all samples
+    if joined is not None and named.get("context") is None:  # which is of all samples
         each = bytes_per_position(layer.dnn, channels, x.element_size()) * x[0].numel() // channels
-        count = max(1, budget_bytes(run.budget, x.device.type) // each)
+        count = max(1, budget_bytes(joined.budget, x.device.type) // each)
     own = partial(layer._pgf_theirs.forward, layer)
     chunks = [recomputed_later(layer, own, chunk, *rest, **named) for chunk in x.split(count)]
     return torch.cat([z for z, _ in chunks]), torch.cat([log_det for _, log_det in chunks])

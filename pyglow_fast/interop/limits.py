@@ -6,13 +6,15 @@ most (|u| + |shift|) max(s, 1) of the largest magnitudes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pyglow_fast.interop.table import Call, UnfitError
 from pyglow_fast.reference import CouplingSpec, scale_and_log
+from pyglow_fast.runs.description import Run
+from pyglow_fast.runs.steps import magnitude
 
 LARGEST_RAW = 700.0  # whose exp float64 holds; that of a larger one is beyond any limit
 
@@ -21,39 +23,33 @@ class BeyondLimitError(UnfitError):
     """Raised where a state may be beyond the limit of the layers that a call is for."""
 
 
-def magnitude(x: Tensor) -> Tensor:
-    """The largest |x|, a scalar; NaN if one is."""
-    least, most = torch.aminmax(x.detach())
-    return torch.maximum(most, -least)
-
-
-def note(seen: list[Tensor], spec: CouplingSpec, x: Tensor, net_out: Tensor) -> None:
-    """Add the largest magnitudes of a coupling's state, shift and raw scale, (1, 3), as csrc/run notes them."""
-    parts = [x, *net_out.chunk(2, 1)] if spec.coupling == "affine" else [x, net_out, x.new_zeros(1)]
-    seen.append(torch.stack([magnitude(part).to(x.dtype) for part in parts]).unsqueeze(0))
-
-
-def check(limit: Tensor, specs: Sequence[CouplingSpec], call: Call, seen: Sequence[Tensor], end: Tensor) -> None:
-    """Hold all states of a call against a limit, a scalar. The host reads once.
+def within(
+    limit: Tensor | None, run: Run, call: Call, compute: Callable[[Run], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Compute compute(run), a call's state and log_det, and hold all its states against a limit. The host reads once.
 
     Args:
-        limit: of the layers.
-        specs: of their couplings.
+        limit: of the layers, a scalar; None: they have none.
+        run: of the layers.
         call: of the layers.
-        seen: the largest magnitudes of the couplings in the order of the call, (K, 3) of one or more each.
-        end: what the call gives.
+        compute: runs it, as it is given.
 
     Raises:
         BeyondLimitError: a state may be beyond the limit, or NaN.
     """
+    if limit is None:
+        return compute(run)
+    seen: list[Tensor] = []
+    end, log_det = compute(run._replace(watch=seen.append))
     ends = torch.stack([limit.to(end.dtype), magnitude(call.x), magnitude(end)])
     most, *bounds = torch.cat([ends, *(numbers.flatten() for numbers in seen)]).tolist()
     states, shifts, raws = (bounds[i::3] for i in (2, 3, 4))
-    bounds = bounds[:2]
-    for spec, state, shift, raw in zip(reversed(specs) if call.inverse else specs, states, shifts, raws, strict=True):
+    bounds, specs = bounds[:2], [coupling.spec for coupling in run.couplings][:: -1 if call.inverse else 1]
+    for spec, state, shift, raw in zip(specs, states, shifts, raws, strict=True):
         bounds.append((state + shift) * max(_most_scale(spec, call.inverse, raw), 1.0))
     if not all(bound < most for bound in bounds):  # NaN is not
         raise BeyondLimitError(f"values beyond {most:g}, which its own layers may bound")
+    return end, log_det
 
 
 def _most_scale(spec: CouplingSpec, inverse: bool, raw: float) -> float:

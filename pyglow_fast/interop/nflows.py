@@ -24,16 +24,17 @@ from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.table import (
     Call,
     CalledWithContext,
-    Couples,
     Library,
     Part,
     Row,
     by_class,
     pays_for_images,
     read_once,
+    wrapped,
 )
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
@@ -60,7 +61,7 @@ def _calls(width: Callable[[Any], int], dims: Sequence[int] = (2, 4)) -> dict[st
     def called(inverse: bool, layer: Any, inputs: Tensor, context: Tensor | None = None) -> Call | None:
         fits = isinstance(inputs, Tensor) and inputs.dim() in dims and inputs.shape[1] == width(layer)
         give = lambda z, log_det: (z, log_det.contiguous())  # noqa: E731  # whoever gets it may add to it in place
-        return Call(inputs, inverse, give, context, joins=context is None) if fits else None
+        return Call(inputs, inverse, give, context, joinable=context is None) if fits else None
 
     return {"forward": partial(called, False), "inverse": partial(called, True)}
 
@@ -81,8 +82,8 @@ def _norm(layer: Any, inverse: bool) -> list[Part]:
     scale, log_det = layer.log_scale.exp(), layer.log_scale.sum()
     places = torch.arange(len(scale), device=scale.device)
     if inverse:
-        return [ChannelMap(1.0 / scale, -layer.shift / scale, -log_det, places)]
-    return [ChannelMap(scale, layer.shift, log_det, places)]
+        return [Map.of(ChannelMap(1.0 / scale, -layer.shift / scale, -log_det, places))]
+    return [Map.of(ChannelMap(scale, layer.shift, log_det, places))]
 
 
 def _norm_flags(layer: Any) -> list[Tensor]:
@@ -111,9 +112,9 @@ def _conv(layer: Any, inverse: bool) -> list[Part]:
     with full_precision(like):  # of the permuted channels
         matrix = full_product(lower, layer.upper_diag.diag().index_put(above, layer.upper_entries))
     if not inverse:
-        return [ChannelMap(matrix.index_select(1, order), layer.bias, log_det)]
+        return [Map.of(ChannelMap(matrix.index_select(1, order), layer.bias, log_det))]
     matrix = functional.invert_matrix(matrix).index_select(0, order)
-    return [ChannelMap(matrix, -full_product(matrix, layer.bias), -log_det)]
+    return [Map.of(ChannelMap(matrix, -full_product(matrix, layer.bias), -log_det))]
 
 
 # Permutation, which has no dtype of its own: a run brings its map into that of the state
@@ -121,7 +122,7 @@ def _conv(layer: Any, inverse: bool) -> list[Part]:
 
 def _permutation(layer: Any, inverse: bool) -> list[Part]:
     order = layer._permutation.argsort() if inverse else layer._permutation
-    return [ChannelMap.nothing(torch.ones(len(order), device=order.device))._replace(source=order)]
+    return [Map.of(ChannelMap.nothing(torch.ones(len(order), device=order.device))._replace(source=order))]
 
 
 # Couplings
@@ -140,15 +141,16 @@ def _counts_from(start: int, features: Tensor) -> bool:
 
 def _coupling(layer: Any, inverse: bool, spec: Callable[[Any], CouplingSpec]) -> list[Part]:
     kept, changed = layer.identity_features, layer.transform_features
-    couples = Couples(layer.transform_net, spec(layer), len(kept), len(changed), wrap=CalledWithContext)
+    net = wrapped(layer, CalledWithContext, layer.transform_net)
+    coupling = NetCoupling(net, spec(layer), len(kept), len(changed))
     in_order = read_once(layer, "identity_features", kept, partial(_counts_from, 0))
     if in_order and read_once(layer, "transform_features", changed, partial(_counts_from, len(kept))):
-        return [couples]
+        return [coupling]
     order = torch.cat([kept, changed])
     dtype = next((parameter.dtype for parameter in layer.parameters()), None)
     first = ChannelMap.nothing(order.new_ones(len(order), dtype=dtype or torch.get_default_dtype()))
-    there, back = first._replace(source=order), first._replace(source=order.argsort())
-    return [back, couples, there] if inverse else [there, couples, back]
+    there, back = (Map.of(first._replace(source=source)) for source in (order, order.argsort()))
+    return [back, coupling, there] if inverse else [there, coupling, back]
 
 
 def _affine(layer: Any) -> CouplingSpec:

@@ -21,7 +21,6 @@ from pyglow_fast._tracing import is_watched
 from pyglow_fast.interop.known_net import LOG_MAPS, qualified
 from pyglow_fast.interop.table import (
     Call,
-    Couples,
     Library,
     Net,
     Part,
@@ -32,10 +31,12 @@ from pyglow_fast.interop.table import (
     pays_for_images,
     read_once,
     untouched,
+    wrapped,
 )
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
@@ -87,13 +88,13 @@ def _coupling_unfit(block: Any) -> str:
     return "" if modes == {"channel"} else f"a coupling that splits by {', '.join(sorted(modes))}"
 
 
-def _couples(block: Any, channels: int) -> Couples:
-    affine = block.flows[1]
+def _coupling(block: Any) -> NetCoupling:
+    affine, channels = block.flows[0].flows[1], block.flows[1].num_channels
     if affine.scale and affine.scale_map not in _MAPS:
         raise UnfitError(f"an unknown scale map {affine.scale_map!r}")
     spec, outputs = _MAPS[affine.scale_map] if affine.scale else _ADDITIVE
     kept = (channels + 1) // 2
-    return Couples(affine.param_map, spec, kept, channels - kept, outputs, wrap=ConvNet)
+    return NetCoupling(wrapped(block, ConvNet, affine.param_map, outputs), spec, kept, channels - kept)
 
 
 def _called(inverse: bool, block: Any, z: Tensor) -> Call | None:
@@ -131,7 +132,7 @@ def _inside(block: Any) -> list[nn.Module]:
     return [coupling, *others, *coupling.flows] if hasattr(coupling, "flows") else [coupling, *others]
 
 
-def _map(block: Any, inverse: bool) -> ChannelMap:
+def _map(block: Any, inverse: bool) -> Map:
     """u = M x + c with M = W diag(exp(-s)), c = -M t; inverse: x = diag(exp(s)) W^-1 u + t."""
     _, conv, norm = block.flows
     s, t = norm.s.flatten(), norm.t.flatten()
@@ -142,13 +143,13 @@ def _map(block: Any, inverse: bool) -> ChannelMap:
             weight, log_det = conv.W, functional.log_abs_det(conv.W)
         log_det = log_det - s.sum()
         if inverse:
-            return ChannelMap(functional.invert_matrix(weight) * s.exp().unsqueeze(1), t, -log_det)
+            return Map.of(ChannelMap(functional.invert_matrix(weight) * s.exp().unsqueeze(1), t, -log_det))
         matrix = weight * (-s).exp()
-        return ChannelMap(matrix, -full_product(matrix, t), log_det)
+        return Map.of(ChannelMap(matrix, -full_product(matrix, t), log_det))
 
 
 def _parts(block: Any, inverse: bool) -> list[Part]:
-    return [_map(block, inverse), _couples(block.flows[0], block.flows[1].num_channels)]
+    return [_map(block, inverse), _coupling(block)]
 
 
 def _net_actnorm(module: Any, dims: int) -> tuple[Tensor, Tensor] | None:

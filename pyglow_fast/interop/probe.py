@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast.interop.adoption import adopted_class
-from pyglow_fast.interop.table import EXACT, Couples, Net, Row, UnfitError
+from pyglow_fast.interop.table import EXACT, Net, Row, UnfitError
+from pyglow_fast.runs.description import NetCoupling
 
 MOVED = 0.3  # standard deviation of a copy's parameters
 _HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
 _INNER = frozenset(vars(nn.Module()))
 # What FrEIA's forward may set, its weights of now, and what ours notes of flags.
-_BY_FORWARD = ("w_perm", "w_perm_inv", "last_jac", "_pgf_seen")
+_BY_FORWARD = ("w_perm", "w_perm_inv", "last_jac", "_pgf_seen", "_pgf_nets")
 
 # For each class, by row and configuration of a layer, why ours is not what it computes, or nothing.
 _known: weakref.WeakKeyDictionary[type, dict[Any, tuple[str, int]]] = weakref.WeakKeyDictionary()
@@ -166,8 +167,8 @@ def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
     memo: dict[int, Any] = {}
     kept: list[Any] = []  # what is in the memo by its id stays alive
     for part in row.parts(layer, False):
-        if isinstance(part, Couples) and _has_stub(part):
-            memo[id(part.net)] = Stub(part.width)
+        if isinstance(part, NetCoupling) and (net := _recognisable(part)) is not None:
+            memo[id(net)] = Stub(part.outputs)
     for module in layer.modules():
         for name in _HOOKS:
             kept.append(getattr(module, name))
@@ -187,10 +188,10 @@ def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
     return twin
 
 
-def _has_stub(part: Couples) -> bool:
-    """Whether a coupling's net is recognised by its own structure, and needs no probe."""
-    net = part.wrapped()
-    return isinstance(net, Net) and net.layer_of is Net.layer_of
+def _recognisable(coupling: NetCoupling) -> nn.Module | None:
+    """The library's net of a coupling, if it is recognised by its own structure, and needs no probe."""
+    net = coupling.net
+    return net.net if isinstance(net, Net) and net.layer_of is Net.layer_of else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -217,8 +218,8 @@ def _configuration(row: Row, layer: nn.Module) -> Any:
     try:
         inside: set[nn.Module] = set()
         for part in row.parts(layer, False):
-            if isinstance(part, Couples) and _has_stub(part):
-                inside |= set(part.net.modules())
+            if isinstance(part, NetCoupling) and (net := _recognisable(part)) is not None:
+                inside |= set(net.modules())
         return row.name, tuple(_settings(module) for module in layer.modules() if module not in inside)
     except Exception:  # whatever a class that we do not know may raise
         return None

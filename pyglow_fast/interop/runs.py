@@ -8,25 +8,22 @@ a net replaced), waits for data, or a call is none for the run, they are called 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.interop.adoption import Adopted, recomputed_later, run_parts, understood, with_mask
-from pyglow_fast.interop.limits import BeyondLimitError, check, note
+from pyglow_fast.interop.adoption import Adopted, called, recomputed_later, run_alone, understood
+from pyglow_fast.interop.limits import BeyondLimitError, within
 from pyglow_fast.interop.probe import difference
-from pyglow_fast.interop.table import Call, Couples, Library, Part, Row, UnfitError, is_ready, spread, untouched
-from pyglow_fast.layers import AffineInjector, Coupling
-from pyglow_fast.layers.described import described, is_runnable
-from pyglow_fast.layers.flow_step import after, recomputed, stack_maps
+from pyglow_fast.interop.table import GROUPED, Call, Library, Part, Row, UnfitError, is_ready, untouched
 from pyglow_fast.nets.masks import run_masked
 from pyglow_fast.nets.traits import is_altered
-from pyglow_fast.runs import DriftControl, run_steps
-from pyglow_fast.runs.run import GIVEN, Fold, Maps, folded_maps, run_plain, run_recorded
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.runs import DriftControl, choice
+from pyglow_fast.runs.description import NetCoupling, Run
+from pyglow_fast.runs.maps import Map
 
 Reasons = dict[nn.Module, str]  # why a layer is in no run
 ALONE = "no layer of its width next to it"
@@ -62,49 +59,41 @@ def unrepeatable(net: nn.Module, memory: str) -> str:
     return ""
 
 
-def learns(part: Couples, x: Tensor) -> bool:
+def learns(coupling: NetCoupling, x: Tensor) -> bool:
     """Whether the scale map of a coupling holds what is to get a gradient."""
-    scale_map = part.spec.scale_map
-    return callable(scale_map) and scale_map(x.detach()[:1, -part.changed :])[1].requires_grad
+    scale_map = coupling.spec.scale_map
+    return callable(scale_map) and scale_map(x.detach()[:1, -coupling.changed :])[1].requires_grad
 
 
-def check_halves(part: Couples) -> None:
+def check_halves(coupling: NetCoupling) -> None:
     """Refuse a coupling that does not halve the channels, as those of a run do.
 
     Raises:
         UnfitError: it does not.
     """
-    channels = part.kept + part.changed
-    if part.kept not in (0, part.changed):
+    kept, channels = coupling.kept, coupling.kept + coupling.changed
+    if kept not in (0, coupling.changed):
         odd = f"an odd number of channels, {channels}"
-        raise UnfitError(odd if channels % 2 else f"a mask that keeps {part.kept} of {channels} channels")
+        raise UnfitError(odd if channels % 2 else f"a mask that keeps {kept} of {channels} channels")
 
 
-def parts_of(layer: nn.Module, row: Row, inverse: bool = False) -> Sequence[Part]:
-    """What a layer of a run holds now.
+def check_readable(layer: nn.Module, row: Row) -> None:
+    """Refuse a layer that is to be called itself.
 
     Raises:
-        UnfitError: the layer is to be called itself.
+        UnfitError: it is.
     """
     if is_altered(layer) or not untouched(row.inside(layer)):
         raise UnfitError("hooks on it, or a forward of its own")
     if reason := row.unfit(layer):
         raise UnfitError(reason)
-    return row.parts(layer, inverse)
 
 
-def _like(part: Part, x: Tensor) -> Part:
-    """A map in the dtype of a state: that of a layer without parameters has another."""
-    if not isinstance(part, ChannelMap) or part.offset.dtype == x.dtype:
-        return part
-    return ChannelMap(part.matrix.to(x.dtype), part.offset.to(x.dtype), part.log_det.to(x.dtype), part.source)
+class JoinedLayers:
+    """Layers that follow one another as one run; see ReversibleSequence for the memory modes.
 
-
-class Run:
-    """Layers that follow one another as one chain; see ReversibleSequence for the memory modes.
-
-    The run has no parameters of its own: they belong to the layers, and gradients go to them. Where memory is to be
-    saved, the layers' maps are computed again in the backward.
+    The parameters belong to the layers, and gradients go to them. Where memory is to be saved, the layers' maps are
+    computed again in the backward.
 
     Args:
         layers: in the direction of data to latents.
@@ -118,9 +107,8 @@ class Run:
 
     def __init__(self, layers: Sequence[nn.Module], rows: Sequence[Row], memory: str, budget: str | int) -> None:
         self.layers, self.rows, self.memory, self.budget = list(layers), list(rows), memory, budget
-        self._coupled: list[tuple[Couples, Coupling]] = []
-        self._couplings([part for part in self.parts() if isinstance(part, Couples)])
-        self.control = DriftControl(max(1, len(self._coupled)), "auto", None, False)
+        self._count = sum(isinstance(part, NetCoupling) for part in self.parts())
+        self.control = DriftControl(max(1, self._count), "auto", None, False)
         self.beyond = 0
         self._shape: Sequence[int] = ()  # of the states of the last call
 
@@ -130,16 +118,12 @@ class Run:
         return torch.is_grad_enabled() and self.memory != "store"
 
     def parts(self, inverse: bool = False) -> list[Part]:
-        """What the layers hold now, in the direction of data to latents; see :func:`parts_of`.
-
-        Raises:
-            UnfitError: a layer is to be called itself.
-        """
+        """What the layers hold now, in the direction of data to latents."""
 
         def read(layer: nn.Module, row: Row) -> Sequence[Part]:
             if not self.spares:
-                return parts_of(layer, row, inverse)
-            found: Sequence[Part] = recomputed_later(layer, parts_of, layer, row, inverse, only_reads=True)
+                return row.parts(layer, inverse)
+            found: Sequence[Part] = recomputed_later(layer, row.parts, layer, inverse, only_reads=True)
             return found
 
         return [part for layer, row in zip(self.layers, self.rows, strict=True) for part in read(layer, row)]
@@ -152,15 +136,33 @@ class Run:
         """
         if not all(map(is_ready, self.rows, self.layers)):
             raise UnfitError("it waits for data")
+        for layer, row in zip(self.layers, self.rows, strict=True):
+            check_readable(layer, row)
+        return self.run(call)
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Run the layers, which are ready and as their classes say."""
         limit = self._limit()
         if limit is not None and call.inverse and self.spares:
             raise UnfitError("nets that would keep what they need for a backward")
-        parts = [_like(part, call.x) for part in self.parts(call.inverse)]
-        self._shape = call.x.shape
-        try:
+        run, budget = called(self.parts(call.inverse), call), self.budget
+        self._check(run, call)
+        if self.spares and not call.inverse and budget == "auto" and call.x.dim() == VOLUMES:
+            budget = MOST_STATES * call.x.nbytes
+        self._shape, whole = call.x.shape, self.memory == "store"
+
+        def compute(run: Run) -> tuple[Tensor, Tensor]:
             if call.inverse:
-                return self._in_turn(parts, with_mask(call), limit)
-            return self._chain(parts, call, limit)
+                way = partial(choice.inverse, run, budget=budget, whole=whole)
+            else:
+                way = partial(choice.forward, run, mode=self.memory, budget=budget, control=self.control, whole=whole)
+            if call.mask is None:
+                return way(call.x, call.cond)
+            specs = [coupling.spec for coupling in run.couplings]
+            return run_masked(way, call.x, call.cond, call.mask, specs, call.inverse)
+
+        try:
+            return within(limit, run, call, compute)
         except BeyondLimitError:
             self.beyond += 1
             raise
@@ -170,67 +172,15 @@ class Run:
         known = [limit for limit in limits if limit is not None]
         return torch.stack(known).amin() if known else None
 
-    def _chain(self, parts: Sequence[Part], call: Call, limit: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, cond = call.x, call.cond
-        between, couples, last = _arranged(parts, x)
-        couplings, specs = self._couplings(couples), [part.spec for part in couples]
-        given = [x, *(tensor for own in between for tensor in own[:3]), *([] if cond is None else [cond])]
-        given += [parameter for coupling in couplings for parameter in coupling.net.parameters()]
-        records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        mode, maps, budget = self.memory if records else "store", _maps_of(between), self.budget
-        if mode != "store":
-            for part in couples:
-                if reason := unrepeatable(part.net, mode):
-                    raise UnfitError(reason)  # put on a net since it was joined
-                if learns(part, x):
+    def _check(self, run: Run, call: Call) -> None:
+        """Refuse what has been put into a layer since it was joined."""
+        for coupling in run.couplings:
+            check_halves(coupling)
+            if self.spares and not call.inverse:
+                if reason := unrepeatable(coupling.net, self.memory):
+                    raise UnfitError(reason)
+                if learns(coupling, call.x):
                     raise UnfitError("a scale map that learns, which a run that recomputes gives no gradient")
-            if budget == "auto" and x.dim() == VOLUMES:
-                budget = MOST_STATES * x.nbytes
-        seen: list[Tensor] = []
-        plain = cond is None and call.mask is None and is_runnable(x)
-        steps = described(couplings, maps, x, None, False, budget) if plain else None
-        if steps is not None:
-            steps = steps._replace(watch=None if limit is None else seen.append)
-            recorded = partial(run_recorded, steps, mode, self.control, x)
-            z, log_det = recorded() if records else run_plain(steps, x, None, False, folded_maps(steps))
-        elif mode == "store":
-            return self._in_turn(parts, with_mask(call), limit)
-        else:
-            again = recomputed(couplings, budget, call.mask is not None)
-            if limit is not None:
-                for step in again:
-                    step.watch = partial(note, seen, step.spec)
-            run = partial(run_steps, again, self.control if mode == "reversible" else None, maps=maps)
-            z, log_det = run(x, cond) if call.mask is None else run_masked(run, x, cond, call.mask, specs)
-        if last is not None:
-            z, gained = run_parts([last], with_mask(call._replace(x=z)))
-            log_det = log_det + gained
-        if limit is not None:
-            check(limit, specs, call, seen, z)
-        return z, log_det
-
-    def _couplings(self, couples: Sequence[Couples]) -> list[Coupling]:
-        """Our couplings with these nets: those of the call before where nothing has changed."""
-        for i, own in enumerate(couples):
-            if i < len(self._coupled) and self._coupled[i][0] == own:
-                continue
-            check_halves(own)
-            net = own.wrapped()
-            made = Coupling(net, *own.spec) if own.kept else AffineInjector(own.changed, net=net, spec=own.spec)
-            self._coupled[i : i + 1] = [(own, made)]
-        return [made for _, made in self._coupled[: len(couples)]]
-
-    def _in_turn(self, parts: Sequence[Part], call: Call, limit: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run one part after another, as autograd records them; without a record nets run in chunks."""
-        couples = [part for part in parts if isinstance(part, Couples)]
-        couplings = dict(zip(couples, self._couplings(couples), strict=True))
-        whole = torch.is_grad_enabled() or is_watched() or self.memory == "store"
-
-        def run_net(part: Couples, x: Tensor, cond: Tensor | None) -> Tensor:
-            coupling, kept = couplings[part], x[:, : part.kept]
-            return coupling.run_net(kept, cond) if whole else coupling.runner(self.budget).run(kept, cond)
-
-        return run_parts(parts, call, run_net, limit)
 
     def alone(self, layer: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call one of the layers by itself; where memory is to be saved, of one with a limit only the input is kept."""
@@ -249,7 +199,7 @@ class Run:
         Of layers with a limit, also how many calls went beyond it, and how well each can be inverted: the condition
         numbers of their maps and, after a call, the errors of round trips.
         """
-        steps = max(len(self._coupled), int(self.rows[0].run is not None))
+        steps = max(self._count, int(self.rows[0].run is not None))
         found = {"memory": self.memory, "steps": steps, **self.control.report()}
         return found if self._limit() is None else found | {"beyond_limit": self.beyond, **self._health()}
 
@@ -266,37 +216,16 @@ class Run:
         conditions, errors = [], []
         for layer, row in zip(self.layers, self.rows, strict=True):
             there, back = (row.parts(layer, inverse) for inverse in (False, True))
-            whole = reduce(after, (part for part in there if isinstance(part, ChannelMap)))
-            conditions.append(float(torch.linalg.cond(whole.as_product().matrix.double())))
+            maps = Run((), (), [part for part in there if isinstance(part, Map)])
+            conditions.append(float(torch.linalg.cond(choice.folded(maps).as_product().matrix.double())))
             if self._shape:
-                z, _ = run_parts(there, Call(state, False, lambda x, _: x))
-                x, _ = run_parts(back, Call(z, True, lambda x, _: x))
+                call = Call(state, False, lambda x, _: x)
+                z, _ = run_alone(called(there, call), call)
+                call = call._replace(x=z, inverse=True)
+                x, _ = run_alone(called(back, call), call)
                 errors.append(float((x - state).abs().max() / state.abs().max()))
                 state = z
         return {"conditions": conditions, "round_trips": errors}
-
-
-def _arranged(parts: Sequence[Part], x: Tensor) -> tuple[list[ChannelMap], list[Couples], ChannelMap | None]:
-    """The map before each coupling, the couplings, and what is behind the last."""
-    nothing = ChannelMap.nothing(x.new_zeros(x.shape[1]))
-    maps: list[ChannelMap] = []
-    couples: list[Couples] = []
-    waiting: ChannelMap | None = None
-    for part in spread(parts, x.shape[1]):
-        if isinstance(part, Couples):
-            maps, couples, waiting = [*maps, nothing if waiting is None else waiting], [*couples, part], None
-        else:
-            waiting = part if waiting is None else after(waiting, part)
-    return maps, couples, waiting
-
-
-def _maps_of(between: Sequence[ChannelMap]) -> Maps:
-    """The maps before couplings; those of a node are stacked when it is made, so that others wait for no gradient."""
-
-    def of(first: int, end: int) -> tuple[Sequence[Tensor], Fold]:
-        return [part for part in stack_maps(between[first:end]) if part is not None], GIVEN
-
-    return Maps(range(1, len(between) + 1), max(own.matrix.nbytes for own in between), of)
 
 
 class Place:
@@ -313,7 +242,7 @@ class Place:
     """
 
     def __init__(
-        self, layer: nn.Module, row: Row, run: Run, layers: Sequence[nn.Module] | None, from_latents: bool
+        self, layer: nn.Module, row: Row, run: JoinedLayers, layers: Sequence[nn.Module] | None, from_latents: bool
     ) -> None:
         vars(self).update(layer=layer, row=row, run=run, layers=layers, from_latents=from_latents)
 
@@ -334,19 +263,21 @@ class Place:
         setattr(self.layer, name, value)
 
     def _through(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        read = self.row.calls[method](self.layer, *args, **kwargs)
-        if self.layers is None:
-            if read is None:
-                return args[0], 0
-            return read.give(read.x, read.x.new_zeros(read.x.shape[0]))  # by len(x) an export would fix N
-        call = None if is_watched() else understood(self.row, self.layer, method, args, kwargs, self.run.spares)
-        if call is not None and call.joins:
+        call = None
+        if self.layers is not None and not is_watched():
+            call = understood(self.row, self.layer, method, args, kwargs, self.run.spares)
+        if call is not None and call.joinable:
             try:
                 return call.give(*self.run(call))
             except UnfitError:  # before anything was computed but maps
                 pass
-        if read is not None:
-            backwards = read.inverse != self.from_latents
+        call = call or self.row.calls[method](self.layer, *args, **kwargs)
+        if self.layers is None:
+            if call is None:
+                return args[0], 0
+            return call.give(call.x, call.x.new_zeros(call.x.shape[0]))  # by len(x) an export would fix N
+        if call is not None:
+            backwards = call.inverse != self.from_latents
         else:  # not a call for ours, such as of few positions; the libraries name the way back by one of these
             backwards = method == "inverse" or bool(kwargs.get("rev", kwargs.get("reverse")))
         state, total = args[0], None
@@ -410,17 +341,18 @@ def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, 
     """
     if row is None:
         raise UnfitError("it was left as it was")
-    parts = parts_of(layer, row)
-    couples = [part for part in parts if isinstance(part, Couples)]
-    for part in couples:
-        check_halves(part)
-        if reason := unrepeatable(part.net, memory):
+    check_readable(layer, row)
+    parts = row.parts(layer, False)
+    couplings = [part for part in parts if isinstance(part, NetCoupling)]
+    for coupling in couplings:
+        check_halves(coupling)
+        if reason := unrepeatable(coupling.net, memory):
             raise UnfitError(reason)
     if not parts:
         raise UnfitError("it has no map of channels and no coupling")
-    maps = [part for part in parts if isinstance(part, ChannelMap)]
-    widths = [*(part.kept + part.changed for part in couples), *(len(part.offset) for part in maps), None]
-    return widths[0], len(couples)
+    offsets = [part.tensors[1] for part in parts if isinstance(part, Map) and part.kind != GROUPED]
+    widths = [*(coupling.kept + coupling.changed for coupling in couplings), *map(len, offsets), None]
+    return widths[0], len(couplings)
 
 
 def places_of(
@@ -430,7 +362,7 @@ def places_of(
     memory: str,
     budget: str | int,
     follows: Callable[[int], bool] = lambda i: True,
-) -> tuple[list[Any], list[Run], Reasons]:
+) -> tuple[list[Any], list[JoinedLayers], Reasons]:
     """Join neighbours that have the same width and condition: what stands in the places of the layers.
 
     Args:
@@ -458,14 +390,14 @@ def places_of(
         else:
             stretches.append([i])
     places: list[Any] = list(layers)
-    runs: list[Run] = []
+    runs: list[JoinedLayers] = []
     turn = -1 if library.from_latents else 1
     for stretch in stretches:
         own = [layers[i] for i in stretch]
         if len(own) == 1 or sum(keys[i][1] for i in stretch) < 2:
             reasons |= dict.fromkeys(own, ALONE)
             continue
-        runs.append(Run(own[::turn], [cast(Row, rows[i]) for i in stretch][::turn], memory, budget))
+        runs.append(JoinedLayers(own[::turn], [cast(Row, rows[i]) for i in stretch][::turn], memory, budget))
         for i in stretch:
             given = own if i == stretch[0] else None
             places[i] = Place(layers[i], cast(Row, rows[i]), runs[-1], given, library.from_latents)

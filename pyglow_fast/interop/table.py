@@ -31,8 +31,9 @@ from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.nets import traits
 from pyglow_fast.nets.chain import Chain, Outputs
 from pyglow_fast.nets.traits import is_altered
-from pyglow_fast.reference import CouplingSpec, full_precision
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.reference import full_precision
+from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 FEW_VALUES = 1 << 14  # of a batch, see pays_for_images
 EXACT = torch.float64, 1e-9  # precision and relative tolerance of a probe
@@ -43,59 +44,31 @@ class UnfitError(Exception):
     """Raised where a layer holds something that no step of ours has; the message is the reason, for the report."""
 
 
-class Couples(NamedTuple):
-    """A coupling: the first channels, ``kept``, decide by a net how the others, ``changed``, are shifted and scaled.
+Part = Map | NetCoupling
+GROUPED = "grouped"  # a kind of Map that only rows give, see grouped
 
-    Attributes:
-        net: the library's own module.
-        spec: how it shifts and scales.
-        kept, changed: how many channels.
-        order: brings the net's output into the order of spec: all shifts, then all raw scales.
-        whole: a sample is not to be cut into strips.
-        wrap: makes the net of ours of this, where the library's is not called by channels alone (and :class:`Net`
-            runs it): a class, or another function that can be imported.
+
+def grouped(weight: Tensor, log_det: Tensor) -> Map:
+    """A map of each group of channels, z_g = W x_g, by one matrix (C / n, C / n) for all; log_det is log|det W|.
+
+    How many channels there are is the state's, see :func:`fitted`. The groups are Glow-TTS's: half of the channels of a
+    group are of the first half of all.
     """
-
-    net: nn.Module
-    spec: CouplingSpec
-    kept: int
-    changed: int
-    order: OrderOf | None = None
-    whole: bool = False
-    wrap: Callable[[Any], nn.Module] | None = None  # Net where it is None
-
-    def wrapped(self) -> nn.Module:
-        """The net of a :class:`pyglow_fast.Coupling` of this: ours around the library's."""
-        return Net(self) if self.wrap is None else self.wrap(self)
-
-    @property
-    def width(self) -> int:
-        """How many channels the net gives."""
-        return self.changed if self.spec.coupling == "additive" else 2 * self.changed
+    return Map(GROUPED, (weight, log_det))
 
 
-class GroupMap(NamedTuple):
-    """A map of each group of channels, z_g = W x_g, by one matrix (C / n, C / n) for all; how many there are is x's.
-
-    The groups are Glow-TTS's: half of the channels of a group are of the first half of all. ``log_det`` is log|det W|.
-    """
-
-    weight: Tensor
-    log_det: Tensor
-
-    def spread(self, channels: int) -> ChannelMap:
-        """The map of all channels."""
-        with full_precision(self.weight):
-            matrix = spread_over_groups(self.weight, channels)
-            return ChannelMap(matrix, matrix.new_zeros(channels), self.log_det * (channels // len(self.weight)))
-
-
-Part = ChannelMap | GroupMap | Couples
-
-
-def spread(parts: Sequence[Part], channels: int) -> list[ChannelMap | Couples]:
-    """The parts, with those of groups spread over all channels."""
-    return [part.spread(channels) if isinstance(part, GroupMap) else part for part in parts]
+def fitted(part: Part, x: Tensor) -> Part:
+    """The part as a run of x has it: maps of all channels, in x's dtype. A layer without parameters has another."""
+    if isinstance(part, NetCoupling):
+        return part
+    if part.kind == GROUPED:
+        weight, log_det = part.tensors
+        with full_precision(weight):
+            matrix, count = spread_over_groups(weight, x.shape[1]), x.shape[1] // len(weight)
+            return Map.of(ChannelMap(matrix, matrix.new_zeros(x.shape[1]), log_det * count))
+    if part.tensors[1].dtype == x.dtype:
+        return part
+    return Map(part.kind, [tensor.to(x.dtype) if tensor.is_floating_point() else tensor for tensor in part.tensors])
 
 
 class Call(NamedTuple):
@@ -107,7 +80,7 @@ class Call(NamedTuple):
         give: makes what the layer returns of the new state and the log-det (N,).
         cond: of the nets, (N, C_c, *spatial).
         mask: (N, 1, T); the state is zero where it is.
-        joins: a run of several layers takes such a call.
+        joinable: a run of several layers takes such a call.
         rest: what else the layer is called with, for its row's ``run``.
     """
 
@@ -116,7 +89,7 @@ class Call(NamedTuple):
     give: Callable[[Tensor, Tensor], Any]
     cond: Tensor | None = None
     mask: Tensor | None = None
-    joins: bool = True
+    joinable: bool = True
     rest: Any = None
 
 
@@ -147,8 +120,8 @@ class Row:
             limits.py; None where it puts none.
         inside: the modules of a layer, besides its nets, whose forward is no longer called.
         adopts: its forward is replaced; else it is a part of runs only.
-        run: (layer, call, parts, a Run or None) -> z, log_det, of what is no chain of maps and couplings; with a Run,
-            which is of this layer alone, as its memory mode says. None: see run_parts.
+        run: (layer, call, JoinedLayers or None) -> z, log_det, of what is no chain of maps and couplings; with the
+            former, which are this layer alone, as its memory mode says. None: its parts run.
         inverts_in: in what precision the layer itself inverts matrices, and the relative tolerance of a probe there.
     """
 
@@ -166,7 +139,7 @@ class Row:
     limit: Callable[[Any], Tensor | None] = lambda layer: None
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
     adopts: bool = True
-    run: Callable[[Any, Call, Sequence[Part], Any], tuple[Tensor, Tensor]] | None = None
+    run: Callable[[Any, Call, Any], tuple[Tensor, Tensor]] | None = None
     inverts_in: tuple[torch.dtype, float] = EXACT
 
 
@@ -182,8 +155,8 @@ class Library:
         from_latents: its lists of layers go from latents to data.
         condition: (owner of a list, index) -> what besides the width neighbours in a run must agree in.
         while_joined: attributes that an owner of joined lists has until this is undone.
-        joins: (container, library, memory, budget) -> what joins a container that is no list, such as a graph, in
-            place: see graphs.py; None of another module.
+        join_graph: (container, library, memory, budget) -> what was joined in a container that is no list, in place,
+            see graphs.py; None of another module.
         keeps: why the layers in a list of this owner are not joined.
         one_by_one: its models call layers in loops of their own, so each is a run for itself.
     """
@@ -195,7 +168,7 @@ class Library:
     from_latents: bool = False
     condition: Callable[[nn.Module, int], Any] = lambda owner, index: None
     while_joined: Callable[[nn.Module], Mapping[str, Any]] = lambda owner: {}
-    joins: Callable[..., Any] = lambda container, library, memory, budget: None
+    join_graph: Callable[..., Any] = lambda container, library, memory, budget: None
     keeps: Callable[[nn.Module], str] = _nothing
     one_by_one: bool = False
 
@@ -210,13 +183,32 @@ def untouched(modules: Sequence[nn.Module]) -> bool:
     return not any(is_altered(module) or "inverse" in vars(module) for module in modules)
 
 
+def wrapped(layer: nn.Module, make: Callable[..., nn.Module], net: nn.Module, *options: Any) -> nn.Module:
+    """Make the net of a coupling, make(net, *options), of a library's net.
+
+    An adopted layer keeps it for the next call with the same: a net that is run again within a CUDA graph is known by
+    what it did before.
+    """
+    if is_traced() or "_pgf_row" not in vars(type(layer)):
+        return make(net, *options)
+    key = make, net, *options
+    kept: list[tuple[tuple[Any, ...], nn.Module]] = vars(layer).setdefault("_pgf_nets", [])
+    for known, own in kept:
+        if known == key:
+            return own
+    kept[:] = [*kept[-1:], (key, make(net, *options))]  # no layer has more than two
+    return kept[-1][1]
+
+
 class Net(nn.Module):
     """A library's net as the net of a coupling of ours: (N, kept, *spatial), cond -> shift, then raw scale.
 
     The condition is read beside the kept channels, as one tensor.
 
     Args:
-        couples: the coupling.
+        net: the library's own module.
+        order: brings its output into the order of the coupling: all shifts, then all raw scales.
+        whole: a sample is not to be cut into strips.
 
     Attributes:
         layer_of: see :func:`pyglow_fast.interop.nets.recognised`. A net whose layers are of other classes than torch's
@@ -226,9 +218,9 @@ class Net(nn.Module):
     cond_channels = 0
     layer_of = staticmethod(nets.of_torch)
 
-    def __init__(self, couples: Couples) -> None:
+    def __init__(self, net: nn.Module, order: OrderOf | None = None, whole: bool = False) -> None:
         super().__init__()
-        self.net, self.order, self.whole_samples = couples.net, couples.order, couples.whole
+        self.net, self.order, self.whole_samples = net, order, whole
 
     def known(self) -> KnownNet | str:
         """The net as the executor takes it, or why it runs as it is."""
@@ -248,12 +240,6 @@ class Net(nn.Module):
             return Chain(tensors, powers, known.spec, outputs)
         tensors[-2:] = [outputs(tensor, 0) for tensor in tensors[-2:]]
         return Chain(tensors, powers, known.spec)
-
-    @property
-    def in_channels(self) -> int | None:
-        """The channels that a net which is recognised reads; None of another."""
-        known = self.known()
-        return None if isinstance(known, str) else known.in_channels
 
     @property
     def halo(self) -> int | None:

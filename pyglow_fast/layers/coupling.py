@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import Range
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.nets.checkerboard import Checkerboard
-from pyglow_fast.nets.net_runner import NetRunner
 from pyglow_fast.nets.precision import check_precision
 from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec, factor_fits
+from pyglow_fast.runs.description import NetCoupling, Run
+from pyglow_fast.runs.python import in_turn
 
 MASKS = ("channels", "checkerboard")
 MAX_CLAMP = 80.0  # log s of the tanh and atan maps stays below it, and exp(80) is finite in float32
@@ -144,76 +144,68 @@ class Coupling(FlowLayer):
         """The mask's name: "channels" or "checkerboard"."""
         return MASKS[self.board is not None]
 
-    def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x with its kept and its transformed part as halves of the channels, and cond as runs of the net take it."""
-        return (x, cond) if self.board is None else self.board.enter(x, cond)
+    def part(self, channels: int) -> NetCoupling:
+        """The coupling as a run has it, of states of so many channels; with a checkerboard of halved ones."""
+        net: Any = self._modules["net"]  # and not by attribute, which costs a multiple
+        return NetCoupling(net, self.spec, channels // 2, channels // 2, self._precision, self.board)
 
-    def leave(self, y: Tensor) -> Tensor:
-        """Undo :meth:`enter`: put the halves of the channels back where x has them."""
-        return y if self.board is None else self.board.leave(y)
-
-    def kept_half(self, x: Tensor) -> Tensor:
-        """The half of the channels (of what :meth:`enter` gives) that the coupling leaves as they are."""
-        if self.board is None:  # which would have made the halves
-            expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
-            expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
-            halves = x.shape[1] >= 2 and x.shape[1] % 2 == 0
-            expect(halves, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}")
-        return x[:, : x.shape[1] // 2]
+    def _alone(self, x: Tensor) -> Run:
+        """A run of this coupling for x."""
+        expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
+        expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
+        if self.board is not None:
+            return Run.of([self.part(2 * x.shape[1])])
+        halves = x.shape[1] >= 2 and x.shape[1] % 2 == 0
+        expect(halves, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}")
+        return Run.of([self.part(x.shape[1])])
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""
-        x, cond = self.enter(x, cond)
-        x, cond = self._net_inputs(self.kept_half(x), cond)
+        inputs = self._net_inputs(x, cond)
         if isinstance(self.net, CouplingNet):
-            self.net.check_inputs(x, cond)
+            self.net.check_inputs(*inputs)
 
-    def _net_inputs(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What the net is called with."""
-        kept, cond = self.runner(None).inputs(kept, cond)
-        return (kept, cond) if self.board is None else self.board.net_inputs(kept, cond)
-
-    def runner(self, budget: str | int | None) -> NetRunner:
-        """What runs the net, in chunks whose activations fit a budget of bytes."""
-        width = 2 if self.spec.coupling == "affine" else 1
-        return NetRunner(self.net, width, budget, self.precision, self.board)
-
-    def run_net(self, kept: Tensor, cond: Tensor | None, budget: str | int | None = None) -> Tensor:
-        """Run the net on the kept half, the same before and after the coupling, and check the shape of its output.
-
-        With a budget of bytes, or "auto", it runs in chunks and without a record.
-        """
-        return self.runner(budget).run(kept, cond)
+    def _net_inputs(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the net is called with for x."""
+        (own,) = self._alone(x).couplings
+        if self.board is None:
+            return own.inputs(x, cond)
+        x, cond = self.board.enter(x, cond)
+        return self.board.net_inputs(*own.inputs(x, cond))
 
     @property
-    def fresh_net(self) -> CouplingNet | None:
-        """The net, if an ActNorm in it still waits for data."""
-        net = self._modules["net"]
-        return net if isinstance(net, CouplingNet) and not net.is_initialized else None
-
-    def run_net_forward(self, kept: Tensor, cond: Tensor | None, budget: str | int | None = None) -> Tensor:
-        """Run the net in the forward direction; in training its fresh ActNorms are initialised first."""
-        if self.training and (net := self.fresh_net) is not None:
-            net.initialize(*self._net_inputs(kept, cond))
-        return self.run_net(kept, cond, budget)
+    def is_initialized(self) -> bool:
+        """Whether nothing in the net waits for data."""
+        net: Any = self._modules["net"]
+        if type(net) is CouplingNet:
+            return net.is_initialized  # of these all is known, without a look into each module
+        return all(getattr(module, "is_initialized", True) for module in net.modules())
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map x to y, with the sum of log s over each sample."""
-        x, cond = self.enter(x, cond)
-        y, log_det = functional.coupling(x, self.run_net_forward(self.kept_half(x), cond), self.spec)
-        return self.leave(y), log_det
+        """Map x to y, with the sum of log s over each sample; in training its net's fresh ActNorms see x first."""
+        if self.training:
+            self._initialize_net(x, cond)
+        return self._through(x, cond)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map y back to x, with minus the log-det of the forward direction."""
-        z, cond = self.enter(z, cond)
-        x, log_det = functional.coupling_inverse(z, self.run_net(self.kept_half(z), cond), self.spec)
-        return self.leave(x), log_det
+        return self._through(z, cond, inverse=True)
+
+    def _through(self, x: Tensor, cond: Tensor | None, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        run = self._alone(x)
+        if self.board is None:
+            return in_turn(run, x, cond, inverse=inverse)
+        x, log_det = in_turn(run, *self.board.enter(x, cond), inverse=inverse)
+        return self.board.leave(x), log_det
+
+    def _initialize_net(self, x: Tensor, cond: Tensor | None) -> None:
+        net = self._modules["net"]
+        if isinstance(net, CouplingNet) and not net.is_initialized:
+            net.initialize(*self._net_inputs(x, cond))
 
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Initialise the net's ActNorms from x if that has not happened yet, and return y."""
-        if (net := self.fresh_net) is not None:
-            halves, halved_cond = self.enter(x, cond)
-            net.initialize(*self._net_inputs(self.kept_half(halves), halved_cond))
+        self._initialize_net(x, cond)
         return super().initialize(x, cond)
 
     def extra_repr(self) -> str:

@@ -13,8 +13,10 @@ from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
 from pyglow_fast.nets.chain import Chain
 from pyglow_fast.nets.net_shape import NetShape
-from pyglow_fast.nets.traits import has_hooks
+from pyglow_fast.nets.traits import any_altered
 from pyglow_fast.reference import COUPLING_NETS
+
+_NORMS = frozenset({nn.Identity, ActNorm})
 
 
 def conv_for(dims: int) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:
@@ -95,23 +97,22 @@ class CouplingNet(NetShape):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
-        if not super().is_plain:
+        if type(self) is not CouplingNet or torch.nn.modules.module._has_any_global_hook():
             return False
-        for part in self._modules.values():
-            if part is not None and (has_hooks(part) or "parametrizations" in part._modules):
-                return False
-        return True
+        return not any_altered((self, *self._modules.values()))
 
     @property
     def has_own_norms(self) -> bool:
         """Whether the net still has the norms that it was made with."""
-        return all(type(self._modules[name]) in (nn.Identity, ActNorm) for name in ("norm1", "norm2"))
+        return type(self._modules["norm1"]) in _NORMS and type(self._modules["norm2"]) in _NORMS
 
     @property
     def is_initialized(self) -> bool:
         """Whether there is no hidden ActNorm, or a norm put in its place, that still waits for data."""
-        norms: list[Any] = [self._modules["norm1"], self._modules["norm2"]]
-        return all(type(norm) is nn.Identity or getattr(norm, "is_initialized", True) for norm in norms)
+        for norm in (self._modules["norm1"], self._modules["norm2"]):
+            if type(norm) is not nn.Identity and not getattr(norm, "is_initialized", True):
+                return False
+        return True
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> None:

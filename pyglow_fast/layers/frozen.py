@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import cast
 
 import torch
@@ -13,14 +14,13 @@ from pyglow_fast._errors import check_input, expect
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.described import folded_steps
-from pyglow_fast.layers.flow_step import couplings_of, unstack_maps
-from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.nets.chain import Chain
 from pyglow_fast.nets.net_shape import NetShape
 from pyglow_fast.reference import COUPLING_NETS
-from pyglow_fast.runs.run import given_maps_of
-from pyglow_fast.runs.steps import ChannelMap
+from pyglow_fast.runs import choice
+from pyglow_fast.runs.description import Part, Run
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
 MAPS, INVERSES = ("matrices", "offsets", "log_dets", "indices"), ("inverses", "offsets", "log_dets", "inverse_indices")
@@ -100,7 +100,8 @@ class FrozenSteps(FlowLayer):
         expect(ready, "steps", "initialised actnorms (a training forward, or initialize)", "fresh ones")
         self.channels, self.memory_budget = own[0].channels, steps.memory_budget
         with torch.no_grad():
-            maps = folded_steps(own)
+            run = Run.of(part for step in own for part in step.parts())
+            maps = choice.folded(run)
             inverses, back = maps.inverse()
             self.register_buffer("matrices", maps.matrix)
             self.register_buffer("offsets", maps.offset)
@@ -108,7 +109,7 @@ class FrozenSteps(FlowLayer):
             self.register_buffer("inverses", inverses)
             self.register_buffer("indices", maps.source)  # None, and not saved, where the maps are matrices
             self.register_buffer("inverse_indices", back)
-        self.couplings = nn.ModuleList(map(_frozen, couplings_of(own)))
+        self.couplings = nn.ModuleList(_frozen(coupling) for step in own for coupling in step.couplings)
         self.requires_grad_(False)
         self.eval()
 
@@ -117,41 +118,35 @@ class FrozenSteps(FlowLayer):
         """A tensor that has the dtype and device of the steps."""
         return self.get_buffer("offsets")
 
-    def _stacked(self, names: Sequence[str], first: int = 0, end: int | None = None) -> list[Tensor]:
-        """Buffers of the maps first .. end - 1."""
+    def _stacked(self, names: Sequence[str], end: int | None = None) -> list[Tensor]:
+        """Buffers of the maps, or of those before the couplings alone, up to ``end``."""
         found = [self._buffers[name] for name in names]
-        return [buffer[first:end] for buffer in found if buffer is not None]
-
-    def _behind(self) -> ChannelMap | None:
-        """The map behind the last coupling, if there is one."""
-        count = len(self.couplings)
-        return None if len(self.like) == count else unstack_maps(ChannelMap(*self._stacked(MAPS, count)))[0]
+        return [buffer[:end] for buffer in found if buffer is not None]
 
     def _run(self) -> Run:
-        couplings = cast("list[Coupling]", list(self.couplings))
-        return Run(
-            couplings,
-            lambda _: given_maps_of(self._stacked(MAPS, 0, len(couplings))),
-            lambda: ChannelMap(*self._stacked(MAPS)),
-            self._behind,
-            self.memory_budget,
-        )
+        parts: list[Part] = []
+        maps = zip(*(buffer.unbind() for buffer in self._stacked(MAPS)), strict=True)
+        for own, coupling in zip_longest(maps, cast("list[Coupling]", list(self.couplings))):
+            parts.append(Map.of(ChannelMap(*own)))
+            if coupling is not None:
+                parts.append(coupling.part(self.like.shape[1]))
+        return Run.of(parts)._replace(halved=True)
 
-    def _records(self, x: Tensor, cond: Tensor | None) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return any(part is not None and part.requires_grad for part in (x, cond, *self.buffers()))
+    def _made(self, name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        if name == choice.KNOWN:
+            return self._stacked(INVERSES)
+        return self._stacked(MAPS if name == choice.MAPS else INVERSES, len(self.couplings))
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
         if not squeeze_first:
             check_input("x", x, self.channels, self.like)
-        return self._run().forward(x, cond, squeeze_first, records=self._records(x, cond))
+        return choice.forward(self._run(), x, cond, squeeze_first, budget=self.memory_budget, made=self._made)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.like)
-        return self._run().inverse(z, cond, self._records(z, cond), self._stacked(INVERSES))
+        return choice.inverse(self._run(), z, cond, budget=self.memory_budget, made=self._made)
 
     def train(self, mode: bool = True) -> FrozenSteps:
         """Do nothing: frozen steps stay in evaluation mode."""

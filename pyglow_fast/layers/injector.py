@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, check_input
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.nets.net_runner import NetRunner
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.runs.description import NetCoupling, Run
 
 _SIGMOID = CouplingSpec()
 
@@ -71,14 +73,14 @@ class AffineInjector(Coupling):
         super().__init__(net, *spec._replace(coupling="affine"), precision)
         self.channels = channels
 
-    def kept_half(self, x: Tensor) -> Tensor:
-        """Give no channel of x: an empty tensor (N, 0, *spatial)."""
-        check_input("x", x, self.channels)
-        return x[:, :0]
+    def part(self, channels: int) -> NetCoupling:
+        """The injector as a run has it: a coupling that keeps no channel."""
+        net: Any = self._modules["net"]  # and not by attribute, which costs a multiple
+        return NetCoupling(net, self.spec, 0, channels, self._precision)
 
-    def runner(self, budget: str | int | None) -> NetRunner:
-        """What runs the net, in chunks whose activations fit a budget of bytes."""
-        return NetRunner(self.net, 2 * self.channels, budget, self.precision, injects=True)
+    def _alone(self, x: Tensor) -> Run:
+        check_input("x", x, self.channels)
+        return Run.of([self.part(self.channels)])
 
     def extra_repr(self) -> str:
         """Show channels and scale map in the repr."""

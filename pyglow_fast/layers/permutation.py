@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,7 @@ from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.reference import full_precision, lu_weight
-
-WeightsOf = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
-LU_FACTORS = ("permutation", "lower", "upper", "log_diag", "sign_diag")  # of W, as lu_weight takes them
+from pyglow_fast.runs.maps import FACTORS, INDEX, MATRIX, WEIGHT
 
 
 class ChannelLinear(FlowLayer):
@@ -59,15 +58,17 @@ class ChannelLinear(FlowLayer):
         """
         return None
 
-    @classmethod
-    def raw_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf]:
-        """List tensors of K layers of one width, and give what makes W (K, C, C) and log|det W| (K,) of them.
+    def raw(self, like: Tensor) -> tuple[str, Sequence[Tensor]]:
+        """How a run folds W behind an actnorm, and of which tensors, so that a backward can make W again.
 
-        A backward can so make W again instead of keeping it. In this base class, where it is not known what W is made
-        of, the tensors are W and log|det W| themselves.
+        In this base class, where it is not known what W is made of, they are W and log|det W| themselves. ``like`` is
+        a tensor of the flow.
         """
-        weights, log_dets = zip(*(layer.weight_and_log_det() for layer in layers), strict=True)
-        return [torch.stack(weights), torch.stack(log_dets)], lambda made: (made[0], made[1])
+        index = self.gather_index()
+        if index is not None:
+            return INDEX, (index,)
+        with full_precision(like):
+            return WEIGHT, self.weight_and_log_det()
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Multiply by W at every position: z = W x."""
@@ -141,26 +142,16 @@ class InvConv(ChannelLinear):
             return weight, self.log_diag.sum()
         return self.weight, functional.log_abs_det(self.weight)
 
-    @classmethod
-    def raw_weights(cls, layers: Sequence[ChannelLinear]) -> tuple[list[Tensor], WeightsOf]:
-        """List the parameters and buffers of all layers, if they are of one parameterisation."""
-        own, k = InvConv.weight_and_log_det, len(layers)
-        convs = [conv for conv in layers if isinstance(conv, InvConv) and type(conv).weight_and_log_det is own]
-        if len(convs) < k or len({conv.lu for conv in convs}) > 1:
-            return super().raw_weights(layers)
-        if not convs[0].lu:
-
-            def plain(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-                weight = torch.stack(list(raw))
-                return weight, functional.log_abs_det(weight)
-
-            return [conv.weight for conv in convs], plain
-
-        def from_factors(raw: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-            factors = [torch.stack(list(raw[i * k : (i + 1) * k])) for i in range(len(LU_FACTORS))]
-            return lu_weight(*factors), factors[LU_FACTORS.index("log_diag")].sum(-1)
-
-        return [getattr(conv, name) for name in LU_FACTORS for conv in convs], from_factors
+    def raw(self, like: Tensor) -> tuple[str, Sequence[Tensor]]:
+        """How W is folded: the parameters and buffers, unless a subclass says what W is."""
+        if type(self).weight_and_log_det is not InvConv.weight_and_log_det:
+            return super().raw(like)
+        if not self.lu:
+            return MATRIX, (self.weight,)
+        own: dict[str, Any] = {**self._parameters, **self._buffers}  # as attributes they cost a multiple
+        if len(own) < 5:  # some have parametrizations in their places
+            return FACTORS, [self.lower, self.upper, self.log_diag, self.permutation, self.sign_diag]
+        return FACTORS, (own["lower"], own["upper"], own["log_diag"], own["permutation"], own["sign_diag"])
 
 
 class Permute(ChannelLinear):

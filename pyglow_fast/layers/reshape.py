@@ -10,8 +10,8 @@ from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.border import border_kernel, border_map
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias
-from pyglow_fast.nets.net_runner import condition_for
 from pyglow_fast.nets.precision import in_precision
+from pyglow_fast.nets.run import condition_for
 
 
 class Squeeze(FlowLayer):

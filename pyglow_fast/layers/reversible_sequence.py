@@ -4,145 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._dry import is_dry
 from pyglow_fast._errors import check_input, expect
-from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
+from pyglow_fast._tracing import call_untraced, kernels_step_aside
 from pyglow_fast.layers._base import FlowLayer
-from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.layers.described import described, is_runnable, maps_of
-from pyglow_fast.layers.flow_step import (
-    FlowStep,
-    couplings_of,
-    fold_in_one,
-    map_behind,
-    maps_log_det,
-    recomputed,
-    run_couplings,
-    run_couplings_inverse,
-    runs_fused,
-)
-from pyglow_fast.layers.folded import Folded
-from pyglow_fast.layers.planned import Plans, check_runs
+from pyglow_fast.layers.flow_step import FlowStep, runs_fused
 from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.nets.traits import check_net
-from pyglow_fast.runs import DriftControl, ModuleStep, run_steps
+from pyglow_fast.runs import choice
+from pyglow_fast.runs.description import Part, Run
+from pyglow_fast.runs.drift import DriftControl
+from pyglow_fast.runs.folded import Folded
 from pyglow_fast.runs.planner import RunPlan
-from pyglow_fast.runs.run import Maps, Steps, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
+from pyglow_fast.runs.plans import Plans
 from pyglow_fast.runs.setting import parse_memory
-from pyglow_fast.runs.steps import ChannelMap
-
-
-def _is_initialized(step: Any) -> bool:
-    """Whether nothing in a step waits for data."""
-    nets = [part._modules["net"] for part in step.couplings] if type(step) is FlowStep else [step]
-    if all(type(net) is CouplingNet and net.has_own_norms for net in nets):
-        return bool(step.is_initialized)  # of these all is known, without a look into each module
-    return all(getattr(module, "is_initialized", True) for module in step.modules())
-
-
-class Run(NamedTuple):
-    """K couplings of one mask with a channel map before each, and perhaps one behind the last, computed together.
-
-    They are computed by csrc/run where it can, else in Python over the registered ops.
-
-    Attributes:
-        couplings: initialised, but for ActNorms inside their nets.
-        maps: gives those before the couplings, of which a part folds its own; told whether csrc/run may fold them.
-        fold: folds all maps in one batch, with a record; stacked.
-        behind: folds the map behind the last coupling, or gives None.
-        budget: bytes of one net's activations, or "auto".
-        memory: the mode, or bytes, which only csrc/run keeps to.
-        control: of the drift, in mode "reversible".
-        masked: x is zero where the first channel of the condition is, and z will be; then without csrc/run.
-        kept: gives what the function makes, or made before under that name.
-    """
-
-    couplings: Sequence[Coupling]
-    maps: Callable[[bool], Maps]
-    fold: Callable[[], ChannelMap]
-    behind: Callable[[], ChannelMap | None]
-    budget: str | int
-    memory: str | int = "store"
-    control: DriftControl | None = None
-    masked: bool = False
-    kept: Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]] = lambda _, make: make()
-
-    def _entered(
-        self, x: Tensor, cond: Tensor | None, squeezes: bool, backwards: bool = False
-    ) -> tuple[Steps, Tensor, Tensor | None, bool] | None:
-        """Describe the run for csrc/run; with x, cond and whether to squeeze as that takes them. None: it cannot.
-
-        squeezes: x is to be squeezed. backwards: it is the run's output.
-        """
-        couplings = self.couplings
-        if not couplings or self.masked or not is_runnable(x):
-            return None
-        if squeezes and (x.dim() != 4 or couplings[0].board is not None):  # kernels do not squeeze these as they read
-            x, squeezes = functional.squeeze(x), False
-        x, cond = couplings[-1 if backwards else 0].enter(x, cond)
-        cond = None if cond is None else cond.to(x.dtype)
-        found = described(couplings, self.maps(True), x, cond, squeezes, self.budget)
-        return None if found is None else (found, x, cond, squeezes)
-
-    def _chunks(self) -> str | int | None:
-        """The budget of nets that run without a record, None where they may have one."""
-        return None if torch.is_grad_enabled() or is_watched() else self.budget
-
-    def forward(
-        self, x: Tensor, cond: Tensor | None, squeezes: bool, mode: str = "store", records: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Map x to z and log_det (N,). The mode is "store" where no backward follows; where one may, it ``records``."""
-        found, couplings = self._entered(x, cond, squeezes), self.couplings
-        check_runs(found is not None or not couplings or not is_dry(x), self.memory)
-        if found is not None:
-            own, x, cond, squeezes = found
-            if records:
-                z, log_det = run_recorded(own, mode, self.control, x, cond, squeezes)
-            else:
-                z, log_det = run_plain(own, x, cond, squeezes, self.kept("maps", lambda: folded_maps(own)))
-        elif mode == "store" or not couplings:
-            x = functional.squeeze(x) if squeezes else x
-            return run_couplings(couplings, self.fold(), x, cond, self._chunks(), self.masked)
-        else:
-            x, cond = couplings[0].enter(functional.squeeze(x) if squeezes else x, cond)
-            again, control = recomputed(couplings, self.budget, self.masked), self.control
-            z, log_det = run_steps(again, control if mode == "reversible" else None, x, cond, self.maps(is_runnable(x)))
-        behind = self.behind()
-        if behind is not None:
-            z = functional.channel_mix(z, behind.matrix, behind.offset, index=behind.source)
-            log_det = log_det + maps_log_det(behind, z)
-        return couplings[-1].leave(z), log_det
-
-    def inverse(
-        self, z: Tensor, cond: Tensor | None, records: bool, inverses: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Map z back to x, with minus the log-det.
-
-        inverses: of all maps where they are known, stacked: matrices, offsets, log_dets and, of gathers, indices.
-        """
-        found = None if records else self._entered(z, cond, False, backwards=True)
-        if found is None:
-            known = (inverses[0], inverses[3] if len(inverses) > 3 else None) if inverses else None
-            return run_couplings_inverse(self.couplings, self.fold(), z, cond, self._chunks(), self.masked, known)
-        own, z, cond, _ = found
-        behind, log_det = self.behind(), z.new_zeros(())
-        if behind is not None:
-            matrix, index = behind.inverse()
-            z = functional.channel_unmix(z, matrix, behind.offset, index=index)
-            log_det = maps_log_det(behind, z)
-        before = [part[: len(self.couplings)] for part in inverses]
-        x, own_log_det = run_inverse(
-            own, z, cond, before or self.kept("inverses", lambda: inverted_maps(folded_maps(own)))
-        )
-        return self.couplings[0].leave(x), own_log_det - log_det
 
 
 class ReversibleSequence(FlowLayer):
@@ -222,7 +104,7 @@ class ReversibleSequence(FlowLayer):
             expect(len(widths) == 1, "steps", "FlowSteps of one width", sorted(widths))
             masks = {"channels" if step.coupling is None else step.coupling.mask for step in own}
             expect(len(masks) == 1, "steps", "FlowSteps of one mask", sorted(masks))
-            n_states = len(couplings_of(own))
+            n_states = sum(len(step.couplings) for step in own)
         self.control = DriftControl(n_states, anchor_every, tolerance, deferred_check)
         self.memory = memory
         self.memory_budget = memory_budget
@@ -253,13 +135,22 @@ class ReversibleSequence(FlowLayer):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(cast("list[nn.Module]", list(self._modules.values())))
 
-    def __getitem__(self, index: int) -> nn.Module:
+    def __getitem__(self, index: int | slice) -> Any:
         return list(self)[index]
 
     @property
     def is_fused(self) -> bool:
         """Whether all steps are FlowSteps without hooks or overridden methods, which run joined."""
-        return all(runs_fused(step) for step in self)
+        return all(map(runs_fused, self._modules.values()))
+
+    def _parts(self) -> list[list[Part]] | None:
+        """What each step holds now, read once a call; None where the steps are called as they are."""
+        found = []
+        for step in self._modules.values():
+            if not runs_fused(step):
+                return None
+            found.append(step.parts())  # type: ignore[union-attr, operator]
+        return found
 
     def flow_steps(self) -> list[FlowStep]:
         """The steps that are FlowSteps: all, or those among other modules."""
@@ -301,31 +192,43 @@ class ReversibleSequence(FlowLayer):
         """
         if at:
             self._check_at(at)
-        steps: list[Any] = list(self)
-        fused = self.is_fused
-        fresh = self.training and not self._is_initialized()
-        if squeeze_first and not fused:
-            x, squeeze_first = functional.squeeze(x), False
-        if fused and not squeeze_first:
-            check_input("x", x, steps[0].channels, steps[0].actnorm.bias)
-        if fresh:
-            if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else fused:
+        parts = self._parts()
+        if parts is None:
+            x, squeeze_first = functional.squeeze(x) if squeeze_first else x, False
+        elif not squeeze_first:
+            self._check_state("x", x)
+        if self.training and not self._is_initialized():
+            if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else parts is not None:
                 check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing
             self.initialize(functional.squeeze(x) if squeeze_first else x, cond)
-        records = self._records(x, cond)
-        if not records or kernels_step_aside():  # a backward that recomputes is no op of torch's
-            plan = RunPlan.of_mode("store", len(self), self.memory_budget)
-        elif plan is None:
+        memory = self._memory
+        if plan is None and not isinstance(memory, str):
             plan = self._plan(x, cond, squeeze_first)
+        budget = self._memory_budget if plan is None else plan.budget
         states: list[Tensor] = []
         log_dets: list[Tensor] = []
-        for begin, end in pairwise([0, *(k + 1 for k in at), len(steps)]):
-            for start, stop, mode in plan.runs_between(begin, end):
-                squeezes = squeeze_first and start == 0
-                x, log_det = self._through(steps[start:stop], fused, x, cond, squeezes, mode, plan.budget, records)
+        for begin, end in pairwise([0, *[k + 1 for k in at], len(self._modules)]):
+            stretches: Any = [(begin, end, memory)] if plan is None else plan.runs_between(begin, end)
+            for start, stop, mode in stretches:
+                if parts is None:
+                    modules = self[start:stop]
+                    x, log_det = choice.forward_modules(modules, x, cond, mode, self.control, memory)
+                else:
+                    squeezes, run = squeeze_first and start == 0, Run.of(chain.from_iterable(parts[start:stop]))
+                    made = partial(self._made, start, stop)
+                    options: Any = {"mode": mode, "budget": budget, "control": self.control, "memory": memory}
+                    x, log_det = choice.forward(run, x, cond, squeezes, made=made, **options)
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
+
+    def _check_state(self, name: str, x: Tensor) -> None:
+        first: Any = self._modules["0"]
+        check_input(name, x, first.channels, first.actnorm.bias)
+
+    def _made(self, start: int, stop: int, name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Make something of the parameters of steps, or give what was made within ``folded()``."""
+        return self._folded.get((name, start, stop), make)
 
     def _check_at(self, at: Sequence[int]) -> None:
         last = len(self) - 1
@@ -341,52 +244,10 @@ class ReversibleSequence(FlowLayer):
             tensor is not None and tensor.requires_grad for tensor in chain((x, cond), own)
         )
 
-    def _through(
-        self,
-        steps: list[nn.Module],
-        fused: bool,
-        x: Tensor,
-        cond: Tensor | None,
-        squeezes: bool,
-        mode: str,
-        budget: str | int,
-        records: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """z and log_det of neighbouring steps in one mode; fused: all are FlowSteps as they come."""
-        if torch.compiler.is_compiling() and mode != "store":
-            arguments = (self, steps, fused, x, cond, squeezes, mode, budget, records)
-            return call_untraced(ReversibleSequence._through, *arguments)
-        if fused:
-            return self._run_of(cast("list[FlowStep]", steps), budget).forward(x, cond, squeezes, mode, records)
-        check_runs(not is_dry(x), self.memory)
-        if mode != "store":
-            again = [ModuleStep(step, f"steps[{k}]") for k, step in enumerate(steps)]
-            return run_steps(again, self.control if mode == "reversible" else None, x, cond)
-        total = x.new_zeros(x.shape[0])
-        for step in steps:
-            x, log_det = step(x) if cond is None else step(x, cond)
-            total = total + log_det
-        return x, total
-
-    def _run_of(self, steps: list[FlowStep], budget: str | int) -> Run:
-        """The run of FlowSteps as they come."""
-        by_step = [step.couplings for step in steps]
-        return Run(
-            [coupling for own in by_step for coupling in own],
-            lambda runnable: maps_of(steps, by_step, runnable),
-            lambda: fold_in_one(steps),
-            lambda: map_behind(steps),
-            budget,
-            self.memory,
-            self.control,
-            kept=lambda name, make: self._folded.get((name, id(steps[0]), len(steps)), make),
-        )
-
     def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
-        """What a forward that is recorded does, of a run that is not told by its model."""
-        budget = self.memory
-        if isinstance(budget, str):
-            return RunPlan.of_mode(budget, len(self), self.memory_budget)
+        """The plan of a forward within a number of bytes, when the model gave none."""
+        if not self._records(x, cond) or kernels_step_aside():  # a backward that recomputes is no op of torch's
+            return RunPlan.of_mode("store", len(self), self.memory_budget)
         if torch.compiler.is_compiling():
             return call_untraced(ReversibleSequence._plan, self, x, cond, squeeze_first)
 
@@ -404,15 +265,12 @@ class ReversibleSequence(FlowLayer):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, from the last step to the first."""
-        if self.is_fused:
-            steps = self.flow_steps()
-            check_input("z", z, steps[0].channels, steps[0].actnorm.bias)
-            return self._run_of(steps, self.memory_budget).inverse(z, cond, self._records(z, cond))
-        log_det = z.new_zeros(z.shape[0])
-        for step in reversed(list(self)):
-            z, step_log_det = step.inverse(z) if cond is None else step.inverse(z, cond)  # type: ignore[operator]
-            log_det = log_det + step_log_det
-        return z, log_det
+        parts = self._parts()
+        if parts is None:
+            return choice.inverse_modules(list(self), z, cond)
+        self._check_state("z", z)
+        run, made = Run.of(chain.from_iterable(parts)), partial(self._made, 0, len(parts))
+        return choice.inverse(run, z, cond, budget=self.memory_budget, made=made)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -425,7 +283,13 @@ class ReversibleSequence(FlowLayer):
         return x
 
     def _is_initialized(self) -> bool:
-        return all(map(_is_initialized, self._modules.values()))
+        for step in self._modules.values():
+            if type(step) is FlowStep:
+                if not step.is_initialized:
+                    return False
+            elif not all(getattr(module, "is_initialized", True) for module in step.modules()):  # type: ignore[union-attr]
+                return False
+        return True
 
     def folded(self) -> contextlib.AbstractContextManager[None]:
         """A context in which what inference makes of the parameters is kept from call to call.

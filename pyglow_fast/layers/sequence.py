@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import kernels_step_aside
-from pyglow_fast.layers.coupling import Coupling
-from pyglow_fast.layers.flow_step import FlowStep, couplings_of, fold_in_one, run_couplings
-from pyglow_fast.layers.planned import check_runs
-from pyglow_fast.layers.reversible_sequence import ReversibleSequence, Run
+from pyglow_fast.layers.flow_step import FlowStep
+from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.layers.wavenet import WaveNet
 from pyglow_fast.nets.masks import MaskedNet, check_mask, masked_condition, run_masked, without_padding
-from pyglow_fast.runs.planner import RunPlan
+from pyglow_fast.runs import choice
+from pyglow_fast.runs.description import Run
+from pyglow_fast.runs.planner import RunPlan, refuse_bytes
 
 
 def squeeze_time(x: Tensor, mask: Tensor, factor: int = 2) -> tuple[Tensor, Tensor]:
@@ -133,26 +132,27 @@ class MaskedSequence(ReversibleSequence):
         steps, mask = self._checked("x", x, cond, mask)
         if self.training and not self._is_initialized():
             self._initialize_masked(steps, x, cond, mask)
-        own = self._masked_run(steps, cond)
+        own = _masked(steps, cond)
 
         def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-            mode = self.memory if self._records(x, extra) and not kernels_step_aside() else "store"
-            check_runs(isinstance(mode, str), mode)
-            return own.forward(x, extra, False, str(mode))
+            mode = self.memory if self._records(x, extra) else "store"
+            if not isinstance(mode, str):
+                refuse_bytes(mode)
+            return choice.forward(own, x, extra, mode=str(mode), budget=self.memory_budget, control=self.control)
 
-        return run_masked(run, x, cond, mask, [part.spec for part in own.couplings])
+        return run_masked(run, x, cond, mask, [coupling.spec for coupling in own.couplings])
 
     def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x at the positions that the mask says are there."""
         if mask is None:
             return super().inverse(z, cond)
         steps, mask = self._checked("z", z, cond, mask)
-        own = self._masked_run(steps, cond)
+        own = _masked(steps, cond)
 
         def run(z: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-            return own.inverse(z, extra, records=True)
+            return choice.inverse(own, z, extra, budget=self.memory_budget)
 
-        return run_masked(run, z, cond, mask, [part.spec for part in own.couplings], inverse=True)
+        return run_masked(run, z, cond, mask, [coupling.spec for coupling in own.couplings], inverse=True)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Initialise step after step from the positions that are there; returns z."""
@@ -179,26 +179,23 @@ class MaskedSequence(ReversibleSequence):
             expect(fits, "cond", f"shape ({len(x)}, C_c, {x.shape[2]} or 1)", f"shape {tuple(cond.shape)}")
         return steps, check_mask(mask, x)
 
-    def _masked_run(self, steps: list[FlowStep], cond: Tensor | None) -> Run:
-        return self._run_of(steps, self.memory_budget)._replace(couplings=_couplings(steps, cond), masked=True)
-
     @torch.no_grad()
     def _initialize_masked(self, steps: list[FlowStep], x: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
-        couplings = _couplings(steps, cond)
-        for own in couplings_of(steps):  # before any of them is changed
-            if isinstance(own.net, WaveNet):
-                own.net.check_inputs(own.kept_half(x), cond)
+        for coupling in _masked(steps, cond).couplings:  # before any of them is changed
+            if isinstance(coupling.net.net, WaveNet):
+                coupling.net.net.check_inputs(x[:, : coupling.kept], cond)
         x, extra = without_padding(x, mask), masked_condition(mask, cond)
         there = mask[:, 0] != 0
-        for step, coupling in zip(steps, couplings, strict=True):
+        for step in steps:
             if not step.actnorm.is_initialized:
                 step.actnorm.initialize_from(x.transpose(1, 2)[there])  # as a batch of vectors
-            x, _ = run_couplings([coupling], fold_in_one([step]), x, extra, masked=True)
+            x, _ = choice.forward(_masked([step], cond), x, extra)
         return x
 
 
-def _couplings(steps: Sequence[FlowStep], cond: Tensor | None) -> list[Coupling]:
-    """The steps' couplings with nets that get the mask beside the condition."""
+def _masked(steps: Sequence[FlowStep], cond: Tensor | None) -> Run:
+    """A run of steps whose nets get the mask beside the condition."""
     per_sample = cond is not None and cond.shape[2] == 1
-    couplings = couplings_of(steps)
-    return [Coupling(MaskedNet(own.net, per_sample), *own.spec, own.precision) for own in couplings]
+    run = Run.of(part for step in steps for part in step.parts())
+    nets = [coupling._replace(net=MaskedNet(coupling.net, per_sample)) for coupling in run.couplings]
+    return run._replace(couplings=nets, masked=True)

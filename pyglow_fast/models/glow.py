@@ -18,7 +18,6 @@ from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_count, check_input, expect
 from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
-from pyglow_fast.layers.planned import Forward, Plans
 from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize
 from pyglow_fast.models.class_head import ClassHead
@@ -29,6 +28,7 @@ from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
 from pyglow_fast.runs.planner import RunPlan
+from pyglow_fast.runs.plans import Forward, Plans
 from pyglow_fast.runs.setting import parse_memory
 
 
@@ -314,6 +314,8 @@ class Glow(nn.Module):
 
     def _check_cond(self, cond: Condition | None, n: int) -> list[Tensor | None]:
         """Checks it, and gives that of each level."""
+        if cond is None and not self.config.cond_channels:
+            return [None] * len(self.state_shapes)
         device = self._parameter().device
         return level_conditions(cond, self.config.cond_channels, n, self.state_shapes, device)
 
@@ -369,7 +371,9 @@ class Glow(nn.Module):
     def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] = ()) -> _Encoded:
         """Map x to its latents, with the states of each level behind its steps ``at`` and its last one."""
         conds = self._check_x(x, cond)
-        if self.training and not self.is_initialized:
+        if (
+            self.training and not self._flow_levels[0].has_begun
+        ):  # all levels, while none of them is gathered for its call
             self.initialize(x, cond)
         log_det = x.new_zeros(x.shape[0])
         latents: list[Tensor] = []
@@ -390,7 +394,7 @@ class Glow(nn.Module):
         """Mean and log_sd of latent i, given the channels that its split keeps, or a tensor like the top latent."""
         if i == len(self.splits):
             return self.prior(kept, y)
-        return self._split(i).prior(kept, fitted(cond, kept.shape[2:]))
+        return self._split(i).prior(kept, None if cond is None else fitted(cond, kept.shape[2:]))
 
     def _decode(
         self,

@@ -53,6 +53,12 @@ class FlowLevel(nn.Module):
             if isinstance(steps, ReversibleSequence):
                 setattr(self, name, FrozenSteps(steps))
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first step has seen data."""
+        steps: Any = self.checkerboard or self.steps
+        return isinstance(steps, FrozenSteps) or bool(steps[0].is_initialized)
+
     def _runs(self) -> list[tuple[Steps, bool]]:
         """The runs of steps that there are, in their order, and whether a squeeze comes before them."""
         runs = ((self.checkerboard, False), (self.steps, True))
@@ -68,7 +74,7 @@ class FlowLevel(nn.Module):
         """
         log_dets, states = [], [x]
         for steps, squeezes in self._runs():
-            own = fitted(cond, [size // (1 + squeezes) for size in x.shape[2:]])
+            own = None if cond is None else fitted(cond, [size // (1 + squeezes) for size in x.shape[2:]])
             planned = {"plan": plans[steps]} if steps in plans else {}
             if at:
                 assert isinstance(steps, ReversibleSequence)

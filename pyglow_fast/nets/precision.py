@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pyglow_fast import _float32
 from pyglow_fast._dry import device_of
 from pyglow_fast._errors import expect
-from pyglow_fast.reference import autocast_is_on
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,7 +21,7 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("net_prec
 def dtype_on(x: Tensor) -> torch.dtype:
     """The dtype that a net computes in, given its input: under autocast that of the moment, where x is float32."""
     device_type = device_of(x).type
-    narrow = x.dtype == torch.float32 and autocast_is_on(device_type)
+    narrow = x.dtype == torch.float32 and _float32.autocast_is_on(device_type)
     return torch.get_autocast_dtype(device_type) if narrow else x.dtype
 
 
@@ -50,7 +49,9 @@ def overridden(precision: str) -> Iterator[None]:
 def _float32_nets(precision: str, x: Tensor) -> Iterator[None]:
     """A context without autocast; on a GPU, which may round what it multiplies to TF32, with or without that."""
     device_type = device_of(x).type
-    without = torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext()
+    without = (
+        torch.autocast(device_type, enabled=False) if _float32.autocast_is_on(device_type) else contextlib.nullcontext()
+    )
     wanted = _float32.TF32 if precision == "tf32" else _float32.FULL
     with without, _float32.computing_in(wanted) if _float32.has_tf32(x) else contextlib.nullcontext():
         yield
@@ -79,7 +80,7 @@ def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager
         expect(x.dtype == torch.float32, "precision", f"one that goes with a state of {x.dtype}", repr(precision))
         return torch.autocast(device_type, dtype=HALF[precision])
     has_tf32 = _float32.has_tf32(x)
-    if precision == "auto" or not (has_tf32 or autocast_is_on(device_type)):
+    if precision == "auto" or not (has_tf32 or _float32.autocast_is_on(device_type)):
         return contextlib.nullcontext()
     if not compiles:
         return _float32_nets(precision, x)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._derivatives import check_leaves, passed_back
+from pyglow_fast._errors import expect
 from pyglow_fast.nets.plan import Chunk
 from pyglow_fast.nets.state import without_autocast_cache
 from pyglow_fast.nets.traits import may_write
@@ -30,6 +31,21 @@ def inputs_for(net: nn.Module, x1: Tensor, cond: Tensor | None) -> tuple[Tensor,
     """
     inputs = (x1,) if cond is None else (x1, cond)
     return tuple(given.clone() for given in inputs) if may_write(net) else inputs
+
+
+def condition_for(x: Tensor, cond: Tensor | None) -> Tensor:
+    """Check the condition for what reads it alone, and cast it to the dtype of the state x (N, C, *spatial).
+
+    Raises:
+        ValueError: none, or one of another batch or other spatial sizes than x.
+    """
+    expected = f"a tensor of shape ({x.shape[0]}, C_cond, {', '.join(map(str, x.shape[2:]))})"
+    expect(isinstance(cond, Tensor), "cond", expected, type(cond).__name__)
+    assert cond is not None  # for the type checker: refused above
+    fits = cond.dim() == x.dim() and cond.shape[0] == x.shape[0] and cond.shape[2:] == x.shape[2:]
+    expect(fits, "cond", expected, f"shape {tuple(cond.shape)}")
+    expect(cond.device == x.device, "cond", f"device {x.device} (that of the state)", cond.device)
+    return cond.to(x.dtype)
 
 
 def plain_call(net: nn.Module) -> NetCall:

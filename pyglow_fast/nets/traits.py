@@ -15,6 +15,8 @@ A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from pyglow_fast._errors import expect
@@ -96,6 +98,21 @@ def has_hooks(module: nn.Module) -> bool:
 def is_altered(module: nn.Module) -> bool:
     """Whether a call of a module does something else than its class: hooks, or a forward of its own."""
     return has_hooks(module) or "forward" in vars(module)
+
+
+def any_altered(parts: Iterable[nn.Module | None]) -> bool:
+    """Whether any of these parts has hooks, a forward of its own or parametrizations."""
+    for part in parts:
+        if part is not None and (
+            part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+            or "parametrizations" in part._modules
+            or "forward" in part.__dict__
+        ):
+            return True
+    return False
 
 
 def is_deterministic(net: nn.Module) -> bool:

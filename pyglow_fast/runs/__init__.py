@@ -1,7 +1,5 @@
-"""Runs of flow steps whose backward recomputes activations instead of storing them, never silently wrong."""
+"""Runs of flow steps: described as data, executed by csrc/run or in Python, trained in memory that does not grow."""
 
 from pyglow_fast.runs.drift import DriftControl
-from pyglow_fast.runs.generic import run_steps
-from pyglow_fast.runs.steps import CouplingStep, ModuleStep
 
-__all__ = ["CouplingStep", "DriftControl", "ModuleStep", "run_steps"]
+__all__ = ["DriftControl"]

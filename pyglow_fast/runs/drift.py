@@ -22,7 +22,7 @@ from pyglow_fast import _float32
 from pyglow_fast._captures import can_capture, made_once
 from pyglow_fast._errors import expect
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
-from pyglow_fast.reference import autocast_is_on, flat_positions, full_precision
+from pyglow_fast.reference import flat_positions, full_precision
 from pyglow_fast.runs.deferred import Verdicts
 
 START_SPACING, MOST_ANCHORS = 4, 12  # anchors are 4 steps apart at first, or farther so that they are at most 12
@@ -68,7 +68,7 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tens
     """
     found = {dtype, net_out.dtype}
     device_type = net_out.device.type
-    if autocast_is_on(device_type):
+    if _float32.autocast_is_on(device_type):
         found.add(torch.get_autocast_dtype(device_type))
     if weights and _float32.has_tf32(net_out):
         operations = {PRODUCTS if weight.dim() == 2 else CONVOLUTIONS for weight in weights if weight.dim() >= 2}
@@ -295,6 +295,8 @@ class DriftControl:
 
     def settle(self, wait: bool = False) -> None:
         """Take in the verdict of an earlier pass if it is known by now, or wait for it."""
+        if self.verdicts.values is None:  # no pass was deferred
+            return
         for drift, limit, spacing, drifted, zeroed in self.verdicts.take(wait):
             self.record(drift, limit, 0, spacing, drifted, zeroed)
 

@@ -30,7 +30,7 @@ _judging = threading.Lock()
 LEAST_PART = 2 * 2**20  # bytes of gradients that may exist a second time while they are added to others
 
 
-def part_limit(x: Tensor, step_bytes: Sequence[int], between: int) -> int | None:
+def part_limit(on_cpu: bool, step_bytes: Sequence[int], between: int) -> int | None:
     """Choose how many bytes of gradients a part may have, for so many bytes that are kept between two parts.
 
     Small parts keep much between them, large ones have many gradients at a time: the sum is least where both cost the
@@ -38,10 +38,31 @@ def part_limit(x: Tensor, step_bytes: Sequence[int], between: int) -> int | None
     check of drift covers the whole run. The device alone decides, since a plan is made outside of torch.compile for a
     forward that is traced.
     """
-    return max(LEAST_PART, math.isqrt(between * sum(step_bytes))) if device_of(x).type == "cpu" else None
+    return max(LEAST_PART, math.isqrt(between * sum(step_bytes))) if on_cpu else None
 
 
-class Whole:
+def cut(step_bytes: Sequence[int], map_bytes: int, limit: int | None, at_once: int) -> list[tuple[int, int]]:
+    """Cut steps into parts (first, one past the last) of so many bytes of gradients and of channel maps at most.
+
+    Args:
+        step_bytes: of the gradients of each step's net.
+        map_bytes: of the map before a step.
+        limit: of gradients; None: all steps are one part.
+        at_once: bytes of maps.
+    """
+    count, most = len(step_bytes), max(1, at_once // map_bytes)
+    if limit is None or (count <= most and sum(step_bytes) <= limit):
+        return [(0, count)]
+    found, start, grads = [], 0, 0
+    for step, own in enumerate(step_bytes):
+        if step > start and (grads + own > limit or step - start >= most):
+            found.append((start, step))
+            start, grads = step, 0
+        grads += own
+    return [*found, (start, count)]
+
+
+class RunPass:
     """One forward of a run as its parts share it: what is kept, and what a backward finds and hands on.
 
     Args:
@@ -69,22 +90,22 @@ class Whole:
         if knows_starts and not self.keeps_states:
             self.anchors = sorted({*self.anchors, *(first for first, _ in bounds[1:])})
         self.parts = [Part(self, index, first, end) for index, (first, end) in enumerate(bounds)]
-        self.final: int | None = None
+        self.backward_end: int | None = None
         # By backward (graph task and row) its thread, and the output of the node that is next, recomputed.
         self._states: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._worst: list[Any] = []
         self._redone, self._task = 0, -1
 
-    def joins(self, first: int, x: Tensor, others: Iterable[Tensor | None]) -> None:
-        """Note that a part is run on these, in order: a backward ends with the first that has a gradient to give.
+    def note_inputs(self, first: int, device: torch.device, given: Iterable[Tensor | None]) -> None:
+        """Note that a part is run on these, in order: a backward stops at the first part that needs a gradient.
 
         Raises:
-            ValueError: a CUDA graph is being captured where the state x is, and no step was run there before.
+            ValueError: a CUDA graph is being captured on the device, and no step was run there before.
         """
         if self.control is not None and not self.keeps_states:
-            self.control.prepare(x.device)
-        if self.final is None and any(tensor is not None and tensor.requires_grad for tensor in (x, *others)):
-            self.final = first
+            self.control.prepare(device)
+        if self.backward_end is None and any([tensor is not None and tensor.requires_grad for tensor in given]):
+            self.backward_end = first
 
     def defers(self, state: Tensor) -> bool:
         """Tell whether a backward on such states leaves the verdict for later, since the host is not to wait for it."""
@@ -115,7 +136,7 @@ class Whole:
                 self._task, self._worst, self._redone = task, [], 0
             self._worst.append(worst)
             self._redone += redone
-            if not part.is_final:
+            if not part.ends_backward:
                 return drifted
             found, redone, self._worst, self._redone = self._worst, self._redone, [], 0
         if drifted is None:
@@ -128,22 +149,22 @@ class Whole:
 
     def checkpointed(self, part: Part, device: torch.device) -> None:
         """Note that a part's states were all kept; within a capture nothing has run, and nothing is noted."""
-        if part.is_final and self.control is not None and not is_capturing(device):
+        if part.ends_backward and self.control is not None and not is_capturing(device):
             self.control.record_checkpointed()
 
-    def take(self, part: Part) -> Tensor | None:
+    def take_state(self, part: Part) -> Tensor | None:
         """Take the state that the node behind has left for this backward; None at the last node."""
         key, own = backward_key(), threading.get_ident()
-        if part.is_last:  # forget what a backward has left that failed, or wanted late gradients alone
+        if part.begins_backward:  # forget what a backward has left that failed, or wanted late gradients alone
             for other, (thread, _) in list(self._states.items()):
                 if thread == own and other[0] != key[0]:
                     self._states.pop(other, None)
             return None
         return self._states.pop(key)[1]
 
-    def leave(self, part: Part, state: Tensor) -> None:
+    def leave_state(self, part: Part, state: Tensor) -> None:
         """Leave the node's input for the node before, if there is one to come."""
-        if not part.is_final:
+        if not part.ends_backward:
             self._states[backward_key()] = threading.get_ident(), state
 
 
@@ -151,7 +172,7 @@ class Whole:
 class Part:
     """Steps first .. end - 1 of a run; steps are counted from the part's own first one outside of this class."""
 
-    whole: Whole
+    run_pass: RunPass
     index: int
     first: int
     end: int
@@ -160,19 +181,19 @@ class Part:
     def knows_start(self) -> bool:
         """Whether the input of its first step is kept: else the backward has it from the part behind it, recomputed."""
         # The final part keeps its input: the parts before it have no backward and keep nothing to recompute it from.
-        return self.first == 0 or self.whole.keeps_states or self.is_final or self.first in self.whole.anchors
+        return self.first == 0 or self.run_pass.keeps_states or self.ends_backward or self.first in self.run_pass.anchors
 
     @property
-    def is_last(self) -> bool:
+    def begins_backward(self) -> bool:
         """Whether the part is the run's last, where a backward begins."""
-        return self.index + 1 == len(self.whole.parts)
+        return self.index + 1 == len(self.run_pass.parts)
 
     @property
-    def is_final(self) -> bool:
+    def ends_backward(self) -> bool:
         """Whether a backward ends with the part."""
-        return self.first == self.whole.final
+        return self.first == self.run_pass.backward_end
 
     @property
     def anchors(self) -> list[int]:
         """List the steps whose input is stored, but for the first: see :attr:`knows_start`."""
-        return [k - self.first for k in self.whole.anchors if self.first < k < self.end]
+        return [k - self.first for k in self.run_pass.anchors if self.first < k < self.end]

@@ -100,3 +100,14 @@ def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
     most = budget_bytes("auto", device_type)
     count = (most // LEAST_CHUNK).bit_length()
     return ["auto", *(most >> i for i in range(1, count))]
+
+
+def refuse_bytes(budget: str | int) -> None:
+    """Refuse a number of bytes, where steps are not computed by csrc/run.
+
+    Raises:
+        ValueError: with what to give instead.
+    """
+    expected = 'a mode such as "reversible" where the compiled run does not compute all steps'
+    expected += " (nets of your own or with a border, hooks, other modules, masks, no extension)"
+    expect(False, "memory", expected, memory_text(budget))

@@ -12,50 +12,17 @@ from pyglow_fast import functional, ops, reference
 from pyglow_fast._derivatives import check_leaves, passed_back
 from pyglow_fast._errors import expect
 from pyglow_fast.nets.masks import mask_of, positions_of
-from pyglow_fast.nets.net_runner import NetRunner
 from pyglow_fast.nets.plan import Chunk
 from pyglow_fast.nets.precision import in_precision, precisions_of
 from pyglow_fast.nets.run import Tiles, run_net, run_net_backward
 from pyglow_fast.nets.state import RunState, check_repeated, holding, leaves_of, output_sums, states_before
 from pyglow_fast.nets.traits import check_net
 from pyglow_fast.reference import CouplingSpec, n_positions
+from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.drift import lowest_precision
+from pyglow_fast.runs.maps import ChannelMap
 
 Memo = tuple[tuple[Chunk, ...], RunState]
-MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
-
-
-class ChannelMap(NamedTuple):
-    """One step's actnorm and channel permutation folded into a single product: u = matrix x + offset.
-
-    With a source it is a gather: u_i = matrix_i x_j + offset_i, j = source_i; see
-    :func:`pyglow_fast.reference.channel_mix`. The maps of K steps are stacked in one such tuple, with K in front of
-    every shape.
-    """
-
-    matrix: Tensor  # (C, C); with a source (C,), the scales of a gather
-    offset: Tensor  # (C,)
-    log_det: Tensor  # (), log|det matrix|
-    source: Tensor | None = None  # (C,), a permutation in int64: the index of the functions that take a map
-
-    @staticmethod
-    def nothing(like: Tensor) -> ChannelMap:
-        """The map, a gather, that leaves all channels as they are; there are as many as ``like`` (C,) has."""
-        zeros = torch.zeros_like(like)
-        return ChannelMap(zeros + 1, zeros, zeros.sum(), torch.arange(len(zeros), device=like.device))
-
-    def as_product(self) -> ChannelMap:
-        """A map with a matrix that does what this one does, also where it is a gather."""
-        if self.source is None:
-            return self
-        eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
-        return ChannelMap(eye[self.source] * self.matrix.unsqueeze(-1), self.offset, self.log_det)
-
-    def inverse(self) -> MapInverse:
-        """Invert the matrix; of stacked maps all in one batch, of a gather its scales and its index."""
-        if self.source is None:
-            return functional.invert_matrix(self.matrix), None
-        return functional.invert_gather(self.matrix, self.source)
 
 
 class Given(NamedTuple):
@@ -214,26 +181,40 @@ def with_added(grad: Tensor, added: Tensor | None) -> Tensor:
     return total
 
 
+def magnitudes(u: Tensor, net_out: Tensor, spec: CouplingSpec) -> Tensor:
+    """The largest magnitudes of a coupling's input, shift and raw scale, (1, 3), as csrc/run notes them."""
+    parts = [u, *net_out.chunk(2, 1)] if spec.coupling == "affine" else [u, net_out, u.new_zeros(1)]
+    return torch.stack([magnitude(part).to(u.dtype) for part in parts]).unsqueeze(0)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """The largest |x|, a scalar; NaN if one is."""
+    least, most = torch.aminmax(x.detach())
+    return torch.maximum(most, -least)
+
+
 class CouplingStep:
     """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
 
     It is run as a :class:`ModuleStep` is.
 
     Args:
-        runner: of the net.
-        spec: of the coupling.
+        coupling: the coupling and its net.
+        budget: bytes of the net's activations, or "auto".
         masked: the first channel of the condition is a mask (see nets/masks.py): where it is zero the state is
             kept zero, which the input and what the net gives are.
+        watch: see Run.
     """
 
-    def __init__(self, runner: NetRunner, spec: CouplingSpec, masked: bool = False) -> None:
-        self.runner, self.spec, self.masked = runner, spec, masked
-        self.params = list(runner.net.parameters())  # of now: functional_call may put others in their place for a call
-        self.watch: Callable[[Tensor, Tensor], Any] | None = None  # is given state and net output of each forward
-
-    def _inputs(self, u: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What the net reads: of a state, and the condition."""
-        return self.runner.inputs(u[:, : self.runner.reads(u.shape[1])], cond)
+    def __init__(
+        self,
+        coupling: NetCoupling,
+        budget: str | int,
+        masked: bool = False,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.coupling, self.budget, self.masked, self.watch = coupling, budget, masked, watch
+        self.params = list(coupling.net.parameters())  # of now: functional_call may lend others for a call
 
     def _masked(self, u: Tensor, cond: Tensor | None) -> Tensor:
         """Set a state of our own to zero at masked positions, where a channel map has put its offset."""
@@ -252,17 +233,17 @@ class CouplingStep:
 
     def forward(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor, Memo, torch.dtype]:
         """Run the map and the coupling, and note what repeats the net: how it was cut, and the state around it."""
-        u, net = self._mixed(x, given), self.runner.net
-        inputs = self._inputs(u, given.cond)
-        plan = self.runner.plan(*inputs)
-        with in_precision(self.runner.precision, u):
+        u, net = self._mixed(x, given), self.coupling.net
+        inputs = self.coupling.inputs(u, given.cond)
+        plan = self.coupling.plan(*inputs, self.budget)
+        with in_precision(self.coupling.precision, u):
             before = states_before(net, u.device)
-            net_out = run_net(self.runner.call(given.params), *inputs, plan)
+            net_out = run_net(self.coupling.call(given.params), *inputs, plan)
             memo = plan, RunState.after(net, before, net_out)
             lowest = lowest_precision(u.dtype, net_out, given.params)  # which does not show in an output in float32
         if self.watch is not None:
-            self.watch(u, net_out)
-        z, log_det = functional.coupling(u, net_out, self.spec)
+            self.watch(magnitudes(u, net_out, self.coupling.spec))
+        z, log_det = functional.coupling(u, net_out, self.coupling.spec)
         if given.map is not None:
             log_det = log_det + given.map.log_det * self._positions(u, given.cond)
         return z, log_det, memo, lowest
@@ -270,28 +251,28 @@ class CouplingStep:
     def repeat(self, x: Tensor, given: Given) -> Tensor:
         """Run the map, the net and the coupling again."""
         u, (plan, state) = self._mixed(x, given), given.memo
-        with in_precision(self.runner.precision, u), state.restored(self.runner.net):
-            net_out = run_net(self.runner.call(given.params), *self._inputs(u, given.cond), plan)
-        return functional.coupling(u, net_out, self.spec)[0]
+        with in_precision(self.coupling.precision, u), state.restored(self.coupling.net):
+            net_out = run_net(self.coupling.call(given.params), *self.coupling.inputs(u, given.cond), plan)
+        return functional.coupling(u, net_out, self.coupling.spec)[0]
 
     def backward(
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
     ) -> Differentiated:
         """Run the net once more, chunk by chunk, then the map."""
-        cond, own, runner, (plan, memo) = given.cond, given.map, self.runner, given.memo
+        cond, own, coupling, (plan, memo) = given.cond, given.map, self.coupling, given.memo
         inverse = None if own is None or y is None else own.inverse()
         state = y
         if state is None:
             assert x is not None  # one of the two is given
             state = self._mixed(x, given)
         inputs, grads = Tiles(state), Tiles(state)
-        sums = memo.sums if y is None or runner.injects else None  # else the net's input is not that of the forward
+        sums = memo.sums if y is None or coupling.injects else None  # else the net's input is not that of the forward
         seen = None if sums is None else torch.zeros_like(sums)
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
             if seen is not None:
                 seen[chunk.samples] += output_sums(net_out)
-            arguments = net_out, chunk.outputs(grad_y), chunk.per_sample(grad_log_det), self.spec
+            arguments = net_out, chunk.outputs(grad_y), chunk.per_sample(grad_log_det), self.coupling.spec
             if y is None:
                 grad_u, grad_net_out = coupling_backward(chunk.outputs(state), *arguments)
             else:
@@ -302,20 +283,20 @@ class CouplingStep:
             grads.put(chunk, grad_u)
             return grad_net_out
 
-        with in_precision(runner.precision, state), memo.restored(runner.net):
-            params = leaves_of(runner.net, given.params)
+        with in_precision(coupling.precision, state), memo.restored(coupling.net):
+            params = leaves_of(coupling.net, given.params)
             added, grad_cond, of_net = run_net_backward(
-                runner.call(params),
-                *self._inputs(state, cond),
+                coupling.call(params),
+                *self.coupling.inputs(state, cond),
                 plan,
                 consume,
                 params,
-                needs_x1=given.needs_cond or not runner.injects,
+                needs_x1=given.needs_cond or not coupling.injects,
                 needs_cond=given.needs_cond,
             )
         if sums is not None and seen is not None:
             check_repeated(sums, seen)
-        if runner.injects:  # whose net reads the condition in the place of the state
+        if coupling.injects:  # whose net reads the condition in the place of the state
             added, grad_cond = None, added
         found, grad_u = x if y is None else self._masked(inputs.value, cond), grads.value
         assert found is not None

@@ -25,7 +25,7 @@ compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extensio
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forgets what was loaded, before the test and after it."""
     monkeypatch.delenv("PYGLOW_FORCE_REFERENCE", raising=False)
-    caches = (_backend._load, _backend._nets)
+    caches = (_backend._load, _backend._nets, _backend.require)
     for cache in caches:
         cache.cache_clear()
     yield

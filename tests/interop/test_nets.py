@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from pyglow_fast.interop import accelerate, nets
-from pyglow_fast.interop.table import CalledWithContext, Couples
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.interop.table import CalledWithContext
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -241,7 +240,7 @@ class InPlace(Layers):
 def assert_as_it_is(net: nn.Module, context: Tensor | None = None) -> None:
     """Check values and gradients of a net that takes a context; torch refuses a write to its input, a leaf."""
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    wrapped = CalledWithContext(Couples(net, CouplingSpec(), 3, 3))
+    wrapped = CalledWithContext(net)
     expected = results(net, lambda net, x: net(x.clone(), context), x)
     torch.testing.assert_close(results(net, lambda net, x: wrapped(x, context), x), expected, **CLOSE)
 

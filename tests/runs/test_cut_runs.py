@@ -12,13 +12,12 @@ import torch
 from contract import test_gradients as of_flows
 from contract import test_gradients_of_own_nets as of_nets
 from contract import test_gradients_with_torch as with_torch
-from support.chain_cases import EVERY_STEP, ONE_PART, Mode, cut_parts
+from support.chain_cases import EVERY_STEP, Mode, ONE_PART, cut_parts, only_python
 from support.gradients import RECOMPUTING, Memory, assert_same_gradients, batch, gradients, objective
 from support.user_steps import Build, runs
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
-from pyglow_fast.layers import reversible_sequence
 
 HOMES = {"compiled, parts of 1": (True, 1), "compiled, parts of 3": (True, 3), "python, parts of 2": (False, 2)}
 
@@ -28,7 +27,7 @@ def _cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     is_compiled, steps = request.param
     cut_parts(monkeypatch, EVERY_STEP, steps)
     if not is_compiled:
-        monkeypatch.setattr(reversible_sequence, "is_runnable", lambda x: False)
+        only_python(monkeypatch)
 
 
 @pytest.mark.full

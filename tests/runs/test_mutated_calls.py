@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast import _backend, functional
-from pyglow_fast.runs import run
+from pyglow_fast.runs import compiled
 
 ENTRIES = ("run_forward", "run_backward", "run_inverse", "inverted", "fold", "fold_backward")
 MADE = ("BackwardArgs", "Kept", "Part")
@@ -116,7 +116,7 @@ def recorded(memory: str, options: dict[str, Any], budget: str | int, autocast: 
     x, given = torch.randn(3, 4, 4, 2), torch.randn(3, cond, 4, 2) if cond else None
     sequence.initialize(x, given)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        patch.setattr(run, "require", lambda: recorder)
+        patch.setattr(compiled, "require", lambda: recorder)
         z, log_det = sequence(x, given)
         (z.sum() + log_det.sum()).backward()
         with torch.no_grad():

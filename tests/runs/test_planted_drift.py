@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.captures import drifting
-from support.chain_cases import EVERY_STEP, Case, Mode, assert_same_gradients, cut_parts, gradients, objective
+from support.chain_cases import Case, EVERY_STEP, Mode, assert_same_gradients, cut_parts, gradients, objective, only_python
 from support.wrong_states import plant
 from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast._backend import extension
-from pyglow_fast.layers import reversible_sequence
 from pyglow_fast.runs import parts
 from pyglow_fast.runs import steps as steps_module
 
@@ -51,7 +50,7 @@ HOMES = [Home(compiled, steps) for compiled in (True, False) for steps in (1, 3,
 def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Home:
     found: Home = request.param
     if not found.compiled:
-        monkeypatch.setattr(reversible_sequence, "is_runnable", lambda x: False)
+        only_python(monkeypatch)
     elif extension() is None:
         pytest.skip("the run is compiled")
     cut_parts(monkeypatch, EVERY_STEP, found.steps)

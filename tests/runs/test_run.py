@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.chain_cases import only_python
 from support.gradients import (
     CONDITION,
     assert_same_gradients,
@@ -22,7 +23,6 @@ import pyglow_fast as pgf
 from pyglow_fast import functional
 from pyglow_fast._backend import extension
 from pyglow_fast._errors import SingularMatrixError
-from pyglow_fast.layers import reversible_sequence
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the run is compiled")
 MODES = ("store", "checkpoint", "reversible")
@@ -43,7 +43,7 @@ def steps(channels: int = 6, cond: int = 0, dims: int = 2, **options: Any) -> tu
 def by_python(call: Callable[[], Any]) -> Any:
     """What a call gives without the run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reversible_sequence, "is_runnable", lambda x: False)
+        only_python(patch)
         return call()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support.chain_cases import Mode, objective
@@ -19,31 +21,40 @@ def initialised(*steps: nn.Module) -> pgf.ReversibleSequence:
     return sequence
 
 
-class Doubled(pgf.FlowStep):
+class Doubles:
+    """What makes a layer give twice as much."""
+
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_det = super().forward(x, cond)
+        z, log_det = super().forward(x, cond)  # type: ignore[misc]
         return 2.0 * z, log_det + z[0].numel() * torch.tensor(2.0).log()
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_det = super().inverse(0.5 * z, cond)
+        x, log_det = super().inverse(0.5 * z, cond)  # type: ignore[misc]
         return x, log_det - z[0].numel() * torch.tensor(2.0).log()
 
 
-class Louder(pgf.Coupling):
-    def run_net(self, kept: Tensor, cond: Tensor | None, budget: str | int | None = None) -> Tensor:
-        return 1.5 * super().run_net(kept, cond, budget)
+class DoubledStep(Doubles, pgf.FlowStep):
+    pass
+
+
+class DoubledCoupling(Doubles, pgf.Coupling):
+    pass
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("part", ["step", "coupling"])
 def test_overridden_methods(part: str, mode: Mode) -> None:
-    step: pgf.FlowStep = Doubled(4, 5) if part == "step" else pgf.FlowStep(4, 5)
+    plain = pgf.FlowStep(4, 5)
+    nn.init.normal_(plain.coupling.net.conv3.weight, std=0.2)
+    step: pgf.FlowStep = copy.deepcopy(plain) if part == "coupling" else DoubledStep(4, 5)
     if part == "coupling":
-        step.coupling = Louder(step.coupling.net)
-    nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
+        step.coupling = DoubledCoupling(step.coupling.net)
+    step.load_state_dict(plain.state_dict())
     sequence = initialised(step, pgf.FlowStep(4, 5))
     mode.apply(sequence)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    plain.double().load_state_dict(step.state_dict())
+    assert torch.allclose(step(x)[0], 2.0 * plain(x)[0], rtol=1e-10, atol=1e-10)
     z, log_det = x, 0.0
     for one in sequence:
         z, step_log_det = one(z)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast.runs import generic, run
+from pyglow_fast import ops
+from pyglow_fast.runs import compiled, python
 from support.gradients import CONDITION as CONDITION
 from support.gradients import SHAPE
 from support.gradients import assert_same_gradients as assert_same_gradients
@@ -41,8 +42,13 @@ ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients
 def cut_parts(patch: pytest.MonkeyPatch, limit: int, steps: int = 0) -> None:
     """Let runs that begin from now on have parts of ``limit`` bytes, or of ``steps``, if their parameters allow."""
     found = (lambda _, step_bytes, *rest: steps * max(step_bytes)) if steps else (lambda *_: limit)
-    for module in (generic, run):
+    for module in (python, compiled):
         patch.setattr(module, "part_limit", found)
+
+
+def only_python(patch: pytest.MonkeyPatch) -> None:
+    """Let Python execute all runs, as where there is no extension."""
+    patch.setattr(ops, "is_runnable", lambda x: False)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._backend import require
-from pyglow_fast.runs import run
+from pyglow_fast.runs import compiled
 
 
 class _Wrong:
@@ -38,5 +38,5 @@ def plant(patch: pytest.MonkeyPatch, factor: float | Tensor, only: int | None = 
     """
     held = torch.as_tensor(factor)
     wrong = _Wrong(held, only)
-    patch.setattr(run, "require", lambda: wrong)
+    patch.setattr(compiled, "require", lambda: wrong)
     return held

@@ -12,32 +12,16 @@ from torch import Tensor, nn
 
 from pyglow_fast import ops
 from pyglow_fast._backend import require
-from pyglow_fast._errors import expect
-from pyglow_fast.layers.actnorm import ActNorm
-from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.nets.traits import has_hooks
-from pyglow_fast.reference import autocast_is_on
+from pyglow_fast._float32 import autocast_is_on
 from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values
-from pyglow_fast.runs.planner import RunPlan, plan_memory
-from pyglow_fast.runs.setting import memory_text
+from pyglow_fast.runs.planner import RunPlan, refuse_bytes, plan_memory
 
 REMEMBERED = 16  # plans
 BESIDE = 4096  # bytes of tables of pointers, and of the number that the caller makes of the outputs
 Inputs = Sequence[Tensor | None]
 Forward = Callable[[Any, Inputs], Sequence[Tensor]]
-
-
-def check_runs(runs: bool, budget: str | int) -> None:
-    """Refuse a number of bytes where steps are not computed by csrc/run.
-
-    Raises:
-        ValueError: with what to give instead.
-    """
-    if not runs:
-        expected = 'a mode such as "reversible" where the compiled run does not compute all steps'
-        expected += " (nets of your own or with a border, hooks, other modules, masks, no extension)"
-        expect(False, "memory", expected, memory_text(budget))
 
 
 class _Scratch:
@@ -108,7 +92,7 @@ def _key(model: nn.Module, inputs: Inputs) -> Hashable:
     own = [(parameter.shape, parameter.requires_grad) for parameter in model.parameters()]
     device_type = next(x for x in inputs if x is not None).device.type
     autocast = torch.get_autocast_dtype(device_type) if autocast_is_on(device_type) else None
-    couplings = [module for module in model.modules() if isinstance(module, Coupling)]
+    couplings: list[Any] = [module for module in model.modules() if hasattr(module, "precision") and hasattr(module, "net")]
     nets = [(coupling.precision, type(coupling.net), coupling.net.training) for coupling in couplings]
     return (*given, *own, *nets, autocast, model.training)
 
@@ -117,7 +101,8 @@ def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: l
     """A plan with anchors that lie as they do now; with a warning as they did at first, where that takes too much."""
     runs, budget, like = model._sequences(), model.memory, next(x for x in inputs if x is not None)
     parts = [part for run in runs for part in run.modules()]
-    check_runs(all(run.is_fused for run in runs) and not any(map(has_hooks, parts)) and ops.run_on(like), budget)
+    if not (all(run.is_fused for run in runs) and not any(map(has_hooks, parts)) and ops.run_on(like)):
+        refuse_bytes(budget)
     bytes_of, n_steps = _dry_step(model, inputs, forward), sum(map(len, runs))
 
     def planned(spacings: list[int]) -> RunPlan:
@@ -149,7 +134,7 @@ def _dry_step(model: Any, inputs: Inputs, forward: Forward) -> Callable[[list[in
     given = [None if x is None else known[id(x)] for x in inputs]
     own = {part for run in twin._sequences() for part in run.modules()}
     for module in twin.modules():
-        if isinstance(module, ActNorm):
+        if hasattr(module, "_known_initialized"):  # an ActNorm
             module._known_initialized = True  # or a forward in training would look at values
         if isinstance(module, nn.modules.conv._ConvNd) and module not in own:
             _Scratch(module)

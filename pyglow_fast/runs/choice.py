@@ -1,0 +1,317 @@
+"""The one chooser: it looks once at a run and a call, and has csrc/run compute it, or Python over the registered ops.
+
+csrc/run computes runs whose nets are all chains of convolutions that kernels compute, where nothing watches the call.
+Python computes all else: nets of the user's, hooks, subclasses, masked runs, scale maps that are callables, and what
+torch.compile, torch.func and exports see.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyglow_fast import _float32, functional, ops
+from pyglow_fast._backend import require
+from pyglow_fast._dry import device_of, is_dry
+from pyglow_fast._float32 import has_tf32
+from pyglow_fast._tracing import is_watched, kernels_step_aside
+from pyglow_fast.nets.chain import Chain
+from pyglow_fast.nets.precision import dtype_on, in_precision
+from pyglow_fast.runs.compiled import CompiledRun, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
+from pyglow_fast.runs.description import NetCoupling, Run
+from pyglow_fast.runs.drift import DriftControl, lowest_of
+from pyglow_fast.runs.maps import ChannelMap, Map
+from pyglow_fast.runs.planner import refuse_bytes
+from pyglow_fast.runs.python import in_turn, of_couplings, recomputed
+from pyglow_fast.runs.steps import ModuleStep
+
+# (name, make) -> what was made of the parameters under that name: the maps before the couplings, their inverses, and the
+# inverses of those and of what is behind, if they are known without being asked for.
+Made = Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]]
+MAPS, INVERSES, KNOWN = "maps", "inverses", "known inverses"
+
+
+class _Computes(NamedTuple):
+    """How nets of one precision are computed on a state."""
+
+    products: bool
+    narrow: torch.dtype | None  # None: as the state is
+    lowest: torch.dtype
+
+
+def _computes(precision: str, x: Tensor) -> _Computes | None:
+    """None where the run has no way to compute them."""
+    with in_precision(precision, x):
+        products = functional.net_as_products(x)
+        if not products and not functional.net_as_convolutions(x):
+            return None
+        dtype = torch.bfloat16 if products and functional.net_in_half(x) else dtype_on(x)
+        rounds = has_tf32(x) and _float32.rounds(_float32.CONVOLUTIONS, x)  # TF32 has as many bits as float16
+        lowest = lowest_of(x.dtype, dtype, torch.float16 if rounds else dtype)
+        return _Computes(products, None if dtype == x.dtype else dtype, lowest)
+
+
+@functools.lru_cache(256)
+def _forms_for(*settings: object) -> dict[tuple[object, ...], Any]:
+    """Couplings and their nets as csrc/run takes them, by all that decides that: shapes and settings, and no values."""
+    return {}
+
+
+def _made(
+    coupling: NetCoupling,
+    chain: Chain,
+    state: Sequence[int],
+    x: Tensor,
+    cond: Tensor | None,
+    how: _Computes,
+    budget: str | int,
+) -> Any:
+    """The coupling and its net for states of a shape, in the form that csrc/run takes; refuses what the net does."""
+    injects, board = coupling.injects, coupling.board
+    like = x.new_empty(()).expand(state)
+    seen = like[:, : coupling.kept] if board is None else board.shaped(like[:, : coupling.kept], None)[0]
+    coupling.check_output(seen, (seen.shape[0], chain.last_weight.shape[0], *seen.shape[2:]))
+    with in_precision(coupling.precision, x):
+        plan = coupling.plan(*coupling.inputs(like, cond), budget)
+    chunks = [] if plan[0].whole else [require().Chunk(**chunk.numbers) for chunk in plan]
+    activations, parameters, dilations = ops.chain_arguments(chain.spec)
+    own = chain.outputs
+    form = require().NetForm(
+        activations=activations,
+        dilations=dilations,
+        parameters=parameters,
+        powers=chain.powers,
+        products=how.products,
+        narrow=how.narrow,
+        takes_state=not injects,
+        takes_cond=cond is not None and not injects,
+        parity=None if board is None else board.parity,
+        chunks=chunks,
+        outputs=require().Outputs(in_turn=own.in_turn, signs=own.signs, caps=own.caps),
+    )
+    names = ("map", "order", "inverse", "bias", "eps", "clamp", "factor")
+    arguments = ops.coupling_arguments(coupling.spec, inverse=False)
+    kind = require().Kind(**dict(zip(names, arguments, strict=True)))
+    return require().Step(kind=kind, net=form, reads=coupling.kept)
+
+
+def _compiled(
+    run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
+) -> CompiledRun | None:
+    """The run in the form that csrc/run takes, or None where it does not compute it.
+
+    Args:
+        run: its couplings are at least one.
+        x: is_runnable, (N, C, *spatial), divided by a board; with squeezes before it is squeezed.
+        cond: of the nets, or None; in the dtype of x.
+        squeezes: x is squeezed as it is read.
+        budget: bytes of one net's activations, or "auto".
+
+    Raises:
+        ValueError: a condition that a net does not take.
+    """
+    state, given = _state_shape(x, squeezes), None if cond is None else (cond.shape, cond.device)
+    on_cpu = device_of(x).type == "cpu"
+    forms: list[Any] = []
+    nets: list[Tensor] = []
+    ways: dict[str, tuple[_Computes, dict[tuple[object, ...], Any]]] = {}
+    for coupling in run.couplings:
+        chain = _chain_of(coupling, x) if on_cpu or coupling.board is None else None
+        if chain is None:
+            return None
+        if coupling.precision not in ways:
+            how = _computes(coupling.precision, x)
+            if how is None or (ways and has_tf32(x)):  # settings of the process decide, one for all
+                return None
+            ways[coupling.precision] = how, _forms_for(state, x.dtype, device_of(x).type, given, how, budget)
+        how, known = ways[coupling.precision]
+        net: Any = coupling.net
+        first, last = chain.tensors[0].shape, chain.tensors[-2 if chain.powers[-1] == 0 else -3].shape
+        settings = (coupling.spec, coupling.kept, coupling.changed, chain.spec, chain.powers, chain.outputs)
+        key = (*settings, first, last, net.cond_channels if coupling.kept else 0, coupling.board)
+        form = known.get(key)
+        if form is None:
+            if not ops.has_kernel(coupling.spec):
+                return None
+            form = known[key] = _made(coupling, chain, state, x, cond, how, budget)
+        forms.append(form)
+        nets += chain.tensors
+    lowest = lowest_of(*(how.lowest for how, _ in ways.values()))
+    return CompiledRun(run, forms, nets, lowest, next(iter(ways)))
+
+
+def _state_shape(x: Tensor, squeezes: bool) -> tuple[int, ...]:
+    if not squeezes:
+        return tuple(x.shape)
+    n, channels, *spatial = x.shape
+    return (n, channels * 2 ** len(spatial), *(size // 2 for size in spatial))
+
+
+def _chain_of(coupling: NetCoupling, x: Tensor) -> Chain | None:
+    """The coupling's net as a chain of tensors of x's dtype and device; None where the run does not compute it."""
+    net: Any = coupling.net
+    if not hasattr(net, "chain"):
+        return None
+    chain: Chain | None = net.chain(x)
+    if chain is None or chain.tensors[0].device != x.device:
+        return None
+    dtype = x.dtype
+    for part in chain.tensors:
+        if part.dtype is not dtype:
+            return None
+    return chain
+
+
+def _make(name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    return make()
+
+
+def _entered(
+    run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
+) -> tuple[CompiledRun | None, Tensor, Tensor | None, bool]:
+    """The run for csrc/run, or None; with x, cond and whether to squeeze as both executors take them."""
+    board = run.board
+    runs = bool(run.couplings) and not run.masked and not run.inverted and ops.is_runnable(x)
+    if squeezes and (not runs or x.dim() != 4 or board is not None):  # kernels do not squeeze these as they read
+        x, squeezes = functional.squeeze(x), False
+    if board is not None:
+        x, cond = board.enter(x, cond)
+    if not runs:
+        return None, x, cond, False
+    if not any(run.maps):  # csrc/run begins with one
+        channels = run.couplings[0].kept + run.couplings[0].changed
+        run = run._replace(maps=[[Map.of(ChannelMap.nothing(x.new_zeros(channels)))], *run.maps[1:]])
+    narrow = None if cond is None else cond.to(x.dtype)
+    found = _compiled(run, x, narrow, squeezes, budget)
+    if found is None:
+        return None, functional.squeeze(x) if squeezes else x, cond, False
+    return found, x, narrow, squeezes
+
+
+def forward(
+    run: Run,
+    x: Tensor,
+    cond: Tensor | None = None,
+    squeezes: bool = False,
+    *,
+    mode: str = "store",
+    budget: str | int = "auto",
+    control: DriftControl | None = None,
+    memory: str | int = "store",
+    made: Made = _make,
+    whole: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Map x to z and log_det (N,).
+
+    Args:
+        run: what happens to x.
+        x: (N, C, *spatial); with squeezes (N, C / 2^d, *(2 spatial)).
+        cond: of the nets, or None.
+        squeezes: x is squeezed first, as it is read where kernels can.
+        mode: "store", "checkpoint" or "reversible": what is kept where a backward may follow.
+        budget: bytes of one net's activations, or "auto".
+        control: of the drift, in mode "reversible".
+        memory: what the caller asked for, for the refusal of bytes that csrc/run alone keeps to.
+        made: keeps what inference makes of the parameters.
+        whole: nets that Python runs are not cut into chunks in mode "store".
+    """
+    found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget)
+    if found is None and run.couplings and is_dry(x):
+        refuse_bytes(memory)
+    control, in_parts = control if mode == "reversible" else None, found is not None
+    if found is not None and _records(run, x, cond, found.nets):
+        z, log_det = run_recorded(found, mode, control, x, cond, squeezes)
+    elif found is not None:
+        z, log_det = run_plain(found, x, cond, squeezes, made(MAPS, lambda: folded_maps(found)))
+    elif mode != "store" and run.couplings and not kernels_step_aside() and _records(run, x, cond, run.parameters()):
+        z, log_det = recomputed(of_couplings(run, budget), control, x, cond, run)
+        in_parts = True
+    else:
+        z, log_det = in_turn(run, x, cond, None if whole else _chunks(budget))
+    if run.behind and in_parts:
+        z, gained = in_turn(Run((), (), run.behind, run.masked), z, cond)
+        log_det = log_det + gained
+    return (z if run.last_board is None else run.last_board.leave(z)), log_det
+
+
+def inverse(
+    run: Run,
+    z: Tensor,
+    cond: Tensor | None = None,
+    *,
+    budget: str | int = "auto",
+    made: Made = _make,
+    whole: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Map z back to x, with minus the log-det; arguments as of :func:`forward`."""
+    if run.last_board is not None:
+        z, cond = run.last_board.enter(z, cond)
+    runs = bool(run.couplings) and not (run.masked or run.inverted) and ops.is_runnable(z)
+    narrow = None if cond is None else cond.to(z.dtype)
+    found = _compiled(run, z, narrow, False, budget) if runs else None
+    if found is None or _records(run, z, cond, found.nets):
+        chunks = None if whole else _chunks(budget)
+        x, log_det = in_turn(run, z, cond, chunks, inverse=True, inverses=made(KNOWN, lambda: ()))
+    else:
+        gained = None
+        if run.behind:
+            z, gained = in_turn(Run((), (), run.behind), z, inverse=True)
+        undone = made(INVERSES, lambda: inverted_maps(folded_maps(found)))
+        x, log_det = run_inverse(found, z, narrow, undone)
+        log_det = log_det if gained is None else log_det + gained
+    return x if run.board is None else run.board.leave(x), log_det
+
+
+def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Iterable[Tensor]) -> bool:
+    """Whether autograd asks for a backward."""
+    if not torch.is_grad_enabled():
+        return False
+    maps = [tensor for own in (*run.maps, run.behind) for one in own for tensor in one.tensors]
+    return any([tensor is not None and tensor.requires_grad for tensor in (x, cond, *nets, *maps)])
+
+
+def _chunks(budget: str | int) -> str | int | None:
+    """The budget of nets that run without a record, None where they may have one."""
+    return None if torch.is_grad_enabled() or is_watched() else budget
+
+
+def folded(run: Run) -> ChannelMap:
+    """Fold the maps of a run, behind the last coupling too, stacked."""
+    raw, folding = run.folding(0, len(run.maps) + bool(run.behind))
+    return ChannelMap(*folding(raw))
+
+
+def forward_modules(
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    cond: Tensor | None,
+    mode: str,
+    control: DriftControl | None,
+    memory: str | int,
+) -> tuple[Tensor, Tensor]:
+    """Map x to z and log_det (N,) through any modules that have forward and inverse; arguments as of :func:`forward`."""
+    if is_dry(x):
+        refuse_bytes(memory)
+    if mode != "store" and not kernels_step_aside() and torch.is_grad_enabled():
+        own = [parameter for module in modules for parameter in module.parameters()]
+        if any([tensor is not None and tensor.requires_grad for tensor in (x, cond, *own)]):
+            again = [ModuleStep(module, f"steps[{k}]") for k, module in enumerate(modules)]
+            return recomputed(again, control if mode == "reversible" else None, x, cond)
+    log_det = x.new_zeros(x.shape[0])
+    for module in modules:
+        x, gained = module(x) if cond is None else module(x, cond)
+        log_det = log_det + gained
+    return x, log_det
+
+
+def inverse_modules(modules: Sequence[Any], z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Map z back to x, with minus the log-det."""
+    log_det = z.new_zeros(z.shape[0])
+    for module in reversed(modules):
+        z, gained = module.inverse(z) if cond is None else module.inverse(z, cond)
+        log_det = log_det + gained
+    return z, log_det

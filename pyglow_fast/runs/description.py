@@ -1,0 +1,182 @@
+"""A run as data: what happens to a state from data to latents.
+
+Layers of this package, and tables of other libraries' layers, describe what they hold; compiled.py and python.py
+execute it, choice.py picks which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from pyglow_fast._dry import device_of
+from pyglow_fast._errors import expect
+from pyglow_fast.nets.checkerboard import Checkerboard
+from pyglow_fast.nets.net_shape import NetShape
+from pyglow_fast.nets.plan import Chunk, plan_chunks
+from pyglow_fast.nets.precision import in_precision
+from pyglow_fast.nets.run import NetCall, condition_for, inputs_for, run_net
+from pyglow_fast.nets.state import holding
+from pyglow_fast.nets.traits import check_net
+from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.runs.maps import KINDS, Folding, Map, folding_of
+
+
+class NetCoupling(NamedTuple):
+    """A coupling of a run: the first channels, ``kept``, decide by a net how the others are shifted and scaled.
+
+    Attributes:
+        net: the module.
+        spec: how it shifts and scales.
+        kept, changed: how many channels; with a checkerboard of the state that :meth:`Checkerboard.enter` gives. None
+            is kept where the net reads the condition, and nothing of the state.
+        precision: that the net runs in.
+        board: of a coupling with a checkerboard mask: the net sees the whole images that the kept half is of.
+
+    Raises:
+        ValueError: a BatchNorm in training mode and the like, an output of the wrong shape.
+    """
+
+    net: nn.Module
+    spec: CouplingSpec
+    kept: int
+    changed: int
+    precision: str = "auto"
+    board: Checkerboard | None = None
+
+    @property
+    def injects(self) -> bool:
+        """Whether the net reads the condition, and nothing of the state."""
+        return self.kept == 0
+
+    @property
+    def outputs(self) -> int:
+        """How many channels the net gives."""
+        return self.changed if self.spec.coupling == "additive" else 2 * self.changed
+
+    def inputs(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Give the tensors that chunks are cut from: what is kept of a state and cond, or the condition alone."""
+        return (x[:, : self.kept], cond) if self.kept else (condition_for(x, cond), None)
+
+    def check_output(self, seen: Tensor, found: object) -> None:
+        """Refuse an output of a shape, found, that is not the one which the coupling takes, given what the net sees."""
+        shape = (seen.shape[0], self.outputs, *seen.shape[2:])
+        if found != shape:
+            expect(False, "net", f"an output of shape {shape}", found)
+
+    def call(self, params: Sequence[Tensor] | None = None) -> NetCall:
+        """A call of the net with given parameters, or as it is; its output is checked."""
+
+        def called(x1: Tensor, cond: Tensor | None) -> Tensor:
+            with contextlib.nullcontext() if params is None else holding(self.net, params):
+                net_out = self.net(*inputs_for(self.net, x1, cond))
+            self.check_output(x1, tuple(net_out.shape) if isinstance(net_out, Tensor) else type(net_out).__name__)
+            return net_out
+
+        board = self.board
+        if board is None:
+            return called
+        return lambda x1, cond: board.net_output(called(*board.net_inputs(x1, cond)))
+
+    def plan(self, x1: Tensor, cond: Tensor | None, budget: str | int) -> tuple[Chunk, ...]:
+        """Check the net and its :meth:`inputs`, and say how they are cut for a budget of bytes, or "auto"."""
+        check_net(self.net)
+        if isinstance(self.net, NetShape):
+            self.net.check_inputs(*((x1, cond) if self.board is None else self.board.shaped(x1, cond)))
+        return plan_chunks(
+            self.net,
+            x1.shape,
+            x1.element_size(),
+            budget,
+            device_type=device_of(x1).type,
+            cond_channels=0 if cond is None else cond.shape[1],
+            rows_each=1 if self.board is None else 2,
+        )
+
+    def run(self, x: Tensor, cond: Tensor | None, budget: str | int | None = None) -> Tensor:
+        """Run the net on a state in chunks and without a record; with no budget whole, as autograd records it."""
+        x1, cond = self.inputs(x, cond)
+        with in_precision(self.precision, x1):
+            call = self.call()
+            return call(x1, cond) if budget is None else run_net(call, x1, cond, self.plan(x1, cond, budget))
+
+
+Part = Map | NetCoupling
+
+
+class Run(NamedTuple):
+    """Couplings of one mask with channel maps before each, and perhaps behind the last, computed together.
+
+    Attributes:
+        maps: before each coupling, in the order of data to latents.
+        couplings: their nets need no data any more.
+        behind: maps behind the last coupling.
+        masked: a state is zero where the first channel of the condition is, and the result will be.
+        halved: the maps are of states that a checkerboard has halved; else of whole ones.
+        inverted: the maps are the inverses of a run from latents to data, each made by its owner.
+        watch: is given, for each part, the largest magnitudes of every coupling's input u, shift and raw scale, (K, 3),
+            NaN where one is; None: nobody wants them.
+    """
+
+    maps: Sequence[Sequence[Map]]
+    couplings: Sequence[NetCoupling]
+    behind: Sequence[Map] = ()
+    masked: bool = False
+    halved: bool = False
+    inverted: bool = False
+    watch: Callable[[Tensor], None] | None = None
+
+    @classmethod
+    def of(cls, parts: Iterable[Part], masked: bool = False, inverted: bool = False) -> Run:
+        """A run of these, in the order of data to latents."""
+        maps: list[list[Map]] = [[]]
+        couplings = []
+        for part in parts:
+            if isinstance(part, Map):
+                maps[-1].append(part)
+            else:
+                couplings.append(part)
+                maps.append([])
+        return cls(maps[:-1], couplings, maps[-1], masked, inverted=inverted)
+
+    @property
+    def board(self) -> Checkerboard | None:
+        """The checkerboard of the first coupling, which divides what comes in; None with channel masks."""
+        return self.couplings[0].board if self.couplings else None
+
+    @property
+    def last_board(self) -> Checkerboard | None:
+        """The checkerboard of the last coupling, which puts together what goes out."""
+        return self.couplings[-1].board if self.couplings else None
+
+    def parameters(self) -> list[Tensor]:
+        """List those of all nets."""
+        return [parameter for coupling in self.couplings for parameter in coupling.net.parameters()]
+
+    def folding(self, first: int, end: int) -> tuple[list[Tensor], Folding]:
+        """The raw tensors of the maps before couplings first .. end - 1, and what folds them.
+
+        "Before K" is behind the last coupling. The run has a map.
+        """
+        maps = self.maps if not self.behind or end <= len(self.maps) else [*self.maps, self.behind]
+        like = [own[0] for own in maps[first:end] if own] or [own[0] for own in maps if own]
+        board = self.couplings[0].board if self.couplings else None
+        swaps: list[bool] = []
+        if board is not None and not self.halved:
+            boards = [coupling.board for coupling in self.couplings]
+            swaps = [before != own for before, own in pairwise([board, *boards])]
+        return folding_of(maps[first:end], like[0].tensors[1], swaps[first:end])
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes of the folded map before a coupling, at most."""
+        each = [one for own in self.maps for one in own]
+        if not each:
+            return 1
+        offset, halves = each[0].tensors[1], 1 if self.board is None or self.halved else 2
+        gathers = all([KINDS[one.kind].gathers for one in each])
+        return halves * offset.nbytes * (1 if gathers else halves * len(offset))
