@@ -114,7 +114,7 @@ class Map(NamedTuple):
         return cls(GIVEN_GATHER, (matrix, offset, log_det, source))
 
 
-def _with_actnorm(weight: Tensor, log_det: Tensor, log_scale: Tensor, bias: Tensor) -> ChannelMap:
+def _of_weight(log_scale: Tensor, bias: Tensor, weight: Tensor, log_det: Tensor) -> ChannelMap:
     expected = f"a weight of dtype {bias.dtype} (that of the actnorm)"
     expect(weight.dtype == bias.dtype, "permutation", expected, weight.dtype)
     return ChannelMap(*fold_actnorm(weight, log_scale, bias), log_det + log_scale.sum(-1))
@@ -125,25 +125,17 @@ def _of_factors(
 ) -> ChannelMap:
     with full_precision(bias):
         weight, log_det = lu_weight(rows, lower, upper, log_diag, sign_diag), log_diag.sum(-1)
-    return _with_actnorm(weight, log_det, log_scale, bias)
+    return _of_weight(log_scale, bias, weight, log_det)
 
 
 def _of_matrix(log_scale: Tensor, bias: Tensor, weight: Tensor) -> ChannelMap:
     with full_precision(bias):
         log_det = functional.log_abs_det(weight)
-    return _with_actnorm(weight, log_det, log_scale, bias)
-
-
-def _of_weight(log_scale: Tensor, bias: Tensor, weight: Tensor, log_det: Tensor) -> ChannelMap:
-    return _with_actnorm(weight, log_det, log_scale, bias)
+    return _of_weight(log_scale, bias, weight, log_det)
 
 
 def _of_index(log_scale: Tensor, bias: Tensor, index: Tensor) -> ChannelMap:
     return ChannelMap(*functional.gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
-
-
-def _as_given(*parts: Tensor) -> ChannelMap:
-    return ChannelMap(*parts)
 
 
 FACTORS, MATRIX, WEIGHT, INDEX, GIVEN, GIVEN_GATHER = "factors", "matrix", "weight", "index", "given", "given gather"
@@ -154,8 +146,8 @@ KINDS = {
     WEIGHT: MapKind(_of_weight, 4),  # W and log|det W|
     INDEX: MapKind(_of_index, 3, gathers=True),  # the index of a gather
     # and of these two those of a ChannelMap.
-    GIVEN: MapKind(_as_given, 3),
-    GIVEN_GATHER: MapKind(_as_given, 4, gathers=True),
+    GIVEN: MapKind(ChannelMap, 3),
+    GIVEN_GATHER: MapKind(ChannelMap, 4, gathers=True),
 }
 _LEARNT_FACTORS = 5  # of the tensors of FACTORS, the first ones; the others are constants
 
