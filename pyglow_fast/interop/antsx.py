@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
-from pyglow_fast.interop.table import Call, Library, Net, Part, Row, by_class, is_set, read_once, wrapped
+from pyglow_fast.interop.nets import Net
+from pyglow_fast.interop.table import Call, Library, Part, Row, by_class, is_set, read_once, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast._captures import made_once
 from pyglow_fast.interop.known_net import KnownNet, Layer
-from pyglow_fast.interop.table import Call, Library, Net, Part, Row, wrapped
+from pyglow_fast.interop.nets import Net
+from pyglow_fast.interop.table import Call, Library, Part, Row, wrapped
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
 from pyglow_fast.runs.description import NetCoupling

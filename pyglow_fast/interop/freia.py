@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.interop.graphs import joined_graph
+from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (
     Call,
     Library,
-    Net,
     Part,
     Row,
     UnfitError,

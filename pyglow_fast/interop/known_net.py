@@ -80,34 +80,19 @@ class KnownNet:
         every = [sides(layer.kernel_size, dilation) for layer, dilation in pairs]
         return max(map(sum, zip(*every, strict=True)))
 
-    @property
-    def in_channels(self) -> int:
-        """The channels of the input."""
-        return self.layers[0].widths[0]
+    def takes(self, x: Tensor, cond: Tensor | None) -> bool:
+        """Whether x, with cond beside it, has the net's dimensions and channels."""
+        channels = x.shape[1] + (0 if cond is None else cond.shape[1])
+        return x.dim() == self.dims + 2 and channels == self.layers[0].widths[0]
 
-    def weights_and_biases(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Compute every layer's tensors for functional.net_chain, differentiable; None while a map waits for data."""
-        found = [layer.tensors(folds=True) for layer in self.layers]
-        ready = [pair for pair in found if pair is not None]
-        if len(ready) < len(found):
-            return None
-        return [weight for weight, _ in ready], [bias for _, bias in ready]
+    def tensors(self, folds: bool, folds_last: bool = True) -> list[list[Tensor]] | None:
+        """Compute the tensors of each layer, differentiable; None while a map waits for data.
 
-    def chain_tensors(self, folds_last: bool) -> tuple[list[Tensor], tuple[float, ...]] | None:
-        """Compute the tensors of a Chain, and its powers; None while a map waits for data.
-
-        The scales are left to the run, so that nothing of the size of a weight is made here; but with ``folds_last``
-        for that of the last layer, whose channels are then put in another order.
+        folds, folds_last: weights and biases have the scales behind them in them, those of the last layer too.
         """
-        tensors: list[Tensor] = []
-        powers = []
-        for layer in self.layers:
-            own = layer.tensors(folds=folds_last and layer is self.layers[-1])
-            if own is None:
-                return None
-            tensors += own
-            powers.append(float(len(own) - 2))
-        return tensors, tuple(powers)
+        found = [layer.tensors(folds if layer is not self.layers[-1] else folds_last) for layer in self.layers]
+        ready = [own for own in found if own is not None]
+        return ready if len(ready) == len(found) else None
 
     def pays(self, x: Tensor) -> bool:
         """Whether products of this package are as fast as the library's layers on x; see docs/speed.md.

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, KnownNet, Layer, qualified
-from pyglow_fast.nets.traits import is_altered
+from pyglow_fast.interop.probing import chain_of
+from pyglow_fast.nets.chain import Chain, Outputs
+from pyglow_fast.nets.traits import is_altered, may_write
 from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec, sides
-
-__all__ = ["KnownNet", "recognised", "run"]
 
 _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _KEEPS_SIZE = (
@@ -132,40 +132,108 @@ def _fits(layer: Layer, before: Sequence[Layer], pads: Sequence[Any]) -> bool:
     return plain and (conv.padding_mode == "zeros" or not any(own))
 
 
-def run(
-    net: nn.Module,
-    x: Tensor,
-    output_map: Callable[[Tensor, int], Tensor] | None = None,
-    cond: Tensor | None = None,
-    layer_of: Callable[[nn.Module], Layer | None] = of_torch,
-) -> Tensor:
-    """Compute net(x), or net([x, cond]) of the channels of both, by the executor where it knows the net and takes x.
+class Net(nn.Module):
+    """A library's net as the net of a coupling of ours: (N, kept, *spatial), cond -> shift, then raw scale.
 
-    Where the executor would be slower the net is computed by the library's convolutions, which pad by themselves.
-    ``output_map(values, dim)`` is a linear map of the output channels, which are dimension ``dim`` of ``values``: the
-    result is then output_map(net(x), 1). Of a recognised net the last weights are mapped instead, so that no pass over
-    the output is needed.
+    Where the executor would be slower than the library's convolutions, which pad by themselves, these compute it.
 
     Args:
-        net: of a library.
-        x: (N, C, *spatial), which a net that is not recognised may write to.
-        output_map: see above.
-        cond: (N, C_c, *spatial), or None.
-        layer_of: see :func:`recognised`.
+        net: the library's own module, called with the kept channels and the condition as one tensor.
+        order: a linear map (values, dim) of the output channels, which are dimension ``dim`` of values, into the order
+            of the coupling: all shifts, then all raw scales. Of a recognised net the last weights are mapped instead,
+            so that no pass over the output is needed.
+        whole: a sample is not to be cut into strips.
+
+    Attributes:
+        layer_of: see :func:`recognised`. A net whose layers are of other classes than torch's is run by probes too.
     """
-    known = recognised(net, layer_of) if functional.net_as_products(x) else ""
-    found = None if isinstance(known, str) or not _takes(known, x, cond) else known.weights_and_biases()
-    if found is None or isinstance(known, str) or any(tensor.dtype != x.dtype for part in found for tensor in part):
-        out: Tensor = net(x if cond is None else torch.cat([x, cond], dim=1))
-        return out if output_map is None else output_map(out, 1)
-    weights, biases = found
-    if output_map is not None:
-        weights[-1], biases[-1] = output_map(weights[-1], 0), output_map(biases[-1], 0)
-    compute = functional.net_chain if known.pays(x) else reference.net_chain
-    return compute(x, weights, biases, known.spec, cond=cond)
+
+    cond_channels = 0
+    layer_of = staticmethod(of_torch)
+
+    def __init__(
+        self, net: nn.Module, order: Callable[[Tensor, int], Tensor] | None = None, whole: bool = False
+    ) -> None:
+        super().__init__()
+        self.net, self.order, self.whole_samples = net, order, whole
+
+    def known(self) -> KnownNet | str:
+        """The net as the executor takes it, or why it runs as it is."""
+        return recognised(self.net, self.layer_of)
+
+    def chain(self, x: Tensor) -> Chain | None:
+        """The net as a chain of layers for states like x, None where the library's layers are faster or not known."""
+        known = self.known()
+        if isinstance(known, str) or known.dims != x.dim() - 2 or not known.pays(x):
+            return None
+        outputs = Outputs() if self.order is None else self.order
+        # The scales are left to the run, so that nothing of the size of a weight is made here, but of an order's.
+        layers = known.tensors(folds=False, folds_last=not isinstance(outputs, Outputs))
+        if layers is None:
+            return None
+        powers = tuple(float(len(own) - 2) for own in layers)
+        if isinstance(outputs, Outputs):
+            return Chain([tensor for own in layers for tensor in own], powers, known.spec, outputs)
+        layers[-1] = [outputs(tensor, 0) for tensor in layers[-1]]
+        return Chain([tensor for own in layers for tensor in own], powers, known.spec)
+
+    @property
+    def halo(self) -> int | None:
+        """How many positions to each side an output depends on; None where it is not known: see traits."""
+        if self.whole_samples:
+            return None
+        known = self.known()
+        stated: int | None = getattr(self.net, "halo", None)
+        return stated if isinstance(known, str) else known.halo
+
+    @property
+    def bytes_per_position(self) -> Callable[[int], int] | None:
+        """The function by which the net states the bytes of activations of a position; None if it states none."""
+        stated: Callable[[int], int] | None = getattr(self.net, "bytes_per_position", None)
+        return stated
+
+    @property
+    def writes_to_input(self) -> bool:
+        """Whether its net may write to what it is called with: one that is recognised makes a tensor of its own."""
+        return isinstance(self.known(), str) and may_write(self.net)
+
+    def as_it_is(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """Call the library's net."""
+        out: Tensor = self.net(x1 if cond is None else torch.cat([x1, cond], dim=1))
+        return out
+
+    def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Map the kept channels and the condition to shift and raw scale (or shift alone)."""
+        order, cond = self.order, None if cond is None else cond.to(x1.dtype)
+        known = self.known() if functional.net_as_products(x1) else ""
+        layers = None if isinstance(known, str) or not known.takes(x1, cond) else known.tensors(folds=True)
+        if layers is None or isinstance(known, str) or any(one.dtype != x1.dtype for own in layers for one in own):
+            out = self.as_it_is(x1, cond)
+            out = out if order is None else order(out, 1)
+        else:
+            if order is not None:
+                layers[-1] = [order(tensor, 0) for tensor in layers[-1]]
+            weights, biases = map(list, zip(*layers, strict=True))
+            compute = functional.net_chain if known.pays(x1) else reference.net_chain
+            out = compute(x1, weights, biases, known.spec, cond=cond)
+        return order.bounded(out) if isinstance(order, Outputs) else out
 
 
-def _takes(known: KnownNet, x: Tensor, cond: Tensor | None) -> bool:
-    """Whether x, with cond beside it, has the net's dimensions and channels."""
-    channels = x.shape[1] + (0 if cond is None else cond.shape[1])
-    return x.dim() == known.dims + 2 and channels == known.in_channels
+class CalledWithContext(Net):
+    """A net that is called as net(x1, context), which no Sequential can be: its forward is read off a call of it."""
+
+    writes_to_input = False  # it gives its net a copy itself
+
+    def known(self) -> KnownNet | str:
+        """The chain of layers that the net's forward is without a context, or why it runs as it is."""
+        chain = chain_of(self.net)
+        return recognised(self.net if chain is None else chain)
+
+    def as_it_is(self, x1: Tensor, cond: Tensor | None) -> Tensor:
+        """Call the library's net, with a copy."""
+        out: Tensor = self.net(x1.clone(memory_format=torch.contiguous_format), cond)
+        return out
+
+    def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Map the kept channels and the context to shift and raw scale (or shift alone)."""
+        return super().forward(x1) if cond is None else self.as_it_is(x1, cond)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast.interop.known_net import qualified
+from pyglow_fast.interop.nets import CalledWithContext
 from pyglow_fast.interop.table import (
     Call,
-    CalledWithContext,
     Library,
     Part,
     Row,

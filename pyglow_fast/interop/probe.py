@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast.interop.adoption import adopted_class
-from pyglow_fast.interop.table import EXACT, Net, Row, UnfitError
+from pyglow_fast.interop.nets import Net
+from pyglow_fast.interop.table import EXACT, Row, UnfitError
 from pyglow_fast.runs.description import NetCoupling
 
 MOVED = 0.3  # standard deviation of a copy's parameters

@@ -24,12 +24,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import call_untraced, is_batched, is_traced
-from pyglow_fast.interop import nets
-from pyglow_fast.interop.known_net import KnownNet, qualified
-from pyglow_fast.interop.probing import chain_of
+from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.layers.grouped_conv import spread_over_groups
-from pyglow_fast.nets import traits
-from pyglow_fast.nets.chain import Chain, Outputs
 from pyglow_fast.nets.traits import is_altered
 from pyglow_fast.reference import full_precision
 from pyglow_fast.runs.description import NetCoupling
@@ -37,7 +33,6 @@ from pyglow_fast.runs.maps import ChannelMap, Map
 
 FEW_VALUES = 1 << 14  # of a batch, see pays_for_images
 EXACT = torch.float64, 1e-9  # precision and relative tolerance of a probe
-OrderOf = Callable[[Tensor, int], Tensor]  # a linear map of the channels, which are the dimension given: see nets.run
 
 
 class UnfitError(Exception):
@@ -198,93 +193,6 @@ def wrapped(layer: nn.Module, make: Callable[..., nn.Module], net: nn.Module, *o
             return own
     kept[:] = [*kept[-1:], (key, make(net, *options))]  # no layer has more than two
     return kept[-1][1]
-
-
-class Net(nn.Module):
-    """A library's net as the net of a coupling of ours: (N, kept, *spatial), cond -> shift, then raw scale.
-
-    The condition is read beside the kept channels, as one tensor.
-
-    Args:
-        net: the library's own module.
-        order: brings its output into the order of the coupling: all shifts, then all raw scales.
-        whole: a sample is not to be cut into strips.
-
-    Attributes:
-        layer_of: see :func:`pyglow_fast.interop.nets.recognised`. A net whose layers are of other classes than torch's
-            is run by probes too.
-    """
-
-    cond_channels = 0
-    layer_of = staticmethod(nets.of_torch)
-
-    def __init__(self, net: nn.Module, order: OrderOf | None = None, whole: bool = False) -> None:
-        super().__init__()
-        self.net, self.order, self.whole_samples = net, order, whole
-
-    def known(self) -> KnownNet | str:
-        """The net as the executor takes it, or why it runs as it is."""
-        return nets.recognised(self.net, self.layer_of)
-
-    def chain(self, x: Tensor) -> Chain | None:
-        """The net as a chain of layers for states like x, None where the library's layers are faster or not known."""
-        known = self.known()
-        if isinstance(known, str) or known.dims != x.dim() - 2:
-            return None
-        outputs = Outputs() if self.order is None else self.order
-        found = known.chain_tensors(not isinstance(outputs, Outputs)) if known.pays(x) else None
-        if found is None:
-            return None
-        tensors, powers = found
-        if isinstance(outputs, Outputs):
-            return Chain(tensors, powers, known.spec, outputs)
-        tensors[-2:] = [outputs(tensor, 0) for tensor in tensors[-2:]]
-        return Chain(tensors, powers, known.spec)
-
-    @property
-    def halo(self) -> int | None:
-        """How many positions to each side an output depends on; None where it is not known: see nets."""
-        if self.whole_samples:
-            return None
-        known = self.known()
-        stated: int | None = getattr(self.net, "halo", None)
-        return stated if isinstance(known, str) else known.halo
-
-    @property
-    def bytes_per_position(self) -> Callable[[int], int] | None:
-        """The function by which the net states the bytes of activations of a position; None if it states none."""
-        stated: Callable[[int], int] | None = getattr(self.net, "bytes_per_position", None)
-        return stated
-
-    @property
-    def writes_to_input(self) -> bool:
-        """Whether its net may write to what it is called with: one that is recognised makes a tensor of its own."""
-        return isinstance(self.known(), str) and traits.may_write(self.net)
-
-    def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Map the kept channels and the condition to shift and raw scale (or shift alone)."""
-        cond = None if cond is None else cond.to(x1.dtype)
-        out = nets.run(self.net, x1, self.order, cond, self.layer_of)
-        return self.order.bounded(out) if isinstance(self.order, Outputs) else out
-
-
-class CalledWithContext(Net):
-    """A net that is called as net(x1, context), which no Sequential can be: its forward is read off a call of it."""
-
-    writes_to_input = False  # it gives its net a copy itself
-
-    def known(self) -> KnownNet | str:
-        """The chain of layers that the net's forward is without a context, or why it runs as it is."""
-        chain = chain_of(self.net)
-        return nets.recognised(self.net if chain is None else chain)
-
-    def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Map the kept channels and the context to shift and raw scale (or shift alone)."""
-        chain = chain_of(self.net) if cond is None else None
-        if chain is not None:
-            return nets.run(chain, x1)
-        out: Tensor = self.net(x1.clone(memory_format=torch.contiguous_format), cond)
-        return out
 
 
 def pays_for_images(layer: nn.Module, call: Call) -> bool:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from pyglow_fast.interop import accelerate, nets
-from pyglow_fast.interop.table import CalledWithContext
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -35,7 +34,9 @@ def test_drawn_chains(seed: int, dims: int) -> None:
     known = nets.recognised(net)
     assert isinstance(known, nets.KnownNet), known
     assert known.dims == dims
-    torch.testing.assert_close(results(net, nets.run, x), results(net, type(net).__call__, x), **CLOSE)
+    torch.testing.assert_close(
+        results(net, lambda net, x: nets.Net(net)(x), x), results(net, type(net).__call__, x), **CLOSE
+    )
 
 
 class Mine(nn.Conv2d):
@@ -113,7 +114,7 @@ def test_what_is_left_alone(misfit: str) -> None:
     assert isinstance(reason, str)
     assert fnmatch.fnmatchcase(reason, glob), reason
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
-    found, expected = outcome(lambda x: nets.run(net, x), x), outcome(net, x)
+    found, expected = outcome(nets.Net(net), x), outcome(net, x)
     assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
 
 
@@ -142,7 +143,7 @@ def test_nets_that_are_left_whole() -> None:
 def test_inputs_that_are_left_alone(x: Tensor) -> None:
     """Torch raises, or knows what to do with them."""
     net = subnet(4, 6).double()
-    found, expected = outcome(lambda x: nets.run(net, x), x), outcome(net, x)
+    found, expected = outcome(nets.Net(net), x), outcome(net, x)
     assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
 
 
@@ -240,7 +241,7 @@ class InPlace(Layers):
 def assert_as_it_is(net: nn.Module, context: Tensor | None = None) -> None:
     """Check values and gradients of a net that takes a context; torch refuses a write to its input, a leaf."""
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    wrapped = CalledWithContext(net)
+    wrapped = nets.CalledWithContext(net)
     expected = results(net, lambda net, x: net(x.clone(), context), x)
     torch.testing.assert_close(results(net, lambda net, x: wrapped(x, context), x), expected, **CLOSE)
 
