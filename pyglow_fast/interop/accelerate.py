@@ -10,10 +10,10 @@ from torch import nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
+from pyglow_fast.interop.joined import Joined, JoinedLayers, JoinedList, Place, Reasons, places_of, row_of
 from pyglow_fast.interop.libraries import LIBRARIES
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.probe import difference
-from pyglow_fast.interop.runs import Joined, JoinedLayers, JoinedList, Place, Reasons, places_of, row_of
 from pyglow_fast.interop.table import Library, Row, is_ready
 from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.nets.traits import is_altered
@@ -155,11 +155,11 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
     """
     found = False
     names = {module: name for name, module in done.model.named_modules()}
-    told: set[nn.Module] = set()  # what is in layers that the report names
+    named: set[nn.Module] = set()  # what is in layers that the report names
     for module, name in names.items():
         if isinstance(module, Adopted):
             found = found or module._pgf_row in library.rows
-            told |= set(module.modules())
+            named |= set(module.modules())
             continue
         rows = [row for row in library.rows if row.tells(module)]
         reasons = []
@@ -178,10 +178,10 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
         else:
             if reasons:
                 done.left[name] = max(reasons)[1]  # of the row that comes closest
-            elif module not in told and (reason := JOINS_ONLY if rows else _no_row(module, library)):
+            elif module not in named and (reason := JOINS_ONLY if rows else _no_row(module, library)):
                 done.left[name], found = reason, True
         if name in done.replaced or name in done.left:
-            told |= set(module.modules())
+            named |= set(module.modules())
         found = found or bool(rows) or type(module).__module__.startswith(library.homes or ("nowhere.",))
     return found
 
@@ -245,7 +245,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
             if not isinstance(container, nn.ModuleList):
                 seen |= set(container.children())
             if container not in done._containers:
-                modes = {place.run.memory for place in container.places if isinstance(place, Place)}
+                modes = {place.joined.memory for place in container.places if isinstance(place, Place)}
                 reasons |= dict.fromkeys(container.modules(), f"joined before, memory {', '.join(sorted(modes))}")
             continue
         found = library.join_graph(container, library, memory, budget)

@@ -19,6 +19,7 @@ from pyglow_fast.interop.table import Call, Part, Row, UnfitError, fitted, is_re
 from pyglow_fast.nets.masks import is_mask, log_scale_of_padding, masked_condition
 from pyglow_fast.nets.state import holding
 from pyglow_fast.runs.description import Run
+from pyglow_fast.runs.maps import ChannelMap, Map, after
 from pyglow_fast.runs.python import in_turn
 
 STATES = (torch.float32, torch.float64)
@@ -147,8 +148,16 @@ def recomputed_later(
 
 
 def called(parts: Iterable[Part], call: Call) -> Run:
-    """What a layer holds, or several, as a run of a call's state."""
-    return Run.of([fitted(part, call.x) for part in parts], call.mask is not None, call.inverse)
+    """What a layer holds, or several, as a run of a call's state, in which neighbouring maps are one."""
+    found: list[Part] = []
+    for part in parts:
+        own = fitted(part, call.x)
+        if isinstance(own, Map) and found and isinstance(before := found[-1], Map):
+            pair = ChannelMap(*before.tensors), ChannelMap(*own.tensors)
+            own = Map.of(after(*(pair[::-1] if call.inverse else pair)))
+            found.pop()
+        found.append(own)
+    return Run.of(found, call.mask is not None, call.inverse)
 
 
 def run_alone(run: Run, call: Call, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
+from pyglow_fast.interop.joined import Joined, JoinedLayers, Reasons, places_of
 from pyglow_fast.interop.known_net import qualified
-from pyglow_fast.interop.runs import Joined, JoinedLayers, Reasons, places_of
 from pyglow_fast.interop.table import Library
 
 _OF_NODES = ("node_list", "in_nodes", "condition_nodes", "out_nodes")  # of a graph

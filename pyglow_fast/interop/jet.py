@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast.interop.adoption import recomputed_later
-from pyglow_fast.interop.runs import JoinedLayers, unrepeatable
+from pyglow_fast.interop.joined import JoinedLayers, unrepeatable
 from pyglow_fast.interop.table import Call, Library, Row
 from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.nets.traits import bytes_per_position

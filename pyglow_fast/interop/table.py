@@ -5,7 +5,7 @@ couplings, in the direction of data to latents. What is done with that is writte
 
 - adoption.py makes a layer's forward run these parts,
 - probe.py compares the two before, in float64,
-- runs.py joins neighbours into one run,
+- joined.py joins neighbours into one run,
 - accelerate.py puts it together, and reports.
 """
 

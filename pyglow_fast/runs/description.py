@@ -117,7 +117,7 @@ class Run(NamedTuple):
         behind: maps behind the last coupling.
         masked: a state is zero where the first channel of the condition is, and the result will be.
         halved: the maps are of states that a checkerboard has halved; else of whole ones.
-        inverted: the maps are the inverses of a run from latents to data, each made by its owner.
+        inverted: the maps, one at a place at most, are inverses, each made by its owner for a run from latents to data.
         watch: is given, for each part, the largest magnitudes of every coupling's input u, shift and raw scale, (K, 3),
             NaN where one is; None: nobody wants them.
     """

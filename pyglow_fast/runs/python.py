@@ -104,8 +104,7 @@ def _folded(
 def _each(run: Run, every: Sequence[Sequence[Map]]) -> Sequence[ChannelMap | None]:
     """What is before each coupling and behind the last, composed, recorded by autograd."""
     if run.board is None and all([one.kind in (GIVEN, GIVEN_GATHER) for own in every for one in own]):
-        turn = -1 if run.inverted else 1  # of several that are inverted the last comes first
-        return [reduce(after, [ChannelMap(*one.tensors) for one in own[::turn]]) if own else None for own in every]
+        return [reduce(after, [ChannelMap(*one.tensors) for one in own]) if own else None for own in every]
     raw, folding = run.folding(0, len(every))
     each = folding.each(raw) if run.board is None else unstack_maps(folding.stacked(raw))
     return [*each, *[None] * (len(every) - len(each))]

@@ -134,9 +134,9 @@ class JoinedLayers:
         Raises:
             UnfitError: the layers are to be called one by one.
         """
-        if not all(map(is_ready, self.rows, self.layers)):
-            raise UnfitError("it waits for data")
         for layer, row in zip(self.layers, self.rows, strict=True):
+            if not is_ready(row, layer):
+                raise UnfitError("it waits for data")
             check_readable(layer, row)
         return self.run(call)
 
@@ -236,15 +236,15 @@ class Place:
     Args:
         layer: whose place it is.
         row: of the layer.
-        run: of which the layer is a part.
-        layers: of the run, in the order of the container, in the place of the first; None in the others'.
+        joined: the layers of which it is one.
+        layers: these, in the order of the container, in the place of the first; None in the others'.
         from_latents: the container goes from latents to data.
     """
 
     def __init__(
-        self, layer: nn.Module, row: Row, run: JoinedLayers, layers: Sequence[nn.Module] | None, from_latents: bool
+        self, layer: nn.Module, row: Row, joined: JoinedLayers, layers: Sequence[nn.Module] | None, from_latents: bool
     ) -> None:
-        vars(self).update(layer=layer, row=row, run=run, layers=layers, from_latents=from_latents)
+        vars(self).update(layer=layer, row=row, joined=joined, layers=layers, from_latents=from_latents)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run all layers, or hand on the state."""
@@ -265,10 +265,10 @@ class Place:
     def _through(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         call = None
         if self.layers is not None and not is_watched():
-            call = understood(self.row, self.layer, method, args, kwargs, self.run.spares)
+            call = understood(self.row, self.layer, method, args, kwargs, self.joined.spares)
         if call is not None and call.joinable:
             try:
-                return call.give(*self.run(call))
+                return call.give(*self.joined(call))
             except UnfitError:  # before anything was computed but maps
                 pass
         call = call or self.row.calls[method](self.layer, *args, **kwargs)
@@ -282,7 +282,7 @@ class Place:
             backwards = method == "inverse" or bool(kwargs.get("rev", kwargs.get("reverse")))
         state, total = args[0], None
         for layer in reversed(self.layers) if backwards else self.layers:
-            state, log_det = self.run.alone(layer, method, state, *args[1:], **kwargs)
+            state, log_det = self.joined.alone(layer, method, state, *args[1:], **kwargs)
             total = log_det if total is None or log_det is None else total + log_det
         return state, total
 
