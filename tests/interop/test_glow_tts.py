@@ -117,6 +117,19 @@ def test_stored_inverses_pass_through_a_run() -> None:
     assert float((scaled - x[:, :, :16] * there).abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+def test_a_list_that_ends_with_maps(memory: str) -> None:
+    """Their log-dets count the positions of each sample, and their offsets are nowhere else."""
+    model, (x, mask) = decoder(), batch()
+    model.flows = nn.ModuleList([*model.flows[3:], *model.flows[:2]])
+    expected = model(x, mask)
+    accelerate(model, memory=memory)
+    for records in (True, False):
+        with torch.set_grad_enabled(records):
+            for found, value in zip(model(x, mask), expected, strict=True):
+                assert_close(found, value)
+
+
 def test_a_mask_of_other_numbers_goes_to_their_own_code() -> None:
     model, (x, mask) = decoder(), batch()
     expected = model(x, mask * 0.5)[0]
