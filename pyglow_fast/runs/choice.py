@@ -182,9 +182,6 @@ def _entered(
         x, cond = board.enter(x, cond)
     if not runs:
         return None, x, cond, False
-    if not any(run.maps):  # csrc/run begins with one
-        channels = run.couplings[0].kept + run.couplings[0].changed
-        run = run._replace(maps=[[Map.of(ChannelMap.nothing(x.new_zeros(channels)))], *run.maps[1:]])
     narrow = None if cond is None else cond.to(x.dtype)
     found = _compiled(run, x, narrow, squeezes, budget)
     if found is None:
@@ -219,6 +216,9 @@ def forward(
         made: keeps what inference makes of the parameters.
         whole: nets that Python runs are not cut into chunks in mode "store".
     """
+    if run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x)):  # what recomputes begins with one
+        nothing = ChannelMap.nothing(x.new_zeros(run.couplings[0].kept + run.couplings[0].changed))
+        run = run._replace(maps=[[Map.of(nothing)], *run.maps[1:]])
     found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget)
     if found is None and run.couplings and is_dry(x):
         refuse_bytes(memory)
@@ -250,7 +250,7 @@ def inverse(
     """Map z back to x, with minus the log-det; arguments as of :func:`forward`."""
     if run.last_board is not None:
         z, cond = run.last_board.enter(z, cond)
-    runs = bool(run.couplings) and not (run.masked or run.inverted) and ops.is_runnable(z)
+    runs = any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(z)
     narrow = None if cond is None else cond.to(z.dtype)
     found = _compiled(run, z, narrow, False, budget) if runs else None
     if found is None or _records(run, z, cond, found.nets):
