@@ -71,7 +71,7 @@ class Acceleration:
             if later and not set(self._adopted).isdisjoint(module.modules()):
                 raise RuntimeError(f"{name}: joined by a later call of accelerate; undo that first")
         for container in self._containers:
-            container.part()
+            container.take_apart()
         for module, name, before in self._set:
             setattr(module, name, before)
         give_back(self._adopted)
@@ -197,7 +197,7 @@ def unlike(row: Row, module: nn.Module) -> tuple[str, int]:
 def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[str, str]:
     """Name the nets of an adopted layer that run as they are, and why."""
     found = {}
-    for part in row.parts(module, False):
+    for part in row.elements(module, False):
         net = part.net if isinstance(part, NetCoupling) else None
         if isinstance(net, Net) and net.net in names and isinstance(known := net.known(), str):
             found[names[net.net]] = f"its net runs as it is: {known}"
@@ -217,7 +217,7 @@ def _no_row(module: nn.Module, library: Library) -> str:
 
 def _price(runs: Sequence[JoinedLayers], memory: str) -> str:
     """Say in the report what recomputation costs where the library runs the nets of a run."""
-    nets_of = (part.net for run in runs for part in run.parts() if isinstance(part, NetCoupling))
+    nets_of = (part.net for run in runs for part in run.elements() if isinstance(part, NetCoupling))
     own = any(isinstance(net, Net) and isinstance(net.known(), str) for net in nets_of)
     own = own or any(run.rows[0].run is not None for run in runs)
     return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
@@ -229,7 +229,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
         for name, module in done.model.named_modules():
             if module in done._adopted and module._pgf_row in library.rows and "_pgf_joined" not in vars(module):
                 row = module._pgf_row
-                if row.run is None and not any(isinstance(part, NetCoupling) for part in row.parts(module, False)):
+                if row.run is None and not any(isinstance(part, NetCoupling) for part in row.elements(module, False)):
                     continue  # there is nothing to keep
                 done._runs.append(JoinedLayers([module], [row], memory, budget))
                 vars(module)["_pgf_joined"] = done._runs[-1]

@@ -1,4 +1,4 @@
-"""Makes a layer's forward run the parts that the layer holds: its class becomes one made of a row and its own class.
+"""Makes a layer's forward run the elements that the layer holds: its class becomes one made of a row and its own class.
 
 The object, its parameters, buffers, hooks, names and other methods stay, and it is still an instance of its own class,
 whose forward runs wherever ours does not apply or does not pay.
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.interop.limits import within
-from pyglow_fast.interop.table import Call, Part, Row, UnfitError, fitted, is_ready, untouched
+from pyglow_fast.interop.table import Call, Element, Row, UnfitError, fitted, is_ready, untouched
 from pyglow_fast.nets.masks import is_mask, log_scale_of_padding, masked_condition
 from pyglow_fast.nets.state import holding
 from pyglow_fast.runs.description import Run
@@ -54,7 +54,7 @@ _made: dict[tuple[str, type[nn.Module]], type[Adopted]] = {}
 
 
 def adopted_class(row: Row, theirs: type[nn.Module]) -> type[Adopted]:
-    """Make the class, by the name of the layer's own, whose methods in the row's calls run the layer's parts."""
+    """Make the class, by the name of the layer's own, whose methods in the row's calls run the layer's elements."""
     key = (row.name, theirs)
     if key not in _made:
         body: dict[str, Any] = {method: _runs(method) for method in row.calls}
@@ -83,7 +83,7 @@ def _runs(method: str) -> Callable[..., Any]:
                     return call.give(*row.run(self, call, joined))
                 if joined is not None:
                     return call.give(*joined.run(call))
-                return call.give(*run_alone(called(row.parts(self, call.inverse), call), call, row.limit(self)))
+                return call.give(*run_alone(called(row.elements(self, call.inverse), call), call, row.limit(self)))
             except UnfitError:  # before anything was computed but maps, or what the layer itself would have bounded
                 pass
         out = getattr(self._pgf_theirs, method)(self, *args, **kwargs)
@@ -147,10 +147,10 @@ def recomputed_later(
     return checkpoint(run, *watched, *args, use_reentrant=False, preserve_rng_state=not only_reads)
 
 
-def called(parts: Iterable[Part], call: Call) -> Run:
+def called(elements: Iterable[Element], call: Call) -> Run:
     """What a layer holds, or several, as a run of a call's state, in which neighbouring maps are one."""
-    found: list[Part] = []
-    for part in parts:
+    found: list[Element] = []
+    for part in elements:
         own = fitted(part, call.x)
         if isinstance(own, Map) and found and isinstance(before := found[-1], Map):
             pair = ChannelMap(*before.tensors), ChannelMap(*own.tensors)

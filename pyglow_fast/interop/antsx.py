@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
 from pyglow_fast.interop.nets import Net
-from pyglow_fast.interop.table import Call, Library, Part, Row, by_class, is_set, read_once, wrapped
+from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, is_set, read_once, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
@@ -117,7 +117,7 @@ def _weight(conv: Any) -> tuple[Tensor, Tensor]:
     return full_product(full_product(conv.P, conv.L.tril(-1) + conv.eye), upper), log_diagonal.sum()
 
 
-def _parts(block: Any, inverse: bool) -> list[Part]:
+def _elements(block: Any, inverse: bool) -> list[Element]:
     actnorm, conv, _ = block.flows
     with full_precision(actnorm.s):
         weight, log_det = _weight(conv)
@@ -158,7 +158,7 @@ BLOCK = Row(
     "GlowBlock of antsnormflows",
     by_class(*(f"{_FLOWS}.affine.glow.GlowBlock{dims}d" for dims in (2, 3))),
     {"forward": _called(inverse=True), "inverse": _called(inverse=False)},
-    _parts,
+    _elements,
     _example,
     _unfit,
     inside=lambda block: [*block.flows, *block.flows[-1].flows, *_actnorms(block)],

@@ -21,7 +21,7 @@ from pyglow_fast import functional
 from pyglow_fast._captures import made_once
 from pyglow_fast.interop.known_net import KnownNet, Layer
 from pyglow_fast.interop.nets import Net
-from pyglow_fast.interop.table import Call, Library, Part, Row, wrapped
+from pyglow_fast.interop.table import Call, Element, Library, Row, wrapped
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
 from pyglow_fast.runs.description import NetCoupling
@@ -76,7 +76,7 @@ def _unfit(step: Any) -> str:
     return f"{channels} channels" if channels % 2 and kind != "noCoupling" else ""
 
 
-def _couplings(step: Any) -> list[Part]:
+def _couplings(step: Any) -> list[Element]:
     kind, half = step.flow_coupling, step.actnorm.bias.numel() // 2
     if kind == "noCoupling":
         return []
@@ -115,7 +115,7 @@ def _channel_map(step: Any, inverse: bool) -> ChannelMap:
     return ChannelMap(matrix[0], offset[0], log_det)
 
 
-def _parts(step: Any, inverse: bool) -> list[Part]:
+def _elements(step: Any, inverse: bool) -> list[Element]:
     return [Map.of(_channel_map(step, inverse)), *_couplings(step)]
 
 
@@ -141,9 +141,9 @@ def _called(
     return Call(input, reverse, give, features if needs else None)
 
 
-def _nets_pay(parts: Sequence[Part]) -> bool:
+def _nets_pay(elements: Sequence[Element]) -> bool:
     """Whether products are faster than the library's convolutions: those with more than one tap are wide to narrow."""
-    for part in parts:
+    for part in elements:
         net: Any = part.net if isinstance(part, NetCoupling) else None
         known: KnownNet | str | None = None if net is None else net.known()
         if isinstance(known, str):
@@ -180,7 +180,7 @@ LIBRARY = Library(
             "flow step of chaiyujin's",
             _looks_like,
             {"forward": _called},
-            _parts,
+            _elements,
             _example,
             _unfit,
             alone=_alone,

@@ -35,8 +35,8 @@ from pyglow_fast.interop.graphs import joined_graph
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (
     Call,
+    Element,
     Library,
-    Part,
     Row,
     UnfitError,
     by_class,
@@ -202,7 +202,7 @@ def _permutation(block: Any, name: str, reflected: Tensor | None) -> Map:
     return Map.of(nothing._replace(source=order))
 
 
-def _block_parts(block: Any, inverse: bool, divides: bool) -> list[Part]:
+def _block_elements(block: Any, inverse: bool, divides: bool) -> list[Element]:
     spec, gain = clamped(block.clamp, torch.tanh, block.GIN, divides)
     kept, changed = block.splits
     order = ShiftThenRaw(changed, SUBNET_GAIN, SUBNET_GAIN * gain)
@@ -216,7 +216,7 @@ def _block_parts(block: Any, inverse: bool, divides: bool) -> list[Part]:
         affine = ChannelMap(1.0 / scale, -offset / scale, -log_det, channels)
     reflected = _reflected(block) if block.householder else None
     to_latents, to_data = ("w_perm_inv", "w_perm") if inverse else ("w_perm", "w_perm_inv")
-    own: list[Part] = [coupling, Map.of(affine), _permutation(block, to_latents, reflected)]
+    own: list[Element] = [coupling, Map.of(affine), _permutation(block, to_latents, reflected)]
     return [_permutation(block, to_data, reflected), *own] if block.reverse_pre_permute else own
 
 
@@ -260,7 +260,7 @@ def _block(name: str, divides: bool) -> Row:
         name,
         _is_block,
         {"forward": _called_in_size if divides else _called},
-        partial(_block_parts, divides=divides),
+        partial(_block_elements, divides=divides),
         _block_example,
         _unfit,
         _alone,
@@ -271,8 +271,8 @@ def _block(name: str, divides: bool) -> Row:
 # Couplings by class
 
 
-def _two_sided(layer: Any, inverse: bool) -> list[Part]:
-    """x1 by subnet2(x2), then x2 by subnet1(y1): two couplings between which the parts change places."""
+def _two_sided(layer: Any, inverse: bool) -> list[Element]:
+    """x1 by subnet2(x2), then x2 by subnet1(y1): two couplings between which the halves change places."""
     first, second = layer.split_len1, layer.split_len2
     places = torch.arange(first + second, device=next(layer.parameters()).device)
     like = next(layer.parameters()).new_zeros(first + second)
@@ -287,7 +287,7 @@ def _two_sided(layer: Any, inverse: bool) -> list[Part]:
     return [swap(before), one, swap(between), other]
 
 
-def _one_sided(layer: Any, inverse: bool) -> list[Part]:
+def _one_sided(layer: Any, inverse: bool) -> list[Element]:
     spec, gain = clamped(layer.clamp, layer.f_clamp)
     kept, changed = _split(layer)
     net = wrapped(layer, Net, layer.subnet, ShiftThenRaw(changed, 1.0, gain))
@@ -300,12 +300,12 @@ def _coupling_example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str
     return [("forward", [(draw(2, layer.channels, *sizes),)], {"rev": rev, **given}) for rev in (False, True)]
 
 
-def _coupling(name: str, parts: Callable[[Any, bool], list[Part]]) -> Row:
+def _coupling(name: str, elements: Callable[[Any, bool], list[Element]]) -> Row:
     def unfit(layer: Any) -> str:
         return "vectors: its own forward is as fast" if layer.ndims < 2 else "" if min(_split(layer)) else "no halves"
 
     tells = by_class(f"{COUPLINGS}.{name}")
-    return Row(f"FrEIA's {name}", tells, {"forward": _called}, parts, _coupling_example, unfit)
+    return Row(f"FrEIA's {name}", tells, {"forward": _called}, elements, _coupling_example, unfit)
 
 
 __all__ = ["LIBRARY"]

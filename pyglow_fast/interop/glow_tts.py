@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read
-from pyglow_fast.interop.table import Call, Library, Part, Row, grouped, wrapped
+from pyglow_fast.interop.table import Call, Element, Library, Row, grouped, wrapped
 from pyglow_fast.layers.wavenet import Conv, WaveNetParts, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.nets.masks import MaskedNet
 from pyglow_fast.reference import CouplingSpec
@@ -157,14 +157,14 @@ def _masked(block: nn.Module) -> nn.Module:
     return MaskedNet(BlockNet(block))
 
 
-def _coupling_parts(block: Any, inverse: bool) -> list[Part]:
+def _coupling_elements(block: Any, inverse: bool) -> list[Element]:
     spec, half = CouplingSpec("affine", "exp", order="scale_shift"), block.start.in_channels
     if getattr(block, "sigmoid_scale", False):
         spec = CouplingSpec("affine", "sigmoid", bias=2.0, eps=SIGMOID_EPS, order="scale_shift")
     return [NetCoupling(wrapped(block, _masked, block), spec, half, half)]
 
 
-def _conv_parts(conv: Any, inverse: bool) -> list[Part]:
+def _conv_elements(conv: Any, inverse: bool) -> list[Element]:
     log_det = functional.log_abs_det(conv.weight)
     if not inverse:
         return [grouped(conv.weight, log_det)]
@@ -172,7 +172,7 @@ def _conv_parts(conv: Any, inverse: bool) -> list[Part]:
     return [grouped(functional.invert_matrix(conv.weight) if conv.weight_inv is None else conv.weight_inv, -log_det)]
 
 
-def _actnorm_parts(actnorm: Any, inverse: bool) -> list[Part]:
+def _actnorm_elements(actnorm: Any, inverse: bool) -> list[Element]:
     logs, bias = actnorm.logs.flatten(), actnorm.bias.flatten()
     scale, places = (-logs if inverse else logs).exp(), torch.arange(len(logs), device=logs.device)
     offset = -bias * scale if inverse else bias
@@ -246,7 +246,7 @@ LIBRARY = Library(
             "convolution in groups",
             _is_inv_conv,
             {"forward": _called},
-            _conv_parts,
+            _conv_elements,
             _example,
             lambda conv: "its log-det is left out (no_jacobian)" if getattr(conv, "no_jacobian", False) else "",
             pays=_pays,
@@ -256,7 +256,7 @@ LIBRARY = Library(
             "coupling around a WaveNet",
             _is_coupling,
             {"forward": _called},
-            _coupling_parts,
+            _coupling_elements,
             _example,
             _unfit,
             pays=_pays,
@@ -265,7 +265,7 @@ LIBRARY = Library(
             "actnorm of sequences",
             _is_actnorm,
             {"forward": _called},
-            _actnorm_parts,
+            _actnorm_elements,
             _example,
             pays=_pays,
             waits=lambda actnorm: not actnorm.initialized,

@@ -18,7 +18,7 @@ from pyglow_fast._tracing import is_watched
 from pyglow_fast.interop.adoption import Adopted, called, recomputed_later, run_alone, understood
 from pyglow_fast.interop.limits import BeyondLimitError, within
 from pyglow_fast.interop.probe import difference
-from pyglow_fast.interop.table import GROUPED, Call, Library, Part, Row, UnfitError, is_ready, untouched
+from pyglow_fast.interop.table import GROUPED, Call, Element, Library, Row, UnfitError, is_ready, untouched
 from pyglow_fast.nets.masks import run_masked
 from pyglow_fast.nets.traits import is_altered
 from pyglow_fast.runs import DriftControl, choice
@@ -107,7 +107,7 @@ class JoinedLayers:
 
     def __init__(self, layers: Sequence[nn.Module], rows: Sequence[Row], memory: str, budget: str | int) -> None:
         self.layers, self.rows, self.memory, self.budget = list(layers), list(rows), memory, budget
-        self._count = sum(isinstance(part, NetCoupling) for part in self.parts())
+        self._count = sum(isinstance(part, NetCoupling) for part in self.elements())
         self.control = DriftControl(max(1, self._count), "auto", None, False)
         self.beyond = 0
         self._shape: Sequence[int] = ()  # of the states of the last call
@@ -117,13 +117,13 @@ class JoinedLayers:
         """Whether the run saves memory now, so that layers run in it even where they are faster one by one."""
         return torch.is_grad_enabled() and self.memory != "store"
 
-    def parts(self, inverse: bool = False) -> list[Part]:
+    def elements(self, inverse: bool = False) -> list[Element]:
         """What the layers hold now, in the direction of data to latents."""
 
-        def read(layer: nn.Module, row: Row) -> Sequence[Part]:
+        def read(layer: nn.Module, row: Row) -> Sequence[Element]:
             if not self.spares:
-                return row.parts(layer, inverse)
-            found: Sequence[Part] = recomputed_later(layer, row.parts, layer, inverse, only_reads=True)
+                return row.elements(layer, inverse)
+            found: Sequence[Element] = recomputed_later(layer, row.elements, layer, inverse, only_reads=True)
             return found
 
         return [part for layer, row in zip(self.layers, self.rows, strict=True) for part in read(layer, row)]
@@ -145,7 +145,7 @@ class JoinedLayers:
         limit = self._limit()
         if limit is not None and call.inverse and self.spares:
             raise UnfitError("nets that would keep what they need for a backward")
-        run, budget = called(self.parts(call.inverse), call), self.budget
+        run, budget = called(self.elements(call.inverse), call), self.budget
         self._check(run, call)
         if self.spares and not call.inverse and budget == "auto" and call.x.dim() == VOLUMES:
             budget = MOST_STATES * call.x.nbytes
@@ -215,7 +215,7 @@ class JoinedLayers:
         state = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(like)
         conditions, errors = [], []
         for layer, row in zip(self.layers, self.rows, strict=True):
-            there, back = (row.parts(layer, inverse) for inverse in (False, True))
+            there, back = (row.elements(layer, inverse) for inverse in (False, True))
             maps = Run((), (), [part for part in there if isinstance(part, Map)])
             conditions.append(float(torch.linalg.cond(choice.folded(maps).as_product().matrix.double())))
             if self._shape:
@@ -293,7 +293,7 @@ class Joined(nn.Module):
     places: list[Any]  # what is shown, in the order of the container
     _pgf_was: type[nn.Module]
 
-    def part(self) -> None:
+    def take_apart(self) -> None:
         """Turn the container into what it was."""
         self.__class__ = self._pgf_was  # type: ignore[assignment]
         for name in ("places", "_pgf_was", "_shown", "_joined_from"):
@@ -302,7 +302,7 @@ class Joined(nn.Module):
     def _replicate_for_data_parallel(self) -> Any:
         """Make a DataParallel's replica: it has modules and parameters of its own, which run one by one."""
         replica = cast(Any, super())._replicate_for_data_parallel()
-        replica.part()
+        replica.take_apart()
         return replica
 
 
@@ -342,15 +342,15 @@ def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, 
     if row is None:
         raise UnfitError("it was left as it was")
     check_readable(layer, row)
-    parts = row.parts(layer, False)
-    couplings = [part for part in parts if isinstance(part, NetCoupling)]
+    elements = row.elements(layer, False)
+    couplings = [part for part in elements if isinstance(part, NetCoupling)]
     for coupling in couplings:
         check_halves(coupling)
         if reason := unrepeatable(coupling.net, memory):
             raise UnfitError(reason)
-    if not parts:
+    if not elements:
         raise UnfitError("it has no map of channels and no coupling")
-    offsets = [part.tensors[1] for part in parts if isinstance(part, Map) and part.kind != GROUPED]
+    offsets = [part.tensors[1] for part in elements if isinstance(part, Map) and part.kind != GROUPED]
     widths = [*(coupling.kept + coupling.changed for coupling in couplings), *map(len, offsets), None]
     return widths[0], len(couplings)
 

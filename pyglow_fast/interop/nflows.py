@@ -24,8 +24,8 @@ from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.nets import CalledWithContext
 from pyglow_fast.interop.table import (
     Call,
+    Element,
     Library,
-    Part,
     Row,
     by_class,
     pays_for_images,
@@ -78,7 +78,7 @@ def _example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequenc
 # ActNorm
 
 
-def _norm(layer: Any, inverse: bool) -> list[Part]:
+def _norm(layer: Any, inverse: bool) -> list[Element]:
     scale, log_det = layer.log_scale.exp(), layer.log_scale.sum()
     places = torch.arange(len(scale), device=scale.device)
     if inverse:
@@ -103,7 +103,7 @@ def _conv_pays(layer: Any, call: Call) -> bool:
     return not caches and pays_for_images(layer, call)
 
 
-def _conv(layer: Any, inverse: bool) -> list[Part]:
+def _conv(layer: Any, inverse: bool) -> list[Element]:
     order, log_det, like = layer.permutation._permutation.argsort(), layer.logabsdet(), layer.bias
     size = (layer.features, layer.features)
     below = torch.tril_indices(*size, -1, device=like.device).unbind()  # theirs are copied from the host at each call
@@ -120,7 +120,7 @@ def _conv(layer: Any, inverse: bool) -> list[Part]:
 # Permutation, which has no dtype of its own: a run brings its map into that of the state
 
 
-def _permutation(layer: Any, inverse: bool) -> list[Part]:
+def _permutation(layer: Any, inverse: bool) -> list[Element]:
     order = layer._permutation.argsort() if inverse else layer._permutation
     return [Map.of(ChannelMap.nothing(torch.ones(len(order), device=order.device))._replace(source=order))]
 
@@ -139,7 +139,7 @@ def _counts_from(start: int, features: Tensor) -> bool:
     return torch.equal(features, torch.arange(start, start + len(features), device=features.device))
 
 
-def _coupling(layer: Any, inverse: bool, spec: Callable[[Any], CouplingSpec]) -> list[Part]:
+def _coupling(layer: Any, inverse: bool, spec: Callable[[Any], CouplingSpec]) -> list[Element]:
     kept, changed = layer.identity_features, layer.transform_features
     net = wrapped(layer, CalledWithContext, layer.transform_net)
     coupling = NetCoupling(net, spec(layer), len(kept), len(changed))

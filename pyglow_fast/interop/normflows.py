@@ -22,8 +22,8 @@ from pyglow_fast.interop.known_net import LOG_MAPS, qualified
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (
     Call,
+    Element,
     Library,
-    Part,
     Row,
     UnfitError,
     by_class,
@@ -148,7 +148,7 @@ def _map(block: Any, inverse: bool) -> Map:
         return Map.of(ChannelMap(matrix, -full_product(matrix, t), log_det))
 
 
-def _parts(block: Any, inverse: bool) -> list[Part]:
+def _elements(block: Any, inverse: bool) -> list[Element]:
     return [_map(block, inverse), _coupling(block)]
 
 
@@ -169,7 +169,7 @@ LIBRARY = Library(
             "normflows' GlowBlock",
             by_class(_BLOCK),
             {"forward": partial(_called, True), "inverse": partial(_called, False)},
-            _parts,
+            _elements,
             _example,
             _unfit,
             pays=pays_for_images,

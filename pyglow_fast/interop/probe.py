@@ -167,7 +167,7 @@ def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
     """A copy of a layer in float64 with random parameters, without hooks, with stubs for its coupling nets."""
     memo: dict[int, Any] = {}
     kept: list[Any] = []  # what is in the memo by its id stays alive
-    for part in row.parts(layer, False):
+    for part in row.elements(layer, False):
         if isinstance(part, NetCoupling) and (net := _recognisable(part)) is not None:
             memo[id(net)] = Stub(part.outputs)
     for module in layer.modules():
@@ -218,7 +218,7 @@ def _configuration(row: Row, layer: nn.Module) -> Any:
     """What a layer's arithmetic may depend on besides the values of its weights; None if that cannot be told."""
     try:
         inside: set[nn.Module] = set()
-        for part in row.parts(layer, False):
+        for part in row.elements(layer, False):
             if isinstance(part, NetCoupling) and (net := _recognisable(part)) is not None:
                 inside |= set(net.modules())
         return row.name, tuple(_settings(module) for module in layer.modules() if module not in inside)

@@ -1,9 +1,9 @@
-"""The words in which a library is described: its layers are rows of a table, and hold the parts of a step of ours.
+"""The words in which a library is described: its layers are rows of a table, and hold the elements of a step of ours.
 
 A row says how a layer is told, how it is called, and what it holds when it is called: affine maps of the channels and
 couplings, in the direction of data to latents. What is done with that is written once, for all libraries:
 
-- adoption.py makes a layer's forward run these parts,
+- adoption.py makes a layer's forward run these elements,
 - probe.py compares the two before, in float64,
 - joined.py joins neighbours into one run,
 - accelerate.py puts it together, and reports.
@@ -39,7 +39,7 @@ class UnfitError(Exception):
     """Raised where a layer holds something that no step of ours has; the message is the reason, for the report."""
 
 
-Part = Map | NetCoupling
+Element = Map | NetCoupling
 GROUPED = "grouped"  # a kind of Map that only rows give, see grouped
 
 
@@ -52,7 +52,7 @@ def grouped(weight: Tensor, log_det: Tensor) -> Map:
     return Map(GROUPED, (weight, log_det))
 
 
-def fitted(part: Part, x: Tensor) -> Part:
+def fitted(part: Element, x: Tensor) -> Element:
     """The part as a run of x has it: maps of all channels, in x's dtype. A layer without parameters has another."""
     if isinstance(part, NetCoupling):
         return part
@@ -100,7 +100,7 @@ class Row:
         name: of the kind, in reports.
         tells: whether a module is such a layer, by its class or its structure.
         calls: for each method that runs the layer, how (layer, *arguments) is understood; None: the layer itself runs.
-        parts: (layer, inverse) -> what it holds now, in the order of data to latents; with ``inverse`` the maps are
+        elements: (layer, inverse) -> what it holds now, in the order of data to latents; with ``inverse`` the maps are
             inverted, each by its own. May raise UnfitError.
         example: (copy of a layer, in float64 with random parameters, draw) -> calls for a probe, each a method and
             arguments: it makes the copy one for small inputs. draw(*shape) gives random numbers.
@@ -116,14 +116,14 @@ class Row:
         inside: the modules of a layer, besides its nets, whose forward is no longer called.
         adopts: its forward is replaced; else it is a part of runs only.
         run: (layer, call, JoinedLayers or None) -> z, log_det, of what is no chain of maps and couplings; with the
-            former, which are this layer alone, as its memory mode says. None: its parts run.
+            former, which are this layer alone, as its memory mode says. None: its elements run.
         inverts_in: in what precision the layer itself inverts matrices, and the relative tolerance of a probe there.
     """
 
     name: str
     tells: Callable[[nn.Module], bool]
     calls: Mapping[str, Callable[..., Call | None]]
-    parts: Callable[[Any, bool], Sequence[Part]]
+    elements: Callable[[Any, bool], Sequence[Element]]
     example: Callable[[Any, Callable[..., Tensor]], list[tuple[str, Sequence[Any], dict[str, Any]]]] | None = None
     unfit: Callable[[Any], str] = _nothing
     alone: Callable[[Any], str] = _nothing

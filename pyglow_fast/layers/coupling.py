@@ -144,7 +144,7 @@ class Coupling(FlowLayer):
         """The mask's name: "channels" or "checkerboard"."""
         return MASKS[self.board is not None]
 
-    def part(self, channels: int) -> NetCoupling:
+    def element(self, channels: int) -> NetCoupling:
         """The coupling as a run has it, of states of so many channels; with a checkerboard of halved ones."""
         net: Any = self._modules["net"]  # and not by attribute, which costs a multiple
         return NetCoupling(net, self.spec, channels // 2, channels // 2, self._precision, self.board)
@@ -154,10 +154,10 @@ class Coupling(FlowLayer):
         expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
         expect(x.dim() >= 2, "x", "shape (N, C, *spatial)", f"shape {tuple(x.shape)}")
         if self.board is not None:
-            return Run.of([self.part(2 * x.shape[1])])
+            return Run.of([self.element(2 * x.shape[1])])
         halves = x.shape[1] >= 2 and x.shape[1] % 2 == 0
         expect(halves, "x", "an even number of channels to halve", f"shape {tuple(x.shape)}")
-        return Run.of([self.part(x.shape[1])])
+        return Run.of([self.element(x.shape[1])])
 
     def check_inputs(self, x: Tensor, cond: Tensor | None) -> None:
         """Refuse what the coupling or its net cannot take, before anything is initialised from it."""

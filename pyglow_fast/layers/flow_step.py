@@ -18,7 +18,7 @@ from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
 from pyglow_fast.nets.traits import has_hooks
 from pyglow_fast.reference import COUPLINGS, CouplingSpec
 from pyglow_fast.runs import choice
-from pyglow_fast.runs.description import Part, Run
+from pyglow_fast.runs.description import Element, Run
 from pyglow_fast.runs.maps import Map
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
@@ -155,7 +155,7 @@ class FlowStep(FlowLayer):
         parts = self._modules  # and not by attribute, which costs a multiple
         return [cast(Coupling, part) for part in (parts.get("injector"), parts.get("coupling")) if part is not None]
 
-    def parts(self) -> list[Part]:
+    def elements(self) -> list[Element]:
         """What the step does to a state, as a run has it: a map, then its couplings."""
         modules: dict[str, Any] = self._modules
         actnorm, injector, coupling = modules["actnorm"], modules.get("injector"), modules.get("coupling")
@@ -163,11 +163,11 @@ class FlowStep(FlowLayer):
         if len(held) < 2:  # which others have the place of: parametrizations
             held = {"log_scale": actnorm.log_scale, "bias": actnorm.bias}
         kind, tensors = modules["permutation"].raw(held["bias"])
-        found: list[Part] = [Map(kind, (held["log_scale"], held["bias"], *tensors))]
+        found: list[Element] = [Map(kind, (held["log_scale"], held["bias"], *tensors))]
         if injector is not None:
-            found.append(injector.part(self.channels))
+            found.append(injector.element(self.channels))
         if coupling is not None:
-            found.append(coupling.part(self.channels if coupling.board is None else 2 * self.channels))
+            found.append(coupling.element(self.channels if coupling.board is None else 2 * self.channels))
         return found
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ class FlowStep(FlowLayer):
         if self.training and not self.is_initialized:
             self.initialize(x, cond)
         own = self._own_couplings()
-        z, log_det = choice.forward(Run.of(self.parts()[: None if own else 1]), x, cond)
+        z, log_det = choice.forward(Run.of(self.elements()[: None if own else 1]), x, cond)
         for part in () if own else self.couplings:
             z, gained = part(z, cond)
             log_det = log_det + gained
@@ -189,7 +189,7 @@ class FlowStep(FlowLayer):
         for part in () if own else reversed(self.couplings):
             z, gained = part.inverse(z, cond)
             log_det = log_det + gained
-        x, gained = choice.inverse(Run.of(self.parts()[: None if own else 1]), z, cond)
+        x, gained = choice.inverse(Run.of(self.elements()[: None if own else 1]), z, cond)
         return x, gained if own else log_det + gained
 
     def _own_couplings(self) -> bool:

@@ -19,7 +19,7 @@ from pyglow_fast.nets.chain import Chain
 from pyglow_fast.nets.net_shape import NetShape
 from pyglow_fast.reference import COUPLING_NETS
 from pyglow_fast.runs import choice
-from pyglow_fast.runs.description import Part, Run
+from pyglow_fast.runs.description import Element, Run
 from pyglow_fast.runs.maps import ChannelMap, Map
 
 WEIGHTS = ("w1", "b1", "w2", "b2", "w3", "b3")
@@ -100,7 +100,7 @@ class FrozenSteps(FlowLayer):
         expect(ready, "steps", "initialised actnorms (a training forward, or initialize)", "fresh ones")
         self.channels, self.memory_budget = own[0].channels, steps.memory_budget
         with torch.no_grad():
-            run = Run.of(part for step in own for part in step.parts())
+            run = Run.of(one for step in own for one in step.elements())
             maps = choice.folded(run)
             inverses, back = maps.inverse()
             self.register_buffer("matrices", maps.matrix)
@@ -124,13 +124,13 @@ class FrozenSteps(FlowLayer):
         return [buffer[:end] for buffer in found if buffer is not None]
 
     def _run(self) -> Run:
-        parts: list[Part] = []
+        elements: list[Element] = []
         maps = zip(*(buffer.unbind() for buffer in self._stacked(MAPS)), strict=True)
         for own, coupling in zip_longest(maps, cast("list[Coupling]", list(self.couplings))):
-            parts.append(Map.of(ChannelMap(*own)))
+            elements.append(Map.of(ChannelMap(*own)))
             if coupling is not None:
-                parts.append(coupling.part(self.like.shape[1]))
-        return Run.of(parts)._replace(halved=True)
+                elements.append(coupling.element(self.like.shape[1]))
+        return Run.of(elements)._replace(halved=True)
 
     def _made(self, name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         if name == choice.KNOWN:

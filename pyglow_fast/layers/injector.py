@@ -73,14 +73,14 @@ class AffineInjector(Coupling):
         super().__init__(net, *spec._replace(coupling="affine"), precision)
         self.channels = channels
 
-    def part(self, channels: int) -> NetCoupling:
+    def element(self, channels: int) -> NetCoupling:
         """The injector as a run has it: a coupling that keeps no channel."""
         net: Any = self._modules["net"]  # and not by attribute, which costs a multiple
         return NetCoupling(net, self.spec, 0, channels, self._precision)
 
     def _alone(self, x: Tensor) -> Run:
         check_input("x", x, self.channels)
-        return Run.of([self.part(self.channels)])
+        return Run.of([self.element(self.channels)])
 
     def extra_repr(self) -> str:
         """Show channels and scale map in the repr."""

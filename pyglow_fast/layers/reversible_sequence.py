@@ -19,7 +19,7 @@ from pyglow_fast.layers.flow_step import FlowStep, runs_fused
 from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.nets.traits import check_net
 from pyglow_fast.runs import choice
-from pyglow_fast.runs.description import Part, Run
+from pyglow_fast.runs.description import Element, Run
 from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.folded import Folded
 from pyglow_fast.runs.planner import RunPlan
@@ -143,13 +143,13 @@ class ReversibleSequence(FlowLayer):
         """Whether all steps are FlowSteps without hooks or overridden methods, which run joined."""
         return all(map(runs_fused, self._modules.values()))
 
-    def _parts(self) -> list[list[Part]] | None:
+    def _elements(self) -> list[list[Element]] | None:
         """What each step holds now, read once a call; None where the steps are called as they are."""
         found = []
         for step in self._modules.values():
             if not runs_fused(step):
                 return None
-            found.append(step.parts())  # type: ignore[union-attr, operator]
+            found.append(step.elements())  # type: ignore[union-attr, operator]
         return found
 
     def flow_steps(self) -> list[FlowStep]:
@@ -192,13 +192,13 @@ class ReversibleSequence(FlowLayer):
         """
         if at:
             self._check_at(at)
-        parts = self._parts()
-        if parts is None:
+        elements = self._elements()
+        if elements is None:
             x, squeeze_first = functional.squeeze(x) if squeeze_first else x, False
         elif not squeeze_first:
             self._check_state("x", x)
         if self.training and not self._is_initialized():
-            if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else parts is not None:
+            if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else elements is not None:
                 check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing
             self.initialize(functional.squeeze(x) if squeeze_first else x, cond)
         memory = self._memory
@@ -210,11 +210,11 @@ class ReversibleSequence(FlowLayer):
         for begin, end in pairwise([0, *[k + 1 for k in at], len(self._modules)]):
             stretches: Any = [(begin, end, memory)] if plan is None else plan.runs_between(begin, end)
             for start, stop, mode in stretches:
-                if parts is None:
+                if elements is None:
                     modules = self[start:stop]
                     x, log_det = choice.forward_modules(modules, x, cond, mode, self.control, memory)
                 else:
-                    squeezes, run = squeeze_first and start == 0, Run.of(chain.from_iterable(parts[start:stop]))
+                    squeezes, run = squeeze_first and start == 0, Run.of(chain.from_iterable(elements[start:stop]))
                     made = partial(self._made, start, stop)
                     options: Any = {"mode": mode, "budget": budget, "control": self.control, "memory": memory}
                     x, log_det = choice.forward(run, x, cond, squeezes, made=made, **options)
@@ -265,11 +265,11 @@ class ReversibleSequence(FlowLayer):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, from the last step to the first."""
-        parts = self._parts()
-        if parts is None:
+        elements = self._elements()
+        if elements is None:
             return choice.inverse_modules(list(self), z, cond)
         self._check_state("z", z)
-        run, made = Run.of(chain.from_iterable(parts)), partial(self._made, 0, len(parts))
+        run, made = Run.of(chain.from_iterable(elements)), partial(self._made, 0, len(elements))
         return choice.inverse(run, z, cond, budget=self.memory_budget, made=made)
 
     @torch.no_grad()

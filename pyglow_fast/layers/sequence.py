@@ -196,6 +196,6 @@ class MaskedSequence(ReversibleSequence):
 def _masked(steps: Sequence[FlowStep], cond: Tensor | None) -> Run:
     """A run of steps whose nets get the mask beside the condition."""
     per_sample = cond is not None and cond.shape[2] == 1
-    run = Run.of(part for step in steps for part in step.parts())
+    run = Run.of(one for step in steps for one in step.elements())
     nets = [coupling._replace(net=MaskedNet(coupling.net, per_sample)) for coupling in run.couplings]
     return run._replace(couplings=nets, masked=True)

@@ -105,7 +105,7 @@ class NetCoupling(NamedTuple):
             return call(x1, cond) if budget is None else run_net(call, x1, cond, self.plan(x1, cond, budget))
 
 
-Part = Map | NetCoupling
+Element = Map | NetCoupling
 
 
 class Run(NamedTuple):
@@ -131,15 +131,15 @@ class Run(NamedTuple):
     watch: Callable[[Tensor], None] | None = None
 
     @classmethod
-    def of(cls, parts: Iterable[Part], masked: bool = False, inverted: bool = False) -> Run:
+    def of(cls, elements: Iterable[Element], masked: bool = False, inverted: bool = False) -> Run:
         """A run of these, in the order of data to latents."""
         maps: list[list[Map]] = [[]]
         couplings = []
-        for part in parts:
-            if isinstance(part, Map):
-                maps[-1].append(part)
+        for one in elements:
+            if isinstance(one, Map):
+                maps[-1].append(one)
             else:
-                couplings.append(part)
+                couplings.append(one)
                 maps.append([])
         return cls(maps[:-1], couplings, maps[-1], masked, inverted=inverted)
 

@@ -39,4 +39,4 @@ def test_flows(name: str, setting: str) -> None:
         layer.flows[2].data_dep_init_done.fill_(1.0)
     table = importlib.import_module(f"pyglow_fast.interop.{name}").LIBRARY
     row = next(row for row in table.rows if row.tells(layer))
-    assert_in_full(layer, lambda own: row.parts(own, False)[0].tensors[0], setting)
+    assert_in_full(layer, lambda own: row.elements(own, False)[0].tensors[0], setting)
