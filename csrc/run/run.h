@@ -5,7 +5,7 @@
 //   backward   from what the forward kept (mode store), from the states u_k (checkpoint), or from the output alone, the
 //              states recomputed by inversion and held against what the forward noted of them (reversible)
 //
-// pyglow_fast/runs/run.py is the autograd node over these functions.
+// pyglow_fast/runs/compiled.py is the autograd node over these functions.
 #pragma once
 #include <stdexcept>
 

@@ -1,4 +1,4 @@
-"""Steps as the generic path runs them: forward without a record, and in the backward inverted and differentiated."""
+"""Steps as the Python executor recomputes them: forward without a record, in the backward inverted and differentiated."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """That no operation of a flow step waits for the host, as one on a GPU would.
 
-A dispatch mode sees the operations, so these are the generic path's.
+A dispatch mode sees the operations, so these are the Python executor's.
 """
 
 from __future__ import annotations

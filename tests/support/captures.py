@@ -40,7 +40,7 @@ def _answering(**answers: bool) -> Iterator[None]:
 def like_a_gpu(records: bool = True) -> contextlib.AbstractContextManager[None]:
     """A context in which code takes the CPU for a GPU: values may not be read, a graph might be captured.
 
-    What csrc/run computes no recording sees: where one is made (records), steps take the generic path.
+    What csrc/run computes no recording sees: where one is made (records), Python executes the steps.
     """
     answers = {"is_runnable": False} if records else {}
     return _answering(can_read=False, can_capture=True, is_capturing=False, **answers)
