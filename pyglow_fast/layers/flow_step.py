@@ -159,11 +159,12 @@ class FlowStep(FlowLayer):
         """What the step does to a state, as a run has it: a map, then its couplings."""
         modules: dict[str, Any] = self._modules
         actnorm, injector, coupling = modules["actnorm"], modules.get("injector"), modules.get("coupling")
-        held = actnorm._parameters  # as attributes they cost a multiple
-        if len(held) < 2:  # which others have the place of: parametrizations
-            held = {"log_scale": actnorm.log_scale, "bias": actnorm.bias}
-        kind, tensors = modules["permutation"].raw(held["bias"])
-        found: list[Element] = [Map(kind, (held["log_scale"], held["bias"], *tensors))]
+        try:
+            log_scale, bias = actnorm._parameters["log_scale"], actnorm._parameters["bias"]
+        except KeyError:  # a parametrization, or pruning, is in the place of one; attributes cost a multiple
+            log_scale, bias = actnorm.log_scale, actnorm.bias
+        kind, tensors = modules["permutation"].raw(bias)
+        found: list[Element] = [Map(kind, (log_scale, bias, *tensors))]
         if injector is not None:
             found.append(injector.element(self.channels))
         if coupling is not None:
@@ -173,10 +174,10 @@ class FlowStep(FlowLayer):
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x to z; a fresh step in training first initialises its actnorms from x."""
         check_input("x", x, self.channels, self.actnorm.bias)
-        if self.training and not self.is_initialized:
-            self.initialize(x, cond)
+        if self.training:
+            self._begin(x, cond)
         own = self._own_couplings()
-        z, log_det = choice.forward(Run.of(self.elements()[: None if own else 1]), x, cond)
+        z, log_det = choice.forward(Run.of(self.elements()[: None if own else 1]), x, cond, alone=True)
         for part in () if own else self.couplings:
             z, gained = part(z, cond)
             log_det = log_det + gained
@@ -189,8 +190,18 @@ class FlowStep(FlowLayer):
         for part in () if own else reversed(self.couplings):
             z, gained = part.inverse(z, cond)
             log_det = log_det + gained
-        x, gained = choice.inverse(Run.of(self.elements()[: None if own else 1]), z, cond)
+        x, gained = choice.inverse(Run.of(self.elements()[: None if own else 1]), z, cond, whole=True)
         return x, gained if own else log_det + gained
+
+    def _begin(self, x: Tensor, cond: Tensor | None) -> None:
+        """Initialise the actnorms that wait for data, before a training forward; the nets' own ones alone run a net."""
+        nets = [part.net for part in self.couplings]
+        if any(isinstance(net, CouplingNet) and not net.is_initialized for net in nets):
+            self.initialize(x, cond)
+        elif not self.actnorm.is_initialized:
+            for part in self.couplings:
+                part.check_inputs(x, cond)
+            self.actnorm.initialize_from(x)
 
     def _own_couplings(self) -> bool:
         """Whether injector and coupling are those of this package: of a subclass they run as they say."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from typing import cast
 
 import torch
@@ -125,11 +124,11 @@ class FrozenSteps(FlowLayer):
 
     def _run(self) -> Run:
         elements: list[Element] = []
-        maps = zip(*(buffer.unbind() for buffer in self._stacked(MAPS)), strict=True)
-        for own, coupling in zip_longest(maps, cast("list[Coupling]", list(self.couplings))):
+        couplings = cast("list[Coupling]", list(self.couplings))
+        for k, own in enumerate(zip(*(buffer.unbind() for buffer in self._stacked(MAPS)), strict=True)):
             elements.append(Map.of(ChannelMap(*own)))
-            if coupling is not None:
-                elements.append(coupling.element(self.like.shape[1]))
+            if k < len(couplings):
+                elements.append(couplings[k].element(self.like.shape[1]))
         return Run.of(elements)._replace(halved=True)
 
     def _made(self, name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -148,10 +148,12 @@ class InvConv(ChannelLinear):
             return super().raw(like)
         if not self.lu:
             return MATRIX, (self.weight,)
-        own: dict[str, Any] = {**self._parameters, **self._buffers}  # as attributes they cost a multiple
-        if len(own) < 5:  # some have parametrizations in their places
-            return FACTORS, [self.lower, self.upper, self.log_diag, self.permutation, self.sign_diag]
-        return FACTORS, (own["lower"], own["upper"], own["log_diag"], own["permutation"], own["sign_diag"])
+        held: Any = {**self._parameters, **self._buffers}  # as attributes they cost a multiple
+        try:
+            own = held["lower"], held["upper"], held["log_diag"], held["permutation"], held["sign_diag"]
+        except KeyError:  # a parametrization, or pruning, is in the place of one
+            own = self.lower, self.upper, self.log_diag, self.permutation, self.sign_diag
+        return FACTORS, own
 
 
 class Permute(ChannelLinear):

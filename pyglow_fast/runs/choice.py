@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyglow_fast import _float32, functional, ops
 from pyglow_fast._backend import require
 from pyglow_fast._dry import device_of, is_dry
+from pyglow_fast._errors import expect
 from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.nets.chain import Chain
@@ -24,7 +25,7 @@ from pyglow_fast.nets.precision import dtype_on, in_precision
 from pyglow_fast.runs.compiled import CompiledRun, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import DriftControl, lowest_of
-from pyglow_fast.runs.maps import ChannelMap, Map
+from pyglow_fast.runs.maps import FACTORS, ChannelMap, Map
 from pyglow_fast.runs.planner import refuse_bytes
 from pyglow_fast.runs.python import in_turn, of_couplings, recomputed
 from pyglow_fast.runs.steps import ModuleStep
@@ -121,7 +122,7 @@ def _compiled(
     ways: dict[str, tuple[_Computes, dict[tuple[object, ...], Any]]] = {}
     for coupling in run.couplings:
         chain = _chain_of(coupling, x) if on_cpu or coupling.board is None else None
-        if chain is None:
+        if chain is None or callable(coupling.spec.scale_map):
             return None
         if coupling.precision not in ways:
             how = _computes(coupling.precision, x)
@@ -171,18 +172,18 @@ def _make(name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
 
 
 def _entered(
-    run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
+    run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int, compiled: bool
 ) -> tuple[CompiledRun | None, Tensor, Tensor | None, bool]:
     """The run for csrc/run, or None; with x, cond and whether to squeeze as both executors take them."""
     board = run.board
-    runs = bool(run.couplings) and not run.masked and not run.inverted and ops.is_runnable(x)
+    runs = compiled and bool(run.couplings) and not run.masked and not run.inverted and ops.is_runnable(x)
     if squeezes and (not runs or x.dim() != 4 or board is not None):  # kernels do not squeeze these as they read
         x, squeezes = functional.squeeze(x), False
     if board is not None:
         x, cond = board.enter(x, cond)
     if not runs:
         return None, x, cond, False
-    narrow = None if cond is None else cond.to(x.dtype)
+    narrow = _narrowed(cond, x)
     found = _compiled(run, x, narrow, squeezes, budget)
     if found is None:
         return None, functional.squeeze(x) if squeezes else x, cond, False
@@ -201,6 +202,7 @@ def forward(
     memory: str | int = "store",
     made: Made = _make,
     whole: bool = False,
+    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Map x to z and log_det (N,).
 
@@ -215,11 +217,13 @@ def forward(
         memory: what the caller asked for, for the refusal of bytes that csrc/run alone keeps to.
         made: keeps what inference makes of the parameters.
         whole: nets that Python runs are not cut into chunks in mode "store".
+        alone: the run is one step, whose nets are whole. Python is faster in its training but with maps by LU factors.
     """
+    compiled = not (alone and torch.is_grad_enabled()) or (run.board is None and _kinds(run) == [[FACTORS]])
     if run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x)):  # what recomputes begins with one
         nothing = ChannelMap.nothing(x.new_zeros(run.couplings[0].kept + run.couplings[0].changed))
         run = run._replace(maps=[[Map.of(nothing)], *run.maps[1:]])
-    found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget)
+    found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget, compiled)
     if found is None and run.couplings and is_dry(x):
         refuse_bytes(memory)
     control, in_parts = control if mode == "reversible" else None, found is not None
@@ -231,7 +235,7 @@ def forward(
         z, log_det = recomputed(of_couplings(run, budget), control, x, cond, run)
         in_parts = True
     else:
-        z, log_det = in_turn(run, x, cond, None if whole else _chunks(budget))
+        z, log_det = in_turn(run, x, cond, None if whole or alone else _chunks(budget))
     if run.behind and in_parts:
         z, gained = in_turn(Run((), (), run.behind, run.masked), z, cond)
         log_det = log_det + gained
@@ -251,7 +255,7 @@ def inverse(
     if run.last_board is not None:
         z, cond = run.last_board.enter(z, cond)
     runs = any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(z)
-    narrow = None if cond is None else cond.to(z.dtype)
+    narrow = _narrowed(cond, z)
     found = _compiled(run, z, narrow, False, budget) if runs else None
     if found is None or _records(run, z, cond, found.nets):
         chunks = None if whole else _chunks(budget)
@@ -264,6 +268,16 @@ def inverse(
         x, log_det = run_inverse(found, z, narrow, undone)
         log_det = log_det if gained is None else log_det + gained
     return x if run.board is None else run.board.leave(x), log_det
+
+
+def _narrowed(cond: Tensor | None, x: Tensor) -> Tensor | None:
+    """The condition in the dtype of a state."""
+    expect(cond is None or isinstance(cond, Tensor), "cond", "a Tensor or None", type(cond).__name__)
+    return None if cond is None else cond.to(x.dtype)
+
+
+def _kinds(run: Run) -> list[list[str]]:
+    return [[one.kind for one in own] for own in run.maps]
 
 
 def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Iterable[Tensor]) -> bool:

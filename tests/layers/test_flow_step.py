@@ -11,6 +11,7 @@ import torch
 from support.chain_cases import perturbed
 from support.helpers import assert_close
 from torch import Tensor
+from torch.nn.utils import prune
 
 import pyglow_fast as pgf
 from pyglow_fast.functional import CouplingSpec
@@ -104,3 +105,41 @@ def test_the_older_keywords_are_the_fields_of_a_spec(coupling: str) -> None:
     x = torch.randn(3, 4, 2, 2)
     for got, expected in zip(step(x), older(x), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("part", "name"), [("actnorm", "bias"), ("permutation", "lower")])
+def test_what_prunes_a_parameter_has_its_say(part: str, name: str) -> None:
+    step, x = pgf.FlowStep(4, hidden=6), torch.randn(2, 4, 4, 6)
+    step.initialize(x)
+    prune.l1_unstructured(getattr(step, part), name, 0.5)
+    expected = in_order([step], x)
+    for own in (step, pgf.ReversibleSequence([step])):
+        for found, value in zip(own(x), expected, strict=True):
+            assert_close(found, value)
+
+
+def test_a_net_of_ones_own_runs_once_and_whole() -> None:
+    """Its BatchNorm, which sees whole batches, counts one; so does a first forward in training."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.BatchNorm2d(4))
+    step, x = pgf.FlowStep(4, net=net), torch.randn(4, 4, 6, 6)
+    for count, run in enumerate((step, step, step.inverse), start=1):
+        with torch.set_grad_enabled(count == 1):
+            run(x)
+        assert net[1].num_batches_tracked == count
+
+
+class Unhashable:
+    """A scale map, s = exp(tanh(raw) / 2), that can be no key."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = 0.5 * raw.tanh()
+        return log_scale.exp(), log_scale
+
+
+def test_a_scale_map_of_ones_own() -> None:
+    step, x = pgf.FlowStep(4, hidden=6, scale_map=Unhashable()), torch.randn(2, 4, 4, 4)
+    step.initialize(x)
+    for own in (step, pgf.ReversibleSequence([step])):
+        assert_close(own.inverse(own(x)[0])[0], x)

@@ -32,6 +32,18 @@ def test_sampling_is_one_graph(model: pgf.Glow) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("frozen", [False, True])
+def test_both_directions_are_one_graph(model: pgf.Glow, frozen: bool) -> None:
+    x, model = torch.rand(3, 2, 8, 8) - 0.5, model.freeze() if frozen else model
+    with torch.no_grad():
+        latents = torch.compile(model.encode, fullgraph=True, backend="aot_eager")(x)
+        decoded = torch.compile(model.decode, fullgraph=True, backend="aot_eager")(latents)
+        for found, expected in zip(latents, model.encode(x), strict=True):
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(decoded, x, atol=1e-4)
+
+
+@pytest.mark.full
 def test_inductor_agrees_with_the_fake_kernels(model: pgf.Glow) -> None:
     """The code generator relies on the strides that the fake kernels promise."""
     x = (torch.rand(4, 8, 2, 8) - 0.5).transpose(1, 2)
