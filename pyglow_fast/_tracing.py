@@ -1,4 +1,4 @@
-"""Checks for what torch does with a call besides running it, and whether kernels then step aside.
+"""Checks for what torch does with a call besides running it: transforms, traces and hooks, and what then steps aside.
 
 A kernel is an op of this package. An exported program is to run where the package is not, and torch.func can
 differentiate and batch torch's own ops only: there all functions are made of those, as pyglow_fast.reference has them.
@@ -7,11 +7,11 @@ torch.compile takes the kernels into its graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import TransformType, is_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
@@ -63,3 +63,30 @@ def call_untraced(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 call_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is registered to run around a module's forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of a module does something else than its class: hooks, or a forward of its own."""
+    return has_hooks(module) or "forward" in vars(module)
+
+
+def any_altered(parts: Iterable[nn.Module | None]) -> bool:
+    """Whether any of these parts has hooks, a forward of its own or parametrizations."""
+    for part in parts:
+        if part is not None and (
+            part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+            or "parametrizations" in part._modules
+            or "forward" in part.__dict__
+        ):
+            return True
+    return False

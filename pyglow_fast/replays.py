@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._captures import can_capture
+from pyglow_fast._tracing import has_hooks
 from pyglow_fast.layers import ReversibleSequence
 from pyglow_fast.nets.state import without_autocast_cache
-from pyglow_fast.nets.traits import has_hooks
 from pyglow_fast.runs.drift import GROW_AFTER
 
 # Calls before a capture, in which libraries allocate, and no spacing of anchors has changed: one that is going to be

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_altered
 from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
 from pyglow_fast.interop.joined import Joined, JoinedLayers, JoinedList, Place, Reasons, places_of, row_of
 from pyglow_fast.interop.libraries import LIBRARIES
@@ -16,7 +17,6 @@ from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import Library, Row, is_ready
 from pyglow_fast.nets.plan import budget_bytes
-from pyglow_fast.nets.traits import is_altered
 from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.setting import MEMORY_MODES, parse_memory
 

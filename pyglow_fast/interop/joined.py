@@ -14,13 +14,12 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._tracing import is_watched
+from pyglow_fast._tracing import is_altered, is_watched
 from pyglow_fast.interop.adoption import Adopted, called, recomputed_later, run_alone, understood
 from pyglow_fast.interop.limits import BeyondLimitError, within
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import GROUPED, Call, Element, Library, Row, UnfitError, is_ready, untouched
 from pyglow_fast.nets.masks import run_masked
-from pyglow_fast.nets.traits import is_altered
 from pyglow_fast.runs import DriftControl, choice
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.maps import Map

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
+from pyglow_fast._tracing import is_altered
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, KnownNet, Layer, qualified
 from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.nets.chain import Chain, Outputs
-from pyglow_fast.nets.traits import is_altered, may_write
+from pyglow_fast.nets.traits import may_write
 from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS, Activation, ChainSpec, sides
 
 _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)

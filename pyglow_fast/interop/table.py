@@ -23,10 +23,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
-from pyglow_fast._tracing import call_untraced, is_batched, is_traced
+from pyglow_fast._tracing import call_untraced, is_altered, is_batched, is_traced
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.layers.grouped_conv import spread_over_groups
-from pyglow_fast.nets.traits import is_altered
 from pyglow_fast.reference import full_precision
 from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.maps import ChannelMap, Map

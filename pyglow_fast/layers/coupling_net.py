@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import any_altered
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
 from pyglow_fast.nets.chain import Chain
 from pyglow_fast.nets.net_shape import NetShape
-from pyglow_fast.nets.traits import any_altered
 from pyglow_fast.reference import COUPLING_NETS
 
 _NORMS = frozenset({nn.Identity, ActNorm})

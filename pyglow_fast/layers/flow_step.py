@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._tracing import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.layers.injector import AffineInjector
 from pyglow_fast.layers.permutation import ChannelLinear, InvConv, Permute
-from pyglow_fast.nets.traits import has_hooks
 from pyglow_fast.reference import COUPLINGS, CouplingSpec
 from pyglow_fast.runs import choice
 from pyglow_fast.runs.description import Element, Run

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast.nets.traits import is_altered
+from pyglow_fast._tracing import is_altered
 from pyglow_fast.reference import COUPLING_NETS
 
 

@@ -15,11 +15,10 @@ A net is any ``nn.Module`` called as ``net(x1)`` or ``net(x1, cond)``: (N, C1, *
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast._tracing import is_altered
 
 # Of each Conv or Linear of a net that does not state its cost: its output, the activation's, and half of the gradients
 # of both (the other half is not there yet or no longer, as the backward passes through).
@@ -86,33 +85,6 @@ def draws_random_numbers(net: nn.Module) -> bool:
         return isinstance(module, nn.RReLU) or (isinstance(dropout, float) and dropout > 0)
 
     return any(draws(module) for module in net.modules())
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is registered to run around a module's forward or backward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether a call of a module does something else than its class: hooks, or a forward of its own."""
-    return has_hooks(module) or "forward" in vars(module)
-
-
-def any_altered(parts: Iterable[nn.Module | None]) -> bool:
-    """Whether any of these parts has hooks, a forward of its own or parametrizations."""
-    for part in parts:
-        if part is not None and (
-            part._forward_hooks
-            or part._forward_pre_hooks
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            or "parametrizations" in part._modules
-            or "forward" in part.__dict__
-        ):
-            return True
-    return False
 
 
 def is_deterministic(net: nn.Module) -> bool:

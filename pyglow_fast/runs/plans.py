@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import ops
 from pyglow_fast._backend import require
-from pyglow_fast.nets.traits import has_hooks
+from pyglow_fast._tracing import has_hooks
 from pyglow_fast._float32 import autocast_is_on
 from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values

@@ -9,9 +9,10 @@ import torch
 from support.net_cases import DilatedNet, DropoutNet, WideNet
 from torch import nn
 
+from pyglow_fast._tracing import has_hooks
 from pyglow_fast.nets import Chunk, check_net, plan_chunks
 from pyglow_fast.nets.plan import AUTO_BUDGET_ACCELERATOR, AUTO_BUDGET_CPU
-from pyglow_fast.nets.traits import bytes_per_position, has_hooks
+from pyglow_fast.nets.traits import bytes_per_position
 
 PER_POSITION = 10
 
