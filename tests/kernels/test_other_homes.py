@@ -18,7 +18,7 @@ from pyglow_fast import _backend
 HERE = Path(__file__).parent
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 FILES = ("channel_maps", "couplings", "densities", "nets", "elementary")
-RUN = str(HERE.parent / "reversible" / "test_run.py")  # of the loops over the kernels
+RUN = str(HERE.parent / "runs" / "test_run.py")  # of the loops over the kernels
 # What is no kernel's, and so the same for all.
 ELSEWHERE = ("gradcheck", "functions", "derivatives", "refused", "bad_", "autocast", "explicit", "second", "reference")
 # These differ in the nets in bfloat16 alone.
