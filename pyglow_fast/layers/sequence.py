@@ -135,10 +135,12 @@ class MaskedSequence(ReversibleSequence):
         own = _masked(steps, cond)
 
         def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-            mode = self.memory if self._records(x, extra) else "store"
+            mode = self.memory
             if not isinstance(mode, str):
-                refuse_bytes(mode)
-            return choice.forward(own, x, extra, mode=str(mode), budget=self.memory_budget, control=self.control)
+                if self._records(x, extra):
+                    refuse_bytes(mode)
+                mode = "store"
+            return choice.forward(own, x, extra, mode=mode, budget=self.memory_budget, control=self.control)
 
         return run_masked(run, x, cond, mask, [coupling.spec for coupling in own.couplings])
 

@@ -8,7 +8,7 @@ torch.compile, torch.func and exports see.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -231,7 +231,7 @@ def forward(
         z, log_det = run_recorded(found, mode, control, x, cond, squeezes)
     elif found is not None:
         z, log_det = run_plain(found, x, cond, squeezes, made(MAPS, lambda: folded_maps(found)))
-    elif mode != "store" and run.couplings and not kernels_step_aside() and _records(run, x, cond, run.parameters()):
+    elif mode != "store" and run.couplings and not kernels_step_aside() and _records(run, x, cond):
         z, log_det = recomputed(of_couplings(run, budget), control, x, cond, run)
         in_parts = True
     else:
@@ -254,10 +254,10 @@ def inverse(
     """Map z back to x, with minus the log-det; arguments as of :func:`forward`."""
     if run.last_board is not None:
         z, cond = run.last_board.enter(z, cond)
-    runs = any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(z)
+    runs = any(run.maps) and not (run.masked or run.inverted or _records(run, z, cond)) and ops.is_runnable(z)
     narrow = _narrowed(cond, z)
     found = _compiled(run, z, narrow, False, budget) if runs else None
-    if found is None or _records(run, z, cond, found.nets):
+    if found is None:
         chunks = None if whole else _chunks(budget)
         x, log_det = in_turn(run, z, cond, chunks, inverse=True, inverses=made(KNOWN, lambda: ()))
     else:
@@ -280,10 +280,11 @@ def _kinds(run: Run) -> list[list[str]]:
     return [[one.kind for one in own] for own in run.maps]
 
 
-def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Iterable[Tensor]) -> bool:
-    """Whether autograd asks for a backward."""
+def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Sequence[Tensor] | None = None) -> bool:
+    """Whether autograd asks for a backward; ``nets``: the tensors of the nets, where they are at hand."""
     if not torch.is_grad_enabled():
         return False
+    nets = run.parameters() if nets is None else nets
     maps = [tensor for own in (*run.maps, run.behind) for one in own for tensor in one.tensors]
     return any([tensor is not None and tensor.requires_grad for tensor in (x, cond, *nets, *maps)])
 
