@@ -40,7 +40,8 @@ class Replays:
 
     def __init__(self, model: nn.Module, against: str, *functions: Callable[..., Any]) -> None:
         self._model, self._why, self._functions, self.replayed = model, against, functions, False
-        self._sequences = [module for module in model.modules() if isinstance(module, ReversibleSequence)]
+        runs = [module for module in model.modules() if isinstance(module, ReversibleSequence)]
+        self._controls = [control for run in runs for control in (run.control, run.inverse_control)]
         self._runs, self._seen, self._key = 0, None, None  # alike calls in a row; what they were like; the captured one
         self._buffers: Sequence[Tensor | None] = ()
         self._graphs: list[tuple[Callable[[], None], Any]] = []  # what replays each, and its result
@@ -58,7 +59,7 @@ class Replays:
         device = self._device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         shapes = [None if value is None else (value.shape, value.dtype) for value in inputs]
-        key: Any = autocast, shapes, [sequence.control.spacing for sequence in self._sequences]
+        key: Any = autocast, shapes, [control.spacing for control in self._controls]
         self.replayed = bool(self._graphs) and key == self._key
         if self.replayed:
             self._runs = 0
@@ -87,7 +88,7 @@ class Replays:
 
     def zeroed(self) -> Tensor:
         """Count the passes whose gradients have become zero since states drifted, of all runs; on the device."""
-        counts = [sequence.control.zeroed(self._device) for sequence in self._sequences]
+        counts = [control.zeroed(self._device) for control in self._controls]
         found = [count for count in counts if count is not None]
         return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64, device=self._device)
 

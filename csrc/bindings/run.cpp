@@ -38,17 +38,14 @@ run::Forward forward(const run::Part& part, const Tensor& x, const Optional& con
   return run::forward(part, x.resolve_neg(), resolved(cond), maps_of(maps), nets);
 }
 
-std::tuple<Tensor, Tensor> inverse(const run::Part& part, const Tensor& z, const Optional& cond, const Tensors& maps,
-                                   const Tensors& nets) {
-  return run::inverse(part, z.resolve_neg(), resolved(cond), maps_of(maps), nets);
-}
-
-run::Gradients backward(const run::Part& part, const Tensors& maps, const Tensors& nets, run::BackwardArgs args) {
+run::Gradients backward(const run::Part& part, const Tensors& maps, const Tensors& undone, const Tensors& nets,
+                        run::BackwardArgs args) {
   args.x = resolved(args.x);
   args.cond = resolved(args.cond);
   args.grad_z = args.grad_z.resolve_neg();
   args.grad_log_det = args.grad_log_det.resolve_neg();
-  return run::backward(part, maps_of(maps), nets, std::move(args));
+  const auto inverses = undone.empty() ? std::nullopt : std::optional(maps_of(undone));
+  return run::backward(part, maps_of(maps), inverses, nets, std::move(args));
 }
 
 // raw: of all steps each, log_scale, bias, lower, upper and log_diag.
@@ -140,7 +137,6 @@ void define_run(py::module& m) {
   m.def(
       "inverted", [](const Tensors& maps) { return as_list(run::inverted(maps_of(maps))); },
       "The inverses of channel maps.", Released());
-  m.def("run_inverse", &inverse, "x and log_det of a part from z.", Released());
   m.def("run_backward", &backward, "Gradients of a part, its recomputed input, its drift and steps redone.",
         Released());
   m.def(

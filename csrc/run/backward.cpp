@@ -48,11 +48,13 @@ struct Segment {
 
 class Backward {
  public:
-  Backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs&& args)
+  Backward(const Part& part, const Maps& maps, const std::optional<Maps>& undone, at::TensorList nets,
+           BackwardArgs&& args)
       : part_(part),
         args_(std::move(args)),
-        stacked_(maps),
+        inverse_(undone),
         maps_(unstacked(maps)),
+        inverses_(undone ? unstacked(*undone) : std::vector<Map>()),
         nets_(part, nets, made_of(part, args_.kept.nets)),
         of_nets_(part.size()),
         first_(part.bounds(&NetForm::tensors)),
@@ -63,8 +65,6 @@ class Backward {
   Gradients run() {
     Gradients found{};
     if (part_.mode == Mode::reversible) {
-      inverse_ = inverted(stacked_);
-      inverses_ = unstacked(inverse_);
       found.x = args_.judged == Judged::each ? judged_each(found) : judged_at_the_end(found);
     } else {
       found.x = differentiated(0, args_.kept.states, *args_.x, args_.grad_z);
@@ -74,7 +74,8 @@ class Backward {
       if (!args_.wants[i]) found.nets[i] = Tensor();
     if (args_.wants_cond) found.cond = cond_.result();
     std::tie(found.matrices, found.offsets) = stacked_maps();
-    found.log_dets = args_.grad_log_det.sum().expand({part_.size()}) * bindings::positions_of(args_.grad_z);
+    const int64_t times = bindings::positions_of(args_.grad_z) * (part_.inverse() ? -1 : 1);
+    found.log_dets = args_.grad_log_det.sum().expand({part_.size()}) * times;
     found.start = start_;
     found.redone = redone_;
     return found;
@@ -151,7 +152,10 @@ class Backward {
     return {segment.input.defined() ? segment.input : y, grad};
   }
 
-  Unmix unmix_all() const { return {inverse_.matrices, inverse_.indices, inverse_.offsets}; }
+  // What makes of the projections that the forward has noted those of the steps' inputs; none: they are of these.
+  std::optional<Unmix> unmix_all() const {
+    return part_.inverse() ? std::nullopt : std::optional(Unmix{inverse_->matrices, inverse_->indices, inverse_->offsets});
+  }
   Unmix unmix(int64_t k) const { return {inverses_[k].matrix, inverses_[k].index, inverses_[k].offset}; }
 
   Measure measured(int64_t k, const Tensor& x, const Tensor& truth) const {
@@ -160,13 +164,16 @@ class Backward {
       return {k, {}, norms(state), difference_norms(x, state), {}};
     }
     if (k > 0) return {k, {}, norms(x), {}, project(x, *part_.signs)};
-    return {k, sketched_drift(x, sketch_before(*args_.kept.start, unmix(k), *part_.signs), *part_.signs), {}, {}, {}};
+    const Tensor& start = *args_.kept.start;
+    const Tensor expected = part_.inverse() ? start : sketch_before(start, unmix(k), *part_.signs);
+    return {k, sketched_drift(x, expected, *part_.signs), {}, {}, {}};
   }
 
   // Step k's input from its output, and the gradient of it, which uses the true input where that is known. One run of
   // the net serves both.
   std::pair<Tensor, Tensor> inverted_step(int64_t k, const Tensor& y, const Tensor& grad_y, const Tensor& truth) {
     const Map& back = inverses_[k];
+    if (part_.inverse()) return turned_step(k, mixed(y, maps_[k], false), grad_y);
     Gathered x_parts(y), grad_parts(y);
     const Consume consume = [&](const Tensor& net_out, const Chunk* chunk) {
       auto [x, grad_u, grad_net_out] = bindings::step_backward(outputs(chunk, y), net_out, outputs(chunk, grad_y),
@@ -181,6 +188,36 @@ class Backward {
     return {x, mix_backward(k, truth.defined() ? truth : x, grad_parts.get(), added, truth.defined())};
   }
 
+  // The input and its gradient of a step that undoes, from what lies between its coupling and its map.
+  std::pair<Tensor, Tensor> turned_step(int64_t k, const Tensor& v, const Tensor& grad_y) {
+    Tensor grad_v;
+    std::tie(grad_v, matrices_[k], offsets_[k]) = unmix_backward(k, v, grad_y, {});
+    Gathered x_parts(v), grad_parts(v);
+    const Consume consume = [&](const Tensor& net_out, const Chunk* chunk) {
+      auto [grad_x, grad_net_out, x] =
+          bindings::coupling_backward(outputs(chunk, v), net_out, outputs(chunk, grad_v),
+                                      per_sample(chunk, args_.grad_log_det), part_.steps[k].kind, true);
+      x_parts.put(chunk, x);
+      grad_parts.put(chunk, grad_x);
+      return grad_net_out;
+    };
+    const Tensor added = net_backward(k, v, consume);
+    return {x_parts.get(), with_added(grad_parts.get(), added)};
+  }
+
+  // Gradients of v, of M^-1 and of -M^-1 c, of M^-1 (v - c). `added` belongs to grad_y.
+  std::tuple<Tensor, Tensor, Tensor> unmix_backward(int64_t k, const Tensor& v, const Tensor& grad_y,
+                                                    const Optional& added) const {
+    const Map& back = inverses_[k];
+    return bindings::channel_mix_backward(v, grad_y, back.matrix, back.offset, added, false, back.index);
+  }
+
+  // A gradient of our own, to whose first channels what flows through a net is added.
+  static Tensor with_added(Tensor grad, const Tensor& added) {
+    if (added.defined()) grad.narrow(1, 0, added.size(1)).add_(added);
+    return grad;
+  }
+
   Tensor mix_backward(int64_t k, const Tensor& x, const Tensor& grad_u, const Tensor& added, bool is_input) {
     Tensor grad_x;
     std::tie(grad_x, matrices_[k], offsets_[k]) =
@@ -192,11 +229,13 @@ class Backward {
   // A segment again, from its true input on, whose states are kept for it: that input, and its gradient.
   std::pair<Tensor, Tensor> redone(const Segment& segment, const Tensor& grad) {
     const Tensor x = segment.input.defined() ? segment.input : args_.restored();
-    Tensors states{mixed(x, maps_[segment.first], segment.first == 0 && segment.input.defined() && part_.squeezes)};
+    const bool squeezes = segment.first == 0 && segment.input.defined() && part_.squeezes;
+    Tensors states{part_.inverse() ? x : mixed(x, maps_[segment.first], squeezes)};
     for (int64_t k = segment.first; k + 1 < segment.end; ++k) {
       const Tensor& u = states.back();
       const Tensor net_out = net_output(part_.steps[k], nets_.of(k), u, args_.cond, nullptr);
-      states.push_back(std::get<0>(coupled_and_mixed(part_.steps[k].kind, u, net_out, maps_[k + 1])));
+      const Map& map = part_.inverse() ? inverses_[k] : maps_[k + 1];
+      states.push_back(std::get<0>(coupled_and_mixed(part_.steps[k].kind, u, net_out, map)));
     }
     redone_ += segment.end - segment.first;
     return {x, differentiated(segment.first, states, x, grad)};
@@ -215,17 +254,23 @@ class Backward {
       const Consume consume = [&](const Tensor& net_out, const Chunk* chunk) {
         const Tensor part = outputs(chunk, u), grad_out = outputs(chunk, grad);
         const Tensor grad_log_det = per_sample(chunk, args_.grad_log_det);
-        Tensor grad_u, grad_net_out;
-        if (i + 1 == count) {
+        const Optional own_added = added.defined() ? Optional(outputs(chunk, added)) : Optional();
+        Tensor grad_u, grad_net_out, of_matrix, of_offset;
+        if (part_.inverse()) {
+          const Tensor v = std::get<0>(bindings::coupling(part, net_out, kind));
+          std::tie(grad_u, of_matrix, of_offset) = unmix_backward(k, v, grad_out, own_added);
+          std::tie(grad_u, grad_net_out, std::ignore) =
+              bindings::coupling_backward(v, net_out, grad_u, grad_log_det, kind, false);
+        } else if (i + 1 == count) {
           const Tensor y = part_.mode == Mode::store ? *args_.z : std::get<0>(bindings::coupling(part, net_out, kind));
           std::tie(grad_u, grad_net_out, std::ignore) =
               bindings::coupling_backward(y, net_out, grad_out, grad_log_det, kind, false);
         } else {
-          Tensor of_matrix, of_offset;
           const Map& map = maps_[k + 1];
           std::tie(grad_u, grad_net_out, of_matrix, of_offset) = bindings::coupling_mix_backward(
-              part, net_out, grad_out, grad_log_det, map.matrix, kind,
-              added.defined() ? Optional(outputs(chunk, added)) : Optional(), map.index);
+              part, net_out, grad_out, grad_log_det, map.matrix, kind, own_added, map.index);
+        }
+        if (of_matrix.defined()) {
           grad_matrix = grad_matrix.defined() ? grad_matrix.add_(of_matrix) : of_matrix;
           grad_offset = grad_offset.defined() ? grad_offset.add_(of_offset) : of_offset;
         }
@@ -233,13 +278,13 @@ class Backward {
         return grad_net_out;
       };
       added = net_backward(k, u, consume);
-      if (i + 1 < count) {
-        matrices_[k + 1] = grad_matrix;
-        offsets_[k + 1] = grad_offset;
+      if (grad_matrix.defined()) {
+        matrices_[part_.inverse() ? k : k + 1] = grad_matrix;
+        offsets_[part_.inverse() ? k : k + 1] = grad_offset;
       }
       grad = grad_parts.get();
     }
-    return mix_backward(first, x, grad, added, true);
+    return part_.inverse() ? with_added(grad, added) : mix_backward(first, x, grad, added, true);
   }
 
   // The net of step k on a state, run and differentiated, a chunk at a time: gives the gradient of what it reads of the
@@ -276,9 +321,8 @@ class Backward {
 
   const Part& part_;
   BackwardArgs args_;
-  const Maps& stacked_;
+  const std::optional<Maps>& inverse_;
   std::vector<Map> maps_, inverses_;
-  Maps inverse_;
   Nets nets_;
   std::vector<NetGradients> of_nets_;
   std::vector<std::size_t> first_, kept_;  // of each step's tensors among all, and of what its net kept
@@ -290,10 +334,11 @@ class Backward {
 
 }  // namespace
 
-Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args) {
+Gradients backward(const Part& part, const Maps& maps, const std::optional<Maps>& undone, at::TensorList nets,
+                   BackwardArgs args) {
   const Plain plain;
-  check_backward(part, maps, nets, args);
-  return Backward(part, maps, nets, std::move(args)).run();
+  check_backward(part, maps, undone, nets, args);
+  return Backward(part, maps, undone, nets, std::move(args)).run();
 }
 
 }  // namespace pyglow::run

@@ -26,11 +26,13 @@ void check_form(const NetForm& form, at::IntArrayRef sizes, const Optional& cond
 
 void Step::check() const {
   TORCH_CHECK_VALUE(net != nullptr, "net: expected a NetForm, found None");
-  TORCH_CHECK_VALUE(!kind.inverse, "kind: expected that of the forward direction, found the inverse");
 }
 
 void Part::check() const {
   TORCH_CHECK_VALUE(!steps.empty(), "steps: expected at least one, found none");
+  for (const Step& step : steps)
+    TORCH_CHECK_VALUE(step.kind.inverse == inverse(), "steps: expected those of one direction, found both");
+  TORCH_CHECK_VALUE(!(squeezes && inverse()), "squeezes: expected false of steps from latents to data, found true");
   TORCH_CHECK_VALUE(mode != Mode::reversible || signs, "signs: expected those of mode reversible, found None");
   for (std::size_t i = 0; i < anchors.size(); ++i)
     TORCH_CHECK_VALUE((i == 0 ? 0 : anchors[i - 1]) < anchors[i] && anchors[i] < size(),
@@ -57,9 +59,13 @@ void check_inputs(const Part& part, const char* name, const Tensor& x, bool sque
   }
 }
 
-void check_backward(const Part& part, const Maps& maps, at::TensorList nets, const BackwardArgs& args) {
+void check_backward(const Part& part, const Maps& maps, const std::optional<Maps>& undone, at::TensorList nets,
+                    const BackwardArgs& args) {
   const bool reversible = part.mode == Mode::reversible, stores = part.mode == Mode::store;
+  TORCH_CHECK_VALUE(undone.has_value() == (reversible || part.inverse()), "undone: expected ",
+                    reversible || part.inverse() ? "the inverses of the maps, found none" : "none, found some");
   check_inputs(part, "grad_z", args.grad_z, false, args.cond, maps, nets);
+  if (undone) check_inputs(part, "grad_z", args.grad_z, false, args.cond, *undone, nets);
   if (!reversible || part.knows_start) check_given("x", args.x);
   if (reversible || stores) check_given("z", args.z);
   const Kept& kept = args.kept;

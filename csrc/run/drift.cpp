@@ -134,7 +134,8 @@ Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs) {
   return largest(error / scale_of(norms(x)));
 }
 
-Tensor drift_of(const Measures& measures, const Unmix& inverses, const Optional& seen, const Signs& signs) {
+Tensor drift_of(const Measures& measures, const std::optional<Unmix>& inverses, const Optional& seen,
+                const Signs& signs) {
   Tensors errors, differences, truths, projections, all_norms;
   std::vector<std::pair<int64_t, int64_t>> ranges;  // of steps with projections: the first, and how many
   for (auto one = measures.rbegin(); one != measures.rend(); ++one) {
@@ -157,9 +158,13 @@ Tensor drift_of(const Measures& measures, const Unmix& inverses, const Optional&
   };
   if (!differences.empty()) errors.push_back(anchor_drift(stacked(differences), stacked(truths)));
   if (!projections.empty()) {
-    const Unmix map{of_ranges(inverses.matrix), inverses.index ? Optional(of_ranges(*inverses.index)) : std::nullopt,
-                    of_ranges(inverses.offset)};
-    const Tensor expected = projections_before(of_ranges(*seen), map, signs);
+    Tensor expected = of_ranges(*seen);
+    if (inverses) {
+      const Unmix map{of_ranges(inverses->matrix),
+                      inverses->index ? Optional(of_ranges(*inverses->index)) : std::nullopt,
+                      of_ranges(inverses->offset)};
+      expected = projections_before(expected, map, signs);
+    }
     errors.push_back(projected_drift(stacked(projections), stacked(all_norms), expected));
   }
   return errors.size() == 1 ? errors[0] : stacked(errors).amax();

@@ -63,11 +63,11 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
   const std::vector<Map> maps = unstacked(maps_in);
   const Nets nets(part, tensors);
   const int64_t count = part.size();
-  const bool stores = part.mode == Mode::store, inverts = part.mode == Mode::reversible;
+  const bool stores = part.mode == Mode::store, inverts = part.mode == Mode::reversible, undoes = part.inverse();
   Forward found;
   Kept& kept = found.kept;
   Tensors seen, log_dets, largest;
-  Tensor u = mixed(x, maps[0], part.squeezes);
+  Tensor u = undoes ? x : mixed(x, maps[0], part.squeezes);
   if (inverts && !part.knows_start) kept.start = sketch(u, *part.signs);
   for (int64_t k = 0; k < count; ++k) {
     const Step& step = part.steps[k];
@@ -76,17 +76,18 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
     const Tensor net_out = net_output(step, nets.of(k), u, cond, stores ? &kept.nets : nullptr);
     if (stores) kept.outputs.push_back(net_out);
     if (part.watches) largest.push_back(magnitudes(step, u, net_out));
+    const std::size_t next = kept.anchors.size();
+    const bool ends = k + 1 == count, keeps = next < part.anchors.size() && part.anchors[next] == k + 1;
     Tensor step_log_det;
-    if (k + 1 == count) {
+    if (undoes) {
+      std::tie(u, step_log_det) = coupled_and_mixed(step.kind, u, net_out, maps[k]);
+    } else if (ends || keeps) {
       std::tie(u, step_log_det) = bindings::coupling(u, net_out, step.kind);
-    } else if (const std::size_t next = kept.anchors.size();
-               next < part.anchors.size() && part.anchors[next] == k + 1) {
-      std::tie(u, step_log_det) = bindings::coupling(u, net_out, step.kind);
-      kept.anchors.push_back(u);
-      u = mixed(u, maps[k + 1], false);
     } else {
       std::tie(u, step_log_det) = coupled_and_mixed(step.kind, u, net_out, maps[k + 1]);
     }
+    if (keeps) kept.anchors.push_back(u);
+    if (keeps && !undoes) u = mixed(u, maps[k + 1], false);
     log_dets.push_back(step_log_det);
   }
   if (inverts) kept.seen = stacked(seen);
@@ -94,28 +95,8 @@ Forward forward(const Part& part, const Tensor& x, const Optional& cond, const M
     for (Tensor& one : nets.made()) kept.nets.push_back(std::move(one));
   if (part.watches) found.largest = stacked(largest);
   found.z = u;
-  found.log_det = summed(log_dets, maps_in.log_dets, bindings::positions_of(u));
+  found.log_det = summed(log_dets, maps_in.log_dets, bindings::positions_of(u) * (undoes ? -1 : 1));
   return found;
-}
-
-std::tuple<Tensor, Tensor> inverse(const Part& part, const Tensor& z, const Optional& cond, const Maps& inverses,
-                                   at::TensorList tensors) {
-  const Plain plain;
-  check_inputs(part, "z", z, false, cond, inverses, tensors);
-  const std::vector<Map> back = unstacked(inverses);
-  const Nets nets(part, tensors);
-  Tensor x = z;
-  Tensors log_dets;
-  for (int64_t k = part.size() - 1; k >= 0; --k) {
-    const Step& step = part.steps[k];
-    const Tensor net_out = net_output(step, nets.of(k), x, cond, nullptr);
-    bindings::Kind kind = step.kind;
-    kind.inverse = true;
-    Tensor step_log_det;
-    std::tie(x, step_log_det) = coupled_and_mixed(kind, x, net_out, back[k]);
-    log_dets.push_back(step_log_det);
-  }
-  return {x, summed(log_dets, inverses.log_dets, -bindings::positions_of(z))};
 }
 
 }  // namespace pyglow::run

@@ -1,9 +1,12 @@
 // A run: K flow steps of one width in one call, forward, inverse and backward, over the kernels of each device.
 //
 //   forward    u_0 = M_0 x + c_0;  y_k = couple(u_k, net_k(u_k));  u_(k+1) = M_(k+1) y_k + c_(k+1), in one pass
-//   inverse    the same back
+//   inverse    a part whose steps undo: the steps from latents to data, y_k = M_k^-1 (uncouple(u_k, net_k(u_k)) - c_k)
+//              in one pass, u_(k+1) = y_k
 //   backward   from what the forward kept (mode store), from the states u_k (checkpoint), or from the output alone, the
 //              states recomputed by inversion and held against what the forward noted of them (reversible)
+//
+// The backward of a step that undoes, from y_k: v = M_k y_k + c_k, its gradient, the net on v, u_k = couple(v).
 //
 // pyglow_fast/runs/compiled.py is the autograd node over these functions.
 #pragma once
@@ -23,7 +26,7 @@ struct Step {
   void check() const;  // as what Python makes is checked once
 };
 
-// The channel map before each coupling, stacked.
+// The channel map of each coupling, stacked.
 struct Maps {
   Tensor matrices, offsets, log_dets;  // (K, C, C), of gathers (K, C); (K, C); (K,)
   Optional indices;                    // (K, C)
@@ -56,6 +59,7 @@ struct Part {
   bool watches;                  // the largest values of the states are wanted
 
   int64_t size() const { return static_cast<int64_t>(steps.size()); }
+  bool inverse() const { return steps.front().kind.inverse; }  // undoes its couplings and maps
   void check() const;
   // Where what each net has begins among that of all, and last how much there is: tensors, or what is kept.
   std::vector<std::size_t> bounds(std::size_t (NetForm::*count)() const) const;
@@ -75,12 +79,11 @@ struct Forward {
 void check_inputs(const Part& part, const char* name, const Tensor& x, bool squeezes, const Optional& cond,
                   const Maps& maps, at::TensorList nets);
 
+// maps: of a part that undoes them, their inverses.
 Forward forward(const Part& part, const Tensor& x, const Optional& cond, const Maps& maps, at::TensorList nets);
 
 // The inverses of the maps with their offsets; log_dets stay those of the maps.
 Maps inverted(const Maps& maps);
-std::tuple<Tensor, Tensor> inverse(const Part& part, const Tensor& z, const Optional& cond, const Maps& inverses,
-                                   at::TensorList nets);
 
 // When the drift of recomputed states is judged: each segment as it comes, which reads a value; once at the end, as on
 // a GPU, whose stream that stops; or never by the host.
@@ -99,7 +102,7 @@ struct BackwardArgs {
 
 struct Gradients {
   Tensor x, cond;                      // cond undefined: not wanted
-  Tensor matrices, offsets, log_dets;  // of the maps
+  Tensor matrices, offsets, log_dets;  // of the maps; of a part that undoes them of M^-1, and the sums of grad_y
   Tensors nets;                        // undefined: not wanted
   Tensor start;                        // the part's input, recomputed or true
   Tensor worst;                        // drift, where the host has not read it
@@ -107,8 +110,11 @@ struct Gradients {
   int64_t redone;                      // steps
 };
 
-void check_backward(const Part& part, const Maps& maps, at::TensorList nets, const BackwardArgs& args);
-Gradients backward(const Part& part, const Maps& maps, at::TensorList nets, BackwardArgs args);
+// undone: the inverses of the maps; without them where nothing is inverted.
+void check_backward(const Part& part, const Maps& maps, const std::optional<Maps>& undone, at::TensorList nets,
+                    const BackwardArgs& args);
+Gradients backward(const Part& part, const Maps& maps, const std::optional<Maps>& undone, at::TensorList nets,
+                   BackwardArgs args);
 
 // Maps M = W diag(exp(log_scale)), c = M bias of K invertible 1x1 convolutions in LU factors, each with its actnorm; by
 // parameter, in the order of `Factors`, of K steps each.

@@ -49,6 +49,12 @@ class ChannelMix(torch.autograd.Function):
         return grad_x, grad_matrix, grad_offset, None, None
 
 
+def inverse_gradient(inverses: Tensor, grad_inverses: Tensor) -> Tensor:
+    """grad_A = -A^-T grad_inverse A^-T, in float64 whatever the dtype."""
+    transposed = inverses.mT.double()
+    return -(transposed @ grad_inverses.double() @ transposed)
+
+
 class InvertMatrices(torch.autograd.Function):
     """A^-1 and log|det A| of matrices (K, C, C); grad_A = A^-T (grad_log_det - grad_inverse A^-T).
 
@@ -68,10 +74,9 @@ class InvertMatrices(torch.autograd.Function):
     def backward(ctx: Any, grad_inverses: Tensor | None, grad_log_dets: Tensor | None) -> Tensor | None:
         """Compute the gradient of the matrices."""
         (inverses,) = ctx.saved_tensors
-        transposed = inverses.mT.double()
-        grad = None if grad_log_dets is None else grad_log_dets[:, None, None] * transposed
+        grad = None if grad_log_dets is None else grad_log_dets[:, None, None] * inverses.mT.double()
         if grad_inverses is not None:
-            through_inverse = -(transposed @ grad_inverses.double() @ transposed)
+            through_inverse = inverse_gradient(inverses, grad_inverses)
             grad = through_inverse if grad is None else grad + through_inverse
         return None if grad is None else grad.to(inverses.dtype)
 

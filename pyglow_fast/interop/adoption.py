@@ -148,7 +148,7 @@ def recomputed_later(
 
 
 def called(elements: Iterable[Element], call: Call) -> Run:
-    """What a layer holds, or several, as a run of a call's state, in which neighbouring maps are one."""
+    """What a layer holds, or several, as a run of a call's state, the way of the call; neighbouring maps are one."""
     found: list[Element] = []
     for part in elements:
         own = fitted(part, call.x)
@@ -157,7 +157,8 @@ def called(elements: Iterable[Element], call: Call) -> Run:
             own = Map.of(after(*(pair[::-1] if call.inverse else pair)))
             found.pop()
         found.append(own)
-    return Run.of(found, call.mask is not None, call.inverse)
+    run = Run.of(found, call.mask is not None, call.inverse)
+    return run.turned() if call.inverse else run
 
 
 def run_alone(run: Run, call: Call, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -170,9 +171,9 @@ def run_alone(run: Run, call: Call, limit: Tensor | None = None) -> tuple[Tensor
         BeyondLimitError: a state may be beyond the limit.
     """
     if call.mask is None:
-        return within(limit, run, call, lambda run: in_turn(run, call.x, call.cond, inverse=call.inverse))
+        return within(limit, run, call, lambda run: in_turn(run, call.x, call.cond))
     cond = masked_condition(call.mask, call.cond)
-    x, log_det = within(limit, run, call, lambda run: in_turn(run, call.x, cond, inverse=call.inverse))
+    x, log_det = within(limit, run, call, lambda run: in_turn(run, call.x, cond))
     for coupling in run.couplings:
         padding = log_scale_of_padding([coupling.spec], call.mask, coupling.changed)
         log_det = log_det + padding if call.inverse else log_det - padding

@@ -107,7 +107,7 @@ class JoinedLayers:
     def __init__(self, layers: Sequence[nn.Module], rows: Sequence[Row], memory: str, budget: str | int) -> None:
         self.layers, self.rows, self.memory, self.budget = list(layers), list(rows), memory, budget
         self._count = sum(isinstance(part, NetCoupling) for part in self.elements())
-        self.control = DriftControl(max(1, self._count), "auto", None, False)
+        self.control, self.inverse_control = (DriftControl(max(1, self._count), "auto", None, False) for _ in range(2))
         self.beyond = 0
         self._shape: Sequence[int] = ()  # of the states of the last call
 
@@ -142,19 +142,15 @@ class JoinedLayers:
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run the layers, which are ready and as their classes say."""
         limit = self._limit()
-        if limit is not None and call.inverse and self.spares:
-            raise UnfitError("nets that would keep what they need for a backward")
         run, budget = called(self.elements(call.inverse), call), self.budget
         self._check(run, call)
-        if self.spares and not call.inverse and budget == "auto" and call.x.dim() == VOLUMES:
+        if self.spares and budget == "auto" and call.x.dim() == VOLUMES:
             budget = MOST_STATES * call.x.nbytes
         self._shape, whole = call.x.shape, self.memory == "store"
 
         def compute(run: Run) -> tuple[Tensor, Tensor]:
-            if call.inverse:
-                way = partial(choice.inverse, run, budget=budget, whole=whole)
-            else:
-                way = partial(choice.forward, run, mode=self.memory, budget=budget, control=self.control, whole=whole)
+            control = self.inverse_control if call.inverse else self.control
+            way = partial(choice.through, run, mode=self.memory, budget=budget, control=control, whole=whole)
             if call.mask is None:
                 return way(call.x, call.cond)
             specs = [coupling.spec for coupling in run.couplings]
@@ -175,7 +171,7 @@ class JoinedLayers:
         """Refuse what has been put into a layer since it was joined."""
         for coupling in run.couplings:
             check_halves(coupling)
-            if self.spares and not call.inverse:
+            if self.spares:
                 if reason := unrepeatable(coupling.net, self.memory):
                     raise UnfitError(reason)
                 if learns(coupling, call.x):

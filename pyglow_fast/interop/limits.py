@@ -44,9 +44,9 @@ def within(
     ends = torch.stack([limit.to(end.dtype), magnitude(call.x), magnitude(end)])
     most, *bounds = torch.cat([ends, *(numbers.flatten() for numbers in seen)]).tolist()
     states, shifts, raws = (bounds[i::3] for i in (2, 3, 4))
-    bounds, specs = bounds[:2], [coupling.spec for coupling in run.couplings][:: -1 if call.inverse else 1]
-    for spec, state, shift, raw in zip(specs, states, shifts, raws, strict=True):
-        bounds.append((state + shift) * max(_most_scale(spec, call.inverse, raw), 1.0))
+    bounds = bounds[:2]
+    for coupling, state, shift, raw in zip(run.couplings, states, shifts, raws, strict=True):
+        bounds.append((state + shift) * max(_most_scale(coupling.spec, call.inverse, raw), 1.0))
     if not all(bound < most for bound in bounds):  # NaN is not
         raise BeyondLimitError(f"values beyond {most:g}, which its own layers may bound")
     return end, log_det

@@ -83,4 +83,4 @@ def edited(
         return moved(level, z)
 
     with overridden("fp32"):  # from the deepest level up: each prior sees what the deeper levels are now
-        return model._decode(latents[-1], y, model._check_cond(cond, len(latents[-1])), choose)[0]
+        return model._decode(latents, y, model._check_cond(cond, len(latents[-1])), choose)[0]

@@ -177,7 +177,7 @@ class FlowStep(FlowLayer):
         if self.training:
             self._begin(x, cond)
         own = self._own_couplings()
-        z, log_det = choice.forward(Run.of(self.elements()[: None if own else 1]), x, cond, alone=True)
+        z, log_det = choice.through(Run.of(self.elements()[: None if own else 1]), x, cond, alone=True)
         for part in () if own else self.couplings:
             z, gained = part(z, cond)
             log_det = log_det + gained
@@ -190,7 +190,8 @@ class FlowStep(FlowLayer):
         for part in () if own else reversed(self.couplings):
             z, gained = part.inverse(z, cond)
             log_det = log_det + gained
-        x, gained = choice.inverse(Run.of(self.elements()[: None if own else 1]), z, cond, whole=True)
+        run = Run.of(self.elements()[: None if own else 1])
+        x, gained = choice.through(run.turned(), z, cond, alone=True)
         return x, gained if own else log_det + gained
 
     def _begin(self, x: Tensor, cond: Tensor | None) -> None:

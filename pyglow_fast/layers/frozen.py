@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,9 @@ def _frozen(coupling: Coupling) -> Coupling:
 class FrozenSteps(FlowLayer):
     """z = f_K(... f_1(x)), log_det their sum, of a run of FlowSteps: the same function, from folded buffers.
 
-    Gradients flow to x and cond; there are no parameters but those of nets of your own, whose gradient is off.
+    Gradients flow to x and cond; there are no parameters but those of nets of your own, whose gradient is off. For them
+    the inverse keeps what the memory mode of the steps says, or "reversible" of steps with a budget in bytes; the
+    forward keeps everything.
 
     Args:
         steps: FlowSteps as they come, initialised.
@@ -98,6 +100,8 @@ class FrozenSteps(FlowLayer):
         ready = all(step.is_initialized for step in own)
         expect(ready, "steps", "initialised actnorms (a training forward, or initialize)", "fresh ones")
         self.channels, self.memory_budget = own[0].channels, steps.memory_budget
+        self.memory = steps.memory if isinstance(steps.memory, str) else "reversible"
+        self.inverse_control = copy.deepcopy(steps.inverse_control)
         with torch.no_grad():
             run = Run.of(one for step in own for one in step.elements())
             maps = choice.folded(run)
@@ -132,20 +136,23 @@ class FrozenSteps(FlowLayer):
         return Run.of(elements)._replace(halved=True)
 
     def _made(self, name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        if name == choice.KNOWN:
-            return self._stacked(INVERSES)
-        return self._stacked(MAPS if name == choice.MAPS else INVERSES, len(self.couplings))
+        if name == choice.MAPS:
+            return self._stacked(MAPS, len(self.couplings))
+        known = self._stacked(INVERSES, None if name == choice.KNOWN else len(self.couplings))
+        return [buffer.flip(0) for buffer in known]  # from the last one back, as a state meets them
 
     def forward(self, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False) -> tuple[Tensor, Tensor]:
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
         if not squeeze_first:
             check_input("x", x, self.channels, self.like)
-        return choice.forward(self._run(), x, cond, squeeze_first, budget=self.memory_budget, made=self._made)
+        return choice.through(self._run(), x, cond, squeeze_first, budget=self.memory_budget, made=self._made)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""
         check_input("z", z, self.channels, self.like)
-        return choice.inverse(self._run(), z, cond, budget=self.memory_budget, made=self._made)
+        options: dict[str, Any] = {"mode": self.memory, "control": self.inverse_control}
+        run = self._run().turned()
+        return choice.through(run, z, cond, budget=self.memory_budget, made=self._made, **options)
 
     def train(self, mode: bool = True) -> FrozenSteps:
         """Do nothing: frozen steps stay in evaluation mode."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any, cast
@@ -81,7 +81,7 @@ class ReversibleSequence(FlowLayer):
     """
 
     _shown = ("memory",)
-    planned: RunPlan | None = None  # what the last forward did that kept to a number of bytes
+    planned: RunPlan | None = None  # what the last pass did that kept to a number of bytes
 
     def __init__(
         self,
@@ -105,7 +105,9 @@ class ReversibleSequence(FlowLayer):
             masks = {"channels" if step.coupling is None else step.coupling.mask for step in own}
             expect(len(masks) == 1, "steps", "FlowSteps of one mask", sorted(masks))
             n_states = sum(len(step.couplings) for step in own)
-        self.control = DriftControl(n_states, anchor_every, tolerance, deferred_check)
+        self.control, self.inverse_control = (
+            DriftControl(n_states, anchor_every, tolerance, deferred_check) for _ in range(2)
+        )
         self.memory = memory
         self.memory_budget = memory_budget
         self._folded, self._plans = Folded(), Plans()
@@ -201,26 +203,68 @@ class ReversibleSequence(FlowLayer):
             if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else elements is not None:
                 check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing
             self.initialize(functional.squeeze(x) if squeeze_first else x, cond)
-        memory = self._memory
-        if plan is None and not isinstance(memory, str):
-            plan = self._plan(x, cond, squeeze_first)
-        budget = self._memory_budget if plan is None else plan.budget
+        plan = self._planned(x, cond, squeeze_first) if plan is None else plan
         states: list[Tensor] = []
         log_dets: list[Tensor] = []
         for begin, end in pairwise([0, *[k + 1 for k in at], len(self._modules)]):
-            stretches: Any = [(begin, end, memory)] if plan is None else plan.runs_between(begin, end)
-            for start, stop, mode in stretches:
-                if elements is None:
-                    modules = self[start:stop]
-                    x, log_det = choice.forward_modules(modules, x, cond, mode, self.control, memory)
-                else:
-                    squeezes, run = squeeze_first and start == 0, Run.of(chain.from_iterable(elements[start:stop]))
-                    made = partial(self._made, start, stop)
-                    options: Any = {"mode": mode, "budget": budget, "control": self.control, "memory": memory}
-                    x, log_det = choice.forward(run, x, cond, squeezes, made=made, **options)
+            for start, stop, mode in self._stretches(begin, end, plan):
+                squeezes = squeeze_first and start == 0
+                x, log_det = self._through(elements, x, cond, start, stop, mode, plan, squeezes)
                 log_dets.append(log_det)
             states.append(x)
         return states, functional.summed(log_dets)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None, *, plan: RunPlan | None = None) -> tuple[Tensor, Tensor]:
+        """Map z back to x, from the last step to the first, with minus the log-det.
+
+        Its backward keeps what that of :meth:`forward` does, by the same modes.
+
+        Args:
+            z: (N, C, *spatial).
+            cond: of the steps, or None.
+            plan: of a model with a budget, whose steps are counted from the last one; None: as ``memory`` says.
+        """
+        elements, count = self._elements(), len(self._modules)
+        if elements is not None:
+            self._check_state("z", z)
+        plan = self._planned(z, cond, inverse=True) if plan is None else plan
+        log_dets: list[Tensor] = []
+        for start, stop, mode in self._stretches(0, count, plan):
+            z, log_det = self._through(elements, z, cond, count - stop, count - start, mode, plan, inverse=True)
+            log_dets.append(log_det)
+        return z, functional.summed(log_dets)
+
+    def _stretches(self, begin: int, end: int, plan: RunPlan | None) -> Iterable[tuple[int, int, str]]:
+        """First, one past the last and mode of steps begin .. end - 1, as a state meets them."""
+        if plan is not None:
+            return plan.runs_between(begin, end)
+        assert isinstance(self._memory, str)  # else there is a plan
+        return [(begin, end, self._memory)]
+
+    def _through(
+        self,
+        elements: list[list[Element]] | None,
+        x: Tensor,
+        cond: Tensor | None,
+        start: int,
+        stop: int,
+        mode: str,
+        plan: RunPlan | None,
+        squeezes: bool = False,
+        inverse: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Take a state through steps start .. stop - 1, which hold these elements, or None; from the last one back."""
+        control, memory = self.control_of(inverse), self._memory
+        if elements is None:
+            return choice.through_modules(self[start:stop], x, cond, mode, control, memory, inverse)
+        run = Run.of(chain.from_iterable(elements[start:stop]))
+        budget, made = self._memory_budget if plan is None else plan.budget, partial(self._made, start, stop)
+        options: Any = {"mode": mode, "budget": budget, "control": control, "memory": memory, "made": made}
+        return choice.through(run.turned() if inverse else run, x, cond, squeezes, **options)
+
+    def control_of(self, inverse: bool) -> DriftControl:
+        """The drift's control of a direction."""
+        return self.inverse_control if inverse else self.control
 
     def _check_state(self, name: str, x: Tensor) -> None:
         first: Any = self._modules["0"]
@@ -244,33 +288,28 @@ class ReversibleSequence(FlowLayer):
             tensor is not None and tensor.requires_grad for tensor in chain((x, cond), own)
         )
 
-    def _plan(self, x: Tensor, cond: Tensor | None, squeeze_first: bool) -> RunPlan:
-        """The plan of a forward within a number of bytes, when the model gave none."""
+    def _planned(
+        self, x: Tensor, cond: Tensor | None, squeeze_first: bool = False, inverse: bool = False
+    ) -> RunPlan | None:
+        """The plan of a pass within a number of bytes, when the model gave none; None in a mode."""
+        if isinstance(self._memory, str):
+            return None
         if not self._records(x, cond) or kernels_step_aside():  # a backward that recomputes is no op of torch's
             return RunPlan.of_mode("store", len(self), self.memory_budget)
         if torch.compiler.is_compiling():
-            return call_untraced(ReversibleSequence._plan, self, x, cond, squeeze_first)
+            return call_untraced(ReversibleSequence._planned, self, x, cond, squeeze_first, inverse)
 
         def forward(twin: ReversibleSequence, inputs: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
             x, cond = inputs
             assert x is not None
-            return twin(x, cond, squeeze_first)
+            return twin.inverse(x, cond) if inverse else twin(x, cond, squeeze_first)
 
-        self.planned = self._plans.of(self, (x, cond), forward, squeeze_first)
+        self.planned = self._plans.of(self, (x, cond), forward, squeeze_first, inverse=inverse)
         return self.planned
 
     def _sequences(self) -> list[ReversibleSequence]:
         """The runs that a plan is made for."""
         return [self]
-
-    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map z back to x, from the last step to the first."""
-        elements = self._elements()
-        if elements is None:
-            return choice.inverse_modules(list(self), z, cond)
-        self._check_state("z", z)
-        run, made = Run.of(chain.from_iterable(elements)), partial(self._made, 0, len(elements))
-        return choice.inverse(run, z, cond, budget=self.memory_budget, made=made)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -299,22 +338,27 @@ class ReversibleSequence(FlowLayer):
         return self._folded.keeping()
 
     def memory_report(self) -> dict[str, Any]:
-        """Report mode or budget, spacing of the anchors, drift, and what was redone so far.
+        """Report mode or budget, spacing of the anchors, drift, and what was redone so far; of inverses too, if any.
 
         With a budget also how many steps the last training step has "inverted", "checkpointed" and "stored", and
         the "predicted_bytes" of its plan.
         """
         own = {"memory": self.memory, "steps": len(self), **self.control.report()}
+        inverse = self.inverse_control.report()
+        own |= {"inverse": inverse} if inverse["passes"] else {}
         return own if isinstance(self.memory, str) or self.planned is None else own | self.planned.report(len(self))
 
     def get_extra_state(self) -> Tensor:
-        """The drift control's state, saved with the weights."""
-        return self.control.state()
+        """The state of the drift's control in each direction, (2, n), saved with the weights."""
+        return torch.stack([self.control.state(), self.inverse_control.state()])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Continue with a saved drift control."""
-        self.control.load_state(state)
+        """Continue with a saved drift control, (2, n), or (n,) of the forward alone."""
+        controls = (self.control, self.inverse_control)
+        both = isinstance(state, Tensor) and state.dim() == 2 and len(state) == len(controls)
+        for control, own in zip(controls, state if both else [state], strict=False):
+            control.load_state(own)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(prefix + "_extra_state", self.control.state())  # of weights without it: converted ones
+        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())  # of weights without it: converted ones
         super()._load_from_state_dict(state_dict, prefix, *args)

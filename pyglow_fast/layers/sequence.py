@@ -132,29 +132,26 @@ class MaskedSequence(ReversibleSequence):
         steps, mask = self._checked("x", x, cond, mask)
         if self.training and not self._is_initialized():
             self._initialize_masked(steps, x, cond, mask)
-        own = _masked(steps, cond)
-
-        def run(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-            mode = self.memory
-            if not isinstance(mode, str):
-                if self._records(x, extra):
-                    refuse_bytes(mode)
-                mode = "store"
-            return choice.forward(own, x, extra, mode=mode, budget=self.memory_budget, control=self.control)
-
-        return run_masked(run, x, cond, mask, [coupling.spec for coupling in own.couplings])
+        return self._through_masked(_masked(steps, cond), x, cond, mask)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x at the positions that the mask says are there."""
         if mask is None:
             return super().inverse(z, cond)
         steps, mask = self._checked("z", z, cond, mask)
-        own = _masked(steps, cond)
+        return self._through_masked(_masked(steps, cond).turned(), z, cond, mask)
 
-        def run(z: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
-            return choice.inverse(own, z, extra, budget=self.memory_budget)
+    def _through_masked(self, run: Run, x: Tensor, cond: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+        def way(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+            mode = self.memory
+            if not isinstance(mode, str):
+                if self._records(x, extra):
+                    refuse_bytes(mode)
+                mode = "store"
+            control = self.control_of(run.inverse)
+            return choice.through(run, x, extra, mode=mode, budget=self.memory_budget, control=control)
 
-        return run_masked(run, z, cond, mask, [coupling.spec for coupling in own.couplings], inverse=True)
+        return run_masked(way, x, cond, mask, [coupling.spec for coupling in run.couplings], run.inverse)
 
     def initialize(self, x: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Initialise step after step from the positions that are there; returns z."""
@@ -191,7 +188,7 @@ class MaskedSequence(ReversibleSequence):
         for step in steps:
             if not step.actnorm.is_initialized:
                 step.actnorm.initialize_from(x.transpose(1, 2)[there])  # as a batch of vectors
-            x, _ = choice.forward(_masked([step], cond), x, extra)
+            x, _ = choice.through(_masked([step], cond), x, extra)
         return x
 
 

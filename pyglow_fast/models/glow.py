@@ -178,30 +178,31 @@ class Glow(nn.Module):
             conds = [like.expand(n, channels, *self.config.image_shape[1:]) if channels else None] * len(self.levels)
         else:
             conds = [like.expand(n, own, *s[1:]) for own, s in zip(channels, self.state_shapes, strict=True)]
-        return Plans().of(self, *self._dry_step(like.expand(n, *self.config.image_shape), conds))
+        x = like.expand(n, *self.config.image_shape)
+        return Plans().of(self, [x, self._any_labels(x), *conds], _dry_pass(1, "log_prob"))
 
-    def _dry_step(self, x: Tensor, conds: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Forward]:
-        """What a plan needs to know of a training step on x: its inputs, and the forward of a twin."""
-        y = None if self.config.n_classes is None else x.new_empty(x.shape[0], dtype=torch.int64)
+    def _any_labels(self, x: Tensor) -> Tensor | None:
+        """Labels as x would have, for a dry run."""
+        return None if self.config.n_classes is None else x.new_empty(x.shape[0], dtype=torch.int64)
 
-        def forward(twin: Glow, inputs: Sequence[Tensor | None]) -> list[Tensor]:
-            x, y, *conds = inputs
-            assert x is not None
-            one = isinstance(twin.config.cond_channels, int) and all(cond is conds[0] for cond in conds)
-            return [twin.log_prob(x, y, conds[0] if one else conds)]  # type: ignore[arg-type]
+    def _run_plans(
+        self, given: Sequence[Tensor], conds: Sequence[Tensor | None], name: str
+    ) -> dict[nn.Module, RunPlan]:
+        """With a budget, what each run of steps does in a pass that is recorded; else nothing.
 
-        return [x, y, *conds], forward
-
-    def _run_plans(self, x: Tensor, conds: Sequence[Tensor | None]) -> dict[nn.Module, RunPlan]:
-        """With a budget, what each run of steps does in a forward that is recorded; else nothing."""
+        ``given`` is x, or all latents; ``name`` is that of the method that the pass is of.
+        """
         if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
             return {}
         if torch.compiler.is_compiling():
-            return call_untraced(Glow._run_plans, self, x, conds)
-        if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), x, *conds)):
+            return call_untraced(Glow._run_plans, self, given, conds, name)
+        if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), *given, *conds)):
             return {}
-        runs = self._sequences()
-        plans = self._plans.of(self, *self._dry_step(x, conds)).cut(map(len, runs))
+        inverse = name != "log_prob"
+        runs = self._sequences()[:: -1 if inverse else 1]
+        inputs = [*given, self._any_labels(given[0]), *conds]
+        whole = self._plans.of(self, inputs, _dry_pass(len(given), name), name, inverse=inverse)
+        plans = whole.cut(map(len, runs))
         for run, plan in zip(runs, plans, strict=True):
             run.planned = plan
         return dict(zip(runs, plans, strict=True))
@@ -379,7 +380,7 @@ class Glow(nn.Module):
         latents: list[Tensor] = []
         kept: list[Tensor] = []
         states: list[list[Tensor]] = []
-        plans = self._run_plans(x, conds)
+        plans = self._run_plans([x], conds, "log_prob")
         for i, level in enumerate(self._flow_levels):
             found, level_log_det = level(x, conds[i], plans, at)
             states.append(found)
@@ -398,21 +399,24 @@ class Glow(nn.Module):
 
     def _decode(
         self,
-        like: Tensor,
+        given: Sequence[Tensor],
         y: Tensor | None,
         conds: Sequence[Tensor | None],
         choose: Callable[[int, Callable[[], tuple[Tensor, Tensor]]], Tensor],
+        name: str = "inverse",
     ) -> tuple[Tensor, Tensor]:
         """x and the log-det of the inverse flow; ``choose(i, prior)`` gives latent i, and prior() its mean and log_sd.
 
-        The deepest latent, which is like ``like``, is chosen first: a prior sees what those below it are.
+        The deepest latent is chosen first: a prior sees what those below it are. ``given`` are like the latents;
+        ``name`` is that of the method.
         """
-        x = choose(len(self.splits), partial(self._prior, len(self.splits), like, None, y))
+        plans = self._run_plans(given, conds, name)
+        x = choose(len(self.splits), partial(self._prior, len(self.splits), given[-1], None, y))
         log_det = x.new_zeros(x.shape[0])
         for i, level in reversed(list(enumerate(self._flow_levels))):
             if i < len(self.splits):
                 x = torch.cat([x, choose(i, partial(self._prior, i, x, conds[i], y))], dim=1)
-            x, level_log_det = level.inverse(x, conds[i])
+            x, level_log_det = level.inverse(x, conds[i], plans)
             log_det = log_det + level_log_det
         return x, log_det
 
@@ -420,7 +424,7 @@ class Glow(nn.Module):
         """Map latents back to x; log_det is the negative of the forward one."""
         self._check_latents(latents)
         conds = self._check_cond(cond, latents[0].shape[0])
-        return self._decode(latents[-1], None, conds, lambda i, _: latents[i])
+        return self._decode(latents, None, conds, lambda i, _: latents[i])
 
     def log_prob(self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None) -> Tensor:
         """log p(x), or log p(x | y) for a model with classes, in nats, (N,)."""
@@ -490,7 +494,6 @@ class Glow(nn.Module):
         with exact_nets(self._couplings(), self._parameter(), precision, "decode"):
             return self.inverse(latents, cond)[0]
 
-    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -498,8 +501,9 @@ class Glow(nn.Module):
         y: Tensor | None = None,
         cond: Condition | None = None,
         generator: torch.Generator | None = None,
+        differentiable: bool = False,
     ) -> Tensor:
-        """Draw x = inverse of z_l = mean + temperature sd eps at every level; no gradient is recorded.
+        """Draw x = inverse of z_l = mean + temperature sd eps at every level.
 
         Args:
             n: number of samples.
@@ -508,6 +512,8 @@ class Glow(nn.Module):
             y: labels (n,), drawn uniformly if the model has classes and None is given.
             cond: condition, if the model has one.
             generator: source of the noise.
+            differentiable: a gradient is recorded, to the parameters, priors included, and to the condition, for what
+                the memory mode keeps; the numbers drawn are the same.
 
         Returns:
             (n, C, *spatial) in about [-0.5, 0.5]; :func:`pyglow_fast.likelihood.quantize` gives levels.
@@ -525,7 +531,8 @@ class Glow(nn.Module):
         # In the order in which the inverse needs it: the deepest latent's first.
         shapes = [parameter.new_empty(n, *shape) for shape in self.latent_shapes]
         noise = [scaled_noise(like, temperature, generator) for like in reversed(shapes)]
-        return self._from_noise(noise[::-1], y, conds)[0]
+        with contextlib.nullcontext() if differentiable else torch.no_grad():
+            return self._from_noise(noise[::-1], y, conds)[0]
 
     def _from_noise(self, noise: list[Tensor], y: Tensor | None, conds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         scales: list[Tensor] = []
@@ -535,7 +542,7 @@ class Glow(nn.Module):
             scales.append(log_sd.expand_as(noise[i]).flatten(1).sum(1))
             return functional.gaussian_sample(noise[i], mean, log_sd)
 
-        x, log_det = self._decode(noise[-1], y, conds, drawn)
+        x, log_det = self._decode(noise, y, conds, drawn, "from_noise")
         return x, log_det + functional.summed(scales)
 
     def from_noise(
@@ -568,6 +575,20 @@ class Glow(nn.Module):
     def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
         """Wrap the model in the interface of torch.distributions; see GlowDistribution."""
         return GlowDistribution(self, y, cond)
+
+
+def _dry_pass(count: int, name: str) -> Forward:
+    """What calls a method of a dry run's twin with what :meth:`Glow._run_plans` knows: ``count`` tensors come first."""
+
+    def forward(twin: Glow, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        given, (y, *conds) = cast("list[Tensor]", list(inputs[:count])), inputs[count:]
+        one = isinstance(twin.config.cond_channels, int) and all(cond is conds[0] for cond in conds)
+        cond: Any = conds[0] if one else conds
+        if name == "log_prob":
+            return [twin.log_prob(given[0], y, cond)]
+        return twin.inverse(given, cond) if name == "inverse" else twin.from_noise(given, y, cond)
+
+    return forward
 
 
 def _warn_of_other_range(x: Tensor) -> None:

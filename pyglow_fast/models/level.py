@@ -85,11 +85,14 @@ class FlowLevel(nn.Module):
             log_dets.append(log_det)
         return states, functional.summed(log_dets)
 
-    def inverse(self, z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Map z back to x; log_det (N,) is the negative of the forward one."""
+    def inverse(
+        self, z: Tensor, cond: Tensor | None, plans: Mapping[nn.Module, RunPlan]
+    ) -> tuple[Tensor, Tensor]:
+        """Map z back to x; log_det (N,) is the negative of the forward one. Plans as of :meth:`forward`."""
         log_dets = []
         for steps, squeezes in reversed(self._runs()):
-            z, log_det = steps.inverse(z, fitted(cond, z.shape[2:]))
+            planned = {"plan": plans[steps]} if steps in plans else {}
+            z, log_det = steps.inverse(z, fitted(cond, z.shape[2:]), **planned)
             z = functional.unsqueeze(z) if squeezes else z
             log_dets.append(log_det)
         return z, functional.summed(log_dets)

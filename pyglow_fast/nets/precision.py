@@ -35,9 +35,17 @@ def check_precision(precision: str) -> str:
     return precision
 
 
+def override() -> str | None:
+    """The precision that a context has all nets of this thread compute in; None outside of such, and when compiled."""
+    return None if torch.compiler.is_compiling() else _override.get()
+
+
 @contextlib.contextmanager
-def overridden(precision: str) -> Iterator[None]:
-    """A context in which all nets of this thread compute in that precision, whatever they are set to."""
+def overridden(precision: str | None) -> Iterator[None]:
+    """A context in which all nets of this thread compute in that precision, whatever they are set to; None: as set.
+
+    What a backward runs again takes it from the forward's :func:`override`.
+    """
     token = _override.set(precision)
     try:
         yield
@@ -74,8 +82,7 @@ def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager
         ValueError: 16 bits where x is not float32; "fp32" under torch.compile where the settings allow TF32.
     """
     device_type, compiles = device_of(x).type, torch.compiler.is_compiling()
-    if not compiles:
-        precision = _override.get() or precision
+    precision = override() or precision
     if precision in HALF:
         expect(x.dtype == torch.float32, "precision", f"one that goes with a state of {x.dtype}", repr(precision))
         return torch.autocast(device_type, dtype=HALF[precision])

@@ -22,7 +22,7 @@ from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.nets.chain import Chain
 from pyglow_fast.nets.precision import dtype_on, in_precision
-from pyglow_fast.runs.compiled import CompiledRun, folded_maps, inverted_maps, run_inverse, run_plain, run_recorded
+from pyglow_fast.runs.compiled import CompiledRun, folded_maps, inverted_maps, run_plain, run_recorded
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import DriftControl, lowest_of
 from pyglow_fast.runs.maps import FACTORS, ChannelMap, Map
@@ -70,6 +70,7 @@ def _made(
     cond: Tensor | None,
     how: _Computes,
     budget: str | int,
+    inverse: bool,
 ) -> Any:
     """The coupling and its net for states of a shape, in the form that csrc/run takes; refuses what the net does."""
     injects, board = coupling.injects, coupling.board
@@ -95,7 +96,7 @@ def _made(
         outputs=require().Outputs(in_turn=own.in_turn, signs=own.signs, caps=own.caps),
     )
     names = ("map", "order", "inverse", "bias", "eps", "clamp", "factor")
-    arguments = ops.coupling_arguments(coupling.spec, inverse=False)
+    arguments = ops.coupling_arguments(coupling.spec, inverse)
     kind = require().Kind(**dict(zip(names, arguments, strict=True)))
     return require().Step(kind=kind, net=form, reads=coupling.kept)
 
@@ -128,7 +129,7 @@ def _compiled(
             how = _computes(coupling.precision, x)
             if how is None or (ways and has_tf32(x)):  # settings of the process decide, one for all
                 return None
-            ways[coupling.precision] = how, _forms_for(state, x.dtype, device_of(x).type, given, how, budget)
+            ways[coupling.precision] = how, _forms_for(state, x.dtype, device_of(x).type, given, how, budget, run.inverse)
         how, known = ways[coupling.precision]
         net: Any = coupling.net
         first, last = chain.tensors[0].shape, chain.tensors[-2 if chain.powers[-1] == 0 else -3].shape
@@ -138,7 +139,7 @@ def _compiled(
         if form is None:
             if not ops.has_kernel(coupling.spec):
                 return None
-            form = known[key] = _made(coupling, chain, state, x, cond, how, budget)
+            form = known[key] = _made(coupling, chain, state, x, cond, how, budget, run.inverse)
         forms.append(form)
         nets += chain.tensors
     lowest = lowest_of(*(how.lowest for how, _ in ways.values()))
@@ -176,7 +177,7 @@ def _entered(
 ) -> tuple[CompiledRun | None, Tensor, Tensor | None, bool]:
     """The run for csrc/run, or None; with x, cond and whether to squeeze as both executors take them."""
     board = run.board
-    runs = compiled and bool(run.couplings) and not run.masked and not run.inverted and ops.is_runnable(x)
+    runs = compiled and bool(run.couplings) and any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(x)
     if squeezes and (not runs or x.dim() != 4 or board is not None):  # kernels do not squeeze these as they read
         x, squeezes = functional.squeeze(x), False
     if board is not None:
@@ -190,7 +191,7 @@ def _entered(
     return found, x, narrow, squeezes
 
 
-def forward(
+def through(
     run: Run,
     x: Tensor,
     cond: Tensor | None = None,
@@ -204,10 +205,10 @@ def forward(
     whole: bool = False,
     alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Map x to z and log_det (N,).
+    """Map x to z and log_det (N,), the way that the run goes.
 
     Args:
-        run: what happens to x.
+        run: what happens to x; a run that is turned maps latents to data.
         x: (N, C, *spatial); with squeezes (N, C / 2^d, *(2 spatial)).
         cond: of the nets, or None.
         squeezes: x is squeezed first, as it is read where kernels can.
@@ -219,55 +220,37 @@ def forward(
         whole: nets that Python runs are not cut into chunks in mode "store".
         alone: the run is one step, whose nets are whole. Python is faster in its training but with maps by LU factors.
     """
+    if run.inverted and mode != "store" and _records(run, x, cond):
+        run = run.of_own_inverses()
     compiled = not (alone and torch.is_grad_enabled()) or (run.board is None and _kinds(run) == [[FACTORS]])
-    if run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x)):  # what recomputes begins with one
+    if run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x)):  # each run that recomputes has one
         nothing = ChannelMap.nothing(x.new_zeros(run.couplings[0].kept + run.couplings[0].changed))
         run = run._replace(maps=[[Map.of(nothing)], *run.maps[1:]])
     found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget, compiled)
     if found is None and run.couplings and is_dry(x):
         refuse_bytes(memory)
-    control, in_parts = control if mode == "reversible" else None, found is not None
-    if found is not None and _records(run, x, cond, found.nets):
-        z, log_det = run_recorded(found, mode, control, x, cond, squeezes)
+    control, records = control if mode == "reversible" else None, _records(run, x, cond, found and found.nets)
+    again = found is None and mode != "store" and bool(run.couplings) and not kernels_step_aside() and records
+    ends = run.ends if run.behind and (found is not None or again) else None
+    log_dets = []
+    if ends is not None and run.inverse:
+        x, log_det = in_turn(ends, x, cond)
+        log_dets.append(log_det)
+    if found is not None and records:
+        x, log_det = run_recorded(found, mode, control, x, cond, squeezes)
     elif found is not None:
-        z, log_det = run_plain(found, x, cond, squeezes, made(MAPS, lambda: folded_maps(found)))
-    elif mode != "store" and run.couplings and not kernels_step_aside() and _records(run, x, cond):
-        z, log_det = recomputed(of_couplings(run, budget), control, x, cond, run)
-        in_parts = True
+        name, make = (INVERSES, inverted_maps) if run.inverse else (MAPS, folded_maps)
+        x, log_det = run_plain(found, x, cond, squeezes, made(name, lambda: make(found)))
+    elif again:
+        x, log_det = recomputed(of_couplings(run, budget), control, x, cond, run)
     else:
-        z, log_det = in_turn(run, x, cond, None if whole or alone else _chunks(budget))
-    if run.behind and in_parts:
-        z, gained = in_turn(Run((), (), run.behind, run.masked), z, cond)
-        log_det = log_det + gained
-    return (z if run.last_board is None else run.last_board.leave(z)), log_det
-
-
-def inverse(
-    run: Run,
-    z: Tensor,
-    cond: Tensor | None = None,
-    *,
-    budget: str | int = "auto",
-    made: Made = _make,
-    whole: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Map z back to x, with minus the log-det; arguments as of :func:`forward`."""
-    if run.last_board is not None:
-        z, cond = run.last_board.enter(z, cond)
-    runs = any(run.maps) and not (run.masked or run.inverted or _records(run, z, cond)) and ops.is_runnable(z)
-    narrow = _narrowed(cond, z)
-    found = _compiled(run, z, narrow, False, budget) if runs else None
-    if found is None:
-        chunks = None if whole else _chunks(budget)
-        x, log_det = in_turn(run, z, cond, chunks, inverse=True, inverses=made(KNOWN, lambda: ()))
-    else:
-        gained = None
-        if run.behind:
-            z, gained = in_turn(Run((), (), run.behind), z, inverse=True)
-        undone = made(INVERSES, lambda: inverted_maps(folded_maps(found)))
-        x, log_det = run_inverse(found, z, narrow, undone)
-        log_det = log_det if gained is None else log_det + gained
-    return x if run.board is None else run.board.leave(x), log_det
+        known = made(KNOWN, lambda: ()) if run.inverse else ()
+        x, log_det = in_turn(run, x, cond, None if whole or alone else _chunks(budget), known)
+    log_dets.append(log_det)
+    if ends is not None and not run.inverse:
+        x, log_det = in_turn(ends, x, cond)
+        log_dets.append(log_det)
+    return (x if run.last_board is None else run.last_board.leave(x)), functional.summed(log_dets)
 
 
 def _narrowed(cond: Tensor | None, x: Tensor) -> Tensor | None:
@@ -296,37 +279,34 @@ def _chunks(budget: str | int) -> str | int | None:
 
 def folded(run: Run) -> ChannelMap:
     """Fold the maps of a run, behind the last coupling too, stacked."""
-    raw, folding = run.folding(0, len(run.maps) + bool(run.behind))
+    raw, folding = run.folding()
     return ChannelMap(*folding(raw))
 
 
-def forward_modules(
-    modules: Sequence[nn.Module],
+def through_modules(
+    modules: Sequence[Any],
     x: Tensor,
     cond: Tensor | None,
     mode: str,
     control: DriftControl | None,
     memory: str | int,
+    inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Map x to z and log_det (N,) through any modules that have forward and inverse; arguments as of :func:`forward`."""
+    """Map x to z and log_det (N,) through any modules that have forward and inverse; arguments as of :func:`through`.
+
+    ``inverse``: by what undoes each, from the last to the first.
+    """
     if is_dry(x):
         refuse_bytes(memory)
+    numbered = list(enumerate(modules))[:: -1 if inverse else 1]
     if mode != "store" and not kernels_step_aside() and torch.is_grad_enabled():
         own = [parameter for module in modules for parameter in module.parameters()]
         if any([tensor is not None and tensor.requires_grad for tensor in (x, cond, *own)]):
-            again = [ModuleStep(module, f"steps[{k}]") for k, module in enumerate(modules)]
+            again = [ModuleStep(module, f"steps[{k}]", inverse) for k, module in numbered]
             return recomputed(again, control if mode == "reversible" else None, x, cond)
     log_det = x.new_zeros(x.shape[0])
-    for module in modules:
-        x, gained = module(x) if cond is None else module(x, cond)
+    for _, module in numbered:
+        run = module.inverse if inverse else module
+        x, gained = run(x) if cond is None else run(x, cond)
         log_det = log_det + gained
     return x, log_det
-
-
-def inverse_modules(modules: Sequence[Any], z: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Map z back to x, with minus the log-det."""
-    log_det = z.new_zeros(z.shape[0])
-    for module in reversed(modules):
-        z, gained = module.inverse(z) if cond is None else module.inverse(z, cond)
-        log_det = log_det + gained
-    return z, log_det

@@ -1,4 +1,4 @@
-"""The compiled executor: the autograd node of a run whose forward, inverse and backward are calls of csrc/run.
+"""The compiled executor: the autograd node of a run, in either direction, over the calls of csrc/run.
 
 A run is cut into parts, each a node of its own; parts.py says why. A node saves its input or output, the parameters,
 and what its memory mode keeps between the steps. One that does not know its input saves what computes it again too: the
@@ -26,7 +26,7 @@ from pyglow_fast.nets.precision import in_precision
 from pyglow_fast.runs.deferred import accepted
 from pyglow_fast.runs.description import Run
 from pyglow_fast.runs.drift import SKETCHED, DriftControl, signs_of
-from pyglow_fast.runs.maps import Folding
+from pyglow_fast.runs.maps import Folding, undone_gradients
 from pyglow_fast.runs.parts import Part, RunPass, cut, part_limit
 
 FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with fewer a backward would fold more often
@@ -36,7 +36,7 @@ class CompiledRun(NamedTuple):
     """The couplings of a run in the form that csrc/run takes.
 
     Attributes:
-        run: they are of, for the channel maps before them.
+        run: they are of, for their channel maps.
         forms: of the couplings and their nets.
         nets: the nets' tensors, one net after another.
         lowest: the dtype that the nets compute in, if lower than the state's.
@@ -60,6 +60,7 @@ class _Node(NamedTuple):
     form: Any
     fold: Folding
     n_nets: int
+    inverse: bool
     lowest: torch.dtype
     precision: str
     watch: Callable[[Tensor], None] | None
@@ -96,7 +97,7 @@ class _RunNode(torch.autograd.Function):
         """z like x (squeezed), log_det (N,). tensors: of the nets, then what the maps are folded from."""
         nets, raw = tensors[: node.n_nets], tensors[node.n_nets :]
         maps = node.fold(raw)
-        found = require().run_forward(node.form, x, cond, maps, nets)
+        found = require().run_forward(node.form, x, cond, inverted(maps) if node.inverse else maps, nets)
         z, own = found.z, found.kept
         if node.watch is not None:
             node.watch(found.largest)
@@ -140,7 +141,8 @@ class _RunNode(torch.autograd.Function):
             redone_before = sum(len(own.forms) - first for own, first in ctx.legs)
             return _restored(ctx.legs, cond, *way)
 
-        needs = ctx.needs_input_grad
+        needs, maps = ctx.needs_input_grad, folded or node.fold(raw)
+        undone = inverted(maps) if reversible or node.inverse else []
         args = extension.BackwardArgs(
             x=x,
             z=z,
@@ -157,7 +159,7 @@ class _RunNode(torch.autograd.Function):
             restored=restored,
         )
         with in_precision(node.precision, grad_z):
-            found = extension.run_backward(node.form, folded or node.fold(raw), nets, args)
+            found = extension.run_backward(node.form, maps, undone, nets, args)
         drifted = None
         if reversible:
             worst = found.worst if judged is extension.Judged.later else found.drift
@@ -169,7 +171,11 @@ class _RunNode(torch.autograd.Function):
         grads = grads if drifted is None else accepted(grads, drifted)
         of_raw: Sequence[Tensor | None] = [None] * len(raw)
         if any(needs[4 + node.n_nets :]):  # which are linear in those of the maps: of zeros they are zeros
-            of_raw = node.fold.gradients(raw, *cast("Sequence[Tensor]", grads[2:5]))
+            matrices, offsets, log_dets = cast("Sequence[Tensor]", grads[2:5])
+            if node.inverse:
+                gathers = undone[3] if len(undone) > 3 else None
+                matrices, offsets = undone_gradients((undone[0], gathers), matrices, offsets)
+            of_raw = node.fold.gradients(raw, matrices, offsets, log_dets)
         return (None, None, *grads[:2], *grads[5:], *of_raw)
 
 
@@ -209,6 +215,7 @@ def _restored(
     for (node, first), own in zip(legs, tensors, strict=True):
         n_nets = sum(form.tensors for form in node.forms[first:])
         maps = [part[first:] for part in node.fold(own[n_nets:])]
+        maps = inverted(maps) if node.inverse else maps
         form = _keeps_nothing(node.forms[first:], node.squeezes and first == 0)
         state = require().run_forward(form, state, cond, maps, own[:n_nets]).z
     return state
@@ -222,7 +229,7 @@ def run_recorded(
     cond: Tensor | None = None,
     squeezes: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute z and log|det dz/dx| of a run whose backward may follow.
+    """Compute z and log|det dz/dx| of a run whose backward may follow; of a run that is turned, z are data.
 
     Args:
         steps: of the run.
@@ -264,7 +271,8 @@ def run_recorded(
             signs=signs,
             watches=watch is not None,
         )
-        node = _Node(part, keeps, forms, squeezes_here, form, fold, len(nets), steps.lowest, steps.precision, watch)
+        settings = steps.run.inverse, steps.lowest, steps.precision, watch
+        node = _Node(part, keeps, forms, squeezes_here, form, fold, len(nets), *settings)
         with in_precision(steps.precision, x):
             x, log_det = apply_to_plain(_RunNode, node, way, x, cond, *nets, *raw)
         log_dets.append(log_det)
@@ -274,7 +282,7 @@ def run_recorded(
 def run_plain(
     steps: CompiledRun, x: Tensor, cond: Tensor | None, squeezes: bool, maps: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Compute what :func:`run_recorded` does without a record, given the folded maps."""
+    """Compute what :func:`run_recorded` does without a record, given the folded maps, or their inverses to undo them."""
     form = _keeps_nothing(steps.forms, squeezes, steps.run.watch is not None)
     with in_precision(steps.precision, x):
         found = require().run_forward(form, x, cond, maps, steps.nets)
@@ -283,21 +291,18 @@ def run_plain(
     return found.z, found.log_det
 
 
-def run_inverse(steps: CompiledRun, z: Tensor, cond: Tensor | None, inverses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute x and log|det dx/dz| without a record, given the inverses of the maps."""
-    form = _keeps_nothing(steps.forms)
-    with in_precision(steps.precision, z):
-        found: tuple[Tensor, Tensor] = require().run_inverse(form, z, cond, inverses, steps.nets)
-    return found
-
-
 def folded_maps(steps: CompiledRun) -> Sequence[Tensor]:
-    """Fold the maps before all couplings: matrices, offsets, log_dets and, of gathers, indices."""
+    """Fold the maps of all couplings: matrices, offsets, log_dets and, of gathers, indices."""
     raw, fold = steps.run.folding(0, len(steps.forms))
     return fold(raw)
 
 
-def inverted_maps(maps: Sequence[Tensor]) -> Sequence[Tensor]:
+def inverted_maps(steps: CompiledRun) -> Sequence[Tensor]:
+    """Fold the maps of all couplings and invert their matrices; offsets and log_dets stay those of the maps."""
+    return inverted(folded_maps(steps))
+
+
+def inverted(maps: Sequence[Tensor]) -> Sequence[Tensor]:
     """Invert the matrices of folded maps; offsets and log_dets stay those of the maps."""
     found: Sequence[Tensor] = require().inverted(maps)
     return found

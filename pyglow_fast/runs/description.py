@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from pyglow_fast.nets.run import NetCall, condition_for, inputs_for, run_net
 from pyglow_fast.nets.state import holding
 from pyglow_fast.nets.traits import check_net
 from pyglow_fast.reference import CouplingSpec
-from pyglow_fast.runs.maps import KINDS, Folding, Map, folding_of
+from pyglow_fast.runs.maps import KINDS, ChannelMap, Folding, Map, folding_of
 
 
 class NetCoupling(NamedTuple):
@@ -111,13 +111,17 @@ Element = Map | NetCoupling
 class Run(NamedTuple):
     """Couplings of one mask with channel maps before each, and perhaps behind the last, computed together.
 
+    It goes from data to latents; :meth:`turned` gives the one that goes back. Of that, a step undoes a coupling and then
+    its map.
+
     Attributes:
-        maps: before each coupling, in the order of data to latents.
+        maps: of each coupling, in the order in which a state meets them.
         couplings: their nets need no data any more.
-        behind: maps behind the last coupling.
+        behind: maps behind the last coupling; of a run that is turned, before the first.
         masked: a state is zero where the first channel of the condition is, and the result will be.
         halved: the maps are of states that a checkerboard has halved; else of whole ones.
-        inverted: the maps, one at a place at most, are inverses, each made by its owner for a run from latents to data.
+        inverse: the run is turned.
+        inverted: the maps of a run that is turned, one at a place at most, are inverses, each made by its owner.
         watch: is given, for each part, the largest magnitudes of every coupling's input u, shift and raw scale, (K, 3),
             NaN where one is; None: nobody wants them.
     """
@@ -127,6 +131,7 @@ class Run(NamedTuple):
     behind: Sequence[Map] = ()
     masked: bool = False
     halved: bool = False
+    inverse: bool = False
     inverted: bool = False
     watch: Callable[[Tensor], None] | None = None
 
@@ -143,6 +148,20 @@ class Run(NamedTuple):
                 maps.append([])
         return cls(maps[:-1], couplings, maps[-1], masked, inverted=inverted)
 
+    def turned(self) -> Run:
+        """The run from latents to data, which undoes this one."""
+        return self._replace(maps=self.maps[::-1], couplings=self.couplings[::-1], inverse=True)
+
+    def of_own_inverses(self) -> Run:
+        """The same run, whose maps are those of data to latents: the inverses of what owners have made."""
+        undone = [[Map.of(ChannelMap(*one.tensors).undone()) for one in own] for own in (*self.maps, self.behind)]
+        return self._replace(maps=undone[:-1], behind=undone[-1], inverted=False)
+
+    @property
+    def ends(self) -> Run:
+        """What is behind the last coupling alone, in the direction of the run."""
+        return self._replace(maps=(), couplings=())
+
     @property
     def board(self) -> Checkerboard | None:
         """The checkerboard of the first coupling, which divides what comes in; None with channel masks."""
@@ -157,19 +176,25 @@ class Run(NamedTuple):
         """List those of all nets."""
         return [parameter for coupling in self.couplings for parameter in coupling.net.parameters()]
 
-    def folding(self, first: int, end: int) -> tuple[list[Tensor], Folding]:
-        """The raw tensors of the maps before couplings first .. end - 1, and what folds them.
+    @property
+    def places(self) -> list[Sequence[Map]]:
+        """The maps of all couplings and, if there are any, those behind the last one, as a state meets them."""
+        behind = [self.behind] if self.behind else []
+        return [*behind, *self.maps] if self.inverse else [*self.maps, *behind]
 
-        "Before K" is behind the last coupling. The run has a map.
+    def folding(self, first: int = 0, end: int | None = None) -> tuple[list[Tensor], Folding]:
+        """The raw tensors of the maps of couplings first .. end - 1, or of all places, and what folds them.
+
+        Maps are folded as they are from data to latents, whichever direction the run has. It has one.
         """
-        maps = self.maps if not self.behind or end <= len(self.maps) else [*self.maps, self.behind]
-        like = [own[0] for own in maps[first:end] if own] or [own[0] for own in maps if own]
-        board = self.couplings[0].board if self.couplings else None
+        maps = self.places if end is None else self.maps[first:end]
+        like = next(own[0] for own in chain(maps, self.maps) if own)
         swaps: list[bool] = []
-        if board is not None and not self.halved:
-            boards = [coupling.board for coupling in self.couplings]
-            swaps = [before != own for before, own in pairwise([board, *boards])]
-        return folding_of(maps[first:end], like[0].tensors[1], swaps[first:end])
+        if self.board is not None and not self.halved:
+            turn = -1 if self.inverse else 1
+            boards = [coupling.board for coupling in self.couplings][::turn]
+            swaps = [before != own for before, own in pairwise([boards[0], *boards])][::turn][first:end]
+        return folding_of(maps, like.tensors[1], swaps)
 
     @property
     def map_bytes(self) -> int:

@@ -14,6 +14,7 @@ from pyglow_fast import functional, ops
 from pyglow_fast._backend import require
 from pyglow_fast._derivatives import passed_back
 from pyglow_fast._errors import expect
+from pyglow_fast.functional.autograd import inverse_gradient
 from pyglow_fast.reference import fold_actnorm, full_precision, full_product, lu_weight
 
 MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
@@ -49,6 +50,29 @@ class ChannelMap(NamedTuple):
         if self.source is None:
             return functional.invert_matrix(self.matrix), None
         return functional.invert_gather(self.matrix, self.source)
+
+
+    def undone(self) -> ChannelMap:
+        """The map that undoes this one, recorded by autograd."""
+        matrix, source = self.inverse()
+        offset = full_product(matrix, self.offset) if source is None else matrix * self.offset[source]
+        return ChannelMap(matrix, -offset, -self.log_det, source)
+
+
+def undone_gradients(inverse: MapInverse, grad_inverse: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of stacked matrices M and offsets c from those of x = M^-1 (u - c).
+
+    Args:
+        inverse: M^-1 (K, C, C), of gathers (K, C) and their index.
+        grad_inverse: sum grad_x (u - c)^T, the gradient of M^-1.
+        grad_sum: sum grad_x, (K, C).
+    """
+    matrix, source = inverse
+    if source is None:
+        of_offsets = -full_product(matrix.mT, grad_sum.unsqueeze(-1)).squeeze(-1)
+        return inverse_gradient(matrix, grad_inverse).to(matrix.dtype), of_offsets
+    places = source.argsort(-1)
+    return (-grad_inverse * matrix * matrix).gather(-1, places), (-grad_sum * matrix).gather(-1, places)
 
 
 def stack_maps(maps: Sequence[ChannelMap]) -> ChannelMap:

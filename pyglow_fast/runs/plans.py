@@ -57,26 +57,30 @@ class Plans:
         """Copies of a model begin without plans, which are of its own nets."""
         return Plans, ()
 
-    def of(self, model: Any, inputs: Inputs, forward: Forward, *settings: Hashable) -> RunPlan:
-        """Give the plan of all steps in a forward that begins now, made anew for shapes that have none.
+    def of(
+        self, model: Any, inputs: Inputs, forward: Forward, *settings: Hashable, inverse: bool = False
+    ) -> RunPlan:
+        """Give the plan of all steps in a pass that begins now, made anew for shapes that have none.
 
         Args:
             model: that has these plans, whose ``_sequences()`` are its runs, in order.
-            inputs: tensors that the forward gets.
+            inputs: tensors that the pass gets.
             forward: calls a model with inputs, and gives the outputs that the backward begins with.
             settings: what decides the bytes besides.
+            inverse: the pass goes from latents to data; the plan counts steps in its order.
 
         Raises:
             ValueError: no plan takes so few bytes, or steps are not computed by csrc/run.
         """
         if self.tried is not None:
             return self.tried
-        for run in model._sequences():
-            run.control.begin()
+        controls = [run.control_of(inverse) for run in model._sequences()]
+        for control in controls:
+            control.begin()
         # Anchors that move apart take less than those that a control begins with. Drift moves them closer together.
-        first = [run.control.first_spacing for run in model._sequences()]
-        now = [min(run.control.spacing, own) for run, own in zip(model._sequences(), first, strict=True)]
-        key = (_key(model, inputs), model.memory, model._sequences()[0].memory_budget, tuple(now), settings)
+        first = [control.first_spacing for control in controls]
+        now = [min(control.spacing, own) for control, own in zip(controls, first, strict=True)]
+        key = (_key(model, inputs), model.memory, model._sequences()[0].memory_budget, tuple(now), settings, inverse)
         plan = self._known.get(key)
         if plan is None:
             plan = _made(model, inputs, forward, now, first)
@@ -141,7 +145,7 @@ def _dry_step(model: Any, inputs: Inputs, forward: Forward) -> Callable[[list[in
 
     def bytes_of(spacings: list[int], plan: RunPlan) -> int:
         for run, spacing in zip(twin._sequences(), spacings, strict=True):
-            run.control = DriftControl(run.control.n_steps, spacing)
+            run.control = run.inverse_control = DriftControl(run.control.n_steps, spacing)
         twin._plans.tried = plan
         with dry_run(device) as count, torch.enable_grad():
             outputs = [out for out in forward(twin, given) if out.requires_grad]

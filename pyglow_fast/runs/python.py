@@ -1,7 +1,7 @@
 """The Python executor: runs of any nets and any invertible steps, over the registered ops.
 
-``in_turn`` calls part after part as ordinary torch code, in either direction: what autograd, torch.compile, torch.func
-and exports see. ``recomputed`` is the autograd function of steps that the backward runs again. Its forward runs without
+``in_turn`` calls part after part as ordinary torch code: what autograd, torch.compile, torch.func and exports see.
+``recomputed`` is the autograd function of steps that the backward runs again. Both go the way that a run has. Its forward runs without
 a record. What it keeps of a part are its input, its output and the states at its anchors, or in mode "checkpoint" those
 of all steps, and of every other state its projection on random signs (see drift.py). The backward recomputes the states
 step by step and holds each against its projection. A part that has drifted is redone from its anchors.
@@ -26,7 +26,17 @@ from pyglow_fast.nets.run import GradientSum
 from pyglow_fast.runs.deferred import accepted
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift
-from pyglow_fast.runs.maps import GIVEN, GIVEN_GATHER, ChannelMap, Folding, Map, after, unstack_maps
+from pyglow_fast.runs.maps import (
+    GIVEN,
+    GIVEN_GATHER,
+    ChannelMap,
+    Folding,
+    Map,
+    MapInverse,
+    after,
+    undone_gradients,
+    unstack_maps,
+)
 from pyglow_fast.runs.parts import Part, RunPass, cut, part_limit
 from pyglow_fast.runs.steps import CouplingStep, Given, Step, magnitudes
 
@@ -36,33 +46,31 @@ def in_turn(
     x: Tensor,
     cond: Tensor | None = None,
     budget: str | int | None = None,
-    inverse: bool = False,
     inverses: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Map x to z and log_det (N,), or with ``inverse`` z to x and its log_det: one pass over the state between two nets.
+    """Map x to z and log_det (N,) as the run says: one pass over the state between two nets.
 
     Args:
         run: whose state is x, as the masks of its couplings want it.
         x: (N, C, *spatial).
         cond: of the nets, or None.
         budget: bytes, or "auto", within which nets run in chunks, without a record; None: they run whole.
-        inverse: from latents to data.
-        inverses: of all maps, behind the last coupling too, where they are known, stacked: matrices, offsets, log_dets
-            and, of gathers, indices.
+        inverses: of all maps of a run that is turned, where they are known, stacked as a state meets them: matrices,
+            offsets, log_dets and, of gathers, indices.
     """
-    maps, total = _folded(run, inverse, inverses)
+    maps, total = _folded(run, inverses)
     masked_by = cond if run.masked else None
     log_det: Tensor | None = None
     if total is not None:
         log_det = functional.per_sample(x, total) if masked_by is None else total * positions_of(masked_by)
-    # Each coupling with the map behind it; in the inverse that is the one before it, undone.
-    couplings = [*run.couplings, None] if inverse else [None, *run.couplings]
-    for coupling, own in list(zip(couplings, maps, strict=True))[:: -1 if inverse else 1]:
+    if not run.behind:
+        maps = [None, *maps] if run.inverse else [*maps, None]
+    for coupling, own in zip([None, *run.couplings], maps, strict=True):  # each with the map that follows it
         if coupling is not None:
             net_out = coupling.run(x, cond, budget)
             if run.watch is not None:
                 run.watch(magnitudes(x, net_out, coupling.spec))
-            x, gained = _coupled(coupling, x, net_out, own, inverse)
+            x, gained = _coupled(coupling, x, net_out, own, run.inverse)
             log_det = gained if log_det is None else log_det + gained
         elif own is not None:
             x = _mixed(x, own)
@@ -81,33 +89,29 @@ class _Unmix(NamedTuple):
     source: Tensor | None
 
 
-def _folded(
-    run: Run, inverse: bool, inverses: Sequence[Tensor]
-) -> tuple[Sequence[ChannelMap | _Unmix | None], Tensor | None]:
-    """What is before each coupling and behind the last, undone for an inverse; and the log-dets' sum, if any."""
-    every = [*run.maps, run.behind]
-    if not any(every):
-        return [None] * len(every), None
-    if not inverse or run.inverted:
-        each = _each(run, every)
+def _folded(run: Run, inverses: Sequence[Tensor]) -> tuple[Sequence[ChannelMap | _Unmix | None], Tensor | None]:
+    """The map at each place, undone in a run that is turned, and the log-dets' sum, if any."""
+    places = run.places
+    if not any(places):
+        return [None] * len(places), None
+    if not run.inverse or run.inverted:
+        each = _each(run, places)
         known = [own.log_det for own in each if own is not None]
         return each, known[0] if len(known) == 1 else torch.stack(known).sum()
-    raw, folding = run.folding(0, len(every))
+    raw, folding = run.folding()
     stacked = folding.stacked(raw)
     matrices, indices = (inverses[0], inverses[3] if len(inverses) > 3 else None) if inverses else stacked.inverse()
     gathers = [None] * len(matrices) if indices is None else indices.unbind()
     undone = map(_Unmix, matrices.unbind(), stacked.offset.unbind(), gathers)
-    found = [one if own else None for one, own in zip(undone, every, strict=False)]
-    return [*found, *[None] * (len(every) - len(found))], -stacked.log_det.sum()
+    return [one if own else None for one, own in zip(undone, places, strict=True)], -stacked.log_det.sum()
 
 
-def _each(run: Run, every: Sequence[Sequence[Map]]) -> Sequence[ChannelMap | None]:
-    """What is before each coupling and behind the last, composed, recorded by autograd."""
-    if run.board is None and all([one.kind in (GIVEN, GIVEN_GATHER) for own in every for one in own]):
-        return [reduce(after, [ChannelMap(*one.tensors) for one in own]) if own else None for own in every]
-    raw, folding = run.folding(0, len(every))
-    each = folding.each(raw) if run.board is None else unstack_maps(folding.stacked(raw))
-    return [*each, *[None] * (len(every) - len(each))]
+def _each(run: Run, places: Sequence[Sequence[Map]]) -> Sequence[ChannelMap | None]:
+    """The map at each place, composed, recorded by autograd."""
+    if run.board is None and all([one.kind in (GIVEN, GIVEN_GATHER) for own in places for one in own]):
+        return [reduce(after, [ChannelMap(*one.tensors) for one in own]) if own else None for own in places]
+    raw, folding = run.folding()
+    return folding.each(raw) if run.board is None else unstack_maps(folding.stacked(raw))
 
 
 def _mixed(x: Tensor, own: ChannelMap | _Unmix) -> Tensor:
@@ -143,7 +147,7 @@ def recomputed(
         steps: at least one.
         control: of the drift; None: all states are kept.
         x, cond: of the steps.
-        run: whose couplings the steps are, for the channel maps before them; None: there are none.
+        run: whose couplings the steps are, for their channel maps; None: there are none.
     """
     if torch.compiler.is_compiling():
         return call_untraced(recomputed, steps, control, x, cond, run)
@@ -163,25 +167,30 @@ def recomputed(
 
 def of_couplings(run: Run, budget: str | int) -> list[Step]:
     """The couplings of a run as steps that are :func:`recomputed`."""
-    return [CouplingStep(coupling, budget, run.masked, run.watch) for coupling in run.couplings]
+    return [CouplingStep(coupling, budget, run.inverse, run.masked, run.watch) for coupling in run.couplings]
 
 
 def _given(
     steps: Sequence[Step], folding: Folding | None, cond: Tensor | None, needs_cond: bool, tensors: Sequence[Tensor]
-) -> tuple[list[Given], Sequence[Tensor]]:
+) -> tuple[list[Given], Sequence[Tensor], MapInverse | None]:
     """What each step runs with, out of the flat list of parameters and, at its end, what the maps are folded from.
 
-    Second, these raw tensors.
+    Second, these raw tensors; third, where the steps undo maps, the inverses of all, stacked.
     """
     found, at = [], 0
     for step in steps:
-        found.append(Given(cond, needs_cond, tensors[at : at + len(step.params)], None))
+        found.append(Given(cond, needs_cond, tensors[at : at + len(step.params)]))
         at += len(step.params)
     raw = tensors[at:]
-    if folding is not None:
-        parts = zip(*(part.unbind() for part in folding(raw)), strict=True)
-        found = [own._replace(map=ChannelMap(*part)) for own, part in zip(found, parts, strict=True)]
-    return found, raw
+    if folding is None:
+        return found, raw, None
+    stacked = ChannelMap(*folding(raw))
+    found = [own._replace(map=one) for own, one in zip(found, unstack_maps(stacked), strict=True)]
+    if not steps[0].inverse:
+        return found, raw, None
+    matrices, indices = undone = stacked.inverse()
+    each = zip(matrices.unbind(), [None] * len(steps) if indices is None else indices.unbind(), strict=True)
+    return [own._replace(undone=one) for own, one in zip(found, each, strict=True)], raw, undone
 
 
 class _RunSteps(torch.autograd.Function):
@@ -255,7 +264,8 @@ class _Backward:
         self._states: dict[int, Tensor] = dict(zip(ctx.states, rest[: counts[0]], strict=True))
         self._seen: dict[int, Tensor] = dict(zip(ctx.seen, rest[counts[0] : counts[1]], strict=True))
         self._steps: Sequence[Step] = ctx.steps
-        given, self._raw = _given(self._steps, ctx.folding, cond, ctx.needs_input_grad[4], rest[counts[1] :])
+        found = _given(self._steps, ctx.folding, cond, ctx.needs_input_grad[4], rest[counts[1] :])
+        given, self._raw, self._undone = found
         self._given = [own._replace(memo=memo) for own, memo in zip(given, ctx.memos, strict=True)]
         self._folding, self._grad_log_det = ctx.folding, grad_log_det
         self.of_params: list[Sequence[Tensor | None]] = [()] * len(self._steps)
@@ -301,5 +311,7 @@ class _Backward:
         if self._folding is None or not any(tensor.requires_grad for tensor in self._raw):
             return [None] * len(self._raw)
         matrices, offsets, log_dets = (torch.stack(parts) for parts in zip(*self._of_maps, strict=True))
+        if self._undone is not None:
+            matrices, offsets = undone_gradients(self._undone, matrices, offsets)
         found: Sequence[Tensor | None] = self._folding.gradients(self._raw, matrices, offsets, log_dets)
         return found

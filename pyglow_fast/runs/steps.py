@@ -13,14 +13,14 @@ from pyglow_fast._derivatives import check_leaves, passed_back
 from pyglow_fast._errors import expect
 from pyglow_fast.nets.masks import mask_of, positions_of
 from pyglow_fast.nets.plan import Chunk
-from pyglow_fast.nets.precision import in_precision, precisions_of
-from pyglow_fast.nets.run import Tiles, run_net, run_net_backward
+from pyglow_fast.nets.precision import in_precision, overridden, override, precisions_of
+from pyglow_fast.nets.run import GradientSum, Tiles, run_net, run_net_backward
 from pyglow_fast.nets.state import RunState, check_repeated, holding, leaves_of, output_sums, states_before
 from pyglow_fast.nets.traits import check_net
-from pyglow_fast.reference import CouplingSpec, n_positions
+from pyglow_fast.reference import CouplingSpec, n_positions, per_channel
 from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.drift import lowest_precision
-from pyglow_fast.runs.maps import ChannelMap
+from pyglow_fast.runs.maps import ChannelMap, MapInverse
 
 Memo = tuple[tuple[Chunk, ...], RunState]
 
@@ -32,14 +32,16 @@ class Given(NamedTuple):
         cond: the condition, or None.
         needs_cond: its gradient is wanted.
         params: of the step.
-        map: the channel map before it, or None.
+        map: its channel map, or None.
+        undone: the inverse of that, of a step that undoes it.
         memo: of its forward.
     """
 
     cond: Tensor | None
     needs_cond: bool
     params: Sequence[Tensor]
-    map: ChannelMap | None
+    map: ChannelMap | None = None
+    undone: MapInverse | None = None
     memo: Any = None
 
 
@@ -54,20 +56,22 @@ class ModuleStep:
     Args:
         module: the step.
         name: for errors.
+        inverse: the step is its inverse, and what inverts that is its forward.
 
     Attributes:
         params: the tensors that it is differentiated by, besides its input and the condition; methods, all of which are
             called without a record, run with those that they are given in their place.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: nn.Module, name: str, inverse: bool = False) -> None:
         check_net(module)
-        self.module, self.name = module, name
+        self.module, self.name, self.inverse = module, name, inverse
         self.params = list(module.parameters())
+        self._precision = override()
 
-    def _call(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], method: str = "forward") -> Any:
-        run = self.module if method == "forward" else getattr(self.module, method)
-        with holding(self.module, params):
+    def _call(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], back: bool = False) -> Any:
+        run: Any = self.module if back == self.inverse else self.module.inverse
+        with holding(self.module, params), overridden(self._precision):
             return run(x) if cond is None else run(x, cond)
 
     def forward(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor, RunState, torch.dtype]:
@@ -76,11 +80,12 @@ class ModuleStep:
         version = x._version
         outputs = self._call(x, given.cond, given.params)
         pair = isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(value, Tensor) for value in outputs)
-        expect(pair, self.name, "a forward that returns tensors (z, log_det)", type(outputs).__name__)
+        way = "an inverse" if self.inverse else "a forward"
+        expect(pair, self.name, f"{way} that returns tensors (z, log_det)", type(outputs).__name__)
         z, log_det = outputs
         shape = tuple(log_det.shape)
         expect(shape == (len(x),), self.name, f"a log_det of shape ({len(x)},)", f"shape {shape}")
-        expect(x._version == version, self.name, "a forward that leaves its input as it is", "one that writes")
+        expect(x._version == version, self.name, f"{way} that leaves its input as it is", "one that writes")
         return z, log_det, RunState.after(self.module, before, z), self._lowest(z, given.params)
 
     def _lowest(self, z: Tensor, params: Sequence[Tensor]) -> torch.dtype:
@@ -101,7 +106,7 @@ class ModuleStep:
     def backward(
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
     ) -> Differentiated:
-        """Call the inverse where x is to be recomputed, then the module, with a record.
+        """Call what inverts the step where x is to be recomputed, then the step, with a record.
 
         Args:
             y: the output, from which the input is recomputed; None where nothing is to be recomputed.
@@ -113,7 +118,7 @@ class ModuleStep:
         found = x
         if y is not None:
             with state.restored(self.module):
-                found = self._call(y, given.cond, given.params, "inverse")[0]
+                found = self._call(y, given.cond, given.params, back=True)[0]
         assert found is not None  # one of the two is given
         leaf = (found if x is None else x).detach().requires_grad_()
         cond = None if given.cond is None else given.cond.detach().requires_grad_(given.needs_cond)
@@ -136,12 +141,15 @@ def _passed_back(
 
 
 def coupling_backward(
-    u: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
+    u: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of u (without the net's part) and of net_out from a coupling's true input u."""
+    """Compute the gradients of u (without the net's part) and of net_out from the true input u of a coupling.
+
+    ``inverse``: it is undone, and u is what comes from the side of the latents.
+    """
     leaves = [u.detach().requires_grad_(), net_out.detach().requires_grad_()]
     with torch.enable_grad():
-        outputs = functional.coupling(leaves[0], leaves[1], spec)
+        outputs = (functional.coupling_inverse if inverse else functional.coupling)(leaves[0], leaves[1], spec)
     grad_u, grad_net_out = _passed_back(outputs, (grad_y, grad_log_det), leaves, "scale_map")
     assert grad_u is not None
     assert grad_net_out is not None  # y depends on both
@@ -149,26 +157,37 @@ def coupling_backward(
 
 
 def coupling_backward_from_output(
-    y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec
+    y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, spec: CouplingSpec, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a coupling's input u from its output y, and the gradients of :func:`coupling_backward`."""
     if ops.run_on(y) and ops.has_kernel(spec):
-        arguments, net_out = ops.coupling_arguments(spec, inverse=False), functional.readable_net_output(net_out, y)
+        arguments, net_out = ops.coupling_arguments(spec, inverse), functional.readable_net_output(net_out, y)
         grad_u, grad_net_out, u = ops.coupling_backward(y, net_out, grad_y, grad_log_det, *arguments, True)
         return u, grad_u, grad_net_out
-    u, _ = functional.coupling_inverse(y, net_out, spec)
-    return u, *coupling_backward(u, net_out, grad_y, grad_log_det, spec)
+    u, _ = (functional.coupling if inverse else functional.coupling_inverse)(y, net_out, spec)
+    return u, *coupling_backward(u, net_out, grad_y, grad_log_det, spec, inverse)
 
 
 def channel_mix_backward(
-    x: Tensor, grad_u: Tensor, matrix: Tensor, offset: Tensor, added: Tensor | None, index: Tensor | None
+    x: Tensor, grad_u: Tensor, own: ChannelMap, added: Tensor | None = None, undone: MapInverse | None = None
 ) -> Sequence[Tensor]:
-    """Compute the gradients of u = M x + c: of x, M and c. ``added``: to the gradient of the first channels of u."""
+    """Compute the gradients of u = M x + c: of x, M and c.
+
+    Args:
+        x: what the map was given.
+        grad_u: of what it gave.
+        own: the map.
+        added: to the gradient of the first channels of u.
+        undone: M^-1, where it was undone, u = M^-1 (x - c): then the gradients are of x, of M^-1, and the sum of grad_u;
+            see :func:`pyglow_fast.runs.maps.undone_gradients`.
+    """
+    matrix, center, index = (own.matrix, None, own.source) if undone is None else (undone[0], own.offset, undone[1])
     if ops.run_on(x):
-        return ops.channel_mix_backward(x, grad_u, matrix, None, added, False, index)
-    leaves = [value.detach().requires_grad_() for value in (x, matrix, offset)]
+        return ops.channel_mix_backward(x, grad_u, matrix, center, added, False, index)
+    leaves = [value.detach().requires_grad_() for value in (x, matrix, own.offset)]
     with torch.enable_grad():
-        u = reference.channel_mix(leaves[0], leaves[1], leaves[2], index=index)
+        given = leaves[0] if center is None else leaves[0] - per_channel(center, x)
+        u = reference.channel_mix(given, leaves[1], leaves[2], index=index)
     return torch.autograd.grad(u, leaves, with_added(grad_u, added))
 
 
@@ -196,11 +215,13 @@ def magnitude(x: Tensor) -> Tensor:
 class CouplingStep:
     """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
 
-    It is run as a :class:`ModuleStep` is.
+    It is run as a :class:`ModuleStep` is. With ``inverse`` it undoes the coupling, then the map. In what follows x is
+    then what comes from the side of the latents; u is in both directions what lies between the two.
 
     Args:
         coupling: the coupling and its net.
         budget: bytes of the net's activations, or "auto".
+        inverse: the step goes from latents to data.
         masked: the first channel of the condition is a mask (see nets/masks.py): where it is zero the state is
             kept zero, which the input and what the net gives are.
         watch: see Run.
@@ -210,10 +231,11 @@ class CouplingStep:
         self,
         coupling: NetCoupling,
         budget: str | int,
+        inverse: bool = False,
         masked: bool = False,
         watch: Callable[[Tensor], None] | None = None,
     ) -> None:
-        self.coupling, self.budget, self.masked, self.watch = coupling, budget, masked, watch
+        self.coupling, self.budget, self.inverse, self.masked, self.watch = coupling, budget, inverse, masked, watch
         self.params = list(coupling.net.parameters())  # of now: functional_call may lend others for a call
 
     def _masked(self, u: Tensor, cond: Tensor | None) -> Tensor:
@@ -225,62 +247,81 @@ class CouplingStep:
         return positions_of(cond) if self.masked and cond is not None else n_positions(u)
 
     def _mixed(self, x: Tensor, given: Given) -> Tensor:
-        """Compute the coupling's input u."""
+        """Apply the map: the coupling's input u."""
         if given.map is None:
             return x
         matrix, offset, _, source = given.map
         return self._masked(functional.channel_mix(x, matrix, offset, index=source), given.cond)
 
+    def _net_output(self, u: Tensor, given: Given, plan: Sequence[Chunk]) -> Tensor:
+        return run_net(self.coupling.call(given.params), *self.coupling.inputs(u, given.cond), plan)
+
+    def _coupled(self, u: Tensor, net_out: Tensor, given: Given) -> tuple[Tensor, Tensor]:
+        """The step behind its net: the coupling, or what undoes it and the map."""
+        if not self.inverse:
+            return functional.coupling(u, net_out, self.coupling.spec)
+        if given.map is None or given.undone is None:  # both, of a step that undoes
+            return functional.coupling_inverse(u, net_out, self.coupling.spec)
+        matrix, index = given.undone
+        x, log_det = functional.coupling_mix_inverse(u, net_out, matrix, given.map.offset, self.coupling.spec, index)
+        return self._masked(x, given.cond), log_det
+
     def forward(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor, Memo, torch.dtype]:
         """Run the map and the coupling, and note what repeats the net: how it was cut, and the state around it."""
-        u, net = self._mixed(x, given), self.coupling.net
-        inputs = self.coupling.inputs(u, given.cond)
-        plan = self.coupling.plan(*inputs, self.budget)
-        with in_precision(self.coupling.precision, u):
-            before = states_before(net, u.device)
-            net_out = run_net(self.coupling.call(given.params), *inputs, plan)
+        state, net = x if self.inverse else self._mixed(x, given), self.coupling.net
+        plan = self.coupling.plan(*self.coupling.inputs(state, given.cond), self.budget)
+        with in_precision(self.coupling.precision, state):
+            before = states_before(net, state.device)
+            net_out = self._net_output(state, given, plan)
             memo = plan, RunState.after(net, before, net_out)
-            lowest = lowest_precision(u.dtype, net_out, given.params)  # which does not show in an output in float32
+            lowest = lowest_precision(state.dtype, net_out, given.params)  # which does not show in a float32 output
         if self.watch is not None:
-            self.watch(magnitudes(u, net_out, self.coupling.spec))
-        z, log_det = functional.coupling(u, net_out, self.coupling.spec)
+            self.watch(magnitudes(state, net_out, self.coupling.spec))
+        z, log_det = self._coupled(state, net_out, given)
         if given.map is not None:
-            log_det = log_det + given.map.log_det * self._positions(u, given.cond)
+            of_map = given.map.log_det * self._positions(state, given.cond)
+            log_det = log_det - of_map if self.inverse else log_det + of_map
         return z, log_det, memo, lowest
 
     def repeat(self, x: Tensor, given: Given) -> Tensor:
         """Run the map, the net and the coupling again."""
-        u, (plan, state) = self._mixed(x, given), given.memo
-        with in_precision(self.coupling.precision, u), state.restored(self.coupling.net):
-            net_out = run_net(self.coupling.call(given.params), *self.coupling.inputs(u, given.cond), plan)
-        return functional.coupling(u, net_out, self.coupling.spec)[0]
+        state, (plan, memo) = x if self.inverse else self._mixed(x, given), given.memo
+        with in_precision(self.coupling.precision, state), memo.restored(self.coupling.net):
+            net_out = self._net_output(state, given, plan)
+        return self._coupled(state, net_out, given)[0]
 
     def backward(
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
     ) -> Differentiated:
-        """Run the net once more, chunk by chunk, then the map."""
+        """Run the net once more, chunk by chunk: before that, or behind it, the map."""
         cond, own, coupling, (plan, memo) = given.cond, given.map, self.coupling, given.memo
-        inverse = None if own is None or y is None else own.inverse()
-        state = y
-        if state is None:
-            assert x is not None  # one of the two is given
-            state = self._mixed(x, given)
-        inputs, grads = Tiles(state), Tiles(state)
+        undone = own.inverse() if own is not None and y is not None and not self.inverse else given.undone
+        # What the net has seen the first channels of: u, or x where that is known and the coupling comes first.
+        known = x if y is None else y
+        assert known is not None  # one of the two is given
+        state = known if self.inverse == (y is None) else self._mixed(known, given)
+        inputs, grads, of_map = Tiles(state), Tiles(state), [GradientSum(), GradientSum()]
         sums = memo.sums if y is None or coupling.injects else None  # else the net's input is not that of the forward
         seen = None if sums is None else torch.zeros_like(sums)
 
         def consume(net_out: Tensor, chunk: Chunk) -> Tensor:
             if seen is not None:
                 seen[chunk.samples] += output_sums(net_out)
-            arguments = net_out, chunk.outputs(grad_y), chunk.per_sample(grad_log_det), self.coupling.spec
+            part, grad, spec = chunk.outputs(state), chunk.outputs(grad_y), coupling.spec
+            if self.inverse and own is not None:
+                u = functional.coupling_inverse(part, net_out, spec)[0] if y is None else part
+                grad, *of_chunk = channel_mix_backward(u, grad, own, undone=undone)
+                for total, value in zip(of_map, of_chunk, strict=True):
+                    total.add(value)
+            arguments = part, net_out, grad, chunk.per_sample(grad_log_det), spec, self.inverse
             if y is None:
-                grad_u, grad_net_out = coupling_backward(chunk.outputs(state), *arguments)
+                grad, grad_net_out = coupling_backward(*arguments)
             else:
-                u, grad_u, grad_net_out = coupling_backward_from_output(chunk.outputs(y), *arguments)
-                if own is not None and inverse is not None:
-                    u = functional.channel_unmix(u, inverse[0], own.offset, index=inverse[1])
-                inputs.put(chunk, u)
-            grads.put(chunk, grad_u)
+                found, grad, grad_net_out = coupling_backward_from_output(*arguments)
+                if own is not None and undone is not None and not self.inverse:
+                    found = functional.channel_unmix(found, undone[0], own.offset, index=undone[1])
+                inputs.put(chunk, found)
+            grads.put(chunk, grad)
             return grad_net_out
 
         with in_precision(coupling.precision, state), memo.restored(coupling.net):
@@ -298,14 +339,16 @@ class CouplingStep:
             check_repeated(sums, seen)
         if coupling.injects:  # whose net reads the condition in the place of the state
             added, grad_cond = None, added
-        found, grad_u = x if y is None else self._masked(inputs.value, cond), grads.value
+        found = x if y is None else self._masked(inputs.value, cond)
         assert found is not None
+        if own is None or self.inverse:
+            grad_x, of_own = with_added(grads.value, added), [total.result() for total in of_map]
+        else:
+            grad_x, *of_own = channel_mix_backward(found if x is None else x, grads.value, own, added)
         if own is None:
-            return found, with_added(grad_u, added), grad_cond, of_net, ()
-        true = found if x is None else x
-        grad_x, *of_map = channel_mix_backward(true, grad_u, own.matrix, own.offset, added, own.source)
-        of_log_det = (grad_log_det * self._positions(grad_u, cond)).sum()
-        return found, grad_x, grad_cond, of_net, (*of_map, of_log_det)
+            return found, grad_x, grad_cond, of_net, ()
+        of_log_det = (grad_log_det * self._positions(state, cond)).sum()
+        return found, grad_x, grad_cond, of_net, (*of_own, -of_log_det if self.inverse else of_log_det)
 
 
 Step = ModuleStep | CouplingStep
