@@ -154,7 +154,8 @@ class Backward {
 
   // What makes of the projections that the forward has noted those of the steps' inputs; none: they are of these.
   std::optional<Unmix> unmix_all() const {
-    return part_.inverse() ? std::nullopt : std::optional(Unmix{inverse_->matrices, inverse_->indices, inverse_->offsets});
+    return part_.inverse() ? std::nullopt
+                           : std::optional(Unmix{inverse_->matrices, inverse_->indices, inverse_->offsets});
   }
   Unmix unmix(int64_t k) const { return {inverses_[k].matrix, inverses_[k].index, inverses_[k].offset}; }
 

@@ -24,9 +24,7 @@ void check_form(const NetForm& form, at::IntArrayRef sizes, const Optional& cond
 
 }  // namespace
 
-void Step::check() const {
-  TORCH_CHECK_VALUE(net != nullptr, "net: expected a NetForm, found None");
-}
+void Step::check() const { TORCH_CHECK_VALUE(net != nullptr, "net: expected a NetForm, found None"); }
 
 void Part::check() const {
   TORCH_CHECK_VALUE(!steps.empty(), "steps: expected at least one, found none");

@@ -43,8 +43,8 @@ struct Measure {
   Tensor error, norm, difference, projection;
 };
 using Measures = std::vector<Measure>;
-// The worst of what was measured of steps one after another, the last first, in one go. inverses, seen: of all steps; without
-// inverses what was seen is what is measured.
+// The worst of what was measured of steps one after another, the last first, in one go. inverses, seen: of all steps;
+// without inverses what was seen is what is measured.
 Tensor drift_of(const Measures& measures, const std::optional<Unmix>& inverses, const Optional& seen,
                 const Signs& signs);
 

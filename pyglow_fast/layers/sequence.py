@@ -134,10 +134,12 @@ class MaskedSequence(ReversibleSequence):
             self._initialize_masked(steps, x, cond, mask)
         return self._through_masked(_masked(steps, cond), x, cond, mask)
 
-    def inverse(self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None, *, plan: RunPlan | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map z back to x at the positions that the mask says are there."""
         if mask is None:
-            return super().inverse(z, cond)
+            return super().inverse(z, cond, plan=plan)
         steps, mask = self._checked("z", z, cond, mask)
         return self._through_masked(_masked(steps, cond).turned(), z, cond, mask)
 

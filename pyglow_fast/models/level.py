@@ -85,9 +85,7 @@ class FlowLevel(nn.Module):
             log_dets.append(log_det)
         return states, functional.summed(log_dets)
 
-    def inverse(
-        self, z: Tensor, cond: Tensor | None, plans: Mapping[nn.Module, RunPlan]
-    ) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, cond: Tensor | None, plans: Mapping[nn.Module, RunPlan]) -> tuple[Tensor, Tensor]:
         """Map z back to x; log_det (N,) is the negative of the forward one. Plans as of :meth:`forward`."""
         log_dets = []
         for steps, squeezes in reversed(self._runs()):

@@ -142,7 +142,7 @@ class _RunNode(torch.autograd.Function):
             return _restored(ctx.legs, cond, *way)
 
         needs, maps = ctx.needs_input_grad, folded or node.fold(raw)
-        undone = inverted(maps) if reversible or node.inverse else []
+        undone: Sequence[Tensor] = inverted(maps) if reversible or node.inverse else []
         args = extension.BackwardArgs(
             x=x,
             z=z,
@@ -214,8 +214,8 @@ def _restored(
     (state,) = kept
     for (node, first), own in zip(legs, tensors, strict=True):
         n_nets = sum(form.tensors for form in node.forms[first:])
-        maps = [part[first:] for part in node.fold(own[n_nets:])]
-        maps = inverted(maps) if node.inverse else maps
+        folded = [part[first:] for part in node.fold(own[n_nets:])]
+        maps = inverted(folded) if node.inverse else folded
         form = _keeps_nothing(node.forms[first:], node.squeezes and first == 0)
         state = require().run_forward(form, state, cond, maps, own[:n_nets]).z
     return state

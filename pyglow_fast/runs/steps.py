@@ -341,12 +341,13 @@ class CouplingStep:
             added, grad_cond = None, added
         found = x if y is None else self._masked(inputs.value, cond)
         assert found is not None
-        if own is None or self.inverse:
-            grad_x, of_own = with_added(grads.value, added), [total.result() for total in of_map]
+        if own is None:
+            return found, with_added(grads.value, added), grad_cond, of_net, ()
+        of_own: Sequence[Any] = [total.result() for total in of_map]
+        if self.inverse:
+            grad_x = with_added(grads.value, added)
         else:
             grad_x, *of_own = channel_mix_backward(found if x is None else x, grads.value, own, added)
-        if own is None:
-            return found, grad_x, grad_cond, of_net, ()
         of_log_det = (grad_log_det * self._positions(state, cond)).sum()
         return found, grad_x, grad_cond, of_net, (*of_own, -of_log_det if self.inverse else of_log_det)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,11 @@ class Checkpoint:
     def load_model(self, model: nn.Module, name: str, averaged: bool = False) -> None:
         """Copy the weights into ``model``, ``averaged`` ones where there are some; messages call the file ``name``."""
         weights = self.model | (self.ema if averaged else {})
-        wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        found = {key: tuple(value.shape) for key, value in weights.items()}
+
+        def shapes(state: Mapping[str, Tensor]) -> dict[str, object]:  # what a drift's control takes is its own matter
+            return {key: key.endswith(DRIFT) or tuple(value.shape) for key, value in state.items()}
+
+        wanted, found = shapes(model.state_dict()), shapes(weights)
         differ = sorted(key for key in wanted | found if wanted.get(key) != found.get(key))
         fits = "weights that fit its own configuration"
         expect(not differ, name, fits, f"{len(differ)} that differ, the first {differ[0]!r}" if differ else "")
