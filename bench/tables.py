@@ -326,6 +326,19 @@ def calls() -> str:
     return markdown(("", *names), lines)
 
 
+def directions() -> str:
+    """What both directions keep and take."""
+    rows, lines = rows_of("directions"), []
+    for case, name in dict.fromkeys((row.case, row.name) for row in rows):
+        there, back = pick(rows, case=case, name=name)
+        error = back.facts["error"] / pick(rows, case=case, what=back.what, name="store")[0].facts["error"]
+        numbers = [f"{row.facts['kept'] / 1e6:.2f}" for row in (there, back)]
+        numbers += [f"{1e3 * (row.processor_seconds or 0):.1f}" for row in (there, back)]
+        lines.append((case, name, *numbers, f"{error:.2f}"))
+    head = ("", "mode", "MB kept: forward", "inverse", "ms: forward", "inverse", "inverse: error / stored error")
+    return markdown(head, lines)
+
+
 def builds() -> str:
     """Of which build each file of results is."""
     columns = ("device", "threads", "kernels", "commit")

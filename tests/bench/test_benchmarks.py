@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench import calls, harness, kernels, live, memory, models, nets, tables
+from bench import calls, directions, harness, kernels, live, memory, models, nets, tables
 from bench.harness import Row
 from pyglow_fast import _backend
 
@@ -56,6 +56,12 @@ class TestSmoke:
     def test_calls(self) -> None:
         rows = smoke(calls)
         assert {"coupling_mix", "store", "kernels of store", "frozen"} <= {row.name for row in rows}
+
+    @compiled
+    def test_directions(self) -> None:
+        rows = smoke(directions)
+        assert {row.what for row in rows} == {"forward", "inverse", "log_prob", "decode"}
+        assert all(row.facts["error"] < 1e-4 and row.facts["kept"] > 0 for row in rows)
 
     @compiled
     def test_kernels(self) -> None:
