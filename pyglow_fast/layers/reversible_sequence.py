@@ -47,7 +47,8 @@ class ReversibleSequence(FlowLayer):
 
     Args:
         steps: FlowSteps of one width and one mask, or any modules with ``forward(x, cond=None) -> (z, log_det)``
-            and ``inverse``; their parameters must be theirs alone and their output a function of the input.
+            and ``inverse``; if all give z alone, so does the sequence. Steps may share parameters; their output must be
+            a function of the input.
         memory: a mode; or bytes, as a number or a text such as "4GB": FlowSteps then keep what is fastest within them,
             see docs/memory.md. In a model with a budget its plan comes in their place.
         anchor_every: steps between stored states: "auto", an int, or None for none but the input. In FlowSteps, an
@@ -170,7 +171,7 @@ class ReversibleSequence(FlowLayer):
             plan: of a model with a budget, what this run does; None: as ``memory`` says.
         """
         states, log_det = self.intermediates(x, cond, squeeze_first=squeeze_first, plan=plan)
-        return states[-1], log_det
+        return _given(states[-1], log_det)
 
     def intermediates(
         self,
@@ -180,7 +181,7 @@ class ReversibleSequence(FlowLayer):
         squeeze_first: bool = False,
         *,
         plan: RunPlan | None = None,
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], Any]:
         """Map x to the states behind the steps ``at`` and behind the last one, with the log_det of all.
 
         Gradients flow from each of them, in every memory mode; what is kept for that is these states.
@@ -190,7 +191,7 @@ class ReversibleSequence(FlowLayer):
             at: numbers of steps, ascending; -1 is not the last one, which is always there.
 
         Returns:
-            len(at) + 1 states z (N, C, *spatial), and log_det (N,).
+            len(at) + 1 states z (N, C, *spatial), and log_det (N,), or None of steps that give z alone.
         """
         if at:
             self._check_at(at)
@@ -205,14 +206,14 @@ class ReversibleSequence(FlowLayer):
             self.initialize(functional.squeeze(x) if squeeze_first else x, cond)
         plan = self._planned(x, cond, squeeze_first) if plan is None else plan
         states: list[Tensor] = []
-        log_dets: list[Tensor] = []
+        log_dets: list[Tensor | None] = []
         for begin, end in pairwise([0, *[k + 1 for k in at], len(self._modules)]):
             for start, stop, mode in self._stretches(begin, end, plan):
                 squeezes = squeeze_first and start == 0
                 x, log_det = self._through(elements, x, cond, start, stop, mode, plan, squeezes)
                 log_dets.append(log_det)
             states.append(x)
-        return states, functional.summed(log_dets)
+        return states, _total(log_dets)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None, *, plan: RunPlan | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, from the last step to the first, with minus the log-det.
@@ -228,11 +229,11 @@ class ReversibleSequence(FlowLayer):
         if elements is not None:
             self._check_state("z", z)
         plan = self._planned(z, cond, inverse=True) if plan is None else plan
-        log_dets: list[Tensor] = []
+        log_dets: list[Tensor | None] = []
         for start, stop, mode in self._stretches(0, count, plan):
             z, log_det = self._through(elements, z, cond, count - stop, count - start, mode, plan, inverse=True)
             log_dets.append(log_det)
-        return z, functional.summed(log_dets)
+        return _given(z, _total(log_dets))
 
     def _stretches(self, begin: int, end: int, plan: RunPlan | None) -> Iterable[tuple[int, int, str]]:
         """First, one past the last and mode of steps begin .. end - 1, as a state meets them."""
@@ -252,7 +253,7 @@ class ReversibleSequence(FlowLayer):
         plan: RunPlan | None,
         squeezes: bool = False,
         inverse: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Take a state through steps start .. stop - 1, which hold these elements, or None; from the last one back."""
         control, memory = self.control_of(inverse), self._memory
         if elements is None:
@@ -362,3 +363,17 @@ class ReversibleSequence(FlowLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())  # of weights without it: converted ones
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _total(log_dets: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of what stretches of steps give; None of such that give z alone."""
+    known = [log_det for log_det in log_dets if log_det is not None]
+    expect(
+        len(known) in (0, len(log_dets)), "steps", "a log_det from all of them, or from none", f"{len(known)} with one"
+    )
+    return functional.summed(known) if known else None
+
+
+def _given(z: Tensor, log_det: Tensor | None) -> Any:
+    """What a sequence returns: z alone without a log_det."""
+    return z if log_det is None else (z, log_det)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyglow_fast import _float32, functional, ops
 from pyglow_fast._backend import require
@@ -28,9 +28,9 @@ from pyglow_fast.runs.drift import DriftControl, lowest_of
 from pyglow_fast.runs.maps import FACTORS, ChannelMap, Map
 from pyglow_fast.runs.planner import refuse_bytes
 from pyglow_fast.runs.python import in_turn, of_couplings, recomputed
-from pyglow_fast.runs.steps import ModuleStep
+from pyglow_fast.runs.steps import ModuleStep, results
 
-# (name, make) -> what was made of the parameters under that name: the maps before the couplings, their inverses, and the
+# (name, make) -> what was made of the parameters under that name: the maps of the couplings, their inverses, and the
 # inverses of those and of what is behind, if they are known without being asked for.
 Made = Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]]
 MAPS, INVERSES, KNOWN = "maps", "inverses", "known inverses"
@@ -101,9 +101,7 @@ def _made(
     return require().Step(kind=kind, net=form, reads=coupling.kept)
 
 
-def _compiled(
-    run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int
-) -> CompiledRun | None:
+def _compiled(run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int) -> CompiledRun | None:
     """The run in the form that csrc/run takes, or None where it does not compute it.
 
     Args:
@@ -129,7 +127,10 @@ def _compiled(
             how = _computes(coupling.precision, x)
             if how is None or (ways and has_tf32(x)):  # settings of the process decide, one for all
                 return None
-            ways[coupling.precision] = how, _forms_for(state, x.dtype, device_of(x).type, given, how, budget, run.inverse)
+            ways[coupling.precision] = (
+                how,
+                _forms_for(state, x.dtype, device_of(x).type, given, how, budget, run.inverse),
+            )
         how, known = ways[coupling.precision]
         net: Any = coupling.net
         first, last = chain.tensors[0].shape, chain.tensors[-2 if chain.powers[-1] == 0 else -3].shape
@@ -177,7 +178,9 @@ def _entered(
 ) -> tuple[CompiledRun | None, Tensor, Tensor | None, bool]:
     """The run for csrc/run, or None; with x, cond and whether to squeeze as both executors take them."""
     board = run.board
-    runs = compiled and bool(run.couplings) and any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(x)
+    runs = (
+        compiled and bool(run.couplings) and any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(x)
+    )
     if squeezes and (not runs or x.dim() != 4 or board is not None):  # kernels do not squeeze these as they read
         x, squeezes = functional.squeeze(x), False
     if board is not None:
@@ -223,7 +226,9 @@ def through(
     if run.inverted and mode != "store" and _records(run, x, cond):
         run = run.of_own_inverses()
     compiled = not (alone and torch.is_grad_enabled()) or (run.board is None and _kinds(run) == [[FACTORS]])
-    if run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x)):  # each run that recomputes has one
+    if (
+        run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x))
+    ):  # each run that recomputes has one
         nothing = ChannelMap.nothing(x.new_zeros(run.couplings[0].kept + run.couplings[0].changed))
         run = run._replace(maps=[[Map.of(nothing)], *run.maps[1:]])
     found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget, compiled)
@@ -269,7 +274,8 @@ def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Sequence[Tensor] | 
         return False
     nets = run.parameters() if nets is None else nets
     maps = [tensor for own in (*run.maps, run.behind) for one in own for tensor in one.tensors]
-    return any([tensor is not None and tensor.requires_grad for tensor in (x, cond, *nets, *maps)])
+    asked = [tensor is not None and tensor.requires_grad for tensor in (x, cond, *nets, *maps)]
+    return any(asked)
 
 
 def _chunks(budget: str | int) -> str | int | None:
@@ -291,22 +297,26 @@ def through_modules(
     control: DriftControl | None,
     memory: str | int,
     inverse: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Map x to z and log_det (N,) through any modules that have forward and inverse; arguments as of :func:`through`.
 
-    ``inverse``: by what undoes each, from the last to the first.
+    There is no log_det of modules that give z alone. ``inverse``: by what undoes each, from the last to the first.
     """
     if is_dry(x):
         refuse_bytes(memory)
-    numbered = list(enumerate(modules))[:: -1 if inverse else 1]
-    if mode != "store" and not kernels_step_aside() and torch.is_grad_enabled():
-        own = [parameter for module in modules for parameter in module.parameters()]
-        if any([tensor is not None and tensor.requires_grad for tensor in (x, cond, *own)]):
-            again = [ModuleStep(module, f"steps[{k}]", inverse) for k, module in numbered]
-            return recomputed(again, control if mode == "reversible" else None, x, cond)
-    log_det = x.new_zeros(x.shape[0])
-    for _, module in numbered:
-        run = module.inverse if inverse else module
-        x, gained = run(x) if cond is None else run(x, cond)
-        log_det = log_det + gained
-    return x, log_det
+    numbered = [(f"steps[{k}]", module) for k, module in enumerate(modules)][:: -1 if inverse else 1]
+    own = [parameter for module in modules for parameter in module.parameters()]
+    asked = [tensor is not None and tensor.requires_grad for tensor in (x, cond, *own)]
+    if mode != "store" and torch.is_grad_enabled() and any(asked) and not kernels_step_aside():
+        again = [ModuleStep(module, name, inverse) for name, module in numbered]
+        x, log_det = recomputed(again, control if mode == "reversible" else None, x, cond)
+        given = [step.has_log_det for step in again]
+    else:
+        log_det, given = x.new_zeros(x.shape[0]), []
+        for name, module in numbered:
+            run = module.inverse if inverse else module
+            x, gained = results(run(x) if cond is None else run(x, cond), len(x), name, inverse)
+            given.append(gained is not None)
+            log_det = log_det if gained is None else log_det + gained
+    expect(len({*given}) == 1, "steps", "a log_det from all of them, or from none", given)
+    return x, log_det if given[0] else None

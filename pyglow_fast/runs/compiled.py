@@ -149,9 +149,7 @@ class _RunNode(torch.autograd.Function):
             cond=cond,
             grad_z=grad_z,
             grad_log_det=grad_log_det,
-            kept=extension.Kept(
-                anchors=anchors, states=states, outputs=outputs, nets=of_nets, seen=seen, start=start
-            ),
+            kept=extension.Kept(anchors=anchors, states=states, outputs=outputs, nets=of_nets, seen=seen, start=start),
             wants=needs[4 : 4 + node.n_nets],
             wants_cond=needs[3],
             judged=judged,
@@ -282,7 +280,7 @@ def run_recorded(
 def run_plain(
     steps: CompiledRun, x: Tensor, cond: Tensor | None, squeezes: bool, maps: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Compute what :func:`run_recorded` does without a record, given the folded maps, or their inverses to undo them."""
+    """Compute what :func:`run_recorded` does without a record, given the folded maps, or to undo them their inverses."""
     form = _keeps_nothing(steps.forms, squeezes, steps.run.watch is not None)
     with in_precision(steps.precision, x):
         found = require().run_forward(form, x, cond, maps, steps.nets)

@@ -111,7 +111,7 @@ Element = Map | NetCoupling
 class Run(NamedTuple):
     """Couplings of one mask with channel maps before each, and perhaps behind the last, computed together.
 
-    It goes from data to latents; :meth:`turned` gives the one that goes back. Of that, a step undoes a coupling and then
+    It goes from data to latents; :meth:`turned` gives the one that goes back. A step of that undoes a coupling and then
     its map.
 
     Attributes:
@@ -203,5 +203,5 @@ class Run(NamedTuple):
         if not each:
             return 1
         offset, halves = each[0].tensors[1], 1 if self.board is None or self.halved else 2
-        gathers = all([KINDS[one.kind].gathers for one in each])
+        gathers = all(KINDS[one.kind].gathers for one in each)
         return halves * offset.nbytes * (1 if gathers else halves * len(offset))

@@ -51,7 +51,6 @@ class ChannelMap(NamedTuple):
             return functional.invert_matrix(self.matrix), None
         return functional.invert_gather(self.matrix, self.source)
 
-
     def undone(self) -> ChannelMap:
         """The map that undoes this one, recorded by autograd."""
         matrix, source = self.inverse()
@@ -251,9 +250,7 @@ class Folding:
         return function(raw[:learnt], raw[learnt : learnt + count], raw[learnt + count :], *grads)
 
 
-def folding_of(
-    maps: Sequence[Sequence[Map]], like: Tensor, swaps: Sequence[bool]
-) -> tuple[list[Tensor], Folding]:
+def folding_of(maps: Sequence[Sequence[Map]], like: Tensor, swaps: Sequence[bool]) -> tuple[list[Tensor], Folding]:
     """The raw tensors of maps before couplings, kind by kind and in each column by column, and what folds them."""
     groups: dict[str, list[Sequence[Tensor]]] = {}
     kinds: list[list[str]] = []

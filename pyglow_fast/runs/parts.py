@@ -104,7 +104,8 @@ class RunPass:
         """
         if self.control is not None and not self.keeps_states:
             self.control.prepare(device)
-        if self.backward_end is None and any([tensor is not None and tensor.requires_grad for tensor in given]):
+        asked = [tensor is not None and tensor.requires_grad for tensor in given]
+        if self.backward_end is None and any(asked):
             self.backward_end = first
 
     def defers(self, state: Tensor) -> bool:
@@ -181,7 +182,9 @@ class Part:
     def knows_start(self) -> bool:
         """Whether the input of its first step is kept: else the backward has it from the part behind it, recomputed."""
         # The final part keeps its input: the parts before it have no backward and keep nothing to recompute it from.
-        return self.first == 0 or self.run_pass.keeps_states or self.ends_backward or self.first in self.run_pass.anchors
+        return (
+            self.first == 0 or self.run_pass.keeps_states or self.ends_backward or self.first in self.run_pass.anchors
+        )
 
     @property
     def begins_backward(self) -> bool:

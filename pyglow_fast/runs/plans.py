@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from pyglow_fast import ops
 from pyglow_fast._backend import require
-from pyglow_fast._tracing import has_hooks
 from pyglow_fast._float32 import autocast_is_on
+from pyglow_fast._tracing import has_hooks
 from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values
-from pyglow_fast.runs.planner import RunPlan, refuse_bytes, plan_memory
+from pyglow_fast.runs.planner import RunPlan, plan_memory, refuse_bytes
 
 REMEMBERED = 16  # plans
 BESIDE = 4096  # bytes of tables of pointers, and of the number that the caller makes of the outputs
@@ -57,9 +57,7 @@ class Plans:
         """Copies of a model begin without plans, which are of its own nets."""
         return Plans, ()
 
-    def of(
-        self, model: Any, inputs: Inputs, forward: Forward, *settings: Hashable, inverse: bool = False
-    ) -> RunPlan:
+    def of(self, model: Any, inputs: Inputs, forward: Forward, *settings: Hashable, inverse: bool = False) -> RunPlan:
         """Give the plan of all steps in a pass that begins now, made anew for shapes that have none.
 
         Args:
@@ -96,7 +94,9 @@ def _key(model: nn.Module, inputs: Inputs) -> Hashable:
     own = [(parameter.shape, parameter.requires_grad) for parameter in model.parameters()]
     device_type = next(x for x in inputs if x is not None).device.type
     autocast = torch.get_autocast_dtype(device_type) if autocast_is_on(device_type) else None
-    couplings: list[Any] = [module for module in model.modules() if hasattr(module, "precision") and hasattr(module, "net")]
+    couplings: list[Any] = [
+        module for module in model.modules() if hasattr(module, "precision") and hasattr(module, "net")
+    ]
     nets = [(coupling.precision, type(coupling.net), coupling.net.training) for coupling in couplings]
     return (*given, *own, *nets, autocast, model.training)
 

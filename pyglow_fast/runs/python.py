@@ -1,10 +1,12 @@
 """The Python executor: runs of any nets and any invertible steps, over the registered ops.
 
 ``in_turn`` calls part after part as ordinary torch code: what autograd, torch.compile, torch.func and exports see.
-``recomputed`` is the autograd function of steps that the backward runs again. Both go the way that a run has. Its forward runs without
-a record. What it keeps of a part are its input, its output and the states at its anchors, or in mode "checkpoint" those
-of all steps, and of every other state its projection on random signs (see drift.py). The backward recomputes the states
-step by step and holds each against its projection. A part that has drifted is redone from its anchors.
+``recomputed`` is the autograd function of steps that the backward runs again. Both go the way that a run has.
+
+Of what is recomputed the forward runs without a record. What it keeps of a part are its input, its output and the states
+at its anchors, or in mode "checkpoint" those of all steps, and of every other state its projection on random signs (see
+drift.py). The backward recomputes the states step by step and holds each against its projection. A part that has drifted
+is redone from its anchors.
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ def _folded(run: Run, inverses: Sequence[Tensor]) -> tuple[Sequence[ChannelMap |
 
 def _each(run: Run, places: Sequence[Sequence[Map]]) -> Sequence[ChannelMap | None]:
     """The map at each place, composed, recorded by autograd."""
-    if run.board is None and all([one.kind in (GIVEN, GIVEN_GATHER) for own in places for one in own]):
+    given = [one.kind in (GIVEN, GIVEN_GATHER) for own in places for one in own]
+    if run.board is None and all(given):
         return [reduce(after, [ChannelMap(*one.tensors) for one in own]) if own else None for own in places]
     raw, folding = run.folding()
     return folding.each(raw) if run.board is None else unstack_maps(folding.stacked(raw))
@@ -153,7 +156,9 @@ def recomputed(
         return call_untraced(recomputed, steps, control, x, cond, run)
     step_bytes = [sum(tensor.nbytes for tensor in step.params) for step in steps]
     limit = part_limit(device_of(x).type == "cpu", step_bytes, x.nbytes)
-    run_pass = RunPass(control, cut(step_bytes, 1 if run is None else run.map_bytes, limit, limit or 0), knows_starts=True)
+    run_pass = RunPass(
+        control, cut(step_bytes, 1 if run is None else run.map_bytes, limit, limit or 0), knows_starts=True
+    )
     log_dets = []
     for part in run_pass.parts:
         own = steps[part.first : part.end]
@@ -198,7 +203,13 @@ class _RunSteps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, steps: Sequence[Step], part: Part, folding: Folding | None, x: Tensor, cond: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        steps: Sequence[Step],
+        part: Part,
+        folding: Folding | None,
+        x: Tensor,
+        cond: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """z, log_det (N,)."""
         keeps_states = part.run_pass.keeps_states

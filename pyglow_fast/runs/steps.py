@@ -1,4 +1,4 @@
-"""Steps as the Python executor recomputes them: forward without a record, in the backward inverted and differentiated."""
+"""Steps as the Python executor recomputes them: run without a record, in the backward inverted and differentiated."""
 
 from __future__ import annotations
 
@@ -61,31 +61,32 @@ class ModuleStep:
     Attributes:
         params: the tensors that it is differentiated by, besides its input and the condition; methods, all of which are
             called without a record, run with those that they are given in their place.
+        has_log_det: whether the forward has given one.
     """
 
     def __init__(self, module: nn.Module, name: str, inverse: bool = False) -> None:
         check_net(module)
         self.module, self.name, self.inverse = module, name, inverse
         self.params = list(module.parameters())
-        self._precision = override()
+        self._precision, self.has_log_det = override(), True
 
-    def _call(self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], back: bool = False) -> Any:
-        run: Any = self.module if back == self.inverse else self.module.inverse
+    def _call(
+        self, x: Tensor, cond: Tensor | None, params: Sequence[Tensor], back: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        inverse = back != self.inverse
+        run: Any = self.module.inverse if inverse else self.module
         with holding(self.module, params), overridden(self._precision):
-            return run(x) if cond is None else run(x, cond)
+            return results(run(x) if cond is None else run(x, cond), len(x), self.name, inverse)
 
     def forward(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor, RunState, torch.dtype]:
         """Call the module: z, log_det (N,), a memo of what repeats the call, and the lowest dtype it computes in."""
         before = states_before(self.module, x.device)
         version = x._version
-        outputs = self._call(x, given.cond, given.params)
-        pair = isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(value, Tensor) for value in outputs)
+        z, log_det = self._call(x, given.cond, given.params)
         way = "an inverse" if self.inverse else "a forward"
-        expect(pair, self.name, f"{way} that returns tensors (z, log_det)", type(outputs).__name__)
-        z, log_det = outputs
-        shape = tuple(log_det.shape)
-        expect(shape == (len(x),), self.name, f"a log_det of shape ({len(x)},)", f"shape {shape}")
         expect(x._version == version, self.name, f"{way} that leaves its input as it is", "one that writes")
+        self.has_log_det = log_det is not None
+        log_det = z.new_zeros(len(z)) if log_det is None else log_det
         return z, log_det, RunState.after(self.module, before, z), self._lowest(z, given.params)
 
     def _lowest(self, z: Tensor, params: Sequence[Tensor]) -> torch.dtype:
@@ -100,8 +101,7 @@ class ModuleStep:
     def repeat(self, x: Tensor, given: Given) -> Tensor:
         """Call the module again."""
         with given.memo.restored(self.module):
-            z: Tensor = self._call(x, given.cond, given.params)[0]
-            return z
+            return self._call(x, given.cond, given.params)[0]
 
     def backward(
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
@@ -127,8 +127,25 @@ class ModuleStep:
             z, log_det = self._call(leaf, cond, params)
         if state.sums is not None and x is not None:
             check_repeated(state.sums, output_sums(z), self.name)
-        grad_x, grad_cond, *rest = _passed_back([z, log_det], [grad_y, grad_log_det], [leaf, cond, *params])
+        outputs, grads = ([z], [grad_y]) if log_det is None else ([z, log_det], [grad_y, grad_log_det])
+        grad_x, grad_cond, *rest = _passed_back(outputs, grads, [leaf, cond, *params])
         return found, torch.zeros_like(leaf) if grad_x is None else grad_x, grad_cond, rest, ()
+
+
+def results(found: Any, samples: int, name: str, inverse: bool) -> tuple[Tensor, Tensor | None]:
+    """Check what a step of the user's has given, (z, log_det) or z alone: z, and log_det (N,) or None.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(found, Tensor):
+        return found, None
+    way = "an inverse" if inverse else "a forward"
+    pair = isinstance(found, tuple) and len(found) == 2 and all(isinstance(value, Tensor) for value in found)
+    expect(pair, name, f"{way} that returns tensors (z, log_det), or z alone", type(found).__name__)
+    shape = tuple(found[1].shape)
+    expect(shape == (samples,), name, f"a log_det of shape ({samples},)", f"shape {shape}")
+    return found
 
 
 def _passed_back(
@@ -178,8 +195,8 @@ def channel_mix_backward(
         grad_u: of what it gave.
         own: the map.
         added: to the gradient of the first channels of u.
-        undone: M^-1, where it was undone, u = M^-1 (x - c): then the gradients are of x, of M^-1, and the sum of grad_u;
-            see :func:`pyglow_fast.runs.maps.undone_gradients`.
+        undone: M^-1, where it was undone, u = M^-1 (x - c): the gradients are of x, of M^-1, and the sum of grad_u; see
+            :func:`pyglow_fast.runs.maps.undone_gradients`.
     """
     matrix, center, index = (own.matrix, None, own.source) if undone is None else (undone[0], own.offset, undone[1])
     if ops.run_on(x):

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.captures import drifting
-from support.chain_cases import Case, EVERY_STEP, Mode, assert_same_gradients, cut_parts, gradients, objective, only_python
+from support.chain_cases import (
+    EVERY_STEP,
+    Case,
+    Mode,
+    assert_same_gradients,
+    cut_parts,
+    gradients,
+    objective,
+    only_python,
+)
 from support.wrong_states import plant
 from torch import Tensor
 
