@@ -12,7 +12,7 @@ from pyglow_fast._settings import Range
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.nets.checkerboard import Checkerboard
-from pyglow_fast.nets.precision import check_precision, override
+from pyglow_fast.nets.precision import check_precision
 from pyglow_fast.reference import COUPLINGS, ORDERS, SCALE_MAPS, CouplingSpec, factor_fits
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.python import in_turn
@@ -147,7 +147,7 @@ class Coupling(FlowLayer):
     def element(self, channels: int) -> NetCoupling:
         """The coupling as a run has it, of states of so many channels; with a checkerboard of halved ones."""
         net: Any = self._modules["net"]  # and not by attribute, which costs a multiple
-        return NetCoupling(net, self.spec, channels // 2, channels // 2, override() or self._precision, self.board)
+        return NetCoupling(net, self.spec, channels // 2, channels // 2, self._precision, self.board)
 
     def _alone(self, x: Tensor) -> Run:
         """A run of this coupling for x."""

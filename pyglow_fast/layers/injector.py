@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from pyglow_fast._errors import check_count, check_input
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
-from pyglow_fast.nets.precision import override
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.runs.description import NetCoupling, Run
 
@@ -77,7 +76,7 @@ class AffineInjector(Coupling):
     def element(self, channels: int) -> NetCoupling:
         """The injector as a run has it: a coupling that keeps no channel."""
         net: Any = self._modules["net"]  # and not by attribute, which costs a multiple
-        return NetCoupling(net, self.spec, 0, channels, override() or self._precision)
+        return NetCoupling(net, self.spec, 0, channels, self._precision)
 
     def _alone(self, x: Tensor) -> Run:
         check_input("x", x, self.channels)

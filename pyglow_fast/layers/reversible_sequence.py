@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any, cast
@@ -171,7 +171,7 @@ class ReversibleSequence(FlowLayer):
             plan: of a model with a budget, what this run does; None: as ``memory`` says.
         """
         states, log_det = self.intermediates(x, cond, squeeze_first=squeeze_first, plan=plan)
-        return _given(states[-1], log_det)
+        return states[-1] if log_det is None else (states[-1], log_det)  # type: ignore[return-value]
 
     def intermediates(
         self,
@@ -204,11 +204,13 @@ class ReversibleSequence(FlowLayer):
             if self.memory in ("checkpoint", "reversible") if self._records(x, cond) else elements is not None:
                 check_net(self)  # a net that is to run in chunks, or again; what is refused must initialise nothing
             self.initialize(functional.squeeze(x) if squeeze_first else x, cond)
-        plan = self._planned(x, cond, squeeze_first) if plan is None else plan
+        memory: Any = self._memory
+        if plan is None and not isinstance(memory, str):
+            plan = self._planned(x, cond, squeeze_first)
         states: list[Tensor] = []
         log_dets: list[Tensor | None] = []
         for begin, end in pairwise([0, *[k + 1 for k in at], len(self._modules)]):
-            for start, stop, mode in self._stretches(begin, end, plan):
+            for start, stop, mode in [(begin, end, memory)] if plan is None else plan.runs_between(begin, end):
                 squeezes = squeeze_first and start == 0
                 x, log_det = self._through(elements, x, cond, start, stop, mode, plan, squeezes)
                 log_dets.append(log_det)
@@ -228,19 +230,15 @@ class ReversibleSequence(FlowLayer):
         elements, count = self._elements(), len(self._modules)
         if elements is not None:
             self._check_state("z", z)
-        plan = self._planned(z, cond, inverse=True) if plan is None else plan
+        memory: Any = self._memory
+        if plan is None and not isinstance(memory, str):
+            plan = self._planned(z, cond, inverse=True)
         log_dets: list[Tensor | None] = []
-        for start, stop, mode in self._stretches(0, count, plan):
+        for start, stop, mode in [(0, count, memory)] if plan is None else plan.runs_between(0, count):
             z, log_det = self._through(elements, z, cond, count - stop, count - start, mode, plan, inverse=True)
             log_dets.append(log_det)
-        return _given(z, _total(log_dets))
-
-    def _stretches(self, begin: int, end: int, plan: RunPlan | None) -> Iterable[tuple[int, int, str]]:
-        """First, one past the last and mode of steps begin .. end - 1, as a state meets them."""
-        if plan is not None:
-            return plan.runs_between(begin, end)
-        assert isinstance(self._memory, str)  # else there is a plan
-        return [(begin, end, self._memory)]
+        log_det = _total(log_dets)
+        return z if log_det is None else (z, log_det)  # type: ignore[return-value]
 
     def _through(
         self,
@@ -289,12 +287,8 @@ class ReversibleSequence(FlowLayer):
             tensor is not None and tensor.requires_grad for tensor in chain((x, cond), own)
         )
 
-    def _planned(
-        self, x: Tensor, cond: Tensor | None, squeeze_first: bool = False, inverse: bool = False
-    ) -> RunPlan | None:
-        """The plan of a pass within a number of bytes, when the model gave none; None in a mode."""
-        if isinstance(self._memory, str):
-            return None
+    def _planned(self, x: Tensor, cond: Tensor | None, squeeze_first: bool = False, inverse: bool = False) -> RunPlan:
+        """The plan of a pass within a number of bytes, when the model gave none."""
         if not self._records(x, cond) or kernels_step_aside():  # a backward that recomputes is no op of torch's
             return RunPlan.of_mode("store", len(self), self.memory_budget)
         if torch.compiler.is_compiling():
@@ -368,12 +362,6 @@ class ReversibleSequence(FlowLayer):
 def _total(log_dets: Sequence[Tensor | None]) -> Tensor | None:
     """The sum of what stretches of steps give; None of such that give z alone."""
     known = [log_det for log_det in log_dets if log_det is not None]
-    expect(
-        len(known) in (0, len(log_dets)), "steps", "a log_det from all of them, or from none", f"{len(known)} with one"
-    )
+    if len(known) not in (0, len(log_dets)):
+        expect(False, "steps", "a log_det from all of them, or from none", f"{len(known)} stretches with one")
     return functional.summed(known) if known else None
-
-
-def _given(z: Tensor, log_det: Tensor | None) -> Any:
-    """What a sequence returns: z alone without a log_det."""
-    return z if log_det is None else (z, log_det)

@@ -44,7 +44,7 @@ def override() -> str | None:
 def overridden(precision: str | None) -> Iterator[None]:
     """A context in which all nets of this thread compute in that precision, whatever they are set to; None: as set.
 
-    What a backward runs again takes it from the forward's :func:`override`.
+    What a backward runs again has that of its forward, by :func:`override`.
     """
     token = _override.set(precision)
     try:
@@ -82,7 +82,8 @@ def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager
         ValueError: 16 bits where x is not float32; "fp32" under torch.compile where the settings allow TF32.
     """
     device_type, compiles = device_of(x).type, torch.compiler.is_compiling()
-    precision = override() or precision
+    if not compiles:
+        precision = _override.get() or precision
     if precision in HALF:
         expect(x.dtype == torch.float32, "precision", f"one that goes with a state of {x.dtype}", repr(precision))
         return torch.autocast(device_type, dtype=HALF[precision])

@@ -21,7 +21,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.nets.chain import Chain
-from pyglow_fast.nets.precision import dtype_on, in_precision
+from pyglow_fast.nets.precision import dtype_on, in_precision, override
 from pyglow_fast.runs.compiled import CompiledRun, folded_maps, inverted_maps, run_plain, run_recorded
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import DriftControl, lowest_of
@@ -223,6 +223,8 @@ def through(
         whole: nets that Python runs are not cut into chunks in mode "store".
         alone: the run is one step, whose nets are whole. Python is faster in its training but with maps by LU factors.
     """
+    if (precision := override()) is not None:  # which a backward is to repeat
+        run = run._replace(couplings=[coupling._replace(precision=precision) for coupling in run.couplings])
     if run.inverted and mode != "store" and _records(run, x, cond):
         run = run.of_own_inverses()
     compiled = not (alone and torch.is_grad_enabled()) or (run.board is None and _kinds(run) == [[FACTORS]])
@@ -237,10 +239,9 @@ def through(
     control, records = control if mode == "reversible" else None, _records(run, x, cond, found and found.nets)
     again = found is None and mode != "store" and bool(run.couplings) and not kernels_step_aside() and records
     ends = run.ends if run.behind and (found is not None or again) else None
-    log_dets = []
+    gained: Tensor | None = None
     if ends is not None and run.inverse:
-        x, log_det = in_turn(ends, x, cond)
-        log_dets.append(log_det)
+        x, gained = in_turn(ends, x, cond)
     if found is not None and records:
         x, log_det = run_recorded(found, mode, control, x, cond, squeezes)
     elif found is not None:
@@ -251,11 +252,10 @@ def through(
     else:
         known = made(KNOWN, lambda: ()) if run.inverse else ()
         x, log_det = in_turn(run, x, cond, None if whole or alone else _chunks(budget), known)
-    log_dets.append(log_det)
     if ends is not None and not run.inverse:
-        x, log_det = in_turn(ends, x, cond)
-        log_dets.append(log_det)
-    return (x if run.last_board is None else run.last_board.leave(x)), functional.summed(log_dets)
+        x, gained = in_turn(ends, x, cond)
+    log_det = log_det if gained is None else log_det + gained
+    return (x if run.last_board is None else run.last_board.leave(x)), log_det
 
 
 def _narrowed(cond: Tensor | None, x: Tensor) -> Tensor | None:

@@ -280,7 +280,7 @@ def run_recorded(
 def run_plain(
     steps: CompiledRun, x: Tensor, cond: Tensor | None, squeezes: bool, maps: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Compute what :func:`run_recorded` does without a record, given the folded maps, or to undo them their inverses."""
+    """Compute what :func:`run_recorded` does without a record, given the folded maps; to undo them, their inverses."""
     form = _keeps_nothing(steps.forms, squeezes, steps.run.watch is not None)
     with in_precision(steps.precision, x):
         found = require().run_forward(form, x, cond, maps, steps.nets)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -188,13 +188,13 @@ class Run(NamedTuple):
         Maps are folded as they are from data to latents, whichever direction the run has. It has one.
         """
         maps = self.places if end is None else self.maps[first:end]
-        like = next(own[0] for own in chain(maps, self.maps) if own)
+        like = [own[0] for own in (*maps, *self.maps) if own]
         swaps: list[bool] = []
-        if self.board is not None and not self.halved:
+        if self.couplings and self.couplings[0].board is not None and not self.halved:
             turn = -1 if self.inverse else 1
             boards = [coupling.board for coupling in self.couplings][::turn]
             swaps = [before != own for before, own in pairwise([boards[0], *boards])][::turn][first:end]
-        return folding_of(maps, like.tensors[1], swaps)
+        return folding_of(maps, like[0].tensors[1], swaps)
 
     @property
     def map_bytes(self) -> int:
@@ -203,5 +203,5 @@ class Run(NamedTuple):
         if not each:
             return 1
         offset, halves = each[0].tensors[1], 1 if self.board is None or self.halved else 2
-        gathers = all(KINDS[one.kind].gathers for one in each)
-        return halves * offset.nbytes * (1 if gathers else halves * len(offset))
+        gathers = [KINDS[one.kind].gathers for one in each]
+        return halves * offset.nbytes * (1 if all(gathers) else halves * len(offset))

@@ -3,10 +3,10 @@
 ``in_turn`` calls part after part as ordinary torch code: what autograd, torch.compile, torch.func and exports see.
 ``recomputed`` is the autograd function of steps that the backward runs again. Both go the way that a run has.
 
-Of what is recomputed the forward runs without a record. What it keeps of a part are its input, its output and the states
-at its anchors, or in mode "checkpoint" those of all steps, and of every other state its projection on random signs (see
-drift.py). The backward recomputes the states step by step and holds each against its projection. A part that has drifted
-is redone from its anchors.
+Of what is recomputed the forward runs without a record. What it keeps of a part are its input, its output and the
+states at its anchors, or in mode "checkpoint" those of all steps, and of every other state its projection on random
+signs (see drift.py). The backward recomputes the states step by step and holds each against its projection. A part that
+has drifted is redone from its anchors.
 """
 
 from __future__ import annotations
