@@ -165,7 +165,7 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
         reasons = []
         for row in rows if any(row.adopts for row in rows) else []:
             reason, same = unlike(row, module)
-            if not reason and not spares and (alone := row.alone(module)):
+            if not reason and not spares and (alone := _alone(done.model, name, library, row)):
                 reason = f"{alone}, unless memory is to be saved"
             if not reason:
                 done._adopted.append(module)
@@ -184,6 +184,13 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
             named |= set(module.modules())
         found = found or bool(rows) or type(module).__module__.startswith(library.homes or ("nowhere.",))
     return found
+
+
+def _alone(model: nn.Module, name: str, library: Library, row: Row) -> str:
+    """Say why a layer is left unless its run saves memory; empty if ours pays anyway."""
+    keys = name.split(".") if name else []
+    layer, *owners = (model.get_submodule(".".join(keys[:count])) for count in range(len(keys), -1, -1))
+    return row.alone(layer) or library.alone([layer, *owners])
 
 
 def unlike(row: Row, module: nn.Module) -> tuple[str, int]:
@@ -273,9 +280,15 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
     if joined:
         done.set_while_joined(library.while_joined)
     for name, module in done.model.named_modules():
-        if module in joined and done.left.get(name) == JOINS_ONLY:
+        part = done.left.get(name) == JOINS_ONLY and row_of(library, module) is not None
+        if part:
             del done.left[name]
         own = isinstance(module, Adopted) and module._pgf_row in library.rows and module._pgf_row.run is None
-        if own and module not in joined:
+        if (part or own) and module not in joined:
             reason = f"not joined: {reasons.get(module, 'in no list with others like it')}"
+            if module in done._adopted and (alone := _alone(done.model, name, library, module._pgf_row)):
+                reason = f"{alone}; {reason}"
+                done._adopted.remove(module)
+                del done.replaced[name]
+                give_back([module])
             done.left[name] = f"{done.left[name]}; {reason}" if name in done.left else reason

@@ -21,6 +21,7 @@ which may learn, is left to FrEIA.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,6 +142,15 @@ def _called_in_size(layer: Any, x: Sequence[Tensor], *args: Any, **kwargs: Any) 
     return _called(layer, x, *args, **kwargs) if tuple(x[0].shape[1:]) == tuple(layer.dims_in[0]) else None
 
 
+def _few(layer: Any) -> str:
+    """Why ours runs in no call of a layer, by the size that it is made for; empty if it may."""
+    channels, *sizes = layer.dims_in[0]
+    if (count := math.prod(sizes)) >= FEW_POSITIONS:
+        return ""
+    what = f"samples of {count} positions" if sizes else f"vectors of {channels} channels"
+    return f"{what}: its own forward is as fast"
+
+
 def _split(layer: Any) -> tuple[int, int]:
     """The channels that a layer's first net reads, and the others."""
     return tuple(layer.splits) if hasattr(layer, "splits") else (layer.split_len1, layer.split_len2)
@@ -164,8 +174,8 @@ def _unfit(block: Any) -> str:
     if missing:
         return f"{type(block).__qualname__} has no {', '.join(missing)}, which an AllInOneBlock has"
     channels, rank = block.in_channels, block.input_rank
-    if not rank:
-        return f"vectors of {channels} channels: its own forward is as fast"
+    if few := _few(block):
+        return few
     if list(block.splits) != [channels - channels // 2, channels // 2] or channels < 2:
         return f"splits {block.splits} of {channels} channels: expected halves"
     if any(getattr(block, name).shape != (1, channels, *[1] * rank) for name in ("global_scale", "global_offset")):
@@ -302,7 +312,7 @@ def _coupling_example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str
 
 def _coupling(name: str, elements: Callable[[Any, bool], list[Element]]) -> Row:
     def unfit(layer: Any) -> str:
-        return "vectors: its own forward is as fast" if layer.ndims < 2 else "" if min(_split(layer)) else "no halves"
+        return _few(layer) or ("" if min(_split(layer)) else "no halves")
 
     tells = by_class(f"{COUPLINGS}.{name}")
     return Row(f"FrEIA's {name}", tells, {"forward": _called}, elements, _coupling_example, unfit)

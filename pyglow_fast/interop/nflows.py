@@ -1,4 +1,4 @@
-"""Layers of nflows, by class: actnorm, permuted 1x1 convolution, and couplings under any mask, for vectors and images.
+"""Layers of nflows, by class: actnorm, permuted 1x1 convolution, and couplings under any mask, for images.
 
     ActNorm                    z = exp(log_scale) x + shift
     OneByOneConvolution        z = L U x[permutation] + bias
@@ -7,6 +7,7 @@
 
 x_t are the channels that the mask transforms, x_i those that it keeps, z_i = x_i. In nflows' git the coupling has a
 ``scale_activation``, raw -> s. A permutation runs itself, and is a map of a run that it is in.
+Vectors are for runs that save memory alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pyglow_fast import functional
 from pyglow_fast.interop.known_net import qualified
@@ -41,6 +43,7 @@ __all__ = ["LIBRARY"]
 _PERMUTATIONS = tuple(
     f"nflows.transforms.permutations.{name}" for name in ("Permutation", "RandomPermutation", "ReversePermutation")
 )
+_is_conv = by_class("nflows.transforms.conv.OneByOneConvolution")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ def _example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequenc
         layer.using_cache = False  # its own forward runs with what is cached
     channels = layer.features if hasattr(layer, "features") else len(layer.log_scale)
     return [(method, (draw(2, channels, 3, 4),), {}) for method in ("forward", "inverse")]
+
+
+def _of_vectors(places: Sequence[nn.Module]) -> str:
+    """Why ours does not pay for a layer of vectors: the first of its place and those around it that has a net tells."""
+    for place in places:
+        parts = list(place.modules())
+        if any(isinstance(part, _ConvNd) or _is_conv(part) for part in parts):
+            return ""
+        if any(isinstance(part, nn.Linear) for part in parts):
+            return "vectors, as linear layers tell: its own forward is faster"
+    return ""
 
 
 # ActNorm
@@ -131,6 +145,9 @@ def _permutation(layer: Any, inverse: bool) -> list[Element]:
 def _coupling_unfit(layer: Any) -> str:
     if layer.unconditional_transform is not None:
         return "an unconditional transform in it"
+    net = layer.transform_net
+    if getattr(net, "context_features", None) and (vectors := _of_vectors([net])):
+        return f"{vectors}, and no run takes their context"
     kept, changed = len(layer.identity_features), len(layer.transform_features)
     return "" if kept and changed else f"a mask that keeps {kept} channels and transforms {changed}"
 
@@ -183,7 +200,7 @@ LIBRARY = Library(
         _couplings("AdditiveCouplingTransform", _additive),
         Row(
             "nflows' OneByOneConvolution",
-            by_class("nflows.transforms.conv.OneByOneConvolution"),
+            _is_conv,
             _calls(lambda layer: layer.features, (4,)),
             _conv,
             _example,
@@ -217,4 +234,5 @@ LIBRARY = Library(
         if qualified(type(owner)) == "nflows.transforms.base.MultiscaleCompositeTransform"
         else ""
     ),
+    alone=_of_vectors,
 )

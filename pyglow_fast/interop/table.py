@@ -152,6 +152,7 @@ class Library:
         join_graph: (container, library, memory, budget) -> what was joined in a container that is no list, in place,
             see graphs.py; None of another module.
         keeps: why the layers in a list of this owner are not joined.
+        alone: (a layer, and what holds it, from the inside out) -> the same as of a row, for all rows.
         one_by_one: its models call layers in loops of their own, so each is a run for itself.
     """
 
@@ -164,6 +165,7 @@ class Library:
     while_joined: Callable[[nn.Module], Mapping[str, Any]] = lambda owner: {}
     join_graph: Callable[..., Any] = lambda container, library, memory, budget: None
     keeps: Callable[[nn.Module], str] = _nothing
+    alone: Callable[[Sequence[nn.Module]], str] = _nothing
     one_by_one: bool = False
 
 

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
+import nflows.nn.nets
 import nflows.transforms
 import normflows
+import pytest
 import torch
 from support.accelerate_cases import ContextNet, at_work, from_normflows, mask, subnet
-from support.structures import BY_NAME
+from support.structures import BY_NAME, residual_net
 from torch import nn
 
 from pyglow_fast.interop import accelerate
+
+# Jet's run their own code in parts; SRFlow's without a net are replaced for larger images than these.
+OTHERWISE = ("jet-projected", "jet-images", "srflow")
+
+
+@pytest.mark.parametrize("memory", [None, "reversible"])
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in OTHERWISE])
+def test_no_layer_that_is_replaced_runs_its_own_code(
+    name: str, memory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the calls that the flow is used with, when it trains."""
+    case = BY_NAME[name]
+    model, ran = case.model(), []
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    replaced = accelerate(model, memory).replaced
+
+    def noted(own: Any) -> Any:
+        return lambda self, *args, **kwargs: [ran.append(self), own(self, *args, **kwargs)][1]
+
+    for kind in {kinds[name] for name in replaced}:
+        for way in {"forward", "inverse"} & set(dir(kind)):
+            monkeypatch.setattr(kind, way, noted(getattr(kind, way)))
+    case.forward(model, *case.batch())
+    assert [name for name in replaced if model.get_submodule(name) in ran] == []
 
 
 class Mine(normflows.flows.GlowBlock):
@@ -52,6 +79,31 @@ class TestReport:
         assert reason.startswith("its net runs as it is: net.1: Softplus(beta=1.0, threshold=20.0): expected ")
         other = nn.Sequential(normflows.flows.Planar((4,)), nn.Linear(2, 2))
         assert accelerate(other).left == {"0": "no counterpart of Planar"}
+
+    def test_the_nets_around_an_actnorm_tell_whether_it_is_of_vectors(self) -> None:
+        """The nearest do, and not what gives the flow a context or reads its latents."""
+        t, replaced = nflows.transforms, ["0._transforms.0", "0._transforms.1"]
+        for net, other, found in ((residual_net, nn.Conv2d(2, 2, 1), []), (ContextNet, nn.Linear(2, 2), replaced)):
+            chain = t.CompositeTransform([t.ActNorm(4), t.AffineCouplingTransform(mask(4, "halves"), net)])
+            assert list(accelerate(nn.Sequential(chain, other)).replaced) == found
+
+    def test_vectors_that_no_run_takes(self) -> None:
+        """Though memory is to be saved, their own code runs."""
+        t, nets = nflows.transforms, nflows.nn.nets
+
+        def coupling(**options: Any) -> nn.Module:
+            return t.AffineCouplingTransform(mask(4, "halves"), lambda i, o: nets.ResidualNet(i, o, 8, **options))
+
+        alone = [t.ActNorm(4), t.RandomPermutation(4), coupling(), t.Tanh()]
+        given = [coupling(context_features=3) for _ in range(2)]
+        for layers, words in ((alone, "not joined: no layer"), (given, "their context")):
+            model = t.CompositeTransform(layers)
+            kinds = [type(module) for module in model.modules()]
+            done = accelerate(model, "reversible")
+            assert (done.replaced, done.joined) == ({}, {})
+            assert words in done.left["_transforms.0"]
+            assert words in done.left["_transforms.1"]
+            assert [type(module) for module in model.modules()] == kinds
 
     def test_why_steps_are_not_joined(self) -> None:
         hooked = from_normflows(levels=1, steps=4)

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import nflows.nn.nets
 import nflows.transforms as t
 import normflows
 import pytest
@@ -32,10 +31,6 @@ def assert_both_ways(ours: Any, theirs: Any, x: Tensor, *context: Tensor) -> Non
         assert_same(ours, theirs, lambda layer, x, way=direction: getattr(layer, way)(x, *context), x)
 
 
-def residual(inputs: int, outputs: int) -> nn.Module:
-    return nflows.nn.nets.ResidualNet(inputs, outputs, hidden_features=8, num_blocks=1, context_features=3)
-
-
 class Activated(t.AffineCouplingTransform):
     """A coupling as in nflows' git, whose scale is an attribute."""
 
@@ -47,22 +42,16 @@ class Activated(t.AffineCouplingTransform):
         return self.scale_activation(raw), shift
 
 
-@pairs(
-    pytest.mark.parametrize("cut", [[0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]], ids=str),
-    pytest.mark.parametrize("kind", ["AffineCouplingTransform", "AdditiveCouplingTransform", "git"]),
-    pytest.mark.parametrize("shape", [IMAGES, VECTORS], ids=str),
-)
-def test_couplings_of_nflows(kind: str, cut: list[int], shape: tuple[int, ...]) -> None:
-    """Every mask, with a context and without, and the scale of nflows' git."""
-    net = ContextNet if len(shape) == 4 else residual
+@pytest.mark.parametrize("cut", [[0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("kind", ["AffineCouplingTransform", "AdditiveCouplingTransform", "git"])
+def test_couplings_of_nflows(kind: str, cut: list[int]) -> None:
+    """Every mask, and the scale of nflows' git."""
     names = {name: getattr(t.AffineCouplingTransform, name) for name in ("__module__", "__qualname__")}
     made = type("AffineCouplingTransform", (Activated,), names) if kind == "git" else getattr(t, kind)
-    layer = at_work(made(torch.tensor(cut), net))
+    layer = at_work(made(torch.tensor(cut), ContextNet))
     theirs = copy.deepcopy(layer)
     assert "" in accelerate(layer).replaced
-    x = torch.randn(shape, dtype=torch.float64)
-    context = [torch.randn(len(x), 3, dtype=torch.float64)] if len(shape) == 2 else []
-    assert_both_ways(layer, theirs, x, *context)
+    assert_both_ways(layer, theirs, torch.randn(IMAGES, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("training", [True, False])

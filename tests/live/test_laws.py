@@ -16,7 +16,7 @@ from torch import nn
 
 
 def of_fastflow(name: str, sizes: Sequence[tuple[int, int]], hidden_ratio: float = 1.0) -> Structure:
-    """The flows of FastflowModel on features of so many channels and of an eighth of their sides."""
+    """The flows of FastflowModel on features of so many channels and of about an eighth of their sides."""
 
     def build() -> nn.Module:
         fastflow = load("anomalib.models.image.fastflow.torch_model")
@@ -98,7 +98,7 @@ def jet() -> nn.Module:
 
 
 FLOWS = [
-    of_fastflow("resnet18", [(64, 8), (128, 4), (256, 2)]),
+    of_fastflow("resnet18", [(64, 8), (128, 4), (256, 3)]),
     of_fastflow("cait_m48_448", [(768, 7)], 0.16),
     Structure(
         "uflow",

@@ -378,7 +378,7 @@ STRUCTURES = [
     of_nflows("halves", lambda: from_nflows()._transform, (3, 8, 8), 3),
     of_nflows("alternating-leaky", lambda: from_nflows("alternating", net=leaky_context_net)._transform, (3, 8, 8), 3),
     of_nflows("context", nflows_with_context, (4, 5, 6), 2, cond=3),
-    of_nflows("vectors", nflows_of_vectors, (6,), 2),
+    replace(of_nflows("vectors", nflows_of_vectors, (6,), 2), left=(None,)),
     of_freia("freia", from_freia, (3, 8, 8), 3),
     of_freia("freia-leaky-gin", lambda: from_freia(net=leaky_subnet, gin_block=True), (3, 8, 8), 3),
     of_freia("freia-soft", plain((4, 5, 6), subnet, permute_soft=True), (4, 5, 6), 3),
@@ -390,7 +390,10 @@ STRUCTURES = [
     ),
     of_freia("freia-glow-couplings", glow_couplings, (4, 5, 6), 0),
     of_freia("freia-volumes", plain((4, 3, 4, 2), net_of_volumes), (4, 3, 4, 2), 3),
-    of_freia("freia-few-positions", plain((8, 2, 2), subnet), (8, 2, 2), 3),  # on which their own blocks run
+    replace(
+        of_freia("freia-few-positions", plain((8, 2, 2), subnet), (8, 2, 2), 0),
+        left=(None, "reversible"),
+    ),
     of_freia("freia-two-conditions", two_conditions, (4, 5, 6), 6, [(2, 5, 6), (3, 5, 6)]),
     of_freia("freia-module-twice", plain((4, 5, 6), net_with_a_module_twice), (4, 5, 6), 3),
     of_freia("freia-far-rows", plain((4, 20, 3), net_of_far_rows), (4, 20, 3), 3),
