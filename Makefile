@@ -2,7 +2,7 @@
 # make serve   a web page on this machine: the small model that comes with the package, and runs/demo if it is there
 # make test    the style checks, then the tests, side by side on all cores
 # make test-full   the tests that `make test` leaves out: slow ones, and those that pin the inside of what is to be replaced
-# make test-live   tests/live against anomalib, antsnormflows, coqui-tts, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
+# make test-live   tests/live against anomalib, antsnormflows, coqui-tts, glasflow, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
 # make mutants     mutmut changes the core's Python, and shows what no test notices; goes on where it stopped (MUTANTS_MINUTES)
 # make faults      seeds the numeric faults of tests/faults.toml into a copy of csrc, and shows which the tests catch
 # make docs    the pages of docs/ and the API reference as a site in build/site

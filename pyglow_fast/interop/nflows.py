@@ -6,7 +6,7 @@
     AdditiveCouplingTransform  z_t = x_t + net(x_i, context)
 
 x_t are the channels that the mask transforms, x_i those that it keeps, z_i = x_i. In nflows' git the coupling has a
-``scale_activation``, raw -> s. A permutation runs itself, and is a map of a run that it is in.
+``scale_activation``, raw -> s; glasflow has that in it. A permutation runs itself, and is a map of a run that it is in.
 Vectors are for runs that save memory alone.
 """
 
@@ -40,10 +40,17 @@ from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
-_PERMUTATIONS = tuple(
-    f"nflows.transforms.permutations.{name}" for name in ("Permutation", "RandomPermutation", "ReversePermutation")
-)
-_is_conv = by_class("nflows.transforms.conv.OneByOneConvolution")
+# glasflow has nflows in it, of which some of its own transforms are subclasses, with other constructors.
+_HOMES = ("nflows.transforms", "glasflow.nflows.transforms", "glasflow.transforms")
+
+
+def _classes(module: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{home}.{module}.{name}" for home in _HOMES for name in names)
+
+
+_PERMUTATIONS = _classes("permutations", "Permutation", "RandomPermutation", "ReversePermutation")
+_is_conv = by_class(*_classes("conv", "OneByOneConvolution"))
+_is_multiscale = by_class(*_classes("base", "MultiscaleCompositeTransform"))
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ def _coupling(layer: Any, inverse: bool, spec: Callable[[Any], CouplingSpec]) ->
 
 def _affine(layer: Any) -> CouplingSpec:
     activation = getattr(layer, "scale_activation", None)
-    if activation in (None, getattr(layer, "DEFAULT_SCALE_ACTIVATION", None)):
+    if activation in (None, getattr(type(layer), "DEFAULT_SCALE_ACTIVATION", None)):
         return CouplingSpec(bias=2.0, eps=1e-3, order="scale_shift")
     return CouplingSpec(scale_map=WithLog(activation), order="scale_shift")
 
@@ -184,7 +191,7 @@ def _additive(layer: Any) -> CouplingSpec:
 def _couplings(name: str, spec: Callable[[Any], CouplingSpec]) -> Row:
     return Row(
         f"nflows' {name}",
-        by_class(f"nflows.transforms.coupling.{name}"),
+        by_class(*_classes("coupling", name)),
         _calls(lambda layer: layer.features),
         partial(_coupling, spec=spec),
         _example,
@@ -210,7 +217,7 @@ LIBRARY = Library(
         ),
         Row(
             "nflows' ActNorm",
-            by_class("nflows.transforms.normalization.ActNorm"),
+            by_class(*_classes("normalization", "ActNorm")),
             _calls(lambda layer: len(layer.log_scale)),
             _norm,
             _example,
@@ -227,12 +234,8 @@ LIBRARY = Library(
             adopts=False,
         ),
     ),
-    homes=("nflows.transforms",),
+    homes=_HOMES,
     containers=("CompositeTransform", "MultiscaleCompositeTransform", "InverseTransform"),
-    keeps=lambda owner: (
-        "its flow splits after each of its transforms"
-        if qualified(type(owner)) == "nflows.transforms.base.MultiscaleCompositeTransform"
-        else ""
-    ),
+    keeps=lambda owner: "its flow splits after each of its transforms" if _is_multiscale(owner) else "",
     alone=_of_vectors,
 )

@@ -22,6 +22,7 @@ from support.covering import pairs
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
+from pyglow_fast.interop import nflows as adapter
 
 IMAGES, VECTORS = (3, 6, 4, 5), (7, 6)
 
@@ -31,10 +32,14 @@ def assert_both_ways(ours: Any, theirs: Any, x: Tensor, *context: Tensor) -> Non
         assert_same(ours, theirs, lambda layer, x, way=direction: getattr(layer, way)(x, *context), x)
 
 
+def default_scale(raw: Tensor) -> Tensor:
+    return torch.sigmoid(raw + 2) + 1e-3
+
+
 class Activated(t.AffineCouplingTransform):
     """A coupling as in nflows' git, whose scale is an attribute."""
 
-    DEFAULT_SCALE_ACTIVATION = staticmethod(lambda raw: torch.sigmoid(raw + 2) + 1e-3)
+    DEFAULT_SCALE_ACTIVATION = default_scale
     scale_activation: Callable[[Tensor], Tensor] = staticmethod(torch.nn.functional.softplus)
 
     def _scale_and_shift(self, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +57,35 @@ def test_couplings_of_nflows(kind: str, cut: list[int]) -> None:
     theirs = copy.deepcopy(layer)
     assert "" in accelerate(layer).replaced
     assert_both_ways(layer, theirs, torch.randn(IMAGES, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("memory", [None, "reversible"])
+def test_glasflow_has_nflows_in_it(memory: str | None) -> None:
+    """Its copies of nflows' layers, and a coupling of its own that is made otherwise."""
+
+    def glasflow(kind: type, home: str = "glasflow.nflows.transforms") -> Any:
+        module = kind.__module__.replace("nflows.transforms", home)
+        return type(kind.__name__, (kind,), {"__module__": module, "__qualname__": kind.__qualname__})
+
+    couplings = [glasflow(t.AffineCouplingTransform), glasflow(t.AffineCouplingTransform, "glasflow.transforms")]
+    layers: list[nn.Module] = []
+    for coupling in couplings:
+        layers += [glasflow(kind)(6) for kind in (t.ActNorm, t.OneByOneConvolution, t.RandomPermutation)]
+        layers.append(coupling(mask(6, "halves"), ContextNet))
+    model = at_work(glasflow(t.CompositeTransform)(layers))
+    theirs = copy.deepcopy(model)
+    done = accelerate(model, memory)
+    assert list(done.replaced) == [f"_transforms.{i}" for i in (0, 1, 3, 4, 5, 7)]
+    assert [report["steps"] for report in done.memory_report()] == ([] if memory is None else [2])
+    assert_both_ways(model, theirs, torch.randn(IMAGES, dtype=torch.float64))
+
+
+def test_the_scale_of_nflows_git_is_a_kernels() -> None:
+    """By default it is that of the release, which a kernel has."""
+    layer: Any = Activated(mask(6, "halves"), ContextNet)
+    assert adapter._affine(layer).scale_map == adapter.WithLog(layer.scale_activation)
+    layer.scale_activation = default_scale
+    assert adapter._affine(layer) == adapter._affine(t.AffineCouplingTransform(mask(6, "halves"), ContextNet))
 
 
 @pytest.mark.parametrize("training", [True, False])

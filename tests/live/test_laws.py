@@ -1,17 +1,18 @@
-"""What ``accelerate`` promises of every flow, on flows of anomalib, coqui-tts, antsnormflows and jet-pytorch."""
+"""What ``accelerate`` promises, on flows of anomalib, coqui-tts, antsnormflows, glasflow and jet-pytorch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 from live.peers import load
-from support.accelerate_cases import at_work
+from support.accelerate_cases import ContextNet, at_work, mask
 from support.accelerate_laws import LAWS
 from support.antstorch import glow
-from support.structures import Structure, normal, of_freia, of_glow_tts, of_jet
+from support.structures import Structure, normal, of_freia, of_glow_tts, of_jet, of_nflows
 from torch import nn
 
 
@@ -97,6 +98,19 @@ def jet() -> nn.Module:
     return model
 
 
+def real_nvp() -> nn.Module:
+    flow: nn.Module = load("glasflow").RealNVP(6, 3, linear_transform="permutation", scale_activation="log2")
+    return flow.get_submodule("_transform")
+
+
+def glasflow_of_images() -> nn.Module:
+    t, layers = load("glasflow.nflows.transforms"), []
+    for coupling in (t.AffineCouplingTransform, load("glasflow.transforms").AffineCouplingTransform):
+        layers += [t.ActNorm(4), t.OneByOneConvolution(4), coupling(mask(4, "halves"), ContextNet)]
+    made: nn.Module = t.CompositeTransform(layers)
+    return made
+
+
 FLOWS = [
     of_fastflow("resnet18", [(64, 8), (128, 4), (256, 3)]),
     of_fastflow("cait_m48_448", [(768, 7)], 0.16),
@@ -122,6 +136,8 @@ FLOWS = [
     of_freia("patchflow", patchflow, (8, 5, 6), 0, trains=False, pickles=True),
     of_glow_tts("coqui", decoder(), 6, parametrized=True),
     of_glow_tts("coqui-speaker", decoder(sigmoid_scale=True, c_in_channels=4, rate=2), 6, 4, parametrized=True),
+    replace(of_nflows("glasflow-vectors", real_nvp, (6,), 3), left=(None,), pickles=False),
+    replace(of_nflows("glasflow-images", glasflow_of_images, (4, 5, 6), 2), pickles=False),
     of_antsx("volumes", 3),
     of_antsx("volumes-defaults", 3, leaky=0.1, net_actnorm=True),
     of_antsx("volumes-bounded", 3, shift_cap=1.5, actnorm_s_cap=1.0, conv_s_cap=2.5),
