@@ -1,10 +1,12 @@
-"""Flow steps of chaiyujin's glow-pytorch and of what derives from it (SRFlow, LLFlow), by structure.
+"""Flow steps of chaiyujin's glow-pytorch and of what derives from it (SRFlow, LLFlow, y0ast's Glow), by structure.
 
     z = coupling(injector(P exp(logs) (x + bias)))       P: invconv (plain or LU), shuffle or reverse
 
 These classes are in no package of an index: every project has a copy. They are recognised by their attributes: an
 actnorm with ``bias``, ``logs`` and ``inited``; ``invconv``, ``shuffle`` or ``reverse``; ``f`` or ``affine``, which may
-be absent ("noCoupling"). SRFlow's nets read features, ``rrdbResults``, besides. The call stays
+be absent ("noCoupling"). SRFlow's nets read features, ``rrdbResults``, besides. y0ast's steps have other names,
+``block`` with children ``conv``, ``lower`` and ``upper``, and their ``flow_permutation`` is a function that calls the
+module: in a copy of a step that is the original's, so a copy runs its own code. The call stays
 ``step(input, logdet=None, reverse=False)``. The models loop over their steps and ask for the class of each, so steps
 are not joined: with a memory mode each keeps its input and output for the backward, and nothing of its nets.
 """
@@ -12,6 +14,7 @@ are not joined: with a memory mode each keeps its input and output for the backw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -40,16 +43,17 @@ WITH_FEATURES = "CondAffineSeparatedAndCond"
 
 def _layer(module: nn.Module) -> Layer | None:
     """A convolution, and behind it exp(logs) (x + bias) of its actnorm, or exp(logscale_factor logs) x."""
-    if not isinstance(module, nn.Conv2d) or "parametrizations" in module._modules:
+    own: Any = module
+    conv = own._modules.get("conv", own)
+    if not isinstance(conv, nn.Conv2d) or "parametrizations" in conv._modules:
         return None
-    conv: Any = module
-    if hasattr(conv, "actnorm"):
-        norm = conv.actnorm
+    if hasattr(own, "actnorm"):
+        norm = own.actnorm
         return Layer(conv, lambda: (norm.logs.flatten(), (norm.bias * norm.logs.exp()).flatten()))
-    if hasattr(conv, "logs"):
-        nothing = torch.zeros_like(conv.logs).flatten()
-        return Layer(conv, lambda: ((conv.logs * conv.logscale_factor).flatten(), nothing))
-    return Layer(conv)
+    if hasattr(own, "logs"):
+        nothing = torch.zeros_like(own.logs).flatten()
+        return Layer(conv, lambda: ((own.logs * own.logscale_factor).flatten(), nothing))
+    return Layer(conv) if conv is own else None
 
 
 class OwnNet(Net):
@@ -61,14 +65,24 @@ class OwnNet(Net):
 def _looks_like(module: nn.Module) -> bool:
     actnorm = getattr(module, "actnorm", None)
     has_actnorm = isinstance(actnorm, nn.Module) and all(hasattr(actnorm, name) for name in ("bias", "logs", "inited"))
-    names = (getattr(module, name, None) for name in ("flow_permutation", "flow_coupling"))
-    return has_actnorm and all(isinstance(name, str) for name in names)
+    permutation, coupling = (getattr(module, name, None) for name in ("flow_permutation", "flow_coupling"))
+    return has_actnorm and isinstance(permutation, str | FunctionType) and isinstance(coupling, str)
+
+
+def _permutation(step: Any) -> str:
+    """Which of its modules a step's flow_permutation names or, being a function, calls; empty if neither is known."""
+    named = step.flow_permutation
+    if isinstance(named, FunctionType):
+        own = [cell.cell_contents for cell in named.__closure__ or ()] == [step]
+        named = next((name for name in _PERMUTES if own and name in step._modules), "")
+    return named if named in _PERMUTES and isinstance(getattr(step, named, None), nn.Module) else ""
 
 
 def _unfit(step: Any) -> str:
     channels, kind = step.actnorm.bias.numel(), step.flow_coupling
-    if not isinstance(getattr(step, step.flow_permutation, None), nn.Module) or step.flow_permutation not in _PERMUTES:
-        return f"flow_permutation {step.flow_permutation!r}"
+    if not _permutation(step):
+        named = step.flow_permutation
+        return f"flow_permutation {named!r}" if isinstance(named, str) else "a flow_permutation that is another step's"
     if kind not in ("affine", "additive", "noCoupling", WITH_FEATURES):
         return f"flow_coupling {kind!r}"
     if kind == WITH_FEATURES and step.affine.channels_for_nn * 2 != channels:
@@ -76,7 +90,7 @@ def _unfit(step: Any) -> str:
     return f"{channels} channels" if channels % 2 and kind != "noCoupling" else ""
 
 
-def _couplings(step: Any) -> list[Element]:
+def _couplings(step: Any) -> list[NetCoupling]:
     kind, half = step.flow_coupling, step.actnorm.bias.numel() // 2
     if kind == "noCoupling":
         return []
@@ -84,7 +98,8 @@ def _couplings(step: Any) -> list[Element]:
         own, spec = step.affine, CouplingSpec("affine", eps=float(step.affine.affine_eps))
         injector = NetCoupling(wrapped(step, OwnNet, own.fFeatures, IN_TURN), spec, 0, 2 * half)
         return [injector, NetCoupling(wrapped(step, OwnNet, own.fAffine, IN_TURN), spec, half, half)]
-    net = wrapped(step, OwnNet, step.f, IN_TURN if kind == "affine" else None)
+    own = step.f if hasattr(step, "f") else step.block
+    net = wrapped(step, OwnNet, own, IN_TURN if kind == "affine" else None)
     return [NetCoupling(net, CouplingSpec(kind), half, half)]
 
 
@@ -97,17 +112,21 @@ def _order(indices: tuple[int, ...], device: torch.device) -> Tensor:
 def _channel_map(step: Any, inverse: bool) -> ChannelMap:
     """Actnorm and permutation, u = P exp(logs) (x + bias), or x = exp(-logs) P^-1 u - bias."""
     log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
-    if step.flow_permutation != "invconv":
-        indices = getattr(step, step.flow_permutation).indices
-        on_device = isinstance(indices, Tensor)
-        source = indices.to(bias.device).long() if on_device else _order(tuple(map(int, indices)), bias.device)
+    if (permutation := _permutation(step)) != "invconv":
+        indices = getattr(step, permutation).indices
+        on_device = isinstance(indices, Tensor) and indices.device == bias.device
+        source = indices.long() if on_device else _order(tuple(map(int, indices)), bias.device)
         if inverse:
             return ChannelMap((-log_scale).exp(), -bias, -log_scale.sum(), source.argsort())
         return ChannelMap(*functional.gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
     conv = step.invconv
     with full_precision(bias):
-        weight = plu_weight(conv.p, conv.l, conv.u, conv.log_s, conv.sign_s) if conv.LU else conv.weight
-        log_det = log_scale.sum() + (conv.log_s.sum() if conv.LU else functional.log_abs_det(weight))
+        if hasattr(conv, "weight"):
+            weight, log_det = conv.weight, functional.log_abs_det(conv.weight)
+        else:
+            lower, upper = (conv.l, conv.u) if hasattr(conv, "l") else (conv.lower, conv.upper)
+            weight, log_det = plu_weight(conv.p, lower, upper, conv.log_s, conv.sign_s), conv.log_s.sum()
+        log_det = log_scale.sum() + log_det
         if inverse:
             rows = (-log_scale).exp().unsqueeze(1)
             return ChannelMap(functional.invert_matrix(weight) * rows, -bias, -log_det)
@@ -124,10 +143,11 @@ def _called(
 ) -> Call | None:
     """x, logdet -> z, logdet + log|det|; with ``reverse`` z, logdet -> x, logdet - log|det|."""
     features = rrdbResults.get(getattr(step, "position", None)) if isinstance(rrdbResults, Mapping) else rrdbResults
-    couples, needs = step.flow_coupling != "noCoupling", step.flow_coupling == WITH_FEATURES
+    needs = step.flow_coupling == WITH_FEATURES
+    scales = needs or step.flow_coupling == "affine"
     if not isinstance(input, Tensor) or input.dim() != 4 or input.shape[1] != step.actnorm.bias.numel():
         return None
-    if (couples and logdet is None) or torch.is_autocast_enabled(input.device.type):
+    if (scales and logdet is None) or torch.is_autocast_enabled(input.device.type):
         return None  # theirs adds to None where it has a scale, and says so
     if needs:
         if not isinstance(features, Tensor) or features.dim() != 4 or features.dtype != input.dtype:
@@ -136,37 +156,35 @@ def _called(
             return None
 
     def give(z: Tensor, log_det: Tensor) -> tuple[Tensor, Any]:
-        return z, None if logdet is None else logdet + (log_det if couples else log_det[0])
+        return z, None if logdet is None else logdet + (log_det if scales else log_det[0])
 
     return Call(input, reverse, give, features if needs else None)
 
 
-def _nets_pay(elements: Sequence[Element]) -> bool:
-    """Whether products are faster than the library's convolutions: those with more than one tap are wide to narrow."""
-    for part in elements:
-        net: Any = part.net if isinstance(part, NetCoupling) else None
-        known: KnownNet | str | None = None if net is None else net.known()
+def _alone(step: Any) -> str:
+    """Why the library's convolutions are as fast: products are faster if those with several taps are wide to narrow."""
+    for coupling in _couplings(step):
+        net: Any = coupling.net
+        known: KnownNet | str = net.known()
         if isinstance(known, str):
-            return False
-        wide = [layer for layer in known.layers if max(layer.kernel_size) > 1] if known is not None else []
+            return f"a net that runs as it is ({known}): its own forward is as fast"
+        wide = [layer for layer in known.layers if max(layer.kernel_size) > 1]
         if any(max(layer.widths) < LEAST_RATIO * min(layer.widths) for layer in wide):
-            return False
-    return True
+            return "nets of such widths: its own forward is as fast"
+    return ""
 
 
 def _pays(step: Any, call: Call) -> bool:
-    positions, nets = call.x.shape[0] * n_positions(call.x), _couplings(step)
-    return positions >= LEAST_POSITIONS and _nets_pay(nets) if nets else positions >= LEAST_WITHOUT_NET
-
-
-def _alone(step: Any) -> str:
-    return "" if _nets_pay(_couplings(step)) else "nets of such widths: its own forward is as fast"
+    positions, has_nets = call.x.shape[0] * n_positions(call.x), step.flow_coupling != "noCoupling"
+    return positions >= (LEAST_POSITIONS if has_nets else LEAST_WITHOUT_NET) and not _alone(step)
 
 
 def _example(step: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
     for module in step.modules():
         if hasattr(module, "inited"):
             module.inited = True
+    if isinstance(permute := step.flow_permutation, FunctionType):  # of the original, in a copy
+        step.flow_permutation = FunctionType(permute.__code__, permute.__globals__, closure=(CellType(step),))
     channels, more = step.actnorm.bias.numel(), {}
     if step.flow_coupling == WITH_FEATURES:
         more = {"rrdbResults": draw(2, step.affine.fFeatures[0].in_channels, 5, 4)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import srflow
+from support import srflow, y0ast
 from support.accelerate_cases import saved_bytes
 from support.srflow import FlowStep, randomised
 from torch import Tensor, nn
@@ -91,15 +91,12 @@ def test_without_a_log_det() -> None:
     for name in ("no coupling", "additive"):
         step = step_of(name)
         x, _, _ = call_of(step, name)
-        expected = step(x), step(x, None, True)
+        expected, scalar = (step(x), step(x, None, True)), step(x, 0.0)[1]
         accelerate(step)
+        assert step(x, 0.0)[1].shape == scalar.shape == ()
         for (z, logdet), (other, _) in zip((step(x), step(x, None, True)), expected, strict=True):
             assert logdet is None
             assert_same([z], [other])
-    step = step_of("no coupling")
-    scalar = step(x, 0.0)[1]
-    accelerate(step)
-    assert step(x, 0.0)[1].shape == scalar.shape == ()
 
 
 @pytest.mark.parametrize("memory", ["store", "reversible"])
@@ -136,6 +133,21 @@ def test_what_is_not_known_is_left_with_its_reason(change: Any, reason: str) -> 
     assert reason in done.left["0"]
 
 
+def test_a_copy_of_y0asts_step_runs_the_permutation_of_its_original() -> None:
+    """As in their code, whose step holds a function of the original: a copy that is accelerated is left to that."""
+    step = randomised(y0ast.FlowStep(CHANNELS, 40).double())
+    assert isinstance(step, y0ast.FlowStep)
+    before = copy.deepcopy(step)
+    accelerate(step)
+    after = copy.deepcopy(step)
+    with torch.no_grad():
+        step.invconv.weight.mul_(2.0)
+    x, logdet, _ = call_of(step, "affine")
+    for reverse in (False, True):
+        assert_same(list(after(x, logdet, reverse)), list(before(x, logdet, reverse)))
+    assert accelerate(before).left == {"": "a flow_permutation that is another step's"}
+
+
 class OtherScale(FlowStep):
     """The same attributes and call, but another arithmetic: the scale's offset is 1."""
 
@@ -168,9 +180,26 @@ def test_another_arithmetic_is_found_by_the_probe(part: str) -> None:
     assert done.left[""].startswith("its result 0 of forward")
 
 
-def test_a_net_of_another_structure_runs_as_it_is() -> None:
+class WithNorm(nn.Module):
+    """A convolution as y0ast's net has it, and another norm."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = conv, nn.GroupNorm(2, 40).double()
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.conv(input))
+        return out
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_net_of_another_structure_runs_as_it_is(wraps: bool) -> None:
     step = step_of("affine")
-    step.f.insert(1, nn.GroupNorm(2, 40).double())
+    if wraps:
+        step.f[0] = WithNorm(step.f[0])
+    else:
+        step.f.insert(1, nn.GroupNorm(2, 40).double())
+    assert "GroupNorm" in accelerate(copy.deepcopy(step)).left[""]
     inputs = call_of(step, "affine")
     expected = everything(step, *inputs)
     done = accelerate(step, memory="reversible")

@@ -178,6 +178,11 @@ class FlowStep(nn.Module):
             width = in_channels if flow_coupling == "affine" else in_channels // 2
             self.f = net(in_channels // 2, width, hidden_channels)
 
+    def predicted(self, z1: Tensor) -> Tensor:
+        """What the net of the coupling says."""
+        out: Tensor = self.f(z1)
+        return out
+
     def _permuted(self, z: Tensor, logdet: Any, reverse: bool) -> tuple[Tensor, Any]:
         if self.flow_permutation == "invconv":
             return self.invconv(z, logdet, reverse)
@@ -190,7 +195,7 @@ class FlowStep(nn.Module):
             ft = rrdbResults[self.position] if isinstance(rrdbResults, Mapping) else rrdbResults
             return self.affine(input=z, logdet=logdet, reverse=reverse, ft=ft)
         z1, z2 = z.chunk(2, dim=1)
-        h = self.f(z1)
+        h = self.predicted(z1)
         if self.flow_coupling == "additive":
             return torch.cat([z1, z2 - h if reverse else z2 + h], dim=1), logdet
         shift, raw = apart(h)

@@ -1,8 +1,8 @@
 """The one list of flows of other projects that ``accelerate`` is held against: how each is built, called and inverted.
 
 Those of normflows, nflows and FrEIA are made of the installed libraries. The others have the interface and the
-equations of their project, small: anomalib (FastFlow, U-Flow, PatchFlow, CFLOW), msflow, coqui's Glow-TTS, chaiyujin's
-Glow, SRFlow, jet-pytorch and JetFormer.
+equations of their project, small: anomalib (FastFlow, U-Flow, PatchFlow, CFLOW), msflow, coqui's Glow-TTS, the Glows of
+chaiyujin and y0ast, SRFlow, jet-pytorch and JetFormer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from support import y0ast
 from support.accelerate_cases import (
     at_work,
     from_freia,
@@ -52,7 +53,8 @@ class Structure:
         masked: whether the first condition is a mask, which has no gradient.
         trains: whether it is run in training too; else it looks at whole batches there, in its BatchNorms.
         inverse_gradients: whether the inverse has gradients in the parameters; a stored inverse has none.
-        copies: whether torch copies its nets; those with weight_norm's hooks it does not.
+        copies: whether a copy is a model of its own; nets with weight_norm's hooks are not copied, and y0ast's steps
+            call what is the original's.
         pickles: whether the original can be pickled; FrEIA's own layers and parametrized nets cannot.
         samples: of a batch.
         left: the memory modes, of None and "reversible", in which all its layers are left, being as fast as ours.
@@ -340,17 +342,18 @@ class InTurn(nn.Module):
         return z, log_det
 
 
-def of_chaiyujin(name: str, **options: Any) -> Structure:
+def of_chaiyujin(name: str, step: type[FlowStep] = FlowStep, **options: Any) -> Structure:
     def zeros(x: Tensor) -> Tensor:
         return x.new_zeros(len(x))
 
     return Structure(
         f"chaiyujin-{name}",
-        lambda: randomised(InTurn([FlowStep(4, 40, **options) for _ in range(2)]).double()),
+        lambda: randomised(InTurn([step(4, 40, **options) for _ in range(2)]).double()),
         [(4, 29, 28)],  # steps of fewer positions run as they are
         lambda model, data, _: model(data[0], zeros(data[0])),
         lambda model, found, _: model(found[0], zeros(found[0]), reverse=True),
         2,
+        copies=step is FlowStep,
         samples=2,
     )
 
@@ -426,6 +429,10 @@ STRUCTURES = [
     of_chaiyujin("affine"),
     of_chaiyujin("lu-additive", LU_decomposed=True, flow_coupling="additive"),
     of_chaiyujin("shuffle", flow_permutation="shuffle"),
+    of_chaiyujin("y0ast-affine", y0ast.FlowStep),
+    of_chaiyujin("y0ast-lu-additive", y0ast.FlowStep, LU_decomposed=True, flow_coupling="additive"),
+    of_chaiyujin("y0ast-shuffle", y0ast.FlowStep, flow_permutation="shuffle"),
+    of_chaiyujin("y0ast-reverse", y0ast.FlowStep, flow_permutation="reverse"),
     Structure(
         "srflow",
         lambda: randomised(FlowUpsamplerNet(1, 16, 2, 2, 2, n_transitions=1, cond_splits=True).double()),
