@@ -30,13 +30,14 @@ from pyglow_fast.runs.setting import parse_memory
 class ReversibleSequence(FlowLayer):
     """z = f_K(... f_1(x)), log_det their sum; what the backward needs is recomputed rather than stored.
 
-    Memory modes, at any time by assigning to ``memory``:
+    Memory modes, at any time by assigning to ``memory``, of ``forward`` and of ``inverse`` alike:
 
     - "store": ordinary autograd. Memory grows with K and with the nets' hidden layers.
     - "checkpoint": the state of every step is kept, the nets are run again. Exact.
-    - "reversible": the output and a few anchors are kept, states are recomputed by inversion: one more run of the net
-      a step, as in "checkpoint". What has drifted beyond the tolerance is found and redone by checkpointing, so that
-      the gradient is right in any case; the anchors' spacing adapts (docs/memory-derivation.md).
+    - "reversible": the output and a few anchors are kept, states are recomputed by inversion, those of an inverse by
+      running the steps forward: one more run of the net a step, as in "checkpoint". What has drifted beyond the
+      tolerance is found and redone by checkpointing, so that the gradient is right in any case; the anchors' spacing
+      adapts, in each direction by its own drift (docs/memory-derivation.md).
 
     In the last two, and always without gradients, the coupling nets of FlowSteps run in chunks of samples and rows, so
     that their activations stay within ``memory_budget``. FlowSteps are joined where they are as they come: of a
@@ -50,7 +51,7 @@ class ReversibleSequence(FlowLayer):
             and ``inverse``; if all give z alone, so does the sequence. Steps may share parameters; their output must be
             a function of the input.
         memory: a mode; or bytes, as a number or a text such as "4GB": FlowSteps then keep what is fastest within them,
-            see docs/memory.md. In a model with a budget its plan comes in their place.
+            in either direction; see docs/memory.md. In a model with a budget its plan comes in their place.
         anchor_every: steps between stored states: "auto", an int, or None for none but the input. In FlowSteps, an
             injector and a coupling count as a step each; what has neither counts as none.
         tolerance: largest relative drift of a recomputed state, or None for the default by dtype and depth.
@@ -335,8 +336,8 @@ class ReversibleSequence(FlowLayer):
     def memory_report(self) -> dict[str, Any]:
         """Report mode or budget, spacing of the anchors, drift, and what was redone so far; of inverses too, if any.
 
-        With a budget also how many steps the last training step has "inverted", "checkpointed" and "stored", and
-        the "predicted_bytes" of its plan.
+        With a budget also how many steps the last recorded pass, of either direction, has "inverted", "checkpointed"
+        and "stored", and the "predicted_bytes" of its plan.
         """
         own = {"memory": self.memory, "steps": len(self), **self.control.report()}
         inverse = self.inverse_control.report()

@@ -84,7 +84,8 @@ class MaskedSequence(ReversibleSequence):
     """z = f_K(... f_1(x)) of the positions that a mask says are there, log_det theirs; f_k FlowSteps of one width.
 
     A step's actnorm is initialised from the positions that are there, its net gets the mask, and where there is none z
-    is zero. Without a mask, and in all else, it is a ReversibleSequence: memory modes, drift control, budget.
+    is zero. Without a mask, and in all else, it is a ReversibleSequence: memory modes and drift control in either
+    direction, memory_budget. With a mask a gradient within bytes is refused.
 
     Args:
         steps: FlowSteps of one width with nets that state ``takes_mask = True``, such as WaveNet: called with x1, cond
@@ -137,7 +138,7 @@ class MaskedSequence(ReversibleSequence):
     def inverse(
         self, z: Tensor, cond: Tensor | None = None, mask: Tensor | None = None, *, plan: RunPlan | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map z back to x at the positions that the mask says are there."""
+        """Map z back to x at the positions that the mask says are there; its backward keeps what forward's does."""
         if mask is None:
             return super().inverse(z, cond, plan=plan)
         steps, mask = self._checked("z", z, cond, mask)

@@ -128,8 +128,8 @@ class GlowTransform(Transform):
 class GlowDistribution(TransformedDistribution):
     """p(x) of a Glow, or p(x | y, cond), with the interface of torch.distributions.
 
-    ``rsample`` is x = T(eps), eps ~ N(0, 1), differentiable in the parameters (see GlowTransform); events are x as
-    ``Glow.log_prob`` takes it, log_prob is in nats.
+    ``rsample`` is x = T(eps), eps ~ N(0, 1), differentiable in the parameters (see GlowTransform), for what the model's
+    memory mode keeps; events are x as ``Glow.log_prob`` takes it, log_prob is in nats.
 
     Args:
         model: a Glow.

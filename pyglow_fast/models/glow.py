@@ -56,9 +56,10 @@ class Glow(nn.Module):
             give. In a model with a condition it is called as net(x1, cond), and in_channels counts x1 alone. ``hidden``
             and ``net_actnorm`` are then of the injectors' nets alone, which stay CouplingNets, and ``border`` of the
             priors. Neither config nor model holds the factory: a state_dict is loaded into a Glow made with the same.
-        memory: "reversible", "checkpoint" or "store": what training keeps for the backward. Or bytes, as a number or a
-            text such as "4GB": the fastest training whose tensors take at most so many beyond parameters and their
-            gradients (docs/memory.md). May be changed at any time.
+        memory: "reversible", "checkpoint" or "store": what is kept for the backward, of log_prob as of decode,
+            from_noise and sample(differentiable=True). Or bytes, as a number or a text such as "4GB": the fastest
+            pass and backward whose tensors take at most so many beyond parameters and their gradients
+            (docs/memory.md). May be changed at any time.
         anchor_every, tolerance, memory_budget, deferred_check: see :class:`~pyglow_fast.ReversibleSequence`.
         precision: that the coupling nets compute in, the flow state staying float32: "bf16", "fp16", "tf32", "fp32" or
             "auto" (as torch.autocast and torch's settings say, which on a GPU is "tf32" for convolutions as torch
@@ -161,6 +162,8 @@ class Glow(nn.Module):
     def memory_plan(self, n: int) -> RunPlan | None:
         """Plan a training step on n images of the model's size, from shapes alone; None without a budget.
 
+        A gradient through decode or sample has a plan of its own, made when it is first asked for.
+
         What the nets run in is reckoned as it would be now: within torch.autocast call it there.
 
         Args:
@@ -223,7 +226,7 @@ class Glow(nn.Module):
     def memory_report(self) -> list[dict[str, Any]]:
         """Report on each run of steps, two a level with checkerboards: see ReversibleSequence.memory_report.
 
-        With a budget "predicted_bytes" are those of the whole model's last training step.
+        With a budget "predicted_bytes" are those of the whole model's last recorded pass, of either direction.
         """
         return [sequence.memory_report() for sequence in self._sequences()]
 
@@ -232,7 +235,8 @@ class Glow(nn.Module):
 
         Actnorm, 1x1 convolution and their inverses are one matrix a step, the nets' gains and actnorms part of their
         weights: nothing is computed from parameters any more, none asks for a gradient, and the copy stays in
-        evaluation mode. Its state_dict has other keys than this model's.
+        evaluation mode. Its state_dict has other keys than this model's. Gradients flow to x, latents and condition;
+        from latents to x they take what the memory mode of this model says, of bytes what "reversible" does.
 
         Raises:
             ValueError: an actnorm has seen no data; steps with hooks or overridden methods.
@@ -421,7 +425,7 @@ class Glow(nn.Module):
         return x, log_det
 
     def inverse(self, latents: list[Tensor], cond: Condition | None = None) -> tuple[Tensor, Tensor]:
-        """Map latents back to x; log_det is the negative of the forward one."""
+        """Map latents back to x; log_det is the negative of the forward one. Its backward keeps to ``memory``."""
         self._check_latents(latents)
         conds = self._check_cond(cond, latents[0].shape[0])
         return self._decode(latents, None, conds, lambda i, _: latents[i])
@@ -490,7 +494,10 @@ class Glow(nn.Module):
             return self(x, cond)[0]
 
     def decode(self, latents: list[Tensor], cond: Condition | None = None, precision: str = "fp32") -> Tensor:
-        """Compute the x whose latents these are; precision as in :meth:`encode`."""
+        """Compute the x whose latents these are; precision as in :meth:`encode`.
+
+        A gradient to latents, condition or parameters is recorded where one is asked for, by the memory mode.
+        """
         with exact_nets(self._couplings(), self._parameter(), precision, "decode"):
             return self.inverse(latents, cond)[0]
 
