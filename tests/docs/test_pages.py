@@ -17,8 +17,10 @@ import sys
 import tomllib
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from support import ROOT
 from support.figures import leave_undrawn
 from support.pages import Block, blocks, page, shell_commands
@@ -32,7 +34,8 @@ from pyglow_fast.train import TrainConfig
 leave_undrawn()
 
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-LINKING = (*PAGES, "CONTRIBUTING.md", "docs/reference/index.md")
+EXAMPLES = tuple(f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.md")))
+LINKING = (*PAGES, *EXAMPLES, "CONTRIBUTING.md", "docs/reference/index.md")
 SHOWN = [(name, block) for name in PAGES for block in blocks(page(name))]
 LANGUAGES = ("python", "sh", "console", "text", "toml")
 SHIPPED = ROOT / "pyglow_fast" / "shown" / "best.safetensors"
@@ -72,6 +75,20 @@ def test_python_runs(block: Block) -> None:
     if " MB" in block.code and _backend.extension() is None:
         pytest.skip(f"bytes need the extension: {_backend.reason()}")
     exec(block.code, {"__name__": "__main__"})
+
+
+@pytest.mark.skipif(not SHIPPED.is_file(), reason=f"this copy has no {SHIPPED}")
+def test_the_example_of_inverse_problems_runs() -> None:
+    """In few steps; what it finds agrees better with what was observed than the mean of every prior does."""
+    (block,) = blocks(page("examples/inverse_problem.md"))
+    example: dict[str, Any] = {"__name__": "example"}
+    exec(block.code.replace("steps=150", "steps=6"), example)
+    assert Path("found.png").is_file()
+    truth, found = example["truth"], [x for name, x in example["rows"] if name == "found"]
+    noise = [torch.zeros(len(truth), *shape) for shape in example["model"].latent_shapes]
+    mean, _ = example["model"].from_noise(noise, example["labels"])
+    for (observe, _), x in zip(example["problems"].values(), found, strict=True):
+        assert (observe(x) - observe(truth)).norm() < 0.9 * (observe(mean) - observe(truth)).norm()
 
 
 @pytest.mark.parametrize("block", cases("sh"))
