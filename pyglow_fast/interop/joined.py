@@ -195,7 +195,7 @@ class JoinedLayers:
         numbers of their maps and, after a call, the errors of round trips.
         """
         steps = max(self._count, int(self.rows[0].run is not None))
-        found = {"memory": self.memory, "steps": steps, **self.control.report()}
+        found = {"memory": self.memory, "steps": steps, **self.control.reports(self.inverse_control)}
         return found if self._limit() is None else found | {"beyond_limit": self.beyond, **self._health()}
 
     @torch.no_grad()

@@ -339,9 +339,7 @@ class ReversibleSequence(FlowLayer):
         With a budget also how many steps the last recorded pass, of either direction, has "inverted", "checkpointed"
         and "stored", and the "predicted_bytes" of its plan.
         """
-        own = {"memory": self.memory, "steps": len(self), **self.control.report()}
-        inverse = self.inverse_control.report()
-        own |= {"inverse": inverse} if inverse["passes"] else {}
+        own = {"memory": self.memory, "steps": len(self), **self.control.reports(self.inverse_control)}
         return own if isinstance(self.memory, str) or self.planned is None else own | self.planned.report(len(self))
 
     def get_extra_state(self) -> Tensor:

@@ -369,6 +369,11 @@ class DriftControl:
         shown = ("passes", "last_drift", "largest_drift", "trips", "redone_steps", "skipped")
         return {"anchor_every": self.spacing} | {name: getattr(self.learnt, name) for name in shown}
 
+    def reports(self, inverse: DriftControl) -> dict[str, Any]:
+        """Report of both directions: that of the inverse, if it ever went back, under "inverse"."""
+        back = inverse.report()
+        return self.report() | ({"inverse": back} if back["passes"] else {})
+
     def state(self) -> Tensor:
         """Pack all that decides the next passes into a float64 vector, to be saved in checkpoints."""
         self.settle(wait=True)
