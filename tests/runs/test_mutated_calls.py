@@ -17,7 +17,7 @@ import pyglow_fast as pgf
 from pyglow_fast import _backend, functional
 from pyglow_fast.runs import compiled
 
-ENTRIES = ("run_forward", "run_backward", "run_inverse", "inverted", "fold", "fold_backward")
+ENTRIES = ("run_forward", "run_backward", "inverted", "fold", "fold_backward")
 MADE = ("BackwardArgs", "Kept", "Part")
 THINNED = 4  # one changed call in so many is made
 SAID = (ValueError, TypeError, RuntimeError, IndexError)
@@ -76,6 +76,13 @@ def tensors(x: Tensor) -> Iterator[Any]:
         yield from (x + 1000, x - 1000)
 
 
+def turned(step: Any) -> Any:
+    """A step in the other direction."""
+    extension, names = _backend.require(), ("map", "order", "inverse", "bias", "eps", "clamp", "factor")
+    kind = {name: getattr(step.kind, name) for name in names} | {"inverse": not step.kind.inverse}
+    return extension.Step(kind=extension.Kind(**kind), net=step.net, reads=step.reads)
+
+
 def others(arg: Any) -> Iterator[Any]:
     """What may stand in the place of an argument."""
     if isinstance(arg, Tensor):
@@ -84,6 +91,10 @@ def others(arg: Any) -> Iterator[Any]:
         yield from (None, [], arg[1:], arg[:-1], arg + arg[-1:], arg[::-1])
         for i in {0, 1, len(arg) - 1} & set(range(len(arg))):
             yield from ([*arg[:i], other, *arg[i + 1 :]] for other in others(arg[i]))
+        if all(hasattr(one, "kind") for one in arg):
+            yield [turned(one) for one in arg]
+    elif hasattr(arg, "kind"):
+        yield from (None, turned(arg))
     elif isinstance(arg, tuple):
         yield from changed(arg)
     elif isinstance(arg, bool):
@@ -117,10 +128,11 @@ def recorded(memory: str, options: dict[str, Any], budget: str | int, autocast: 
     sequence.initialize(x, given)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         patch.setattr(compiled, "require", lambda: recorder)
-        z, log_det = sequence(x, given)
-        (z.sum() + log_det.sum()).backward()
-        with torch.no_grad():
-            sequence.inverse(sequence(x, given)[0], given)
+        for way in (sequence, sequence.inverse):
+            z, log_det = way(x, given)
+            (z.sum() + log_det.sum()).backward()
+            with torch.no_grad():
+                way(x, given)
     return recorder.calls
 
 
@@ -142,7 +154,8 @@ def main(convolutions: bool) -> None:
     seen, refused, answered = set(), 0, 0
     for memory, options in itertools.product(("store", "checkpoint", "reversible"), OPTIONS):
         for call in recorded(memory, *options):
-            if (text := repr((call[0], memory if "run" in call[0] else "", options))) in seen:
+            of_run = (memory, call[1][0][2]["steps"][0].kind.inverse) if "run" in call[0] else ()
+            if (text := repr((call[0], of_run, options))) in seen:
                 continue
             seen.add(text)
             called(call)
