@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import machine
+from support.gradients import turn
 from support.machine import MACHINE_THREADS, Turns
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -96,3 +97,11 @@ def _repeatable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU everywhere, and the GPU where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In a test for ``both_ways``: "forward", or "inverse", where runs that are called go from latents to data."""
+    if request.param == "inverse":
+        turn(monkeypatch)
+    return str(request.param)

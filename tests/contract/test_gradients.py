@@ -27,6 +27,8 @@ from support.gradients import (
     assert_same_gradients,
     assert_stored_gradients,
     batch,
+    both_ways,
+    both_ways_in_full,
     gradients,
     least_bytes,
     memories_of,
@@ -45,6 +47,7 @@ import pyglow_fast as pgf
 # --------------------------------------------------------------------------------------------------- every kind of flow
 
 
+@both_ways
 @pairs(
     pytest.mark.parametrize("permutation", ["invconv", "invconv_plain", "shuffle", "reverse", "grouped"]),
     pytest.mark.parametrize(
@@ -112,6 +115,7 @@ def test_every_kind_of_step(
         assert (own.memory_report()["trips"] > 0) == (memory is REDONE)
 
 
+@both_ways
 @pytest.mark.parametrize("name", ["sequence-injectors", "sequence-without-couplings", "sequence-of-modules"])
 def test_every_kind_of_run(name: str) -> None:
     """Injectors alone, steps without couplings, other layers between."""
@@ -157,6 +161,7 @@ def test_whole_models(name: str) -> None:
     assert_close(model.freeze().log_prob(x, y, cond), model.log_prob(x, y, cond), CONDITION)
 
 
+@both_ways
 def test_sequences_with_padding() -> None:
     """Speech of different lengths: what is behind the end of one gives nothing and gets nothing."""
     nets = [pgf.WaveNet(4, 8, 6, 3, cond_channels=2) for _ in range(5)]
@@ -174,6 +179,7 @@ def test_sequences_with_padding() -> None:
         assert not got["x"][padding].any()
 
 
+@both_ways
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_samples(n: int) -> None:
     """One sample, and an empty batch, as the last one of a rank may be."""
@@ -191,6 +197,7 @@ def test_an_empty_batch_that_is_squeezed() -> None:
         assert_same_gradients(gradients(own, x, None, partial(run, own)), expected, memory)
 
 
+@both_ways_in_full
 @runs
 def test_memory_layouts_of_input_and_incoming_gradient(build: Build) -> None:
     """Channels-last images, slices and transposed views are their values, whatever their strides."""
@@ -211,6 +218,7 @@ def test_memory_layouts_of_input_and_incoming_gradient(build: Build) -> None:
         assert_same_gradients(run(memory.of(sequence), x_as, weight_as), expected, memory)
 
 
+@both_ways
 @pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
 def test_finite_differences(mode: str) -> None:
     """The stored gradients, which all others are compared with, are the derivative."""
@@ -297,6 +305,7 @@ def test_states_that_cannot_be_inverted_at_all() -> None:
 # ------------------------------------------------------------------------------------------------ what wants a gradient
 
 
+@both_ways
 @runs
 def test_frozen_parameters(build: Build) -> None:
     """Fine-tuning: what is frozen gets no gradient, the rest the same as ever; gradients of all or of x alone."""
@@ -326,6 +335,7 @@ def test_frozen_parameters(build: Build) -> None:
         own.zero_grad()
 
 
+@both_ways
 def test_a_condition_alone() -> None:
     """An encoder in front of a frozen flow is trained through its condition."""
     cond = batch(64, 2, 6, 3)
@@ -338,6 +348,7 @@ def test_a_condition_alone() -> None:
         assert_same_gradients({"cond": got}, {"cond": expected}, memory)
 
 
+@both_ways
 @runs
 def test_losses_of_single_outputs(build: Build) -> None:
     """z alone, log_det alone, a part of z, and sums, whose gradient comes in as one number, expanded."""

@@ -21,6 +21,8 @@ from support.gradients import (
     assert_same_gradients,
     assert_stored_gradients,
     batch,
+    both_ways,
+    both_ways_in_full,
     gradients,
     memories_of,
     objective,
@@ -43,6 +45,7 @@ def with_nets(*nets: nn.Module, **options: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------- coupling nets
 
 
+@both_ways
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("leave_training", [False, True])
 def test_dropout(hidden: bool, leave_training: bool) -> None:
@@ -93,6 +96,7 @@ class Counted(nn.Module):
         return out
 
 
+@both_ways
 @pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
 def test_a_backward_runs_each_net_once_more(mode: str) -> None:
     """Else saving memory costs more time than the documentation says."""
@@ -162,6 +166,7 @@ def accumulated(model: nn.Module, x: Tensor) -> Gradients:
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
+@both_ways
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_nets_that_are_trained(name: str, hooked: bool) -> None:
@@ -194,6 +199,7 @@ def test_nets_that_are_trained(name: str, hooked: bool) -> None:
         assert all(map(operator.is_, sequence.parameters(), parameters))
 
 
+@both_ways_in_full
 @pytest.mark.parametrize("name", NETS)
 def test_nets_of_lent_parameters(name: str) -> None:
     """By ``functional_call``: gradients flow on to what the lent tensors are made of, after they are given back.
@@ -244,6 +250,7 @@ def in_threads(*work: Callable[[], object]) -> None:
         raise failed[0]
 
 
+@both_ways_in_full
 @runs
 def test_threads(build: Build) -> None:
     """Two models at a time, and two backwards of one graph where the nets are products of ours."""

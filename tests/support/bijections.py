@@ -78,7 +78,7 @@ class Bijection:
         layer = self.fresh(device)
         assert isinstance(layer, FlowLayer)
         # Many samples: the scales that three of them would set can be extreme for the next three.
-        layer(*self.batch(device, n=64))
+        layer.initialize(*self.batch(device, n=64))
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -15,6 +15,7 @@ from pyglow_fast.runs import compiled, python
 from support.gradients import CONDITION as CONDITION
 from support.gradients import SHAPE
 from support.gradients import assert_same_gradients as assert_same_gradients
+from support.gradients import both_ways as both_ways
 from support.gradients import gradients as gradients
 from support.gradients import objective as objective
 from support.gradients import perturbed as perturbed
@@ -31,9 +32,11 @@ class Mode:
     budget: str | int = "auto"
 
     def apply(self, sequence: pgf.ReversibleSequence) -> None:
-        """Set the mode of the sequence, whose control starts anew."""
+        """Set the mode of the sequence, whose controls start anew."""
         sequence.memory, sequence.memory_budget = self.memory, self.budget
-        sequence.control = type(sequence.control)(len(sequence), self.anchor_every, sequence.control.tolerance)
+        for name in ("control", "inverse_control"):
+            old = getattr(sequence, name)
+            setattr(sequence, name, type(old)(len(sequence), self.anchor_every, old.tolerance))
 
 
 ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast import functional
 from pyglow_fast._backend import extension
 from support.helpers import tolerance as rounding
 
@@ -26,6 +27,33 @@ Run = Callable[..., Tensor]
 
 PLANS = extension() is not None  # memory in bytes needs the compiled kernels
 SHAPE = (4, 6, 3)  # of the states that steps() maps, and of batch()
+
+
+def turn(patch: pytest.MonkeyPatch) -> None:
+    """Let a run of steps that is called go from latents to data, and report on that."""
+    inverse, report = pgf.ReversibleSequence.inverse, pgf.ReversibleSequence.memory_report
+
+    def called(self: Any, x: Tensor, cond: Tensor | None = None, squeeze_first: bool = False, **rest: Any) -> Any:
+        run = inverse if "mask" not in rest else pgf.MaskedSequence.inverse
+        return run(self, functional.squeeze(x) if squeeze_first else x, cond, **rest)
+
+    def reported(self: Any) -> dict[str, Any]:
+        found = report(self)
+        return found | found.get("inverse", {})
+
+    patch.setattr(pgf.ReversibleSequence, "__call__", called)
+    patch.setattr(pgf.ReversibleSequence, "memory_report", reported)
+
+
+def both_ways(test: Any, *marks: pytest.MarkDecorator) -> Any:
+    """Run a test as it is, and with runs of steps that are called from latents to data."""
+    cases = pytest.mark.parametrize("way", ["forward", pytest.param("inverse", marks=marks)], indirect=True)
+    return pytest.mark.usefixtures("way")(cases(test))
+
+
+def both_ways_in_full(test: Any) -> Any:
+    """Run a test as :func:`both_ways` does, the second case with --full."""
+    return both_ways(test, pytest.mark.full)
 
 
 def perturbed(module: Any, spread: float = 0.1) -> Any:
