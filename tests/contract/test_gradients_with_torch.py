@@ -306,15 +306,16 @@ def test_compiled() -> None:
 
 @both_ways
 @pytest.mark.parametrize("mode", ["store", "reversible"])
-def test_code_around_a_run_is_compiled(mode: str) -> None:
+def test_code_around_a_run_is_compiled(way: str, mode: str) -> None:
     """In "store" it is one graph, else it keeps its memory."""
     sequence, x = steps(2), batch()
     expected = gradients(sequence, x)
     own = Memory(mode).of(sequence)
+    method = getattr(own, way)
 
     @torch.compile(backend="aot_eager", fullgraph=mode == "store")
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = own(2.0 * x / 2.0)
+        z, log_det = method(2.0 * x / 2.0)
         return z * 1.0, log_det
 
     assert_same_gradients(gradients(own, x, None, lambda x, _: objective(run(x))), expected)

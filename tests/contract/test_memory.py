@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gradients import PLANS, Memory
+from support.gradients import PLANS, Memory, both_ways, both_ways_in_full
 
 import pyglow_fast as pgf
 from bench.memory_meter import AllocatorTrace, MemoryMeter, peak_tensor_bytes
@@ -58,6 +58,7 @@ def kept_bytes(depth: int, memory: Memory, shape: tuple[int, ...], **options: An
 PER_STEP = (1 + 4) * N * C * 4 + 8 * C * C * 4 + 6000
 
 
+@both_ways
 @pytest.mark.parametrize(("mask", "side"), [("channels", 8), ("channels", 16), ("checkerboard", 8)])
 def test_memory_is_flat_in_depth(side: int, mask: str) -> None:
     """Reversible: a step more costs next to nothing, at both resolutions; checkpoint: a state; store: its net."""
@@ -78,6 +79,7 @@ def test_memory_is_flat_in_depth(side: int, mask: str) -> None:
         assert growth[STORED] >= nets, measure
 
 
+@both_ways_in_full
 def test_anchors_are_bounded() -> None:
     """By default some states are kept, to find drift: at most 12 of a level however deep it is."""
     shape, state = (N, C, 16, 16), N * C * 16 * 16 * 4
@@ -86,6 +88,7 @@ def test_anchors_are_bounded() -> None:
         assert 0 < anchors <= 12 * state + 4 * KiB
 
 
+@both_ways_in_full
 def test_nothing_is_kept_after_the_backward() -> None:
     """Else memory grows from training step to training step."""
     for memory in (STORED, CHECKPOINT, REVERSIBLE, WITHOUT_ANCHORS, Memory("reversible", 2, 1)):
@@ -104,6 +107,7 @@ def test_nothing_is_kept_after_the_backward() -> None:
             assert meter.now <= KiB, memory
 
 
+@both_ways_in_full
 @pytest.mark.parametrize(("mode", "mask"), [("checkpoint", "checkerboard"), ("reversible", "channels")])
 def test_a_large_image_within_a_budget_of_the_nets(mode: str, mask: str) -> None:
     """Each hidden layer of a step is 1 MiB, the budget of a net's activations a quarter of that."""

@@ -12,8 +12,8 @@ import torch
 from contract import test_gradients as of_flows
 from contract import test_gradients_of_own_nets as of_nets
 from contract import test_gradients_with_torch as with_torch
-from support.chain_cases import EVERY_STEP, ONE_PART, Mode, cut_parts, only_python
-from support.gradients import RECOMPUTING, Memory, assert_same_gradients, batch, gradients, objective
+from support.chain_cases import EVERY_STEP, Mode, ONE_PART, cut_parts, only_python
+from support.gradients import RECOMPUTING, Memory, assert_same_gradients, batch, both_ways, gradients, objective
 from support.user_steps import Build, runs
 
 import pyglow_fast as pgf
@@ -53,6 +53,7 @@ class TestTheContract:
 test_several_backwards = with_torch.test_several_backwards
 
 
+@both_ways
 @runs
 def test_after_a_backward_that_failed(build: Build) -> None:
     """In the middle of the run: the next one through the same graph finds nothing of it."""
@@ -76,14 +77,16 @@ def test_after_a_backward_that_failed(build: Build) -> None:
         sequence.zero_grad()
 
 
-def test_late_gradients_alone_are_no_pass() -> None:
+@both_ways
+def test_late_gradients_alone_are_no_pass(way: str) -> None:
     """The backward of the whole run is counted, with the steps that it redoes itself."""
     steps = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(4)], anchor_every=2, tolerance=1e-30).double()
     steps.initialize(batch(8))
     objective(steps(batch())).backward()
     redone = steps.memory_report()["redone_steps"]
     value = objective(steps(batch()))
-    torch.autograd.grad(value, steps[3].coupling.net.conv1.weight, retain_graph=True)
+    last = steps[0 if way == "inverse" else 3]
+    torch.autograd.grad(value, last.coupling.net.conv1.weight, retain_graph=True)
     assert steps.memory_report()["passes"] == 1
     value.backward()
     assert (steps.memory_report()["passes"], steps.memory_report()["redone_steps"]) == (2, 2 * redone)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support.captures import Recording, capture_guard, drifting, like_a_gpu
-from support.chain_cases import Case, gradients, worst_error
+from support.chain_cases import Case, both_ways, gradients, worst_error
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -27,20 +27,21 @@ def objective(first: nn.Module, second: nn.Module, x: Tensor) -> dict[str, list[
     """Gradients of two runs in a row, whose outputs both count."""
     first.zero_grad(), second.zero_grad()
     middle, log_det_1 = first(x)
-    z, log_det_2 = second(middle)
+    z, log_det_2 = second(middle.tanh())
     (z.square().sum() + middle.square().sum() - log_det_1.sum() - log_det_2.sum()).backward()
     runs = {"first": first, "second": second}
     return {name: [p.grad for p in run.parameters() if p.grad is not None] for name, run in runs.items()}
 
 
+@both_ways
 @pytest.mark.parametrize("bad", ["first", "second"])
-def test_runs_that_the_same_backward_reaches_later_are_zero_too(bad: str) -> None:
+def test_runs_that_the_same_backward_reaches_later_are_zero_too(way: str, bad: str) -> None:
     """The gradient that they are handed has no part of the run that drifted: it would be wrong."""
     runs = {name: CASE.build(deferred_check=True, tolerance=1e-6) for name in ("first", "second")}
     x, _ = CASE.batch()
     expected = objective(runs["first"], runs["second"], x)
-    limit = runs[bad].control.tolerance
-    runs[bad].control.tolerance = 1e-30
+    control = runs[bad].control_of(way == "inverse")
+    limit, control.tolerance = control.tolerance, 1e-30
     found = objective(runs["first"], runs["second"], x)
     assert not any(bool(grad.any()) for grad in found["first"])
     if bad == "first":  # the second was differentiated before, and rightly
@@ -53,7 +54,7 @@ def test_runs_that_the_same_backward_reaches_later_are_zero_too(bad: str) -> Non
         "second": bad == "second",
     }
     assert {name: report["skipped"] for name, report in reports.items()} == {"first": 1, "second": bad == "second"}
-    runs[bad].control.tolerance = limit
+    control.tolerance = limit
     again = objective(runs["first"], runs["second"], x)
     assert all(bool(grad.any()) for grad in (*again["first"], *again["second"])), "a new backward begins anew"
 
@@ -112,12 +113,14 @@ class TestCaptured:
             Replayed(monkeypatch, sequence, x)
 
 
-def test_copies_and_loaded_records_know_nothing_of_passes_before() -> None:
+@both_ways
+def test_copies_and_loaded_records_know_nothing_of_passes_before(way: str) -> None:
     sequence, (x, _) = CASE.build(deferred_check=True), CASE.batch()
-    saved = sequence.control.state()
+    control = sequence.control_of(way == "inverse")
+    saved = control.state()
     gradients(sequence, x)
     assert copy.deepcopy(sequence).memory_report()["passes"] == 0
     assert sequence.memory_report()["passes"] == 1
     gradients(sequence, x)
-    sequence.control.load_state(saved)
+    control.load_state(saved)
     assert sequence.memory_report()["passes"] == 0

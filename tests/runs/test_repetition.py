@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.chain_cases import Mode, objective
+from support.chain_cases import Mode, both_ways, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -41,6 +41,7 @@ def run_of(nets: list[nn.Module], user: bool) -> pgf.ReversibleSequence:
 X = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+@both_ways
 @pytest.mark.parametrize("user", [False, True])
 @pytest.mark.parametrize("mode", RECOMPUTING, ids=str)
 class TestRefusals:

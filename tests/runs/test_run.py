@@ -12,6 +12,7 @@ from support.gradients import (
     CONDITION,
     assert_same_gradients,
     batch,
+    both_ways,
     gradients,
     perturbed,
     worst_error,
@@ -74,23 +75,27 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("budget", ["auto", 2000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_step(kind: str, budget: str | int, nets: str) -> None:
+def test_every_kind_of_step(way: str, kind: str, budget: str | int, nets: str) -> None:
     """In bytes, too, which a run that is not compiled refuses."""
     sequence, x, cond = steps(**KINDS[kind])
     sequence.memory_budget = budget
-    sequence.control.tolerance = 1e-9
+    sequence.control.tolerance = sequence.inverse_control.tolerance = 1e-9
+    if way == "inverse":  # of latents that the run may have
+        x = sequence.forward(x, cond)[0].detach()
     values, expected = by_python(lambda: (sequence(x, cond), gradients(sequence, x, cond)))
     for sequence.memory in (*MODES, 2**40):
         assert_same_gradients(gradients(sequence, x, cond), expected, sequence.memory)
     with torch.no_grad():
         z, log_det = sequence(x, cond)
-        back, negative = sequence.inverse(z, cond)
+        back, negative = (sequence.forward if way == "inverse" else sequence.inverse)(z, cond)
     for found, wanted in zip((z, log_det, back, -negative), (*values, x, log_det), strict=True):
         assert_close(found, wanted, CONDITION)
 
 
+@both_ways
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_nets_in_16_bits_of_the_librarys_convolutions(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU computes: the same roundings in every mode, those of the Python path up to their order."""
