@@ -18,7 +18,6 @@ from support.covering import pairs
 from support.glow_settings import Setting
 from support.glow_tts_cases import mask_of_lengths
 from support.gradients import (
-    CONDITION,
     MEMORIES,
     PLANS,
     RECOMPUTING,
@@ -37,7 +36,7 @@ from support.gradients import (
     ready,
     steps,
 )
-from support.helpers import assert_close, memory_layouts
+from support.helpers import memory_layouts
 from support.plain_glow import plain_log_prob
 from support.user_steps import Build, runs
 from torch import Tensor, nn
@@ -125,25 +124,35 @@ def test_every_kind_of_run(name: str) -> None:
     assert_stored_gradients(sequence, *case.batch(torch.device("cpu")))
 
 
+MODELS = ["glow-cond-map", "glow-checkerboard", "glow-injectors", "glow-own-nets-cond"]
+MODELS += ["glow", "glow-1d", "glow-3d", "glow-without-splits", "glow-own-nets", "glow-own-nets-additive"]
+IN_FULL = [("inverse", name) for name in MODELS[4:]]
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("way", "name"),
     [
-        *("glow", "glow-1d", "glow-3d", "glow-cond-map", "glow-checkerboard", "glow-injectors", "glow-without-splits"),
-        *("glow-own-nets", "glow-own-nets-additive", "glow-own-nets-cond"),
+        pytest.param(way, name, marks=[pytest.mark.full] * ((way, name) in IN_FULL))
+        for way in ("forward", "inverse")
+        for name in MODELS
     ],
 )
-def test_whole_models(name: str) -> None:
+def test_whole_models(way: str, name: str) -> None:
     """A Glow's log_prob, with its splits, priors, conditions and classes, in every mode and within a budget.
 
-    A frozen model has the same.
+    Or its from_noise, the other way. A frozen model has the same.
     """
     case = next(case for case in BIJECTIONS if case.name == name)
     layer = case.trained(torch.device("cpu"))
     assert isinstance(layer, GlowAsLayer)
     model, (x, cond) = layer.glow, case.batch(torch.device("cpu"))
     y = None if model.config.n_classes is None else torch.arange(3) % model.config.n_classes
+    if way == "inverse":
+        x = torch.cat([part.detach().flatten(1) for part in model.to_noise(x, y, cond)[0]], dim=1)
 
-    def run(x: Tensor, cond: Tensor | None) -> Tensor:
+    def run(x: Tensor, cond: Tensor | None, model: pgf.Glow = model) -> Tensor:
+        if way == "inverse":
+            return objective(model.from_noise(layer.latents(x), y, cond))
         return (model.log_prob(x, y, cond) * torch.arange(1.0, 4.0, dtype=torch.float64)).sum()
 
     model.memory = "store"
@@ -151,14 +160,16 @@ def test_whole_models(name: str) -> None:
     memories: list[str | int] = ["checkpoint", "reversible"]
     if PLANS and "own-nets" not in name:
         model.memory = 2**40
-        most = model.memory_plan(3)
-        assert most is not None
+        run(x, cond)
+        most = model.memory_report()[0]["predicted_bytes"]
         model.memory = 1
-        memories.append((least_bytes(lambda: run(x, cond)) + most.peak) // 2)
+        memories.append((least_bytes(lambda: run(x, cond)) + most) // 2)
     for memory in memories:
         model.memory = memory
         assert_same_gradients(gradients(model, x, cond, run), expected, memory)
-    assert_close(model.freeze().log_prob(x, y, cond), model.log_prob(x, y, cond), CONDITION)
+        frozen = model.freeze()
+        got = gradients(nn.Module(), x, cond, partial(run, model=frozen))
+        assert_same_gradients(got, {key: expected[key] for key in got}, memory)
 
 
 @both_ways

@@ -41,10 +41,13 @@ class GlowAsLayer(FlowLayer):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents side by side -> (x, log_det)."""
+        return self.glow.inverse(self.latents(z), cond)
+
+    def latents(self, z: Tensor) -> list[Tensor]:
+        """Take apart what lies side by side."""
         shapes = self.glow.latent_shapes
         parts = z.split([math.prod(shape) for shape in shapes], dim=1)
-        latents = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
-        return self.glow.inverse(latents, cond)
+        return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def objective(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """The loss of training, which reaches the priors too."""
