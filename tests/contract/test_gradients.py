@@ -357,6 +357,13 @@ def test_a_condition_alone() -> None:
     for memory in MEMORIES:
         (got,) = torch.autograd.grad(objective(memory.of(sequence, x, leaf)(x, leaf)), leaf)
         assert_same_gradients({"cond": got}, {"cond": expected}, memory)
+    for memory in RECOMPUTING[:4]:
+        given = leaf.detach().clone().requires_grad_()
+        value = objective(memory.of(sequence)(x, given))
+        with torch.no_grad():
+            given.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
 
 
 @both_ways

@@ -106,6 +106,39 @@ def test_samples(name: str) -> None:
     assert_close(model.from_noise(drawn[::-1], y, cond)[0], seeded[2], condition=CONDITION)
 
 
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+@pytest.mark.parametrize("name", ["default", "everything", "checkerboard"])
+def test_samples_that_are_differentiated(name: str, memory: str) -> None:
+    """They are the numbers that are drawn without a gradient, and have that of from_noise: at 0.7, of 0.7 eps."""
+    setting = Setting(name, spread=CALM)
+    model, y, cond = setting.model, setting.y, setting.cond
+    model.memory = memory
+
+    def drawn(differentiable: bool, cond: Tensor | None) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return model.sample(4, 0.7, y, cond, generator, differentiable)
+
+    def run(x: Tensor, cond: Tensor | None) -> Tensor:
+        found = drawn(True, cond)
+        return objective((found, found.flatten(1).sum(1)))
+
+    def expected_run(x: Tensor, cond: Tensor | None) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        shapes = reversed(model.latent_shapes)
+        noise = [0.7 * torch.randn(4, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        found, _ = model.from_noise(noise[::-1], y, cond)
+        return objective((found, found.flatten(1).sum(1)))
+
+    plain = drawn(False, cond)
+    assert not plain.requires_grad
+    assert_close(drawn(True, cond), plain, condition=CONDITION)
+    got = gradients(model, setting.x, cond, run)
+    model.memory = "store"
+    expected = gradients(model, setting.x, cond, expected_run)
+    assert any("prior" in name for name in expected)
+    assert_same_gradients(got, expected)
+
+
 def test_sampling_changes_nothing() -> None:
     """A fresh model in training samples too, and still waits for its first batch; samples carry no graph."""
     model = pgf.Glow(image_shape=(3, 4, 4), n_levels=2, n_steps=1, hidden=4, net_actnorm=True)
@@ -231,7 +264,7 @@ MODES = ("store", "checkpoint", "reversible")
 
 
 class Loss(nn.Module):
-    """The mean negative log-likelihood, as a module that DistributedDataParallel can wrap."""
+    """A loss of both directions, as a module that DistributedDataParallel can wrap."""
 
     def __init__(self, memory: str) -> None:
         super().__init__()
@@ -239,7 +272,9 @@ class Loss(nn.Module):
         self.model = pgf.Glow(**FIELDS, memory=memory, anchor_every=2).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return -self.model.log_prob(x).mean()
+        log_prob = self.model.log_prob(x)  # first, since it initialises
+        shrunk = [0.9 * latent.detach() for latent in self.model.to_noise(x)[0]]
+        return self.model.from_noise(shrunk)[0].square().mean() - log_prob.mean()
 
 
 def trained(loss_of: nn.Module, x: Tensor) -> list[Tensor]:

@@ -313,6 +313,7 @@ LAYERS = [
         {
             "later": (lambda _: normalised_sequence()(STATE), BATCH_NORM),
             "fresh": (lambda _: with_batch_norm("reversible")(DRAWN), BATCH_NORM),
+            "the other way": (lambda _: with_batch_norm("reversible").inverse(DRAWN), BATCH_NORM),
             "without gradients": (lambda _: torch.no_grad()(with_batch_norm("store"))(DRAWN), BATCH_NORM),
         },
     ),

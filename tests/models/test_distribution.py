@@ -69,6 +69,12 @@ def test_samples_are_the_model_s(model: Glow) -> None:
 def test_rsample_is_differentiable(model: Glow) -> None:
     (gradient,) = torch.autograd.grad(model.as_distribution().rsample((2,)).sum(), [model.prior.mean_log_sd])
     assert gradient.abs().sum() > 0
+    found = []
+    for model.memory in ("store", "reversible"):
+        torch.manual_seed(3)
+        value = model.as_distribution().rsample((2,)).square().sum()
+        found.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(value, list(model.parameters()))]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
     eps = torch.randn(1, 32, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(GlowTransform(model), eps)
 

@@ -34,6 +34,8 @@ def test_nothing_to_train() -> None:
     x = (torch.rand(2, 1, 8, 8) - 0.5).requires_grad_()
     frozen.log_prob(x).sum().backward()
     assert x.grad is not None
+    frozen.decode([latent.detach().requires_grad_() for latent in frozen.encode(x)]).sum().backward()
+    assert [level.steps.inverse_control.report()["passes"] for level in frozen.levels] == [1, 1], "it was recomputed"
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.chain_cases import only_python
 from support.tf32 import SETTINGS, in_tf32
 from torch import Tensor, nn
 
@@ -43,6 +44,30 @@ def test_gradients_are_as_near_as_the_precision_is(precision: str) -> None:
     for mode in ("checkpoint", "reversible"):
         assert float((grads[mode, precision] - exact).norm() / exact.norm()) < 2.0 * allowed
         assert float((grads[mode, "fp32"] - exact).norm() / exact.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
+def test_what_is_decoded_in_fp32_is_differentiated_in_it(
+    mode: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the model is in: the call's precision holds in its backward, which comes later."""
+    if not compiled:
+        only_python(monkeypatch)
+    latents = [latent.detach() for latent in model().encode(images(2))]
+
+    def found(glow: pgf.Glow, own_precision: str, precision: str = "fp32") -> Tensor:
+        glow.precision, dtype = own_precision, next(glow.parameters()).dtype
+        leaves = [latent.to(dtype).requires_grad_() for latent in latents]
+        value = glow.decode(leaves, precision=precision).square().sum()
+        own = [value for name, value in glow.named_parameters() if "steps" in name]
+        return torch.cat([grad.flatten().double() for grad in torch.autograd.grad(value, [*leaves, *own])])
+
+    exact = found(model(memory="store").double(), "fp32")
+    full, half = (float((found(model(memory=mode), own) - exact).norm()) for own in ("fp32", "bf16"))
+    with pytest.warns(UserWarning, match="decode with nets in"):
+        coarse = float((found(model(memory=mode), "bf16", "auto") - exact).norm())
+    assert half <= 2.0 * full < 0.1 * coarse
 
 
 def test_fp32_is_float32_under_autocast() -> None:

@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 import pytest
 import torch
 from support.captures import drifting
-from support.chain_cases import Case, Mode, gradients
+from support.chain_cases import Case, Mode, both_ways, gradients
 
 import pyglow_fast as pgf
 from pyglow_fast.runs import DriftControl, drift
@@ -118,7 +118,8 @@ def test_frequent_redos_are_warned_of_once_and_rare_ones_not(skipped: bool) -> N
         passes(control, 4 * drift.WINDOW, 1)
 
 
-def test_steps_that_drift_end_in_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_ways
+def test_steps_that_drift_end_in_checkpointing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sequence, (x, _) = DEEP.build(), DEEP.batch()
     drifting(monkeypatch, x).fill_(1.001)
     spacings = []
@@ -129,8 +130,10 @@ def test_steps_that_drift_end_in_checkpointing(monkeypatch: pytest.MonkeyPatch) 
     report = sequence.memory_report()
     assert (report["passes"], report["trips"]) == (4, 2)
     assert report["redone_steps"] > 0
+    assert sequence.control_of(way == "forward").report()["passes"] == 0, "each direction has its own record"
 
 
+@both_ways
 def test_report() -> None:
     sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
     Mode("reversible", 3).apply(sequence)
@@ -174,6 +177,23 @@ class TestState:
         floats = {name for name, value in vars(control.learnt).items() if isinstance(value, float)}
         assert floats == {"last_drift", "largest_drift", "recent_redone"}
         assert torch.equal(control.state(), saved.double())
+
+    def test_each_direction_has_its_own(self) -> None:
+        source = DEEP.build()
+        source.control.record(TOO_MUCH, LIMIT, 4, 4)
+        source.inverse_control.record(CALM, LIMIT, 0, 4)
+        state = source.get_extra_state()
+
+        def passes(saved: object) -> list[tuple[int, int]]:
+            target = DEEP.build()
+            target.load_state_dict({**source.state_dict(), "_extra_state": saved})
+            return [(own.spacing, own.report()["passes"]) for own in (target.control, target.inverse_control)]
+
+        assert passes(state) == [(2, 1), (4, 1)]
+        assert passes(state[0]) == [(2, 1), (4, 0)], "as it was saved before inverses had one"
+        for wrong in (state[:1], state[:, :-1], torch.cat([state, state]), state.T):
+            with pytest.raises(ValueError, match="drift control state: "):
+                passes(wrong)
 
     @pytest.mark.parametrize("spoiled", [torch.zeros(3), None, "drift", *[{at: 0.5} for at in range(8)]], ids=str)
     def test_what_is_no_state_is_refused(self, spoiled: object) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.gradients import PLANS, least_bytes
+from support.gradients import PLANS, both_ways, least_bytes
 from torch import nn
 
 import pyglow_fast as pgf
@@ -49,35 +50,56 @@ def case(name: str) -> tuple[pgf.Glow, dict[str, torch.Tensor]]:
     return model, inputs
 
 
-def measured(model: pgf.Glow, inputs: dict[str, torch.Tensor]) -> int:
+def from_latents(model: pgf.Glow, inputs: dict[str, torch.Tensor]) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """A pass the other way, from the noise of a batch."""
+    rest = {name: value for name, value in inputs.items() if name != "x"}
+    noise = [torch.randn(len(inputs["x"]), *shape, dtype=inputs["x"].dtype) for shape in model.latent_shapes]
+    return lambda: model.from_noise(noise, **rest)
+
+
+def measured(model: pgf.Glow, inputs: dict[str, torch.Tensor], inverse: bool = False) -> int:
     """The most that torch's allocator gives out in a training step, the second one of these shapes."""
+    call, given = from_latents(model, inputs), (torch.randn_like(inputs["x"]), inputs["x"].new_ones(len(inputs["x"])))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    (-model.log_prob(**inputs)).mean().backward()
+
+    def step() -> None:
+        if inverse:
+            torch.autograd.backward(call(), given)
+        else:
+            (-model.log_prob(**inputs)).mean().backward()
+
+    step()
     gc.collect()
     with AllocatorTrace() as trace:
-        (-model.log_prob(**inputs)).mean().backward()
-    return trace.peak_without()
+        step()
+    return trace.peak_without() + (given[0].nbytes if inverse else 0)  # which the caller has
 
 
 plans = pytest.mark.skipif(not PLANS, reason="bytes are planned by the compiled run")
 
 
-OFTEN = ("one image", "injectors", "bfloat16", "small chunks")  # the others with --full
+OFTEN = [(name, False) for name in ("one image", "injectors", "bfloat16", "small chunks")]  # the others with --full
+OFTEN += [(name, True) for name in ("one image", "bfloat16")]
 
 
 @plans
 @pytest.mark.parametrize(
-    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.full) for name in MODELS]
+    ("name", "inverse"),
+    [
+        pytest.param(name, inverse, marks=[pytest.mark.full] * ((name, inverse) not in OFTEN))
+        for name in MODELS
+        for inverse in (False, True)
+    ],
 )
-def test_plans_say_what_is_taken(name: str) -> None:
-    """With the least bytes, with twice as many and with enough to store all, to 10 %."""
+def test_plans_say_what_is_taken(name: str, inverse: bool) -> None:
+    """With the least bytes, with twice as many and with enough to store all, to 10 %; of from_noise too."""
     model, inputs = case(name)
     model.memory = 1
-    least = least_bytes(lambda: model.log_prob(**inputs))
+    least = least_bytes(from_latents(model, inputs) if inverse else lambda: model.log_prob(**inputs))
     for bytes_given in (least, 2 * least, 2**40):
         model.memory = bytes_given
-        found = measured(model, inputs)
+        found = measured(model, inputs, inverse)
         report = model.memory_report()
         planned = report[0]["predicted_bytes"]
         assert found <= planned <= bytes_given
@@ -85,18 +107,23 @@ def test_plans_say_what_is_taken(name: str) -> None:
         assert len({each["predicted_bytes"] for each in report}) == 1
         for each in report:
             assert each["inverted"] + each["checkpointed"] + each["stored"] == each["steps"]
-        plan = model.memory_plan(len(inputs["x"]))
-        assert plan is not None
-        assert plan.peak == planned
+        if not inverse:
+            plan = model.memory_plan(len(inputs["x"]))
+            assert plan is not None
+            assert plan.peak == planned
     assert all(each["stored"] == each["steps"] for each in report)
+    if inverse:  # a plan is of one way alone
+        model.log_prob(**inputs)
+        assert model.memory_report()[0]["predicted_bytes"] == model.memory_plan(len(inputs["x"])).peak != planned
 
 
 @plans
+@both_ways
 def test_a_run_by_itself() -> None:
     """Its output and the gradient of that, which the caller may hold, are in the bytes."""
     sequence, x = pgf.ReversibleSequence([pgf.FlowStep(8, 32) for _ in range(9)]), torch.randn(4, 8, 16, 16)
     given = torch.randn_like(x), torch.randn(4)
-    sequence(x)
+    sequence.initialize(x)
     sequence.memory = 1
     least = least_bytes(lambda: sequence(x))
     for bytes_given in (least, 2 * least, 2**40):
