@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.covering import pairs
 from support.glow_tts_cases import mask_of_lengths, moved
+from support.gradients import both_ways
 from support.helpers import assert_close
 from torch import Tensor, nn
 
@@ -114,6 +115,7 @@ def test_initialisation_sees_the_positions_that_are_there() -> None:
     assert_close(fresh.flow_steps()[0].actnorm.bias[None], actnorm.bias.detach()[None])
 
 
+@both_ways
 def test_states_that_drift_are_redone() -> None:
     model, (x, _, mask) = flow("reversible", steps=4, anchor_every=None, tolerance=1e-30), batch()
     found = outcome(model, x, None, mask)

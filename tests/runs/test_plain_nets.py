@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import Mode
+from support.chain_cases import Mode, both_ways
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -22,6 +22,7 @@ def sequence_of(n_steps: int = 3, coupling: str = "affine") -> pgf.ReversibleSeq
     return sequence
 
 
+@both_ways
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize(("coupling", "width"), [("affine", 6), ("affine", 2), ("additive", 4)])
@@ -43,6 +44,7 @@ def outcome(sequence: pgf.ReversibleSequence, memory: str, x: Tensor) -> list[Te
     return [z.detach(), *torch.autograd.grad(z.square().sum() + log_det.sum(), [x, *sequence.parameters()])]
 
 
+@both_ways
 @pytest.mark.parametrize("how", ["global hook", "forward of the instance"])
 @pytest.mark.parametrize("memory", MODES[1:])
 def test_what_doubles_the_output_of_a_net_is_called(memory: str, how: str) -> None:
@@ -64,10 +66,11 @@ def test_what_doubles_the_output_of_a_net_is_called(memory: str, how: str) -> No
     assert not torch.allclose(outcome(sequence, "store", x)[0], found[0][0], rtol=1e-3)
 
 
+@both_ways
 def test_weights_of_another_dtype_where_steps_are_redone() -> None:
     """Lent for the forward alone; the backward has the module's own around it."""
     sequence, x = sequence_of(), torch.randn(3, 4, 6, 6, dtype=torch.float64)
-    sequence.control.tolerance = 1e-30
+    sequence.control.tolerance = sequence.inverse_control.tolerance = 1e-30
     lent = {name: value.detach().double().requires_grad_() for name, value in sequence.named_parameters()}
     lent |= {name: value.double() if value.is_floating_point() else value for name, value in sequence.named_buffers()}
     wanted = [value for value in lent.values() if value.requires_grad]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from support.chain_cases import Mode, assert_same_gradients, gradients
+from support.chain_cases import Mode, assert_same_gradients, both_ways, gradients
 from support.covering import pairs
 from support.user_steps import Conditioned, Identity, Scale
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ def batch(n: int = 3) -> Tensor:
     return torch.randn(n, 4, 6, 3, dtype=torch.float64)
 
 
+@both_ways
 @pairs(
     pytest.mark.parametrize("mode", MODES, ids=str),
     pytest.mark.parametrize("where", [(0,), (2,), (0, 1, 2), (0, 2)], ids=str),
@@ -36,6 +35,7 @@ def test_steps_that_hand_their_input_on(handed: str, where: tuple[int, ...], mod
     assert_same_gradients(gradients(sequence, x), expected)
 
 
+@both_ways
 def test_a_shared_step() -> None:
     step, x = Scale(), batch()
     sequence = pgf.ReversibleSequence([step, pgf.ActNorm(4), step]).double().eval()
@@ -46,31 +46,6 @@ def test_a_shared_step() -> None:
         assert_same_gradients(gradients(sequence, x), expected)
 
 
-class Alone(Scale):
-    """Gives z alone."""
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Any:
-        return super().forward(x, cond)[0]
-
-    def inverse(self, z: Tensor, cond: Tensor | None = None) -> Any:
-        return super().inverse(z, cond)[0]
-
-
-@pytest.mark.parametrize("mode", [Mode("store"), *MODES], ids=str)
-def test_steps_that_give_z_alone(mode: Mode) -> None:
-    steps, x = [Alone() for _ in range(4)], batch().requires_grad_()
-    sequence = pgf.ReversibleSequence(steps).double()
-    mode.apply(sequence)
-    for way in (sequence, sequence.inverse):
-        z, expected = way(x), x
-        for step in steps if way is sequence else reversed(steps):
-            expected = step(expected) if way is sequence else step.inverse(expected)
-        weight = torch.randn_like(x)
-        found, true = (torch.autograd.grad((out * weight).sum(), [x, *sequence.parameters()]) for out in (z, expected))
-        for one, other in zip(found, true, strict=True):
-            torch.testing.assert_close(one, other)
-
-
 class WrongInverse(Scale):
     """Its inverse is that of another scale."""
 
@@ -79,6 +54,7 @@ class WrongInverse(Scale):
         return 1.001 * x, log_det
 
 
+@both_ways
 @pytest.mark.parametrize("every", ["auto", None, 2])
 def test_an_inverse_that_is_wrong_is_found_and_the_gradient_right(every: str | int | None) -> None:
     sequence, x = pgf.ReversibleSequence([Scale(), WrongInverse(), Scale()]).double(), batch()
@@ -101,8 +77,7 @@ class Broken(nn.Module):
     def forward(self, x: Tensor) -> object:
         return self.answer(x * self.weight) if callable(self.answer) else self.answer
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z, z.new_zeros(z.shape[0])
+    inverse = forward
 
 
 class Writer(nn.Module):
@@ -111,30 +86,31 @@ class Writer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.mul_(2.0), x.new_zeros(x.shape[0])
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z / 2.0, z.new_zeros(z.shape[0])
+    inverse = forward
 
 
+@both_ways
 @pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (Broken(lambda x: x), r"steps: expected a log_det from all of them, or from none, found \[True, False, True\]"),
+        (Broken(lambda x: x), r"steps\[1\]: expected {} that returns tensors \(z, log_det\), found Tensor"),
         (
             Broken(lambda x: (x, 0.0)),
-            r"steps\[1\]: expected a forward that returns tensors \(z, log_det\), or z alone, found tuple",
+            r"steps\[1\]: expected {} that returns tensors \(z, log_det\), found tuple",
         ),
         (Broken(lambda x: (x, x.sum())), r"steps\[1\]: expected a log_det of shape \(3,\), found shape \(\)"),
-        (Writer(), r"steps\[1\]: expected a forward that leaves its input as it is, found one that writes"),
+        (Writer(), r"steps\[1\]: expected {} that leaves its input as it is, found one that writes"),
     ],
     ids=["no pair", "number", "scalar", "in place"],
 )
-def test_what_a_step_must_not_do(step: nn.Module, message: str, memory: str) -> None:
+def test_what_a_step_must_not_do(way: str, step: nn.Module, message: str, memory: str) -> None:
     sequence = pgf.ReversibleSequence([Scale(), step, Scale()], memory=memory).double()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.format("a forward" if way == "forward" else "an inverse")):
         sequence(batch())
 
 
+@both_ways
 def test_the_condition_gets_its_gradient_from_every_step() -> None:
     sequence = pgf.ReversibleSequence([Conditioned(), Conditioned()]).double()
     x, cond = batch(), batch()
