@@ -166,7 +166,7 @@ def accumulated(model: nn.Module, x: Tensor) -> Gradients:
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
-@both_ways
+@both_ways_in_full
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("name", NETS)
 def test_nets_that_are_trained(name: str, hooked: bool) -> None:

@@ -46,18 +46,18 @@ def test_gradients_are_as_near_as_the_precision_is(precision: str) -> None:
         assert float((grads[mode, "fp32"] - exact).norm() / exact.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("home", ["compiled", "python", "modules"])
 @pytest.mark.parametrize("mode", ["store", "checkpoint", "reversible"])
-def test_what_is_decoded_in_fp32_is_differentiated_in_it(
-    mode: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_decoded_in_fp32_is_differentiated_in_it(mode: str, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the model is in: the call's precision holds in its backward, which comes later."""
-    if not compiled:
+    if home == "python":
         only_python(monkeypatch)
     latents = [latent.detach() for latent in model().encode(images(2))]
 
     def found(glow: pgf.Glow, own_precision: str, precision: str = "fp32") -> Tensor:
         glow.precision, dtype = own_precision, next(glow.parameters()).dtype
+        if home == "modules":  # called one by one
+            glow.levels[0].steps[0].register_forward_hook(lambda *_: None)
         leaves = [latent.to(dtype).requires_grad_() for latent in latents]
         value = glow.decode(leaves, precision=precision).square().sum()
         own = [value for name, value in glow.named_parameters() if "steps" in name]
