@@ -12,7 +12,7 @@ import torch
 from contract import test_gradients as of_flows
 from contract import test_gradients_of_own_nets as of_nets
 from contract import test_gradients_with_torch as with_torch
-from support.chain_cases import EVERY_STEP, Mode, ONE_PART, cut_parts, only_python
+from support.chain_cases import EVERY_STEP, ONE_PART, Mode, cut_parts, only_python
 from support.gradients import RECOMPUTING, Memory, assert_same_gradients, batch, both_ways, gradients, objective
 from support.user_steps import Build, runs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.chain_cases import Mode, assert_same_gradients, both_ways, gradients
@@ -44,6 +46,31 @@ def test_a_shared_step() -> None:
     for mode in MODES:
         mode.apply(sequence)
         assert_same_gradients(gradients(sequence, x), expected)
+
+
+class Alone(Scale):
+    """Gives z alone."""
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Any:
+        return super().forward(x, cond)[0]
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> Any:
+        return super().inverse(z, cond)[0]
+
+
+@pytest.mark.parametrize("mode", [Mode("store"), *MODES], ids=str)
+def test_steps_that_give_z_alone(mode: Mode) -> None:
+    steps, x = [Alone() for _ in range(4)], batch().requires_grad_()
+    sequence = pgf.ReversibleSequence(steps).double()
+    mode.apply(sequence)
+    for way in (sequence, sequence.inverse):
+        z, expected = way(x), x
+        for step in steps if way is sequence else reversed(steps):
+            expected = step(expected) if way is sequence else step.inverse(expected)
+        weight = torch.randn_like(x)
+        found, true = (torch.autograd.grad((out * weight).sum(), [x, *sequence.parameters()]) for out in (z, expected))
+        for one, other in zip(found, true, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 class WrongInverse(Scale):
@@ -94,10 +121,10 @@ class Writer(nn.Module):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (Broken(lambda x: x), r"steps\[1\]: expected {} that returns tensors \(z, log_det\), found Tensor"),
+        (Broken(lambda x: x), r"steps: expected a log_det from all of them, or from none, found \[True, False, True\]"),
         (
             Broken(lambda x: (x, 0.0)),
-            r"steps\[1\]: expected {} that returns tensors \(z, log_det\), found tuple",
+            r"steps\[1\]: expected {} that returns tensors \(z, log_det\), or z alone, found tuple",
         ),
         (Broken(lambda x: (x, x.sum())), r"steps\[1\]: expected a log_det of shape \(3,\), found shape \(\)"),
         (Writer(), r"steps\[1\]: expected {} that leaves its input as it is, found one that writes"),
