@@ -232,16 +232,21 @@ def _price(runs: Sequence[JoinedLayers], memory: str) -> str:
 
 def _join(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
     """Join the layers of a library, in all containers of a model, and report those that are in no run."""
-    if library.one_by_one:
-        for name, module in done.model.named_modules():
-            if module in done._adopted and module._pgf_row in library.rows and "_pgf_joined" not in vars(module):
-                row = module._pgf_row
-                if row.run is None and not any(isinstance(part, NetCoupling) for part in row.elements(module, False)):
-                    continue  # there is nothing to keep
-                done._runs.append(JoinedLayers([module], [row], memory, budget))
-                vars(module)["_pgf_joined"] = done._runs[-1]
-                done.joined[name] = f"one step, memory {memory!r}{_price(done._runs[-1:], memory)}"
-        return
+    if not library.one_by_one or library.lists:
+        _join_lists(done, library, memory, budget)
+    joined = {layer for run in done._runs for layer in run.layers}
+    for name, module in done.model.named_modules() if library.one_by_one else ():
+        if module in done._adopted and module._pgf_row in library.rows and module not in joined:
+            row = module._pgf_row
+            if row.run is None and not any(isinstance(part, NetCoupling) for part in row.elements(module, False)):
+                continue  # there is nothing to keep
+            done._runs.append(JoinedLayers([module], [row], memory, budget))
+            vars(module)["_pgf_joined"] = done._runs[-1]
+            done.joined[name] = f"one step, memory {memory!r}{_price(done._runs[-1:], memory)}"
+
+
+def _join_lists(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
+    """Join layers in the containers of a model."""
     reasons: Reasons = {}
     joined: set[nn.Module] = set()
     seen: set[nn.Module] = set()  # within graphs
@@ -284,7 +289,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
         if part:
             del done.left[name]
         own = isinstance(module, Adopted) and module._pgf_row in library.rows and module._pgf_row.run is None
-        if (part or own) and module not in joined:
+        if (part or own) and module not in joined and not library.one_by_one:
             reason = f"not joined: {reasons.get(module, 'in no list with others like it')}"
             if module in done._adopted and (alone := _alone(done.model, name, library, module._pgf_row)):
                 reason = f"{alone}; {reason}"

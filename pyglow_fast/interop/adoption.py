@@ -33,7 +33,7 @@ class Adopted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by row and class, which can be imported; what is made of them is made again."""
-        state = {name: value for name, value in vars(self).items() if name != "_pgf_nets"}
+        state = {name: value for name, value in vars(self).items() if name not in ("_pgf_nets", "_pgf_log_scales")}
         return _blank, (self._pgf_row, self._pgf_theirs), state
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +58,7 @@ def adopted_class(row: Row, theirs: type[nn.Module]) -> type[Adopted]:
     key = (row.name, theirs)
     if key not in _made:
         body: dict[str, Any] = {method: _runs(method) for method in row.calls}
+        body |= {name: method for name, method in row.methods.items() if hasattr(theirs, name)}
         body |= {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
         _made[key] = type(theirs.__name__, (Adopted, theirs), {**body, "_pgf_row": row, "_pgf_theirs": theirs})
     return _made[key]
@@ -184,6 +185,6 @@ def give_back(modules: Iterable[nn.Module]) -> None:
     """Give adopted layers their own class again."""
     for module in modules:
         if isinstance(module, Adopted):
-            for name in ("_pgf_joined", "_pgf_nets", "_pgf_seen"):
+            for name in ("_pgf_joined", "_pgf_nets", "_pgf_seen", "_pgf_log_scales"):
                 vars(module).pop(name, None)
             module.__class__ = module._pgf_theirs  # type: ignore[assignment]

@@ -89,11 +89,11 @@ class ShiftThenRaw:
         width = 2 * self.changed
         expect(values.shape[dim] == width, "subnet", f"an output of {width} channels", values.shape[dim])
         raw, shift = values.split(self.changed, dim)
-        return torch.cat([_times(shift, self.gain), _times(raw, self.raw_gain)], dim)
+        return torch.cat([times(shift, self.gain), times(raw, self.raw_gain)], dim)
 
 
-def _times(part: Tensor, gain: float) -> Tensor:
-    """part gain; of 16 bits in float32, so that it is not rounded once more."""
+def times(part: Tensor, gain: float) -> Tensor:
+    """Multiply part by gain; of 16 bits in float32, so that it is not rounded once more."""
     if gain == 1.0:
         return part
     return (part.float() if part.dtype in (torch.float16, torch.bfloat16) else part) * gain

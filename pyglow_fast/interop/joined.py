@@ -27,10 +27,6 @@ from pyglow_fast.runs.maps import Map
 Reasons = dict[nn.Module, str]  # why a layer is in no run
 ALONE = "no layer of its width next to it"
 MOST_POSITIONS = 8  # along each dimension of the state that goes there and back for a report
-VOLUMES = 5  # dimensions of their states
-# Where memory is to be saved a net on volumes takes as much as so many states. On 16^3 and 32^3 (8 channels, hidden 96)
-# that is two strips; eight took twice as long and saved little, as the rest then counts.
-MOST_STATES = 64
 
 
 def row_of(library: Library, module: nn.Module) -> Row | None:
@@ -65,13 +61,13 @@ def learns(coupling: NetCoupling, x: Tensor) -> bool:
 
 
 def check_halves(coupling: NetCoupling) -> None:
-    """Refuse a coupling that does not halve the channels, as those of a run do.
+    """Refuse a coupling that does not halve the channels, as those of csrc/run do.
 
     Raises:
         UnfitError: it does not.
     """
     kept, channels = coupling.kept, coupling.kept + coupling.changed
-    if kept not in (0, coupling.changed):
+    if kept not in (0, coupling.changed) and hasattr(coupling.net, "chain"):
         odd = f"an odd number of channels, {channels}"
         raise UnfitError(odd if channels % 2 else f"a mask that keeps {kept} of {channels} channels")
 
@@ -144,8 +140,8 @@ class JoinedLayers:
         limit = self._limit()
         run, budget = called(self.elements(call.inverse), call), self.budget
         self._check(run, call)
-        if self.spares and budget == "auto" and call.x.dim() == VOLUMES:
-            budget = MOST_STATES * call.x.nbytes
+        if self.spares and budget == "auto":
+            budget = self.rows[0].budget(run, call.x)
         self._shape, whole = call.x.shape, self.memory == "store"
 
         def compute(run: Run) -> tuple[Tensor, Tensor]:
@@ -171,6 +167,8 @@ class JoinedLayers:
         """Refuse what has been put into a layer since it was joined."""
         for coupling in run.couplings:
             check_halves(coupling)
+            if coupling.kept and coupling.kept + coupling.changed != call.x.shape[1]:
+                raise UnfitError(f"a state of {call.x.shape[1]} channels")
             if self.spares:
                 if reason := unrepeatable(coupling.net, self.memory):
                     raise UnfitError(reason)
@@ -239,7 +237,7 @@ class Place:
     def __init__(
         self, layer: nn.Module, row: Row, joined: JoinedLayers, layers: Sequence[nn.Module] | None, from_latents: bool
     ) -> None:
-        vars(self).update(layer=layer, row=row, joined=joined, layers=layers, from_latents=from_latents)
+        vars(self).update(layer=layer, row=row, joined=joined, layers=layers, from_latents=from_latents, apart=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run all layers, or hand on the state."""
@@ -251,6 +249,9 @@ class Place:
             raise AttributeError(name)
         if name in self.row.calls:
             return lambda *args, **kwargs: self._through(name, args, kwargs)
+        if name in self.row.methods:  # those of the run are the first one's
+            asked = () if self.layers is None else self.layers if self.apart else (self.layer,)
+            return lambda *args, **kwargs: sum(getattr(layer, name)(*args, **kwargs) for layer in asked)
         return getattr(self.layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -263,6 +264,7 @@ class Place:
             call = understood(self.row, self.layer, method, args, kwargs, self.joined.spares)
         if call is not None and call.joinable:
             try:
+                vars(self).update(apart=False)
                 return call.give(*self.joined(call))
             except UnfitError:  # before anything was computed but maps
                 pass
@@ -275,11 +277,13 @@ class Place:
             backwards = call.inverse != self.from_latents
         else:  # not a call for ours, such as of few positions; the libraries name the way back by one of these
             backwards = method == "inverse" or bool(kwargs.get("rev", kwargs.get("reverse")))
-        state, total = args[0], None
+        vars(self).update(apart=True)
+        state, total, out = args[0], None, None
         for layer in reversed(self.layers) if backwards else self.layers:
-            state, log_det = self.joined.alone(layer, method, state, *args[1:], **kwargs)
+            out = self.joined.alone(layer, method, state, *args[1:], **kwargs)
+            state, log_det = out if isinstance(out, tuple) else (out, None)
             total = log_det if total is None or log_det is None else total + log_det
-        return state, total
+        return (state, total) if isinstance(out, tuple) else out
 
 
 class Joined(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 
-from pyglow_fast.interop import antsx, chaiyujin, freia, glow_tts, jet, nflows, normflows
+from pyglow_fast.interop import antsx, chaiyujin, freia, glow_tts, hiding, jet, nflows, normflows
 from pyglow_fast.interop.table import Row
 
 LIBRARIES = (
@@ -15,6 +15,7 @@ LIBRARIES = (
     chaiyujin.LIBRARY,
     glow_tts.LIBRARY,
     jet.LIBRARY,
+    hiding.LIBRARY,
 )
 
 

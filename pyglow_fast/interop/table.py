@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +27,15 @@ from pyglow_fast._tracing import call_untraced, is_altered, is_batched, is_trace
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.reference import full_precision
-from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.maps import ChannelMap, Map
 
 FEW_VALUES = 1 << 14  # of a batch, see pays_for_images
 EXACT = torch.float64, 1e-9  # precision and relative tolerance of a probe
+VOLUMES = 5  # dimensions of their states
+# Where memory is to be saved a net on volumes takes as much as so many states. On 16^3 and 32^3 (8 channels, hidden 96)
+# that is two strips; eight took twice as long and saved little, as the rest then counts.
+MOST_STATES = 64
 
 
 class UnfitError(Exception):
@@ -91,6 +95,10 @@ def _nothing(*_: Any) -> str:
     return ""
 
 
+def _budget_of_volumes(run: Run, x: Tensor) -> str | int:
+    return MOST_STATES * x.nbytes if x.dim() == VOLUMES else "auto"
+
+
 @dataclass(frozen=True)
 class Row:
     """One kind of layers of a library.
@@ -113,6 +121,8 @@ class Row:
         limit: the largest magnitude, a scalar, below which no bound acts that the layer puts on its states, see
             limits.py; None where it puts none.
         inside: the modules of a layer, besides its nets, whose forward is no longer called.
+        methods: by name, those of a layer that read what its forward keeps on it; ours are (layer, *arguments).
+        budget: (run, x) -> bytes of a net's activations where memory is saved and the caller says "auto".
         adopts: its forward is replaced; else it is a part of runs only.
         run: (layer, call, JoinedLayers or None) -> z, log_det, of what is no chain of maps and couplings; with the
             former, which are this layer alone, as its memory mode says. None: its elements run.
@@ -132,6 +142,8 @@ class Row:
     prepare: Callable[[Any, Call], None] = lambda layer, call: None
     limit: Callable[[Any], Tensor | None] = lambda layer: None
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    budget: Callable[[Run, Tensor], str | int] = _budget_of_volumes
     adopts: bool = True
     run: Callable[[Any, Call, Any], tuple[Tensor, Tensor]] | None = None
     inverts_in: tuple[torch.dtype, float] = EXACT
@@ -154,6 +166,7 @@ class Library:
         keeps: why the layers in a list of this owner are not joined.
         alone: (a layer, and what holds it, from the inside out) -> the same as of a row, for all rows.
         one_by_one: its models call layers in loops of their own, so each is a run for itself.
+        lists: but those in lists whose owner has no ``keeps`` are joined before.
     """
 
     name: str
@@ -167,6 +180,7 @@ class Library:
     keeps: Callable[[nn.Module], str] = _nothing
     alone: Callable[[Sequence[nn.Module]], str] = _nothing
     one_by_one: bool = False
+    lists: bool = False
 
 
 def by_class(*names: str) -> Callable[[nn.Module], bool]:

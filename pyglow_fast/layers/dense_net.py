@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import check_count, check_input, expect
 from pyglow_fast._tracing import has_hooks
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias
-from pyglow_fast.nets.dense import dense_bytes, dense_halo, run_dense
+from pyglow_fast.nets.dense import DenseForm
 from pyglow_fast.nets.run import condition_for
 
 HIDDEN_GAIN = 0.1  # of the hidden weights at first, as in ESRGAN: sums of many layers stay small
@@ -70,41 +72,37 @@ class DenseNet(nn.Module):
         expect(0.0 <= slope <= 1.0, "slope", "a number from 0 to 1", slope)
         self.in_channels, self.out_channels, self.cond_channels = in_channels, out_channels, cond_channels
         self.dims, self.slope = dims, float(slope)
-        inputs = in_channels + cond_channels
-        widths = [*[growth] * (layers - 1), out_channels]
-        self.convs = nn.ModuleList(
-            conv_for(dims)(inputs + i * growth, width, 3, padding=1) for i, width in enumerate(widths)
-        )
-        for conv in self._convs():
-            last = conv is self.convs[-1]
+        inputs, widths = in_channels + cond_channels, [*[growth] * (layers - 1), out_channels]
+        convs: list[Any] = [conv_for(dims)(inputs + i * growth, w, 3, padding=1) for i, w in enumerate(widths)]
+        for conv in convs:
             nn.init.kaiming_normal_(conv.weight, slope)
-            conv.weight.data.mul_(0.0 if last else HIDDEN_GAIN)
+            conv.weight.data.mul_(0.0 if conv is convs[-1] else HIDDEN_GAIN)
             zero_bias(conv)
+        self.convs = nn.ModuleList(convs)
 
-    def _convs(self) -> list[nn.Conv2d]:
-        return list(self.convs)  # type: ignore[arg-type]
+    def _form(self) -> DenseForm:
+        convs: list[Any] = list(self.convs)
+        return DenseForm([conv.weight for conv in convs], [conv.bias for conv in convs], self.slope)
 
     @property
     def halo(self) -> int:
         """How many positions to each side an output position depends on."""
-        return dense_halo([conv.weight for conv in self._convs()])
+        return self._form().halo
 
     def bytes_per_position(self, element_size: int) -> int:
         """The most bytes of activations alive in forward and backward, per sample and position."""
-        return dense_bytes([conv.weight for conv in self._convs()], element_size)
+        return self._form().bytes_per_position(element_size)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Predict (N, out_channels, *spatial) from x (N, in_channels, *spatial) and the condition."""
-        convs = self._convs()
-        check_input("x", x, self.in_channels, convs[0].weight)
+        form = self._form()
+        check_input("x", x, self.in_channels, form.weights[0])
         expect(x.dim() == self.dims + 2, "x", f"{self.dims} spatial dimensions", f"shape {tuple(x.shape)}")
-        hooked = [f"convs.{i}" for i, conv in enumerate(convs) if has_hooks(conv)]
+        hooked = [f"convs.{i}" for i, conv in enumerate(self.convs) if has_hooks(conv)]
         expect(not hooked, "net", "no hooks on its convolutions (parametrizations are followed)", hooked)
         if not self.cond_channels:
             expect(cond is None, "cond", "None, since the net has cond_channels=0", type(cond).__name__)
-        else:
-            cond = condition_for(x, cond)
-            channels = cond.shape[1]
-            expect(channels == self.cond_channels, "cond", f"{self.cond_channels} channels", channels)
-        weights, biases = zip(*((conv.weight, conv.bias) for conv in convs), strict=True)
-        return run_dense(x if cond is None else torch.cat([x, cond], dim=1), weights, biases, self.slope)
+            return form(x)
+        cond = condition_for(x, cond)
+        expect(cond.shape[1] == self.cond_channels, "cond", f"{self.cond_channels} channels", cond.shape[1])
+        return form(torch.cat([x, cond], dim=1))

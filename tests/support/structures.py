@@ -2,7 +2,7 @@
 
 Those of normflows, nflows and FrEIA are made of the installed libraries. The others have the interface and the
 equations of their project, small: anomalib (FastFlow, U-Flow, PatchFlow, CFLOW), msflow, coqui's Glow-TTS, the Glows of
-chaiyujin and y0ast, SRFlow, jet-pytorch and JetFormer.
+chaiyujin and y0ast, SRFlow, HiNet, DeepMIH, IRN, jet-pytorch and JetFormer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from support.accelerate_cases import (
 )
 from support.freia_copies import Block, LaterBlock
 from support.glow_tts_cases import TextDecoder, mask_of_lengths, moved
+from support.hiding_blocks import HaarOperation, Hides, InAttributes, InList, Rescales, ScalesBoth, Shifts, plain_net
 from support.jet_models import ImageFlow, ProjectedFlow
 from support.srflow import FlowStep, FlowUpsamplerNet, randomised
 
@@ -373,6 +374,28 @@ def of_jet(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], jo
     )
 
 
+# Blocks that run there and back
+
+
+def of_hiding(name: str, build: Callable[[], nn.Module], channels: int, joined: int, *flags: bool) -> Structure:
+    """Flags of the model's forward besides its direction."""
+    return Structure(
+        f"hiding-{name}",
+        lambda: moved(build(), 0.02).double(),
+        [(channels, 16, 12)],
+        lambda model, data, _: model(data[0], False, *flags),
+        lambda model, found, _: model(found[0], True, *flags),
+        joined,
+        left=(None,),
+    )
+
+
+def like_irn() -> nn.Module:
+    """Haar between blocks in a list, of unequal parts."""
+    stages = [[HaarOperation(), Rescales(4, 1), Rescales(4, 1)], [HaarOperation(), Rescales(16, 3), Rescales(16, 3)]]
+    return InList([op for stage in stages for op in stage])
+
+
 STRUCTURES = [
     of_normflows("lu-sigmoid"),
     of_normflows("plain-exp", use_lu=False, scale_map="exp"),
@@ -442,6 +465,11 @@ STRUCTURES = [
         8,
         normal((2, 8, 6), (2, 4, 3)),
     ),
+    of_hiding("hinet", lambda: InAttributes([Hides(4, 4) for _ in range(3)]), 8, 6),
+    of_hiding("hinet-in-a-list", lambda: InList([Hides(3, 5, plain_net) for _ in range(3)]), 8, 6),
+    of_hiding("irn", like_irn, 1, 8, True),
+    of_hiding("irn-additive", lambda: InAttributes([Shifts(3, 9) for _ in range(2)]), 12, 4),
+    of_hiding("deepmih", lambda: InList([ScalesBoth(4, 3), ScalesBoth(4, 3)]), 7, 4),
     of_jet("projected", lambda: ProjectedFlow(6, 8, 4), (6, 8), 4),
     of_jet("images", lambda: ImageFlow(6, 4), (4, 3, 6), 4),
 ]
