@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.support.light_import import light_import
 
@@ -221,6 +222,38 @@ def antsx(batch: int, side: int) -> LiveCase:
     return LiveCase(model, _features(batch, (1, side, side, side)), call, version("antsnormflows"), also=own)
 
 
+class _Checkpointed(nn.Module):
+    """An operation of which torch.utils.checkpoint keeps the input alone."""
+
+    def __init__(self, operation: nn.Module) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, x: Tensor, rev: bool = False) -> Tensor:
+        """Run the operation, and once more in the backward."""
+        found: Tensor = checkpoint(self.operation, x, rev, use_reentrant=False)
+        return found
+
+
+def hiding(batch: int, back: bool) -> LiveCase:
+    """8 blocks as HiNet (Jing et al. 2021) has them, dense nets of growth 32, in a list: there, and with noise back."""
+    from tests.support.hiding_blocks import GrownNet, Hides, InList
+
+    model = InList([Hides(12, 12, lambda c_in, c_out: GrownNet(c_in, c_out, 32)) for _ in range(8)])
+
+    def checkpointed(twin: nn.Module) -> None:
+        own: list[nn.Module] = list(twin.operations)  # type: ignore[arg-type]
+        twin.operations = nn.ModuleList(map(_Checkpointed, own))
+
+    def call(model: nn.Module, x: Tensor, noise: Tensor) -> Latents:
+        z = model(x)
+        found = [z, model(torch.cat([z[:, :12], noise], dim=1), True)] if back else [z]
+        return found, z.new_zeros(len(z))
+
+    features = _features(batch, (24, 64, 64), (12, 64, 64))
+    return LiveCase(model, features, call, "HiNet's interface", also={"theirs, checkpoint": checkpointed})
+
+
 # How each case is built, and its batch. FastFlow's are those of a ResNet18 and a Wide ResNet50-2 at 256 pixels,
 # and, as gathierry's configuration has them, of CaiT-M48 at 448 and DeiT-B at 384 pixels.
 MODELS: dict[str, tuple[Callable[[int], LiveCase], int]] = {
@@ -235,6 +268,8 @@ MODELS: dict[str, tuple[Callable[[int], LiveCase], int]] = {
     "chaiyujin": (chaiyujin, 4),
     "csflow": (csflow, 2),
     "cflow": (cflow, 64),
+    "hiding": (lambda n: hiding(n, back=True), 2),
+    "hiding-there": (lambda n: hiding(n, back=False), 2),
     "antsx-32": (lambda n: antsx(n, 32), 1),
     "antsx-64": (lambda n: antsx(n, 64), 1),
 }
