@@ -48,8 +48,8 @@ class ReversibleSequence(FlowLayer):
 
     Args:
         steps: FlowSteps of one width and one mask, or any modules with ``forward(x, cond=None) -> (z, log_det)``
-            and ``inverse``; if all give z alone, so does the sequence. Steps may share parameters; their output must be
-            a function of the input.
+            and ``inverse``; if all give z alone, so does the sequence. Steps may share parameters, or be there twice;
+            their output is a function of the input.
         memory: a mode; or bytes, as a number or a text such as "4GB": FlowSteps then keep what is fastest within them,
             in either direction; see docs/memory.md. In a model with a budget its plan comes in their place.
         anchor_every: steps between stored states: "auto", an int, or None for none but the input. In FlowSteps, an

@@ -34,10 +34,11 @@ class DenseForm(NamedTuple):
     def bytes_per_position(self, element_size: int) -> int:
         """The most bytes alive in forward and backward, per sample and position.
 
-        They are x and the hidden layers, the sums of all layers, and the gradients of both.
+        They are x and the hidden layers, the gradients of all layers' sums, these once more as one convolution's, and
+        the output.
         """
         widths = [len(weight) for weight in self.weights]
-        return (2 * (self.weights[0].shape[1] + sum(widths[:-1])) + 2 * sum(widths)) * element_size
+        return (self.weights[0].shape[1] + 3 * sum(widths)) * element_size
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (N, C, *spatial) to (N, C_L, *spatial)."""

@@ -191,6 +191,22 @@ def test_sequences_with_padding() -> None:
 
 
 @both_ways
+@pytest.mark.parametrize("what", ["step", "actnorm", "permutation", "weight"])
+def test_parameters_that_steps_share(what: str) -> None:
+    """Each gives its part of the gradient, whatever of a step is in another one, too."""
+    own = [pgf.FlowStep(4, 5, permutation="invconv_plain") for _ in range(4)]
+    if what == "step":
+        own[2] = own[0]
+    elif what == "weight":
+        own[2].coupling.net.conv1.weight = own[0].coupling.net.conv1.weight
+    else:
+        setattr(own[2], what, getattr(own[0], what))
+    sequence = ready(own)
+    assert len(list(sequence.parameters())) < sum(len(list(step.parameters())) for step in own)
+    assert_stored_gradients(sequence, batch())
+
+
+@both_ways
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_samples(n: int) -> None:
     """One sample, and an empty batch, as the last one of a rank may be."""

@@ -269,6 +269,18 @@ LAYERS = [
             "mask's shape": (lambda _: masked(torch.ones(2, 1, 4)), "mask: expected shape"),
             "mask's values": (lambda _: masked(torch.ones(2, 1, 3) / 2), "mask: expected values 0 and 1"),
             "WaveNet": (lambda _: pgf.WaveNet(2, 4, 4, 4), "kernel_size: expected an odd number"),
+            "DenseNet": (lambda _: pgf.DenseNet(2, 4, growth=0), "growth: expected an int, at least 1"),
+            "DenseNet's slope": (lambda _: pgf.DenseNet(2, 4, slope=-0.1), "slope: expected a number from 0 to 1"),
+            "DenseNet's condition": (
+                lambda _: pgf.DenseNet(4, 4, cond_channels=1)(STATE, STATE),
+                "cond: expected 1 channels",
+            ),
+            "Haar's scale": (lambda _: pgf.Haar(0.0), "scale: expected None or a number other than 0"),
+            "Haar's sizes": (lambda _: pgf.Haar()(STATE), "x: expected even spatial sizes"),
+            "Haar's channels": (
+                lambda _: pgf.Haar().inverse(STATE[:, :3]),
+                r"z: expected as many channels as 2\^d divides",
+            ),
             "GroupedInvConv": (lambda _: pgf.GroupedInvConv(8, 3), "size: expected an even divisor of 8 channels"),
             "CouplingNet's width": (lambda _: pgf.CouplingNet(2, 4, 3)(STATE), "x: expected 2 channels"),
             "CouplingNet's condition": (

@@ -1,13 +1,37 @@
-"""Split. What holds of it and of Squeeze as bijections, and of conditions at each level, is in tests/contract."""
+"""Haar and Split. What holds of all bijections, and of conditions at each level, is in tests/contract."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from support.helpers import assert_close
 from torch.distributions import Normal
 
 import pyglow_fast as pgf
+
+
+class TestHaar:
+    """Against the two forms in which it is met: IRN's convolution, and HiNet's sums of four."""
+
+    def test_is_irn(self) -> None:
+        x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+        weight = torch.ones(4, 1, 2, 2, dtype=torch.float64)
+        weight[1, 0, :, 1], weight[2, 0, 1, :] = -1, -1
+        weight[3, 0, 0, 1] = weight[3, 0, 1, 0] = -1
+        bands = F.conv2d(x, weight.repeat(3, 1, 1, 1), stride=2, groups=3) / 4
+        z, log_det = pgf.Haar(0.25)(x)
+        assert_close(z, bands.reshape(2, 3, 4, 2, 3).transpose(1, 2).flatten(1, 2))
+        assert_close(log_det, torch.full((2,), -3 * 2 * 3 * math.log(16.0), dtype=torch.float64))
+
+    def test_is_hinet(self) -> None:
+        x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+        a, b, c, d = (x[..., i::2, j::2] / 2 for i in (0, 1) for j in (0, 1))
+        z, log_det = pgf.Haar(sign=-1)(x)
+        assert_close(z, torch.cat([a + b + c + d, b + d - a - c, c + d - a - b, a - b - c + d], 1))
+        assert not log_det.any()
 
 
 class TestSplit:

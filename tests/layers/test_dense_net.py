@@ -1,0 +1,94 @@
+"""The dense net against concatenations, and what it states of itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.covering import pairs
+from support.halos import halo_is_enough
+from support.helpers import assert_close
+from torch import Tensor, nn
+
+from bench.memory_meter import peak_tensor_bytes
+from pyglow_fast.layers import DenseNet
+from pyglow_fast.nets import is_deterministic
+
+
+def moved(net: DenseNet) -> DenseNet:
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return net
+
+
+def plain(net: DenseNet, x: Tensor, cond: Tensor | None) -> Tensor:
+    """By its definition: every convolution of all before it."""
+    seen, convs = [x] if cond is None else [x, cond], list(net.convs)
+    for conv in convs[:-1]:
+        seen.append(F.leaky_relu(conv(torch.cat(seen, 1)), net.slope))
+    out: Tensor = convs[-1](torch.cat(seen, 1))
+    return out
+
+
+@pairs(
+    pytest.mark.parametrize("dims", [1, 2, 3]),
+    pytest.mark.parametrize("layers", [1, 2, 5]),
+    pytest.mark.parametrize("cond", [0, 2]),
+    pytest.mark.parametrize("slope", [0.0, 0.2]),
+)
+def test_is_a_plain_one(dims: int, layers: int, cond: int, slope: float) -> None:
+    net = moved(DenseNet(3, 4, 5, layers, cond, dims, slope)).double()
+    x = torch.randn(2, 3, *(4, 5, 3)[:dims], dtype=torch.float64, requires_grad=True)
+    given = torch.randn(2, 2, *x.shape[2:], dtype=torch.float64, requires_grad=True) if cond else None
+    found, expected = net(x, given), plain(net, x, given)
+    assert_close(found, expected)
+    inputs = [value for value in (x, given, *net.parameters()) if value is not None]
+    weight = torch.randn_like(found)
+    pairs_of_gradients = (torch.autograd.grad(out, inputs, weight) for out in (found, expected))
+    for own, other in zip(*pairs_of_gradients, strict=True):
+        assert_close(own, other, 10.0)
+
+
+def test_bfloat16_is_rounded_as_a_plain_one_is() -> None:
+    """Partial sums in 16 bits would be off by a multiple."""
+    net = moved(DenseNet(8, 8, 16))
+    x = torch.randn(2, 8, 12, 12)
+    exact = plain(net.double(), x.double(), None)
+    net = net.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, peer = net(x), plain(net, x, None)
+    assert found.dtype == peer.dtype
+    errors = [float((value.double() - exact).norm()) for value in (found, peer)]
+    assert errors[0] <= 2.0 * errors[1]
+
+
+def test_states_what_it_is() -> None:
+    net = DenseNet(2, 4, 3)
+    assert is_deterministic(net)
+    assert not net(torch.randn(1, 2, 3, 3)).any()  # a coupling does nothing at first
+    assert net.halo == 5
+    assert halo_is_enough(net, (2, 2, 12, 4))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(12, 24), (3, 96), (48, 3)])
+def test_bytes_per_position_are_those_of_a_run(inputs: int, outputs: int) -> None:
+    """Too few would break the budget of a user; of too many nets run in smaller chunks than they could."""
+    net, x = DenseNet(inputs, outputs), torch.randn(1, inputs, 48, 48, requires_grad=True)
+    weight, parameters = torch.randn(1, outputs, 48, 48), list(net.parameters())
+    peak = peak_tensor_bytes(lambda: torch.autograd.grad(net(x), [x, *parameters], weight))
+    peak -= sum(parameter.nbytes for parameter in parameters)  # of which there are gradients
+    stated = net.bytes_per_position(4) * 48 * 48
+    assert 0.65 * stated <= peak <= stated
+
+
+def test_hooks_on_a_convolution_are_refused() -> None:
+    """Its weights are read without a call, so a hook (pruning's, for one) would be left out silently."""
+    net = DenseNet(2, 4, 3)
+    net.convs[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="net: expected no hooks on its convolutions"):
+        net(torch.randn(1, 2, 3, 3))
+    parametrized = moved(DenseNet(2, 4, 3))
+    nn.utils.parametrizations.weight_norm(parametrized.convs[1])
+    x = torch.randn(1, 2, 3, 3)
+    assert_close(parametrized(x), plain(parametrized, x, None))
