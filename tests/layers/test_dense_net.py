@@ -43,6 +43,8 @@ def test_is_a_plain_one(dims: int, layers: int, cond: int, slope: float) -> None
     given = torch.randn(2, 2, *x.shape[2:], dtype=torch.float64, requires_grad=True) if cond else None
     found, expected = net(x, given), plain(net, x, given)
     assert_close(found, expected)
+    with torch.no_grad():
+        assert_close(net(x, given), expected)
     inputs = [value for value in (x, given, *net.parameters()) if value is not None]
     weight = torch.randn_like(found)
     pairs_of_gradients = (torch.autograd.grad(out, inputs, weight) for out in (found, expected))
