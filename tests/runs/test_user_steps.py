@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from support.chain_cases import Mode, assert_same_gradients, both_ways, gradients
@@ -46,31 +44,6 @@ def test_a_shared_step() -> None:
     for mode in MODES:
         mode.apply(sequence)
         assert_same_gradients(gradients(sequence, x), expected)
-
-
-class Alone(Scale):
-    """Gives z alone."""
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Any:
-        return super().forward(x, cond)[0]
-
-    def inverse(self, z: Tensor, cond: Tensor | None = None) -> Any:
-        return super().inverse(z, cond)[0]
-
-
-@pytest.mark.parametrize("mode", [Mode("store"), *MODES], ids=str)
-def test_steps_that_give_z_alone(mode: Mode) -> None:
-    steps, x = [Alone() for _ in range(4)], batch().requires_grad_()
-    sequence = pgf.ReversibleSequence(steps).double()
-    mode.apply(sequence)
-    for way in (sequence, sequence.inverse):
-        z, expected = way(x), x
-        for step in steps if way is sequence else reversed(steps):
-            expected = step(expected) if way is sequence else step.inverse(expected)
-        weight = torch.randn_like(x)
-        found, true = (torch.autograd.grad((out * weight).sum(), [x, *sequence.parameters()]) for out in (z, expected))
-        for one, other in zip(found, true, strict=True):
-            torch.testing.assert_close(one, other)
 
 
 class WrongInverse(Scale):
