@@ -326,10 +326,13 @@ def calls() -> str:
     return markdown(("", *names), lines)
 
 
+SHALLOW = ("model, K 8", "model, K 16")  # rows that the table of directions leaves out
+
+
 def directions() -> str:
     """What both directions keep and take."""
     rows, lines = rows_of("directions"), []
-    for case, name in dict.fromkeys((row.case, row.name) for row in rows):
+    for case, name in dict.fromkeys((row.case, row.name) for row in rows if row.case not in SHALLOW):
         there, back = pick(rows, case=case, name=name)
         error = back.facts["error"] / pick(rows, case=case, what=back.what, name="store")[0].facts["error"]
         numbers = [f"{row.facts['kept'] / 1e6:.2f}" for row in (there, back)]
