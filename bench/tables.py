@@ -266,6 +266,23 @@ def antsx() -> str:
     return markdown(("volume", "training step, ms", "in bfloat16, ms", "memory, MB"), lines)
 
 
+def hiding() -> str:
+    """A training step of blocks that run there and back, theirs and ours."""
+    rows = rows_of("live")
+    titles = {"hiding": "there and back", "hiding-there": "there"}
+    names = {"theirs": "theirs", "theirs, checkpoint": "theirs, each in torch.utils.checkpoint"}
+    names |= {"reversible": '`memory="reversible"`'}
+    lines = []
+    for case, title in titles.items():
+        plain = pick(rows, case=case, what=TRAIN, name="theirs")[0].processor_seconds or 1.0
+        for name, shown in names.items():
+            (row,) = pick(rows, case=case, what=TRAIN, name=name)
+            own = row.processor_seconds or 0.0
+            facts = (f"{row.facts['activation_bytes'] / 1e6:.1f}", f"{row.facts['errors']['gradients']:.1e}")
+            lines.append((f"{title}, {shown}", f"{own:.2f}", f"{own / plain:.2f}", *facts))
+    return markdown(("", "training step, s", "of theirs", "peak, MB", "gradients against float64"), lines)
+
+
 def glow_tts() -> str:
     """Memory of the decoder of Glow-TTS."""
     rows = pick(rows_of("live"), case="glow-tts", what=TRAIN, dtype=FLOAT)
