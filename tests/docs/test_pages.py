@@ -91,6 +91,19 @@ def test_the_example_of_inverse_problems_runs() -> None:
         assert (observe(x) - observe(truth)).norm() < 0.9 * (observe(mean) - observe(truth)).norm()
 
 
+@pytest.mark.skipif(not SHIPPED.is_file(), reason=f"this copy has no {SHIPPED}")
+def test_the_example_of_hiding_runs() -> None:
+    """In few steps; its blocks are joined, and it reveals more of the secrets than nothing, which it does at first."""
+    (block,) = blocks(page("examples/hiding.md"))
+    example: dict[str, Any] = {"__name__": "example"}
+    exec(block.code.replace("steps, batch = 300, 8", "steps, batch = 20, 8"), example)
+    assert Path("hidden.png").is_file()
+    assert example["steps"] == 20
+    assert list(example["done"].joined) == ["blocks"]
+    secret, revealed = example["secret"], example["revealed"]
+    assert (revealed - secret).norm() < 0.9 * secret.norm()
+
+
 @pytest.mark.parametrize("block", cases("sh"))
 def test_commands_run(block: Block) -> None:
     if re.search(r" shown\b| serve$", block.code, re.MULTILINE) and not SHIPPED.is_file():
