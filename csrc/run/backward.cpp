@@ -167,7 +167,7 @@ class Backward {
     if (k > 0) return {k, {}, norms(x), {}, project(x, *part_.signs)};
     const Tensor& start = *args_.kept.start;
     const Tensor expected = part_.inverse() ? start : sketch_before(start, unmix(k), *part_.signs);
-    return {k, sketched_drift(x, expected, *part_.signs), {}, {}, {}};
+    return {k, sketched_drift(x, expected, *part_.signs, part_.inverse()), {}, {}, {}};
   }
 
   // Step k's input from its output, and the gradient of it, which uses the true input where that is known. One run of

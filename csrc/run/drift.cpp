@@ -15,19 +15,23 @@
 namespace pyglow::run {
 namespace {
 
-constexpr double projection_slack = 4, least_norm = 1e-6;
+constexpr double projection_slack = 4;
+// Of the largest channel's norm: a channel is not measured against less; see FLOOR of drift.py.
+constexpr double least_norm = 1e-6, least_norm_back = 0.25;
+
+double floor_of(bool inverse) { return inverse ? least_norm_back : least_norm; }
 
 Tensor flat(const Tensor& x) { return x.dim() == 2 ? x.unsqueeze(-1) : x.flatten(2); }
 
 // What errors of states with these norms (..., N, C) are measured against: a channel's own norm, but not below the
 // batch's typical one, nor below a part of the largest channel's.
-Tensor scale_of(const Tensor& norm) {
+Tensor scale_of(const Tensor& norm, bool inverse) {
   if (norm.numel() == 0) return norm;
   const int64_t lower_median = (norm.size(-2) - 1) / 2;  // by sorting: median has no deterministic CUDA kernel
   const Tensor typical = std::get<0>(norm.sort(-2)).narrow(-2, lower_median, 1);
   const double tiny =
       norm.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
-  const Tensor floor = (typical.amax(-1, true) * least_norm).clamp_min(tiny);
+  const Tensor floor = (typical.amax(-1, true) * floor_of(inverse)).clamp_min(tiny);
   return at::maximum(norm, at::maximum(typical, floor));
 }
 
@@ -58,13 +62,13 @@ Tensor projections_before(const Tensor& seen, const Unmix& map, const Signs& sig
 }
 
 // The largest relative errors; scalars, NaN if a state is. Of norms (K, N, C).
-Tensor anchor_drift(const Tensor& differences, const Tensor& norms) {
-  return norms.is_meta() ? no_drift(norms) : largest(differences / scale_of(norms));
+Tensor anchor_drift(const Tensor& differences, const Tensor& norms, bool inverse) {
+  return norms.is_meta() ? no_drift(norms) : largest(differences / scale_of(norms, inverse));
 }
 
-Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen) {
+Tensor projected_drift(const Tensor& found, const Tensor& norm, const Tensor& seen, bool inverse) {
   if (seen.is_meta()) return no_drift(seen);
-  return largest((found - seen) / (scale_of(norm) * projection_slack));
+  return largest((found - seen) / (scale_of(norm, inverse) * projection_slack));
 }
 
 }  // namespace
@@ -127,11 +131,11 @@ Tensor difference_norms(const Tensor& recomputed, const Tensor& truth) {
   return norms(truth.is_meta() ? at::empty_like(truth) : recomputed - truth);
 }
 
-Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs) {
+Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs, bool inverse) {
   if (x.is_meta()) return no_drift(x);
   const double root = std::sqrt(static_cast<double>(seen.size(2)));
   const Tensor error = at::linalg_vector_norm(sketch(x, signs) - seen, 2, {2}) / root;
-  return largest(error / scale_of(norms(x)));
+  return largest(error / scale_of(norms(x), inverse));
 }
 
 Tensor drift_of(const Measures& measures, const std::optional<Unmix>& inverses, const Optional& seen,
@@ -156,7 +160,7 @@ Tensor drift_of(const Measures& measures, const std::optional<Unmix>& inverses, 
     for (const auto& [first, count] : ranges) parts.push_back(all.narrow(0, first, count));
     return joined(parts);
   };
-  if (!differences.empty()) errors.push_back(anchor_drift(stacked(differences), stacked(truths)));
+  if (!differences.empty()) errors.push_back(anchor_drift(stacked(differences), stacked(truths), !inverses));
   if (!projections.empty()) {
     Tensor expected = of_ranges(*seen);
     if (inverses) {
@@ -165,7 +169,7 @@ Tensor drift_of(const Measures& measures, const std::optional<Unmix>& inverses, 
                       of_ranges(inverses->offset)};
       expected = projections_before(expected, map, signs);
     }
-    errors.push_back(projected_drift(stacked(projections), stacked(all_norms), expected));
+    errors.push_back(projected_drift(stacked(projections), stacked(all_norms), expected, !inverses));
   }
   return errors.size() == 1 ? errors[0] : stacked(errors).amax();
 }

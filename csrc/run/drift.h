@@ -34,7 +34,7 @@ struct Unmix {
 Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs);
 
 // The largest relative error, a scalar, NaN if a state is; by a sketch.
-Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs);
+Tensor sketched_drift(const Tensor& x, const Tensor& seen, const Signs& signs, bool inverse);
 
 // How far the recomputed input of a step is off: the error itself, or what it is found from for several: norms and how
 // large the difference from the truth is, or norms and projection.
@@ -44,7 +44,7 @@ struct Measure {
 };
 using Measures = std::vector<Measure>;
 // The worst of what was measured of steps one after another, the last first, in one go. inverses, seen: of all steps;
-// without inverses what was seen is what is measured.
+// without inverses, of a part that undoes its maps, what was seen is what is measured.
 Tensor drift_of(const Measures& measures, const std::optional<Unmix>& inverses, const Optional& seen,
                 const Signs& signs);
 

@@ -42,8 +42,10 @@ FIRST_HOLD, LAST_HOLD = 32, 1024  # passes until a spacing that drifted is tried
 WINDOW = 64  # passes over which redone steps are counted for the warning
 FREQUENT = 0.25  # of the steps
 # An error is measured against the norm of its own channel, so that a small channel cannot hide behind large ones; but
-# not below this part of the largest, since a channel of nothing but rounding is no state.
-FLOOR = 1e-6
+# not below this part of the largest, since a channel of nothing but rounding is no state. From latents to data a map
+# comes last: what it gives is no better in a small channel than roundings of the largest, and latents are often zeros
+# in some channels (what was lost, means of a prior). From data on, a small channel's actnorm may make it large.
+FLOOR, FLOOR_BACK = 1e-6, 0.25
 
 
 def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype | None = None) -> float:
@@ -137,7 +139,7 @@ def norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(flat_positions(x), dim=2)
 
 
-def _scale(norm: Tensor) -> Tensor:
+def _scale(norm: Tensor, inverse: bool) -> Tensor:
     """What errors of states with these norms (..., N, C) are measured against, of the same shape."""
     if norm.numel() == 0:
         return norm
@@ -145,7 +147,9 @@ def _scale(norm: Tensor) -> Tensor:
     # a single large sample does not change.
     # (The lower median, as torch.median gives it, which is refused on CUDA under use_deterministic_algorithms.)
     typical = norm.sort(dim=-2).values.narrow(-2, (norm.shape[-2] - 1) // 2, 1)
-    floor = (FLOOR * typical.amax(dim=-1, keepdim=True)).clamp_min(torch.finfo(norm.dtype).tiny)
+    floor = ((FLOOR_BACK if inverse else FLOOR) * typical.amax(dim=-1, keepdim=True)).clamp_min(
+        torch.finfo(norm.dtype).tiny
+    )
     return norm.maximum(typical.maximum(floor))
 
 
@@ -154,18 +158,18 @@ def _largest(error: Tensor, scale: Tensor) -> Tensor:
     return torch.linalg.vector_norm(error.div_(scale), torch.inf) if error.numel() else error.new_zeros(())
 
 
-def projected_drift(x: Tensor, seen: Tensor) -> Tensor:
+def projected_drift(x: Tensor, seen: Tensor, inverse: bool = False) -> Tensor:
     """The largest relative error of a recomputed state, by the projections ``seen`` (N, C) of the true one.
 
     Returns a scalar tensor, NaN if x is. Errors are measured against the norms of x itself: where x is so far off that
     its norms are wrong too, the error is as large as they are, beyond any tolerance.
     """
-    return _largest(project(x) - seen, _scale(norms(x)).mul_(PROJECTION_SLACK))
+    return _largest(project(x) - seen, _scale(norms(x), inverse).mul_(PROJECTION_SLACK))
 
 
-def anchor_drift(recomputed: Tensor, true: Tensor) -> Tensor:
+def anchor_drift(recomputed: Tensor, true: Tensor, inverse: bool = False) -> Tensor:
     """The largest relative error of a recomputed state over samples and channels; a scalar tensor, NaN if it is."""
-    return _largest(norms(recomputed - true), _scale(norms(true)))
+    return _largest(norms(recomputed - true), _scale(norms(true), inverse))
 
 
 @dataclass

@@ -289,7 +289,9 @@ class _Backward:
         for k in reversed(range(len(self._steps))):
             true = self._states.get(k)
             found, grad = self._step(k, z, true, grad)
-            drifts.append(projected_drift(found, self._seen[k]) if true is None else anchor_drift(found, true))
+            back = self._steps[k].inverse
+            drift = projected_drift(found, self._seen[k], back) if true is None else anchor_drift(found, true, back)
+            drifts.append(drift)
             z = found if true is None else true
         return grad, torch.stack(drifts).amax()
 
