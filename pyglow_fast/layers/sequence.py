@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._tracing import kernels_step_aside
 from pyglow_fast.layers.flow_step import FlowStep
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.layers.wavenet import WaveNet
@@ -148,7 +149,7 @@ class MaskedSequence(ReversibleSequence):
         def way(x: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
             mode = self.memory
             if not isinstance(mode, str):
-                if self._records(x, extra):
+                if self._records(x, extra) and not kernels_step_aside():
                     refuse_bytes(mode)
                 mode = "store"
             control = self.control_of(run.inverse)
