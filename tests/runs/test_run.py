@@ -13,7 +13,6 @@ from support.gradients import (
     CONDITION,
     assert_same_gradients,
     batch,
-    both_ways,
     gradients,
     perturbed,
     turn,
@@ -102,7 +101,6 @@ def test_every_kind_of_step(
         assert_close(found, wanted, CONDITION)
 
 
-@both_ways
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_nets_in_16_bits_of_the_librarys_convolutions(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU computes: the same roundings in every mode, those of the Python path up to their order."""
