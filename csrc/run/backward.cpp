@@ -206,7 +206,7 @@ class Backward {
     return {x_parts.get(), with_added(grad_parts.get(), added)};
   }
 
-  // Gradients of v, of M^-1 and of -M^-1 c, of M^-1 (v - c). `added` belongs to grad_y.
+  // From grad_y of y = M^-1 (v - c): grad_v, the gradient of M^-1, and the sum of grad_y. `added` belongs to grad_y.
   std::tuple<Tensor, Tensor, Tensor> unmix_backward(int64_t k, const Tensor& v, const Tensor& grad_y,
                                                     const Optional& added) const {
     const Map& back = inverses_[k];

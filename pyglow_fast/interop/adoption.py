@@ -149,7 +149,7 @@ def recomputed_later(
 
 
 def called(elements: Iterable[Element], call: Call) -> Run:
-    """What a layer holds, or several, as a run of a call's state, the way of the call; neighbouring maps are one."""
+    """Make a run of the elements of layers, for a call's state and in its direction; maps that meet are composed."""
     found: list[Element] = []
     for part in elements:
         own = fitted(part, call.x)

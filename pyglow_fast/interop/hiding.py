@@ -80,7 +80,7 @@ def _read(parts: Sequence[nn.Module]) -> DenseForm | None:
 
 @torch.no_grad()
 def _gives_it(net: nn.Module) -> bool:
-    """Whether a copy with random weights, as the last are zero at first, computes its form."""
+    """Compare a net with the dense form read from it, on a copy with random weights (the last are zero at first)."""
     twin, generator = copy.deepcopy(net).cpu().double(), torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
@@ -111,13 +111,13 @@ class Nets(nn.Module):
 
     @property
     def _forms(self) -> list[DenseForm]:
-        """Of all nets; empty if one is no dense net."""
+        """The dense form of each net; an empty list if one of them is no dense net."""
         forms = [form for form in map(dense_form, self.nets) if form is not None]
         return forms if len(forms) == len(self.nets) else []
 
     @property
     def deterministic(self) -> bool | None:
-        """Whether the nets are known to give the same output again; None: their modules tell."""
+        """True for dense nets, which give the same output again; None: the nets' modules tell."""
         return True if self._forms else None
 
     @property
