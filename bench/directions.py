@@ -122,15 +122,11 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
         _add(prepared, f"model, K {k}", model, models)
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the options."""
     options = harness.make_parser("directions", __doc__, rounds=9)
-    options.add_argument("--steps", type=_numbers, help="numbers of FlowSteps")
-    options.add_argument("--depths", type=_numbers, help="steps a level of the models")
+    options.add_argument("--steps", type=harness.numbers(int), help="numbers of FlowSteps")
+    options.add_argument("--depths", type=harness.numbers(int), help="steps a level of the models")
     options.set_defaults(malloc="here", threads=1)
     return options
 

@@ -370,6 +370,11 @@ def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser's type: a list of numbers with commas between them."""
+    return lambda text: [kind(number) for number in text.split(",")]
+
+
 def make_parser(name: str, about: str | None, rounds: int = 5, seconds: float = 900.0) -> argparse.ArgumentParser:
     """Make the parser of a benchmark with the options that all of them have."""
     raw = argparse.RawDescriptionHelpFormatter

@@ -213,10 +213,6 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
                 prepared.notes.append(f"{case}, {name}: too large, {str(error).partition(chr(10))[0]}")
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the options."""
     options = harness.make_parser("memory", __doc__, rounds=3)
@@ -224,8 +220,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--only", type=chosen(CURVES), default=list(CURVES[:2]), help="depth,resolution; or large")
     names = list(IMPLEMENTATIONS)
     options.add_argument("--implementations", type=chosen(names), default=names, help=", ".join(names))
-    options.add_argument("--depths", type=_numbers, help="K, separated by commas, in place of the standard ones")
-    options.add_argument("--sizes", type=_numbers, help="sides of the images, in place of the standard ones")
+    whole = harness.numbers(int)
+    options.add_argument("--depths", type=whole, help="K, separated by commas, in place of the standard ones")
+    options.add_argument("--sizes", type=whole, help="sides of the images, in place of the standard ones")
     limit = "of a case on the CPU (8), where allocations beyond fail rather than take others' memory"
     options.add_argument("--limit", type=float, metavar="GIB", help=limit)
     passes = "training steps before bytes are counted (3), more where anchors adapt"

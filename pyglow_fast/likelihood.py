@@ -93,13 +93,22 @@ def quantize(x: Tensor, n_bins: int = 256) -> Tensor:
     expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
     expect(x.is_floating_point(), "x", "a floating dtype", x.dtype)
     expect(not is_batched(), "x", "no torch.func.vmap around quantize, which takes any shape as it is", "one")
-    expect(not bool(x.isnan().any()), "x", "values that are numbers", "NaN")
+    if bool(x.isnan().any()):
+        hint = "values that are numbers (of samples that explode: fewer at a lower temperature, not_finite lists them)"
+        expect(False, "x", hint, f"NaN in {int(x.isnan().sum())} of {x.numel()} values")
     return ((x.double() + 0.5) * n_bins).floor().clamp(0, n_bins - 1).long()
 
 
-def count_not_finite(x: Tensor) -> int:
-    """Count the images among x (N, ...) that hold NaN or inf, which have no level."""
-    return int((~x.isfinite().flatten(1).all(1)).sum())
+def not_finite(x: Tensor) -> list[int]:
+    """List the images among x (N, ...) that hold NaN or inf, which have no level; samples may, where a model explodes.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.likelihood import not_finite
+        >>> not_finite(torch.tensor([[0.1, 0.2], [float("inf"), 0.1]]))
+        [1]
+    """
+    return (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
 
 
 def bits_per_dim(log_prob: Tensor, n_dims: int, n_bins: int = 256) -> Tensor:

@@ -106,7 +106,7 @@ def pack(run: Path) -> None:
     (SHIPPED / "config.toml").write_text(to_toml(config), encoding="utf-8")
     for name in ("metrics.csv", "report.json"):
         shutil.copy(run / name, SHIPPED / name)
-    opened = OpenRun.open(str(SHIPPED), best=True)
+    opened = OpenRun.open(str(SHIPPED))
     opened.directions()
     scores = opened.scores()
     print(f"step {opened.step}: held out {scores.held_out.mean():.3f} bits/dim, training {scores.train.mean():.3f}")

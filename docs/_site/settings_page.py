@@ -16,6 +16,7 @@ from pyglow_fast._files import write_text
 from pyglow_fast._settings import Declared, declared_of, value_text
 from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
+from pyglow_fast.presets import RECIPE
 from pyglow_fast.train import TrainConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "settings.md"
@@ -46,7 +47,8 @@ def default_words(item: Declared) -> str:
     """The default for the table: with what None comes to."""
     if item.default is None:
         return f"none: {item.rule.absent}" if item.rule.absent else "none"
-    return value_text(item.default)
+    of_train = f"; `train`: {value_text(RECIPE[item.name])}" if item.name in RECIPE else ""
+    return value_text(item.default) + of_train
 
 
 def values_words(item: Declared) -> str:

@@ -35,7 +35,7 @@ COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
 RUN_HELP = f"the folder of a run, or {SHOWN}: the small model that comes with the package"
 _SHARED: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN", "help": RUN_HELP},
-    "--best": {"action": "store_true", "help": "the checkpoint with the best held-out bits/dim, not the last"},
+    "--last": {"action": "store_true", "help": "the newest checkpoint, not the one with the best held-out bits/dim"},
     "--device": {"default": "auto", "help": "cpu, cuda, cuda:N or auto"},
     "data": {"metavar": "DATA", "nargs": "?", "help": f"{DATA_HELP}; prepared as the run's own (default: those)"},
     "--part": {"choices": PARTS, "help": "which part (default: held-out of the run's own images, all of any others)"},
@@ -47,7 +47,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--label": {"metavar": "CLASS", "action": "append", "help": "a class; may be repeated (default: all in turn)"},
     "--batch-size": COUNT | {"default": 64, "help": "images at a time"},
 }
-RUN = ("run", "--best", "--device")
+RUN = ("run", "--last", "--device")
 IMAGES = (*RUN, "data", "--part")
 PICTURE = ("--out", "--scale")
 
@@ -147,7 +147,7 @@ def open_run(args: argparse.Namespace, suffix: str = "", *images: str | None) ->
     check_numbers(args)
     if suffix == ".png":
         optional("PIL.ImageDraw", "pictures")  # better missed now than after minutes
-    opened = OpenRun.open(args.run, args.best, args.device)
+    opened = OpenRun.open(args.run, args.last, args.device)
     if not suffix:
         return opened, Path()
     usual = (Path() if opened.folder.path == SHIPPED else Path(args.run)) / f"{args.command}{suffix}"

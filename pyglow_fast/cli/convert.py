@@ -14,7 +14,8 @@ from pyglow_fast.cli._output import say, user_input
 from pyglow_fast.interop import convert
 from pyglow_fast.interop.convert.files import check_target
 from pyglow_fast.models import Glow
-from pyglow_fast.train import RunFolder, load_model
+from pyglow_fast.studio.opened import find_run
+from pyglow_fast.train import load_model
 
 OWN = "pyglow"
 # How each is read and written.
@@ -43,8 +44,8 @@ def add(commands: Commands[Any]) -> None:
     text = "chaiyujin, y0ast: a model without 1x1 convolutions"
     parser.add_argument("--permutation", choices=["reverse"], metavar="reverse", help=text)
     parser.add_argument("--averaged", action="store_true", default=argparse.SUPPRESS, help="openai: moving averages")
-    text = f"{OWN}, a run: the best checkpoint, not the last"
-    parser.add_argument("--best", action="store_true", default=False, help=text)
+    text = f"{OWN}, a run: the newest checkpoint, not the best"
+    parser.add_argument("--last", action="store_true", default=False, help=text)
     flag: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument("--lu", action="store_true", help="openai: 1x1 convolutions as LU factors", **flag)
     text = "without a learned top prior"
@@ -66,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
         for name, value in given.items():  # options that neither side would look at
             known = any(name in inspect.signature(side).parameters for side in (load, save) if side is not None)
             expect(known, name, f"no such option for {args.format} to {args.to}", value)
-        expect(not args.best or load is None, "best", "no such option but for a run", args.best)
+        expect(not args.last or load is None, "last", "no such option but for a run", args.last)
         expect(args.to != OWN or out.suffix == ".safetensors", "out", "a name ending in .safetensors", repr(args.out))
         if load is None:
-            model = _own_model(args.source, args.best)
+            model = _own_model(args.source, args.last)
         else:
             sized = "image_size" not in inspect.signature(load).parameters or "image_size" in given
             expect(sized, "image_size", "--image-size N", "none")
@@ -86,11 +87,11 @@ def run(args: argparse.Namespace) -> None:
     say(f"{args.format} -> {args.to}: {'x'.join(map(str, config.image_shape))}, {about}: {out}")
 
 
-def _own_model(source: str, best: bool) -> Glow:
+def _own_model(source: str, last: bool) -> Glow:
     if not Path(source).is_dir():
-        expect(not best, "best", "a run", f"a file, {source!r}")
+        expect(not last, "last", "a run", f"a file, {source!r}")
         return convert.load_glow(source)
-    folder = RunFolder(source)
+    folder, best = find_run(source, last)
     return load_model(folder.load(best), str(folder.path))
 
 

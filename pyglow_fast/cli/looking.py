@@ -18,7 +18,7 @@ from pyglow_fast.cli._arguments import COUNT, IMAGES, PICTURE, RUN, command, ope
 from pyglow_fast.cli._output import not_finite_note, say, say_next, user_input
 from pyglow_fast.data import Images
 from pyglow_fast.latents.paths import even
-from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.likelihood import not_finite
 from pyglow_fast.studio import Add, Between, Draw, Edit, Grid, OpenRun, Picked, Subject, likelihood_text, parse_image
 from pyglow_fast.studio.directions import REST
 from pyglow_fast.studio.paths import ANIMATED
@@ -47,7 +47,7 @@ def add(commands: shared.Commands[Any]) -> None:
     parser = command(commands, interpolate, about, example, *RUN, *PICTURE, "--seed")
     text = f"from here, to a PNG, GIF or WEBP (there and back again); may be repeated (default: {PAIRS} random paths): "
     parser.add_argument("--from", dest="first", metavar="IMAGE", action="append", help=text + IMAGE_HELP)
-    parser.add_argument("--to", dest="last", metavar="IMAGE", action="append", help="and to here")
+    parser.add_argument("--to", dest="second", metavar="IMAGE", action="append", help="and to here")
     parser.add_argument("--at", type=float, metavar="T", help="of one path: the one frame at T, from 0 to 1")
     parser.add_argument("--frames", default=FRAMES, help="images on each path, both ends too", **COUNT)
     parser.add_argument("--spherical", action="store_true", help="on great circles, level by level, not straight")
@@ -96,8 +96,14 @@ def sample(args: argparse.Namespace) -> None:
         save_grid(rows, opened.n_bins, out, columns, args.scale, f"{args.run}: samples of the same noise")
     else:
         write_bytes(out, grids[0].made(args.columns, args.scale).data)
-    note = not_finite_note(sum(grid.drawn.not_finite for grid in grids))
-    say(f"{n} samples at temperature {', '.join(f'{value:g}' for value in args.temperature)}{note}: {out}")
+    say(f"{n} samples at temperature {', '.join(f'{value:g}' for value in args.temperature)}: {out}")
+    for grid in grids:
+        if bad := grid.drawn.not_finite:
+            numbers, lower = ", ".join(map(str, bad)), 0.8 * grid.draw.temperature
+            say(
+                f"{len(bad)} of them at {grid.draw.temperature:g} are not finite, as the inverse explodes there, and "
+                f"shown grey: {numbers} (from 0); try --temperature {lower:.2g}"
+            )
     say_next("serve", args.run)
 
 
@@ -105,7 +111,7 @@ def interpolate(args: argparse.Namespace) -> None:
     """Go from image to image, on one path or several."""
     with user_input():
         firsts: Sequence[Image] = [parse_image(text, "from") for text in args.first or ()]
-        lasts: Sequence[Image] = [parse_image(text, "to") for text in args.last or ()]
+        lasts: Sequence[Image] = [parse_image(text, "to") for text in args.second or ()]
         pairs = len(firsts)
         expect(len(lasts) == pairs, "to", f"{pairs} images, one for each --from", len(lasts))
         fits = args.at is None or (pairs == 1 and 0.0 <= args.at <= 1.0)
@@ -208,7 +214,7 @@ def levels(args: argparse.Namespace) -> None:
         rows.append((_words(sorted(set(kept)), n_levels), to_pixels(found, opened.n_bins).cpu()))
         changed = int((rows[-1][1] != rows[0][1]).sum())
         exact = f", {changed} of {pixels.numel()} grey levels changed" if len(set(kept)) == n_levels else ""
-        say(f"  {rows[-1][0]}: {error.mean:.4f}{spread}{exact}{not_finite_note(count_not_finite(found))}")
+        say(f"  {rows[-1][0]}: {error.mean:.4f}{spread}{exact}{not_finite_note(len(not_finite(found)))}")
     names = [name_of(images, int(index)) for index in indices]
     save_grid(rows, opened.n_bins, out, names, args.scale, f"{images.name}, {part}: {how}")
     say(f"picture: {out}")

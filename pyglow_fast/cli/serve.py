@@ -26,7 +26,7 @@ DRAWING = ("PIL.Image", "torchvision.utils", "matplotlib.figure")  # a second an
 def add(commands: shared.Commands[Any]) -> None:
     """Declare the command ``serve`` and its options."""
     about = "open trained runs in the browser: sample, edit, interpolate, score"
-    parser = command(commands, run, about, "serve runs/demo", "--best", "--device")
+    parser = command(commands, run, about, "serve runs/demo", "--last", "--device")
     text = f"{shared.RUN_HELP}; several may be given, and no others are shown (default: the small model)"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=text)
     text = "the address to listen at; for others than this machine a login, PYGLOW_SERVE_AUTH=USER:PASSWORD, is a must"
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         resolve_device(args.device)  # else only what is done on the page would refuse it
         given = args.runs or [SHOWN]
         place = Place(args.host.strip("[]"), args.port, credentials(os.environ.get(VARIABLE)))
-        shelf = Shelf(given, args.best, args.device)
+        shelf = Shelf(given, args.last, args.device)
         # The page's work is single images, which gain nothing by threads: beside another busy program two are slower by
         # far than one, since they wait for each other.
         torch.set_num_threads(1)

@@ -138,7 +138,8 @@ def settings() -> Iterator[Declared]:
 
 def default_text(item: Declared) -> str:
     """Say the value of a setting that neither option, file nor preset gives."""
-    return item.rule.absent if item.default is None and item.rule.absent else value_text(item.default)
+    value = presets.RECIPE.get(item.name, item.default)
+    return item.rule.absent if value is None and item.rule.absent else value_text(value)
 
 
 def _add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
@@ -196,7 +197,7 @@ def gathered(args: argparse.Namespace) -> tuple[dict[str, Any], str | None, str 
 def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> tuple[TrainConfig, Images]:
     """Make the configuration for what was given, and load the images that decide its shape."""
     preset = "digits" if preset is None and name == "digits" else preset
-    values = presets.resolve({} if preset is None else presets.find(preset).settings, given)
+    values = presets.resolve(presets.RECIPE if preset is None else presets.find(preset).settings, given)
     data_config = DataConfig(name, **{key: values[key] for key in _DATA if key in values})
     conditional, weight = values.get("class_conditional", False), values.get("class_weight", 0.0)
     expect(type(conditional) is bool, "class_conditional", "true or false", conditional)
@@ -296,6 +297,7 @@ def finish(result: Result, folder: RunFolder) -> int:
         before = {} if result.before is None else {"held-out, untrained": result.before}
         scores = before | {"held-out": result.held_out, "train": result.train}
         say(table(scores, result.yardsticks), lines=True)
+        say(result.advice)
     say(folder.samples)
     say(folder.page)
     say_next("sample", path)

@@ -15,7 +15,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, ImageSet, MissingExtraError, load_data, read_single, split
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.latents import likeliest_class
-from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.likelihood import not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.directions import Directions, from_tensors, measure
 from pyglow_fast.studio.kept import kept
@@ -49,11 +49,11 @@ class Picked(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Samples as pixels (n, C, H, W), their labels (n,) or None, and how many were not finite (now grey)."""
+    """Samples as pixels (n, C, H, W), their labels (n,) or None, and which were not finite (now grey)."""
 
     pixels: Tensor
     labels: Tensor | None
-    not_finite: int
+    not_finite: list[int]
 
 
 class Scores(NamedTuple):
@@ -67,10 +67,11 @@ class Scores(NamedTuple):
         return float((self.train < bits).double().mean()) if len(self.train) else float("nan")
 
 
-def find_run(name: str, best: bool = False) -> tuple[RunFolder, bool]:
-    """Find the folder of a run, and whether its best checkpoint is taken: of the model of the package always."""
+def find_run(name: str, last: bool = False) -> tuple[RunFolder, bool]:
+    """Find the folder of a run, and whether its best checkpoint is taken: where there is one and not ``last``."""
     if name != SHOWN or Path(name).exists():
-        return RunFolder(name), best
+        folder = RunFolder(name)
+        return folder, folder.best.is_file() and not last
     expect(SHIPPED.is_dir(), "run", "the folder of a run", "none, and this copy of pyglow_fast comes without a model")
     return RunFolder(SHIPPED), True
 
@@ -80,7 +81,7 @@ class OpenRun:
     """One checkpoint of a run, opened to look at and to make pictures with."""
 
     name: str  # the run's folder, as it was given
-    best: bool  # whether the checkpoint with the best held-out bits/dim was asked for
+    last: bool  # whether the newest checkpoint was asked for, not the one with the best held-out bits/dim
     folder: RunFolder
     checkpoint: Checkpoint  # without the weights
     model: Glow  # frozen
@@ -91,22 +92,22 @@ class OpenRun:
     _lock: Any = field(default_factory=threading.RLock)  # of all that is loaded or measured when it is asked for
 
     @classmethod
-    def open(cls, name: str, best: bool = False, device: str = "auto") -> OpenRun:
+    def open(cls, name: str, last: bool = False, device: str = "auto") -> OpenRun:
         """Open the run in the folder ``name``, or refuse what is no run or does not fit together.
 
         Args:
             name: the folder of the run, or "shown".
-            best: open the checkpoint with the best held-out bits/dim rather than the newest.
+            last: open the newest checkpoint rather than the one with the best held-out bits/dim.
             device: cpu, cuda, cuda:N or auto.
         """
-        place, (folder, taken) = resolve_device(device), find_run(name, best)
+        place, (folder, taken) = resolve_device(device), find_run(name, last)
         checkpoint = folder.load(taken)
         shape = checkpoint.config.model.image_shape
         expect(len(shape) == 3, "run", "a model of images (C, H, W)", f"one of shape {shape}")
         with torch.no_grad():
             model = load_model(checkpoint, str(folder.path), place).freeze()
         checkpoint.model, checkpoint.ema, checkpoint.optimizer = {}, {}, {}  # the model has what is needed of them
-        return cls(name, best, folder, checkpoint, model, device)
+        return cls(name, last, folder, checkpoint, model, device)
 
     @property
     def n_bins(self) -> int:
@@ -186,7 +187,7 @@ class OpenRun:
             part = None if y is None else y[first : first + count]
             found.append(self.model.sample(count, draw.temperature, y=part, generator=generator))
         x = torch.cat(found)
-        return Drawn(to_pixels(x, self.n_bins).cpu(), None if y is None else y.cpu(), count_not_finite(x))
+        return Drawn(to_pixels(x, self.n_bins).cpu(), None if y is None else y.cpu(), not_finite(x))
 
     def pick(self, image: Image, label: int | None = None) -> Picked:
         """Find an image, and its class: by default its own, of a file the likeliest. What is not there is refused."""

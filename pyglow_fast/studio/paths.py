@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast.latents import decode_path
-from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.likelihood import not_finite
 from pyglow_fast.studio.edits import Subject
 from pyglow_fast.studio.pictures import COMMAND, Made, command_line, made_png
 from pyglow_fast.studio.words import number_text
@@ -30,7 +30,7 @@ class Between:
         first, last, opened = self.first, self.last, self.first.opened
         ends, labels = (first.latents, last.latents), (first.y, last.y)
         x = decode_path(opened.model, *ends, times, self.spherical, opened.space, labels)[0]
-        return to_pixels(x, opened.n_bins).cpu(), count_not_finite(x)
+        return to_pixels(x, opened.n_bins).cpu(), len(not_finite(x))
 
     def made(self, pixels: Tensor, at: float | None = None, suffix: str = ".png", scale: int | None = None) -> Made:
         """Encode frames (n, C, H, W): the one ``at`` a point, or all, side by side (PNG) or there and back (GIF, WebP).

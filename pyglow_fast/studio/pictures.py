@@ -42,7 +42,7 @@ class Made(NamedTuple):
 def command_line(opened: OpenRun, name: str, words: Sequence[str], scale: int | None = None) -> str:
     """Join ``pyglow-fast NAME RUN ...``, quoted for a shell."""
     last = ["--scale", str(scale)] if scale else []
-    last += ["--best"] if opened.best else []
+    last += ["--last"] if opened.last else []
     last += ["--device", opened.device] if opened.device != "auto" else []
     return shlex.join(["pyglow-fast", name, opened.name, *words, *last])
 

@@ -36,7 +36,8 @@ class Progress:
     seconds: float = 0.0  # over all parts of the run
     loss_sum: float = 0.0  # of the running mean since the last row of metrics.csv, in bits/dim, and how many steps
     steps_summed: int = 0
-    best: float | None = None  # lowest held-out bits/dim so far, and how many evaluations were not better since
+    best: float | None = None  # lowest held-out bits/dim so far, its step, and how many evaluations came since
+    best_step: int = 0
     stale: int = 0
     skipped: int = 0  # steps that were left out, in all and just before now
     skipped_in_row: int = 0

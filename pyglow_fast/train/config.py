@@ -95,7 +95,11 @@ class TrainConfig:
     max_epochs: int | None = _limit(None, "or after so many passes over the training images")
     max_minutes: float | None = _limit(None, "or after so many minutes", range=Range(above=0))
     decay_steps: int | None = _learning(
-        None, "the learning rate falls along half a cosine, to a hundredth at this training step", absent="it stays"
+        0,
+        "the learning rate falls along half a cosine, to a hundredth at this training step; 0: at the run's last step "
+        "(where max_minutes alone bounds it, max_steps is set to as many as a measurement says)",
+        range=_FROM_0,
+        absent="it stays",
     )
     weight_decay: float = _learning(0.0, "decoupled weight decay, of adamw only", range=Range(least=0, **_PRODUCTS))
     beta2: float = _learning(0.999, "decay of the optimizer's second moment", range=Range(least=0, below=1))
@@ -137,7 +141,7 @@ class TrainConfig:
         None, "processes that read images", range=WORKERS, absent="none for images in memory, else 2", group=IMAGES
     )
     patience: int | None = _limit(
-        None, "the run also ends after so many evaluations without a better held-out score", absent="it does not"
+        5, "the run also ends after so many evaluations without a better held-out score", absent="it does not"
     )
     seed: int = _learning(0, "decides the split, the initial weights, the order of the images and noise", range=_FROM_0)
     threads: int | None = setting(
@@ -231,7 +235,8 @@ class TrainConfig:
             was = here[name]
             expect(name in ADJUSTABLE or was == value, name, f"{was!r}, as the run was started with", repr(value))
         changed = {name: value for name, value in values.items() if name in ADJUSTABLE}
-        if any(changed.get(name) is not None for name in LIMITS):
+        limits = {name: changed[name] for name in LIMITS if changed.get(name) is not None}
+        if any(value != here[name] for name, value in limits.items()):  # one that is repeated changes nothing
             changed = dict.fromkeys(LIMITS) | changed
         data = {name.removeprefix("data."): changed.pop(name) for name in list(changed) if name.startswith("data.")}
         return replace(self, **changed, data=replace(self.data, **data))

@@ -19,6 +19,8 @@ from pyglow_fast.models.class_head import class_bits
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import derive, noisy, random_subset
 
+GAP = 0.1  # bits/dim between training and held-out images, or to the best of a run, that are worth a word
+
 
 @dataclass(frozen=True)
 class Score:
@@ -160,6 +162,27 @@ def score_images(
     indices = torch.cat(found)
     unreadable = tuple(sorted(set(chosen.tolist()) - set(indices.tolist())))
     return ImageScores(indices, torch.cat(bits), unreadable, torch.cat(classes) if judged else None)
+
+
+def gap_words(held_out: Score, train: Score, step: int, best: float | None, best_step: int) -> str:
+    """Say what the scores at the end of a run mean: whether it overfits, and what to try.
+
+    ``best`` is the lowest held-out bits/dim of the run's evaluations, None without any, and ``best_step`` where it was.
+    """
+    gap = held_out.mean - train.mean
+    remedies = "more images, --flip, --optimizer adamw --weight-decay 0.1, or a smaller --hidden or --n-steps"
+    if best is not None and best_step < step and held_out.mean - best > GAP:
+        return (
+            f"overfitting: held-out was best at step {best_step}, {best:.3f} bits/dim, and is {held_out.mean:.3f} now, "
+            "as the model learns its training images by heart; other commands take the best checkpoint. Try "
+            f"--max-steps {2 * best_step}, over which the rate falls to its end, {remedies}"
+        )
+    if gap > max(GAP, 3 * held_out.standard_error):  # which is NaN of one image: then GAP
+        return (
+            f"held-out images cost {gap:.3f} bits/dim more than training images: the model has begun to learn those by "
+            f"heart, or the held-out ones are of another kind. Try {remedies}"
+        )
+    return "held-out images cost about what training images do: no overfitting. More steps, K or width get further"
 
 
 def evaluate(model: Glow, data: Images, batch_size: int, seed: int, limit: int | None = None, **options: Any) -> Score:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +19,10 @@ import torch
 from pyglow_fast._errors import SingularMatrixError, expect
 from pyglow_fast._files import FolderError, refusing, write_bytes, write_text
 from pyglow_fast.data import Images, UnreadableImageError, Yardstick, load_data, measure_yardsticks, optional
-from pyglow_fast.likelihood import count_not_finite
+from pyglow_fast.likelihood import not_finite
 from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.config import LIMITS, TrainConfig
-from pyglow_fast.train.evaluation import Score
+from pyglow_fast.train.evaluation import Score, gap_words
 from pyglow_fast.train.figures import bits_png, class_cycle, to_pixels
 from pyglow_fast.train.machine import memory_mb, versions
 from pyglow_fast.train.metrics import Row, read_metrics
@@ -34,6 +36,9 @@ from pyglow_fast.train.writer import RunWriter, SaveError
 FINAL_TRAIN = 10_000  # training images that are scored at the end: more would take longer than they tell
 RESERVE = 0.2  # share of max_minutes that is kept for the end at most
 REPORTING = 5.0  # seconds that yardsticks, curve and page take, roughly
+MEASURING = 0.02  # share of max_minutes in which the seconds of a step are measured; up to five times that for
+LEAST_MEASURED = 4  # so many steps
+PLANNED = 0.97  # share of the time left that the steps of a run are planned to take: its speed is never quite the same
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Result:
     held_out: Score | None = None  # of the end; None after a signal
     train: Score | None = None
     before: Score | None = None  # held out, right after the initialisation; None for a resumed run or a hurried one
+    advice: str = ""  # what the gap between training and held-out images means, and what to try
     yardsticks: tuple[Yardstick, ...] = ()  # measured on the held-out images
     skipped: int = 0  # steps without an update, since loss or gradient were not finite
     unreadable: int = 0  # images that could not be read and had another one in their place
@@ -75,19 +81,20 @@ class Run:
 
     def execute(self, quiet: bool = False, began: float | None = None) -> Result:
         """Train until a limit is reached or a signal comes; ``began`` is time.monotonic() where max_minutes begins."""
-        state, progress = self.state, self.state.progress
+        state = self.state
         threads, first = torch.get_num_threads(), state.ranks.first
         self.writer.quiet = quiet or not first
-        self._began = (time.monotonic() if began is None else began) - progress.seconds
+        self._began = (time.monotonic() if began is None else began) - state.progress.seconds
         state.ranks.total(0.0)  # waits: all have looked at the folder before one of them writes to it
         with self.folder.locked() if first else nullcontext(), self._reported():
             torch.set_num_threads(state.config.threads or threads)
             try:
                 with noted_signals() as signals:
                     self._open()
+                    progress = state.progress
                     self._mark = (time.monotonic(), progress.step)
                     progress.seconds = time.monotonic() - self._began
-                    last = self._last_step() or progress.step + 1  # _show sets it where it is not known
+                    last = state.last_step or progress.step + 1  # _show sets it where it is not known
                     with progress_line("training", last, "step", progress.step, self.writer.quiet) as line:
                         while not self._ended(signals):
                             state.step()
@@ -117,6 +124,7 @@ class Run:
         for note in self.notes:
             writer.say(note)
         if self.resumed:
+            self._plan_steps()
             return
         writer.say(f"the model is initialised from {count} images")
         began = time.monotonic()
@@ -124,6 +132,7 @@ class Run:
         self._image_seconds = state.ranks.largest(time.monotonic() - began)[0] / count
         scores = self._evaluate()
         self._before = scores[0] if scores else None
+        self._plan_steps()
         writer.add(self._row(scores))
         writer.save(state.checkpoint())  # a good checkpoint is there from the first step on
 
@@ -146,16 +155,44 @@ class Run:
         progress, left = self.state.progress, self._left()
         if math.isfinite(left) and self._step_seconds > 0:
             reach = progress.step + int(max(0.0, left) / self._step_seconds)
-            line.total = min((end for end in (self._last_step(), reach) if end is not None), default=None)
+            line.total = min((end for end in (self.state.last_step, reach) if end is not None), default=None)
         if progress.steps_summed:
             line.set_postfix_str(f"{progress.loss_sum / progress.steps_summed:.3f} bits/dim", refresh=False)
         line.update()
 
-    def _last_step(self) -> int | None:
-        """The step at which the run ends, as far as that is known."""
-        config = self.state.config
-        by_epochs = None if config.max_epochs is None else config.max_epochs * self.state.steps_per_epoch
-        return min((limit for limit in (config.max_steps, by_epochs) if limit is not None), default=None)
+    def _plan_steps(self) -> None:
+        """Where max_minutes alone bounds a run whose rate falls to its end: measure how many steps that is.
+
+        The number becomes max_steps, in config.toml too, so that the same steps follow however often the run is
+        interrupted. Of a run that goes on, its own time tells the speed; else a share of the time goes into steps that
+        are undone.
+        """
+        state, step, seconds = self.state, self.state.progress.step, self.state.progress.seconds
+        *others, minutes = (getattr(state.config, name) for name in LIMITS)
+        if state.config.decay_steps != 0 or minutes is None or any(limit is not None for limit in others):
+            return
+        each = seconds / step if step else self._measured(MEASURING * 60 * minutes) + self._between_steps()
+        steps = step + max(1, int(PLANNED * state.ranks.largest(-self._left())[0] / -each))
+        state.config = replace(state.config, max_steps=steps)
+        self.writer.say(f"{steps} steps fit into {minutes:g} minutes, at {1e3 * each:.0f} ms each")
+        if state.ranks.first:
+            self.folder.write_config(state.config)
+
+    def _measured(self, budget: float) -> float:
+        """Seconds that a step takes, the median of the second half of some; the state is then as it was."""
+        state, kept, taken = self.state, copy.deepcopy(self.state.checkpoint()), list[float]()
+        while sum(taken) < budget or (len(taken) < LEAST_MEASURED and sum(taken) < 5 * budget):
+            began = time.monotonic()
+            state.step()
+            taken += state.ranks.largest(time.monotonic() - began)
+        state.restore(kept, "the state before the first step")
+        return statistics.median(taken[len(taken) // 2 :])
+
+    def _between_steps(self) -> float:
+        """Seconds a step that evaluations and samples take, roughly."""
+        config, state = self.state.config, self.state
+        scored = min(config.eval_images, len(state.held_out)) + min(config.eval_images, len(state.train))
+        return self._image_seconds * (scored / config.eval_every + 2 * config.sample_count / config.sample_every)
 
     def _left(self, closing: bool = False) -> float:
         """The seconds that max_minutes leaves until the end must begin, or in the end, for its scores (``closing``)."""
@@ -166,7 +203,7 @@ class Run:
 
     def _ended(self, signals: list[int]) -> bool:
         """Whether no step is to follow: the ranks end together, whichever of them has a signal or the time over."""
-        step, last = self.state.progress.step, self._last_step()
+        step, last = self.state.progress.step, self.state.last_step
         signum, late = self.state.ranks.largest(max(signals, default=0), self._left() <= self._step_seconds)
         self._signum = int(signum)
         return bool(signum or late) or (last is not None and step >= last) or self._stale()
@@ -193,13 +230,18 @@ class Run:
         held_out, train = self._score(*counts)
         accuracy = "" if held_out.accuracy is None else f", accuracy {held_out.accuracy:.3f}"
         self.writer.say(f"step {progress.step}: {_words(held_out, train)}{accuracy}")
-        if math.isfinite(held_out.mean) and (progress.best is None or held_out.mean < progress.best):
-            progress.best, progress.stale = held_out.mean, 0
-            best = state.checkpoint()  # which all ranks must ask for
-            self.writer.attempt("the best checkpoint", lambda: best.save(self.folder.best))
-        else:
-            progress.stale += 1
+        progress.stale = 0 if self._keep_best(held_out.mean) else progress.stale + 1
         return held_out, train
+
+    def _keep_best(self, held_out: float) -> bool:
+        """Save the checkpoint as the best one if these are the fewest bits/dim so far; returns whether they are."""
+        state, progress = self.state, self.state.progress
+        if not math.isfinite(held_out) or (progress.best is not None and held_out >= progress.best):
+            return False
+        progress.best, progress.best_step = held_out, progress.step
+        best = state.checkpoint()  # which all ranks must ask for
+        self.writer.attempt("the best checkpoint", lambda: best.save(self.folder.best))
+        return True
 
     def _row(self, scores: tuple[Score, Score] | None, last: bool = False) -> Row:
         """The row of this step; starts a new running mean unless it is the ``last`` one."""
@@ -232,7 +274,7 @@ class Run:
         generator = torch.Generator(state.device).manual_seed(derive(config.seed, "samples"))
         y = class_cycle(config.sample_count, config.model.n_classes, state.device)
         x = state.averaged.eval().sample(config.sample_count, config.sample_temperature, y=y, generator=generator)
-        if bad := count_not_finite(x):
+        if bad := len(not_finite(x)):
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
         data = state.train
         self.writer.samples(state.progress.step, to_pixels(x, data.n_bins), data.n_bins, data.class_names)
@@ -279,13 +321,20 @@ class Run:
             for row in self.writer.lost_rows():
                 self.writer.say(f"warning: {row}")
             return Result(progress.step, progress.seconds, stopped_by=self._signum, **counts)
-        held_out, train = self._score(*self._final_counts())
+        counted = self._final_counts()
+        held_out, train = self._score(*counted)
+        if progress.best_step < progress.step:  # of the images that the others were judged by, if there is time
+            few = min(state.config.eval_images, len(state.held_out))
+            same = counted[0] <= few or state.ranks.largest(-self._left(closing=True))[0] > -few * self._image_seconds
+            if self._keep_best(held_out.mean if same else state.score(state.held_out, few).mean):
+                self.writer.save(state.checkpoint())  # a run that goes on knows it
         self.writer.add(self._row((held_out, train), last=True))
         self._sample()
         found: tuple[Yardstick, ...] = ()
         if state.ranks.first:
             found = tuple(measure_yardsticks(state.train, state.held_out))
         scores: dict[str, Any] = {"held_out": held_out, "train": train, "before": self._before, "yardsticks": found}
+        scores["advice"] = gap_words(held_out, train, progress.step, progress.best, progress.best_step)
         result = Result(progress.step, progress.seconds, stopped_early=self._stale(), **scores, **counts)
         if not state.ranks.first:  # it is done: whatever follows would only make it wait
             return result

@@ -34,12 +34,11 @@ def make_optimizer(
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float:
-    """Compute the learning rate of a step (from 0): linear warm-up, half a cosine to a hundredth at ``decay_steps``."""
+    """Compute the rate of a step (from 0): linear warm-up times half a cosine to a hundredth at ``decay_steps``."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
     if decay_steps is None:
         return lr * warm
-    falling = max(1, decay_steps - warmup_steps)
-    done = min(1.0, max(0.0, (step - warmup_steps) / falling))
+    done = min(1.0, step / max(1, decay_steps))
     return lr * warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
 
 

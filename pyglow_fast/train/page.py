@@ -70,12 +70,13 @@ def page_of(folder: RunFolder) -> str:
         ended, samples = "not yet: it goes on, or was stopped", "the newest samples"
         report = {"data": settings["data"]["name"], "config": settings, "environment": {}, "yardsticks": []}
         report |= {"seconds": last.get("seconds"), "skipped": last.get("skipped_steps"), "held_out": None}
-        report["unreadable"], scores = last.get("unreadable_images"), _scores_so_far(rows, settings["eval_images"])
+        report["unreadable"], report["advice"] = last.get("unreadable_images"), ""
+        scores = _scores_so_far(rows, settings["eval_images"])
     else:
         ended, samples = "at its limit", "samples at the end"
         ended = "early, since the held-out score stopped improving" if report["stopped_early"] else ended
         steps, settings, scores = str(report["step"]), report["config"], _final_scores(report)
-    accuracy = (report["held_out"] or {}).get("accuracy")
+    accuracy, advice = (report["held_out"] or {}).get("accuracy"), report["advice"]
     facts = {
         "images": report["data"],
         "steps": steps,
@@ -93,7 +94,7 @@ def page_of(folder: RunFolder) -> str:
     tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
     parts = [
         _table((name, value) for name, value in facts.items() if value is not None),
-        *_section("Scores", [_table(scores)] if scores else []),
+        *_section("Scores", [_table(scores), *([f"<p>{html.escape(advice)}</p>"] if advice else [])] if scores else []),
         *_section("Curves", [_figure(*curve) for curve in curves]),
         *_section("Pictures", _pictures(folder, f"{samples}, temperature {settings['sample_temperature']:g}")),
         '<h2>Settings</h2>\n<div class="columns">',

@@ -20,7 +20,7 @@ from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import ADJUSTABLE, TrainConfig, read_config, to_toml
 
 _REPORTED = {"step", "seconds", "stopped_early", "held_out", "train", "before", "yardsticks", "skipped", "unreadable"}
-_REPORTED |= {"data", "config", "environment"}
+_REPORTED |= {"data", "config", "environment", "advice"}
 
 
 class RunFolder:

@@ -81,6 +81,12 @@ class TrainState:
         return self.progress.step // self.steps_per_epoch
 
     @property
+    def last_step(self) -> int | None:
+        """The step at which the run ends, as far as that is known."""
+        by_epochs = None if self.config.max_epochs is None else self.config.max_epochs * self.steps_per_epoch
+        return min((limit for limit in (self.config.max_steps, by_epochs) if limit is not None), default=None)
+
+    @property
     def averaged(self) -> Glow:
         """The model that evaluations and samples use."""
         return self.model if self.average is None else self.average.module
@@ -107,7 +113,8 @@ class TrainState:
         config, progress = self.config, self.progress
         self.model.train()
         parts = self._read()
-        self.lr = learning_rate(progress.step, config.lr, config.warmup_steps, config.decay_steps)
+        decay = self.last_step if config.decay_steps == 0 else config.decay_steps
+        self.lr = learning_rate(progress.step, config.lr, config.warmup_steps, decay)
         (bits, *labels), self.grad_norm, taken = self.update(parts, self.lr)
         if taken:
             progress.loss_sum += bits

@@ -14,10 +14,10 @@ from pyglow_fast.train import RunFolder
 
 
 class Shelf:
-    """The runs below the folders that were named, and no others, each at its newest checkpoint."""
+    """The runs below the folders that were named, and no others, each at its best checkpoint, or at its ``last``."""
 
-    def __init__(self, folders: Sequence[str], best: bool = False, device: str = "auto") -> None:
-        self.folders, self.best, self.device = tuple(folders), best, device
+    def __init__(self, folders: Sequence[str], last: bool = False, device: str = "auto") -> None:
+        self.folders, self.last, self.device = tuple(folders), last, device
         self._opened: dict[str, tuple[Any, OpenRun]] = {}  # with the stamp of the checkpoint
         self._lock = threading.Lock()
         for name in folders:
@@ -28,15 +28,15 @@ class Shelf:
         return list(dict.fromkeys(run for name in self.folders for run in _runs_in(name)))
 
     def open(self, name: str) -> OpenRun:
-        """Open the run in the folder ``name`` at its newest checkpoint; the same object until there is another."""
+        """Open the run in the folder ``name``; the same object until there is another checkpoint."""
         with self._lock:
             known = self.names()
             expect(name in known, "run", f"one of {', '.join(known)}", repr(name))
-            folder, best = find_run(name, self.best)
-            last, stamp = self._opened.get(name), folder.stamp(best)
-            if last is None or last[0] != stamp:
-                self._opened[name] = last = (stamp, OpenRun.open(name, self.best, self.device))
-            return last[1]
+            folder, best = find_run(name, self.last)
+            kept, stamp = self._opened.get(name), folder.stamp(best)
+            if kept is None or kept[0] != stamp:
+                self._opened[name] = kept = (stamp, OpenRun.open(name, self.last, self.device))
+            return kept[1]
 
 
 def _runs_in(name: str) -> list[str]:
@@ -68,7 +68,7 @@ class Desk:
         self.strip = ""  # the commands that write the path's strip
 
     def choose(self, name: str) -> OpenRun:
-        """Open a run at its newest checkpoint, and forget all that belongs to the one before."""
+        """Open a run, and forget all that belongs to the one before."""
         self._clear(None)
         self._clear(self._shelf.open(name))
         return self.opened()

@@ -80,7 +80,7 @@ class SampleTab:
         words = [f"sample {i}{name}: edit it" for i, name in enumerate(names)]
         shown = parts.grid(list(drawn.pixels), opened.n_bins, words, found.heads)
         below = f"{parts.save_link(made, 'samples.png', 'Save PNG')} A click on an image takes it to Edit."
-        return [f"{shown}<p>{below}</p>{parts.not_finite(drawn.not_finite)}", made.whole_command("samples.png")]
+        return [f"{shown}<p>{below}</p>{parts.not_finite(len(drawn.not_finite))}", made.whole_command("samples.png")]
 
     def take(self, desk: Desk, event: gr.EventData) -> None:
         """Put the sample that was clicked under edit."""

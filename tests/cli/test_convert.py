@@ -47,11 +47,11 @@ def test_there_and_back(place: Path, name: str, capsys: pytest.CaptureFixture[st
     assert torch.allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("best", [[], ["--best"]])
-def test_a_run(trained: Path, tmp_path: Path, best: list[str]) -> None:
+@pytest.mark.parametrize("last", [[], ["--last"]])
+def test_a_run(trained: Path, tmp_path: Path, last: list[str]) -> None:
     out = tmp_path / "digits.safetensors"
-    assert main(["convert", "pyglow", str(trained), str(out), *best]) == 0
-    expected = load_model(RunFolder(trained).load(bool(best)), "run").state_dict()
+    assert main(["convert", "pyglow", str(trained), str(out), *last]) == 0
+    expected = load_model(RunFolder(trained).load(not last), "run").state_dict()
     found = convert.load_glow(out).state_dict()
     assert all(torch.equal(found[k], v) for k, v in expected.items() if not k.endswith("_extra_state"))
     assert main(["convert", "pyglow", str(trained), str(tmp_path / "a.pt"), "--to", "y0ast"]) == 0

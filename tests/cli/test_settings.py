@@ -73,7 +73,7 @@ def test_command_line_and_file_say_the_same(tmp_path: Path) -> None:
     told = RunFolder(tmp_path / "told").load().config
     assert from_file_alone(path) == told
     assert (told.model.coupling, told.model.classify, told.model.learn_prior) == ("additive", 10, False)
-    assert (told.optimizer, told.weight_decay, told.max_steps, told.decay_steps) == ("adamw", 0.3, 1, 1)
+    assert (told.optimizer, told.weight_decay, told.max_steps, told.decay_steps) == ("adamw", 0.3, 1, 0)
     assert from_file_alone(tmp_path / "told" / "config.toml") == told
 
 

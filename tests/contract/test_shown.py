@@ -18,7 +18,7 @@ GROUNDS = {"on rose": (246, 190, 196), "on mint": (180, 226, 196), "on lilac": (
 
 @pytest.fixture(scope="module")
 def opened() -> OpenRun:
-    return OpenRun.open(str(SHOWN), best=True)
+    return OpenRun.open(str(SHOWN))
 
 
 def test_its_images_come_with_the_package() -> None:
@@ -71,6 +71,6 @@ def test_a_slider_of_skin_darkens_and_one_of_the_ground_colours_it(opened: OpenR
 
 def test_samples_are_finite_and_of_all_classes(opened: OpenRun) -> None:
     drawn = opened.drawn(Draw(20, 0.8, 0))
-    assert drawn.not_finite == 0
+    assert not drawn.not_finite
     assert drawn.labels is not None
     assert drawn.labels.bincount().tolist() == [4] * 5

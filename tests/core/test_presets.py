@@ -123,9 +123,9 @@ def test_what_is_given_comes_first() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, (1500, None, None, 1500)),
-        ({"max_steps": 40}, (40, None, None, 40)),
-        ({"max_minutes": 2.0}, (None, None, 2.0, None)),
+        ({}, (1500, None, None, 0)),
+        ({"max_steps": 40}, (40, None, None, 0)),
+        ({"max_minutes": 2.0}, (None, None, 2.0, 0)),
         ({"max_epochs": 3, "decay_steps": 7}, (None, 3, None, 7)),
     ],
     ids=str,

@@ -98,9 +98,9 @@ def test_classes(digits_run: Path, emoji_trained: Path) -> None:
 
 def test_a_newer_checkpoint(emoji_run: Path) -> None:
     """Means by a sample's name another one."""
-    newest, image = OpenRun.open(str(emoji_run)), parse_image("sample:1:n=2")
+    newest, image = OpenRun.open(str(emoji_run), last=True), parse_image("sample:1:n=2")
     RunFolder(emoji_run).checkpoint.unlink()
-    older = OpenRun.open(str(emoji_run))
+    older = OpenRun.open(str(emoji_run), last=True)
     assert not torch.equal(newest.pick(image).pixels, older.pick(image).pixels)
 
 

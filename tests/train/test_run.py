@@ -25,6 +25,8 @@ from pyglow_fast.train import (
     resume,
     start,
 )
+from pyglow_fast.train.metrics import read_metrics
+from pyglow_fast.train.run_folder import step_of
 
 
 def test_what_a_run_writes(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ class Clock:
             self.now += step
             return float(take())
 
-        def scoring(data: ImageSet, limit: int, progress: Callable[[int], object]) -> Any:
+        def scoring(data: ImageSet, limit: int, progress: Callable[[int], object] | None = None) -> Any:
             self.now += image * limit
             return score(data, limit, progress)
 
@@ -91,7 +93,8 @@ class Clock:
         ({"max_steps": 2}, 2),
         ({"max_steps": None, "max_epochs": 2}, 6),
         ({"max_steps": 4, "max_epochs": 2}, 4),
-        ({"max_steps": None, "max_minutes": 1.25}, 2),  # no step is begun that would take longer
+        ({"max_steps": None, "max_minutes": 1.25, "decay_steps": None}, 2),  # no step is begun that would take longer
+        ({"max_steps": None, "max_minutes": 20}, 34),  # 0.97 of what is left by 4 measured steps and 5 s for the end
     ],
 )
 def test_limits(
@@ -105,6 +108,32 @@ def test_limits(
     run = start(tiny_config(**limits), str(tmp_path), data=tiny_images)
     Clock(run, monkeypatch)
     assert run.execute(quiet=True).step == step
+
+
+@pytest.mark.parametrize("kept", [0, 6])
+def test_minutes_become_steps_once(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """The rate falls to the end of the steps that were measured; a resumed run takes the same ones, to the bit."""
+    config = tiny_config(max_steps=None, max_minutes=10, warmup_steps=0, keep=99)
+    run = start(config, str(tmp_path), data=tiny_images)
+    Clock(run, monkeypatch)
+    last = run.execute(quiet=True).step
+    folder, rates = RunFolder(tmp_path), [row["lr"] for row in read_metrics(run.folder.metrics)]
+    assert (folder.read_config().max_steps, folder.read_config().max_minutes) == (last, 10)
+    assert rates[-1] < 0.03 * config.lr < config.lr == pytest.approx(rates[1], rel=0.1)
+    whole = folder.load()
+    for path in folder.saved():
+        if step_of(path) > kept:
+            path.unlink()
+    again = resume(str(tmp_path), max_minutes=10.0)
+    Clock(again, monkeypatch, step=31.0)  # it would measure fewer
+    assert again.execute(quiet=True).step == last
+    assert all(torch.equal(value, whole.model[name]) for name, value in folder.load().model.items())
+    longer = resume(str(tmp_path), max_minutes=20.0)
+    Clock(longer, monkeypatch)
+    assert longer.execute(quiet=True).step > 1.8 * last
+    assert folder.read_config().max_steps == longer.state.progress.step
 
 
 @pytest.mark.parametrize(("minutes", "image"), [(40.0, 1.0), (10.0, 5.0), (20.0, 30.0)])
@@ -169,7 +198,7 @@ def singular(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "at", "fields", "report"),
     [
-        (no_number, 7, {}, "step 8: loss nan bits/dim, gradient norm nan, lr 0.001, 1 steps in a row without"),
+        (no_number, 7, {}, "step 8: loss nan bits/dim, gradient norm nan, lr 0.000376885, 1 steps in a row without"),
         (lambda model: no_number(model, math.inf), 7, {}, "step 8: loss nan"),
         (no_number, 3, {"save_every": 1}, "step 3: after its update training images have nan bits/dim"),
         (

@@ -53,7 +53,7 @@ def test_the_options_reach_the_page(run: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(package, "Shelf", lambda *args, **options: shelves.append((*args, options)))
     monkeypatch.setattr(package, "serve", lambda page, place, **options: served.append((place, options)))
     monkeypatch.setenv("PYGLOW_SERVE_AUTH", "ada:pass word")
-    options = ["--best", "--device", "cpu", "--host", "[::]", "--port", "1234"]
+    options = ["--last", "--device", "cpu", "--host", "[::]", "--port", "1234"]
     assert main(["serve", run, run, *options, "--no-browser"]) == 0
     monkeypatch.delenv("PYGLOW_SERVE_AUTH")
     assert main(["serve", "--device", "cpu"]) == 0
