@@ -20,9 +20,17 @@ LIMITS = ("max_steps", "max_epochs", "max_minutes")
 # What ``train`` takes for a model without a preset, and the presets for a CPU: at equal time it reached fewer bits/dim
 # than Glow's own sigmoid without actnorm in the nets, and the inverse cannot divide by almost nothing, so that samples
 # stay finite (python -m bench.recipe; Behrmann et al. 2021 is the analysis of exploding inverses).
-RECIPE: dict[str, Any] = {"scale_map": "tanh", "net_actnorm": True}
+RECIPE: dict[str, Any] = {"scale_map": "tanh", "scale_clamp": 1.0, "net_actnorm": True}
 # What training was by default when the papers' presets were made: their sources have no such decay and never end early.
-_CONSTANT: dict[str, Any] = {"lr": 1e-3, "warmup_steps": 100, "decay_steps": None, "ema_decay": 0.999, "patience": None}
+_CONSTANT: dict[str, Any] = {
+    "lr": 1e-3,
+    "warmup_steps": 100,
+    "decay_steps": None,
+    "beta2": 0.999,
+    "ema_decay": 0.999,
+    "init_images": 256,
+    "patience": None,
+}
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,8 @@ PRESETS: dict[str, Preset] = {
     # 1,617 training digits: the paper's model would learn them by heart within minutes. Narrow nets, weight decay and
     # a large but falling learning rate did best on held-out digits of all that was tried.
     "digits": Preset(
-        {
+        RECIPE
+        | {
             "n_levels": 2,
             "n_steps": 12,
             "hidden": 24,
@@ -184,7 +193,6 @@ PRESETS: dict[str, Preset] = {
             "lr": 1e-2,
             "optimizer": "adamw",
             "weight_decay": 0.3,
-            "ema_decay": None,  # the falling rate averages already
             "max_steps": 1500,
             # At 8x8 a second thread gains nothing, and waiting for it costs tenfold when another process has its core.
             "threads": 1,

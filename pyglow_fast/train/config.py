@@ -87,7 +87,7 @@ class TrainConfig:
         range=Range(least=0, **_PRODUCTS),
     )
     optimizer: str = _learning("adam", "adam, adamw or adamax", choices=OPTIMIZERS)
-    lr: float = _learning(1e-3, "learning rate after warm-up", range=Range(above=0, **_PRODUCTS))
+    lr: float = _learning(4e-3, "learning rate after warm-up", range=Range(above=0, **_PRODUCTS))
     warmup_steps: int = _learning(100, "the learning rate rises over so many steps", range=_FROM_0, flag="--warmup")
     max_steps: int | None = _limit(
         10_000, "the run ends after so many training steps; given another limit alone, this one does not count"
@@ -96,15 +96,15 @@ class TrainConfig:
     max_minutes: float | None = _limit(None, "or after so many minutes", range=Range(above=0))
     decay_steps: int | None = _learning(
         0,
-        "the learning rate falls along half a cosine, to a hundredth at this training step; 0: at the run's last step "
-        "(where max_minutes alone bounds it, max_steps is set to as many as a measurement says)",
+        "the learning rate falls along a straight line, to 0 at this training step; 0: at the run's last step (where "
+        "max_minutes alone bounds it, max_steps is set to as many as a measurement says)",
         range=_FROM_0,
         absent="it stays",
     )
     weight_decay: float = _learning(0.0, "decoupled weight decay, of adamw only", range=Range(least=0, **_PRODUCTS))
-    beta2: float = _learning(0.999, "decay of the optimizer's second moment", range=Range(least=0, below=1))
+    beta2: float = _learning(0.99, "decay of the optimizer's second moment", range=Range(least=0, below=1))
     ema_decay: float | None = _learning(
-        0.999,
+        None,
         "decay of a moving average of the weights, which evaluation and samples then use",
         range=Range(above=0, below=1),
         absent="no average",
@@ -122,7 +122,7 @@ class TrainConfig:
     max_skipped: int = _limit(10, "steps in a row without finite loss or gradient before the run ends", range=_FROM_0)
     batch_size: int = _learning(64, "images a training step, over all ranks and accumulated parts together")
     accumulate: int = _limit(1, "parts that a batch is cut into, one after the other, for memory")
-    init_images: int = _learning(256, "images that the data-dependent initialisation of actnorm sees")
+    init_images: int = _learning(64, "images that the data-dependent initialisation of actnorm sees")
     memory: str | int = _computing(
         "reversible",
         f"memory mode of training: {', '.join(MEMORY_MODES)}; or the bytes that the tensors of a training step (of a "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,12 +33,9 @@ def make_optimizer(
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float:
-    """Compute the rate of a step (from 0): linear warm-up times half a cosine to a hundredth at ``decay_steps``."""
+    """Compute the rate of a step (from 0): linear warm-up, times a straight line to 0 at ``decay_steps``."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
-    if decay_steps is None:
-        return lr * warm
-    done = min(1.0, step / max(1, decay_steps))
-    return lr * warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * done)))
+    return lr * warm * (1.0 if decay_steps is None else max(0.0, 1.0 - step / max(1, decay_steps)))
 
 
 class Average(nn.Module):
