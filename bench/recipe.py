@@ -37,7 +37,7 @@ from pyglow_fast.train import TrainConfig, TrainState, derive
 from pyglow_fast.train.seeds import batch_indices, noisy, random_subset
 
 SETS = {"photos": {"size": 32, "n_bits": 8}, "emoji": {"size": 32, "n_bits": 5}, "fashion-mnist": {"size": 32}}
-OURS, FORMER, NORMFLOWS, NFLOWS = "pyglow_fast", "pyglow_fast, former defaults", "normflows", "nflows"
+OURS, FORMER, NORMFLOWS, NFLOWS = "pyglow_fast", "former defaults", "normflows", "nflows"
 NAMES = (OURS, FORMER, NORMFLOWS, NFLOWS)
 LEVELS, STEPS, HIDDEN, BATCH = 3, 8, 128, 16
 FORMER_MODEL = {"scale_map": "sigmoid", "net_actnorm": False}
