@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 
 from bench.cases import STEP
@@ -19,6 +20,8 @@ from bench.live import INFERENCE
 from bench.memory import PEERS, PERCENTS
 from bench.model_cases import CHECKPOINTED, LOG_PROB, MEMCNN, PEER_STEPS, SAMPLE, TRAIN
 from bench.nets import BOTH, FORWARD
+from bench.recipe import FORMER
+from bench.recipe import OURS as OURS_TRAINED
 from pyglow_fast._files import write_text
 
 _PAGES = ("memory", "memory-derivation", "other-models", "speed", "switching")
@@ -356,6 +359,27 @@ def directions() -> str:
         numbers += [f"{1e3 * (row.processor_seconds or 0):.1f}" for row in (there, back)]
         lines.append((case, name, *numbers, f"{error:.2f}"))
     head = ("", "mode", "MB kept: forward", "inverse", "ms: forward", "inverse", "inverse: error / stored error")
+    return markdown(head, lines)
+
+
+RECIPE_NAMES = {
+    OURS_TRAINED: "**pyglow_fast**",
+    FORMER: "Glow's scale, no decay",
+    "normflows": "normflows",
+    "nflows": "nflows",
+}
+
+
+def recipe() -> str:
+    """Held-out bits/dim after the same processor time, means over the seeds, and samples that are not finite."""
+    rows, lines = rows_of("recipe"), []
+    times = list(dict.fromkeys(row.variant for row in rows))
+    for case, name in dict.fromkeys((row.case, row.name) for row in rows):
+        found = [pick(rows, case=case, name=name, variant=time) for time in times]
+        bits = [f"{statistics.mean(row.facts['bits'] for row in at):.2f}" for at in found]
+        bad = [str(max(row.facts["not_finite"] for row in at)) for at in found]
+        lines.append((case, RECIPE_NAMES[name], *bits, ", ".join(bad)))
+    head = ("images", "", *(f"after {time}" for time in times), "not finite of 1,000 samples")
     return markdown(head, lines)
 
 

@@ -29,6 +29,8 @@ def tiny_config() -> Callable[..., TrainConfig]:
             "batch_size": 8,
             "init_images": 16,
             "max_steps": 12,
+            "lr": 1e-3,
+            "ema_decay": 0.999,
             "warmup_steps": 4,
             "log_every": 2,
             "eval_every": 4,

@@ -164,7 +164,7 @@ def test_a_step_that_drifts_is_taken_by_the_model(
 def test_a_replay_that_is_not_finite_changes_nothing(
     tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state, factor, before = TrainState(tiny_config(), tiny_images), torch.ones(()), torch.empty(0)
+    state, factor, before = TrainState(tiny_config(max_steps=99), tiny_images), torch.ones(()), torch.empty(0)
     state.initialize()
     log_prob = state.model.log_prob
     monkeypatch.setattr(state.model, "log_prob", lambda x, y: log_prob(x, y) * factor)
