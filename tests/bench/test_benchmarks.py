@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.latent_runs import write_emoji
 
-from bench import calls, directions, harness, kernels, live, memory, models, nets, tables
+from bench import calls, directions, harness, kernels, live, memory, models, nets, recipe, tables
 from bench.harness import Row
 from pyglow_fast import _backend
 
@@ -98,6 +99,22 @@ class TestCommands:
         options = ["--quick", "--only", "depth", "--depths", "1", "--implementations", "store", "--limit", "-1"]
         assert harness.run("bench.memory", [*options, "--out", str(tmp_path)]) == 1
         assert "the process failed" in capfd.readouterr().out
+
+
+@pytest.mark.full
+def test_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its loops train and are scored; a run that is there is not done again."""
+    write_emoji(tmp_path / "emoji")
+    for name, value in {"STEPS": 1, "HIDDEN": 8, "BATCH": 2, "SAMPLES": 100, "PICTURE": tmp_path / "x.png"}.items():
+        monkeypatch.setattr(recipe, name, value)
+    options = ["--sets", "emoji", "--emoji", str(tmp_path / "emoji"), "--seeds", "0", "--out", str(tmp_path)]
+    assert recipe.main([*options, "--times", "2"]) == 0
+    _, rows = harness.read_rows(tmp_path / "recipe-cpu.json")
+    assert [row.name for row in rows] == list(recipe.NAMES)
+    assert all(0 < row.facts["bits"] < 12 and row.facts["steps"] > 0 for row in rows)
+    assert (tmp_path / "x.png").is_file()
+    monkeypatch.setattr(recipe, "one_run", lambda *rest: pytest.fail("trained again"))
+    assert recipe.main([*options, "--times", "2"]) == 0
 
 
 class TestTables:

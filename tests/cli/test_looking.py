@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +79,25 @@ def test_what_edit_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert main(["edit", str(run), "0", "--out", str(tmp_path / "y.png")]) == 2
     assert capsys.readouterr().err.startswith("error: image: expected one whose latents are finite")
     assert not (tmp_path / "y.png").exists()
+
+
+def test_samples_that_explode_are_named(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The others are given, at each temperature."""
+    sample, out = Glow.sample, tmp_path / "x.png"
+
+    def exploding(model: Glow, n: int, temperature: float, **options: Any) -> torch.Tensor:
+        x = sample(model, n, temperature, **options)
+        x[[1, 3]] = torch.tensor([math.nan, math.inf]).view(2, 1, 1, 1) if temperature > 0.9 else x[[1, 3]]
+        return x
+
+    monkeypatch.setattr(Glow, "sample", exploding)
+    lines = said(capsys, "sample", place / "digits", "--n", 5, "--temperature", 0.5, 1, "--out", out).splitlines()
+    assert lines[0] == f"5 samples at temperature 0.5, 1: {out}"
+    assert lines[1].startswith("2 of them at 1 are not finite, as the inverse explodes there")
+    assert lines[1].endswith("shown grey: 1, 3 (from 0); try --temperature 0.8")
+    assert np.ptp(rgb_of(out)) > 0
 
 
 def test_without_the_images_of_the_run(place: Path, tmp_path: Path, capsys: Capture) -> None:

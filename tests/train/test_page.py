@@ -70,6 +70,7 @@ def test_the_page_of_the_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch,
         "ended": "at its limit",
     }
     assert {"held-out, untrained", "held-out", "train", "histogram", "PNG", "lr"} <= set(page.words["th"])
+    assert report["advice"] in page.words["p"]
     held_out = report["held_out"]
     said = {f"{held_out['mean']:.3f} ± {held_out['standard_error']:.3f}", f"bits/dim, {report['yardsticks'][0]['how']}"}
     assert said | set(report["environment"].values()) <= set(page.words["td"])

@@ -10,7 +10,8 @@ import torch
 from pyglow_fast import Glow, GlowConfig
 from pyglow_fast.data import ImageSet
 from pyglow_fast.likelihood import bits_per_dim, dequantize
-from pyglow_fast.train import ImageScores, ScoredImages, derive, evaluate, score_csv, score_images
+from pyglow_fast.train import ImageScores, Score, ScoredImages, derive, evaluate, score_csv, score_images
+from pyglow_fast.train.evaluation import gap_words
 from pyglow_fast.train.seeds import keyed_noise
 
 
@@ -79,3 +80,23 @@ def test_names_are_neither_formulas_nor_lines() -> None:
     assert line.endswith(r"figures: 1 (a\n\x1b[31m\udcff.png), 2 (a), 3 (b), 4 (c), 5 (d) and 1 more")
     lost = ScoredImages(images, ImageScores(torch.arange(6), torch.ones(6, 1), (6,)))
     assert lost.complaints() == ["1 image that cannot be read: 6 (e)"]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "train", "best", "words"),
+    [
+        (2.2, 0.8, (1.5, 400), "overfitting: held-out was best at step 400, 1.500 bits/dim, and is 2.200 now"),
+        (1.55, 1.2, (1.5, 400), "held-out images cost 0.350 bits/dim more than training images"),
+        (1.5, 1.2, (1.5, 900), "held-out images cost 0.300 bits/dim more than training images"),
+        (1.5, 1.2, None, "held-out images cost 0.300 bits/dim more than training images"),
+        (1.5, 1.45, (1.5, 900), "held-out images cost about what training images do: no overfitting"),
+    ],
+)
+def test_what_the_gap_means(held_out: float, train: float, best: tuple[float, int] | None, words: str) -> None:
+    found = gap_words(Score(held_out, 0.02, 100), Score(train, math.nan, 1), 900, *(best or (None, 0)))
+    assert found.startswith(words)
+    assert ("--max-steps 800" in found) == found.startswith("overfitting")
+
+
+def test_a_gap_within_the_error_is_none() -> None:
+    assert "no overfitting" in gap_words(Score(1.5, 0.2, 5), Score(1.0, 0.2, 5), 900, 1.5, 900)
