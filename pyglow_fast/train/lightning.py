@@ -39,7 +39,7 @@ class GlowModule(LightningModule):
         model: a Glow without classifier (classify=0), or the configuration of a new one (memory mode "reversible");
             ``Glow(config, memory="4GB")`` for the fastest training within so many bytes.
         n_bins: number of grey levels.
-        optimizer, lr, warmup_steps, decay_steps, weight_decay: see TrainConfig.
+        optimizer, lr, warmup_steps, decay_steps, weight_decay: see TrainConfig; a decay_steps of 0 is the Trainer's end.
         ema_decay: the decay of the average of the weights that evaluations use; None for no average.
         seed: decides the dequantisation noise.
 
@@ -128,8 +128,13 @@ class GlowModule(LightningModule):
         """Make the optimizer, and the schedule that sets its learning rate at every update."""
         given = self.hparams
         optimizer = make_optimizer(given["optimizer"], self.model.parameters(), given["lr"], given["weight_decay"])
+        decay = given["decay_steps"]
+        if decay == 0:
+            last = self.trainer.estimated_stepping_batches
+            expect(math.isfinite(last), "decay_steps", "a number of steps, as the Trainer's limits tell none", decay)
+            decay = int(last)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate(step, 1.0, given["warmup_steps"], given["decay_steps"])
+            optimizer, lambda step: learning_rate(step, 1.0, given["warmup_steps"], decay)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -100,6 +100,15 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path) -> 
     assert_same(weights(whole), weights(resumed))
 
 
+def test_the_rate_falls_to_the_trainers_end(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_epochs=4)
+    fit.fit(GlowModule(CONFIG, N_BINS, "adam", warmup_steps=3, decay_steps=0), loader())
+    assert (fit.global_step, fit.optimizers[0].param_groups[0]["lr"]) == (16, 0.0)
+    module = GlowModule(CONFIG, N_BINS, decay_steps=0)
+    with pytest.raises(ValueError, match="decay_steps: expected a number of steps, as the Trainer's limits tell none"):
+        trainer(tmp_path, max_epochs=-1, max_time="00:00:00:05").fit(module, loader())
+
+
 @pytest.mark.parametrize("memory", ["checkpoint", "1GB"])
 def test_a_checkpoint_is_plain_and_makes_the_module_again(tmp_path: Path, memory: str) -> None:
     module = GlowModule(Glow(CONFIG, memory=memory, precision="fp32"), N_BINS, lr=1e-2, ema_decay=0.9, seed=4)
