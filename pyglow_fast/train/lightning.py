@@ -39,7 +39,7 @@ class GlowModule(LightningModule):
         model: a Glow without classifier (classify=0), or the configuration of a new one (memory mode "reversible");
             ``Glow(config, memory="4GB")`` for the fastest training within so many bytes.
         n_bins: number of grey levels.
-        optimizer, lr, warmup_steps, decay_steps, weight_decay: see TrainConfig; a decay_steps of 0 is the Trainer's end.
+        optimizer, lr, warmup_steps, decay_steps, weight_decay: see TrainConfig; decay_steps 0: the Trainer's end.
         ema_decay: the decay of the average of the weights that evaluations use; None for no average.
         seed: decides the dequantisation noise.
 
