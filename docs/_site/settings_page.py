@@ -25,9 +25,9 @@ TITLE = """# Settings
 Each setting of a training run has one name: the key in a configuration file and in a preset, and the field of the class
 in Python. Its option is named after it, but for a few that are shorter. A value is taken from the first of these that
 has it: the option, the file of `--config`, the preset (`--preset`, or `preset = "NAME"` in the file), the default.
-`pyglow-fast train digits` takes the preset `digits` by itself. Defaults behind "`train`" are those of the command
-without a preset, where they are not those of the class. In a file `"none"` stands for None. A * marks what a resumed run
-may change.
+`pyglow-fast train digits` takes the preset `digits` by itself. Behind "`train`" stand defaults of the command without a
+preset, where they are not those of the class. In a file `"none"` stands for None. A * marks what a resumed run may
+change.
 
 | word | means |
 |---|---|
