@@ -377,8 +377,8 @@ REFUSED: list[tuple[str, str]] = [
     ("train digits --overwrite --out images", "out: expected a new or empty folder, or a run, found 'images', .*"),
     ("resume nowhere", "run: expected the folder of a run, found 'nowhere', which does not exist"),
     ("sample images --out x.png", "run: expected the folder of a run .*, found 'images' without one"),
-    ("sample cut --out x.png", ".*step-0000020.safetensors: expected a complete safetensors file, found .*"),
-    ("sample flipped --out x.png", ".*step-0000020.safetensors: expected .*, found .*"),
+    ("sample cut --last --out x.png", ".*step-0000020.safetensors: expected a complete safetensors file, found .*"),
+    ("sample flipped --last --out x.png", ".*step-0000020.safetensors: expected .*, found .*"),
     ("evaluate changed folder:images", ".*config.toml: expected model.hidden = 4, .*, found 8"),
     # What commands make of a run.
     ("sample run --n 1000000 --out x.png", "n: expected at most .*, found 1000000"),
