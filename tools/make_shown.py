@@ -95,8 +95,8 @@ def make_sheet(emoji: Path) -> None:
 
 
 def pack(run: Path) -> None:
-    """Write the averaged weights of a run's newest checkpoint, nets in bfloat16, and what the page measures of it."""
-    found = RunFolder(run).load()
+    """Write the weights of a run's best checkpoint, nets in bfloat16, and what the page measures of it."""
+    found = RunFolder(run).load(best=True)
     nets = (name for name, value in found.model.items() if ".net." in name and value.is_floating_point())
     weights = found.model | found.ema
     weights |= {name: weights[name].to(torch.bfloat16) for name in nets}
