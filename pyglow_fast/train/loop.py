@@ -240,7 +240,8 @@ class Run:
             return False
         progress.best, progress.best_step = held_out, progress.step
         best = state.checkpoint()  # which all ranks must ask for
-        self.writer.attempt("the best checkpoint", lambda: best.save(self.folder.best))
+        if progress.step:  # whoever looks at a run that has just begun sees its newest state
+            self.writer.attempt("the best checkpoint", lambda: best.save(self.folder.best))
         return True
 
     def _row(self, scores: tuple[Score, Score] | None, last: bool = False) -> Row:

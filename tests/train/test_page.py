@@ -13,6 +13,7 @@ import pytest
 from support.html_page import Page
 
 from pyglow_fast.data import ImageSet
+from pyglow_fast.studio.opened import find_run
 from pyglow_fast.train import RunFolder, TrainConfig, page_of, start
 from pyglow_fast.train.figures import bits_png
 from pyglow_fast.train.metrics import read_metrics
@@ -98,6 +99,15 @@ def test_a_run_that_was_killed(
     assert page.words["td"].count("bits/dim at step 4, at most 8 images") == 2
     assert page.words["figcaption"] == [*CURVES, "the newest samples, temperature 0.7"]
     assert page.words["h2"] == ["Scores", "Curves", "Pictures", "Settings"]  # where it ran is not known
+
+
+def test_the_untrained_model_is_never_the_best(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that ended before its first evaluation commands take the newest checkpoint."""
+    killed(start(tiny_config(save_every=1), str(tmp_path / "run"), data=tiny_images), 3, monkeypatch)
+    folder, best = find_run(str(tmp_path / "run"))
+    assert (best, folder.load(best).progress["step"]) == (False, 3)
 
 
 def test_text_of_files_is_escaped(folder: RunFolder) -> None:
