@@ -181,7 +181,7 @@ def test_what_is_wrong_with_runs(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_settings_and_images_are_those_of_the_folder(copy: Path, tmp_path: Path) -> None:
     assert Comparison([replace(config, max_steps=5) for config in CONFIGS], copy, IMAGES).trials[0].report() is None
-    with pytest.raises(ValueError, match=r"^lr: expected 0.001, as the run was started with, found 0.5$"):
+    with pytest.raises(ValueError, match=r"^lr: expected 0.004, as the run was started with, found 0.5$"):
         Comparison([replace(config, lr=0.5) for config in CONFIGS], copy, IMAGES)
     with pytest.raises(ValueError, match=r"^data: expected the images that the run was started with, found others"):
         Comparison(CONFIGS, copy, IMAGES.subset(range(20)))
