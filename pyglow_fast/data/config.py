@@ -26,7 +26,7 @@ class Source(NamedTuple):
 
 _VIEWS = ("size", "crop_margin", "flip")
 _ARRAYS = (*_VIEWS, "gray", "n_bits")
-_FILES = (*_ARRAYS, "on_unreadable", "in_memory")
+_FILES = (*_ARRAYS, "on_unreadable", "in_memory", "fit", "background", "enlarge")
 
 SOURCES: dict[str, Source] = {
     "digits": Source(_VIEWS, "none", side=8),
@@ -95,6 +95,15 @@ class DataConfig:
         absent="by the size: 4 up to 64, 2 up to 256, else 1",
     )
     attribute: str | None = _images(None, "celeba alone: the attribute that makes two classes")
+    fit: str = _images(
+        "crop",
+        "how a file becomes a square: its centre cut out (crop), the background around it (pad), or stretched",
+        choices=("crop", "pad", "stretch"),
+    )
+    background: str = _images(
+        "white", "what transparent pixels are laid on, and what pad surrounds with", choices=("white", "grey", "black")
+    )
+    enlarge: bool = _images(True, "files smaller than the square are enlarged; else they count as unreadable")
     on_unreadable: str = _images(
         "raise",
         "raise on an image file that cannot be read, or skip it; training --from-files takes another",

@@ -48,8 +48,8 @@ def find_images(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def plain(image: Image, gray: bool) -> Image:
-    """Turns a Pillow image upright by its EXIF tag and makes it "L" or "RGB": 8 bits, transparency laid on white."""
+def plain(image: Image, gray: bool, background: str = "white") -> Image:
+    """Turns a Pillow image upright by its EXIF tag and makes it "L" or "RGB": 8 bits, transparency laid on a colour."""
     pil = optional("PIL.Image", "image files")
     image = optional("PIL.ImageOps", "image files").exif_transpose(image)
     if image.mode.startswith("I;16"):  # a plain conversion would clip everything above 255 rather than scale it
@@ -58,11 +58,11 @@ def plain(image: Image, gray: bool) -> Image:
         raise ValueError(f"{image.mode!r} samples (32 bits), which have no fixed range")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("L" if gray else "RGB")
 
 
-def decode(path: Path, where: str, gray: bool, most_pixels: int | None = None) -> Image:
+def decode(path: Path, where: str, gray: bool, most_pixels: int | None = None, background: str = "white") -> Image:
     """Decodes a file to a :func:`plain` Pillow image; of several frames or pages the first.
 
     Messages call it ``where``. ``most_pixels`` are looked at before any are decoded; no TIFF is then taken, since a
@@ -76,7 +76,7 @@ def decode(path: Path, where: str, gray: bool, most_pixels: int | None = None) -
             if most_pixels is not None and width * height > most_pixels:
                 text = f"{where}: expected an image of at most {most_pixels} pixels, found {width}x{height}"
                 raise UnreadableImageError(text)
-            return plain(opened, gray)
+            return plain(opened, gray, background)
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders raise many errors: OSError, SyntaxError, struct.error and others
@@ -86,18 +86,20 @@ def decode(path: Path, where: str, gray: bool, most_pixels: int | None = None) -
         raise UnreadableImageError(f"{where}: expected an image that Pillow can decode, found {said}") from error
 
 
-def to_square(image: Image, side: int, where: str) -> Image:
-    """Cuts out the centred square of an image and scales it down to ``side``; smaller ones are unreadable."""
-    if min(image.size) < side:
+def to_square(image: Image, side: int, where: str, config: DataConfig | None = None) -> Image:
+    """Makes an image a square of ``side`` pixels, by what ``config`` says of fit, background and small ones."""
+    config, pil = config or DataConfig("folder:."), optional("PIL.Image", "image files")
+    if min(image.size) < side and not config.enlarge:
         found = "{}x{}".format(*image.size)
         raise UnreadableImageError(f"{where}: expected an image of at least {side}x{side}, found {found}")
-    if image.size == (side, side):
-        return image
-    whole = min(image.size)
-    left, top = (image.width - whole) // 2, (image.height - whole) // 2
-    # Cropped first: a resize of a region would let its surroundings bleed in.
-    square = image.crop((left, top, left + whole, top + whole))
-    return square.resize((side, side), optional("PIL.Image", "image files").Resampling.LANCZOS)
+    if image.size != (side, side) and config.fit != "stretch":
+        whole = min(image.size) if config.fit == "crop" else max(image.size)
+        left, top = int((whole - image.width) / 2), int((whole - image.height) / 2)
+        # Before it is scaled: a resize of a region would let its surroundings bleed in.
+        square = pil.new(image.mode, (whole, whole), config.background)
+        square.paste(image, (left, top))
+        image = square
+    return image if image.size == (side, side) else image.resize((side, side), pil.Resampling.LANCZOS)
 
 
 def pixels(image: Image) -> Tensor:
@@ -106,9 +108,10 @@ def pixels(image: Image) -> Tensor:
     return flat.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
-def read_image(path: Path, side: int, gray: bool) -> Tensor:
-    """Decodes a file to uint8 (C, side, side): upright, its centred square, scaled down."""
-    return pixels(to_square(decode(path, str(path), gray), side, str(path)))
+def read_image(path: Path, config: DataConfig) -> tuple[Tensor, bool]:
+    """Decodes a file to uint8 (C, side, side), upright and square; returns whether it was smaller, too."""
+    image = decode(path, str(path), config.gray, background=config.background)
+    return pixels(to_square(image, config.side, str(path), config)), min(image.size) < config.side
 
 
 def as_values(image: Any, where: str) -> Tensor:
@@ -156,8 +159,8 @@ def read_single(
     """Reads an image file as pixels, uint8 (C, H, W) in 0..n_bins-1, prepared as the held-out images of ``config`` are.
 
     An image of exactly H x W pixels is taken as it is, since a model may have drawn it, and so is one whose pixels are
-    enlarged by a whole factor, as pictures of the model's images are saved. Of any other the centred square
-    is scaled: to the side of the source's images, if they have one, and padded with zeros to H x W; otherwise to H x W
+    enlarged by a whole factor, as pictures of the model's images are saved. Any other is made square and
+    scaled: to the side of the source's images, if they have one, and padded with zeros to H x W; otherwise to H x W
     and the margin that held-out images are cut out of. A photo is taken whole, not in tiles. Nothing is inverted:
     digits are bright on dark.
 
@@ -173,7 +176,7 @@ def read_single(
     name = config.name.partition(":")[0]
     own, margin = SOURCES[name].side, config.crop_margin
     expect(own is None or side >= own, "image_shape", f"sides of at least {own}, as {name} has", shape)
-    image = decode(path, where, channels == 1, most_pixels)
+    image = decode(path, where, channels == 1, most_pixels, config.background)
     factor = image.width // side
     if factor > 1 and image.size == (side * factor, side * factor):
         drawn = image.reduce(factor)
@@ -182,6 +185,6 @@ def read_single(
     if image.size == (side, side):
         values = pixels(image)
     else:
-        values = padded(pixels(to_square(image, own or side + margin, where)), side + margin)
+        values = padded(pixels(to_square(image, own or side + margin, where, config)), side + margin)
         values = config.augmentation.central(values)
     return (values.int() * n_bins // 256).to(torch.uint8)

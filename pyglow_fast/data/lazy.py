@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,27 @@ from pyglow_fast.data.image_set import Images, ImageSet
 
 MEMORY_LIMIT = 1 << 30  # bytes of pixels up to which a set is kept in memory unless told otherwise
 _BLOCK = 1024  # images that are handed out to threads at a time, so that an error ends the reading soon
+NAMED = 3  # enlarged images that are named
 _LOOKED_AT = 16  # images that go into the fingerprint of a Dataset that is not read into memory
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """A Dataset of the image files ``names`` below ``root`` as squares of ``side``, in one channel if ``gray``."""
+    """A Dataset of the image files ``names`` below ``root`` as squares, as ``config`` says; ``small`` were enlarged."""
 
     root: Path
     names: Sequence[str]
-    side: int
-    gray: bool
+    config: DataConfig
+    small: set[str] = field(default_factory=set, compare=False)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        return read_image(self.root / self.names[index], self.side, self.gray)
+        values, small = read_image(self.root / self.names[index], self.config)
+        if small:
+            self.small.add(self.names[index])
+        return values
 
     def identity(self) -> str:
         """Makes a digest of the names and sizes of all files, each of which must be there."""
@@ -163,6 +167,10 @@ def _in_memory(data: LazyImages) -> ImageSet:
         for start in range(0, len(data), _BLOCK):
             list(pool.map(read, range(start, min(len(data), start + _BLOCK))))
     official = data.official
+    if isinstance(data.pixels, FileReader) and (small := sorted(data.pixels.small)):
+        side = data.pixels.config.side
+        text = f"{len(small)} of {len(data)} images of {data.name} are smaller than {side}x{side} and enlarged"
+        warnings.warn(visible(f"{text}, such as {', '.join(small[:NAMED])} (--no-enlarge refuses them)"), stacklevel=2)
     if errors:
         text = f"{len(errors)} of {len(data)} images of {data.name}; the first: {errors[min(errors)]}"
         kept = torch.tensor([index for index in range(len(data)) if index not in errors], dtype=torch.int64)
@@ -193,7 +201,7 @@ def images_of(name: str, dataset: Any, config: DataConfig, image_shape: tuple[in
 
 def from_files(name: str, root: Path, names: Sequence[str], config: DataConfig, **facts: Any) -> Images:
     """Makes a set of the image files ``names`` below ``root``; see :func:`images_of`."""
-    reader = FileReader(root, names, config.side, config.gray)
+    reader = FileReader(root, names, config)
     return images_of(name, reader, config, (1 if config.gray else 3, config.side, config.side), **facts)
 
 

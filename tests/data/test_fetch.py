@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 import tarfile
@@ -57,17 +58,44 @@ def test_a_package_of_npm(served: tuple[Path, str], monkeypatch: pytest.MonkeyPa
     assert names(tmp_path / "own") == ["emoji.json", "img/twitter/64/a.png"]
 
 
+def debian_package(place: Path, folder: Path) -> Path:
+    """x.deb in the folder, with one picture in it."""
+    picture(place / "deb" / "usr" / "share" / "a.jpg")
+    (place / "deb" / "DEBIAN").mkdir()
+    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+    (place / "deb" / "DEBIAN" / "control").write_text(control)
+    command = ["dpkg-deb", "--root-owner-group", "--build", str(place / "deb"), str(folder / "x.deb")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "x.deb"
+
+
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
 def test_a_package_of_debian(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    picture(tmp_path / "deb" / "usr" / "share" / "a.jpg")
-    (tmp_path / "deb" / "DEBIAN").mkdir()
-    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
-    (tmp_path / "deb" / "DEBIAN" / "control").write_text(control)
-    command = ["dpkg-deb", "--root-owner-group", "--build", str(tmp_path / "deb"), str(served[0] / "x.deb")]
-    subprocess.run(command, check=True, capture_output=True)
-    offer(monkeypatch, "photos", served[1], served[0] / "x.deb")
+    offer(monkeypatch, "photos", served[1], debian_package(tmp_path, served[0]))
     fetch("photos")
     assert names(data_folder() / "photos") == ["a.jpg"]
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
+@pytest.mark.parametrize("whole", [True, False])
+def test_where_the_archive_does_not_answer_apt_is_asked(
+    whole: bool, served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stand-in for apt-get writes the package, or another, which is not opened."""
+    package = debian_package(tmp_path, served[0])
+    offer(monkeypatch, "photos", "http://127.0.0.1:9", package)
+    package.write_bytes(package.read_bytes() + (b"" if whole else b"more"))
+    script = tmp_path / "bin" / "apt-get"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\ntest "$1" = download && cp {package} .\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    if whole:
+        fetch("photos")
+        assert names(data_folder() / "photos") == ["a.jpg"]
+    else:
+        with pytest.raises(FetchError, match=r"^photos could not be fetched: http://127.0.0.1:9/x.deb"):
+            fetch("photos")
 
 
 def test_what_was_changed_is_never_opened(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,10 +41,17 @@ def contents(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def read(image: Image.Image | bytes, side: int, channels: int = 3, n_bins: int = 256, **options: Any) -> Tensor:
+def read(
+    image: Image.Image | bytes,
+    side: int,
+    channels: int = 3,
+    n_bins: int = 256,
+    config: DataConfig = FOLDER,
+    **options: Any,
+) -> Tensor:
     """A file as a model on a folder sees it."""
     Path("x").write_bytes(image if isinstance(image, bytes) else contents(image))
-    return read_single(Path("x"), "upload 1", FOLDER, (channels, side, side), n_bins, **options)
+    return read_single(Path("x"), "upload 1", config, (channels, side, side), n_bins, **options)
 
 
 def refusal(data: bytes, **options: Any) -> str:
@@ -68,6 +75,50 @@ def refusal(data: bytes, **options: Any) -> str:
 )
 def test_kinds_of_pixels(image: Image.Image, channels: int, level: int) -> None:
     assert read(image, 4, channels).unique().tolist() == [level]
+
+
+@pytest.mark.parametrize(
+    ("fit", "background", "columns"),
+    [
+        ("crop", "white", [76, 76, 150, 150]),  # red and green: the outer columns, blue, are cut off
+        ("pad", "black", [29, 76, 150, 29]),
+        ("pad", "grey", [29, 76, 150, 29]),
+        ("stretch", "white", [29, 76, 150, 29]),
+    ],
+)
+def test_a_file_becomes_a_square(fit: str, background: str, columns: list[int]) -> None:
+    """8x4 pixels of blue, red, green and blue, two columns each; above and below them pad has the background."""
+    colours = ("blue", "red", "lime", "blue")
+    image = Image.new("RGB", (8, 4))
+    for i, colour in enumerate(colours):
+        image.paste(colour, (2 * i, 0, 2 * i + 2, 4))
+    config = DataConfig("folder:x", fit=fit, background=background)
+    side = 4 if fit == "crop" else 8
+    found = read(image, side, 1, config=config)[0]
+    middle = found[side // 2].tolist()
+    assert middle == columns if fit == "crop" else middle[::2] == columns
+    if fit == "pad":
+        edge = {"black": 0, "grey": 128}[background]
+        assert found[[0, 1, 6, 7]].unique().tolist() == [edge]
+    clear = read(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), 4, config=config)
+    assert clear.unique().tolist() == [{"white": 255, "grey": 128, "black": 0}[background]]
+
+
+def test_small_files_are_enlarged_counted_and_named(tmp_path: Path) -> None:
+    """Icons of several sizes, transparent, grey and with a palette, in one folder."""
+    for i, image in enumerate(
+        (noise(40, 33), noise(5, 9), noise(9, 9).convert("P"), Image.new("LA", (7, 32), (9, 99)))
+    ):
+        image.save(tmp_path / f"{i}.png")
+    with pytest.warns(
+        UserWarning, match=r"3 of 4 images of folder:.* are smaller than 32x32 and enlarged, such as 1\.png"
+    ):
+        data = load_data(DataConfig(f"folder:{tmp_path}", size=32))
+    assert (len(data), data.image_shape) == (4, (3, 32, 32))
+    with pytest.raises(UnreadableImageError, match="expected an image of at least 32x32, found 5x9"):
+        load_data(DataConfig(f"folder:{tmp_path}", size=32, enlarge=False))
+    with pytest.warns(UserWarning, match="unreadable images are left out: 3 of 4"):
+        assert len(load_data(DataConfig(f"folder:{tmp_path}", size=32, enlarge=False, on_unreadable="skip"))) == 1
 
 
 @pytest.mark.parametrize("n_bits", [1, 5, 8])
@@ -126,7 +177,11 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpa
 NOT_DECODED: dict[str, tuple[Callable[[], bytes], dict[str, Any], str]] = {
     "no image": (lambda: b"this is no image", {}, "that Pillow can decode, found cannot identify image file"),
     "half of one": (lambda: contents(noise(64, 64), "JPEG")[:1500], {}, "found image file is truncated"),
-    "too small": (lambda: contents(noise(20, 7)), {}, "of at least 8x8, found 20x7"),
+    "too small": (
+        lambda: contents(noise(20, 7)),
+        {"config": DataConfig("folder:x", enlarge=False)},
+        "of at least 8x8, found 20x7",
+    ),
     "32 bits": (lambda: contents(Image.new("F", (9, 9), 0.5), "TIFF"), {}, "found 'F' samples"),
     "a bomb": (lambda: bomb(20000), {}, "could be decompression bomb"),
     "a large one": (lambda: bomb(9000), {"most_pixels": 50}, "of at most 50 pixels, found 9000x9000"),
