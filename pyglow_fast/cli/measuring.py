@@ -127,10 +127,12 @@ def _score_data(args: argparse.Namespace, data: str | None = None) -> None:
     say(out)
 
 
-def _scored(args: argparse.Namespace, opened: OpenRun, found: Selection, limit: int | None = None) -> ScoredImages:
+def _scored(
+    args: argparse.Namespace, opened: OpenRun, found: Selection, limit: int | None = None, over_classes: bool = False
+) -> ScoredImages:
     policy, total = opened.checkpoint.config.data.on_unreadable, min(len(found.images), limit or len(found.images))
     with progress_line(f"bits/dim of {found.images.name}", total) as line:
-        how: dict[str, Any] = {"on_unreadable": policy, "progress": line.update}
+        how: dict[str, Any] = {"on_unreadable": policy, "progress": line.update, "over_classes": over_classes}
         scores = score_images(opened.model, found.images, args.batch_size, args.seed, limit, **how)
     return ScoredImages(found.images, scores, found.positions)
 
@@ -155,7 +157,7 @@ def ood(args: argparse.Namespace) -> None:
             train = own.train or foreign.train or opened.trained_on()
             why = f"{opened.source}, which is no longer there or has changed"
             expect(train is not None, "typicality", "the images that the run was trained on", why)
-    results = [_scored(args, opened, found, args.n) for found in (own, foreign)]
+    results = [_scored(args, opened, found, args.n, over_classes=True) for found in (own, foreign)]
     with user_input():
         first, second = (_finite(found, name) for found, name in zip(results, ("data", "other"), strict=True))
     lines = [f"{args.run} at step {opened.step}:"]
@@ -163,14 +165,14 @@ def ood(args: argparse.Namespace) -> None:
     found = auroc(first, second)
     lines.append(f"AUROC {found.text}: how often an image of {titles[1]} has more bits/dim than one of {titles[0]}")
     if train is not None:
-        known = _scored(args, opened, Selection(train, torch.arange(len(train)), train, "train"), args.n)
+        known = _scored(args, opened, Selection(train, torch.arange(len(train)), train, "train"), args.n, True)
         with user_input():
             typical = float(_finite(known, "typicality").mean())
         by_typicality = auroc(typicality(first, typical), typicality(second, typical))
         lines.append(f"AUROC {by_typicality.text} by typicality: the distance to {typical:.3f}, the mean in training")
     lines += [f"{item.images.name}: {line}" for item in results for line in item.complaints()]
     if opened.classes:
-        lines.append("note: the model has classes: each image is scored under its own label, a foreign one's too")
+        lines.append("note: the model has classes: p(x) is the mean over them, of its own images as of foreign ones")
     if found.below_chance:
         lines.append(CAVEAT)
     title = f"{Path(args.run).resolve().name}: AUROC {found.text}"

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional
 from pyglow_fast._errors import expect
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import check_labels
@@ -68,21 +67,14 @@ def from_space(
 def likeliest_class(model: Glow, x: Tensor, cond: Tensor | None = None) -> Tensor:
     """argmax_y log p(x | y), int64 (N,): the class under which each image is likeliest, all equally common.
 
-    Of log p(x | y) the prior of the top latent alone depends on y, so one pass encodes x. A classifier that was trained
-    beside the flow (:meth:`Glow.class_logits`) is not asked.
+    A classifier that was trained beside the flow (:meth:`Glow.class_logits`) is not asked.
 
     Raises:
         ValueError: a model without classes, or images that have no finite density under any class.
     """
     expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
-    n_classes = model.config.n_classes
-    expect(n_classes is not None, "model", "one with classes (n_classes)", "n_classes=None")
-    top = model.encode(x, cond)[-1]
-    scores = top.new_zeros(len(top), n_classes or 0, dtype=torch.float64)
-    for label in range(scores.shape[1]):
-        mean, log_sd = model.prior(top, torch.full((len(top),), label, device=top.device))
-        # Doubles: classes may differ by less than a sum over many values is rounded by.
-        scores[:, label] = functional.gaussian_log_prob(top.double(), mean.double(), log_sd.double())
+    with overridden("fp32"):
+        scores = model.class_log_probs(x, cond)
     decided = ~scores.isnan().any(1) & scores.amax(1).isfinite()
     expect(bool(decided.all()), "x", "images with a finite log-likelihood", f"{int((~decided).sum())} without one")
     return scores.argmax(1)

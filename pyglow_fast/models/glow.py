@@ -444,6 +444,29 @@ class Glow(nn.Module):
             log_prob = log_prob + functional.gaussian_log_prob(latent, *self._prior(i, kept, found.conds[i], y))
         return log_prob, found.latents[-1]
 
+    def class_log_probs(self, x: Tensor, cond: Condition | None = None) -> Tensor:
+        """log p(x | y) of every class y, in nats, float64 (N, n_classes), in one pass: y decides the top prior alone.
+
+        With classes that are equally common, log p(x) = logsumexp over them - log n_classes. In float64, since classes
+        may differ by less than a sum over many values is rounded by.
+
+        Raises:
+            ValueError: a model without classes.
+        """
+        n_classes = self.config.n_classes
+        expect(n_classes is not None, "model", "one with classes (n_classes)", "n_classes=None")
+        found = self._encode(x, cond)
+        *latents, top = found.latents
+        rest = found.log_det.double()
+        for i, latent in enumerate(latents):
+            mean, log_sd = self._prior(i, found.kept[i], found.conds[i], None)
+            rest = rest + functional.gaussian_log_prob(latent.double(), mean.double(), log_sd.double())
+        columns = []
+        for label in range(n_classes or 0):
+            mean, log_sd = self.prior(top, torch.full((len(top),), label, device=top.device))
+            columns.append(rest + functional.gaussian_log_prob(top.double(), mean.double(), log_sd.double()))
+        return torch.stack(columns, 1)
+
     def class_logits(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         """Logits of the classes of x, (N, config.classify), by the head on its top latent; no label is asked for.
 
@@ -505,7 +528,7 @@ class Glow(nn.Module):
         self,
         n: int,
         temperature: float | Tensor = 1.0,
-        y: Tensor | None = None,
+        y: Tensor | int | None = None,
         cond: Condition | None = None,
         generator: torch.Generator | None = None,
         differentiable: bool = False,
@@ -516,7 +539,7 @@ class Glow(nn.Module):
             n: number of samples.
             temperature: multiplies the standard deviation of every prior; a number (0 gives the mode), or one per
                 sample.
-            y: labels (n,), drawn uniformly if the model has classes and None is given.
+            y: labels (n,), or one for all; drawn uniformly if the model has classes and None is given.
             cond: condition, if the model has one.
             generator: source of the noise.
             differentiable: a gradient is recorded, to the parameters, priors included, and to the condition, for what
@@ -534,12 +557,13 @@ class Glow(nn.Module):
         if y is None and self.config.n_classes is not None:
             device = parameter.device if generator is None else generator.device
             y = torch.randint(self.config.n_classes, (n,), generator=generator, device=device).to(parameter.device)
-        check_labels(y, n, self.config.n_classes)
+        labels = torch.full((n,), y, device=parameter.device) if isinstance(y, int) else y
+        check_labels(labels, n, self.config.n_classes)
         # In the order in which the inverse needs it: the deepest latent's first.
         shapes = [parameter.new_empty(n, *shape) for shape in self.latent_shapes]
         noise = [scaled_noise(like, temperature, generator) for like in reversed(shapes)]
         with contextlib.nullcontext() if differentiable else torch.no_grad():
-            return self._from_noise(noise[::-1], y, conds)[0]
+            return self._from_noise(noise[::-1], labels, conds)[0]
 
     def _from_noise(self, noise: list[Tensor], y: Tensor | None, conds: list[Tensor | None]) -> tuple[Tensor, Tensor]:
         scales: list[Tensor] = []
@@ -599,11 +623,13 @@ def _dry_pass(count: int, name: str) -> Forward:
 
 
 def _warn_of_other_range(x: Tensor) -> None:
-    """Warn where x is hardly centred: pixels in [0, 1] or 0..255, as most loaders give them."""
+    """Warn where x is hardly centred: pixels in [0, 1], [-1, 1] or 0..255, as most loaders give them."""
     low, high = (float(value) for value in torch.aminmax(x.detach()))
-    if low < 0 or high <= 0.5:
+    wide = -1 <= low < -0.6 and 0.6 < high <= 1  # samples and noise of a wider prior go beyond 1
+    if not wide and (low < 0 or high <= 0.5):
         return
-    levels = "(255 * x).round().long()" if high <= 1 else "x.round().long()"
+    levels = "(127.5 * x + 127.5).round().long()" if wide else "x.round().long()"
+    levels = "(255 * x).round().long()" if high <= 1 and not wide else levels
     warnings.warn(
         f"x has values from {low:.4g} to {high:.4g}; pixels are expected in -0.5 to 0.5, or likelihoods are of other "
         f"images. For 256 grey levels: x = pyglow_fast.likelihood.dequantize({levels})",

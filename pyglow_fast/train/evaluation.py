@@ -90,13 +90,13 @@ def labels_for(model: Glow, labels: torch.Tensor | None) -> torch.Tensor | None:
     return labels.to(device_of(model))
 
 
-def check_fits(model: Glow, data: Images, n_bins: int) -> None:
-    """Refuse images that are not of the model's shape, or not of the number of grey levels that it was trained on."""
+def check_fits(model: Glow, data: Images, n_bins: int, labelled: bool = True) -> None:
+    """Refuse images that are not of the model's shape or number of grey levels, or if ``labelled`` of its classes."""
     shape, classes, trained = tuple(model.config.image_shape), model.config.n_classes, "as the model was trained on"
     expect(data.image_shape == shape, "data", f"images of shape {shape}, {trained}", data.image_shape)
     expect(data.n_bins == n_bins, "data", f"n_bins {n_bins}, {trained}", data.n_bins)
     found = len(data.class_names)
-    expect(classes in (None, found), "data", f"{classes} classes, {trained}", found)
+    expect(not labelled or classes in (None, found), "data", f"{classes} classes, {trained}", found)
 
 
 @torch.no_grad()
@@ -111,6 +111,7 @@ def score_images(
     ranks: Ranks | None = None,
     draws: int = 1,
     progress: Callable[[int], object] | None = None,
+    over_classes: bool = False,
 ) -> ImageScores:
     """Measure the bits/dim of each image, with dequantisation noise of its own that is the same at every call.
 
@@ -127,25 +128,32 @@ def score_images(
         ranks: share the images among these; every rank gets its own part.
         draws: S, how often the noise of each image is drawn.
         progress: told after each batch how many images it had, as ``progress_line(...).update`` is.
+        over_classes: p(x) of a model with classes is the mean of p(x | y) over these, not that of an image's own label,
+            as it is anyway for images without labels of its classes.
     """
-    check_fits(model, data, data.n_bins)
+    n_classes = model.config.n_classes
+    over_classes = n_classes is not None and (over_classes or len(data.class_names) != n_classes)
+    check_fits(model, data, data.n_bins, labelled=not over_classes)
     expect(draws >= 1, "draws", "a positive whole number", draws)
     chosen = (ranks or Ranks()).share(random_subset(seed, len(data), len(data) if limit is None else limit))
     plan = [[(index, None) for index in part.tolist()] for part in chosen.split(batch_size) if len(part)]
     judged = model.head is not None and data.labels is not None and len(data.class_names) == model.config.classify
+    judged = judged and not over_classes
     bits, classes = [torch.zeros(0, draws, dtype=torch.float64)], [torch.zeros(0, 2, dtype=torch.float64)]
     found, was_training, device = [torch.zeros(0, dtype=torch.int64)], model.training, device_of(model)
     model.eval()
     try:
         with model.folded():  # nobody writes to it meanwhile
             for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
-                labels, columns = labels_for(model, batch.labels), []
+                labels, columns = None if over_classes else labels_for(model, batch.labels), list[Tensor]()
                 # Others stand in for unreadable ones.
                 own = batch.indices == torch.tensor([index for index, _ in wanted])
                 for draw in range(draws):
                     keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
                     x = noisy(batch.pixels.to(device), torch.tensor(keys, device=device), data.n_bins)
-                    if judged and draw == 0:
+                    if over_classes:
+                        log_prob = model.class_log_probs(x).logsumexp(1) - math.log(n_classes or 1)
+                    elif judged and draw == 0:
                         log_prob, logits = model.log_prob_and_logits(x, labels)
                         target = batch.labels.to(logits.device)  # type: ignore[union-attr]
                         right = (logits.argmax(1) == target).double()

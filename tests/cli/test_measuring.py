@@ -110,18 +110,24 @@ def test_images_that_cannot_be_read(
 def test_images_without_a_likelihood(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    out, bad, log_prob = tmp_path / "x.csv", {2: float("nan"), 5: float("-inf")}, Glow.log_prob
+    out, bad = tmp_path / "x.csv", {2: float("nan"), 5: float("-inf")}
 
-    def spoilt(self: Glow, *args: Any, **options: Any) -> Tensor:
-        found = log_prob(self, *args, **options).clone()
-        for index, value in bad.items():
-            found[index] = value
-        return found
+    def spoilt(name: str) -> Any:
+        whole = getattr(Glow, name)
+
+        def log_prob(self: Glow, *args: Any, **options: Any) -> Tensor:
+            found: Tensor = whole(self, *args, **options).clone()
+            for index, value in bad.items():
+                found[index] = value
+            return found
+
+        return log_prob
 
     command = ["score", trained, "digits", "--out", out, "--batch-size", 180]
     said(capsys, *command)
     kept = [float(row["bits_per_dim"]) for i, row in enumerate(rows(out)) if i not in bad]
-    monkeypatch.setattr(Glow, "log_prob", spoilt)
+    for name in ("log_prob", "class_log_probs"):
+        monkeypatch.setattr(Glow, name, spoilt(name))
     text = said(capsys, *command)
     assert "  2 images without a finite likelihood, left out of the figures: " in text
     assert [rows(out)[i]["bits_per_dim"] for i in bad] == ["nan", "inf"]
@@ -159,12 +165,12 @@ def test_score_of_files(trained: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_caveat(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """Foreign images that are more likely: said, and typicality flags them all the same."""
-    data, log_prob = load_digits(), Glow.log_prob
+    data, log_probs = load_digits(), Glow.class_log_probs
 
     def liking_flat_images(self: Glow, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        return log_prob(self, x, *args, **options) + 1e4 * (x.flatten(1).std(1) < 0.1)
+        return log_probs(self, x, *args, **options) + 1e4 * (x.flatten(1).std(1) < 0.1)[:, None]
 
-    monkeypatch.setattr(Glow, "log_prob", liking_flat_images)
+    monkeypatch.setattr(Glow, "class_log_probs", liking_flat_images)
     pixels = torch.randint(3, data.pixels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     sources = iter([data, replace(data, name="flat", pixels=pixels)])
     monkeypatch.setattr("pyglow_fast.studio.opened.load_data", lambda config: next(sources))

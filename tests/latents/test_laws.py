@@ -137,6 +137,8 @@ def test_the_likeliest_class_is_the_one_of_the_highest_likelihood(name: str) -> 
     labels = range(setting.config.n_classes or 0)
     with torch.no_grad():
         each = [setting.model.log_prob(setting.x, torch.full((40,), label), setting.cond) for label in labels]
+        found = setting.model.class_log_probs(setting.x, setting.cond)
+    assert torch.allclose(found, torch.stack(each, 1).double(), rtol=1e-5)
     found = tools.likeliest_class(setting.model, setting.x, setting.cond)
     assert torch.equal(found, torch.stack(each, 1).argmax(1))
     assert len(found.unique()) > 1  # or a constant would do

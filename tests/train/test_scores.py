@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,3 +101,21 @@ def test_what_the_gap_means(held_out: float, train: float, best: tuple[float, in
 
 def test_a_gap_within_the_error_is_none() -> None:
     assert "no overfitting" in gap_words(Score(1.5, 0.2, 5), Score(1.0, 0.2, 5), 900, 1.5, 900)
+
+
+def test_without_labels_of_its_classes_a_model_is_the_mean_over_them(images: ImageSet) -> None:
+    """p(x) = mean of p(x | y): of images without labels, of foreign classes, and of its own where that is asked for."""
+    model = Glow(GlowConfig(image_shape=(1, 4, 4), n_levels=1, n_steps=2, hidden=4, n_classes=2)).eval()
+    model.initialize(images.pixels / 5.0 - 0.4)
+    with torch.no_grad():
+        model.prior.class_offset.normal_()
+        each = [score_images(model, replace(images, labels=torch.full((10,), y)), 4, seed=7).draws for y in (0, 1)]
+    nats = -math.log(2) * model.config.n_values * torch.cat(each, 1)
+    wanted = -(nats.logsumexp(1) - math.log(2)) / (math.log(2) * model.config.n_values)
+    foreign = replace(images, labels=torch.zeros(10, dtype=torch.int64), class_names=("a", "b", "c"))
+    for data, options in (
+        (replace(images, labels=None, class_names=()), {}),
+        (foreign, {}),
+        (images, {"over_classes": True}),
+    ):
+        assert torch.allclose(score_images(model, data, 4, seed=7, **options).bits_per_dim, wanted, rtol=1e-5)
