@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,6 +49,12 @@ def expect(condition: bool, argument: str, expected: str, found: Any) -> None:
     """
     if not condition:
         raise ValueError(visible(f"{argument}: expected {expected}, found {found}"))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Name the nearest of the known words, as the end of a message; empty if none is near."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:

@@ -19,7 +19,8 @@ _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has hardly 
 
 
 def _check_bins(n_bins: int) -> None:
-    expect(isinstance(n_bins, int) and not isinstance(n_bins, bool), "n_bins", "an int", type(n_bins).__name__)
+    whole = isinstance(n_bins, int) and not isinstance(n_bins, bool)
+    expect(whole, "n_bins", "an int (labels are y=)", type(n_bins).__name__)
     expect(2 <= n_bins <= 65536, "n_bins", "a value in 2..65536", n_bins)
 
 

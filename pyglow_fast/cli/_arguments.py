@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pyglow_fast._errors import check_seed, expect
+from pyglow_fast._errors import check_seed, did_you_mean, expect
 from pyglow_fast._settings import Range, value_text
-from pyglow_fast.cli._output import did_you_mean, say_error
+from pyglow_fast.cli._output import say_error
 from pyglow_fast.data import DATA_HELP, optional
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.studio import OpenRun

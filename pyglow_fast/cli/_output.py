@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from pyglow_fast._errors import visible
+from pyglow_fast._errors import did_you_mean, visible
 from pyglow_fast.data import Yardstick
 from pyglow_fast.train import Score
 
@@ -32,12 +31,6 @@ def user_input() -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Name the nearest of the known words, as the end of a message; empty if none is near."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def say(text: object, lines: bool = False) -> None:

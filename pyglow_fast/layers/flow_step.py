@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -58,8 +59,8 @@ class FlowStep(FlowLayer):
             are the injector's alone, if there is one).
         permutation: "invconv" (LU), "invconv_plain", "shuffle" or "reverse"; or a ChannelLinear of your own. Behind a
             checkerboard, whose nets see all channels, the order of these makes no difference.
-        net: a coupling net of your own instead of CouplingNet (then hidden, net_actnorm, cond_channels, border are not
-            used).
+        net: a coupling net of your own instead of CouplingNet, or a factory net(in_channels, out_channels) of it, as
+            for Glow (then hidden, net_actnorm, cond_channels, border are not used).
         net_actnorm: ActNorm inside the coupling net.
         cond_channels: channels of the conditioning input.
         dims: number of spatial dimensions, 1 to 3.
@@ -96,7 +97,7 @@ class FlowStep(FlowLayer):
         hidden: int = 512,
         coupling: CouplingSpec | str = "affine",
         permutation: ChannelLinear | str = "invconv",
-        net: nn.Module | None = None,
+        net: nn.Module | Callable[[int, int], nn.Module] | None = None,
         net_actnorm: bool = False,
         cond_channels: int = 0,
         dims: int = 2,
@@ -126,10 +127,14 @@ class FlowStep(FlowLayer):
         fits = isinstance(permutation, ChannelLinear) and getattr(permutation, "channels", None) == channels
         expected = f"one of {PERMUTATIONS} or a ChannelLinear (of {channels} channels)"
         expect(fits or permutation in PERMUTATIONS, "permutation", expected, repr(permutation))
+        width = channels // shared
+        outputs = 2 * width if chosen == "affine" else width
         if couples and net is None:
-            width = channels // shared
-            outputs = 2 * width if chosen == "affine" else width
             net = CouplingNet(width, outputs, hidden, net_actnorm, cond_channels, border, dims)
+        elif net is not None and not isinstance(net, nn.Module):
+            expect(callable(net), "net", "a module, or a factory net(in_channels, out_channels) of one", repr(net))
+            net = net(width, outputs)
+            expect(isinstance(net, nn.Module), "net", "a factory that gives a module", type(net).__name__)
         if mask != "channels":
             expect(injector is False, "injector", f"False beside mask={mask!r}", repr(injector))
             expect(couples, "coupling", f"one of {COUPLINGS} beside mask={mask!r}", repr(chosen))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyglow_fast import presets
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import did_you_mean, expect
 from pyglow_fast._settings import MODEL, Range, check_settings, setting, settings
 from pyglow_fast.layers.coupling import SCALE_BIAS, SCALE_CLAMP, SCALE_EPS, SCALE_FACTOR, coupling_spec
 from pyglow_fast.layers.flow_step import PERMUTATIONS
@@ -249,5 +249,6 @@ class GlowConfig:
         """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
-        expect(not unknown, "config", f"keys among {sorted(known)}", f"unknown {unknown}")
+        nearest = did_you_mean(unknown[0], known) if unknown else ""
+        expect(not unknown, "config", f"keys among {sorted(known)}", f"unknown {unknown}{nearest}")
         return cls(**values)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import did_you_mean, expect
 from pyglow_fast.data import Images
 from pyglow_fast.latents import to_space
 from pyglow_fast.models import Glow
@@ -69,7 +69,7 @@ class Directions(NamedTuple):
         """The places of the means of both ends: each (name, 0 with it or 1 without)."""
         known = ", ".join(self.names)
         one = f"one of {known}" if known else "no attribute, since the run's images have none"
-        expect(add.plus in self.names, "plus", one, repr(add.plus))
+        expect(add.plus in self.names, "plus", one, repr(add.plus) + did_you_mean(add.plus, self.names))
         expect(add.minus in (*self.names, REST), "minus", f"{REST} or one of {known}", repr(add.minus))
         expect(add.minus == REST or add.plus != add.minus, "minus", "another one than plus", repr(add.minus))
         expect(abs(add.strength) < math.inf, "strength", "a finite number", add.strength)

@@ -318,19 +318,20 @@ def plain_model(**given: Any) -> pgf.Glow:
     return pgf.Glow(**{"image_shape": (3, 4, 4), "n_levels": 1, "n_steps": 1, "hidden": 4, **given})
 
 
-@pytest.mark.parametrize("scale", [1.0, 255.0])
-def test_pixels_in_another_range_are_noticed(scale: float) -> None:
-    """log_prob of images in [0, 1] or 0..255 warns at a model's first call alone, with the line that mends it."""
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (255.0, 0.0), (2.0, -1.0)])
+def test_pixels_in_another_range_are_noticed(scale: float, shift: float) -> None:
+    """log_prob of images in [0, 1], 0..255 or [-1, 1] warns at a model's first call alone, with what mends it."""
     images = torch.rand(16, 3, 4, 4)
+    given = scale * images + shift
     model = plain_model()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         for _ in range(2):
-            model.log_prob(scale * images)
-        copy.deepcopy(model).log_prob(scale * images)
+            model.log_prob(given)
+        copy.deepcopy(model).log_prob(given)
     (warning,) = found
     (line,) = re.findall(r"-0\.5 to 0\.5.* x = (.*)$", str(warning.message))
-    mended = eval(line, {"pyglow_fast": pgf, "x": scale * images})
+    mended = eval(line, {"pyglow_fast": pgf, "x": given})
     assert float((mended + 0.5 - images).abs().max()) < 2 / 256  # a level, and the noise within one
 
 

@@ -128,6 +128,19 @@ def test_a_net_of_ones_own_runs_once_and_whole() -> None:
         assert net[1].num_batches_tracked == count
 
 
+def test_a_factory_of_nets_is_called_with_the_channels() -> None:
+    """As Glow calls one; what is neither a module nor gives one is refused where the step is made."""
+    step = pgf.FlowStep(6, net=lambda i, o: torch.nn.Conv2d(i, o, 3, padding=1))
+    assert (step.coupling.net.in_channels, step.coupling.net.out_channels) == (3, 6)
+    assert step(torch.randn(2, 6, 4, 4))[0].shape == (2, 6, 4, 4)
+    for net, message in (
+        ("conv", "net: expected a module, or a factory net"),
+        (lambda i, o: None, "net: expected a factory that gives a module, found NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pgf.FlowStep(6, net=net)
+
+
 class Unhashable:
     """A scale map, s = exp(tanh(raw) / 2), that can be no key."""
 

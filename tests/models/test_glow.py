@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from support.glow_settings import Setting
 
@@ -28,3 +29,19 @@ class TestBitsPerDim:
         images = torch.cartesian_prod(torch.arange(4), torch.arange(4)).reshape(16, 1, 2)
         bits = torch.stack([model.bits_per_dim(images, 4) for _ in range(200)]).mean(0) * 2.0
         assert (-bits * math.log(2.0)).exp().sum().item() < 1.0
+
+
+def test_one_label_for_all_samples() -> None:
+    model = pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, n_classes=5)
+    found, wanted = (model.sample(3, y=y, generator=torch.Generator().manual_seed(1)) for y in (3, torch.full((3,), 3)))
+    assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match=r"^y: expected labels in 0\.\.4, found 5\.\.5"):
+        model.sample(3, y=5)
+
+
+def test_slips_are_named() -> None:
+    with pytest.raises(ValueError, match="did you mean 'n_steps'"):
+        pgf.Glow(image_shape=(1, 4, 4), n_step=1)
+    model = pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, n_classes=5)
+    with pytest.raises(ValueError, match=r"n_bins: expected an int \(labels are y=\), found Tensor"):
+        model.bits_per_dim(torch.zeros(2, 1, 4, 4, dtype=torch.int64), torch.tensor([0, 1]), y=torch.tensor([0, 1]))
