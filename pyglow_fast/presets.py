@@ -236,6 +236,33 @@ CONDITIONAL: dict[str, Preset] = {
 }
 
 
+MINUTES = 20.0  # of training on a CPU where no limit is given
+# By how many times the work of 32x32 pixels in 20 minutes an image and the time come to: L at most, K, hidden, batch.
+_ON_CPU = (
+    (0.25, 4, 12, 128, 32),
+    (1.0, 4, 8, 128, 16),
+    (4.0, 4, 6, 96, 16),
+    (16.0, 5, 4, 64, 8),
+    (math.inf, 6, 4, 32, 4),
+)
+
+
+def on_cpu(side: int, minutes: float | None = None) -> dict[str, Any]:
+    """Choose settings by which a CPU takes some thousand steps on images of side x side in so many minutes.
+
+    >>> from pyglow_fast import presets
+    >>> [presets.on_cpu(side)[name] for side in (32, 64) for name in ("n_levels", "n_steps", "hidden", "batch_size")]
+    [3, 8, 128, 16, 4, 6, 96, 16]
+    """
+    work = (side / 32) ** 2 * MINUTES / (minutes or MINUTES)
+    _, most, n_steps, hidden, batch = next(row for row in _ON_CPU if work <= row[0])
+    halved = next(
+        (n for n in range(most, 0, -1) if side % 2**n == 0 and side >= 4 * 2**n), 1
+    )  # 4x4 are left at the top
+    model = {"n_levels": halved, "n_steps": n_steps, "hidden": hidden}
+    return RECIPE | model | {"batch_size": batch, "memory": "store", "max_minutes": MINUTES, "max_steps": None}
+
+
 def find(name: str) -> Preset:
     """Look up the preset of that name, of those for training by images and of those with a condition.
 

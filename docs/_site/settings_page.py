@@ -26,8 +26,8 @@ Each setting of a training run has one name: the key in a configuration file and
 in Python. Its option is named after it, but for a few that are shorter. A value is taken from the first of these that
 has it: the option, the file of `--config`, the preset (`--preset`, or `preset = "NAME"` in the file), the default.
 `pyglow-fast train digits` takes the preset `digits` by itself. Behind "`train`" stand defaults of the command without a
-preset, where they are not those of the class. In a file `"none"` stands for None. A * marks what a resumed run may
-change.
+preset, where they are not those of the class; on a CPU it chooses L, K, hidden, batch_size and max_minutes by the size
+of the images and the time that is given. In a file `"none"` stands for None. A * marks what a resumed run may change.
 
 | word | means |
 |---|---|

@@ -121,7 +121,10 @@ def _trainer(
     parser.add_argument("--quiet", action="store_true", default=False, help="print the final figures only")
     if sources:
         parser.add_argument("data", metavar="DATA", nargs="?", default=None, help=DATA_HELP)
-        text = "settings of the paper's models and of small ones (of digits: digits); options and --config come before"
+        text = (
+            "settings of the paper's models and of small ones (of digits: digits); options and --config come before. "
+            f"Without one a CPU gets a model that fits --max-minutes ({presets.MINUTES:g} if no limit is given)"
+        )
         parser.add_argument("--preset", default=None, metavar="NAME", help=text)
         parser.add_argument("--list-presets", action=_ListPresets, nargs=0, help="show the presets and exit")
         text = "settings from a TOML, YAML or JSON file, such as another run's config.toml; options come before them"
@@ -194,14 +197,21 @@ def gathered(args: argparse.Namespace) -> tuple[dict[str, Any], str | None, str 
     return settings | options, args.data or data, args.preset or preset
 
 
-def make_config(given: dict[str, Any], name: str, preset: str | None = None) -> tuple[TrainConfig, Images]:
-    """Make the configuration for what was given, and load the images that decide its shape."""
+def make_config(
+    given: dict[str, Any], name: str, preset: str | None = None, fitted: bool = False
+) -> tuple[TrainConfig, Images]:
+    """Make the configuration for what was given, and load the images that decide its shape.
+
+    Without a preset a model that is ``fitted`` on a CPU is one that trains there, see presets.on_cpu.
+    """
     preset = "digits" if preset is None and name == "digits" else preset
     values = presets.resolve(presets.RECIPE if preset is None else presets.find(preset).settings, given)
     data_config = DataConfig(name, **{key: values[key] for key in _DATA if key in values})
     conditional, weight = values.get("class_conditional", False), values.get("class_weight", 0.0)
     expect(type(conditional) is bool, "class_conditional", "true or false", conditional)
     data = load_data(data_config)
+    if fitted and preset is None and resolve_device(values.get("device", "auto")).type == "cpu":
+        values = presets.resolve(presets.on_cpu(data.image_shape[-1], given.get("max_minutes")), given)
     for key, wanted in (("class_conditional", conditional), ("class_weight", weight)):
         expect(not wanted or data.labels is not None, key, "images with labels", f"none in {data.name}")
     n_classes = len(data.class_names)
@@ -272,7 +282,13 @@ def _execute(
         if args.resume:
             ready = resumed(given, data, out, ranks)
         else:
-            config, images = make_config(given, data or "", preset)
+            config, images = make_config(given, data or "", preset, fitted=True)
+            model, shape = config.model, "x".join(map(str, config.model.image_shape[1:]))
+            if preset is None and data != "digits" and ranks.first and not args.quiet:
+                sizes = f"L {model.n_levels}, K {model.n_steps}, hidden {model.hidden}, batch {config.batch_size}"
+                say(
+                    f"a model for {shape} images without a preset: {sizes} (--list-presets has others, larger ones too)"
+                )
             ready = start(config, out, args.overwrite, images, ranks)
     result = ready.execute(args.quiet, began)
     return finish(result, ready.folder) if ranks.first else 128 + result.stopped_by if result.stopped_by else 0

@@ -34,7 +34,8 @@ from pyglow_fast.train.state import EVAL_BATCH, InputLostError, TrainingDiverged
 from pyglow_fast.train.writer import RunWriter, SaveError
 
 FINAL_TRAIN = 10_000  # training images that are scored at the end: more would take longer than they tell
-RESERVE = 0.2  # share of max_minutes that is kept for the end at most
+RESERVE = 0.1  # share of max_minutes that is kept for the end at most
+STARTING = 0.03  # share of max_minutes that the scores before the first step may take
 REPORTING = 5.0  # seconds that yardsticks, curve and page take, roughly
 MEASURING = 0.02  # share of max_minutes in which the seconds of a step are measured; up to five times that for
 LEAST_MEASURED = 4  # so many steps
@@ -75,6 +76,7 @@ class Run:
         self._before: Score | None = None
         self._began = 0.0  # by the clock, as if all parts of the run had followed each other
         self._mark = (0.0, 0)  # time and step of the last row, for the speed
+        self._first = (0.0, 0)  # seconds and step where this part of the run begins
         self._image_seconds, self._step_seconds = 0.0, 0.0  # what it took to score an image, and to take a step
         self._drawing = 0.0  # seconds that samples took
         self._signum = 0  # the signal that ends the run, whichever rank it was sent to
@@ -95,7 +97,8 @@ class Run:
                     self._mark = (time.monotonic(), progress.step)
                     progress.seconds = time.monotonic() - self._began
                     last = state.last_step or progress.step + 1  # _show sets it where it is not known
-                    with progress_line("training", last, "step", progress.step, self.writer.quiet) as line:
+                    self._first = progress.seconds, progress.step
+                    with progress_line("training", last, "step", progress.step, self.writer.quiet, False) as line:
                         while not self._ended(signals):
                             state.step()
                             passed = time.monotonic() - self._began
@@ -130,7 +133,9 @@ class Run:
         began = time.monotonic()
         state.initialize()
         self._image_seconds = state.ranks.largest(time.monotonic() - began)[0] / count
-        scores = self._evaluate()
+        count = sum(min(state.config.eval_images, len(side)) for side in (state.held_out, state.train))
+        hurried = self._image_seconds * count > STARTING * 60 * (state.config.max_minutes or math.inf)
+        scores = None if state.ranks.largest(hurried)[0] else self._evaluate()
         self._before = scores[0] if scores else None
         self._plan_steps()
         writer.add(self._row(scores))
@@ -153,11 +158,15 @@ class Run:
     def _show(self, line: Any) -> None:
         """Move the progress line, which ends at the nearest limit."""
         progress, left = self.state.progress, self._left()
-        if math.isfinite(left) and self._step_seconds > 0:
-            reach = progress.step + int(max(0.0, left) / self._step_seconds)
-            line.total = min((end for end in (self.state.last_step, reach) if end is not None), default=None)
-        if progress.steps_summed:
-            line.set_postfix_str(f"{progress.loss_sum / progress.steps_summed:.3f} bits/dim", refresh=False)
+        seconds, step = self._first
+        each = (progress.seconds - seconds) / (progress.step - step)  # over all steps: one rate, which hardly changes
+        ends = [progress.step + int(max(0.0, left) / each)] if math.isfinite(left) else []
+        line.total = min([*ends, *([] if self.state.last_step is None else [self.state.last_step])], default=None)
+        words = f"{progress.loss_sum / progress.steps_summed:.3f} bits/dim" if progress.steps_summed else ""
+        if line.total is not None:
+            to_go = min((line.total - progress.step) * each, left + self._ending() if ends else math.inf)
+            words += f", {int(to_go) // 60:02d}:{int(to_go) % 60:02d} left"
+        line.set_postfix_str(words, refresh=False)
         line.update()
 
     def _plan_steps(self) -> None:
@@ -174,7 +183,10 @@ class Run:
         each = seconds / step if step else self._measured(MEASURING * 60 * minutes) + self._between_steps()
         steps = step + max(1, int(PLANNED * state.ranks.largest(-self._left())[0] / -each))
         state.config = replace(state.config, max_steps=steps)
-        self.writer.say(f"{steps} steps fit into {minutes:g} minutes, at {1e3 * each:.0f} ms each")
+        size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
+        done = time.strftime("%H:%M", time.localtime(time.time() + 60 * minutes - (time.monotonic() - self._began)))
+        said = f"{size:.2g} million parameters; {steps} steps of {1e3 * each:.0f} ms fit into {minutes:g} minutes"
+        self.writer.say(f"{said}, done at {done} (more: --max-minutes)")
         if state.ranks.first:
             self.folder.write_config(state.config)
 
@@ -196,10 +208,14 @@ class Run:
 
     def _left(self, closing: bool = False) -> float:
         """The seconds that max_minutes leaves until the end must begin, or in the end, for its scores (``closing``)."""
+        limit = 60 * (self.state.config.max_minutes or math.inf)
+        return limit - self._ending(closing) - (time.monotonic() - self._began)
+
+    def _ending(self, closing: bool = False) -> float:
+        """The seconds that the end takes, at most RESERVE of max_minutes."""
         state, limit = self.state, 60 * (self.state.config.max_minutes or math.inf)
         images = 0 if closing else len(state.held_out) + min(FINAL_TRAIN, len(state.train))
-        end = min(REPORTING + self._drawing + self._image_seconds * images, RESERVE * limit)
-        return limit - end - (time.monotonic() - self._began)
+        return min(REPORTING + self._drawing + self._image_seconds * images, RESERVE * limit)
 
     def _ended(self, signals: list[int]) -> bool:
         """Whether no step is to follow: the ranks end together, whichever of them has a signal or the time over."""

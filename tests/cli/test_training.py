@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pyglow_fast.cli import main
 from pyglow_fast.cli._output import duration
@@ -86,3 +88,19 @@ def test_a_report_while_it_trains_and_when_it_is_damaged(run: Path, capsys: Capt
 def test_times_in_units_that_people_read() -> None:
     found = [duration(seconds) for seconds in (0.2, 47, 60, 125, 3599.6, 12_000, 90_000)]
     assert found == ["0 s", "47 s", "1 min", "2 min 5 s", "1 h", "3 h 20 min", "25 h"]
+
+
+def test_without_a_preset_a_cpu_gets_a_model_that_fits(tmp_path: Path, capsys: Capture) -> None:
+    """Said before the first step, with how many steps follow; what is given comes first."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(20):
+        values = torch.randint(256, (9, 12, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
+    command = ["train", f"folder:{tmp_path}", "--size", "8", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main([*command, "--n-steps", "1", "--hidden", "4", "--batch-size", "4", "--max-minutes", "0.05"]) == 0
+    said = capsys.readouterr().out
+    assert "a model for 8x8 images without a preset: L 1, K 1, hidden 4, batch 4 (--list-presets has" in said
+    assert re.search(r"million parameters; \d+ steps of \d+ ms fit into 0\.05 minutes, done at \d\d:\d\d", said)
+    config = RunFolder(tmp_path / "run").read_config()
+    assert (config.memory, config.max_minutes, config.model.scale_map) == ("store", 0.05, "tanh")
+    assert config.max_steps is not None

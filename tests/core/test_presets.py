@@ -149,3 +149,22 @@ def test_presets_with_a_condition_are_no_models_of_images_alone(name: str) -> No
     assert name not in presets.table()
     with pytest.raises(ValueError, match=r"model: expected cond_channels=0 \(image sources give no condition\)"):
         TrainConfig.preset(name, "folder:x")
+
+
+@pytest.mark.parametrize(
+    ("side", "minutes", "expected"),
+    [
+        (32, None, (3, 8, 128, 16)),
+        (32, 2.0, (3, 4, 64, 8)),
+        (32, 100.0, (3, 12, 128, 32)),
+        (128, 20.0, (5, 4, 64, 8)),
+        (1024, 20.0, (6, 4, 32, 4)),
+        (28, None, (2, 8, 128, 16)),
+        (6, None, (1, 12, 128, 32)),
+        (2, None, (1, 12, 128, 32)),
+    ],
+)
+def test_a_model_that_a_cpu_can_train(side: int, minutes: float | None, expected: tuple[int, ...]) -> None:
+    found = presets.on_cpu(side, minutes)
+    assert tuple(found[name] for name in ("n_levels", "n_steps", "hidden", "batch_size")) == expected
+    assert (found["max_minutes"], found["max_steps"], found["scale_map"]) == (20.0, None, "tanh")
