@@ -20,7 +20,7 @@ from bench.live import INFERENCE
 from bench.memory import PEERS, PERCENTS
 from bench.model_cases import CHECKPOINTED, LOG_PROB, MEMCNN, PEER_STEPS, SAMPLE, TRAIN
 from bench.nets import BOTH, FORWARD
-from bench.recipe import FORMER
+from bench.recipe import FORMER, comparable
 from bench.recipe import OURS as OURS_TRAINED
 from pyglow_fast._files import write_text
 
@@ -371,8 +371,8 @@ RECIPE_NAMES = {
 
 
 def recipe() -> str:
-    """Held-out bits/dim after the same processor time, means over the seeds, and samples that are not finite."""
-    rows, lines = rows_of("recipe"), []
+    """Held-out bits/dim after the same processor time, means over comparable seeds; samples that are not finite."""
+    rows, lines = comparable(rows_of("recipe")), []
     times = list(dict.fromkeys(row.variant for row in rows))
     for case, name in dict.fromkeys((row.case, row.name) for row in rows):
         found = [pick(rows, case=case, name=name, variant=time) for time in times]
