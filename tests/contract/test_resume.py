@@ -263,9 +263,9 @@ def test_settings_that_may_change_are_told(tiny: Path) -> None:
     (tiny / "images").rename(tiny / "moved")
     path = tiny / "run" / "config.toml"
     path.write_text(path.read_text().replace("log_every = 5", "log_every = 1"))
-    ended = pyglow_fast("resume", "run", "folder:moved", "--max-steps", "23", "--memory", "store")
+    ended = pyglow_fast("resume", "run", "folder:moved", "--max-steps", "23", "--memory", "checkpoint")
     assert ended.code == 0, ended.err
-    assert "resumed with memory = 'store' (it was 'reversible')" in ended.out
+    assert "resumed with memory = 'checkpoint' (it was 'store')" in ended.out
     assert "resumed with max_steps = 23 (it was 20)" in ended.out
     assert steps(tiny / "run") == [0, 5, 10, 15, 20, 21, 22, 23]
     assert 'name = "folder:moved"' in path.read_text()
