@@ -250,9 +250,11 @@ _ON_CPU = (
 def on_cpu(side: int, minutes: float | None = None) -> dict[str, Any]:
     """Choose settings by which a CPU takes some thousand steps on images of side x side in so many minutes.
 
-    >>> from pyglow_fast import presets
-    >>> [presets.on_cpu(side)[name] for side in (32, 64) for name in ("n_levels", "n_steps", "hidden", "batch_size")]
-    [3, 8, 128, 16, 4, 6, 96, 16]
+    Examples:
+        >>> from pyglow_fast import presets
+        >>> found = presets.on_cpu(64)
+        >>> found["n_levels"], found["n_steps"], found["hidden"], found["batch_size"], found["max_minutes"]
+        (4, 6, 96, 16, 20.0)
     """
     work = (side / 32) ** 2 * MINUTES / (minutes or MINUTES)
     _, most, n_steps, hidden, batch = next(row for row in _ON_CPU if work <= row[0])

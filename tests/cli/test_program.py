@@ -22,7 +22,7 @@ Capture = pytest.CaptureFixture[str]
 def test_a_warning_is_one_line(run: Path) -> None:
     """Without the file and line of the code that warns."""
     (run / "checkpoints" / "step-0000099.safetensors").mkdir()
-    command = [sys.executable, "-m", "pyglow_fast", "sample", "run", "--n", "1", "--out", "x.png"]
+    command = [sys.executable, "-m", "pyglow_fast", "sample", "run", "--last", "--n", "1", "--out", "x.png"]
     result = subprocess.run(command, cwd=run.parent, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (0, 1)
     assert re.match(r"warning: \S*step-0000099.safetensors: .*is taken instead\n$", result.stderr), result.stderr
