@@ -81,20 +81,46 @@ def numbers_and_gradients_are_those_of_the_original(case: Structure) -> None:
             assert_same(case, results(case, ours.train(training), latents), expected)
 
 
+def _kinks(model: nn.Module) -> list[bool]:
+    """A list that grows with each call of a relu: whether an input other than 0 is within float32's rounding of 0."""
+    found: list[bool] = []
+
+    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        sizes = given[0].detach().abs()
+        found.append(bool(((sizes > 0) & (sizes < torch.finfo(torch.float32).eps * sizes.max())).any()))
+
+    for module in model.modules():
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            module.register_forward_pre_hook(note)
+    return found
+
+
 def float32_is_within_twice_the_error_of_the_original(case: Structure) -> None:
-    """Errors of outputs and of gradients, as the root of the mean square: of one tensor they are a matter of luck."""
+    """Errors of outputs and of gradients, as the root of the mean square: of one tensor they are a matter of luck.
+
+    Three batches are taken in which no hidden unit lies within a rounding of float32 of its relu's kink: there the
+    gradient jumps, and float32 does not say to which side.
+    """
     models = {"theirs": case.model().float(), "None": case.model().float(), "reversible": case.model().float()}
     exact_model = case.model().float().double()
     accelerate(models["None"])
     accelerate(models["reversible"], "reversible")
     squares: dict[tuple[str, bool], float] = {}
-    for seed in range(3):
+    near, taken = _kinks(exact_model), 0
+    for seed in range(9):
         latents = [value.float() for value in latents_of(case, exact_model, seed)]
+        near.clear()
         exact = results(case, exact_model, [value.double() for value in latents], seed)
+        if any(near):
+            continue
+        taken += 1
         for which, model in models.items():
             for name, error in relative_errors(results(case, model, latents, seed), exact).items():
                 key = which, "gradient" in name
                 squares[key] = squares.get(key, 0.0) + error**2
+        if taken == 3:
+            break
+    assert taken == 3
     for (which, gradient), square in squares.items():
         error, peer = math.sqrt(square), math.sqrt(squares["theirs", gradient])
         assert error <= 2.0 * peer, f"memory {which}, gradient {gradient}: error {error:.1e}, theirs {peer:.1e}"
