@@ -349,7 +349,7 @@ REFUSED: list[tuple[str, str]] = [
     ("train folder:torn --size 16 --out out", "torn/00.png: expected an image that Pillow can decode, found .*"),
     (
         "train folder:images --size 32 --no-enlarge --out out",
-        ".*00.png: expected an image of at least 32x32, .* 16x16",
+        ".*00.png: expected an image of at least 32x32, found 16x16",
     ),
     ("train folder:images --n-bits 9 --out out", "n_bits: expected a whole number in 1..8, or none, found 9"),
     ("train folder:images --gray --color --out out", "argument --color: not allowed with argument --gray.*"),
