@@ -14,7 +14,6 @@ many of 1,000 samples at temperature 1 are not finite; steps. A run that --out h
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import io
 import math
@@ -34,16 +33,14 @@ from pyglow_fast._moments import Moments
 from pyglow_fast.data import DataConfig, Images, load_data, optional, split
 from pyglow_fast.likelihood import bits_per_dim, not_finite
 from pyglow_fast.train import TrainConfig, TrainState, derive
+from pyglow_fast.train.loop import MEASURING
 from pyglow_fast.train.seeds import batch_indices, noisy, random_subset
 
 SETS = {"photos": {"size": 32, "n_bits": 8}, "emoji": {"size": 32, "n_bits": 5}, "fashion-mnist": {"size": 32}}
 OURS, FORMER, NORMFLOWS, NFLOWS = "pyglow_fast", "former defaults", "normflows", "nflows"
 NAMES = (OURS, FORMER, NORMFLOWS, NFLOWS)
 LEVELS, STEPS, HIDDEN, BATCH = 3, 8, 128, 16
-FORMER_MODEL = {"scale_map": "sigmoid", "net_actnorm": False}
-FORMER_TRAINING = {"lr": 1e-3, "decay_steps": None, "beta2": 0.999, "ema_decay": 0.999, "init_images": 256}
 IMAGES, DRAWS, SAMPLES = 1000, 3, 1000
-TIMED = 8  # steps by which the number of steps in the time is planned
 PICTURE = ROOT / "docs" / "pictures" / "recipe.png"
 
 Trained = tuple[int, Callable[[Tensor], Tensor], Callable[[int], Tensor]]  # steps so far; log_prob; samples
@@ -74,13 +71,9 @@ def ours(config: TrainConfig, data: Images, limits: Sequence[float], clock: Cloc
     state = TrainState(config, data)
     state.initialize()
     if config.decay_steps == 0:
-        (limit,), kept, taken = limits, copy.deepcopy(state.checkpoint()), []
-        for _ in range(TIMED):
-            before = time.process_time()
-            state.step()
-            taken.append(time.process_time() - before)
-        state.restore(kept, "before the first step")
-        steps = max(1, int((limit - clock.seconds()) / statistics.median(taken[TIMED // 2 :])))
+        (limit,) = limits
+        each = state.step_seconds(MEASURING * limit, time.process_time)
+        steps = max(1, int((limit - clock.seconds()) / each))
         state.config = dataclasses.replace(config, max_steps=steps)
     for limit in limits:
         while clock.seconds() < limit and state.progress.step != state.last_step:
@@ -179,7 +172,7 @@ def one_run(
 
         found = LOOPS[name](x_of, data.image_shape, limits, clock)
     elif name == FORMER:
-        former: dict[str, Any] = {"model": GlowConfig(**model | FORMER_MODEL), **FORMER_TRAINING}
+        former: dict[str, Any] = {"model": GlowConfig(**model), **presets.CONSTANT}
         found = ours(dataclasses.replace(config, **former), data, limits, clock)
     else:
         found = ours(dataclasses.replace(config, model=GlowConfig(**model | presets.RECIPE)), data, limits, clock)

@@ -22,7 +22,7 @@ LIMITS = ("max_steps", "max_epochs", "max_minutes")
 # stay finite (python -m bench.recipe; Behrmann et al. 2021 is the analysis of exploding inverses).
 RECIPE: dict[str, Any] = {"scale_map": "tanh", "scale_clamp": 1.0, "net_actnorm": True}
 # What training was by default when the papers' presets were made: their sources have no such decay and never end early.
-_CONSTANT: dict[str, Any] = {
+CONSTANT: dict[str, Any] = {
     "lr": 1e-3,
     "warmup_steps": 100,
     "decay_steps": None,
@@ -81,7 +81,7 @@ def _released(
     """
     shrink = 32 * 32 / (side * side)
     steps_an_epoch = math.ceil(50_000 / (64 * processes))
-    return _CONSTANT | {
+    return CONSTANT | {
         "size": side,
         "n_bits": n_bits,
         "n_levels": n_levels,
@@ -150,7 +150,7 @@ PRESETS: dict[str, Preset] = {
             "permutation": "reverse",
             "learn_prior": False,
             "batch_size": 64,
-            **_CONSTANT,
+            **CONSTANT,
         },
         "any",
         None,
@@ -173,7 +173,7 @@ PRESETS: dict[str, Preset] = {
             "net_actnorm": True,
             "learn_prior": False,
             "batch_size": 64,
-            **_CONSTANT,
+            **CONSTANT,
         },
         "any",
         None,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +35,7 @@ FINAL_TRAIN = 10_000  # training images that are scored at the end: more would t
 RESERVE = 0.1  # share of max_minutes that is kept for the end at most
 STARTING = 0.03  # share of max_minutes that the scores before the first step may take
 REPORTING = 5.0  # seconds that yardsticks, curve and page take, roughly
-MEASURING = 0.02  # share of max_minutes in which the seconds of a step are measured; up to five times that for
-LEAST_MEASURED = 4  # so many steps
+MEASURING = 0.02  # share of max_minutes in which the seconds of a step are measured
 PLANNED = 0.97  # share of the time left that the steps of a run are planned to take: its speed is never quite the same
 
 
@@ -170,7 +167,7 @@ class Run:
         line.update()
 
     def _plan_steps(self) -> None:
-        """Where max_minutes alone bounds a run whose rate falls to its end: measure how many steps that is.
+        """Measure how many steps fit into max_minutes, where that alone bounds a run whose rate falls to its end.
 
         The number becomes max_steps, in config.toml too, so that the same steps follow however often the run is
         interrupted. Of a run that goes on, its own time tells the speed; else a share of the time goes into steps that
@@ -180,7 +177,11 @@ class Run:
         *others, minutes = (getattr(state.config, name) for name in LIMITS)
         if state.config.decay_steps != 0 or minutes is None or any(limit is not None for limit in others):
             return
-        each = seconds / step if step else self._measured(MEASURING * 60 * minutes) + self._between_steps()
+        each = (
+            seconds / step
+            if step
+            else state.step_seconds(MEASURING * 60 * minutes, time.monotonic) + self._between_steps()
+        )
         steps = step + max(1, int(PLANNED * state.ranks.largest(-self._left())[0] / -each))
         state.config = replace(state.config, max_steps=steps)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
@@ -189,16 +190,6 @@ class Run:
         self.writer.say(f"{said}, done at {done} (more: --max-minutes)")
         if state.ranks.first:
             self.folder.write_config(state.config)
-
-    def _measured(self, budget: float) -> float:
-        """Seconds that a step takes, the median of the second half of some; the state is then as it was."""
-        state, kept, taken = self.state, copy.deepcopy(self.state.checkpoint()), list[float]()
-        while sum(taken) < budget or (len(taken) < LEAST_MEASURED and sum(taken) < 5 * budget):
-            began = time.monotonic()
-            state.step()
-            taken += state.ranks.largest(time.monotonic() - began)
-        state.restore(kept, "the state before the first step")
-        return statistics.median(taken[len(taken) // 2 :])
 
     def _between_steps(self) -> float:
         """Seconds a step that evaluations and samples take, roughly."""

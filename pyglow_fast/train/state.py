@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +26,7 @@ from pyglow_fast.train.update import Part, Update
 
 WORKERS = 2  # processes that read images from files, where a run does not say how many
 EVAL_BATCH = 64  # images that are scored at a time
+LEAST_MEASURED = 4  # steps by which the seconds of one are measured, where the time allows so many
 CHECK_VALUES = 1 << 21  # values of images (at most 64) that are checked before a checkpoint is saved
 _CUDA = "torch.cuda"  # the generator of a rank's GPU, which a rank on a CPU has not
 
@@ -132,6 +135,20 @@ class TrainState:
                 )
         progress.step += 1
         return bits
+
+    def step_seconds(self, budget: float, clock: Callable[[], float]) -> float:
+        """Measure the seconds of a step by ``clock``, on all ranks; the state is then as it was.
+
+        The steps take ``budget`` seconds, or where few fit into that up to five times as many for LEAST_MEASURED; the
+        median of the second half counts.
+        """
+        kept, taken = copy.deepcopy(self.checkpoint()), list[float]()
+        while sum(taken) < budget or (len(taken) < LEAST_MEASURED and sum(taken) < 5 * budget):
+            began = clock()
+            self.step()
+            taken += self.ranks.largest(clock() - began)
+        self.restore(kept, "the state before the measurement")
+        return statistics.median(taken[len(taken) // 2 :])
 
     def _asked(self, step: int) -> Iterator[tuple[int, list[int]]]:
         """(epoch, indices) of this rank's images of a step, for each of its parts: functions of seed and step alone."""
