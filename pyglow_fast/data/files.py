@@ -86,9 +86,9 @@ def decode(path: Path, where: str, gray: bool, most_pixels: int | None = None, b
         raise UnreadableImageError(f"{where}: expected an image that Pillow can decode, found {said}") from error
 
 
-def to_square(image: Image, side: int, where: str, config: DataConfig | None = None) -> Image:
+def to_square(image: Image, side: int, where: str, config: DataConfig) -> Image:
     """Makes an image a square of ``side`` pixels, by what ``config`` says of fit, background and small ones."""
-    config, pil = config or DataConfig("folder:."), optional("PIL.Image", "image files")
+    pil = optional("PIL.Image", "image files")
     if min(image.size) < side and not config.enlarge:
         found = "{}x{}".format(*image.size)
         raise UnreadableImageError(f"{where}: expected an image of at least {side}x{side}, found {found}")
