@@ -628,10 +628,9 @@ def _warn_of_other_range(x: Tensor) -> None:
     wide = -1 <= low < -0.6 and 0.6 < high <= 1  # samples and noise of a wider prior go beyond 1
     if not wide and (low < 0 or high <= 0.5):
         return
-    levels = "(127.5 * x + 127.5).round().long()" if wide else "x.round().long()"
-    levels = "(255 * x).round().long()" if high <= 1 and not wide else levels
+    levels = "127.5 * x + 127.5" if wide else "255 * x" if high <= 1 else "x"
     warnings.warn(
         f"x has values from {low:.4g} to {high:.4g}; pixels are expected in -0.5 to 0.5, or likelihoods are of other "
-        f"images. For 256 grey levels: x = pyglow_fast.likelihood.dequantize({levels})",
+        f"images. For 256 grey levels: x = pyglow_fast.likelihood.dequantize(({levels}).round().long())",
         stacklevel=6,  # the line that calls log_prob
     )
