@@ -104,7 +104,7 @@ def test_a_run_that_was_killed(
 def test_the_untrained_model_is_never_the_best(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a run that ended before its first evaluation commands take the newest checkpoint."""
+    """Commands take the newest checkpoint of a run that ended before its first evaluation."""
     killed(start(tiny_config(save_every=1), str(tmp_path / "run"), data=tiny_images), 3, monkeypatch)
     folder, best = find_run(str(tmp_path / "run"))
     assert (best, folder.load(best).progress["step"]) == (False, 3)
