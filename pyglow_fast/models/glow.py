@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import numbers
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -27,6 +26,7 @@ from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
+from pyglow_fast.models.warned import warn_of_fresh, warn_of_not_finite, warn_of_other_range
 from pyglow_fast.runs.planner import RunPlan
 from pyglow_fast.runs.plans import Forward, Plans
 from pyglow_fast.runs.setting import parse_memory
@@ -308,8 +308,10 @@ class Glow(nn.Module):
         if can_read(x):
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
             if not self._range_is_known and not is_watched() and x.numel():
-                _warn_of_other_range(x)
+                warn_of_other_range(x)
                 self._range_is_known = True
+                if not (self.training or self._flow_levels[0].has_begun):
+                    warn_of_fresh(stacklevel=6)
         return self._check_cond(cond, x.shape[0])
 
     def _check_shape(self, name: str, x: Tensor) -> None:
@@ -442,6 +444,8 @@ class Glow(nn.Module):
         log_prob = found.log_det
         for i, (latent, kept) in enumerate(zip(found.latents, found.kept, strict=True)):
             log_prob = log_prob + functional.gaussian_log_prob(latent, *self._prior(i, kept, found.conds[i], y))
+        if can_read(log_prob) and not is_watched() and not log_prob.isfinite().all():
+            warn_of_not_finite(self, x, cond, log_prob)
         return log_prob, found.latents[-1]
 
     def class_log_probs(self, x: Tensor, cond: Condition | None = None) -> Tensor:
@@ -554,6 +558,8 @@ class Glow(nn.Module):
         check_temperature(temperature, n)
         conds = self._check_cond(cond, n)
         parameter = self._parameter()
+        if not (self._range_is_known or is_watched() or self._flow_levels[0].has_begun):
+            warn_of_fresh(stacklevel=3)
         if y is None and self.config.n_classes is not None:
             device = parameter.device if generator is None else generator.device
             y = torch.randint(self.config.n_classes, (n,), generator=generator, device=device).to(parameter.device)
@@ -620,17 +626,3 @@ def _dry_pass(count: int, name: str) -> Forward:
         return twin.inverse(given, cond) if name == "inverse" else twin.from_noise(given, y, cond)
 
     return forward
-
-
-def _warn_of_other_range(x: Tensor) -> None:
-    """Warn where x is hardly centred: pixels in [0, 1], [-1, 1] or 0..255, as most loaders give them."""
-    low, high = (float(value) for value in torch.aminmax(x.detach()))
-    wide = -1 <= low < -0.6 and 0.6 < high <= 1  # samples and noise of a wider prior go beyond 1
-    if not wide and (low < 0 or high <= 0.5):
-        return
-    levels = "127.5 * x + 127.5" if wide else "255 * x" if high <= 1 else "x"
-    warnings.warn(
-        f"x has values from {low:.4g} to {high:.4g}; pixels are expected in -0.5 to 0.5, or likelihoods are of other "
-        f"images. For 256 grey levels: x = pyglow_fast.likelihood.dequantize(({levels}).round().long())",
-        stacklevel=6,  # the line that calls log_prob
-    )

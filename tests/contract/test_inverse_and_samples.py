@@ -350,6 +350,48 @@ def test_other_data_is_taken_without_a_word() -> None:
         model.log_prob(x)  # the first call whose values could be looked at
 
 
+def test_a_model_that_has_seen_no_data_says_so() -> None:
+    """Sampling it, or scoring in evaluation mode, warns; not in training, nor once it has seen a batch or weights."""
+    x = torch.rand(16, 3, 4, 4) - 0.5
+    with pytest.warns(UserWarning, match="seen no data"):
+        plain_model().sample(2)
+    with pytest.warns(UserWarning, match="seen no data"):
+        plain_model().eval().log_prob(x)
+    model = plain_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.log_prob(x)
+        model.eval().sample(2)
+        loaded = plain_model()
+        loaded.load_state_dict(model.state_dict())
+        loaded.eval().sample(2)
+
+
+@pytest.mark.parametrize("what", ["weights", "step", "prior", "checkerboard"])
+def test_a_likelihood_that_is_not_finite_names_what_made_it(what: str) -> None:
+    """After a step that was too large: the weights that are NaN, or the first step whose output overflows."""
+    boards = {"n_checkerboard": 1} if what == "checkerboard" else {}
+    model = plain_model(n_levels=2, n_steps=2, image_shape=(3, 8, 8), **boards)
+    x = torch.rand(4, 3, 8, 8) - 0.5
+    model.log_prob(x)
+    step = model.levels[1].steps[0]
+    with torch.no_grad():
+        if what == "weights":
+            step.actnorm.bias[0] = math.nan
+        elif what == "prior":
+            model.prior.mean_log_sd.fill_(-100.0)
+        else:
+            step.actnorm.log_scale.fill_(100.0)
+    expected = {
+        "weights": "4 of 4 images: levels.1.steps.0.actnorm.bias is not finite",
+        "step": "levels.1.steps.0 is the first step",
+        "prior": "the output of every step is finite",
+        "checkerboard": "all weights are finite",
+    }[what]
+    with pytest.warns(UserWarning, match=expected):
+        assert not model.log_prob(x).isfinite().all()
+
+
 def test_a_multi_scale_flow_of_ones_own() -> None:
     """Of layers alone, without Glow: a Glow's own likelihood, with all noise that left taken as standard normal."""
     setting = Setting("default", spread=CALM)
