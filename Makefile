@@ -39,12 +39,14 @@ venv: $(VENV)/.tools
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is not one. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "1 of 3: torch into $(VENV), unless it is in pip's cache some 200 MB, or 3 GB with CUDA's libraries"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) 'setuptools>=77' wheel 'cmake>=3.24' ninja
 	$(INSTALL) $(foreach word,$(TORCH),'$(word)')
 	$(PIP) freeze | grep '^torch==' > $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	@echo "2 of 3: the kernels are compiled (half a minute on two cores, three with CUDA), and the page's packages installed"
 	$(INSTALL) --no-build-isolation --constraint $(VENV)/.torch --editable '.[web]'
 	@$(BIN)/python -c 'from pyglow_fast import _backend; print("compiled kernels:", _backend.reason() or "ready")'
 	@touch $@
@@ -56,6 +58,7 @@ $(VENV)/.tools: $(VENV)/.built
 	@touch $@
 
 demo: $(VENV)/.built
+	@echo "3 of 3: a Glow trains on handwritten digits, for two minutes at most"
 	$(BIN)/python -m pyglow_fast demo --overwrite --out runs/demo
 
 serve: $(VENV)/.built

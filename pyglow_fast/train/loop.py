@@ -36,6 +36,8 @@ RESERVE = 0.1  # share of max_minutes that is kept for the end at most
 STARTING = 0.03  # share of max_minutes that the scores before the first step may take
 REPORTING = 5.0  # seconds that yardsticks, curve and page take, roughly
 MEASURING = 0.02  # share of max_minutes in which the seconds of a step are measured
+STEP_PASSES = 2  # a training step takes as long as so many initialisations of its images, roughly (1.1 to 2.5)
+LONG = 2.0  # hours that a run on a CPU may take without a word about it
 PLANNED = 0.97  # share of the time left that the steps of a run are planned to take: its speed is never quite the same
 
 
@@ -176,12 +178,9 @@ class Run:
         state, step, seconds = self.state, self.state.progress.step, self.state.progress.seconds
         *others, minutes = (getattr(state.config, name) for name in LIMITS)
         if state.config.decay_steps != 0 or minutes is None or any(limit is not None for limit in others):
+            self._say_hours()
             return
-        each = (
-            seconds / step
-            if step
-            else state.step_seconds(MEASURING * 60 * minutes, time.monotonic) + self._between_steps()
-        )
+        each = seconds / step if step else self._measured(MEASURING * 60 * minutes) + self._between_steps()
         steps = step + max(1, int(PLANNED * state.ranks.largest(-self._left())[0] / -each))
         state.config = replace(state.config, max_steps=steps)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
@@ -190,6 +189,37 @@ class Run:
         self.writer.say(f"{said}, done at {done} (more: --max-minutes)")
         if state.ranks.first:
             self.folder.write_config(state.config)
+
+    def _measured(self, budget: float) -> float:
+        """Measure the seconds of a step, on a CPU with one thread too, which the run takes if it is faster."""
+        state, threads = self.state, torch.get_num_threads()
+        each = state.step_seconds(budget, time.monotonic)
+        if state.device.type != "cpu" or state.config.threads is not None or threads == 1:
+            return each
+        torch.set_num_threads(1)
+        alone = state.step_seconds(budget, time.monotonic)
+        if alone < each:
+            state.config = replace(state.config, threads=1)
+            return alone
+        torch.set_num_threads(threads)
+        return each
+
+    def _say_hours(self) -> None:
+        """Say how long a run takes whose steps are too many for a CPU, by what its initialisation took."""
+        state, step, config = self.state, self.state.progress.step, self.state.config
+        each = STEP_PASSES * self._image_seconds * config.batch_size
+        hours = each * ((state.last_step or 0) - step) / 3600
+        if step or state.device.type != "cpu" or hours < LONG:
+            return
+        self._step_seconds = each  # so that no step is begun for which there is no time
+        if config.max_minutes is not None:
+            fits = f"{config.max_minutes:g} minutes have time for {int(60 * config.max_minutes / each)}"
+        else:
+            fits = "--max-minutes bounds them"
+        self.writer.say(
+            f"a step of {config.batch_size} images takes some {each:.2g} s on this CPU, {state.last_step} steps "
+            f"{hours:.2g} hours; {fits}, and without --preset the model fits the time"
+        )
 
     def _between_steps(self) -> float:
         """Seconds a step that evaluations and samples take, roughly."""

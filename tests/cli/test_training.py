@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyglow_fast.cli import main
+from pyglow_fast.cli import main, training
 from pyglow_fast.cli._output import duration
 from pyglow_fast.experiments import Comparison
 from pyglow_fast.train import Checkpoint, RunFolder, TrainState
@@ -46,12 +46,35 @@ def test_a_limit_given_to_a_resumed_run(
 
 def test_divergence_exits_with_1(tiny: list[str], tmp_path: Path, capsys: Capture) -> None:
     hopeless = ["--lr", "1e6", "--warmup", "0", "--no-clip", "--max-steps", "50", "--quiet"]
-    assert main(["train", "digits", "--out", str(tmp_path / "r"), *hopeless, *tiny]) == 1
+    with pytest.warns(UserWarning, match="is the first step whose output is not finite"):
+        assert main(["train", "digits", "--out", str(tmp_path / "r"), *hopeless, *tiny]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: training diverged at step ")
     assert "the last good checkpoint" in error
     assert "try: a lower learning rate" in error
     assert main(["sample", str(tmp_path / "r")]) == 0  # what is kept can be used
+
+
+@pytest.mark.parametrize(("least", "code", "steps"), [(20, 0, 20), (40, 1, 30)])
+def test_a_demo_on_a_busy_machine(
+    least: int, code: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It goes on for three times its minutes until it has the least steps, or ends with an error."""
+    now, one_step = [time.monotonic()], TrainState.step
+
+    def slow(self: TrainState) -> float:
+        now[0] += 6.0  # a minute has time for 10 steps but for its end
+        return one_step(self)
+
+    monkeypatch.setattr(TrainState, "step", slow)
+    monkeypatch.setattr("pyglow_fast.train.loop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(training, "LEAST_DEMO", least)
+    assert main(["demo", "--minutes", "1", "--out", str(tmp_path / "demo")]) == code
+    said = capsys.readouterr()
+    assert "this machine is busy, the demo takes 3 minutes" in said.out
+    done = RunFolder(tmp_path / "demo").load().progress["step"]
+    assert done == steps or (code and 20 < done < least)
+    assert bool(code) == (f"a model learns by {least} or more" in said.err)
 
 
 def test_a_comparison_that_a_signal_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
