@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from support import ROOT
@@ -102,6 +104,22 @@ def test_the_example_of_hiding_runs() -> None:
     assert list(example["done"].joined) == ["blocks"]
     secret, revealed = example["secret"], example["revealed"]
     assert (revealed - secret).norm() < 0.9 * secret.norm()
+
+
+def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells of code, in turn and in few steps; none holds an output, which would be of another version."""
+    plt.switch_backend("agg")  # which shows nothing
+    notebook = json.loads(page("examples/first_glow.ipynb"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["nbformat"] == 4
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    scope: dict[str, Any] = {"__name__": "notebook"}
+    for cell in cells:
+        exec("".join(cell["source"]).replace("steps = 400", "steps = 20"), scope)
+    plt.close("all")
+    assert scope["steps"] == 20
+    assert scope["bits"].mean() < 3.5  # 4.3 untrained
+    assert "histogram 2.43" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("block", cases("sh"))
