@@ -19,7 +19,7 @@ from pyglow_fast.likelihood import not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.directions import Directions, from_tensors, measure
 from pyglow_fast.studio.kept import kept
-from pyglow_fast.studio.reading import BATCH, PARTS, Selection, config_for, middles
+from pyglow_fast.studio.reading import BATCH, PARTS, Selection, brought_to, config_for, middles
 from pyglow_fast.studio.words import Draw, File, HeldOut, Image
 from pyglow_fast.train import (
     Checkpoint,
@@ -228,7 +228,7 @@ class OpenRun:
             data, train, held_out = self.images()
         else:
             config, stamp = self.checkpoint.config, self.checkpoint.data
-            data = load_data(config_for(name, config.data, self.model))
+            data = brought_to(self.model, self.n_bins, load_data(config_for(name, config.data, self.model)))
             check_fits(self.model, data, self.n_bins, labelled=False)  # foreign ones are scored over all classes
             if data.fingerprint() != stamp.fingerprint:
                 expect(part in (None, "all"), "part", "all, since these are not the images of the run", part)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import DataConfig, Images, options_of
+from pyglow_fast.data import DataConfig, Images, ImageSet, options_of
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.models import Glow
 from pyglow_fast.train import labels_for
@@ -55,3 +55,18 @@ def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
     expect(len(set(sides)) == 1 and channels in (1, 3), "data", f"images of shape {(channels, *sides)}", repr(name))
     wanted: dict[str, Any] = {"size": sides[0], "gray": channels == 1, "n_bits": stored.n_bits}
     return replace(plain, **{key: value for key, value in wanted.items() if key in options_of(name)})
+
+
+def brought_to(model: Glow, n_bins: int, images: Images) -> Images:
+    """Give images in memory the channels and grey levels of a model: grey is three equal channels, level l is l n / n'.
+
+    Fewer levels lose what the model's own images have lost, see :func:`pyglow_fast.data.read_single`.
+    """
+    if not isinstance(images, ImageSet):  # files, which were read as the model takes them
+        return images
+    values = images.pixels
+    if values.shape[1] == 1:
+        values = values.expand(-1, model.config.image_shape[0], -1, -1)
+    if images.n_bins != n_bins:
+        values = (values.int() * n_bins // images.n_bins).to(torch.uint8)
+    return replace(images, pixels=values, n_bins=n_bins)

@@ -394,7 +394,7 @@ REFUSED: list[tuple[str, str]] = [
     ("sample run --out run/samples.png", "out: expected another file than those that a run keeps, found .*"),
     ("sample run --out images/x.png", "out: expected a file outside of the folder of folder:images, found .*"),
     ("sample run --temperature 0 1 --columns 2 --out x.png", "columns: expected no such option with several temp.*"),
-    ("evaluate run digits", "data: expected images of shape (3, 16, 16), .*, found (1, 16, 16)"),
+    ("evaluate run emoji-small", "size: expected at least 32, the side of the images of emoji-small, found 16: .*"),
     ("score run none.png --out x.csv", ".*none.png.*"),
     ("edit run 99 --out x.png", "image: expected .*, found .*99.*"),
     ("edit run 0 --add blue rest 1 --out x.png", "plus: expected one of bright, dark, found 'blue'"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from support.edits import ByHand
 
-from pyglow_fast.data import UnreadableImageError, from_dataset
+from pyglow_fast.data import UnreadableImageError, from_dataset, load_digits
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Scores, likelihood_text, parse_image
 from pyglow_fast.studio.directions import measure
@@ -46,6 +46,19 @@ def test_files(digits_run: Path, tmp_path: Path) -> None:
         opened.pick(parse_image("sample:0:label=10"))
     with pytest.raises(UnreadableImageError, match=r"^gone.png: expected"):
         opened.pick(File("gone.png"))
+
+
+def test_images_of_other_levels_and_channels(emoji_run: Path) -> None:
+    """Digits of 17 levels for a model of larger colour images: nothing of them is lost."""
+    opened = OpenRun.open(str(emoji_run))
+    digits = load_digits().pixels
+    found = opened.select("digits").images
+    assert found.n_bins == opened.n_bins
+    assert found.image_shape == opened.model.config.image_shape
+    edge = (found.image_shape[1] - 8) // 2
+    inner = found.pixels[:, :, edge:-edge, edge:-edge]
+    assert torch.equal(inner, (digits.int() * opened.n_bins // 17).byte().expand(-1, 3, -1, -1))
+    assert torch.equal((inner[:, :1].int() * 17 + opened.n_bins - 1) // opened.n_bins, digits.int())
 
 
 class Torn(list[torch.Tensor]):
