@@ -24,10 +24,12 @@ OPTIONS = (
 )
 
 
-def write_images(folder: Path, count: int = IMAGES, side: int = SIDE, seed: int = 0) -> None:
+def write_images(
+    folder: Path, count: int = IMAGES, side: int = SIDE, seed: int = 0, names: tuple[str, str] = CLASSES
+) -> None:
     """Write soft colour images of two classes, a folder each."""
     rng = np.random.default_rng(seed)
-    for name, base in zip(CLASSES, (170, 20), strict=True):
+    for name, base in zip(names, (170, 20), strict=True):
         (folder / name).mkdir(parents=True)
         for i in range(count):
             values = (base + rng.integers(0, 60, (2, 2, 3))).astype(np.uint8)
