@@ -1,4 +1,4 @@
-"""Runs the commands that train: train, resume, demo, compare."""
+"""Runs the commands that train: train, resume, demo, ablate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyglow_fast._settings import GROUPS, Declared, declared_of, value_text
 from pyglow_fast.cli._arguments import Commands, Function, command
 from pyglow_fast.cli._output import duration, say, say_error, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
-from pyglow_fast.experiments import Comparison, variants
+from pyglow_fast.experiments import Ablation, variants
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train import (
     LIMITS,
@@ -75,8 +75,8 @@ def add(commands: Commands[Any]) -> None:
     parser.add_argument("--minutes", type=float, metavar="X", default=2.0, help="at most so long")
 
     about = "train permutations x couplings over several seeds, and compare their held-out bits/dim"
-    example = "compare fashion-mnist --n-steps 4 --hidden 48 --out runs/ablation"
-    parser = _trainer(commands, compare, about, example)
+    example = "ablate fashion-mnist --n-steps 4 --hidden 48 --out runs/ablation"
+    parser = _trainer(commands, ablate, about, example)
     text = "a folder; runs that are finished in it are not trained again, others go on"
     parser.add_argument("--out", required=True, metavar="DIR", help=text)
     names: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
@@ -343,7 +343,7 @@ def demo(args: argparse.Namespace) -> int:
     return finish(result, ready.folder, LEAST_DEMO)
 
 
-def compare(args: argparse.Namespace) -> int:
+def ablate(args: argparse.Namespace) -> int:
     """Train all variants and compare them; returns the exit code."""
     with user_input():
         world = os.environ.get("WORLD_SIZE", "1")
@@ -356,12 +356,12 @@ def compare(args: argparse.Namespace) -> int:
             given["n_checkerboard"] = args.checkerboards[0]
         base, data = make_config(given, name or "", preset)
         configs = variants(base, args.permutations, args.couplings, args.seeds, args.checkerboards)
-        comparison = Comparison(configs, args.out, data)
-    signum = comparison.execute(args.quiet)
-    say(f"\n{comparison.write()}", lines=True)
+        ablation = Ablation(configs, args.out, data)
+    signum = ablation.execute(args.quiet)
+    say(f"\n{ablation.write()}", lines=True)
     if signum is not None:
         say(f"stopped; the same command goes on in {args.out}")
         return 128 + signum
-    for path in comparison.files:
+    for path in ablation.files:
         say(path)
-    return 1 if comparison.failures else 0
+    return 1 if ablation.failures else 0

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pyglow_fast.cli import main, training
 from pyglow_fast.cli._output import duration
-from pyglow_fast.experiments import Comparison
+from pyglow_fast.experiments import Ablation
 from pyglow_fast.train import Checkpoint, RunFolder, TrainState
 
 Capture = pytest.CaptureFixture[str]
@@ -77,9 +77,9 @@ def test_a_demo_on_a_busy_machine(
     assert bool(code) == (f"a model learns by {least} or more" in said.err)
 
 
-def test_a_comparison_that_a_signal_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(Comparison, "execute", lambda *args, **options: signal.SIGTERM)
-    assert main(["compare", "digits", "--out", str(tmp_path / "c")]) == 128 + signal.SIGTERM
+def test_an_ablation_that_a_signal_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(Ablation, "execute", lambda *args, **options: signal.SIGTERM)
+    assert main(["ablate", "digits", "--out", str(tmp_path / "c")]) == 128 + signal.SIGTERM
     assert f"stopped; the same command goes on in {tmp_path / 'c'}" in capsys.readouterr().out
 
 

@@ -216,12 +216,12 @@ def test_interpolate_between_held_out_images(place: Path, tmp_path: Path) -> Non
     assert size(out)[0] > 3 * SIDE
 
 
-def test_compare(place: Path, tmp_path: Path) -> None:
+def test_ablate(place: Path, tmp_path: Path) -> None:
     """Every variant with every seed: a run each, their table and their curves."""
     options = [*("--size", SIDE, "--batch-size", 8, "--max-steps", 2, "--eval-images", 8), *MODEL]
     variants = ["--permutations", "reverse", "invconv", "--couplings", "additive", "--seeds", 0, 1]
     out = tmp_path / "compared"
-    done("compare", DATA, "--out", out, "--quiet", *variants, *options)
+    done("ablate", DATA, "--out", out, "--quiet", *variants, *options)
     assert sorted(path.name for path in out.iterdir()) == ["curves.csv", "curves.png", "runs", "table.md"]
     names = sorted(f"{name}-additive-seed{seed}" for name in ("reverse", "invconv") for seed in (0, 1))
     assert sorted(path.name for path in (out / "runs").iterdir()) == names
@@ -257,7 +257,7 @@ def test_info_version_and_help() -> None:
     assert re.fullmatch(r"pyglow-fast \d+\.\d+\.\d+\S*\n", done("--version"))
     said = done("--help")
     commands = (
-        "train resume demo compare sample interpolate edit manipulate levels "
+        "train resume demo ablate sample interpolate edit manipulate levels "
         "evaluate score ood serve convert data report info"
     )
     for command in commands.split():
@@ -403,7 +403,7 @@ REFUSED: list[tuple[str, str]] = [
     ("interpolate run --from 0 --from 1 --to 0 --out x.png", "to: expected 2 images, one for each --from, found 1"),
     ("interpolate run --frames 1 --out x.png", "frames: expected a whole number, 2 or more, found 1"),
     ("levels run folder:images --keep 2 --out x.png", "keep: expected levels in 0..1 .*, found 2"),
-    ("compare digits --couplings linear --out out", ".*coupling.*: expected .*, found .*linear.*"),
+    ("ablate digits --couplings linear --out out", ".*coupling.*: expected .*, found .*linear.*"),
     ("convert pyglow run x.pt", "out: expected a name ending in .safetensors, found 'x.pt'"),
     ("convert glow run x.pt", ".*FORMAT: invalid choice: 'glow'.*"),
 ]

@@ -73,7 +73,7 @@ def variants(
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a comparison: its settings and its folder."""
+    """One run of an ablation: its settings and its folder."""
 
     config: TrainConfig
     folder: RunFolder
@@ -87,7 +87,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The name of the run's folder within the comparison's."""
+        """The name of the run's folder within the ablation's."""
         return self.folder.path.name
 
     @property
@@ -124,10 +124,10 @@ class Trial:
 Variants = dict[tuple[str, str], list[Trial]]
 
 
-class Comparison:
+class Ablation:
     """Runs that differ only in what :func:`variants` varies. Making the object checks all and writes nothing.
 
-    ``out`` is a folder that may be new, empty, or that of a comparison with the same settings: runs in it that have
+    ``out`` is a folder that may be new, empty, or that of an ablation with the same settings: runs in it that have
     come to their end are not trained again, others go on. ``data`` are the images that every configuration names.
     """
 
@@ -139,7 +139,7 @@ class Comparison:
         if self.out.is_dir():
             own = (RUNS, CURVES, TABLE, PICTURE)
             held = sorted(p.name for p in self.out.iterdir() if p.name not in own and not p.name.endswith(TEMPORARY))
-            expected = "a new or empty folder, or that of a comparison"
+            expected = "a new or empty folder, or that of an ablation"
             expect(not held, "out", expected, f"{str(out)!r}, which holds {held[:3]}")
         self.trials = [Trial.of(config, self.out / RUNS) for config in configs]
         for trial in self.trials:  # of runs that begin, one of each variant tells of all
@@ -149,7 +149,7 @@ class Comparison:
     def execute(self, quiet: bool = False) -> int | None:
         """Train whatever is not at its end, and write curves, table and picture after each run.
 
-        Returns the number of the signal that stopped the comparison, or None; ``failures`` says what went wrong.
+        Returns the number of the signal that stopped the ablation, or None; ``failures`` says what went wrong.
         """
         say = functools.partial(print, flush=True) if not quiet else lambda text: None  # seen at once, in a log too
         waiting = [trial for trial in self.trials if trial.report() is None]

@@ -1,4 +1,4 @@
-"""A comparison: its runs, what it makes of them, and going on after whatever stopped it."""
+"""An ablation: its runs, what it makes of them, and going on after whatever stopped it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
-from pyglow_fast.experiments import Comparison, variants
+from pyglow_fast.experiments import Ablation, variants
 from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, TrainState, start
 
 BASE = TrainConfig(
@@ -37,9 +37,9 @@ NAMES = [f"{permutation}-additive-seed{seed}" for seed in (0, 1) for permutation
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole comparison. Not to be changed."""
+    """A whole ablation. Not to be changed."""
     out = tmp_path_factory.mktemp("compared") / "c"
-    assert Comparison(CONFIGS, out, IMAGES).execute(quiet=True) is None
+    assert Ablation(CONFIGS, out, IMAGES).execute(quiet=True) is None
     return out
 
 
@@ -106,11 +106,11 @@ def test_a_signal_stops_all_and_it_goes_on(whole: Path, tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainState, "step", interrupted)
-        comparison = Comparison(CONFIGS[:2], out, IMAGES)
-        assert comparison.execute(quiet=True) == signal.SIGTERM
-    assert "- invconv, additive, seed 0: it is not at its end" in comparison.write()
+        ablation = Ablation(CONFIGS[:2], out, IMAGES)
+        assert ablation.execute(quiet=True) == signal.SIGTERM
+    assert "- invconv, additive, seed 0: it is not at its end" in ablation.write()
     assert sorted(os.listdir(out / "runs")) == sorted(NAMES[:2])
-    assert Comparison(CONFIGS[:2], out, IMAGES).execute(quiet=True) is None
+    assert Ablation(CONFIGS[:2], out, IMAGES).execute(quiet=True) is None
     for name in NAMES[:2]:
         assert_same_weights(out / "runs" / name, whole / "runs" / name)
 
@@ -128,11 +128,11 @@ def test_what_is_finished_is_left_alone_and_the_rest_goes_on(copy: Path, monkeyp
         initialize(state)
 
     monkeypatch.setattr(TrainState, "initialize", noting)
-    comparison = Comparison([*CONFIGS, more], copy, IMAGES)
-    comparison.execute(quiet=True)
+    ablation = Ablation([*CONFIGS, more], copy, IMAGES)
+    ablation.execute(quiet=True)
     assert trained == ["invconv additive", "reverse affine"]
     assert held_out(copy, NAMES[3]) == wanted
-    found = cells(comparison.write())
+    found = cells(ablation.write())
     assert {name: row[2] for name, row in found.items()} == {
         "reverse": "2",
         "invconv": "2",
@@ -150,10 +150,10 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path: Path, monkeypatc
         return step(state)
 
     monkeypatch.setattr(TrainState, "step", hopeless)
-    comparison = Comparison([replace(config, max_skipped=0) for config in CONFIGS[:2]], tmp_path / "c", IMAGES)
-    assert comparison.execute(quiet=True) is None
-    assert list(comparison.failures) == ["reverse-additive-seed0"]
-    table = comparison.write()
+    ablation = Ablation([replace(config, max_skipped=0) for config in CONFIGS[:2]], tmp_path / "c", IMAGES)
+    assert ablation.execute(quiet=True) is None
+    assert list(ablation.failures) == ["reverse-additive-seed0"]
+    table = ablation.write()
     found = cells(table)
     assert (found["reverse"][1:3], found["invconv"][2]) == (["none", "0 of 1"], "1")
     assert list(found) == ["invconv", "reverse"]
@@ -167,10 +167,10 @@ def test_what_is_wrong_with_runs(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
     report["held_out"]["mean"] = None
     invconv.report.write_text(json.dumps(report))
     RunFolder(copy / "runs" / NAMES[3]).report.unlink()
-    comparison = Comparison(CONFIGS, copy, IMAGES)
-    comparison.failures[NAMES[0]] = "the end cannot be written"
+    ablation = Ablation(CONFIGS, copy, IMAGES)
+    ablation.failures[NAMES[0]] = "the end cannot be written"
     monkeypatch.setattr(Checkpoint, "load", lambda path: pytest.fail("read"))
-    table = comparison.write()
+    table = ablation.write()
     assert cells(table)["reverse"][2] == "2"
     assert [line for line in table.splitlines() if line.startswith("- ")] == [
         "- reverse, additive, seed 0: the end cannot be written",
@@ -180,12 +180,12 @@ def test_what_is_wrong_with_runs(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_settings_and_images_are_those_of_the_folder(copy: Path, tmp_path: Path) -> None:
-    assert Comparison([replace(config, max_steps=5) for config in CONFIGS], copy, IMAGES).trials[0].report() is None
+    assert Ablation([replace(config, max_steps=5) for config in CONFIGS], copy, IMAGES).trials[0].report() is None
     with pytest.raises(ValueError, match=r"^lr: expected 0.004, as the run was started with, found 0.5$"):
-        Comparison([replace(config, lr=0.5) for config in CONFIGS], copy, IMAGES)
+        Ablation([replace(config, lr=0.5) for config in CONFIGS], copy, IMAGES)
     with pytest.raises(ValueError, match=r"^data: expected the images that the run was started with, found others"):
-        Comparison(CONFIGS, copy, IMAGES.subset(range(20)))
+        Ablation(CONFIGS, copy, IMAGES.subset(range(20)))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").touch()
-    with pytest.raises(ValueError, match=r"^out: expected a new or empty folder, or that of a comparison, found .*'x'"):
-        Comparison(CONFIGS, tmp_path / "other", IMAGES)
+    with pytest.raises(ValueError, match=r"^out: expected a new or empty folder, or that of an ablation, found .*'x'"):
+        Ablation(CONFIGS, tmp_path / "other", IMAGES)
