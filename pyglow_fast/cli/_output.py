@@ -52,14 +52,6 @@ def say_next(*words: str) -> None:
     say(f"next: {shlex.join(['pyglow-fast', *words])}")
 
 
-def duration(seconds: float) -> str:
-    """Write a time for people: "47 s", "2 min 5 s", "3 h 20 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{value} {unit}" for value, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if value]
-    return " ".join(parts[:2]) or "0 s"
-
-
 def not_finite_note(count: int, of: str = "of them") -> str:
     """Say how many images were not finite, as the end of a sentence; empty for none."""
     return f" ({count} {of} not finite, shown grey)" if count else ""

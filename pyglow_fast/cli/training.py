@@ -15,7 +15,7 @@ from pyglow_fast import presets
 from pyglow_fast._errors import expect
 from pyglow_fast._settings import GROUPS, Declared, declared_of, value_text
 from pyglow_fast.cli._arguments import Commands, Function, command
-from pyglow_fast.cli._output import duration, say, say_error, say_next, table, user_input
+from pyglow_fast.cli._output import say, say_error, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
 from pyglow_fast.experiments import Ablation, variants
 from pyglow_fast.models import GlowConfig
@@ -33,6 +33,7 @@ from pyglow_fast.train import (
     start,
 )
 from pyglow_fast.train.config import images_for
+from pyglow_fast.train.page import duration
 
 _DATA = tuple(item.name for item in fields(DataConfig) if item.name != "name")
 _MODEL = tuple(item.name for item in fields(GlowConfig))
@@ -58,14 +59,14 @@ def add(commands: Commands[Any]) -> None:
     text = "replace a run that is in --out"
     parser.add_argument("--overwrite", action="store_true", default=False, help=text)
     parser.set_defaults(resume=False)
-    _add_settings(parser)
+    add_settings(parser)
 
     about = "go on with a run from its last checkpoint; settings that may change are options"
     parser = _trainer(commands, train, about, "resume runs/fashion --max-minutes 30", sources=False)
     parser.add_argument("out", metavar="RUN", help="the folder of the run")
     parser.add_argument("data", metavar="DATA", nargs="?", default=None, help="the same images, if they were moved")
     parser.set_defaults(config=None, preset=None, overwrite=False, resume=True)
-    _add_settings(parser)
+    add_settings(parser)
 
     about = "train on handwritten digits for two minutes at most, and show the result"
     parser = command(commands, demo, about, "demo", "--seed", "--device")
@@ -87,7 +88,7 @@ def add(commands: Commands[Any]) -> None:
     text = "how many of the K steps have checkerboard masks (default: as in the settings)"
     parser.add_argument("--checkerboards", default=None, help=text, **numbers)
     parser.add_argument("--seeds", default=[0, 1, 2], help="each model is trained once with each", **numbers)
-    _add_settings(parser, without=("permutation", "coupling", "seed", "n_checkerboard"))
+    add_settings(parser, without=("permutation", "coupling", "seed", "n_checkerboard"))
 
 
 # Options
@@ -146,7 +147,8 @@ def default_text(item: Declared) -> str:
     return item.rule.absent if value is None and item.rule.absent else value_text(value)
 
 
-def _add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Declare an option for each setting."""
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for item in (item for item in settings() if item.name not in without):
         text = f"{item.rule.help} (default: {default_text(item)})".replace("%", "%%")

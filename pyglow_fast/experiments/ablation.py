@@ -33,7 +33,7 @@ from pyglow_fast.train import (
 from pyglow_fast.train.config import flatten
 from pyglow_fast.train.figures import curve_png
 from pyglow_fast.train.metrics import csv_text, read_metrics
-from pyglow_fast.train.page import time_text
+from pyglow_fast.train.page import duration
 from pyglow_fast.train.run_folder import step_of
 
 RUNS, CURVES, TABLE, PICTURE = "runs", "curves.csv", "table.md", "curves.png"
@@ -158,7 +158,7 @@ class Ablation:
         began = time.monotonic()
         for i, trial in enumerate(waiting):
             left = (time.monotonic() - began) / max(i, 1) * (len(waiting) - i)
-            say(f"run {i + 1} of {len(waiting)}: {trial.name}" + (f", about {time_text(left)} left" if i else ""))
+            say(f"run {i + 1} of {len(waiting)}: {trial.name}" + (f", about {duration(left)} left" if i else ""))
             try:
                 result = trial.ready(self.data).execute(quiet)
             except FAILURES as error:

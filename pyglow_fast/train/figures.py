@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from pyglow_fast._errors import check_count, expect, visible
 from pyglow_fast._files import write_bytes
 from pyglow_fast._settings import Range
-from pyglow_fast.data import optional
+from pyglow_fast.data import Images, optional
 from pyglow_fast.data.files import pixels as pixels_of
+from pyglow_fast.data.lazy import readable
 from pyglow_fast.likelihood import quantize
 from pyglow_fast.train.metrics import Row
+from pyglow_fast.train.seeds import derive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -214,15 +217,15 @@ Curves = Mapping[str, Sequence[tuple[float, float]]]  # by label, points (step, 
 def curve_png(curves: Curves, ylabel: str, log: bool = False, levels: Mapping[str, float] | None = None) -> bytes:
     """Draw curves against steps as a PNG; values that are not finite break a line, and ``levels`` are level lines.
 
-    Without ``log`` the axis shows all levels, and all values but those of the first steps, which may be far above.
+    Without ``log`` the axis shows all levels, and all values but those of each curve's first steps, which may be high.
     """
     figure_class = optional("matplotlib.figure", "curves").Figure  # no pyplot: no global state
     axes = (figure := figure_class(figsize=(7, 4), layout="constrained")).subplots()
-    last = max((step for points in curves.values() for step, _ in points), default=0)
     later = list((levels or {}).values())
     for label, points in curves.items():
         shown = [value if math.isfinite(value) else math.nan for _, value in points]
         axes.plot([step for step, _ in points], shown, label=label, lw=1.2, marker="o" if len(shown) < 50 else "", ms=3)
+        last = max((step for step, _ in points), default=0)
         later += [value for step, value in points if step > _EARLY * last and math.isfinite(value)]
     for i, (name, value) in enumerate((levels or {}).items()):
         axes.axhline(value, ls="--", lw=1, color=f"C{i + len(curves)}", label=name)
@@ -305,3 +308,26 @@ def class_columns(count: int, n_classes: int | None) -> int | None:
 def class_cycle(count: int, n_classes: int | None, device: torch.device) -> Tensor | None:
     """Give labels 0, 1, 2, ... in turn to a grid of samples; None for a model without classes."""
     return None if n_classes is None else torch.arange(count, device=device) % n_classes
+
+
+def class_heads(count: int, names: Sequence[str]) -> list[str]:
+    """Labels of a near-square grid's columns, which show the classes in turn; empty where that does not fit."""
+    n = class_columns(count, len(names))
+    return [] if n is None else [*names] * max(1, round(math.sqrt(count) / n))
+
+
+def example_grid(data: Images, count: int, seed: int, names: Sequence[str] = ()) -> Tensor:
+    """Make a :func:`grid` of random images as training with ``seed`` sees them first, arranged as samples are.
+
+    ``names`` are the classes, each of which has columns of its own, unless one has no image.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(derive(seed, "examples")))
+    heads, sides = class_heads(count, names), [order]
+    if heads and data.labels is not None:
+        sides = [order[data.labels[order] == label] for label in range(len(names))]
+    if not all(map(len, sides)):
+        heads, sides = [], [order]
+    turns = zip(range(count), itertools.cycle(sides), strict=False)
+    chosen = [int(side[i // len(sides) % len(side)]) for i, side in turns]
+    views = [readable(data, index, derive(seed, "augment", 0, index), "skip")[0] for index in chosen]
+    return grid(torch.stack(views), data.n_bins, heads or None)

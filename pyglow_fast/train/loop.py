@@ -315,7 +315,7 @@ class Run:
         if bad := len(not_finite(x)):
             self.writer.say(f"step {state.progress.step}: {bad} of {len(x)} samples are not finite (shown grey)")
         data = state.train
-        self.writer.samples(state.progress.step, to_pixels(x, data.n_bins), data.n_bins, data.class_names)
+        self.writer.samples(state.progress.step, to_pixels(x, data.n_bins), data)
         self._drawing = time.monotonic() - began
 
     def _save(self, final: bool = False) -> None:

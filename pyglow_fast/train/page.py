@@ -39,13 +39,12 @@ def environment() -> dict[str, str]:
     return found | {f"ops on {device}": facts["backends"][device] for device in devices}
 
 
-def time_text(seconds: float) -> str:
-    """Write a time for people: "12 s", "3 min 20 s", "1 h 05 min"."""
+def duration(seconds: float) -> str:
+    """Write a time for people: "47 s", "2 min 5 s", "3 h 20 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    parts = [f"{value} {unit}" for value, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if value]
+    return " ".join(parts[:2]) or "0 s"
 
 
 def title_of(folder: RunFolder, data: str) -> str:
@@ -80,30 +79,31 @@ def page_of(folder: RunFolder) -> str:
     facts = {
         "images": report["data"],
         "steps": steps,
-        "time": None if report["seconds"] is None else time_text(report["seconds"]),
+        "time": None if report["seconds"] is None else duration(report["seconds"]),
         "steps without an update (not finite)": report["skipped"],
         "images that could not be read": report["unreadable"],
         "ended": ended,
         "held-out labels that the classifier has right": None if accuracy is None else f"{accuracy:.1%}",
     }
     yardsticks = {item["name"]: item["bits_per_dim"] for item in report["yardsticks"]}
-    curves = [("bits per dimension", bits_png(rows, yardsticks))] if rows else []
+    curves = [figure("bits per dimension", bits_png(rows, yardsticks))] if rows else []
     for title, column, unit, log in _CURVES if rows else ():
-        curves.append((title, curve_png({title: points(rows, column)}, unit, log)))
+        curves.append(figure(title, curve_png({title: points(rows, column)}, unit, log)))
     tables = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
     tables = {"training": {name: value for name, value in settings.items() if name not in tables}} | tables
+    tables |= {"environment": report["environment"]} if report["environment"] else {}
+    advised = [f"<p>{html.escape(advice)}</p>"] if advice else []
+    about = [table((name, value) for name, value in facts.items() if value is not None)]
+    about += section("Scores", [table(scores), *advised] if scores else [])
     parts = [
-        _table((name, value) for name, value in facts.items() if value is not None),
-        *_section("Scores", [_table(scores), *([f"<p>{html.escape(advice)}</p>"] if advice else [])] if scores else []),
-        *_section("Curves", [_figure(*curve) for curve in curves]),
-        *_section("Pictures", _pictures(folder, f"{samples}, temperature {settings['sample_temperature']:g}")),
-        '<h2>Settings</h2>\n<div class="columns">',
-        *(f"<div><h3>{name}</h3>\n{_table(values.items())}</div>" for name, values in tables.items()),
-        "</div>",
-        *_section("Environment", [_table(report["environment"].items())] if report["environment"] else []),
+        *row(["\n".join(["<div>", *about, "</div>"]), *curves[:1]]),
+        *section("Pictures", _pictures(folder, f"{samples}, temperature {settings['sample_temperature']:g}")),
+        *section("Curves", row(curves[1:], "curves")),
+        "<details><summary>Settings and environment</summary>",
+        *row([f"<div><h3>{name}</h3>\n{table(values.items())}</div>" for name, values in tables.items()]),
+        "</details>",
     ]
-    page = _PAGE.substitute(title=html.escape(title_of(folder, report["data"])), parts="\n".join(parts))
-    return visible(page, lines=True)  # HTML has no control characters, and UTF-8 no half of a name that is no UTF-8
+    return page(title_of(folder, report["data"]), parts)
 
 
 def _final_scores(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -111,7 +111,7 @@ def _final_scores(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     scores = []
     for key, name in {"before": "held-out, untrained", "held_out": "held-out", "train": "train"}.items():
         if (score := report[key]) is not None:
-            scores.append((name, _plus_minus(score["mean"], score["standard_error"]), f"{score['images']} images"))
+            scores.append((name, plus_minus(score["mean"], score["standard_error"]), f"{score['images']} images"))
     scores += [(item["name"], f"{item['bits_per_dim']:.3f}", item["how"]) for item in report["yardsticks"]]
     return [(name, value, f"bits/dim, {how}") for name, value, how in scores]
 
@@ -124,30 +124,44 @@ def _scores_so_far(rows: Sequence[Row], images: int) -> list[tuple[str, str, str
     for row in found[-1:] if found[1:] else []:
         shown += [("held-out", row, "held_out"), ("train", row, "train_subset")]
     return [
-        (name, _plus_minus(row[f"{side}_bpd"], row[f"{side}_se"]), f"bits/dim at step {row['step']}, {of_images}")
+        (name, plus_minus(row[f"{side}_bpd"], row[f"{side}_se"]), f"bits/dim at step {row['step']}, {of_images}")
         for name, row, side in shown
     ]
 
 
-def _plus_minus(*values: float | None) -> str:
-    """Numbers that are not finite are null in report.json."""
+def plus_minus(*values: float | None) -> str:
+    """Write a value and its standard error for people; numbers that are not finite are null in report.json."""
     return " ± ".join("n/a" if value is None or math.isnan(value) else f"{value:.3f}" for value in values)
 
 
 def _pictures(folder: RunFolder, caption: str) -> list[str]:
-    """The newest samples and some of the earlier ones, where they are there."""
-    history = folder.drawn()[:-1]
+    """The newest samples beside training images, and some of the earlier ones, what is newer first, as far as there."""
+    history = folder.drawn()[-2::-1]
     earlier = history[:: max(1, -(-len(history) // HISTORY))]
-    captions = [(caption, folder.samples), *((f"samples at {path.stem.replace('-', ' ')}", path) for path in earlier)]
-    return [_figure(text, path.read_bytes()) for text, path in captions if Path.is_file(path)]
+    newest = {caption: folder.samples, "training images": folder.examples}
+    small = {f"samples at step {step_of(path)}": path for path in earlier}
+    rows = ([figure(text, path.read_bytes()) for text, path in of.items() if path.is_file()] for of in (newest, small))
+    return [*row(next(rows)), *row(next(rows), "small")]
 
 
-def _section(heading: str, parts: Sequence[str]) -> list[str]:
+def page(title: str, parts: Iterable[str]) -> str:
+    """Make an HTML page of its heading, which is escaped here, and what stands below."""
+    text = _PAGE.substitute(title=html.escape(title), parts="\n".join(parts))
+    return visible(text, lines=True)  # HTML has no control characters, and UTF-8 no half of a name that is no UTF-8
+
+
+def section(heading: str, parts: Sequence[str]) -> list[str]:
+    """Put a heading above parts of a page, where there are any."""
     return [f"<h2>{heading}</h2>", *parts] if parts else []
 
 
-def _table(rows: Iterable[Sequence[Any]]) -> str:
-    """A table of names and values, which are escaped here."""
+def row(parts: Sequence[str], kind: str = "") -> list[str]:
+    """Put parts of a page side by side; a ``kind`` is one of page.html's."""
+    return [f'<div class="row {kind}">', *parts, "</div>"] if parts else []
+
+
+def table(rows: Iterable[Sequence[Any]]) -> str:
+    """Make a table of names and values, which are escaped here."""
     lines = []
     for name, *values in rows:
         cells = "".join(f"<td>{html.escape(_text(value))}</td>" for value in values)
@@ -161,6 +175,7 @@ def _text(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _figure(caption: str, png: bytes) -> str:
+def figure(caption: str, png: bytes) -> str:
+    """Make a part of a page of a picture and what is written below, which is escaped here."""
     source, words = base64.b64encode(png).decode("ascii"), html.escape(caption)
     return f'<figure><img src="data:image/png;base64,{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'

@@ -40,6 +40,7 @@ class RunFolder:
         self.best = self.path / "best.safetensors"
         self.metrics = self.path / "metrics.csv"
         self.samples = self.path / "samples.png"
+        self.examples = self.path / "training.png"  # training images, as many as there are samples
         self.sample_history = self.path / "samples"
         self.events = self.path / "tensorboard"
         self.curve = self.path / "curve.png"
@@ -47,7 +48,8 @@ class RunFolder:
         self.page = self.path / "report.html"
         self.cache = self.path / "cache"  # what commands computed of a checkpoint; may be removed at any time
         self.lock = self.path / ".lock"
-        self.kept = (self.metrics, self.samples, self.curve, self.page)  # which no other command may replace
+        # Which no other command may replace:
+        self.kept = (self.metrics, self.samples, self.examples, self.curve, self.page)
 
     @property
     def exists(self) -> bool:

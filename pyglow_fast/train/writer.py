@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from pyglow_fast._files import refusing, write_text
-from pyglow_fast.data import optional
+from pyglow_fast.data import Images, optional
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig
-from pyglow_fast.train.figures import class_columns, grid, save_picture
+from pyglow_fast.train.figures import class_heads, example_grid, grid, save_picture
 from pyglow_fast.train.metrics import COLUMNS, Row, csv_text, read_metrics
 from pyglow_fast.train.run_folder import RunFolder
 
@@ -103,15 +103,16 @@ class RunWriter:
             step = checkpoint.progress["step"]
             raise SaveError(f"the checkpoint of step {step} cannot be written: {error}\n  kept: {kept}") from error
 
-    def samples(self, step: int, pixels: Tensor, n_bins: int, class_names: Sequence[str]) -> None:
-        """Write samples.png, each class below its name where there are few, and a copy that stays."""
-        by_class = class_columns(len(pixels), self.config.model.n_classes) is not None
-        picture = grid(pixels, n_bins, class_names if by_class else None)
+    def samples(self, step: int, pixels: Tensor, data: Images) -> None:
+        """Write samples.png, each class below its name where there are few, a copy that stays, and training.png."""
+        names = () if self.config.model.n_classes is None else data.class_names
+        picture = grid(pixels, data.n_bins, class_heads(len(pixels), names) or None)
 
         def write() -> None:
             self.folder.sample_history.mkdir(exist_ok=True)
             save_picture(picture, self.folder.sample_history / f"step-{step:07d}.png")
             save_picture(picture, self.folder.samples)
+            save_picture(example_grid(data, len(pixels), self.config.seed, names), self.folder.examples)
             if self._board is not None:
                 self._board.add_image("samples", picture, step)
 

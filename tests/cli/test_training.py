@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from pyglow_fast.cli import main, training
-from pyglow_fast.cli._output import duration
 from pyglow_fast.experiments import Ablation
 from pyglow_fast.train import Checkpoint, RunFolder, TrainState
+from pyglow_fast.train.page import duration
 
 Capture = pytest.CaptureFixture[str]
 

@@ -16,11 +16,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from pyglow_fast.data import Augmentation, ImageSet
 from pyglow_fast.train import grid, histogram_png, to_pixels
 from pyglow_fast.train.figures import (
     animation_bytes,
     bits_png,
+    class_heads,
     curve_png,
+    example_grid,
     image_picture,
     pictures,
     png_bytes,
@@ -123,6 +126,23 @@ def test_rows_and_columns_are_in_line(channels: int, columns: list[str]) -> None
     assert first[1] == below[1] < second[1] == right[1] < third[1]
 
 
+def test_training_images_stand_where_samples_of_their_class_do() -> None:
+    """As training sees them, here mirrored half of the time; a class without an image has no column."""
+    pixels = torch.zeros(20, 1, 2, 2, dtype=torch.uint8)
+    pixels[1::2] = 5
+    pixels[..., 0] += 4
+    data = ImageSet("x", pixels, 17, torch.arange(20) % 2, ("a", "b"), augmentation=Augmentation(flip=True))
+    found = example_grid(data, 16, 0, data.class_names)
+    assert class_heads(16, data.class_names) == ["a", "b"] * 2
+    drawn = [places(found, one) for one in pictures(torch.stack([pixels[0], pixels[0].flip(-1)]), 17, 32)]
+    darker = [place for side in drawn for place in side]
+    assert all(drawn)
+    assert len(darker) == 8
+    assert len({x for _, x in darker}) == 2
+    rest = data.subset(range(0, 20, 2))
+    assert torch.equal(example_grid(rest, 4, 0, ("a", "b")), example_grid(rest, 4, 0))
+
+
 def test_the_axis_shows_what_comes_later_and_every_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **options: drawn.append(figure))
@@ -135,6 +155,8 @@ def test_the_axis_shows_what_comes_later_and_every_yardstick(monkeypatch: pytest
     low, high = drawn[0].axes[0].get_ylim()
     assert 1.0 < low < 1.5
     assert 4.0 < high < 4.5
+    curve_png({"short": [(1, 9.0), (2, 8.0)], "long": [(100, 3.0), (900, 2.0)]}, "bits/dim")
+    assert drawn[1].axes[0].get_ylim()[1] > 8.0
 
 
 def test_a_label_is_no_formula(monkeypatch: pytest.MonkeyPatch) -> None:

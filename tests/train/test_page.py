@@ -6,10 +6,13 @@ import base64
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import web
 from support.html_page import Page
 
 from pyglow_fast.data import ImageSet
@@ -17,7 +20,7 @@ from pyglow_fast.studio.opened import find_run
 from pyglow_fast.train import RunFolder, TrainConfig, page_of, start
 from pyglow_fast.train.figures import bits_png
 from pyglow_fast.train.metrics import read_metrics
-from pyglow_fast.train.page import time_text
+from pyglow_fast.train.page import duration
 
 MakeConfig = Callable[..., TrainConfig]
 NASTY = """<script>alert("x")</script> & 'y' \x1b[2J\udcff"""
@@ -60,12 +63,13 @@ def test_the_page_of_the_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch,
     source, report = page_of(folder), folder.read_report()
     assert source == folder.page.read_text(encoding="utf-8")
     page = Page(source)
-    assert page.words["h2"] == ["Scores", "Curves", "Pictures", "Settings", "Environment"]
-    assert page.words["h3"] == ["training", "data", "model"]
+    assert page.words["h2"] == ["Scores", "Pictures", "Curves"]
+    assert page.words["summary"] == ["Settings and environment"]
+    assert page.words["h3"] == ["training", "data", "model", "environment"]
     assert table(page) == {
         "images": "tiny",
         "steps": "12",
-        "time": time_text(report["seconds"]),
+        "time": duration(report["seconds"]),
         "steps without an update (not finite)": "0",
         "images that could not be read": "0",
         "ended": "at its limit",
@@ -75,15 +79,50 @@ def test_the_page_of_the_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch,
     held_out = report["held_out"]
     said = {f"{held_out['mean']:.3f} ± {held_out['standard_error']:.3f}", f"bits/dim, {report['yardsticks'][0]['how']}"}
     assert said | set(report["environment"].values()) <= set(page.words["td"])
-    captions = [*CURVES, "samples at the end, temperature 0.7", "samples at step 0000006"]
+    pictures = ["samples at the end, temperature 0.7", "training images", "samples at step 6"]
+    captions = [CURVES[0], *pictures, *CURVES[1:]]
     assert page.words["figcaption"] == captions == [image["alt"] for image in page.images]
     assert {"script", "link"}.isdisjoint(page.tags)  # nothing comes from elsewhere
     assert not any(remote in source for remote in ("http:", "https:", "url(", "@import"))
     yardsticks = {item["name"]: item["bits_per_dim"] for item in report["yardsticks"]}
-    for image, png in ((0, bits_png(read_metrics(folder.metrics), yardsticks)), (5, folder.samples.read_bytes())):
-        assert base64.b64decode(str(page.images[image]["src"]).split(",")[1]) == png
+    pngs = bits_png(read_metrics(folder.metrics), yardsticks), folder.samples.read_bytes(), folder.examples.read_bytes()
+    for image, png in zip(page.images, pngs, strict=False):
+        assert base64.b64decode(str(image["src"]).split(",")[1]) == png
     shutil.move(folder.path, tmp_path / "moved")
     assert Page(page_of(RunFolder(tmp_path / "moved"))).words["h1"] == ["moved: a Glow on tiny"]
+
+
+def boxes(page: Path) -> tuple[float, list[dict[str, float]]]:
+    """The height of a page in a window of 1280x800, and where its pictures are."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=web.chromium(), headless=True, args=web.FLAGS)
+        shown = browser.new_page(viewport={"width": 1280, "height": 800})
+        shown.goto(page.as_uri())
+        found = [image.bounding_box() for image in shown.locator("img").all()]
+        height = float(shown.evaluate("document.documentElement.scrollHeight"))
+        browser.close()
+    return height, [{**box} for box in found if box is not None]
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("advice", ["", "overfitting, as the model learns its training images by heart; try this " * 6])
+def test_the_page_is_three_screens(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, advice: str) -> None:
+    """Samples and training images side by side and equally large, earlier samples below and small."""
+    web.require("playwright", "chromium")
+    folder, config = RunFolder(tmp_path / "run"), tiny_config(sample_every=1, sample_count=64)
+    config = replace(config, class_conditional=True, model=replace(config.model, n_classes=2))
+    start(config, str(folder.path), data=tiny_images).execute(quiet=True)
+    folder.report.write_text(json.dumps(folder.read_report() | {"advice": advice}))
+    (tmp_path / "page.html").write_text(page_of(folder), encoding="utf-8")
+    with ThreadPoolExecutor(1) as thread:  # other tests of this process may drive a browser too
+        height, (bits, newest, training, *others) = thread.submit(boxes, tmp_path / "page.html").result()
+    assert height <= 3 * 800
+    assert bits["y"] < newest["y"] == training["y"] < others[0]["y"]
+    assert newest["x"] + newest["width"] <= training["x"]
+    assert (newest["width"], newest["height"]) == (training["width"], training["height"])
+    assert newest["width"] > 400 > 200 > others[0]["width"]
 
 
 def test_a_run_that_was_killed(
@@ -97,8 +136,13 @@ def test_a_run_that_was_killed(
     for step, column in ((0, "held_out"), (4, "held_out"), (4, "train_subset")):
         assert f"{rows[step][f'{column}_bpd']:.3f} ± {rows[step][f'{column}_se']:.3f}" in page.words["td"]
     assert page.words["td"].count("bits/dim at step 4, at most 8 images") == 2
-    assert page.words["figcaption"] == [*CURVES, "the newest samples, temperature 0.7"]
-    assert page.words["h2"] == ["Scores", "Curves", "Pictures", "Settings"]  # where it ran is not known
+    assert page.words["figcaption"] == [
+        CURVES[0],
+        "the newest samples, temperature 0.7",
+        "training images",
+        *CURVES[1:],
+    ]
+    assert page.words["h3"] == ["training", "data", "model"]  # where it ran is not known
 
 
 def test_the_untrained_model_is_never_the_best(

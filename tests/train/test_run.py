@@ -35,7 +35,7 @@ def test_what_a_run_writes(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_p
     written = {path.name for path in folder.path.iterdir()} - {folder.lock.name}
     assert written == {
         *("best.safetensors", "checkpoints", "config.toml", "curve.png", "metrics.csv"),
-        *("report.html", "report.json", "samples", "samples.png"),
+        *("report.html", "report.json", "samples", "samples.png", "training.png"),
     }
     assert TrainConfig.from_dict(read_config(folder.config)) == config
     assert [path.stem for path in folder.saved()] == [
