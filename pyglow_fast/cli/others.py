@@ -8,21 +8,29 @@ from typing import Any
 from pyglow_fast import info
 from pyglow_fast._errors import expect
 from pyglow_fast._files import write_text
-from pyglow_fast.cli._arguments import Commands, command, output_path
-from pyglow_fast.cli._output import InputError, say, say_next, user_input
-from pyglow_fast.data import FETCHABLE, FetchError, data_folder, fetch
+from pyglow_fast._settings import declared_of
+from pyglow_fast.cli._arguments import Commands, check_numbers, command, output_path
+from pyglow_fast.cli._output import InputError, say, say_next, table, user_input
+from pyglow_fast.cli.training import add_settings, settings
+from pyglow_fast.data import DATA_HELP, FETCHABLE, SOURCES, DataConfig, FetchError, data_folder, fetch, look_over
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.studio.opened import find_run
+from pyglow_fast.studio.words import N
 from pyglow_fast.train import page_of
+from pyglow_fast.train.figures import example_grid, save_picture
 
 
 def add(commands: Commands[Any]) -> None:
     """Declare the commands and their options."""
-    about = "fetch a data set into the cache, or list those that can be fetched"
-    parser = command(commands, data, about, "data fashion-mnist")
-    parser.add_argument("name", metavar="NAME", nargs="?", help=f"{', '.join(FETCHABLE)}; none: list them")
-    text = "the folder for its files (default: one in the cache)"
-    parser.add_argument("--to", metavar="DIR", help=text)
+    about = "look at images before training: counts, files, a picture of what a model will see; or fetch a data set"
+    how: dict[str, Any] = {"defaults": {"n": N, "name": None, "to": None, "out": None}}
+    how["argument_default"] = argparse.SUPPRESS  # settings that are not given do not appear
+    parser = command(commands, data, about, "data folder:PICTURES --size 32 --out seen.png", "--n", "--seed", **how)
+    text = f"what to look at: {DATA_HELP}. Of these {', '.join(FETCHABLE)} are fetched if they are not there"
+    parser.add_argument("name", metavar="DATA", nargs="?", help=f"{text}. None: list these")
+    parser.add_argument("--to", metavar="DIR", help="fetch, into this folder (default: one in the cache)")
+    parser.add_argument("--out", metavar="PNG", help="where the picture goes (default: data.png)")
+    add_settings(parser, without=[item.name for item in settings() if item.name not in declared_of(DataConfig)])
 
     about = "write one HTML page of a run, at its end or not: scores, curves, samples, settings"
     parser = command(commands, report, about, "report runs/demo", "run")
@@ -35,20 +43,32 @@ def add(commands: Commands[Any]) -> None:
 
 
 def data(args: argparse.Namespace) -> None:
-    """Fetch a data set, or list those that can be fetched."""
+    """Look at images; fetch a data set that is not there, or list those that can be fetched."""
+    known = declared_of(DataConfig).keys() - {"name"}
+    name, given = args.name, {key: value for key, value in vars(args).items() if key in known}
     with user_input():
-        expect(args.to is None or args.name is not None, "to", "the name of a data set with it", "none")
-        if args.name is None:
+        expect(args.to is None or name is not None, "to", "the name of a data set with it", "none")
+        check_numbers(args)
+        if name is None:
             say(_listing(), lines=True)
             return
-        try:
-            folder, was_there = fetch(args.name, args.to)
-        except FetchError as error:
-            raise InputError(str(error)) from error
-    say(f"{args.name} {'was there and is whole' if was_there else 'fetched'}: {folder}")
-    say(f"{FETCHABLE[args.name].licence} - {FETCHABLE[args.name].about}")
-    name = args.name if args.to is None else f"{args.name}:{folder}"
-    say_next("train", name, "--out", f"runs/{args.name}")
+        if args.to is not None or (name in FETCHABLE and not (data_folder() / name).is_dir()):
+            try:
+                folder, was_there = fetch(name, args.to)
+            except FetchError as error:
+                raise InputError(str(error)) from error
+            say(f"{name} {'was there and is whole' if was_there else 'fetched'}: {folder}")
+            say(f"{FETCHABLE[name].licence} - {FETCHABLE[name].about}")
+            name = name if args.to is None else f"{name}:{folder}"
+            if not given and args.out is None:
+                say_next("train", name, "--out", f"runs/{args.name}")
+                return
+        expect(name.partition(":")[0] in SOURCES, "data", f"one of {DATA_HELP}", repr(name))
+        config, out = DataConfig(name, **given), output_path(args.out or "data.png", ".png", "out", name)
+        lines, yardsticks, train = look_over(config, args.seed)
+    say("\n".join([*lines, table({}, yardsticks)]), lines=True)
+    save_picture(example_grid(train, min(args.n, len(train)), args.seed, train.class_names), out)
+    say(out)
 
 
 def _listing() -> str:

@@ -32,8 +32,8 @@ class Yardstick:
     how: str
 
 
-def _read(data: Images) -> ImageSet:
-    """The central windows of the images, in memory; of a set that is not, some of them."""
+def read_some(data: Images) -> ImageSet:
+    """Reads the central windows of the images into memory; of a set that is not there, some of them."""
     if isinstance(data, ImageSet):
         return ImageSet(data.name, data.augmentation.central(data.pixels), data.n_bins)
     count = min(len(data), READ_MAX_IMAGES, max(1, READ_MAX_VALUES // data.n_dims))
@@ -46,7 +46,7 @@ def histogram_bits_per_dim(train: Images, test: Images) -> float:
     same = (test.image_shape, test.n_bins) == (train.image_shape, train.n_bins)
     expect(same, "test", f"images of shape {train.image_shape}, n_bins {train.n_bins}", (test.image_shape, test.n_bins))
     n_bins, chunk = train.n_bins, max(1, _COUNTS_MAX // train.n_bins)
-    fitted, measured = _read(train), _read(test)
+    fitted, measured = read_some(train), read_some(test)
     seen, coded = fitted.pixels.flatten(1), measured.pixels.flatten(1)
     nats = 0.0
     for start in range(0, train.n_dims, chunk):
@@ -74,7 +74,7 @@ def _layouts(pixels: Tensor) -> Iterator[Tensor]:
 def png_bits_per_dim(test: Images) -> tuple[float, int]:
     """Computes (bits/dim, number of images) of one PNG of all images of ``test``, the smallest of several encodings."""
     pil = optional("PIL.Image", "the PNG yardstick")
-    read = _read(test)
+    read = read_some(test)
     count = min(len(read), max(1, PNG_MAX_VALUES // test.n_dims))
     pixels = read.pixels[:count]
     if test.image_shape[0] not in (1, 3):  # PNG has no such pixels: one grey picture a channel
@@ -97,10 +97,10 @@ def png_bits_per_dim(test: Images) -> tuple[float, int]:
 
 def measure_yardsticks(train: Images | None, test: Images) -> list[Yardstick]:
     """Measures on ``test`` the histogram model fitted on ``train`` (left out if None), and PNG."""
-    read, found = _read(test), []
+    read, found = read_some(test), []
     of_more = "" if len(read) == len(test) else f" of {len(test)}"
     if train is not None:
-        fitted = _read(train)
+        fitted = read_some(train)
         of_all = "" if len(fitted) == len(train) else f" of {len(train)}"
         how = f"per-pixel categorical with add-one smoothing, fitted on {len(fitted)}{of_all} training images"
         how += f", measured on {len(read)}{of_more}" if of_more else ""

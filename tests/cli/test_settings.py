@@ -38,7 +38,7 @@ def test_the_help_tells_the_true_defaults(name: str) -> None:
     """Those that a parser has; of a setting what its class has."""
     for option, action, text in shown(commands()[name]):
         found = re.search(r"\(default: (.*)\)$", text)
-        if name in ("train", "ablate", "resume") and action.dest in SETTINGS:
+        if name in ("train", "ablate", "resume", "data") and action.dest in SETTINGS:
             other = SETTINGS[action.dest].rule.other
             wanted = None if other and option == other[0] else default_text(SETTINGS[action.dest])
             assert (found and found[1]) == wanted, option
