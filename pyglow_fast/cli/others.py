@@ -1,23 +1,27 @@
-"""Runs the commands around a run: data, report, info."""
+"""Runs the commands around a run: data, report, compare, info."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from pyglow_fast import info
 from pyglow_fast._errors import expect
 from pyglow_fast._files import write_text
 from pyglow_fast._settings import declared_of
-from pyglow_fast.cli._arguments import Commands, check_numbers, command, output_path
+from pyglow_fast.cli._arguments import RUN_HELP, Commands, check_numbers, command, output_path
 from pyglow_fast.cli._output import InputError, say, say_next, table, user_input
 from pyglow_fast.cli.training import add_settings, settings
 from pyglow_fast.data import DATA_HELP, FETCHABLE, SOURCES, DataConfig, FetchError, data_folder, fetch, look_over
 from pyglow_fast.data.sources import SHIPPED
+from pyglow_fast.experiments import caveat, comparison_page, run_table
+from pyglow_fast.studio import Draw, OpenRun
 from pyglow_fast.studio.opened import find_run
-from pyglow_fast.studio.words import N
+from pyglow_fast.studio.words import TEMPERATURE, N
 from pyglow_fast.train import page_of
 from pyglow_fast.train.figures import example_grid, save_picture
+from pyglow_fast.train.metrics import markdown_text
 
 
 def add(commands: Commands[Any]) -> None:
@@ -37,6 +41,15 @@ def add(commands: Commands[Any]) -> None:
     parser.add_argument(
         "--out", metavar="HTML", help="where the page goes (default: RUN/report.html, as after training)"
     )
+
+    about = "compare runs that are there: a table; on a page their curves and samples side by side too"
+    shared, defaults = ("--last", "--device", "--n", "--seed"), {"n": N}
+    parser = command(commands, compare, about, "compare runs/demo shown --temperature 0.8", *shared, defaults=defaults)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{RUN_HELP}; two or more")
+    text = "what multiplies the priors' deviation"
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="X", help=text)
+    text = "where the page goes: a file, or a folder for compare.html (default: the current one)"
+    parser.add_argument("--out", metavar="HTML", help=text)
 
     about = "print versions, what was built, and which backend each op uses"
     command(commands, show_info, about, "info")
@@ -88,6 +101,21 @@ def report(args: argparse.Namespace) -> None:
         out = folder.page if own else output_path(args.out or "report.html", ".html", "out")
         folder.read_config()  # whatever else a page could lack is no error
     write_text(out, page_of(folder))
+    say(out)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the table of the runs, and write their page."""
+    with user_input():
+        check_numbers(args)
+        draw, out = Draw(args.n, args.temperature, args.seed), Path(args.out or ".")
+        expect(len(set(args.runs)) == len(args.runs) > 1, "runs", "two or more, each once", " ".join(args.runs))
+        runs = [OpenRun.open(name, args.last, args.device) for name in args.runs]
+        place = str(out / "compare.html" if out.is_dir() else out)
+        out = output_path(place, ".html", "out", *(run.source for run in runs))
+    say(markdown_text(run_table(runs)), lines=True)
+    say(f"note: {caveat(runs)}")
+    write_text(out, comparison_page(runs, draw))
     say(out)
 
 

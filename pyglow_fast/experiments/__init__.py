@@ -1,6 +1,7 @@
-"""Experiments with trained models, or that train several: foreign images, ablations."""
+"""Experiments with trained models, or that train several: foreign images, comparisons, ablations."""
 
 from pyglow_fast.experiments.ablation import Ablation, Trial, variants
+from pyglow_fast.experiments.compare import caveat, comparison_page, run_table
 from pyglow_fast.experiments.ood import Auroc, auroc, typicality
 
 __all__ = [
@@ -8,6 +9,9 @@ __all__ = [
     "Auroc",
     "Trial",
     "auroc",
+    "caveat",
+    "comparison_page",
+    "run_table",
     "typicality",
     "variants",
 ]

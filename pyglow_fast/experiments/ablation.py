@@ -17,7 +17,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast._files import TEMPORARY, refusing, write_bytes, write_text
 from pyglow_fast._moments import Moments
 from pyglow_fast.data import Images
-from pyglow_fast.models import Glow
+from pyglow_fast.experiments.compare import parameter_count
 from pyglow_fast.train import (
     LIMITS,
     FolderError,
@@ -31,8 +31,8 @@ from pyglow_fast.train import (
     start,
 )
 from pyglow_fast.train.config import flatten
-from pyglow_fast.train.figures import curve_png
-from pyglow_fast.train.metrics import csv_text, read_metrics
+from pyglow_fast.train.figures import curve_png, points
+from pyglow_fast.train.metrics import csv_text, markdown_text, read_metrics
 from pyglow_fast.train.page import duration
 from pyglow_fast.train.run_folder import step_of
 
@@ -115,10 +115,9 @@ class Trial:
             return resume(path, settings.pop("data.name"), data, **settings)
         return start(self.config, path, self.folder.exists, data)  # one that was killed before its first checkpoint
 
-    def curve(self) -> dict[int, float]:
+    def curve(self) -> dict[float, float]:
         """The held-out bits/dim of the evaluations on the way, by step."""
-        rows = read_metrics(self.folder.metrics)
-        return {int(row["step"] or 0): value for row in rows if (value := row["held_out_bpd"]) is not None}
+        return dict(points(read_metrics(self.folder.metrics), "held_out_bpd"))
 
 
 Variants = dict[tuple[str, str], list[Trial]]
@@ -196,7 +195,7 @@ def _moments(values: Sequence[float]) -> Moments:
     return Moments.of(torch.tensor(values, dtype=torch.float64))
 
 
-def _mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, Moments]:
+def _mean_curve(curves: Sequence[dict[float, float]]) -> dict[float, Moments]:
     """The bits/dim of a variant by step, over those seeds that were evaluated there."""
     steps = sorted({step for curve in curves for step in curve})
     return {step: _moments([curve[step] for curve in curves if step in curve]) for step in steps}
@@ -210,8 +209,6 @@ def _table(found: Variants, images: str, failures: dict[str, str]) -> str:
         ended = [mean for report in reports if report and (mean := report["held_out"]["mean"]) is not None]
         score = _moments(ended)
         spread = "" if score.n < 2 else f" ± {score.deviation:.4f}"
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in Glow(trials[0].config.model).parameters())
         rows = [row for trial in trials for row in read_metrics(trial.folder.metrics)]
         speeds = [1000 * trials[0].config.batch_size / speed for row in rows if (speed := row["images_per_s"])]
         cells = (
@@ -219,7 +216,7 @@ def _table(found: Variants, images: str, failures: dict[str, str]) -> str:
             f"{score.mean:.4f}{spread}" if ended else "none",
             str(len(trials)) if len(ended) == len(trials) else f"{len(ended)} of {len(trials)}",
             str(max((int(row["step"] or 0) for row in rows), default=0)),
-            f"{parameters:,}",
+            f"{parameter_count(trials[0].config.model):,}",
             f"{statistics.median(speeds):.1f}" if speeds else "n/a",
         )
         keyed.append((score.mean if ended else math.inf, cells))
@@ -230,12 +227,9 @@ def _table(found: Variants, images: str, failures: dict[str, str]) -> str:
                 wrong.append(f"- {', '.join(variant)}, seed {trial.config.seed}: {why}")
     titles = ("permutation", "coupling", "held-out bits/dim", "seeds", "steps", "parameters", "ms/step")
     table = [titles, *(cells for _, cells in sorted(keyed, key=lambda item: item[0]))]
-    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
-    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in table]
-    lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
     config = next(iter(found.values()))[0].config
     model = config.model
     size = f"L={model.n_levels}, K={model.n_steps}, hidden width {model.hidden}, batches of {config.batch_size}"
     note = "± is the standard deviation over the seeds. Runs of one seed have the same split and batches."
     head = f"{images}: {size}, {config.optimizer} with lr {config.lr:g}."
-    return "\n".join([head, "", *lines, "", note, *(["", *wrong] if wrong else []), ""])
+    return "\n".join([head, "", markdown_text(table), "", note, *(["", *wrong] if wrong else []), ""])

@@ -1,4 +1,4 @@
-"""The rows of metrics.csv, one for every step that is logged or evaluated; and rows as the text of any CSV file."""
+"""The rows of metrics.csv, one for every step that is logged or evaluated; and rows as the text of any table."""
 
 from __future__ import annotations
 
@@ -68,6 +68,14 @@ def csv_text(rows: Iterable[Sequence[Cell]], digits: int = 6) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([_cell(value, digits) for value in row] for row in rows)
     return buffer.getvalue()
+
+
+def markdown_text(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows, the titles first, as a Markdown table that can be read as it stands."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
+    lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
+    return "\n".join(lines)
 
 
 def _cell(value: Cell, digits: int) -> str:

@@ -6,7 +6,9 @@ and words are looked at.
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import os
 import re
 import shlex
@@ -22,6 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from support.figures import leave_undrawn
+from support.html_page import Page
 from support.program import contents, done, pyglow_fast
 from support.tiny_run import CLASSES, HELD_OUT, IMAGES, MODEL, SIDE, STEPS, made
 
@@ -231,6 +234,36 @@ def test_ablate(place: Path, tmp_path: Path) -> None:
     assert {row["permutation"] for row in rows(out / "curves.csv")} == {"reverse", "invconv"}
 
 
+def test_compare(place: Path, tmp_path: Path) -> None:
+    """Runs that are there: the figures that training said, on a page curves and samples of one size."""
+    said = done("compare", "run", "shown", "--n", 16, "--device", "cpu", "--out", tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.split("\n")[2:4]]
+    (_, step, _, model, bits, *_), shown = lines
+    (row,) = [row for row in rows(place / "run" / "metrics.csv") if row["step"] == step]
+    assert (model, bits) == ("2, 2, 4", f"{float(row['held_out_bpd']):.3f} ± {float(row['held_out_se']):.3f}")
+    assert " ".join(shown) == "shown 10000 3,191,904 3, 12, 160 2.213 ± 0.068 0.824 ± 0.003 51.2 emoji-small"
+    assert "note: bits/dim do not compare, since the runs have other images: run folder:images, (3, 16, 16)" in said
+    page = Page((tmp_path / "compare.html").read_text(encoding="utf-8"))
+    assert page.words["h2"] == ["Curves", "Samples, temperature 0.7, seed 0"]
+    pngs = (io.BytesIO(base64.b64decode(str(image["src"]).split(",")[1])) for image in page.images[2:])
+    assert [Image.open(png).size for png in pngs] == [grid(4, 4, 64)] * 2
+
+
+def test_data_shows_what_a_model_will_see(place: Path, tmp_path: Path) -> None:
+    """Counts, files, other codes' bits/dim and a picture; what cannot be read does not end it."""
+    shutil.copytree("images", tmp_path / "images")
+    (tmp_path / "images" / "dark" / "99.png").write_bytes(b"torn")
+    Image.new("L", (40, 30), 255).save(tmp_path / "images" / "bright" / "99.png")
+    options = ["--size", 20, "--fit", "pad", "--held-out", 0.25, "--n", 8, "--out", tmp_path / "x.png"]
+    with pytest.warns(match="40 of 42 .* are smaller than 20x20 and enlarged"), pytest.warns(match="left out: 1 of 42"):
+        said = done("data", *options, f"folder:{tmp_path / 'images'}")
+    assert "41 images of shape (3, 20, 20) with 256 grey levels, 31 to train on and 10 held out\n" in said
+    assert f"\nclasses: bright {IMAGES + 1}, dark {IMAGES}\n" in said
+    assert "\nfiles: 16x16 the smallest, 16x16 the median, 40x30 the largest; RGB 40, L 1\n" in said
+    assert figure(said, "PNG") > 0
+    assert size(tmp_path / "x.png")[0] > 2 * 60
+
+
 def test_data_lists_what_can_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a name the command fetches nothing and creates nothing."""
     monkeypatch.setenv("PYGLOW_DATA", str(tmp_path / "cache"))
@@ -258,7 +291,7 @@ def test_info_version_and_help() -> None:
     said = done("--help")
     commands = (
         "train resume demo ablate sample interpolate edit manipulate levels "
-        "evaluate score ood serve convert data report info"
+        "evaluate score ood serve convert data report compare info"
     )
     for command in commands.split():
         assert re.search(rf"^    {command}\b", said, re.MULTILINE)
@@ -404,6 +437,10 @@ REFUSED: list[tuple[str, str]] = [
     ("interpolate run --frames 1 --out x.png", "frames: expected a whole number, 2 or more, found 1"),
     ("levels run folder:images --keep 2 --out x.png", "keep: expected levels in 0..1 .*, found 2"),
     ("ablate digits --couplings linear --out out", ".*coupling.*: expected .*, found .*linear.*"),
+    ("compare run", "runs: expected two or more, each once, found run"),
+    ("compare run nowhere", "run: expected the folder of a run, found 'nowhere', which does not exist"),
+    ("data folder:images --size 0", "size: expected a positive whole number.*"),
+    ("data digits --out x.jpg", "out: expected a name ending in .png, found 'x.jpg'"),
     ("convert pyglow run x.pt", "out: expected a name ending in .safetensors, found 'x.pt'"),
     ("convert glow run x.pt", ".*FORMAT: invalid choice: 'glow'.*"),
 ]

@@ -92,32 +92,29 @@ def test_the_page_of_the_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch,
     assert Page(page_of(RunFolder(tmp_path / "moved"))).words["h1"] == ["moved: a Glow on tiny"]
 
 
-def boxes(page: Path) -> tuple[float, list[dict[str, float]]]:
+def measured(page: Path) -> tuple[float, list[Any]]:
     """The height of a page in a window of 1280x800, and where its pictures are."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=web.chromium(), headless=True, args=web.FLAGS)
+        browser = driver.chromium.launch(executable_path=web.chromium(), args=web.FLAGS)
         shown = browser.new_page(viewport={"width": 1280, "height": 800})
         shown.goto(page.as_uri())
-        found = [image.bounding_box() for image in shown.locator("img").all()]
-        height = float(shown.evaluate("document.documentElement.scrollHeight"))
-        browser.close()
-    return height, [{**box} for box in found if box is not None]
+        boxes = [image.bounding_box() for image in shown.locator("img").all()]
+        return float(shown.evaluate("document.documentElement.scrollHeight")), boxes
 
 
 @pytest.mark.drawn
-@pytest.mark.parametrize("advice", ["", "overfitting, as the model learns its training images by heart; try this " * 6])
-def test_the_page_is_three_screens(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, advice: str) -> None:
-    """Samples and training images side by side and equally large, earlier samples below and small."""
+def test_three_screens(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    """Also with much advice. Samples stand beside training images of the same size, earlier ones below and small."""
     web.require("playwright", "chromium")
-    folder, config = RunFolder(tmp_path / "run"), tiny_config(sample_every=1, sample_count=64)
-    config = replace(config, class_conditional=True, model=replace(config.model, n_classes=2))
+    folder, model = RunFolder(tmp_path / "run"), replace(tiny_config().model, n_classes=2)
+    config = tiny_config(sample_every=1, sample_count=64, class_conditional=True, model=model)
     start(config, str(folder.path), data=tiny_images).execute(quiet=True)
-    folder.report.write_text(json.dumps(folder.read_report() | {"advice": advice}))
-    (tmp_path / "page.html").write_text(page_of(folder), encoding="utf-8")
+    folder.report.write_text(json.dumps(folder.read_report() | {"advice": "overfitting, so try less of it " * 14}))
+    folder.page.write_text(page_of(folder), encoding="utf-8")
     with ThreadPoolExecutor(1) as thread:  # other tests of this process may drive a browser too
-        height, (bits, newest, training, *others) = thread.submit(boxes, tmp_path / "page.html").result()
+        height, (bits, newest, training, *others) = thread.submit(measured, folder.page.absolute()).result()
     assert height <= 3 * 800
     assert bits["y"] < newest["y"] == training["y"] < others[0]["y"]
     assert newest["x"] + newest["width"] <= training["x"]
@@ -136,12 +133,8 @@ def test_a_run_that_was_killed(
     for step, column in ((0, "held_out"), (4, "held_out"), (4, "train_subset")):
         assert f"{rows[step][f'{column}_bpd']:.3f} ± {rows[step][f'{column}_se']:.3f}" in page.words["td"]
     assert page.words["td"].count("bits/dim at step 4, at most 8 images") == 2
-    assert page.words["figcaption"] == [
-        CURVES[0],
-        "the newest samples, temperature 0.7",
-        "training images",
-        *CURVES[1:],
-    ]
+    pictures = ["the newest samples, temperature 0.7", "training images"]
+    assert page.words["figcaption"] == [CURVES[0], *pictures, *CURVES[1:]]
     assert page.words["h3"] == ["training", "data", "model"]  # where it ran is not known
 
 
