@@ -27,6 +27,12 @@ element.addEventListener('click', event => {
 });
 """
 
+# A frame becomes as high as the page in it, also when its width changes.
+FIT_JS = """element.addEventListener('load', ({target}) => {
+  const inside = target.contentDocument.documentElement;
+  new ResizeObserver(() => { target.style.height = `${inside.offsetHeight}px`; }).observe(inside);
+}, true);"""
+
 
 def _uri(data: bytes, suffix: str = ".png") -> str:
     return f"data:{TYPES[suffix]};base64,{base64.b64encode(data).decode('ascii')}"
@@ -111,5 +117,6 @@ def plot(made: Made, words: str) -> str:
 
 
 def framed(page: str, words: str) -> str:
-    """Show a whole HTML page inside of this one; none of its scripts run."""
-    return f'<iframe class="pgf-frame" sandbox="" title="{html.escape(words)}" srcdoc="{html.escape(page)}"></iframe>'
+    """Show a whole HTML page inside of this one, see FIT_JS; none of its scripts run."""
+    safe = 'sandbox="allow-same-origin"'  # so that its height can be read
+    return f'<iframe class="pgf-frame" {safe} title="{html.escape(words)}" srcdoc="{html.escape(page)}"></iframe>'

@@ -146,7 +146,7 @@ class RunTab:
     """The report of a run: its settings, curves and figures."""
 
     def __init__(self) -> None:
-        self.outputs = [gr.HTML(elem_id="run-page"), command_box("run-command")]
+        self.outputs = [gr.HTML(js_on_load=parts.FIT_JS, elem_id="run-page"), command_box("run-command")]
 
     def fill(self, desk: Desk) -> list[Any]:
         """Show the page of the run as it was at the newest checkpoint, and the command that writes it."""

@@ -119,6 +119,8 @@ def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
             page.get_by_role("tab", name=tab, exact=True).click()
             expect(page.get_by_role("tab", name=tab, exact=True)).to_have_attribute("aria-selected", "true")
             assert page.evaluate("document.documentElement.scrollWidth") <= 400, tab
+        report = page.frame_locator("iframe").locator("html")  # which has no scrollbar of its own
+        web.wait_for(lambda: report.evaluate("x => x.scrollHeight > 800 && x.scrollHeight <= innerHeight"), True)
         browser.close()
     assert not thrown
     assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]  # nobody else was asked
