@@ -169,12 +169,12 @@ class Subject:
 
 
 def likelihood_text(opened: OpenRun, bits: float, wait: bool = True) -> str:
-    """Say in words how likely an image is: its bits/dim, and its rank among training images.
+    """Say in words how likely an image is: its bits/dim, and its rank among held-out images.
 
     Where these were not scored yet they are scored now; with ``wait`` False their rank is left out.
     """
     if not math.isfinite(bits):
         return "no finite likelihood"
     scores = opened.scores_at_hand(wait)
-    beside = f", more than {scores.share_below(bits):.1%} of {len(scores.train)} training images" if scores else ""
+    beside = f", more than {scores.share_below(bits):.1%} of {len(scores.held_out)} held-out images" if scores else ""
     return f"{bits:.3f} bits/dim{beside}"

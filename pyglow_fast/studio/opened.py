@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from pyglow_fast.train.seeds import random_subset
 
 MEASURED = 5000  # most training images that directions are measured on
 SCORED = 1000  # images of each side that bits/dim are compared with
+MOST_FAR = 0.01  # share of the held-out images at either end that their range of bits/dim leaves out
 SHOWN = "shown"  # the name of the small model that comes with the package
 
 
@@ -63,8 +65,13 @@ class Scores(NamedTuple):
     train: Tensor
 
     def share_below(self, bits: float) -> float:
-        """The share of the training images with fewer bits/dim; NaN without any."""
-        return float((self.train < bits).double().mean()) if len(self.train) else float("nan")
+        """The share of the held-out images with fewer bits/dim; NaN without any."""
+        return float((self.held_out < bits).double().mean()) if len(self.held_out) else math.nan
+
+    def bounded(self, bits: float) -> float:
+        """Clamp bits/dim to the range of the held-out images but for MOST_FAR, made three times as long."""
+        low, high = self.held_out.quantile(self.held_out.new_tensor([MOST_FAR, 1.0 - MOST_FAR])).tolist()
+        return min(max(bits, 2 * low - high), 2 * high - low)
 
 
 def find_run(name: str, last: bool = False) -> tuple[RunFolder, bool]:
@@ -303,7 +310,7 @@ class OpenRun:
             found = self.scores() if wait or self._scores else None
         except ValueError:
             return None
-        return found if found and len(found.train) else None
+        return found if found and len(found.held_out) else None
 
     def _kept(self, name: str, most: int, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         key = {"digest": self.checkpoint.digest, "images": self.checkpoint.data.fingerprint, "most": most}

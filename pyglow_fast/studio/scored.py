@@ -19,11 +19,12 @@ NAMED = 12  # marks that have names in the picture; of more each has its number 
 
 
 class FileScore(NamedTuple):
-    """The bits/dim of one image, and the share of training images with fewer; NaN without any to compare with."""
+    """The bits/dim of one image, beside those of held-out images where there are any."""
 
     picked: Picked
     bits: float
-    share_below: float
+    share_below: float  # the share of held-out images with fewer; NaN without any
+    far: bool  # whether it lies beyond what Scores.bounded gives: its class says nothing
 
 
 def score_files(opened: OpenRun, files: Sequence[Picked]) -> list[FileScore]:
@@ -32,7 +33,7 @@ def score_files(opened: OpenRun, files: Sequence[Picked]) -> list[FileScore]:
     for picked in files:
         bits = opened.bits(picked.pixels, picked.label)
         share = beside.share_below(bits) if beside and math.isfinite(bits) else math.nan
-        found.append(FileScore(picked, bits, share))
+        found.append(FileScore(picked, bits, share, bool(beside and beside.bounded(bits) != bits)))
     return found
 
 
@@ -42,15 +43,16 @@ def _command(opened: OpenRun, scores: Sequence[FileScore]) -> str:
 
 def made_picture(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
     """Draw the images as lines on the histogram of held-out ones, a PNG: what ``score ... --picture`` writes."""
-    command, marks = _command(opened, scores), {}
+    command, marks, beside = _command(opened, scores), {}, opened.scores()
     for i, score in enumerate(scores):
         name = shown_name(score.picked.image)
         short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
         number = f"{i + 1} {short}" if len(scores) <= NAMED else str(i + 1)
-        marks[number if len(scores) > 1 else short] = score.bits
+        mark, bits = number if len(scores) > 1 else short, beside.bounded(score.bits)  # which leaves others room
+        marks[f"{mark} {'←' if score.bits < bits else '→'} {score.bits:.3g}" if score.far else mark] = bits
     name = f"held-out {opened.source}"
     title = f"{opened.folder.path.resolve().name} at step {opened.step}"
-    data = histogram_png({name: opened.scores().held_out}, title, marks, {COMMAND: command})
+    data = histogram_png({name: beside.held_out}, title, marks, {COMMAND: command})
     return Made(data, command, option="--picture")
 
 

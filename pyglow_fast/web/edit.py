@@ -81,13 +81,14 @@ class Source:
         return parts.strip([each.pixels for each in found], opened.n_bins, [_name(each, opened) for each in found])
 
 
-def _name(picked: Picked, opened: OpenRun) -> str:
-    return with_class(shown_name(picked.image), picked, opened)
+def _name(picked: Picked, opened: OpenRun, bits: float | None = None) -> str:
+    return with_class(shown_name(picked.image), picked, opened, bits)
 
 
-def with_class(text: str, picked: Picked, opened: OpenRun) -> str:
-    """Write the class of an image behind what is said of it, where it has one."""
-    return text if picked.label is None else f"{text}; class {opened.classes[picked.label]}"
+def with_class(text: str, picked: Picked, opened: OpenRun, bits: float | None) -> str:
+    """Write the class of an image behind what is said of it, where it has one and its bits/dim are not far from all."""
+    far = bits is not None and (beside := opened.scores_at_hand(wait=False)) and beside.bounded(bits) != bits
+    return text if far or picked.label is None else f"{text}; class {opened.classes[picked.label]}"
 
 
 class EditTab:
@@ -191,7 +192,7 @@ class EditTab:
             ("edited", found.pixels, bits, LARGE, made),
             ("original", subject.pixels, subject.bits, SMALL, None),
         ):
-            words = with_class(likelihood_text(opened, measured, wait=False), subject.picked, opened)
+            words = with_class(likelihood_text(opened, measured, wait=False), subject.picked, opened, measured)
             figures.append(figure(image(pixels, opened.n_bins, title, width, file), title, words, width))
         if not desk.has(opened):
             return [gr.skip()] * 2
@@ -259,7 +260,7 @@ class BetweenTab:
         pixels, bad = between.frames([float(at)])
         made, n_bins = between.made(pixels, float(at)), opened.n_bins
         first, last = [
-            figure(image(end.pixels, n_bins, name, SMALL), name, _name(end.picked, opened), SMALL)
+            figure(image(end.pixels, n_bins, name, SMALL), name, _name(end.picked, opened, end.bits), SMALL)
             for name, end in zip(ENDS, ends, strict=True)
         ]
         frame = figure(image(pixels[0], n_bins, "frame", MEDIUM, made), f"{at:.0%} of the way", "", MEDIUM)

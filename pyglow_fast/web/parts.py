@@ -112,8 +112,8 @@ def results(pieces: Sequence[str]) -> str:
 
 
 def plot(made: Made, words: str) -> str:
-    """Show a PNG that was drawn."""
-    return f'<img class="pgf-plot" alt="{html.escape(words)}" src="{_uri(made.data)}">'
+    """Show a PNG that was drawn, with words below it."""
+    return f'<div><img class="pgf-plot" alt="{html.escape(words)}" src="{_uri(made.data)}">{note(words)}</div>'
 
 
 def framed(page: str, words: str) -> str:

@@ -102,7 +102,8 @@ class ScoreTab:
         """Score what is no visitor's, so that there is something to see."""
         opened = desk.opened()
         try:
-            held_out = [opened.pick(HeldOut(number)) for number in range(2)]
+            middle = len(opened.images()[2]) // 2  # neighbours are alike
+            held_out = [opened.pick(HeldOut(number)) for number in (0, middle)]
         except ValueError as error:
             return [parts.note(f"No example: {error}"), gr.Textbox("", visible=False)]
         pixels = held_out[0].pixels
@@ -125,16 +126,17 @@ def _results(opened: OpenRun, files: list[Picked]) -> tuple[str, str, str]:
     scores, rows = score_files(opened, files), []
     for i, score in enumerate(scores, 1):
         name, label = f"{i} {shown_name(score.picked.image)}", score.picked.label
+        told = "none: too far off" if score.far else "" if label is None else opened.classes[label]
         bits = f"{score.bits:.3f}" if math.isfinite(score.bits) else "no finite likelihood"
         share = "" if math.isnan(score.share_below) else f"{score.share_below:.1%}"
         seen = parts.image(score.picked.pixels, opened.n_bins, f"{name} as the model sees it", parts.THUMB)
-        rows.append([seen, name, bits, share, *([] if label is None else [opened.classes[label]])])
-    head = ["seen as", "image", "bits/dim", "training images with fewer", *(["class"] if opened.classes else [])]
+        rows.append([seen, name, bits, share, *([told] if opened.classes else [])])
+    head = ["seen as", "image", "bits/dim", "held-out images with fewer", *(["class"] if opened.classes else [])]
     csv, shown = made_csv(opened, scores), [parts.table(head, rows)]
     links, command = parts.save_link(csv, "scores.csv", "Save CSV"), csv.whole_command("scores.csv")
     try:
         picture = made_picture(opened, scores)
-        shown.insert(0, parts.plot(picture, "the images on the histogram of held-out ones"))
+        shown.insert(0, parts.plot(picture, "Bars: held-out images. Lines: those scored; arrows lead beyond the axis."))
         links += parts.save_link(picture, "scores.png", "Save PNG")
         command += f" {picture.out_words('scores.png')}"
     except ValueError as error:

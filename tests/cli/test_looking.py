@@ -67,7 +67,7 @@ def test_what_edit_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Bits/dim before and after; the former are those that score gives. What is not finite is grey, and said."""
     run, out = place / "digits", tmp_path / "x.png"
     before, after, *_, picture = said(capsys, "edit", run, 0, "--add", 3, "rest", 1, "--out", out).splitlines()
-    assert re.fullmatch(r"before: (\d\.\d{3}) bits/dim, more than (\d+\.\d)% of 1000 training images", before)
+    assert re.fullmatch(r"before: (\d\.\d{3}) bits/dim, more than (\d+\.\d)% of 180 held-out images", before)
     assert after.startswith("after: ")
     assert picture == f"picture: {out}"
     assert said(capsys, "score", run, 0, "--out", tmp_path / "x.csv").splitlines()[1] == before.replace("before", "  0")

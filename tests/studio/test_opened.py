@@ -126,13 +126,20 @@ def test_scores(emoji_run: Path) -> None:
     for side, values in ((by_hand.held_out, found.held_out), (by_hand.train, found.train)):
         wanted = score_images(by_hand.model, by_hand.data.subset(side), 50, 0, 1000).bits_per_dim
         assert torch.allclose(values, wanted, rtol=1e-5)
-    middle = float(found.train.quantile(0.5, interpolation="higher"))
+    middle = float(found.held_out.quantile(0.5, interpolation="higher"))
     share = found.share_below(middle)
-    text = f"{middle:.3f} bits/dim, more than {share:.1%} of {len(by_hand.train)} training images"
+    text = f"{middle:.3f} bits/dim, more than {share:.1%} of {len(by_hand.held_out)} held-out images"
     assert likelihood_text(opened, middle, wait=False) == likelihood_text(opened, middle) == text
     assert likelihood_text(opened, float("nan")) == "no finite likelihood"
-    four = Scores(torch.zeros(0), torch.tensor([1.0, 2.0, 2.0, 5.0]))
+    four = Scores(torch.tensor([1.0, 2.0, 2.0, 5.0]), torch.zeros(0))
     assert [four.share_below(bits) for bits in (0.5, 2.0, 2.5, 9.0)] == [0.0, 0.25, 0.75, 1.0]
+
+
+def test_what_is_far_from_held_out_images() -> None:
+    """What lies beyond their range by more than its length; single ones among them do not make it longer."""
+    scores = Scores(torch.cat([torch.linspace(2.0, 3.0, 999), torch.tensor([90.0])]).double(), torch.zeros(1))
+    assert [scores.bounded(bits) for bits in (1.2, 2.5, 3.8)] == [1.2, 2.5, 3.8]
+    assert [scores.bounded(bits) for bits in (-9.0, 9.0)] == pytest.approx([1.0, 4.0], abs=0.05)
 
 
 def measured(opened: OpenRun) -> tuple[object, ...]:

@@ -14,8 +14,9 @@ from support import web
 web.require("gradio")
 
 import gradio as gr  # noqa: E402
+import torch  # noqa: E402
 
-from pyglow_fast.studio import OpenRun  # noqa: E402
+from pyglow_fast.studio import OpenRun, Scores, scored  # noqa: E402
 from pyglow_fast.train import RunFolder  # noqa: E402
 from pyglow_fast.web import uploads  # noqa: E402
 from pyglow_fast.web.desk import Desk, Shelf  # noqa: E402
@@ -111,6 +112,18 @@ def test_no_slider_leads_out_of_what_the_model_has_seen(place: Place) -> None:
             assert f"--add {i} rest {end:g} " in command
             assert "Far out" not in shown
             assert "not finite" not in shown
+
+
+def test_what_is_far_from_held_out_images_has_no_class(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its line stands at the end of their histogram, and says where it would be."""
+    assert "too far off" not in place.score.fill(place.desk)[0].rpartition("noise as")[0]
+    marks: dict[str, float] = {}
+    monkeypatch.setattr(scored, "histogram_png", lambda sets, title, lines, text: marks.update(lines) or b"")
+    place.desk.opened()._scores = Scores(torch.tensor([0.1, 0.2]), torch.tensor([0.1]))
+    assert place.score.fill(place.desk)[0].count("<td>none: too far off</td>") == 3
+    assert [name.split(" → ")[0] for name in marks] == ["1 held-out image 0", "2 held-out image 90", "3 noise"]
+    assert list(marks.values()) == pytest.approx([0.3] * 3, abs=0.01)
+    assert "; class" not in place.edited()[0]
 
 
 def test_a_click_takes_what_was_clicked(place: Place) -> None:
