@@ -18,6 +18,7 @@ from pyglow_fast.studio.reading import BATCH, inputs
 from pyglow_fast.train import progress_line
 
 REST = "rest"  # as minus: the images without, also where a class has this name
+HEADINGS = {"skin tone ": "skin tone", "on ": "background"}  # of attributes whose names begin so
 SPAN = 500  # training images, at least, that say how far images lie along each direction
 
 
@@ -37,9 +38,14 @@ class Directions(NamedTuple):
     means: tuple[Tensor, ...]  # float32 (names, 2, C, *spatial) for each level: with it, without
     reach: Tensor  # float64 (names, 2), the least and the greatest of places() that training images have
 
-    def label(self, plus: str) -> str:
-        """Say for people what adding this does: "more like 3" of a class, an attribute's own name."""
-        return f"more like {plus}" if plus in self.names[: self.n_classes] else plus
+    def listed(self) -> list[tuple[str, str, str]]:
+        """List (heading, name, label) for people: the attributes by what their names begin with, then the classes."""
+        found = [("class", name, f"more like {name}") for name in self.names[: self.n_classes]]
+        for name in self.names[self.n_classes :]:
+            start = next((each for each in HEADINGS if name.startswith(each)), "")
+            found.append((HEADINGS.get(start, "attributes"), name, name.removeprefix(start)))
+        order = ("attributes", *HEADINGS.values(), "class")
+        return sorted(found, key=lambda each: order.index(each[0]))
 
     def shift(self, adds: Sequence[Add]) -> list[Tensor]:
         """Compute sum_j s_j (mean_plus_j - mean_minus_j) of each level, for one addition at least.

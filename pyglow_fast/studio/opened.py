@@ -160,6 +160,16 @@ class OpenRun:
                 self._images = (data, *split(data, config.data.held_out, config.seed))
             return self._images
 
+    def plainest(self) -> int:
+        """Find the held-out image to which most can be added: attributes that others of its class have and it lacks."""
+        data, _, held_out = self.images()
+        if data.attributes is None:
+            return 0
+        has, usual = data.attributes.has, data.attributes.has.any(0)
+        if data.labels is not None:
+            usual = torch.stack([has[data.labels == i].any(0) for i in range(len(data.class_names))])[data.labels]
+        return int((usual & ~has)[held_out].sum(1).argmax())
+
     def label(self, name: str) -> int:
         """Find the number of a class by its name; one that the model does not have is refused."""
         known = f"one of {', '.join(self.classes)}" if self.classes else "no label, since the model has no classes"

@@ -26,6 +26,8 @@ ATTRIBUTES, LEVELS = 48, 10  # sliders that there are at most
 STEP = 0.05  # of sliders
 FRAMES, MOST = 9, 25  # of the strip
 ENDS = ("from", "to")
+CLICK = {"edit": "A click puts one under edit.", "path": "A click makes one an end of the path."}
+ADDED = "The mark on a slider is the image as it is. An end is as far as training images go, or the model can follow."
 KEPT = "How much of the image's own latents each level keeps. At 0 it is what the model finds likeliest there."
 LINE = "through the latents, on straight lines or on great circles"
 
@@ -39,6 +41,7 @@ class Source:
     def __init__(self, desk: gr.State, name: str, take: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
+                gr.HTML(note(f"Images that the model was not trained on. {CLICK[name]}"))
                 self.strip = gr.HTML(js_on_load=PICK_JS, elem_id=f"{name}-thumbs")
                 others = button("Other images to choose from", f"{name}-others")
             with gr.Column(scale=1, min_width=220):
@@ -60,13 +63,14 @@ class Source:
         listen(took.failure, lambda: None, None, upload_box)  # it is empty again, as the image is shown elsewhere
 
     def fill(self, desk: Desk, opened: OpenRun) -> str:
-        """Offer held-out images from all over the set, since neighbours are alike; none where they are lost."""
+        """Offer held-out images, first the one that can be added to most; none where they are lost."""
         if not desk.offered:
             try:
-                count = len(opened.images()[2])
+                count, first = len(opened.images()[2]), opened.plainest()
             except ValueError:
                 return ""
-            desk.offered = sorted({i * count // OFFERED for i in range(OFFERED)})
+            others = (i * count // OFFERED for i in range(OFFERED))  # from all over the set: neighbours are alike
+            desk.offered = list(dict.fromkeys([first, *others]))[:OFFERED]
         return self._strip(desk, opened)
 
     def other(self, desk: Desk) -> str:
@@ -97,21 +101,24 @@ class EditTab:
     def __init__(self, desk: gr.State) -> None:
         self.redraw, self.taken = gr.State(0), gr.State(0)
         self.source = Source(desk, "edit", self.take, [], [self.taken])
-        with gr.Row():
+        with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300, elem_id="edit-shown"):
                 pictures = gr.HTML(elem_id="edited")
+                back = button("Back to the original", "edit-back")
             with gr.Column(scale=3, min_width=300):
                 self.why = gr.HTML(elem_id="edit-why")
                 with gr.Column(elem_id="adds"):
-                    self.adds = [_slider(-1.0, 1.0, 0, f"add-{i}") for i in range(ATTRIBUTES)]
+                    gr.HTML(note(ADDED))
+                    # Before each slider stands the heading of the group that it begins, where there are several groups.
+                    slots = [(gr.HTML(), _slider(-1.0, 1.0, 0, f"add-{i}")) for i in range(ATTRIBUTES)]
                 gr.HTML(note(KEPT))
                 with gr.Column(elem_id="keeps"):
                     keeps = [_slider(0.0, 1.0, 1, f"keep-{i}") for i in range(LEVELS)]
-                back = button("Back to the original", "edit-back")
         command = command_box("edit-command")
         gr.HTML(note(parts.BITS))
+        self.headings, self.adds = map(list, zip(*slots, strict=True))
         self.sliders = [*self.adds, *keeps]
-        self.outputs = [self.source.strip, self.why, *self.sliders, self.redraw]
+        self.outputs = [self.source.strip, self.why, *self.headings, *self.sliders, self.redraw]
         # One listener: no earlier picture comes after a later one.
         follow(self.sliders, [self.redraw.change], self.draw, [desk, *self.sliders], [pictures, command])
         listen(back.click, self.rest, desk, [*self.sliders, self.redraw])
@@ -121,18 +128,18 @@ class EditTab:
     def measure_after(self, event: Any, desk: gr.State) -> None:
         """Add the measurement of the attributes to what follows an event."""
         shown = {"show_progress": "full", "show_progress_on": self.why}
-        listen(event.success, self.measure, desk, [*self.adds, self.why, self.redraw], **shown)
+        listen(event.success, self.measure, desk, [*self.adds, *self.headings, self.why, self.redraw], **shown)
 
     def fill(self, desk: Desk) -> list[Any]:
         """Fill the tab for a run that was chosen; the attributes come when they are measured."""
         opened = desk.opened()
         strip = self.source.fill(desk, opened)
         if desk.edited is None and desk.offered:
-            desk.edited = Subject(opened, opened.pick(HeldOut(0)))
+            desk.edited = Subject(opened, opened.pick(HeldOut(desk.offered[0])))
         elif desk.edited is None and desk.grid is not None:
             desk.edited = Subject(opened, desk.grid.picked(0))
         hidden = [gr.Slider(value=0, visible=False)] * ATTRIBUTES
-        return [strip, "", *hidden, *self.rest(desk)[ATTRIBUTES:]]
+        return [strip, "", *[""] * ATTRIBUTES, *hidden, *self.rest(desk)[ATTRIBUTES:]]
 
     def rest(self, desk: Desk) -> list[Any]:
         """Set all sliders to rest, which gives the original."""
@@ -151,22 +158,25 @@ class EditTab:
             found = opened.directions()
             opened.scores()
         except ValueError as error:
-            return [*[gr.skip()] * ATTRIBUTES, note(f"No attributes: {error}"), anew()]
+            return [*[gr.skip()] * 2 * ATTRIBUTES, note(f"No attributes: {error}"), anew()]
         if not desk.has(opened):
-            return [gr.skip()] * (ATTRIBUTES + 2)
-        names = found.names[:ATTRIBUTES]
-        ends = [(-1.0, 1.0)] * len(names) if desk.edited is None else desk.edited.ends[:, : len(names)].T.tolist()
-        why = "" if names else "The images of this run have no classes and no attributes."
+            return [gr.skip()] * (2 * ATTRIBUTES + 2)
+        listed = found.listed()[:ATTRIBUTES]
+        reach = [(-1.0, 1.0)] * len(found.names) if desk.edited is None else desk.edited.ends.T.tolist()
+        ends = [reach[found.names.index(name)] for _, name, _ in listed]
+        why = "" if listed else "The images of this run have no classes and no attributes."
         if len(found.names) > ATTRIBUTES:
-            why = f"The first {ATTRIBUTES} of {len(found.names)} attributes; the command line has all of them."
+            why = f"{ATTRIBUTES} of {len(found.names)} attributes; the command line has all of them."
         spans = [(STEP * math.ceil(low / STEP), STEP * max(math.floor(high / STEP), 1)) for low, high in ends]
         shown = [
-            gr.Slider(visible=True, label=found.label(name), minimum=round(low, 2), maximum=round(high, 2))
-            for name, (low, high) in zip(names, spans, strict=True)
+            gr.Slider(visible=True, label=label, minimum=round(low, 2), maximum=round(high, 2))
+            for (_, _, label), (low, high) in zip(listed, spans, strict=True)
         ]
-        zeros = [f"#add-{i} {{ --pgf-zero: {low / (low - high):.1%} }}" for i, (low, high) in enumerate(spans)]
-        style = f"<style>{' '.join(zeros)}</style>"  # where the tracks of the sliders have their 0
-        return [*shown, *[gr.Slider(value=0, visible=False)] * (ATTRIBUTES - len(names)), note(why) + style, anew()]
+        headings = ["" if head == listed[i - 1][0] else f"<h3>{head}</h3>" for i, (head, *_) in enumerate(listed)]
+        zeros = "".join(f"#add-{i} {{ --pgf-zero: {low / (low - high):.3f} }}" for i, (low, high) in enumerate(spans))
+        headings += [""] * (ATTRIBUTES - len(listed))
+        shown += [gr.Slider(value=0, visible=False)] * (ATTRIBUTES - len(listed))
+        return [*shown, *headings, note(why) + f"<style>{zeros}</style>", anew()]
 
     def take(self, desk: Desk, subject: Subject) -> int:
         """Put another image under edit."""
@@ -176,7 +186,7 @@ class EditTab:
     def edit_of(self, subject: Subject, values: Sequence[float]) -> Edit:
         """Describe the edit that the sliders say."""
         strengths, shares = values[:ATTRIBUTES], values[ATTRIBUTES:]
-        names = subject.opened.directions().names if any(strengths) else ()
+        names = [name for _, name, _ in subject.opened.directions().listed()] if any(strengths) else []
         adds = tuple(Add(name, REST, float(strength)) for name, strength in zip(names, strengths, strict=False))
         return Edit(adds, tuple(map(float, shares[: len(subject.latents)])))
 
@@ -192,7 +202,8 @@ class EditTab:
             ("edited", found.pixels, bits, LARGE, made),
             ("original", subject.pixels, subject.bits, SMALL, None),
         ):
-            words = with_class(likelihood_text(opened, measured, wait=False), subject.picked, opened, measured)
+            name = f"{shown_name(subject.picked.image)}: " if title == "original" else ""
+            words = with_class(name + likelihood_text(opened, measured, wait=False), subject.picked, opened, measured)
             figures.append(figure(image(pixels, opened.n_bins, title, width, file), title, words, width))
         if not desk.has(opened):
             return [gr.skip()] * 2
@@ -231,12 +242,13 @@ class BetweenTab:
         listen(strip.click, self.point, count, [at, redraw])
 
     def fill(self, desk: Desk) -> list[Any]:
-        """Fill the tab; a run that was chosen begins with the path between two of the images to choose from."""
+        """Fill the tab; a run that was chosen begins with the path between two images of one class."""
         opened = desk.opened()
         found = self.source.fill(desk, opened)
         if desk.ends == [None, None]:
-            numbers = {*desk.offered[:1], *desk.offered[len(desk.offered) // 2 :][:1]}
-            desk.ends = [*(Subject(opened, opened.pick(HeldOut(n))) for n in sorted(numbers)), None, None][:2]
+            picked = [opened.pick(HeldOut(number)) for number in desk.offered]
+            picked[1:] = sorted(picked[1:], key=lambda each: each.label != picked[0].label)
+            desk.ends = [*(Subject(opened, each) for each in picked[:2]), None, None][:2]
         return [found, anew()]
 
     def take(self, desk: Desk, subject: Subject, end: str) -> int:
@@ -288,4 +300,5 @@ class BetweenTab:
         links = "".join(save_link(made[suffix], f"path{suffix}", words) for suffix, words in files.items())
         shown = parts.strip(list(pixels), opened.n_bins, [f"at {i / (number - 1):.2f}" for i in range(number)])
         movie = image(pixels[0], opened.n_bins, "the path, there and back", SMALL, made[".webp"])
-        return [movie, f"{shown}<p>{links}</p>{parts.not_finite(bad)}", anew()]
+        shown += note("The whole path. A click on an image goes to its point.")
+        return [figure(movie, "there and back", "", SMALL), f"{shown}<p>{links}</p>{parts.not_finite(bad)}", anew()]

@@ -98,6 +98,9 @@ def visit(address: str, upload: Path, number: str) -> dict[str, bytes]:
 
         page.get_by_role("tab", name="Edit", exact=True).click()
         page.get_by_role("slider", name="more like bright").wait_for()
+        page.add_style_tag(content="input[type=range] { margin-bottom: 60rem }")  # as far down as many sliders reach
+        page.get_by_role("slider", name="level 0").scroll_into_view_if_needed()
+        expect(page.get_by_role("img", name="edited")).to_be_in_viewport()
         before = sources(page)
         slide(page, "more like bright")
         changed(page, before)

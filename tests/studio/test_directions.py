@@ -68,6 +68,14 @@ def test_the_sum_of_shifts() -> None:
     assert found.item() == 0.5 * -1 - 2.0 * 2
 
 
+def test_what_is_listed_for_people() -> None:
+    """Attributes below what their names begin with, those without such a beginning first; classes last."""
+    names = ("man", "on sky", "skin tone dark", "beard", "on sand")
+    listed = [("attributes", "beard", "beard"), ("skin tone", "skin tone dark", "dark")]
+    listed += [("background", f"on {ground}", ground) for ground in ("sky", "sand")]
+    assert THREE._replace(names=names, n_classes=1).listed() == [*listed, ("class", "man", "more like man")]
+
+
 REFUSED = [
     (Add("7", "rest", 1.0), "plus: expected one of 3, 8, rest, found '7'"),
     (Add("7", "rest", 0.0), "plus: expected one of"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from support.edits import ByHand
 
-from pyglow_fast.data import UnreadableImageError, from_dataset, load_digits
+from pyglow_fast.data import Attributes, ImageSet, UnreadableImageError, from_dataset, load_digits
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Scores, likelihood_text, parse_image
 from pyglow_fast.studio.directions import measure
@@ -140,6 +140,20 @@ def test_what_is_far_from_held_out_images() -> None:
     scores = Scores(torch.cat([torch.linspace(2.0, 3.0, 999), torch.tensor([90.0])]).double(), torch.zeros(1))
     assert [scores.bounded(bits) for bits in (1.2, 2.5, 3.8)] == [1.2, 2.5, 3.8]
     assert [scores.bounded(bits) for bits in (-9.0, 9.0)] == pytest.approx([1.0, 4.0], abs=0.05)
+
+
+def test_the_image_to_which_most_can_be_added(emoji_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that lacks most of what others of its class have; without attributes the first of all."""
+    opened, held_out = OpenRun.open(str(emoji_run)), torch.tensor([3, 2, 1, 0])
+    both = Attributes(("x", "y"), torch.tensor([[True, False], [False, False], [False, True], [False, False]]))
+    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+
+    def plainest(labels: list[int], attributes: Attributes | None) -> int:
+        data = ImageSet("four", pixels, 256, torch.tensor(labels), ("a", "b"), attributes=attributes)
+        monkeypatch.setattr(opened, "_images", (data, held_out, held_out))
+        return opened.plainest()
+
+    assert [plainest([0, 0, 0, 1], both), plainest([0, 1, 0, 0], both), plainest([0] * 4, None)] == [2, 0, 0]
 
 
 def measured(opened: OpenRun) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ web.require("gradio")
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 
-from pyglow_fast.studio import OpenRun, Scores, scored  # noqa: E402
+from pyglow_fast.studio import HeldOut, OpenRun, Scores, scored  # noqa: E402
 from pyglow_fast.train import RunFolder  # noqa: E402
 from pyglow_fast.web import uploads  # noqa: E402
 from pyglow_fast.web.desk import Desk, Shelf  # noqa: E402
@@ -90,8 +90,9 @@ def test_samples_stand_in_columns_of_their_classes(place: Place) -> None:
 def test_every_attribute_has_a_slider(place: Place) -> None:
     """In words; one that is moved changes the image, and at rest the image is itself, to the bit."""
     *sliders, why, _ = place.edit.measure(place.desk)
-    labels = [slider.label for slider in sliders if slider.visible]
+    labels = [slider.label for slider in sliders[:ATTRIBUTES] if slider.visible]
     assert labels == [f"more like {digit}" for digit in range(10)]
+    assert sliders[ATTRIBUTES:] == [""] * ATTRIBUTES  # one group needs no heading
     assert "<p" not in why
     rest, _ = place.edited()
     shown, command = place.edited(0.0, 1.5)
@@ -112,6 +113,18 @@ def test_no_slider_leads_out_of_what_the_model_has_seen(place: Place) -> None:
             assert f"--add {i} rest {end:g} " in command
             assert "Far out" not in shown
             assert "not finite" not in shown
+
+
+def test_what_the_tabs_open_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image to which most can be added, and the path from it to another one of its class."""
+    monkeypatch.setattr(OpenRun, "plainest", lambda opened: 3)
+    place.desk.choose("runs/digits")
+    place.edit.fill(place.desk)
+    place.between.fill(place.desk)
+    assert " edit runs/digits 3 " in place.edited()[1]
+    first, last = (end.picked for end in place.desk.ends if end is not None)
+    assert (first.image, first.label) == (HeldOut(3), last.label)
+    assert last.image != first.image
 
 
 def test_what_is_far_from_held_out_images_has_no_class(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
