@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -40,17 +39,12 @@ def run_table(runs: Sequence[OpenRun]) -> list[Sequence[str]]:
 
 
 def caveat(runs: Sequence[OpenRun]) -> str:
-    """Say whether bits/dim of the runs compare: only where the images, their grey levels and the split are the same."""
-    first, *others = ((run.checkpoint.config.data, run.checkpoint.data.fingerprint) for run in runs)
-    for data, fingerprint in others:
-        # Another fingerprint may be due to flip alone, which the held-out images know nothing of.
-        mirrored = data.flip != first[0].flip and replace(data, flip=first[0].flip) == first[0]
-        if fingerprint != first[1] and not mirrored:
-            each = [f"{run.name} {run.source}, {run.model.config.image_shape}, n_bins {run.n_bins}" for run in runs]
-            return f"bits/dim do not compare, since the runs have other images: {'; '.join(each)}"
-    if len({(run.checkpoint.config.seed, run.checkpoint.config.data.held_out) for run in runs}) > 1:
-        return "other images are held out by another seed or fraction, unless the images have a split of their own"
-    return "the images are the same"
+    """Say whether bits/dim of the runs compare: only of the same images, grey levels and held-out part."""
+    parts = ((run.checkpoint.data.fingerprint, run.checkpoint.config) for run in runs)
+    if len({(fingerprint, config.seed, config.data.held_out) for fingerprint, config in parts}) == 1:
+        return "the images are the same"
+    each = [f"{run.name} {run.source}, {run.model.config.image_shape}, n_bins {run.n_bins}" for run in runs]
+    return f"bits/dim compare only if the images, their grey levels and those held out are the same: {'; '.join(each)}"
 
 
 def comparison_page(runs: Sequence[OpenRun], draw: Draw) -> str:

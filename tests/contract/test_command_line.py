@@ -242,7 +242,11 @@ def test_compare(place: Path, tmp_path: Path) -> None:
     (row,) = [row for row in rows(place / "run" / "metrics.csv") if row["step"] == step]
     assert (model, bits) == ("2, 2, 4", f"{float(row['held_out_bpd']):.3f} ± {float(row['held_out_se']):.3f}")
     assert " ".join(shown) == "shown 10000 3,191,904 3, 12, 160 2.213 ± 0.068 0.824 ± 0.003 51.2 emoji-small"
-    assert "note: bits/dim do not compare, since the runs have other images: run folder:images, (3, 16, 16)" in said
+    assert "note: bits/dim compare only if the images, their grey levels and those held out are the same: run " in said
+    shutil.copytree("run", tmp_path / "copy")
+    assert "note: the images are the same" in done(
+        "compare", "run", tmp_path / "copy", "--n", 4, "--out", tmp_path / "copy.html"
+    )
     page = Page((tmp_path / "compare.html").read_text(encoding="utf-8"))
     assert page.words["h2"] == ["Curves", "Samples, temperature 0.7, seed 0"]
     pngs = (io.BytesIO(base64.b64decode(str(image["src"]).split(",")[1])) for image in page.images[2:])
