@@ -11,6 +11,7 @@ from support import ROOT
 
 from pyglow_fast.data import DataConfig, load_data
 from pyglow_fast.studio import Add, Draw, Edit, HeldOut, OpenRun, Subject
+from pyglow_fast.train import RunFolder, page_of
 
 SHOWN = ROOT / "pyglow_fast" / "shown"
 GROUNDS = {"on rose": (246, 190, 196), "on mint": (180, 226, 196), "on lilac": (208, 192, 240)}
@@ -57,6 +58,10 @@ def mean_change(opened: OpenRun, name: str, strength: float, images: range) -> t
         assert edited.finite
         found.append(edited.pixels.float() - subject.pixels.float())
     return torch.stack(found)
+
+
+def test_its_report_opens() -> None:
+    assert "so long for its pictures" in page_of(RunFolder(SHOWN))
 
 
 def test_a_slider_of_skin_darkens_and_one_of_the_ground_colours_it(opened: OpenRun) -> None:
