@@ -7,8 +7,9 @@ step before, as torch asks for one anyway (its libraries allocate in it), and a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +26,32 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+_rehearsals: list[None] = []  # those that are entered
+
+
+@contextlib.contextmanager
+def rehearsed() -> Iterator[None]:
+    """A context in which code does what it would in a capture, but runs; a read that would break one is an error.
+
+    Raises:
+        RuntimeError: inside, torch's, where the host waits for a value.
+    """
+    _rehearsals.append(None)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        _rehearsals.pop()
+
+
 def is_capturing(device: torch.device) -> bool:
-    """Tells whether a CUDA graph is being captured on the current stream of a device."""
+    """Tells whether a CUDA graph is being captured on the current stream of a device, or that is rehearsed."""
     if not can_capture(device) or is_traced():
         return False
+    if _rehearsals:
+        return True
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 

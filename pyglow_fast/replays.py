@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._captures import can_capture
+from pyglow_fast._captures import can_capture, rehearsed
 from pyglow_fast._tracing import has_hooks
 from pyglow_fast.layers import ReversibleSequence
 from pyglow_fast.nets.state import without_autocast_cache
 from pyglow_fast.runs.drift import GROW_AFTER
 
 # Calls before a capture, in which libraries allocate, and no spacing of anchors has changed: one that is going to be
-# wider is so after GROW_AFTER of them and those in which a verdict is on its way.
-WARM_UPS = GROW_AFTER + 2
+# wider is so after GROW_AFTER of them and those in which a verdict is on its way. The last one rehearses the capture.
+WARM_UPS = GROW_AFTER + 3
+
+
+_Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Replays:
@@ -35,7 +38,7 @@ class Replays:
             returned. Each is a graph, but every second one, which changes what it gets, and is called between replays.
 
     Attributes:
-        replayed: whether the last call was a replay.
+        replayed: whether the last call was a replay, or its rehearsal: what drifted was not redone.
     """
 
     def __init__(self, model: nn.Module, against: str, *functions: Callable[..., Any]) -> None:
@@ -50,7 +53,7 @@ class Replays:
     @property
     def how(self) -> str:
         """How calls run: "a CUDA graph", or "eagerly: " and why."""
-        if self.replayed:
+        if self._graphs and self.replayed:
             return "a CUDA graph"
         return f"eagerly: {self._why or self._against() or 'the first calls of a shape do'}"
 
@@ -68,23 +71,43 @@ class Replays:
                     buffer.copy_(value, non_blocking=True)
             return self._replay()
         self._runs, self._seen = (self._runs + 1 if self._seen in (None, key) else 1), key
-        if self._runs > WARM_UPS and not self._why:
+        if self._runs >= WARM_UPS and not self._why:
             self._why = self._against()
             if not self._why:
                 try:
-                    self._capture(key, inputs)
-                    self.replayed = True
-                    return self._replay()
+                    return self._graphed(key, inputs)
                 except (RuntimeError, ValueError) as error:
                     self.forget()
                     self.replayed = False
                     self._why = str(error).strip().partition("\n")[0]
-        with self._aside() if can_capture(device) and not self._why else contextlib.nullcontext():
+        try:
+            return self._aside_if_graphed(inputs)
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+            self.forget()  # the memory of a graph of other shapes is free for this call
+        torch.cuda.empty_cache()
+        return self._aside_if_graphed(inputs)
+
+    def _graphed(self, key: Any, inputs: Sequence[Tensor | None]) -> Any:
+        """Rehearse a capture, in which a read of a value is found without harm; at the next call capture and replay."""
+        if self._runs == WARM_UPS:
+            self._graphs = []  # as of those that the capture will replace
+            with self._aside():
+                found = self._eager(inputs, rehearsed)
+        else:
+            self._capture(key, inputs)
+            found = self._replay()
+        self.replayed = True
+        return found
+
+    def _aside_if_graphed(self, inputs: Sequence[Tensor | None]) -> Any:
+        with self._aside() if can_capture(self._device) and not self._why else contextlib.nullcontext():
             return self._eager(inputs)
 
     def forget(self) -> None:
-        """Drop the graphs, and their memory: the next call runs eagerly, the one after it is captured anew."""
-        self._graphs, self._buffers, self._runs, self._seen = [], (), WARM_UPS - 1, None
+        """Drop the graphs, and their memory: the next call runs eagerly, the one after it rehearses a new capture."""
+        self._graphs, self._buffers, self._runs, self._seen = [], (), WARM_UPS - 2, None
 
     def zeroed(self) -> Tensor:
         """Count the passes whose gradients have become zero since states drifted, of all runs; on the device."""
@@ -104,12 +127,13 @@ class Replays:
             self._stream = _side_stream(self._device)
         return _on(self._stream)
 
-    def _eager(self, inputs: Sequence[Tensor | None]) -> Any:
-        first, *others = self._functions
+    def _eager(self, inputs: Sequence[Tensor | None], within: _Context = contextlib.nullcontext) -> Any:
+        """Call the functions; those that a graph would hold ``within`` a context."""
+        found: Any = None
         with without_autocast_cache():
-            found = first(*inputs)
-            for function in others:
-                result = function(found)
+            for i, function in enumerate(self._functions):
+                with contextlib.nullcontext() if i % 2 else within():
+                    result = function(*(inputs if i == 0 else (found,)))
                 found = found if result is None else result
         return found
 
@@ -164,9 +188,27 @@ def _on(stream: torch.cuda.Stream) -> Iterator[None]:
 def _capture(function: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Callable[[], None], Any]:
     """Captures a function; returns what replays it, and its result, whose tensors each replay fills.
 
-    What other threads do meanwhile, such as one that pins memory for a loader of data, does not disturb it.
+    What other threads do meanwhile, such as one that pins memory for a loader of data, does not disturb it. Where it
+    fails, the process is as it was: torch before 2.12 goes on to allocate in the pool of a capture that CUDA has broken
+    off, torch before 2.14 never releases it, and the generator would wait for a replay (pytorch 180395, 190348).
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        result = function()
+    graph, pool, device = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), stream.device_index
+    generator = torch.cuda.default_generators[device]
+    before, failed = generator.clone_state(), None
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            try:
+                result = function()
+            except Exception as error:  # the capture is ended first
+                failed = error
+    except RuntimeError as broken:
+        generator.graphsafe_set_state(before)
+        with contextlib.suppress(RuntimeError):  # what torch has ended itself
+            torch._C._cuda_endAllocateToPool(device, pool)
+        if torch.__version__ < (2, 14):  # type: ignore[operator]  # it compares with tuples
+            with contextlib.suppress(RuntimeError):  # where the capture has not begun, there is none
+                torch._C._cuda_releasePool(device, pool)
+        raise failed or broken from broken
+    if failed is not None:
+        raise failed
     return graph.replay, result

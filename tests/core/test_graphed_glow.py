@@ -13,6 +13,7 @@ from support.graphed_stand_in import Side, recorded_graphs
 from torch import Tensor
 
 import pyglow_fast as pgf
+from pyglow_fast import replays
 from pyglow_fast.graphed_glow import GraphedGlow
 from pyglow_fast.replays import WARM_UPS
 from pyglow_fast.runs.drift import GROW_AFTER
@@ -130,7 +131,9 @@ class TestEagerly:
         assert step.how == "eagerly: parameter prior.mean_log_sd has hooks"
         assert len(calls) == WARM_UPS + 2
 
-    def test_a_net_that_reads_values(self, recorded: Side) -> None:
+    def test_a_net_that_reads_values(self, recorded: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which the rehearsal of the capture finds: none is begun."""
+        monkeypatch.setattr(replays, "_capture", None)
         model, x = make(net=lambda inside, outside: ReadsNet(inside, outside, 3, padding=1), memory="store")
         step = pgf.graphed(model)
         for _ in range(WARM_UPS + 2):

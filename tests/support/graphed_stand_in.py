@@ -38,5 +38,6 @@ def recorded_graphs() -> Iterator[Side]:
     """A context in which Replays takes the CPU for a GPU, and its captures are recordings."""
     side = Side()
     own = {"_side_stream": lambda device: side, "_on": side.entered, "_capture": side.capture}
+    own["rehearsed"] = capture_guard
     with like_a_gpu(), mock.patch.multiple(replays, **own):
         yield side
