@@ -109,6 +109,17 @@ class Replays:
         """Drop the graphs, and their memory: the next call runs eagerly, the one after it rehearses a new capture."""
         self._graphs, self._buffers, self._runs, self._seen = [], (), WARM_UPS - 2, None
 
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """A context of backward passes whose gradients stay as they are where states drifted; zeroed() tells of it."""
+        for control in self._controls:
+            control.leaves_out = True
+        try:
+            yield
+        finally:
+            for control in self._controls:
+                control.leaves_out = False
+
     def zeroed(self) -> Tensor:
         """Count the passes whose gradients have become zero since states drifted, of all runs; on the device."""
         counts = [control.zeroed(self._device) for control in self._controls]

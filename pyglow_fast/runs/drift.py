@@ -206,6 +206,8 @@ class DriftControl:
         first_spacing: of a run that begins, in which nothing has been learnt.
         learnt: from earlier passes.
         verdicts: that the host does not wait for.
+        leaves_out: gradients of a pass whose verdict is deferred stay as they are where a state has drifted. Whoever
+            sets this for the pass reads :meth:`zeroed`, and leaves its update out.
 
     Raises:
         ValueError: a wrong option.
@@ -241,7 +243,7 @@ class DriftControl:
         most = max(n_steps, 1)
         start = min(max(START_SPACING, -(-n_steps // MOST_ANCHORS)), most)
         self.first_spacing = anchor_every if isinstance(anchor_every, int) else most if anchor_every is None else start
-        self.verdicts, self._has_warned = Verdicts(), False
+        self.verdicts, self.leaves_out, self._has_warned = Verdicts(), False, False
         self.learnt = DriftRecord(start)
         self._began_with: int | None = None  # the learnt spacing, at the last forward outside of a backward
 

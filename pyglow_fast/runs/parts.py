@@ -127,10 +127,12 @@ class RunPass:
     def judged(self, part: Part, worst: Tensor | float, limit: float, redone: int) -> Tensor | None:
         """Note the worst drift of a part, a tensor where it is judged later, and how many steps it has redone.
 
-        Returns whether the part's gradients are to become zero, a scalar tensor; None where what drifted was redone.
+        Returns whether the part's gradients are to become zero, a scalar tensor; None where what drifted was redone, or
+        the whole update is left out.
         """
         assert self.control is not None
         drifted = drifted_in_this_backward(~(worst <= limit)) if isinstance(worst, Tensor) else None
+        zeroes = None if self.control.leaves_out else drifted
         with _judging:
             task = torch._C._current_graph_task_id()
             if task != self._task:  # an earlier one ended before the final part, as it wanted late gradients alone
@@ -138,7 +140,7 @@ class RunPass:
             self._worst.append(worst)
             self._redone += redone
             if not part.ends_backward:
-                return drifted
+                return zeroes
             found, redone, self._worst, self._redone = self._worst, self._redone, [], 0
         if drifted is None:
             nan_or_largest = max(found, key=lambda drift: (drift != drift, drift))
@@ -146,7 +148,7 @@ class RunPass:
         else:
             drifts = torch.stack([drift.to(drifted.device) for drift in found])
             self.control.verdicts.add(drifts.amax(), drifted, limit, self.spacing)
-        return drifted
+        return zeroes
 
     def checkpointed(self, part: Part, device: torch.device) -> None:
         """Note that a part's states were all kept; within a capture nothing has run, and nothing is noted."""

@@ -104,7 +104,8 @@ class Update:
             assert pixels is not None
             assert keys is not None
             values: Tensor = self._losses(noisy(pixels, keys, self.n_bins), labels) / count
-            (values[0] + self._class_weight * values[1:].sum()).backward()
+            with self.replays.leaving_out():  # as _apply does
+                (values[0] + self._class_weight * values[1:].sum()).backward()
             losses.append(values.detach())
         row = torch.stack(losses).sum(0)
         lost = (self.replays.zeroed() > before).to(row.dtype).reshape(1)

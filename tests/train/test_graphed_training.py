@@ -156,6 +156,7 @@ def test_a_step_that_drifts_is_taken_by_the_model(
     found.close()
     assert forgotten == lost
     assert found.progress.skipped == 0
+    assert not any(run.control.leaves_out for run in found.model._sequences()), "others' gradients are to become zero"
     assert found.update.replays.how == "a CUDA graph"
     assert found.progress.loss_sum == pytest.approx(expected.progress.loss_sum, rel=1e-5)
     assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
