@@ -183,7 +183,7 @@ def gap_words(held_out: Score, train: Score, step: int, best: float | None, best
         return (
             f"overfitting: held-out was best at step {best_step}, {best:.3f} bits/dim, and is {held_out.mean:.3f} now, "
             "as the model learns its training images by heart; other commands take the best checkpoint. Try "
-            f"--max-steps {2 * best_step}, over which the rate falls to its end, {remedies}"
+            f"--max-steps {best_step}, over which the rate falls to 0, {remedies}"
         )
     if gap > max(GAP, 3 * held_out.standard_error):  # which is NaN of one image: then GAP
         return (

@@ -96,7 +96,7 @@ def test_names_are_neither_formulas_nor_lines() -> None:
 def test_what_the_gap_means(held_out: float, train: float, best: tuple[float, int] | None, words: str) -> None:
     found = gap_words(Score(held_out, 0.02, 100), Score(train, math.nan, 1), 900, *(best or (None, 0)))
     assert found.startswith(words)
-    assert ("--max-steps 800" in found) == found.startswith("overfitting")
+    assert ("--max-steps 400," in found) == found.startswith("overfitting")
 
 
 def test_a_gap_within_the_error_is_none() -> None:
