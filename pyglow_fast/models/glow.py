@@ -416,6 +416,8 @@ class Glow(nn.Module):
         The deepest latent is chosen first: a prior sees what those below it are. ``given`` are like the latents;
         ``name`` is that of the method.
         """
+        if not (self._range_is_known or is_watched() or self._flow_levels[0].has_begun):
+            warn_of_fresh(stacklevel=5 if name == "from_noise" else 4)
         plans = self._run_plans(given, conds, name)
         x = choose(len(self.splits), partial(self._prior, len(self.splits), given[-1], None, y))
         log_det = x.new_zeros(x.shape[0])
@@ -444,8 +446,7 @@ class Glow(nn.Module):
         log_prob = found.log_det
         for i, (latent, kept) in enumerate(zip(found.latents, found.kept, strict=True)):
             log_prob = log_prob + functional.gaussian_log_prob(latent, *self._prior(i, kept, found.conds[i], y))
-        if can_read(log_prob) and not is_watched() and not log_prob.isfinite().all():
-            warn_of_not_finite(self, x, cond, log_prob)
+        warn_of_not_finite(self, x, found.conds, log_prob)
         return log_prob, found.latents[-1]
 
     def class_log_probs(self, x: Tensor, cond: Condition | None = None) -> Tensor:
@@ -469,7 +470,9 @@ class Glow(nn.Module):
         for label in range(n_classes or 0):
             mean, log_sd = self.prior(top, torch.full((len(top),), label, device=top.device))
             columns.append(rest + functional.gaussian_log_prob(top.double(), mean.double(), log_sd.double()))
-        return torch.stack(columns, 1)
+        log_probs = torch.stack(columns, 1)
+        warn_of_not_finite(self, x, found.conds, log_probs)
+        return log_probs
 
     def class_logits(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         """Logits of the classes of x, (N, config.classify), by the head on its top latent; no label is asked for.
@@ -558,8 +561,6 @@ class Glow(nn.Module):
         check_temperature(temperature, n)
         conds = self._check_cond(cond, n)
         parameter = self._parameter()
-        if not (self._range_is_known or is_watched() or self._flow_levels[0].has_begun):
-            warn_of_fresh(stacklevel=3)
         if y is None and self.config.n_classes is not None:
             device = parameter.device if generator is None else generator.device
             y = torch.randint(self.config.n_classes, (n,), generator=generator, device=device).to(parameter.device)

@@ -59,10 +59,10 @@ class FlowLevel(nn.Module):
         steps: Any = self.checkerboard or self.steps
         return isinstance(steps, FrozenSteps) or bool(steps[0].is_initialized)
 
-    def _runs(self) -> list[tuple[Steps, bool]]:
-        """The runs of steps that there are, in their order, and whether a squeeze comes before them."""
-        runs = ((self.checkerboard, False), (self.steps, True))
-        return [(steps, squeezes) for steps, squeezes in runs if steps is not None]
+    def named_runs(self) -> list[tuple[str, Steps, bool]]:
+        """List the runs of steps that there are by name, in their order, and whether a squeeze comes before them."""
+        runs = (("checkerboard", self.checkerboard, False), ("steps", self.steps, True))
+        return [(name, steps, squeezes) for name, steps, squeezes in runs if steps is not None]
 
     def forward(
         self, x: Tensor, cond: Tensor | None, plans: Mapping[nn.Module, RunPlan], at: Sequence[int] = ()
@@ -73,7 +73,7 @@ class FlowLevel(nn.Module):
         others do what their memory mode says; ``at`` is empty for a frozen level, or one with checkerboards.
         """
         log_dets, states = [], [x]
-        for steps, squeezes in self._runs():
+        for _, steps, squeezes in self.named_runs():
             own = None if cond is None else fitted(cond, [size // (1 + squeezes) for size in x.shape[2:]])
             planned = {"plan": plans[steps]} if steps in plans else {}
             if at:
@@ -88,7 +88,7 @@ class FlowLevel(nn.Module):
     def inverse(self, z: Tensor, cond: Tensor | None, plans: Mapping[nn.Module, RunPlan]) -> tuple[Tensor, Tensor]:
         """Map z back to x; log_det (N,) is the negative of the forward one. Plans as of :meth:`forward`."""
         log_dets = []
-        for steps, squeezes in reversed(self._runs()):
+        for _, steps, squeezes in reversed(self.named_runs()):
             planned = {"plan": plans[steps]} if steps in plans else {}
             z, log_det = steps.inverse(z, fitted(cond, z.shape[2:]), **planned)
             z = functional.unsqueeze(z) if squeezes else z
@@ -97,7 +97,7 @@ class FlowLevel(nn.Module):
 
     def initialize(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """Initialise step after step from data, each from the output of those before it."""
-        for steps, squeezes in self._runs():
+        for _, steps, squeezes in self.named_runs():
             x = functional.squeeze(x) if squeezes else x
             x = steps.initialize(x, fitted(cond, x.shape[2:]))
         return x

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from pyglow_fast.models.condition import Condition
+from pyglow_fast import functional
+from pyglow_fast._errors import can_read
+from pyglow_fast._tracing import is_watched
+from pyglow_fast.models.condition import fitted
 
 if TYPE_CHECKING:
+    from pyglow_fast.layers import FlowStep
     from pyglow_fast.models.glow import Glow
 
 
@@ -37,27 +43,34 @@ def warn_of_fresh(stacklevel: int) -> None:
     )
 
 
-def warn_of_not_finite(model: Glow, x: Tensor, cond: Condition | None, log_prob: Tensor) -> None:
-    """Warn that some of ``log_prob`` are NaN or inf, and name the weights or the first step that they come from."""
-    lost = int((~log_prob.isfinite()).sum())
+def warn_of_not_finite(model: Glow, x: Tensor, conds: Sequence[Tensor | None], log_prob: Tensor) -> None:
+    """Warn where log_prob (N,) or (N, classes) is not finite, and name the weights or the first step that it is from."""
+    if not can_read(log_prob) or is_watched() or log_prob.isfinite().all():
+        return
+    lost = int((~log_prob.isfinite()).reshape(len(x), -1).any(1).sum())
+    # Other ranks would wait for what this one computes of shared weights.
+    alone = not (dist.is_available() and dist.is_initialized())
+    cause = f": {_cause(model, x, conds)}" if alone and model.memory != "frozen" else ""
     warnings.warn(
-        f"log_prob is NaN or inf for {lost} of {len(log_prob)} images: {_culprit(model, x, cond)}. After a step of "
-        "training: a lower learning rate, a longer warm-up, or clipped gradients",
+        f"log_prob is NaN or inf for {lost} of {len(log_prob)} images{cause}. After a step of training: a lower "
+        "learning rate, a longer warm-up, or clipped gradients",
         stacklevel=4,
     )
 
 
 @torch.no_grad()
-def _culprit(model: Glow, x: Tensor, cond: Condition | None) -> str:
+def _cause(model: Glow, x: Tensor, conds: Sequence[Tensor | None]) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"{name} is not finite"
-    config = model.config
-    if model.memory == "frozen" or config.n_checkerboard + config.n_last_checkerboard:
-        return "all weights are finite"  # intermediates() does not show the states between the steps of these
-    inner = range(config.n_transitions + config.n_steps - 1)
-    for i, states in enumerate(model.intermediates(x, cond, inner)[1]):
-        for k, state in enumerate(states):
-            if not state.isfinite().all():
-                return f"levels.{i}.steps.{k} is the first step whose output is not finite"
+    with torch.random.fork_rng([]):  # of nets that draw
+        for i, level in enumerate(model._flow_levels):
+            for name, steps, squeezes in level.named_runs():
+                x = functional.squeeze(x) if squeezes else x
+                for k, step in enumerate(cast("Iterable[FlowStep]", steps)):
+                    x, _ = step(x, fitted(conds[i], x.shape[2:]))
+                    if not x.isfinite().all():
+                        return f"levels.{i}.{name}.{k} is the first step whose output is not finite"
+            if i < len(model.splits):
+                x, _ = model._split(i).parts(x)
     return "the output of every step is finite, its log-determinant or prior is not"
