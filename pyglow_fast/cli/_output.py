@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pyglow_fast._errors import did_you_mean, visible
 from pyglow_fast.data import Yardstick
@@ -43,7 +44,9 @@ def say_error(error: object, lines: bool = False) -> None:
     text = str(error)
     found = _UNKNOWN.fullmatch(text.partition(": ")[2]) or _UNKNOWN.fullmatch(text)
     if found is not None:
-        text += did_you_mean(found["word"], _NAME.findall(found["known"]))
+        word = found["word"]
+        is_folder = text.startswith("data: ") and Path(word).is_dir()
+        text += f"; did you mean 'folder:{word}'?" if is_folder else did_you_mean(word, _NAME.findall(found["known"]))
     print(f"error: {visible(text, lines)}", file=sys.stderr)
 
 

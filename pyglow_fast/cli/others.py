@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from pyglow_fast._settings import declared_of
 from pyglow_fast.cli._arguments import RUN_HELP, Commands, check_numbers, command, output_path
 from pyglow_fast.cli._output import InputError, say, say_next, table, user_input
 from pyglow_fast.cli.training import add_settings, settings
-from pyglow_fast.data import DATA_HELP, FETCHABLE, SOURCES, DataConfig, FetchError, data_folder, fetch, look_over
+from pyglow_fast.data import (
+    DATA_HELP,
+    FETCHABLE,
+    SOURCES,
+    DataConfig,
+    FetchError,
+    data_folder,
+    fetch,
+    look_over,
+    options_of,
+)
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.experiments import caveat, comparison_page, run_table
 from pyglow_fast.studio import Draw, OpenRun
@@ -65,23 +76,23 @@ def data(args: argparse.Namespace) -> None:
         if name is None:
             say(_listing(), lines=True)
             return
-        if args.to is not None or (name in FETCHABLE and not (data_folder() / name).is_dir()):
+        expect(name.partition(":")[0] in SOURCES, "data", f"one of {DATA_HELP}", repr(name))
+        if "on_unreadable" in options_of(name):
+            given = {"on_unreadable": "skip"} | given  # a warning counts what is left out
+        config, out = DataConfig(name, **given), output_path(args.out or "data.png", ".png", "out", name)
+        if args.to is not None or name in FETCHABLE:
             try:
                 folder, was_there = fetch(name, args.to)
             except FetchError as error:
                 raise InputError(str(error)) from error
             say(f"{name} {'was there and is whole' if was_there else 'fetched'}: {folder}")
             say(f"{FETCHABLE[name].licence} - {FETCHABLE[name].about}")
-            name = name if args.to is None else f"{name}:{folder}"
-            if not given and args.out is None:
-                say_next("train", name, "--out", f"runs/{args.name}")
-                return
-        expect(name.partition(":")[0] in SOURCES, "data", f"one of {DATA_HELP}", repr(name))
-        config, out = DataConfig(name, **given), output_path(args.out or "data.png", ".png", "out", name)
+            config = config if args.to is None else replace(config, name=f"{name}:{folder}")
         lines, yardsticks, train = look_over(config, args.seed)
     say("\n".join([*lines, table({}, yardsticks)]), lines=True)
     save_picture(example_grid(train, min(args.n, len(train)), args.seed, train.class_names), out)
     say(out)
+    say_next("train", config.name, "--out", f"runs/{config.name.partition(':')[0]}")
 
 
 def _listing() -> str:
@@ -109,7 +120,8 @@ def compare(args: argparse.Namespace) -> None:
     with user_input():
         check_numbers(args)
         draw, out = Draw(args.n, args.temperature, args.seed), Path(args.out or ".")
-        expect(len(set(args.runs)) == len(args.runs) > 1, "runs", "two or more, each once", " ".join(args.runs))
+        places = {find_run(name)[0].path.resolve() for name in args.runs}
+        expect(len(places) == len(args.runs) > 1, "runs", "two or more, each once", " ".join(args.runs))
         runs = [OpenRun.open(name, args.last, args.device) for name in args.runs]
         place = str(out / "compare.html" if out.is_dir() else out)
         out = output_path(place, ".html", "out", *(run.source for run in runs))

@@ -73,7 +73,9 @@ def add(commands: Commands[Any]) -> None:
     text = "the folder of the run"
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
-    parser.add_argument("--minutes", type=float, metavar="X", default=2.0, help="at most so long")
+    parser.add_argument(
+        "--minutes", type=float, metavar="X", default=2.0, help="at most so long; three times on a busy machine"
+    )
 
     about = "train permutations x couplings over several seeds, and compare their held-out bits/dim"
     example = "ablate fashion-mnist --n-steps 4 --hidden 48 --out runs/ablation"
@@ -320,7 +322,9 @@ def finish(result: Result, folder: RunFolder, least: int = 1) -> int:
     say(folder.samples)
     say(folder.page)
     if result.step < least:
-        say_error(f"{result.step} steps were done in {duration(result.seconds)}; a model learns by {least} or more")
+        say_error(
+            f"{result.step} steps in {duration(result.seconds)}: expected {least} or more, in which a model learns"
+        )
         say_next("resume", path, "--max-minutes", f"{result.seconds / 60 + presets.MINUTES:.0f}")
         return 1
     say_next("sample", path)
@@ -336,10 +340,10 @@ def demo(args: argparse.Namespace) -> int:
         ready = start(config, args.out, args.overwrite, data)
     say(f"training on {len(ready.state.train)} handwritten digits; {len(ready.state.held_out)} are held out")
     result = ready.execute(began=began)
-    most = 3 * args.minutes
+    most = float(f"{3 * args.minutes:.3g}")
     if result.stopped_by is None and result.step < LEAST_DEMO and result.seconds < 60 * most:
         said = f"{result.step} steps in {duration(result.seconds)}"
-        say(f"{said}: this machine is busy, the demo takes {most:g} minutes")
+        say(f"{said} are too few for samples: the demo takes up to {most:g} minutes")
         ready = resume(args.out, max_minutes=most, max_steps=LEAST_DEMO)
         result = ready.execute()
     return finish(result, ready.folder, LEAST_DEMO)

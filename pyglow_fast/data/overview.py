@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pyglow_fast.data._optional import optional
-from pyglow_fast.data.config import DataConfig, options_of
+from pyglow_fast.data.config import DataConfig
 from pyglow_fast.data.fetch import data_folder
 from pyglow_fast.data.files import FORMATS, find_images
 from pyglow_fast.data.image_set import Images, split
@@ -22,12 +21,8 @@ NAMED = 50  # classes that are listed
 
 
 def look_over(config: DataConfig, seed: int = 0) -> tuple[list[str], list[Yardstick], Images]:
-    """Describe the images that ``config`` names: lines for people, yardsticks, and those of them to train on.
-
-    What cannot be read is left out; warnings count it, and what is enlarged.
-    """
-    skips = "on_unreadable" in options_of(config.name)
-    data = load_data(replace(config, on_unreadable="skip") if skips else config)
+    """Describe the images that ``config`` names: lines for people, yardsticks, and those of them to train on."""
+    data = load_data(config)
     train, held_out = (data.subset(side) for side in split(data, config.held_out, seed))
     lines = [f"{data.name}: {len(data)} images of shape {data.image_shape} with {data.n_bins} grey levels"]
     lines[0] += f", {len(train)} to train on and {len(held_out)} held out"
@@ -46,9 +41,13 @@ def look_over(config: DataConfig, seed: int = 0) -> tuple[list[str], list[Yardst
         files.sort()
         small, median, large = (files[i][1] for i in (0, len(files) // 2, -1))
         modes = ", ".join(f"{mode} {n}" for mode, n in Counter(mode for *_, mode in files).most_common())
-        lines.append(f"files: {small} the smallest, {median} the median, {large} the largest; {modes}")
+        lines.append(f"{len(files)} files: {small} the smallest, {median} the median, {large} the largest; {modes}")
     seen = read_some(data)
-    moments = torch.std_mean(seen.pixels.float() / (data.n_bins - 1), (0, 2, 3))
-    deviation, mean = (" ".join(f"{value:.3f}" for value in values.tolist()) for values in moments)
+    levels, moments = torch.arange(data.n_bins) / (data.n_bins - 1), []
+    for channel in seen.pixels.unbind(1):
+        share = channel.flatten().bincount(minlength=data.n_bins).double() / channel.numel()
+        center = (share * levels).sum()
+        moments.append((float(center), float((share * (levels - center).square()).sum().sqrt())))
+    mean, deviation = (" ".join(f"{value:.3f}" for value in values) for values in zip(*moments, strict=True))
     lines.append(f"of {len(seen)} images, by channel, white as 1: mean {mean}, deviation {deviation}")
     return lines, measure_yardsticks(train, held_out), train

@@ -5,15 +5,18 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 
+from pyglow_fast.data import DataConfig
 from pyglow_fast.models import Glow, GlowConfig
 from pyglow_fast.studio import Draw, OpenRun
 from pyglow_fast.train.figures import class_heads, curve_png, grid, png_bytes, points
 from pyglow_fast.train.metrics import read_metrics
 from pyglow_fast.train.page import figure, page, plus_minus, row, section, table
 
+SAME = "the images are the same"
 _TITLES = ("run", "step", "parameters", "L, K, hidden", "held-out bits/dim", "train", "minutes", "images")
 _CURVES = {"held-out bits/dim": "held_out_bpd", "bits/dim of training batches": "train_bpd"}
 
@@ -39,12 +42,17 @@ def run_table(runs: Sequence[OpenRun]) -> list[Sequence[str]]:
 
 
 def caveat(runs: Sequence[OpenRun]) -> str:
-    """Say whether bits/dim of the runs compare: only of the same images, grey levels and held-out part."""
-    parts = ((run.checkpoint.data.fingerprint, run.checkpoint.config) for run in runs)
-    if len({(fingerprint, config.seed, config.data.held_out) for fingerprint, config in parts}) == 1:
-        return "the images are the same"
-    each = [f"{run.name} {run.source}, {run.model.config.image_shape}, n_bins {run.n_bins}" for run in runs]
-    return f"bits/dim compare only if the images, their grey levels and those held out are the same: {'; '.join(each)}"
+    """Say in what the images of the runs differ, apart from flips in training: bits/dim of others do not compare."""
+    differ = []
+    for name in (item.name for item in fields(DataConfig) if item.name != "flip"):
+        values = [str(getattr(run.checkpoint.config.data, name)) for run in runs]
+        differ += [f"{name} ({', '.join(values)})"] if len(set(values)) > 1 else []
+    seeds = [str(run.checkpoint.config.seed) for run in runs]
+    differ += [f"seed ({', '.join(seeds)})"] if len(set(seeds)) > 1 else []
+    flips = {run.checkpoint.config.data.flip for run in runs}
+    if not differ and len(flips) == 1 and len({run.checkpoint.data.fingerprint for run in runs}) > 1:
+        differ = ["the files themselves"]
+    return f"the images, or those held out, may not be the same: {'; '.join(differ)}" if differ else SAME
 
 
 def comparison_page(runs: Sequence[OpenRun], draw: Draw) -> str:

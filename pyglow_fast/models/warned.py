@@ -44,7 +44,7 @@ def warn_of_fresh(stacklevel: int) -> None:
 
 
 def warn_of_not_finite(model: Glow, x: Tensor, conds: Sequence[Tensor | None], log_prob: Tensor) -> None:
-    """Warn where log_prob (N,) or (N, classes) is not finite, and name the weights or the first step that it is from."""
+    """Warn where log_prob (N,) or (N, classes) is not finite, and name the weights or the first step that made it."""
     if not can_read(log_prob) or is_watched() or log_prob.isfinite().all():
         return
     lost = int((~log_prob.isfinite()).reshape(len(x), -1).any(1).sum())

@@ -39,6 +39,7 @@ from pyglow_fast.train.seeds import random_subset
 MEASURED = 5000  # most training images that directions are measured on
 SCORED = 1000  # images of each side that bits/dim are compared with
 MOST_FAR = 0.01  # share of the held-out images at either end that their range of bits/dim leaves out
+ENOUGH = 20  # held-out images, to say what is far from them
 SHOWN = "shown"  # the name of the small model that comes with the package
 
 
@@ -69,7 +70,12 @@ class Scores(NamedTuple):
         return float((self.held_out < bits).double().mean()) if len(self.held_out) else math.nan
 
     def bounded(self, bits: float) -> float:
-        """Clamp bits/dim to the range of the held-out images but for MOST_FAR, made three times as long."""
+        """Clamp bits/dim to the range of the held-out images but for MOST_FAR, made three times as long.
+
+        Fewer than ENOUGH of them have no range.
+        """
+        if len(self.held_out) < ENOUGH:
+            return bits
         low, high = self.held_out.quantile(self.held_out.new_tensor([MOST_FAR, 1.0 - MOST_FAR])).tolist()
         return min(max(bits, 2 * low - high), 2 * high - low)
 

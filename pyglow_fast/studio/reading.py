@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -58,15 +59,22 @@ def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
 
 
 def brought_to(model: Glow, n_bins: int, images: Images) -> Images:
-    """Give images in memory the channels and grey levels of a model: grey is three equal channels, level l is l n / n'.
+    """Give images in memory the channels and grey levels of a model, with a warning; black stays black, white white.
 
-    Fewer levels lose what the model's own images have lost, see :func:`pyglow_fast.data.read_single`.
+    Grey becomes three equal channels. Fewer levels lose what the model's own images have lost, more of them nothing.
     """
+    shape, wanted = images.image_shape, model.config.image_shape
     if not isinstance(images, ImageSet):  # files, which were read as the model takes them
         return images
-    values = images.pixels
-    if values.shape[1] == 1:
-        values = values.expand(-1, model.config.image_shape[0], -1, -1)
+    values, said = images.pixels, []
+    if shape[0] == 1 < wanted[0]:
+        values = values.expand(-1, wanted[0], -1, -1)
+        said.append(f"grey becomes {wanted[0]} equal channels")
     if images.n_bins != n_bins:
-        values = (values.int() * n_bins // images.n_bins).to(torch.uint8)
+        said.append(f"{images.n_bins} grey levels become {n_bins}")
+        most = images.n_bins - 1
+        spread = (values.int() * (n_bins - 1) + most // 2) // most  # rounded
+        values = (spread if n_bins > images.n_bins else values.int() * n_bins // images.n_bins).to(torch.uint8)
+    if said:
+        warnings.warn(f"{images.name}: {', '.join(said)}, as the model takes images", stacklevel=3)
     return replace(images, pixels=values, n_bins=n_bins)

@@ -37,7 +37,7 @@ STARTING = 0.03  # share of max_minutes that the scores before the first step ma
 REPORTING = 5.0  # seconds that yardsticks, curve and page take, roughly
 MEASURING = 0.02  # share of max_minutes in which the seconds of a step are measured
 STEP_PASSES = 2  # a training step takes as long as so many initialisations of its images, roughly (1.1 to 2.5)
-LONG = 2.0  # hours that a run on a CPU may take without a word about it
+LONG, SLOW = 2.0, 5.0  # hours that a run on a CPU may take, and seconds a step, without a word about it
 PLANNED = 0.97  # share of the time left that the steps of a run are planned to take: its speed is never quite the same
 
 
@@ -180,12 +180,14 @@ class Run:
         if state.config.decay_steps != 0 or minutes is None or any(limit is not None for limit in others):
             self._say_hours()
             return
+        threads = state.config.threads
         each = seconds / step if step else self._measured(MEASURING * 60 * minutes) + self._between_steps()
         steps = step + max(1, int(PLANNED * state.ranks.largest(-self._left())[0] / -each))
         state.config = replace(state.config, max_steps=steps)
         size = sum(parameter.numel() for parameter in state.model.parameters()) / 1e6
         done = time.strftime("%H:%M", time.localtime(time.time() + 60 * minutes - (time.monotonic() - self._began)))
         said = f"{size:.2g} million parameters; {steps} steps of {1e3 * each:.0f} ms fit into {minutes:g} minutes"
+        said += "" if state.config.threads == threads else " on one thread, faster here than on more (--threads)"
         self.writer.say(f"{said}, done at {done} (more: --max-minutes)")
         if state.ranks.first:
             self.folder.write_config(state.config)
@@ -205,21 +207,20 @@ class Run:
         return each
 
     def _say_hours(self) -> None:
-        """Say how long a run takes whose steps are too many for a CPU, by what its initialisation took."""
-        state, step, config = self.state, self.state.progress.step, self.state.config
+        """Say how long a run takes whose steps are slow on a CPU, by what its initialisation took."""
+        state, config = self.state, self.state.config
         each = STEP_PASSES * self._image_seconds * config.batch_size
-        hours = each * ((state.last_step or 0) - step) / 3600
-        if step or state.device.type != "cpu" or hours < LONG:
+        if state.progress.step or state.device.type != "cpu":
             return
         self._step_seconds = each  # so that no step is begun for which there is no time
+        hours = each * (state.last_step or 0) / 3600
+        if hours < LONG and each < SLOW:
+            return
+        said = f"a step of {config.batch_size} images takes some {each:.2g} s on this CPU"
+        said += "" if state.last_step is None else f", {state.last_step} steps {hours:.2g} hours"
         if config.max_minutes is not None:
-            fits = f"{config.max_minutes:g} minutes have time for {int(60 * config.max_minutes / each)}"
-        else:
-            fits = "--max-minutes bounds them"
-        self.writer.say(
-            f"a step of {config.batch_size} images takes some {each:.2g} s on this CPU, {state.last_step} steps "
-            f"{hours:.2g} hours; {fits}, and without --preset the model fits the time"
-        )
+            said += f"; the time has room for some {max(0, int(self._left() / each))}"
+        self.writer.say(f"{said} (a smaller model: without --preset, or with another --n-steps and --hidden)")
 
     def _between_steps(self) -> float:
         """Seconds a step that evaluations and samples take, roughly."""

@@ -72,6 +72,7 @@ def csv_text(rows: Iterable[Sequence[Cell]], digits: int = 6) -> str:
 
 def markdown_text(rows: Sequence[Sequence[str]]) -> str:
     """Write rows, the titles first, as a Markdown table that can be read as it stands."""
+    rows = [[visible(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
     lines.insert(1, f"|{'|'.join('-' * (width + 2) for width in widths)}|")
