@@ -38,6 +38,7 @@ class _Encoded(NamedTuple):
     conds: list[Tensor | None]
     log_det: Tensor
     states: list[list[Tensor]]
+    can_read: bool  # whether the host may look at values
 
 
 class Glow(nn.Module):
@@ -299,20 +300,21 @@ class Glow(nn.Module):
                 return steps.like
         return next(self.parameters())
 
-    def _check_x(self, x: Tensor, cond: Condition | None) -> list[Tensor | None]:
-        """Checks both, and gives the condition of each level."""
+    def _check_x(self, x: Tensor, cond: Condition | None) -> tuple[list[Tensor | None], bool]:
+        """Checks both, and gives the condition of each level, and whether the host may look at values."""
         if isinstance(x, Tensor) and not x.is_floating_point():
             expect(False, "x", "float values, pyglow_fast.likelihood.dequantize(x) of integer levels", x.dtype)
         check_input("x", x, self.config.image_shape[0], self._parameter())
         self._check_shape("x", x)
-        if can_read(x):
+        reads = can_read(x)
+        if reads:
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
             if not self._range_is_known and not is_watched() and x.numel():
                 warn_of_other_range(x)
                 self._range_is_known = True
                 if not (self.training or self._flow_levels[0].has_begun):
                     warn_of_fresh(stacklevel=6)
-        return self._check_cond(cond, x.shape[0])
+        return self._check_cond(cond, x.shape[0]), reads
 
     def _check_shape(self, name: str, x: Tensor) -> None:
         shape = self.config.image_shape
@@ -343,7 +345,7 @@ class Glow(nn.Module):
         x is checked first. Should a step still make NaN or inf of it, the error leaves the actnorms before it set.
         Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
         """
-        conds = self._check_x(x, cond)
+        conds, _ = self._check_x(x, cond)
         for i, level in enumerate(self._flow_levels):
             x = level.initialize(x, conds[i])
             if i < len(self.splits):
@@ -377,7 +379,7 @@ class Glow(nn.Module):
 
     def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] = ()) -> _Encoded:
         """Map x to its latents, with the states of each level behind its steps ``at`` and its last one."""
-        conds = self._check_x(x, cond)
+        conds, reads = self._check_x(x, cond)
         if (
             self.training and not self._flow_levels[0].has_begun
         ):  # all levels, while none of them is gathered for its call
@@ -395,7 +397,7 @@ class Glow(nn.Module):
                 x, factored = self._split(i).parts(x)
                 kept.append(x)
                 latents.append(factored)
-        return _Encoded([*latents, x], [*kept, x], conds, log_det, states)
+        return _Encoded([*latents, x], [*kept, x], conds, log_det, states, reads)
 
     def _prior(self, i: int, kept: Tensor, cond: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and log_sd of latent i, given the channels that its split keeps, or a tensor like the top latent."""
@@ -446,7 +448,8 @@ class Glow(nn.Module):
         log_prob = found.log_det
         for i, (latent, kept) in enumerate(zip(found.latents, found.kept, strict=True)):
             log_prob = log_prob + functional.gaussian_log_prob(latent, *self._prior(i, kept, found.conds[i], y))
-        warn_of_not_finite(self, x, found.conds, log_prob)
+        if found.can_read and not log_prob.isfinite().all():
+            warn_of_not_finite(self, x, found.conds, log_prob)
         return log_prob, found.latents[-1]
 
     def class_log_probs(self, x: Tensor, cond: Condition | None = None) -> Tensor:
@@ -471,7 +474,8 @@ class Glow(nn.Module):
             mean, log_sd = self.prior(top, torch.full((len(top),), label, device=top.device))
             columns.append(rest + functional.gaussian_log_prob(top.double(), mean.double(), log_sd.double()))
         log_probs = torch.stack(columns, 1)
-        warn_of_not_finite(self, x, found.conds, log_probs)
+        if found.can_read and not log_probs.isfinite().all():
+            warn_of_not_finite(self, x, found.conds, log_probs)
         return log_probs
 
     def class_logits(self, x: Tensor, cond: Condition | None = None) -> Tensor:

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read
-from pyglow_fast._tracing import is_watched
 from pyglow_fast.models.condition import fitted
 
 if TYPE_CHECKING:
@@ -44,9 +42,7 @@ def warn_of_fresh(stacklevel: int) -> None:
 
 
 def warn_of_not_finite(model: Glow, x: Tensor, conds: Sequence[Tensor | None], log_prob: Tensor) -> None:
-    """Warn where log_prob (N,) or (N, classes) is not finite, and name the weights or the first step that made it."""
-    if not can_read(log_prob) or is_watched() or log_prob.isfinite().all():
-        return
+    """Warn that log_prob (N,) or (N, classes) is not finite, and name the weights or the first step that made it."""
     lost = int((~log_prob.isfinite()).reshape(len(x), -1).any(1).sum())
     # Other ranks would wait for what this one computes of shared weights.
     alone = not (dist.is_available() and dist.is_initialized())
