@@ -8,13 +8,15 @@ torch.compile takes the kernels into its graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import TransformType, is_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
+
+R = TypeVar("R")
 
 
 def is_traced() -> bool:
@@ -55,11 +57,12 @@ def kernels_step_aside() -> bool:
 _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}  # torch.compile warns of a functools.cache
 
 
-def call_untraced(function: Callable[..., Any], *inputs: Any) -> Any:
+def call_untraced(function: Callable[..., R], *inputs: Any) -> R:
     """Call function(*inputs) where torch.compile is at work and must not trace it: its backward decides by values."""
     if function not in _untraced:
         _untraced[function] = torch.compiler.disable(function)
-    return _untraced[function](*inputs)
+    found: R = _untraced[function](*inputs)
+    return found
 
 
 call_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]

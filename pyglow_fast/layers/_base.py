@@ -35,5 +35,5 @@ class FlowLayer(nn.Module):
     def initialize(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Set data-dependent parameters from x and return z; layers without any just map. No gradient is recorded."""
         with torch.no_grad():
-            z, _ = self(x, cond)
+            z: Tensor = self(x, cond)[0]
         return z

@@ -233,7 +233,7 @@ class FlowStep(FlowLayer):
                 part.check_inputs(x, cond)
             if not self.actnorm.is_initialized:
                 self.actnorm.initialize_from(x)
-            z, _ = self.permutation(self.actnorm(x)[0])
+            z: Tensor = self.permutation(self.actnorm(x)[0])[0]
             for part in self.couplings:
                 z = part.initialize(z, cond)
             return z

@@ -139,7 +139,8 @@ class NormedConv(nn.Module):
         self.kernel_size, self.dilation = kernel_size, dilation
 
     def _norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True)
+        return norm
 
     @property
     def weight(self) -> Tensor:

@@ -157,7 +157,7 @@ class GlowDistribution(TransformedDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> GlowDistribution:
         """Spread the distribution over a larger batch shape, the same for every new element."""
-        found: GlowDistribution = super().expand(Size(batch_shape), _instance or self.__new__(type(self)))
+        found: GlowDistribution = super().expand(Size(batch_shape), _instance or self.__new__(type(self)))  # type: ignore[no-untyped-call]
         return found
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -168,4 +168,5 @@ class GlowDistribution(TransformedDistribution):
         _, lead = _flat(value, transform.event_dims)
         lead = torch.broadcast_shapes(lead, self.batch_shape)
         flat, _ = _flat(value.expand(*lead, *value.shape[value.dim() - transform.event_dims :]), transform.event_dims)
-        return transform.model.log_prob(flat, *transform.given(lead)).reshape(lead)
+        found: Tensor = transform.model.log_prob(flat, *transform.given(lead))
+        return found.reshape(lead)

@@ -402,7 +402,8 @@ class Glow(nn.Module):
     def _prior(self, i: int, kept: Tensor, cond: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and log_sd of latent i, given the channels that its split keeps, or a tensor like the top latent."""
         if i == len(self.splits):
-            return self.prior(kept, y)
+            found: tuple[Tensor, Tensor] = self.prior(kept, y)
+            return found
         return self._split(i).prior(kept, None if cond is None else fitted(cond, kept.shape[2:]))
 
     def _decode(
@@ -483,7 +484,8 @@ class Glow(nn.Module):
 
         Raises ValueError for a model without a head (classify=0). ``model.head(z)`` takes a top latent, see ClassHead.
         """
-        return self._required_head()(self(x, cond)[0][-1])
+        logits: Tensor = self._required_head()(self(x, cond)[0][-1])
+        return logits
 
     def log_prob_and_logits(
         self, x: Tensor, y: Tensor | None = None, cond: Condition | None = None
@@ -525,7 +527,8 @@ class Glow(nn.Module):
         step: a warning says by how much.
         """
         with exact_nets(self._couplings(), self._parameter(), precision, "encode"):
-            return self(x, cond)[0]
+            latents: list[Tensor] = self(x, cond)[0]
+        return latents
 
     def decode(self, latents: list[Tensor], cond: Condition | None = None, precision: str = "fp32") -> Tensor:
         """Compute the x whose latents these are; precision as in :meth:`encode`.

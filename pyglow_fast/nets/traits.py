@@ -31,7 +31,7 @@ def halo_of(net: nn.Module) -> int | None:
     Raises:
         ValueError: it is neither None nor an int of at least 0.
     """
-    halo = getattr(net, "halo", None)
+    halo: int | None = getattr(net, "halo", None)
     if halo is None:
         return None
     stated = isinstance(halo, int) and not isinstance(halo, bool) and halo >= 0

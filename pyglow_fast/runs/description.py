@@ -75,7 +75,8 @@ class NetCoupling(NamedTuple):
             with contextlib.nullcontext() if params is None else holding(self.net, params):
                 net_out = self.net(*inputs_for(self.net, x1, cond))
             self.check_output(x1, tuple(net_out.shape) if isinstance(net_out, Tensor) else type(net_out).__name__)
-            return net_out
+            checked: Tensor = net_out
+            return checked
 
         board = self.board
         if board is None:

@@ -59,7 +59,8 @@ def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype 
     """
     if lowest is not None and torch.finfo(lowest).eps > torch.finfo(state).eps:
         return NET_EPS * torch.finfo(lowest).eps
-    return min(max(LEAST_EPS, EPS_PER_ROOT * n_steps**0.5), MOST_EPS) * torch.finfo(state).eps
+    stored: float = min(max(LEAST_EPS, EPS_PER_ROOT * n_steps**0.5), MOST_EPS)
+    return stored * torch.finfo(state).eps
 
 
 def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tensor] = ()) -> torch.dtype:
@@ -129,14 +130,17 @@ def project(x: Tensor) -> Tensor:
     signs, _ = signs_of(flat.shape[2], x.dtype, x.device)
     by_block = flat.unflatten(2, (signs.outer.shape[0], signs.inner.shape[0]))
     if _float32.rounds(PRODUCTS, x):  # of single numbers, which nothing rounds
-        return ((by_block * signs.inner).sum(3) * signs.outer).sum(2)
+        one_by_one: Tensor = ((by_block * signs.inner).sum(3) * signs.outer).sum(2)
+        return one_by_one
     with full_precision(x):
-        return (by_block @ signs.inner) @ signs.outer
+        products: Tensor = (by_block @ signs.inner) @ signs.outer
+        return products
 
 
 def norms(x: Tensor) -> Tensor:
     """Compute the Euclidean norm over the positions, per sample and channel: (N, C)."""
-    return torch.linalg.vector_norm(flat_positions(x), dim=2)
+    norm: Tensor = torch.linalg.vector_norm(flat_positions(x), dim=2)
+    return norm
 
 
 def _scale(norm: Tensor, inverse: bool) -> Tensor:

@@ -227,7 +227,8 @@ class Folding:
     def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
         """Fold matrices (K, C, C), offsets (K, C), log_dets (K,) and, of gathers, indices (K, C), without a record."""
         if self._compiled:
-            return self._in_compiled(require().fold, raw)
+            found: Sequence[Tensor] = self._in_compiled(require().fold, raw)
+            return found
         with torch.no_grad():
             return [part for part in self.stacked(raw) if part is not None]
 

@@ -145,7 +145,8 @@ def results(found: Any, samples: int, name: str, inverse: bool) -> tuple[Tensor,
     expect(pair, name, f"{way} that returns tensors (z, log_det), or z alone", type(found).__name__)
     shape = tuple(found[1].shape)
     expect(shape == (samples,), name, f"a log_det of shape ({samples},)", f"shape {shape}")
-    return found
+    checked: tuple[Tensor, Tensor] = found
+    return checked
 
 
 def _passed_back(
@@ -200,7 +201,8 @@ def channel_mix_backward(
     """
     matrix, center, index = (own.matrix, None, own.source) if undone is None else (undone[0], own.offset, undone[1])
     if ops.run_on(x):
-        return ops.channel_mix_backward(x, grad_u, matrix, center, added, False, index)
+        found: Sequence[Tensor] = ops.channel_mix_backward(x, grad_u, matrix, center, added, False, index)
+        return found
     leaves = [value.detach().requires_grad_() for value in (x, matrix, own.offset)]
     with torch.enable_grad():
         given = leaves[0] if center is None else leaves[0] - per_channel(center, x)
