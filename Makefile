@@ -1,13 +1,15 @@
 # make demo    trains a small Glow on handwritten digits and writes runs/demo
 # make serve   a web page on this machine: the small model that comes with the package, and runs/demo if it is there
 # make test    the style checks, then the tests, side by side on all cores
-# make test-full   the tests that `make test` leaves out: slow ones, and those that pin the inside of what is to be replaced
-# make test-live   tests/live against anomalib, antsnormflows, coqui-tts, glasflow, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
-# make mutants     mutmut changes the core's Python, and shows what no test notices; goes on where it stopped (MUTANTS_MINUTES)
-# make faults      seeds the numeric faults of tests/faults.toml into a copy of csrc, and shows which the tests catch
+# make test-full       the tests that `make test` leaves out: slow ones, and those that pin the inside of what is to be replaced
+# make test-machines   tests/contract, kernels, layers, models, runs and latents as other processors compute: once for each of $(MACHINES)
+# make test-machines SHARES=6   each of these runs another sixth of the tests, without kernels, the command line, processes and counts of bytes
+# make test-live       tests/live against anomalib, antsnormflows, coqui-tts, glasflow, jet-pytorch and ONNX's runtimes, put into build/live (360 MB)
+# make mutants         mutmut changes the core's Python, and shows what no test notices; goes on where it stopped (MUTANTS_MINUTES)
+# make faults          seeds the numeric faults of tests/faults.toml into a copy of csrc, and shows which the tests catch
 # make docs    the pages of docs/ and the API reference as a site in build/site
 # make wheel   a wheel and a source distribution in dist/; the wheel's name says which torch its kernels are compiled for
-# make lint | format | venv | clean
+# make lint | format | venv | clean | help
 # All of it happens in a virtual environment, $(VENV), which is made when it is missing and needs no root rights.
 
 PYTHON ?= python3
@@ -26,10 +28,21 @@ NATIVE := $(shell find csrc cmake -type f)
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# How other processors compute, a setting at a time: MKL's, torch's and oneDNN's code, and the kernels here. The last two are
+# left out where the processor has no AVX-512, since nothing changes there.
+MACHINES := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default PYGLOW_CPU=portable
+ifneq ($(shell grep -sm1 -ow avx512f /proc/cpuinfo),)
+MACHINES += ONEDNN_MAX_CPU_ISA=AVX2 PYGLOW_CPU=avx2
+endif
+SHARES ?=
+# Where each setting runs a share: `make test-full` has the kernels of every instruction set; these start processes, or count bytes.
+THINNED := $(addprefix --ignore=tests/,runs/test_distributed.py runs/test_plans.py \
+  $(addprefix contract/test_,command_line.py launches.py memory.py page.py resume.py shown.py))
+
 # Packages that tests/live imports single modules of, without their dependencies.
 LIVE := build/live
 
-.PHONY: venv demo serve test test-full test-live mutants faults lint format docs wheel clean
+.PHONY: venv demo serve test test-full test-machines test-live mutants faults lint format docs wheel clean help
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.tools
@@ -71,6 +84,14 @@ test: lint
 test-full: venv
 	$(PYTEST) --full $(PYTEST_ARGS)
 
+# All settings run, whichever fails.
+test-machines: venv
+	@share=0; failed=; for machine in $(MACHINES); do \
+	  share=$$((share + 1)); echo "$$machine$(if $(SHARES), share $$share of $(SHARES))"; \
+	  env $$machine $(PYTEST) $(if $(SHARES),--share $$share/$(SHARES) $(THINNED)) \
+	    $(addprefix tests/,contract layers models runs latents $(if $(SHARES),,kernels)) $(PYTEST_ARGS) || failed="$$failed $$machine"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
 $(LIVE)/.installed: tests/live/requirements.txt | venv
 	rm -rf $(LIVE)
 	$(INSTALL) --no-deps --target $(LIVE) -r $<
@@ -107,3 +128,6 @@ wheel: venv
 
 clean:
 	rm -rf build dist *.egg-info pyglow_fast/_C*.so $(VENV)/.built $(VENV)/.tools
+
+help:
+	@sed -n 's/^# make/make/p' Makefile

@@ -1,4 +1,4 @@
-"""Fixtures that every test has, and how the suite runs: ``--full``, ``alone``, one thread a test."""
+"""Fixtures that every test has, and how the suite runs: ``--full``, ``--share``, ``alone``, one thread a test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests marked full, which are left out otherwise, and no others",
     )
+    parser.addoption("--share", metavar="K/N", help="run share K of N: each test is in one of them, by its name's hash")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,7 +51,9 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Chooses the tests marked full, or all others; puts first what takes long, last what needs the machine for itself.
+    """Chooses the tests marked full, or all others, and of these a share.
+
+    Puts first what takes long, last what needs the machine for itself.
 
     Tests on a GPU get a mark: ``-m cuda`` chooses the tests whose device is one.
     """
@@ -60,10 +64,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             and item.callspec.params.get("device") == "cuda"
         ):
             item.add_marker("cuda")
+    share, shares = map(int, (config.getoption("--share") or "1/1").split("/"))
     chosen, left_out = [], []
     for item in items:
         is_full = item.get_closest_marker("full") is not None
-        (chosen if is_full == config.getoption("--full") else left_out).append(item)
+        in_share = zlib.crc32(item.nodeid.encode()) % shares == share - 1
+        (chosen if in_share and is_full == config.getoption("--full") else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = chosen
     items.sort(key=lambda item: (item.path.name not in LONG, item.get_closest_marker("alone") is not None))
