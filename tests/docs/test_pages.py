@@ -181,7 +181,7 @@ def test_what_sets_up_a_machine_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):", page("Makefile"), re.MULTILINE))
     extras = set(tomllib.loads(page("pyproject.toml"))["project"]["optional-dependencies"])
     named = "\n".join(page(name) for name in (*PAGES, "CONTRIBUTING.md"))
-    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", named, re.MULTILINE)) <= targets
+    assert set(re.findall(r"(?:^make |`make\s+)([a-z-]+)", named, re.MULTILINE)) <= targets
     found = {
         extra for extras in re.findall(r"(?:pyglow-fast|'\.|`\.)\[([\w,]+)\]", named) for extra in extras.split(",")
     }
