@@ -166,7 +166,7 @@ if __name__ == "__main__":
     torch_requirement, label = built_for(compiled=bool(modules) and "sdist" not in sys.argv)
     setuptools.setup(
         version=source_version() + label,
-        install_requires=[torch_requirement, "numpy", "safetensors"],
+        install_requires=[torch_requirement, "numpy>=2.1", "safetensors>=0.5"],
         ext_modules=modules,
         cmdclass={"build_ext": CMakeBuild},
     )

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -199,6 +200,16 @@ def test_the_version_is_that_of_the_package(policy: ModuleType) -> None:
     assert policy.source_version() == pyglow_fast.__version__
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == pyglow_fast.__version__
+
+
+def test_every_requirement_has_a_floor_that_ci_installs() -> None:
+    done = subprocess.run([sys.executable, ".ci/lowest.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lowest = dict(line.split("==") for line in done.stdout.split())
+    assert lowest["torch"] == "2.11"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    asked = [Requirement(text) for text in (*extras["train"], *extras["web"]) if not text.startswith("pyglow-fast")]
+    assert {"torch", "numpy", "safetensors", *(requirement.name for requirement in asked)} == lowest.keys()
+    assert all(requirement.specifier.contains(lowest[requirement.name]) for requirement in asked)
 
 
 USE = """
