@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast._files import replacing
+from pyglow_fast._settings import Range
 from pyglow_fast.train.config import TrainConfig
 
 FORMAT = 3
@@ -26,6 +27,7 @@ DRIFT = "_extra_state"  # how the names of the states of drift controls end
 _HEADER = "pyglow_fast"
 _PARTS = ("model", "ema", "optimizer", "rank")
 _UNSEALED = b"0" * 64
+_STAMP = {"fingerprint": str, "n_bins": int, "class_names": list}
 
 
 @dataclass
@@ -99,43 +101,66 @@ class Checkpoint:
         try:
             data = path.read_bytes()
             tensors = safetensors.torch.load(data)
-            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
             header = json.loads(metadata.get(_HEADER, "{}"))
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:  # JSON may be nested too deeply
             raise ValueError(f"{name}: expected a complete safetensors file, found {error}") from error
         header = header if isinstance(header, dict) else {}
         found = header.get("format", "another safetensors file")
         expect(found == FORMAT, name, f"a checkpoint of pyglow_fast's format {FORMAT}", found)
-        digest = header.get("digest", "").encode()
+        digest = str(header.get("digest")).encode(errors="replace")
         place, sealed = data.find(digest), hashlib.sha256()
         for part in (memoryview(data)[:place], _UNSEALED, memoryview(data)[place + len(digest) :]):
             sealed.update(part)
         whole = sealed.hexdigest().encode() == digest
         expect(whole, name, "the digest that it was saved with", "that of other contents")
         try:
-            return cls(
+            stamp, written_by = header["data"], header["written_by"]
+            fits = isinstance(written_by, dict) and {key: type(value) for key, value in stamp.items()} == _STAMP
+            expect(fits, "data and written_by", "those of a run", f"{stamp} and {written_by}")
+            loaded = cls(
                 config=TrainConfig.from_dict(header["config"]),
-                progress=asdict(Progress(**header["progress"])),
-                data=DataStamp(**header["data"] | {"class_names": tuple(header["data"]["class_names"])}),
-                written_by=header["written_by"],
+                progress=_progress(header["progress"]),
+                data=DataStamp(**stamp | {"class_names": tuple(stamp["class_names"])}),
+                written_by=written_by,
                 digest=header["digest"],
                 **{part: {} for part in _PARTS} | nested(tensors),
             )
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        except (AttributeError, KeyError, RecursionError, TypeError) as error:
+            raise ValueError(f"{name}: expected a header written by pyglow_fast, found {error!r} in it") from error
+        for key, tensor in tensors.items():  # what drift control keeps may be infinite
+            finite = key.endswith(DRIFT) or bool(tensor.isfinite().all())
+            expect(finite, name, "finite numbers", f"NaN or inf in {key!r}")
+        return loaded
 
     def load_model(self, model: nn.Module, name: str, averaged: bool = False) -> None:
         """Copy the weights into ``model``, ``averaged`` ones where there are some; messages call the file ``name``."""
-        weights = self.model | (self.ema if averaged else {})
-
-        def shapes(state: Mapping[str, Tensor]) -> dict[str, object]:  # what a drift's control takes is its own matter
-            return {key: key.endswith(DRIFT) or tuple(value.shape) for key, value in state.items()}
-
-        wanted, found = shapes(model.state_dict()), shapes(weights)
-        differ = sorted(key for key in wanted | found if wanted.get(key) != found.get(key))
         fits = "weights that fit its own configuration"
-        expect(not differ, name, fits, f"{len(differ)} that differ, the first {differ[0]!r}" if differ else "")
-        model.load_state_dict(weights)
+        check_tensors(name, fits, model.state_dict(), self.model)
+        check_tensors(name, fits, dict(model.named_parameters()) if self.ema else {}, self.ema)
+        model.load_state_dict(self.model | (self.ema if averaged else {}))
+
+
+def check_tensors(name: str, expected: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names, shapes or dtypes than those of ``wanted``; what drift control keeps may differ."""
+    here, there = (
+        {key: key.endswith(DRIFT) or (tensor.shape, tensor.dtype) for key, tensor in state.items()}
+        for state in (wanted, found)
+    )
+    differ = sorted(key for key in here | there if here.get(key) != there.get(key))
+    expect(not differ, name, expected, f"{len(differ)} that differ, the first {differ[0]!r}" if differ else "")
+
+
+def _progress(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse counters that are missing, unknown, or no numbers that a run can have counted."""
+    known = asdict(Progress(**values))
+    for item in fields(Progress):
+        value, whole = values[item.name], item.type == "int"
+        if value is not None or item.name != "best":
+            Range(least=0 if whole else None).check(item.name, value, whole)
+    return known
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

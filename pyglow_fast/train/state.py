@@ -15,11 +15,11 @@ import torch
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, ImageSet, UnreadableImageError, batches, split
 from pyglow_fast.models import Glow
-from pyglow_fast.train.checkpoint import DRIFT, Checkpoint, DataStamp, Progress, nested
+from pyglow_fast.train.checkpoint import DRIFT, Checkpoint, DataStamp, Progress, check_tensors, nested
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.evaluation import Score, check_fits, evaluate
 from pyglow_fast.train.machine import resolve_device, versions
-from pyglow_fast.train.optim import FUSED, Average, learning_rate, make_optimizer
+from pyglow_fast.train.optim import ENTRIES, FUSED, Average, learning_rate, make_optimizer
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive, noisy
 from pyglow_fast.train.update import Part, Update
@@ -246,8 +246,19 @@ class TrainState:
         """Go on from ``checkpoint``, of any number of ranks: on the CPU to the bit. Messages call it ``name``."""
         same = checkpoint.data == self.stamp
         expect(same, "data", "the images that the run was started with", "others (changed, added or removed)")
+        progress, parts, rank = Progress(**checkpoint.progress), nested(checkpoint.rank), self.ranks.rank
+        wanted = dict[str, torch.Tensor]()
+        if checkpoint.optimizer or progress.step > progress.skipped:  # before its first update there is none
+            for key, parameter in self.model.named_parameters():
+                wanted |= {f"step.{key}": torch.empty(()), f"exp_avg.{key}": parameter}
+                wanted[f"{ENTRIES[self.config.optimizer]}.{key}"] = parameter
+        check_tensors(name, f"the state of {self.config.optimizer}", wanted, checkpoint.optimizer)
+        wanted = {f"{i}.torch": torch.get_rng_state() for i in range(max(1, len(parts)))}
+        generators = {key: value for key, value in checkpoint.rank.items() if key.endswith(".torch")}
+        check_tensors(name, "a random generator of each rank", wanted, generators)
+        expect(self.average is None or bool(checkpoint.ema), name, "averaged weights", "none")
         checkpoint.load_model(self.model, name)
-        self.progress = Progress(**checkpoint.progress)
+        self.progress = progress
         if self.average is not None:
             checkpoint.load_model(self.average.module, name, averaged=True)
             self.average.updates.fill_(self.progress.step - self.progress.skipped)
@@ -264,7 +275,6 @@ class TrainState:
         )
         self.update.replays.forget()  # the optimizer has other tensors
         self.close()
-        parts, rank = nested(checkpoint.rank), self.ranks.rank
         own = parts[f"{rank % len(parts)}"]  # where there are more ranks than there were: of one of those
         self.model.load_state_dict({key: value for key, value in own.items() if key.endswith(DRIFT)}, strict=False)
         if f"{rank}" in parts:
