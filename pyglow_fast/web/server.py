@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pyglow_fast._errors import expect
 
@@ -32,7 +32,10 @@ OFF: dict[str, Any] = dict.fromkeys(
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 MAX_FILE_SIZE = 20 * 2**20  # bytes of an uploaded file
+MAX_UPLOADS = 2**30  # bytes of all uploads that are not removed yet
+MAX_BODY = 2**20  # bytes of any other request
 UPLOADS_LAST = 600  # seconds; as often those are removed that are older
+HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "frame-ancestors 'self'"}
 SESSIONS = 100  # visits that are remembered; each loading of the page is one, and may hold samples and latents
 # Gradio's default fonts would be fetched; these are on every system.
 FONT = ("ui-sans-serif", "system-ui", "sans-serif")
@@ -40,24 +43,43 @@ FONT_MONO = ("ui-monospace", "Consolas", "monospace")
 
 
 class Guard:
-    """ASGI middleware that refuses what other pages in a visitor's browser ask: by Origin, and by Host.
+    """ASGI middleware that refuses what is too large, and what other pages in a visitor's browser ask.
 
     Another Host than ``hosts`` (None: any) means that a foreign page had its own name resolved to this machine.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
         self.app, self.hosts = app, hosts
+        self._uploads: dict[object, tuple[float, int]] = {}  # by request: when it came, and its bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self.app if scope["type"] == "lifespan" else self._refusal(Headers(scope=scope)) or self.app
-        await answer(scope, receive, send)
+        request = object()
 
-    def _refusal(self, headers: Headers) -> PlainTextResponse | None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+                if message["status"] != 200:
+                    self._uploads.pop(request, None)
+            await send(message)
+
+        refusal = None if scope["type"] == "lifespan" else self._refusal(Headers(scope=scope), scope["path"], request)
+        await (refusal or self.app)(scope, receive, sending)
+
+    def _refusal(self, headers: Headers, path: str, request: object) -> PlainTextResponse | None:
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         if self.hosts is not None and host_name(host) not in self.hosts:
             return PlainTextResponse("This page is served under other names.", 421)
         if origin is not None and origin.partition("://")[2].lower() != host:
             return PlainTextResponse("Another page may not ask.", 403)
+        if any(part in path for part in ("/proxy=", "/file=http", "/file/http")):  # where Gradio would ask another one
+            return PlainTextResponse("This page asks no other server.", 403)
+        now, size, upload = time.monotonic(), int(headers.get("content-length", 0)), path == "/gradio_api/upload"
+        self._uploads = {key: each for key, each in self._uploads.items() if each[0] > now - 2 * UPLOADS_LAST}
+        room = MAX_UPLOADS - sum(taken for _, taken in self._uploads.values()) if upload else MAX_BODY
+        if size > room or "transfer-encoding" in headers:  # a length that is not said may be any
+            return PlainTextResponse("Too much at a time; uploads are removed after some minutes.", 413)
+        if upload:
+            self._uploads[request] = now, size
         return None
 
 

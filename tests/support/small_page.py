@@ -1,6 +1,6 @@
 """A page that needs no model, as a program: what tests of the server talk to.
 
-Its arguments are those of ``Place``, as JSON, and ``uploads_last``, seconds.
+Its arguments are those of ``Place``, as JSON, ``uploads_last``, seconds, and ``max_uploads``, bytes.
 """
 
 from __future__ import annotations
@@ -50,4 +50,5 @@ def page() -> gr.Blocks:
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     server.UPLOADS_LAST = options.pop("uploads_last", server.UPLOADS_LAST)
+    server.MAX_UPLOADS = options.pop("max_uploads", server.MAX_UPLOADS)
     server.serve(page, server.Place(**options), max_file_size=100 * 1024)

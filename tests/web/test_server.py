@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -18,8 +19,10 @@ web.require("gradio")
 
 import httpx  # noqa: E402
 from gradio.routes import App  # noqa: E402
+from starlette.responses import PlainTextResponse  # noqa: E402
 from support.small_page import page  # noqa: E402
 
+from pyglow_fast.web import server  # noqa: E402
 from pyglow_fast.web.server import VARIABLE, Place, credentials, is_loopback  # noqa: E402
 
 LOGIN = ("ada", "pass word")
@@ -36,8 +39,8 @@ def small(folder: Path, **options: Any) -> Server:
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The small page behind a login."""
-    with small(tmp_path_factory.mktemp("locked"), auth=LOGIN) as server:
+    """The small page behind a login, whose uploads are 1 MiB together."""
+    with small(tmp_path_factory.mktemp("locked"), auth=LOGIN, max_uploads=2**20) as server:
         yield server
 
 
@@ -158,6 +161,42 @@ def open_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The small page without a login, whose uploads last for a second."""
     with small(tmp_path_factory.mktemp("open"), uploads_last=1) as server:
         yield server
+
+
+def test_no_other_server_is_asked_and_no_other_page_frames_it(ada: httpx.Client) -> None:
+    """By no address; nor does a browser guess the type of an answer, be it a refusal."""
+    for path in ("file=http://example.com/a.png", "file=https%3A//a", "file/http://a", "proxy=https://a.hf.space"):
+        answer = ada.get(API + path)
+        assert (answer.status_code, answer.text) == (403, "This page asks no other server."), path
+    for found in (answer, ada.get("")):
+        assert found.headers["Content-Security-Policy"] == "frame-ancestors 'self'"
+        assert found.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_bodies_are_limited(ada: httpx.Client) -> None:
+    """Before they are read: of the page's events, where no length is said, and of all files of an upload together."""
+    for path, content in (("queue/join", bytes(2**20 + 1)), ("run/upload", bytes(2**20 + 1)), ("run/a", iter([b"{}"]))):
+        assert ada.post(API + path, content=content).status_code == 413
+    assert ada.post(f"{API}upload", files=[("files", ("a.png", bytes(99 * 1024)))] * 11).status_code == 413
+
+
+def test_uploads_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those count that were taken, until they are removed."""
+    monkeypatch.setattr(server, "MAX_UPLOADS", 100)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse("", int(scope["query_string"]))(scope, receive, send)
+
+    async def ask() -> list[int]:
+        asked = [(200, 60), (200, 60), (400, 40), (200, 40), (200, 1)]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(server.Guard(app, None))) as client:
+            return [
+                (await client.post(f"http://a/{API}upload?{code}", content=bytes(n))).status_code for code, n in asked
+            ]
+
+    assert asyncio.run(ask()) == [200, 413, 400, 200, 413]
+    monkeypatch.setattr(server, "UPLOADS_LAST", 0)
+    assert asyncio.run(ask()) == [200, 200, 400, 200, 200]
 
 
 def test_behind_a_proxy_any_name_will_do(locked: Server) -> None:
