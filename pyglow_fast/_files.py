@@ -14,6 +14,19 @@ class FolderError(ValueError):
     """Raised when the folder of a run cannot be made or written, or another process trains in it."""
 
 
+def check_place(argument: str, path: Path) -> None:
+    """Refuse a path that the system does not take, as one that is too long, and a link that leads nowhere."""
+    try:
+        os.lstat(f"{path}{TEMPORARY}")
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # the latter of a NUL
+        found = getattr(error, "strerror", error)
+        raise ValueError(f"{argument}: expected a path that the system takes, found {found}") from error
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{argument}: expected no link that leads nowhere, found {str(path)!r}")
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """A context for the first writes of a run: what the disk refuses is a FolderError, the user's to mend."""

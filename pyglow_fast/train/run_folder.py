@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pyglow_fast._errors import expect
-from pyglow_fast._files import TEMPORARY, FolderError, refusing, write_text
+from pyglow_fast._files import TEMPORARY, FolderError, check_place, refusing, write_text
 from pyglow_fast.data import optional
 from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import Checkpoint
@@ -76,6 +76,7 @@ class RunFolder:
 
     def check_new(self, overwrite: bool) -> None:
         """Refuse a place where a new run would destroy something that was not given up by ``overwrite``."""
+        check_place("out", self.path)
         place = repr(str(self.path))
         ancestor = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         expect(self.path != ancestor or self.path.is_dir(), "out", "a folder", f"a file, {place}")

@@ -47,6 +47,19 @@ def test_there_and_back(place: Path, name: str, capsys: pytest.CaptureFixture[st
     assert torch.allclose(found, expected, rtol=1e-4)
 
 
+def test_what_no_file_can_be(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path that is too long, a link that leads nowhere, and TorchScript, of which torch would advise to run it."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), "script.pt")
+    Path("link.safetensors").symlink_to("nowhere")
+    for out in (f"{'a' * 245}.safetensors", "/".join(["b" * 200] * 30) + ".safetensors", "link.safetensors"):
+        assert main(["convert", "pyglow", "model.safetensors", out]) == 2
+        assert main(["train", "digits", "--out", out, "--max-steps", "1"]) == 2
+        assert capsys.readouterr().err.count("error: out: expected ") == 2
+    assert main(["convert", "y0ast", "script.pt", "a.safetensors"]) == 2
+    assert "weights_only" not in (err := capsys.readouterr().err)
+    assert err.startswith("error: script.pt: expected a file of tensors that is read without running code, found one")
+
+
 @pytest.mark.parametrize("last", [[], ["--last"]])
 def test_a_run(trained: Path, tmp_path: Path, last: list[str]) -> None:
     out = tmp_path / "digits.safetensors"

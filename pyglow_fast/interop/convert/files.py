@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._files import replacing
+from pyglow_fast._files import check_place, replacing
 from pyglow_fast.models import Glow, GlowConfig
 
 FORMAT = 1
@@ -42,10 +43,11 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         if path.suffix == _NUMPY:
             with np.load(name, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
-        content = torch.load(name, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of TorchScript
+            content = torch.load(name, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file may raise anything
         found = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's text would advise to run the file's code
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in found:  # torch advises to run the file's code
             found = "one that is damaged or holds other Python objects, which only its own code could make"
             found += "; where it comes from, torch.save(model.state_dict(), PATH) writes tensors alone"
         expected = "a file of tensors that is read without running code"
@@ -61,6 +63,7 @@ def check_target(path: str | Path) -> Path:
         ValueError: the folder is not there, or the suffix is not .safetensors, .npz or one of torch.save's.
     """
     path = Path(path)
+    check_place("out", path)
     suffixes = (_SAFETENSORS, _NUMPY, *_TORCH)
     expect(path.suffix in suffixes, "out", f"a name ending in one of {', '.join(suffixes)}", repr(str(path)))
     expect(path.parent.is_dir(), "out", "a file in an existing folder", repr(str(path)))
