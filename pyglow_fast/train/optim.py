@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pyglow_fast.models import Glow
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
-ENTRIES = {"adam": "exp_avg_sq", "adamw": "exp_avg_sq", "adamax": "exp_inf"}  # besides "step" and "exp_avg"
 FUSED = ("adam", "adamw")  # those that torch has in one kernel, which can leave an update out by itself
 
 

@@ -19,7 +19,7 @@ from pyglow_fast.train.checkpoint import DRIFT, Checkpoint, DataStamp, Progress,
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.evaluation import Score, check_fits, evaluate
 from pyglow_fast.train.machine import resolve_device, versions
-from pyglow_fast.train.optim import ENTRIES, FUSED, Average, learning_rate, make_optimizer
+from pyglow_fast.train.optim import FUSED, Average, learning_rate, make_optimizer
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.seeds import batch_indices, derive, noisy
 from pyglow_fast.train.update import Part, Update
@@ -247,16 +247,16 @@ class TrainState:
         same = checkpoint.data == self.stamp
         expect(same, "data", "the images that the run was started with", "others (changed, added or removed)")
         progress, parts, rank = Progress(**checkpoint.progress), nested(checkpoint.rank), self.ranks.rank
-        wanted = dict[str, torch.Tensor]()
-        if checkpoint.optimizer or progress.step > progress.skipped:  # before its first update there is none
-            for key, parameter in self.model.named_parameters():
-                wanted |= {f"step.{key}": torch.empty(()), f"exp_avg.{key}": parameter}
-                wanted[f"{ENTRIES[self.config.optimizer]}.{key}"] = parameter
-        check_tensors(name, f"the state of {self.config.optimizer}", wanted, checkpoint.optimizer)
-        wanted = {f"{i}.torch": torch.get_rng_state() for i in range(max(1, len(parts)))}
-        generators = {key: value for key, value in checkpoint.rank.items() if key.endswith(".torch")}
-        check_tensors(name, "a random generator of each rank", wanted, generators)
-        expect(self.average is None or bool(checkpoint.ema), name, "averaged weights", "none")
+        found = checkpoint.model | checkpoint.optimizer | {f"ema.{key}": value for key, value in checkpoint.ema.items()}
+        found |= {key: value for key, value in checkpoint.rank.items() if key.endswith(".torch")}
+        wanted = self.model.state_dict() | {f"{i}.torch": torch.get_rng_state() for i in range(max(1, len(parts)))}
+        second = "exp_avg_sq" if self.config.optimizer in FUSED else "exp_inf"
+        for key, own in self.model.named_parameters():
+            if self.average is not None:
+                wanted[f"ema.{key}"] = own
+            if checkpoint.optimizer or progress.step > progress.skipped:  # before its first update it has none
+                wanted |= {f"step.{key}": torch.empty(()), f"exp_avg.{key}": own, f"{second}.{key}": own}
+        check_tensors(name, wanted, found)
         checkpoint.load_model(self.model, name)
         self.progress = progress
         if self.average is not None:
@@ -275,12 +275,12 @@ class TrainState:
         )
         self.update.replays.forget()  # the optimizer has other tensors
         self.close()
-        own = parts[f"{rank % len(parts)}"]  # where there are more ranks than there were: of one of those
-        self.model.load_state_dict({key: value for key, value in own.items() if key.endswith(DRIFT)}, strict=False)
+        mine = parts[f"{rank % len(parts)}"]  # where there are more ranks than there were: of one of those
+        self.model.load_state_dict({key: value for key, value in mine.items() if key.endswith(DRIFT)}, strict=False)
         if f"{rank}" in parts:
-            torch.set_rng_state(own["torch"])
-            if self.device.type == "cuda" and _CUDA in own:
-                torch.cuda.set_rng_state(own[_CUDA], self.device)
+            torch.set_rng_state(mine["torch"])
+            if self.device.type == "cuda" and _CUDA in mine:
+                torch.cuda.set_rng_state(mine[_CUDA], self.device)
 
 
 def reader_died(error: BaseException) -> bool:

@@ -205,7 +205,7 @@ def test_a_newest_checkpoint_that_is_damaged(place: Path, whole: Path, spoil: st
     found = bytearray(newest.read_bytes())
     found[-3] ^= 16
     if spoil == "no metadata":
-        found = bytearray(b'\x16' + bytes(7) + b'{"__metadata__": null}')
+        found = bytearray(b"\x16" + bytes(7) + b'{"__metadata__": null}')
     newest.write_bytes(found[: len(found) // 2] if spoil == "cut off" else found)
     _, err = ended(resume(place, "run"))
     assert re.search(rf"warning: .*{newest.name}.*{saved(whole / 'whole')[-2].name}", err)
