@@ -2,18 +2,7 @@
 
     python -m bench.gpu_answers [--device cuda] [--quick] [--until T] [--out FILE]
 
-Questions, in this order:
-
-- nets: a coupling net of torch's convolutions, hidden width 512: channels-last or not, cuDNN's fused relu or not, in
-  TF32 and in bfloat16;
-- steps: a training step (zero_grad, forward, backward) of L 3, K 32, hidden 512, batch 64 at 32x32, in all modes, eager
-  and as a CUDA graph: the clock, the kernels' time, launches by the profiler, peak memory;
-- updates: 20 updates of the weights by this package's training, graphed against eager, from the same state and under
-  torch.use_deterministic_algorithms: time, and whether the weights are the same bits;
-- deterministic: two steps under torch.use_deterministic_algorithms: whether their gradients are the same bits;
-- poisoned: a step whose memory held NaN, against one before that: whether they are the same bits;
-- large: as steps, of L 6, K 32, hidden 512, batch 2 at 256x256.
-
+docs/gpu.md lists the questions. The file has of each step the TOP kernels by time: name, count, microseconds.
 Where the clock shows more than the kernels take, the GPU waits for Python. What was to run as a CUDA graph and did not
 is wrong. With ``--device cpu``, to rehearse, launches are operators that call no other, and nothing is captured.
 """
@@ -21,6 +10,7 @@ is wrong. With ``--device cpu``, to rehearse, launches are operators that call n
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -47,7 +37,7 @@ from pyglow_fast.replays import WARM_UPS
 from pyglow_fast.runs.drift import LAST_HOLD
 from pyglow_fast.train import TrainConfig, TrainState
 
-ROUNDS, UPDATES = 5, 20
+ROUNDS, UPDATES, TOP = 5, 20, 40
 MARK = "pyglow"  # the namespace of our kernels, and of our operators
 SMALL = Shape((3, 32, 32), n_levels=3, n_steps=32, hidden=512, batch=64)
 LARGE = Shape((3, 256, 256), n_levels=6, n_steps=32, hidden=512, batch=2)
@@ -61,7 +51,7 @@ def clock(function: Callable[[], object], device: torch.device) -> float:
 
 
 def launched(function: Callable[[], object], device: torch.device) -> Row:
-    """Count what a call launches, how much of that is ours, and how many milliseconds it takes together.
+    """Count what a call launches, how much of that is ours, the milliseconds together, and of TOP names which.
 
     Raises:
         RuntimeError: the profiler saw nothing on the GPU.
@@ -77,8 +67,11 @@ def launched(function: Callable[[], object], device: torch.device) -> Row:
             raise RuntimeError("the profiler saw no kernel: CUPTI may be missing, or need rights")
     else:
         chosen = [event for event in events if not event.cpu_children]
-    milliseconds = sum(e.time_range.elapsed_us() for e in chosen) / 1e3
-    return {"launches": len(chosen), "ours": sum(MARK in e.name for e in chosen), "kernels ms": milliseconds}
+    counts, us = collections.Counter(e.name for e in chosen), collections.Counter[str]()
+    for e in chosen:
+        us[e.name] += e.time_range.elapsed_us()
+    row: Row = {"launches": len(chosen), "ours": sum(MARK in e.name for e in chosen), "kernels ms": us.total() / 1e3}
+    return row | {"kernels": [(name[:200], counts[name], time) for name, time in us.most_common(TOP)]}
 
 
 @contextlib.contextmanager
@@ -271,16 +264,7 @@ def groups(arguments: argparse.Namespace) -> list[Callable[[], Iterator[Question
     return [Answers(arguments.device, small, large).questions]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Answer, and print and write what was found; the exit code is that of ``gpu_questions.run``.
-
-    Args:
-        argv: the options; those of the process if None.
-    """
+if __name__ == "__main__":
     options = stage_options("gpu_answers", "what is asked first")
     options.add_argument("--quick", action="store_true", help="tiny models: to see that it works")
-    return run(options, argv, COLUMNS, groups)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(options, COLUMNS, groups))

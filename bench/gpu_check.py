@@ -2,21 +2,15 @@
 
     python -m bench.gpu_check [--out FOLDER] [--module FILE] [--only STAGE ...] [--rehearse]
 
-Needs a source tree, Python 3.11 or newer with torch built for CUDA, numpy, safetensors and pytest; and to compile, a
-C++ compiler, cmake and nvcc: of a CUDA toolkit, or of pip's packages (nvidia-cuda-nvcc, -crt, -runtime, -cccl and
-nvidia-nvvm). Where these are missing, ``--module`` takes a _C*.so that was built elsewhere for the same Python and
-minor version of torch. Nothing is downloaded or installed. What else is missing is skipped by name. Stages, with the
-seconds that each may take besides what those before it left:
+docs/gpu.md says what it needs and how it goes on after faults and kills. Stages, with the seconds that each may take
+besides what those before it left:
 
 {stages}
 
-The folder gets two files: gpu_check.zip, with a JSON of each stage and the report, and report.md. Both are made anew as
-each stage ends and every few seconds in between, with what the stage has found so far: a run that is killed leaves
-that, and later runs keep it until they have more of that stage. A stage that asks questions or runs tests begins
-nothing that would be late, and says how far it came; what is late all the same is ended, a build too, which goes on
-where it was when it is run again. ``--only`` runs some stages alone and leaves the others' results. ``--rehearse`` runs
-every command on the CPU with tiny sizes, where numbers mean nothing, and has a folder of its own. Exit code: 0 all
-well; 1 a stage failed; 2 there is no GPU (then only the build runs), or the options are wrong.
+The folder gets gpu_check.zip, with a JSON of each stage and the report, and report.md. ``--only`` runs some stages and
+leaves the others' results. ``--rehearse`` runs every command on the CPU with tiny sizes, where numbers mean nothing,
+and has a folder of its own. Exit code: 0 all well; 1 a stage failed; 2 there is no GPU (then only the build runs), or
+the options are wrong.
 """
 
 from __future__ import annotations
@@ -91,8 +85,9 @@ def run(
 ) -> Ended:
     """Run a command in the source tree; ``folder`` takes its output and its results, ``tick`` what there is so far.
 
-    It and its children end when the time is over, and when this process does, killed or not: a shell whose input comes
-    from here is of the same group.
+    A process that dies of one of its questions is followed by another, as long as each has answered some. They and
+    their children end when the time is over, and when this process does, killed or not: a shell whose input comes from
+    here is of the same group.
     """
     start, out, log = time.monotonic(), folder / OUT, folder / "log"
     shown = " ".join([part if "\n" not in part else "..." for part in line])
@@ -103,25 +98,35 @@ def run(
         results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else None
         return Ended(name, status, round(time.monotonic() - start, 1), shown, reason, text, code, results)
 
+    codes, known = list[int | None](), -1
     with log.open("w") as output, subprocess.Popen(GUARD, stdin=subprocess.PIPE, process_group=0) as guard:
-        process = subprocess.Popen(
-            line,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(more),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=guard.pid,
-        )
-        code = None
-        while code is None and (left := start + max(1.0, seconds) - time.monotonic()) > 0:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = process.wait(timeout=min(TICK, left))
-            tick(found("unfinished", "the run ended within it"))
+        while None not in codes and (answers := unended(out)) > known:
+            known, code = answers, None
+            process = subprocess.Popen(
+                line,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(more),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=guard.pid,
+            )
+            while code is None and (left := start + max(1.0, seconds) - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(timeout=min(TICK, left))
+                tick(found("unfinished", "the run ended within it"))
+            codes.append(code)
     process.wait()
+    code = next((code for code in codes if code not in (0, PARTLY)), codes[-1])
     late = re.findall(f"^{LATE}.*", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     ends = {None: ("timeout", f"more than {seconds:.0f} s"), 0: ("passed", ""), PARTLY: ("partly", "".join(late[-1:]))}
     return found(*ends.get(code, ("failed", f"exit code {code}")), code)
+
+
+def unended(out: Path) -> int:
+    """How many answers a process left that did not come to its end; -1 if it did."""
+    found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"ended": False, "rows": []}
+    return -1 if found["ended"] else len(found["rows"])
 
 
 def read(folder: Path) -> dict[str, Ended]:

@@ -1,17 +1,18 @@
-"""The first facts of a device, in seconds: every op, a training step in each memory mode, and a CUDA graph of one.
+"""The first facts of a device, in seconds: every op, a training step in each memory mode, and CUDA graphs.
 
-    python -m bench.gpu_smoke [--device cuda] [--unchecked] [--until T] [--out FILE]
+    python -m bench.gpu_smoke [--device cuda] [--unchecked] [--only TEXT ...] [--until T] [--out FILE]
 
 An op runs on small shapes with ragged ends, forward, backward and inverse, the net's output in float32 and in bfloat16,
 in either layout. A result may be off by twice what plain torch on the CPU is off by in float32, both against float64,
 and by a few roundings of the largest value. ``--unchecked`` runs all but the graphs and compares nothing: it is what
-compute-sanitizer watches. Checks are ordered by what they tell.
+compute-sanitizer watches. Graphs come last, since a capture that fails may spoil what its process does next.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Data, kernel_cases, matrix_cases, shape_title
-from bench.gpu_questions import Question, Row, replayed, run, stage_options, until_replayed
+from bench.gpu_questions import GRAPH, Question, Row, replayed, run, stage_options, until_replayed
 from bench.harness import CPU, synchronize
-from bench.model_cases import OURS, PLAIN, Shape, build, gradient_error, images, plain_levels
-from pyglow_fast import functional, graphed, reference
+from bench.model_cases import OURS, PLAIN, Shape, ThreeConvolutions, build, gradient_error, images, plain_levels, wake
+from pyglow_fast import Glow, functional, graphed, reference
+from pyglow_fast.models import GlowConfig
 
 # Channels that 4 divides and others, H != W, ends of tiles and vectors that are not full, a single position.
 SHAPES = [(2, 4, 5, 9), (3, 5, 7, 3), (1, 131, 3, 5), (1, 12, 40, 33), (2, 48, 16, 12), (3, 8, 1, 1)]
@@ -112,9 +114,8 @@ def check_inverse(device: torch.device) -> Row:
         return judged({"x": (float((model.decode(model.encode(x)) - x).abs().max()), ROUND_TRIP)})
 
 
-def check_replay(memory: str, device: torch.device) -> Row:
+def check_replay(model: Any, x: Tensor, asked: bool) -> Row:
     """Losses and gradients of a captured training step, replayed on other images, against the eager one."""
-    model, x = model_and_images(memory, device)
     step = graphed(model)
     until_replayed(lambda: step(x), lambda: step.how)
     other = x.flip(0).roll(1, dims=-1)
@@ -122,49 +123,83 @@ def check_replay(memory: str, device: torch.device) -> Row:
     off = max(abs(float(step(other)) - loss) for _ in range(2))
     found, _ = gradient_error([parameter.grad for parameter in model.parameters()], gradients)
     row = judged({"loss": (off, 1e-4 * max(1.0, abs(loss))), "gradients": (found, GRADIENTS)})
-    return replayed(row, step.how)
+    return replayed(row, step.how, asked)
+
+
+def check_together(model: Any, x: Tensor, asked: bool) -> Row:
+    """Training and sampling graphs of one model, by turns and while its weights change, against eager calls."""
+    step = graphed(model)
+    until_replayed(lambda: (step(x), step.sample(len(x), 0.0)), lambda: step._sampling.how)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(1e-4 * parameter.grad)
+        found, expected = step.sample(len(x), 0.0), model.sample(len(x), 0.0)
+        torch.testing.assert_close(step(x), -model.log_prob(x).mean(), rtol=1e-4, atol=ROUND_TRIP)
+        torch.testing.assert_close(found, expected, rtol=ROUND_TRIP, atol=ROUND_TRIP)
+    how = step.how if step.how != GRAPH else step._sampling.how
+    return replayed({"failed": False, "note": "as eager calls"}, how, asked)
+
+
+def check_broken(device: torch.device) -> Row:
+    """A capture that CUDA breaks off; then eager steps, the allocator, random numbers, and a second capture."""
+    reads, asked = [True], device.type == "cuda"
+
+    class Reading(ThreeConvolutions):
+        def forward(self, x: Tensor, context: None = None) -> Tensor:
+            if reads and asked and torch.cuda.is_current_stream_capturing():
+                float(x.sum())  # in a capture alone, so that no rehearsal finds it
+            return super().forward(x)
+
+    model: Any = Glow(GlowConfig(*dataclasses.astuple(MODEL)[:3]), net=lambda *sizes: Reading(*sizes, MODEL.hidden))
+    wake(model)
+    model.initialize(images(MODEL, CPU))
+    step, x = graphed(model.to(device)), images(MODEL, device)
+    until_replayed(lambda: step(x), lambda: step.how)
+    why = step.how
+    torch.testing.assert_close(step(x), -model.log_prob(x).mean(), rtol=1e-4, atol=ROUND_TRIP)
+    if asked:
+        torch.cuda.empty_cache()
+    spread = float(torch.randn(10000, device=device).std())
+    reads.clear()
+    row = check_replay(model, x, asked)
+    wrong = row["failed"] or (asked and why == GRAPH) or abs(spread - 1.0) > 0.1
+    return {"failed": wrong, "note": f"{why}; spread of random numbers {spread:.2f}; {row['note']}"}
 
 
 def checks(device: torch.device) -> Iterator[Question]:
-    """The graphs and steps of a small model in each memory mode, its inverse, and every op on every shape."""
-    if device.type == "cuda":  # on which alone graphs are captured
-        for memory in OURS:
-            yield f"CUDA graph of a training step, {memory}", functools.partial(check_replay, memory, device)
+    """Steps of a small model in each memory mode, its inverse, every op on every shape, and graphs."""
     for tf32, memory in itertools.product((True, False), OURS):
         name = f"training step, {memory}, TF32 {'on' if tf32 else 'off'}"
         yield name, functools.partial(check_step, memory, tf32, device)
     yield "decode(encode(x))", functools.partial(check_inverse, device)
     for shape, form in itertools.product(SHAPES, FORMS):
         yield f"ops, {titled(shape, form)}", functools.partial(check_cases, shape, form, device)
+    asked = device.type == "cuda"  # on which alone graphs are captured
+    for memory in OURS:
+        made = functools.partial(model_and_images, memory, device)
+        yield f"CUDA graph of a training step, {memory}", lambda made=made: check_replay(*made(), asked)
+    both = "CUDA graphs of training and sampling"
+    yield both, lambda: check_together(*model_and_images("store", device), asked)
+    yield "broken CUDA graph", functools.partial(check_broken, device)
+
+
+def unchecked(device: torch.device) -> Iterator[Question]:
+    """A training step in two memory modes, then every case."""
+    for memory in ("store", "reversible"):
+        yield f"training step, {memory}", functools.partial(gradients_of, *model_and_images(memory, device))
+    for shape, form in itertools.product(SHAPES, FORMS):
+        for case in cases_of(data_of(shape, form).copy(device)):
+            run_case = functools.partial(case.build, functional, False)
+            yield f"{case.name}, {titled(shape, form)}", lambda run_case=run_case: run_case()()
 
 
 def groups(arguments: argparse.Namespace) -> list[Callable[[], Iterable[Question]]]:
-    """All checks; with ``--unchecked`` a training step in two memory modes, then every case."""
-    device = arguments.device
-
-    def steps() -> Iterator[Question]:
-        for memory in ("store", "reversible"):
-            yield f"training step, {memory}", functools.partial(gradients_of, *model_and_images(memory, device))
-
-    def ops(shape: tuple[int, ...], form: Form) -> Iterator[Question]:
-        for case in cases_of(data_of(shape, form).copy(device)):
-            yield f"{case.name}, {titled(shape, form)}", case.build(functional, False)
-
-    if not arguments.unchecked:
-        return [functools.partial(checks, device)]
-    return [steps, *(functools.partial(ops, *of) for of in itertools.product(SHAPES, FORMS))]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the checks, and print and write what was found; the exit code is that of ``gpu_questions.run``.
-
-    Args:
-        argv: the options; those of the process if None.
-    """
-    options = stage_options("gpu_smoke", "first facts")
-    options.add_argument("--unchecked", action="store_true", help="run and compare nothing")
-    return run(options, argv, (), groups)
+    """All checks, or with ``--unchecked`` what runs unchecked."""
+    return [functools.partial(unchecked if arguments.unchecked else checks, arguments.device)]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    options = stage_options("gpu_smoke", "first facts")
+    options.add_argument("--unchecked", action="store_true", help="run and compare nothing")
+    raise SystemExit(run(options, (), groups))

@@ -9,14 +9,16 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TOTAL_SECONDS = 570  # of all stages, so that the whole fits into ten minutes
 # Errors of calls that torch makes to see what a driver can do are no faults.
 SANITIZER = "compute-sanitizer --error-exitcode 1 --report-api-errors no --kernel-name kns=pyglow --tool"
 TESTS = " ".join(f"tests/{name}" for name in ("kernels", "core", "nets", "layers", "models", "runs"))
 # Exit codes of a stage, which neither Python nor pytest has: the extension has no kernels for the device, so that no
-# later stage is worth it; the time was over before all was done, of which a line that begins with LATE tells.
-NO_KERNELS, PARTLY = 93, 94
+# later stage is worth it; the time was over before all was done, of which a line that begins with LATE tells; a fault
+# has left the device unusable for the process.
+NO_KERNELS, PARTLY, BROKEN = 93, 94, 95
 LATE = "the time was over after"
 PIP_TOOLKIT = Path("build", "pip-toolkit")  # the folder, in the tree, that pip's packages are put together in
 
@@ -45,7 +47,8 @@ class Stage:
     In ``command`` {device} is cuda, or cpu in a rehearsal; {out} the file that takes its results; {until} when it
     begins nothing more, by time.monotonic(), the same in all processes. ``gpu`` and ``cpu`` are the options behind it
     that say how much is run, there and in a rehearsal. On a GPU it runs under the program ``under``, and is skipped
-    where one of the programs ``needs`` is missing. The report shows the last ``shown`` lines of its output.
+    where one of the programs ``needs`` is missing. ``allocator``: how torch's allocator is set. The report shows the
+    last ``shown`` lines of its output.
     """
 
     name: str
@@ -56,43 +59,47 @@ class Stage:
     cpu: str = ""
     under: str = ""
     needs: tuple[str, ...] = ()
+    allocator: str = ""
     shown: int = 400
 
 
-ASKED = "--device {device} --until {until}"  # options of a stage that asks questions (gpu_questions.py)
-
-
-def _asks(name: str, seconds: int, about: str, cpu: str = "") -> Stage:
-    return Stage(name, seconds, about, f"-m bench.gpu_{name} {ASKED} --out {{out}}", cpu=cpu)
+def _asks(name: str, seconds: int, about: str, options: str, **more: Any) -> Stage:
+    """A stage that asks questions (gpu_questions.py)."""
+    line = f"-m bench.gpu_{options} --device {{device}} --until {{until}} --out {{out}}"
+    return Stage(name, seconds, about, line, **more)
 
 
 def _sanitizer(tool: str, seconds: int, about: str) -> Stage:
-    line, under = f"-m bench.gpu_smoke --unchecked {ASKED}", f"{SANITIZER} {tool}"
-    about = f"compute-sanitizer: {about}"
-    return Stage(tool, seconds, about, line, under=under, needs=("compute-sanitizer",), shown=10)
+    about, needs = f"compute-sanitizer: {about}", ("compute-sanitizer",)
+    return _asks(tool, seconds, about, "smoke --unchecked", under=f"{SANITIZER} {tool}", needs=needs, shown=10)
 
 
 # It comes before the others, always. What it leaves of its time, which the first import of torch may take, is theirs.
 MACHINE = Stage("machine", 60, "what is there", f"-c {shlex.quote(PROBE)}")
-GIVEN = Stage("build", 105, "the extension that was given", f"-c {shlex.quote(LOADS)}")  # in the place of a build
+GIVEN = Stage("build", 100, "the extension that was given", f"-c {shlex.quote(LOADS)}")  # in the place of a build
 BUILD = "setup.py build_ext --inplace"
 STAGES = (
-    Stage("build", 105, "the extension, for this GPU alone", BUILD, needs=("cmake", "g++"), shown=10),
-    _asks("answers", 160, "nets, steps eager and graphed, 20 updates, determinism, poisoned memory", "--quick"),
-    _asks("kernels", 50, "microseconds of every op, beside a copy, and its scratch memory", "--shapes 1x4x3x5"),
-    _asks("smoke", 45, "every op, a step in each memory mode and CUDA graphs, against float64"),
+    Stage("build", 100, "the extension, for this GPU alone", BUILD, needs=("cmake", "g++"), shown=10),
+    _asks("first", 20, "ten seconds of the smoke", "smoke --only 'step, store' decode 2x4x5x9"),
+    _asks("answers", 150, "nets, steps, 20 updates, determinism, poisoned memory", "answers", cpu="--quick"),
+    _asks("together", 12, "graphs of training and of sampling, replayed in turn", "smoke --only 'graphs of'"),
+    _asks("broken", 12, "a capture that CUDA breaks off, and what runs after it", "smoke --only broken"),
+    _asks("expandable", 12, "all graphs", "smoke --only graph", allocator="expandable_segments:True"),
+    _asks("async", 12, "all graphs", "smoke --only graph", allocator="backend:cudaMallocAsync"),
+    _asks("kernels", 45, "us of layers and of every op, beside a copy", "kernels", cpu="--shapes 1x4x3x5 --hidden 8"),
+    _asks("smoke", 30, "every op, a step in each memory mode and CUDA graphs, against float64", "smoke"),
     Stage(
         "tests",
-        75,
+        60,
         "the tests that have a case on a GPU",
-        f"-m pytest {TESTS} -v -r sfE -p bench.gpu_tests --until {{until}} -p no:cacheprovider "
+        f"-m pytest {TESTS} -v -r sfE -p bench.gpu_tests --until {{until}} --out {{out}} -p no:cacheprovider "
         "--continue-on-collection-errors",
         gpu="-m cuda",
         cpu="-k 'actnorm and cpu'",
         shown=150,
     ),
-    _sanitizer("memcheck", 40, "accesses out of bounds or not aligned"),
-    _sanitizer("racecheck", 25, "races in shared memory"),
+    _sanitizer("memcheck", 32, "accesses out of bounds or not aligned"),
+    _sanitizer("racecheck", 15, "races in shared memory"),
     _sanitizer("synccheck", 10, "barriers"),
 )
 
@@ -115,6 +122,8 @@ def environment(stage: Stage, device: str, capability: str, home: Path | None) -
     """
     found = {"PATH": search_path(home), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which deterministic products want
     found |= {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    if stage.allocator:
+        found["PYTORCH_CUDA_ALLOC_CONF"] = stage.allocator
     if stage.under:  # torch's allocator would hand out memory beside memory; now every tensor has its own bounds
         found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if stage.name == "build":
@@ -127,7 +136,7 @@ def environment(stage: Stage, device: str, capability: str, home: Path | None) -
 
 
 def toolkit(root: Path, packages: Path | None = None) -> Path | None:
-    """The folder of a CUDA toolkit: CUDA_HOME's, the usual one, or one of pip's packages; None where none has nvcc.
+    """The folder of a CUDA toolkit: CUDA_HOME's, the usual one, PATH's, or of pip's packages; None where none has nvcc.
 
     Pip puts nvcc, its headers and its libraries under nvidia/, in a folder for each package or for the release. Links
     to all of them, in a folder in the tree, are what nvcc and cmake take for a toolkit.
@@ -136,7 +145,8 @@ def toolkit(root: Path, packages: Path | None = None) -> Path | None:
         root: of the source tree.
         packages: where pip installs; None: beside this Python.
     """
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+    on_path = shutil.which("nvcc")
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", on_path and Path(on_path).resolve().parent.parent):
         if home and Path(home, "bin", "nvcc").is_file():
             return Path(home)
     packages = packages or Path(sysconfig.get_paths()["purelib"])

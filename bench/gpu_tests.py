@@ -4,20 +4,26 @@
 
 A test file, or a test, that imports a library that is not installed is skipped by that library's name; without this
 plugin it is an error. With ``--until`` tests that have not begun by then are skipped, and the exit code is PARTLY.
+With ``--out`` a file has the tests that have begun, which a process that follows one that died leaves out.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bench.gpu_questions import Row, earlier, is_broken
 from bench.gpu_stages import LATE, PARTLY
+from bench.harness import write_json
 
 NEEDED = ("torch", "numpy", "safetensors", "pytest")
 _LATE = pytest.StashKey[int]()  # how many tests were
+_BEGUN = pytest.StashKey[list[Row]]()
 OWN = ("pyglow_fast", "bench", "support", "tests")
 
 
@@ -35,6 +41,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the time."""
     about = "skip tests that have not begun by then, by time.monotonic()"
     parser.addoption("--until", type=float, default=float("inf"), help=about)
+    parser.addoption("--out", type=Path, help="JSON file of the tests that have begun")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what an earlier process has begun."""
+    begun = config.stash[_BEGUN] = earlier(config.getoption("--out"))
+    items[:] = [item for item in items if {"case": item.nodeid} not in begun]
+
+
+def _keep(config: pytest.Config, ended: bool) -> None:
+    if out := config.getoption("--out"):
+        write_json(out, {}, config.stash[_BEGUN], ended=ended)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -42,10 +60,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.monotonic() > item.config.getoption("--until"):
         item.config.stash[_LATE] = item.config.stash.get(_LATE, 0) + 1
         pytest.skip("the time was over")
+    item.config.stash[_BEGUN].append({"case": item.nodeid})
+    _keep(item.config, ended=False)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Tells how many tests there was time for."""
+    _keep(session.config, ended=not session.shouldstop)
     late, of = session.config.stash.get(_LATE, 0), session.testscollected
     if late:
         session.config.get_terminal_writer().line(f"\n{LATE} {of - late} of {of}")
@@ -66,7 +87,9 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Skips a test that imports, while it runs, a library that is not there."""
     report: Any = yield
-    _skipped(report, call.excinfo, str(item.path))
+    missing = _skipped(report, call.excinfo, str(item.path))
+    if report.failed and not missing and torch.cuda.is_initialized() and is_broken(torch.device("cuda")):
+        item.session.shouldstop = "a fault has left the GPU unusable"
     return report
 
 

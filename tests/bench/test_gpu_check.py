@@ -130,7 +130,8 @@ def test_stages_fit_into_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         check.run(stage)
     budgets = {stage.name: stage.seconds for stage in STAGES}
     assert MACHINE.seconds + sum(budgets.values()) == TOTAL_SECONDS == 570
-    assert limits["kernels"] == budgets["build"] + budgets["answers"] + budgets["kernels"]
+    assert limits["first"] == budgets["build"] + budgets["first"]
+    assert limits["together"] == budgets["answers"] + budgets["together"]
     assert limits["tests"] == budgets["tests"]
 
 
@@ -152,6 +153,7 @@ def test_a_stage_stops_before_what_would_be_late(
     assert capsys.readouterr().out.endswith("the time was over after 3 of 4, and 1 more groups\n")
     kept = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["case"] for row in kept] == ["1 s", "20 s", "20 s"]
+    (tmp_path / "out.json").unlink()
     now[0] = 0.0
     both = [lambda: [("none", lambda: 1 / 0)], lambda: [("n", dict)]]
     assert gpu_questions.ask(options.parse_args(given), (), lambda _: both) == 1
@@ -200,6 +202,42 @@ def test_tests_that_were_late(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", "--until", "0"]
     ended = gpu_check.run("tests", [*line, str(tmp_path)], 120, tmp_path, {}, lambda _: None)
     assert (ended.status, ended.reason) == ("partly", "the time was over after 0 of 2")
+
+
+def test_tests_behind_one_that_died(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import os\ndef test_one(): os._exit(7)\ndef test_other(): pass\n")
+    line = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider"]
+    line += ["--out", str(tmp_path / gpu_check.OUT), str(tmp_path)]
+    ended = gpu_check.run("tests", line, 600, tmp_path, {}, lambda _: None)
+    assert (ended.status, ended.code, len(ended.results["rows"])) == ("failed", 7, 2)
+    assert "1 passed" in ended.output
+
+
+def test_questions_behind_one_that_ended_its_process(tmp_path: Path) -> None:
+    """By a fault of the device, a signal, or since it takes too long: it alone is failed, and the stage."""
+    program = """
+import os, time
+from bench import gpu_questions
+gpu_questions.LIMITS["cpu"], gpu_questions.is_broken = 3, lambda device: True
+asked = [("fault", lambda: 1 / 0), ("crash", lambda: os.kill(os.getpid(), 11)), ("hang", lambda: time.sleep(600))]
+given = gpu_questions.stage_options("stage", "").parse_args()
+raise SystemExit(gpu_questions.ask(given, (), lambda _: [lambda: [("fine", dict), *asked, ("last", dict)]]))
+"""
+    line = [sys.executable, "-c", program, "--device", "cpu", "--out", str(tmp_path / gpu_check.OUT)]
+    ended = gpu_check.run("stage", line, 600, tmp_path, {}, lambda _: None)
+    assert (ended.status, ended.code, ended.results["ended"]) == ("failed", gpu_stages.BROKEN, True)
+    failed = {row["case"]: row["failed"] for row in ended.results["rows"]}
+    assert failed == {"fine": False, "fault": True, "crash": True, "hang": True, "last": False}
+    assert ended.output.count("| last |") == 1
+
+
+def test_kernels_by_time() -> None:
+    row = gpu_answers.launched(lambda: [torch.ones(2).add(1.0) for _ in range(3)], CPU)
+    _names, counts, times = zip(*row["kernels"], strict=True)
+    assert sum(counts) == row["launches"]
+    assert max(counts) >= 3
+    assert list(times) == sorted(times, reverse=True)
+    assert sum(times) == pytest.approx(1e3 * row["kernels ms"])
 
 
 def test_a_check_that_is_killed_leaves_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,8 +300,9 @@ def test_a_graph_that_was_asked_for(memory: str) -> None:
     for context, failed in ((contextlib.nullcontext(), True), (recorded_graphs(), False)):
         with context:
             rows = [answers.step(TINY, "fp32", memory, True), answers.updates(memory)]
-            rows.append(gpu_smoke.check_replay(memory, CPU))
-        assert [row["failed"] for row in rows] == [failed] * 3, rows
+            made = gpu_smoke.model_and_images(memory, CPU)
+            rows += [gpu_smoke.check_replay(*made, True), gpu_smoke.check_together(*made, True)]
+        assert [row["failed"] for row in rows] == [failed] * 4, rows
         expected = "eagerly: the device is cpu; " if failed else "a CUDA graph; "
         assert all(row["note"].startswith(expected) for row in rows)
         assert "; 0 of" in rows[1]["note"]
