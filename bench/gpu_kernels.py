@@ -4,8 +4,8 @@
 
 A row has a case's microseconds, the bytes that it must move at least, and its share of a copy: the time of a copy of as
 many bytes, measured in the same run in the same way, over the case's own; beside it is plain torch's time for the same
-case, and what ours allocates beyond its results. Results are checked before they are timed. Before the ops, each layer
-of a coupling net is timed as a matrix product ("us") and as torch's convolution ("plain us").
+case. Results are checked before they are timed. Before the ops, each layer of a coupling net is timed as a matrix
+product ("us") and as torch's convolution ("plain us").
 
 A kernel of a few microseconds is shorter than the Python that calls it, and its data fits into a cache. So each case
 has several copies of its tensors, more together than twice the L2; one graph launches the copies in turn for
@@ -44,7 +44,7 @@ REPLAY_SECONDS = 2e-3  # a replay takes about so long: 4,000 times what an event
 MOST_LAUNCHES = 2000  # in one graph
 HEAD_START = 1_000_000  # cycles of the GPU, half a millisecond, in which the CPU hands over a graph
 CPU_L2 = 2**14  # bytes that a rehearsal takes for the L2: a few copies of small tensors rotate
-COLUMNS = ("us", "low", "high", "MB", "GB/s", "copy us", "share of copy", "plain us", "scratch kB")
+COLUMNS = ("us", "low", "high", "MB", "GB/s", "copy us", "share of copy", "plain us")
 Launch = Callable[[], object]
 Timing = tuple[float, float, float]  # seconds of a launch: median, 20 and 80 % quantile
 
@@ -200,23 +200,11 @@ def measure(timer: RotatingTimer, cases: Sequence[Case], copied: Callable[[int],
     (us, low, high), copy_us = microseconds(functional), 1e6 * copied(n_bytes)
     row: Row = {"op": case.op, "mode": case.mode, "shape": case.shape, "copies": len(cases)}
     row |= {"us": us, "low": low, "high": high, "MB": n_bytes / 1e6, "GB/s": 1e-3 * n_bytes / us}
-    row |= {"copy us": copy_us, "share of copy": copy_us / us, "scratch kB": scratch_kilobytes(case, timer.device)}
+    row |= {"copy us": copy_us, "share of copy": copy_us / us}
     try:
         return row | {"plain us": microseconds(reference)[0]}
     except RuntimeError as error:  # a GPU cannot capture it
         return row | {"failed": True, "note": f"plain torch: {str(error).splitlines()[0][:200]}"}
-
-
-def scratch_kilobytes(case: Case, device: torch.device) -> float | str:
-    """Peak of what a case allocates beyond its results; known on a GPU alone."""
-    if device.type != "cuda":
-        return "-"
-    run = case.build(functional, False)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    results = run()
-    beyond = torch.cuda.max_memory_allocated(device) - before - sum(result.nbytes for result in results)
-    return beyond / 1e3
 
 
 def groups(arguments: argparse.Namespace) -> list[Callable[[], Iterable[Question]]]:
