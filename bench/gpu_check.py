@@ -166,7 +166,7 @@ class Check:
         self.stages = STAGES if module is None else (GIVEN, *STAGES[1:])
         self.patience = REHEARSAL_PATIENCE if device == "cpu" else 1
         self.saved = 0.0  # seconds that the stages so far have left over
-        self.home = toolkit(ROOT) if device == "cuda" and module is None else None
+        self.home = toolkit() if device == "cuda" and module is None else None
         self.facts: dict[str, Any] = {"commit": commit(), "rehearsal": device == "cpu"}
         self.results = read(out)
         self.ended: list[Ended] = []
@@ -215,7 +215,7 @@ class Check:
         needs = stage.needs if self.device == "cuda" else ()
         absent = [f"{name} was not found" for name in needs if find_tool(name, self.home) is None]
         if stage.name == "build" and needs and self.home is None:
-            absent.append("no CUDA toolkit with nvcc was found, nor pip's: --module takes what was built elsewhere")
+            absent.append("no CUDA toolkit with nvcc was found: --module takes what was built elsewhere")
         if absent:
             return Ended(stage.name, "skipped", reason=", ".join(absent))
         more = environment(stage, self.device, self.facts.get("capability", ""), self.home)

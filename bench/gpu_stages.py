@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ TESTS = " ".join(f"tests/{name}" for name in ("kernels", "core", "nets", "layers
 # has left the device unusable for the process.
 NO_KERNELS, PARTLY, BROKEN = 93, 94, 95
 LATE = "the time was over after"
-PIP_TOOLKIT = Path("build", "pip-toolkit")  # the folder, in the tree, that pip's packages are put together in
 
 
 # The device as the tests and the benchmarks will see it, printed as JSON by another process, since torch keeps it open.
@@ -116,10 +114,7 @@ def command(stage: Stage, device: str, out: Path, until: float) -> list[str]:
 
 
 def environment(stage: Stage, device: str, capability: str, home: Path | None) -> dict[str, str]:
-    """Variables for a stage's process. A rehearsal of the build builds nothing; others have one thread.
-
-    Waking a second thread costs more than the arithmetic of tiny models.
-    """
+    """Variables for a stage's process. A rehearsal of the build builds nothing; others have one thread."""
     found = {"PATH": search_path(home), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # which deterministic products want
     found |= {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
     if stage.allocator:
@@ -135,35 +130,11 @@ def environment(stage: Stage, device: str, capability: str, home: Path | None) -
     return found
 
 
-def toolkit(root: Path, packages: Path | None = None) -> Path | None:
-    """The folder of a CUDA toolkit: CUDA_HOME's, the usual one, PATH's, or of pip's packages; None where none has nvcc.
-
-    Pip puts nvcc, its headers and its libraries under nvidia/, in a folder for each package or for the release. Links
-    to all of them, in a folder in the tree, are what nvcc and cmake take for a toolkit.
-
-    Args:
-        root: of the source tree.
-        packages: where pip installs; None: beside this Python.
-    """
-    on_path = shutil.which("nvcc")
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", on_path and Path(on_path).resolve().parent.parent):
-        if home and Path(home, "bin", "nvcc").is_file():
-            return Path(home)
-    packages = packages or Path(sysconfig.get_paths()["purelib"])
-    folders = [path for path in sorted(packages.glob("nvidia/*")) if path.is_dir()]
-    if not any((folder / "bin" / "nvcc").is_file() for folder in folders):
-        return None
-    made = root / PIP_TOOLKIT
-    shutil.rmtree(made, ignore_errors=True)
-    for folder in folders:
-        for part in ("bin", "include", "lib", "nvvm"):
-            for path in (folder / part).glob("*"):
-                link = made / part / path.name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                if not link.exists():
-                    link.symlink_to(path)
-    (made / "lib64").symlink_to("lib")
-    return made
+def toolkit() -> Path | None:
+    """The folder of a CUDA toolkit with nvcc: CUDA_HOME's, the usual one, or that of the nvcc on PATH."""
+    on_path = Path(shutil.which("nvcc") or "none").resolve().parent.parent
+    homes = (Path(os.environ.get("CUDA_HOME") or on_path), Path("/usr/local/cuda"), on_path)
+    return next((home for home in homes if (home / "bin" / "nvcc").is_file()), None)
 
 
 def search_path(home: Path | None) -> str:

@@ -123,7 +123,7 @@ def test_stages_fit_into_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(gpu_check, "run", run)
     monkeypatch.setattr(gpu_check, "find_tool", lambda name, home: name)
-    monkeypatch.setattr(gpu_check, "toolkit", lambda root: tmp_path)
+    monkeypatch.setattr(gpu_check, "toolkit", lambda: tmp_path)
     check = gpu_check.Check(tmp_path, "cuda")
     check.machine()
     for stage in STAGES:
@@ -328,24 +328,17 @@ def test_anchors_that_move_are_no_difference_of_two_steps(monkeypatch: pytest.Mo
     assert not answers.poisoned("fp32")["failed"]
 
 
-def test_pips_packages_are_put_together_to_a_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_toolkit_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", str(tmp_path / "links"))
     is_file, usual = Path.is_file, Path("/usr/local/cuda/bin/nvcc")
     monkeypatch.setattr(Path, "is_file", lambda path: path != usual and is_file(path))
-    assert gpu_stages.toolkit(tmp_path, tmp_path / "site") is None
-    for name in (
-        "cuda_nvcc/bin/nvcc",
-        "cuda_nvcc/nvvm/bin",
-        "cuda_runtime/include/cuda.h",
-        "cuda_runtime/lib/libcudart_static.a",
-    ):
-        (tmp_path / "site" / "nvidia" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "site" / "nvidia" / name).touch()
-    home = gpu_stages.toolkit(tmp_path, tmp_path / "site")
-    assert home is not None
-    assert all(
-        (home / name).exists() for name in ("bin/nvcc", "nvvm/bin", "include/cuda.h", "lib64/libcudart_static.a")
-    )
+    assert gpu_stages.toolkit() is None
+    for name in ("links", "toolkit/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "toolkit" / "bin" / "nvcc").touch(mode=0o755)
+    (tmp_path / "links" / "nvcc").symlink_to(tmp_path / "toolkit" / "bin" / "nvcc")
+    assert gpu_stages.toolkit() == tmp_path / "toolkit"
 
 
 def test_a_module_that_was_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
