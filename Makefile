@@ -9,6 +9,7 @@
 # make faults          seeds the numeric faults of tests/faults.toml into a copy of csrc, and shows which the tests catch
 # make docs    the pages of docs/ and the API reference as a site in build/site
 # make wheel   a wheel and a source distribution in dist/; the wheel's name says which torch its kernels are compiled for
+# make gpu-module   build/gpu-module/pyglow_fast/_C*.so, compiled here for a machine with a GPU and without a compiler
 # make lint | format | venv | clean | help
 # All of it happens in a virtual environment, $(VENV), which is made when it is missing and needs no root rights.
 
@@ -18,6 +19,10 @@ VENV ?= .venv
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
 MUTANTS_MINUTES ?= 60
+# What gpu-module compiles for: its Python, its torch (one without CUDA will do), its GPU.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= torch==2.11.*
+GPU_ARCH ?= 9.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -42,7 +47,9 @@ THINNED := $(addprefix --ignore=tests/,runs/test_distributed.py runs/test_plans.
 # Packages that tests/live imports single modules of, without their dependencies.
 LIVE := build/live
 
-.PHONY: venv demo serve test test-full test-machines test-live mutants faults lint format docs wheel clean help
+GPU := build/gpu-module
+
+.PHONY: venv demo serve test test-full test-machines test-live mutants faults lint format docs wheel gpu-module clean help
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.tools
@@ -125,6 +132,11 @@ docs: venv
 
 wheel: venv
 	PYGLOW_WHEEL_LABEL=1 $(BIN)/python -m build --no-isolation --outdir dist .
+
+gpu-module:
+	$(MAKE) VENV=$(GPU)/venv PYTHON=$(GPU_PYTHON) TORCH='$(GPU_TORCH)' $(GPU)/venv/.torch
+	PYGLOW_NO_EXTENSION=0 PYGLOW_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) $(GPU)/venv/bin/python setup.py build_ext --build-lib $(GPU)
+	PYTHONPATH=$(GPU)/pyglow_fast $(GPU)/venv/bin/python -c 'import torch, _C; print(_C.__file__, _C.build_info())'
 
 clean:
 	rm -rf build dist *.egg-info pyglow_fast/_C*.so $(VENV)/.built $(VENV)/.tools
