@@ -51,11 +51,7 @@ def clock(function: Callable[[], object], device: torch.device) -> float:
 
 
 def launched(function: Callable[[], object], device: torch.device) -> Row:
-    """Count what a call launches, how much of that is ours, the milliseconds together, and of TOP names which.
-
-    Raises:
-        RuntimeError: the profiler saw nothing on the GPU.
-    """
+    """Count what a call launches, how much of that is ours, the milliseconds together, and of TOP names which."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         function()

@@ -231,11 +231,7 @@ class Check:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages that are asked for, and write the report; 0, 1 or 2, as the module says.
-
-    Args:
-        argv: the options; those of the process if None.
-    """
+    """Run the stages that are asked for, and write the report; 0, 1 or 2, as the module says."""
     raw = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser("bench gpu_check", description=__doc__, formatter_class=raw, allow_abbrev=False)
     options.add_argument("--out", type=Path, metavar="FOLDER", help=f"({MEASURED}; of a rehearsal {REHEARSED})")

@@ -70,11 +70,7 @@ class RotatingTimer:
         return min(MOST_COPIES, max(2, math.floor(L2_SHARE * self.l2_bytes / max(touched, 1)) + 1))
 
     def time(self, make: Callable[[], Sequence[Launch]]) -> Timing:
-        """Times one launch by replays of many. ``make()`` gives them, one of each copy, on the stream of the capture.
-
-        Raises:
-            RuntimeError: a launch cannot be captured.
-        """
+        """Times one launch by replays of many. ``make()`` gives one of each copy, on the stream of the capture."""
         with self.stream():
             launches = make()
             results: list[object] = [None] * len(launches)
@@ -217,7 +213,6 @@ def groups(arguments: argparse.Namespace) -> list[Callable[[], Iterable[Question
 
 if __name__ == "__main__":
     options = stage_options("gpu_kernels", "kernels on a GPU")
-    shapes = "separated by commas (those of bench kernels, and levels 2 and 3 of 32x32)"
-    options.add_argument("--shapes", type=parse_shapes, default=SHAPES, help=shapes)
+    options.add_argument("--shapes", type=parse_shapes, default=SHAPES, help="with commas between them")
     options.add_argument("--hidden", type=int, default=512, help="width of the layers (512)")
     raise SystemExit(run(options, COLUMNS, groups))

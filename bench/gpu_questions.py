@@ -63,11 +63,8 @@ def earlier(out: Path | None) -> list[Row]:
 def ask(arguments: argparse.Namespace, columns: Sequence[str], groups: Groups) -> int:
     """Ask as long as there is time for a question that takes as long as the longest so far.
 
-    A line of a table is printed, and the file written, as each answer comes. Groups are made one after the other.
-
-    Returns:
-        BROKEN if an answer left the device unusable, 1 if one was wrong, PARTLY if the time was over before all was
-        asked, else 0.
+    A line of a table is printed, and the file written, as each answer comes. Groups are made one after the other. The
+    result is BROKEN, 1 if an answer was wrong, PARTLY if the time was over before all was asked, else 0.
     """
     device, out, only = arguments.device, arguments.out, arguments.only
     facts, rows, longest = machine(device), earlier(out), 0.0
@@ -103,7 +100,7 @@ def ask(arguments: argparse.Namespace, columns: Sequence[str], groups: Groups) -
 
 
 def is_broken(device: torch.device) -> bool:
-    """Whether a kernel has left the device so that nothing more runs in this process."""
+    """Whether a fault has left the device unusable for this process."""
     try:
         synchronize(device)
     except RuntimeError:

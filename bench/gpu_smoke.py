@@ -190,8 +190,7 @@ def unchecked(device: torch.device) -> Iterator[Question]:
         yield f"training step, {memory}", functools.partial(gradients_of, *model_and_images(memory, device))
     for shape, form in itertools.product(SHAPES, FORMS):
         for case in cases_of(data_of(shape, form).copy(device)):
-            run_case = functools.partial(case.build, functional, False)
-            yield f"{case.name}, {titled(shape, form)}", lambda run_case=run_case: run_case()()
+            yield f"{case.name}, {titled(shape, form)}", lambda build=case.build: build(functional, False)()
 
 
 def groups(arguments: argparse.Namespace) -> list[Callable[[], Iterable[Question]]]:

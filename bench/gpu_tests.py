@@ -39,8 +39,7 @@ def missing_library(error: BaseException | None) -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the time."""
-    about = "skip tests that have not begun by then, by time.monotonic()"
-    parser.addoption("--until", type=float, default=float("inf"), help=about)
+    parser.addoption("--until", type=float, default=float("inf"), help="skip what has not begun by time.monotonic()")
     parser.addoption("--out", type=Path, help="JSON file of the tests that have begun")
 
 
