@@ -36,7 +36,7 @@ from bench.harness import dtype_name
 from pyglow_fast import functional, reference
 from pyglow_fast._float32 import TF32, computing_in
 
-SHAPES = [*reversed(cases.SHAPES), (64, 24, 8, 8), (64, 48, 4, 4)]
+SHAPES = sorted([*cases.SHAPES, (64, 24, 8, 8), (64, 48, 4, 4)], reverse=True)  # levels of 32x32 in batches of 64 first
 LEVELS, BATCH = ((6, 16), (12, 8), (24, 4)), 64  # the channels that a net reads, and their side, of images of 32x32
 L2_SHARE = 2.0  # the copies of a case are together more than that many times the L2
 MOST_COPIES = 512
