@@ -202,7 +202,7 @@ class Glow(nn.Module):
             return call_untraced(Glow._run_plans, self, given, conds, name)
         if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), *given, *conds)):
             return {}
-        inverse = name != "log_prob"
+        inverse = name not in ("forward", "log_prob")
         runs = self._sequences()[:: -1 if inverse else 1]
         inputs = [*given, self._any_labels(given[0]), *conds]
         whole = self._plans.of(self, inputs, _dry_pass(len(given), name), name, inverse=inverse)
@@ -353,7 +353,7 @@ class Glow(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[list[Tensor], Tensor]:
         """Map x to its latents, shallowest first, and log_det = log|det dz/dx|."""
-        found = self._encode(x, cond)
+        found = self._encode(x, cond, name="forward")
         return found.latents, found.log_det
 
     def intermediates(
@@ -377,7 +377,7 @@ class Glow(nn.Module):
         found = self._encode(x, cond, at)
         return found.latents, found.states, found.log_det
 
-    def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] = ()) -> _Encoded:
+    def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] = (), name: str = "log_prob") -> _Encoded:
         """Map x to its latents, with the states of each level behind its steps ``at`` and its last one."""
         conds, reads = self._check_x(x, cond)
         if (
@@ -388,7 +388,7 @@ class Glow(nn.Module):
         latents: list[Tensor] = []
         kept: list[Tensor] = []
         states: list[list[Tensor]] = []
-        plans = self._run_plans([x], conds, "log_prob")
+        plans = self._run_plans([x], conds, name)
         for i, level in enumerate(self._flow_levels):
             found, level_log_det = level(x, conds[i], plans, at)
             states.append(found)
@@ -631,6 +631,9 @@ def _dry_pass(count: int, name: str) -> Forward:
         cond: Any = conds[0] if one else conds
         if name == "log_prob":
             return [twin.log_prob(given[0], y, cond)]
+        if name == "forward":
+            latents, log_det = twin(given[0], cond)
+            return [*latents, log_det]
         return twin.inverse(given, cond) if name == "inverse" else twin.from_noise(given, y, cond)
 
     return forward

@@ -118,6 +118,26 @@ def test_plans_say_what_is_taken(name: str, inverse: bool) -> None:
 
 
 @plans
+def test_latents_that_are_the_callers_are_counted() -> None:
+    """model(x) keeps to its least bytes with the latents and their gradients, which log_prob drops."""
+    model, inputs = case("permutations")
+    model.memory = 1
+    model.memory = least = least_bytes(lambda: model(**inputs))
+    given = [torch.randn_like(value) for value in (*model(**inputs)[0], inputs["x"][:, 0, 0, 0])]
+
+    def step() -> None:
+        latents, log_det = model(**inputs)
+        torch.autograd.backward([*latents, log_det], given)
+
+    step()
+    gc.collect()
+    with AllocatorTrace() as trace:
+        step()
+    found = trace.peak_without() + sum(value.nbytes for value in given)
+    assert found <= model.memory_report()[0]["predicted_bytes"] <= least
+
+
+@plans
 @both_ways
 def test_a_run_by_itself() -> None:
     """Its output and the gradient of that, which the caller may hold, are in the bytes."""
