@@ -56,7 +56,7 @@ def stage_options(name: str, about: str) -> argparse.ArgumentParser:
 
 
 def earlier(out: Path | None) -> list[Row]:
-    """What a process before this one has found."""
+    """Read the rows that an earlier process has written to the results file."""
     return json.loads(out.read_text(encoding="utf-8"))["rows"] if out and out.is_file() else []
 
 
@@ -100,7 +100,7 @@ def ask(arguments: argparse.Namespace, columns: Sequence[str], groups: Groups) -
 
 
 def is_broken(device: torch.device) -> bool:
-    """Whether a fault has left the device unusable for this process."""
+    """Tell whether a fault has left the device unusable for this process."""
     try:
         synchronize(device)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What a Glow warns of: images in another range, a model that has seen no data, likelihoods that are not finite."""
+"""Warns of images in another range, of a Glow that has seen no data, and of likelihoods that are not finite."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_capture_that_breaks_anywhere_costs_no_step() -> None:
 
 
 def test_a_graph_makes_room_for_a_step_of_another_shape() -> None:
-    """Where memory is out the graph's is freed, and the step taken once more; without a graph it is the caller's."""
+    """An out-of-memory error frees the graph, and the step runs again; without a graph the caller gets the error."""
     calls: list[int] = []
 
     def function(x: Tensor) -> Tensor:

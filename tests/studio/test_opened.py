@@ -138,7 +138,7 @@ def test_scores(emoji_run: Path) -> None:
 
 
 def test_what_is_far_from_held_out_images() -> None:
-    """What lies beyond their range by more than its length; single ones among them do not make it longer."""
+    """An image is far if it lies beyond their range by more than its length; a single outlier does not lengthen it."""
     scores = Scores(torch.cat([torch.linspace(2.0, 3.0, 999), torch.tensor([90.0])]).double(), torch.zeros(1))
     assert [scores.bounded(bits) for bits in (1.2, 2.5, 3.8)] == [1.2, 2.5, 3.8]
     assert [scores.bounded(bits) for bits in (-9.0, 9.0)] == pytest.approx([1.0, 4.0], abs=0.05)
