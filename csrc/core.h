@@ -332,6 +332,53 @@ struct NetBackwardArgs {
   Extent extent;
 };
 
+// A row for each position of each sample, samples one after another: for each channel and each tap of a window an
+// element, in column c * taps + tap.
+template <class Data>
+struct WindowRows {
+  Data* data;      // const void or void
+  NetType type;    // state: elements of T
+  int64_t length;  // elements from one row to the next
+};
+
+// What each position sees of x: rows[(n, p), (c, tap)] = x[n, c, p + shift of the tap], zero outside of the extent, and
+// in the columns behind those. Of a gradient the sums of x, over `summed_positions` after one another through samples.
+constexpr int64_t summed_positions = 64;
+template <class T>
+struct PatchesArgs {
+  NetOutput x;            // (N, C, P)
+  WindowRows<void> rows;  // (N P, length)
+  T* sums;                // (ceil(N P / summed_positions), C), or null
+  int64_t samples, channels;
+  Extent extent;
+  Window window;
+  bool mirrored;  // p - shift
+};
+
+// The transpose: y[n, c, p] = bias_c + sum over taps of rows[(n, p + shift of the tap), (c, tap)].
+template <class T>
+struct TapSumsArgs {
+  WindowRows<const void> rows;  // (N P, length)
+  const void* bias;             // (C,) of the type of rows, or null
+  NetGrad y;                    // (N, C, P)
+  int64_t samples, channels;
+  Extent extent;
+  Window window;
+  bool mirrored;
+};
+
+// The gradient before a relu, over the one behind it: zero where its value h is not above 0; and the sums of each of so
+// many shares of the rows.
+template <class T>
+struct ReluBackwardArgs {
+  void* grad;     // (rows, columns), and h, row-major
+  const void* h;  //
+  NetType type;   // of both
+  T* sums;        // (shares, columns)
+  int64_t rows, columns, shares;
+  PYGLOW_HD int64_t per_share() const { return (rows + shares - 1) / shares; }
+};
+
 // Images (N, C, 2 R, M, W), each channel's values one after another, and their two halves (N, C, R, M, W), likewise:
 // position [r, m, w] of `kept` is that of rows 2 r and 2 r + 1 whose indices have a sum of the given parity (0 or 1),
 // of `other` the other one. Split writes the halves, merge the whole. With data of `other` null that half is not
@@ -422,7 +469,10 @@ struct FoldBackwardArgs {
   K(gaussian_sample, GaussianSampleArgs)              \
   K(invert_matrices, InvertMatricesArgs)              \
   K(fold, FoldArgs)                                   \
-  K(fold_backward, FoldBackwardArgs)
+  K(fold_backward, FoldBackwardArgs)                  \
+  K(patches, PatchesArgs)                             \
+  K(tap_sums, TapSumsArgs)                            \
+  K(relu_backward, ReluBackwardArgs)
 #define PYGLOW_CPU_KERNELS(K)                  \
   K(checkerboard_split, CheckerboardSplitArgs) \
   K(checkerboard_merge, CheckerboardMergeArgs) \

@@ -54,7 +54,7 @@ def release(version: str) -> tuple[str, ...]:
 
 
 def nets() -> str:
-    """Say who computes coupling nets on the CPU: "auto" (as measured; see docs/speed.md) or the "library".
+    """Say who computes coupling nets: "auto" (see docs/speed.md), the "library"'s convolutions or its products of "rows".
 
     Raises:
         ValueError: the environment variable PYGLOW_NETS says something else.
@@ -68,7 +68,7 @@ nets._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.cache
 def _nets() -> str:
     choice = os.environ.get("PYGLOW_NETS") or "auto"
-    expect(choice in ("auto", "library"), "PYGLOW_NETS", "auto or library", repr(choice))
+    expect(choice in ("auto", "library", "rows"), "PYGLOW_NETS", "auto, library or rows", repr(choice))
     return choice
 
 

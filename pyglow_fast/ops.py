@@ -203,6 +203,33 @@ def invert_matrices(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return matrices.new_empty(matrices.shape), matrices.new_empty(matrices.shape[0])
 
 
+# What a GPU computes coupling nets with besides matrix products (csrc/run/rows.h).
+@_op("(Tensor x, int[] kernel, int[] dilations, bool backward, ScalarType dtype) -> (Tensor, Tensor)")
+def patches(
+    x: Tensor, kernel: Sequence[int], dilations: Sequence[int], backward: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    unit, count = 16 // dtype.itemsize, x.shape[0] * math.prod(x.shape[2:]) if x.numel() else 0
+    length = -(-x.shape[1] * math.prod(kernel) // unit) * unit
+    sums = -(-count // 64) if backward else 0, x.shape[1]  # summed_positions of csrc/core.h
+    return x.new_empty(count, length, dtype=dtype), x.new_empty(sums, dtype=_summed_in(dtype))
+
+
+@_op("(Tensor(a!) grad, Tensor h) -> Tensor")
+def relu_backward(grad: Tensor, h: Tensor) -> Tensor:
+    return grad.new_empty(min(128, -(-len(grad) // 64)), grad.shape[1], dtype=_summed_in(grad.dtype))
+
+
+def _summed_in(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+@_op(
+    "(Tensor rows, Tensor? bias, int[] sizes, int[] kernel, int[] dilations, bool backward, ScalarType dtype) -> Tensor"
+)
+def tap_sums(rows: Tensor, bias: Tensor | None, sizes: Sequence[int], *rest: Any) -> Tensor:
+    return rows.new_empty(sizes, dtype=rest[-1])
+
+
 # Moves of values, on the CPU only: elsewhere torch's are as fast.
 @_op("(Tensor x, int parity, bool both) -> Tensor")
 def checkerboard_split(x: Tensor, parity: int, both: bool) -> Tensor:

@@ -114,6 +114,7 @@ void register_kernels() {
     register_step_ops(m);
     register_fused_ops(m);
     register_statistics_ops(m);
+    register_window_ops(m);
     return m;
   };
   torch::Library& on_cpu = begin(c10::DispatchKey::CPU);

@@ -5,13 +5,13 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "bindings/checks.h"
 #include "bindings/device.h"
+#include "bindings/extent.h"
 #include "bindings/memory.h"
 #include "bindings/ops.h"
 
@@ -23,18 +23,6 @@ struct Plain {
   at::AutoDispatchBelowAutograd no_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
-
-// The spatial sizes, ones in front where there are fewer than three.
-std::array<int64_t, 3> spatial(at::IntArrayRef sizes) {
-  std::array<int64_t, 3> found = {1, 1, 1};
-  for (std::size_t i = 2; i < sizes.size(); ++i) found[3 - sizes.size() + i] = sizes[i];
-  return found;
-}
-
-Extent extent_of(const at::Tensor& x) {
-  const auto sizes = spatial(x.sizes());
-  return {sizes[0], sizes[1], sizes[2]};
-}
 
 // A missing dimension has one element, for which any stride will do.
 template <class T>
@@ -120,16 +108,9 @@ class Net {
                .bias = biases_.empty() ? nullptr : biases_[i].const_data_ptr<T>(),
                .in = weight.size(1),
                .out = weight.size(0),
-               .window = {{1, 1, 1}, {1, 1, 1}},
+               .window = window_of(extent_, weight.sizes().slice(2), how_.dilations.slice(i * dims, dims)),
                .activation = Activation::none,
                .parameter = 0};
-      for (int64_t d = 0; d < dims; ++d) {
-        layer.window.size[3 - dims + d] = weight.size(d + 2);
-        // A tap that is farther away than the image is large sees nothing of it, however far.
-        const int64_t farthest = std::max<int64_t>(extent_[d], 1);
-        layer.window.dilation[3 - dims + d] =
-            weight.size(d + 2) == 1 ? 1 : std::min(how_.dilations[i * dims + d], farthest);
-      }
       if (i + 1 == net.count) continue;
       layer.activation = static_cast<Activation>(how_.activations[i]);
       layer.parameter = static_cast<T>(how_.parameters[i]);
@@ -153,7 +134,7 @@ at::TensorOptions kept_options(const at::Tensor& x, bool half) {
 
 int64_t kept_elements(const Net& net, const at::Tensor& x) {
   int64_t found = 0;
-  with_dtype(x, [&](auto zero) { found = net.as<decltype(zero)>({}).kept(extent_of(x), x.size(0)); });
+  with_dtype(x, [&](auto zero) { found = net.as<decltype(zero)>({}).kept(extent_of(x.sizes()), x.size(0)); });
   return found;
 }
 
@@ -202,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional
                           .y = output_image<T>(y),
                           .kept = keep ? kept.mutable_data_ptr() : nullptr,
                           .samples = x.size(0),
-                          .extent = extent_of(x)};
+                          .extent = extent_of(x.sizes())};
     if (x.is_cpu()) cpu::net_chain(args, torch_threads());
   });
   return {y, kept};
@@ -253,7 +234,7 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
                             .grad_bias = {},
                             .grad_log_gain = nullptr,
                             .samples = x.size(0),
-                            .extent = extent_of(x)};
+                            .extent = extent_of(x.sizes())};
     if (want_weights) {
       for (std::size_t i = 0; i < layers; ++i) {
         args.grad_weight[i] = grads[inputs + i].mutable_data_ptr<T>();

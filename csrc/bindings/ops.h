@@ -12,6 +12,7 @@ namespace pyglow::bindings {
 void register_step_ops(torch::Library& m);
 void register_fused_ops(torch::Library& m);
 void register_statistics_ops(torch::Library& m);
+void register_window_ops(torch::Library& m);
 // For CPU tensors alone:
 void register_net_ops(torch::Library& m);
 void register_checkerboard_ops(torch::Library& m);
@@ -39,6 +40,12 @@ std::tuple<Tensor, Tensor, Tensor> step_backward(const Tensor& y, const Tensor& 
                                                  const Tensor& grad_log_det, const Tensor& inverse_matrix,
                                                  const Tensor& offset, const Kind& kind, const Optional& index);
 std::tuple<Tensor, Tensor> invert_matrices(const Tensor& matrices);
+int64_t row_length(int64_t used, at::ScalarType dtype);  // elements from one row to the next
+std::tuple<Tensor, Tensor> patches(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef dilations, bool backward,
+                                   at::ScalarType dtype);
+Tensor relu_backward(const Tensor& grad, const Tensor& h);
+Tensor tap_sums(const Tensor& rows, const Optional& bias, at::IntArrayRef sizes, at::IntArrayRef kernel,
+                at::IntArrayRef dilations, bool backward, at::ScalarType dtype);
 std::tuple<Tensor, Tensor> net_chain(const Tensor& x, const Optional& cond, at::TensorList weights,
                                      at::TensorList biases, const Optional& log_gain, at::IntArrayRef activations,
                                      at::ArrayRef<double> parameters, at::IntArrayRef dilations, bool half, bool keep);

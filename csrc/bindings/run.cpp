@@ -96,6 +96,11 @@ void define_run(py::module& m) {
       .value("checkpoint", run::Mode::checkpoint)
       .value("reversible", run::Mode::reversible)
       .finalize();
+  py::native_enum<run::Way>(m, "Way", "enum.Enum", "Who computes a coupling net.")
+      .value("kernels", run::Way::kernels)
+      .value("rows", run::Way::rows)
+      .value("convolutions", run::Way::convolutions)
+      .finalize();
   py::native_enum<run::Judged>(m, "Judged", "enum.Enum", "When the drift of recomputed states is judged.")
       .value("each", run::Judged::each)
       .value("at_the_end", run::Judged::at_the_end)
@@ -109,9 +114,9 @@ void define_run(py::module& m) {
   given(m, "Outputs", "How a net gives shift and raw scale.", FIELD(Outputs, in_turn), FIELD(Outputs, signs),
         FIELD(Outputs, caps));
   given(m, "NetForm", "All about a coupling net but its tensors.", FIELD(NetForm, activations),
-        FIELD(NetForm, dilations), FIELD(NetForm, parameters), FIELD(NetForm, powers), FIELD(NetForm, products),
-        FIELD(NetForm, narrow), FIELD(NetForm, takes_state), FIELD(NetForm, takes_cond), FIELD(NetForm, parity),
-        FIELD(NetForm, chunks), FIELD(NetForm, outputs));
+        FIELD(NetForm, dilations), FIELD(NetForm, parameters), FIELD(NetForm, powers), FIELD(NetForm, way),
+        FIELD(NetForm, channels_last), FIELD(NetForm, narrow), FIELD(NetForm, takes_state), FIELD(NetForm, takes_cond),
+        FIELD(NetForm, parity), FIELD(NetForm, chunks), FIELD(NetForm, outputs));
   given(m, "Kind", "Which coupling: map and order by their codes.", FIELD(Kind, map), FIELD(Kind, order),
         FIELD(Kind, inverse), FIELD(Kind, bias), FIELD(Kind, eps), FIELD(Kind, clamp), FIELD(Kind, factor));
   given(m, "Step", "A coupling of a run and its net.", FIELD(Step, kind), FIELD(Step, net), FIELD(Step, reads))

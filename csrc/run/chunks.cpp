@@ -50,7 +50,8 @@ NetGradients net_gradients(const Step& step, const Net& net, const Tensor& state
     if (sums.cond.defined()) chunk.inputs(sums.cond).add_(found.cond);
     for (std::size_t i = 0; i < found.weights.size(); ++i) {
       add_to(sums.weights[i], found.weights[i], state.scalar_type());
-      add_to(sums.biases[i], found.biases[i], state.scalar_type());
+      const bool in_parts = found.biases[i].defined() && found.biases[i].dim() == 2;
+      add_to(sums.biases[i], in_parts ? found.biases[i].sum(0) : found.biases[i], state.scalar_type());
     }
     add_to(sums.log_gain, found.log_gain, state.scalar_type());
   }

@@ -22,7 +22,5 @@ struct Window {
 Tensor convolution(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window);
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& h, const Tensor& weight,
                                                         const Window& window, const std::array<bool, 3>& mask);
-// Of a convolution and a relu, as one where cuDNN computes both.
-Tensor relu_convolution(const Tensor& h, const Tensor& weight, const Tensor& bias, const Window& window);
 
 }  // namespace pyglow::run

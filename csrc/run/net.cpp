@@ -7,6 +7,7 @@
 #include "bindings/ops.h"
 #include "run/activation.h"
 #include "run/convolution.h"
+#include "run/rows.h"
 
 namespace pyglow::run {
 namespace {
@@ -20,12 +21,11 @@ Tensor half_board(const Tensor& whole, int64_t parity) { return bindings::checke
 }  // namespace
 
 bool is_gain(const NetForm& form, std::size_t layer) {
-  return form.products && layer + 1 == form.layers() && form.powers[layer] == gain_power;
+  return form.way == Way::kernels && layer + 1 == form.layers() && form.powers[layer] == gain_power;
 }
 
-at::MemoryFormat format_for(const Tensor& x) {
-  const bool images = x.dim() == 4 && !(x.is_cuda() && x.scalar_type() == at::kDouble);
-  return images ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+at::MemoryFormat format_for(const NetForm& form, const Tensor& x) {
+  return form.channels_last && x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 Tensor per_output(const Tensor& scale, const Tensor& weight) {
@@ -34,11 +34,12 @@ Tensor per_output(const Tensor& scale, const Tensor& weight) {
   return scale.view(shape);
 }
 
-Net::Net(const NetForm& form, Folded folded)
+Net::Net(const NetForm& form, at::TensorList tensors, Folded folded)
     : form_(form),
+      tensors_(tensors),
       folded_(std::move(folded)),
       dtype_(folded_.weights[0].scalar_type()),
-      format_(format_for(folded_.weights[0])) {}
+      format_(format_for(form, tensors[0])) {}
 
 Net::Inputs Net::inputs(const Tensor& x1, const Optional& cond) const {
   if (!form_.takes_state) return {*cond, {}};
@@ -65,14 +66,11 @@ Tensor Net::convolved(std::size_t layer, const Tensor& h) const {
 Tensor Net::by_convolutions(Tensor h, Tensors* kept) const {
   for (std::size_t layer = 0; layer < form_.layers(); ++layer) {
     if (kept != nullptr) kept->push_back(h);
-    if (layer + 1 == form_.layers()) return convolved(layer, h).contiguous(format_);
-    const Through activation = through(form_, layer);
-    if (activation.is_relu()) {
-      h = relu_convolution(h, folded_.weights[layer], folded_.biases[layer],
-                           Window(form_, layer, folded_.weights[layer]));
-      continue;
-    }
+    const bool ends = layer + 1 == form_.layers();
     h = convolved(layer, h);
+    // Kernels on a GPU take a state and what a net gives for it along positions.
+    if (ends) return h.contiguous(h.is_cuda() ? at::MemoryFormat::Contiguous : format_);
+    const Through activation = through(form_, layer);
     if (kept != nullptr && activation.keeps_argument()) kept->push_back(h);
     h = activation.value(h);
   }
@@ -82,12 +80,14 @@ Tensor Net::by_convolutions(Tensor h, Tensors* kept) const {
 Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const {
   const Inputs given = inputs(x1, cond);
   Tensor out;
-  if (form_.products) {
+  if (form_.way == Way::kernels) {
     auto [found, hidden] =
         bindings::net_chain(given.x1, given.cond, folded_.weights, folded_.biases, folded_.log_gain, form_.activations,
                             form_.parameters, form_.dilations, form_.narrow.has_value(), kept != nullptr);
     out = std::move(found);
     if (kept != nullptr) kept->push_back(std::move(hidden));
+  } else if (goes_by_rows(form_, tensors_)) {
+    out = by_rows(given.cond ? joined(given) : given.x1, kept);
   } else {
     out = by_convolutions(joined(given), kept);
   }
@@ -100,8 +100,9 @@ NetGradients Net::backward(const Tensor& x1, const Optional& cond, Tensors kept,
   const Inputs given = inputs(x1, cond);
   const Tensor before = form_.outputs.gradient(grad_out, out);
   const Tensor grad = form_.parity ? whole_board(before, 1 - *form_.parity) : before;
-  NetGradients found = form_.products ? back_by_products(given, kept[0], grad, wanted)
-                                      : back_by_convolutions(given, std::move(kept), grad, wanted);
+  NetGradients found = form_.way == Way::kernels       ? back_by_kernels(given, kept[0], grad, wanted)
+                       : goes_by_rows(form_, tensors_) ? back_by_rows(given, std::move(kept), grad, wanted)
+                                                       : back_by_convolutions(given, std::move(kept), grad, wanted);
   if (!form_.takes_state) {
     found.cond = std::move(found.state);
     found.state = Tensor();
@@ -112,8 +113,8 @@ NetGradients Net::backward(const Tensor& x1, const Optional& cond, Tensors kept,
   return found;
 }
 
-NetGradients Net::back_by_products(const Inputs& given, const Tensor& kept, const Tensor& grad_out,
-                                   const Wanted& wanted) const {
+NetGradients Net::back_by_kernels(const Inputs& given, const Tensor& kept, const Tensor& grad_out,
+                                  const Wanted& wanted) const {
   bool want_own = false;
   for (const bool one : wanted.own) want_own = want_own || one;
   const Tensor grad = grad_out.to(given.x1.scalar_type());
@@ -137,6 +138,12 @@ bool Net::wants_layer(std::size_t layer, const Wanted& wanted) const {
   return false;
 }
 
+bool Net::wants_before(std::size_t layer, const Wanted& wanted) const {
+  bool found = wanted.inputs;
+  for (std::size_t before = 0; before < layer; ++before) found = found || wants_layer(before, wanted);
+  return found;
+}
+
 NetGradients Net::back_by_convolutions(const Inputs& given, Tensors kept, const Tensor& grad_out,
                                        const Wanted& wanted) const {
   const std::size_t layers = form_.layers();
@@ -148,9 +155,7 @@ NetGradients Net::back_by_convolutions(const Inputs& given, Tensors kept, const 
     return last;
   };
   for (std::size_t layer = layers; layer-- > 0;) {
-    bool goes_on = wanted.inputs;
-    for (std::size_t before = 0; before < layer; ++before) goes_on = goes_on || wants_layer(before, wanted);
-    const bool own = wants_layer(layer, wanted);
+    const bool goes_on = wants_before(layer, wanted), own = wants_layer(layer, wanted);
     if (!goes_on && !own) break;
     const Tensor h = taken(), weight = folded_.weights[layer];
     std::vector<int64_t> sizes = grad.sizes().vec();

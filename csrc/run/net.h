@@ -51,13 +51,19 @@ struct Outputs {
   Tensor given(const Tensor& own, int64_t i) const;
 };
 
+// Who computes a net: this package's kernels, on a CPU; the library's matrix products over rows, one for each position
+// of each sample, where nothing but the first and the last layer sees more than its position; or the library's
+// convolutions.
+enum class Way { kernels, rows, convolutions };
+
 // All about a net but its tensors: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l), weight and bias of a layer with
 // a log_scale multiplied by exp(power log_scale). Its tensors are, layer by layer, weight, bias and log_scale.
 struct NetForm {
   std::vector<int64_t> activations, dilations;  // codes and numbers as net_chain takes them
   std::vector<double> parameters;
   std::vector<double> powers;            // of each layer; 0: the layer has no log_scale
-  bool products;                         // by our matrix products; else by the library's convolutions
+  Way way;                               // rows: for the nets that allow it
+  bool channels_last;                    // of convolutions of images; of rows always
   std::optional<at::ScalarType> narrow;  // the 16 bits that it computes in
   bool takes_state, takes_cond;          // what it reads: x1 of the state, the condition beside it, or that alone
   std::optional<int64_t> parity;         // of a checkerboard: the net sees whole images, x1 is a half of them
@@ -81,27 +87,27 @@ struct Wanted {
 // Undefined where they are not wanted, or there is nothing to differentiate.
 struct NetGradients {
   Tensor state, cond;
-  Tensors weights, biases;  // of what `Folded` has
+  Tensors weights, biases;  // of what `Folded` has; of a bias perhaps parts (shares, out), which are to be summed
   Tensor log_gain;
 };
 
 // A net's tensors as it computes with them: of each layer weight and bias, scaled, in the net's dtype and memory
-// format.
+// format; of rows each weight is a matrix (see rows.h).
 struct Folded {
   Tensors weights, biases;
-  Optional log_gain;  // of the last layer, where our products multiply by it themselves
+  Optional log_gain;  // of the last layer, where our kernels multiply by it themselves
 };
 
-// Whether our products multiply by the log_scale of a layer themselves.
+// Whether our kernels multiply by the log_scale of a layer themselves.
 bool is_gain(const NetForm& form, std::size_t layer);
-// Images run channels-last, but for float64 on a GPU, which cuDNN takes contiguous only.
-at::MemoryFormat format_for(const Tensor& x);
+at::MemoryFormat format_for(const NetForm& form, const Tensor& x);
 Tensor per_output(const Tensor& scale, const Tensor& weight);
 
 // A net with its tensors, ready to run.
 class Net {
  public:
-  Net(const NetForm& form, Folded folded);
+  // tensors: its own, as `form` has them.
+  Net(const NetForm& form, at::TensorList tensors, Folded folded);
 
   // The output, whole, of x1 (N, C1, *spatial) and the condition; what backward needs is put behind `kept`.
   Tensor forward(const Tensor& x1, const Optional& cond, Tensors* kept) const;
@@ -117,14 +123,20 @@ class Net {
   Inputs inputs(const Tensor& x1, const Optional& cond) const;
   Tensor joined(const Inputs& given) const;
   Tensor convolved(std::size_t layer, const Tensor& h) const;
+  Tensor by_rows(const Tensor& x, Tensors* kept) const;
   Tensor by_convolutions(Tensor h, Tensors* kept) const;
-  NetGradients back_by_products(const Inputs& given, const Tensor& kept, const Tensor& grad_out,
-                                const Wanted& wanted) const;
+  NetGradients back_by_kernels(const Inputs& given, const Tensor& kept, const Tensor& grad_out,
+                               const Wanted& wanted) const;
   NetGradients back_by_convolutions(const Inputs& given, Tensors kept, const Tensor& grad_out,
                                     const Wanted& wanted) const;
+  NetGradients back_by_rows(const Inputs& given, Tensors kept, const Tensor& grad_out, const Wanted& wanted) const;
+  // Whether the gradient of a layer's output is needed: for its own tensors, and for what is before it.
   bool wants_layer(std::size_t layer, const Wanted& wanted) const;
+  bool wants_before(std::size_t layer, const Wanted& wanted) const;
+  at::IntArrayRef sizes(std::size_t layer) const { return tensors_[form_.first(layer)].sizes(); }  // of the weight
 
   const NetForm& form_;
+  const at::TensorList tensors_;
   const Folded folded_;
   at::ScalarType dtype_;
   at::MemoryFormat format_;

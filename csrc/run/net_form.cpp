@@ -48,7 +48,7 @@ std::size_t NetForm::first(std::size_t layer) const {
 std::size_t NetForm::tensors() const { return first(layers()); }
 
 std::size_t NetForm::kept() const {
-  if (products) return 1;
+  if (way == Way::kernels) return 1;
   std::size_t count = layers();
   for (std::size_t layer = 0; layer + 1 < layers(); ++layer) count += through(*this, layer).keeps_argument();
   return count;

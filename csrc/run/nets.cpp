@@ -5,6 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 
+#include <map>
+
+#include "run/rows.h"
+
 namespace pyglow::run {
 namespace {
 
@@ -21,6 +25,31 @@ Tensors cut(const Tensor& whole, const Tensors& like) {
   }
   return found;
 }
+
+at::ScalarType dtype_of(const NetForm& form, const Tensor& weight) {
+  return form.narrow && form.way != Way::kernels ? *form.narrow : weight.scalar_type();
+}
+
+// What `joined` makes of each of some lists, in one call; tensors of a list have one size.
+Tensors together(const std::vector<Tensors>& lists) {
+  Tensors found, all;
+  for (const Tensors& list : lists) {
+    if (list.size() == 1) found.push_back(list[0]);
+    for (const Tensor& part : list) all.push_back(part.flatten());
+  }
+  if (found.size() == lists.size()) return found;
+  const Tensor whole = joined(all);
+  int64_t at = 0;
+  for (const Tensors& list : lists) {
+    std::vector<int64_t> sizes = list[0].sizes().vec();
+    sizes[0] *= static_cast<int64_t>(list.size());
+    found.push_back(whole.narrow(0, at, c10::multiply_integers(sizes)).view(sizes));
+    at += found.back().numel();
+  }
+  return found;
+}
+
+Tensor exp_of(const Tensor& logs, double power) { return (power == 1 ? logs : logs * power).exp(); }
 
 // Copies that are all made in one call.
 struct Copies {
@@ -60,6 +89,20 @@ Tensor scaled(const Tensor& whole, const Tensor& scale, at::ScalarType dtype, at
   return out;
 }
 
+// Sums biases that came in parts, all of one size at once.
+void sum_parts(const std::vector<int64_t>& steps, std::vector<NetGradients>& grads) {
+  std::map<std::vector<int64_t>, std::vector<Tensor*>> of_size;
+  for (const int64_t k : steps)
+    for (Tensor& bias : grads[k].biases)
+      if (bias.defined() && bias.dim() == 2) of_size[bias.sizes().vec()].push_back(&bias);
+  for (const auto& [sizes, biases] : of_size) {
+    Tensors parts;
+    for (Tensor* const bias : biases) parts.push_back(std::move(*bias));
+    const Tensor sums = stacked(parts).sum(1);
+    for (std::size_t i = 0; i < biases.size(); ++i) *biases[i] = sums[static_cast<int64_t>(i)];
+  }
+}
+
 }  // namespace
 
 Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
@@ -70,7 +113,7 @@ Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
     if (found != groups_.end())
       found->steps.push_back(k);
     else
-      groups_.push_back({{k}, {}});
+      groups_.push_back({{k}, {}, goes_by_rows(form(k), tensors_.slice(first_[k], form(k).tensors()))});
   }
   std::size_t at = 0;
   const auto next = [&](at::IntArrayRef sizes) {
@@ -80,7 +123,7 @@ Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
   };
   for (Group& group : groups_) {
     const NetForm& own = form(group.steps[0]);
-    if (own.products) continue;
+    if (own.way == Way::kernels) continue;
     if (made.empty()) {
       std::vector<Folded> all = folded(group);
       for (std::size_t i = 0; i < all.size(); ++i) folded_[group.steps[i]] = std::move(all[i]);
@@ -92,7 +135,8 @@ Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
       const int64_t outputs = weight.size(0);
       if (own.powers[layer] != 0) group.scales[layer] = next({static_cast<int64_t>(group.steps.size()) * outputs});
       for (const int64_t k : group.steps) {
-        folded_[k].weights.push_back(next(weight.sizes()));
+        folded_[k].weights.push_back(
+            next(group.by_rows ? matrix_sizes(weight.sizes(), layer == 0) : weight.sizes().vec()));
         folded_[k].biases.push_back(next({outputs}));
       }
     }
@@ -120,14 +164,15 @@ std::vector<std::size_t> Part::bounds(std::size_t (NetForm::*count)() const) con
 }
 
 Net Nets::of(int64_t k) const {
-  if (!form(k).products) return Net(form(k), folded_[k]);
-  Group alone{{k}, {}};
-  return Net(form(k), std::move(folded(alone)[0]));
+  const at::TensorList own = tensors_.slice(first_[k], form(k).tensors());
+  if (form(k).way != Way::kernels) return Net(form(k), own, folded_[k]);
+  Group alone{{k}, {}, false};
+  return Net(form(k), own, std::move(folded(alone)[0]));
 }
 
 // Nets of one description may differ in hidden widths.
 bool Nets::alike(int64_t a, int64_t b) const {
-  if (part_.steps[a].net != part_.steps[b].net || form(a).products) return false;
+  if (part_.steps[a].net != part_.steps[b].net || form(a).way == Way::kernels) return false;
   for (std::size_t i = 0; i < form(a).tensors(); ++i)
     if (tensors_[first_[a] + i].sizes() != tensors_[first_[b] + i].sizes()) return false;
   return true;
@@ -139,13 +184,16 @@ Tensors Nets::parts(const std::vector<int64_t>& steps, std::size_t at) const {
   return found;
 }
 
+Tensors Nets::logs(const std::vector<int64_t>& steps, std::size_t layer) const {
+  Tensors found = parts(steps, form(steps[0]).first(layer) + 2);
+  for (Tensor& log : found) log = log.flatten();
+  return found;
+}
+
 // exp(power log_scale) of a layer of all these nets.
 Tensor Nets::scale(const std::vector<int64_t>& steps, std::size_t layer) const {
   const NetForm& own = form(steps[0]);
-  Tensors logs = parts(steps, own.first(layer) + 2);
-  for (Tensor& log : logs) log = log.flatten();
-  const Tensor all = joined(logs);
-  return (own.powers[layer] == 1 ? all : all * own.powers[layer]).exp();
+  return exp_of(joined(logs(steps, layer)), own.powers[layer]);
 }
 
 std::vector<Folded> Nets::folded(Group& group) const {
@@ -156,18 +204,20 @@ std::vector<Folded> Nets::folded(Group& group) const {
   for (std::size_t layer = 0; layer < own.layers(); ++layer) {
     const std::size_t at = own.first(layer);
     Tensors weights = parts(group.steps, at), biases = parts(group.steps, at + 1);
-    const auto dtype = own.narrow && !own.products ? *own.narrow : weights[0].scalar_type();
-    const auto format = own.products ? contiguous : format_for(weights[0]);
+    const auto dtype = dtype_of(own, weights[0]);
+    const auto format = own.way == Way::kernels ? contiguous : format_for(own, weights[0]);
     if (is_gain(own, layer)) {
       found[0].log_gain = tensors_[first_[group.steps[0]] + at + 2];
     } else if (own.powers[layer] != 0) {
-      const Tensor& factor = group.scales[layer] = scale(group.steps, layer);
-      weights = cut(scaled(joined(weights), factor, dtype, format), weights);
-      biases = cut(scaled(joined(biases), factor, dtype, contiguous), biases);
-    } else if (!own.products) {
-      weights = in_form(weights, dtype, format, copies);
+      const Tensors whole = together({weights, biases, logs(group.steps, layer)});
+      const Tensor& factor = group.scales[layer] = exp_of(whole[2], own.powers[layer]);
+      weights = cut(scaled(whole[0], factor, dtype, format), weights);
+      biases = cut(scaled(whole[1], factor, dtype, contiguous), biases);
+    } else if (own.way != Way::kernels) {
+      if (!group.by_rows || is_matrix(weights[0], dtype, layer == 0)) weights = in_form(weights, dtype, format, copies);
       biases = in_form(biases, dtype, contiguous, copies);
     }
+    if (group.by_rows) weights = matrices_of(weights, dtype, layer == 0);
     for (std::size_t i = 0; i < found.size(); ++i) {
       found[i].weights.push_back(weights[i]);
       found[i].biases.push_back(biases[i]);
@@ -186,6 +236,7 @@ Tensors Nets::unfolded(std::vector<NetGradients>& grads, const std::vector<bool>
 void Nets::unfold(const Group& group, std::vector<NetGradients>& grads, const std::vector<bool>& wants,
                   Tensors& found) const {
   const NetForm& own = form(group.steps[0]);
+  sum_parts(group.steps, grads);
   Copies copies;
   for (std::size_t layer = 0; layer < own.layers(); ++layer) {
     const std::size_t at = own.first(layer);
@@ -218,8 +269,9 @@ void Nets::unfold(const Group& group, std::vector<NetGradients>& grads, const st
       weights = cut(by_weight, weights);
       biases = cut(by_bias, biases);
       if (wants_scale) {  // w' = scale w: scale dw' is dw, and sum dw w that of log scale
-        const Tensor sums = (by_weight * joined(like)).flatten(1).sum(1);
-        const Tensor log_scales = at::addcmul(sums, by_bias, joined(parts(steps, at + 1))).mul_(own.powers[layer]);
+        const Tensors own_tensors = together({like, parts(steps, at + 1)});
+        const Tensor sums = (by_weight * own_tensors[0]).flatten(1).sum(1);
+        const Tensor log_scales = at::addcmul(sums, by_bias, own_tensors[1]).mul_(own.powers[layer]);
         const Tensors each = cut(log_scales, biases);
         for (std::size_t i = 0; i < steps.size(); ++i) {
           const std::size_t to = first_[steps[i]] + at + 2;

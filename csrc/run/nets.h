@@ -1,5 +1,5 @@
 // The nets of a part. What there is to do with their tensors alone is done for all that have one form and one shape at
-// once, in a few calls, but for nets by our own products, which are cheap to call and come one at a time.
+// once, in a few calls, but for nets by our own kernels, which are cheap to call and come one at a time.
 #pragma once
 #include "run/run.h"
 
@@ -20,10 +20,12 @@ class Nets {
   struct Group {
     std::vector<int64_t> steps;
     Tensors scales;  // of each layer, of all its nets
+    bool by_rows;
   };
   const NetForm& form(int64_t k) const { return *part_.steps[k].net; }
   bool alike(int64_t a, int64_t b) const;
   Tensors parts(const std::vector<int64_t>& steps, std::size_t at) const;
+  Tensors logs(const std::vector<int64_t>& steps, std::size_t layer) const;
   Tensor scale(const std::vector<int64_t>& steps, std::size_t layer) const;
   std::vector<Folded> folded(Group& group) const;
   void unfold(const Group& group, std::vector<NetGradients>& grads, const std::vector<bool>& wants,
@@ -33,7 +35,7 @@ class Nets {
   at::TensorList tensors_;
   std::vector<std::size_t> first_;  // of each step's tensors
   std::vector<Group> groups_;
-  std::vector<Folded> folded_;  // of each step; none by our products
+  std::vector<Folded> folded_;  // of each step; none by our kernels
 };
 
 }  // namespace pyglow::run

@@ -188,22 +188,22 @@ def net_as_products(x: Tensor) -> bool:
     """Tells whether :func:`net_chain` on x is matrix products of ours, and not the library's convolutions.
 
     It is on the CPU, where Glow's nets are faster so than the library's layers at their best, and keep half as much
-    (docs/speed.md), unless PYGLOW_NETS in the environment is "library". Under autocast to bfloat16 too, of a float32 x:
+    (docs/speed.md), unless PYGLOW_NETS in the environment says otherwise. Under autocast to bfloat16 too, of a float32 x:
     see :func:`net_in_half`; autocast to float16 is the library's.
     """
-    if device_of(x).type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() == "library":
+    if device_of(x).type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() != "auto":
         return False
     return not torch.is_autocast_enabled("cpu") or net_in_half(x)
 
 
 def net_as_convolutions(x: Tensor) -> bool:
-    """Tells whether csrc/run computes nets on x by the library's convolutions, without autograd.
+    """Tells whether csrc/run computes nets on x by the library's convolutions or products, without autograd.
 
-    It does on a GPU, and on the CPU where PYGLOW_NETS in the environment is "library".
+    It does on a GPU, and on the CPU where PYGLOW_NETS in the environment is "library" or "rows".
     """
     if torch.compiler.is_compiling() or not 3 <= x.dim() <= 5 or not ops.run_on(x):
         return False
-    return device_of(x).type == "cuda" or _backend.nets() == "library"
+    return device_of(x).type == "cuda" or _backend.nets() != "auto"
 
 
 def net_in_half(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast import _float32, functional, ops
+from pyglow_fast import _backend, _float32, functional, ops
 from pyglow_fast._backend import require
 from pyglow_fast._dry import device_of, is_dry
 from pyglow_fast._errors import expect
@@ -36,10 +36,15 @@ Made = Callable[[str, Callable[[], Sequence[Tensor]]], Sequence[Tensor]]
 MAPS, INVERSES, KNOWN = "maps", "inverses", "known inverses"
 
 
+# Where a GPU computes nets as matrix products over rows; elsewhere by convolutions, as float32 in full precision.
+ROWS_IN = ("tf32", "bfloat16", "float16")
+
+
 class _Computes(NamedTuple):
     """How nets of one precision are computed on a state."""
 
-    products: bool
+    way: str  # of csrc/run/net.h
+    channels_last: bool
     narrow: torch.dtype | None  # None: as the state is
     lowest: torch.dtype
 
@@ -47,13 +52,23 @@ class _Computes(NamedTuple):
 def _computes(precision: str, x: Tensor) -> _Computes | None:
     """None where the run has no way to compute them."""
     with in_precision(precision, x):
-        products = functional.net_as_products(x)
-        if not products and not functional.net_as_convolutions(x):
+        kernels = functional.net_as_products(x)
+        if not kernels and not functional.net_as_convolutions(x):
             return None
-        dtype = torch.bfloat16 if products and functional.net_in_half(x) else dtype_on(x)
-        rounds = has_tf32(x) and _float32.rounds(_float32.CONVOLUTIONS, x)  # TF32 has as many bits as float16
+        dtype = torch.bfloat16 if kernels and functional.net_in_half(x) else dtype_on(x)
+        own = dtype == x.dtype
+        products, convolutions = (
+            has_tf32(x) and _float32.rounds(operation, x) for operation in (_float32.PRODUCTS, _float32.CONVOLUTIONS)
+        )
+        named = "tf32" if own and products else str(dtype).removeprefix("torch.")
+        choice = _backend.nets()
+        rows = choice == "rows" or (choice == "auto" and device_of(x).type == "cuda" and named in ROWS_IN)
+        rounds = products if rows else convolutions  # TF32 has as many bits as float16
         lowest = lowest_of(x.dtype, dtype, torch.float16 if rounds else dtype)
-        return _Computes(products, None if dtype == x.dtype else dtype, lowest)
+        # cuDNN's kernels for tensor cores take channels as neighbours, its others do not.
+        channels_last = rows or device_of(x).type == "cpu" or convolutions or not own
+        way = "kernels" if kernels else "rows" if rows else "convolutions"
+        return _Computes(way, channels_last, None if own else dtype, lowest)
 
 
 @functools.lru_cache(256)
@@ -87,7 +102,8 @@ def _made(
         dilations=dilations,
         parameters=parameters,
         powers=chain.powers,
-        products=how.products,
+        way=require().Way[how.way],
+        channels_last=how.channels_last,
         narrow=how.narrow,
         takes_state=not injects,
         takes_cond=cond is not None and not injects,

@@ -40,18 +40,25 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
 
 
 def accepted(grads: Sequence[Tensor | None], drifted: Tensor | None) -> Sequence[Tensor | None]:
-    """Pass gradients on, or zeros where a deferred verdict, if there is one, has found a drifted state."""
+    """Pass gradients on, or zeros where a deferred verdict, if there is one, has found a drifted state.
+
+    Args:
+        grads: of a state, of the condition, then of parameters, of which all of a kind are chosen in one launch.
+        drifted: the verdict, a bool.
+    """
     if drifted is None:
         return grads
-    zero = torch.zeros((), device=drifted.device)  # one for all: to make it is a launch
-    return [None if grad is None else _chosen(drifted, zero, grad) for grad in grads]
-
-
-def _chosen(drifted: Tensor, zero: Tensor, grad: Tensor) -> Tensor:
-    """Zero or the gradient, on its device and of its dtype."""
-    if grad.device != drifted.device:
-        drifted, zero = drifted.to(grad.device), zero.to(grad.device)
-    return torch.where(drifted, zero.to(grad.dtype), grad)
+    found = [None if grad is None else grad.masked_fill(drifted.to(grad.device), 0.0) for grad in grads[:2]]
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads[2:]:
+        if grad is not None:
+            kinds.setdefault((grad.device, grad.dtype), []).append(grad)
+    chosen = {}
+    for kind, own in kinds.items():
+        flat = torch.cat([grad.flatten() for grad in own]).masked_fill_(drifted.to(kind[0]), 0.0)
+        parts = flat.split([grad.numel() for grad in own])
+        chosen[kind] = iter([part.view(grad.shape) for part, grad in zip(parts, own, strict=True)])
+    return found + [None if grad is None else next(chosen[grad.device, grad.dtype]) for grad in grads[2:]]
 
 
 def _forget(task: int) -> None:

@@ -72,6 +72,11 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "gaussian_log_prob_backward": (X, NET, GRAD, WEIGHT),
     "gaussian_sample": (X, NET, GRAD),
     "invert_matrices": (torch.stack([MATRIX, 2.0 * MATRIX]),),
+    "patches": (X, (3, 3), (1, 2), False, float32),
+    "patches backward in half": (X, (3, 1), (1, 1), True, torch.bfloat16),
+    "tap_sums": (drawn(60, 36), BIAS, SHAPE, (3, 3), (1, 2), False, float32),
+    "tap_sums backward in half": (drawn(60, 12), None, SHAPE, (3, 1), (1, 1), True, torch.float16),
+    "relu_backward": (drawn(6, 5), drawn(6, 5)),
     "checkerboard_split": (X, 1, True),
     "checkerboard_split of one half": (X, 0, False),
     "checkerboard_merge": (X, 1, True),
@@ -120,7 +125,7 @@ def test_opcheck(case: str) -> None:
         arguments = [laid_out(v, layout) if isinstance(v, Tensor) and v.dim() == 4 else v for v in arguments_of(case)]
         torch.library.opcheck(op_of(case), tuple(arguments))
     others: list[Callable[[Tensor], Tensor]] = [lambda v: v[:, :1].expand_as(v)]
-    if not case.startswith("net") and "squeezed" not in case:
+    if not case.startswith(("net", "patches", "tap_sums")) and "squeezed" not in case:
         others += [lambda v: v.flatten(2).double(), lambda v: v.unsqueeze(-1).expand(*v.shape, 2)]
     for change in others:
         double = change(X).dtype == torch.float64
@@ -153,6 +158,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 WORDS = re.compile(r"^[\w ,\[\]]+: expected .+, found ", re.DOTALL)
 # Of the first tensor alone, which has the others refused; other forms are as good.
 FIRST_DECIDES = {name: {"grown", "shrunk", "empty", "more dimensions"} for name in ("channel_mix", "net_chain")}
+FIRST_DECIDES |= {"patches": {"dtype", "grown", "shrunk", "empty", "vast"}, "tap_sums": {"dtype"}}
 FIRST_DECIDES |= {"invert_matrices": {"other dtype", "grown", "empty", "vast"}}
 FIRST_DECIDES |= {
     name: {"other dtype", "grown", "empty", "more dimensions", "shrunk", "vast"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,12 +21,14 @@ from support.gradients import (
     worst_error,
 )
 from support.helpers import assert_close
-from torch import Tensor
+from support.library_ops import use_library
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import pyglow_fast as pgf
-from pyglow_fast import functional
 from pyglow_fast._backend import extension
 from pyglow_fast._errors import SingularMatrixError
+from pyglow_fast.interop.nets import Net
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the run is compiled")
 MODES = ("store", "checkpoint", "reversible")
@@ -49,12 +53,10 @@ def by_python(call: Callable[[], Any]) -> Any:
         return call()
 
 
-@pytest.fixture(params=["products", "convolutions"])
+@pytest.fixture(params=["auto", "library", "rows"])
 def nets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Nets by our products, and by the library's convolutions as on a GPU."""
-    if request.param == "convolutions":
-        monkeypatch.setattr(functional, "net_as_products", lambda x: False)
-        monkeypatch.setattr(functional, "net_as_convolutions", lambda x: 3 <= x.dim() <= 5)
+    """Nets by our kernels, and by the library's convolutions and products as on a GPU."""
+    use_library(monkeypatch, request.param)
     return str(request.param)
 
 
@@ -101,19 +103,90 @@ def test_every_kind_of_step(
         assert_close(found, wanted, CONDITION)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_nets_in_16_bits_of_the_librarys_convolutions(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU computes: the same roundings in every mode, those of the Python path up to their order."""
-    monkeypatch.setattr(functional, "net_as_products", lambda x: False)
-    monkeypatch.setattr(functional, "net_as_convolutions", lambda x: True)
-    sequence, x, _ = steps()
-    sequence, x = sequence.float(), x.float()
+def in_16_bits(sequence: Any, precision: str) -> Any:
+    sequence = copy.deepcopy(sequence).float()
     for step in sequence:
         step.coupling.precision = precision
-    expected = by_python(lambda: gradients(sequence, x))
+    return sequence
+
+
+@pytest.mark.parametrize("way", ["library", "rows"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_nets_in_16_bits_of_the_library(precision: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes: the same roundings in every mode; of convolutions those of the Python path, too."""
+    use_library(monkeypatch, way)
+    sequence, x, _ = steps()
+    sequence, x = in_16_bits(sequence, precision), x.float()
+    call = partial(gradients, sequence, x)
+    expected = by_python(call) if way == "library" else call()
     eps = torch.finfo({"bf16": torch.bfloat16, "fp16": torch.float16}[precision]).eps
     for sequence.memory in MODES:
         assert worst_error(gradients(sequence, x), expected) <= 4 * eps, sequence.memory
+
+
+def squared_error(found: dict[str, Any], truth: dict[str, Any]) -> float:
+    """The mean over all results of the squared relative error."""
+    pairs = [(found[name].double(), value) for name, value in truth.items() if value is not None]
+    return sum(float((one - value).square().sum() / value.square().sum()) for one, value in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("kind", ["plain", "norms", "1d", "3d"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_products_are_as_good_as_convolutions(kind: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All values and gradients against float64; over several draws, as a relu may turn where a rounding does."""
+    errors = {"library": 0.0, "rows": 0.0}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        sequence, x, _ = steps(**KINDS[kind])
+        truth, narrow = gradients(sequence, x), in_16_bits(sequence, precision)
+        for way in errors:
+            use_library(monkeypatch, way)
+            errors[way] += squared_error(gradients(narrow, x.float()), truth)
+        monkeypatch.undo()
+    assert errors["rows"] <= 4 * errors["library"], errors
+
+
+@pytest.mark.parametrize(
+    ("net", "rows"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=1)), True),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 7, (1, 5), padding=(0, 4), dilation=(1, 2)),
+                nn.SiLU(),
+                nn.Conv2d(7, 5, 1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(5, 6, 1),
+            ),
+            True,
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 4, 1),
+                nn.ReLU(),
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(4, 6, 3, padding=1),
+            ),
+            False,
+        ),
+    ],
+    ids=["one layer", "dilated, other activations", "wide in the middle"],
+)
+def test_other_nets_as_products(net: Callable[[], nn.Module], rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one layer and more; where a layer in the middle has neighbours they are convolutions."""
+    given = [pgf.FlowStep(6, net=lambda kept, out: Net(net())) for _ in range(3)]
+    sequence = perturbed(pgf.ReversibleSequence(given, "store").double(), 0.05).eval()
+    x = batch(4, 6, 8, 6)
+    expected = by_python(lambda: gradients(sequence, x))
+    use_library(monkeypatch, "rows")
+    for sequence.memory in MODES:
+        assert_same_gradients(gradients(sequence, x), expected, sequence.memory)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        sequence(x)
+    names = {event.name for event in profiler.events()}
+    assert ("pyglow_fast::tap_sums" in names) == rows
+    assert ("aten::convolution" in names) != rows
 
 
 def test_a_matrix_without_an_inverse_is_refused() -> None:

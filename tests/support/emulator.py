@@ -343,6 +343,49 @@ class EmulatedOps:
         self._call("invert_matrices", matrices.dtype, *pointers, *_integers(*matrices.shape[:2]))
         return inverses, log_dets
 
+    def _window(self, sizes: Sequence[int], kernel: Sequence[int], dilations: Sequence[int]) -> tuple[Any, ...]:
+        """Extent and Window."""
+        rest = [1] * (3 - len(kernel))
+        return _struct(*_integers(*rest, *sizes[2:])), _struct(*_integers(*rest, *kernel, *rest, *dilations))
+
+    def _rows(self, rows: Tensor) -> Any:
+        """WindowRows."""
+        self._alive.append(rows)
+        data, code = ctypes.c_void_p(rows.data_ptr()), ctypes.c_int(NET_TYPES.get(rows.dtype, 0))
+        return _struct(data, code, *_integers(rows.stride(0)))
+
+    def patches(
+        self, x: Tensor, kernel: Sequence[int], dilations: Sequence[int], backward: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """What each position sees, as rows, and sums of x."""
+        shapes = [found.shape for found in ops.patches(x.to("meta"), kernel, dilations, backward, dtype)]
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        rows, sums = self._new(shapes[0], dtype), self._new(shapes[1], state)
+        outputs = self._rows(rows), self._pointer(sums if backward else None)
+        window = self._window(x.shape, kernel, dilations)
+        self._call("patches", state, self._net(x), *outputs, *_integers(*x.shape[:2]), *window, ctypes.c_bool(backward))
+        return rows, sums
+
+    def tap_sums(
+        self, rows: Tensor, bias: Tensor | None, sizes: Sequence[int], kernel: Sequence[int], *rest: Any
+    ) -> Tensor:
+        """Sums of rows."""
+        dilations, backward, dtype = rest
+        y, window = self._new(sizes, dtype), self._window(sizes, kernel, dilations)
+        outputs = (self._pointer(bias), self._net(y), *_integers(*sizes[:2]))
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        self._call("tap_sums", state, self._rows(rows), *outputs, *window, ctypes.c_bool(backward))
+        return y
+
+    def relu_backward(self, grad: Tensor, h: Tensor) -> Tensor:
+        """The gradient before a relu, in its place, and sums of it."""
+        shape = ops.relu_backward(grad.to("meta"), h.to("meta")).shape
+        state = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        sums = self._new(shape, state)
+        code, counts = ctypes.c_int(NET_TYPES.get(grad.dtype, 0)), _integers(*grad.shape, shape[0])
+        self._call("relu_backward", state, self._pointer(grad), self._pointer(h), code, self._pointer(sums), *counts)
+        return sums
+
     def fold(self, factors: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Matrices, offsets and log_dets of maps, given the tensors of each parameter in the order of csrc/core.h."""
         like = factors[1][0]

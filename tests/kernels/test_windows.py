@@ -1,0 +1,110 @@
+"""What GPUs compute coupling nets with besides products: patches, the sums of taps, which are their transpose, relus."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from support.covering import pairs
+from support.kernel_cases import HALVES, Kernels, layouts, option
+from torch import Tensor, float32, float64
+
+# (N, C, *spatial), kernel, dilations: one tile and several along both sides, ragged ones, samples across tiles, taps
+# beyond the extent, no sample, channel or position.
+WINDOWS: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = [
+    ((2, 3, 4, 5), (3, 3), (1, 1)),
+    ((3, 6, 9, 11), (3, 1), (2, 1)),
+    ((1, 40, 5, 3), (3, 5), (1, 3)),
+    ((5, 7, 1, 2), (7, 3), (1, 9)),
+    ((2, 5, 37), (3,), (4,)),
+    ((2, 4, 3, 4, 5), (3, 1, 3), (1, 1, 2)),
+    ((70, 9), (), ()),
+    ((0, 3, 4, 4), (3, 3), (1, 1)),
+    ((2, 0, 4, 4), (3, 3), (1, 1)),
+    ((2, 3, 0, 4), (3, 3), (1, 1)),
+]
+TYPES = [(float64, float64), *((a, b) for a in (float32, *HALVES) for b in (float32, *HALVES))]
+
+
+def seen(x: Tensor, kernel: Sequence[int], dilations: Sequence[int], backward: bool) -> Tensor:
+    """(N, P, C taps): x at each position with the shift of each tap, or against it; zero outside."""
+    spatial, taps = x.shape[2:], []
+    margins = [size // 2 * dilation for size, dilation in zip(kernel, dilations, strict=True)]
+    padded = torch.nn.functional.pad(x, [margin for margin in reversed(margins) for _ in range(2)])
+    for tap in itertools.product(*map(range, kernel)):
+        part = padded
+        for d, (index, size) in enumerate(zip(tap, kernel, strict=True)):
+            first = (size - 1 - index if backward else index) * dilations[d]
+            part = part.narrow(d + 2, first, spatial[d])
+        taps.append(part.flatten(2) if spatial else part.unsqueeze(-1))
+    return torch.stack(taps, -1).transpose(1, 2).flatten(2)
+
+
+@pairs(option("window", WINDOWS), option("types", TYPES), layouts, option("backward", [False, True]))
+def test_patches(
+    kernels: Kernels,
+    window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    types: tuple[torch.dtype, torch.dtype],
+    layout: str,
+    backward: bool,
+) -> None:
+    """Moves of values, rounded once where the type is narrower, with zeros up to 16 bytes; and sums of each channel."""
+    (shape, kernel, dilations), (given, wanted) = window, types
+    x = kernels.randn(shape, float64, layout).mul_(4).round_().to(given)
+    rows, sums = (found.cpu() for found in kernels("patches", x, kernel, dilations, backward, wanted))
+    used, unit = shape[1] * math.prod(kernel), 16 // wanted.itemsize
+    assert rows.shape[1] == -(-used // unit) * unit
+    expected = seen(x.cpu(), kernel, dilations, backward).flatten(0, 1) if x.numel() else rows[:, :used]
+    assert torch.equal(rows[:, :used], expected.to(wanted))
+    assert not rows[:, used:].any()
+    if backward and x.numel():
+        positions = x.cpu().double().flatten(2) if len(shape) > 2 else x.cpu().double().unsqueeze(-1)
+        parts = positions.transpose(1, 2).flatten(0, 1).split(64)
+        assert torch.equal(sums.double(), torch.stack([part.sum(0) for part in parts]))
+
+
+@pairs(option("window", WINDOWS), option("types", TYPES), option("bias", [False, True]), option("spare", [0, 3]))
+@pytest.mark.parametrize("backward", [False, True])
+def test_tap_sums(
+    kernels: Kernels,
+    window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    types: tuple[torch.dtype, torch.dtype],
+    bias: bool,
+    spare: int,
+    backward: bool,
+) -> None:
+    """The transpose of patches, of whole numbers whose sums are exact; columns behind those are not read."""
+    (shape, kernel, dilations), (given, wanted) = window, types
+    taps = math.prod(kernel)
+    positions = math.prod(shape[2:]) if math.prod(shape) else 0
+    rows = kernels.randn((shape[0] * positions, shape[1] * taps + spare), float64).mul_(2).round_().to(given)
+    rows[:, shape[1] * taps :] = math.nan
+    own = kernels.randn(shape[1:2], float64).mul_(2).round_().to(given) if bias else None
+    (found,) = kernels("tap_sums", rows, own, shape, kernel, dilations, backward, wanted)
+    expected = torch.zeros(shape, dtype=float64)
+    if expected.numel():
+        values = rows[:, : shape[1] * taps].cpu().double().reshape(shape[0], positions, shape[1] * taps)
+        leaf = expected.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(seen(leaf, kernel, dilations, not backward), leaf, values)
+    if own is not None:
+        expected = expected + own.cpu().double().reshape(-1, *[1] * len(kernel))
+    assert found.shape == shape
+    assert torch.equal(found.cpu(), expected.to(wanted))
+
+
+@pairs(
+    option("sizes", [(1, 1), (70, 37), (300, 12), (9000, 8), (130, 520), (0, 4), (5, 0)]),
+    option("dtype", [float64, float32, *HALVES]),
+)
+def test_relu_backward(kernels: Kernels, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """As torch's, with the sums of all rows in parts; of NaN the gradient is kept."""
+    grad, h = (kernels.randn(sizes, float64).mul_(4).round_().to(dtype) for _ in range(2))
+    if h.numel():
+        h[0, 0] = math.nan
+    expected = torch.ops.aten.threshold_backward(grad, h, 0)
+    (sums,) = kernels("relu_backward", grad, h)
+    assert torch.equal(grad, expected)
+    assert torch.equal(sums.double().sum(0), expected.double().sum(0))
