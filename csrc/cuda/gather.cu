@@ -2,7 +2,7 @@
 // memory, and log_det summed in two stages without atomics, so that two runs give the same bits.
 #include <cmath>
 
-#include "cuda/gather_patches.cuh"
+#include "cuda/gather.cuh"
 #include "cuda/log_det.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sample_sums.cuh"
@@ -17,7 +17,6 @@ struct GatherPass {
   double* partials;  // (N, parts), if there are several parts
   int64_t parts;
   bool by_positions;  // a row of the walk is a position, and not a channel
-  bool only_kept;     // transformed channels are left to gather_patches.cuh
 };
 
 // y of channel j, coupled if it is transformed; adds log s.
@@ -52,7 +51,6 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 3) gather_
     for_each_unit<unit_width<T, Vector>>(pass.walk, part, [&](int64_t row, int64_t at) {
       const int64_t i = pass.by_positions ? at : row, p = pass.by_positions ? row : at;
       const int64_t j = source_channel(map, i, args.channels);
-      if (pass.only_kept && j >= args.channels - args.transformed) return;
       Unit<T, Vector> value = {};
       T scale = T(NAN), center = T(0);
       if (j != outside) {
@@ -84,7 +82,6 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 3) gather_
 //   16-byte loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB). Double: 3.
 // - Bound: memory, 2 values moved for a kept element and 4 for a transformed one. Where channels are neighbours in
 //   memory a thread takes single elements: those of a position come from the same few lines.
-// The transformed channels beside a channels-last net's output are a launch of their own.
 template <class T>
 int gather(const GatherArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
@@ -95,22 +92,15 @@ int gather(const GatherArgs<T>& args, const Queue& queue) {
   pass.args = args;
   pass.by_positions = channels_adjacent(out, positions);
   pass.parts = parts_of(samples, channels * positions);
-  const NetAccess access =
-      gather_access<T>(!pass.by_positions && has_vector_units(args.in, positions) && has_vector_units(out, positions),
-                       channels, args.transformed, positions, args.net_out);
-  const bool vector = access.vector();
-  if (access.patches()) {
-    pass.only_kept = true;
-    pass.args.log_det = nullptr;
-  }
-  pass.partials = pass.args.log_det == nullptr ? nullptr : partial_sums(samples, pass.parts, queue);
+  const bool vector = !pass.by_positions && has_vector_units(args.in, positions) && has_vector_units(out, positions) &&
+                      (args.transformed == 0 || has_vector_net<T>(args.net_out, positions));
+  pass.partials = args.log_det == nullptr ? nullptr : partial_sums(samples, pass.parts, queue);
   const Rows rows = pass.by_positions ? Rows::positions : Rows::channels;
   pass.walk = walk_of(rows, channels, positions, pass.parts, vector ? width<T> : 1);
   const dim3 threads = walk_threads(pass.walk, pass.walk);
   const int64_t blocks = smaller(samples * pass.parts, max_blocks);
   const int error = vector ? launch(gather_kernel<T, true>, blocks, threads, 0, queue.stream, pass)
                            : launch(gather_kernel<T, false>, blocks, threads, 0, queue.stream, pass);
-  if (error == cudaSuccess && access.patches()) return gather_patches(args, access.wide, queue);
   if (error != cudaSuccess || pass.partials == nullptr) return error;
   return sample_sums<T>(pass.partials, samples, pass.parts, 0.0, args.log_det, queue.stream);
 }

@@ -2,7 +2,7 @@
 // two stages without atomics, and from a step's output, which has none.
 #include <cmath>
 
-#include "cuda/gather_patches.cuh"
+#include "cuda/gather.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sample_sums.cuh"
 
@@ -57,7 +57,6 @@ struct BackwardPass {
   GatherBackwardArgs<T> args;
   Shares shares;
   double* partials;    // (2, C, splits)
-  bool only_kept;      // transformed channels are left to gather_patches.cuh
   bool added_columns;  // what is added has vector columns
 };
 
@@ -113,7 +112,6 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 3 : 2)
     T sum_scale = T(0), sum_offset = T(0);
     if (i < shares.channels) {
       const int64_t j = source_channel(args.map, i, shares.channels);
-      if (pass.only_kept && j >= args.channels - args.transformed) continue;  // in the vector path i is the block's
       if (j == outside) {
         sum_scale = sum_offset = T(NAN);
       } else {
@@ -148,7 +146,6 @@ template <class T>
 struct StepPass {
   StepGatherBackwardArgs<T> args;
   Shares shares;
-  bool only_kept;  // as above
 };
 
 template <class T, bool Vector>
@@ -161,7 +158,6 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 2)
     const int64_t i = shares.channel(task);
     if (i >= shares.channels) continue;
     const int64_t j = source_channel(args.map, i, shares.channels), c = j - (args.channels - args.transformed);
-    if (pass.only_kept && c >= 0) continue;
     const T scale = j == outside ? T(NAN) : args.map.scale[i];
     const T center = j == outside || args.map.center == nullptr ? T(0) : args.map.center[j];
     shares.for_each<unit>(task, [&](int64_t n, int64_t p) {
@@ -196,6 +192,13 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 2)
   }
 }
 
+// Of what a backward reads of the net's output and writes of its gradient; true where no channel is transformed.
+template <class T, class Args>
+bool has_vector_nets(const Args& args, int64_t positions) {
+  return args.transformed == 0 ||
+         (has_vector_net<T>(args.net_out, positions) && has_vector_net<T>(args.grad_net_out, positions));
+}
+
 }  // namespace
 
 // - Grid: channels (32 where they are neighbours in memory) by shares of two units to 64 terms for each thread, at most
@@ -203,32 +206,23 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4 ? 4 : 2)
 // - Occupancy: up to 80 registers (float), so 3 blocks of 256 threads on a multiprocessor; a thread has up to five
 //   16-byte loads in flight, 60 KB in all, more than bandwidth times latency (about 30 KB). Double: 2.
 // - Bound: memory, 3 values moved for a kept element and 7 for a transformed one. The second stage reads two doubles
-//   for each channel and share. The transformed channels beside a channels-last net's output are a launch of their own.
+//   for each channel and share.
 template <class T>
 int gather_backward(const GatherBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
   if (channels == 0) return cudaSuccess;
   const bool adjacent = channels_adjacent(args.grad_out.all, positions);
-  const NetAccess access = gather_access<T>(!adjacent && has_vector_units(args.in, positions) &&
-                                                has_vector_columns(args.grad_out.all, positions) &&
-                                                has_vector_units(read_only(args.grad_in), positions),
-                                            channels, args.transformed, positions, args.net_out, args.grad_net_out);
-  const bool vector = access.vector();
+  const bool vector = !adjacent && has_vector_units(args.in, positions) &&
+                      has_vector_columns(args.grad_out.all, positions) &&
+                      has_vector_units(read_only(args.grad_in), positions) && has_vector_nets<T>(args, positions);
   const dim3 threads = share_threads(adjacent);
-  // Beside patches the shares are such that the threads with one group of channels, fewer of them, have no more terms.
-  const int abreast = access.patches() ? groups_abreast(divide_up(args.transformed, width<T>)) : 1;
-  const Shares shares =
-      shares_of(samples, channels, positions, dim3(threads.x, threads.y / abreast), vector ? width<T> : 1, true);
+  const Shares shares = shares_of(samples, channels, positions, threads, vector ? width<T> : 1, true);
   double* const partials =
       static_cast<double*>(queue.scratch(2 * channels * shares.splits * static_cast<int64_t>(sizeof(double))));
-  const bool added_columns = has_vector_columns(args.grad_out.added, positions);
-  const BackwardPass<T> pass = {args, shares, partials, access.patches(), added_columns};
+  const BackwardPass<T> pass = {args, shares, partials, has_vector_columns(args.grad_out.added, positions)};
   const int64_t blocks = smaller(shares.groups * shares.splits, max_blocks);
   int error = vector ? launch(gather_backward_kernel<T, true>, blocks, threads, 0, queue.stream, pass)
                      : launch(gather_backward_kernel<T, false>, blocks, threads, 0, queue.stream, pass);
-  if (error == cudaSuccess && access.patches())
-    error = gather_backward_patches(args, access.wide,
-                                    {abreast, shares.splits, shares.per_split, partials, added_columns}, queue);
   if (error != cudaSuccess) return error;
   error = sample_sums<T>(partials, channels, shares.splits, 0.0, args.grad_scale, queue.stream);
   if (error != cudaSuccess) return error;
@@ -237,24 +231,20 @@ int gather_backward(const GatherBackwardArgs<T>& args, const Queue& queue) {
 }
 
 // As above, but that nothing is summed: 4 values moved for a kept element and 8 for a transformed one, up to 64
-// registers (float), so 4 blocks. Double: 3.
+// registers (float), so 4 blocks. Double: 2.
 template <class T>
 int step_gather_backward(const StepGatherBackwardArgs<T>& args, const Queue& queue) {
   const int64_t samples = args.samples, channels = args.channels, positions = args.positions;
   if (samples * positions == 0 || channels == 0) return cudaSuccess;
   const bool adjacent = channels_adjacent(args.y, positions);
   const auto vector_columns = [&](const auto&... x) { return (has_vector_columns(x, positions) && ...); };
-  const NetAccess access =
-      gather_access<T>(!adjacent && vector_columns(args.y, args.grad_y, read_only(args.grad_u), read_only(args.x)),
-                       channels, args.transformed, positions, args.net_out, args.grad_net_out);
-  const bool vector = access.vector();
+  const bool vector = !adjacent && vector_columns(args.y, args.grad_y, read_only(args.grad_u), read_only(args.x)) &&
+                      has_vector_nets<T>(args, positions);
   const dim3 threads = share_threads(adjacent);
-  const StepPass<T> pass = {args, shares_of(samples, channels, positions, threads, vector ? width<T> : 1, false),
-                            access.patches()};
+  const StepPass<T> pass = {args, shares_of(samples, channels, positions, threads, vector ? width<T> : 1, false)};
   const int64_t blocks = smaller(pass.shares.groups * pass.shares.splits, max_blocks);
-  const int error = vector ? launch(step_gather_backward_kernel<T, true>, blocks, threads, 0, queue.stream, pass)
-                           : launch(step_gather_backward_kernel<T, false>, blocks, threads, 0, queue.stream, pass);
-  return error == cudaSuccess && access.patches() ? step_gather_backward_patches(args, access.wide, queue) : error;
+  return vector ? launch(step_gather_backward_kernel<T, true>, blocks, threads, 0, queue.stream, pass)
+                : launch(step_gather_backward_kernel<T, false>, blocks, threads, 0, queue.stream, pass);
 }
 
 PYGLOW_CUDA_INSTANTIATE(gather_backward, GatherBackwardArgs)

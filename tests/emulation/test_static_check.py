@@ -54,9 +54,6 @@ LIMITS = {
     "step_gather_backward_kernel": Limit(4, 2, 0, 4, nets=True),
     "coupling_patches_kernel": Limit(2, 2, 64, 0, 3, nets=True),
     "coupling_backward_patches_kernel": Limit(2, 2, 0, 1, nets=True),
-    "gather_patches_kernel": Limit(2, 2, 64, 8, 2, nets=True),
-    "gather_backward_patches_kernel": Limit(2, 2, 2048, 20, 1, nets=True),
-    "step_gather_backward_patches_kernel": Limit(2, 2, 0, 8, nets=True),
 }
 # A patch of a channels-last net's output is four channels at four positions. Where one half of the channels ends within
 # those four, two pairs of 16-bit numbers at each position are 4 bytes each.
