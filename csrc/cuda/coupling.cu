@@ -31,30 +31,6 @@ __device__ __forceinline__ T couple_one(T& value, T shift, T raw, const ScalePar
   return scale.log_s;
 }
 
-// What a block has found of log_det; all its threads call it.
-template <class T>
-__device__ __forceinline__ void put_log_det(const Coupling<T>& c, int64_t task, T log_s, bool affine, bool inverse) {
-  const int64_t n = task / c.parts;
-  if (!affine) {
-    if (n * c.parts == task && threadIdx.x == 0) c.log_det[n] = T(0);
-    return;
-  }
-  const double sum = block_sum(inverse ? -static_cast<double>(log_s) : static_cast<double>(log_s));
-  if (threadIdx.x != 0) return;
-  if (c.parts == 1) {
-    c.log_det[n] = static_cast<T>(sum);
-  } else {
-    c.partials[task] = sum;
-  }
-}
-
-template <bool Vector, class T>
-__device__ __forceinline__ void copy_kept(const Coupling<T>& c, int64_t n, int64_t part) {
-  for_each_unit<unit_width<T, Vector>>(c.kept_walk, part, [&](int64_t row, int64_t i) {
-    store_unit<Vector>(c.kept_out, n, row, i, load_unit<Vector>(c.kept_in, n, row, i));
-  });
-}
-
 // A block couples parts of samples, one after another; a thread adds up its log s in T, the block in double.
 template <class T, class K, bool Vector>
 __global__ void __launch_bounds__(block_threads, sizeof(T) == 4             ? 4
@@ -73,63 +49,22 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == 4             ? 4
       for (int k = 0; k < unit; ++k) log_s += couple_one<K>(value.v[k], shift.v[k], raw.v[k], c.params);
       store_unit<Vector>(c.out, n, row, i, value);
     });
-    if (c.copy_kept) copy_kept<Vector>(c, n, part);
-    put_log_det(c, task, log_s, K::affine, K::inverse);
-  }
-}
-
-// The same with a channels-last net's output, in patches; the state goes by channels. One kernel for all kinds.
-template <class T>
-struct CouplingInPatches {
-  Coupling<T> state;  // its views of the net's output are not read
-  NetOutput net_out;
-  CouplingKind<T> kind;
-  int64_t transformed, positions;
-  bool wide;
-};
-
-template <class T>
-__global__ void __launch_bounds__(block_threads, 2) coupling_patches_kernel(const CouplingInPatches<T> b) {
-  const Coupling<T>& c = b.state;
-  const bool affine = b.kind.map != ScaleMap::none;
-  const int half = static_cast<int>(b.transformed);
-  const int64_t tasks = c.samples * c.parts;
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t n = task / c.parts, part = task - n * c.parts;
-    T log_s = T(0);
-    for_each_patch<T>(c.walk, part, b.positions, [&](int first, int64_t p) {
-      const T* const in = patch_start(c.in, n, first, p);
-      T* out = patch_start(c.out, n, first, p);
-      const int64_t net_at = n * b.net_out.sample + p * b.net_out.position;
-      NetPatch<T> value = {}, raw = {};
-#pragma unroll
-      for (int k = 0; k < width<T>; ++k)
-        if (first + k < half) value.v[k] = load_vector(in + k * c.in.step);
-      NetPatch<T> shift = fetch_patch(b.net_out, net_at, net_part<T>(first, 0, half, b.wide));
-      if (affine) raw = fetch_patch(b.net_out, net_at, net_part<T>(first, half, half, b.wide));
-      widen_patches(b.net_out.type, shift, raw);
-#pragma unroll 1
-      for (int k = 0; k < width<T>; ++k, out += c.out.step) {
-        if (first + k < half) {
-          Vec<T> row = value.v[0];
-          with_scale_map(b.kind.map, [&](auto map) {
-#pragma unroll
-            for (int i = 0; i < width<T>; ++i) {
-              const math::Scale<T> scale = scale_at<decltype(map)::value>(raw.v[0].v[i], b.kind.params);
-              row.v[i] = b.kind.inverse ? uncouple_in(b.kind.order, row.v[i], shift.v[0].v[i], scale.s)
-                                        : couple_in(b.kind.order, row.v[i], shift.v[0].v[i], scale.s);
-              log_s += scale.log_s;
-            }
-          });
-          store_vector(out, row);
+    if (c.copy_kept)
+      for_each_unit<unit>(c.kept_walk, part, [&](int64_t row, int64_t i) {
+        store_unit<Vector>(c.kept_out, n, row, i, load_unit<Vector>(c.kept_in, n, row, i));
+      });
+    if constexpr (K::affine) {
+      const double sum = block_sum(K::inverse ? -static_cast<double>(log_s) : static_cast<double>(log_s));
+      if (threadIdx.x == 0) {
+        if (c.parts == 1) {
+          c.log_det[n] = static_cast<T>(sum);
+        } else {
+          c.partials[task] = sum;
         }
-        rotate(value, {});
-        rotate(shift, {});
-        rotate(raw, {});
       }
-    });
-    if (c.copy_kept) copy_kept<true>(c, n, part);
-    put_log_det(c, task, log_s, affine, b.kind.inverse);
+    } else if (part == 0 && threadIdx.x == 0) {
+      c.log_det[n] = T(0);
+    }
   }
 }
 
@@ -140,8 +75,6 @@ __global__ void __launch_bounds__(block_threads, 2) coupling_patches_kernel(cons
 //   16-byte loads in flight, 48 KB in all, more than bandwidth times latency (about 30 KB). Double: 2, with atan 1.
 // - Bound: memory; the scale map takes 50 to 100 instructions for each 16 bytes moved. The kept channels are copied in
 //   the same pass, and not at all if out is in. The second stage: sample_sums.cuh.
-// In patches: up to 128 registers, so 2 blocks; a thread has twelve 16-byte loads in flight, 98 KB in all. A warp reads
-// 128 bytes of each of four channels of the state, and 64 of each position of the net's output, at a time.
 template <class T>
 int coupling(const CouplingArgs<T>& args, const Queue& queue) {
   if (args.samples == 0) return cudaSuccess;
@@ -164,28 +97,20 @@ int coupling(const CouplingArgs<T>& args, const Queue& queue) {
   c.parts = parts;
   c.copy_kept = !same;
   c.params = args.kind.params;
-  const bool vector_state = row_length(rows, transformed, positions) % width<T> == 0 &&
-                            row_length(rows, kept, positions) % width<T> == 0 && has_vector_rows(c.in, rows) &&
-                            has_vector_rows(c.out, rows) && has_vector_rows(c.kept_in, rows) &&
-                            has_vector_rows(c.kept_out, rows);
-  const bool vector = vector_state && has_vector_rows<T>(c.shift, rows) && has_vector_rows<T>(c.raw, rows);
-  const NetAccess access = vector_state && !vector && rows == Rows::channels
-                               ? net_access<T>(kept, transformed, positions, args.net_out)
-                               : NetAccess{};
-  const int unit = vector || access.patches() ? width<T> : 1;
-  c.walk = access.patches() ? patch_walk<T>(transformed, positions, parts)
-                            : walk_of(rows, transformed, positions, parts, unit);
+  const bool vector =
+      row_length(rows, transformed, positions) % width<T> == 0 && row_length(rows, kept, positions) % width<T> == 0 &&
+      has_vector_rows(c.in, rows) && has_vector_rows<T>(c.shift, rows) && has_vector_rows<T>(c.raw, rows) &&
+      has_vector_rows(c.out, rows) && has_vector_rows(c.kept_in, rows) && has_vector_rows(c.kept_out, rows);
+  const int unit = vector ? width<T> : 1;
+  c.walk = walk_of(rows, transformed, positions, parts, unit);
   c.kept_walk = walk_of(rows, kept, positions, parts, unit);
   const dim3 threads = walk_threads(c.walk, c.kept_walk);
   const int64_t blocks = smaller(args.samples * parts, max_blocks);
-  const int error = access.patches()
-                        ? launch(coupling_patches_kernel<T>, blocks, threads, 0, queue.stream,
-                                 CouplingInPatches<T>{c, args.net_out, args.kind, transformed, positions, access.wide})
-                        : with_kind(args.kind, [&](auto kind) {
-                            using K = decltype(kind);
-                            return vector ? launch(coupling_kernel<T, K, true>, blocks, threads, 0, queue.stream, c)
-                                          : launch(coupling_kernel<T, K, false>, blocks, threads, 0, queue.stream, c);
-                          });
+  const int error = with_kind(args.kind, [&](auto kind) {
+    using K = decltype(kind);
+    return vector ? launch(coupling_kernel<T, K, true>, blocks, threads, 0, queue.stream, c)
+                  : launch(coupling_kernel<T, K, false>, blocks, threads, 0, queue.stream, c);
+  });
   if (error != cudaSuccess || parts == 1 || args.kind.map == ScaleMap::none) return error;
   return sample_sums<T>(c.partials, args.samples, parts, 0.0, args.log_det, queue.stream);
 }

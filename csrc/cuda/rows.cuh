@@ -1,10 +1,10 @@
 // How pointwise kernels walk the channels of a sample: as rows of elements that are neighbours in memory.
 //
 // All of a sample's channels form one row where every tensor allows it (contiguous); else there is a row for each
-// channel, or for each position if channels are the neighbours (channels-last). Patches share a sample in parts; a
+// channel, or for each position if channels are the neighbours (channels-last). Blocks share a sample in parts; a
 // thread takes units of 16 bytes, or single elements where alignment or an odd size forbids it.
 #pragma once
-#include "cuda/net_patches.cuh"
+#include "cuda/net_data.cuh"
 
 namespace pyglow::cuda {
 
@@ -117,33 +117,6 @@ __device__ __forceinline__ void for_each_unit(const Walk& walk, int64_t part, co
       ++row;
     }
   }
-}
-
-// The patches of a sample's transformed channels (net_patches.cuh) as a walk: first those side by side that are 128
-// bytes of a channel, then the groups of channels, then the positions behind; so a warp reads whole sectors of the
-// state and of the net's tensors alike.
-constexpr int patches_abreast = 8;
-
-template <class T>
-Walk patch_walk(int64_t transformed, int64_t positions, int64_t parts) {
-  const int64_t row = divide_up(transformed, width<T>) * patches_abreast;
-  const int64_t total = divide_up(positions, patches_abreast * width<T>) * row;
-  return {larger<int64_t>(row, 1), divide_up(total, parts), total};
-}
-
-// Calls f(first channel, first position) for a thread's patches of a part.
-template <class T, class F>
-__device__ __forceinline__ void for_each_patch(const Walk& walk, int64_t part, int64_t positions, const F& f) {
-  for_each_unit<1>(walk, part, [&](int64_t row, int64_t i) {
-    const int64_t p = (row * patches_abreast + i % patches_abreast) * width<T>;
-    if (p < positions) f(static_cast<int>(i / patches_abreast) * width<T>, p);
-  });
-}
-
-// Where a patch of rows by channels begins.
-template <class T>
-__device__ __forceinline__ T* patch_start(const RowView<T>& x, int64_t n, int c, int64_t p) {
-  return x.data + n * x.sample + c * x.step + p;
 }
 
 template <bool Vector, class T>

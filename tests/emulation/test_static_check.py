@@ -52,8 +52,6 @@ LIMITS = {
     "fold_backward_kernel": Limit(3, 3, 64),
     "invert_kernel": Limit(2, 2, 64 + 64),
     "step_gather_backward_kernel": Limit(4, 2, 0, 4, nets=True),
-    "coupling_patches_kernel": Limit(2, 2, 64, 0, 3, nets=True),
-    "coupling_backward_patches_kernel": Limit(2, 2, 0, 1, nets=True),
 }
 # A patch of a channels-last net's output is four channels at four positions. Where one half of the channels ends within
 # those four, two pairs of 16-bit numbers at each position are 4 bytes each.
