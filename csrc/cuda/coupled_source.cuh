@@ -1,19 +1,14 @@
 // A source of tiles (tile_sources.cuh) that applies the coupling while it stages.
 #pragma once
 #include "cuda/coupling_kind.cuh"
-#include "cuda/net_patches.cuh"
 #include "cuda/tile_sources.cuh"
 
 namespace pyglow::cuda {
 
-// couple(in), or uncouple(in) less a center. Patches: the vector path takes the net's output in patches
-// (net_patches.cuh).
-// Spare: a product leaves registers for one half of a patch only, so the other half is in shared memory.
-template <class T, bool Patches, bool Spare>
+// couple(in), or uncouple(in) less a center.
+template <class T>
 struct CoupledSource {
   static constexpr int tensors = 2;
-  static constexpr bool patches = Patches;
-  static constexpr int spare = Patches && Spare ? width<T> : 0;
   static constexpr bool sums = true, computes = true;
   Strided<const T> in;
   NetOutput net_out;
@@ -21,7 +16,6 @@ struct CoupledSource {
   int64_t kept, transformed;
   bool channels_adjacent;  // of `in` in memory, rather than positions
   CouplingKind<T> kind;
-  bool wide;  // NetAccess's
 
   __device__ Steps<2> steps() const { return {{in.sample, net_out.sample}, {in.position, net_out.position}}; }
 
@@ -49,51 +43,6 @@ struct CoupledSource {
     return log_s;
   }
 
-  // Couples the rows from `same` to `inside` of the thread's column: patches, shared out among the threads of
-  // the column. `start` is the column's first row, `net_at` its place in the net's output. The rows go to shared memory
-  // first: in registers they would have no room beside the patch. Returns the sum of log s.
-  __device__ __forceinline__ T couple_patches(T* tile, int stride, const T* start, int64_t net_at, int64_t first,
-                                              int same, int inside, const Aside<T>& aside) const {
-    const int half = static_cast<int>(transformed);
-    T* const column = tile + threadIdx.x * width<T>;
-    T log_s = T(0);
-#pragma unroll 1
-    for (int begin = (same / width<T> + threadIdx.y) * width<T>; begin < inside; begin += width<T> * blockDim.y) {
-      const int c = static_cast<int>(first - kept) + begin, apart = blockDim.x * blockDim.y * width<T>;
-      NetPatch<T> shift = {}, raw = {};
-      if (kind.map != ScaleMap::none) raw = fetch_patch(net_out, net_at, net_part<T>(c, half, half, wide));
-      T* raws = nullptr;
-      if constexpr (Spare) {
-        raws = aside.spare + thread_index() * width<T>;
-        widen_patches(net_out.type, raw);
-#pragma unroll
-        for (int k = 0; k < width<T>; ++k) store_shared(raws + k * apart, raw.v[k]);
-      }
-#pragma unroll
-      for (int r = begin; r < begin + width<T>; ++r)
-        if (r >= same && r < inside) store_shared(column + r * stride, load_vector(start + r * in.channel));
-      shift = fetch_patch(net_out, net_at, net_part<T>(c, 0, half, wide));
-      if constexpr (Spare)
-        widen_patches(net_out.type, shift);
-      else
-        widen_patches(net_out.type, shift, raw);
-      T* row = column + begin * stride;
-#pragma unroll 1
-      for (int r = begin; r < smaller(begin + width<T>, inside); ++r, row += stride) {
-        if (r >= same) {
-          Vec<T> value = load_vector(row);
-          const Vec<T> raw_row = Spare ? load_vector(raws + (r - begin) * apart) : raw.v[0];
-          with_scale_map(kind.map,
-                         [&](auto map) { log_s += couple<decltype(map)::value, true>(value, shift.v[0], raw_row); });
-          stage_centred<true>(tile, stride, r, threadIdx.x, value, first + r);
-        }
-        rotate(shift, {});
-        if constexpr (!Spare) rotate(raw, {});
-      }
-    }
-    return log_s;
-  }
-
   template <bool Vector>
   __device__ __forceinline__ void stage(T* tile, int stride, int rows, int64_t first, int64_t channels,
                                         const Columns<2>& columns, const Aside<T>& aside = {}) const {
@@ -102,8 +51,7 @@ struct CoupledSource {
     const int same = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(inside, kept - first)));
     for_each_column<Vector, T>(channels_adjacent, [&](int q, int sharer, int step) {
       const int64_t in_at = Vector ? columns.own[0] : columns.table[q];
-      const int64_t net_column = Vector ? columns.own[1] : columns.table[count + q];
-      const int64_t net_at = net_column + (first - kept) * net_out.channel;
+      const int64_t net_at = (Vector ? columns.own[1] : columns.table[count + q]) + (first - kept) * net_out.channel;
       const T* const start = in.data + in_at + first * in.channel;
       T log_s = T(0);
       int r = sharer;
@@ -120,32 +68,27 @@ struct CoupledSource {
             if (row < same) stage_centred<Vector>(tile, stride, row, q, value[b], first + row);
           }
         }
-        if constexpr (Vector && Patches) {
-          log_s = couple_patches(tile, stride, start, net_column, first, same, inside, aside);
-          r = row_from(inside, sharer, step);
-        } else {
-          r = row_from(same, sharer, step);
-          with_scale_map(kind.map, [&](auto map) {
-            constexpr ScaleMap Map = decltype(map)::value;
-            Unit<T, Vector> value = {}, shift = {}, raw = {};  // of the next row, loaded while this one is computed
-            const auto load_row = [&](int row) {
-              if (row >= inside) return;
-              value = load_unit<Vector>(start + row * in.channel);
-              shift = fetch_net<T, Vector>(net_out.data, net_out.type, net_at + row * net_out.channel);
-              if constexpr (Map != ScaleMap::none)
-                raw = fetch_net<T, Vector>(net_out.data, net_out.type, net_at + (row + transformed) * net_out.channel);
-            };
-            load_row(r);
+        r = row_from(same, sharer, step);
+        with_scale_map(kind.map, [&](auto map) {
+          constexpr ScaleMap Map = decltype(map)::value;
+          Unit<T, Vector> value = {}, shift = {}, raw = {};  // of the next row, loaded while this one is computed
+          const auto load_row = [&](int row) {
+            if (row >= inside) return;
+            value = load_unit<Vector>(start + row * in.channel);
+            shift = fetch_net<T, Vector>(net_out.data, net_out.type, net_at + row * net_out.channel);
+            if constexpr (Map != ScaleMap::none)
+              raw = fetch_net<T, Vector>(net_out.data, net_out.type, net_at + (row + transformed) * net_out.channel);
+          };
+          load_row(r);
 #pragma unroll 1
-            for (; r < inside; r += step) {
-              Unit<T, Vector> now = value, now_shift = shift, now_raw = raw;
-              load_row(r + step);
-              widen_net(net_out.type, now_shift, now_raw);
-              log_s += couple<Map, Vector>(now, now_shift, now_raw);
-              stage_centred<Vector>(tile, stride, r, q, now, first + r);
-            }
-          });
-        }
+          for (; r < inside; r += step) {
+            Unit<T, Vector> now = value, now_shift = shift, now_raw = raw;
+            load_row(r + step);
+            widen_net(net_out.type, now_shift, now_raw);
+            log_s += couple<Map, Vector>(now, now_shift, now_raw);
+            stage_centred<Vector>(tile, stride, r, q, now, first + r);
+          }
+        });
       }
       for (; r < rows; r += step) stage_unit<Vector>(tile, stride, r, q, {});
       if (aside.wanted) {
@@ -156,15 +99,15 @@ struct CoupledSource {
   }
 };
 
-// Calls f(source).
-template <bool Spare, class T, class F>
-int with_coupled_source(const Strided<const T>& in, const NetOutput& net_out, const T* center, int64_t channels,
-                        int64_t transformed, int64_t positions, const CouplingKind<T>& kind, const NetAccess& access,
-                        const F& f) {
-  return with_patches(access, [&](auto patches) {
-    return f(CoupledSource<T, decltype(patches)::value, Spare>{in, net_out, center, channels - transformed, transformed,
-                                                               channels_adjacent(in, positions), kind, access.wide});
-  });
+template <class T>
+CoupledSource<T> coupled_source(const Strided<const T>& in, const NetOutput& net_out, const T* center, int64_t channels,
+                                int64_t transformed, int64_t positions, const CouplingKind<T>& kind) {
+  return {in, net_out, center, channels - transformed, transformed, channels_adjacent(in, positions), kind};
+}
+
+template <class T>
+bool has_vector_columns(const CoupledSource<T>& source, int64_t positions) {
+  return has_vector_columns(source.in, positions) && has_vector_net<T>(source.net_out, positions);
 }
 
 }  // namespace pyglow::cuda

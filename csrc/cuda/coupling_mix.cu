@@ -15,9 +15,6 @@ namespace pyglow::cuda {
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (4 of 128; double: 1); at most 47 KB
 //   of shared memory, which is not the tighter limit. While a thread couples one row it loads the next, so that three
 //   to six 16-byte loads are in flight, 24 to 48 KB on a multiprocessor; bandwidth times latency is about 30 KB.
-// - A channels-last net's output comes in patches, 16 bytes at each of four positions: neighbouring threads read other
-//   lines, and the sectors that one leaves half read are in L1 for the next. 12 loads in flight, in two or three turns:
-//   registers are taken by the sums.
 // - Bound: memory up to about C = 64 (3 C values moved for C^2 multiply-adds), then the multiply-add units.
 template <class T>
 int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {
@@ -25,19 +22,15 @@ int coupling_mix(const CouplingMixArgs<T>& args, const Queue& queue) {
   const int64_t samples = half.samples, channels = half.channels, positions = half.positions;
   if (samples * positions == 0 || channels == 0) return no_sums(samples, half.log_det, queue.stream);
   const bool inverse = half.kind.inverse;
+  const CoupledSource<T> source = coupled_source(half.in, half.net_out, inverse ? args.offset : nullptr, channels,
+                                                 half.transformed, positions, half.kind);
   const auto sink = plain_sink(half.out, channels);
-  const bool vector = has_vector_columns(half.in, positions) && has_vector_columns(read_only(half.out), positions);
-  const NetAccess access =
-      vector ? net_access<T>(channels - half.transformed, half.transformed, positions, half.net_out) : NetAccess{};
+  const bool vector = has_vector_columns(source, positions) && has_vector_columns(read_only(half.out), positions);
   const int64_t partials_bytes = 2 * static_cast<int64_t>(sizeof(double)) * most_ranges<T>(samples, positions);
   double* const partials = static_cast<double*>(queue.scratch(partials_bytes));
   const LogDet<T> log_det = {half.log_det, partials, inverse};
-  return with_coupled_source<true>(half.in, half.net_out, inverse ? args.offset : nullptr, channels, half.transformed,
-                                   positions, half.kind, access, [&](const auto& source) {
-                                     return fused_product<T>(source, sink, args.matrix, channels, 1,
-                                                             inverse ? nullptr : args.offset, samples, channels,
-                                                             positions, access.vector(), log_det, queue.stream);
-                                   });
+  return fused_product<T>(source, sink, args.matrix, channels, 1, inverse ? nullptr : args.offset, samples, channels,
+                          positions, vector, log_det, queue.stream);
 }
 
 PYGLOW_CUDA_INSTANTIATE(coupling_mix, CouplingMixArgs)

@@ -8,12 +8,11 @@
 namespace pyglow::cuda {
 namespace {
 
-// Takes grad_y, which the product gives, through the coupling: grad_in and grad_net_out. Patches: the vector path takes
-// the net's tensors in patches.
-template <class T, bool Patches>
+// Takes grad_y, which the product gives, through the coupling: grad_in and grad_net_out.
+template <class T>
 struct CouplingSink {
   static constexpr int tensors = 4;
-  static constexpr bool computes = true, patches = Patches;
+  static constexpr bool computes = true;
   Strided<const T> in;
   NetOutput net_out;
   Strided<T> grad_in;
@@ -21,7 +20,6 @@ struct CouplingSink {
   const T* grad_log_det;  // (N,)
   int64_t kept, transformed;
   CouplingKind<T> kind;  // forward direction
-  bool wide;             // NetAccess's
 
   __device__ Steps<4> steps() const {
     return {{in.sample, net_out.sample, grad_in.sample, grad_net_out.sample},
@@ -51,93 +49,33 @@ struct CouplingSink {
     return loaded;
   }
 
-  // grad of y becomes that of u; shift and raw become their gradients.
-  template <bool Vector>
-  __device__ __forceinline__ void couple_row(Unit<T, Vector>& grad, const Unit<T, Vector>& u, Unit<T, Vector>& shift,
-                                             Unit<T, Vector>& raw, T weight) const {
-    with_scale_map(kind.map, [&](auto map) {
-#pragma unroll
-      for (int l = 0; l < unit_width<T, Vector>; ++l) {
-        const math::Scale<T> scale = scale_at<decltype(map)::value>(raw.v[l], kind.params);
-        const T y = couple_in(kind.order, u.v[l], shift.v[l], scale.s);
-        const auto grads = couple_backward_in(kind.order, y, shift.v[l], scale.s, grad.v[l], weight);
-        grad.v[l] = grads.in;
-        shift.v[l] = grads.shift;
-        raw.v[l] = grads.log_s * scale.slope;
-      }
-    });
-  }
-
-  // The same of a unit that is stored at once.
+  // grad of y becomes that of u; stores those of the net's output.
   template <bool Vector>
   __device__ __forceinline__ void couple(Unit<T, Vector>& grad, Loaded<Vector>& x, int64_t channel,
                                          const Columns<4>& columns, int i, T weight) const {
     widen_net(net_out.type, x.shift, x.raw);
-    couple_row<Vector>(grad, x.u, x.shift, x.raw, weight);
+    with_scale_map(kind.map, [&](auto map) {
+#pragma unroll
+      for (int l = 0; l < unit_width<T, Vector>; ++l) {
+        const math::Scale<T> scale = scale_at<decltype(map)::value>(x.raw.v[l], kind.params);
+        const T y = couple_in(kind.order, x.u.v[l], x.shift.v[l], scale.s);
+        const auto grads = couple_backward_in(kind.order, y, x.shift.v[l], scale.s, grad.v[l], weight);
+        grad.v[l] = grads.in;
+        x.shift.v[l] = grads.shift;
+        x.raw.v[l] = grads.log_s * scale.slope;
+      }
+    });
     const int64_t grad_at = at<Vector>(columns, 3, i) + (channel - kept) * grad_net_out.channel;
     store_net<Vector>(grad_net_out.data, grad_net_out.type, grad_at, x.shift);
     if (kind.map != ScaleMap::none)
       store_net<Vector>(grad_net_out.data, grad_net_out.type, grad_at + transformed * grad_net_out.channel, x.raw);
   }
 
-  // As store_rows, in patches: of `width` rows, or of two where the thread has no more.
-  template <int Rows>
-  __device__ __forceinline__ void store_patches(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
-                                                const Columns<4>& columns, T weight) const {
-    constexpr int count = smaller(Rows, width<T>);
-    const bool affine = kind.map != ScaleMap::none;
-    const int last = static_cast<int>(smaller<int64_t>(Rows, channels - out)), half = static_cast<int>(transformed);
-    T rows[Rows][width<T>];
-#pragma unroll
-    for (int k = 0; k < Rows; ++k)
-#pragma unroll
-      for (int i = 0; i < width<T>; ++i) rows[k][i] = sum[k][i];
-#pragma unroll 1
-    for (int begin = 0; begin < last; begin += count) {
-      const int c = static_cast<int>(out - kept) + begin;
-      const auto shifts = net_part<T, count>(c, 0, half, wide), raws = net_part<T, count>(c, half, half, wide);
-      NetPatch<T, count> shift = fetch_patch(net_out, columns.own[1], shifts), raw = {};
-      if (affine) raw = fetch_patch(net_out, columns.own[1], raws);
-      const T* u = in.data + columns.own[0] + (out + begin) * in.channel;
-      T* target = grad_in.data + columns.own[2] + (out + begin) * grad_in.channel;
-      widen_patches(net_out.type, shift, raw);
-#pragma unroll 1
-      for (int k = 0; k < count; ++k, u += in.channel, target += grad_in.channel) {
-        Vec<T> grad, shift_row = shift.v[0], raw_row = raw.v[0];
-#pragma unroll
-        for (int l = 0; l < width<T>; ++l) grad.v[l] = rows[0][l];
-        if (begin + k < last) {
-          if (c + k >= 0) couple_row<true>(grad, load_vector(u), shift_row, raw_row, weight);
-          store_vector(target, grad);
-        }
-        rotate(shift, shift_row);
-        rotate(raw, raw_row);
-#pragma unroll
-        for (int l = 0; l + 1 < Rows; ++l)
-#pragma unroll
-          for (int i = 0; i < width<T>; ++i) rows[l][i] = rows[l + 1][i];
-      }
-      store_patch(grad_net_out, columns.own[3], shifts, shift);
-      if (affine) store_patch(grad_net_out, columns.own[3], raws, raw);
-    }
-  }
-
-  template <bool Vector, int Rows>
-  __device__ __forceinline__ void store(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
-                                        const Columns<4>& columns, int64_t begin, int64_t positions) const {
-    if constexpr (Vector && Patches) {
-      if (columns.own[0] == outside) return;
-      store_patches(sum, out, channels, columns, grad_log_det[(begin + threadIdx.x * width<T>) / positions]);
-    } else {
-      store_rows<Vector>(sum, out, channels, columns, begin, positions);
-    }
-  }
-
   // The rows leave the registers one after another, moving up, so that the code of the coupling is there once; what the
   // next row needs is loaded before.
   template <bool Vector, int Rows>
-  __device__ __forceinline__ void store_rows(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
-                                             const Columns<4>& columns, int64_t begin, int64_t positions) const {
+  __device__ __forceinline__ void store(const T (&sum)[Rows][width<T>], int64_t out, int64_t channels,
+                                        const Columns<4>& columns, int64_t begin, int64_t positions) const {
     constexpr int unit = unit_width<T, Vector>, units = width<T> / unit;
     const int last = static_cast<int>(smaller<int64_t>(Rows, channels - out));
     bool there[units];
@@ -192,8 +130,6 @@ struct CouplingSink {
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (double: 1); at most 47 KB of shared
 //   memory. While a thread takes one row through the coupling it loads the next: three to six 16-byte loads are in
 //   flight, and the other block stages meanwhile.
-//   In patches of channels-last tensors: eight loads of the net's output together, then a row of u at a time. Threads
-//   with two output channels each (small grids) have but 8 bytes of them at a position.
 // - Bound: memory up to about C = 90 (4.5 C values moved for C^2 multiply-adds), then the multiply-add units.
 // Second pass: mix_sums.cuh; up to C = 64 the coupling is evaluated once more there, above once for each 64 channels,
 // beside 64 multiply-adds for each element. That reads in and net_out again, 2 C values, where keeping y would take
@@ -204,29 +140,19 @@ int coupling_mix_backward(const CouplingMixBackwardArgs<T>& args, const Queue& q
   if (channels == 0) return cudaSuccess;
   const T* const none = nullptr;
   const SplitSource<T> grad_out = split_source(args.grad_out, positions);
-  const int64_t kept = channels - args.transformed;
-  const bool vector_in = has_vector_columns(grad_out, positions) && has_vector_columns(args.in, positions);
-  const auto access = [&](bool vector, const auto&... nets) {
-    return vector ? net_access<T>(kept, args.transformed, positions, nets...) : NetAccess{};
-  };
+  const CoupledSource<T> y =
+      coupled_source(args.in, args.net_out, none, channels, args.transformed, positions, args.kind);
+  const bool reading = has_vector_columns(grad_out, positions) && has_vector_columns(y, positions);
   if (samples * positions > 0) {
-    const NetAccess both =
-        access(vector_in && has_vector_columns(read_only(args.grad_in), positions), args.net_out, args.grad_net_out);
-    const int error = with_patches(both, [&](auto patches) {
-      const CouplingSink<T, decltype(patches)::value> sink = {args.in,           args.net_out,      args.grad_in,
-                                                              args.grad_net_out, args.grad_log_det, kept,
-                                                              args.transformed,  args.kind,         both.wide};
-      return fused_product<T>(grad_out, sink, args.matrix, 1, channels, none, samples, channels, positions,
-                              both.vector(), {}, queue.stream);
-    });
+    const bool vector = reading && has_vector_columns(read_only(args.grad_in), positions) &&
+                        has_vector_net<T>(args.grad_net_out, positions);
+    const CouplingSink<T> sink = {args.in,           args.net_out, args.grad_in,     args.grad_net_out,
+                                  args.grad_log_det, y.kept,       args.transformed, args.kind};
+    const int error = fused_product<T>(grad_out, sink, args.matrix, 1, channels, none, samples, channels, positions,
+                                       vector, {}, queue.stream);
     if (error != cudaSuccess) return error;
   }
-  const NetAccess reading = access(vector_in, args.net_out);
-  return with_coupled_source<false>(args.in, args.net_out, none, channels, args.transformed, positions, args.kind,
-                                    reading, [&](const auto& y) {
-                                      return mix_sums<T>(y, grad_out, args.grad_matrix, args.grad_offset, samples,
-                                                         channels, positions, reading.vector(), queue);
-                                    });
+  return mix_sums<T>(y, grad_out, args.grad_matrix, args.grad_offset, samples, channels, positions, reading, queue);
 }
 
 PYGLOW_CUDA_INSTANTIATE(coupling_mix_backward, CouplingMixBackwardArgs)

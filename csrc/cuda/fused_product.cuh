@@ -2,7 +2,7 @@
 // sink that computes on with what comes out of it while that is in registers.
 //
 // A sink has
-//   tensors, computes, patches, steps()
+//   tensors, computes, steps()
 //                        as a source has
 //   store<Vector>(sum, out, channels, columns, begin, positions)
 //                        sum[k][i]: the thread's output channel out + k at its position i of the tile at `begin`
@@ -113,7 +113,6 @@ __global__ void __launch_bounds__(block_threads,
             sharers = column_sharers<Vector>(p.source.channels_adjacent);
   int64_t* const source_table = reinterpret_cast<int64_t*>(logs + (Source::sums ? sharers * log_stride : 0));
   int64_t* const sink_table = source_table + Source::tensors * columns;
-  T* const spare = reinterpret_cast<T*>(source_table);  // in the place of the tables, which the vector path has none of
   // A matrix that fits is read once for all tiles of a block.
   const bool resident = groups == 1 && chunk >= channels;
   const int64_t range = blockIdx.x / groups, first_out = (blockIdx.x - range * groups) * group;
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(block_threads,
       __syncthreads();  // the previous chunk has been used, the offsets are there
       if (!resident || tile == first_tile)
         stage_weights<Rows>(weights, p.matrix, p.row, p.column, channels, first_out, in, count);
-      const Aside<T> aside = {first_out == 0, begin, ranges.positions, logs, log_stride, spare};
+      const Aside<T> aside = {first_out == 0, begin, ranges.positions, logs, log_stride};
       p.source.template stage<Vector>(inputs, stride, count, in, channels, source_columns, aside);
       wait_for_copies();
       __syncthreads();
@@ -167,7 +166,6 @@ template <class T, class Tensor>
 struct PlainSink {
   static constexpr int tensors = 1;
   static constexpr bool computes = false;
-  static constexpr bool patches = false;
   Tensor u;
   bool vector_channels;  // the strided path may store `width` channels at once
 
@@ -248,9 +246,7 @@ template <class T, class Source, class Sink>
 int64_t fused_bytes(const FusedCut& cut, bool vector) {
   const int64_t columns = cut.x * width<T>, sharers = vector ? cut.y : larger(cut.y, 8);
   const int64_t logs = Source::sums ? sharers * padded<T>(static_cast<int>(vector ? cut.x : columns)) : 0;
-  const int64_t spare = Source::spare * width<T> * cut.x * cut.y;
-  const int64_t elements =
-      cut.chunk * (padded<T>(cut.y * cut.rows) + padded<T>(static_cast<int>(columns))) + logs + spare;
+  const int64_t elements = cut.chunk * (padded<T>(cut.y * cut.rows) + padded<T>(static_cast<int>(columns))) + logs;
   const int64_t table = vector ? 0 : (Source::tensors + Sink::tensors) * columns;
   return elements * static_cast<int64_t>(sizeof(T)) + table * static_cast<int64_t>(sizeof(int64_t));
 }
@@ -328,10 +324,8 @@ int launch_product(const FusedProduct<T, Source, Sink>& product, bool vector, vo
   const FusedCut& cut = product.cut;
   const int64_t blocks = cut.ranges.ranges * cut.groups, bytes = fused_bytes<T, Source, Sink>(cut, vector);
   const dim3 threads(cut.x, cut.y);
-  constexpr bool in_patches = Source::patches || Sink::patches;
-  return with_path<in_patches>(vector, [&](auto path) {
-    return launch(fused_kernel<T, Source, Sink, Rows, decltype(path)::value>, blocks, threads, bytes, stream, product);
-  });
+  return vector ? launch(fused_kernel<T, Source, Sink, Rows, true>, blocks, threads, bytes, stream, product)
+                : launch(fused_kernel<T, Source, Sink, Rows, false>, blocks, threads, bytes, stream, product);
 }
 
 // No positions and no channels: nothing to do. LogDet: of a source that sums.

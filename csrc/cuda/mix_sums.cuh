@@ -168,9 +168,8 @@ int mix_sums(const X& x, const U& grad_u, T* grad_matrix, T* grad_offset, int64_
     const int64_t blocks = split.splits * split.parts * split.parts;
     const dim3 threads(split.columns, split.threads / split.columns);
     const int64_t bytes = sums_shared_bytes<T, X, U>(split, vector);
-    const int error = with_path<X::patches>(vector, [&](auto path) {
-      return launch(sums_kernel<T, X, U, decltype(path)::value>, blocks, threads, bytes, queue.stream, sums);
-    });
+    const int error = vector ? launch(sums_kernel<T, X, U, true>, blocks, threads, bytes, queue.stream, sums)
+                             : launch(sums_kernel<T, X, U, false>, blocks, threads, bytes, queue.stream, sums);
     if (error != cudaSuccess) return error;
   }
   if (split.splits == 1 || channels == 0) return cudaSuccess;

@@ -2,17 +2,15 @@
 // it recovers, is staged for the product x = A (u - c).
 #include "cuda/coupling_kind.cuh"
 #include "cuda/fused_product.cuh"
-#include "cuda/net_patches.cuh"
 
 namespace pyglow::cuda {
 namespace {
 
-// u - c, and beside it grad_u and grad_net_out. Patches: the vector path takes the net's tensors in patches.
-template <class T, bool Patches>
+// u - c, and beside it grad_u and grad_net_out.
+template <class T>
 struct StepSource {
   static constexpr int tensors = 5;
-  static constexpr bool sums = false, computes = true, patches = Patches;
-  static constexpr int spare = Patches ? width<T> : 0;
+  static constexpr bool sums = false, computes = true;
   Strided<const T> y;
   NetOutput net_out;
   Strided<const T> grad_y;
@@ -23,7 +21,6 @@ struct StepSource {
   int64_t kept, transformed;
   bool channels_adjacent;  // of y in memory, rather than positions
   CouplingKind<T> kind;    // forward direction
-  bool wide;               // NetAccess's
 
   __device__ Steps<5> steps() const {
     return {{y.sample, net_out.sample, grad_y.sample, grad_u.sample, grad_net_out.sample},
@@ -45,60 +42,6 @@ struct StepSource {
     }
   }
 
-  // As CoupledSource's couple_patches, where the thread's column begins at position p of sample n. The sums of the
-  // product leave registers for one half of the net's output only, so raw and its gradient are in shared memory. They
-  // leave none for the offsets of five tensors either, which are computed where they are used.
-  __device__ __forceinline__ void uncouple_patches(T* tile, int stride, int64_t n, int64_t p, int64_t first, int same,
-                                                   int inside, const Aside<T>& aside) const {
-    const auto at = [&](const auto& x) { return n * x.sample + p * x.position; };
-    const T weight = grad_log_det[n];
-    const bool affine = kind.map != ScaleMap::none;
-    const int half = static_cast<int>(transformed), apart = blockDim.x * blockDim.y * width<T>;
-    T* const raws = aside.spare + thread_index() * width<T>;
-#pragma unroll 1
-    for (int begin = (same / width<T> + threadIdx.y) * width<T>; begin < inside; begin += width<T> * blockDim.y) {
-      const int from = same - begin, to = inside - begin;  // rows of the patch
-      T* row = tile + begin * stride + threadIdx.x * width<T>;
-      const int c = static_cast<int>(first - kept) + begin;
-      NetPatch<T> raw = {};
-      if (affine) raw = fetch_patch(net_out, at(net_out), net_part<T>(c, half, half, wide));
-      widen_patches(net_out.type, raw);
-#pragma unroll
-      for (int k = 0; k < width<T>; ++k) store_shared(raws + k * apart, raw.v[k]);
-      const T* const y_row = y.data + at(y) + (first + begin) * y.channel;
-#pragma unroll
-      for (int k = 0; k < width<T>; ++k)
-        if (k >= from && k < to) store_shared(row + k * stride, load_vector(y_row + k * y.channel));
-      NetPatch<T> shift = fetch_patch(net_out, at(net_out), net_part<T>(c, 0, half, wide));
-      widen_patches(net_out.type, shift);
-      const T* grad_row = grad_y.data + at(grad_y) + (first + begin) * grad_y.channel;
-      T* target = grad_u.data + at(grad_u) + (first + begin) * grad_u.channel;
-#pragma unroll 1
-      for (int k = 0; k < width<T>; ++k) {
-        Vec<T> shift_row = shift.v[0];
-        if (k >= from && k < to) {
-          Vec<T> value = load_vector(row), raw_row = load_vector(raws + k * apart), grad = {};
-          if (aside.wanted) grad = load_vector(grad_row);
-          with_scale_map(kind.map, [&](auto map) {
-            uncouple<decltype(map)::value, true>(value, grad, shift_row, raw_row, weight, center[first + begin + k]);
-          });
-          store_shared(row, value);
-          if (aside.wanted) store_vector(target, grad);
-          store_shared(raws + k * apart, raw_row);
-        }
-        rotate(shift, shift_row);
-        row += stride;
-        grad_row += grad_y.channel;
-        target += grad_u.channel;
-      }
-      if (!aside.wanted) continue;
-      store_patch(grad_net_out, at(grad_net_out), net_part<T>(c, 0, half, wide), shift);
-#pragma unroll
-      for (int k = 0; k < width<T>; ++k) raw.v[k] = load_vector(raws + k * apart);
-      if (affine) store_patch(grad_net_out, at(grad_net_out), net_part<T>(c, half, half, wide), raw);
-    }
-  }
-
   template <bool Vector>
   __device__ __forceinline__ void stage(T* tile, int stride, int rows, int64_t first, int64_t channels,
                                         const Columns<5>& columns, const Aside<T>& aside) const {
@@ -108,15 +51,7 @@ struct StepSource {
     const int same = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(inside, kept - first)));
     for_each_column<Vector, T>(channels_adjacent, [&](int q, int sharer, int step) {
       const int64_t j = aside.begin + q * unit;
-      [[maybe_unused]] int64_t n = 0, p = 0;  // see uncouple_patches
-      if constexpr (Patches) {
-        n = j / aside.positions;
-        p = j - n * aside.positions;
-      }
-      const auto at = [&](int tensor) {
-        if (Patches && tensor > 0) return n * steps().sample[tensor] + p * steps().position[tensor];
-        return Vector ? columns.own[tensor] : columns.table[tensor * count + q];
-      };
+      const auto at = [&](int tensor) { return Vector ? columns.own[tensor] : columns.table[tensor * count + q]; };
       int r = sharer;
       if (at(0) == outside) {
         for (; r < rows; r += step) stage_unit<Vector>(tile, stride, r, q, {});
@@ -147,11 +82,7 @@ struct StepSource {
         }
       }
       r = row_from(same, sharer, step);
-      if (Patches ? same >= inside : r >= inside) return;
-      if constexpr (Patches) {
-        uncouple_patches(tile, stride, n, p, first, same, inside, aside);
-        return;
-      }
+      if (r >= inside) return;
       const T weight = grad_log_det[j / aside.positions];
       with_scale_map(kind.map, [&](auto map) {
         constexpr ScaleMap Map = decltype(map)::value;
@@ -188,8 +119,6 @@ struct StepSource {
 // - Occupancy: up to 128 registers, so 2 blocks of 256 threads on a multiprocessor (double: 1); at most 47 KB of shared
 //   memory. A thread has four 16-byte loads in flight while it stages, 32 KB on a multiprocessor, about bandwidth times
 //   latency.
-//   In patches of channels-last tensors: 4, 8 and then, gradients of the state, one at a time; and 64 bytes more of
-//   shared memory for each thread (double: 32).
 // - Bound: memory up to about C = 128 (6 C values moved for C^2 multiply-adds), then the multiply-add units.
 template <class T>
 int step_backward(const StepBackwardArgs<T>& args, const Queue& queue) {
@@ -197,26 +126,22 @@ int step_backward(const StepBackwardArgs<T>& args, const Queue& queue) {
   if (samples * positions == 0 || channels == 0) return cudaSuccess;
   const int64_t kept = channels - args.transformed;
   const auto vector_columns = [&](const auto&... x) { return (has_vector_columns(x, positions) && ...); };
-  const bool vector = vector_columns(args.y, args.grad_y, read_only(args.grad_u), read_only(args.x));
-  const NetAccess access =
-      vector ? net_access<T>(kept, args.transformed, positions, args.net_out, args.grad_net_out) : NetAccess{};
-  return with_patches(access, [&](auto patches) {
-    const StepSource<T, decltype(patches)::value> source = {args.y,
-                                                            args.net_out,
-                                                            args.grad_y,
-                                                            args.grad_u,
-                                                            args.grad_net_out,
-                                                            args.grad_log_det,
-                                                            args.offset,
-                                                            kept,
-                                                            args.transformed,
-                                                            channels_adjacent(args.y, positions),
-                                                            args.kind,
-                                                            access.wide};
-    const T* const none = nullptr;
-    return fused_product<T>(source, plain_sink(args.x, channels), args.inverse_matrix, channels, 1, none, samples,
-                            channels, positions, access.vector(), {}, queue.stream);
-  });
+  const bool vector = vector_columns(args.y, args.grad_y, read_only(args.grad_u), read_only(args.x)) &&
+                      has_vector_net<T>(args.net_out, positions) && has_vector_net<T>(args.grad_net_out, positions);
+  const StepSource<T> source = {args.y,
+                                args.net_out,
+                                args.grad_y,
+                                args.grad_u,
+                                args.grad_net_out,
+                                args.grad_log_det,
+                                args.offset,
+                                kept,
+                                args.transformed,
+                                channels_adjacent(args.y, positions),
+                                args.kind};
+  const T* const none = nullptr;
+  return fused_product<T>(source, plain_sink(args.x, channels), args.inverse_matrix, channels, 1, none, samples,
+                          channels, positions, vector, {}, queue.stream);
 }
 
 PYGLOW_CUDA_INSTANTIATE(step_backward, StepBackwardArgs)

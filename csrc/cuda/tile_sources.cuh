@@ -3,9 +3,6 @@
 //   tensors                        how many tensors it reads (strided path: a table of offsets for each)
 //   sums                           whether it gives sums of log s
 //   computes                       whether it uses exp and its like, which in double take many registers
-//   spare                          vectors of shared memory that each thread wants for itself
-//   patches                        whether it reads a net's output in patches (net_patches.cuh), for which there is no
-//                                  strided path
 //   steps()                        their strides along samples and positions
 //   stage<Vector>(tile, stride, rows, first, channels, columns, aside)
 //                                  tile[r * stride + q] = its value at channel first + r, column q; zero behind the
@@ -15,15 +12,6 @@
 #include "cuda/tile.cuh"
 
 namespace pyglow::cuda {
-
-// Calls f(std::bool_constant<whether it is the vector path>()): with patches it always is.
-template <bool Patches, class F>
-int with_path(bool vector, const F& f) {
-  if constexpr (!Patches) {
-    if (!vector) return f(std::false_type());
-  }
-  return f(std::true_type());
-}
 
 // Strides along samples and positions of the tensors that a source reads. With width > 0, position h * width + w is the
 // pixel (h, w) of an image, `row` and `position` are strides of its rows and of the pixels in them.
@@ -86,7 +74,6 @@ struct Aside {
   int64_t begin, positions;  // the tile's first position, through all samples; positions of a sample
   T* logs;                   // sums of log s, [sharer of a column][column], set with the first channels, then added to
   int logs_stride;           //
-  T* spare;                  // Source::spare vectors for each thread: those of the threads, then the next ones
 };
 
 // Calls f(q, first row, step of the rows) for the columns q of a tile that the thread fills: in the vector path one
@@ -122,8 +109,6 @@ struct PlainSource {
   static constexpr int tensors = 1;
   static constexpr bool sums = false;
   static constexpr bool computes = false;
-  static constexpr bool patches = false;
-  static constexpr int spare = 0;
   Squeezed<const T> x;
   const T* center;         // (C,) or null
   bool channels_adjacent;  // in memory, rather than positions
@@ -187,8 +172,6 @@ struct SplitSource {
   static constexpr int tensors = 2;
   static constexpr bool sums = false;  // of log s
   static constexpr bool computes = false;
-  static constexpr bool patches = false;
-  static constexpr int spare = 0;
   SplitGrad<T> grad;       // without a second part added_channels is 0
   bool channels_adjacent;  // of the first part in memory, rather than positions
   bool added_columns;      // the second part has vector columns

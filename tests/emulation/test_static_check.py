@@ -53,9 +53,6 @@ LIMITS = {
     "invert_kernel": Limit(2, 2, 64 + 64),
     "step_gather_backward_kernel": Limit(4, 2, 0, 4, nets=True),
 }
-# A patch of a channels-last net's output is four channels at four positions. Where one half of the channels ends within
-# those four, two pairs of 16-bit numbers at each position are 4 bytes each.
-PAIRS_OF_A_PATCH = 2 * 2 * 4
 
 
 class Kernel(NamedTuple):
@@ -80,8 +77,7 @@ def faults(kernel: Kernel) -> list[str]:
     """Reasons why a kernel is slower than promised, or may give other bits in a second run."""
     name, dtype, rest = parts_of(kernel.symbol)
     limit, is_float = LIMITS[name], dtype == "f"
-    patches = "_patches_" in name or re.search(r"(Source|Sink)I[fd]Lb1E", kernel.symbol) is not None
-    vector = "_patches_" in name or rest.endswith("Lb1E")  # as its last template argument says
+    vector = rest.endswith("Lb1E")  # as its last template argument says
     # The hardware gives registers to whole warps, 8 at a time to a thread.
     blocks = REGISTERS // (BLOCK_THREADS * -(-kernel.registers // 8) * 8)
     accesses = re.findall(r"\b(?:ST|LDG|STG|LDL|STL|ATOM|ATOMG|ATOMS|RED|REDG)\b[.\w]*", kernel.code)
@@ -95,8 +91,7 @@ def faults(kernel: Kernel) -> list[str]:
         found.append(f"{kernel.shared_bytes} bytes of shared memory")
     if vector and limit.loads is not None:
         wide = r"\.(128|64)\b" if limit.nets and is_float else r"\.128\b"
-        pairs = PAIRS_OF_A_PATCH if patches and is_float else 0
-        for kind, most in (("LDG", limit.loads + pairs), ("STG", limit.stores + pairs)):
+        for kind, most in (("LDG", limit.loads), ("STG", limit.stores)):
             narrow = [access for access in accesses if access.startswith(kind) and not re.search(wide, access)]
             if len(narrow) > most:
                 found.append(f"{len(narrow)} accesses of less than 16 bytes, more than {most}: {narrow}")
