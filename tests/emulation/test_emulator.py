@@ -31,8 +31,8 @@ def kernels(_library: Path) -> Kernels:
 
 
 # Vector path and tail; one block and several; several groups and chunks of channels; one sample to several tiles and
-# several samples to a tile; patches of nets' halves of 2, 6, 8 and 38 channels; two splits of the positions; matrices
-# that are inverted in scratch memory.
+# several samples to a tile; nets' halves of 2, 6, 8 and 38 channels; two splits of the positions; matrices that are
+# inverted in scratch memory.
 GRIDS = [(1, 3, 1, 5), (2, 4, 4, 4), (2, 4, 3, 5), (1, 12, 12, 15), (3, 37, 2, 2), (1, 70, 2, 4), (2, 6, 4, 11)]
 GRIDS += [(3, 16, 4, 5), (1, 76, 2, 4), (5, 6, 15, 16), (5, 6, 1, 241), (90, 2, 1, 1), (1, 6, 28, 43), (1, 80, 2, 4)]
 
