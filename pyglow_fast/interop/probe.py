@@ -14,10 +14,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pyglow_fast.interop.adoption import adopted_class
 from pyglow_fast.interop.nets import Net
@@ -120,15 +122,19 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
         read = row.calls[method](twin, *args, **kwargs) if method in row.calls else None
         dtype, bound = row.inverts_in if read is not None and read.inverse else EXACT
         twin = twin.to(dtype)
-        values = list(_tensors((args, kwargs)))
+        parts, tree = tree_flatten((args, kwargs))
+        values = _tensors(parts)
         leaves = [value.to(dtype).requires_grad_() if value.dtype == torch.float64 else value for value in values]
-        given = _mapped((args, kwargs), iter(leaves))
+        copies = (leaf.clone() for leaf in leaves)  # a layer may write to them
+        given = tree_unflatten([next(copies) if isinstance(part, Tensor) else part for part in parts], tree)
         if ours:
-            twin.__class__ = adopted_class(_unhesitating(row), type(twin))
+            # Without a sense of what pays, under a name of its own: our arithmetic, which the row may not use else.
+            eager = replace(row, name=f"{row.name} in a probe", pays=lambda layer, call: True)
+            twin.__class__ = adopted_class(eager, type(twin))
         before, state = dict(vars(twin)), torch.get_rng_state()
         given_back = [getattr(twin, method)(*given[0], **given[1])]
         given_back += [getattr(twin, name)(*given[0], **given[1]) for name in row.methods if hasattr(twin, name)]
-        results = list(_tensors(given_back))
+        results = _tensors(given_back)
         drawn = not torch.equal(state, torch.get_rng_state())
         changed = {name for name, value in vars(twin).items() if before.get(name, twin) is not value} - set(_BY_FORWARD)
         if changed and not row.methods:
@@ -144,7 +150,9 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
         grads: Any = torch.autograd.grad(objective, list(named.values()), allow_unused=True) if weighted else ()
         what = f"{method}{'' if not kwargs else ' with ' + ', '.join(kwargs)}"
         found += [(f"result {i} of {what}", value.detach(), bound) for i, value in enumerate(results)]
-        masked = "" if read is None or read.mask is None else f"input {_place(read.x, values)}"
+        masked = ""
+        if read is not None and read.mask is not None:
+            masked = next(f"input {i}" for i, value in enumerate(values) if value is read.x)
         for name, value, grad in zip(named, named.values(), grads or [None] * len(named), strict=True):
             grad = torch.zeros_like(value) if grad is None else grad
             if name == masked and read is not None and read.mask is not None:
@@ -154,24 +162,12 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
     return found
 
 
-def _place(tensor: Tensor, tensors: list[Tensor]) -> int:
-    return next(i for i, value in enumerate(tensors) if value is tensor)
-
-
-def _unhesitating(row: Row) -> Row:
-    """The row without a sense of what pays, under a name of its own: our arithmetic, which it may not use else."""
-    from dataclasses import replace
-
-    return replace(row, name=f"{row.name} in a probe", pays=lambda layer, call: True)
-
-
 def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
     """A copy of a layer in float64 with random parameters, without hooks, with stubs for its coupling nets."""
     memo: dict[int, Any] = {}
     kept: list[Any] = []  # what is in the memo by its id stays alive
-    for part in row.elements(layer, False):
-        if isinstance(part, NetCoupling) and (net := _recognisable(part)) is not None:
-            memo[id(net)] = Stub(part.outputs)
+    for net, outputs in _recognisable(row, layer):
+        memo[id(net)] = Stub(outputs)
     for module in layer.modules():
         for name in _HOOKS:
             kept.append(getattr(module, name))
@@ -191,38 +187,21 @@ def twin_of(row: Row, layer: nn.Module, training: bool) -> nn.Module:
     return twin
 
 
-def _recognisable(coupling: NetCoupling) -> nn.Module | None:
-    """The library's net of a coupling, if it is recognised by its own structure, and needs no probe."""
-    net = coupling.net
-    return net.net if isinstance(net, Net) and net.layer_of is Net.layer_of else None
+def _recognisable(row: Row, layer: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+    """The library's nets that are recognised by their own structure, and need no probe, with their outputs."""
+    for part in row.elements(layer, False):
+        if isinstance(part, NetCoupling) and isinstance(part.net, Net) and part.net.layer_of is Net.layer_of:
+            yield part.net.net, part.outputs
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _mapped(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same with copies of these tensors in the place of its own: a layer may write to them."""
-    if isinstance(value, Tensor):
-        return next(tensors).clone()
-    if isinstance(value, dict):
-        return {key: _mapped(part, tensors) for key, part in value.items()}
-    return type(value)(_mapped(part, tensors) for part in value) if type(value) in (tuple, list) else value
+def _tensors(value: Any) -> list[Tensor]:
+    return [part for part in tree_leaves(value) if isinstance(part, Tensor)]
 
 
 def _configuration(row: Row, layer: nn.Module) -> Any:
     """What a layer's arithmetic may depend on besides the values of its weights; None if that cannot be told."""
     try:
-        inside: set[nn.Module] = set()
-        for part in row.elements(layer, False):
-            if isinstance(part, NetCoupling) and (net := _recognisable(part)) is not None:
-                inside |= set(net.modules())
+        inside = {module for net, _ in _recognisable(row, layer) for module in net.modules()}
         return row.name, tuple(settings(module) for module in layer.modules() if module not in inside)
     except Exception:  # whatever a class that we do not know may raise
         return None
