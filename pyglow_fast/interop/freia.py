@@ -41,6 +41,7 @@ from pyglow_fast.interop.table import (
     Row,
     UnfitError,
     by_class,
+    in_turns,
     one_hot_order,
     read_once,
     wrapped,
@@ -284,17 +285,10 @@ def _block(name: str, divides: bool) -> Row:
 def _two_sided(layer: Any, inverse: bool) -> list[Element]:
     """x1 by subnet2(x2), then x2 by subnet1(y1): two couplings between which the halves change places."""
     first, second = layer.split_len1, layer.split_len2
-    places = torch.arange(first + second, device=next(layer.parameters()).device)
-    like = next(layer.parameters()).new_zeros(first + second)
-
-    def swap(count: int) -> Map:
-        return Map.of(ChannelMap.nothing(like)._replace(source=places.roll(-count)))
-
     spec, gain = clamped(layer.clamp, layer.f_clamp)
     one = NetCoupling(wrapped(layer, Net, layer.subnet2, ShiftThenRaw(first, 1.0, gain)), spec, second, first)
     other = NetCoupling(wrapped(layer, Net, layer.subnet1, ShiftThenRaw(second, 1.0, gain)), spec, first, second)
-    before, between = (second, first) if inverse else (first, second)
-    return [swap(before), one, swap(between), other]
+    return in_turns(one, other, next(layer.parameters()).new_zeros(first + second), inverse)
 
 
 def _one_sided(layer: Any, inverse: bool) -> list[Element]:

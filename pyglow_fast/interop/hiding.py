@@ -31,7 +31,7 @@ from pyglow_fast._tracing import is_altered
 from pyglow_fast.interop.freia import times
 from pyglow_fast.interop.joined import unrepeatable
 from pyglow_fast.interop.probe import settings
-from pyglow_fast.interop.table import Call, Element, Library, Row, wrapped
+from pyglow_fast.interop.table import Call, Element, Library, Row, in_turns, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.dense import DenseForm
 from pyglow_fast.nets.plan import budget_bytes
@@ -39,7 +39,6 @@ from pyglow_fast.nets.run import inputs_for
 from pyglow_fast.nets.traits import bytes_per_position, halo_of
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.runs.description import NetCoupling, Run
-from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
@@ -266,11 +265,6 @@ def _elements(block: Any, inverse: bool) -> list[Element]:
     kind, widths = kind_of(block), _widths(block)
     assert kind is not None  # else it is unfit
     second, first = (widths[shift] for shift, _ in kind.halves)  # each part is read by the nets of the other
-    like = next(block.parameters()).new_zeros(first + second)
-    places = torch.arange(first + second, device=like.device)
-
-    def swap(count: int) -> Map:
-        return Map.of(ChannelMap.nothing(like)._replace(source=places.roll(-count)))
 
     def coupling(half: Half, kept: int, changed: int) -> NetCoupling:
         shift: nn.Module = getattr(block, half[0])
@@ -280,9 +274,8 @@ def _elements(block: Any, inverse: bool) -> list[Element]:
         spec = CouplingSpec(scale_map="tanh", clamp=clamp, order="scale_shift")
         return NetCoupling(wrapped(block, Nets, shift, getattr(block, half[1]), clamp / 2.0), spec, kept, changed)
 
-    before, between = (second, first) if inverse else (first, second)
     one, other = coupling(kind.halves[0], second, first), coupling(kind.halves[1], first, second)
-    return [swap(before), one, swap(between), other]
+    return in_turns(one, other, next(block.parameters()).new_zeros(first + second), inverse)
 
 
 def _called(block: Any, x: Tensor, *way: bool, **named: bool) -> Call | None:

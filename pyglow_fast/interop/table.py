@@ -188,6 +188,17 @@ def by_class(*names: str) -> Callable[[nn.Module], bool]:
     return lambda module: qualified(type(module)) in names
 
 
+def in_turns(one: NetCoupling, other: NetCoupling, like: Tensor, inverse: bool) -> list[Element]:
+    """A coupling that changes the first part, then one of the other part: the parts change places before each.
+
+    like: (C,), of the dtype and device of the layer.
+    """
+    places = torch.arange(len(like), device=like.device)
+    counts = (one.kept, one.changed) if inverse else (one.changed, one.kept)
+    maps = [Map.of(ChannelMap.nothing(like)._replace(source=places.roll(-count))) for count in counts]
+    return [maps[0], one, maps[1], other]
+
+
 def untouched(modules: Sequence[nn.Module]) -> bool:
     """Whether calling these modules does what their classes do: no hooks, no method put on an instance."""
     return not any(is_altered(module) or "inverse" in vars(module) for module in modules)
