@@ -31,11 +31,8 @@ def visible(text: str, lines: bool = False) -> str:
         text: any.
         lines: it may have several lines of its own: their ends stay.
     """
-    return _ACTING.sub(lambda found: _written_out(found.group(), lines), text)
-
-
-def _written_out(character: str, lines: bool) -> str:
-    return character if lines and character == "\n" else character.encode("unicode_escape").decode()
+    kept = "\n" if lines else ""
+    return _ACTING.sub(lambda found: found[0] if found[0] == kept else found[0].encode("unicode_escape").decode(), text)
 
 
 def expect(condition: bool, argument: str, expected: str, found: Any) -> None:

@@ -38,11 +38,6 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def cpu_reason() -> str:
-    """Why CPU tensors do not run on the compiled kernels; empty if they do."""
-    return _backend.reason()
-
-
 def cuda_reason() -> str:
     """Why CUDA tensors do not run on the compiled kernels; empty if they do."""
     if _backend.extension() is None:
@@ -124,7 +119,7 @@ def _instruction_set(module: ModuleType) -> str:
 
 
 def _backend_of(device: str) -> str:
-    why = cpu_reason() if device == "cpu" else cuda_reason()
+    why = _backend.reason() if device == "cpu" else cuda_reason()
     return f"reference: {why}" if why else "compiled kernels for float32 and float64, reference for other dtypes"
 
 
@@ -138,7 +133,7 @@ def _half_nets() -> str:
     """What multiplies in coupling nets under autocast to bfloat16, or with precision="bf16"."""
     module = _backend.extension()
     if module is None or _backend.nets() == "library":
-        return f"the library's layers: {cpu_reason() or 'PYGLOW_NETS is library'}"
+        return f"the library's layers: {_backend.reason() or 'PYGLOW_NETS is library'}"
     try:
         kernels = module.instruction_set()
     except ValueError as error:
@@ -158,7 +153,7 @@ def _runs(op: str, device: str, why_not: str) -> str:
 
 def _ops() -> dict[str, str]:
     """What runs each op and its backward on float32 and float64 tensors of each device, as the dispatcher has it."""
-    devices = {"cpu": cpu_reason(), "cuda": cuda_reason()}
+    devices = {"cpu": _backend.reason(), "cuda": cuda_reason()}
     facts = {op: ", ".join(f"{name}: {_runs(op, name, why)}" for name, why in devices.items()) for op in ops.names()}
     facts["scale maps"] = (
         "a map that is given as a callable runs on the reference everywhere: kernels know the named ones"

@@ -16,10 +16,9 @@ from pyglow_fast._moments import Moments
 from pyglow_fast.cli import _arguments as shared
 from pyglow_fast.cli._arguments import COUNT, IMAGES, PICTURE, RUN, command, open_run
 from pyglow_fast.cli._output import not_finite_note, say, say_next, user_input
-from pyglow_fast.data import Images
 from pyglow_fast.latents.paths import even
 from pyglow_fast.likelihood import not_finite
-from pyglow_fast.studio import Add, Between, Draw, Edit, Grid, OpenRun, Picked, Subject, likelihood_text, parse_image
+from pyglow_fast.studio import Add, Between, Draw, Edit, Grid, Picked, Subject, likelihood_text, parse_image
 from pyglow_fast.studio.directions import REST
 from pyglow_fast.studio.paths import ANIMATED
 from pyglow_fast.studio.reading import inputs, name_of
@@ -87,7 +86,7 @@ def sample(args: argparse.Namespace) -> None:
         opened, out = open_run(args, ".png")
         several = len(args.temperature) > 1
         expect(not (several and args.columns), "columns", "no such option with several temperatures", args.columns)
-        n, labels = args.n or (FEW if several else N), opened.labels(args.label)
+        n, labels = args.n or (FEW if several else N), tuple(map(opened.label, args.label or ()))
         grids = [Grid(opened, Draw(n, value, args.seed, labels)) for value in args.temperature]
     if several:
         y = grids[0].drawn.labels
@@ -177,7 +176,9 @@ def manipulate(args: argparse.Namespace) -> None:
         images, _, _, part = opened.select(args.data, args.part)
         rows, bad = [], 0
         for index in random_subset(args.seed, len(images), min(args.n, len(images))).tolist():
-            subject = _subject(opened, images, index)
+            pixels, labels = images.batch(torch.tensor([index]))
+            label = int(labels[0]) if labels is not None and opened.classes else None
+            subject = Subject(opened, Picked(pixels[0], label, HeldOut(index)))
             edits = [subject.edited(Edit((Add(args.plus, args.minus, strength),))) for strength in args.strengths]
             bad += sum(not found.finite for found in edits)
             row = [subject.pixels, *(found.pixels for found in edits)]
@@ -226,9 +227,3 @@ def _words(kept: list[int], n_levels: int) -> str:
     if kept == [n_levels - 1]:
         return f"the deepest level ({kept[0]})"
     return f"level{'s' if len(kept) > 1 else ''} {', '.join(map(str, kept))}"
-
-
-def _subject(opened: OpenRun, images: Images, index: int) -> Subject:
-    pixels, labels = images.batch(torch.tensor([index]))
-    label = int(labels[0]) if labels is not None and opened.classes else None
-    return Subject(opened, Picked(pixels[0], label, HeldOut(index)))

@@ -63,7 +63,7 @@ def add(commands: Commands[Any]) -> None:
     parser.add_argument("--out", metavar="HTML", help=text)
 
     about = "print versions, what was built, and which backend each op uses"
-    command(commands, show_info, about, "info")
+    command(commands, lambda args: say(info.report(), lines=True), about, "info")
 
 
 def data(args: argparse.Namespace) -> None:
@@ -129,8 +129,3 @@ def compare(args: argparse.Namespace) -> None:
     say(f"note: {caveat(runs)}")
     write_text(out, comparison_page(runs, draw))
     say(out)
-
-
-def show_info(args: argparse.Namespace) -> None:
-    """Print the facts."""
-    say(info.report(), lines=True)

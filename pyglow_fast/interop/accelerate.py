@@ -130,10 +130,9 @@ def accelerate(
     Raises:
         ValueError: a wrong option, such as bytes, or no such layer in the model.
     """
-    mode = None if memory is None else parse_memory(memory)
+    mode: Any = None if memory is None else parse_memory(memory)
     by_mode = mode is None or isinstance(mode, str)  # their nets run as they are: no dry run tells their bytes
     expect(by_mode, "memory", f"one of {MEMORY_MODES} for layers of other libraries", repr(memory))
-    assert mode is None or isinstance(mode, str)  # for the type checker: refused above
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     done = Acceleration(model)

@@ -56,10 +56,6 @@ def _actnorms(block: nn.Module) -> list[nn.Module]:
     return [module for module in block.modules() if qualified(type(module)) == _ACTNORM]
 
 
-def _waits(block: nn.Module) -> bool:
-    return not all(map(_has_seen, _actnorms(block)))
-
-
 @torch.no_grad()
 def _prepare(block: Any, call: Call) -> None:
     """Let a block see what initialises its actnorms, in its own code.
@@ -162,7 +158,7 @@ BLOCK = Row(
     _example,
     _unfit,
     inside=lambda block: [*block.flows, *block.flows[-1].flows, *_actnorms(block)],
-    waits=_waits,
+    waits=lambda block: not all(map(_has_seen, _actnorms(block))),
     prepare=_prepare,
     limit=_limit,
 )

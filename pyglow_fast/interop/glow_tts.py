@@ -197,10 +197,6 @@ def _net_called(net: Any, x: Tensor, x_mask: Tensor | None = None, g: Tensor | N
     return call._replace(give=lambda out, _: out, mask=None if x_mask is None else call.mask)
 
 
-def _run_net(net: Any, call: Call, joined: Any) -> tuple[Tensor, Tensor]:
-    return BlockNet(net)(call.x, call.cond, call.mask), call.x.new_zeros(len(call.x))
-
-
 def _pays(layer: Any, call: Call) -> bool:
     return call.x.shape[0] * call.x.shape[2] >= LEAST_POSITIONS
 
@@ -240,7 +236,7 @@ LIBRARY = Library(
             _example,
             _unfit,
             pays=_pays,
-            run=_run_net,
+            run=lambda net, call, joined: (BlockNet(net)(call.x, call.cond, call.mask), call.x.new_zeros(len(call.x))),
         ),
         Row(
             "convolution in groups",

@@ -54,12 +54,6 @@ def unrepeatable(net: nn.Module, memory: str) -> str:
     return ""
 
 
-def learns(coupling: NetCoupling, x: Tensor) -> bool:
-    """Whether the scale map of a coupling holds what is to get a gradient."""
-    scale_map = coupling.spec.scale_map
-    return callable(scale_map) and scale_map(x.detach()[:1, -coupling.changed :])[1].requires_grad
-
-
 def check_halves(coupling: NetCoupling) -> None:
     """Refuse a coupling that does not halve the channels, as those of csrc/run do.
 
@@ -172,7 +166,8 @@ class JoinedLayers:
             if self.spares:
                 if reason := unrepeatable(coupling.net, self.memory):
                     raise UnfitError(reason)
-                if learns(coupling, call.x):
+                scale_map = coupling.spec.scale_map
+                if callable(scale_map) and scale_map(call.x.detach()[:1, -coupling.changed :])[1].requires_grad:
                     raise UnfitError("a scale map that learns, which a run that recomputes gives no gradient")
 
     def alone(self, layer: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -107,10 +107,6 @@ def _norm(layer: Any, inverse: bool) -> list[Element]:
     return [Map.of(ChannelMap(scale, layer.shift, log_det, places))]
 
 
-def _norm_flags(layer: Any) -> list[Tensor]:
-    return [layer.initialized] if layer.training else []
-
-
 # OneByOneConvolution
 
 
@@ -184,10 +180,6 @@ def _affine(layer: Any) -> CouplingSpec:
     return CouplingSpec(scale_map=WithLog(activation), order="scale_shift")
 
 
-def _additive(layer: Any) -> CouplingSpec:
-    return CouplingSpec(coupling="additive")
-
-
 def _couplings(name: str, spec: Callable[[Any], CouplingSpec]) -> Row:
     return Row(
         f"nflows' {name}",
@@ -204,7 +196,7 @@ LIBRARY = Library(
     "nflows",
     (
         _couplings("AffineCouplingTransform", _affine),
-        _couplings("AdditiveCouplingTransform", _additive),
+        _couplings("AdditiveCouplingTransform", lambda layer: CouplingSpec(coupling="additive")),
         Row(
             "nflows' OneByOneConvolution",
             _is_conv,
@@ -222,7 +214,7 @@ LIBRARY = Library(
             _norm,
             _example,
             pays=pays_for_images,
-            flags=_norm_flags,
+            flags=lambda layer: [layer.initialized] if layer.training else [],
         ),
         Row(
             "nflows' permutations",

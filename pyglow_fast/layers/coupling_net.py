@@ -102,11 +102,6 @@ class CouplingNet(NetShape):
         return not any_altered((self, *self._modules.values()))
 
     @property
-    def has_own_norms(self) -> bool:
-        """Whether the net still has the norms that it was made with."""
-        return type(self._modules["norm1"]) in _NORMS and type(self._modules["norm2"]) in _NORMS
-
-    @property
     def is_initialized(self) -> bool:
         """Whether there is no hidden ActNorm, or a norm put in its place, that still waits for data."""
         for norm in (self._modules["norm1"], self._modules["norm2"]):
@@ -147,9 +142,10 @@ class CouplingNet(NetShape):
 
     def chain(self, x: Tensor) -> Chain | None:
         """The net as a chain of layers, None where something else than its parameters decides what it computes."""
-        if not self.is_plain or self.border or not self.has_own_norms:
-            return None
         parts: dict[str, Any] = self._modules
+        own_norms = type(parts["norm1"]) in _NORMS and type(parts["norm2"]) in _NORMS
+        if not self.is_plain or self.border or not own_norms:
+            return None
         norms = parts["norm1"]._parameters, parts["norm2"]._parameters
         tensors: list[Any] = []
         for name, norm in zip(("conv1", "conv2"), norms, strict=True):

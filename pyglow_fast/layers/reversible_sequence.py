@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any, cast
 
@@ -258,9 +257,17 @@ class ReversibleSequence(FlowLayer):
         if elements is None:
             return choice.through_modules(self[start:stop], x, cond, mode, control, memory, inverse)
         run = Run.of(chain.from_iterable(elements[start:stop]))
-        budget, made = self._memory_budget if plan is None else plan.budget, partial(self._made, start, stop)
-        options: Any = {"mode": mode, "budget": budget, "control": control, "memory": memory, "made": made}
-        return choice.through(run.turned() if inverse else run, x, cond, squeezes, **options)
+        return choice.through(
+            run.turned() if inverse else run,
+            x,
+            cond,
+            squeezes,
+            mode=mode,
+            budget=self._memory_budget if plan is None else plan.budget,
+            control=control,
+            memory=memory,
+            made=lambda name, make: self._folded.get((name, start, stop), make),
+        )
 
     def control_of(self, inverse: bool) -> DriftControl:
         """The drift's control of a direction."""
@@ -269,10 +276,6 @@ class ReversibleSequence(FlowLayer):
     def _check_state(self, name: str, x: Tensor) -> None:
         first: Any = self._modules["0"]
         check_input(name, x, first.channels, first.actnorm.bias)
-
-    def _made(self, start: int, stop: int, name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Make something of the parameters of steps, or give what was made within ``folded()``."""
-        return self._folded.get((name, start, stop), make)
 
     def _check_at(self, at: Sequence[int]) -> None:
         last = len(self) - 1
@@ -291,7 +294,7 @@ class ReversibleSequence(FlowLayer):
     def _planned(self, x: Tensor, cond: Tensor | None, squeeze_first: bool = False, inverse: bool = False) -> RunPlan:
         """The plan of a pass within a number of bytes, when the model gave none."""
         if not self._records(x, cond) or kernels_step_aside():  # a backward that recomputes is no op of torch's
-            return RunPlan.of_mode("store", len(self), self.memory_budget)
+            return RunPlan(0, 0, self.memory_budget)  # all are stored
         if torch.compiler.is_compiling():
             return call_untraced(ReversibleSequence._planned, self, x, cond, squeeze_first, inverse)
 

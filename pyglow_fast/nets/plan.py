@@ -92,11 +92,6 @@ def _pieces(total: int, count: int) -> Iterator[slice]:
         yield slice(i * total // count, (i + 1) * total // count)
 
 
-def _cut_with(net: nn.Module) -> int | None:
-    """The halo that strips of the net's rows take on each side; None where it cannot be cut into strips."""
-    return None if draws_random_numbers(net) or mixes_positions(net) else halo_of(net)
-
-
 def plan_chunks(
     net: nn.Module,
     shape: Sequence[int],
@@ -144,7 +139,8 @@ def plan_chunks(
     row_bytes = rows_each * row_positions * bytes_per_position(net, channels + cond_channels, element_size)
     strips, sample_bytes = [(slice(0, n_rows), slice(0, n_rows))], n_rows * row_bytes
     at_once = limit // sample_bytes if sample_bytes else max(1, n_samples)
-    if at_once == 0 and spatial and n_samples and (halo := _cut_with(net)) is not None:
+    halo = None if at_once or draws_random_numbers(net) or mixes_positions(net) else halo_of(net)
+    if halo is not None and spatial and n_samples:
         reach = math.ceil(halo / rows_each)
         most = max(limit // row_bytes, 2 * reach + 1)  # rows at once, with the halo on both sides
         pieces = _pieces(n_rows, 1 if most >= n_rows else math.ceil(n_rows / (most - 2 * reach)))

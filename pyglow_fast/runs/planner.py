@@ -26,11 +26,6 @@ class RunPlan(NamedTuple):
     budget: str | int = "auto"  # bytes of one net's activations
     peak: int = 0  # bytes, the most at one time that the whole training step is predicted to take; 0: nobody asked
 
-    @classmethod
-    def of_mode(cls, mode: str, n_steps: int, budget: str | int) -> RunPlan:
-        """Plan all steps in one mode."""
-        return cls(n_steps * (mode == "reversible"), n_steps * (mode != "store"), budget)
-
     def cut(self, lengths: Iterable[int]) -> list[RunPlan]:
         """Plan each of the runs of so many steps that follow one another, their steps counted from their own first."""
         found = []

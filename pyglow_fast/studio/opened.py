@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,10 +181,6 @@ class OpenRun:
         known = f"one of {', '.join(self.classes)}" if self.classes else "no label, since the model has no classes"
         expect(name in self.classes, "label", known, repr(name))
         return self.classes.index(name)
-
-    def labels(self, names: Sequence[str] | None) -> tuple[int, ...]:
-        """Find the numbers of classes by their names."""
-        return tuple(self.label(name) for name in names or ())
 
     def x(self, pixels: Tensor) -> Tensor:
         """Turn pixels (n, C, H, W) into the model's input: the middle of each grey level's interval."""

@@ -24,7 +24,7 @@ from pyglow_fast.train.evaluation import Score, gap_words
 from pyglow_fast.train.figures import bits_png, class_cycle, to_pixels
 from pyglow_fast.train.machine import memory_mb, versions
 from pyglow_fast.train.metrics import Row, read_metrics
-from pyglow_fast.train.page import environment, write_page
+from pyglow_fast.train.page import environment, page_of
 from pyglow_fast.train.ranks import Ranks
 from pyglow_fast.train.run_folder import RunFolder
 from pyglow_fast.train.seeds import derive
@@ -385,7 +385,7 @@ class Run:
         write = self.writer.attempt
         write("the curve", lambda: write_bytes(folder.curve, bits_png(read_metrics(folder.metrics), yardsticks)))
         if write("the report", lambda: write_text(folder.report, json.dumps(plain, indent=2) + "\n")) is None:
-            write("the page of the report", lambda: write_page(folder))
+            write("the page of the report", lambda: write_text(folder.page, page_of(folder)))
         if lost := [*self.writer.lost_rows(), *self.writer.refused[refused:]]:
             raise SaveError(
                 f"the end of the run cannot be written: {'; '.join(lost)}\n  reached: {_words(held_out, train)}\n"

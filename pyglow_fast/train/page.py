@@ -15,7 +15,6 @@ import torch
 
 from pyglow_fast import info
 from pyglow_fast._errors import visible
-from pyglow_fast._files import write_text
 from pyglow_fast.train.figures import bits_png, curve_png, points
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.run_folder import RunFolder, step_of
@@ -50,11 +49,6 @@ def duration(seconds: float) -> str:
 def title_of(folder: RunFolder, data: str) -> str:
     """Write the heading of what is shown of a run: its name and what it was trained on."""
     return f"{folder.path.resolve().name}: a Glow on {data}"
-
-
-def write_page(folder: RunFolder) -> None:
-    """Write report.html into the folder of a run; see :func:`page_of`."""
-    write_text(folder.page, page_of(folder))
 
 
 def page_of(folder: RunFolder) -> str:
