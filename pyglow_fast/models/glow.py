@@ -114,8 +114,8 @@ class Glow(nn.Module):
         self.config = GlowConfig.from_dict(fields) if config is None else config
         self.state_shapes = self.config.level_shapes()
         options = (parse_memory(memory), anchor_every, tolerance, memory_budget, deferred_check)
-        self.levels = nn.ModuleList(FlowLevel(self.config, i, net, *options) for i in range(self.config.n_levels))
-        self.splits = nn.ModuleList(
+        levels = [FlowLevel(self.config, i, net, *options) for i in range(self.config.n_levels)]
+        splits = [
             Split(
                 self.state_shapes[i][0],
                 self.config.learn_prior,
@@ -125,7 +125,9 @@ class Glow(nn.Module):
                 self.config.cond_channels_of(i) if self.config.cond_splits else 0,
             )
             for i in range(self.config.splits)
-        )
+        ]
+        self.levels = cast("list[FlowLevel]", nn.ModuleList(levels))
+        self.splits = cast("list[Split]", nn.ModuleList(splits))
         self.precision = precision
         self._plans = Plans()
         self.prior = TopPrior(
@@ -139,14 +141,7 @@ class Glow(nn.Module):
 
     def _sequences(self) -> list[ReversibleSequence]:
         """All runs of steps, in their order; none of a frozen model."""
-        return [run for level in self._flow_levels for run in level.children() if isinstance(run, ReversibleSequence)]
-
-    @property
-    def _flow_levels(self) -> list[FlowLevel]:
-        return cast("list[FlowLevel]", list(self.levels))
-
-    def _split(self, i: int) -> Split:
-        return cast(Split, self.splits[i])
+        return [run for level in self.levels for run in level.children() if isinstance(run, ReversibleSequence)]
 
     @property
     def memory(self) -> str | int:
@@ -243,7 +238,7 @@ class Glow(nn.Module):
             ValueError: an actnorm has seen no data; steps with hooks or overridden methods.
         """
         frozen = copy.deepcopy(self)
-        for level in frozen._flow_levels:
+        for level in frozen.levels:
             level.freeze()
         frozen.requires_grad_(False)
         return frozen.eval()
@@ -312,7 +307,7 @@ class Glow(nn.Module):
             if not self._range_is_known and not is_watched() and x.numel():
                 warn_of_other_range(x)
                 self._range_is_known = True
-                if not (self.training or self._flow_levels[0].has_begun):
+                if not (self.training or self.levels[0].has_begun):
                     warn_of_fresh(stacklevel=6)
         return self._check_cond(cond, x.shape[0]), reads
 
@@ -346,10 +341,10 @@ class Glow(nn.Module):
         Under torch.distributed all ranks must call it, each with its part of the batch: see ActNorm.
         """
         conds, _ = self._check_x(x, cond)
-        for i, level in enumerate(self._flow_levels):
+        for i, level in enumerate(self.levels):
             x = level.initialize(x, conds[i])
             if i < len(self.splits):
-                x, _ = self._split(i).parts(x)
+                x, _ = self.splits[i].parts(x)
 
     def forward(self, x: Tensor, cond: Condition | None = None) -> tuple[list[Tensor], Tensor]:
         """Map x to its latents, shallowest first, and log_det = log|det dz/dx|."""
@@ -380,21 +375,19 @@ class Glow(nn.Module):
     def _encode(self, x: Tensor, cond: Condition | None, at: Sequence[int] = (), name: str = "log_prob") -> _Encoded:
         """Map x to its latents, with the states of each level behind its steps ``at`` and its last one."""
         conds, reads = self._check_x(x, cond)
-        if (
-            self.training and not self._flow_levels[0].has_begun
-        ):  # all levels, while none of them is gathered for its call
+        if self.training and not self.levels[0].has_begun:  # all levels, while none of them is gathered for its call
             self.initialize(x, cond)
         log_det = x.new_zeros(x.shape[0])
         latents: list[Tensor] = []
         kept: list[Tensor] = []
         states: list[list[Tensor]] = []
         plans = self._run_plans([x], conds, name)
-        for i, level in enumerate(self._flow_levels):
+        for i, level in enumerate(self.levels):
             found, level_log_det = level(x, conds[i], plans, at)
             states.append(found)
             x, log_det = found[-1], log_det + level_log_det
             if i < len(self.splits):
-                x, factored = self._split(i).parts(x)
+                x, factored = self.splits[i].parts(x)
                 kept.append(x)
                 latents.append(factored)
         return _Encoded([*latents, x], [*kept, x], conds, log_det, states, reads)
@@ -404,7 +397,7 @@ class Glow(nn.Module):
         if i == len(self.splits):
             found: tuple[Tensor, Tensor] = self.prior(kept, y)
             return found
-        return self._split(i).prior(kept, None if cond is None else fitted(cond, kept.shape[2:]))
+        return self.splits[i].prior(kept, None if cond is None else fitted(cond, kept.shape[2:]))
 
     def _decode(
         self,
@@ -419,12 +412,12 @@ class Glow(nn.Module):
         The deepest latent is chosen first: a prior sees what those below it are. ``given`` are like the latents;
         ``name`` is that of the method.
         """
-        if not (self._range_is_known or is_watched() or self._flow_levels[0].has_begun):
+        if not (self._range_is_known or is_watched() or self.levels[0].has_begun):
             warn_of_fresh(stacklevel=5 if name == "from_noise" else 4)
         plans = self._run_plans(given, conds, name)
         x = choose(len(self.splits), partial(self._prior, len(self.splits), given[-1], None, y))
         log_det = x.new_zeros(x.shape[0])
-        for i, level in reversed(list(enumerate(self._flow_levels))):
+        for i, level in reversed(list(enumerate(self.levels))):
             if i < len(self.splits):
                 x = torch.cat([x, choose(i, partial(self._prior, i, x, conds[i], y))], dim=1)
             x, level_log_det = level.inverse(x, conds[i], plans)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
 from pyglow_fast.layers import FlowStep, FrozenSteps, ReversibleSequence
 from pyglow_fast.layers.flow_step import NO_COUPLING
 from pyglow_fast.models.condition import fitted
@@ -106,18 +105,13 @@ class FlowLevel(nn.Module):
 def _step(
     config: GlowConfig, level: int, channels: int, factory: NetFactory | None, mask: str = "channels", parity: int = 0
 ) -> FlowStep:
-    net = None
-    if factory is not None:
-        inputs = channels // 2 if mask == "channels" else channels
-        net = factory(inputs, 2 * inputs if config.coupling == "affine" else inputs)
-        expect(isinstance(net, nn.Module), "net", "a factory that gives an nn.Module", type(net).__name__)
     numbers = (config.scale_bias, config.scale_eps, config.scale_clamp)
     return FlowStep(
         channels,
         hidden=config.hidden,
         coupling=CouplingSpec(config.coupling, config.scale_map, *numbers, factor=config.scale_factor),
         permutation=config.permutation,
-        net=net,
+        net=factory,
         net_actnorm=config.net_actnorm,
         cond_channels=config.cond_channels_of(level),
         dims=config.dims,

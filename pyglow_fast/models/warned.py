@@ -60,7 +60,7 @@ def _cause(model: Glow, x: Tensor, conds: Sequence[Tensor | None]) -> str:
         if not parameter.isfinite().all():
             return f"{name} is not finite"
     with torch.random.fork_rng([]):  # of nets that draw
-        for i, level in enumerate(model._flow_levels):
+        for i, level in enumerate(model.levels):
             for name, steps, squeezes in level.named_runs():
                 x = functional.squeeze(x) if squeezes else x
                 for k, step in enumerate(cast("Iterable[FlowStep]", steps)):
@@ -68,5 +68,5 @@ def _cause(model: Glow, x: Tensor, conds: Sequence[Tensor | None]) -> str:
                     if not x.isfinite().all():
                         return f"levels.{i}.{name}.{k} is the first step whose output is not finite"
             if i < len(model.splits):
-                x, _ = model._split(i).parts(x)
+                x, _ = model.splits[i].parts(x)
     return "the output of every step is finite, its log-determinant or prior is not"

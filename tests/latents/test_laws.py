@@ -35,7 +35,7 @@ def decoded_by_hand(setting: Setting, latents: list[Tensor], shift: list[Tensor]
         if i == top:
             mean = model.prior(latents[i], setting.y)[0]
         else:
-            mean = model._split(i).prior(state, fitted(conds[i], state.shape[2:]))[0]
+            mean = model.splits[i].prior(state, fitted(conds[i], state.shape[2:]))[0]
         z = keep[i] * latents[i] + (1.0 - keep[i]) * mean + shift[i]
         state = z if i == top else torch.cat([state, z], dim=1)
         state = model.levels[i].inverse(state, conds[i], {})[0]
