@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import islice
@@ -190,15 +191,9 @@ class Folding:
     """
 
     def __init__(self, kinds: Sequence[Sequence[str]], like: Tensor, swaps: Sequence[bool]) -> None:
-        counts: dict[str, int] = {}
-        one_each = True
-        for names in kinds:
-            for name in names:
-                counts[name] = counts.get(name, 0) + 1
-            one_each = one_each and len(names) == 1
-        self._kinds, self._swaps, self._counts = kinds, swaps, counts
-        self._one_each = one_each and len(counts) == 1
-        self._compiled = self._one_each and FACTORS in counts and not swaps and ops.is_runnable(like)
+        self._kinds, self._swaps, self._counts = kinds, swaps, Counter([name for names in kinds for name in names])
+        self._one_each = len(self._counts) == 1 and {*map(len, kinds)} == {1}
+        self._compiled = self._one_each and FACTORS in self._counts and not swaps and ops.is_runnable(like)
         self._zeros = partial(torch.zeros, like.shape, dtype=like.dtype, device=like.device)
 
     def each(self, raw: Sequence[Tensor]) -> list[ChannelMap | None]:
@@ -256,11 +251,10 @@ def folding_of(maps: Sequence[Sequence[Map]], like: Tensor, swaps: Sequence[bool
     groups: dict[str, list[Sequence[Tensor]]] = {}
     kinds: list[list[str]] = []
     for own in maps:
-        names: list[str] = []
+        kinds.append([])
         for kind, tensors in own:
-            names.append(kind)
+            kinds[-1].append(kind)
             groups.setdefault(kind, []).append(tensors)
-        kinds.append(names)
     raw = [tensor for group in groups.values() for column in zip(*group, strict=True) for tensor in column]
     return raw, Folding(kinds, like, swaps)
 

@@ -12,7 +12,6 @@ has drifted is redone from its anchors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,13 +28,9 @@ from pyglow_fast.runs.deferred import accepted
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import DriftControl, anchor_drift, lowest_of, project, projected_drift
 from pyglow_fast.runs.maps import (
-    GIVEN,
-    GIVEN_GATHER,
     ChannelMap,
     Folding,
-    Map,
     MapInverse,
-    after,
     undone_gradients,
     unstack_maps,
 )
@@ -97,7 +92,7 @@ def _folded(run: Run, inverses: Sequence[Tensor]) -> tuple[Sequence[ChannelMap |
     if not any(places):
         return [None] * len(places), None
     if not run.inverse or run.inverted:
-        each = _each(run, places)
+        each = _each(run)
         known = [own.log_det for own in each if own is not None]
         return each, known[0] if len(known) == 1 else torch.stack(known).sum()
     raw, folding = run.folding()
@@ -108,11 +103,8 @@ def _folded(run: Run, inverses: Sequence[Tensor]) -> tuple[Sequence[ChannelMap |
     return [one if own else None for one, own in zip(undone, places, strict=True)], -stacked.log_det.sum()
 
 
-def _each(run: Run, places: Sequence[Sequence[Map]]) -> Sequence[ChannelMap | None]:
+def _each(run: Run) -> Sequence[ChannelMap | None]:
     """The map at each place, composed, recorded by autograd."""
-    given = [one.kind in (GIVEN, GIVEN_GATHER) for own in places for one in own]
-    if run.board is None and all(given):
-        return [reduce(after, [ChannelMap(*one.tensors) for one in own]) if own else None for own in places]
     raw, folding = run.folding()
     return folding.each(raw) if run.board is None else unstack_maps(folding.stacked(raw))
 
