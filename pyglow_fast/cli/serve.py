@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyglow_fast.web import Shelf
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # Gradio cannot be imported with some, and asks this machine alone
-DRAWING = ("PIL.Image", "torchvision.utils", "matplotlib.figure")  # a second and a half; imported once the page answers
+DRAWING = ("PIL.Image", "matplotlib.figure")  # they take a while; imported once the page answers
 
 
 def add(commands: shared.Commands[Any]) -> None:

@@ -68,7 +68,7 @@ class Run:
         self, state: TrainState, folder: RunFolder, resumed: bool, check: Callable[[], object], notes: list[str]
     ) -> None:
         board = ["tensorboard"] if state.config.tensorboard else []
-        for module in ("PIL.Image", "torchvision.utils", "matplotlib.figure", "tqdm", "tomli_w", "filelock", *board):
+        for module in ("PIL.Image", "matplotlib.figure", "tqdm", "tomli_w", "filelock", *board):
             optional(module, "training")  # better missed now than at the first picture
         self.state, self.folder, self.resumed, self.check, self.notes = state, folder, resumed, check, notes
         self.writer = RunWriter(folder, state.config, state.ranks.first)

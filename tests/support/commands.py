@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-IMPORTED = ["torch", "torch.distributed", "torchvision.utils", "sklearn.datasets", "matplotlib.figure"]
+IMPORTED = ["torch", "torch.distributed", "sklearn.datasets", "matplotlib.figure"]
 IMPORTED += ["matplotlib.backends.backend_agg", "pyglow_fast.cli", "pyglow_fast.interop"]
 
 
