@@ -31,11 +31,7 @@ _rehearsals: list[None] = []  # those that are entered
 
 @contextlib.contextmanager
 def rehearsed() -> Iterator[None]:
-    """A context in which code does what it would in a capture, but runs; a read that would break one is an error.
-
-    Raises:
-        RuntimeError: inside, torch's, where the host waits for a value.
-    """
+    """A context in which code does what it would in a capture, but runs; torch refuses a read that would break one."""
     _rehearsals.append(None)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -57,15 +53,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def refuse_first_use(device: torch.device, what: str) -> None:
-    """Refuse to make, while a CUDA graph is captured, what its replays are to find there.
-
-    Args:
-        device: where it is to be.
-        what: for the message.
-
-    Raises:
-        ValueError: a graph is being captured there.
-    """
+    """Refuse to make, while a CUDA graph is captured on a device, ``what`` its replays are to find there."""
     expected = "a step run before its capture, forward and backward, with inputs of the same shapes"
     expect(not is_capturing(device), "CUDA graph", expected, f"a capture that begins without {what}")
 
@@ -106,11 +94,7 @@ def made_once(size: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
 
 class Later:
-    """Values of a small tensor for the host to read once they have arrived, without stopping the stream.
-
-    Args:
-        values: on any device; not while a graph is captured.
-    """
+    """Values of a small tensor for the host to read once they have arrived, without stopping the stream."""
 
     def __init__(self, values: Tensor) -> None:
         self._event: torch.cuda.Event | None = None

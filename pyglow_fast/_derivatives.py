@@ -149,11 +149,7 @@ def passed_back(
 
 
 def check_leaves(output: Tensor, known: Sequence[Tensor | None], what: str = "net") -> None:
-    """Refuse an output of ``what`` through whose graph a gradient would reach other tensors than the known ones.
-
-    Raises:
-        ValueError: with the shape of such a tensor.
-    """
+    """Refuse an output of ``what`` through whose graph a gradient would reach other tensors than the known ones."""
     found = [tensor.grad_fn for tensor in known if tensor is not None]
     ends = [node for node in found if node is not None]  # kept: ids are unique among the living
     seen, known_ids = {id(node) for node in ends}, {id(tensor) for tensor in known}

@@ -25,11 +25,8 @@ def visible(text: str, lines: bool = False) -> str:
     r"""A text as a terminal may show it: what would act there is written out, as \n, \x1b, \u202e or \udcff.
 
     Names of files and classes and the values in a configuration may hold anything; a file's name that is no UTF-8 has
-    lone surrogates. Every other text stays as it is, so that a second time changes nothing.
-
-    Args:
-        text: any.
-        lines: it may have several lines of its own: their ends stay.
+    lone surrogates. Every other text stays as it is, so that a second time changes nothing. With ``lines`` a text may
+    have several lines of its own: their ends stay.
     """
     kept = "\n" if lines else ""
     return _ACTING.sub(lambda found: found[0] if found[0] == kept else found[0].encode("unicode_escape").decode(), text)
@@ -38,11 +35,7 @@ def visible(text: str, lines: bool = False) -> str:
 def expect(condition: bool, argument: str, expected: str, found: Any) -> None:
     """Raise ``ValueError("argument: expected ..., found ...")`` unless ``condition`` holds.
 
-    Args:
-        condition: what must be true.
-        argument: the name the caller knows the value by.
-        expected: what it must be, in words.
-        found: the offending value, shown with ``str``; the whole message is made :func:`visible`.
+    ``argument`` is the name the caller knows the value by; the whole message is made :func:`visible`.
     """
     if not condition:
         raise ValueError(visible(f"{argument}: expected {expected}, found {found}"))

@@ -15,13 +15,7 @@ def _own(*sums: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Moments:
-    """The mean m = sum v / n of n numbers v, and S = sum (v - m)^2.
-
-    Args:
-        n: how many.
-        mean: m; NaN where there are none.
-        squares: S.
-    """
+    """The mean m = sum v / n of n numbers v, NaN where there are none, and the ``squares`` S = sum (v - m)^2."""
 
     n: int
     mean: float
@@ -29,11 +23,9 @@ class Moments:
 
     @classmethod
     def of(cls, values: Tensor, total: Callable[..., list[float]] = _own) -> Moments:
-        """The moments of all values, those of other processes among them.
+        """The moments of values v (n,), and of those of other processes.
 
-        Args:
-            values: v (n,), those of this process.
-            total: sums each of its arguments over all processes that have values.
+        ``total`` sums each of its arguments over all processes that have values.
         """
         values = values.detach().double()
         summed, count = total(float(values.sum()), len(values))

@@ -163,13 +163,10 @@ def called(elements: Iterable[Element], call: Call) -> Run:
 
 
 def run_alone(run: Run, call: Call, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Run a call of one layer as autograd records it: z and log_det (N,).
+    """Run a call of one layer as autograd records it: z and log_det (N,); a BeyondLimitError beyond the ``limit``.
 
     A mask sets the state to zero behind each map, and its changed channels behind each coupling, as the layer does; all
     else that the state holds there stays.
-
-    Raises:
-        BeyondLimitError: a state may be beyond the limit.
     """
     if call.mask is None:
         return within(limit, run, call, lambda run: in_turn(run, call.x, call.cond))

@@ -111,11 +111,7 @@ def _conv(conv: Any) -> Conv:
 
 
 class BlockNet(nn.Module):
-    """A WaveNet as a net for masked sequences, wn(x), or that of a coupling around one, end(wn(m start(x))).
-
-    Args:
-        block: the WaveNet or the coupling.
-    """
+    """A WaveNet as a net for masked sequences, wn(x), or that of a coupling around one, end(wn(m start(x)))."""
 
     takes_mask = True
     writes_to_input = False

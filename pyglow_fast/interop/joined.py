@@ -55,11 +55,7 @@ def unrepeatable(net: nn.Module, memory: str) -> str:
 
 
 def check_halves(coupling: NetCoupling) -> None:
-    """Refuse a coupling that does not halve the channels, as those of csrc/run do.
-
-    Raises:
-        UnfitError: it does not.
-    """
+    """Refuse, by an UnfitError, a coupling that does not halve the channels, as those of csrc/run do."""
     kept, channels = coupling.kept, coupling.kept + coupling.changed
     if kept not in (0, coupling.changed) and hasattr(coupling.net, "chain"):
         odd = f"an odd number of channels, {channels}"
@@ -67,11 +63,7 @@ def check_halves(coupling: NetCoupling) -> None:
 
 
 def check_readable(layer: nn.Module, row: Row) -> None:
-    """Refuse a layer that is to be called itself.
-
-    Raises:
-        UnfitError: it is.
-    """
+    """Refuse, by an UnfitError, a layer that is to be called itself."""
     if is_altered(layer) or not untouched(row.inside(layer)):
         raise UnfitError("hooks on it, or a forward of its own")
     if reason := row.unfit(layer):
@@ -79,19 +71,10 @@ def check_readable(layer: nn.Module, row: Row) -> None:
 
 
 class JoinedLayers:
-    """Layers that follow one another as one run; see ReversibleSequence for the memory modes.
+    """Layers that follow one another, from data to latents, as one run; see ReversibleSequence for the memory modes.
 
     The parameters belong to the layers, and gradients go to them. Where memory is to be saved, the layers' maps are
-    computed again in the backward.
-
-    Args:
-        layers: in the direction of data to latents.
-        rows: of the layers.
-        memory: "reversible", "checkpoint" or "store".
-        budget: bytes of one net's activations, or "auto".
-
-    Attributes:
-        beyond: how many calls had states that may have been beyond the limit of the layers.
+    computed again in the backward. ``beyond`` counts calls whose states may have been beyond the limit of the layers.
     """
 
     def __init__(self, layers: Sequence[nn.Module], rows: Sequence[Row], memory: str, budget: str | int) -> None:
@@ -118,11 +101,7 @@ class JoinedLayers:
         return [part for layer, row in zip(self.layers, self.rows, strict=True) for part in read(layer, row)]
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Run the layers: z and log_det (N,), or with an inverse call x and log_det.
-
-        Raises:
-            UnfitError: the layers are to be called one by one.
-        """
+        """Run the layers: z, or x of an inverse call, and log_det (N,); an UnfitError where they run one by one."""
         for layer, row in zip(self.layers, self.rows, strict=True):
             if not is_ready(row, layer):
                 raise UnfitError("it waits for data")
@@ -219,14 +198,8 @@ class JoinedLayers:
 class Place:
     """What a joined container shows in the place of a layer: the run in that of the first, else nothing to do.
 
-    Attributes are the layer's, to be read and to be set.
-
-    Args:
-        layer: whose place it is.
-        row: of the layer.
-        joined: the layers of which it is one.
-        layers: these, in the order of the container, in the place of the first; None in the others'.
-        from_latents: the container goes from latents to data.
+    Attributes are the layer's, to be read and to be set. ``layers`` are all of the run, in the order of the container,
+    in the place of the first, and None in the others'; ``from_latents`` is the direction of the container.
     """
 
     def __init__(
@@ -328,11 +301,7 @@ class JoinedList(Joined, nn.ModuleList):
 
 
 def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, int]:
-    """The width of a layer that may be in a run, None for any, and how many couplings it has.
-
-    Raises:
-        UnfitError: it may not.
-    """
+    """The width of a layer, None for any, and how many couplings it has; an UnfitError of one that may be in no run."""
     if row is None:
         raise UnfitError("it was left as it was")
     check_readable(layer, row)
@@ -357,17 +326,11 @@ def places_of(
     budget: str | int,
     follows: Callable[[int], bool] = lambda i: True,
 ) -> tuple[list[Any], list[JoinedLayers], Reasons]:
-    """Join neighbours that have the same width and condition: what stands in the places of the layers.
+    """Join neighbours that have the same width and condition.
 
-    Args:
-        layers: in the order of a container.
-        conditions: of the layers.
-        library: whose layers they are.
-        memory, budget: of the runs.
-        follows: whether the state of layer i is that which layer i - 1 gives, and nobody else's.
-
-    Returns:
-        The places, the runs, and why each other layer is in none.
+    Layers and conditions are in the order of a container. ``follows`` tells whether the state of layer i is that which
+    layer i - 1 gives, and nobody else's. Returns what stands in the places of the layers, the runs, and why each other
+    layer is in none.
     """
     rows, reasons = [row_of(library, layer) for layer in layers], {}
     keys: dict[int, tuple[int | None, int]] = {}

@@ -26,16 +26,9 @@ class BeyondLimitError(UnfitError):
 def within(
     limit: Tensor | None, run: Run, call: Call, compute: Callable[[Run], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Compute compute(run), a call's state and log_det, and hold all its states against a limit. The host reads once.
+    """Compute compute(run), a call's state and log_det, and hold all its states against the limit of the layers.
 
-    Args:
-        limit: of the layers, a scalar; None: they have none.
-        run: of the layers.
-        call: of the layers.
-        compute: runs it, as it is given.
-
-    Raises:
-        BeyondLimitError: a state may be beyond the limit, or NaN.
+    The host reads once. A state that may be beyond the limit, or is NaN, is a BeyondLimitError; None is no limit.
     """
     if limit is None:
         return compute(run)

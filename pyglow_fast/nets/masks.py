@@ -106,13 +106,7 @@ def masked_condition(mask: Tensor, cond: Tensor | None) -> Tensor:
 
 
 def log_scale_of_padding(specs: Sequence[CouplingSpec], mask: Tensor, channels: int) -> Tensor:
-    """Sum the log s that couplings count at masked positions, where a net's output is zero: (N,).
-
-    Args:
-        specs: of the couplings.
-        mask: (N, 1, T).
-        channels: that a coupling transforms.
-    """
+    """Sum the log s that couplings of so many channels count at masked positions, where a net gives zero: (N,)."""
     zero = mask.new_zeros(1)
     scaled = [reference.scale_and_log(zero, spec)[1] for spec in specs if spec.coupling == "affine"]
     total = torch.cat(scaled).sum() if scaled else zero
@@ -129,13 +123,8 @@ def run_masked(
 ) -> tuple[Tensor, Tensor]:
     """z and log_det (N,) of the positions that are there; z is zero at the others, whatever x holds there.
 
-    The samples run by length, so that chunks of them have little padding.
-
-    Args:
-        run: gives z and log_det of x (N, C, T), zero at masked positions, and of what nets get besides.
-        x, cond, mask: (N, C, T), (N, C_c, T or 1) or None, (N, 1, T).
-        specs: of the couplings that it runs.
-        inverse: it is the inverse, with minus their log s.
+    The samples run by length, so that chunks of them have little padding. ``run`` gives z and log_det of x (N, C, T),
+    zero at masked positions, and of what nets get besides; ``inverse``: with minus the log s of the couplings' specs.
     """
     channels, x, extra = x.shape[1], without_padding(x, mask), masked_condition(mask, cond)
     ends = lengths(mask) if can_read(mask) and mask.numel() else []

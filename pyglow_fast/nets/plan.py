@@ -74,11 +74,7 @@ class Chunk:
 
 
 def budget_bytes(budget: str | int, device_type: str) -> int:
-    """Convert a memory budget, "auto" or an int, to bytes.
-
-    Raises:
-        ValueError: neither "auto" nor a positive int.
-    """
+    """Convert a memory budget, "auto" or a positive int, to bytes; all else is refused."""
     if budget == "auto":
         return AUTO_BUDGET_CPU if device_type == "cpu" else AUTO_BUDGET_ACCELERATOR
     number = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0

@@ -34,11 +34,7 @@ def inputs_for(net: nn.Module, x1: Tensor, cond: Tensor | None) -> tuple[Tensor,
 
 
 def condition_for(x: Tensor, cond: Tensor | None) -> Tensor:
-    """Check the condition for what reads it alone, and cast it to the dtype of the state x (N, C, *spatial).
-
-    Raises:
-        ValueError: none, or one of another batch or other spatial sizes than x.
-    """
+    """Check that the condition has the samples and positions of x (N, C, *spatial), and cast it to its dtype."""
     expected = f"a tensor of shape ({x.shape[0]}, C_cond, {', '.join(map(str, x.shape[2:]))})"
     expect(isinstance(cond, Tensor), "cond", expected, type(cond).__name__)
     assert cond is not None  # for the type checker: refused above
@@ -74,14 +70,8 @@ class Tiles:
 def run_net(call: NetCall, x1: Tensor, cond: Tensor | None, plan: Sequence[Chunk]) -> Tensor:
     """Compute call(x1, cond) chunk by chunk without recording a gradient, equal to the plain call up to rounding.
 
-    Args:
-        call: runs the net on a chunk of x1 and cond; it gives the samples and positions of x1.
-        x1: (N, C1, *spatial).
-        cond: (N, Cc, *spatial) or None.
-        plan: of x1's shape.
-
-    Returns:
-        (N, C_out, *spatial), of the dtype that the net gives, and in the memory format of its first chunk.
+    ``call`` gives the samples and positions of the x1 (N, C1, *spatial) it gets. Returns (N, C_out, *spatial), of the
+    dtype that the net gives, and in the memory format of its first chunk.
     """
     net_out = Tiles(x1)
     with without_autocast_cache():
@@ -93,8 +83,7 @@ def run_net(call: NetCall, x1: Tensor, cond: Tensor | None, plan: Sequence[Chunk
 class GradientSum:
     """A sum of gradients in their order, written only to memory of its own: what is added may share memory.
 
-    Args:
-        dtype: of the result; sums of 16 bits are in float32. None: as what is added.
+    The result has the ``dtype``, None for that of what is added; sums of 16 bits are in float32.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:

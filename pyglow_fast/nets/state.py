@@ -33,13 +33,10 @@ def leaves_of(net: nn.Module, params: Sequence[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def holding(net: nn.Module, params: Sequence[Tensor]) -> Iterator[None]:
-    """A context in which a net holds the given tensors for its parameters, in their order, in each of its modules.
+    """A context in which a net holds the given tensors for its parameters, as many, in their order, in each module.
 
     Mostly they are its own, and nothing is done. Others are lent to the net, by one thread at a time, since all of them
     see it.
-
-    Raises:
-        ValueError: the net has another number of parameters now.
     """
     if [*map(id, net.parameters())] == [*map(id, params)]:
         yield
@@ -74,14 +71,7 @@ def without_autocast_cache() -> Iterator[None]:
 
 
 def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Capture the autocast state, on or off and dtype, to be entered later, any number of times.
-
-    Args:
-        device_type: of the net's tensors; the CPU's state is captured as well.
-
-    Returns:
-        A function that makes a context manager.
-    """
+    """Capture the autocast state of a type of device and of the CPU: makes a context, any number of times."""
     known = [name for name in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(name)]
     states = [(name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name)) for name in known]
 
@@ -97,12 +87,9 @@ def captured_autocast(device_type: str) -> Callable[[], contextlib.AbstractConte
 
 
 def generator_states(device: torch.device) -> list[Tensor]:
-    """Read the states of torch's default generators that a net on ``device`` draws from, without waiting for it.
+    """Read the states of torch's default generators that a net on ``device`` draws from; a capture refuses that.
 
     They are shared by all threads: nets that are not known to be deterministic must not run in two threads at a time.
-
-    Raises:
-        ValueError: a CUDA graph is being captured, where the device's generator has no state to be read.
     """
     expect(
         not is_capturing(device),
@@ -194,9 +181,7 @@ class RunState:
     def restored(self, net: nn.Module) -> Iterator[None]:
         """A context in which a run of the net repeats the one of this state.
 
-        Raises:
-            ValueError: a buffer of the net is not what it was in that run (at the entry), or this run has changed one
-                (at the exit): it would be, or was, no repetition.
+        A buffer of the net that is not what it was in that run, or is changed by this one, is refused.
         """
         modules, now = list(net.modules()), training_modes(net)
         changed = _changed(self.buffers, _buffers(net))
@@ -233,9 +218,6 @@ def check_repeated(before: Tensor, again: Tensor, what: str = "net") -> None:
 
     Rounding changes the sum of n values by about eps sqrt(n) of their size, other random numbers by about sqrt(n): a
     hundredth tells them apart. Where reading a value would stop a stream, nothing is read.
-
-    Raises:
-        ValueError: with the samples for which it has.
     """
     if can_read(before):
         differs = (again[:, 0] - before[:, 0]).abs() > REPEAT_TOLERANCE * before[:, 1].maximum(again[:, 1]).sqrt()

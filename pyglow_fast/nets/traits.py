@@ -26,11 +26,7 @@ TENSORS_PER_LAYER = 3
 
 
 def halo_of(net: nn.Module) -> int | None:
-    """Read the halo that a net states, None where it states none.
-
-    Raises:
-        ValueError: it is neither None nor an int of at least 0.
-    """
+    """Read the halo that a net states, an int of at least 0; None where it states none."""
     halo: int | None = getattr(net, "halo", None)
     if halo is None:
         return None
@@ -43,17 +39,9 @@ def bytes_per_position(net: nn.Module, in_channels: int, element_size: int) -> i
     """Count the bytes of activations per sample and position at the peak of forward and backward.
 
     The net states them, or they are estimated: (TENSORS_PER_LAYER sum of out_channels + 2 in_channels) element_size,
-    the sum over the distinct Conv and Linear submodules. The estimate is right within a factor of two for chains of
-    convolutions that keep the resolution, and too low for attention or for layers called many times: such a net states
-    its own.
-
-    Args:
-        net: the coupling net.
-        in_channels: C1, and Cc where there is a condition.
-        element_size: bytes of one activation.
-
-    Raises:
-        ValueError: the net states something else than a positive int.
+    the sum over the distinct Conv and Linear submodules, in_channels those of x1 and the condition. The estimate is
+    right within a factor of two for chains of convolutions that keep the resolution, and too low for attention or for
+    layers called many times: such a net states its own.
     """
     stated = getattr(net, "bytes_per_position", None)
     if stated is not None:
@@ -101,11 +89,7 @@ def is_deterministic(net: nn.Module) -> bool:
 
 
 def may_write(net: nn.Module) -> bool:
-    """Whether a net may write to its inputs x1 and cond: it does not state ``writes_to_input = False``.
-
-    Raises:
-        ValueError: it states something else than a bool.
-    """
+    """Whether a net may write to its inputs x1 and cond: it does not state ``writes_to_input = False``."""
     stated = getattr(net, "writes_to_input", None)
     expect(stated is None or isinstance(stated, bool), "net.writes_to_input", "a bool or None", repr(stated))
     return stated is not False
@@ -122,9 +106,7 @@ def mixes_positions(net: nn.Module) -> bool:
 def check_net(net: nn.Module) -> None:
     """Refuse a net whose output for one sample depends on the others, or that changes when it is run again.
 
-    Raises:
-        ValueError: a BatchNorm that uses the statistics of the batch (in training mode, or without running ones), an
-            InstanceNorm that updates running statistics, a halo that is no number.
+    Such has a BatchNorm that uses the statistics of the batch, or an InstanceNorm that updates running ones.
     """
     for name, module in net.named_modules():
         where, found = f"net.{name}" if name else "net", type(module).__name__

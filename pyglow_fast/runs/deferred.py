@@ -86,11 +86,7 @@ class Verdicts:
         return Verdicts, ()
 
     def prepare(self, device: torch.device) -> Tensor:
-        """Give the counters on a device; they begin anew on another one than before.
-
-        Raises:
-            ValueError: a CUDA graph is being captured, whose replays would begin to count anew.
-        """
+        """Give the counters on a device; they begin anew on another one than before, which a capture refuses."""
         with self.lock:
             if self.values is None or self.values.device != device:
                 refuse_first_use(device, "counters of drift")

@@ -287,11 +287,7 @@ class DriftControl:
         return list(range(self.spacing, self.n_steps, self.spacing))
 
     def prepare(self, device: torch.device) -> None:
-        """Make the counters for the verdict of a pass on a device that may be deferred, before the pass.
-
-        Raises:
-            ValueError: a CUDA graph is being captured there, and no pass has come before.
-        """
+        """Make the counters for the verdict of a pass on a device that may be deferred, before the pass."""
         if self.deferred or can_capture(device):
             self.verdicts.prepare(device)
 

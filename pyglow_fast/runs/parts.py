@@ -42,13 +42,9 @@ def part_limit(on_cpu: bool, step_bytes: Sequence[int], between: int) -> int | N
 
 
 def cut(step_bytes: Sequence[int], map_bytes: int, limit: int | None, at_once: int) -> list[tuple[int, int]]:
-    """Cut steps into parts (first, one past the last) of so many bytes of gradients and of channel maps at most.
+    """Cut steps into parts (first, one past the last).
 
-    Args:
-        step_bytes: of the gradients of each step's net.
-        map_bytes: of the map before a step.
-        limit: of gradients; None: all steps are one part.
-        at_once: bytes of maps.
+    A part has gradients of at most ``limit`` bytes (None: all steps are one part), and maps of at most ``at_once``.
     """
     count, most = len(step_bytes), max(1, at_once // map_bytes)
     if limit is None or (count <= most and sum(step_bytes) <= limit):
@@ -97,11 +93,7 @@ class RunPass:
         self._redone, self._task = 0, -1
 
     def note_inputs(self, first: int, device: torch.device, given: Iterable[Tensor | None]) -> None:
-        """Note that a part is run on these, in order: a backward stops at the first part that needs a gradient.
-
-        Raises:
-            ValueError: a CUDA graph is being captured on the device, and no step was run there before.
-        """
+        """Note that a part is run on these, in order: a backward stops at the first part that needs a gradient."""
         if self.control is not None and not self.keeps_states:
             self.control.prepare(device)
         asked = [tensor is not None and tensor.requires_grad for tensor in given]

@@ -57,15 +57,9 @@ def plan_memory(
     more. Chunks of the nets get smaller than the automatic ones only where not even the first plan fits: one chunk is
     at most what one stored step keeps, so that more could not be won.
 
-    Args:
-        bytes_of: goes through a training step with a plan, and tells the most bytes that it takes at one time.
-        n_steps: of the model.
-        budget: bytes.
-        net_budget: of one net's activations where it is recomputed; "auto": the plan's choice.
-        device_type: of the model, "cpu", "cuda", ...
-
-    Raises:
-        ValueError: too few bytes; it names how many are enough.
+    ``bytes_of`` goes through a training step with a plan, and tells the most bytes that it takes at one time;
+    ``net_budget`` is of one net's activations where it is recomputed, "auto" for the plan's choice. Too few bytes are
+    refused, with how many are enough.
     """
 
     @cache
@@ -98,11 +92,7 @@ def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
 
 
 def refuse_bytes(budget: str | int) -> None:
-    """Refuse a number of bytes, where steps are not computed by csrc/run.
-
-    Raises:
-        ValueError: with what to give instead.
-    """
+    """Refuse a number of bytes, where steps are not computed by csrc/run."""
     expected = 'a mode such as "reversible" where the compiled run does not compute all steps'
     expected += " (nets of your own or with a border, hooks, other modules, masks, no extension)"
     expect(False, "memory", expected, memory_text(budget))

@@ -43,11 +43,7 @@ class _Scratch:
 
 
 class Plans:
-    """The plans of a model or a run of steps, by shapes.
-
-    Attributes:
-        tried: in a dry run, what it tries.
-    """
+    """The plans of a model or a run of steps, by shapes; in a dry run the one that is ``tried``."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, RunPlan] = {}

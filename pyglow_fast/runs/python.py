@@ -134,15 +134,10 @@ def _coupled(
 def recomputed(
     steps: Sequence[Step], control: DriftControl | None, x: Tensor, cond: Tensor | None = None, run: Run | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Map x to z and log_det (N,) through steps that the backward runs again.
+    """Map x to z and log_det (N,) through steps, at least one, that the backward runs again.
 
-    torch.compile does not trace it. Each part is a node of its own, see parts.py.
-
-    Args:
-        steps: at least one.
-        control: of the drift; None: all states are kept.
-        x, cond: of the steps.
-        run: whose couplings the steps are, for their channel maps; None: there are none.
+    torch.compile does not trace it. Each part is a node of its own, see parts.py. Without a ``control`` all states are
+    kept; the channel maps are those of the ``run`` whose couplings the steps are, if there is one.
     """
     if torch.compiler.is_compiling():
         return call_untraced(recomputed, steps, control, x, cond, run)
@@ -252,13 +247,7 @@ class _RunSteps(torch.autograd.Function):
 class _Backward:
     """The backward of a part. A step that is redone overwrites the gradients of its parameters.
 
-    Args:
-        ctx, saved: of the part's node.
-        grad_log_det: (N,).
-
-    Attributes:
-        of_params: the gradients of the parameters, by step.
-        of_cond: that of the condition, summed over the steps.
+    ``of_params`` are those gradients by step, ``of_cond`` is that of the condition, summed over the steps.
     """
 
     def __init__(self, ctx: Any, saved: Saved, grad_log_det: Tensor) -> None:

@@ -26,16 +26,7 @@ Memo = tuple[tuple[Chunk, ...], RunState]
 
 
 class Given(NamedTuple):
-    """What a step runs with besides its input.
-
-    Attributes:
-        cond: the condition, or None.
-        needs_cond: its gradient is wanted.
-        params: of the step.
-        map: its channel map, or None.
-        undone: the inverse of that, of a step that undoes it.
-        memo: of its forward.
-    """
+    """What a step runs with besides its input: ``undone`` is the inverse of its map, where it undoes that."""
 
     cond: Tensor | None
     needs_cond: bool
@@ -133,11 +124,7 @@ class ModuleStep:
 
 
 def results(found: Any, samples: int, name: str, inverse: bool) -> tuple[Tensor, Tensor | None]:
-    """Check what a step of the user's has given, (z, log_det) or z alone: z, and log_det (N,) or None.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Check what a step of the user's has given, (z, log_det) or z alone: z, and log_det (N,) or None."""
     if isinstance(found, Tensor):
         return found, None
     way = "an inverse" if inverse else "a forward"

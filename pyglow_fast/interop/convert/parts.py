@@ -38,9 +38,7 @@ _SEES_BORDER = re.compile(r"conv[13]?\.weight$|border$")
 def fresh_parts(config: GlowConfig, value: Callable[[str, Tensor], Tensor] | None = None) -> Parts:
     """The parts of a fresh model of such shapes, whose actnorms have seen data, without what mixes channels.
 
-    Args:
-        config: of the model.
-        value: what takes the place of a tensor, given its name and what it is in the fresh model.
+    ``value`` gives what takes the place of a tensor, of its name and what it is in the fresh model.
     """
     everything: dict[str, Any] = {"border": True, "net_actnorm": True, "learn_prior": True, "learn_top": True}
     with torch.random.fork_rng(devices=[]):
