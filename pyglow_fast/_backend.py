@@ -54,7 +54,7 @@ def release(version: str) -> tuple[str, ...]:
 
 
 def nets() -> str:
-    """Say who computes coupling nets: "auto" (see docs/speed.md), the "library"'s convolutions or its products of "rows".
+    """Say who computes coupling nets: "auto" (docs/speed.md), the "library"'s convolutions, or its products ("rows").
 
     Raises:
         ValueError: the environment variable PYGLOW_NETS says something else.

@@ -41,7 +41,7 @@ void patches(const PatchesArgs<T>& args, const Threads& threads) {
         const math::Place place = math::place_of(args.extent, row % positions);
         for (int64_t i = 0; i < args.rows.length; ++i) {
           const int64_t c = i / taps;
-          const math::Place shift = math::shift_of(args.window, i % taps, args.mirrored);
+          const math::Place shift = math::shift_of(args.window, static_cast<int>(i % taps), args.mirrored);
           const int64_t p = c < args.channels ? math::shifted(args.extent, place, shift) : -1;
           put(args.rows.data, args.rows.type, row * args.rows.length + i, p < 0 ? T(0) : value(row / positions, c, p));
         }
@@ -65,10 +65,10 @@ void tap_sums(const TapSumsArgs<T>& args, const Threads& threads) {
       const math::Place place = math::place_of(args.extent, position);
       for (int64_t c = 0; c < args.channels; ++c) {
         T sum = args.bias == nullptr ? T(0) : element<T>(args.bias, rows.type, c);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t p = math::shifted(args.extent, place, math::shift_of(args.window, tap, args.mirrored));
+        math::for_each_tap(args.window, args.mirrored, [&](int tap, const math::Place& shift) {
+          const int64_t p = math::shifted(args.extent, place, shift);
           if (p >= 0) sum += element<T>(rows.data, rows.type, (n * positions + p) * rows.length + c * taps + tap);
-        }
+        });
         put(args.y.data, args.y.type, n * args.y.sample + c * args.y.channel + position * args.y.position, sum);
       }
     }

@@ -38,24 +38,36 @@ __device__ __forceinline__ void for_each_tile(int64_t positions, int64_t columns
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) f(tile / across, tile % across * tile_columns);
 }
 
+// What a column of the patches is of.
+struct Column {
+  int channel;
+  math::Place shift;
+};
+
 template <class T>
 __global__ void __launch_bounds__(block_threads, 4) patches_kernel(const PatchesArgs<T> args) {
   PYGLOW_SHARED(T, tile, tile_columns * tile_stride);
-  const int64_t positions = args.extent.positions(), total = args.samples * positions, taps = args.window.taps();
+  PYGLOW_SHARED(Column, table, tile_columns);
+  const int64_t positions = args.extent.positions(), total = args.samples * positions;
+  const int taps = static_cast<int>(args.window.taps()), channels = static_cast<int>(args.channels);
   const auto [lane, warp, warps] = lanes_of_block();
   for_each_tile(total, args.rows.length, [&](int64_t index, int64_t first_column) {
     const int64_t first = index * tile_positions;
+    for (int r = static_cast<int>(threadIdx.x); r < tile_columns; r += static_cast<int>(blockDim.x)) {
+      const int column = static_cast<int>(first_column) + r;
+      table[r] = {column / taps, math::shift_of(args.window, column % taps, args.mirrored)};
+    }
+    __syncthreads();
     for (int q = lane; q < tile_positions; q += warp_threads) {
       const int64_t n = (first + q) / positions;
-      const math::Place place = math::place_of(args.extent, (first + q) % positions);
+      const math::Place place = math::place_of(args.extent, first + q - n * positions);
 #pragma unroll 1
       for (int r = warp; r < tile_columns; r += warps) {
-        const int64_t c = (first_column + r) / taps;
+        const Column column = table[r];
         T value = T(0);
-        if (c < args.channels && first + q < total) {
-          const math::Place shift = math::shift_of(args.window, (first_column + r) % taps, args.mirrored);
-          const int64_t p = math::shifted(args.extent, place, shift);
-          const int64_t at = n * args.x.sample + c * args.x.channel + p * args.x.position;
+        if (column.channel < channels && first + q < total) {
+          const int p = math::shifted(args.extent, place, column.shift);
+          const int64_t at = n * args.x.sample + column.channel * args.x.channel + p * args.x.position;
           if (p >= 0) value = load_one<T>(args.x.data, args.x.type, at);
         }
         tile[r * tile_stride + q] = value;
@@ -67,11 +79,11 @@ __global__ void __launch_bounds__(block_threads, 4) patches_kernel(const Patches
       if (first + q < total && column < args.rows.length)
         store_one(args.rows.data, args.rows.type, (first + q) * args.rows.length + column,
                   tile[lane * tile_stride + q]);
-    const int64_t c = column / taps;  // x itself is what the middle tap sees
-    if (args.sums != nullptr && warp == 0 && c < args.channels && column % taps == taps / 2) {
+    const int c = table[lane].channel;
+    if (args.sums != nullptr && warp == 0 && c < channels && column == c * taps + taps / 2) {  // which sees x itself
       T sum = T(0);
       for (int q = 0; q < tile_positions; ++q) sum += tile[lane * tile_stride + q];
-      args.sums[index * args.channels + c] = sum;
+      args.sums[index * channels + c] = sum;
     }
     __syncthreads();  // the tile has been read
   });
@@ -91,13 +103,12 @@ __global__ void __launch_bounds__(block_threads, 4) tap_sums_kernel(const TapSum
       const int q = i / channels, r = i % channels;
       if (first + q >= total) break;
       const int64_t n = (first + q) / positions, c = first_channel + r;
-      const math::Place place = math::place_of(args.extent, (first + q) % positions);
+      const math::Place place = math::place_of(args.extent, first + q - n * positions);
       T sum = args.bias == nullptr ? T(0) : load_one<T>(args.bias, rows.type, c);
-#pragma unroll 1
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t p = math::shifted(args.extent, place, math::shift_of(args.window, tap, args.mirrored));
+      math::for_each_tap(args.window, args.mirrored, [&](int tap, const math::Place& shift) {
+        const int p = math::shifted(args.extent, place, shift);
         if (p >= 0) sum += load_one<T>(rows.data, rows.type, (n * positions + p) * rows.length + c * taps + tap);
-      }
+      });
       tile[r * tile_stride + q] = sum;
     }
     __syncthreads();
@@ -171,7 +182,7 @@ int64_t tiles_of(int64_t positions, int64_t columns) {
 template <class T>
 int patches(const PatchesArgs<T>& args, const Queue& queue) {
   const int64_t positions = args.samples * args.extent.positions();
-  if (positions == 0) return cudaSuccess;
+  if (positions * args.rows.length == 0) return cudaSuccess;
   const int64_t blocks = tiles_of(positions, args.rows.length);
   return launch(patches_kernel<T>, blocks, dim3(block_threads), 0, queue.stream, args);
 }

@@ -188,8 +188,8 @@ def net_as_products(x: Tensor) -> bool:
     """Tells whether :func:`net_chain` on x is matrix products of ours, and not the library's convolutions.
 
     It is on the CPU, where Glow's nets are faster so than the library's layers at their best, and keep half as much
-    (docs/speed.md), unless PYGLOW_NETS in the environment says otherwise. Under autocast to bfloat16 too, of a float32 x:
-    see :func:`net_in_half`; autocast to float16 is the library's.
+    (docs/speed.md), unless PYGLOW_NETS in the environment says otherwise. Under autocast to bfloat16 too, of a float32
+    x: see :func:`net_in_half`; autocast to float16 is the library's.
     """
     if device_of(x).type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() != "auto":
         return False

@@ -75,6 +75,13 @@ def test_small_grids(
             kernels.check("channel_mix", image, matrix, offset, False, 1, index)
             kernels.check("channel_mix", case.x, matrix, offset, True, 2, index)
             kernels.check("channel_mix_backward", image, case.grad, matrix, None, case.added, True, index)
+    own = case.net_out.dtype
+    rows, _ = kernels("patches", case.net_out, (1, 1), (1, 1), True, own)
+    (same,) = kernels("tap_sums", rows, None, case.net_out.shape, (1, 1), (1, 1), False, own)
+    assert torch.equal(same, case.net_out)
+    rows, _ = kernels("patches", case.x, (3, 3), (1, 2), False, own)
+    (sums,) = kernels("relu_backward", torch.ones_like(rows), rows)
+    assert torch.equal(sums.sum(0), (rows > 0).sum(0).to(sums.dtype))
     matrices = rotations(3, shape[1]).to(dtype)
     assert_inverses(matrices, *kernels("invert_matrices", matrices))
 

@@ -1,4 +1,4 @@
-"""What GPUs compute coupling nets with besides products: patches, the sums of taps, which are their transpose, relus."""
+"""What GPUs compute coupling nets with besides products: patches, their transpose, which sums taps, and relus."""
 
 from __future__ import annotations
 

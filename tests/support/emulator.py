@@ -352,7 +352,7 @@ class EmulatedOps:
         """WindowRows."""
         self._alive.append(rows)
         data, code = ctypes.c_void_p(rows.data_ptr()), ctypes.c_int(NET_TYPES.get(rows.dtype, 0))
-        return _struct(data, code, *_integers(rows.stride(0)))
+        return _struct(data, code, *_integers(rows.stride(0) if rows.numel() else 0))
 
     def patches(
         self, x: Tensor, kernel: Sequence[int], dilations: Sequence[int], backward: bool, dtype: torch.dtype
