@@ -1,4 +1,4 @@
-"""What is asked first of a GPU: layouts and precisions of nets, steps eager and graphed, whether updates agree.
+"""What is asked first of a GPU: who should compute nets, steps eager and graphed, whether updates agree.
 
     python -m bench.gpu_answers [--device cuda] [--quick] [--until T] [--out FILE]
 
@@ -17,10 +17,12 @@ import dataclasses
 import functools
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,11 +31,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu_questions import Question, Row, replayed, run, stage_options, until_replayed
 from bench.harness import Turns, autocast, synchronize
-from bench.model_cases import OURS, PLAIN, Shape, ThreeConvolutions, build, images, plain_levels, wake
-from pyglow_fast import graphed
+from bench.model_cases import OURS, PLAIN, Shape, build, images, plain_levels, wake
+from pyglow_fast import FlowStep, ReversibleSequence, _backend, graphed
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.replays import WARM_UPS
+from pyglow_fast.runs.choice import ROWS_IN
 from pyglow_fast.runs.drift import LAST_HOLD
 from pyglow_fast.train import TrainConfig, TrainState
 
@@ -41,6 +44,10 @@ ROUNDS, UPDATES, TOP = 5, 20, 40
 MARK = "pyglow"  # the namespace of our kernels, and of our operators
 SMALL = Shape((3, 32, 32), n_levels=3, n_steps=32, hidden=512, batch=64)
 LARGE = Shape((3, 256, 256), n_levels=6, n_steps=32, hidden=512, batch=2)
+NETS, NAMES = (
+    8,
+    {"tf32": "tf32", "bf16": "bfloat16"},
+)  # flow steps whose nets are timed; precisions, as ROWS_IN has them
 COLUMNS = ("ms", "kernels ms", "launches", "ours", "peak MB")
 
 
@@ -82,6 +89,15 @@ def deterministic_algorithms() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextlib.contextmanager
+def nets_by(way: str) -> Iterator[None]:
+    """A context in which coupling nets are computed as PYGLOW_NETS in the environment would say."""
+    with mock.patch.dict(os.environ, PYGLOW_NETS=way):
+        _backend._nets.cache_clear()
+        yield
+    _backend._nets.cache_clear()
+
+
 class Answers:
     """The questions of a device, for models of two shapes. ``captures``: whether it has CUDA graphs."""
 
@@ -92,11 +108,8 @@ class Answers:
 
     def questions(self) -> Iterator[Question]:
         """All of them, in their order."""
-        layouts = (torch.contiguous_format, torch.channels_last)
-        for precision, layout, fused in itertools.product(("tf32", "bf16"), layouts, (False, True)):
-            if self.on_gpu or not fused:
-                name = f"net: {precision}, {str(layout).removeprefix('torch.')}{', fused relu' * fused}"
-                yield name, functools.partial(self.net, precision, layout, fused)
+        for precision, level in itertools.product(NAMES, range(self.small.n_levels)):
+            yield f"nets: {precision}, level {level + 1}", functools.partial(self.nets, precision, level)
         yield from self._steps("step", self.small, ("tf32", "bf16"))
         for memory in ("store", "reversible"):
             yield f"{UPDATES} updates: {memory}", functools.partial(self.updates, memory)
@@ -122,37 +135,31 @@ class Answers:
         model.zero_grad(set_to_none=True)
         return model
 
-    def net(self, precision: str, layout: torch.memory_format, fused: bool) -> Row:
-        """Forward of a net, and with plain relus its backward too."""
-        shape, hidden = self.small, self.small.hidden
-        channels, size = shape.widths()[0] // 2, shape.image[1] // 2
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        net: Any = ThreeConvolutions(channels, 2 * channels, hidden)
-        wake(net.to(self.device, dtype, memory_format=layout))
-        x = torch.randn(shape.batch, channels, size, size, device=self.device, dtype=dtype).to(memory_format=layout)
+    def nets(self, precision: str, level: int) -> Row:
+        """A training step of NETS flow steps, their nets by convolutions and by products, and which it should be."""
+        shape, found = self.small, dict[str, Row]()
+        channels, side = shape.widths()[level], shape.image[1] // 2 ** (level + 1)
+        steps = [FlowStep(channels, shape.hidden, precision=precision) for _ in range(NETS)]
+        sequence, x = (
+            ReversibleSequence(steps, "store"),
+            torch.randn(shape.batch, channels, side, side, device=self.device),
+        )
+        wake(sequence.to(self.device))
+        sequence.initialize(x)
 
-        def forward() -> Tensor:
-            h = x
-            for layer in (net[0], net[2]):
-                if fused:
-                    pads = layer.stride, layer.padding, layer.dilation, layer.groups
-                    h = torch.cudnn_convolution_relu(h, layer.weight, layer.bias, *pads)
-                else:
-                    h = layer(h).relu_()
-            out: Tensor = net[4](h)
-            return out
+        def step() -> object:
+            z, log_det = sequence(x)
+            return torch.autograd.grad([z, log_det], list(sequence.parameters()), [z.detach(), log_det.detach()])
 
-        def backward() -> object:
-            return torch.autograd.grad(forward().sum(), list(net.parameters()))
-
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-            with torch.no_grad():
-                forward()
-                row: Row = {"ms": clock(forward, self.device), **launched(forward, self.device), "note": "forward"}
-            if not fused:
-                backward()
-                row["note"] += f"; with backward {clock(backward, self.device):.3f} ms"
-        return row
+        for way in ("library", "rows"):
+            with nets_by(way):
+                step()
+                found[way] = {"ms": clock(step, self.device), **launched(step, self.device)}
+        products, convolutions = found["rows"]["ms"], found["library"]["ms"]
+        name, note = NAMES[precision], f"convolutions {convolutions:.3f} ms"
+        if self.on_gpu and (products < convolutions) != (name in ROWS_IN):
+            note += f": ROWS_IN of runs/choice.py should {'' if products < convolutions else 'not '}have {name}"
+        return found["rows"] | {"note": note}
 
     def step(self, shape: Shape, precision: str, memory: str, graph: bool) -> Row:
         """A training step."""

@@ -57,7 +57,7 @@ at::Tensor checkerboard_split(const at::Tensor& x_in, int64_t parity, bool both)
                                         .kept = written<T>(halves, 0),
                                         .other = both ? written<T>(halves, channels) : Planes<T>{},
                                         .board = board_of(x, channels, sizes[2], parity)};
-    if (x.is_cpu()) cpu::checkerboard_split(args, torch_threads());
+    if (x.is_cpu()) launch_on_cpu([args] { cpu::checkerboard_split(args, torch_threads()); });
   });
   return halves;
 }
@@ -79,7 +79,7 @@ at::Tensor checkerboard_merge(const at::Tensor& halves_in, int64_t parity, bool 
                                         .other = both ? planes<T>(halves, channels) : Planes<const T>{},
                                         .whole = written<T>(x, 0),
                                         .board = board_of(halves, channels, halves.size(2), parity)};
-    if (x.is_cpu()) cpu::checkerboard_merge(args, torch_threads());
+    if (x.is_cpu()) launch_on_cpu([args] { cpu::checkerboard_merge(args, torch_threads()); });
   });
   return x;
 }

@@ -8,6 +8,9 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <cstddef>
+#include <functional>
+
 #include "core.h"
 
 namespace pyglow::bindings {
@@ -17,6 +20,17 @@ inline cpu::Threads torch_threads() {
   return {[](int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
     at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   }};
+}
+
+// Told of each kernel that runs on the CPU, with what runs it again on the same memory, as a CUDA graph would: for
+// tests of captures, whose recordings see torch's operations alone.
+inline std::function<void(const std::function<void()>&)> on_launch;
+
+// call() runs a kernel; what its arguments point to, but tensors, it holds.
+template <class F>
+void launch_on_cpu(const F& call) {
+  if (on_launch) on_launch(call);
+  call();
 }
 
 #ifdef PYGLOW_WITH_CUDA
@@ -46,7 +60,7 @@ class CudaScope {
 #endif
 
 // run(x, args): the kernel that takes such args, on the device of x, seen by torch's profiler; nothing in a dry run
-// (dry.h).
+// (dry.h). held: what args point to besides tensors.
 #ifdef PYGLOW_WITH_CUDA
 #define PYGLOW_RUN_ELSEWHERE(kernel)                   \
   CudaScope scope(x);                                  \
@@ -55,13 +69,13 @@ class CudaScope {
 #else
 #define PYGLOW_RUN_ELSEWHERE(kernel) TORCH_INTERNAL_ASSERT(false, "registered for CPU tensors alone");
 #endif
-#define PYGLOW_RUN(kernel, Args)                               \
-  template <class T>                                           \
-  void run(const at::Tensor& x, const Args<T>& args) {         \
-    if (x.is_meta()) return;                                   \
-    RECORD_FUNCTION("pyglow_fast::" #kernel, {});              \
-    if (x.is_cpu()) return cpu::kernel(args, torch_threads()); \
-    PYGLOW_RUN_ELSEWHERE(kernel)                               \
+#define PYGLOW_RUN(kernel, Args)                                                                \
+  template <class T, class Held = std::nullptr_t>                                               \
+  void run(const at::Tensor& x, const Args<T>& args, const Held& held = {}) {                   \
+    if (x.is_meta()) return;                                                                    \
+    RECORD_FUNCTION("pyglow_fast::" #kernel, {});                                               \
+    if (x.is_cpu()) return launch_on_cpu([args, held] { cpu::kernel(args, torch_threads()); }); \
+    PYGLOW_RUN_ELSEWHERE(kernel)                                                                \
   }
 PYGLOW_KERNELS(PYGLOW_RUN)
 #undef PYGLOW_RUN

@@ -7,6 +7,7 @@
 #include <c10/core/DispatchKeySet.h>
 #include <c10/util/Exception.h>
 
+#include "bindings/device.h"
 #include "core.h"
 
 namespace pyglow::bindings {
@@ -46,7 +47,7 @@ at::Tensor empty_reused(at::IntArrayRef sizes, const at::TensorOptions& options,
   const std::size_t element = options.dtype().itemsize();
   const std::size_t bytes = at::detail::computeStorageNbytesContiguous(sizes, element);
   const bool small = bytes < static_cast<std::size_t>(cpu::least_reused);
-  if (options.device().type() != c10::kCPU) return at::empty(sizes, options, format);
+  if (options.device().type() != c10::kCPU || on_launch) return at::empty(sizes, options, format);  // which all see
   if (small)  // as at::empty, without the dispatcher, which takes longer than the allocation
     return at::Tensor(at::detail::empty_cpu(sizes, c10::typeMetaToScalarType(options.dtype()), false, format));
   return at::Tensor(at::detail::empty_generic(sizes, &blocks(), c10::DispatchKeySet(c10::DispatchKey::CPU),

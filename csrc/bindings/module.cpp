@@ -1,6 +1,7 @@
 // The Python module: what it was built from and for, and the kernels of torch's ops, registered when it is loaded.
 // Schemas and shape functions are in pyglow_fast/ops.py.
 #include <ATen/ops/empty_like.h>
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -138,6 +139,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "The CPU kernels in use: portable, avx2, avx512, avx512_bf16 or amx.");
   m.def("idle_bytes", &pyglow::cpu::idle_bytes, "Bytes of CPU memory that wait for another use.");
   m.def("release_idle", &pyglow::cpu::release_idle, "Return those bytes to the system.");
+  m.def(
+      "on_launch", [](decltype(on_launch) call) { on_launch = std::move(call); },
+      "Have each kernel on the CPU told before it runs, or None: for tests of captures.", pybind11::arg("call").none());
   m.def("elementary", &elementary, "A vector function of the CPU kernels, for tests of its error bound.");
   m.def("activation", &activation, "An activation of the CPU kernels, or its backward, for tests of its error bound.",
         pybind11::arg("name"), pybind11::arg("x"), pybind11::arg("parameter"), pybind11::arg("grad") = std::nullopt);

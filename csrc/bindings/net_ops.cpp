@@ -184,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> net_chain(const at::Tensor& x, const Optional
                           .kept = keep ? kept.mutable_data_ptr() : nullptr,
                           .samples = x.size(0),
                           .extent = extent_of(x.sizes())};
-    if (x.is_cpu()) cpu::net_chain(args, torch_threads());
+    if (x.is_cpu()) launch_on_cpu([args] { cpu::net_chain(args, torch_threads()); });
   });
   return {y, kept};
 }
@@ -242,7 +242,7 @@ std::vector<at::Tensor> net_chain_backward(const at::Tensor& grad_out, const at:
       }
       if (log_gain) args.grad_log_gain = grads.back().mutable_data_ptr<T>();
     }
-    if (x.is_cpu()) cpu::net_chain_backward(args, torch_threads());
+    if (x.is_cpu()) launch_on_cpu([args] { cpu::net_chain_backward(args, torch_threads()); });
   });
   return grads;
 }

@@ -1,6 +1,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <memory>
+
 #include "bindings/coupling_kind.h"
 #include "bindings/device.h"
 #include "run/steps.h"
@@ -15,7 +17,7 @@ class Addresses {
   explicit Addresses(const Factors& of)
       : count_(static_cast<int64_t>(of.lower.size())),
         channels_(of.lower[0].size(0)),
-        table_(at::empty({7, count_}, at::kLong)) {
+        table_(std::make_shared<std::vector<int64_t>>(7 * count_)) {
     put<int64_t>(0, of.permutation);
     put<T>(1, of.lower);
     put<T>(2, of.upper);
@@ -24,6 +26,8 @@ class Addresses {
     put<T>(5, of.log_scale);
     put<T>(6, of.bias);
   }
+  // What the kernel's arguments point to besides tensors.
+  const auto& table() const { return table_; }
   pyglow::Factors<T> factors() const {
     return {row<int64_t>(0), row<T>(1), row<T>(2), row<T>(3), row<T>(4), row<T>(5), row<T>(6), count_, channels_};
   }
@@ -31,7 +35,7 @@ class Addresses {
  private:
   template <class U>
   void put(int64_t row, at::TensorList tensors) {
-    int64_t* const to = table_.mutable_data_ptr<int64_t>() + row * count_;
+    int64_t* const to = table_->data() + row * count_;
     for (int64_t k = 0; k < count_; ++k) {
       held_.push_back(tensors[k].contiguous());
       to[k] = reinterpret_cast<int64_t>(held_.back().const_data_ptr<U>());
@@ -39,11 +43,11 @@ class Addresses {
   }
   template <class U>
   const U* const* row(int64_t i) const {
-    return reinterpret_cast<const U* const*>(table_.const_data_ptr<int64_t>() + i * count_);
+    return reinterpret_cast<const U* const*>(table_->data() + i * count_);
   }
 
   int64_t count_, channels_;
-  Tensor table_;
+  std::shared_ptr<std::vector<int64_t>> table_;
   Tensors held_;
 };
 
@@ -86,8 +90,10 @@ Maps fold(const Factors& factors) {
   bindings::with_dtype(like, [&]<class T>(T) {
     if (like.is_meta()) return;
     const Addresses<T> own(factors);
-    bindings::run(like, FoldArgs<T>{own.factors(), matrices.mutable_data_ptr<T>(), offsets.mutable_data_ptr<T>(),
-                                    log_dets.mutable_data_ptr<T>()});
+    bindings::run(like,
+                  FoldArgs<T>{own.factors(), matrices.mutable_data_ptr<T>(), offsets.mutable_data_ptr<T>(),
+                              log_dets.mutable_data_ptr<T>()},
+                  own.table());
   });
   return {matrices, offsets, log_dets, {}};
 }
@@ -113,7 +119,8 @@ Tensors fold_backward(const Factors& factors, const Tensor& grad_matrices, const
     const auto out = [&](std::size_t i) { return stacked[i].mutable_data_ptr<T>(); };
     bindings::run(matrices,
                   FoldBackwardArgs<T>{own.factors(), matrices.const_data_ptr<T>(), offsets.const_data_ptr<T>(),
-                                      log_dets.const_data_ptr<T>(), out(2), out(3), out(4), out(0), out(1)});
+                                      log_dets.const_data_ptr<T>(), out(2), out(3), out(4), out(0), out(1)},
+                  own.table());
   });
   return stacked;
 }

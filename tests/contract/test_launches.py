@@ -55,7 +55,7 @@ def profiled(memory: str, n_steps: int, hidden: int, precision: str, as_on_a_gpu
 
     for _ in range(2):  # the actnorms take their scales from the first
         train()
-    answers = captures.like_a_gpu(records=False) if as_on_a_gpu else contextlib.nullcontext()
+    answers = captures.like_a_gpu() if as_on_a_gpu else contextlib.nullcontext()
     with answers, profile(activities=[ProfilerActivity.CPU]) as profiler:
         train()
     return list(profiler.events())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import cast
+from unittest import mock
 
 import pytest
 import torch
@@ -131,13 +132,13 @@ class TestEagerly:
         assert step.how == "eagerly: parameter prior.mean_log_sd has hooks"
         assert len(calls) == WARM_UPS + 2
 
-    def test_a_net_that_reads_values(self, recorded: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_net_that_reads_values(self, recorded: Side) -> None:
         """Which the rehearsal of the capture finds: none is begun."""
-        monkeypatch.setattr(replays, "_capture", None)
         model, x = make(net=lambda inside, outside: ReadsNet(inside, outside, 3, padding=1), memory="store")
         step = pgf.graphed(model)
-        for _ in range(WARM_UPS + 2):
-            check_step(model, step, x)
+        with mock.patch.object(replays, "_capture", None):
+            for _ in range(WARM_UPS + 2):
+                check_step(model, step, x)
         assert step.how == "eagerly: _local_scalar_dense: the host reads a value"
 
     def test_a_condition_for_each_level(self, recorded: Side) -> None:

@@ -71,15 +71,12 @@ def assert_replays(setting: Setting, replays: int = 3) -> None:
 @pairs(
     pytest.mark.parametrize("name", list(CONFIGS)),
     pytest.mark.parametrize("memory", MEMORY),
-    pytest.mark.parametrize("library_nets", [False, True]),
+    pytest.mark.parametrize("nets", ["auto", "library", "rows"]),
     pytest.mark.parametrize("deferred", [False, True]),
 )
-def test_every_kind(
-    name: str, memory: str, library_nets: bool, deferred: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind(name: str, memory: str, nets: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the nets are the library's, beside the kernels."""
-    if library_nets:
-        use_library(monkeypatch)
+    use_library(monkeypatch, nets)
     setting = Setting(name, spread=CALM)
     setting.model.memory = memory
     for sequence in setting.model._sequences():
@@ -89,7 +86,9 @@ def test_every_kind(
 
 @pytest.mark.full
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-def test_precisions(precision: str) -> None:
+@pytest.mark.parametrize("nets", ["auto", "rows"])
+def test_precisions(precision: str, nets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_library(monkeypatch, nets)
     setting = Setting("default", spread=CALM)
     setting.model.float().precision = precision
     setting.x = setting.x.float()

@@ -1,7 +1,4 @@
-"""That no operation of a flow step waits for the host, as one on a GPU would.
-
-A dispatch mode sees the operations, so these are the Python executor's.
-"""
+"""That no operation of a flow step waits for the host, as one on a GPU would."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in captures.READS and not (name == "equal" and not args[0].numel()):
+        if captures.waits(func, args) and not (name == "equal" and not args[0].numel()):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -48,7 +45,7 @@ class HostReads(TorchDispatchMode):
     [
         ("store", False, []),
         ("checkpoint", False, []),
-        ("reversible", False, ["_local_scalar_dense"] * LEVELS),  # a verdict on the drift for each level
+        ("reversible", False, ["item"] * LEVELS),  # a verdict on the drift for each level
         ("reversible", True, []),
     ],
 )

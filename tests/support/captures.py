@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyglow_fast._backend import extension, require
 from pyglow_fast.runs import steps
 from support.wrong_states import plant
 
@@ -37,18 +38,18 @@ def _answering(**answers: bool) -> Iterator[None]:
         yield
 
 
-def like_a_gpu(records: bool = True) -> contextlib.AbstractContextManager[None]:
+def like_a_gpu(compiled: bool = True) -> contextlib.AbstractContextManager[None]:
     """A context in which code takes the CPU for a GPU: values may not be read, a graph might be captured.
 
-    What csrc/run computes no recording sees: where one is made (records), Python executes the steps.
+    csrc/run executes the steps, also while a recording watches, unless Python is to (not compiled).
     """
-    answers = {"is_runnable": False} if records else {}
-    return _answering(can_read=False, can_capture=True, is_capturing=False, **answers)
+    runs = compiled and extension() is not None
+    return _answering(can_read=False, can_capture=True, is_capturing=False, is_runnable=runs)
 
 
 def capturing() -> contextlib.AbstractContextManager[None]:
     """A context in which code is told that a graph is being captured."""
-    return _answering(can_read=False, can_capture=True, is_capturing=True, is_runnable=False)
+    return _answering(can_read=False, can_capture=True, is_capturing=True)
 
 
 def _alias(value: Any) -> Any:
@@ -92,18 +93,19 @@ class _Operation:
 class Recording(TorchDispatchMode):
     """A step as a CUDA graph has it: its operations, on the memory of one run, repeated without the Python around them.
 
-    While it is entered operations are recorded. They run, since sizes are needed, but nothing is left of that when it
-    is closed: memory from elsewhere is as it was, and what was allocated within holds no numbers until a replay. In a
-    replay every operation runs on the same memory as before: results are put where the first ones were, zeros are
-    filled in again, random numbers are drawn anew; what the host has decided stays decided. Writes are not seen by the
-    versions of tensors.
+    While it is entered torch's operations and this package's kernels are recorded. They run, since sizes are needed,
+    but nothing is left of that when it is closed: memory from elsewhere is as it was, and what was allocated within
+    holds no numbers until a replay. In a replay all run on the same memory as before: results are put where the first
+    ones were, zeros are filled in again, random numbers are drawn anew; what the host has decided stays decided.
+    Writes are not seen by the versions of tensors.
     """
 
     METADATA = ("set_", "resize_", "set_data")  # memory that moves cannot be replayed
 
     def __init__(self) -> None:
         super().__init__()
-        self._operations: list[_Operation] = []
+        self._operations: list[Callable[[], object]] = []
+        self._inside = False  # of an operation: what that launches is its own affair
         self._own: dict[int, torch.UntypedStorage] = {}
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -116,13 +118,27 @@ class Recording(TorchDispatchMode):
             self._keep(tensor.untyped_storage())
         known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         own_args, own_kwargs = tree_map(_alias, args), tree_map(_alias, kwargs)
-        out = func(*args, **kwargs)
+        self._inside = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._inside = False
         storages = [tensor.untyped_storage() for tensor in _tensors(out)]
         places = [None if storage._cdata in known else storage for storage in storages]
         self._own.update((storage._cdata, storage) for storage in places if storage is not None)
         if written or any(place is not None for place in places):
-            self._operations.append(_Operation(func, own_args, own_kwargs, places))
+            self._operations.append(_Operation(func, own_args, own_kwargs, places).repeat)
         return out
+
+    def __enter__(self) -> Recording:
+        if extension() is not None:
+            require().on_launch(self._launched)
+        super().__enter__()
+        return self
+
+    def _launched(self, launch: Callable[[], object]) -> None:
+        if not self._inside:
+            self._operations.append(launch)
 
     def _keep(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata not in self._own and storage._cdata not in self._before:
@@ -130,6 +146,8 @@ class Recording(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        if extension() is not None:
+            require().on_launch(None)
         for storage, before in self._before.values():
             storage.copy_(before)
         for storage in self._own.values():
@@ -139,7 +157,7 @@ class Recording(TorchDispatchMode):
         """Repeat all operations of the recording."""
         with torch.no_grad(), torch._C._DisableAutocast():  # below both: their part is recorded
             for operation in self._operations:
-                operation.repeat()
+                operation()
 
     def __len__(self) -> int:
         return len(self._operations)
@@ -175,6 +193,15 @@ _FACTORISATIONS = re.compile(
 def is_factorisation(func: torch._ops.OpOverload) -> bool:
     """Whether an operation is one of torch's that factorise a matrix, or solve by it."""
     return func.namespace == "aten" and _FACTORISATIONS.match(func.overloadpacket.__name__) is not None
+
+
+def waits(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
+    """Whether the host needs what an operation gives; csrc/run asks by ``item``, Python by what that calls.
+
+    csrc/run asks on the CPU, and there alone, whether a matrix is singular, a bool.
+    """
+    name = func.overloadpacket.__name__
+    return name in READS or (name == "item" and args[0].dtype != torch.bool)
 
 
 _MASKS = (torch.bool, torch.uint8)
@@ -215,7 +242,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        if name in READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+        if waits(func, args) or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             raise NotCapturableError(f"{name}: the host reads a value")
         is_index = len(args) > 1 and name.startswith(("index", "_index", "_unsafe_index"))
         if is_index and any(tensor.dtype in _MASKS for tensor in _tensors(args[1])):
