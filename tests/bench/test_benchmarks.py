@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from support.latent_runs import write_emoji
 
+from bench import all as every
 from bench import calls, directions, harness, kernels, live, memory, models, nets, recipe, tables
 from bench.harness import Row
 from pyglow_fast import _backend
@@ -26,6 +28,25 @@ def smoke(module: ModuleType, *options: str) -> list[Row]:
         if call is not None:
             call()
     return [row for row, _ in prepared.cases]
+
+
+def test_all_go_on_where_they_were_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts, ran = {"device": "a processor", "commit": "abc"}, []
+
+    def run(command: Sequence[str], check: bool) -> SimpleNamespace:
+        ran.append(command[2])
+        return SimpleNamespace(returncode=int(command[2] == "bench.nets"))
+
+    monkeypatch.setattr(every, "machine", lambda device: facts)
+    monkeypatch.setattr(every.subprocess, "run", run)
+    harness.write_json(tmp_path / "calls-cpu.json", facts, [])
+    harness.write_json(tmp_path / "memory-cpu.json", facts | {"commit": "abd"}, [])
+    assert every.main(["--only", "calls,nets,memory", "--out", str(tmp_path)]) == 1
+    assert ran == ["bench.nets", "bench.memory"]
+    assert "hours: nets ?, memory ?" in (said := capsys.readouterr().out)
+    assert said.endswith("failed: nets\n")
 
 
 class TestSmoke:
