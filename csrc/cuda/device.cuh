@@ -1,7 +1,7 @@
 // What every kernel here is written with: launching, 16-byte vectors, shared memory and sums within a block.
 //
 // The same sources are compiled by a host compiler for tests/emulation (-DPYGLOW_EMULATE_CUDA), where cuda_runtime.h is
-// the emulator's and brings its own PYGLOW_SHARED, PYGLOW_DYNAMIC_SHARED, store_whole, copy_async and wait_for_copies,
+// the emulator's and brings its own PYGLOW_SHARED, DynamicShared, store_whole, copy_async and wait_for_copies,
 // which check bounds and alignment and poison the memory, and a number of multiprocessors that tests choose. So kernels
 // use no <<<>>>, no __shared__ and no assembly of their own.
 #pragma once
@@ -14,9 +14,6 @@
 
 #ifndef PYGLOW_EMULATE_CUDA
 #define PYGLOW_SHARED(T, name, count) __shared__ T name[count]
-#define PYGLOW_DYNAMIC_SHARED(T, name)                            \
-  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
-  T* const name = reinterpret_cast<T*>(dynamic_shared)
 #endif
 
 // Threads of a full block: a power of two, at least 64; and blocks of a launch, 16 for each multiprocessor of a large
@@ -80,6 +77,25 @@ __device__ __forceinline__ void store_shared(T* p, const Vec<T>& vector) {
 #ifndef PYGLOW_EMULATE_CUDA
 // Multiprocessors of a large GPU, an H100: what small grids are cut for.
 constexpr int64_t multiprocessors = 132;
+
+// A block's dynamic shared memory, handed out array by array; another one begins where the first began. The emulator
+// has a fence between the arrays: all threads take the same.
+class DynamicShared {
+ public:
+  __device__ __forceinline__ DynamicShared() {
+    extern __shared__ __align__(16) unsigned char dynamic_shared[];
+    next_ = dynamic_shared;
+  }
+  template <class T>
+  __device__ __forceinline__ T* take(int count) {
+    T* const array = reinterpret_cast<T*>(next_);
+    next_ += count * sizeof(T);
+    return array;
+  }
+
+ private:
+  unsigned char* next_;
+};
 
 // *p = v in global memory, p being aligned to the size of v, as one instruction. nvcc splits the plain assignment into
 // stores of single members where these come from different branches; the intrinsic __stwb stays whole, but orders the

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(block_threads)
   };
   const double of_log_det = args.grad_log_dets[map];
   const int64_t p = maps.source(k, i);
-  PYGLOW_DYNAMIC_SHARED(double, of_product);  // row p of the gradient of L U
+  double* const of_product = DynamicShared().take<double>(static_cast<int>(n));  // row p of the gradient of L U
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) of_product[j] = grad(i, j) * maps.scale(k, j);
   __syncthreads();
   for (int64_t t = threadIdx.x; t < n; t += blockDim.x) {

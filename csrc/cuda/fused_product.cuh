@@ -106,13 +106,14 @@ __global__ void __launch_bounds__(block_threads,
   const int columns = blockDim.x * width<T>, stride = padded<T>(columns);
   const int group = blockDim.y * Rows, chunk = p.cut.chunk, groups = p.cut.groups;
   const int64_t channels = p.channels;
-  PYGLOW_DYNAMIC_SHARED(T, weights);
-  T* const inputs = weights + chunk * padded<T>(group);
-  T* const logs = inputs + chunk * stride;
+  DynamicShared shared;
+  T* const weights = shared.take<T>(chunk * padded<T>(group));
+  T* const inputs = shared.take<T>(chunk * stride);
   const int log_stride = padded<T>(Vector ? blockDim.x : columns),
             sharers = column_sharers<Vector>(p.source.channels_adjacent);
-  int64_t* const source_table = reinterpret_cast<int64_t*>(logs + (Source::sums ? sharers * log_stride : 0));
-  int64_t* const sink_table = source_table + Source::tensors * columns;
+  T* const logs = shared.take<T>(Source::sums ? sharers * log_stride : 0);
+  int64_t* const source_table = shared.take<int64_t>(Vector ? 0 : Source::tensors * columns);
+  int64_t* const sink_table = shared.take<int64_t>(Vector ? 0 : Sink::tensors * columns);
   // A matrix that fits is read once for all tiles of a block.
   const bool resident = groups == 1 && chunk >= channels;
   const int64_t range = blockIdx.x / groups, first_out = (blockIdx.x - range * groups) * group;

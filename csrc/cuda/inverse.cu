@@ -113,17 +113,17 @@ __device__ __forceinline__ void exchange_others(const Table& table, int first, i
 
 template <class T, Place Where>
 __global__ void __launch_bounds__(block_threads) invert_kernel(const InvertMatricesArgs<T> args, double* scratch) {
-  PYGLOW_DYNAMIC_SHARED(double, shared);
+  DynamicShared shared;
   PYGLOW_SHARED(double, pivot_row, exchange_panel);
   const int n = static_cast<int>(args.channels);
   const int lane = threadIdx.x % warp_threads, warp = threadIdx.x / warp_threads, warps = blockDim.x / warp_threads;
   const int64_t values = args.channels * args.channels;
   Table table;
   table.size = n;
-  table.pivots = shared;
-  table.row_of = reinterpret_cast<int*>(shared + n);
-  table.step_of = table.row_of + n;
-  table.data = Where == Place::shared ? shared + 2 * n : scratch + blockIdx.x * values;
+  table.pivots = shared.take<double>(n);
+  table.row_of = shared.take<int>(n);
+  table.step_of = shared.take<int>(n);
+  table.data = Where == Place::shared ? shared.take<double>(n * n) : scratch + blockIdx.x * values;
   for (int64_t k = blockIdx.x; k < args.count; k += gridDim.x) {
     const T* const matrix = args.matrices + k * values;
     T* const inverse = args.inverses + k * values;

@@ -58,10 +58,11 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == sizeof(float) || !
   const int group = thread / share, in_group = thread - group * share;
   const int b = in_group / side, a = in_group - b * side;  // outputs b + k side, inputs a + k side
   const bool summing = group < s.split.groups;
-  PYGLOW_DYNAMIC_SHARED(T, x_tile);
-  T* const u_tile = x_tile + rows * stride;
-  int64_t* const x_offsets = reinterpret_cast<int64_t*>(u_tile + rows * stride);
-  int64_t* const u_offsets = x_offsets + X::tensors * columns * width<T>;
+  DynamicShared shared;
+  T* const x_tile = shared.take<T>(rows * stride);
+  T* const u_tile = shared.take<T>(rows * stride);
+  int64_t* const x_offsets = shared.take<int64_t>(Vector ? 0 : X::tensors * columns * width<T>);
+  int64_t* const u_offsets = shared.take<int64_t>(Vector ? 0 : U::tensors * columns * width<T>);
 
   const int64_t parts = s.split.parts, split = blockIdx.x / (parts * parts);
   const int part = static_cast<int>(blockIdx.x - split * parts * parts);
@@ -111,8 +112,8 @@ __global__ void __launch_bounds__(block_threads, sizeof(T) == sizeof(float) || !
   }
 
   // The sums of the groups, [group][k, l][in_group], in the memory of the tiles.
-  T* const group_sums = x_tile;
   __syncthreads();
+  T* const group_sums = DynamicShared().take<T>(micro * micro * share * s.split.groups);
   if (summing) {
 #pragma unroll
     for (int k = 0; k < micro; ++k)

@@ -30,12 +30,23 @@ enum class Bug {
   early_return,        // half of the threads never come to a barrier
   absent_lanes,        // a shuffle names lanes that do not take part
   shared_overrun,      // an index past a static shared array
+  array_overrun,       // one from an array in dynamic shared memory into the next
   no_warp_reduction,   // the first lane's value stands for its warp
   no_block_reduction,  // blocks add to one total
 };
-constexpr const char* names[] = {"none",         "out_of_bounds",     "misaligned",        "no_barrier",
-                                 "no_wait",      "no_second_barrier", "divergent_barrier", "early_return",
-                                 "absent_lanes", "shared_overrun",    "no_warp_reduction", "no_block_reduction"};
+constexpr const char* names[] = {"none",
+                                 "out_of_bounds",
+                                 "misaligned",
+                                 "no_barrier",
+                                 "no_wait",
+                                 "no_second_barrier",
+                                 "divergent_barrier",
+                                 "early_return",
+                                 "absent_lanes",
+                                 "shared_overrun",
+                                 "array_overrun",
+                                 "no_warp_reduction",
+                                 "no_block_reduction"};
 
 __device__ float warp_sum(float value, Bug bug) {
   if (bug == Bug::no_warp_reduction) return value;
@@ -46,7 +57,9 @@ __device__ float warp_sum(float value, Bug bug) {
 
 __global__ void sum_kernel(const float* x, float* block_sums, Bug bug) {
   PYGLOW_SHARED(float, warp_sums, warps);
-  PYGLOW_SHARED(float, firsts, threads);
+  DynamicShared shared;
+  float* const firsts = shared.take<float>(threads);
+  float* const lasts = shared.take<float>(threads);
   float total = 0;
   if (bug == Bug::early_return && threadIdx.x < threads / 2) return;
   for (int round = 0; round < rounds; ++round) {
@@ -54,8 +67,9 @@ __global__ void sum_kernel(const float* x, float* block_sums, Bug bug) {
     const float* at = x + 4 * index + (bug == Bug::out_of_bounds ? 4 : 0) + (bug == Bug::misaligned ? 1 : 0);
     const Float4 loaded = *static_cast<const Float4*>(__builtin_assume_aligned(at, 16));
     copy_async(&firsts[threadIdx.x], at);
+    copy_async(bug == Bug::array_overrun ? &firsts[threads + threadIdx.x] : &lasts[threadIdx.x], at + 3);
     if (bug != Bug::no_wait) wait_for_copies();
-    const float sum = warp_sum(firsts[threadIdx.x] + loaded.v[1] + loaded.v[2] + loaded.v[3], bug);
+    const float sum = warp_sum(firsts[threadIdx.x] + loaded.v[1] + loaded.v[2] + lasts[threadIdx.x], bug);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32 + (bug == Bug::shared_overrun ? 1 : 0)] = sum;
     if (bug != Bug::no_barrier && (bug != Bug::divergent_barrier || threadIdx.x < threads / 2)) __syncthreads();
     // Not the first thread: it would find its own warp's sum even without the barrier.
@@ -86,6 +100,7 @@ int main(int argc, char** argv) {
     cudaLaunchConfig_t config;
     config.gridDim = blocks;
     config.blockDim = threads;
+    config.dynamicSmemBytes = 2 * threads * sizeof(float);
     cudaLaunchKernelEx(&config, sum_kernel, x, block_sums, bug);
     float sum = 0;
     for (int block = 0; block < blocks; ++block) sum += block_sums[block];

@@ -88,6 +88,8 @@ def test_a_correct_kernel_passes(seeded: Callable[[str], Path], variant: str) ->
         of("early_return", "plain", "__syncthreads reached by 32 of 64 threads"),
         of("absent_lanes", "plain", "a warp operation waits for lanes that never come"),
         of("shared_overrun", "plain", "shared array: index 2 of 2"),
+        of("array_overrun", "plain", "dynamic shared memory beside an array was written"),
+        of("array_overrun", "address", "use-after-poison"),
         of("no_warp_reduction", "plain", "64 of 2048"),
         of("no_block_reduction", "thread32", "data race"),
     ],

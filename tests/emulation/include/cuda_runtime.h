@@ -42,7 +42,7 @@ inline double2 make_double2(double x, double y) { return {x, y}; }
 #define PYGLOW_SHARED(T, name, count) \
   static const char name##_key = 0;   \
   const emu::SharedArray<T> name { static_cast<T*>(emu::shared_memory(&name##_key, sizeof(T) * (count))), count }
-#define PYGLOW_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emu::dynamic_shared())
+using emu::DynamicShared;
 
 namespace emu {
 template <class P>

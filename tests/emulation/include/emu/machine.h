@@ -32,6 +32,7 @@ struct Error : std::runtime_error {
 
 constexpr unsigned warp_lanes = 32, max_warps = 32;
 constexpr unsigned all_lanes = ~0u;
+constexpr unsigned max_arrays = 8;    // in dynamic shared memory at a time
 constexpr unsigned max_copies = 256;  // that a thread has under way; CUDA knows no limit
 
 // Where a thread waits, so that threads at different barriers are told apart.
@@ -58,6 +59,7 @@ struct Fiber {
   unsigned mask = 0;                         // of the warp operation it waits at
   unsigned parity = 0;                       // which half of the exchange buffer comes next
   unsigned barriers = 0, warp_barriers = 0;  // passed so far
+  unsigned openings = 0;                     // of dynamic shared memory
   Wait wait = Wait::finished;
   Site site{};
   Copy copies[max_copies];  // begun and not yet waited for
@@ -77,6 +79,8 @@ struct Machine {
   SharedBlock shared[16];
   int shared_count = 0;
   size_t dynamic_bytes = 0;
+  char* fences[max_arrays + 1];  // around its arrays
+  unsigned fence_count = 0, openings = 0;
   const std::function<void()>* body = nullptr;
   std::exception_ptr failure;
   uint64_t exchange[2][max_warps][warp_lanes];

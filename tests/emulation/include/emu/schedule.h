@@ -38,7 +38,7 @@ EMU_HIDDEN void start_fiber(Fiber& fiber, uint3 index, unsigned linear) {
   fiber.index = index;
   fiber.linear = linear;
   fiber.wait = Wait::nothing;
-  fiber.parity = fiber.barriers = fiber.warp_barriers = 0;
+  fiber.parity = fiber.barriers = fiber.warp_barriers = fiber.openings = 0;
   fiber.copy_count = 0;
 }
 

@@ -7,6 +7,7 @@ namespace emu {
 
 constexpr size_t max_dynamic_bytes = 48 * 1024;  // more needs a function attribute, which no kernel here sets
 constexpr size_t arena_bytes = size_t{256} << 20;
+constexpr size_t fence_bytes = 1024;
 
 EMU_HIDDEN void poison(char* data, size_t bytes) {
   for (volatile char* p = data; bytes > 0; --bytes, ++p) *p = static_cast<char>(0xff);
@@ -34,7 +35,59 @@ EMU_HIDDEN void* shared_memory(const void* key, size_t bytes) {
   return data;
 }
 
-EMU_HIDDEN void* dynamic_shared() { return shared_memory(&machine, machine.dynamic_bytes); }
+// Fences in dynamic shared memory are NaN of any type, and as offsets far away.
+constexpr unsigned char fence_pattern[] = {0xad, 0xde, 0xf8, 0x7f};
+EMU_HIDDEN void raise_fence(char* fence) {
+  volatile char* const p = fence;
+  for (size_t i = 0; i < fence_bytes; ++i) p[i] = static_cast<char>(fence_pattern[i % 4]);
+#ifdef EMU_ASAN
+  __asan_poison_memory_region(fence, fence_bytes);
+#endif
+  machine.fences[machine.fence_count++] = fence;
+}
+EMU_HIDDEN void lift_fences() {
+  while (machine.fence_count > 0) {
+    const char* const fence = machine.fences[--machine.fence_count];
+#ifdef EMU_ASAN
+    __asan_unpoison_memory_region(fence, fence_bytes);
+#endif
+    for (size_t i = 0; i < fence_bytes; ++i)
+      if (fence[i] != static_cast<char>(fence_pattern[i % 4]))
+        throw Error("dynamic shared memory beside an array was written");
+  }
+}
+
+// Dynamic shared memory as it is on the device, but for the fences before and behind each array.
+class DynamicShared {
+ public:
+  EMU_HIDDEN DynamicShared() : opening_(++machine.current->openings) {}
+  template <class T>
+  T* take(size_t count) {
+    return static_cast<T*>(take(count * sizeof(T), alignof(T)));
+  }
+
+ private:
+  EMU_HIDDEN void* take(size_t bytes, size_t alignment) {
+    Machine& m = machine;
+    char* const memory = static_cast<char*>(shared_memory(&m, m.dynamic_bytes + (max_arrays + 1) * fence_bytes));
+    if (opening_ < m.openings) throw Error("dynamic shared memory is taken again without a barrier");
+    if (opening_ > m.openings) {
+      lift_fences();
+      raise_fence(memory);
+      m.openings = opening_;
+    }
+    if (used_ % alignment != 0) throw Error("an array in dynamic shared memory is not aligned");
+    if (used_ + bytes > m.dynamic_bytes || count_ == max_arrays) throw Error("too little dynamic shared memory");
+    char* const array = memory + ++count_ * fence_bytes + used_;
+    used_ += bytes;
+    if (count_ == m.fence_count) raise_fence(array + bytes);
+    if (m.fences[count_] != array + bytes) throw Error("threads take different arrays of dynamic shared memory");
+    return array;
+  }
+
+  size_t used_ = 0;
+  unsigned count_ = 0, opening_;
+};
 
 // At the start and the end of a launch and between its blocks.
 EMU_HIDDEN void open_shared() {
@@ -46,6 +99,8 @@ EMU_HIDDEN void open_shared() {
 }
 EMU_HIDDEN void next_shared() {
   Machine& m = machine;
+  lift_fences();
+  m.openings = 0;
 #ifdef EMU_TSAN
   m.shared_count = 0;
   m.block_tag = (m.block_tag + 1) % 4096;
@@ -66,6 +121,7 @@ EMU_HIDDEN void close_shared() {
   }
 #endif
   m.shared_count = 0;
+  m.fence_count = m.openings = 0;
 }
 
 // A static shared array, which checks its bounds itself.
