@@ -18,11 +18,15 @@ constexpr int vectors = rounds * blocks * threads;
 struct alignas(16) Float4 {
   float v[4];
 };
+struct alignas(8) Float2 {
+  float v[2];
+};
 
 enum class Bug {
   none,
   out_of_bounds,       // one vector too many is read
   misaligned,          // vectors begin at an odd element
+  misaligned_pair,     // two elements, loaded at once, do so
   no_barrier,          // shared memory is read without waiting for its writers
   no_wait,             // a copy to shared memory is not waited for
   no_second_barrier,   // shared memory is written again without waiting for its readers
@@ -34,19 +38,10 @@ enum class Bug {
   no_warp_reduction,   // the first lane's value stands for its warp
   no_block_reduction,  // blocks add to one total
 };
-constexpr const char* names[] = {"none",
-                                 "out_of_bounds",
-                                 "misaligned",
-                                 "no_barrier",
-                                 "no_wait",
-                                 "no_second_barrier",
-                                 "divergent_barrier",
-                                 "early_return",
-                                 "absent_lanes",
-                                 "shared_overrun",
-                                 "array_overrun",
-                                 "no_warp_reduction",
-                                 "no_block_reduction"};
+constexpr const char* names[] = {
+    "none",           "out_of_bounds",     "misaligned",        "misaligned_pair",   "no_barrier",
+    "no_wait",        "no_second_barrier", "divergent_barrier", "early_return",      "absent_lanes",
+    "shared_overrun", "array_overrun",     "no_warp_reduction", "no_block_reduction"};
 
 __device__ float warp_sum(float value, Bug bug) {
   if (bug == Bug::no_warp_reduction) return value;
@@ -66,10 +61,11 @@ __global__ void sum_kernel(const float* x, float* block_sums, Bug bug) {
     const int index = (round * blocks + blockIdx.x) * threads + threadIdx.x;
     const float* at = x + 4 * index + (bug == Bug::out_of_bounds ? 4 : 0) + (bug == Bug::misaligned ? 1 : 0);
     const Float4 loaded = *static_cast<const Float4*>(__builtin_assume_aligned(at, 16));
+    const Float2 pair = *reinterpret_cast<const Float2*>(at + (bug == Bug::misaligned_pair ? 1 : 0));
     copy_async(&firsts[threadIdx.x], at);
     copy_async(bug == Bug::array_overrun ? &firsts[threads + threadIdx.x] : &lasts[threadIdx.x], at + 3);
     if (bug != Bug::no_wait) wait_for_copies();
-    const float sum = warp_sum(firsts[threadIdx.x] + loaded.v[1] + loaded.v[2] + lasts[threadIdx.x], bug);
+    const float sum = warp_sum(firsts[threadIdx.x] + pair.v[1] + loaded.v[2] + lasts[threadIdx.x], bug);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32 + (bug == Bug::shared_overrun ? 1 : 0)] = sum;
     if (bug != Bug::no_barrier && (bug != Bug::divergent_barrier || threadIdx.x < threads / 2)) __syncthreads();
     // Not the first thread: it would find its own warp's sum even without the barrier.

@@ -16,21 +16,22 @@ SMALL_BLOCKS = "-DPYGLOW_BLOCK_THREADS={}"
 FEW_BLOCKS = "-DPYGLOW_MAX_BLOCKS=2"  # so that the blocks of small grids loop
 SANITIZERS = {
     # -g1: reports name lines. Without optimisation they compile thrice as fast, and run fast enough.
-    "address": ["-O0", "-g1", "-fsanitize=address", FEW_BLOCKS],
+    "address": ["-O0", "-g1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", FEW_BLOCKS],
     "thread": ["-O0", "-g1", "-fsanitize=thread", SMALL_BLOCKS.format(64), FEW_BLOCKS],
 }
 
 
-def require(name: str, folder: Path) -> None:
-    if not supports(f"-fsanitize={name}", folder):
-        pytest.skip(f"programs built with -fsanitize={name} do not run here")
+def require(flags: list[str], folder: Path) -> None:
+    chosen = next(flag for flag in flags if flag.startswith("-fsanitize="))
+    if not supports(chosen, folder):
+        pytest.skip(f"programs built with {chosen} do not run here")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", SANITIZERS)
 def test_kernels_are_clean(name: str, tmp_path: Path) -> None:
     """The sanitizers find nothing in small grids, with a few of the scale maps, nor in folded maps."""
-    require(name, tmp_path)
+    require(SANITIZERS[name], tmp_path)
     library = build(tmp_path / f"lib{name}.so", EMULATED, *SANITIZERS[name], "-DPYGLOW_FEW_MAPS", "-shared")
     # 300 channels are more than ThreadSanitizer has slots for; 70 are more than a small block has threads.
     chosen = ("--full", "-k", "(small_grids or folded) and not 300", str(EMULATION / "test_emulator.py"))
@@ -54,7 +55,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @functools.cache
     def program(variant: str) -> Path:
         if variant != "plain":
-            require(variant.removesuffix("32"), folder)
+            require(flags[variant], folder)
         return build(folder / variant, [EMULATION / "seeded.cu"], *flags[variant])
 
     return program
@@ -80,6 +81,7 @@ def test_a_correct_kernel_passes(seeded: Callable[[str], Path], variant: str) ->
     [
         of("out_of_bounds", "address", "heap-buffer-overflow"),
         of("misaligned", "plain", "a vector is not aligned"),
+        of("misaligned_pair", "address", "which requires 8 byte alignment"),
         of("no_barrier", "plain", "nan of 2048"),  # unwritten shared memory is NaN
         of("no_barrier", "thread", "data race"),
         of("no_wait", "plain", "a thread ended without waiting for its copies"),

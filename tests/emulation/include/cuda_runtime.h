@@ -65,7 +65,7 @@ void store_whole(T* p, const T& value) {
 }
 template <class T>
 void copy_async(T* shared, const T* global) {
-  emu::begin_copy(shared, global, sizeof(T));
+  emu::begin_copy(emu::check_aligned(shared, sizeof(T)), emu::check_aligned(global, sizeof(T)), sizeof(T));
 }
 inline void wait_for_copies() {
   while (const emu::Copy* const copy = emu::next_copy()) std::memcpy(copy->to, copy->from, copy->bytes);
