@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from pyglow_fast._errors import expect
+from pyglow_fast._torch import constant_in_graphs
 
 EXTENSION = "pyglow_fast._C"
 HOW_TO_BUILD = (
@@ -53,6 +54,7 @@ def release(version: str) -> tuple[str, ...]:
     return tuple(version.split("+")[0].split(".")[:2])
 
 
+@constant_in_graphs
 def nets() -> str:
     """Say who computes coupling nets: "auto" (docs/speed.md), the "library"'s convolutions, or its products ("rows").
 
@@ -60,9 +62,6 @@ def nets() -> str:
         ValueError: the environment variable PYGLOW_NETS says something else.
     """
     return _nets()
-
-
-nets._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -10,17 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    _add_batch_dim,
-    _remove_batch_dim,
-    is_batchedtensor,
-    is_legacy_batchedtensor,
-    maybe_get_level,
-    unwrap_if_dead,
-)
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from pyglow_fast._errors import expect
+from pyglow_fast._torch import (
+    add_batch,
+    add_old_batch,
+    backward_id,
+    enter_old_vmap,
+    is_batched_tensor,
+    is_old_batched_tensor,
+    leave_old_vmap,
+    level_of,
+    outside_of_a_transform,
+    remove_batch,
+    remove_old_batch,
+    unwrapped_if_dead,
+)
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 Saved = tuple[Any, ...]  # tensors, and None
@@ -48,7 +53,9 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function.apply(*args)
-    return apply_to_plain(function, *[unwrap_if_dead(value) if isinstance(value, Tensor) else value for value in args])
+    return apply_to_plain(
+        function, *[unwrapped_if_dead(value) if isinstance(value, Tensor) else value for value in args]
+    )
 
 
 def apply_to_plain(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -67,7 +74,7 @@ _rows = _Rows()
 
 def backward_key() -> tuple[int, int]:
     """A key that tells a backward from others through the same graph: the engine's task, the row of a Jacobian."""
-    return torch._C._current_graph_task_id(), _rows.now
+    return backward_id(), _rows.now
 
 
 def _of_each_row(
@@ -81,22 +88,22 @@ def _of_each_row(
     found: list[Any] = []
     if not torch.compiler.is_compiling():
         found = [
-            grad for grad in grads if grad is not None and (is_legacy_batchedtensor(grad) or is_batchedtensor(grad))
+            grad for grad in grads if grad is not None and (is_old_batched_tensor(grad) or is_batched_tensor(grad))
         ]
     if not found:
         saved = ctx.saved_tensors
         return backward(ctx, saved, *grads), saved
     grad = found[0]
-    add: Callable[..., Tensor] = _add_batch_dim
-    remove: Callable[..., Tensor] = _remove_batch_dim
+    add: Callable[..., Tensor] = add_batch
+    remove: Callable[..., Tensor] = remove_batch
     outside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if is_batchedtensor(grad):  # torch.func.vmap
-        level, ours = maybe_get_level(grad), is_batchedtensor
-        outside = temporarily_pop_interpreter_stack()
+    if is_batched_tensor(grad):  # torch.func.vmap
+        level, ours = level_of(grad), is_batched_tensor
+        outside = outside_of_a_transform()
     else:  # torch.autograd's own: is_grads_batched, torch.autograd.functional
-        level, ours = torch._C._vmapmode_increment_nesting() - 1, is_legacy_batchedtensor
-        torch._C._vmapmode_decrement_nesting()
-        add, remove = torch._add_batch_dim, torch._remove_batch_dim
+        level, ours = enter_old_vmap() - 1, is_old_batched_tensor
+        leave_old_vmap()
+        add, remove = add_old_batch, remove_old_batch
     # The size that is given counts for tensors without a batch only.
     rows = [remove(grad, level, 0, 0) if grad is not None and ours(grad) else None for grad in grads]
     count = next(len(row) for row in rows if row is not None)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._dry import device_of
+from pyglow_fast._torch import constant_in_graphs
 
 PRODUCTS, CONVOLUTIONS = "matmul", "conv"
 TF32, FULL = "tf32", "ieee"
@@ -28,6 +29,7 @@ def _knows_tf32(device: torch.device) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] >= 8
 
 
+@constant_in_graphs
 def backend_of(device: torch.device) -> str | None:
     """The part of torch whose settings decide on a device; None where nothing is rounded."""
     if device.type == "cuda":
@@ -35,10 +37,7 @@ def backend_of(device: torch.device) -> str | None:
     return "mkldnn" if device.type == "cpu" else None
 
 
-# torch.compile is to take the answer and not to trace how it is found, as in pyglow_fast.ops.
-backend_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant_in_graphs  # it compiles again where the answer for products on CUDA changes
 def _setting(operation: str, device: torch.device) -> str:
     """What operands of PRODUCTS or CONVOLUTIONS may be rounded to now: "tf32", "bf16", else "ieee" or "none"."""
     backend = backend_of(device)
@@ -49,10 +48,6 @@ def _setting(operation: str, device: torch.device) -> str:
     else:
         place = torch.backends.cuda.matmul if operation == PRODUCTS else torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return str(place.fp32_precision)
-
-
-# torch.compile compiles again where the answer for products on CUDA changes.
-_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rounds(operation: str, x: Tensor) -> bool:

@@ -12,21 +12,28 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import TransformType, is_batchedtensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
+
+from pyglow_fast._torch import (
+    VMAP,
+    has_functorch,
+    is_batched_tensor,
+    tracing_state,
+    transforms,
+    untraced,
+)
 
 R = TypeVar("R")
 
 
 def is_traced() -> bool:
     """Tells whether torch.compile or an export records what is called: then tensors have no values to decide by."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or tracing_state() is not None
 
 
 def has_transforms() -> bool:
     """Tells whether a transform of torch.func, of whatever kind, or forward-mode AD is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return has_functorch() or forward_ad._current_level >= 0
 
 
 def is_watched() -> bool:
@@ -36,14 +43,14 @@ def is_watched() -> bool:
 
 def is_batched() -> bool:
     """Tells whether torch.func.vmap is at work, under which tensors have no values of their own."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not has_functorch():
         return False
-    return any(interpreter.key() == TransformType.Vmap for interpreter in retrieve_all_functorch_interpreters())
+    return any(transform.key() == VMAP for transform in transforms())
 
 
 def is_of_several(x: Tensor) -> bool:
     """Tells whether x is what torch.func.vmap makes of several tensors: then it has no values of its own."""
-    return torch._C._are_functorch_transforms_active() and is_batchedtensor(x)
+    return has_functorch() and is_batched_tensor(x)
 
 
 def kernels_step_aside() -> bool:
@@ -51,21 +58,19 @@ def kernels_step_aside() -> bool:
 
     An export is torch.export's, and so torch.onnx's and AOTInductor's, or one of torch.jit.trace.
     """
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None or has_transforms()
+    return torch.compiler.is_exporting() or tracing_state() is not None or has_transforms()
 
 
 _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}  # torch.compile warns of a functools.cache
 
 
+@untraced
 def call_untraced(function: Callable[..., R], *inputs: Any) -> R:
     """Call function(*inputs) where torch.compile is at work and must not trace it: its backward decides by values."""
     if function not in _untraced:
         _untraced[function] = torch.compiler.disable(function)
     found: R = _untraced[function](*inputs)
     return found
-
-
-call_untraced._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -19,6 +19,15 @@ from torch import Tensor, nn
 from pyglow_fast import _backend
 from pyglow_fast._dry import device_of
 from pyglow_fast._errors import expect
+from pyglow_fast._torch import (
+    Op,
+    constant_in_graphs,
+    count_dispatch_modes,
+    forget_kernels,
+    format_of_strides,
+    is_registered,
+    leaves,
+)
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.reference import (
     ACTIVATIONS,
@@ -31,7 +40,7 @@ from pyglow_fast.reference import (
     factor_fits,
 )
 
-DEVICES = ("cpu", "cuda")  # that there may be kernels for
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # that there may be kernels for, with the keys of their dispatch
 SCALE_MAP_CODES = {"none": 0, "sigmoid": 1, "scaled_sigmoid": 2, "exp": 3, "tanh": 4, "atan": 5}  # csrc/math/kinds.h
 SQUEEZE_CODES = {"none": 0, "input": 1, "output": 2}  # csrc/bindings/checks.h
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -42,20 +51,22 @@ _COUPLING_ARGUMENTS = "int map, int order, bool inverse, float bias, float eps, 
 _FORWARD_ARGUMENTS = "int map, int order, float bias, float eps, float clamp, float factor"
 _CHAIN_ARGUMENTS = "int[] activations, float[] parameters, int[] dilations, bool half"
 _library = torch.library.Library("pyglow_fast", "DEF")
+_names: list[str] = []  # of the ops that are declared below
 
 
-def _op(schema: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+def _op(schema: str) -> Callable[[Callable[..., Any]], Op]:
     """Declare an op whose kernels are the extension's, by its arguments and by a function that gives outputs' shapes.
 
     What the function is called by is then the callable torch.ops.pyglow_fast.<name>, resolved once.
     """
 
-    def declared(shapes: Callable[..., Any]) -> torch._ops.OpOverload:
+    def declared(shapes: Callable[..., Any]) -> Op:
         name = shapes.__name__
+        _names.append(name)
         _library.define(name + schema)
         _library.impl(name, functools.partial(_without_kernel, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyglow_fast::{name}", functools.partial(_shapes_alone, shapes), lib=_library)
-        op: torch._ops.OpOverload = getattr(torch.ops.pyglow_fast, name).default
+        op: Op = getattr(torch.ops.pyglow_fast, name).default
         return op
 
     return declared
@@ -72,7 +83,7 @@ def _without_kernel(name: str, *args: Any) -> Any:
     _backend.require()
     if not was_loaded:
         for op in names():  # of what was found while there were no kernels
-            getattr(torch.ops.pyglow_fast, op).default._dispatch_cache.clear()
+            forget_kernels(getattr(torch.ops.pyglow_fast, op).default)
         return getattr(torch.ops.pyglow_fast, name).default(*args)
     expected = " or ".join(device for device in DEVICES if is_compiled(name, device))
     found = [f"{value.device} ({value.layout})" for value in args if isinstance(value, Tensor)]
@@ -86,25 +97,19 @@ def _shapes_alone(fake: Callable[..., Any], *args: Any, **options: Any) -> Any:
     Raises:
         ValueError: some tensors have values, others are on the device "meta".
     """
-    devices = {
-        str(value.device) for value in torch.utils._pytree.tree_leaves((args, options)) if isinstance(value, Tensor)
-    }
+    devices = {str(value.device) for value in leaves((args, options)) if isinstance(value, Tensor)}
     expect("meta" not in devices or len(devices) == 1, "device", "meta for all tensors or for none", sorted(devices))
     return fake(*args, **options)
 
 
 def names() -> list[str]:
     """List all ops, as ``torch.ops.pyglow_fast`` has them."""
-    found = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
-    return sorted(name for namespace, name in found if namespace == "pyglow_fast")
+    return sorted(_names)
 
 
 def is_compiled(name: str, device_type: str) -> bool:
     """Whether an op has a compiled kernel for tensors on "cpu" or "cuda", once the extension is loaded."""
-    if device_type not in DEVICES:
-        return False
-    key = torch._C._dispatch_key_for_device(device_type)
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pyglow_fast::{name}", key))
+    return device_type in DEVICES and is_registered(f"pyglow_fast::{name}", DEVICES[device_type])
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -120,7 +125,7 @@ def _like(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
 
 def _in_format_of(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An output in the memory format that the strides of x suggest, also those of a slice."""
-    return x.new_empty(shape).to(memory_format=torch._prims_common.suggest_memory_format(x))
+    return x.new_empty(shape).to(memory_format=format_of_strides(x))
 
 
 # A channel map is a matrix (C, C), or with an index (C,) the scales (C,) of a gather; so in all ops that take one.
@@ -292,14 +297,10 @@ def _find_devices() -> tuple[str, ...]:
     return tuple(device for device in DEVICES if is_compiled("channel_mix", device))
 
 
+@constant_in_graphs
 def _kernel_devices() -> tuple[str, ...]:
     """The types of device that the compiled kernels serve."""
     return _find_devices()
-
-
-# What torch.compiler.assume_constant_result sets: torch.compile takes the answer and does not trace how it is found.
-# The decorator itself would import all of torch._dynamo with this package, most of a second.
-_kernel_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_on_capability(archs: str, capability: tuple[int, int]) -> bool:
@@ -317,13 +318,11 @@ def runs_on_capability(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+@constant_in_graphs
 @functools.cache
 def runs_on_gpu(index: int) -> bool:
     """Whether the compiled CUDA kernels run on that GPU."""
     return runs_on_capability(_backend.build_info()["cuda_archs"], torch.cuda.get_device_capability(index))
-
-
-runs_on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run_on(x: Tensor) -> bool:
@@ -381,4 +380,4 @@ def is_runnable(x: Tensor) -> bool:
     """Tells whether csrc/run may compute on x: kernels exist for x, and nothing watches the calls."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or is_watched():
         return False
-    return run_on(x) and torch._C._len_torch_dispatch_stack() == 0
+    return run_on(x) and count_dispatch_modes() == 0

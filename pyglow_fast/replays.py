@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast import _torch
 from pyglow_fast._captures import can_capture, rehearsed
 from pyglow_fast._tracing import has_hooks
 from pyglow_fast.layers import ReversibleSequence
@@ -215,10 +216,10 @@ def _capture(function: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Ca
     except RuntimeError as broken:
         generator.graphsafe_set_state(before)
         with contextlib.suppress(RuntimeError):  # what torch has ended itself
-            torch._C._cuda_endAllocateToPool(device, pool)
+            _torch.end_allocations(device, pool)
         if torch.__version__ < (2, 14):  # type: ignore[operator]  # it compares with tuples
             with contextlib.suppress(RuntimeError):  # where the capture has not begun, there is none
-                torch._C._cuda_releasePool(device, pool)
+                _torch.release_pool(device, pool)
         raise failed or broken from broken
     if failed is not None:
         raise failed

@@ -13,7 +13,20 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {"_tracing", "_errors", "_files", "_settings", "_captures", "_derivatives", "_dry", "_float32", "_moments"}
+FOUNDATION = {
+    *(
+        "_torch",
+        "_tracing",
+        "_errors",
+        "_files",
+        "_settings",
+        "_captures",
+        "_derivatives",
+        "_dry",
+        "_float32",
+        "_moments",
+    )
+}
 # Each may import those before it.
 KERNELS = ["_backend", "ops", "functional"]
 FLOWS = ["nets", "runs", "layers", "models", "replays"]
@@ -21,16 +34,16 @@ APPLICATION = ["latents", "train", "studio", "web", "experiments", "cli"]
 STACK = [*KERNELS, *FLOWS, *APPLICATION]
 BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
 ALLOWED: dict[str, set[str]] = {
-    **{name: set() for name in ("_tracing", "_files", "_moments")},
-    "_float32": {"_dry"},
-    "_dry": set(),
+    **{name: set() for name in ("_torch", "_files", "_moments", "_dry")},
+    "_tracing": {"_torch"},
+    "_float32": {"_torch", "_dry"},
     "_errors": {"_tracing"},
     "_settings": {"_errors"},
     "_captures": {"_errors", "_tracing"},
-    "_derivatives": {"_errors"},
+    "_derivatives": {"_torch", "_errors"},
     **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
     **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},
-    "_backend": {"_errors"},
+    "_backend": {"_torch", "_errors"},
     "info": FOUNDATION | BESIDE | {"_backend", "ops"},
     "memory": {"_backend"},
     "interop": FOUNDATION | BESIDE | {*KERNELS, *FLOWS},

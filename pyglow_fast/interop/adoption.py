@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyglow_fast._torch import has_global_hook
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.interop.limits import within
 from pyglow_fast.interop.table import Call, Element, Row, UnfitError, fitted, is_ready, untouched
@@ -108,7 +109,7 @@ def understood(
     modules; to a layer whose modules are as their classes say.
     """
     watched = is_watched()
-    if (watched and not row.flags(layer)) or torch.nn.modules.module._has_any_global_hook():
+    if (watched and not row.flags(layer)) or has_global_hook():
         return None
     try:
         call = row.calls[method](layer, *args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pyglow_fast import _torch
 from pyglow_fast._errors import expect
 
 
@@ -70,7 +71,7 @@ def _check(node: fx.Node, value: Any) -> None:
 
 def _is_pure(node: fx.Node) -> bool:
     """Whether it gives the same values each time and changes nothing."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, _torch.Op):
         return getattr(node.target, "__module__", "") in ("_operator", "operator", "math")
     random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return not random and not node.target._schema.is_mutable
+    return not random and not _torch.writes(node.target)

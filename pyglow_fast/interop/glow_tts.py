@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read
+from pyglow_fast._torch import ParametrizedWeightNorm
 from pyglow_fast.interop.table import Call, Element, Library, Row, grouped, wrapped
 from pyglow_fast.layers.wavenet import Conv, WaveNetParts, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.nets.masks import MaskedNet
@@ -82,7 +82,7 @@ def _has_only_weight_norm(module: nn.Module) -> bool:
         others = part is not module and (part._forward_hooks or part._backward_hooks or part._backward_pre_hooks)
         if others or "forward" in vars(part) or not all(isinstance(hook, WeightNorm) for hook in before):
             return False
-        if isinstance(part, ParametrizationList) and not all(isinstance(item, _WeightNorm) for item in part):
+        if isinstance(part, ParametrizationList) and not all(isinstance(item, ParametrizedWeightNorm) for item in part):
             return False
     return True
 

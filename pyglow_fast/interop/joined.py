@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast._torch import AnyBatchNorm, AnyInstanceNorm
 from pyglow_fast._tracing import is_altered, is_watched
 from pyglow_fast.interop.adoption import Adopted, called, recomputed_later, run_alone, understood
 from pyglow_fast.interop.limits import BeyondLimitError, within
@@ -45,8 +46,8 @@ def unrepeatable(net: nn.Module, memory: str) -> str:
     if memory == "store":
         return ""
     for module in net.modules():
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm)
-        if norm and (isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats):
+        norm = isinstance(module, AnyBatchNorm | AnyInstanceNorm)
+        if norm and (isinstance(module, AnyBatchNorm) or module.track_running_stats):
             return f"a {type(module).__name__} in its net, which looks at the whole batch or keeps statistics"
         parts = [module, *module._forward_pre_hooks.values()]
         if any(type(part).__name__ in ("_SpectralNorm", "SpectralNorm") for part in parts):

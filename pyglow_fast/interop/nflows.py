@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from pyglow_fast import functional
+from pyglow_fast._torch import AnyConv
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.nets import CalledWithContext
 from pyglow_fast.interop.table import (
@@ -89,7 +89,7 @@ def _of_vectors(places: Sequence[nn.Module]) -> str:
     """Why ours does not pay for a layer of vectors: the first of its place and those around it that has a net tells."""
     for place in places:
         parts = list(place.modules())
-        if any(isinstance(part, _ConvNd) or _is_conv(part) for part in parts):
+        if any(isinstance(part, AnyConv) or _is_conv(part) for part in parts):
             return ""
         if any(isinstance(part, nn.Linear) for part in parts):
             return "vectors, as linear layers tell: its own forward is faster"

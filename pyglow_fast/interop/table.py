@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from pyglow_fast import _torch
 from pyglow_fast._captures import held
 from pyglow_fast._errors import can_read
 from pyglow_fast._tracing import call_untraced, is_altered, is_batched, is_traced
@@ -228,7 +228,7 @@ def pays_for_images(layer: nn.Module, call: Call) -> bool:
 
 def is_set(flag: Tensor) -> bool:
     """Whether a flag, (), is above zero; torch.func.vmap, which refuses all reads, does not see this one."""
-    with torch._C._DisableFuncTorch() if is_batched() else nullcontext():
+    with _torch.without_functorch() if is_batched() else nullcontext():
         return not flag.is_meta and bool(flag > 0)
 
 
@@ -251,7 +251,7 @@ def is_ready(row: Row, layer: nn.Module) -> bool:
     if not ready:
         return bool(call_untraced(is_ready, row, layer))
     for flag in flags:
-        torch._assert_async(flag > 0, "an actnorm waits for data: call the model once outside of torch.compile")
+        _torch.assert_later(flag > 0, "an actnorm waits for data: call the model once outside of torch.compile")
     return True
 
 
@@ -259,7 +259,7 @@ def _is_set_in_export(flag: Tensor, seen: Tensor) -> bool:
     mode = getattr(flag, "fake_mode", None)
     if mode is None:  # torch.jit.trace
         return flag is seen and is_set(flag)
-    with _disable_current_modes():
+    with _torch.without_dispatch_modes():
         return mode.from_tensor(seen) is flag and is_set(seen)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast._torch import has_global_hook
 from pyglow_fast._tracing import any_altered
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
@@ -97,7 +98,7 @@ class CouplingNet(NetShape):
     @property
     def is_plain(self) -> bool:
         """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
-        if type(self) is not CouplingNet or torch.nn.modules.module._has_any_global_hook():
+        if type(self) is not CouplingNet or has_global_hook():
             return False
         return not any_altered((self, *self._modules.values()))
 

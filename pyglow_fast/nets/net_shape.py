@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._torch import has_global_hook
 from pyglow_fast._tracing import is_altered
 from pyglow_fast.reference import COUPLING_NETS
 
@@ -40,7 +41,7 @@ class NetShape(nn.Module):
     def is_plain(self) -> bool:
         """Whether nothing but the net's own parameters decides what it computes: no subclass of it, no hooks."""
         own = type(self).__base__ is NetShape and not is_altered(self)
-        return own and not torch.nn.modules.module._has_any_global_hook()
+        return own and not has_global_hook()
 
     @property
     def writes_to_input(self) -> bool:

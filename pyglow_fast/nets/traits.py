@@ -18,6 +18,7 @@ from __future__ import annotations
 from torch import nn
 
 from pyglow_fast._errors import expect
+from pyglow_fast._torch import AnyBatchNorm, AnyCircularPad, AnyConv, AnyDropout, AnyInstanceNorm
 from pyglow_fast._tracing import is_altered
 
 # Of each Conv or Linear of a net that does not state its cost: its output, the activation's, and half of the gradients
@@ -51,7 +52,7 @@ def bytes_per_position(net: nn.Module, in_channels: int, element_size: int) -> i
         return int(size)
     width = 0
     for module in net.modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, AnyConv):
             width += module.out_channels
         elif isinstance(module, nn.Linear):
             width += module.out_features
@@ -67,7 +68,7 @@ def draws_random_numbers(net: nn.Module) -> bool:
     def draws(module: nn.Module) -> bool:
         if not module.training:
             return False
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, AnyDropout):
             return module.p > 0
         dropout = getattr(module, "dropout", 0.0)  # attention and recurrent layers
         return isinstance(module, nn.RReLU) or (isinstance(dropout, float) and dropout > 0)
@@ -97,7 +98,7 @@ def may_write(net: nn.Module) -> bool:
 
 def mixes_positions(net: nn.Module) -> bool:
     """Whether a strip run alone gives other values: normalised over all positions, or padded with the far side."""
-    norms = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.padding._CircularPadNd)
+    norms = (nn.GroupNorm, AnyInstanceNorm, AnyCircularPad)
     return any(
         isinstance(module, norms) or getattr(module, "padding_mode", "zeros") == "circular" for module in net.modules()
     )
@@ -110,13 +111,13 @@ def check_net(net: nn.Module) -> None:
     """
     for name, module in net.named_modules():
         where, found = f"net.{name}" if name else "net", type(module).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, AnyBatchNorm):
             own = not module.training and module.running_mean is not None
             expected = (
                 "no BatchNorm that uses the statistics of the batch (the net runs in chunks, and twice); .eval() it"
             )
             expect(own, where, expected, f"{found} in {'training' if module.training else 'eval'} mode")
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        if isinstance(module, AnyInstanceNorm):
             still = not (module.training and module.track_running_stats)
             expect(still, where, "no running statistics that each run of the net updates", f"{found} in training mode")
     halo_of(net)

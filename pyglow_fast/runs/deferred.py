@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._captures import Later, held, is_capturing, refuse_first_use
+from pyglow_fast._torch import backward_id, call_at_its_end
 
 # Flags of so many backward passes are kept: one that fails does not come to the end, where its flag would be dropped.
 REMEMBERED = 16
@@ -27,7 +28,7 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
 
     What follows a drifted run gets a gradient without that run's part, which would be wrong and not be seen.
     """
-    task = torch._C._current_graph_task_id()
+    task = backward_id()
     with _flags_lock:
         earlier = _flags.pop(task, None)
         flag = drifted if earlier is None else drifted | earlier.to(drifted.device)
@@ -35,7 +36,7 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
         while len(_flags) > REMEMBERED:
             del _flags[min(_flags)]
     if earlier is None:  # the flag is dropped at the end: one in a graph's memory would keep that alive
-        torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, task))
+        call_at_its_end(partial(_forget, task))
     return flag
 
 

@@ -22,6 +22,7 @@ from pyglow_fast import _float32
 from pyglow_fast._captures import can_capture, made_once
 from pyglow_fast._errors import expect
 from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
+from pyglow_fast._torch import backward_id
 from pyglow_fast.reference import flat_positions, full_precision
 from pyglow_fast.runs.deferred import Verdicts
 
@@ -81,8 +82,7 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tens
 
 def is_in_backward() -> bool:
     """Whether this thread is within a backward pass."""
-    found: int = torch._C._current_graph_task_id()
-    return found != -1
+    return backward_id() != -1
 
 
 def lowest_of(*dtypes: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ from pyglow_fast._captures import is_capturing
 from pyglow_fast._derivatives import backward_key
 from pyglow_fast._dry import device_of, is_dry
 from pyglow_fast._errors import can_read
+from pyglow_fast._torch import backward_id
 from pyglow_fast.runs.deferred import drifted_in_this_backward
 from pyglow_fast.runs.drift import DriftControl
 
@@ -126,7 +127,7 @@ class RunPass:
         drifted = drifted_in_this_backward(~(worst <= limit)) if isinstance(worst, Tensor) else None
         zeroes = None if self.control.leaves_out else drifted
         with _judging:
-            task = torch._C._current_graph_task_id()
+            task = backward_id()
             if task != self._task:  # an earlier one ended before the final part, as it wanted late gradients alone
                 self._task, self._worst, self._redone = task, [], 0
             self._worst.append(worst)

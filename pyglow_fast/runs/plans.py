@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyglow_fast import ops
 from pyglow_fast._backend import require
 from pyglow_fast._float32 import autocast_is_on
+from pyglow_fast._torch import AnyConv
 from pyglow_fast._tracing import has_hooks
 from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values
@@ -27,7 +28,7 @@ Forward = Callable[[Any, Inputs], Sequence[Tensor]]
 class _Scratch:
     """Holds what a convolution of torch's takes besides, while it runs in a dry run, as those of priors do."""
 
-    def __init__(self, conv: nn.modules.conv._ConvNd) -> None:
+    def __init__(self, conv: AnyConv) -> None:
         self._conv, self._held = conv, None
         conv.register_forward_pre_hook(lambda _, inputs: self._take(inputs[0]))
         conv.register_forward_hook(lambda *_: self._drop())
@@ -136,7 +137,7 @@ def _dry_step(model: Any, inputs: Inputs, forward: Forward) -> Callable[[list[in
     for module in twin.modules():
         if hasattr(module, "_known_initialized"):  # an ActNorm
             module._known_initialized = True  # or a forward in training would look at values
-        if isinstance(module, nn.modules.conv._ConvNd) and module not in own:
+        if isinstance(module, AnyConv) and module not in own:
             _Scratch(module)
 
     def bytes_of(spacings: list[int], plan: RunPlan) -> int:
