@@ -26,7 +26,6 @@ def test_laws(case: Structure, law: Callable[[Structure], None]) -> None:
     ("name", "words"),
     [
         ("msflow", "LayerNorm"),
-        ("anomalib-patchflow", "BatchNorm2d"),
         ("freia-glow-couplings", "PermuteRandom"),
         ("nflows-context", "ConvResidualNet"),
     ],

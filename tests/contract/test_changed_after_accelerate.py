@@ -114,7 +114,7 @@ def exchange_node(graph: Any) -> None:
 LIBRARIES = ("normflows-lu-sigmoid", "nflows-halves", "freia")
 CHANGES: dict[str, tuple[str, str, Callable[[Any], None]]] = {  # the structure, an attribute of its layers, the change
     "clamp of FrEIA": ("freia", "clamp", set_clamp),
-    "clamp of anomalib": ("anomalib-fastflow", "clamp", set_clamp),
+    "clamp of a copy of FrEIA's": ("msflow", "clamp", set_clamp),
     "permute_function of FrEIA": ("freia", "permute_function", turn_permutation),
     "clamp of GIN": ("freia-leaky-gin", "clamp", set_clamp),
     "scale_map of normflows": ("normflows-lu-sigmoid", "scale_map", set_scale_map),
@@ -126,18 +126,18 @@ CHANGES: dict[str, tuple[str, str, Callable[[Any], None]]] = {  # the structure,
     "clamp of FrEIA, learned": ("freia", "clamp", learn_clamp),
     "permutation of FrEIA, written": ("freia", "w_perm", write_permutation),
     "hook on a block of FrEIA": ("freia", "w_perm", hook_block),
-    "node of FrEIA": ("anomalib-uflow", "node_list", exchange_node),
+    "node of FrEIA": ("freia-graph", "node_list", exchange_node),
     "net of normflows": ("normflows-lu-sigmoid", "param_map", exchange_net("param_map")),
     "net of nflows": ("nflows-halves", "transform_net", exchange_net("transform_net")),
     "net of FrEIA": ("freia", "subnet", exchange_net("subnet")),
-    "net of a graph": ("anomalib-uflow", "subnet", exchange_net("subnet")),
+    "net of a graph": ("freia-graph", "subnet", exchange_net("subnet")),
     "net of Glow-TTS": ("glow-tts-no-norm", "wn", exchange_wavenet),
     "net of chaiyujin": ("chaiyujin-affine", "f", exchange_net("f")),
     "convolution of nflows": ("nflows-halves", "convs", exchange_convolution),
 } | {
     f"{change.__name__} in {name}": (name, "kernel_size", change)
     for change, names in {
-        hook_convolution: (*LIBRARIES, "anomalib-uflow", "glow-tts-weight-norm", "chaiyujin-affine"),
+        hook_convolution: (*LIBRARIES, "freia-graph", "glow-tts-weight-norm", "chaiyujin-affine"),
         exchange_forward: LIBRARIES,
         old_spectral_norm: ("normflows-lu-sigmoid", "freia"),
         new_spectral_norm: ("normflows-lu-sigmoid", "freia"),

@@ -12,7 +12,7 @@ import torch
 from support.accelerate_cases import assert_same, at_work, subnet
 from support.freia_copies import Block
 from support.helpers import assert_close
-from support.structures import like_uflow
+from support.structures import graph_of_stages
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
@@ -33,7 +33,7 @@ def states(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 def test_all_that_a_graph_can_be_asked_for() -> None:
     """Each node's output and log-det, no log-dets, nodes by name, another input by name, the numerical log-det."""
-    theirs = at_work(like_uflow())
+    theirs = at_work(graph_of_stages())
     ours, xs = copy.deepcopy(theirs), states((8, 4, 4), (3, 8, 8))
     accelerate(ours, "store")
     for rev in (False, True):

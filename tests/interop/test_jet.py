@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.accelerate_cases import saved_bytes
 from support.helpers import assert_close
-from support.jet_models import ImageFlow, ProjectedFlow
+from support.jet_models import ImageFlow
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
@@ -22,7 +22,7 @@ def gradients(model: Any, x: Tensor, **named: Any) -> list[Tensor]:
 
 
 def test_a_coupling_keeps_its_input_alone() -> None:
-    model, x = ProjectedFlow(6, 8, 4), torch.randn(5, 6, 8, requires_grad=True)
+    model, x = ImageFlow(6, 4), torch.randn(5, 2, 3, 6, requires_grad=True)
     before = saved_bytes(model, lambda: model(x))
     accelerate(model, "reversible")
     assert before > 30 * x.nbytes
@@ -31,10 +31,10 @@ def test_a_coupling_keeps_its_input_alone() -> None:
 
 def test_weights_that_were_written_to_since_are_refused() -> None:
     """As their own code refuses them."""
-    for model in (ProjectedFlow(6, 8, 4), ours := ProjectedFlow(6, 8, 4)):
+    for model in (ImageFlow(6, 4), ours := ImageFlow(6, 4)):
         if model is ours:
             accelerate(model, "reversible")
-        z, log_det = model(torch.randn(5, 6, 8))
+        z, log_det = model(torch.randn(5, 2, 3, 6))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
@@ -45,7 +45,7 @@ def test_weights_that_were_written_to_since_are_refused() -> None:
 @pytest.mark.parametrize("budget", ["auto", 20_000])
 def test_dropout_is_drawn_again(budget: str | int) -> None:
     """The gradients are those of the very numbers that the forward has drawn; a small budget cuts the batch."""
-    model, x = ProjectedFlow(6, 8, 4, dropout=0.3).double(), torch.randn(5, 6, 8, dtype=torch.float64)
+    model, x = ImageFlow(6, 4, 0.3).double(), torch.randn(5, 2, 3, 6, dtype=torch.float64)
     ours = copy.deepcopy(model)
     accelerate(ours, "reversible", budget)
     found = gradients(ours, x)
@@ -79,7 +79,7 @@ def test_couplings_of_images(context: Tensor | None) -> None:
 
 
 def test_a_net_that_changes_when_it_runs_is_left() -> None:
-    model = ProjectedFlow(6, 8, 2)
+    model = ImageFlow(6, 2)
     model.blocks[1].dnn.hidden = nn.BatchNorm1d(6)
     done = accelerate(model, "reversible")
     assert list(done.replaced) == ["blocks.0"]

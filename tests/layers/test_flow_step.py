@@ -72,9 +72,10 @@ def test_a_run_is_its_layers_in_order(name: str, budget: str | int) -> None:
             assert_close(own.inverse(expected, cond)[0], x, condition=1000.0)
 
 
-def test_initialises_in_order() -> None:
+@pytest.mark.parametrize("injector", [False, True])
+def test_initialises_in_order(injector: bool) -> None:
     x, cond = 2.0 * torch.randn(8, 4, 3, 5, dtype=torch.float64) + 1.0, torch.randn(8, 1, 3, 5, dtype=torch.float64)
-    step = pgf.FlowStep(4, 6, net_actnorm=True, cond_channels=1).double()
+    step = pgf.FlowStep(4, 6, net_actnorm=True, cond_channels=1, injector=injector).double()
     one_by_one = copy.deepcopy(step)
     in_order([one_by_one], x, cond)
     by_call = copy.deepcopy(step)

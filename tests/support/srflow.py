@@ -1,12 +1,11 @@
-"""A flow with the interface of chaiyujin's and SRFlow's modules, written from their equations: names, calls, shapes.
+"""A flow step with the interface of chaiyujin's and SRFlow's, written from their equations: names, calls, shapes.
 
-The projects' own code is not needed and not used: the converter and the adapter go by attributes, the names in the
-state dict, the calls ``(input, logdet, reverse)`` and the equations.
+The projects' own code is not needed and not used: the adapter goes by attributes, the calls ``(input, logdet,
+reverse)`` and the equations.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -215,96 +214,6 @@ class FlowStep(nn.Module):
         z, logdet = self.actnorm(input, logdet, False)
         z, logdet = self._permuted(z, logdet, False)
         return self._coupled(z, logdet, False, rrdbResults)
-
-
-class SqueezeLayer(nn.Module):
-    def __init__(self, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, input: Tensor, logdet: Any = None, reverse: bool = False) -> tuple[Tensor, Any]:
-        return (F.pixel_shuffle if reverse else F.pixel_unshuffle)(input, self.factor), logdet
-
-
-class Split2d(nn.Module):
-    """Factors the last channels out; their standardised values are eps."""
-
-    def __init__(self, num_channels: int, consume_ratio: float = 0.5, cond_channels: int = 0) -> None:
-        super().__init__()
-        self.num_channels_consume = round(num_channels * consume_ratio)
-        self.num_channels_pass = num_channels - self.num_channels_consume
-        self.conv = Conv2dZeros(self.num_channels_pass + cond_channels, 2 * self.num_channels_consume)
-        self.cond_channels = cond_channels
-
-    def prior(self, z1: Tensor, ft: Tensor) -> tuple[Tensor, Tensor]:
-        return apart(self.conv(torch.cat([z1, ft], dim=1) if self.cond_channels else z1))
-
-    def log_density(self, logs: Tensor, eps: Tensor) -> Tensor:
-        return (-0.5 * (eps.square() + math.log(2 * math.pi)) - logs).sum((1, 2, 3))
-
-    def forward(self, input: Tensor, logdet: Any, reverse: bool, ft: Any, eps: Any = None) -> tuple[Tensor, Any, Any]:
-        if reverse:
-            mean, logs = self.prior(input, ft)
-            z = torch.cat([input, mean + logs.exp() * eps], dim=1)
-            return z, logdet - self.log_density(logs, eps), eps
-        z1, z2 = input[:, : self.num_channels_pass], input[:, self.num_channels_pass :]
-        mean, logs = self.prior(z1, ft)
-        eps = (z2 - mean) * (-logs).exp()
-        return z1, logdet + self.log_density(logs, eps), eps
-
-
-class FlowUpsamplerNet(nn.Module):
-    """Levels of squeeze, steps without a coupling, K steps, and a split behind the first n_splits of them."""
-
-    def __init__(
-        self,
-        channels: int,
-        hidden: int,
-        K: int,
-        L: int,
-        features: int,
-        n_transitions: int = 2,
-        n_splits: int = 1,
-        consume_ratio: float = 0.5,
-        cond_splits: bool = False,
-    ) -> None:
-        super().__init__()
-        self.layers, self.levels = nn.ModuleList(), []
-        for level in range(L):
-            channels *= 4
-            steps = [FlowStep(channels, hidden, flow_coupling="noCoupling") for _ in range(n_transitions)]
-            for _ in range(K):
-                coupling = "CondAffineSeparatedAndCond"
-                steps.append(FlowStep(channels, hidden, flow_coupling=coupling, features=features))
-            layers = [SqueezeLayer(2), *steps]
-            if level < n_splits:
-                split = Split2d(channels, consume_ratio, features if cond_splits else 0)
-                layers.append(split)
-                channels = split.num_channels_pass
-            self.layers.extend(layers)
-            self.levels += [level] * len(layers)
-
-    def _run(self, x: Tensor, features: list[Tensor], reverse: bool, epses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Go through all layers; the eps of each split is added to ``epses``, or taken from there in reverse."""
-        logdet, layers = x.new_zeros(len(x)), list(zip(self.levels, self.layers, strict=True))
-        for level, layer in reversed(layers) if reverse else layers:
-            if isinstance(layer, Split2d):
-                x, logdet, eps = layer(x, logdet, reverse, features[level], epses.pop() if reverse else None)
-                epses += [] if reverse else [eps]
-            else:
-                given = {"rrdbResults": features[level]} if isinstance(layer, FlowStep) else {}
-                x, logdet = layer(x, logdet, reverse=reverse, **given)
-        return x, logdet
-
-    def encode(self, x: Tensor, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The eps of every split and the top latent; log_det with the density of the splits."""
-        epses: list[Tensor] = []
-        top, logdet = self._run(x, features, False, epses)
-        return [*epses, top], logdet
-
-    def decode(self, epses: list[Tensor], features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        *splits, top = epses
-        return self._run(top, features, True, splits)
 
 
 def randomised(model: nn.Module, spread: float = 0.1) -> nn.Module:

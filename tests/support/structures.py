@@ -1,8 +1,8 @@
 """The one list of flows of other projects that ``accelerate`` is held against: how each is built, called and inverted.
 
 Those of normflows, nflows and FrEIA are made of the installed libraries. The others have the interface and the
-equations of their project, small: anomalib (FastFlow, U-Flow, PatchFlow, CFLOW), msflow, coqui's Glow-TTS, the Glows of
-chaiyujin and y0ast, SRFlow, HiNet, DeepMIH, IRN, jet-pytorch and JetFormer.
+equations of their project, small: msflow, coqui's Glow-TTS, the steps of chaiyujin, y0ast and SRFlow, HiNet, DeepMIH,
+IRN and JetFormer. Those of anomalib and jet-pytorch are in tests/live, by their own code.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from support.accelerate_cases import (
 from support.freia_copies import Block, LaterBlock
 from support.glow_tts_cases import TextDecoder, mask_of_lengths, moved
 from support.hiding_blocks import HaarOperation, Hides, InAttributes, InList, Rescales, ScalesBoth, Shifts, plain_net
-from support.jet_models import ImageFlow, ProjectedFlow
-from support.srflow import FlowStep, FlowUpsamplerNet, randomised
+from support.jet_models import ImageFlow
+from support.srflow import FlowStep, randomised
 
 Tensors = list[Tensor]
 Call = Callable[[Any, Tensors, Tensors], Any]  # of a model, its data and its conditions
@@ -188,20 +188,6 @@ def sequence(shape: tuple[int, ...], blocks: Sequence[tuple[Any, dict[str, Any]]
     return model
 
 
-def padded_net(kernel: int) -> Callable[[int, int], nn.Module]:
-    """FastFlow's net: pads are modules of their own."""
-
-    def net(c_in: int, c_out: int) -> nn.Module:
-        pads = [nn.ZeroPad2d(kernel // 2) for _ in range(2)]
-        return nn.Sequential(pads[0], nn.Conv2d(c_in, 6, kernel), nn.ReLU(), pads[1], nn.Conv2d(6, c_out, kernel))
-
-    return net
-
-
-def net_of_vectors(c_in: int, c_out: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(c_in, 2 * c_in), nn.ReLU(), nn.Linear(2 * c_in, c_out))
-
-
 def net_of_volumes(c_in: int, c_out: int) -> nn.Module:
     return nn.Sequential(nn.Conv3d(c_in, 6, 3, padding=1), nn.ReLU(), nn.Conv3d(6, c_out, 3, padding=1))
 
@@ -231,19 +217,8 @@ class NetWithLayerNorm(nn.Module):
         return self.conv2(torch.relu(hidden))
 
 
-def net_with_batch_norm(c_in: int, c_out: int) -> nn.Module:
-    """PatchFlow's net."""
-    convolutions = nn.Conv2d(c_in, 6, 3, padding=1), nn.Conv2d(6, c_out, 3, padding=1)
-    return nn.Sequential(*convolutions, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2))
-
-
-def like_fastflow() -> nn.Module:
-    nets = [{"subnet_constructor": padded_net(kernel)} for kernel in (3, 1, 3)]
-    return sequence((4, 5, 6), [(Block, options) for options in nets])
-
-
-def like_uflow() -> nn.Module:
-    """Stages of blocks from coarse to fine, with half of each going up."""
+def graph_of_stages() -> nn.Module:
+    """Stages of blocks from coarse to fine, with half of each going up, as U-Flow has them."""
     coarse, fine = Ff.InputNode(8, 4, 4, name="coarse"), Ff.InputNode(3, 8, 8, name="fine")
 
     def stage(start: Any, count: int, name: str) -> list[Any]:
@@ -276,11 +251,10 @@ def two_conditions() -> nn.Module:
     return model
 
 
-def conditioned(
-    shape: tuple[int, ...], cond_shape: tuple[int, ...], net: Callable[[int, int], nn.Module], **options: Any
-) -> Callable[[], nn.Module]:
-    given = {"cond": 0, "cond_shape": cond_shape, "subnet_constructor": net, **options}
-    return lambda: sequence(shape, [(Fm.AllInOneBlock, given)] * 3)
+def like_msflow() -> nn.Module:
+    """Copies of FrEIA's block in a module of their own, as anomalib has them, given features."""
+    given = {"cond": 0, "cond_shape": (5, 5, 6), "subnet_constructor": NetWithLayerNorm, "affine_clamping": 1.9}
+    return sequence((4, 5, 6), [(Block, given)] * 3)
 
 
 def plain(
@@ -327,26 +301,30 @@ def text_decoder(**options: Any) -> Callable[[], nn.Module]:
     return lambda: TextDecoder(4, 6, 3, kernel=3, rate=2, layers=2, **options)
 
 
-# chaiyujin's steps, which their model calls one by one, and SRFlow's model of them
+# Steps of chaiyujin and SRFlow, which their models call one by one
 
 
 class InTurn(nn.Module):
-    """Steps one after another."""
+    """Steps one after another, which may be given features."""
 
     def __init__(self, steps: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(steps)
 
-    def forward(self, z: Tensor, log_det: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, log_det: Tensor, reverse: bool = False, features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        given = {} if features is None else {"rrdbResults": features}
         for layer in reversed(self.layers) if reverse else self.layers:
-            z, log_det = layer(z, log_det, reverse=reverse)
+            z, log_det = layer(z, log_det, reverse=reverse, **given)
         return z, log_det
 
 
-def of_chaiyujin(name: str, step: type[FlowStep] = FlowStep, **options: Any) -> Structure:
-    def zeros(x: Tensor) -> Tensor:
-        return x.new_zeros(len(x))
+def zeros(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x))
 
+
+def of_chaiyujin(name: str, step: type[FlowStep] = FlowStep, **options: Any) -> Structure:
     return Structure(
         f"chaiyujin-{name}",
         lambda: randomised(InTurn([step(4, 40, **options) for _ in range(2)]).double()),
@@ -357,6 +335,12 @@ def of_chaiyujin(name: str, step: type[FlowStep] = FlowStep, **options: Any) -> 
         copies=step is FlowStep,
         samples=2,
     )
+
+
+def srflow_steps() -> nn.Module:
+    coupling = {"flow_coupling": "CondAffineSeparatedAndCond", "features": 2}
+    steps = [FlowStep(4, 16, **options) for options in ({"flow_coupling": "noCoupling"}, coupling, coupling)]
+    return randomised(InTurn(steps).double())
 
 
 # Jet
@@ -424,18 +408,10 @@ STRUCTURES = [
     of_freia("freia-module-twice", plain((4, 5, 6), net_with_a_module_twice), (4, 5, 6), 3),
     of_freia("freia-far-rows", plain((4, 20, 3), net_of_far_rows), (4, 20, 3), 3),
     of_freia("freia-git", plain((4, 5, 6), subnet, LaterBlock), (4, 5, 6), 3),
-    of_freia("anomalib-fastflow", like_fastflow, (4, 5, 6), 3, pickles=True),
-    of_freia("anomalib-patchflow", plain((4, 5, 6), net_with_batch_norm, Block), (4, 5, 6), 0, trains=False),
-    replace(
-        of_freia("anomalib-cflow", conditioned((8,), (5,), net_of_vectors, affine_clamping=1.9), (8,), 0, [(5,)]),
-        left=(None, "reversible"),
-    ),
-    of_freia(
-        "msflow", conditioned((4, 5, 6), (5, 5, 6), NetWithLayerNorm, affine_clamping=1.9), (4, 5, 6), 3, [(5, 5, 6)]
-    ),
+    of_freia("msflow", like_msflow, (4, 5, 6), 3, [(5, 5, 6)], pickles=True),
     Structure(
-        "anomalib-uflow",
-        lambda: at_work(like_uflow()),
+        "freia-graph",
+        lambda: at_work(graph_of_stages()),
         [(8, 4, 4), (3, 8, 8)],
         lambda model, data, _: model(data),
         lambda model, found, _: model(found[:-1], rev=True),
@@ -452,25 +428,22 @@ STRUCTURES = [
     of_chaiyujin("affine"),
     of_chaiyujin("lu-additive", LU_decomposed=True, flow_coupling="additive"),
     of_chaiyujin("shuffle", flow_permutation="shuffle"),
-    of_chaiyujin("y0ast-affine", y0ast.FlowStep),
     of_chaiyujin("y0ast-lu-additive", y0ast.FlowStep, LU_decomposed=True, flow_coupling="additive"),
     of_chaiyujin("y0ast-shuffle", y0ast.FlowStep, flow_permutation="shuffle"),
-    of_chaiyujin("y0ast-reverse", y0ast.FlowStep, flow_permutation="reverse"),
     Structure(
         "srflow",
-        lambda: randomised(FlowUpsamplerNet(1, 16, 2, 2, 2, n_transitions=1, cond_splits=True).double()),
-        [(1, 16, 12)],
-        lambda model, data, c: model.encode(data[0], c),
-        lambda model, found, c: model.decode(found[:-1], c),
-        8,
-        normal((2, 8, 6), (2, 4, 3)),
+        srflow_steps,
+        [(4, 8, 6)],
+        lambda model, data, c: model(data[0], zeros(data[0]), features=c[0]),
+        lambda model, found, c: model(found[0], zeros(found[0]), True, features=c[0]),
+        4,  # an injector and a coupling each
+        normal((2, 8, 6)),
     ),
     of_hiding("hinet", lambda: InAttributes([Hides(4, 4) for _ in range(3)]), 8, 6),
     of_hiding("hinet-in-a-list", lambda: InList([Hides(3, 5, plain_net) for _ in range(3)]), 8, 6),
     of_hiding("irn", like_irn, 1, 8, True),
     of_hiding("irn-additive", lambda: InAttributes([Shifts(3, 9) for _ in range(2)]), 12, 4),
     of_hiding("deepmih", lambda: InList([ScalesBoth(4, 3), ScalesBoth(4, 3)]), 7, 4),
-    of_jet("projected", lambda: ProjectedFlow(6, 8, 4), (6, 8), 4),
     of_jet("images", lambda: ImageFlow(6, 4), (4, 3, 6), 4),
 ]
 BY_NAME = {case.name: case for case in STRUCTURES}
