@@ -243,8 +243,9 @@ def deep(name: str, **options: Any) -> tuple[Any, Run]:
 
 
 @both_ways_in_full
-@pytest.mark.parametrize("name", ["steps", "own nets", "model"])
-@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize(
+    ("name", "deferred"), [("steps", False), ("own nets", False), ("own nets", True), ("model", True)]
+)
 def test_checkpointed_by_torch_while_anchors_move(name: str, deferred: bool) -> None:
     """Where all states are taken for drifted ones; of two batches at a time, whose backwards find other anchors."""
     flow, run = deep(name, tolerance=1e-30, deferred_check=deferred)
@@ -294,8 +295,9 @@ def test_autocast() -> None:
             assert worst_error(got, stored) <= 2.0 * cost, (mode, every)
 
 
+@pytest.mark.full
 def test_compiled() -> None:
-    """torch.compile of a model in "store" is one graph."""
+    """torch.compile of a model in "store" is one graph; that of a run of its steps is below."""
     model = pgf.Glow(image_shape=(1, 2, 2), n_levels=1, n_steps=1, hidden=4, memory="store").double()
     x = batch(4, 1, 2, 2)
     model.initialize(x)

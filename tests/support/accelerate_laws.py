@@ -74,7 +74,7 @@ def numbers_and_gradients_are_those_of_the_original(case: Structure) -> None:
     latents = latents_of(case, theirs)
     accelerate(by_layer)
     accelerate(in_chains, "reversible")
-    accelerate(in_rows, "checkpoint", memory_budget=1)
+    accelerate(in_rows, "checkpoint", memory_budget=case.budget)
     for training in (True, False)[not case.trains :]:
         expected = results(case, theirs.train(training), latents)
         for ours in (by_layer, in_chains, in_rows):

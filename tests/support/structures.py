@@ -59,6 +59,7 @@ class Structure:
         pickles: whether the original can be pickled; FrEIA's own layers and parametrized nets cannot.
         samples: of a batch.
         left: the memory modes, of None and "reversible", in which all its layers are left, being as fast as ours.
+        budget: bytes for its nets that cut them into rows, or into some strips where rows would be many.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Structure:
     pickles: bool = True
     samples: int = 3
     left: tuple[str | None, ...] = ()
+    budget: int = 1
 
     def model(self) -> Any:
         """Build the model, the same every time."""
@@ -294,6 +296,7 @@ def of_glow_tts(
         inverse_gradients=False,
         copies=parametrized,
         pickles=not parametrized,
+        budget=100_000,
     )
 
 
@@ -439,11 +442,11 @@ STRUCTURES = [
         4,  # an injector and a coupling each
         normal((2, 8, 6)),
     ),
-    of_hiding("hinet", lambda: InAttributes([Hides(4, 4) for _ in range(3)]), 8, 6),
+    replace(of_hiding("hinet", lambda: InAttributes([Hides(4, 4) for _ in range(3)]), 8, 6), budget=180_000),
     of_hiding("hinet-in-a-list", lambda: InList([Hides(3, 5, plain_net) for _ in range(3)]), 8, 6),
     of_hiding("irn", like_irn, 1, 8, True),
     of_hiding("irn-additive", lambda: InAttributes([Shifts(3, 9) for _ in range(2)]), 12, 4),
-    of_hiding("deepmih", lambda: InList([ScalesBoth(4, 3), ScalesBoth(4, 3)]), 7, 4),
+    replace(of_hiding("deepmih", lambda: InList([ScalesBoth(4, 3), ScalesBoth(4, 3)]), 7, 4), budget=180_000),
     of_jet("images", lambda: ImageFlow(6, 4), (4, 3, 6), 4),
 ]
 BY_NAME = {case.name: case for case in STRUCTURES}
