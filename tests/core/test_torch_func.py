@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.chain_cases import CONDITION
 from support.covering import pairs
+from support.gradients import CONDITION
 from support.helpers import assert_close
 from support.user_steps import mixed
 from torch import Tensor, nn

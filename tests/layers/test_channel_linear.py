@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.chain_cases import Mode, assert_same_gradients, gradients, perturbed
+from support.gradients import Memory, assert_same_gradients, gradients, perturbed
 from support.helpers import assert_close
 from torch import Tensor, nn
 
@@ -95,8 +95,8 @@ def test_same_numbers_as_its_layers_in_order(name: str, grad: bool) -> None:
 
 
 @every_map
-@pytest.mark.parametrize("mode", [Mode("checkpoint"), Mode("reversible"), Mode("reversible", None)], ids=str)
-def test_gradients_in_every_memory_mode(name: str, mode: Mode) -> None:
+@pytest.mark.parametrize("mode", [Memory("checkpoint"), Memory("reversible"), Memory("reversible", None)], ids=str)
+def test_gradients_in_every_memory_mode(name: str, mode: Memory) -> None:
     sequence, x = sequence_of(name, memory="store"), torch.randn(3, 4, 6, 3, dtype=DOUBLE)
     expected = gradients(sequence, x)
     trained = [key for key, _ in sequence.named_parameters() if "permutation" in key]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.chain_cases import perturbed
+from support.gradients import perturbed
 from support.helpers import assert_close
 from torch import Tensor
 from torch.nn.utils import prune

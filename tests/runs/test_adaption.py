@@ -10,7 +10,8 @@ from itertools import groupby, pairwise
 import pytest
 import torch
 from support.captures import drifting
-from support.chain_cases import Case, Mode, both_ways, gradients
+from support.chain_cases import Case
+from support.gradients import Memory, both_ways, gradients
 
 import pyglow_fast as pgf
 from pyglow_fast.runs import DriftControl, drift
@@ -136,7 +137,7 @@ def test_steps_that_drift_end_in_checkpointing(way: str, monkeypatch: pytest.Mon
 @both_ways
 def test_report() -> None:
     sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
-    Mode("reversible", 3).apply(sequence)
+    Memory("reversible", 3).apply(sequence)
     gradients(sequence, x)
     report = sequence.memory_report()
     assert 0.0 < report["last_drift"] == report["largest_drift"] < 1e-13

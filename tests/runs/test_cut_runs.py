@@ -12,7 +12,7 @@ import torch
 from contract import test_gradients as of_flows
 from contract import test_gradients_of_own_nets as of_nets
 from contract import test_gradients_with_torch as with_torch
-from support.chain_cases import EVERY_STEP, ONE_PART, Mode, cut_parts, only_python
+from support.chain_cases import EVERY_STEP, ONE_PART, cut_parts, only_python
 from support.gradients import RECOMPUTING, Memory, assert_same_gradients, batch, both_ways, gradients, objective
 from support.user_steps import Build, runs
 
@@ -102,7 +102,7 @@ def test_gradients_that_are_added_to_others_exist_twice_by_parts_alone(monkeypat
     for limit in (ONE_PART, EVERY_STEP):
         cut_parts(monkeypatch, limit)
         model = copy.deepcopy(steps)
-        Mode("reversible", 4).apply(model)
+        Memory("reversible", 4).apply(model)
         objective(model(x)).backward()
         with MemoryMeter() as meter:
             objective(model(x)).backward()

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from support.captures import Recording, capture_guard, drifting, like_a_gpu
-from support.chain_cases import Case, both_ways, gradients, worst_error
+from support.chain_cases import Case
+from support.gradients import both_ways, gradients, worst_error
 from torch import Tensor, nn
 
 import pyglow_fast as pgf

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.chain_cases import relative_error
 from support.commands import run_ranks
+from support.gradients import relative_error
 from support.helpers import assert_close
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import only_python, relative_error
+from support.chain_cases import only_python
+from support.gradients import relative_error
 from torch import Tensor, nn
 
 import pyglow_fast as pgf

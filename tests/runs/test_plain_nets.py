@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import Mode, both_ways
+from support.gradients import Memory, both_ways
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -38,7 +38,7 @@ def test_a_net_of_another_width_is_refused(coupling: str, width: int, memory: st
 
 
 def outcome(sequence: pgf.ReversibleSequence, memory: str, x: Tensor) -> list[Tensor]:
-    Mode(memory).apply(sequence)
+    Memory(memory).apply(sequence)
     x = x.clone().requires_grad_()
     z, log_det = sequence(x)
     return [z.detach(), *torch.autograd.grad(z.square().sum() + log_det.sum(), [x, *sequence.parameters()])]

@@ -9,17 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.captures import drifting
-from support.chain_cases import (
-    EVERY_STEP,
-    Case,
-    Mode,
-    assert_same_gradients,
-    both_ways,
-    cut_parts,
-    gradients,
-    objective,
-    only_python,
-)
+from support.chain_cases import EVERY_STEP, Case, cut_parts, only_python
+from support.gradients import Memory, assert_same_gradients, both_ways, gradients, objective
 from support.wrong_states import plant
 from torch import Tensor
 
@@ -71,7 +62,7 @@ def built(cond: bool = False) -> tuple[pgf.ReversibleSequence, tuple[Tensor, Ten
     """A run, a batch for it, and its gradients by ordinary autograd; what drifts beyond 1e-9 is redone."""
     case = Case(DEPTH, (2, 6, 3)) if cond else Case(DEPTH)
     sequence, inputs = case.build(tolerance=1e-9), case.batch()
-    Mode("store").apply(sequence)
+    Memory("store").apply(sequence)
     return sequence, inputs, gradients(sequence, *inputs)
 
 
@@ -80,7 +71,7 @@ def built(cond: bool = False) -> tuple[pgf.ReversibleSequence, tuple[Tensor, Ten
 @pytest.mark.parametrize("every", [None, 2, 3])
 def test_what_drifts_is_redone(home: Home, every: int | None, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     sequence, inputs, expected = built(cond=True)
-    Mode("reversible", every).apply(sequence)
+    Memory("reversible", every).apply(sequence)
     drifting(monkeypatch, inputs[0]).fill_(factor)
     assert_same_gradients(gradients(sequence, *inputs), expected)
     report = sequence.memory_report()
@@ -94,7 +85,7 @@ def test_what_drifts_is_redone(home: Home, every: int | None, factor: float, mon
 def test_one_state_alone(home: Home, at: int, every: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more is redone than lies between two anchors, or in a node, or than the run where there is no anchor."""
     sequence, inputs, expected = built()
-    Mode("reversible", every).apply(sequence)
+    Memory("reversible", every).apply(sequence)
     home.plant(monkeypatch, at)
     assert_same_gradients(gradients(sequence, *inputs), expected)
     report = sequence.memory_report()
@@ -110,7 +101,7 @@ def test_behind_parts_without_a_gradient(way: str, home: Home, at: int, monkeypa
     sequence, (x, _), expected = built()
     for step in list(sequence)[:: -1 if way == "inverse" else 1][:3]:
         step.requires_grad_(False)
-    Mode("reversible", None).apply(sequence)
+    Memory("reversible", None).apply(sequence)
     home.plant(monkeypatch, at)
     objective(sequence(x)).backward()
     found = {name: p.grad for name, p in sequence.named_parameters() if p.requires_grad}
@@ -121,7 +112,7 @@ def test_behind_parts_without_a_gradient(way: str, home: Home, at: int, monkeypa
 @both_ways
 def test_judged_at_the_end_as_on_a_gpu(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     sequence, inputs, expected = built()
-    Mode("reversible", 2).apply(sequence)
+    Memory("reversible", 2).apply(sequence)
     monkeypatch.setattr(parts, "can_read", lambda x: False)
     for factor, trips in ((1.0, 0), (1.001, 1)):
         drifting(monkeypatch, inputs[0]).fill_(factor)
@@ -137,7 +128,7 @@ def test_deferred(way: str, home: Home, factor: float, monkeypatch: pytest.Monke
     The next pass knows of it: its anchors are closer together.
     """
     sequence, inputs, expected = built()
-    Mode("reversible").apply(sequence)
+    Memory("reversible").apply(sequence)
     control, other = sequence.control, sequence.inverse_control
     if way == "inverse":
         control, other = other, control

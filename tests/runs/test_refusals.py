@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import Case, Mode, gradients, objective, perturbed
+from support.chain_cases import Case
+from support.gradients import Memory, gradients, objective, perturbed
 from support.user_steps import Scale, mixed
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 
-MODES = [Mode("checkpoint"), Mode("reversible", 2), Mode("reversible", None)]
+MODES = [Memory("checkpoint"), Memory("reversible", 2), Memory("reversible", None)]
 PLAIN = Case(3)
 EITHER = pytest.mark.parametrize("fused", [True, False], ids=["steps", "modules"])
 
@@ -25,7 +26,7 @@ def of_net(net: nn.Module) -> pgf.ReversibleSequence:
 
 @EITHER
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_an_output_changed_before_the_backward(mode: Mode, fused: bool) -> None:
+def test_an_output_changed_before_the_backward(mode: Memory, fused: bool) -> None:
     """Refused, but where nothing needs it again: where states are kept it makes no difference."""
     sequence, (x, _) = build(fused), PLAIN.batch()
     mode.apply(sequence)
@@ -36,7 +37,7 @@ def test_an_output_changed_before_the_backward(mode: Mode, fused: bool) -> None:
     value = z.sum() + log_det.sum()
     with torch.no_grad():
         z.add_(1.0)
-    if mode.memory == "checkpoint":
+    if mode.mode == "checkpoint":
         for found, wanted in zip(torch.autograd.grad(value, inputs), expected, strict=True):
             assert torch.equal(found, wanted)
     else:
@@ -57,7 +58,7 @@ class Closure(nn.Module):
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("leaf", [True, False])
-def test_a_net_that_closes_over_a_foreign_tensor(mode: Mode, leaf: bool) -> None:
+def test_a_net_that_closes_over_a_foreign_tensor(mode: Memory, leaf: bool) -> None:
     foreign = torch.randn(4, 1, 1, dtype=torch.float64, requires_grad=True)
     net = Closure(foreign if leaf else foreign.exp())
     for steps in ([pgf.FlowStep(4, net=net)], [Scale(), pgf.FlowStep(4, net=net)]):
@@ -72,8 +73,8 @@ def test_a_net_that_closes_over_a_foreign_tensor(mode: Mode, leaf: bool) -> None
             foreign.requires_grad_(True)
 
 
-@pytest.mark.parametrize("mode", [Mode("store"), *MODES], ids=str)
-def test_a_foreign_tensor_in_a_frozen_run_keeps_its_gradient(mode: Mode) -> None:
+@pytest.mark.parametrize("mode", [Memory("store"), *MODES], ids=str)
+def test_a_foreign_tensor_in_a_frozen_run_keeps_its_gradient(mode: Memory) -> None:
     """Nothing of the run wants one, so that it is stored."""
     foreign = torch.ones((), dtype=torch.float64, requires_grad=True)
     sequence = pgf.ReversibleSequence([pgf.FlowStep(4, net=Closure(foreign))]).double().eval().requires_grad_(False)
@@ -85,7 +86,7 @@ def test_a_foreign_tensor_in_a_frozen_run_keeps_its_gradient(mode: Mode) -> None
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_net_that_changes_as_it_runs(mode: Mode, fused: bool) -> None:
+def test_a_net_that_changes_as_it_runs(mode: Memory, fused: bool) -> None:
     """Spectral normalisation improves its estimate with every run in training: a second run is not the same."""
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 1)), nn.Tanh())
     sequence = of_net(net)
@@ -98,7 +99,7 @@ def test_a_net_that_changes_as_it_runs(mode: Mode, fused: bool) -> None:
     with pytest.raises(ValueError, match=r"net: expected buffers that a run leaves as they are .*_u"):
         value.backward()
     sequence.eval()
-    Mode("store").apply(sequence)
+    Memory("store").apply(sequence)
     expected = gradients(sequence, x)
     mode.apply(sequence)
     for name, gradient in gradients(sequence, x).items():

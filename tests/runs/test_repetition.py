@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.chain_cases import Mode, both_ways, objective
+from support.gradients import Memory, both_ways, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 
-RECOMPUTING = [Mode("checkpoint"), Mode("reversible"), Mode("reversible", None)]
+RECOMPUTING = [Memory("checkpoint"), Memory("reversible"), Memory("reversible", None)]
 
 
 class Scaled(nn.Module):
@@ -45,7 +45,7 @@ X = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().man
 @pytest.mark.parametrize("user", [False, True])
 @pytest.mark.parametrize("mode", RECOMPUTING, ids=str)
 class TestRefusals:
-    def test_a_buffer_written_to_before_the_backward(self, mode: Mode, user: bool) -> None:
+    def test_a_buffer_written_to_before_the_backward(self, mode: Memory, user: bool) -> None:
         sequence = run_of([Scaled(), Scaled()], user)
         mode.apply(sequence)
         value = objective(sequence(X))
@@ -53,7 +53,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"the buffers that its forward ran with, .*size'\] changed since"):
             value.backward()
 
-    def test_a_buffer_that_is_another_one(self, mode: Mode, user: bool) -> None:
+    def test_a_buffer_that_is_another_one(self, mode: Memory, user: bool) -> None:
         sequence = run_of([Scaled(), Scaled()], user)
         mode.apply(sequence)
         buffers = {name: 2.0 * b if name.endswith("size") else b for name, b in sequence.named_buffers()}
@@ -62,7 +62,7 @@ class TestRefusals:
             value.backward()
 
     @pytest.mark.parametrize("source", ["own generator", "no generator of torch's"])
-    def test_random_numbers_that_cannot_be_drawn_again(self, mode: Mode, user: bool, source: str) -> None:
+    def test_random_numbers_that_cannot_be_drawn_again(self, mode: Memory, user: bool, source: str) -> None:
         generator = torch.Generator().manual_seed(1)
         counter = iter(range(100))
 
@@ -129,7 +129,7 @@ class TestScaleMaps:
         assert bool(scale_map.a.grad.abs() > 0)
 
     @pytest.mark.parametrize("mode", RECOMPUTING, ids=str)
-    def test_where_states_are_recomputed_they_are_refused(self, mode: Mode) -> None:
+    def test_where_states_are_recomputed_they_are_refused(self, mode: Memory) -> None:
         sequence, _ = self.build()
         mode.apply(sequence)
         value = objective(sequence(X))

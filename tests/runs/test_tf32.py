@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.chain_cases import Mode, gradients, objective
+from support.gradients import Memory, gradients, objective
 from support.tf32 import in_tf32
 from torch import Tensor, nn
 
@@ -56,17 +56,17 @@ def test_gradients_are_as_good_as_stored_ones(setting: str, parts: str, device: 
     exact = gradients(copy.deepcopy(sequence).double(), x.double())
     sequence, x = sequence.to(device), x.to(device)
 
-    def error(mode: Mode) -> float:
+    def error(mode: Memory) -> float:
         mode.apply(sequence)
         with in_tf32(setting, device):
             found = gradients(sequence, x)
         whole, true = (torch.cat([value.flatten().cpu().double() for value in g.values()]) for g in (found, exact))
         return float((whole - true).norm() / true.norm())
 
-    stored = error(Mode("store"))
+    stored = error(Memory("store"))
     if device.type == "cpu":
         assert stored > 1e-4, "the nets were not in TF32"
-    for mode in (Mode("reversible"), Mode("reversible", 1), Mode("checkpoint")):
+    for mode in (Memory("reversible"), Memory("reversible", 1), Memory("checkpoint")):
         assert error(mode) <= 2.0 * stored, mode
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import Mode, assert_same_gradients, both_ways, gradients
 from support.covering import pairs
+from support.gradients import Memory, assert_same_gradients, both_ways, gradients
 from support.user_steps import Conditioned, Identity, Scale
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 
-MODES = [Mode("checkpoint"), *(Mode("reversible", every) for every in ("auto", None, 1, 2, 3))]
+MODES = [Memory("checkpoint"), *(Memory("reversible", every) for every in ("auto", None, 1, 2, 3))]
 
 
 def batch(n: int = 3) -> Tensor:
@@ -24,12 +24,12 @@ def batch(n: int = 3) -> Tensor:
     pytest.mark.parametrize("where", [(0,), (2,), (0, 1, 2), (0, 2)], ids=str),
     pytest.mark.parametrize("handed", ["same", "view", "transposed"]),
 )
-def test_steps_that_hand_their_input_on(handed: str, where: tuple[int, ...], mode: Mode) -> None:
+def test_steps_that_hand_their_input_on(handed: str, where: tuple[int, ...], mode: Memory) -> None:
     steps = [Identity(handed) if i in where else Scale() for i in range(3)]
     sequence, x = pgf.ReversibleSequence(steps).double(), batch()
     if len(where) == 3:
         sequence = pgf.ReversibleSequence([*steps, Scale()]).double()
-    Mode("store").apply(sequence)
+    Memory("store").apply(sequence)
     expected = gradients(sequence, x)
     mode.apply(sequence)
     assert_same_gradients(gradients(sequence, x), expected)
@@ -39,7 +39,7 @@ def test_steps_that_hand_their_input_on(handed: str, where: tuple[int, ...], mod
 def test_a_shared_step() -> None:
     step, x = Scale(), batch()
     sequence = pgf.ReversibleSequence([step, pgf.ActNorm(4), step]).double().eval()
-    Mode("store").apply(sequence)
+    Memory("store").apply(sequence)
     expected = gradients(sequence, x)
     for mode in MODES:
         mode.apply(sequence)
@@ -58,9 +58,9 @@ class WrongInverse(Scale):
 @pytest.mark.parametrize("every", ["auto", None, 2])
 def test_an_inverse_that_is_wrong_is_found_and_the_gradient_right(every: str | int | None) -> None:
     sequence, x = pgf.ReversibleSequence([Scale(), WrongInverse(), Scale()]).double(), batch()
-    Mode("store").apply(sequence)
+    Memory("store").apply(sequence)
     expected = gradients(sequence, x)
-    Mode("reversible", every).apply(sequence)
+    Memory("reversible", every).apply(sequence)
     assert_same_gradients(gradients(sequence, x), expected)
     report = sequence.memory_report()
     assert report["trips"] == 1
@@ -114,7 +114,7 @@ def test_what_a_step_must_not_do(way: str, step: nn.Module, message: str, memory
 def test_the_condition_gets_its_gradient_from_every_step() -> None:
     sequence = pgf.ReversibleSequence([Conditioned(), Conditioned()]).double()
     x, cond = batch(), batch()
-    Mode("store").apply(sequence)
+    Memory("store").apply(sequence)
     expected = gradients(sequence, x, cond)
     for mode in MODES:
         mode.apply(sequence)

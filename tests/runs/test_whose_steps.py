@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from support.chain_cases import Mode, objective
+from support.gradients import Memory, objective
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
 
-MODES = [Mode("store"), Mode("checkpoint"), Mode("reversible")]
+MODES = [Memory("store"), Memory("checkpoint"), Memory("reversible")]
 
 
 def initialised(*steps: nn.Module) -> pgf.ReversibleSequence:
@@ -43,7 +43,7 @@ class DoubledCoupling(Doubles, pgf.Coupling):
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("part", ["step", "coupling"])
-def test_overridden_methods(part: str, mode: Mode) -> None:
+def test_overridden_methods(part: str, mode: Memory) -> None:
     plain = pgf.FlowStep(4, 5)
     nn.init.normal_(plain.coupling.net.conv3.weight, std=0.2)
     step: pgf.FlowStep = copy.deepcopy(plain) if part == "coupling" else DoubledStep(4, 5)

@@ -1,4 +1,4 @@
-"""Small runs of steps, their gradients in every memory mode, and what it takes for two gradients to be equal."""
+"""Small runs of FlowSteps, and who executes them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,7 @@ from torch import Tensor
 import pyglow_fast as pgf
 from pyglow_fast import ops
 from pyglow_fast.runs import compiled, python
-from support.gradients import CONDITION as CONDITION
-from support.gradients import SHAPE
-from support.gradients import assert_same_gradients as assert_same_gradients
-from support.gradients import both_ways as both_ways
-from support.gradients import gradients as gradients
-from support.gradients import objective as objective
-from support.gradients import perturbed as perturbed
-from support.gradients import relative_error as relative_error
-from support.gradients import worst_error as worst_error
-
-
-@dataclass(frozen=True)
-class Mode:
-    """How a run of steps keeps its states."""
-
-    memory: str
-    anchor_every: str | int | None = "auto"
-    budget: str | int = "auto"
-
-    def apply(self, sequence: pgf.ReversibleSequence) -> None:
-        """Set the mode of the sequence, whose controls start anew."""
-        sequence.memory, sequence.memory_budget = self.memory, self.budget
-        for name in ("control", "inverse_control"):
-            old = getattr(sequence, name)
-            setattr(sequence, name, type(old)(len(sequence), self.anchor_every, old.tolerance))
-
+from support.gradients import SHAPE, perturbed
 
 ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients
 

@@ -138,6 +138,13 @@ class Memory:
     budget: str | int = "auto"
     tolerance: float | None = None
 
+    def apply(self, sequence: pgf.ReversibleSequence) -> None:
+        """Set mode, anchors and budget of the sequence itself, whose controls start anew."""
+        sequence.memory, sequence.memory_budget = self.mode, self.budget
+        for name in ("control", "inverse_control"):
+            old = getattr(sequence, name)
+            setattr(sequence, name, type(old)(len(sequence), self.anchor_every, old.tolerance))
+
     def of(self, sequence: pgf.ReversibleSequence, *inputs: Tensor | None) -> pgf.ReversibleSequence:
         """Make a run of the very same steps in this mode; ``inputs`` are those of a batch that it will get."""
         memory = "store" if self.mode == "bytes" else self.mode
