@@ -16,7 +16,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from support.data_layouts import picture
+from data.layouts import picture
 
 from pyglow_fast.data import FETCHABLE, FetchError, data_folder, fetch
 

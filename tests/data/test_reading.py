@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from data.layouts import picture
 from PIL import Image
-from support.data_layouts import picture
 
 from pyglow_fast.data import (
     Augmentation,

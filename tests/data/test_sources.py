@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data.layouts import picture, trust, write_celeba, write_cifar, write_emoji, write_idx
 from PIL import Image
-from support.data_layouts import picture, trust, write_celeba, write_cifar, write_emoji, write_idx
 
 from pyglow_fast.data import (
     DATA_HELP,

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.run_cases import MakeConfig
+from train.run_cases import MakeConfig
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet

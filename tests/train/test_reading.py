@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support.run_cases import MakeConfig, assert_same_weights, before_step
+from train.run_cases import MakeConfig, assert_same_weights, before_step
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig

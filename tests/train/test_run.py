@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support.run_cases import MakeConfig
+from train.run_cases import MakeConfig
 
 from pyglow_fast.data import ImageSet, histogram_bits_per_dim, png_bits_per_dim, split
 from pyglow_fast.layers import ActNorm

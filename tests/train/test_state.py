@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.run_cases import MakeConfig
+from train.run_cases import MakeConfig
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet

@@ -20,7 +20,7 @@ web.require("gradio")
 import httpx  # noqa: E402
 from gradio.routes import App  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
-from support.small_page import page  # noqa: E402
+from web.small_page import page  # noqa: E402
 
 from pyglow_fast.web import server  # noqa: E402
 from pyglow_fast.web.server import VARIABLE, Place, credentials, is_loopback  # noqa: E402
