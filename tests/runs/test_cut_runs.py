@@ -19,10 +19,15 @@ from support.user_steps import Build, runs
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
 
-HOMES = {"compiled, parts of 1": (True, 1), "compiled, parts of 3": (True, 3), "python, parts of 2": (False, 2)}
+# Who computes the steps, and how many of them are a part.
+HOMES = [
+    pytest.param((True, 1), id="compiled, parts of 1"),
+    pytest.param((False, 2), id="python, parts of 2"),
+    pytest.param((True, 3), id="compiled, parts of 3", marks=pytest.mark.full),
+]
 
 
-@pytest.fixture(autouse=True, params=HOMES.values(), ids=HOMES)
+@pytest.fixture(autouse=True, params=HOMES)
 def _cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     is_compiled, steps = request.param
     cut_parts(monkeypatch, EVERY_STEP, steps)

@@ -19,7 +19,7 @@ from pyglow_fast.runs import compiled
 
 ENTRIES = ("run_forward", "run_backward", "inverted", "fold", "fold_backward")
 MADE = ("BackwardArgs", "Kept", "Part")
-THINNED = 4  # one changed call in so many is made
+THINNED = 8  # one changed call in so many is made
 SAID = (ValueError, TypeError, RuntimeError, IndexError)
 UNCLEAR = ("INTERNAL ASSERT", "vector::", "bad_function_call", "undefined Tensor")
 
