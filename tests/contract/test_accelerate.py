@@ -52,10 +52,9 @@ def test_a_block_that_computes_something_else_is_left(block: type[nn.Module], me
         assert_same(case, results(case, ours.train(training), latents), expected)
 
 
-@pytest.mark.parametrize("name", ["glow-tts-weight-norm", "glow-tts-speaker-parametrized"])
-def test_a_stored_inverse_passes_no_gradient_to_its_matrix(name: str) -> None:
+def test_a_stored_inverse_passes_no_gradient_to_its_matrix() -> None:
     """Glow-TTS after ``store_inverse()``: the inverse is by a copy of the inverted matrix, a constant."""
-    case = next(case for case in STRUCTURES if case.name == name)
+    case = next(case for case in STRUCTURES if case.name == "glow-tts-weight-norm")
     theirs, ours = case.model(), case.model()
     latents = latents_of(case, theirs)
     accelerate(ours, "reversible")

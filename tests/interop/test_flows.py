@@ -59,27 +59,6 @@ def test_couplings_of_nflows(kind: str, cut: list[int]) -> None:
     assert_both_ways(layer, theirs, torch.randn(IMAGES, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("memory", [None, "reversible"])
-def test_glasflow_has_nflows_in_it(memory: str | None) -> None:
-    """Its copies of nflows' layers, and a coupling of its own that is made otherwise."""
-
-    def glasflow(kind: type, home: str = "glasflow.nflows.transforms") -> Any:
-        module = kind.__module__.replace("nflows.transforms", home)
-        return type(kind.__name__, (kind,), {"__module__": module, "__qualname__": kind.__qualname__})
-
-    couplings = [glasflow(t.AffineCouplingTransform), glasflow(t.AffineCouplingTransform, "glasflow.transforms")]
-    layers: list[nn.Module] = []
-    for coupling in couplings:
-        layers += [glasflow(kind)(6) for kind in (t.ActNorm, t.OneByOneConvolution, t.RandomPermutation)]
-        layers.append(coupling(mask(6, "halves"), ContextNet))
-    model = at_work(glasflow(t.CompositeTransform)(layers))
-    theirs = copy.deepcopy(model)
-    done = accelerate(model, memory)
-    assert list(done.replaced) == [f"_transforms.{i}" for i in (0, 1, 3, 4, 5, 7)]
-    assert [report["steps"] for report in done.memory_report()] == ([] if memory is None else [2])
-    assert_both_ways(model, theirs, torch.randn(IMAGES, dtype=torch.float64))
-
-
 def test_the_scale_of_nflows_git_is_a_kernels() -> None:
     """By default it is that of the release, which a kernel has."""
     layer: Any = Activated(mask(6, "halves"), ContextNet)

@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 
 def normed(conv: nn.Conv1d, norm: str) -> nn.Module:
-    """The convolution with a weight norm or none."""
-    if norm == "hook":
-        return nn.utils.weight_norm(conv)  # type: ignore[no-any-return]
-    return parametrizations.weight_norm(conv) if norm == "parametrized" else conv
+    """The convolution with torch's older weight norm, a hook, or none; coqui-tts in tests/live has the newer one."""
+    return nn.utils.weight_norm(conv) if norm == "hook" else conv
 
 
 class TextWaveNet(nn.Module):
@@ -110,9 +107,9 @@ class TextInvConv(nn.Module):
 class TextCoupling(nn.Module):
     """A coupling of sequences with masks, z = (x_0, (t + s x_1) m)."""
 
-    def __init__(self, channels: int, hidden: int, sigmoid_scale: bool = False, norm: str = "hook", **net: Any) -> None:
+    def __init__(self, channels: int, hidden: int, norm: str = "hook", **net: Any) -> None:
         super().__init__()
-        self.sigmoid_scale = sigmoid_scale
+        self.sigmoid_scale = False
         self.start = normed(nn.Conv1d(channels // 2, hidden, 1), norm)
         self.wn = TextWaveNet(hidden, norm=norm, **net)
         self.end = nn.Conv1d(hidden, channels, 1)
@@ -124,8 +121,6 @@ class TextCoupling(nn.Module):
         mask = x.new_ones(len(x), 1, x.shape[2]) if x_mask is None else x_mask
         kept, moved = x.chunk(2, dim=1)
         shift, log_scale = self.end(self.wn(self.start(kept) * mask, mask, g)).chunk(2, dim=1)
-        if self.sigmoid_scale:
-            log_scale = torch.log(1e-6 + torch.sigmoid(log_scale + 2))
         moved = (moved - shift) * torch.exp(-log_scale) if reverse else shift + torch.exp(log_scale) * moved
         return torch.cat([kept, moved * mask], dim=1), None if reverse else (log_scale * mask).sum((1, 2))
 

@@ -422,12 +422,6 @@ STRUCTURES = [
     ),
     of_glow_tts("weight-norm", text_decoder()),
     of_glow_tts("no-norm", text_decoder(norm="none", n_split=2)),
-    of_glow_tts(
-        "speaker-parametrized",
-        text_decoder(cond=3, norm="parametrized", sigmoid_scale=True),
-        cond=3,
-        parametrized=True,
-    ),
     of_chaiyujin("affine"),
     of_chaiyujin("lu-additive", LU_decomposed=True, flow_coupling="additive"),
     of_chaiyujin("shuffle", flow_permutation="shuffle"),
