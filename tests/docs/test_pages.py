@@ -99,9 +99,9 @@ def test_the_example_of_hiding_runs() -> None:
     """In few steps; its blocks are joined, and it reveals more of the secrets than nothing, which it does at first."""
     (block,) = blocks(page("examples/hiding.md"))
     example: dict[str, Any] = {"__name__": "example"}
-    exec(block.code.replace("steps, batch = 300, 8", "steps, batch = 20, 8"), example)
+    exec(block.code.replace("steps, batch = 300, 8", "steps, batch = 10, 8"), example)
     assert Path("hidden.png").is_file()
-    assert example["steps"] == 20
+    assert example["steps"] == 10
     assert list(example["done"].joined) == ["blocks"]
     secret, revealed = example["secret"], example["revealed"]
     assert (revealed - secret).norm() < 0.9 * secret.norm()
