@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.covering import pairs
+from support.gradients import perturbed
 from support.helpers import assert_kernel_close
 from support.tf32 import SETTINGS, compiling, in_tf32, reset
 from torch import Tensor
@@ -114,9 +115,7 @@ class TestFolds:
         model = pgf.Glow(image_shape=shape, n_levels=2, n_steps=4, hidden=8, precision="fp32", learn_prior=False)
         x = torch.rand(8, *shape) - 0.5
         model.initialize(x)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+        perturbed(model, 0.05)
         exact, plain = (model.to(dtype).log_prob(x.to(dtype)).detach() for dtype in (torch.float64, torch.float32))
         with in_tf32(setting, device):
             found = model.to(device).log_prob(x.to(device)).detach().cpu()

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from support.captures import drifting
+from support.gradients import perturbed
 from support.graphed_stand_in import Side, recorded_graphs
 from torch import Tensor
 
@@ -31,9 +32,7 @@ def make(device: str = "cpu", **options: object) -> tuple[pgf.Glow, Tensor]:
     x = torch.rand(N, *SHAPE) - 0.5
     channels = model.config.cond_channels
     model.initialize(x, torch.randn(N, channels) if channels else None)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    perturbed(model, 0.01)
     return model.to(device), x.to(device)
 
 

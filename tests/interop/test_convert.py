@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support import golden
+from support.gradients import perturbed
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -63,9 +64,7 @@ def changed(state: dict[str, Any], name: str, change: Callable[[Tensor], Any]) -
 def our_model(**fields: Any) -> pgf.Glow:
     """Weights of all kinds, in float64."""
     model = fresh(**{"n_steps": 2, "hidden": 5, **fields}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    perturbed(model)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.covering import pairs
+from support.gradients import perturbed
 from support.halos import halo_is_enough
 from support.helpers import assert_close
 from torch import Tensor, nn
@@ -13,13 +14,6 @@ from torch import Tensor, nn
 from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.layers import DenseNet
 from pyglow_fast.nets import is_deterministic
-
-
-def moved(net: DenseNet) -> DenseNet:
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return net
 
 
 def plain(net: DenseNet, x: Tensor, cond: Tensor | None) -> Tensor:
@@ -38,7 +32,7 @@ def plain(net: DenseNet, x: Tensor, cond: Tensor | None) -> Tensor:
     pytest.mark.parametrize("slope", [0.0, 0.2]),
 )
 def test_is_a_plain_one(dims: int, layers: int, cond: int, slope: float) -> None:
-    net = moved(DenseNet(3, 4, 5, layers, cond, dims, slope)).double()
+    net = perturbed(DenseNet(3, 4, 5, layers, cond, dims, slope), 0.2).double()
     x = torch.randn(2, 3, *(4, 5, 3)[:dims], dtype=torch.float64, requires_grad=True)
     given = torch.randn(2, 2, *x.shape[2:], dtype=torch.float64, requires_grad=True) if cond else None
     found, expected = net(x, given), plain(net, x, given)
@@ -54,7 +48,7 @@ def test_is_a_plain_one(dims: int, layers: int, cond: int, slope: float) -> None
 
 def test_bfloat16_is_rounded_as_a_plain_one_is() -> None:
     """Partial sums in 16 bits would be off by a multiple."""
-    net = moved(DenseNet(8, 8, 16))
+    net = perturbed(DenseNet(8, 8, 16), 0.2)
     x = torch.randn(2, 8, 12, 12)
     exact = plain(net.double(), x.double(), None)
     net = net.float()
@@ -90,7 +84,7 @@ def test_hooks_on_a_convolution_are_refused() -> None:
     net.convs[1].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="net: expected no hooks on its convolutions"):
         net(torch.randn(1, 2, 3, 3))
-    parametrized = moved(DenseNet(2, 4, 3))
+    parametrized = perturbed(DenseNet(2, 4, 3), 0.2)
     nn.utils.parametrizations.weight_norm(parametrized.convs[1])
     x = torch.randn(1, 2, 3, 3)
     assert_close(parametrized(x), plain(parametrized, x, None))

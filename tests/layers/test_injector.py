@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.gradients import perturbed
 from support.helpers import assert_close
 from torch import nn
 
@@ -19,9 +20,7 @@ def moved(layer: nn.Module, spread: float = 0.1) -> nn.Module:
     """Initialised, and away from where it starts."""
     layer.double()
     layer.initialize(torch.randn(16, 4, 3, 5, dtype=torch.float64), torch.randn(16, 3, 3, 5, dtype=torch.float64))
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(spread * torch.randn_like(parameter))
+    perturbed(layer, spread)
     return layer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gradients import perturbed
 from support.helpers import assert_close
 
 import pyglow_fast as pgf
@@ -36,9 +37,7 @@ def test_starts_as_a_rotation(name: str, channels: int) -> None:
 @pytest.mark.parametrize("shape", [(2, 5), (2, 5, 3), (2, 5, 3, 2)], ids=str)
 def test_is_its_weight_at_every_position(name: str, shape: tuple[int, ...]) -> None:
     layer = layers(5)[name].double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    perturbed(layer)
     x = torch.randn(shape, dtype=torch.float64)
     weight, weight_log_det = layer.weight_and_log_det()
     z, log_det = layer(x)

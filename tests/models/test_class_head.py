@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.gradients import perturbed
 from support.helpers import assert_close
 from support.plain_glow import plain_encode, plain_log_prob
 from torch import Tensor
@@ -23,9 +24,7 @@ def trained(**fields: Any) -> pgf.Glow:
     """A small model in float64, away from its start."""
     model = pgf.Glow(**(FIELDS | fields)).double()
     model.initialize(torch.rand(64, *model.config.image_shape, dtype=torch.float64) - 0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    perturbed(model)
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zuko
+from support.gradients import perturbed
 from torch import Tensor
 from torch.distributions import (
     AffineTransform,
@@ -29,9 +30,7 @@ def make(**fields: Any) -> Glow:
     model = Glow(image_shape=SHAPE, n_levels=2, n_steps=2, hidden=4, **fields).double()
     cond = torch.rand(8, fields["cond_channels"]).double() if fields.get("cond_channels") else None
     model.initialize(torch.rand(8, *SHAPE).double() - 0.5, cond)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    perturbed(model, 0.05)
     return model.eval()
 
 

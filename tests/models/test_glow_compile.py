@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.gradients import perturbed
 
 import pyglow_fast as pgf
 
@@ -14,9 +15,7 @@ import pyglow_fast as pgf
 def model() -> pgf.Glow:
     model = pgf.Glow(image_shape=(2, 8, 8), n_levels=2, n_steps=2, hidden=8, memory="store")
     model.initialize(torch.rand(8, 2, 8, 8) - 0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    perturbed(model, 0.05)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.gradients import perturbed
 from support.helpers import assert_close
 from torch import Tensor
 
@@ -40,9 +41,7 @@ def model_of(memory: str = "reversible", **fields: Any) -> pgf.Glow:
     torch.manual_seed(1)
     model = pgf.Glow(pgf.GlowConfig(**{**FIELDS, **fields}), memory=memory).double()
     model.initialize(*batch(32, tuple(model.config.cond_channels_of(level) for level in range(3))))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    perturbed(model, 0.05)
     return model
 
 

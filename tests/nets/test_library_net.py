@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.gradients import perturbed
 from support.library_ops import use_library
 
 import pyglow_fast as pgf
@@ -25,9 +26,7 @@ def test_a_model(precision: str, boards: int, device: torch.device) -> None:
     model = pgf.Glow(image_shape=(3, 16, 16), **options).to(device)
     x = (torch.rand(4, 3, 16, 16) - 0.5).to(device)
     model.initialize(x)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    perturbed(model, 0.05)
     found = {}
     for memory in ("store", "checkpoint", "reversible"):
         model.memory = memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.gradients import Memory, both_ways
+from support.gradients import Memory, both_ways, perturbed
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -16,9 +16,7 @@ MODES = ("store", "checkpoint", "reversible")
 def sequence_of(n_steps: int = 3, coupling: str = "affine") -> pgf.ReversibleSequence:
     sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 8, coupling) for _ in range(n_steps)])
     sequence.initialize(torch.randn(8, 4, 5, 5))
-    with torch.no_grad():
-        for parameter in sequence.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+    perturbed(sequence, 0.05)
     return sequence
 
 

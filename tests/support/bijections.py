@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from pyglow_fast.layers import FlowLayer, GroupedInvConv, MaskedSequence, WaveNet
 from pyglow_fast.reference import ORDERS, SCALE_MAPS, CouplingSpec
+from support.gradients import perturbed
 
 PERMUTATIONS = ("invconv", "invconv_plain", "shuffle", "reverse")
 _INJECTED: dict[str, Any] = {"cond_channels": 2, "net_actnorm": True}
@@ -82,9 +83,7 @@ class Bijection:
         assert isinstance(layer, FlowLayer)
         # Many samples: the scales that three of them would set can be extreme for the next three.
         layer.initialize(*self.batch(device, n=64))
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        perturbed(layer)
         return layer
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import pyglow_fast as pgf
+from support.gradients import perturbed
 from support.plain_glow import plain_encode
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -63,9 +64,7 @@ class Setting:
         # Many samples: the scales that four of them would set can be extreme for the next four.
         x, _, cond = self.batch(64)
         self.model.initialize(x, cond)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.add_(spread * torch.randn_like(parameter))
+        perturbed(self.model, spread)
         self.x, self.y, self.cond = self.batch(n)
 
     def batch(self, n: int) -> tuple[Tensor, Tensor | None, Tensor | None]:

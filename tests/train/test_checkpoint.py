@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
+from train.run_cases import MakeConfig
 
 from pyglow_fast import GlowConfig
 from pyglow_fast._files import replacing, write_text
 from pyglow_fast.data import ImageSet
-from pyglow_fast.train import Checkpoint, TrainConfig, TrainState
+from pyglow_fast.train import Checkpoint, TrainState
 
-MakeConfig = Callable[..., TrainConfig]
 MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
 
 

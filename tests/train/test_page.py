@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +13,15 @@ from typing import Any
 import pytest
 from support import web
 from support.html_page import Page
+from train.run_cases import MakeConfig
 
 from pyglow_fast.data import ImageSet
 from pyglow_fast.studio.opened import find_run
-from pyglow_fast.train import RunFolder, TrainConfig, page_of, start
+from pyglow_fast.train import RunFolder, page_of, start
 from pyglow_fast.train.figures import bits_png
 from pyglow_fast.train.metrics import read_metrics
 from pyglow_fast.train.page import duration
 
-MakeConfig = Callable[..., TrainConfig]
 NASTY = """<script>alert("x")</script> & 'y' \x1b[2J\udcff"""
 SHOWN = NASTY.replace("\x1b", r"\x1b").replace("\udcff", r"\udcff")
 CURVES = ["bits per dimension", "learning rate", "gradient norm before clipping", "speed"]
