@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -34,6 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    if importlib.util.find_spec("matplotlib") is not None:
+        from support.figures import leave_undrawn
+
+        leave_undrawn()
     if hasattr(config, "workerinput"):
         machine.one_of_several = True
         # Taken out of the environment: a pytest that a test starts is no worker and takes no turns.

@@ -6,11 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.figures import leave_undrawn
 
 from pyglow_fast.cli import main
-
-leave_undrawn()
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from support.figures import leave_undrawn
 from support.html_page import Page
 from support.program import contents, done, pyglow_fast
 from support.tiny_run import CLASSES, HELD_OUT, IMAGES, MODEL, SIDE, STEPS, made
-
-leave_undrawn()
 
 DATA = "folder:images"
 

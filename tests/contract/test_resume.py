@@ -23,12 +23,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.commands import Command, ranks
-from support.figures import leave_undrawn
 from support.machine import made_once
 from support.program import contents, pyglow_fast
 from support.tiny_run import write_images
-
-leave_undrawn()
 
 PROGRAM = ["-m", "pyglow_fast"]
 WAIT = 300.0  # seconds that anything may take on a busy machine

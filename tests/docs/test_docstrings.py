@@ -19,10 +19,7 @@ from typing import Any
 import pytest
 import torch
 from support import ROOT
-from support.figures import leave_undrawn
 from support.machine import no_network
-
-leave_undrawn()
 
 PACKAGE = "pyglow_fast"
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

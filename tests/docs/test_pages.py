@@ -24,7 +24,6 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from support import ROOT
-from support.figures import leave_undrawn
 from support.pages import Block, blocks, page, shell_commands
 from support.tiny_run import write_images
 
@@ -33,8 +32,6 @@ from pyglow_fast.cli import app, main
 from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train import TrainConfig
-
-leave_undrawn()
 
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 EXAMPLES = tuple(f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.md")))

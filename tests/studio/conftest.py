@@ -1,4 +1,4 @@
-"""Small runs to look at, and figures that are not drawn unless a test looks at them."""
+"""Small runs to look at."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.figures import leave_undrawn
 from support.latent_runs import train, write_emoji
-
-leave_undrawn()
 
 
 @pytest.fixture(scope="session")

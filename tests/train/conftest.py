@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.figures import leave_undrawn
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.train import TrainConfig
-
-leave_undrawn()
 
 TINY_MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
 

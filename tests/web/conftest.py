@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import figures, machine, web
+from support import machine, web
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of ``digits`` and ``colour``, for reading; the folder above is where commands about them run."""
-    figures.leave_undrawn()
     made = machine.made_once(tmp_path_factory, "web-runs", web.make_runs)
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(made / "runs", folder / "runs")  # what is measured is kept in the folder of a run
