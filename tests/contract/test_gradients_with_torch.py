@@ -295,9 +295,8 @@ def test_autocast() -> None:
             assert worst_error(got, stored) <= 2.0 * cost, (mode, every)
 
 
-@pytest.mark.full
 def test_compiled() -> None:
-    """torch.compile of a model in "store" is one graph; that of a run of its steps is below."""
+    """torch.compile of a model in "store" is one graph."""
     model = pgf.Glow(image_shape=(1, 2, 2), n_levels=1, n_steps=1, hidden=4, memory="store").double()
     x = batch(4, 1, 2, 2)
     model.initialize(x)
