@@ -439,7 +439,7 @@ STRUCTURES = [
     replace(of_hiding("hinet", lambda: InAttributes([Hides(4, 4) for _ in range(3)]), 8, 6), budget=180_000),
     of_hiding("hinet-in-a-list", lambda: InList([Hides(3, 5, plain_net) for _ in range(3)]), 8, 6),
     of_hiding("irn", like_irn, 1, 8, True),
-    of_hiding("irn-additive", lambda: InAttributes([Shifts(3, 9) for _ in range(2)]), 12, 4),
+    replace(of_hiding("irn-additive", lambda: InAttributes([Shifts(3, 9) for _ in range(2)]), 12, 4), budget=110_000),
     replace(of_hiding("deepmih", lambda: InList([ScalesBoth(4, 3), ScalesBoth(4, 3)]), 7, 4), budget=180_000),
     of_jet("images", lambda: ImageFlow(6, 4), (4, 3, 6), 4),
 ]
