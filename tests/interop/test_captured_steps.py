@@ -22,7 +22,7 @@ pytestmark = pytest.mark.full
 
 KINDS = ("normflows", "nflows-halves", "nflows-alternating", "freia", "glow-tts", "chaiyujin")
 # Whose layers are those of other cases.
-OTHERS = ("chaiyujin-y0ast", "freia-few", "freia-git", "freia-glow", "freia-two", "freia-volumes")
+OTHERS = ("chaiyujin-y0ast", "freia-few", "freia-git", "freia-glow", "freia-graph", "freia-two", "freia-volumes")
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
