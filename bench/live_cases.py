@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.support.light_import import light_import
+from tests.live.light_import import light_import
 
 Latents = tuple[list[Tensor], Tensor]  # z of each scale, log_det (N,)
 
@@ -211,7 +211,7 @@ def _checkpointed(model: nn.Module) -> None:
 
 def antsx(batch: int, side: int) -> LiveCase:
     """Glow of ANTsTorch on volumes: three levels of 8 steps, hidden 96, nets without actnorms as in its trainer."""
-    from tests.support.antstorch import glow
+    from tests.live.antstorch import glow
 
     def call(model: nn.Module, x: Tensor) -> Latents:
         latents, log_det = model.inverse_and_log_det(x)

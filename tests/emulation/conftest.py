@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import emulator
+from emulation import emulator
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation.emulator import EmulatedOps, Room
+from kernels.kernel_cases import Case, Kernels, codes, dtypes, laid_out, option, same_values
 from support.covering import pairs
-from support.emulator import EmulatedOps, Room
 from support.inverse_cases import assert_inverses, rotations
-from support.kernel_cases import Case, Kernels, codes, dtypes, laid_out, option, same_values
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, float64
 

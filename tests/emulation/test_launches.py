@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.emulator import EmulatedOps, Launch
-from support.kernel_cases import Case, Kernels
+from emulation.emulator import EmulatedOps, Launch
+from kernels.kernel_cases import Case, Kernels
 from torch import Tensor
 
 from bench.cases import SHAPES

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.emulator import EMULATED, GIVEN
+from emulation.emulator import EMULATED, GIVEN
 from support.toolchain import EMULATION, build, execute, loaded_first, supports
 
 # ThreadSanitizer keeps the last few accesses of each address only, and has 8128 slots for threads: small blocks.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import emulator
-from support.emulator import EmulatedOps
-from support.kernel_cases import Kernels
+from emulation import emulator
+from emulation.emulator import EmulatedOps
+from kernels.kernel_cases import Kernels
 
 from pyglow_fast import _backend, ops
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.kernel_cases import Kernels, dtypes, gathers, layouts, option, shapes
 from support.covering import pairs
 from support.helpers import assert_kernel_close
 from support.inverse_cases import IRREGULAR, MATRICES, assert_inverses, rotations, with_condition
-from support.kernel_cases import Kernels, dtypes, gathers, layouts, option, shapes
 from torch import Tensor, float32, float64
 
 from pyglow_fast import functional, ops, reference

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from support.covering import pairs
-from support.kernel_cases import (
+from kernels.kernel_cases import (
     DTYPES,
     HALVES,
     SPECS,
@@ -22,6 +21,7 @@ from support.kernel_cases import (
     shapes,
     specs,
 )
+from support.covering import pairs
 from torch import Tensor, float32, float64
 
 from pyglow_fast import ops

@@ -7,9 +7,9 @@ from itertools import product
 
 import pytest
 import torch
+from kernels.kernel_cases import Kernels, dtypes, laid_out, layouts, option, shapes
 from support.covering import pairs
 from support.helpers import assert_close
-from support.kernel_cases import Kernels, dtypes, laid_out, layouts, option, shapes
 from torch import Tensor, float32, float64
 
 from pyglow_fast import functional, reference

@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.captures import is_factorisation
-from support.covering import pairs
-from support.helpers import assert_close
-from support.kernel_cases import (
+from kernels.kernel_cases import (
     SPECS,
     Case,
     Kernels,
@@ -23,6 +20,9 @@ from support.kernel_cases import (
     laid_out,
     option,
 )
+from support.captures import is_factorisation
+from support.covering import pairs
+from support.helpers import assert_close
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import assert_close, memory_layouts
-from support.kernel_cases import assert_bits_do_not_depend_on_threads, case_name
-from support.net_chains import (
+from kernels.kernel_cases import assert_bits_do_not_depend_on_threads, case_name
+from kernels.net_chains import (
     Net,
     Numbers,
     Shape,
@@ -26,6 +25,7 @@ from support.net_chains import (
     results,
     rounded_chain,
 )
+from support.helpers import assert_close, memory_layouts
 from torch import Tensor
 
 from pyglow_fast import _backend, functional, ops, reference

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import aarch64, sanitized_module
+from kernels import aarch64, sanitized_module
 
 from pyglow_fast import _backend
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from kernels.kernel_cases import HALVES, Kernels, layouts, option
 from support.covering import pairs
-from support.kernel_cases import HALVES, Kernels, layouts, option
 from torch import Tensor, float32, float64
 
 # (N, C, *spatial), kernel, dilations: one tile and several along both sides, ragged ones, samples across tiles, taps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-from support.light_import import light_import
+from live.light_import import light_import
 
 
 def load(name: str) -> ModuleType:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from live.antstorch import glow
 from live.peers import load
 from support import ROOT
 from support.accelerate_cases import MEMORIES, at_work, saved_bytes
-from support.antstorch import glow
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate

@@ -8,10 +8,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from live.antstorch import glow
 from live.peers import load
 from support.accelerate_cases import ContextNet, at_work, mask
 from support.accelerate_laws import LAWS
-from support.antstorch import glow
 from support.structures import Structure, normal, of_freia, of_glow_tts, of_jet, of_nflows
 from torch import nn
 

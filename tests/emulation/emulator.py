@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.machine import made_once
+from support.toolchain import CUDA_SOURCES, EMULATION, build
 from torch import Tensor
 
 from pyglow_fast import ops
-from support.machine import made_once
-from support.toolchain import CUDA_SOURCES, EMULATION, build
 
 EMULATED = [*CUDA_SOURCES, EMULATION / "driver.cpp"]
 GIVEN = "PYGLOW_EMULATED"  # names a library that has been built with other flags

@@ -11,7 +11,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
 from support import ROOT, native_builds
 from support.toolchain import KEPT
 

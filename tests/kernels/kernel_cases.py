@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import reference_ops
+from support.helpers import assert_close, assert_kernel_close, laid_out
 from torch import Tensor
 
 from pyglow_fast import ops
 from pyglow_fast.reference import ORDERS, CouplingSpec
-from support import reference_ops
-from support.helpers import assert_close, assert_kernel_close, laid_out
 
 DTYPES = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from support.helpers import memory_layouts
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pyglow_fast import ops, reference
 from pyglow_fast.reference import ACTIVATIONS, MAX_LAYERS, Activation, ChainSpec
-from support.helpers import memory_layouts
 
 PARAMETERS = {"leaky_relu": 0.2, "elu": 1.0}
 SMOOTH = tuple(function for function in ACTIVATIONS if function not in ("relu", "leaky_relu"))
