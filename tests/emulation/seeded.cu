@@ -28,6 +28,7 @@ enum class Bug {
   misaligned,          // vectors begin at an odd element
   misaligned_pair,     // two elements, loaded at once, do so
   no_barrier,          // shared memory is read without waiting for its writers
+  no_full_barrier,     // so it is by blocks of 256 threads alone
   no_wait,             // a copy to shared memory is not waited for
   no_second_barrier,   // shared memory is written again without waiting for its readers
   divergent_barrier,   // half of the threads skip a barrier
@@ -39,9 +40,9 @@ enum class Bug {
   no_block_reduction,  // blocks add to one total
 };
 constexpr const char* names[] = {
-    "none",           "out_of_bounds",     "misaligned",        "misaligned_pair",   "no_barrier",
-    "no_wait",        "no_second_barrier", "divergent_barrier", "early_return",      "absent_lanes",
-    "shared_overrun", "array_overrun",     "no_warp_reduction", "no_block_reduction"};
+    "none",          "out_of_bounds",     "misaligned",        "misaligned_pair", "no_barrier",   "no_full_barrier",
+    "no_wait",       "no_second_barrier", "divergent_barrier", "early_return",    "absent_lanes", "shared_overrun",
+    "array_overrun", "no_warp_reduction", "no_block_reduction"};
 
 __device__ float warp_sum(float value, Bug bug) {
   if (bug == Bug::no_warp_reduction) return value;
@@ -67,7 +68,8 @@ __global__ void sum_kernel(const float* x, float* block_sums, Bug bug) {
     if (bug != Bug::no_wait) wait_for_copies();
     const float sum = warp_sum(firsts[threadIdx.x] + pair.v[1] + loaded.v[2] + lasts[threadIdx.x], bug);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32 + (bug == Bug::shared_overrun ? 1 : 0)] = sum;
-    if (bug != Bug::no_barrier && (bug != Bug::divergent_barrier || threadIdx.x < threads / 2)) __syncthreads();
+    const bool waits = bug != Bug::no_barrier && (bug != Bug::no_full_barrier || threads < 256);
+    if (waits && (bug != Bug::divergent_barrier || threadIdx.x < threads / 2)) __syncthreads();
     // Not the first thread: it would find its own warp's sum even without the barrier.
     if (threadIdx.x == threads - 32)
       for (int warp = 0; warp < warps; ++warp) total += warp_sums[warp];
