@@ -240,7 +240,7 @@ def test_a_wheel_of_the_source_distribution_works(tmp_path: Path) -> None:
     with tarfile.open(sources) as archive:
         packed = {member.removeprefix(f"{name}/") for member in archive.getnames()}
     needed = [ROOT / file for file in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE")]
-    needed += [path for folder in ("csrc", "cmake") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    needed += [path for folder in ("csrc", "cmake", "tools") for path in (ROOT / folder).rglob("*") if path.is_file()]
     assert {str(path.relative_to(ROOT)) for path in needed} <= packed
     run("-m", "pip", "install", "--quiet", "--no-deps", "--target", "installed", str(wheel))
     environment["PYTHONPATH"] = str(tmp_path / "installed")
