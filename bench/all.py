@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import RESULTS, machine, write_json
+from pyglow_fast._errors import expect
 
 STAGES = {
     "calls": ("bench.calls",),
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     hours = dict.fromkeys(STAGES, "?")
     for known in filter(Path.is_file, (RESULTS / TIMES, arguments.out / TIMES)):
         hours |= {row["stage"]: row["hours"] for row in json.loads(known.read_text(encoding="utf-8"))["rows"]}
-    left = [name for name in arguments.only.split(",") if not is_done(arguments.out / f"{name}-cpu.json", facts)]
+    names = arguments.only.split(",")
+    expect(set(names) <= set(STAGES), "--only", f"some of {', '.join(STAGES)}", arguments.only)
+    left = [name for name in names if not is_done(arguments.out / f"{name}-cpu.json", facts)]
     print(f"{facts}; hours: {', '.join(f'{name} {hours[name]}' for name in left)}", flush=True)
     for name in left:
         start = time.monotonic()

@@ -44,10 +44,8 @@ ROUNDS, UPDATES, TOP = 5, 20, 40
 MARK = "pyglow"  # the namespace of our kernels, and of our operators
 SMALL = Shape((3, 32, 32), n_levels=3, n_steps=32, hidden=512, batch=64)
 LARGE = Shape((3, 256, 256), n_levels=6, n_steps=32, hidden=512, batch=2)
-NETS, NAMES = (
-    8,
-    {"tf32": "tf32", "bf16": "bfloat16"},
-)  # flow steps whose nets are timed; precisions, as ROWS_IN has them
+NETS = 8  # flow steps whose nets are timed
+NAMES = {"tf32": "tf32", "bf16": "bfloat16"}  # precisions, as ROWS_IN has them
 COLUMNS = ("ms", "kernels ms", "launches", "ours", "peak MB")
 
 

@@ -10,6 +10,7 @@
 
 #include "math/host_device.h"
 #include "math/kinds.h"
+#include "math/window.h"
 
 namespace pyglow {
 
@@ -245,21 +246,6 @@ template <class T>
 struct Image {
   T* data;
   int64_t sample, channel, depth, row, pixel;
-};
-struct Extent {  // of one channel of a sample
-  int64_t depth, height, width;
-  PYGLOW_HD int64_t positions() const { return depth * height * width; }
-};
-
-// The shifts of a convolution's kernel, along depth, height and width: odd sizes, zero padding that keeps the extent.
-struct Window {
-  int64_t size[3], dilation[3];
-  PYGLOW_HD int64_t taps() const { return size[0] * size[1] * size[2]; }
-  // How far apart in memory the outermost tap and the middle one are, in a channel of that extent.
-  PYGLOW_HD int64_t reach(const Extent& e) const {
-    const int64_t depth = size[0] / 2 * dilation[0], height = size[1] / 2 * dilation[1];
-    return (depth * e.height + height) * e.width + size[2] / 2 * dilation[2];
-  }
 };
 
 // One layer of a net: a(weight * x + bias).

@@ -132,8 +132,8 @@ _HALF = {
 def _half_nets() -> str:
     """What multiplies in coupling nets under autocast to bfloat16, or with precision="bf16"."""
     module = _backend.extension()
-    if module is None or _backend.nets() == "library":
-        return f"the library's layers: {_backend.reason() or 'PYGLOW_NETS is library'}"
+    if module is None or _backend.nets() != "auto":
+        return f"the library's layers: {_backend.reason() or f'PYGLOW_NETS is {_backend.nets()}'}"
     try:
         kernels = module.instruction_set()
     except ValueError as error:

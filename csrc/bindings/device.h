@@ -23,8 +23,10 @@ inline cpu::Threads torch_threads() {
 }
 
 // Told of each kernel that runs on the CPU, with what runs it again on the same memory, as a CUDA graph would: for
-// tests of captures, whose recordings see torch's operations alone.
-inline std::function<void(const std::function<void()>&)> on_launch;
+// tests of captures, whose recordings see torch's operations alone. It changes only while no kernel runs, and is never
+// destroyed, since it may hold an object of Python's.
+using Told = std::function<void(const std::function<void()>&)>;
+inline Told& on_launch = *new Told;
 
 // call() runs a kernel; what its arguments point to, but tensors, it holds.
 template <class F>

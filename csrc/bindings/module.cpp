@@ -140,7 +140,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("idle_bytes", &pyglow::cpu::idle_bytes, "Bytes of CPU memory that wait for another use.");
   m.def("release_idle", &pyglow::cpu::release_idle, "Return those bytes to the system.");
   m.def(
-      "on_launch", [](decltype(on_launch) call) { on_launch = std::move(call); },
+      "on_launch", [](Told call) { on_launch = std::move(call); },
       "Have each kernel on the CPU told before it runs, or None: for tests of captures.", pybind11::arg("call").none());
   m.def("elementary", &elementary, "A vector function of the CPU kernels, for tests of its error bound.");
   m.def("activation", &activation, "An activation of the CPU kernels, or its backward, for tests of its error bound.",

@@ -2,7 +2,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "bindings/coupling_kind.h"
 #include "bindings/device.h"
@@ -31,8 +30,9 @@ at::ScalarType sum_type(at::ScalarType dtype) { return dtype == at::kDouble ? at
 Window checked_window(at::IntArrayRef sizes, at::IntArrayRef kernel, at::IntArrayRef dilations) {
   TORCH_CHECK_VALUE(kernel.size() + 2 == sizes.size() && kernel.size() <= 3, "kernel: expected a size for each of ",
                     sizes.size() - 2, " spatial dimensions, at most 3, found ", kernel);
-  TORCH_CHECK_VALUE(c10::multiply_integers(sizes.slice(2)) <= std::numeric_limits<int32_t>::max(),
-                    "sizes: expected less than 2^31 positions, found ", sizes);
+  constexpr int64_t most = int64_t{1} << 26;  // of which 31, a kernel's half, are counted in 32 bits
+  TORCH_CHECK_VALUE(c10::multiply_integers(sizes.slice(2)) < most, "sizes: expected less than ", most,
+                    " positions, found ", sizes);
   TORCH_CHECK_VALUE(dilations.size() == kernel.size(), "dilations: expected ", kernel.size(), ", found ", dilations);
   for (std::size_t d = 0; d < kernel.size(); ++d)
     TORCH_CHECK_VALUE(kernel[d] % 2 == 1 && kernel[d] > 0 && kernel[d] <= 63 && dilations[d] > 0,

@@ -22,14 +22,10 @@ __device__ __forceinline__ void store_one(void* data, NetType type, int64_t at, 
   store_net<false>(data, type, at, Single<T>{{value}});
 }
 
-// The threads of a block as warps: neighbours along a row of one side or the other.
-struct Lanes {
-  int lane, warp, warps;
-};
-__device__ __forceinline__ Lanes lanes_of_block() {
-  const int thread = static_cast<int>(threadIdx.x);
-  return {thread % warp_threads, thread / warp_threads, static_cast<int>(blockDim.x) / warp_threads};
-}
+// The thread's place in its warp, along a row of one side or the other, and the warp's in its block.
+__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % warp_threads; }
+__device__ __forceinline__ int warp_of_block() { return static_cast<int>(threadIdx.x) / warp_threads; }
+__device__ __forceinline__ int warps_of_block() { return static_cast<int>(blockDim.x) / warp_threads; }
 
 // Calls f(index of the tile along positions, through all samples, and first column) for the tiles of a block.
 template <class F>
@@ -50,7 +46,7 @@ __global__ void __launch_bounds__(block_threads, 4) patches_kernel(const Patches
   PYGLOW_SHARED(Column, table, tile_columns);
   const int64_t positions = args.extent.positions(), total = args.samples * positions;
   const int taps = static_cast<int>(args.window.taps()), channels = static_cast<int>(args.channels);
-  const auto [lane, warp, warps] = lanes_of_block();
+  const int lane = lane_of_warp(), warp = warp_of_block(), warps = warps_of_block();
   for_each_tile(total, args.rows.length, [&](int64_t index, int64_t first_column) {
     const int64_t first = index * tile_positions;
     for (int r = static_cast<int>(threadIdx.x); r < tile_columns; r += static_cast<int>(blockDim.x)) {
@@ -94,7 +90,7 @@ __global__ void __launch_bounds__(block_threads, 4) tap_sums_kernel(const TapSum
   PYGLOW_SHARED(T, tile, tile_columns * tile_stride);
   const int64_t positions = args.extent.positions(), total = args.samples * positions, taps = args.window.taps();
   const WindowRows<const void>& rows = args.rows;
-  const auto [lane, warp, warps] = lanes_of_block();
+  const int lane = lane_of_warp(), warp = warp_of_block(), warps = warps_of_block();
   for_each_tile(total, args.channels, [&](int64_t index, int64_t first_channel) {
     const int64_t first = index * tile_positions;
     const int channels = static_cast<int>(smaller<int64_t>(tile_columns, args.channels - first_channel));
@@ -129,7 +125,7 @@ template <class T, bool Vector>
 __global__ void __launch_bounds__(block_threads, 4) relu_backward_kernel(const ReluBackwardArgs<T> args) {
   constexpr int unit = unit_width<T, Vector>;
   PYGLOW_SHARED(T, shares, block_threads * unit);
-  const auto [lane, warp, warps] = lanes_of_block();
+  const int lane = lane_of_warp(), warp = warp_of_block(), warps = warps_of_block();
   const int64_t groups = divide_up(args.columns, warp_threads * unit);
   for (int64_t task = blockIdx.x; task < args.shares * groups; task += gridDim.x) {
     const int64_t share = task / groups, column = (task % groups * warp_threads + lane) * unit;
@@ -153,12 +149,13 @@ __global__ void __launch_bounds__(block_threads, 4) relu_backward_kernel(const R
     for (int i = 0; i < unit; ++i) shares[(warp * unit + i) * warp_threads + lane] = sum.v[i];
     __syncthreads();
     if (warp == 0 && column < args.columns) {
+      Unit<T, Vector> total = {};
+#pragma unroll 1
+      for (int k = 0; k < warps; ++k) {
 #pragma unroll
-      for (int i = 0; i < unit; ++i) {
-        T total = T(0);
-        for (int k = 0; k < warps; ++k) total += shares[(k * unit + i) * warp_threads + lane];
-        args.sums[share * args.columns + column + i] = total;
+        for (int i = 0; i < unit; ++i) total.v[i] += shares[(k * unit + i) * warp_threads + lane];
       }
+      store_unit<Vector>(args.sums + share * args.columns + column, total);
     }
     __syncthreads();  // the shares have been read
   }

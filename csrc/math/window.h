@@ -1,9 +1,32 @@
-// Where the taps of a window are: of a position of an extent, and of a tap. Positions of a sample are less than 2^31.
+// The window of a convolution, and where its taps are: of a position of an extent, and of a tap.
 #pragma once
-#include "core.h"
+#include <cstdint>
+
+#include "math/host_device.h"
+
+namespace pyglow {
+
+struct Extent {  // of one channel of a sample
+  int64_t depth, height, width;
+  PYGLOW_HD int64_t positions() const { return depth * height * width; }
+};
+
+// The shifts of a convolution's kernel, along depth, height and width: odd sizes, zero padding that keeps the extent.
+struct Window {
+  int64_t size[3], dilation[3];
+  PYGLOW_HD int64_t taps() const { return size[0] * size[1] * size[2]; }
+  // How far apart in memory the outermost tap and the middle one are, in a channel of that extent.
+  PYGLOW_HD int64_t reach(const Extent& e) const {
+    const int64_t depth = size[0] / 2 * dilation[0], height = size[1] / 2 * dilation[1];
+    return (depth * e.height + height) * e.width + size[2] / 2 * dilation[2];
+  }
+};
+
+}  // namespace pyglow
 
 PYGLOW_MATH_BEGIN
 
+// Of less than 2^26 positions.
 struct Place {
   int depth, height, width;
 };

@@ -123,6 +123,7 @@ class Net {
   Inputs inputs(const Tensor& x1, const Optional& cond) const;
   Tensor joined(const Inputs& given) const;
   Tensor convolved(std::size_t layer, const Tensor& h) const;
+  void check_rows(int64_t channels) const;
   Tensor by_rows(const Tensor& x, Tensors* kept) const;
   Tensor by_convolutions(Tensor h, Tensors* kept) const;
   NetGradients back_by_kernels(const Inputs& given, const Tensor& kept, const Tensor& grad_out,

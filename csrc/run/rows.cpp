@@ -69,7 +69,8 @@ bool is_matrix(const Tensor& weight, at::ScalarType dtype, bool first) {
 Tensors matrices_of(const Tensors& weights, at::ScalarType dtype, bool first) {
   if (is_matrix(weights[0], dtype, first)) {
     Tensors found;
-    for (const Tensor& weight : weights) found.push_back(weight.movedim(1, -1).flatten(0, -2));
+    for (const Tensor& weight : weights)
+      found.push_back(weight.movedim(1, -1).view(matrix_sizes(weight.sizes(), first)));
     return found;
   }
   const Tensor whole = first ? joined(weights) : joined(weights).movedim(1, -1);
@@ -83,8 +84,21 @@ Tensors matrices_of(const Tensors& weights, at::ScalarType dtype, bool first) {
   return all.split(sizes[0]);
 }
 
+// As an operation for the whole net would, before products take parts of what there is.
+void Net::check_rows(int64_t channels) const {
+  for (std::size_t layer = 0; layer < form_.layers(); ++layer) {
+    const at::IntArrayRef weight = sizes(layer);
+    TORCH_CHECK_VALUE(weight[1] == channels, "weights[", layer, "]: expected (outputs, ", channels, ") with ",
+                      weight.size() - 2, " kernel sizes, found ", weight);
+    channels = weight[0];
+    TORCH_CHECK_VALUE(folded_.biases[layer].sizes() == at::IntArrayRef(channels), "biases[", layer, "]: expected ",
+                      channels, " elements, found ", folded_.biases[layer].sizes());
+  }
+}
+
 Tensor Net::by_rows(const Tensor& x, Tensors* kept) const {
   const std::size_t last = form_.layers() - 1;
+  check_rows(x.size(1));
   const Taps begin(form_, sizes(0), 0, false), end(form_, sizes(last), last, last == 0);
   Tensor h = std::get<0>(bindings::patches(x, begin.kernel, begin.dilations, false, dtype_))
                  .narrow(1, 0, folded_.weights[0].size(1));
@@ -122,6 +136,9 @@ NetGradients Net::back_by_rows(const Inputs& given, Tensors kept, const Tensor& 
     const bool goes_on = wants_before(layer, wanted);
     if (!goes_on && !wants_layer(layer, wanted)) break;
     const Tensor h = taken();
+    const std::vector<int64_t> expected{grad.size(0), folded_.weights[layer].size(1)};
+    TORCH_CHECK_VALUE(h.sizes() == at::IntArrayRef(expected) && h.scalar_type() == dtype_, "kept.nets: expected ",
+                      expected, " of ", dtype_, ", found ", h.sizes(), " of ", h.scalar_type());
     if (wants_layer(layer, wanted)) {
       found.weights[layer] = as_weight(at::mm(grad.t(), h), sizes(layer), layer == 0);
       found.biases[layer] = sums.defined() ? sums : grad.sum(0);
@@ -131,7 +148,7 @@ NetGradients Net::back_by_rows(const Inputs& given, Tensors kept, const Tensor& 
     grad = at::mm(grad, folded_.weights[layer]);
     const Through activation = through(form_, layer - 1);
     if (activation.is_relu()) {
-      sums = bindings::relu_backward(grad, h);
+      sums = bindings::relu_backward(grad, h.contiguous());
     } else {
       grad = activation.gradient(grad, activation.keeps_argument() ? taken() : h);
       sums = Tensor();

@@ -44,6 +44,7 @@ class _Computes(NamedTuple):
     """How nets of one precision are computed on a state."""
 
     way: str  # of csrc/run/net.h
+    always: bool  # rows for all nets that can, not only where they pay
     channels_last: bool
     narrow: torch.dtype | None  # None: as the state is
     lowest: torch.dtype
@@ -63,12 +64,12 @@ def _computes(precision: str, x: Tensor) -> _Computes | None:
         named = "tf32" if own and products else str(dtype).removeprefix("torch.")
         choice = _backend.nets()
         rows = choice == "rows" or (choice == "auto" and device_of(x).type == "cuda" and named in ROWS_IN)
-        rounds = products if rows else convolutions  # TF32 has as many bits as float16
+        rounds = convolutions or (rows and products)  # TF32 has as many bits as float16
         lowest = lowest_of(x.dtype, dtype, torch.float16 if rounds else dtype)
         # cuDNN's kernels for tensor cores take channels as neighbours, its others do not.
         channels_last = rows or device_of(x).type == "cpu" or convolutions or not own
         way = "kernels" if kernels else "rows" if rows else "convolutions"
-        return _Computes(way, channels_last, None if own else dtype, lowest)
+        return _Computes(way, choice == "rows", channels_last, None if own else dtype, lowest)
 
 
 @functools.lru_cache(256)
@@ -96,13 +97,15 @@ def _made(
         plan = coupling.plan(*coupling.inputs(like, cond), budget)
     chunks = [] if plan[0].whole else [require().Chunk(**chunk.numbers) for chunk in plan]
     activations, parameters, dilations = ops.chain_arguments(chain.spec)
-    own = chain.outputs
+    own, way = chain.outputs, how.way
+    if way == "rows" and not how.always and _patches_outweigh(chain):
+        way = "convolutions"
     form = require().NetForm(
         activations=activations,
         dilations=dilations,
         parameters=parameters,
         powers=chain.powers,
-        way=require().Way[how.way],
+        way=require().Way[way],
         channels_last=how.channels_last,
         narrow=how.narrow,
         takes_state=not injects,
@@ -115,6 +118,12 @@ def _made(
     arguments = ops.coupling_arguments(coupling.spec, inverse)
     kind = require().Kind(**dict(zip(names, arguments, strict=True)))
     return require().Step(kind=kind, net=form, reads=coupling.kept)
+
+
+def _patches_outweigh(chain: Chain) -> bool:
+    """Whether what rows add to a net, patches and taps, is more than its hidden layers: of wide ends, and in 3-d."""
+    first, last = chain.tensors[0].shape, chain.last_weight.shape
+    return first[1:].numel() + last[0] * last[2:].numel() > first[0] + last[1]
 
 
 def _compiled(run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int) -> CompiledRun | None:

@@ -44,7 +44,8 @@ def accepted(grads: Sequence[Tensor | None], drifted: Tensor | None) -> Sequence
     """Pass gradients on, or zeros where a deferred verdict, if there is one, has found a drifted state.
 
     Args:
-        grads: of a state, of the condition, then of parameters, of which all of a kind are chosen in one launch.
+        grads: of a state, of the condition, then of parameters, of which all of a kind are chosen in one launch: they
+            become views of one tensor.
         drifted: the verdict, a bool.
     """
     if drifted is None:

@@ -100,13 +100,13 @@ print(info.report())"""
 @pytest.mark.usefixtures("fresh")
 def test_nets_may_be_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 2, 4, 4)
-    for setting, expected in (("library", False), ("auto", True), ("", True)):
+    for setting, expected in (("library", False), ("rows", False), ("auto", True), ("", True)):
         monkeypatch.setenv("PYGLOW_NETS", setting)
         _backend._nets.cache_clear()
         assert functional.net_as_products(x) == expected
     monkeypatch.setenv("PYGLOW_NETS", "cudnn")
     _backend._nets.cache_clear()
-    with pytest.raises(ValueError, match="PYGLOW_NETS: expected auto or library, found 'cudnn'"):
+    with pytest.raises(ValueError, match="PYGLOW_NETS: expected auto, library or rows, found 'cudnn'"):
         functional.net_as_products(x)
 
 

@@ -53,7 +53,7 @@ LIMITS = {
     "invert_kernel": Limit(2, 2, 64 + 64),
     "patches_kernel": Limit(4, 4, 17 * 1024 + 512),
     "tap_sums_kernel": Limit(4, 4, 17 * 1024),
-    "relu_backward_kernel": Limit(4, 4, 4096, 0, 4, nets=True),
+    "relu_backward_kernel": Limit(4, 4, 4096, 0, nets=True),
     "step_gather_backward_kernel": Limit(4, 2, 0, 4, nets=True),
 }
 

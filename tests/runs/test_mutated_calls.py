@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from support import ROOT
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast import _backend, functional
+from pyglow_fast import _backend
 from pyglow_fast.runs import compiled
 
 ENTRIES = ("run_forward", "run_backward", "inverted", "fold", "fold_backward")
@@ -145,12 +146,9 @@ OPTIONS: list[tuple[dict[str, Any], str | int, bool]] = [
 ]
 
 
-def main(convolutions: bool) -> None:
+def main() -> None:
     """Run every changed call; prints each error that is unclear, and last how many were refused and how many not."""
     torch.set_num_threads(1)
-    if convolutions:
-        functional.net_as_products = lambda x: False  # type: ignore[assignment]
-        functional.net_as_convolutions = lambda x: True  # type: ignore[assignment]
     seen, refused, answered = set(), 0, 0
     for memory, options in itertools.product(("store", "checkpoint", "reversible"), OPTIONS):
         for call in recorded(memory, *options):
@@ -172,10 +170,11 @@ def main(convolutions: bool) -> None:
 
 
 @pytest.mark.skipif(_backend.extension() is None, reason="the run is compiled")
-@pytest.mark.parametrize("nets", ["products", "convolutions"])
+@pytest.mark.parametrize("nets", ["auto", "library", "rows"])
 def test_no_argument_ends_the_process(nets: str) -> None:
-    command = [sys.executable, "-c", f"from runs import test_mutated_calls as t; t.main({nets == 'convolutions'})"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT / "tests")
+    command = [sys.executable, "-c", "from runs import test_mutated_calls as t; t.main()"]
+    environment = {**os.environ, "PYGLOW_NETS": nets}
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT / "tests", env=environment)
     assert found.returncode == 0, found.stderr[-1000:]
     *unclear, counts = found.stdout.splitlines()
     assert unclear == []

@@ -26,11 +26,16 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import pyglow_fast as pgf
+from pyglow_fast import ops
 from pyglow_fast._backend import extension
 from pyglow_fast._errors import SingularMatrixError
 from pyglow_fast.interop.nets import Net
+from pyglow_fast.runs import choice
+from pyglow_fast.runs.description import Run
+from pyglow_fast.runs.dry_run import dry_run
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="the run is compiled")
+ON_A_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 MODES = ("store", "checkpoint", "reversible")
 
 
@@ -187,6 +192,52 @@ def test_other_nets_as_products(net: Callable[[], nn.Module], rows: bool, monkey
     names = {event.name for event in profiler.events()}
     assert ("pyglow_fast::tap_sums" in names) == rows
     assert ("aten::convolution" in names) != rows
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(4, 1), (2, 3)])
+def test_a_net_of_other_channels_is_refused(nets: str, channels: int, kernel: int) -> None:
+    """Nothing is left out of what it is given, nor read behind it."""
+    layers = nn.Conv2d(channels, 8, kernel, padding=kernel // 2), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1)
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(6, net=Net(nn.Sequential(*layers)))])
+    with pytest.raises((ValueError, RuntimeError), match="expected"):
+        sequence(batch(4, 6, 8, 6).float())
+
+
+@pytest.mark.parametrize(
+    ("hidden", "channels", "dims", "precision", "way"),
+    [
+        (512, 48, 2, "tf32", "rows"),
+        (512, 12, 2, "tf32", "rows"),
+        (512, 12, 2, "fp32", "convolutions"),
+        (512, 384, 2, "tf32", "convolutions"),
+        (64, 48, 3, "tf32", "convolutions"),
+    ],
+)
+def test_who_computes_nets_on_a_gpu(
+    hidden: int, channels: int, dims: int, precision: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rows only where patches and taps are no wider than the hidden layers: a budget counts no more than those."""
+    monkeypatch.setattr(ops, "run_on", lambda x: True)
+    step = pgf.FlowStep(channels, hidden, dims=dims, precision=precision).to("meta")
+    with dry_run(torch.device("cuda")):
+        x = torch.empty(2, channels, *[4] * dims, device="meta")
+        found = choice._compiled(Run.of(step.elements()), x, None, False, "auto")
+    assert found is not None
+    assert [form.net.way.name for form in found.forms] == [way]
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
+)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_nan_in_a_weight_is_seen(device: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relu that a product computes with it must keep it, too."""
+    use_library(monkeypatch, "rows")
+    sequence, x, _ = steps()
+    sequence, x = in_16_bits(sequence, precision).to(device), x.float().to(device)
+    with torch.no_grad():
+        sequence[0].coupling.net.conv1.weight[0, 0, 1, 1] = torch.nan
+        assert not sequence(x)[1].isfinite().any()
 
 
 def test_a_matrix_without_an_inverse_is_refused() -> None:
