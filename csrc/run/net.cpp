@@ -7,7 +7,6 @@
 #include "bindings/ops.h"
 #include "run/activation.h"
 #include "run/convolution.h"
-#include "run/rows.h"
 
 namespace pyglow::run {
 namespace {
@@ -86,7 +85,7 @@ Tensor Net::forward(const Tensor& x1, const Optional& cond, Tensors* kept) const
                             form_.parameters, form_.dilations, form_.narrow.has_value(), kept != nullptr);
     out = std::move(found);
     if (kept != nullptr) kept->push_back(std::move(hidden));
-  } else if (goes_by_rows(form_, tensors_)) {
+  } else if (folded_.by_rows) {
     out = by_rows(given.cond ? joined(given) : given.x1, kept);
   } else {
     out = by_convolutions(joined(given), kept);
@@ -100,9 +99,9 @@ NetGradients Net::backward(const Tensor& x1, const Optional& cond, Tensors kept,
   const Inputs given = inputs(x1, cond);
   const Tensor before = form_.outputs.gradient(grad_out, out);
   const Tensor grad = form_.parity ? whole_board(before, 1 - *form_.parity) : before;
-  NetGradients found = form_.way == Way::kernels       ? back_by_kernels(given, kept[0], grad, wanted)
-                       : goes_by_rows(form_, tensors_) ? back_by_rows(given, std::move(kept), grad, wanted)
-                                                       : back_by_convolutions(given, std::move(kept), grad, wanted);
+  NetGradients found = form_.way == Way::kernels ? back_by_kernels(given, kept[0], grad, wanted)
+                       : folded_.by_rows         ? back_by_rows(given, std::move(kept), grad, wanted)
+                                                 : back_by_convolutions(given, std::move(kept), grad, wanted);
   if (!form_.takes_state) {
     found.cond = std::move(found.state);
     found.state = Tensor();
@@ -144,37 +143,40 @@ bool Net::wants_before(std::size_t layer, const Wanted& wanted) const {
   return found;
 }
 
+Tensor Net::taken(Tensors& kept, at::IntArrayRef sizes) const {
+  Tensor last = std::move(kept.back());
+  kept.pop_back();
+  TORCH_CHECK_VALUE(last.sizes() == sizes && last.scalar_type() == dtype_, "kept.nets: expected ", sizes, " of ",
+                    dtype_, ", found ", last.sizes(), " of ", last.scalar_type());
+  return last;
+}
+
+void Net::put_inputs(const Tensor& grad, const Inputs& given, NetGradients& found) {
+  const int64_t channels = given.x1.size(1);
+  found.state = grad.narrow(1, 0, channels).to(given.x1.scalar_type());
+  if (given.cond) found.cond = grad.narrow(1, channels, given.cond->size(1)).to(given.cond->scalar_type());
+}
+
 NetGradients Net::back_by_convolutions(const Inputs& given, Tensors kept, const Tensor& grad_out,
                                        const Wanted& wanted) const {
   const std::size_t layers = form_.layers();
   NetGradients found{{}, {}, Tensors(layers), Tensors(layers), {}};
   Tensor grad = grad_out.to(dtype_).contiguous(format_);
-  const auto taken = [&kept] {  // freed behind its last use, if nobody else has it
-    Tensor last = std::move(kept.back());
-    kept.pop_back();
-    return last;
-  };
   for (std::size_t layer = layers; layer-- > 0;) {
     const bool goes_on = wants_before(layer, wanted), own = wants_layer(layer, wanted);
     if (!goes_on && !own) break;
-    const Tensor h = taken(), weight = folded_.weights[layer];
+    const Tensor weight = folded_.weights[layer];
     std::vector<int64_t> sizes = grad.sizes().vec();
     sizes[1] = weight.size(1);
-    TORCH_CHECK_VALUE(h.sizes() == sizes && h.scalar_type() == dtype_, "kept.nets: expected ", sizes, " of ", dtype_,
-                      ", found ", h.sizes(), " of ", h.scalar_type());
+    const Tensor h = taken(kept, sizes);
     const std::array<bool, 3> mask{goes_on, own, own};
     std::tie(grad, found.weights[layer], found.biases[layer]) =
         convolution_backward(grad, h, weight, Window(form_, layer, weight), mask);
     if (layer == 0 || !goes_on) break;
     const Through activation = through(form_, layer - 1);
-    const Tensor behind = activation.keeps_argument() ? taken() : h;
-    grad = activation.gradient(grad, behind);
+    grad = activation.gradient(grad, activation.keeps_argument() ? taken(kept, sizes) : h);
   }
-  if (wanted.inputs && grad.defined()) {
-    const int64_t channels = given.x1.size(1);
-    found.state = grad.narrow(1, 0, channels).to(given.x1.scalar_type());
-    if (given.cond) found.cond = grad.narrow(1, channels, given.cond->size(1)).to(given.cond->scalar_type());
-  }
+  if (wanted.inputs && grad.defined()) put_inputs(grad, given, found);
   return found;
 }
 

@@ -95,6 +95,7 @@ struct NetGradients {
 // format; of rows each weight is a matrix (see rows.h).
 struct Folded {
   Tensors weights, biases;
+  bool by_rows = false;
   Optional log_gain;  // of the last layer, where our kernels multiply by it themselves
 };
 
@@ -131,6 +132,10 @@ class Net {
   NetGradients back_by_convolutions(const Inputs& given, Tensors kept, const Tensor& grad_out,
                                     const Wanted& wanted) const;
   NetGradients back_by_rows(const Inputs& given, Tensors kept, const Tensor& grad_out, const Wanted& wanted) const;
+  // The last of what is kept, of these sizes; freed behind its use, if nobody else has it.
+  Tensor taken(Tensors& kept, at::IntArrayRef sizes) const;
+  // The gradient of what the first layer reads, as that of x1 and of the condition.
+  static void put_inputs(const Tensor& grad, const Inputs& given, NetGradients& found);
   // Whether the gradient of a layer's output is needed: for its own tensors, and for what is before it.
   bool wants_layer(std::size_t layer, const Wanted& wanted) const;
   bool wants_before(std::size_t layer, const Wanted& wanted) const;

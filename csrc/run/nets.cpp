@@ -129,6 +129,7 @@ Nets::Nets(const Part& part, at::TensorList tensors, at::TensorList made)
       for (std::size_t i = 0; i < all.size(); ++i) folded_[group.steps[i]] = std::move(all[i]);
       continue;
     }
+    for (const int64_t k : group.steps) folded_[k].by_rows = group.by_rows;
     group.scales.resize(own.layers());
     for (std::size_t layer = 0; layer < own.layers(); ++layer) {
       const Tensor& weight = tensors_[first_[group.steps[0]] + own.first(layer)];
@@ -219,6 +220,7 @@ std::vector<Folded> Nets::folded(Group& group) const {
     }
     if (group.by_rows) weights = matrices_of(weights, dtype, layer == 0);
     for (std::size_t i = 0; i < found.size(); ++i) {
+      found[i].by_rows = group.by_rows;
       found[i].weights.push_back(weights[i]);
       found[i].biases.push_back(biases[i]);
     }

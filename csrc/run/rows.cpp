@@ -127,18 +127,11 @@ NetGradients Net::back_by_rows(const Inputs& given, Tensors kept, const Tensor& 
   NetGradients found{{}, {}, Tensors(layers), Tensors(layers), {}};
   auto [grad, sums] = bindings::patches(grad_out, end.kernel, end.dilations, true, dtype_);
   grad = grad.narrow(1, 0, folded_.weights[last].size(0));
-  const auto taken = [&kept] {  // freed behind its last use, if nobody else has it
-    Tensor one = std::move(kept.back());
-    kept.pop_back();
-    return one;
-  };
   for (std::size_t layer = layers; layer-- > 0;) {
     const bool goes_on = wants_before(layer, wanted);
     if (!goes_on && !wants_layer(layer, wanted)) break;
-    const Tensor h = taken();
-    const std::vector<int64_t> expected{grad.size(0), folded_.weights[layer].size(1)};
-    TORCH_CHECK_VALUE(h.sizes() == at::IntArrayRef(expected) && h.scalar_type() == dtype_, "kept.nets: expected ",
-                      expected, " of ", dtype_, ", found ", h.sizes(), " of ", h.scalar_type());
+    const std::array<int64_t, 2> expected{grad.size(0), folded_.weights[layer].size(1)};
+    const Tensor h = taken(kept, expected);
     if (wants_layer(layer, wanted)) {
       found.weights[layer] = as_weight(at::mm(grad.t(), h), sizes(layer), layer == 0);
       found.biases[layer] = sums.defined() ? sums : grad.sum(0);
@@ -150,18 +143,16 @@ NetGradients Net::back_by_rows(const Inputs& given, Tensors kept, const Tensor& 
     if (activation.is_relu()) {
       sums = bindings::relu_backward(grad, h.contiguous());
     } else {
-      grad = activation.gradient(grad, activation.keeps_argument() ? taken() : h);
+      grad = activation.gradient(grad, activation.keeps_argument() ? taken(kept, expected) : h);
       sums = Tensor();
     }
   }
   if (!wanted.inputs) return found;
   std::vector<int64_t> shape = given.x1.sizes().vec();
-  const int64_t channels = shape[1];
   if (given.cond) shape[1] += given.cond->size(1);
   const Tensor taps = product(grad, folded_.weights[0]);
-  const Tensor all = bindings::tap_sums(taps, {}, shape, begin.kernel, begin.dilations, true, given.x1.scalar_type());
-  found.state = all.narrow(1, 0, channels);
-  if (given.cond) found.cond = all.narrow(1, channels, given.cond->size(1)).to(given.cond->scalar_type());
+  const auto dtype = given.x1.scalar_type();
+  put_inputs(bindings::tap_sums(taps, {}, shape, begin.kernel, begin.dilations, true, dtype), given, found);
   return found;
 }
 
