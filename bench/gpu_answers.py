@@ -90,10 +90,12 @@ def deterministic_algorithms() -> Iterator[None]:
 @contextlib.contextmanager
 def nets_by(way: str) -> Iterator[None]:
     """A context in which coupling nets are computed as PYGLOW_NETS in the environment would say."""
-    with mock.patch.dict(os.environ, PYGLOW_NETS=way):
+    try:
+        with mock.patch.dict(os.environ, PYGLOW_NETS=way):
+            _backend._nets.cache_clear()
+            yield
+    finally:
         _backend._nets.cache_clear()
-        yield
-    _backend._nets.cache_clear()
 
 
 class Answers:
@@ -138,11 +140,9 @@ class Answers:
         shape, found = self.small, dict[str, Row]()
         channels, side = shape.widths()[level], shape.image[1] // 2 ** (level + 1)
         steps = [FlowStep(channels, shape.hidden, precision=precision) for _ in range(NETS)]
-        sequence, x = (
-            ReversibleSequence(steps, "store"),
-            torch.randn(shape.batch, channels, side, side, device=self.device),
-        )
-        wake(sequence.to(self.device))
+        sequence = ReversibleSequence(steps, "store").to(self.device)
+        x = torch.randn(shape.batch, channels, side, side, device=self.device)
+        wake(sequence)
         sequence.initialize(x)
 
         def step() -> object:
