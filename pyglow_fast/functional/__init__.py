@@ -184,7 +184,7 @@ def _moved(x: Tensor, parity: int, both: bool, splits: bool) -> Tensor:
     return (ops.checkerboard_split if splits else ops.checkerboard_merge)(x, parity, both)
 
 
-def net_as_products(x: Tensor) -> bool:
+def net_by_kernels(x: Tensor) -> bool:
     """Tells whether :func:`net_chain` on x is matrix products of ours, and not the library's convolutions.
 
     It is on the CPU, where Glow's nets are faster so than the library's layers at their best, and keep half as much
@@ -196,7 +196,7 @@ def net_as_products(x: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") or net_in_half(x)
 
 
-def net_as_convolutions(x: Tensor) -> bool:
+def net_by_library(x: Tensor) -> bool:
     """Tells whether csrc/run computes nets on x by the library's convolutions or products, without autograd.
 
     It does on a GPU, and on the CPU where PYGLOW_NETS in the environment is "library" or "rows".
@@ -227,7 +227,7 @@ def net_chain(
     under autocast to bfloat16, where the activations between the layers, and what is multiplied, are rounded to that.
     Computed by torch's convolutions it has autocast's dtype.
     """
-    if not net_as_products(x):
+    if not net_by_kernels(x):
         return reference.net_chain(x, weights, biases, spec, log_gain, cond)
     half = net_in_half(x)
     if half:  # autocast takes inputs and parameters of any dtype

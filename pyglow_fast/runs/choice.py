@@ -53,22 +53,22 @@ class _Computes(NamedTuple):
 def _computes(precision: str, x: Tensor) -> _Computes | None:
     """None where the run has no way to compute them."""
     with in_precision(precision, x):
-        kernels = functional.net_as_products(x)
-        if not kernels and not functional.net_as_convolutions(x):
+        if functional.net_by_kernels(x):
+            half = torch.bfloat16 if functional.net_in_half(x) else None
+            return _Computes("kernels", False, False, half, lowest_of(x.dtype, half or x.dtype))
+        if not functional.net_by_library(x):
             return None
-        dtype = torch.bfloat16 if kernels and functional.net_in_half(x) else dtype_on(x)
-        own = dtype == x.dtype
-        products, convolutions = (
-            has_tf32(x) and _float32.rounds(operation, x) for operation in (_float32.PRODUCTS, _float32.CONVOLUTIONS)
-        )
+        dtype, choice, on_gpu = dtype_on(x), _backend.nets(), device_of(x).type == "cuda"
+        own, may_round = dtype == x.dtype, has_tf32(x)
+        products = may_round and _float32.rounds(_float32.PRODUCTS, x)
+        convolutions = may_round and _float32.rounds(_float32.CONVOLUTIONS, x)
         named = "tf32" if own and products else str(dtype).removeprefix("torch.")
-        choice = _backend.nets()
-        rows = choice == "rows" or (choice == "auto" and device_of(x).type == "cuda" and named in ROWS_IN)
+        rows = choice == "rows" or (choice == "auto" and on_gpu and named in ROWS_IN)
         rounds = convolutions or (rows and products)  # TF32 has as many bits as float16
         lowest = lowest_of(x.dtype, dtype, torch.float16 if rounds else dtype)
         # cuDNN's kernels for tensor cores take channels as neighbours, its others do not.
-        channels_last = rows or device_of(x).type == "cpu" or convolutions or not own
-        way = "kernels" if kernels else "rows" if rows else "convolutions"
+        channels_last = rows or not on_gpu or convolutions or not own
+        way = "rows" if rows else "convolutions"
         return _Computes(way, choice == "rows", channels_last, None if own else dtype, lowest)
 
 

@@ -272,7 +272,7 @@ def test_threads(build: Build) -> None:
         own, leaf = memory.of(sequence, x), x.clone().requires_grad_()
         found.clear()
         in_threads(partial(of_model, own), partial(of_model, memory.of(other, x)))
-        if build is steps and functional.net_as_products(x):
+        if build is steps and functional.net_by_kernels(x):
             value = objective(own(leaf))
             in_threads(*[partial(of_graph, value, leaf)] * 2)
         for got in found:

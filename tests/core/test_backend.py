@@ -103,11 +103,11 @@ def test_nets_may_be_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> Non
     for setting, expected in (("library", False), ("rows", False), ("auto", True), ("", True)):
         monkeypatch.setenv("PYGLOW_NETS", setting)
         _backend._nets.cache_clear()
-        assert functional.net_as_products(x) == expected
+        assert functional.net_by_kernels(x) == expected
     monkeypatch.setenv("PYGLOW_NETS", "cudnn")
     _backend._nets.cache_clear()
     with pytest.raises(ValueError, match="PYGLOW_NETS: expected auto, library or rows, found 'cudnn'"):
-        functional.net_as_products(x)
+        functional.net_by_kernels(x)
 
 
 @pytest.mark.usefixtures("fresh")
