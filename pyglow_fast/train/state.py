@@ -28,6 +28,8 @@ WORKERS = 2  # processes that read images from files, where a run does not say h
 EVAL_BATCH = 64  # images that are scored at a time
 LEAST_MEASURED = 4  # steps by which the seconds of one are measured, where the time allows so many
 CHECK_VALUES = 1 << 21  # values of images (at most 64) that are checked before a checkpoint is saved
+# Of a step, its parts, how many of its images others have replaced, and why it could not be read to the end.
+_Read = tuple[list[Part], int, Exception | None]
 _CUDA = "torch.cuda"  # the generator of a rank's GPU, which a rank on a CPU has not
 
 
@@ -72,6 +74,7 @@ class TrainState:
         self.progress = Progress()
         self.lr, self.grad_norm = 0.0, math.nan
         self._batches: Any = None
+        self._ahead: _Read | None = None  # of the next step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,10 +118,10 @@ class TrainState:
         """
         config, progress = self.config, self.progress
         self.model.train()
-        parts = self._read()
+        parts = self._parts()
         decay = self.last_step if config.decay_steps == 0 else config.decay_steps
         self.lr = learning_rate(progress.step, config.lr, config.warmup_steps, decay)
-        (bits, *labels), self.grad_norm, taken = self.update(parts, self.lr)
+        (bits, *labels), self.grad_norm, taken = self.update(parts, self.lr, self._read_ahead)
         if taken:
             progress.loss_sum += bits
             progress.class_sum += sum(labels)
@@ -157,33 +160,43 @@ class TrainState:
         for part in indices.chunk(config.accumulate):
             yield step // self.steps_per_epoch, self.ranks.share(part).tolist()
 
-    def _read(self) -> list[Part]:
-        """The parts of the next step, read and not yet on the device."""
+    def _parts(self) -> list[Part]:
+        """The parts of the next step, not yet on the device; of all ranks, or of none where one cannot read its own."""
+        parts, unreadable, error = self._ahead or self._read(self.progress.step)
+        self._ahead = None
+        lost = isinstance(error, UnreadableImageError) or (error is not None and reader_died(error))
+        if error is not None and not lost:
+            raise error
+        losing, replaced = self.ranks.total(lost, unreadable)
+        if losing:
+            raise InputLostError(str(error or "another rank cannot read its images"))
+        self.progress.unreadable += int(replaced)
+        return parts
+
+    def _read_ahead(self) -> None:
+        """Read the images of the step after this one, which a GPU meanwhile computes."""
+        self._ahead = self._read(self.progress.step + 1)
+
+    def _read(self, step: int) -> _Read:
         config, data = self.config, self.train
-        if self._batches is None:
-            plan = (
-                [(index, derive(config.seed, "augment", epoch, index)) for index in indices]
-                for step in itertools.count(self.progress.step)
-                for epoch, indices in self._asked(step)
-            )
-            pinned = self.device.type == "cuda"
-            self._batches = batches(data, plan, self._workers(data), config.data.on_unreadable, pinned)
-        parts, unreadable, lost = list[Part](), 0, ""
+        parts, unreadable = list[Part](), 0
         try:
-            for epoch, indices in self._asked(self.progress.step):
+            if self._batches is None:
+                plan = (
+                    [(index, derive(config.seed, "augment", epoch, index)) for index in indices]
+                    for later in itertools.count(step)
+                    for epoch, indices in self._asked(later)
+                )
+                pinned = self.device.type == "cuda"
+                self._batches = batches(data, plan, self._workers(data), config.data.on_unreadable, pinned)
+            for epoch, indices in self._asked(step):
                 batch = next(self._batches)
                 keys = torch.tensor([derive(config.seed, "noise", epoch, index) for index in indices])
                 parts.append((batch.pixels, keys, batch.labels))
                 unreadable += batch.unreadable
-        except (UnreadableImageError, RuntimeError) as error:
-            if not isinstance(error, UnreadableImageError) and not reader_died(error):
-                raise
-            lost = str(error)
-        losing, replaced = self.ranks.total(lost != "", unreadable)
-        if losing:
-            raise InputLostError(lost or "another rank cannot read its images")
-        self.progress.unreadable += int(replaced)
-        return parts
+        except Exception as error:  # the step before this one is done first
+            return parts, unreadable, error
+        return parts, unreadable, None
 
     def _workers(self, data: Images) -> int:
         """How many processes read ``data``: none for what is in memory, unless the configuration says otherwise."""
@@ -213,7 +226,7 @@ class TrainState:
         """End the processes that read images."""
         if self._batches is not None:
             self._batches.close()
-        self._batches = None
+        self._batches = self._ahead = None
 
     def checkpoint(self) -> Checkpoint:
         """Collect all that :meth:`restore` needs. All ranks must ask for it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,12 @@ class Update:
         functions = [whole] if ranks.world == 1 else [self._backward, ranks.add, self._apply]
         self.replays = Replays(model, first, *functions)
 
-    def __call__(self, parts: Sequence[Part], lr: float) -> tuple[list[float], float, bool]:
+    def __call__(
+        self, parts: Sequence[Part], lr: float, meanwhile: Callable[[], object]
+    ) -> tuple[list[float], float, bool]:
         """Update the weights; returns the losses, the norm of the gradients before clipping, and whether it did so.
+
+        What the host does ``meanwhile``, a GPU that has all of the update does not wait for.
 
         An update that a graph has left out, since states drifted, is made by the model itself, which redoes them.
         """
@@ -88,7 +92,9 @@ class Update:
                 group["lr"] = lr
         device = device_of(self.model)
         inputs = [None if value is None else value.to(device, non_blocking=True) for part in parts for value in part]
-        found: list[float] = self.replays(*inputs).tolist()  # one read: on a GPU it waits
+        row = self.replays(*inputs)
+        meanwhile()
+        found: list[float] = row.tolist()  # one read: on a GPU it waits
         if found[-3] > 0:
             self.model.memory_report()  # takes the verdicts in: anchors move closer together
             self.replays.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from train.run_cases import MakeConfig
 
 from pyglow_fast import GlowConfig
-from pyglow_fast.data import ImageSet
+from pyglow_fast.data import ImageSet, batches
+from pyglow_fast.data.loader import Batch
+from pyglow_fast.replays import Replays
 from pyglow_fast.train import (
     Checkpoint,
     TrainConfig,
@@ -121,3 +124,39 @@ def test_the_gradient_of_a_step_is_that_of_the_loss(
         torch.testing.assert_close(parameter.grad, other.model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
     assert state.model.head is not None
     assert state.model.head.weight.grad.abs().max() > 0.01
+
+
+def test_images_of_the_next_step_are_read_before_the_host_waits_for_this_one(
+    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = list[str]()
+
+    class Row(torch.Tensor):
+        def tolist(self) -> list[float]:  # on a GPU it waits
+            events.append("wait")
+            return self.as_subclass(torch.Tensor).tolist()
+
+    state, call = begun(tiny_config(), tiny_images), Replays.__call__
+    read = state._read
+    monkeypatch.setattr(Replays, "__call__", lambda *inputs: call(*inputs).as_subclass(Row))
+    monkeypatch.setattr(state, "_read", lambda step: (events.append(f"read {step}"), read(step))[1])
+    state.step()
+    state.step()
+    assert events == ["read 0", "read 1", "wait", "read 2", "wait"]
+
+
+def test_a_step_is_done_though_the_images_of_the_next_one_cannot_be_read(
+    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_alone(*arguments: object) -> Iterator[Batch]:
+        yield next(batches(*arguments))  # type: ignore[arg-type]
+        raise ValueError("broken")
+
+    state = begun(tiny_config(), tiny_images)
+    monkeypatch.setattr("pyglow_fast.train.state.batches", first_alone)
+    state.step()
+    before = state.model.state_dict()
+    with pytest.raises(ValueError, match="broken"):
+        state.step()
+    assert state.progress.step == 1
+    assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
