@@ -1,6 +1,6 @@
 """Both directions of a run with a gradient: bytes kept, time, and the gradient's error, in each memory mode.
 
-    python -m bench.directions [--steps 16,64] [--depths 8,16,64] [--rounds 9] [--out DIR]
+    python -m bench.directions [--steps 16,128,512] [--depths 64] [--rounds 9] [--out DIR]
 
 ``steps``: K FlowSteps on 2x12x32x32, hidden 64, forward and ``inverse``. ``model``: Glow on 2x3x32x32, L 3, hidden 32,
 ``log_prob`` and ``decode``. Beside ours each step in torch.utils.checkpoint, in mode "store". A call is a forward and a
@@ -97,7 +97,7 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
     """Make the cases: steps in both directions, and models."""
     torch.manual_seed(0)
     hidden, side = (8, 8) if arguments.quick else (64, 32)
-    for k in arguments.steps or ([2] if arguments.quick else [16, 64]):
+    for k in arguments.steps or ([2] if arguments.quick else [16, 128, 512]):
         run = ReversibleSequence([FlowStep(12, hidden) for _ in range(k)])
         wake(run)
         run.initialize(torch.randn(4, 12, side, side))
@@ -109,7 +109,7 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
 
             ways[what] = (outputs, partial(outputs, again=True), [torch.randn(2, 12, side, side, requires_grad=True)])
         _add(prepared, f"steps, K {k}", run, ways)
-    for k in arguments.depths or ([1] if arguments.quick else [8, 16, 64]):
+    for k in arguments.depths or ([1] if arguments.quick else [64]):
         model = Glow(image_shape=(3, side, side), n_levels=3, n_steps=k, hidden=hidden // 2)
         wake(model)
         x = torch.rand(2, 3, side, side) - 0.5

@@ -346,13 +346,10 @@ def calls() -> str:
     return markdown(("", *names), lines)
 
 
-SHALLOW = ("model, K 8", "model, K 16")  # rows that the table of directions leaves out
-
-
 def directions() -> str:
     """Bytes kept, time and the gradient's error of a run's forward and of its inverse, in each memory mode."""
     rows, lines = rows_of("directions"), []
-    for case, name in dict.fromkeys((row.case, row.name) for row in rows if row.case not in SHALLOW):
+    for case, name in dict.fromkeys((row.case, row.name) for row in rows):
         there, back = pick(rows, case=case, name=name)
         error = back.facts["error"] / pick(rows, case=case, what=back.what, name="store")[0].facts["error"]
         numbers = [f"{row.facts['kept'] / 1e6:.2f}" for row in (there, back)]
