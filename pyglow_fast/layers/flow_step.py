@@ -69,13 +69,13 @@ class FlowStep(FlowLayer):
         mask, parity: of the coupling, see Coupling.
         injector: True for an AffineInjector before the coupling, of the same width, scale map, condition and options as
             the coupling's; or one of your own.
-        older: the other fields of the CouplingSpec as they were given before it, beside a name only: scale_map,
-            scale_bias, scale_eps, scale_clamp, scale_factor and order, see Coupling.
+        fields: the other fields of the CouplingSpec, beside a coupling's name only: scale_map, scale_bias, scale_eps,
+            scale_clamp, scale_factor and order, see Coupling.
 
     Shapes: x (N, C, *spatial), float32 or float64, with a checkerboard the first spatial side even; log_det (N,), nats.
 
     Raises:
-        ValueError: odd channels, wrong option, shape, dtype or device; an older keyword beside a CouplingSpec; an
+        ValueError: odd channels, wrong option, shape, dtype or device; a field beside a CouplingSpec; an
             injector without a condition.
 
     References: Kingma & Dhariwal 2018, table 1; Lugmayr et al. 2020 (injector, steps without a coupling).
@@ -107,7 +107,7 @@ class FlowStep(FlowLayer):
         mask: str = "channels",
         parity: int = 0,
         injector: AffineInjector | bool = False,
-        **older: Any,
+        **fields: Any,
     ) -> None:
         super().__init__()
         expect(mask in MASKS, "mask", f"one of {MASKS}", repr(mask))
@@ -119,9 +119,9 @@ class FlowStep(FlowLayer):
         couples = chosen != NO_COUPLING
         expect(couples or parity == 0, "parity", f'0 beside coupling="{NO_COUPLING}"', repr(parity))
         expect(couples or net is None, "net", f'None beside coupling="{NO_COUPLING}"', type(net).__name__)
-        spec = coupling_spec(chosen if couples else "affine", **older)
+        spec = coupling_spec(chosen if couples else "affine", **fields)
         if isinstance(coupling, CouplingSpec):
-            for name, value in older.items():
+            for name, value in fields.items():
                 expect(False, name, "a field of the CouplingSpec, and no keyword beside it", repr(value))
             spec = coupling
         fits = isinstance(permutation, ChannelLinear) and getattr(permutation, "channels", None) == channels
