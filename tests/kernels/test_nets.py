@@ -89,7 +89,7 @@ def shape_of(
 # Samples in several cuts in every dtype (of this width 256 pixels each), a last one that is not whole, turns of several
 # samples with some left over. The first and the last convolution as sums of taps, across the cuts; as gathered planes.
 CUT = {
-    "sums last": shape_of(1, (20, 27), (2, 4110, 2), (1, 1), (3, 3)),
+    "sums last": shape_of(1, (15, 20), (2, 4110, 2), (1, 1), (3, 3)),
     "sums first": shape_of(1, (20, 27), (2, 4110, 2), (3, 3), (1, 1)),
     "sums both, far": shape_of(1, (700,), (1, 4110, 1), (7,), (7,), dilation=40),
     "gathered": shape_of(2, (20, 17), (3, 4110, 2, 2, 2), (1, 1), (1, 1), (3, 3), (3, 5)),

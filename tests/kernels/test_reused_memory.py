@@ -28,10 +28,10 @@ def mixed(n: int, channels: int = 4, size: int = 256) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> None:
-    """What ran before is remembered no more: the last steps needed 4 MiB each."""
+    """What ran before is remembered no more: the last steps needed 1 MiB each."""
     gc.collect()
     for _ in range(STEPS + 1):
-        mixed(4)
+        mixed(1)
     pgf.release_memory()
 
 
