@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -193,6 +192,9 @@ def assert_bits_do_not_depend_on_threads(run: Callable[[Tensor], Sequence[Tensor
         assert torch.equal(on_one, on_several), f"{threads} threads give other bits than one"
 
 
+Call = tuple[str, tuple[Any, ...]]  # an op and its arguments
+
+
 class Case:
     """Inputs of every op that takes a state, for runs that compare an op with itself: other memory, threads, order."""
 
@@ -215,72 +217,67 @@ class Case:
         names = ("x", "grad", "net_out", "added")
         return self.replaced(**{name: laid_out(getattr(self, name), layout) for name in names})
 
-    def check_maps(self) -> None:
-        """Compare channel maps by a matrix and by a gather with the reference."""
+    def map_calls(self) -> Iterator[Call]:
+        """The ops of channel maps by a matrix and by a gather."""
         for matrix, offset, index in self.maps:
-            self.kernels.check("channel_mix", self.x, matrix, offset, True, 0, index)
-            arguments = (self.x, self.grad, matrix, offset, self.added, False, index)
-            self.kernels.check("channel_mix_backward", *arguments)
+            yield "channel_mix", (self.x, matrix, offset, True, 0, index)
+            yield "channel_mix_backward", (self.x, self.grad, matrix, offset, self.added, False, index)
 
-    def check_couplings(self, maps: Sequence[Any] | None = None) -> list[Tensor]:
-        """Compare couplings alone, and in one pass with these maps or all; return the gradients of the net's output."""
-        check = functools.partial(self.kernels.check, condition=CONDITION)
-        state, found = (self.x, self.net_out), []
-        inputs, backward = (*state, self.grad, self.grad_log_det), codes(self.spec)
+    def coupling_calls(self, maps: Sequence[Any]) -> Iterator[Call]:
+        """The ops of couplings alone, and in one pass with these maps."""
+        state, backward = (self.x, self.net_out), codes(self.spec)
+        inputs = (*state, self.grad, self.grad_log_det)
         for inverse in (False, True):
             ways = codes(self.spec, inverse)
-            check("coupling", *state, *ways)
-            found.append(check("coupling_backward", *inputs, *ways, True)[1])
-            for matrix, offset, index in self.maps if maps is None else maps:
-                check("coupling_mix", *state, matrix, offset, *ways, index)
-        for matrix, offset, index in self.maps if maps is None else maps:
-            found.append(check("coupling_mix_backward", *inputs, matrix, *backward, self.added, index)[1])
-            found.append(check("step_backward", *inputs, matrix, offset, *backward, index)[2])
-        return found
+            yield "coupling", (*state, *ways)
+            yield "coupling_backward", (*inputs, *ways, True)
+            for matrix, offset, index in maps:
+                yield "coupling_mix", (*state, matrix, offset, *ways, index)
+        for matrix, offset, index in maps:
+            yield "coupling_mix_backward", (*inputs, matrix, *backward, self.added, index)
+            yield "step_backward", (*inputs, matrix, offset, *backward, index)
+
+    def density_calls(self) -> Iterator[Call]:
+        """The ops of the normal distribution."""
+        values = (self.x, self.grad, 0.5 * self.grad)
+        yield "gaussian_log_prob", values
+        yield "gaussian_log_prob_backward", (*values, self.grad_log_det)
+        yield "gaussian_sample", values
+
+    def check_maps(self) -> None:
+        """Compare channel maps with the reference."""
+        for name, arguments in self.map_calls():
+            self.kernels.check(name, *arguments)
+
+    def check_couplings(self, maps: Sequence[Any] | None = None) -> list[Tensor]:
+        """Compare couplings, with these maps or all; return the gradients of the net's output."""
+        place, grads = {"coupling_backward": 1, "coupling_mix_backward": 1, "step_backward": 2}, []
+        for name, arguments in self.coupling_calls(self.maps if maps is None else maps):
+            found = self.kernels.check(name, *arguments, condition=CONDITION)
+            if name in place:
+                grads.append(found[place[name]])
+        return grads
 
     def check_densities(self) -> None:
         """Compare the normal distribution."""
-        values = (self.x, self.grad, 0.5 * self.grad)
-        self.kernels.check("gaussian_log_prob", *values, condition=1000.0)
-        self.kernels.check("gaussian_log_prob_backward", *values, self.grad_log_det, condition=1000.0)
-        self.kernels.check("gaussian_sample", *values)
+        for name, arguments in self.density_calls():
+            self.kernels.check(name, *arguments, condition=1.0 if name == "gaussian_sample" else 1000.0)
+
+    def of(self, calls: Iterable[Call]) -> list[Tensor]:
+        """The results of ops."""
+        return [result for name, arguments in calls for result in self.kernels(name, *arguments)]
 
     def of_maps(self) -> list[Tensor]:
         """The results of the ops of channel maps."""
-        found = []
-        for matrix, offset, index in self.maps:
-            found += self.kernels("channel_mix", self.x, matrix, offset, True, 0, index)
-            arguments = (self.x, self.grad, matrix, offset, self.added, False, index)
-            found += self.kernels("channel_mix_backward", *arguments)
-        return found
+        return self.of(self.map_calls())
 
     def of_couplings(self) -> list[Tensor]:
         """The results of the ops of couplings."""
-        found, x, net_out, backward = [], self.x, self.net_out, codes(self.spec)
-        grads = (self.grad, self.grad_log_det)
-        for inverse in (False, True):
-            ways = codes(self.spec, inverse)
-            found += self.kernels("coupling", x, net_out, *ways)
-            found += self.kernels("coupling_backward", x, net_out, *grads, *ways, True)
-            for matrix, offset, index in self.maps:
-                found += self.kernels("coupling_mix", x, net_out, matrix, offset, *ways, index)
-        for matrix, offset, index in self.maps:
-            found += self.kernels("coupling_mix_backward", x, net_out, *grads, matrix, *backward, self.added, index)
-            found += self.kernels("step_backward", x, net_out, *grads, matrix, offset, *backward, index)
-        return found
-
-    def of_densities(self) -> list[Tensor]:
-        """The results of the sums over values and of the normal distribution."""
-        values = (self.x, self.grad, 0.5 * self.grad)
-        return [
-            *self.kernels("gaussian_log_prob", *values),
-            *self.kernels("gaussian_log_prob_backward", *values, self.grad_log_det),
-            *self.kernels("gaussian_sample", *values),
-        ]
+        return self.of(self.coupling_calls(self.maps))
 
     def of_all(self) -> list[Tensor]:
         """The results of every op."""
-        return [*self.of_maps(), *self.of_couplings(), *self.of_densities()]
+        return [*self.of_maps(), *self.of_couplings(), *self.of(self.density_calls())]
 
 
 def same_values(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
