@@ -56,21 +56,17 @@ class Launch(NamedTuple):
     """One launch of a kernel, as the entry points of pyglow::cuda configure it."""
 
     kernel: str  # its name, such as "fused_kernel"
-    arguments: str  # its template arguments without namespaces, such as "float, true"
     blocks: int
     threads: tuple[int, int]  # of a block: x, y
     dynamic_bytes: int  # of shared memory
 
 
 @functools.cache
-def _kernels(library: Path) -> dict[int, tuple[str, str]]:
-    """Name and template arguments of each kernel by its offset in the library's symbol table."""
+def _kernels(library: Path) -> dict[int, str]:
+    """The name of each kernel by its offset in the library's symbol table."""
     listing = subprocess.run(["nm", "-C", str(library)], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^(\w+) \w void .*?(\w+_kernel)<(.*?)>\(", listing, flags=re.MULTILINE)
-    return {
-        int(offset, 16): (name, re.sub(r"(pyglow|cuda|\(anonymous namespace\))::", "", arguments))
-        for offset, name, arguments in found
-    }
+    found = re.findall(r"^(\w+) \w void .*?(\w+_kernel)<", listing, flags=re.MULTILINE)
+    return {int(offset, 16): name for offset, name in found}
 
 
 class Room:
@@ -186,7 +182,7 @@ class EmulatedOps:
         number = count(ctypes.c_void_p(records.data_ptr()), ctypes.c_int64(len(records)))
         assert number <= len(records), f"{number} launches in one call"
         names, found = _kernels(self._path), records[:number].tolist()
-        return [Launch(*names[kernel], blocks, (x, y), shared) for kernel, blocks, x, y, shared in found]
+        return [Launch(names[kernel], blocks, (x, y), shared) for kernel, blocks, x, y, shared in found]
 
     # ---- The ops ----
 

@@ -43,20 +43,6 @@ def emulator(_library: Path) -> EmulatedOps:
     return EmulatedOps(_library)
 
 
-def test_launches_are_those_of_the_last_call(emulator: EmulatedOps) -> None:
-    """Kernel, template arguments, grid, block and shared memory, also of kernels that have no symbol to link to."""
-    x, matrix, offset = torch.randn(1, 12, 4), torch.eye(12), torch.zeros(12)
-    emulator.channel_mix(x, matrix, offset)
-    (mix,) = emulator.launches()
-    assert (mix.kernel, mix.arguments.split(", ")[0], mix.blocks) == ("fused_kernel", "float", 1)
-    assert mix.arguments.endswith(", true")
-    assert mix.dynamic_bytes > 0
-    emulator.coupling(x, torch.randn(1, 12, 4), *FORWARD)
-    assert emulator.launches() == [
-        Launch("coupling_kernel", "float, Kind<(ScaleMap)1, (Order)0, false>, true", 1, (32, 1), 0)
-    ]
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_kernels_occupy_a_large_gpu(emulator: EmulatedOps, shape: tuple[int, ...]) -> None:
     """More blocks than half of the multiprocessors, of two warps at least, or no thread has more than 16 bytes.
