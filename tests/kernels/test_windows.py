@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import pytest
 import torch
 from kernels.kernel_cases import HALVES, Kernels, layouts, option
 from support.covering import pairs
@@ -66,8 +65,13 @@ def test_patches(
         assert torch.equal(sums.double(), torch.stack([part.sum(0) for part in parts]))
 
 
-@pairs(option("window", WINDOWS), option("types", TYPES), option("bias", [False, True]), option("spare", [0, 3]))
-@pytest.mark.parametrize("backward", [False, True])
+@pairs(
+    option("window", WINDOWS),
+    option("types", TYPES),
+    option("bias", [False, True]),
+    option("spare", [0, 3]),
+    option("backward", [False, True]),
+)
 def test_tap_sums(
     kernels: Kernels,
     window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
