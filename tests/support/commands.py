@@ -1,6 +1,6 @@
 """Programs in processes that start at once: forked from one that has imported what takes seconds to import.
 
-Tests of many short runs use them. That the command starts by itself is tested in tests/cli/test_commands.py.
+Tests of many short runs use them. That the command starts by itself is tested in tests/cli/test_program.py.
 """
 
 from __future__ import annotations

@@ -66,11 +66,6 @@ def needing_pivots(count: int, n: int) -> Tensor:
     return 1e-3 * rotations(count, n).tril(-1) + identity.roll(1, -1) + 1e-12 * identity
 
 
-def signs(count: int, n: int) -> Tensor:
-    """Matrices of 1 and -1: in the first column all are the largest."""
-    return torch.randn(count, n, n, dtype=torch.float64).sign()
-
-
 MATRICES: dict[str, Callable[[int, int], Tensor]] = {
     "rotations": rotations,
     "condition 1e2": with_condition(1e2),
