@@ -39,7 +39,7 @@ def small(folder: Path, **options: Any) -> Server:
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The small page behind a login, whose uploads are 1 MiB together."""
+    """The small page behind a login, whose uploads are 1 MiB together; the last test here ends it."""
     with small(tmp_path_factory.mktemp("locked"), auth=LOGIN, max_uploads=2**20) as server:
         yield server
 
@@ -148,19 +148,16 @@ def test_the_size_of_a_file_is_limited(ada: httpx.Client, locked: Server) -> Non
         ("127.0.0.1:{port}", "null", 403),
     ],
 )
-def test_other_pages_may_not_ask(open_page: Server, host: str, origin: str | None, status: int) -> None:
+def test_other_pages_may_not_ask(host: str, origin: str | None, status: int) -> None:
     """By a foreign name that leads here, or from a foreign page; whatever they ask for."""
-    port = open_page.address.rstrip("/").rpartition(":")[2]
-    headers = {"Host": host.format(port=port)} | ({"Origin": origin.format(port=port)} if origin else {})
-    for path in ("", "config", "theme.css"):
-        assert httpx.get(open_page.address + path, headers=headers, trust_env=False).status_code == status
+    headers = {"Host": host.format(port=7860)} | ({"Origin": origin.format(port=7860)} if origin else {})
 
+    async def ask() -> list[int]:
+        guard = httpx.ASGITransport(server.Guard(PlainTextResponse("the page"), Place().names))
+        async with httpx.AsyncClient(transport=guard) as client:
+            return [(await client.get(f"http://a/{path}", headers=headers)).status_code for path in ("", "config")]
 
-@pytest.fixture(scope="module")
-def open_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The small page without a login, whose uploads last for a second."""
-    with small(tmp_path_factory.mktemp("open"), uploads_last=1) as server:
-        yield server
+    assert asyncio.run(ask()) == [status] * 2
 
 
 def test_no_other_server_is_asked_and_no_other_page_frames_it(ada: httpx.Client) -> None:
@@ -209,36 +206,6 @@ def test_behind_a_proxy_any_name_will_do(locked: Server) -> None:
     assert httpx.get(locked.address, headers=headers, trust_env=False).status_code == 403
 
 
-def test_uploads_are_removed(open_page: Server) -> None:
-    """Some minutes later; a second here. The folder is the user's alone."""
-    with httpx.Client(base_url=open_page.address, timeout=web.WAIT, trust_env=False) as client:
-        (path,) = upload(client, "mine.png", b"mine").json()
-        assert Path(path).is_file()
-    (folder,) = open_page.cwd.glob("pyglow-serve-*")
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    wait_for(lambda: Path(path).exists(), False)
-
-
-FULL = pytest.mark.full
-
-
-@pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, *(pytest.param(each, marks=FULL) for each in (signal.SIGINT, signal.SIGHUP))]
-)
-def test_it_ends_at_once_with_a_full_queue(tmp_path: Path, signum: signal.Signals) -> None:
-    """Of the events that nobody computes only so many wait; a signal waits for none, and no upload stays."""
-    with small(tmp_path) as server, httpx.Client(base_url=server.address, timeout=web.WAIT, trust_env=False) as client:
-        assert upload(client, "mine.png", b"mine").status_code == 200
-        for i in range(2):
-            assert join(client, "Slow", session=str(i)).status_code == 200
-            wait_for(lambda: (tmp_path / "computing").exists(), True)
-        answers = [join(client, "Slow", session=str(i)).status_code for i in range(2, 8)]
-        assert 503 in answers
-        assert server.end(signum) == 0
-        assert not list(tmp_path.glob("pyglow-serve-*"))
-        assert "Traceback" not in server.log()
-
-
 def test_addresses_that_are_refused() -> None:
     """Before anything is served: what others reach without a login, and what cannot be had."""
     for host in ("0.0.0.0", "::", "192.168.1.4", "myhost", "127.1", "localhost.evil", ""):
@@ -262,3 +229,38 @@ def test_where_a_login_comes_from() -> None:
     for given in ("hunter2", ":hunter2", "hunter2:", ""):
         with pytest.raises(ValueError, match=f"^{VARIABLE}: expected USER:PASSWORD, found another text$"):
             credentials(given)
+
+
+def assert_ends(server: Server, client: httpx.Client, signum: signal.Signals) -> None:
+    """Of the events that nobody computes only so many wait; a signal waits for none, and no upload stays."""
+    assert upload(client, "mine.png", b"mine").status_code == 200
+    (folder,), before = server.cwd.glob("pyglow-serve-*"), len(server.log())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for i in range(2):
+        assert join(client, "Slow", session=str(i)).status_code == 200
+        wait_for(lambda: (server.cwd / "computing").exists(), True)
+    answers = [join(client, "Slow", session=str(i)).status_code for i in range(2, 8)]
+    assert 503 in answers
+    assert server.end(signum) == 0
+    assert not folder.exists()
+    assert "Traceback" not in server.log()[before:]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_without_a_login(tmp_path: Path, signum: signal.Signals) -> None:
+    """It is asked for by its own names alone, and uploads are removed some minutes later; a second here."""
+    with (
+        small(tmp_path, uploads_last=1) as server,
+        httpx.Client(base_url=server.address, timeout=web.WAIT, trust_env=False) as client,
+    ):
+        assert client.get("", headers={"Host": "evil.example"}).status_code == 421
+        (path,) = upload(client, "mine.png", b"mine").json()
+        assert Path(path).is_file()
+        wait_for(lambda: Path(path).exists(), False)
+        assert_ends(server, client, signum)
+
+
+def test_it_ends_at_once_with_a_full_queue(locked: Server, ada: httpx.Client) -> None:
+    """The last test, which ends the server of the others."""
+    assert_ends(locked, ada, signal.SIGTERM)

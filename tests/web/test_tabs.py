@@ -33,10 +33,11 @@ DRAWN = (0.7, ALL, 20, 0)  # the widgets of the samples
 
 
 class Place:
-    """The tabs, and the desk of one visitor."""
+    """The tabs, which hold nothing of a visitor, and the desk of one visitor."""
 
-    def __init__(self, shelf: Shelf) -> None:
-        self.desk = Desk(shelf)
+    desk: Desk
+
+    def __init__(self) -> None:
         with gr.Blocks(analytics_enabled=False):
             desk = gr.State()
             self.sample, self.edit, self.score = SampleTab(desk), EditTab(desk), ScoreTab(desk)
@@ -48,11 +49,16 @@ class Place:
         return shown, command
 
 
+@pytest.fixture(scope="module")
+def tabs() -> Place:
+    return Place()
+
+
 @pytest.fixture
-def place(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(tabs: Place, runs: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """The run of digits, its attributes measured."""
     monkeypatch.chdir(runs.parent)
-    place = Place(Shelf(["runs"], device="cpu"))
+    place, tabs.desk = tabs, Desk(Shelf(["runs"], device="cpu"))
     place.desk.choose("runs/digits")
     place.edit.fill(place.desk)
     place.edit.measure(place.desk)
