@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from support.commands import Command
 
 from pyglow_fast import _backend, functional, info, ops
 
@@ -33,12 +35,19 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         cache.cache_clear()
 
 
-def run_python(code: str, **environment: str) -> str:
+def run_python(code: str) -> str:
     """The output of a new interpreter, in which nothing is imported yet."""
-    environment = os.environ | environment
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def run_forked(code: str, folder: Path, **environment: str) -> str:
+    """The output of a process that has imported the package and loaded no extension yet."""
+    command = Command(["-c", code], folder, os.environ | environment)
+    out, err = command.communicate()
+    assert command.returncode == 0, err
+    return out
 
 
 @pytest.mark.skipif(os.environ.get("PYGLOW_NO_EXTENSION") != "0", reason="the extension is optional here")
@@ -81,7 +90,7 @@ def test_every_op_has_its_kernels() -> None:
 
 
 @compiled
-def test_an_unknown_instruction_set_is_refused() -> None:
+def test_an_unknown_instruction_set_is_refused(tmp_path: Path) -> None:
     """By the kernels; ``info`` tells it and goes on."""
     code = """
 import torch, pyglow_fast._C as c
@@ -91,7 +100,7 @@ try:
 except ValueError as error:
     print(error)
 print(info.report())"""
-    said = run_python(code, PYGLOW_CPU="mmx")
+    said = run_forked(code, tmp_path, PYGLOW_CPU="mmx")
     assert re.match(r"PYGLOW_CPU: expected one of .*portable.*, found mmx", said)
     assert "PYGLOW_CPU: expected" in said.split("versions", 1)[1]
 
@@ -204,7 +213,7 @@ def test_info_tells_the_backend_of_every_op() -> None:
             assert "reference everywhere" in said or f"{device}: {'reference' if why else 'compiled'}" in said, op
 
 
-def test_without_the_extension_info_and_ops_say_why() -> None:
+def test_without_the_extension_info_and_ops_say_why(tmp_path: Path) -> None:
     code = """
 import torch, pyglow_fast
 from pyglow_fast import info
@@ -213,13 +222,13 @@ try:
 except ImportError as error:
     print(error)
 print(info.report())"""
-    text = run_python(code, PYGLOW_FORCE_REFERENCE="1")
+    text = run_forked(code, tmp_path, PYGLOW_FORCE_REFERENCE="1")
     assert "pyglow_fast._C: PYGLOW_FORCE_REFERENCE is set" in text
     assert "reference: PYGLOW_FORCE_REFERENCE is set" in text
 
 
 @compiled
-def test_an_op_that_is_called_first_loads_the_extension() -> None:
+def test_an_op_that_is_called_first_loads_the_extension(tmp_path: Path) -> None:
     """One that is refused, too, and under the dispatcher that torch.compile traces with."""
     code = """
 import sys, torch, pyglow_fast
@@ -233,7 +242,7 @@ except NotImplementedError as error:
 with enable_python_dispatcher():
     inverses, _ = torch.ops.pyglow_fast.invert_matrices(x)
 assert torch.equal(inverses, x) and "pyglow_fast._C" in sys.modules"""
-    text = run_python(code)
+    text = run_forked(code, tmp_path)
     assert "invert_matrices: expected strided tensors on cpu" in text
     assert "found cpu (torch.sparse" in text
 

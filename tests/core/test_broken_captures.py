@@ -144,7 +144,7 @@ def test_a_capture_that_breaks_anywhere_costs_no_step() -> None:
     step, losses, expected, count = stepped(0)
     assert step.how == "a CUDA graph"
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
-    for number in {*range(1, count, count // 12), count}:
+    for number in (1, count // 2, count):
         step, losses, expected, _ = stepped(number)
         assert re.fullmatch("eagerly: .* is not permitted when stream is capturing", step.how)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
