@@ -247,6 +247,7 @@ assert torch.equal(inverses, x) and "pyglow_fast._C" in sys.modules"""
     assert "found cpu (torch.sparse" in text
 
 
+@pytest.mark.full
 @compiled
 def test_kernels_of_other_schemas_are_refused() -> None:
     """All of them, by an error and not by the end of the process."""

@@ -71,7 +71,7 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return drifting(monkeypatch, torch.ones(()))
 
 
-@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+@pytest.mark.parametrize("memory", ["checkpoint", "reversible"])
 def test_replays_are_the_models_steps_to_the_bit(recorded: Side, memory: str) -> None:
     """After updates too."""
     model, x = make(memory=memory, n_steps=6)

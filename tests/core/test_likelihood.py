@@ -14,7 +14,7 @@ INTEGER_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 class TestDequantize:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    @pytest.mark.parametrize("n_bins", [2, 3, 17, 256, 1000, 65536])
+    @pytest.mark.parametrize("n_bins", [17, 256, 65536])
     def test_stays_in_its_bin(self, n_bins: int, dtype: torch.dtype) -> None:
         # Enough draws to hit the edges of the bins: one in 2^24 of float32's uniform numbers is 0.
         pixels = torch.arange(n_bins).repeat(math.ceil(2_000_000 / n_bins))
