@@ -73,14 +73,6 @@ def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...], bo
     assert_close(net(x, cond), expected, condition=10.0)
 
 
-@pytest.mark.parametrize("actnorm", [False, True])
-def test_starts_at_zero(actnorm: bool) -> None:
-    net = pgf.CouplingNet(2, 4, 8, actnorm)
-    out = net(torch.randn(2, 2, 3, 5))
-    assert not out.any()
-    assert not net.log_gain.any()
-
-
 def test_hidden_convolutions_keep_the_variance() -> None:
     net = pgf.CouplingNet(64, 2, 512)
     # 1x1 of 512 inputs: sqrt(2 / 512) is about the paper's 0.05 (0.0625); the standard error is below one percent.
@@ -113,9 +105,6 @@ class TestHiddenActNorms:
         net.train()(torch.randn(4, 2, 3, 3))
         assert not net.is_initialized
         assert not net.norm1.initialized
-
-    def test_none_is_initialised(self) -> None:
-        assert pgf.CouplingNet(2, 4, 6).is_initialized
 
     def test_replace_the_biases(self) -> None:
         net = pgf.CouplingNet(2, 4, 6, actnorm=True)
