@@ -62,11 +62,9 @@ def private_names(tree: ast.AST, own: set[str]) -> Iterator[str]:
                         yield base + alias.name
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
-            name, root = node.attr, node.value
-            while isinstance(root, ast.Attribute):
-                root = root.value
+            name, root = node.attr, ast.unparse(node).split(".")[0]
             if (
-                (isinstance(root, ast.Name) and root.id in imported and name not in ALLOWED[forward_ad])
+                (root in imported and name not in ALLOWED[forward_ad])
                 or "dynamo" in name
                 or (name in OF_TORCH and name not in own)
             ):
