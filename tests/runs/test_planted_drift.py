@@ -5,11 +5,12 @@ By csrc/run and on the path in Python. Flows that drift of themselves are in the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from support.captures import drifting
 from support.chain_cases import EVERY_STEP, Case, cut_parts, only_python
+from support.covering import pairs
 from support.gradients import Memory, assert_same_gradients, both_ways, gradients, objective
 from support.wrong_states import plant
 from torch import Tensor
@@ -20,42 +21,32 @@ from pyglow_fast.runs import parts
 from pyglow_fast.runs import steps as steps_module
 
 DEPTH = 8
+compiled_or_not = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+by_nodes = pytest.mark.parametrize("steps", [1, 3, DEPTH], ids="nodes of {}".format)
 
 
-class Home(NamedTuple):
-    """Who runs the steps, and how many of them are a node."""
-
-    compiled: bool
-    steps: int
-
-    def plant(self, patch: pytest.MonkeyPatch, at: int) -> None:
-        """Make the state wrong that step ``at`` inverts, or that the node of that step begins from."""
-        if self.compiled:
-            nodes = -(-DEPTH // self.steps)
-            plant(patch, 1.01, only=nodes - at // self.steps)
-            return
-        true, seen = steps_module.coupling_backward_from_output, []
-
-        def wrong(*inputs: Any) -> tuple[Tensor, ...]:
-            found, *grads = true(*inputs)
-            seen.append(DEPTH - 1 - len(seen))  # the step: none before this one is redone
-            return (1.01 * found if seen[-1] == at else found, *grads)
-
-        patch.setattr(steps_module, "coupling_backward_from_output", wrong)
-
-
-HOMES = [Home(compiled, steps) for compiled in (True, False) for steps in (1, 3, DEPTH)]
-
-
-@pytest.fixture(params=HOMES, ids=lambda home: f"{'compiled' if home.compiled else 'python'}, nodes of {home.steps}")
-def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Home:
-    found: Home = request.param
-    if not found.compiled:
-        only_python(monkeypatch)
+def enter(patch: pytest.MonkeyPatch, compiled: bool, steps: int) -> None:
+    """Let csrc/run or Python run the steps, so many of them in a node."""
+    if not compiled:
+        only_python(patch)
     elif extension() is None:
         pytest.skip("the run is compiled")
-    cut_parts(monkeypatch, EVERY_STEP, found.steps)
-    return found
+    cut_parts(patch, EVERY_STEP, steps)
+
+
+def plant_at(patch: pytest.MonkeyPatch, compiled: bool, steps: int, at: int) -> None:
+    """Make the state wrong that step ``at`` inverts, or that the node of that step begins from."""
+    if compiled:
+        plant(patch, 1.01, only=-(-DEPTH // steps) - at // steps)
+        return
+    true, seen = steps_module.coupling_backward_from_output, []
+
+    def wrong(*inputs: Any) -> tuple[Tensor, ...]:
+        found, *grads = true(*inputs)
+        seen.append(DEPTH - 1 - len(seen))  # the step: none before this one is redone
+        return (1.01 * found if seen[-1] == at else found, *grads)
+
+    patch.setattr(steps_module, "coupling_backward_from_output", wrong)
 
 
 def built(cond: bool = False) -> tuple[pgf.ReversibleSequence, tuple[Tensor, Tensor | None], dict[str, Tensor]]:
@@ -67,9 +58,16 @@ def built(cond: bool = False) -> tuple[pgf.ReversibleSequence, tuple[Tensor, Ten
 
 
 @both_ways
-@pytest.mark.parametrize("factor", [1.001, float("nan"), float("inf")])
-@pytest.mark.parametrize("every", [None, 2, 3])
-def test_what_drifts_is_redone(home: Home, every: int | None, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pairs(
+    by_nodes,
+    compiled_or_not,
+    pytest.mark.parametrize("every", [None, 2, 3]),
+    pytest.mark.parametrize("factor", [1.001, float("nan"), float("inf")]),
+)
+def test_what_drifts_is_redone(
+    steps: int, compiled: bool, every: int | None, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(monkeypatch, compiled, steps)
     sequence, inputs, expected = built(cond=True)
     Memory("reversible", every).apply(sequence)
     drifting(monkeypatch, inputs[0]).fill_(factor)
@@ -80,29 +78,39 @@ def test_what_drifts_is_redone(home: Home, every: int | None, factor: float, mon
 
 
 @both_ways
-@pytest.mark.parametrize("every", [None, 4])
-@pytest.mark.parametrize("at", [1, 3, 6, 7])
-def test_one_state_alone(home: Home, at: int, every: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pairs(
+    by_nodes,
+    compiled_or_not,
+    pytest.mark.parametrize("at", [1, 3, 6, 7]),
+    pytest.mark.parametrize("every", [None, 4]),
+)
+def test_one_state_alone(
+    steps: int, compiled: bool, at: int, every: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No more is redone than lies between two anchors, or in a node, or than the run where there is no anchor."""
+    enter(monkeypatch, compiled, steps)
     sequence, inputs, expected = built()
     Memory("reversible", every).apply(sequence)
-    home.plant(monkeypatch, at)
+    plant_at(monkeypatch, compiled, steps, at)
     assert_same_gradients(gradients(sequence, *inputs), expected)
     report = sequence.memory_report()
     assert (report["passes"], report["trips"]) == (1, 1)
-    assert 1 <= report["redone_steps"] <= max(home.steps, every or DEPTH)
+    assert 1 <= report["redone_steps"] <= max(steps, every or DEPTH)
     assert 1e-3 < report["last_drift"] < 1.0
 
 
 @both_ways
-@pytest.mark.parametrize("at", [5, 7])
-def test_behind_parts_without_a_gradient(way: str, home: Home, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pairs(by_nodes, compiled_or_not, pytest.mark.parametrize("at", [5, 7]))
+def test_behind_parts_without_a_gradient(
+    way: str, steps: int, compiled: bool, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the first three steps, which are frozen, nothing is kept: the input of the first that is trained is."""
+    enter(monkeypatch, compiled, steps)
     sequence, (x, _), expected = built()
     for step in list(sequence)[:: -1 if way == "inverse" else 1][:3]:
         step.requires_grad_(False)
     Memory("reversible", None).apply(sequence)
-    home.plant(monkeypatch, at)
+    plant_at(monkeypatch, compiled, steps, at)
     objective(sequence(x)).backward()
     found = {name: p.grad for name, p in sequence.named_parameters() if p.requires_grad}
     assert_same_gradients(found, {name: expected[name] for name in found})
@@ -110,7 +118,9 @@ def test_behind_parts_without_a_gradient(way: str, home: Home, at: int, monkeypa
 
 
 @both_ways
-def test_judged_at_the_end_as_on_a_gpu(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+@pairs(by_nodes, compiled_or_not)
+def test_judged_at_the_end_as_on_a_gpu(steps: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(monkeypatch, compiled, steps)
     sequence, inputs, expected = built()
     Memory("reversible", 2).apply(sequence)
     monkeypatch.setattr(parts, "can_read", lambda x: False)
@@ -121,12 +131,13 @@ def test_judged_at_the_end_as_on_a_gpu(home: Home, monkeypatch: pytest.MonkeyPat
 
 
 @both_ways
-@pytest.mark.parametrize("factor", [1.0, 1.001, float("nan"), float("inf")])
-def test_deferred(way: str, home: Home, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pairs(by_nodes, compiled_or_not, pytest.mark.parametrize("factor", [1.0, 1.001, float("nan"), float("inf")]))
+def test_deferred(way: str, steps: int, compiled: bool, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """All parts invert; what has drifted makes its own gradients zero, and those of the parts before it.
 
     The next pass knows of it: its anchors are closer together.
     """
+    enter(monkeypatch, compiled, steps)
     sequence, inputs, expected = built()
     Memory("reversible").apply(sequence)
     control, other = sequence.control, sequence.inverse_control
