@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,6 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(drift, "default_tolerance", lambda *given: max(CALM, true(*given)))
     with recorded_graphs():
         yield
-
-
-@pytest.fixture
-def off(monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """A factor that recomputed states are off by, in replays too; 1 at first."""
-    return drifting(monkeypatch, torch.ones(()))
 
 
 def trained(config: TrainConfig, data: ImageSet) -> TrainState:
@@ -125,41 +119,30 @@ def test_two_ranks_replay_to_the_bit(tmp_path: Path) -> None:
             assert output == "a CUDA graph\n"
 
 
-@pytest.mark.parametrize(
-    ("drifts", "lost"),
-    [  # steps that drift end at checkpointing
-        ([GROWN + 1], [GROWN + 1]),
-        (range(GROWN + 1, STEPS), [GROWN + 1]),
-        (range(3), []),
-        (range(STEPS), []),
-    ],
-)
 def test_a_step_that_drifts_is_taken_by_the_model(
-    tiny_config: MakeConfig,
-    tiny_images: ImageSet,
-    off: Tensor,
-    drifts: Sequence[int],
-    lost: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No step is lost, none is taken on zeros, and the graph is made again with other anchors."""
     config = tiny_config(lr=LR, warmup_steps=0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, n_steps=8))
     expected = trained(dataclasses.replace(config, graph="off"), tiny_images)
-    forgotten, true = [], Replays.forget
-    found = TrainState(config, tiny_images)
-    monkeypatch.setattr(Replays, "forget", lambda self: (forgotten.append(found.progress.step), true(self)))
-    found.initialize()
-    for step in range(STEPS):
-        off.fill_(1.01 if step in drifts else 1.0)
-        found.step()
-    found.close()
-    assert forgotten == lost
-    assert found.progress.skipped == 0
-    assert not any(run.control.leaves_out for run in found.model._sequences()), "others' gradients are to become zero"
-    assert found.update.replays.how == "a CUDA graph"
-    assert found.progress.loss_sum == pytest.approx(expected.progress.loss_sum, rel=1e-5)
-    assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
+    off, true = drifting(monkeypatch, torch.ones(())), Replays.forget
+    one, all_later = range(GROWN + 1, GROWN + 2), range(GROWN + 1, STEPS)
+    for drifts, lost in ((one, [GROWN + 1]), (all_later, [GROWN + 1]), (range(STEPS), [])):  # at last checkpointing
+        found, forgotten = TrainState(config, tiny_images), list[int]()
+        forget = lambda self, at=found, to=forgotten: (to.append(at.progress.step), true(self))  # noqa: E731
+        monkeypatch.setattr(Replays, "forget", forget)
+        found.initialize()
+        for step in range(STEPS):
+            off.fill_(1.01 if step in drifts else 1.0)
+            found.step()
+        found.close()
+        assert forgotten == lost
+        assert found.progress.skipped == 0
+        assert not any(run.control.leaves_out for run in found.model._sequences()), "others' gradients are to be zero"
+        assert found.update.replays.how == "a CUDA graph"
+        assert found.progress.loss_sum == pytest.approx(expected.progress.loss_sum, rel=1e-5)
+        assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
 
 
 def test_a_replay_that_is_not_finite_changes_nothing(

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from support import web
 from support.html_page import Page
-from train.run_cases import MakeConfig
+from train.run_cases import MakeConfig, before_step
 
 from pyglow_fast.data import ImageSet
 from pyglow_fast.studio.opened import find_run
-from pyglow_fast.train import RunFolder, page_of, start
+from pyglow_fast.train import Run, RunFolder, page_of, start
 from pyglow_fast.train.figures import bits_png
 from pyglow_fast.train.metrics import read_metrics
 from pyglow_fast.train.page import duration
@@ -35,16 +35,9 @@ def folder(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> Ru
     return RunFolder(tmp_path / "run")
 
 
-def killed(run: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def killed(run: Run, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Execute it as far as ``step``, where it ends as by a power cut."""
-    one_step = run.state.step
-
-    def step_or_end() -> float:
-        if run.state.progress.step == step:
-            raise ZeroDivisionError
-        return float(one_step())
-
-    monkeypatch.setattr(run.state, "step", step_or_end)
+    before_step(run, step, lambda: 1 / 0, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run.execute(quiet=True)
 
@@ -108,7 +101,7 @@ def test_three_screens(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path:
     """Also with much advice. Samples stand beside training images of the same size, earlier ones below and small."""
     web.require("playwright", "chromium")
     folder, model = RunFolder(tmp_path / "run"), replace(tiny_config().model, n_classes=2)
-    config = tiny_config(sample_every=1, sample_count=64, class_conditional=True, model=model)
+    config = tiny_config(sample_every=1, eval_every=12, sample_count=64, class_conditional=True, model=model)
     start(config, str(folder.path), data=tiny_images).execute(quiet=True)
     folder.report.write_text(json.dumps(folder.read_report() | {"advice": "overfitting, so try less of it " * 14}))
     folder.page.write_text(page_of(folder), encoding="utf-8")

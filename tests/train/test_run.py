@@ -110,28 +110,28 @@ def test_limits(
     assert run.execute(quiet=True).step == step
 
 
-@pytest.mark.parametrize("kept", [0, 6])
+@pytest.mark.parametrize("kept", [0, 3])
 def test_minutes_become_steps_once(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
     """The rate falls to the end of the steps that were measured; a resumed run takes the same ones, to the bit."""
-    config = tiny_config(max_steps=None, max_minutes=10, warmup_steps=0, keep=99)
+    config = tiny_config(max_steps=None, max_minutes=5, warmup_steps=0, keep=99)
     run = start(config, str(tmp_path), data=tiny_images)
     Clock(run, monkeypatch)
     last = run.execute(quiet=True).step
     folder, rates = RunFolder(tmp_path), [row["lr"] for row in read_metrics(run.folder.metrics)]
-    assert (folder.read_config().max_steps, folder.read_config().max_minutes) == (last, 10)
+    assert (folder.read_config().max_steps, folder.read_config().max_minutes) == (last, 5)
     assert rates[-1] == pytest.approx(config.lr / last, rel=1e-3)
     assert rates[1] == pytest.approx((1 - 1 / last) * config.lr, rel=1e-3)
     whole = folder.load()
     for path in folder.saved():
         if step_of(path) > kept:
             path.unlink()
-    again = resume(str(tmp_path), max_minutes=10.0)
+    again = resume(str(tmp_path), max_minutes=5.0)
     Clock(again, monkeypatch, step=31.0)  # it would measure fewer
     assert again.execute(quiet=True).step == last
     assert all(torch.equal(value, whole.model[name]) for name, value in folder.load().model.items())
-    longer = resume(str(tmp_path), max_minutes=20.0)
+    longer = resume(str(tmp_path), max_minutes=10.0)
     Clock(longer, monkeypatch)
     assert longer.execute(quiet=True).step > 1.8 * last
     assert folder.read_config().max_steps == longer.state.progress.step
@@ -150,7 +150,7 @@ def test_minutes_bound_scores_too(
     """Initialisation, evaluations, and the scores of the end, of which there are fewer where time is short."""
     config = tiny_config(max_steps=None, max_minutes=minutes, eval_every=10, eval_images=10)
     run = start(config, str(tmp_path), data=many_images)
-    clock = Clock(run, monkeypatch, image=image)
+    clock = Clock(run, monkeypatch, step=3.0 * minutes, image=image)
     result = run.execute()
     assert result.step > 1
     least = 2 * 64 * image  # a batch of each side is scored in any case
@@ -188,8 +188,8 @@ def ruin(run: Any, at: int, change: Callable[[Any], None], patch: pytest.MonkeyP
     patch.setattr(run.state, "step", stepping)
 
 
-def no_number(model: Any, value: float = math.nan) -> None:
-    model.prior.mean_log_sd.fill_(value)
+def no_number(model: Any) -> None:
+    model.prior.mean_log_sd.fill_(math.nan)
 
 
 def singular(model: Any) -> None:
@@ -200,7 +200,6 @@ def singular(model: Any) -> None:
     ("change", "at", "fields", "report"),
     [
         (no_number, 7, {}, "step 8: loss nan bits/dim, gradient norm nan, lr 0.000416667, 1 steps in a row without"),
-        (lambda model: no_number(model, math.inf), 7, {}, "step 8: loss nan"),
         (no_number, 3, {"save_every": 1}, "step 3: after its update training images have nan bits/dim"),
         (
             singular,
