@@ -22,8 +22,14 @@ from pyglow_fast.interop import accelerate
 OTHERWISE = ("jet-images", "srflow")
 
 
-@pytest.mark.parametrize("memory", [None, "reversible"])
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in OTHERWISE])
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [
+        pytest.param(name, memory, marks=[pytest.mark.full] * (i % 2 == j))  # by turns the one and the other
+        for i, name in enumerate(name for name in BY_NAME if name not in OTHERWISE)
+        for j, memory in enumerate((None, "reversible"))
+    ],
+)
 def test_no_layer_that_is_replaced_runs_its_own_code(
     name: str, memory: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

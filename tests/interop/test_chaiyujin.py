@@ -19,9 +19,6 @@ FEATURES = 3
 CASES: dict[str, dict[str, Any]] = {
     "affine": {},
     "additive": {"flow_coupling": "additive"},
-    "lu": {"LU_decomposed": True},
-    "shuffle": {"flow_permutation": "shuffle"},
-    "reverse": {"flow_permutation": "reverse"},
     "no coupling": {"flow_coupling": "noCoupling"},
     "features": {"flow_coupling": "CondAffineSeparatedAndCond", "features": FEATURES, "position": "fea_up1"},
 }
