@@ -14,7 +14,7 @@ from contract import test_gradients_of_own_nets as of_nets
 from contract import test_gradients_with_torch as with_torch
 from support.chain_cases import EVERY_STEP, ONE_PART, cut_parts, only_python
 from support.gradients import RECOMPUTING, Memory, assert_same_gradients, batch, both_ways, gradients, objective
-from support.user_steps import Build, runs
+from support.user_steps import RUNS, Build, runs
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
@@ -50,12 +50,14 @@ class TestTheContract:
     test_dropout = staticmethod(of_nets.test_dropout)
     test_nets_that_are_trained = staticmethod(of_nets.test_nets_that_are_trained)
     test_threads = staticmethod(of_nets.test_threads)
+    test_several_backwards = staticmethod(with_torch.test_several_backwards)
     test_batches_of_gradients = staticmethod(with_torch.test_batches_of_gradients)
     test_hooks_on_saved_tensors_and_anomaly_mode = staticmethod(with_torch.test_hooks_on_saved_tensors_and_anomaly_mode)
     test_autocast = staticmethod(with_torch.test_autocast)
 
 
-test_several_backwards = with_torch.test_several_backwards
+def test_several_backwards() -> None:
+    with_torch.test_several_backwards(RUNS["steps"])
 
 
 @both_ways

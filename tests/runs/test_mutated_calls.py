@@ -20,7 +20,6 @@ from pyglow_fast.runs import compiled
 
 ENTRIES = ("run_forward", "run_backward", "inverted", "fold", "fold_backward")
 MADE = ("BackwardArgs", "Kept", "Part")
-THINNED = 8  # one changed call in so many is made
 SAID = (ValueError, TypeError, RuntimeError, IndexError)
 UNCLEAR = ("INTERNAL ASSERT", "vector::", "bad_function_call", "undefined Tensor")
 
@@ -146,8 +145,8 @@ OPTIONS: list[tuple[dict[str, Any], str | int, bool]] = [
 ]
 
 
-def main() -> None:
-    """Run every changed call; prints each error that is unclear, and last how many were refused and how many not."""
+def main(thinned: int) -> None:
+    """Make one changed call in so many; prints each unclear error, and last how many were refused and how many not."""
     torch.set_num_threads(1)
     seen, refused, answered = set(), 0, 0
     for memory, options in itertools.product(("store", "checkpoint", "reversible"), OPTIONS):
@@ -157,7 +156,7 @@ def main() -> None:
                 continue
             seen.add(text)
             called(call)
-            for other in itertools.islice(changed(call), len(seen) % THINNED, None, THINNED):
+            for other in itertools.islice(changed(call), len(seen) % thinned, None, thinned):
                 print(memory, options, other[0], file=sys.stderr)
                 try:
                     called(other)
@@ -170,9 +169,12 @@ def main() -> None:
 
 
 @pytest.mark.skipif(_backend.extension() is None, reason="the run is compiled")
-@pytest.mark.parametrize("nets", ["auto", "library", "rows"])
-def test_no_argument_ends_the_process(nets: str) -> None:
-    command = [sys.executable, "-c", "from runs import test_mutated_calls as t; t.main()"]
+@pytest.mark.parametrize(
+    ("nets", "thinned"),
+    [("auto", 24), *(pytest.param(nets, 8, marks=pytest.mark.full) for nets in ("auto", "library", "rows"))],
+)
+def test_no_argument_ends_the_process(nets: str, thinned: int) -> None:
+    command = [sys.executable, "-c", f"from runs import test_mutated_calls as t; t.main({thinned})"]
     environment = {**os.environ, "PYGLOW_NETS": nets}
     found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT / "tests", env=environment)
     assert found.returncode == 0, found.stderr[-1000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.covering import pairs
 from support.gradients import Memory, both_ways, perturbed
 from torch import Tensor, nn
 
@@ -21,9 +22,11 @@ def sequence_of(n_steps: int = 3, coupling: str = "affine") -> pgf.ReversibleSeq
 
 
 @both_ways
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("memory", MODES)
-@pytest.mark.parametrize(("coupling", "width"), [("affine", 6), ("affine", 2), ("additive", 4)])
+@pairs(
+    pytest.mark.parametrize("grad", [True, False]),
+    pytest.mark.parametrize("memory", MODES),
+    pytest.mark.parametrize(("coupling", "width"), [("affine", 6), ("affine", 2), ("additive", 4)]),
+)
 def test_a_net_of_another_width_is_refused(coupling: str, width: int, memory: str, grad: bool) -> None:
     """Kernels would take other channels for the transformed ones."""
     sequence, x = sequence_of(coupling=coupling), torch.randn(3, 4, 6, 6)

@@ -18,14 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deep": {"n_levels": 2, "n_steps": 10},
     "one image": {"n_levels": 1, "n_steps": 5},
     "checkerboards": {"n_levels": 2, "n_steps": 3, "n_checkerboard": 2},
-    "injectors": {
-        "n_levels": 2,
-        "n_steps": 3,
-        "n_transitions": 1,
-        "injector": True,
-        "cond_channels": 3,
-        "image_shape": (3, 16, 16),
-    },
+    "injectors": {"n_levels": 2, "n_steps": 3, "n_transitions": 1, "injector": True, "cond_channels": 3},
     "classes": {"n_levels": 2, "n_steps": 3, "n_classes": 5},
     "actnorms in nets": {"n_levels": 2, "n_steps": 3, "net_actnorm": True},
     "permutations": {"n_levels": 2, "n_steps": 3, "permutation": "reverse"},
@@ -39,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def case(name: str) -> tuple[pgf.Glow, dict[str, torch.Tensor]]:
     """A model and a batch for it."""
-    options = {"image_shape": (3, 32, 32), "hidden": 64} | MODELS[name]
+    options = {"image_shape": (3, 16, 16), "hidden": 64} | MODELS[name]
     if name == "small chunks":
         options["memory_budget"] = 2**18
     if name == "bfloat16":
