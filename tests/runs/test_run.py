@@ -58,11 +58,8 @@ def by_python(call: Callable[[], Any]) -> Any:
         return call()
 
 
-@pytest.fixture(params=["auto", "library", "rows"])
-def nets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Nets by our kernels, and by the library's convolutions and products as on a GPU."""
-    use_library(monkeypatch, request.param)
-    return str(request.param)
+# By our kernels, and by the library's convolutions and products as on a GPU.
+by_nets = pytest.mark.parametrize("nets", ["auto", "library", "rows"])
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -87,11 +84,13 @@ KINDS: dict[str, dict[str, Any]] = {
     pytest.mark.parametrize("budget", ["auto", 2000]),
     pytest.mark.parametrize("kind", KINDS),
     pytest.mark.parametrize("inverse", [False, True]),
+    by_nets,
 )
 def test_every_kind_of_step(
     kind: str, budget: str | int, inverse: bool, nets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bytes, too, which a run that is not compiled refuses."""
+    use_library(monkeypatch, nets)
     sequence, x, cond = steps(**KINDS[kind])
     sequence.memory_budget = budget
     sequence.control.tolerance = sequence.inverse_control.tolerance = 1e-9
@@ -135,8 +134,13 @@ def squared_error(found: dict[str, Any], truth: dict[str, Any]) -> float:
     return sum(float((one - value).square().sum() / value.square().sum()) for one, value in pairs) / len(pairs)
 
 
-@pytest.mark.parametrize("kind", ["plain", "norms", "1d", "3d"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *(("plain", precision) for precision in ("fp32", "bf16", "fp16")),
+        *(("norms", "fp32"), ("1d", "bf16"), ("3d", "fp16")),
+    ],
+)
 def test_products_are_as_good_as_convolutions(kind: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All values and gradients against float64; over several draws, as a relu may turn where a rounding does."""
     errors = {"library": 0.0, "rows": 0.0}
@@ -194,9 +198,13 @@ def test_other_nets_as_products(net: Callable[[], nn.Module], rows: bool, monkey
     assert ("aten::convolution" in names) != rows
 
 
+@by_nets
 @pytest.mark.parametrize(("channels", "kernel"), [(4, 1), (2, 3)])
-def test_a_net_of_other_channels_is_refused(nets: str, channels: int, kernel: int) -> None:
+def test_a_net_of_other_channels_is_refused(
+    nets: str, channels: int, kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is left out of what it is given, nor read behind it."""
+    use_library(monkeypatch, nets)
     layers = nn.Conv2d(channels, 8, kernel, padding=kernel // 2), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1)
     sequence = pgf.ReversibleSequence([pgf.FlowStep(6, net=Net(nn.Sequential(*layers)))])
     with pytest.raises((ValueError, RuntimeError), match="expected"):
