@@ -70,20 +70,13 @@ def debian_package(place: Path, folder: Path) -> Path:
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
-def test_a_package_of_debian(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    offer(monkeypatch, "photos", served[1], debian_package(tmp_path, served[0]))
-    fetch("photos")
-    assert names(data_folder() / "photos") == ["a.jpg"]
-
-
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb")
-@pytest.mark.parametrize("whole", [True, False])
-def test_where_the_archive_does_not_answer_apt_is_asked(
-    whole: bool, served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("answers", "whole"), [(True, True), (False, True), (False, False)])
+def test_a_package_of_debian(
+    answers: bool, whole: bool, served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A stand-in for apt-get writes the package, or another, which is not opened."""
+    """Where the archive does not answer, a stand-in for apt-get writes the package, or another, which is not opened."""
     package = debian_package(tmp_path, served[0])
-    offer(monkeypatch, "photos", "http://127.0.0.1:9", package)
+    offer(monkeypatch, "photos", served[1] if answers else "http://127.0.0.1:9", package)
     package.write_bytes(package.read_bytes() + (b"" if whole else b"more"))
     script = tmp_path / "bin" / "apt-get"
     script.parent.mkdir()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from train.run_cases import assert_same_weights
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
@@ -77,16 +78,6 @@ def test_means_and_spreads_over_the_seeds(whole: Path) -> None:
     assert scores == sorted(scores)  # the best first
     reverse, invconv = (int(found[name][4].replace(",", "")) for name in ("reverse", "invconv"))
     assert invconv - reverse == 2 * (4 * 4 + 4 * 4 + 4)  # L, U and log_diag, in two steps of 4 channels
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return RunFolder(run).load().model
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    found, expected = weights(one), weights(other)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_run_of_it_is_a_run_of_training(whole: Path, tmp_path: Path) -> None:
