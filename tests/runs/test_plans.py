@@ -18,7 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deep": {"n_levels": 2, "n_steps": 10},
     "one image": {"n_levels": 1, "n_steps": 5},
     "checkerboards": {"n_levels": 2, "n_steps": 3, "n_checkerboard": 2},
-    "injectors": {"n_levels": 2, "n_steps": 3, "n_transitions": 1, "injector": True, "cond_channels": 3},
+    "injectors": {"n_levels": 2, "n_steps": 2, "n_transitions": 1, "injector": True, "cond_channels": 3},
     "classes": {"n_levels": 2, "n_steps": 3, "n_classes": 5},
     "actnorms in nets": {"n_levels": 2, "n_steps": 3, "net_actnorm": True},
     "permutations": {"n_levels": 2, "n_steps": 3, "permutation": "reverse"},
@@ -80,7 +80,7 @@ plans = pytest.mark.skipif(not PLANS, reason="bytes are planned by the compiled 
 
 
 # The others with --full.
-OFTEN = [("one image", False), ("injectors", False), ("small chunks", False), ("bfloat16", True)]
+OFTEN = [("one image", False), ("small chunks", False), ("bfloat16", True)]
 
 
 @plans

@@ -101,7 +101,8 @@ def test_three_screens(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path:
     """Also with much advice. Samples stand beside training images of the same size, earlier ones below and small."""
     web.require("playwright", "chromium")
     folder, model = RunFolder(tmp_path / "run"), replace(tiny_config().model, n_classes=2)
-    config = tiny_config(max_steps=6, sample_every=1, eval_every=6, sample_count=64, class_conditional=True, model=model)
+    fields = {"max_steps": 6, "sample_every": 1, "eval_every": 6, "sample_count": 64, "class_conditional": True}
+    config = tiny_config(model=model, **fields)
     start(config, str(folder.path), data=tiny_images).execute(quiet=True)
     folder.report.write_text(json.dumps(folder.read_report() | {"advice": "overfitting, so try less of it " * 14}))
     folder.page.write_text(page_of(folder), encoding="utf-8")
