@@ -82,7 +82,7 @@ def _set_flags(model: nn.Module, value: float) -> None:
             flag.fill_(value)
 
 
-@pytest.mark.parametrize("name", ["normflows", "normflows, actnorms in nets"])
+@pytest.mark.parametrize("name", [pytest.param("normflows", marks=pytest.mark.full), "normflows, actnorms in nets"])
 def test_what_waits_for_data_is_not_exported(name: str) -> None:
     """Whenever a flag was taken back, in its place or by another; a copy and a model that was moved are known."""
     model, x = ACCELERATED[name]()

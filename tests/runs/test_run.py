@@ -42,7 +42,7 @@ MODES = ("store", "checkpoint", "reversible")
 def steps(channels: int = 6, cond: int = 0, dims: int = 2, **options: Any) -> tuple[Any, Tensor, Tensor | None]:
     """A run of flow steps, a batch for it and a condition; checkerboards take turns."""
     sizes = (8, 6, 4)[:dims]
-    turns = [{"parity": k % 2} if "mask" in options else {} for k in range(5)]
+    turns = [{"parity": k % 2} if "mask" in options else {} for k in range(3)]
     given = batch(64, cond, *sizes) if cond else None
     own = [pgf.FlowStep(channels, 8, cond_channels=cond, dims=dims, **options, **turn) for turn in turns]
     sequence = perturbed(pgf.ReversibleSequence(own, "store").double(), 0.05)
