@@ -49,7 +49,7 @@ def batch(channels: int = 8, n: int = 2) -> Tensor:
 def test_blocks_in_a_list_keep_no_state_each() -> None:
     kept = {}
     for count in (2, 12):
-        model, x = InList([Hides(4, 4, plain_net) for _ in range(count)]).double(), batch()
+        model, x = InList([Hides(4, 4) for _ in range(count)]).double(), batch()
         accelerate(model, "reversible")
         for _ in range(12):  # the anchors move apart
             model(x).sum().backward()
