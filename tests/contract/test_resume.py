@@ -24,19 +24,19 @@ import torch
 from safetensors.torch import load_file
 from support.commands import Command, ranks
 from support.machine import made_once
-from support.program import contents, pyglow_fast
+from support.program import contents, done, pyglow_fast
 from support.tiny_run import write_images
 
 PROGRAM = ["-m", "pyglow_fast"]
 WAIT = 300.0  # seconds that anything may take on a busy machine
 KILLS = int(os.environ.get("PYGLOW_TEST_KILLS", "0"))  # beyond those at the moments below
-STEPS = 120 + 10 * KILLS
+STEPS = 60 + 10 * KILLS
 SAVED = 5  # a checkpoint every so many steps
 MODEL = ["--n-levels", "2", "--n-steps", "2", "--hidden", "8", "--device", "cpu"]
 # Random windows and mirror images read by two workers; an average of the weights; a classifier in the loss.
 RUN = ["--size", "8", "--crop-margin", "2", "--flip", "--from-files", "--workers", "2", "--ema", "0.9"]
 RUN += ["--class-weight", "0.1", "--class-conditional", "--batch-size", "8", "--max-steps", f"{STEPS}", *MODEL]
-RUN += ["--log-every", "5", "--eval-every", "20", "--save-every", f"{SAVED}", "--sample-every", "50"]
+RUN += ["--log-every", "5", "--eval-every", "20", "--save-every", f"{SAVED}", "--sample-every", "25"]
 RUN += ["--sample-count", "4", "--eval-images", "8"]
 TIMED = ("seconds", "images_per_s", "memory_mb")
 
@@ -57,6 +57,12 @@ def ended(process: Command, code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def assert_goes_on(place: Path, whole: Path) -> None:
+    """Resumed in this process, which has imported all already, ``run`` becomes the whole run."""
+    done("resume", "run", "folder:images", *RUN, "--quiet")
+    assert_same_run(place / "run", whole)
+
+
 def _make(folder: Path) -> None:
     write_images(folder / "images", side=12)
     ended(train(folder, "whole", "--quiet"))
@@ -69,9 +75,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(whole: Path, tmp_path: Path) -> Path:
-    """A folder with the same images, for another run."""
+def place(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the same images, for another run: the current one."""
     shutil.copytree(whole / "images", tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -142,21 +149,21 @@ def test_killed_again_and_again(place: Path, whole: Path) -> None:
         time.sleep(moments.uniform(0, 0.1) if name == "in the steps" else 0)
         process.kill()
         process.communicate()
-    ended(resume(place, "run", "--quiet"))
-    assert_same_run(run, whole)
+    assert_goes_on(place, whole)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_saved(place: Path, whole: Path, signum: int) -> None:
+def test_a_signal_ends_a_run_saved(place: Path, whole: Path) -> None:
     """After the step in hand; the exit code is 128 + the signal. Nothing of it is lost."""
-    process = train(place, "run")
-    wait(process, lambda: len(steps(place / "run")) > 2)
-    process.send_signal(signal.Signals(signum))
-    ended(process, 128 + signum)
-    reached = int(saved(place / "run")[-1].stem.removeprefix("step-"))
-    assert reached >= steps(place / "run")[-1]
-    ended(resume(place, "run", "--quiet"))
-    assert_same_run(place / "run", whole)
+    run = place / "run"
+    for signum, start in ((signal.SIGINT, train), (signal.SIGTERM, resume)):
+        before = len(steps(run))
+        process = start(place, "run")
+        wait(process, lambda before=before: len(steps(run)) > before + 2)
+        process.send_signal(signum)
+        ended(process, 128 + signum)
+        reached = int(saved(run)[-1].stem.removeprefix("step-"))
+        assert reached >= steps(run)[-1]
+    assert_goes_on(place, whole)
 
 
 def limit(process: Command, size: int) -> None:
@@ -190,8 +197,7 @@ def test_a_disk_that_stays_full(place: Path, whole: Path) -> None:
     newest = saved(place / "run")[-1]
     assert re.search(rf"^error: the checkpoint of step {STEPS} cannot be written: .*File too large", err, re.MULTILINE)
     assert f"kept: {newest.relative_to(place)}" in err
-    ended(resume(place, "run", "--quiet"))
-    assert_same_run(place / "run", whole)
+    assert_goes_on(place, whole)
 
 
 @pytest.mark.parametrize("spoil", ["cut off", "a bit flipped", "no metadata"])
@@ -204,20 +210,21 @@ def test_a_newest_checkpoint_that_is_damaged(place: Path, whole: Path, spoil: st
     if spoil == "no metadata":
         found = bytearray(b"\x16" + bytes(7) + b'{"__metadata__": null}')
     newest.write_bytes(found[: len(found) // 2] if spoil == "cut off" else found)
-    _, err = ended(resume(place, "run"))
-    assert re.search(rf"warning: .*{newest.name}.*{saved(whole / 'whole')[-2].name}", err)
+    with pytest.warns(match=rf"{newest.name}.*{saved(whole / 'whole')[-2].name}"):
+        assert_goes_on(place, whole)
     assert newest.with_name(f"{newest.name}.damaged").is_file()
-    assert_same_run(place / "run", whole)
 
 
-def test_a_second_process_in_the_same_folder_is_refused(place: Path, whole: Path) -> None:
+def test_a_second_process_in_the_same_folder_is_refused(place: Path) -> None:
     """Whether it would go on or begin anew; the first one is not disturbed."""
     first = train(place, "run", "--max-steps", "100000", "--decay-steps", f"{STEPS}")
     try:
         wait(first, lambda: saved(place / "run"))
-        for second in (resume(place, "run"), train(place, "run", "--overwrite")):
-            _, err = ended(second, 2)
-            assert re.fullmatch(r"error: out: expected a run that no other process trains, found one in .*run.*\n", err)
+        message = r"error: out: expected a run that no other process trains, found one in .*run.*\n"
+        for words in (["resume", "run", "folder:images"], ["train", "folder:images", "--out", "run", "--overwrite"]):
+            second = pyglow_fast(*words, *RUN)
+            assert second.code == 2
+            assert re.fullmatch(message, second.err)
         before = len(steps(place / "run"))
         wait(first, lambda: len(steps(place / "run")) > before)
     finally:
@@ -284,7 +291,7 @@ def test_two_ranks_are_one_run(place: Path) -> None:
     """
     found = {}
     for name, more in (("one", []), ("parts", ["--accumulate", "2"])):
-        ended(train(place, name, *RANKED, *more))
+        done("train", "folder:images", "--out", name, *RUN, *RANKED, *more)
         found[name] = losses(place / name)
     words = [*PROGRAM, "train", "folder:images", "--out", "two", *RUN, *RANKED]
     with ranks(place, words, words) as processes:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-IMPORTED = ["torch", "torch.distributed", "sklearn.datasets", "matplotlib.figure"]
+# torch._dynamo takes two seconds, and every optimizer imports it.
+IMPORTED = ["torch", "torch.distributed", "torch._dynamo", "sklearn.datasets", "matplotlib.figure"]
 IMPORTED += ["matplotlib.backends.backend_agg", "pyglow_fast.cli", "pyglow_fast.interop"]
 
 
