@@ -35,6 +35,7 @@ from support.gradients import (
     perturbed,
     ready,
     steps,
+    turn,
 )
 from support.helpers import memory_layouts
 from support.plain_glow import plain_log_prob
@@ -46,8 +47,8 @@ import pyglow_fast as pgf
 # --------------------------------------------------------------------------------------------------- every kind of flow
 
 
-@both_ways
 @pairs(
+    pytest.mark.parametrize("way", ["forward", "inverse"]),
     pytest.mark.parametrize("permutation", ["invconv", "invconv_plain", "shuffle", "reverse", "grouped"]),
     pytest.mark.parametrize(
         "scale",
@@ -69,6 +70,8 @@ import pyglow_fast as pgf
     pytest.mark.parametrize("squeeze", [False, True]),
 )
 def test_every_kind_of_step(
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
     permutation: str,
     scale: dict[str, Any],
     order: str,
@@ -80,6 +83,8 @@ def test_every_kind_of_step(
     squeeze: bool,
 ) -> None:
     """Also where the input is squeezed as it is read."""
+    if way == "inverse":
+        turn(monkeypatch)
     channels, sizes = {1: (4, (6,)), 2: (4, (4, 3)), 3: (8, (2, 3, 2))}[dims]
     injector = condition == "injector" and mask == "channels"
     options = {
