@@ -39,16 +39,21 @@ LINKING = (*PAGES, *EXAMPLES, "CONTRIBUTING.md", "docs/reference/index.md")
 SHOWN = [(name, block) for name in PAGES for block in blocks(page(name))]
 LANGUAGES = ("python", "sh", "console", "text", "toml")
 SHIPPED = ROOT / "pyglow_fast" / "shown" / "best.safetensors"
+SMALL = ["--n-levels", "1", "--n-steps", "2", "--hidden", "8", "--eval-images", "64"]  # a model of what is shown
 COMMAND = re.compile(r"`(pyglow-fast [^`]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def cases(language: str) -> list[object]:
-    """The blocks in one language, named by page and line."""
+    """The blocks in one language, each code once, named by page and line; those of several processes with --full."""
+    shown = {block.code: (name, block) for name, block in reversed(SHOWN) if block.language == language}
     return [
-        pytest.param(block, id=f"{Path(name).stem}-line{block.line}")
-        for name, block in SHOWN
-        if block.language == language
+        pytest.param(
+            block,
+            id=f"{Path(name).stem}-line{block.line}",
+            marks=[pytest.mark.full] * ("torchrun" in block.code),
+        )
+        for name, block in shown.values()
     ]
 
 
@@ -135,7 +140,8 @@ def test_commands_run(block: Block) -> None:
             assert done.returncode == 0, done.stderr[-2000:]
         else:
             assert words[0] == "pyglow-fast", f"only this package's commands can be shown as sh: {words}"
-            assert main(words[1:]) == 0, words
+            small = SMALL if words[1:3] == ["train", "digits"] else []
+            assert main([*words[1:], *small]) == 0, words
         if "--out" in words:
             assert Path(words[words.index("--out") + 1]).exists(), words
 
