@@ -176,6 +176,7 @@ def test_a_stage_that_is_stopped_leaves_what_it_had(tmp_path: Path, monkeypatch:
     stages = [Stage("one", 1, "", f'-c "{write}"'), Stage("two", 60, "", '-c "raise SystemExit(7)"')]
     stages.append(Stage("three", 60, "", f'-c "{some}"'))
     monkeypatch.setattr(gpu_check, "STAGES", stages)
+    monkeypatch.setattr(gpu_check, "REHEARSAL_PATIENCE", 3)
     monkeypatch.setattr(gpu_check, "MACHINE", Stage("machine", 1, "", "-c \"print('{}')\""))
     for only, code in (("three", 0), ("two", 1), ("one", 1)):
         assert gpu_check.main(["--rehearse", "--out", str(tmp_path), "--only", only]) == code
@@ -204,7 +205,9 @@ def test_tests_that_were_late(tmp_path: Path) -> None:
     assert (ended.status, ended.reason) == ("partly", "the time was over after 0 of 2")
 
 
+@pytest.mark.full
 def test_tests_behind_one_that_died(tmp_path: Path) -> None:
+    """As the questions of another stage, below."""
     (tmp_path / "test_it.py").write_text("import os\ndef test_one(): os._exit(7)\ndef test_other(): pass\n")
     line = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider"]
     line += ["--out", str(tmp_path / gpu_check.OUT), str(tmp_path)]
@@ -312,8 +315,8 @@ def test_updates_that_differ_in_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they would if a graph kept the learning rate of its capture."""
     true = Update.__call__
 
-    def stale(update: Update, parts: Any, lr: float) -> Any:
-        return true(update, parts, lr * (1 + 1e-6) if update.replays.how == "a CUDA graph" else lr)
+    def stale(update: Update, parts: Any, lr: float, *rest: Any) -> Any:
+        return true(update, parts, lr * (1 + 1e-6) if update.replays.how == "a CUDA graph" else lr, *rest)
 
     answers = gpu_answers.Answers(CPU, TINY, TINY)
     monkeypatch.setattr(Update, "__call__", stale)
