@@ -154,7 +154,8 @@ class NetChain(torch.autograd.Function):
         x, cond, kept, log_gain, bias, *weights = saved
         want_weights = any((ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]))
         found = ops.net_chain_backward(grad_out, x, cond, kept, weights, bias, log_gain, *ctx.arguments, want_weights)
-        grad_x, *grads = found
+        grads = list(found)  # torch.compile of torch 2.12 takes the rest of an unpacking for a tuple
+        grad_x = grads.pop(0)
         grad_cond = None if cond is None else grads.pop(0)
         grad_gain = None if log_gain is None or not want_weights else grads.pop()
         return (grad_x, grad_cond, grad_gain, None, *(grads or [None] * (2 * len(weights))))
