@@ -57,7 +57,12 @@ def rounds(operation: str, x: Tensor) -> bool:
 
 def autocast_is_on(device_type: str) -> bool:
     """Whether torch.autocast is enabled for a type of device, which may be one that it does not know."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@constant_in_graphs  # torch.compile of torch 2.11 cannot trace it
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def has_tf32(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from pyglow_fast._torch import (
     VMAP,
+    constant_in_graphs,
     has_functorch,
     is_batched_tensor,
     tracing_state,
@@ -58,7 +59,12 @@ def kernels_step_aside() -> bool:
 
     An export is torch.export's, and so torch.onnx's and AOTInductor's, or one of torch.jit.trace.
     """
-    return torch.compiler.is_exporting() or tracing_state() is not None or has_transforms()
+    return _is_exporting() or tracing_state() is not None or has_transforms()
+
+
+@constant_in_graphs  # torch.compile of torch 2.11 takes it for True
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 _untraced: dict[Callable[..., Any], Callable[..., Any]] = {}  # torch.compile warns of a functools.cache

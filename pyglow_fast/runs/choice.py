@@ -204,7 +204,7 @@ def _entered(
     """The run for csrc/run, or None; with x, cond and whether to squeeze as both executors take them."""
     board = run.board
     runs = (
-        compiled and bool(run.couplings) and any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(x)
+        compiled and len(run.couplings) > 0 and any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(x)
     )
     if squeezes and (not runs or x.dim() != 4 or board is not None):  # kernels do not squeeze these as they read
         x, squeezes = functional.squeeze(x), False
@@ -262,7 +262,7 @@ def through(
     if found is None and run.couplings and is_dry(x):
         refuse_bytes(memory)
     control, records = control if mode == "reversible" else None, _records(run, x, cond, found and found.nets)
-    again = found is None and mode != "store" and bool(run.couplings) and not kernels_step_aside() and records
+    again = found is None and mode != "store" and len(run.couplings) > 0 and not kernels_step_aside() and records
     ends = run.ends if run.behind and (found is not None or again) else None
     gained: Tensor | None = None
     if ends is not None and run.inverse:

@@ -151,7 +151,9 @@ class Run(NamedTuple):
 
     def turned(self) -> Run:
         """The run from latents to data, which undoes this one."""
-        return self._replace(maps=self.maps[::-1], couplings=self.couplings[::-1], inverse=True)
+        maps, couplings = self.maps[::-1], self.couplings[::-1]
+        # torch.compile of torch 2.11 cannot hand on what _replace makes.
+        return Run(maps, couplings, self.behind, self.masked, self.halved, True, self.inverted, self.watch)
 
     def of_own_inverses(self) -> Run:
         """The same run, whose maps are those of data to latents: the inverses of what owners have made."""
