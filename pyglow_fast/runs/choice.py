@@ -204,7 +204,11 @@ def _entered(
     """The run for csrc/run, or None; with x, cond and whether to squeeze as both executors take them."""
     board = run.board
     runs = (
-        compiled and len(run.couplings) > 0 and any(run.maps) and not (run.masked or run.inverted) and ops.is_runnable(x)
+        compiled
+        and len(run.couplings) > 0
+        and any(run.maps)
+        and not (run.masked or run.inverted)
+        and ops.is_runnable(x)
     )
     if squeezes and (not runs or x.dim() != 4 or board is not None):  # kernels do not squeeze these as they read
         x, squeezes = functional.squeeze(x), False
