@@ -133,7 +133,7 @@ class FrozenSteps(FlowLayer):
             elements.append(Map.of(ChannelMap(*own)))
             if k < len(couplings):
                 elements.append(couplings[k].element(self.like.shape[1]))
-        return Run.of(elements)._replace(halved=True)
+        return Run.of(elements).changed(halved=True)
 
     def _made(self, name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         if name == choice.MAPS:

@@ -201,4 +201,4 @@ def _masked(steps: Sequence[FlowStep], cond: Tensor | None) -> Run:
     per_sample = cond is not None and cond.shape[2] == 1
     run = Run.of(one for step in steps for one in step.elements())
     nets = [coupling._replace(net=MaskedNet(coupling.net, per_sample)) for coupling in run.couplings]
-    return run._replace(couplings=nets, masked=True)
+    return run.changed(couplings=nets, masked=True)

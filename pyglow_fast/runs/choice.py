@@ -253,7 +253,7 @@ def through(
         alone: the run is one step, whose nets are whole. Python is faster in its training but with maps by LU factors.
     """
     if (precision := override()) is not None:  # which a backward is to repeat
-        run = run._replace(couplings=[coupling._replace(precision=precision) for coupling in run.couplings])
+        run = run.changed(couplings=[coupling._replace(precision=precision) for coupling in run.couplings])
     if run.inverted and mode != "store" and _records(run, x, cond):
         run = run.of_own_inverses()
     compiled = not (alone and torch.is_grad_enabled()) or (run.board is None and _kinds(run) == [[FACTORS]])
@@ -261,7 +261,7 @@ def through(
         run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x))
     ):  # each run that recomputes has one
         nothing = ChannelMap.nothing(x.new_zeros(run.couplings[0].kept + run.couplings[0].changed))
-        run = run._replace(maps=[[Map.of(nothing)], *run.maps[1:]])
+        run = run.changed(maps=[[Map.of(nothing)], *run.maps[1:]])
     found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget, compiled)
     if found is None and run.couplings and is_dry(x):
         refuse_bytes(memory)

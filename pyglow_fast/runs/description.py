@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -151,19 +151,21 @@ class Run(NamedTuple):
 
     def turned(self) -> Run:
         """The run from latents to data, which undoes this one."""
-        maps, couplings = self.maps[::-1], self.couplings[::-1]
-        # torch.compile of torch 2.11 cannot hand on what _replace makes.
-        return Run(maps, couplings, self.behind, self.masked, self.halved, True, self.inverted, self.watch)
+        return self.changed(maps=self.maps[::-1], couplings=self.couplings[::-1], inverse=True)
+
+    def changed(self, **fields: Any) -> Run:
+        """The run with other fields; torch.compile of torch 2.11 cannot hand on what ``_replace`` makes."""
+        return Run(**(self._asdict() | fields))
 
     def of_own_inverses(self) -> Run:
         """The same run, whose maps are those of data to latents: the inverses of what owners have made."""
         undone = [[Map.of(ChannelMap(*one.tensors).undone()) for one in own] for own in (*self.maps, self.behind)]
-        return self._replace(maps=undone[:-1], behind=undone[-1], inverted=False)
+        return self.changed(maps=undone[:-1], behind=undone[-1], inverted=False)
 
     @property
     def ends(self) -> Run:
         """What is behind the last coupling alone, in the direction of the run."""
-        return self._replace(maps=(), couplings=())
+        return self.changed(maps=(), couplings=())
 
     @property
     def board(self) -> Checkerboard | None:
