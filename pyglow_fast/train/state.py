@@ -162,8 +162,7 @@ class TrainState:
 
     def _parts(self) -> list[Part]:
         """The parts of the next step, not yet on the device; of all ranks, or of none where one cannot read its own."""
-        parts, unreadable, error = self._ahead or self._read(self.progress.step)
-        self._ahead = None
+        (parts, unreadable, error), self._ahead = self._ahead or self._read(self.progress.step), None
         lost = isinstance(error, UnreadableImageError) or (error is not None and reader_died(error))
         if error is not None and not lost:
             raise error
@@ -174,8 +173,9 @@ class TrainState:
         return parts
 
     def _read_ahead(self) -> None:
-        """Read the images of the step after this one, which a GPU meanwhile computes."""
-        self._ahead = self._read(self.progress.step + 1)
+        """Read the images of the step after this one, while a GPU computes."""
+        if self.progress.step + 1 != self.last_step:
+            self._ahead = self._read(self.progress.step + 1)
 
     def _read(self, step: int) -> _Read:
         config, data = self.config, self.train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import threading
 from pathlib import Path
@@ -66,6 +67,26 @@ def test_an_unreadable_image_in_the_middle_of_an_epoch(
     # Three epochs or so with six such images; the resumed run sees at least two of them whole.
     assert 10 < result.unreadable <= 24
     assert read_metrics(tmp_path / "run" / "metrics.csv")[-1]["unreadable_images"] == result.unreadable
+
+
+def test_replaced_images_are_counted_with_the_step_that_takes_them(
+    tiny_config: MakeConfig, photos: Path, tmp_path: Path
+) -> None:
+    """Though the images of the next step are read before; a run that goes on counts those again that it reads again."""
+    run = start(photo_config(tiny_config, photos, on_unreadable="skip"), str(tmp_path / "run"))
+    state, found, expected = run.state, list[int](), list[int]()
+    state.initialize()
+    spoil_some(run, photos)
+    spoilt = set(range(3, 9))
+    for step in range(10):
+        if step == 5:
+            state.restore(copy.deepcopy(state.checkpoint()), "itself")
+        before = state.progress.unreadable
+        state.step()
+        found.append(state.progress.unreadable - before)
+        expected.append(sum(index in spoilt for _, indices in state._asked(step) for index in indices))
+    assert found == expected
+    assert sum(expected) > 0
 
 
 def test_nothing_that_is_held_out_can_be_read(tiny_config: MakeConfig, photos: Path, tmp_path: Path) -> None:
