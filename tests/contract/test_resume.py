@@ -30,13 +30,13 @@ from support.tiny_run import write_images
 PROGRAM = ["-m", "pyglow_fast"]
 WAIT = 300.0  # seconds that anything may take on a busy machine
 KILLS = int(os.environ.get("PYGLOW_TEST_KILLS", "0"))  # beyond those at the moments below
-STEPS = 60 + 10 * KILLS
+STEPS = 120 + 10 * KILLS
 SAVED = 5  # a checkpoint every so many steps
 MODEL = ["--n-levels", "2", "--n-steps", "2", "--hidden", "8", "--device", "cpu"]
 # Random windows and mirror images read by two workers; an average of the weights; a classifier in the loss.
 RUN = ["--size", "8", "--crop-margin", "2", "--flip", "--from-files", "--workers", "2", "--ema", "0.9"]
 RUN += ["--class-weight", "0.1", "--class-conditional", "--batch-size", "8", "--max-steps", f"{STEPS}", *MODEL]
-RUN += ["--log-every", "5", "--eval-every", "20", "--save-every", f"{SAVED}", "--sample-every", "25"]
+RUN += ["--log-every", "5", "--eval-every", "20", "--save-every", f"{SAVED}", "--sample-every", "50"]
 RUN += ["--sample-count", "4", "--eval-images", "8"]
 TIMED = ("seconds", "images_per_s", "memory_mb")
 

@@ -54,6 +54,7 @@ def test_kernels_occupy_a_large_gpu(emulator: EmulatedOps, shape: tuple[int, ...
     case.of_all()
     images = torch.empty(shape[0], shape[1] // 4, *(2 * size for size in shape[2:]))
     kernels("channel_mix", images, *case.maps[0][:2], False, ops.SQUEEZE_CODES["input"])
+    assert {"channel_mix", "step_backward"} <= {op for op, _ in kernels.launches}
     for op, launch in kernels.launches:
         if launch.kernel in SECOND_STAGES:
             continue

@@ -96,6 +96,7 @@ def test_fresh_is_the_identity_up_to_its_constant_scale(
     x = torch.randn(3, 4, 2, 5)
     layer = pgf.Coupling(net, coupling, scale_map)
     z, log_det = layer(x)
+    assert not net.log_gain.any()
     scale = torch.as_tensor(1.0 if coupling == "additive" else at_zero)
     assert torch.equal(z[:, :2], x[:, :2])
     assert_close(z[:, 2:], x[:, 2:] * scale)

@@ -246,8 +246,7 @@ def assert_ends(server: Server, client: httpx.Client, signum: signal.Signals) ->
     assert "Traceback" not in server.log()[before:]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.full)])
 def test_without_a_login(tmp_path: Path, signum: signal.Signals) -> None:
     """It is asked for by its own names alone, and uploads are removed some minutes later; a second here."""
     with (
