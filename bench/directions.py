@@ -107,7 +107,10 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
             def outputs(own: Any, x: Sequence[Tensor], back: bool = what == INVERSE, again: bool = False) -> Tensor:
                 return _scalar(*_through(own, x[0], back, again))
 
-            ways[what] = (outputs, partial(outputs, again=True), [torch.randn(2, 12, side, side, requires_grad=True)])
+            state = torch.randn(2, 12, side, side)
+            if what == INVERSE:  # latents of data: what else goes back through many steps becomes inf
+                state = run(state)[0].detach()
+            ways[what] = (outputs, partial(outputs, again=True), [state.requires_grad_()])
         _add(prepared, f"steps, K {k}", run, ways)
     for k in arguments.depths or ([1] if arguments.quick else [64]):
         model = Glow(image_shape=(3, side, side), n_levels=3, n_steps=k, hidden=hidden // 2)
