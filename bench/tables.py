@@ -157,7 +157,7 @@ def bfloat16_steps() -> str:
 def _megabytes(rows: Sequence[Row], case: str, name: str) -> str:
     for row in pick(rows, case=case, name=name):
         facts = row.facts
-        words = " (counted)" * facts.get("counted", False) + " (earlier)" * facts.get("earlier", False)
+        words = " (counted)" * facts.get("counted", False)
         return short(facts["held" if "held" in facts else "fresh"] / 1e6) + words
     return ""
 
@@ -174,15 +174,15 @@ def memory_depths() -> str:
     return _memory(("MB (held)", *(f"K = {k}" for k in steps)), [f"depth, K {k}" for k in steps])
 
 
-def memory_resolutions(sides: Sequence[int] = (64, 128, 256, 1024)) -> str:
+def memory_resolutions(sides: Sequence[int] = (64, 128, 256)) -> str:
     """Memory against resolution."""
-    head = ("MB (held)", *(f"{side} px" + ", L = 6" * (side == 1024) for side in sides))
+    head = ("MB (held)", *(f"{side} px" for side in sides))
     return _memory(head, [f"resolution, {side} px" for side in sides])
 
 
 def readme_memory() -> str:
-    """Memory at three resolutions."""
-    return memory_resolutions((64, 256, 1024)).replace("MB (held)", "MB")
+    """Memory at two resolutions."""
+    return memory_resolutions((64, 256)).replace("MB (held)", "MB")
 
 
 def memory_budgets() -> str:
