@@ -74,7 +74,7 @@ def debian_package(place: Path, folder: Path) -> Path:
 def test_a_package_of_debian(
     answers: bool, whole: bool, served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where the archive does not answer, a stand-in for apt-get writes the package, or another, which is not opened."""
+    """apt-get (a stand-in) fetches the package if its server does not answer; a changed one is refused by hash."""
     package = debian_package(tmp_path, served[0])
     offer(monkeypatch, "photos", served[1] if answers else "http://127.0.0.1:9", package)
     package.write_bytes(package.read_bytes() + (b"" if whole else b"more"))

@@ -28,7 +28,7 @@ def mixed(n: int, channels: int = 4, size: int = 256) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> None:
-    """What ran before is remembered no more: the last steps needed 1 MiB each."""
+    """Drop the memory that earlier tests left idle: more than STEPS calls of 1 MiB each, then a release."""
     gc.collect()
     for _ in range(STEPS + 1):
         mixed(1)

@@ -72,7 +72,7 @@ def test_an_unreadable_image_in_the_middle_of_an_epoch(
 def test_replaced_images_are_counted_with_the_step_that_takes_them(
     tiny_config: MakeConfig, photos: Path, tmp_path: Path
 ) -> None:
-    """Though the images of the next step are read before; a run that goes on counts those again that it reads again."""
+    """The images of the next step are read before that step, but counted with it; also after a restore."""
     run = start(photo_config(tiny_config, photos, on_unreadable="skip", workers=0), str(tmp_path / "run"))
     state, found, expected = run.state, list[int](), list[int]()
     state.initialize()

@@ -232,7 +232,7 @@ def test_where_a_login_comes_from() -> None:
 
 
 def assert_ends(server: Server, client: httpx.Client, signum: signal.Signals) -> None:
-    """Of the events that nobody computes only so many wait; a signal waits for none, and no upload stays."""
+    """The queue of events is bounded; a signal does not wait for the queue, and the uploads are removed."""
     assert upload(client, "mine.png", b"mine").status_code == 200
     (folder,), before = server.cwd.glob("pyglow-serve-*"), len(server.log())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
