@@ -25,7 +25,7 @@ from pyglow_fast._errors import expect
 STAGES = {
     "calls": ("bench.calls",),
     "directions": ("bench.directions",),
-    "kernels": ("bench.kernels", "--compile"),
+    "kernels": ("bench.kernels", "--compile", "--only", "flow step"),
     "nets": ("bench.nets",),
     "models": ("bench.models",),
     "models-bf16": ("bench.models", "--precision", "bf16"),

@@ -31,6 +31,7 @@ def copy_call(n_bytes: int) -> Call:
 
 def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
     """Make the cases of some shapes; all implementations of one compute the same, or it is an error."""
+    torch._dynamo.config.recompile_limit = 100  # all cases are one function to it: the ninth would run eagerly
     for shape in arguments.shapes:
         for case in kernel_cases(Data(shape, CPU)):
             if arguments.only not in case.name:
