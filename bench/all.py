@@ -28,9 +28,8 @@ STAGES = {
     "kernels": ("bench.kernels", "--compile", "--only", "flow step"),
     "nets": ("bench.nets",),
     "models": ("bench.models",),
-    "models-bf16": ("bench.models", "--precision", "bf16"),
     "memory": ("bench.memory", "--depths", "8,32,128,512"),
-    "memory-budgets": ("bench.memory", "--budgets"),
+    "memory-budgets": ("bench.memory", "--budgets", "--cases", "c"),
     "recipe": ("bench.recipe",),
     "live": ("bench.live",),
 }

@@ -94,17 +94,15 @@ def short(value: float) -> str:
 # Whole models
 
 
-def _models(
-    file: str, head: str, columns: Sequence[tuple[str, str, str | tuple[str, ...], str]], configs: Sequence[str]
-) -> str:
-    """A line for each configuration; a column is its title, the call, the implementations and their dtype."""
-    rows = rows_of(file)
+def _models(head: str, columns: Sequence[tuple[str, str, str | tuple[str, ...]]]) -> str:
+    """A line for each configuration; a column is its title, the call and the implementations."""
+    rows = rows_of("models")
     lines = [
         (
-            MODELS[config] if head else f"({config})",
-            *(short(milliseconds(rows, case=config, what=w, name=names, dtype=d)) for _, w, names, d in columns),
+            title if head else f"({config})",
+            *(short(milliseconds(rows, case=config, what=w, name=n)) for _, w, n in columns),
         )
-        for config in configs
+        for config, title in MODELS.items()
     ]
     return markdown((head, *(title for title, *_ in columns)), lines)
 
@@ -112,43 +110,27 @@ def _models(
 def readme_speed() -> str:
     """Ours against the fastest other."""
     columns = [
-        ("training step: stored", TRAIN, "store", FLOAT),
-        ("reversible", TRAIN, "reversible", FLOAT),
-        ("fastest other", TRAIN, (*PEER_STEPS, MEMCNN), FLOAT),
-        ("plain torch", TRAIN, "plain", FLOAT),
-        ("sample: ours", SAMPLE, "store", FLOAT),
-        ("fastest other", SAMPLE, tuple(PEER_STEPS), FLOAT),
+        ("training step: stored", TRAIN, "store"),
+        ("reversible", TRAIN, "reversible"),
+        ("fastest other", TRAIN, (*PEER_STEPS, MEMCNN)),
+        ("plain torch", TRAIN, "plain"),
+        ("sample: ours", SAMPLE, "store"),
+        ("fastest other", SAMPLE, tuple(PEER_STEPS)),
     ]
-    return _models("models", "L levels of K steps", columns, list(MODELS))
+    return _models("L levels of K steps", columns)
 
 
 def training_steps() -> str:
     """A training step of all implementations."""
     names = ("store", "checkpoint", "reversible", "plain", CHECKPOINTED, MEMCNN, *PEER_STEPS)
-    return _models("models", "", [(name, TRAIN, name, FLOAT) for name in names], list(MODELS))
+    return _models("", [(name, TRAIN, name) for name in names])
 
 
 def inference() -> str:
     """log_prob and sample."""
     calls = [(work, name) for work in (LOG_PROB, SAMPLE) for name in ("store", "plain", *PEER_STEPS)]
-    columns = [(f"{work}: ours" if name == "store" else name, work, name, FLOAT) for work, name in calls]
-    return _models("models", "", columns, list(MODELS))
-
-
-def bfloat16_steps() -> str:
-    """A training step with nets in bfloat16."""
-    groups: dict[tuple[str, str], tuple[str, ...]] = {
-        ("ours: ", BF16): ("store", "reversible"),
-        ("in float32: ", FLOAT): ("store", "reversible"),
-        ("autocast: ", BF16): ("plain", *PEER_STEPS),
-        ("peers in float32: ", FLOAT): tuple(PEER_STEPS),
-    }
-    columns: list[tuple[str, str, str | tuple[str, ...], str]] = [
-        (title * (name == names[0]) + name, TRAIN, name, dtype)
-        for (title, dtype), names in groups.items()
-        for name in names
-    ]
-    return _models("models-bf16", "", columns, ["a", "b", "c", "d"])
+    columns = [(f"{work}: ours" if name == "store" else name, work, name) for work, name in calls]
+    return _models("", columns)
 
 
 # Memory
