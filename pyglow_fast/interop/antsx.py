@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
 from pyglow_fast.interop.nets import Net
-from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, is_set, read_once, wrapped
+from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, is_set, mapped, read_once, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 from pyglow_fast.runs.description import NetCoupling
-from pyglow_fast.runs.maps import ChannelMap, Map
+from pyglow_fast.runs.maps import ChannelMap
 
 __all__ = ["LIBRARY"]
 
@@ -119,11 +119,8 @@ def _elements(block: Any, inverse: bool) -> list[Element]:
         weight, log_det = _weight(conv)
         log_scale, shift = _log_scale(actnorm), actnorm.t.flatten()  # z = diag(exp(-B)) (W y - t')
         scale, log_det = (-log_scale).exp(), log_det - log_scale.sum()
-        own = ChannelMap(weight * scale.unsqueeze(1), -shift * scale, log_det)
-        if inverse:  # W^-1 (z exp(B) + t') is M^-1 z + W^-1 t'
-            matrix = functional.invert_matrix(own.matrix)
-            own = ChannelMap(matrix, -full_product(matrix, own.offset), -log_det)
-    return [_coupling(block), Map.of(own)]
+        own = mapped(ChannelMap(weight * scale.unsqueeze(1), -shift * scale, log_det), inverse)
+    return [_coupling(block), own]
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from pyglow_fast.interop.table import (
     UnfitError,
     by_class,
     in_turns,
+    mapped,
     one_hot_order,
     read_once,
     wrapped,
@@ -222,12 +223,10 @@ def _block_elements(block: Any, inverse: bool, divides: bool) -> list[Element]:
         scale = torch.ones_like(block.global_scale) if block.GIN else block.global_scale_activation(block.global_scale)
         scale, offset = scale.flatten(), block.global_offset.flatten()
         log_det, channels = scale.log().sum(), torch.arange(len(scale), device=scale.device)
-    affine = ChannelMap(scale, offset, log_det, channels)  # a y + b
-    if inverse:
-        affine = ChannelMap(1.0 / scale, -offset / scale, -log_det, channels)
+    affine = mapped(ChannelMap(scale, offset, log_det, channels), inverse)  # a y + b
     reflected = _reflected(block) if block.householder else None
     to_latents, to_data = ("w_perm_inv", "w_perm") if inverse else ("w_perm", "w_perm_inv")
-    own: list[Element] = [coupling, Map.of(affine), _permutation(block, to_latents, reflected)]
+    own: list[Element] = [coupling, affine, _permutation(block, to_latents, reflected)]
     return [_permutation(block, to_data, reflected), *own] if block.reverse_pre_permute else own
 
 

@@ -28,6 +28,7 @@ from pyglow_fast.interop.table import (
     UnfitError,
     by_class,
     is_set,
+    mapped,
     pays_for_images,
     read_once,
     untouched,
@@ -133,7 +134,7 @@ def _inside(block: Any) -> list[nn.Module]:
 
 
 def _map(block: Any, inverse: bool) -> Map:
-    """u = M x + c with M = W diag(exp(-s)), c = -M t; inverse: x = diag(exp(s)) W^-1 u + t."""
+    """u = M x + c with M = W diag(exp(-s)), c = -M t."""
     _, conv, norm = block.flows
     s, t = norm.s.flatten(), norm.t.flatten()
     with full_precision(s):
@@ -141,11 +142,8 @@ def _map(block: Any, inverse: bool) -> Map:
             weight, log_det = plu_weight(conv.P, conv.L, conv.U, conv.log_S, conv.sign_S), conv.log_S.sum()
         else:
             weight, log_det = conv.W, functional.log_abs_det(conv.W)
-        log_det = log_det - s.sum()
-        if inverse:
-            return Map.of(ChannelMap(functional.invert_matrix(weight) * s.exp().unsqueeze(1), t, -log_det))
         matrix = weight * (-s).exp()
-        return Map.of(ChannelMap(matrix, -full_product(matrix, t), log_det))
+        return mapped(ChannelMap(matrix, -full_product(matrix, t), log_det - s.sum()), inverse)
 
 
 def _elements(block: Any, inverse: bool) -> list[Element]:

@@ -108,7 +108,7 @@ class Row:
         tells: whether a module is such a layer, by its class or its structure.
         calls: for each method that runs the layer, how (layer, *arguments) is understood; None: the layer itself runs.
         elements: (layer, inverse) -> what it holds now, in the order of data to latents; with ``inverse`` the maps are
-            inverted, each by its own. May raise UnfitError.
+            those from latents to data, see :func:`mapped`. May raise UnfitError.
         example: (copy of a layer, in float64 with random parameters, draw) -> calls for a probe, each a method and
             arguments: it makes the copy one for small inputs. draw(*shape) gives random numbers.
         unfit: why a layer cannot be taken, as far as can be seen without a call: asked at adoption and at each call.
@@ -186,6 +186,11 @@ class Library:
 def by_class(*names: str) -> Callable[[nn.Module], bool]:
     """Make the ``tells`` of layers whose class has exactly one of these qualified names."""
     return lambda module: qualified(type(module)) in names
+
+
+def mapped(folded: ChannelMap, inverse: bool) -> Map:
+    """The map of a layer, given from data to latents; ``inverse`` is that from latents to data."""
+    return Map.of(folded.undone() if inverse else folded)
 
 
 def in_turns(one: NetCoupling, other: NetCoupling, like: Tensor, inverse: bool) -> list[Element]:
