@@ -35,6 +35,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.interop.graphs import joined_graph
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (
+    SMALL,
     Call,
     Element,
     Library,
@@ -245,8 +246,7 @@ def _alone(block: Any) -> str:
 
 
 def _block_example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
-    sizes = {1: (10,), 2: (3, 4), 3: (2, 2, 3)}[block.input_rank]
-    channels, count = block.in_channels, int(getattr(block, "condition_channels", 0))
+    sizes, channels, count = SMALL[block.input_rank], block.in_channels, int(getattr(block, "condition_channels", 0))
     block.dims_in = [(channels, *sizes)]
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(channels, generator=generator)
@@ -298,7 +298,7 @@ def _one_sided(layer: Any, inverse: bool) -> list[Element]:
 
 
 def _coupling_example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
-    sizes = {1: (10,), 2: (3, 4), 3: (2, 2, 3)}[layer.ndims - 1]
+    sizes = SMALL[layer.ndims - 1]
     given = {"c": [draw(2, layer.condition_length, *sizes)]} if layer.conditional else {}
     return [("forward", [(draw(2, layer.channels, *sizes),)], {"rev": rev, **given}) for rev in (False, True)]
 

@@ -81,8 +81,7 @@ def recognised(net: nn.Module, layer_of: Callable[[nn.Module], Layer | None] = o
         elif kind in _PADS:
             pads.append(module)
         elif behind and qualified(kind) in LOG_MAPS and layers[-1].read_map is None:
-            read_map = partial(LOG_MAPS[qualified(kind)], module, len(layers[-1].kernel_size))
-            layers[-1] = Layer(layers[-1].conv, read_map)
+            layers[-1] = Layer(layers[-1].conv, partial(LOG_MAPS[qualified(kind)], module))
         elif behind and kind in ACTIVATIONS:
             activation = ACTIVATIONS[kind](module)
             if activation is None:
