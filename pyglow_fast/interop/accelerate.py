@@ -231,8 +231,7 @@ def _price(runs: Sequence[JoinedLayers], memory: str) -> str:
 
 def _join(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
     """Join the layers of a library, in all containers of a model, and report those that are in no run."""
-    if not library.one_by_one or library.lists:
-        _join_lists(done, library, memory, budget)
+    _join_lists(done, library, memory, budget)
     joined = {layer for run in done._runs for layer in run.layers}
     for name, module in done.model.named_modules() if library.one_by_one else ():
         if module in done._adopted and module._pgf_row in library.rows and module not in joined:

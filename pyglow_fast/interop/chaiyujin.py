@@ -198,5 +198,6 @@ LIBRARY = Library(
             inverts_in=(torch.float32, 1e-3),  # whatever the dtype of the model
         ),
     ),
+    keeps=lambda owner: "its models call them in loops of their own",
     one_by_one=True,
 )

@@ -379,5 +379,4 @@ LIBRARY = Library(
     ),
     keeps=_keeps,
     one_by_one=True,
-    lists=True,
 )

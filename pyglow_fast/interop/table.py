@@ -166,8 +166,7 @@ class Library:
             see graphs.py; None of another module.
         keeps: why the layers in a list of this owner are not joined.
         alone: (a layer, and what holds it, from the inside out) -> the same as of a row, for all rows.
-        one_by_one: its models call layers in loops of their own, so each is a run for itself.
-        lists: but those in lists whose owner has no ``keeps`` are joined before.
+        one_by_one: its models call layers in loops of their own, so each that is in no run is one for itself.
     """
 
     name: str
@@ -181,7 +180,6 @@ class Library:
     keeps: Callable[[nn.Module], str] = _nothing
     alone: Callable[[Sequence[nn.Module]], str] = _nothing
     one_by_one: bool = False
-    lists: bool = False
 
 
 def by_class(*names: str) -> Callable[[nn.Module], bool]:
