@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import srflow, y0ast
-from support.accelerate_cases import saved_bytes
+from support.accelerate_cases import assert_same, saved_bytes
 from support.srflow import FlowStep, randomised
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "features": {"flow_coupling": "CondAffineSeparatedAndCond", "features": FEATURES, "position": "fea_up1"},
 }
 CHANNELS, SIDE = 4, 6
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(autouse=True)
@@ -38,47 +39,31 @@ def step_of(name: str, hidden: int = 40, **options: Any) -> FlowStep:
     return found
 
 
-def call_of(step: nn.Module, name: str, n: int = 2) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """x, logdet and what else the step is called with."""
-    x = torch.randn(n, CHANNELS, SIDE, SIDE, dtype=torch.float64)
-    features = torch.randn(n, FEATURES, SIDE, SIDE, dtype=torch.float64)
-    return x, torch.randn(n, dtype=torch.float64), {"rrdbResults": features} if name == "features" else {}
+def inputs_of(name: str, n: int = 2) -> list[Tensor]:
+    """x and logdet, and features where the step reads them."""
+    x, features = (torch.randn(n, channels, SIDE, SIDE, dtype=torch.float64) for channels in (CHANNELS, FEATURES))
+    return [x, torch.randn(n, dtype=torch.float64), *([features] if name == "features" else [])]
 
 
-def everything(step: nn.Module, x: Tensor, logdet: Tensor, more: dict[str, Any]) -> list[Tensor]:
-    """Outputs, inverse and gradients."""
-    leaf = x.clone().requires_grad_()
-    own = {key: value.clone().requires_grad_() for key, value in more.items()}
-    z, gained = step(leaf, logdet, **own)
-    inputs = [leaf, *own.values(), *step.parameters()]
-    grads = torch.autograd.grad(z.square().sum() + gained.sin().sum(), inputs, allow_unused=True)
-    back, lost = step(z.detach(), gained.detach(), reverse=True, **more)
-    return [z, gained, back, lost, *(grad for grad in grads if grad is not None)]
-
-
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(found) == len(expected)
-    for value, other in zip(found, expected, strict=True):
-        assert value.shape == other.shape
-        assert float((value - other).detach().abs().max()) <= 1e-9 * max(1.0, float(other.detach().abs().max()))
+def both_ways(step: nn.Module, x: Tensor, logdet: Tensor, *features: Tensor) -> list[Tensor]:
+    given = {"rrdbResults": features[0]} if features else {}
+    return [*step(x, logdet, **given), *step(x, logdet, reverse=True, **given)]
 
 
 def test_features_in_a_dict_by_their_place() -> None:
-    step = step_of("features", hidden=72)
-    x, logdet, more = call_of(step, "features")
-    by_name = {"fea_up1": more["rrdbResults"], "fea_up2": torch.zeros(1)}
-    expected = everything(step, x, logdet, more)
+    step, inputs = step_of("features", hidden=72), inputs_of("features")
+    theirs = copy.deepcopy(step)
     assert accelerate(step).replaced
-    assert_same(everything(step, x, logdet, more), expected)
-    assert_same(list(step(x, logdet, False, by_name)), expected[:2])
+    assert_same(step, theirs, both_ways, *inputs)
+    by_name = {"fea_up1": inputs[2], "fea_up2": torch.zeros(1)}
+    torch.testing.assert_close(step(*inputs[:2], False, by_name), theirs(*inputs[:2], False, inputs[2]), **CLOSE)
 
 
 def test_another_dtype_and_autocast_go_to_their_own_code() -> None:
-    step = step_of("affine")
-    x, logdet, _ = call_of(step, "affine")
+    step, (x, logdet) = step_of("affine"), inputs_of("affine")
     theirs = copy.deepcopy(step)
     accelerate(step)
-    assert_same(list(step(x.float(), logdet)), list(theirs(x.float(), logdet)))
+    torch.testing.assert_close(step(x.float(), logdet), theirs(x.float(), logdet), **CLOSE)
     with torch.autocast("cpu", torch.bfloat16):
         for value, expected in zip(step(x, logdet), theirs(x, logdet), strict=True):
             assert torch.equal(value, expected)
@@ -86,22 +71,21 @@ def test_another_dtype_and_autocast_go_to_their_own_code() -> None:
 
 def test_without_a_log_det() -> None:
     for name in ("no coupling", "additive"):
-        step = step_of(name)
-        x, _, _ = call_of(step, name)
-        expected, scalar = (step(x), step(x, None, True)), step(x, 0.0)[1]
+        step, (x, _) = step_of(name), inputs_of(name)
+        theirs = copy.deepcopy(step)
         accelerate(step)
-        assert step(x, 0.0)[1].shape == scalar.shape == ()
-        for (z, logdet), (other, _) in zip((step(x), step(x, None, True)), expected, strict=True):
+        assert step(x, 0.0)[1].shape == theirs(x, 0.0)[1].shape == ()
+        for reverse in (False, True):
+            (z, logdet), (expected, _) = step(x, None, reverse), theirs(x, None, reverse)
             assert logdet is None
-            assert_same([z], [other])
+            torch.testing.assert_close(z, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("memory", ["store", "reversible"])
 def test_a_memory_mode_keeps_less_at_any_size(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What autograd saves of a step besides its parameters; no copy of a weight is among it."""
     monkeypatch.undo()  # without a memory mode so few positions are left to theirs
-    step = step_of("affine", hidden=64)
-    x, logdet, _ = call_of(step, "affine", n=1)
+    step, (x, logdet) = step_of("affine", hidden=64), inputs_of("affine", n=1)
     hidden_layers = 2 * 64 * SIDE**2 * x.element_size()
     assert saved_bytes(step, lambda: step(x, logdet)) > 2 * hidden_layers
     accelerate(step, memory=memory)
@@ -116,9 +100,8 @@ def test_a_memory_mode_keeps_less_at_any_size(memory: str, monkeypatch: pytest.M
         (lambda step: setattr(step, "flow_coupling", "bentIdentity"), "flow_coupling 'bentIdentity'"),
         (lambda step: setattr(step, "flow_permutation", "resqueeze"), "flow_permutation 'resqueeze'"),
         (lambda step: step.affine.register_forward_hook(lambda *_: None), "hooks in it"),
-        (lambda step: setattr(step, "forward", step.forward), "a forward of its own"),
     ],
-    ids=["eps", "coupling", "permutation", "hook", "own forward"],
+    ids=["eps", "coupling", "permutation", "hook"],
 )
 def test_what_is_not_known_is_left_with_its_reason(change: Any, reason: str) -> None:
     step = step_of("features")
@@ -138,23 +121,9 @@ def test_a_copy_of_y0asts_step_runs_the_permutation_of_its_original() -> None:
     after = copy.deepcopy(step)
     with torch.no_grad():
         step.invconv.weight.mul_(2.0)
-    x, logdet, _ = call_of(step, "affine")
-    for reverse in (False, True):
-        assert_same(list(after(x, logdet, reverse)), list(before(x, logdet, reverse)))
+    inputs = inputs_of("affine")
+    torch.testing.assert_close(both_ways(after, *inputs), both_ways(before, *inputs), **CLOSE)
     assert accelerate(before).left == {"": "a flow_permutation that is another step's"}
-
-
-class OtherScale(FlowStep):
-    """The same attributes and call, but another arithmetic: the scale's offset is 1."""
-
-    def _coupled(self, z: Tensor, logdet: Any, reverse: bool, rrdbResults: Any) -> tuple[Tensor, Any]:
-        z1, z2 = z.chunk(2, dim=1)
-        shift, raw = srflow.apart(self.f(z1))
-        scale = torch.sigmoid(raw + 1.0)
-        gained = scale.log().sum((1, 2, 3))
-        if reverse:
-            return torch.cat([z1, z2 / scale - shift], dim=1), logdet - gained
-        return torch.cat([z1, (z2 + shift) * scale], dim=1), logdet + gained
 
 
 class OtherConvolution(srflow.Conv2dZeros):
@@ -164,14 +133,10 @@ class OtherConvolution(srflow.Conv2dZeros):
         return super().forward(input) * self.logs.exp()
 
 
-@pytest.mark.parametrize("part", ["step", "net"])
-def test_another_arithmetic_is_found_by_the_probe(part: str) -> None:
-    step = randomised((OtherScale if part == "step" else FlowStep)(CHANNELS, 72).double())
-    if part == "net":
-        step.f[4].__class__ = OtherConvolution
-    state = torch.get_rng_state()
+def test_another_arithmetic_in_a_net_is_found_by_the_probe() -> None:
+    step = step_of("affine", hidden=72)
+    step.f[4].__class__ = OtherConvolution
     done = accelerate(step)
-    assert torch.equal(torch.get_rng_state(), state)
     assert not done.replaced
     assert done.left[""].startswith("its result 0 of forward")
 
@@ -188,16 +153,11 @@ class WithNorm(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("wraps", [False, True])
-def test_a_net_of_another_structure_runs_as_it_is(wraps: bool) -> None:
+def test_a_net_of_another_structure_runs_as_it_is() -> None:
     step = step_of("affine")
-    if wraps:
-        step.f[0] = WithNorm(step.f[0])
-    else:
-        step.f.insert(1, nn.GroupNorm(2, 40).double())
+    step.f[0] = WithNorm(step.f[0])
+    theirs = copy.deepcopy(step)
     assert "GroupNorm" in accelerate(copy.deepcopy(step)).left[""]
-    inputs = call_of(step, "affine")
-    expected = everything(step, *inputs)
     done = accelerate(step, memory="reversible")
     assert "GroupNorm" in done.left["f"]
-    assert_same(everything(step, *inputs), expected)
+    assert_same(step, theirs, both_ways, *inputs_of("affine"))

@@ -22,7 +22,6 @@ from support.covering import pairs
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
-from pyglow_fast.interop import nflows as adapter
 
 IMAGES, VECTORS = (3, 6, 4, 5), (7, 6)
 
@@ -32,14 +31,9 @@ def assert_both_ways(ours: Any, theirs: Any, x: Tensor, *context: Tensor) -> Non
         assert_same(ours, theirs, lambda layer, x, way=direction: getattr(layer, way)(x, *context), x)
 
 
-def default_scale(raw: Tensor) -> Tensor:
-    return torch.sigmoid(raw + 2) + 1e-3
-
-
 class Activated(t.AffineCouplingTransform):
     """A coupling as in nflows' git, whose scale is an attribute."""
 
-    DEFAULT_SCALE_ACTIVATION = default_scale
     scale_activation: Callable[[Tensor], Tensor] = staticmethod(torch.nn.functional.softplus)
 
     def _scale_and_shift(self, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,14 +51,6 @@ def test_couplings_of_nflows(kind: str, cut: list[int]) -> None:
     theirs = copy.deepcopy(layer)
     assert "" in accelerate(layer).replaced
     assert_both_ways(layer, theirs, torch.randn(IMAGES, dtype=torch.float64))
-
-
-def test_the_scale_of_nflows_git_is_a_kernels() -> None:
-    """By default it is that of the release, which a kernel has."""
-    layer: Any = Activated(mask(6, "halves"), ContextNet)
-    assert adapter._affine(layer).scale_map == adapter.WithLog(layer.scale_activation)
-    layer.scale_activation = default_scale
-    assert adapter._affine(layer) == adapter._affine(t.AffineCouplingTransform(mask(6, "halves"), ContextNet))
 
 
 @pytest.mark.parametrize("training", [True, False])

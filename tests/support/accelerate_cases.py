@@ -174,6 +174,16 @@ def assert_same(ours: nn.Module, theirs: nn.Module, call: Callable[..., Any], *i
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def slope(run: Callable[[], Tensor], bias: nn.Parameter) -> float:
+    """The derivative of a scalar along all numbers of bias, by a difference."""
+    values = []
+    for step in (1e-5, -1e-5):
+        bias.data += step
+        values.append(float(run()))
+        bias.data -= step
+    return (values[0] - values[1]) / 2e-5
+
+
 def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     """How much autograd keeps of a run for its backward, parameters left out."""
     own = {value.untyped_storage().data_ptr() for value in model.parameters()}
