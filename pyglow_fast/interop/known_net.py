@@ -80,11 +80,6 @@ class KnownNet:
         every = [sides(layer.kernel_size, dilation) for layer, dilation in pairs]
         return max(map(sum, zip(*every, strict=True)))
 
-    def takes(self, x: Tensor, cond: Tensor | None) -> bool:
-        """Whether x, with cond beside it, has the net's dimensions and channels."""
-        channels = x.shape[1] + (0 if cond is None else cond.shape[1])
-        return x.dim() == self.dims + 2 and channels == self.layers[0].widths[0]
-
     def tensors(self, folds: bool, folds_last: bool = True) -> list[list[Tensor]] | None:
         """Compute the tensors of each layer, differentiable; None while a map waits for data.
 

@@ -207,7 +207,7 @@ class Net(nn.Module):
         """Map the kept channels and the condition to shift and raw scale (or shift alone)."""
         order, cond = self.order, None if cond is None else cond.to(x1.dtype)
         known = self.known() if functional.net_by_kernels(x1) else ""
-        layers = None if isinstance(known, str) or not known.takes(x1, cond) else known.tensors(folds=True)
+        layers = None if isinstance(known, str) else known.tensors(folds=True)
         if layers is None or isinstance(known, str) or any(one.dtype != x1.dtype for own in layers for one in own):
             out = self.as_it_is(x1, cond)
             out = out if order is None else order(out, 1)

@@ -180,21 +180,10 @@ def test_nets_that_are_left_whole() -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.zeros(4, 5, 6, dtype=torch.float64),  # one image
-        torch.zeros(2, 3, 5, 6, dtype=torch.float64),
-        torch.zeros(2, 4, 5, 6, dtype=torch.float32),
-        torch.zeros(2, 4, 5, 6, device="meta"),
-    ],
-    ids=lambda x: f"{tuple(x.shape)} {x.dtype} {x.device}",
-)
-def test_inputs_that_are_left_alone(x: Tensor) -> None:
-    """Torch raises, or knows what to do with them."""
-    net = subnet(4, 6).double()
-    found, expected = outcome(nets.Net(net), x), outcome(net, x)
-    assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
+def test_an_input_of_another_dtype_is_left_alone() -> None:
+    """Torch raises."""
+    net, x = subnet(4, 6).double(), torch.zeros(2, 4, 5, 6)
+    assert outcome(nets.Net(net), x) == outcome(net, x)
 
 
 def writing(kind: str, in_place: bool) -> Callable[[Tensor, bool], Any]:
