@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import pyglow_fast as pgf
 from pyglow_fast.interop import convert
@@ -124,16 +124,6 @@ def test_our_own_file_is_refused(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     assert json.loads(header["pyglow_fast_model"])["config"]["hidden"] == 4
-    state, name = load_file(path), "levels.1.steps.0.coupling.net.conv2.weight"
-    for changed, message in (
-        ({key: value for key, value in state.items() if key != name}, rf"^{name}: expected a tensor of that name"),
-        ({**state, "more": torch.zeros(1)}, r"^more: expected no tensor of that name"),
-        ({**state, name: torch.zeros(4, 4)}, rf"^{name}: expected shape \(4, 4, 1, 1\), found shape \(4, 4\)"),
-        ({**state, name: state[name] / 0.0}, rf"^{name}: expected finite numbers, found NaN or inf"),
-    ):
-        save_file(changed, path, header)
-        with pytest.raises(ValueError, match=message):
-            convert.load_glow(path)
 
 
 @pytest.mark.parametrize(

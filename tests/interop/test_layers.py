@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.accelerate_cases import assert_same, at_work, subnet
-from support.freia_copies import Block, LaterBlock, Sized
+from support.freia_copies import Block, Sized
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
@@ -38,10 +38,7 @@ def state(*shape: int) -> Tensor:
     ("kind", "options"),
     [
         (Fm.AllInOneBlock, {"permute_soft": True, "reverse_permutation": True}),
-        (Fm.AllInOneBlock, {"gin_block": True}),
         (Fm.AllInOneBlock, {"global_affine_type": "SIGMOID"}),
-        (Block, {"learned_householder_permutation": 2}),
-        (LaterBlock, {}),
         (Sized, {}),
         *((Fm.GLOWCouplingBlock, {"clamp_activation": name}) for name in ("ATAN", "TANH", "SIGMOID", torch.sin)),
         (Fm.AffineCouplingOneSided, {"clamp": 1.3, "split_len": 0.3}),

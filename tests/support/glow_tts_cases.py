@@ -49,9 +49,9 @@ class TextWaveNet(nn.Module):
 class TextActNorm(nn.Module):
     """An actnorm of sequences, z = (bias + exp(logs) x) m."""
 
-    def __init__(self, channels: int, ddi: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.initialized = not ddi
+        self.initialized = True
         self.logs, self.bias = (nn.Parameter(torch.zeros(1, channels, 1)) for _ in range(2))
 
     def forward(self, x: Tensor, x_mask: Tensor, reverse: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -67,9 +67,6 @@ class TextActNorm(nn.Module):
         if reverse:
             return (x - self.bias) * torch.exp(-self.logs) * x_mask, None
         return (self.bias + torch.exp(self.logs) * x) * x_mask, self.logs.sum() * x_mask.sum((1, 2))
-
-    def store_inverse(self) -> None:
-        """Do nothing: there is nothing to keep."""
 
     def set_ddi(self, ddi: bool) -> None:
         """Wait for data from now on, or do not."""
@@ -109,7 +106,6 @@ class TextCoupling(nn.Module):
 
     def __init__(self, channels: int, hidden: int, norm: str = "hook", **net: Any) -> None:
         super().__init__()
-        self.sigmoid_scale = False
         self.start = normed(nn.Conv1d(channels // 2, hidden, 1), norm)
         self.wn = TextWaveNet(hidden, norm=norm, **net)
         self.end = nn.Conv1d(hidden, channels, 1)
@@ -124,20 +120,15 @@ class TextCoupling(nn.Module):
         moved = (moved - shift) * torch.exp(-log_scale) if reverse else shift + torch.exp(log_scale) * moved
         return torch.cat([kept, moved * mask], dim=1), None if reverse else (log_scale * mask).sum((1, 2))
 
-    def store_inverse(self) -> None:
-        """Do nothing: there is nothing to keep."""
-
 
 class TextDecoder(nn.Module):
     """A decoder of steps on squeezed time."""
 
-    def __init__(
-        self, channels: int, hidden: int, steps: int, ddi: bool = False, n_split: int = 4, **options: Any
-    ) -> None:
+    def __init__(self, channels: int, hidden: int, steps: int, n_split: int = 4, **options: Any) -> None:
         super().__init__()
         self.flows = nn.ModuleList()
         for _ in range(steps):
-            self.flows.append(TextActNorm(2 * channels, ddi))
+            self.flows.append(TextActNorm(2 * channels))
             self.flows.append(TextInvConv(2 * channels, n_split))
             self.flows.append(TextCoupling(2 * channels, hidden, **options))
 
@@ -156,9 +147,9 @@ class TextDecoder(nn.Module):
         return x * mask.repeat_interleave(2, dim=2), total
 
     def store_inverse(self) -> None:
-        """Keep the inverse of every layer."""
-        for flow in self.flows:
-            flow.store_inverse()
+        """Keep the inverse of every convolution."""
+        for conv in self.flows[1::3]:
+            conv.store_inverse()
 
 
 def mask_of_lengths(lengths: Sequence[int], total: int, dtype: torch.dtype = torch.float64) -> Tensor:
