@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support import srflow, y0ast
-from support.accelerate_cases import assert_same, saved_bytes
-from support.srflow import FlowStep, randomised
+from support.accelerate_cases import assert_same, at_work, saved_bytes
+from support.srflow import FlowStep
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
@@ -33,10 +33,8 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "LEAST_WITHOUT_NET", 0)
 
 
-def step_of(name: str, hidden: int = 40, **options: Any) -> FlowStep:
-    found = randomised(FlowStep(CHANNELS, hidden, **{**CASES[name], **options}).double())
-    assert isinstance(found, FlowStep)
-    return found
+def step_of(name: str, hidden: int = 40, **options: Any) -> Any:
+    return at_work(FlowStep(CHANNELS, hidden, **{**CASES[name], **options}), 0.1)
 
 
 def inputs_of(name: str, n: int = 2) -> list[Tensor]:
@@ -114,8 +112,7 @@ def test_what_is_not_known_is_left_with_its_reason(change: Any, reason: str) -> 
 
 def test_a_copy_of_y0asts_step_runs_the_permutation_of_its_original() -> None:
     """As in their code, whose step holds a function of the original: a copy that is accelerated is left to that."""
-    step = randomised(y0ast.FlowStep(CHANNELS, 40).double())
-    assert isinstance(step, y0ast.FlowStep)
+    step: Any = at_work(y0ast.FlowStep(CHANNELS, 40), 0.1)
     before = copy.deepcopy(step)
     accelerate(step)
     after = copy.deepcopy(step)

@@ -214,14 +214,3 @@ class FlowStep(nn.Module):
         z, logdet = self.actnorm(input, logdet, False)
         z, logdet = self._permuted(z, logdet, False)
         return self._coupled(z, logdet, False, rrdbResults)
-
-
-def randomised(model: nn.Module, spread: float = 0.1) -> nn.Module:
-    """Move every parameter, as after some training, and let no actnorm wait for data."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(spread * torch.randn_like(parameter))
-    for module in model.modules():
-        if isinstance(module, ActNorm2d):
-            module.inited = True
-    return model

@@ -33,7 +33,7 @@ from support.freia_copies import Block, LaterBlock
 from support.glow_tts_cases import TextDecoder, mask_of_lengths, moved
 from support.hiding_blocks import HaarOperation, Hides, InAttributes, InList, Rescales, ScalesBoth, Shifts, plain_net
 from support.jet_models import ImageFlow
-from support.srflow import FlowStep, randomised
+from support.srflow import FlowStep
 
 Tensors = list[Tensor]
 Call = Callable[[Any, Tensors, Tensors], Any]  # of a model, its data and its conditions
@@ -330,7 +330,7 @@ def zeros(x: Tensor) -> Tensor:
 def of_chaiyujin(name: str, step: type[FlowStep] = FlowStep, **options: Any) -> Structure:
     return Structure(
         f"chaiyujin-{name}",
-        lambda: randomised(InTurn([step(4, 40, **options) for _ in range(2)]).double()),
+        lambda: at_work(InTurn([step(4, 40, **options) for _ in range(2)]), 0.1),
         [(4, 29, 28)],  # steps of fewer positions run as they are
         lambda model, data, _: model(data[0], zeros(data[0])),
         lambda model, found, _: model(found[0], zeros(found[0]), reverse=True),
@@ -343,7 +343,7 @@ def of_chaiyujin(name: str, step: type[FlowStep] = FlowStep, **options: Any) -> 
 def srflow_steps() -> nn.Module:
     coupling = {"flow_coupling": "CondAffineSeparatedAndCond", "features": 2}
     steps = [FlowStep(4, 16, **options) for options in ({"flow_coupling": "noCoupling"}, coupling, coupling)]
-    return randomised(InTurn(steps).double())
+    return at_work(InTurn(steps), 0.1)
 
 
 # Jet
