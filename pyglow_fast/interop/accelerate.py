@@ -181,7 +181,7 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
                 done.left[name], found = reason, True
         if name in done.replaced or name in done.left:
             named |= set(module.modules())
-        found = found or bool(rows) or type(module).__module__.startswith(library.homes or ("nowhere.",))
+        found = found or bool(rows) or type(module).__module__.startswith(library.homes)
     return found
 
 
@@ -214,7 +214,7 @@ def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[s
 def _no_row(module: nn.Module, library: Library) -> str:
     """Why a layer of a library's packages is left; empty of others, and of those that only call what they hold."""
     own = type(module)
-    bases = [base for base in own.__mro__ if base.__module__.startswith(library.homes or ("nowhere.",))]
+    bases = [base for base in own.__mro__ if base.__module__.startswith(library.homes)]
     if not bases or own.__qualname__ in library.containers or own.__module__.startswith("pyglow_fast."):
         return ""
     if bases[0] is own or bases[0].__qualname__ in library.containers:
