@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import pytest
 import torch
-from support.accelerate_cases import assert_same, at_work, subnet
-from support.freia_copies import Block
+from support.accelerate_cases import assert_same, at_work
 from support.helpers import assert_close
-from support.structures import graph_of_stages
-from torch import Tensor, nn
+from support.structures import blocks_after, graph_of_stages
+from torch import Tensor
 
 from pyglow_fast.interop import accelerate
-
-
-def blocks(start: Any, count: int, name: str, block_class: type[nn.Module] = Block, **options: Any) -> list[Any]:
-    nodes: list[Any] = []
-    for i in range(count):
-        before = nodes[-1] if nodes else start
-        nodes.append(Ff.Node(before, block_class, {"subnet_constructor": subnet}, name=f"{name}{i}", **options))
-    return nodes
 
 
 def states(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -57,10 +47,10 @@ def test_conditions(memory: str) -> None:
     """Neighbours with the same ones are joined, with two at a time too."""
     torch.manual_seed(0)
     start, conds = Ff.InputNode(4, 6, 6), [Ff.ConditionNode(2, 6, 6, name="a"), Ff.ConditionNode(3, 6, 6, name="b")]
-    nodes = blocks(start, 2, "both", conditions=conds)
-    nodes += blocks(nodes[-1], 1, "first", conditions=conds[0])
-    nodes += blocks(nodes[-1], 2, "second", conditions=conds[1])
-    nodes += blocks(nodes[-1], 2, "none", Fm.AllInOneBlock)
+    nodes = blocks_after(start, 2, "both", conditions=conds)
+    nodes += blocks_after(nodes[-1], 1, "first", conditions=conds[0])
+    nodes += blocks_after(nodes[-1], 2, "second", conditions=conds[1])
+    nodes += blocks_after(nodes[-1], 2, "none", Fm.AllInOneBlock)
     theirs = at_work(Ff.GraphINN([start, *conds, *nodes, Ff.OutputNode(nodes[-1])]))
     ours = copy.deepcopy(theirs)
     done = accelerate(ours, memory)
@@ -77,9 +67,9 @@ def test_what_somebody_else_reads_ends_a_run() -> None:
     """Here an output of the graph, which FrEIA can only run forward then."""
     torch.manual_seed(0)
     start = Ff.InputNode(4, 6, 6)
-    nodes = blocks(start, 2, "first")
+    nodes = blocks_after(start, 2, "first")
     tap = Ff.OutputNode(nodes[1], name="tap")
-    nodes += blocks(nodes[1], 2, "second")
+    nodes += blocks_after(nodes[1], 2, "second")
     theirs = at_work(Ff.GraphINN([start, *nodes, tap, Ff.OutputNode(nodes[-1], name="end")]))
     ours = copy.deepcopy(theirs)
     assert accelerate(ours, "store").joined == {"": "2, 2 steps in one chain each, memory 'store'"}
@@ -92,7 +82,7 @@ def test_what_somebody_else_reads_ends_a_run() -> None:
 def test_a_module_in_two_nodes_is_in_no_run() -> None:
     torch.manual_seed(0)
     start = Ff.InputNode(4, 6, 6)
-    nodes = blocks(start, 3, "block")
+    nodes = blocks_after(start, 3, "block")
     theirs = Ff.GraphINN([start, *nodes, Ff.OutputNode(nodes[-1])])
     theirs.node_list[2].module = theirs.node_list[1].module
     assert accelerate(theirs, "store").joined == {}
@@ -103,7 +93,7 @@ def test_another_kind_of_graph_runs_node_by_node() -> None:
         pass
 
     start = Ff.InputNode(4, 6, 6)
-    nodes = blocks(start, 2, "block")
+    nodes = blocks_after(start, 2, "block")
     model = Mine([start, *nodes, Ff.OutputNode(nodes[-1])])
     done = accelerate(model, "store")
     assert done.joined == {}

@@ -219,22 +219,22 @@ class NetWithLayerNorm(nn.Module):
         return self.conv2(torch.relu(hidden))
 
 
+def blocks_after(start: Any, count: int, name: str, block: Any = Block, **options: Any) -> list[Any]:
+    """Nodes of a graph with blocks, one after another."""
+    nodes = [start]
+    for i in range(count):
+        nodes.append(Ff.Node(nodes[-1], block, {"subnet_constructor": subnet}, name=f"{name}{i}", **options))
+    return nodes[1:]
+
+
 def graph_of_stages() -> nn.Module:
     """Stages of blocks from coarse to fine, with half of each going up, as U-Flow has them."""
     coarse, fine = Ff.InputNode(8, 4, 4, name="coarse"), Ff.InputNode(3, 8, 8, name="fine")
-
-    def stage(start: Any, count: int, name: str) -> list[Any]:
-        nodes: list[Any] = []
-        for i in range(count):
-            before = nodes[-1] if nodes else start
-            nodes.append(Ff.Node(before, Block, {"subnet_constructor": subnet}, name=f"{name}{i}"))
-        return nodes
-
-    first = stage(coarse, 3, "first")
+    first = blocks_after(coarse, 3, "first")
     split = Ff.Node(first[-1], Fm.Split, {"section_sizes": (4, 4), "dim": 0}, name="split")
     up = Ff.Node(split.out0, Fm.IRevNetUpsampling, {}, name="up")
     cat = Ff.Node([fine.out0, up.out0], Fm.Concat, {"dim": 0}, name="cat")
-    second = stage(cat, 2, "second")
+    second = blocks_after(cat, 2, "second")
     ends = [Ff.OutputNode(split.out1, name="o1"), Ff.OutputNode(second[-1], name="o2")]
     return Ff.GraphINN([coarse, fine, *first, split, up, cat, *second, *ends])
 
