@@ -22,6 +22,7 @@ from support.accelerate_cases import (
     saved_bytes,
 )
 from support.covering import pairs
+from support.export_cases import Called
 from support.structures import BY_NAME
 from torch import Tensor, nn
 
@@ -78,26 +79,14 @@ def test_parameters_that_are_lent_for_a_call_get_its_gradients(name: str, memory
     found = []
     for each in (theirs, model):
         lent = {key: (1.1 * value).detach().requires_grad_() for key, value in each.named_parameters()}
-        z, log_det = torch.func.functional_call(
-            _Called(each), {f"model.{key}": value for key, value in lent.items()}, X
-        )
+        called = Called(each, "inverse_and_log_det" if name == "normflows" else "forward")
+        z, log_det = torch.func.functional_call(called, {f"module.{key}": value for key, value in lent.items()}, X)
         latents = sum(part.square().sum() for part in (z if isinstance(z, tuple | list) else [z]))
         found.append(torch.autograd.grad(latents - log_det.sum(), list(lent.values()), allow_unused=True))
     for own, expected in zip(*found, strict=True):
         assert (own is None) == (expected is None)
         if own is not None:
             torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
-
-
-class _Called(nn.Module):
-    """A model, called as its library calls it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return call(self.model, x)
 
 
 @libraries
