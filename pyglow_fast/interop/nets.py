@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
-from pyglow_fast._torch import has_global_hook
 from pyglow_fast._tracing import is_altered
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, KnownNet, Layer, qualified
 from pyglow_fast.interop.probing import chain_of
@@ -58,8 +57,6 @@ def recognised(net: nn.Module, layer_of: Callable[[nn.Module], Layer | None] = o
 
     layer_of: reads a module as a layer, or says by None that it is none.
     """
-    if has_global_hook():
-        return "hooks on all modules: expected none"
     layers: list[Layer] = []
     activations: list[Activation] = []  # behind each layer but the last
     activation: Activation | None = None  # behind the layer that was read last
