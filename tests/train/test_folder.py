@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -123,15 +122,3 @@ def test_a_report_that_is_none(run: Path) -> None:
         (run / "report.json").write_text(text)
         with pytest.raises(FolderError, match=found):
             page_of(RunFolder(run))
-
-
-@pytest.mark.parametrize("event", ["trained", "removed"])
-def test_a_run_that_was_read_too_early(run: Path, event: str) -> None:
-    """It would set newer checkpoints aside as damaged, or go on from what is not there any more."""
-    stale = resume(str(run), max_steps=9)
-    if event == "trained":
-        resume(str(run), max_steps=6).execute(quiet=True)
-    else:
-        shutil.rmtree(run)
-    with pytest.raises(FolderError, match="out: expected the run as it was when it was read, found another state"):
-        stale.execute(quiet=True)
