@@ -173,14 +173,6 @@ class RunFolder:
             expect(may_differ, str(self.config), f"{name} = {there!r}, as in {path.name}", repr(here))
         return loaded
 
-    def stamp(self, best: bool = False) -> tuple[str, int, int] | None:
-        """Look up what differs where there is a newer checkpoint: name, time of change (ns) and size; None without."""
-        path = self.best if best else self.checkpoint
-        with contextlib.suppress(FileNotFoundError):
-            found = path.stat()
-            return path.name, found.st_mtime_ns, found.st_size
-        return None
-
     def read_report(self) -> dict[str, Any]:
         """Read report.json, which a run writes at its end; a FileNotFoundError: there is none yet."""
         try:

@@ -9,7 +9,7 @@ from train.run_cases import MakeConfig
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
-from pyglow_fast.train import FolderError, RunFolder, page_of, resume, start
+from pyglow_fast.train import FolderError, RunFolder, resume, start
 
 
 @pytest.fixture
@@ -112,13 +112,3 @@ def test_last_and_best(run: Path) -> None:
     assert resume(str(run)).state.progress.best == best.progress["best"]
     progress = resume(str(run), eval_images=4).state.progress  # of which there are no scores yet
     assert (progress.best, progress.stale) == (None, 0)
-    assert folder.stamp()[0] == folder.checkpoint.name
-    assert RunFolder(run / "none").stamp() is None
-
-
-def test_a_report_that_is_none(run: Path) -> None:
-    found = r"^run: expected .*report\.json as a run wrote it, found it damaged \(.*\)$"
-    for text in ("{}", "[]", "{"):
-        (run / "report.json").write_text(text)
-        with pytest.raises(FolderError, match=found):
-            page_of(RunFolder(run))
