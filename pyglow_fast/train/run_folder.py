@@ -75,9 +75,7 @@ class RunFolder:
         """Refuse a place where a new run would destroy something that was not given up by ``overwrite``."""
         check_place("out", self.path)
         place = repr(str(self.path))
-        ancestor = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        expect(self.path != ancestor or self.path.is_dir(), "out", "a folder", f"a file, {place}")
-        expect(ancestor.is_dir(), "out", "a folder that can be made", f"{str(ancestor)!r} is a file")
+        expect(self.path.is_dir() or not self.path.exists(), "out", "a folder", f"a file, {place}")
         if self.exists:
             expect(overwrite, "out", "a new folder (or resume or overwrite)", f"a run in {place}")
         elif self.path.exists():

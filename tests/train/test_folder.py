@@ -43,13 +43,6 @@ def test_overwrite_removes_the_old_run_and_nothing_else(
     assert RunFolder(run).load().progress["step"] == 6
 
 
-def test_places_where_no_run_may_go(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
-    """A file, and a folder with other things, are in the contract of the command line."""
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match=r"out: expected a folder that can be made, found '.*file' is a file"):
-        start(tiny_config(), str(tmp_path / "file" / "run"), overwrite=True, data=tiny_images)
-
-
 def test_nothing_is_written_when_something_is_refused(
     tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
 ) -> None:
