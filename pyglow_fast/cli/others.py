@@ -9,7 +9,7 @@ from typing import Any
 
 from pyglow_fast import info
 from pyglow_fast._errors import expect
-from pyglow_fast._files import write_text
+from pyglow_fast._files import write_bytes, write_text
 from pyglow_fast._settings import declared_of
 from pyglow_fast.cli._arguments import RUN_HELP, Commands, check_numbers, command, output_path
 from pyglow_fast.cli._output import InputError, say, say_next, table, user_input
@@ -31,7 +31,7 @@ from pyglow_fast.studio import Draw, OpenRun
 from pyglow_fast.studio.opened import find_run
 from pyglow_fast.studio.words import TEMPERATURE, N
 from pyglow_fast.train import page_of
-from pyglow_fast.train.figures import example_grid, save_picture
+from pyglow_fast.train.figures import example_grid, png_bytes
 from pyglow_fast.train.metrics import markdown_text
 
 
@@ -90,7 +90,7 @@ def data(args: argparse.Namespace) -> None:
             config = config if args.to is None else replace(config, name=f"{name}:{folder}")
         lines, yardsticks, train = look_over(config, args.seed)
     say("\n".join([*lines, table({}, yardsticks)]), lines=True)
-    save_picture(example_grid(train, min(args.n, len(train)), args.seed, train.class_names), out)
+    write_bytes(out, png_bytes(example_grid(train, min(args.n, len(train)), args.seed, train.class_names)))
     say(out)
     say_next("train", config.name, "--out", f"runs/{config.name.partition(':')[0]}")
 

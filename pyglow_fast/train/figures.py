@@ -174,14 +174,9 @@ def png_bytes(picture: Tensor, text: Mapping[str, str] | None = None) -> bytes:
     return stream.getvalue()
 
 
-def save_picture(picture: Tensor, path: Path, text: Mapping[str, str] | None = None) -> None:
-    """Write :func:`png_bytes` to a file, which is replaced whole or not at all."""
-    write_bytes(path, png_bytes(picture, text))
-
-
 def save_grid(images: Tensor | Sequence[tuple[str, Tensor]], n_bins: int, path: Path, *how: Any, **more: Any) -> None:
     """Write :func:`grid`, with its further arguments, as a PNG file, which is replaced whole or not at all."""
-    save_picture(grid(images, n_bins, *how, **more), path)
+    write_bytes(path, png_bytes(grid(images, n_bins, *how, **more)))
 
 
 def animation_bytes(

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pyglow_fast._files import refusing, write_text
+from pyglow_fast._files import refusing, write_bytes, write_text
 from pyglow_fast.data import Images, optional
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig
-from pyglow_fast.train.figures import class_heads, example_grid, grid, save_picture
+from pyglow_fast.train.figures import class_heads, example_grid, grid, png_bytes
 from pyglow_fast.train.metrics import COLUMNS, Row, csv_text, read_metrics
 from pyglow_fast.train.run_folder import RunFolder
 
@@ -110,9 +110,10 @@ class RunWriter:
 
         def write() -> None:
             self.folder.sample_history.mkdir(exist_ok=True)
-            save_picture(picture, self.folder.sample_history / f"step-{step:07d}.png")
-            save_picture(picture, self.folder.samples)
-            save_picture(example_grid(data, len(pixels), self.config.seed, names), self.folder.examples)
+            for path in (self.folder.sample_history / f"step-{step:07d}.png", self.folder.samples):
+                write_bytes(path, png_bytes(picture))
+            examples = example_grid(data, len(pixels), self.config.seed, names)
+            write_bytes(self.folder.examples, png_bytes(examples))
             if self._board is not None:
                 self._board.add_image("samples", picture, step)
 
