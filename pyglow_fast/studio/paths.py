@@ -43,7 +43,7 @@ class Between:
         words += ["--frames", str(len(pixels))] if at is None else ["--at", number_text(at)]
         if suffix in ANIMATED:
             command = command_line(opened, "interpolate", words, scale)
-            data = animation_bytes(pixels, opened.n_bins, suffix[1:], scale=scale, text={COMMAND: command})
+            data = animation_bytes(pixels, opened.n_bins, suffix[1:], scale, f"{COMMAND}: {command}")
             return Made(data, command, suffix)
         if at is None:
             picture = grid(pixels, opened.n_bins, len(pixels), scale)

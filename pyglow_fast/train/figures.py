@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 LEAST_SIDE = 256  # pixels of a picture's longer side, unless its scale is given
 # Of 8x8 pixels, each as large as it is shown, so many have 16,384x16,384.
 PICTURE_IMAGES = Range(least=1, most=1 << 16, why="all of them are in one picture")
-ANIMATIONS = ("gif", "webp")
 FONT_SIZE = 14
 BINS = 60  # of a histogram, at most; fewer for fewer images
 TAIL = 0.001  # share of each set that may lie beyond either end of a histogram's axis
@@ -55,7 +54,6 @@ def to_pixels(x: Tensor, n_bins: int) -> Tensor:
 
 def image_picture(pixels: Tensor, n_bins: int, scale: int | None = None) -> Tensor:
     """Turn the pixels (C, H, W) of one image into uint8 (3, scale H, scale W); see :func:`pictures`."""
-    expect(pixels.dim() == 3, "pixels", "one image (C, H, W)", tuple(pixels.shape))
     return pictures(pixels[None], n_bins, scale)[0]
 
 
@@ -179,20 +177,15 @@ def save_grid(images: Tensor | Sequence[tuple[str, Tensor]], n_bins: int, path: 
     write_bytes(path, png_bytes(grid(images, n_bins, *how, **more)))
 
 
-def animation_bytes(
-    pixels: Tensor, n_bins: int, file_format: str, scale: int | None = None, text: Mapping[str, str] | None = None
-) -> bytes:
+def animation_bytes(pixels: Tensor, n_bins: int, file_format: str, scale: int | None, text: str) -> bytes:
     """Encode images as an endless animation, there and back: 0, 1, .., n-1, n-2, .., 1 and again, ten a second.
 
-    A WebP is lossless, a GIF of at most 256 colours too. Texts are its comment, or the description in its XMP.
+    A WebP is lossless, a GIF of at most 256 colours too. The text is its comment, or the description in its XMP.
     """
-    expect(file_format in ANIMATIONS, "file_format", f"one of {ANIMATIONS}", repr(file_format))
-    expect(pixels.dim() == 4 and len(pixels) > 0, "pixels", "images (n, C, H, W)", tuple(pixels.shape))
-    told = visible("\n".join(f"{keyword}: {value}" for keyword, value in (text or {}).items()), lines=True)
-    frames = [_image(picture) for picture in pictures(pixels, n_bins, scale)]
-    options: dict[str, Any] = {"lossless": True} if file_format == "webp" else {}
-    if told:
-        options |= {"xmp": _XMP.format(escape(told)).encode()} if options else {"comment": told.encode()}
+    frames, told = [_image(picture) for picture in pictures(pixels, n_bins, scale)], visible(text, lines=True)
+    options: dict[str, Any] = {"comment": told.encode()}
+    if file_format == "webp":
+        options = {"lossless": True, "xmp": _XMP.format(escape(told)).encode()}
     first, *rest = [*frames, *frames[-2:0:-1]]
     stream = io.BytesIO()
     first.save(stream, file_format.upper(), append_images=rest, duration=100, loop=0, save_all=True, **options)
@@ -201,8 +194,6 @@ def animation_bytes(
 
 def _image(picture: Tensor) -> Image:
     """uint8 (3, H, W) as a Pillow image."""
-    fits = picture.dtype == torch.uint8 and picture.dim() == 3 and len(picture) == 3 and picture.numel() > 0
-    expect(fits, "picture", "uint8 of shape (3, H, W)", f"{picture.dtype} {tuple(picture.shape)}")
     return optional("PIL.Image", "pictures").fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
 
 

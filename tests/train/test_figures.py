@@ -60,7 +60,7 @@ def test_an_image_as_a_picture(channels: int) -> None:
 def test_a_small_image_is_enlarged_to_256_pixels(side: int, size: int) -> None:
     image = torch.zeros(1, 1, side, side)
     assert image_picture(image[0], 2).shape == (3, size, size)
-    assert decoded(animation_bytes(image, 2, "gif"))[0].shape == (3, size, size)
+    assert decoded(animation_bytes(image, 2, "gif", None, "x"))[0].shape == (3, size, size)
     assert size <= grid(image, 2).shape[1] <= size + 20
     many = grid(image.expand(81, -1, -1, -1), 2).shape
     assert 64 * 9 * 0.9 < many[1] < max(64, side) * 9 + 100  # in a crowd each has about 64
@@ -88,7 +88,7 @@ def test_a_png_holds_the_pixels_and_texts() -> None:
     ids=["17 greys", "few colours", "all greys", "one", "one pixel"],
 )
 def test_an_animation_goes_there_and_back_and_loses_nothing(pixels: Tensor, n_bins: int, file_format: str) -> None:
-    data = animation_bytes(pixels, n_bins, file_format, 2, {"Command": "x <&>"})
+    data = animation_bytes(pixels, n_bins, file_format, 2, "Command: x <&>")
     there = list(pictures(pixels, n_bins, 2))
     for found, expected in zip(decoded(data), [*there, *there[-2:0:-1]], strict=True):
         assert torch.equal(found, expected)
