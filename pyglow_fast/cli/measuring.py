@@ -15,8 +15,7 @@ from pyglow_fast._files import write_bytes
 from pyglow_fast.cli import _arguments as shared
 from pyglow_fast.cli._arguments import IMAGES, RUN, command, open_run, output_path
 from pyglow_fast.cli._output import say, say_next, table, user_input
-from pyglow_fast.data import DATA_HELP, measure_yardsticks, optional
-from pyglow_fast.data.sources import SOURCES
+from pyglow_fast.data import DATA_HELP, SOURCES, measure_yardsticks, optional
 from pyglow_fast.experiments import auroc, typicality
 from pyglow_fast.studio import OpenRun, likelihood_text, parse_image, score_files
 from pyglow_fast.studio.reading import PARTS, Selection

@@ -20,8 +20,6 @@ from pyglow_fast.data.files import UnreadableImageError, check_folder, decode, f
 from pyglow_fast.data.image_set import Attributes, Images, ImageSet
 from pyglow_fast.data.lazy import from_files
 
-__all__ = ["SHIPPED", "SOURCES", "TONES", "load_data", "load_digits"]
-
 SHIPPED = Path(__file__).parent.parent / "shown"  # the small model that comes with the package, and its images
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 # Pictures of the package budgie-backgrounds that are no photographs: a woodblock print, a planet on plain black, and
