@@ -55,9 +55,9 @@ def figure(shown: str, title: str, caption: str, width: int) -> str:
     return f'<figure data-part="{title}" style="{style}">{shown}<figcaption>{below}</figcaption></figure>'
 
 
-def row(figures: Sequence[str]) -> str:
-    """Place figures side by side where there is room."""
-    return f'<div class="pgf-row">{"".join(figures)}</div>'
+def row(pieces: Sequence[str], kind: str = "row") -> str:
+    """Place pieces side by side where there is room; a ``kind`` is one of page.css's, as "results"."""
+    return f'<div class="pgf-{kind}">{"".join(pieces)}</div>'
 
 
 def _buttons(images: Sequence[Tensor], n_bins: int, words: Sequence[str], width: int) -> str:
@@ -71,7 +71,7 @@ def _buttons(images: Sequence[Tensor], n_bins: int, words: Sequence[str], width:
 
 def strip(images: Sequence[Tensor], n_bins: int, words: Sequence[str]) -> str:
     """Show images as a row of buttons."""
-    return f'<div class="pgf-strip">{_buttons(images, n_bins, words, THUMB)}</div>'
+    return row([_buttons(images, n_bins, words, THUMB)], "strip")
 
 
 def grid(images: Sequence[Tensor], n_bins: int, words: Sequence[str], columns: Sequence[str]) -> str:
@@ -104,11 +104,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = (f"<td>{first}</td>" + "".join(f"<td>{html.escape(text)}</td>" for text in rest) for first, *rest in rows)
     lines = "".join(f"<tr>{cells}</tr>" for cells in body)
     return f'<div><table class="pgf-table"><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def results(pieces: Sequence[str]) -> str:
-    """Place a plot and a table side by side where there is room."""
-    return f'<div class="pgf-results">{"".join(pieces)}</div>'
 
 
 def plot(made: Made, words: str) -> str:

@@ -141,7 +141,7 @@ def _results(opened: OpenRun, files: list[Picked]) -> tuple[str, str, str]:
         command += f" {picture.out_words('scores.png')}"
     except ValueError as error:
         shown.append(parts.note(f"No histogram: {error}"))
-    return parts.results(shown) + parts.note(parts.BITS), f"<p>{links}</p>", command
+    return parts.row(shown, "results") + parts.note(parts.BITS), f"<p>{links}</p>", command
 
 
 class RunTab:
