@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +71,14 @@ def variants(
     ]
 
 
-@dataclass(frozen=True)
 class Trial:
-    """One run of an ablation: its settings and its folder."""
+    """One run of an ablation: its settings, and its folder among ``runs``."""
 
-    config: TrainConfig
-    folder: RunFolder
-
-    @classmethod
-    def of(cls, config: TrainConfig, runs: Path) -> Trial:
-        """The run of these settings, in a folder of its own among ``runs``."""
-        model = config.model
+    def __init__(self, config: TrainConfig, runs: Path) -> None:
+        self.config, model = config, config.model
         boards = f"-checkerboard{model.n_checkerboard}" if model.n_checkerboard else ""
-        return cls(config, RunFolder(runs / f"{model.permutation}{boards}-{model.coupling}-seed{config.seed}"))
-
-    @property
-    def name(self) -> str:
-        """The name of the run's folder within the ablation's."""
-        return self.folder.path.name
+        self.name = f"{model.permutation}{boards}-{model.coupling}-seed{config.seed}"
+        self.folder = RunFolder(runs / self.name)
 
     @property
     def variant(self) -> tuple[str, str]:
@@ -140,7 +130,7 @@ class Ablation:
             held = sorted(p.name for p in self.out.iterdir() if p.name not in own and not p.name.endswith(TEMPORARY))
             expected = "a new or empty folder, or that of an ablation"
             expect(not held, "out", expected, f"{str(out)!r}, which holds {held[:3]}")
-        self.trials = [Trial.of(config, self.out / RUNS) for config in configs]
+        self.trials = [Trial(config, self.out / RUNS) for config in configs]
         for trial in self.trials:  # of runs that begin, one of each variant tells of all
             if trial.folder.saved() or trial.config.seed == configs[0].seed:
                 trial.ready(data)
