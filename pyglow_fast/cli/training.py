@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
@@ -23,7 +22,6 @@ from pyglow_fast.train import (
     LIMITS,
     Ranks,
     Result,
-    Run,
     RunFolder,
     TrainConfig,
     open_ranks,
@@ -243,16 +241,6 @@ def next_out(config: str | None) -> str:
     return os.path.relpath(place.with_name(f"{place.name}-{number}"))
 
 
-def resumed(given: dict[str, Any], name: str | None, out: str, ranks: Ranks) -> Run:
-    """Make the run to go on with; whatever was given is as it was, or may change."""
-    sections = {**dict.fromkeys(_DATA, "data."), **dict.fromkeys(_MODEL, "model.")}
-    changes = {f"{sections.get(key, '')}{key}": value for key, value in given.items()}
-    try:
-        return resume(out, name, ranks=ranks, **changes)
-    except ValueError as error:  # options have no sections
-        raise ValueError(re.sub(r"^(data|model)\.", "", str(error))) from error
-
-
 def train(args: argparse.Namespace) -> int:
     """Train the model; returns the exit code."""
     began = time.monotonic()  # max_minutes bounds all that follows
@@ -285,7 +273,7 @@ def _execute(
     """Apart from ``train``, so that nothing of the training is left when the ranks part."""
     with user_input():
         if args.resume:
-            ready = resumed(given, data, out, ranks)
+            ready = resume(out, data, ranks=ranks, **given)
         else:
             config, images = make_config(given, data or "", preset, fitted=True)
             model, shape = config.model, "x".join(map(str, config.model.image_shape[1:]))

@@ -228,13 +228,18 @@ class TrainConfig:
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
     def adjusted(self, **values: Any) -> TrainConfig:
-        """Change fields that a resumed run may change, in a copy; a limit among them replaces all former limits."""
-        here = flatten(self.to_dict())
-        for name, value in values.items():
-            expect(name in here, name, "a setting", "an unknown name")
+        """Change fields that a resumed run may change, in a copy; a limit among them replaces all former limits.
+
+        Those of the data and of the model are named as in ``data.in_memory``, or without what stands before the point.
+        """
+        here, changed = flatten(self.to_dict()), dict[str, Any]()
+        dotted = {name.rpartition(".")[2]: name for name in here}
+        for given, value in values.items():
+            name = dotted.get(given, given)
+            expect(name in here, given, "a setting", "an unknown name")
             was = here[name]
-            expect(name in ADJUSTABLE or was == value, name, f"{was!r}, as the run was started with", repr(value))
-        changed = {name: value for name, value in values.items() if name in ADJUSTABLE}
+            expect(name in ADJUSTABLE or was == value, given, f"{was!r}, as the run was started with", repr(value))
+            changed |= {name: value} if name in ADJUSTABLE else {}
         limits = {name: changed[name] for name in LIMITS if changed.get(name) is not None}
         if any(value != here[name] for name, value in limits.items()):  # one that is repeated changes nothing
             changed = dict.fromkeys(LIMITS) | changed
