@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import sys
 import warnings
@@ -15,19 +14,14 @@ from pyglow_fast.cli import convert, looking, measuring, others, serve, training
 from pyglow_fast.cli._arguments import Parser
 from pyglow_fast.cli._output import InputError, say_error
 from pyglow_fast.data import MissingExtraError, UnreadableImageError
+from pyglow_fast.info import version_of
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
-
-NO_MEMORY = "can't allocate memory"  # part of what torch raises on the CPU
 
 
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the whole command line."""
-    try:
-        version = importlib.metadata.version("pyglow-fast")
-    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
-        version = "(not installed)"
     top = Parser(prog="pyglow-fast", opening="Glow normalizing flows: train, sample, edit, evaluate.")
-    top.add_argument("--version", action="version", version=f"pyglow-fast {version}")
+    top.add_argument("--version", action="version", version=f"pyglow-fast {version_of('pyglow-fast')}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
     for part in (training, looking, measuring, serve, convert, others):
         part.add(commands)
@@ -88,7 +82,8 @@ def _run(argv: Sequence[str] | None) -> int:
         say_error(error)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY in str(error)):
+        on_cpu = "can't allocate memory" in str(error)  # as torch words it
+        if not (on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
             raise
         what = str(error).split("\n")[0]
         say_error(f"not enough memory{f': {what}' if what else ''}")
