@@ -13,7 +13,7 @@ import torch
 from pyglow_fast.cli import convert, looking, measuring, others, serve, training
 from pyglow_fast.cli._arguments import Parser
 from pyglow_fast.cli._output import InputError, say_error
-from pyglow_fast.data import MissingExtraError, UnreadableImageError
+from pyglow_fast.data import FetchError, MissingExtraError, UnreadableImageError
 from pyglow_fast.info import version_of
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
@@ -70,7 +70,7 @@ def _run(argv: Sequence[str] | None) -> int:
         code: int = args.run_command(args) or 0
     except SystemExit as stop:  # argparse printed its error, or the help
         return stop.code if isinstance(stop.code, int) else 2
-    except (InputError, FolderError, MissingExtraError, UnreadableImageError) as error:
+    except (InputError, FetchError, FolderError, MissingExtraError, UnreadableImageError) as error:
         say_error(error)
         return 2
     except (TrainingDivergedError, InputLostError, RankError, SaveError) as error:

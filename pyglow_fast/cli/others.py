@@ -12,14 +12,13 @@ from pyglow_fast._errors import expect
 from pyglow_fast._files import write_bytes, write_text
 from pyglow_fast._settings import declared_of
 from pyglow_fast.cli._arguments import RUN_HELP, Commands, check_numbers, command, output_path
-from pyglow_fast.cli._output import InputError, say, say_next, table, user_input
+from pyglow_fast.cli._output import say, say_next, table, user_input
 from pyglow_fast.cli.training import add_settings, settings
 from pyglow_fast.data import (
     DATA_HELP,
     FETCHABLE,
     SOURCES,
     DataConfig,
-    FetchError,
     data_folder,
     fetch,
     look_over,
@@ -81,10 +80,7 @@ def data(args: argparse.Namespace) -> None:
             given = {"on_unreadable": "skip"} | given  # a warning counts what is left out
         config, out = DataConfig(name, **given), output_path(args.out or "data.png", ".png", "out", name)
         if args.to is not None or name in FETCHABLE:
-            try:
-                folder, was_there = fetch(name, args.to)
-            except FetchError as error:
-                raise InputError(str(error)) from error
+            folder, was_there = fetch(name, args.to)
             say(f"{name} {'was there and is whole' if was_there else 'fetched'}: {folder}")
             say(f"{FETCHABLE[name].licence} - {FETCHABLE[name].about}")
             config = config if args.to is None else replace(config, name=f"{name}:{folder}")
