@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._errors import expect, visible
+from pyglow_fast._files import write_bytes
 from pyglow_fast.data import Images, ImageSet, MissingExtraError, load_data, read_single, split
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.likelihood import not_finite
 from pyglow_fast.models import Glow
 from pyglow_fast.studio.directions import Directions, from_tensors, measure
-from pyglow_fast.studio.kept import kept
 from pyglow_fast.studio.reading import BATCH, PARTS, Selection, brought_to, config_for, middles
 from pyglow_fast.studio.words import Draw, File, HeldOut, Image
 from pyglow_fast.train import (
@@ -40,6 +45,7 @@ MEASURED = 5000  # most training images that directions are measured on
 SCORED = 1000  # images of each side that bits/dim are compared with
 MOST_FAR = 0.01  # share of the held-out images at either end that their range of bits/dim leaves out
 ENOUGH = 20  # held-out images, to say what is far from them
+MOST_KEPT = 4  # files of one name: those of the newest checkpoints, or of other settings
 SHOWN = "shown"  # the name of the small model that comes with the package
 
 
@@ -89,6 +95,28 @@ def find_run(name: str, last: bool = False) -> tuple[RunFolder, bool]:
     return RunFolder(SHIPPED), True
 
 
+def kept(folder: Path, name: str, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors computed for ``key``: read from ``folder`` if they are there, else computed and written.
+
+    The key is all that they depend on. A folder that cannot be written is no error: a warning says that the next time
+    will take as long.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{name}-{digest[:16]}.safetensors"
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError):  # not there, or damaged
+        tensors = compute()
+    try:
+        folder.mkdir(exist_ok=True)
+        write_bytes(path, save(tensors))
+        for old in sorted(folder.glob(f"{name}-*.safetensors"), key=lambda file: file.stat().st_mtime)[:-MOST_KEPT]:
+            old.unlink()
+    except OSError as error:
+        warnings.warn(visible(f"{path}: not kept, and computed anew the next time ({error})"), stacklevel=2)
+    return tensors
+
+
 @dataclass(eq=False)
 class OpenRun:
     """One checkpoint of a run, opened to look at and to make pictures with."""
@@ -100,8 +128,7 @@ class OpenRun:
     model: Glow  # frozen
     device: str = "auto"  # as it was asked for; another one draws other samples
     _images: tuple[Images, Tensor, Tensor] | None = None
-    _directions: Directions | None = None
-    _scores: Scores | None = None
+    _measured: dict[str, Any] = field(default_factory=dict)  # directions and scores, once they were asked for
     _lock: Any = field(default_factory=threading.RLock)  # of all that is loaded or measured when it is asked for
 
     @classmethod
@@ -284,11 +311,8 @@ class OpenRun:
             chosen = train[random_subset(self.checkpoint.config.seed, len(train), min(MEASURED, len(train)))]
             return measure(self.model, data, chosen, self.space)
 
-        if self._directions is None:  # those that are there wait for no measurement of others
-            with self._lock:
-                if self._directions is None:
-                    self._directions = from_tensors(self._kept(f"directions-{self.space}", MEASURED, compute))
-        return self._directions
+        found: Directions = self._once(f"directions-{self.space}", MEASURED, compute, from_tensors)
+        return found
 
     def scores(self) -> Scores:
         """Measure SCORED held-out and SCORED training images in bits/dim, or read what the run's folder keeps of that.
@@ -307,11 +331,8 @@ class OpenRun:
                     found[name] = bits[bits.isfinite()]
             return found
 
-        if self._scores is None:
-            with self._lock:
-                if self._scores is None:
-                    self._scores = Scores(**self._kept("scores", SCORED, compute))
-        return self._scores
+        found: Scores = self._once("scores", SCORED, compute, lambda tensors: Scores(**tensors))
+        return found
 
     def scores_at_hand(self, wait: bool = True) -> Scores | None:
         """Return :meth:`scores`; None without any that is finite, or where they were not measured and cannot be.
@@ -319,11 +340,16 @@ class OpenRun:
         With ``wait`` False nothing is measured now.
         """
         try:
-            found = self.scores() if wait or self._scores else None
+            found = self.scores() if wait else self._measured.get("scores")
         except ValueError:
             return None
         return found if found and len(found.held_out) else None
 
-    def _kept(self, name: str, most: int, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        key = {"digest": self.checkpoint.digest, "images": self.checkpoint.data.fingerprint, "most": most}
-        return kept(self.folder.cache, name, key, compute)
+    def _once(self, name: str, most: int, compute: Callable[[], dict[str, Tensor]], make: Callable[..., Any]) -> Any:
+        """What ``make`` makes of the tensors that are computed, or :func:`kept` in the folder of the run."""
+        if name not in self._measured:  # what is there waits for no measurement of others
+            with self._lock:
+                if name not in self._measured:
+                    key = {"digest": self.checkpoint.digest, "images": self.checkpoint.data.fingerprint, "most": most}
+                    self._measured[name] = make(kept(self.folder.cache, name, key, compute))
+        return self._measured[name]

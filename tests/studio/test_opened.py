@@ -15,7 +15,7 @@ from pyglow_fast.data import Attributes, ImageSet, UnreadableImageError, from_da
 from pyglow_fast.latents import likeliest_class
 from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Scores, likelihood_text, parse_image
 from pyglow_fast.studio.directions import measure
-from pyglow_fast.studio.kept import kept
+from pyglow_fast.studio.opened import kept
 from pyglow_fast.train import RunFolder, score_images, to_pixels
 
 

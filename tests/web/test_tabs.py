@@ -139,10 +139,10 @@ def test_what_is_far_from_held_out_images_has_no_class(place: Place, monkeypatch
     assert "too far off" not in place.score.fill(place.desk)[0].rpartition("noise as")[0]
     marks: dict[str, float] = {}
     monkeypatch.setattr(scored, "histogram_png", lambda sets, title, lines, text: marks.update(lines) or b"")
-    place.desk.opened()._scores = Scores(torch.linspace(0.1, 0.2, ENOUGH - 1), torch.tensor([0.1]))
+    place.desk.opened()._measured["scores"] = Scores(torch.linspace(0.1, 0.2, ENOUGH - 1), torch.tensor([0.1]))
     assert "too far off" not in place.score.fill(place.desk)[0], "of so few nothing is said"
     marks.clear()
-    place.desk.opened()._scores = Scores(torch.linspace(0.1, 0.2, ENOUGH), torch.tensor([0.1]))
+    place.desk.opened()._measured["scores"] = Scores(torch.linspace(0.1, 0.2, ENOUGH), torch.tensor([0.1]))
     assert place.score.fill(place.desk)[0].count("<td>none: too far off</td>") == 3
     assert [name.split(" → ")[0] for name in marks] == ["1 held-out image 0", "2 held-out image 90", "3 noise"]
     assert list(marks.values()) == pytest.approx([0.3] * 3, abs=0.01)
