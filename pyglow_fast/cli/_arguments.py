@@ -114,18 +114,19 @@ class Parser(argparse.ArgumentParser):
 def command(
     commands: Commands[Any],
     run: Function,
-    about: str,
     example: str,
     *shared: str,
     defaults: dict[str, Any] | None = None,
     **more: Any,
 ) -> argparse.ArgumentParser:
-    """Declare a command: what it does, the same in words, an example whose first word is its name, shared arguments.
+    """Declare a command: what it does, an example whose first word is its name, and shared arguments.
 
-    ``defaults`` are those of the shared arguments where the command has others, ``more`` are options of the parser.
+    The docstring of ``run`` is its help. ``defaults`` are those of the shared arguments where the command has others,
+    ``more`` are options of the parser.
     """
-    opening = f"{about[0].upper()}{about[1:]}.\n\n  pyglow-fast {example}"
-    parser: argparse.ArgumentParser = commands.add_parser(example.split()[0], help=about, opening=opening, **more)
+    about, opening = (run.__doc__ or "").rstrip("."), f"{run.__doc__}\n\n  pyglow-fast {example}"
+    text = about[:1].lower() + about[1:]
+    parser: argparse.ArgumentParser = commands.add_parser(example.split()[0], help=text, opening=opening, **more)
     for name in shared:
         parser.add_argument(name, **_SHARED[name])
     parser.set_defaults(run_command=run, **defaults or {})

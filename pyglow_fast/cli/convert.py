@@ -30,9 +30,8 @@ OPTIONS = ("image_size", "permutation", "averaged", "lu", "learn_top", "batch_si
 
 def add(commands: Commands[Any]) -> None:
     """Declare the command ``convert`` and its options; one that is not given does not appear in the namespace."""
-    about = "convert checkpoints of other Glow implementations to this package's models, and back"
     example = "convert rosinality model.pt glow.safetensors --image-size 64"
-    parser = command(commands, run, about, example, argument_default=argparse.SUPPRESS)
+    parser = command(commands, run, example, argument_default=argparse.SUPPRESS)
     names = [*FORMATS, OWN]
     parser.add_argument("format", choices=names, metavar="FORMAT", help=f"of IN: {', '.join(names)}")
     parser.add_argument("source", metavar="IN", help=f"file to read; of {OWN}: a file, or the folder of a run")
@@ -56,7 +55,7 @@ def add(commands: Commands[Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert the file."""
+    """Convert checkpoints of other Glow implementations to this package's models, and back."""
     with user_input():
         out, read = check_target(args.out), Path(args.source).resolve()
         itself = out.exists() and read in (out.resolve(), *out.resolve().parents)

@@ -35,15 +35,13 @@ WHOLE: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "I"}
 
 def add(commands: shared.Commands[Any]) -> None:
     """Declare the commands and their options."""
-    about, example = "draw images from a trained model", "sample runs/demo --n 40 --temperature 0.7"
     every: tuple[str, ...] = (*RUN, *PICTURE, "--n", "--seed", "--label", "--columns")
-    parser = command(commands, sample, about, example, *every)
+    parser = command(commands, sample, "sample runs/demo --n 40 --temperature 0.7", *every)
     text = "what multiplies the priors' deviation; 0 is the mean; of several each has a row, of the same noise"
     parser.add_argument("--temperature", default=[TEMPERATURE], help=text, **NUMBERS)
 
-    about = "go from image to image through the latents"
     example = "interpolate runs/demo --from 0 --to 9 --out path.gif"
-    parser = command(commands, interpolate, about, example, *RUN, *PICTURE, "--seed")
+    parser = command(commands, interpolate, example, *RUN, *PICTURE, "--seed")
     text = f"from here, to a PNG, GIF or WEBP (there and back again); may be repeated (default: {PAIRS} random paths): "
     parser.add_argument("--from", dest="first", metavar="IMAGE", action="append", help=text + IMAGE_HELP)
     parser.add_argument("--to", dest="second", metavar="IMAGE", action="append", help="and to here")
@@ -51,8 +49,7 @@ def add(commands: shared.Commands[Any]) -> None:
     parser.add_argument("--frames", default=FRAMES, help="images on each path, both ends too", **COUNT)
     parser.add_argument("--spherical", action="store_true", help="on great circles, level by level, not straight")
 
-    about = "edit one image: add attributes, keep a share of each level's latents"
-    parser = command(commands, edit, about, "edit runs/demo 0 --add 3 rest 1", *RUN, *PICTURE)
+    parser = command(commands, edit, "edit runs/demo 0 --add 3 rest 1", *RUN, *PICTURE)
     text = f"{IMAGE_HELP}; a file is cropped and scaled as in training"
     parser.add_argument("image", metavar="IMAGE", help=text)
     text = (
@@ -65,23 +62,20 @@ def add(commands: shared.Commands[Any]) -> None:
     text = "the image's class (default: its own; of a file the likeliest)"
     parser.add_argument("--label", metavar="CLASS", help=text)
 
-    about = "add an attribute to images at several strengths, along the difference of mean latents of training images"
-    example = "manipulate runs/demo --plus 3 --minus 8"
-    parser = command(commands, manipulate, about, example, *IMAGES, *PICTURE, "--n", "--seed", defaults={"n": 8})
+    every = (*IMAGES, *PICTURE, "--n", "--seed")
+    parser = command(commands, manipulate, "manipulate runs/demo --plus 3 --minus 8", *every, defaults={"n": 8})
     text = "a class or attribute of the run's images"
     parser.add_argument("--plus", metavar="NAME", required=True, help=f"{text}, which is added")
     parser.add_argument("--minus", metavar="NAME", default=REST, help=f"{text} to begin from; {REST}: all without PLUS")
     parser.add_argument("--strengths", default=STRENGTHS, help="multiples of the difference of the means", **NUMBERS)
 
-    about = "reconstruct images from some levels of their latents, the others at the mean of their priors"
-    every = (*IMAGES, *PICTURE, "--n", "--seed")
-    parser = command(commands, levels, about, "levels runs/demo --n 6", *every, defaults={"n": 8})
+    parser = command(commands, levels, "levels runs/demo --n 6", *every, defaults={"n": 8})
     text = "levels that are kept, 0 the shallowest; may be repeated (default: the deepest, the deepest two, ...)"
     parser.add_argument("--keep", action="append", help=text, **WHOLE)
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Write a grid of images that the model draws, or a row at each of several temperatures."""
+    """Draw images from a trained model."""
     with user_input():
         opened, out = open_run(args, ".png")
         several = len(args.temperature) > 1
@@ -107,7 +101,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def interpolate(args: argparse.Namespace) -> None:
-    """Go from image to image, on one path or several."""
+    """Go from image to image through the latents."""
     with user_input():
         firsts: Sequence[Image] = [parse_image(text, "from") for text in args.first or ()]
         lasts: Sequence[Image] = [parse_image(text, "to") for text in args.second or ()]
@@ -144,7 +138,7 @@ def interpolate(args: argparse.Namespace) -> None:
 
 
 def edit(args: argparse.Namespace) -> None:
-    """Edit one image."""
+    """Edit one image: add attributes, keep a share of each level's latents."""
     with user_input():
         adds = tuple(Add(plus, minus, _strength(text)) for plus, minus, text in args.add or ())
         changed = Edit(adds, tuple(args.keep or ()))
@@ -170,7 +164,7 @@ def _strength(text: str) -> float:
 
 
 def manipulate(args: argparse.Namespace) -> None:
-    """Edit images at several strengths, a row each."""
+    """Add an attribute to images at several strengths, along the difference of mean latents of training images."""
     with user_input():
         opened, out = open_run(args, ".png", args.data)
         images, _, _, part = opened.select(args.data, args.part)
@@ -192,7 +186,7 @@ def manipulate(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def levels(args: argparse.Namespace) -> None:
-    """Show what is left of images when only some levels of their latents are kept."""
+    """Reconstruct images from some levels of their latents, the others at the mean of their priors."""
     with user_input():
         opened, out = open_run(args, ".png", args.data)
         model, n_levels = opened.model, len(opened.model.latent_shapes)

@@ -33,20 +33,17 @@ CAVEAT = (
 
 def add(commands: shared.Commands[Any]) -> None:
     """Declare the commands and their options."""
-    about = "measure the bits per dimension of a trained model, beside yardsticks"
-    command(commands, evaluate, about, "evaluate runs/demo", *IMAGES, "--batch-size", "--seed")
+    command(commands, evaluate, "evaluate runs/demo", *IMAGES, "--batch-size", "--seed")
 
-    about = "write the bits per dimension of each image to a CSV file"
     every: tuple[str, ...] = (*RUN, "--part", "--out", "--batch-size", "--seed")
-    parser = command(commands, score, about, "score runs/demo photo.png --picture where.png", *every)
+    parser = command(commands, score, "score runs/demo photo.png --picture where.png", *every)
     text = f"{DATA_HELP}; prepared as the run's own (default: those). Or image files, each cropped and scaled"
     parser.add_argument("images", nargs="*", metavar="DATA", help=text)
     text = "of image files: write where they are on the histogram of held-out images"
     parser.add_argument("--picture", metavar="PNG", help=text)
 
-    about = "tell foreign images by their bits/dim: histogram and AUROC"
     every = (*IMAGES, "--out", "--n", "--batch-size", "--seed")
-    parser = command(commands, ood, about, "ood runs/fashion mnist --typicality", *every, defaults={"n": 2000})
+    parser = command(commands, ood, "ood runs/fashion mnist --typicality", *every, defaults={"n": 2000})
     parser.add_argument("other", metavar="OTHER", help=f"the foreign images: {DATA_HELP}; prepared in the same way")
     parser.add_argument("--other-part", choices=PARTS, help="the same of OTHER")
     parser.add_argument("--csv", metavar="CSV", help="bits/dim of each image too")
@@ -55,7 +52,7 @@ def add(commands: shared.Commands[Any]) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Evaluate the model."""
+    """Measure the bits per dimension of a trained model, beside yardsticks."""
     with user_input():
         opened, _ = open_run(args)
         images, _, train, part = opened.select(args.data, args.part)
@@ -74,7 +71,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    """Score the images."""
+    """Write the bits per dimension of each image to a CSV file."""
     given = args.images
     of_data = len(given) == 1 and given[0].partition(":")[0] in SOURCES and not os.path.isfile(given[0])
     if of_data or not given:
@@ -137,7 +134,7 @@ def _scored(
 
 
 def ood(args: argparse.Namespace) -> None:
-    """Compare the scores of both sets."""
+    """Tell foreign images by their bits/dim: histogram and AUROC."""
     with user_input():
         optional("matplotlib.figure", "the histogram")  # better missed now than when all is computed
         expect(args.n >= 2, "n", "2 images or more", args.n)

@@ -36,37 +36,33 @@ from pyglow_fast.train.metrics import markdown_text
 
 def add(commands: Commands[Any]) -> None:
     """Declare the commands and their options."""
-    about = "look at images before training: counts, files, a picture of what a model will see; or fetch a data set"
     how: dict[str, Any] = {"defaults": {"n": N, "name": None, "to": None, "out": None}}
     how["argument_default"] = argparse.SUPPRESS  # settings that are not given do not appear
-    parser = command(commands, data, about, "data folder:PICTURES --size 32 --out seen.png", "--n", "--seed", **how)
+    parser = command(commands, data, "data folder:PICTURES --size 32 --out seen.png", "--n", "--seed", **how)
     text = f"what to look at: {DATA_HELP}. Of these {', '.join(FETCHABLE)} are fetched if they are not there"
     parser.add_argument("name", metavar="DATA", nargs="?", help=f"{text}. None: list these")
     parser.add_argument("--to", metavar="DIR", help="fetch, into this folder (default: one in the cache)")
     parser.add_argument("--out", metavar="PNG", help="where the picture goes (default: data.png)")
     add_settings(parser, without=[item.name for item in settings() if item.name not in declared_of(DataConfig)])
 
-    about = "write one HTML page of a run, at its end or not: scores, curves, samples, settings"
-    parser = command(commands, report, about, "report runs/demo", "run")
+    parser = command(commands, report, "report runs/demo", "run")
     parser.add_argument(
         "--out", metavar="HTML", help="where the page goes (default: RUN/report.html, as after training)"
     )
 
-    about = "compare runs that are there: a table; on a page their curves and samples side by side too"
     shared, defaults = ("--last", "--device", "--n", "--seed"), {"n": N}
-    parser = command(commands, compare, about, "compare runs/demo shown --temperature 0.8", *shared, defaults=defaults)
+    parser = command(commands, compare, "compare runs/demo shown --temperature 0.8", *shared, defaults=defaults)
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{RUN_HELP}; two or more")
     text = "what multiplies the priors' deviation"
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="X", help=text)
     text = "where the page goes: a file, or a folder for compare.html (default: the current one)"
     parser.add_argument("--out", metavar="HTML", help=text)
 
-    about = "print versions, what was built, and which backend each op uses"
-    command(commands, lambda args: say(info.report(), lines=True), about, "info")
+    command(commands, versions, "info")
 
 
 def data(args: argparse.Namespace) -> None:
-    """Look at images; fetch a data set that is not there, or list those that can be fetched."""
+    """Look at images before training: counts, files, a picture of what a model will see; or fetch a data set."""
     known = declared_of(DataConfig).keys() - {"name"}
     name, given = args.name, {key: value for key, value in vars(args).items() if key in known}
     with user_input():
@@ -101,7 +97,7 @@ def _listing() -> str:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write the page of a run, as training does at its end, at any time."""
+    """Write one HTML page of a run, at its end or not: scores, curves, samples, settings."""
     with user_input():
         folder, _ = find_run(args.run)
         own = args.out is None and folder.path != SHIPPED  # nothing is written into the package
@@ -112,7 +108,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print the table of the runs, and write their page."""
+    """Compare runs that are there: a table; on a page their curves and samples side by side too."""
     with user_input():
         check_numbers(args)
         draw, out = Draw(args.n, args.temperature, args.seed), Path(args.out or ".")
@@ -125,3 +121,8 @@ def compare(args: argparse.Namespace) -> None:
     say(f"note: {caveat(runs)}")
     write_text(out, comparison_page(runs, draw))
     say(out)
+
+
+def versions(args: argparse.Namespace) -> None:
+    """Print versions, what was built, and which backend each op uses."""
+    say(info.report(), lines=True)

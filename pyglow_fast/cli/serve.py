@@ -25,8 +25,7 @@ DRAWING = ("PIL.Image", "matplotlib.figure")  # they take a while; imported once
 
 def add(commands: shared.Commands[Any]) -> None:
     """Declare the command ``serve`` and its options."""
-    about = "open trained runs in the browser: sample, edit, interpolate, score"
-    parser = command(commands, run, about, "serve runs/demo", "--last", "--device")
+    parser = command(commands, run, "serve runs/demo", "--last", "--device")
     text = f"{shared.RUN_HELP}; several may be given, and no others are shown (default: the small model)"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=text)
     text = "the address to listen at; for others than this machine a login, PYGLOW_SERVE_AUTH=USER:PASSWORD, is a must"
@@ -47,7 +46,7 @@ def _warm(shelf: Shelf) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until Ctrl-C."""
+    """Open trained runs in the browser: sample, edit, interpolate, score."""
     for name in list(os.environ):
         # Settings that the user has for Gradio are for other pages; some would open this one to others.
         if name.startswith("GRADIO_") or name.lower() in PROXIES:

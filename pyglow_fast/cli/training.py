@@ -50,8 +50,7 @@ _TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {int: (int, "N"), float: (
 
 def add(commands: Commands[Any]) -> None:
     """Declare the commands and their options."""
-    about = "train a Glow on images; under torchrun, on several processes"
-    parser = _trainer(commands, train, about, "train fashion-mnist --size 32 --out runs/fashion")
+    parser = _trainer(commands, train, "train fashion-mnist --size 32 --out runs/fashion")
     text = "the folder of the run (default: with --config RUN/config.toml RUN-2, or the next that is free)"
     parser.add_argument("--out", default=None, metavar="DIR", help=text)
     text = "replace a run that is in --out"
@@ -59,15 +58,13 @@ def add(commands: Commands[Any]) -> None:
     parser.set_defaults(resume=False)
     add_settings(parser)
 
-    about = "go on with a run from its last checkpoint; settings that may change are options"
-    parser = _trainer(commands, train, about, "resume runs/fashion --max-minutes 30", sources=False)
+    parser = _trainer(commands, go_on, "resume runs/fashion --max-minutes 30", sources=False)
     parser.add_argument("out", metavar="RUN", help="the folder of the run")
     parser.add_argument("data", metavar="DATA", nargs="?", default=None, help="the same images, if they were moved")
     parser.set_defaults(config=None, preset=None, overwrite=False, resume=True)
     add_settings(parser)
 
-    about = "train on handwritten digits for two minutes at most, and show the result"
-    parser = command(commands, demo, about, "demo", "--seed", "--device")
+    parser = command(commands, demo, "demo", "--seed", "--device")
     text = "the folder of the run"
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
@@ -75,9 +72,7 @@ def add(commands: Commands[Any]) -> None:
         "--minutes", type=float, metavar="X", default=2.0, help="at most so long; three times on a busy machine"
     )
 
-    about = "train permutations x couplings over several seeds, and compare their held-out bits/dim"
-    example = "ablate fashion-mnist --n-steps 4 --hidden 48 --out runs/ablation"
-    parser = _trainer(commands, ablate, about, example)
+    parser = _trainer(commands, ablate, "ablate fashion-mnist --n-steps 4 --hidden 48 --out runs/ablation")
     text = "a folder; runs that are finished in it are not trained again, others go on"
     parser.add_argument("--out", required=True, metavar="DIR", help=text)
     names: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
@@ -111,13 +106,11 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def _trainer(
-    commands: Commands[Any], run: Function, about: str, example: str, sources: bool = True
-) -> argparse.ArgumentParser:
+def _trainer(commands: Commands[Any], run: Function, example: str, sources: bool = True) -> argparse.ArgumentParser:
     """A command that has an option for each setting; one that is not given does not appear in the namespace."""
     usage = f"%(prog)s {'[DATA] --out DIR' if sources else 'RUN'} [options]"
     more: dict[str, Any] = {"argument_default": argparse.SUPPRESS, "add_help": False, "usage": usage}
-    parser = command(commands, run, about, example, **more)
+    parser = command(commands, run, example, **more)
     for flags, every, text in ((("-h", "--help"), False, "the options that most need"), (("--help-all",), True, "all")):
         parser.add_argument(*flags, action=_Help, nargs=0, const=every, dest="help", help=f"show {text} and exit")
     parser.add_argument("--quiet", action="store_true", default=False, help="print the final figures only")
@@ -242,7 +235,7 @@ def next_out(config: str | None) -> str:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train the model; returns the exit code."""
+    """Train a Glow on images; under torchrun, on several processes."""
     began = time.monotonic()  # max_minutes bounds all that follows
     with user_input():
         given, data, preset = gathered(args)
@@ -259,6 +252,11 @@ def train(args: argparse.Namespace) -> int:
         if ranks.first and args.out is None and not args.quiet:
             say(f"the run goes to {out}, since no --out is given")
         return _execute(args, given, data, preset, out, ranks, began)
+
+
+def go_on(args: argparse.Namespace) -> int:
+    """Go on with a run from its last checkpoint; settings that may change are options."""
+    return train(args)
 
 
 def _execute(
@@ -321,7 +319,7 @@ def finish(result: Result, folder: RunFolder, least: int = 1) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Train a Glow on handwritten digits, and report it beside honest yardsticks; returns the exit code."""
+    """Train on handwritten digits for two minutes at most, and show the result."""
     began, given = time.monotonic(), DEMO | {"max_minutes": args.minutes, "seed": args.seed, "device": args.device}
     with user_input():
         config, data = make_config(given, "digits")
@@ -338,7 +336,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def ablate(args: argparse.Namespace) -> int:
-    """Train all variants and compare them; returns the exit code."""
+    """Train permutations x couplings over several seeds, and compare their held-out bits/dim."""
     with user_input():
         world = os.environ.get("WORLD_SIZE", "1")
         expect(world == "1", "WORLD_SIZE", "1, since the runs follow one another in one process", repr(world))
