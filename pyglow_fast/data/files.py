@@ -108,12 +108,6 @@ def pixels(image: Image) -> Tensor:
     return flat.reshape(image.height, image.width, -1).permute(2, 0, 1).contiguous()
 
 
-def read_image(path: Path, config: DataConfig) -> tuple[Tensor, bool]:
-    """Decodes a file to uint8 (C, side, side), upright and square; returns whether it was smaller, too."""
-    image = decode(path, str(path), config.gray, background=config.background)
-    return pixels(to_square(image, config.side, str(path), config)), min(image.size) < config.side
-
-
 def as_values(image: Any, where: str) -> Tensor:
     """Gives a PIL image, or a uint8 tensor or array (C, H, W) or (H, W), as uint8 (C, H, W)."""
     if hasattr(image, "getbands"):

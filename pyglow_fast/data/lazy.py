@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect, visible
 from pyglow_fast.data.config import DataConfig
-from pyglow_fast.data.files import UnreadableImageError, as_values, read_image
+from pyglow_fast.data.files import UnreadableImageError, as_values, decode, to_square
+from pyglow_fast.data.files import pixels as pixels_of
 from pyglow_fast.data.image_set import Images, ImageSet
 
 MEMORY_LIMIT = 1 << 30  # bytes of pixels up to which a set is kept in memory unless told otherwise
@@ -40,10 +41,12 @@ class FileReader:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        values, small = read_image(self.root / self.names[index], self.config)
-        if small:
-            self.small.add(self.names[index])
-        return values
+        config, name = self.config, self.names[index]
+        path = self.root / name
+        image = decode(path, str(path), config.gray, background=config.background)
+        if min(image.size) < config.side:
+            self.small.add(name)
+        return pixels_of(to_square(image, config.side, str(path), config))
 
     def identity(self) -> str:
         """Makes a digest of the names and sizes of all files, each of which must be there."""
