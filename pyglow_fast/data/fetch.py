@@ -50,13 +50,6 @@ def data_folder() -> Path:
     return Path(os.environ.get("PYGLOW_DATA") or os.path.expanduser("~/.cache/pyglow_fast"))
 
 
-def cached(name: str) -> Path:
-    """Finds the folder of a data set that was fetched."""
-    folder = data_folder() / name
-    expect(folder.is_dir(), name, f"its files in {str(folder)!r} (run: pyglow-fast data {name}) or {name}:PATH", "none")
-    return folder
-
-
 def fetch(name: str, to: str | Path | None = None) -> tuple[Path, bool]:
     """Put a data set, a key of FETCHABLE, into the cache, or into ``to``; returns the folder, and whether it was there.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyglow_fast._errors import expect, visible
 from pyglow_fast.data._optional import optional
 from pyglow_fast.data.config import SOURCES, DataConfig
-from pyglow_fast.data.fetch import IDX_FILES, cached
+from pyglow_fast.data.fetch import IDX_FILES, data_folder
 from pyglow_fast.data.files import UnreadableImageError, check_folder, decode, find_images, fixed_size, padded, pixels
 from pyglow_fast.data.image_set import Attributes, Images, ImageSet
 from pyglow_fast.data.lazy import from_files
@@ -250,6 +250,10 @@ _LOADERS: dict[str, Callable[[DataConfig, Path], Images]] = {
 
 def load_data(config: DataConfig) -> Images:
     """Load the images that ``config`` names; its errors are those of the source, and each names what is wrong."""
-    scheme, _, path = config.name.partition(":")
-    fetched = SOURCES[scheme].path == "optional" and not path
-    return _LOADERS[scheme](config, cached(scheme) if fetched else Path(path))
+    name, _, path = config.name.partition(":")
+    root = Path(path)
+    if SOURCES[name].path == "optional" and not path:
+        root = data_folder() / name
+        wanted = f"its files in {str(root)!r} (run: pyglow-fast data {name}) or {name}:PATH"
+        expect(root.is_dir(), name, wanted, "none")
+    return _LOADERS[name](config, root)
