@@ -43,11 +43,8 @@ def look_over(config: DataConfig, seed: int = 0) -> tuple[list[str], list[Yardst
         modes = ", ".join(f"{mode} {n}" for mode, n in Counter(mode for *_, mode in files).most_common())
         lines.append(f"{len(files)} files: {small} the smallest, {median} the median, {large} the largest; {modes}")
     seen = read_some(data)
-    levels, moments = torch.arange(data.n_bins) / (data.n_bins - 1), []
-    for channel in seen.pixels.unbind(1):
-        share = channel.flatten().bincount(minlength=data.n_bins).double() / channel.numel()
-        center = (share * levels).sum()
-        moments.append((float(center), float((share * (levels - center).square()).sum().sqrt())))
-    mean, deviation = (" ".join(f"{value:.3f}" for value in values) for values in zip(*moments, strict=True))
+    moments = [torch.std_mean(channel.float(), correction=0) for channel in seen.pixels.unbind(1)]
+    white = data.n_bins - 1
+    deviation, mean = (" ".join(f"{value / white:.3f}" for value in values) for values in zip(*moments, strict=True))
     lines.append(f"of {len(seen)} images, by channel, white as 1: mean {mean}, deviation {deviation}")
     return lines, measure_yardsticks(train, held_out), train
