@@ -20,7 +20,7 @@ from pyglow_fast.latents.paths import even
 from pyglow_fast.likelihood import not_finite
 from pyglow_fast.studio import Add, Between, Draw, Edit, Grid, Picked, Subject, likelihood_text, parse_image
 from pyglow_fast.studio.directions import REST
-from pyglow_fast.studio.paths import ANIMATED
+from pyglow_fast.studio.edits import ANIMATED
 from pyglow_fast.studio.reading import inputs, name_of
 from pyglow_fast.studio.words import IMAGE_HELP, TEMPERATURE, HeldOut, Image, N, shown_name
 from pyglow_fast.train import derive, save_grid, to_pixels
