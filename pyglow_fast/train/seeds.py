@@ -22,8 +22,7 @@ def derive(seed: int, *names: str | int) -> int:
 def batch_indices(seed: int, step: int, n_images: int, batch_size: int) -> Tensor:
     """Choose the images of a step (from 0): each epoch is a fresh shuffle, its incomplete last batch dropped."""
     epoch, position = divmod(step, n_images // batch_size)
-    # A copy, so that nobody can write into the order that is kept.
-    return _order(seed, epoch, n_images)[position * batch_size : (position + 1) * batch_size].clone()
+    return _order(seed, epoch, n_images)[position * batch_size : (position + 1) * batch_size]
 
 
 @functools.lru_cache(maxsize=2)
