@@ -13,8 +13,7 @@ from pyglow_fast import latents
 from pyglow_fast._errors import expect
 from pyglow_fast._files import write_bytes
 from pyglow_fast._moments import Moments
-from pyglow_fast.cli import _arguments as shared
-from pyglow_fast.cli._arguments import COUNT, IMAGES, PICTURE, RUN, command, open_run
+from pyglow_fast.cli._arguments import COUNT, IMAGES, PICTURE, RUN, Commands, command, open_run
 from pyglow_fast.cli._output import not_finite_note, say, say_next, user_input
 from pyglow_fast.latents.paths import even
 from pyglow_fast.likelihood import not_finite
@@ -33,7 +32,7 @@ NUMBERS: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "X"}
 WHOLE: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "I"}
 
 
-def add(commands: shared.Commands[Any]) -> None:
+def add(commands: Commands[Any]) -> None:
     """Declare the commands and their options."""
     every: tuple[str, ...] = (*RUN, *PICTURE, "--n", "--seed", "--label", "--columns")
     parser = command(commands, sample, "sample runs/demo --n 40 --temperature 0.7", *every)

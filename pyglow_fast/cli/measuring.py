@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast._files import write_bytes
-from pyglow_fast.cli import _arguments as shared
-from pyglow_fast.cli._arguments import IMAGES, RUN, command, open_run, output_path
+from pyglow_fast.cli._arguments import IMAGES, RUN, Commands, command, open_run, output_path
 from pyglow_fast.cli._output import say, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, SOURCES, measure_yardsticks, optional
 from pyglow_fast.experiments import auroc, typicality
@@ -31,7 +30,7 @@ CAVEAT = (
 )
 
 
-def add(commands: shared.Commands[Any]) -> None:
+def add(commands: Commands[Any]) -> None:
     """Declare the commands and their options."""
     command(commands, evaluate, "evaluate runs/demo", *IMAGES, "--batch-size", "--seed")
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyglow_fast.cli import _arguments as shared
-from pyglow_fast.cli._arguments import command
+from pyglow_fast.cli._arguments import RUN_HELP, Commands, command
 from pyglow_fast.cli._output import user_input
 from pyglow_fast.data import check_installed, optional
 from pyglow_fast.studio.opened import SHOWN
@@ -23,10 +22,10 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # Gradio cannot be importe
 DRAWING = ("PIL.Image", "matplotlib.figure")  # they take a while; imported once the page answers
 
 
-def add(commands: shared.Commands[Any]) -> None:
+def add(commands: Commands[Any]) -> None:
     """Declare the command ``serve`` and its options."""
     parser = command(commands, run, "serve runs/demo", "--last", "--device")
-    text = f"{shared.RUN_HELP}; several may be given, and no others are shown (default: the small model)"
+    text = f"{RUN_HELP}; several may be given, and no others are shown (default: the small model)"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=text)
     text = "the address to listen at; for others than this machine a login, PYGLOW_SERVE_AUTH=USER:PASSWORD, is a must"
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help=text)
