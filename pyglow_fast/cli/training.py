@@ -18,20 +18,12 @@ from pyglow_fast.cli._output import say, say_error, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
 from pyglow_fast.experiments import Ablation, variants
 from pyglow_fast.models import GlowConfig
-from pyglow_fast.train import (
-    LIMITS,
-    Ranks,
-    Result,
-    RunFolder,
-    TrainConfig,
-    open_ranks,
-    read_config,
-    resolve_device,
-    resume,
-    start,
-)
-from pyglow_fast.train.config import images_for
+from pyglow_fast.train.config import LIMITS, TrainConfig, images_for, read_config
+from pyglow_fast.train.loop import Result, resume, start
+from pyglow_fast.train.machine import resolve_device
 from pyglow_fast.train.page import duration
+from pyglow_fast.train.ranks import Ranks, open_ranks
+from pyglow_fast.train.run_folder import RunFolder
 
 _DATA = tuple(item.name for item in fields(DataConfig) if item.name != "name")
 _MODEL = tuple(item.name for item in fields(GlowConfig))

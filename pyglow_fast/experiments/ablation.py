@@ -14,27 +14,18 @@ from typing import Any
 import torch
 
 from pyglow_fast._errors import expect
-from pyglow_fast._files import TEMPORARY, refusing, write_bytes, write_text
+from pyglow_fast._files import TEMPORARY, FolderError, refusing, write_bytes, write_text
 from pyglow_fast._moments import Moments
 from pyglow_fast.data import Images
 from pyglow_fast.experiments.compare import parameter_count
-from pyglow_fast.train import (
-    LIMITS,
-    FolderError,
-    InputLostError,
-    Run,
-    RunFolder,
-    SaveError,
-    TrainConfig,
-    TrainingDivergedError,
-    resume,
-    start,
-)
-from pyglow_fast.train.config import flatten
+from pyglow_fast.train.config import LIMITS, TrainConfig, flatten
 from pyglow_fast.train.figures import curve_png, points
+from pyglow_fast.train.loop import Run, resume, start
 from pyglow_fast.train.metrics import csv_text, markdown_text, read_metrics
 from pyglow_fast.train.page import duration
-from pyglow_fast.train.run_folder import step_of
+from pyglow_fast.train.run_folder import RunFolder, step_of
+from pyglow_fast.train.state import InputLostError, TrainingDivergedError
+from pyglow_fast.train.writer import SaveError
 
 RUNS, CURVES, TABLE, PICTURE = "runs", "curves.csv", "table.md", "curves.png"
 # Errors that end one run, after which the others are still trained.

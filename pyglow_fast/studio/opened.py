@@ -27,18 +27,12 @@ from pyglow_fast.models import Glow
 from pyglow_fast.studio.directions import Directions, from_tensors, measure
 from pyglow_fast.studio.reading import BATCH, PARTS, Selection, brought_to, config_for, middles
 from pyglow_fast.studio.words import Draw, File, HeldOut, Image
-from pyglow_fast.train import (
-    Checkpoint,
-    RunFolder,
-    check_fits,
-    class_cycle,
-    device_of,
-    load_model,
-    progress_line,
-    resolve_device,
-    score_images,
-    to_pixels,
-)
+from pyglow_fast.train.bar import progress_line
+from pyglow_fast.train.checkpoint import Checkpoint
+from pyglow_fast.train.evaluation import check_fits, device_of, score_images
+from pyglow_fast.train.figures import class_cycle, to_pixels
+from pyglow_fast.train.machine import resolve_device
+from pyglow_fast.train.run_folder import RunFolder, load_model
 from pyglow_fast.train.seeds import random_subset
 
 MEASURED = 5000  # most training images that directions are measured on
