@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 from support.edits import ByHand, assert_repeatable, rgb_of
-from support.latent_runs import train, write_emoji
+from support.latent_runs import made, train, write_emoji
 
 from pyglow_fast import Glow
 from pyglow_fast.cli import main
@@ -28,11 +28,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two levels: on emoji, "emoji run", and on labelled digits, "digits"."""
-    root = tmp_path_factory.mktemp("looking")
-    write_emoji(root / "emoji")
-    train(f"emoji:{root / 'emoji'}", root / "emoji run", "--size", "16", "--n-levels", "2")
-    train("digits", root / "digits", "--n-levels", "2", "--class-conditional")
-    return root
+    return made(tmp_path_factory)
 
 
 def said(capsys: Capture, *words: object) -> str:

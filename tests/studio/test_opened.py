@@ -19,7 +19,7 @@ from pyglow_fast.studio.opened import kept
 from pyglow_fast.train import RunFolder, score_images, to_pixels
 
 
-def test_held_out_images(digits_run: Path, emoji_trained: Path) -> None:
+def test_held_out_images(digits_run: Path, emoji_run: Path) -> None:
     opened, by_hand = OpenRun.open(str(digits_run)), ByHand(digits_run)
     for number in (0, 7, 179):
         pixels, label = by_hand.held(number)
@@ -29,7 +29,7 @@ def test_held_out_images(digits_run: Path, emoji_trained: Path) -> None:
         assert opened.pick(HeldOut(number), 3).label == 3
     with pytest.raises(ValueError, match=r"^image: expected a held-out image in 0..179, found 180$"):
         opened.pick(HeldOut(180))
-    assert OpenRun.open(str(emoji_trained)).pick(HeldOut(0)).label is None  # its classes are none of the model
+    assert OpenRun.open(str(emoji_run)).pick(HeldOut(0)).label is None  # its classes are none of the model
 
 
 def test_files(digits_run: Path, tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_samples(digits_run: Path, labels: tuple[int, ...]) -> None:
     assert again[1:] == one[1:]
 
 
-def test_classes(digits_run: Path, emoji_trained: Path) -> None:
+def test_classes(digits_run: Path, emoji_run: Path) -> None:
     """A model with classes is edited in latents; the folders' names of images are no classes of another model."""
-    digits, emoji = OpenRun.open(str(digits_run)), OpenRun.open(str(emoji_trained))
+    digits, emoji = OpenRun.open(str(digits_run)), OpenRun.open(str(emoji_run))
     assert (digits.space, digits.classes, digits.label("3")) == ("latent", tuple("0123456789"), 3)
     assert (emoji.space, emoji.classes) == ("noise", ())
     for ask in (lambda: emoji.label("Discs"), lambda: emoji.drawn(Draw(labels=(1,)))):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pyglow_fast.cli import main
+from support.machine import made_once
 
 EMOJI = 12
 SIDE = 64
@@ -48,3 +51,17 @@ def train(data: str, out: Path, *options: str) -> None:
     few = ["--hidden", "4", "--n-steps", "2", "--max-steps", "10", "--batch-size", "8", "--eval-images", "16"]
     command = ["train", data, "--out", str(out), "--quiet", "--device", "cpu", "--sample-count", "4", *few, *options]
     assert main(command) == 0
+
+
+def _make(folder: Path) -> None:
+    write_emoji(folder / "emoji")
+    train(f"emoji:{folder / 'emoji'}", folder / "emoji run", "--size", "16", "--n-levels", "2", "--save-every", "5")
+    train("digits", folder / "digits", "--n-levels", "2", "--class-conditional")
+
+
+def made(factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with two runs of two levels, ``emoji run`` and ``digits`` with classes: a copy for this worker.
+
+    What commands compute is kept in it; the runs are not to be changed.
+    """
+    return Path(shutil.copytree(made_once(factory, "latent-runs", _make), factory.mktemp("latent") / "runs"))
