@@ -96,8 +96,9 @@ def measured(page: Path) -> tuple[float, list[Any]]:
         return float(shown.evaluate("document.documentElement.scrollHeight")), boxes
 
 
-@pytest.mark.drawn
-def test_three_screens(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+def test_three_screens(
+    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also with much advice. Samples stand beside training images of the same size, earlier ones below and small."""
     web.require("playwright", "chromium")
     folder, model = RunFolder(tmp_path / "run"), replace(tiny_config().model, n_classes=2)
@@ -105,6 +106,7 @@ def test_three_screens(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path:
     config = tiny_config(model=model, **fields)
     start(config, str(folder.path), data=tiny_images).execute(quiet=True)
     folder.report.write_text(json.dumps(folder.read_report() | {"advice": "overfitting, so try less of it " * 14}))
+    monkeypatch.setattr("support.figures.drawing", True)
     folder.page.write_text(page_of(folder), encoding="utf-8")
     with ThreadPoolExecutor(1) as thread:  # other tests of this process may drive a browser too
         height, (bits, newest, training, *others) = thread.submit(measured, folder.page.absolute()).result()
