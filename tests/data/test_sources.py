@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,6 @@ from data.layouts import picture, trust, write_celeba, write_cifar, write_emoji,
 from PIL import Image
 
 from pyglow_fast.data import (
-    DATA_HELP,
-    SOURCES,
     DataConfig,
     Images,
     ImageSet,
@@ -207,14 +202,6 @@ def test_a_copy_of_cifar_that_was_changed_is_not_unpickled(tmp_path: Path, monke
     write_cifar(tmp_path)
     with pytest.raises(ValueError, match=r"cifar10: expected a whole copy .* found Dataset not found or corrupted$"):
         load_data(DataConfig(f"cifar10:{tmp_path}"))
-
-
-def test_the_config_goes_through_json_and_the_help_names_every_source() -> None:
-    config = DataConfig("celeba:x", 64, True, 5, held_out=0.2, crop_margin=4, flip=True, attribute="Bald")
-    assert DataConfig(**json.loads(json.dumps(asdict(config)))) == config
-    forms = re.split(", | or ", DATA_HELP)
-    assert [form.partition("[")[0].partition(":")[0] for form in forms] == list(SOURCES)
-    assert {"digits", "mnist[:PATH]", "folder:PATH"} < set(forms)
 
 
 def test_what_is_missing_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
