@@ -63,7 +63,7 @@ def test_a_bug_keeps_its_traceback(trained: Path, tmp_path: Path, monkeypatch: p
         main(["sample", str(trained), "--out", str(tmp_path / "x.png")])
 
 
-@pytest.mark.parametrize("command", ["train digits --out out", "resume run", "demo --out out", "evaluate run digits"])
+@pytest.mark.parametrize("command", ["train digits --out out", "resume run", "evaluate run digits"])
 def test_a_bad_choice_of_kernels(run: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     """As the extension refuses it; what the variable says is asked for once in a process, so here by a patch."""
 
