@@ -54,9 +54,6 @@ class TrainState:
         size, n, shares = config.batch_size, len(self.train), self.ranks.world * config.accumulate
         expect(size <= n, "batch_size", f"at most the {n} training images", size)
         expect(size % shares == 0, "batch_size", f"a multiple of ranks x accumulate = {shares}", size)
-        for name in ("class_conditional", "class_weight"):
-            labelled = data.labels is not None or not getattr(config, name)
-            expect(labelled, name, "images with labels", f"none in {data.name}")
         count, classify = len(data.class_names), config.model.classify
         expect(classify in (0, count), "classify", f"{count}, the classes of the images", classify)
         torch.manual_seed(derive(config.seed, "weights"))

@@ -55,13 +55,8 @@ def test_nothing_is_written_when_something_is_refused(
     for fields, data, message in [
         ({"batch_size": 31}, tiny_images, "batch_size: expected at most the 30 training images, found 31"),
         ({"model": other_shape}, tiny_images, r"data: expected images of shape \(1, 8, 8\), .*, found \(1, 4, 4\)"),
-        ({"model": classes, "class_conditional": True}, unlabelled, "class_conditional: expected images with labels"),
+        ({"model": classes, "class_conditional": True}, unlabelled, "data: expected 2 classes, .*, found 0"),
         ({"model": too_many, "class_conditional": True}, tiny_images, "data: expected 3 classes, .*, found 2"),
-        (
-            {"model": judged, "class_weight": 1.0},
-            unlabelled,
-            "class_weight: expected images with labels, found none",
-        ),
         ({"model": judged, "class_weight": 1.0}, three, "classify: expected 3, the classes of the images, found 2"),
         ({"device": "cuda:99"}, tiny_images, "device: expected a device that torch finds, found 'cuda:99' with"),
         ({"data": DataConfig("digits", held_out=0.5)}, tiny_images.subset([0]), "data: expected at least 2 images"),
