@@ -78,9 +78,6 @@ def add(commands: Commands[Any]) -> None:
     add_settings(parser, without=("permutation", "coupling", "seed", "n_checkerboard"))
 
 
-# Options
-
-
 class _ListPresets(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
         say(presets.table(), lines=True)
@@ -156,9 +153,6 @@ def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "none" else parse(text)
 
 
-# Settings
-
-
 def from_file(path: str) -> tuple[dict[str, Any], str | None, str | None]:
     """Read (settings as if they were given as options, name of the images, preset) from a configuration file."""
     rest = read_config(Path(path))
@@ -211,9 +205,6 @@ def make_config(
     model = GlowConfig(**{key: values[key] for key in _MODEL if key in values} | found)
     rest = {key: value for key, value in values.items() if key not in (*_DATA, *_MODEL)}
     return TrainConfig(data=data_config, model=model, **rest), data
-
-
-# Commands
 
 
 def next_out(config: str | None) -> str:
