@@ -138,7 +138,6 @@ def serve(
     place: Place,
     *,
     open_browser: bool = False,
-    max_file_size: int = MAX_FILE_SIZE,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Serves a page until Ctrl-C, SIGTERM or SIGHUP, from the main thread; prints its address once it answers.
@@ -161,7 +160,7 @@ def serve(
             server_port=place.port,
             auth=place.auth,
             app_kwargs={"middleware": [Middleware(Guard, hosts=place.names)]},
-            max_file_size=max_file_size,
+            max_file_size=MAX_FILE_SIZE,
             state_session_capacity=SESSIONS,
             prevent_thread_lock=True,
             inbrowser=open_browser,

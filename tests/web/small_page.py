@@ -51,4 +51,5 @@ if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     server.UPLOADS_LAST = options.pop("uploads_last", server.UPLOADS_LAST)
     server.MAX_UPLOADS = options.pop("max_uploads", server.MAX_UPLOADS)
-    server.serve(page, server.Place(**options), max_file_size=100 * 1024)
+    server.MAX_FILE_SIZE = 100 * 1024
+    server.serve(page, server.Place(**options))
