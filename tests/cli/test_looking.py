@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageSequence
 from support.edits import ByHand, assert_repeatable, rgb_of
 from support.latent_runs import made, train, write_emoji
+from support.program import done, pyglow_fast
 
 from pyglow_fast import Glow
 from pyglow_fast.cli import main
@@ -22,19 +23,11 @@ from pyglow_fast.latents import edited, interpolate
 from pyglow_fast.train import to_pixels
 from pyglow_fast.train.figures import grid, image_picture
 
-Capture = pytest.CaptureFixture[str]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two levels: on emoji, "emoji run", and on labelled digits, "digits"."""
     return made(tmp_path_factory)
-
-
-def said(capsys: Capture, *words: object) -> str:
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 0
-    return capsys.readouterr().out
 
 
 Adds = list[tuple[str, str, float]]
@@ -59,27 +52,25 @@ def test_edit(place: Path, tmp_path: Path, run: str, adds: Adds, keep: list[floa
     assert_repeatable(out)
 
 
-def test_what_edit_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_what_edit_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits/dim before and after; the former are those that score gives. What is not finite is grey, and said."""
     run, out = place / "digits", tmp_path / "x.png"
-    before, after, *_, picture = said(capsys, "edit", run, 0, "--add", 3, "rest", 1, "--out", out).splitlines()
+    before, after, *_, picture = done("edit", run, 0, "--add", 3, "rest", 1, "--out", out).splitlines()
     assert re.fullmatch(r"before: (\d\.\d{3}) bits/dim, more than (\d+\.\d)% of 180 held-out images", before)
     assert after.startswith("after: ")
     assert picture == f"picture: {out}"
-    assert said(capsys, "score", run, 0, "--out", tmp_path / "x.csv").splitlines()[1] == before.replace("before", "  0")
+    assert done("score", run, 0, "--out", tmp_path / "x.csv").splitlines()[1] == before.replace("before", "  0")
     monkeypatch.setattr("pyglow_fast.studio.edits.edited", lambda model, z, *rest: torch.full((1, 1, 8, 8), torch.nan))
-    assert "note: " in said(capsys, "edit", run, 0, "--keep", 0.5, 1, "--scale", 1, "--out", out)
+    assert "note: " in done("edit", run, 0, "--keep", 0.5, 1, "--scale", 1, "--out", out)
     assert np.ptp(rgb_of(out)) == 0
     encode = Glow.encode
     monkeypatch.setattr(Glow, "encode", lambda *args: [z * torch.inf for z in encode(*args)])
-    assert main(["edit", str(run), "0", "--out", str(tmp_path / "y.png")]) == 2
-    assert capsys.readouterr().err.startswith("error: image: expected one whose latents are finite")
+    ended = pyglow_fast("edit", run, 0, "--out", tmp_path / "y.png")
+    assert (ended.code, ended.err[:52]) == (2, "error: image: expected one whose latents are finite,")
     assert not (tmp_path / "y.png").exists()
 
 
-def test_samples_that_explode_are_named(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_samples_that_explode_are_named(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are given, at each temperature."""
     sample, out = Glow.sample, tmp_path / "x.png"
 
@@ -89,31 +80,30 @@ def test_samples_that_explode_are_named(
         return x
 
     monkeypatch.setattr(Glow, "sample", exploding)
-    lines = said(capsys, "sample", place / "digits", "--n", 5, "--temperature", 0.5, 1, "--out", out).splitlines()
+    lines = done("sample", place / "digits", "--n", 5, "--temperature", 0.5, 1, "--out", out).splitlines()
     assert lines[0] == f"5 samples at temperature 0.5, 1: {out}"
     assert lines[1].startswith("2 of them at 1 are not finite, as the inverse explodes there")
     assert lines[1].endswith("shown grey: 1, 3 (from 0); try --temperature 0.8")
     assert np.ptp(rgb_of(out)) > 0
 
 
-def test_without_the_images_of_the_run(place: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_without_the_images_of_the_run(place: Path, tmp_path: Path) -> None:
     """Samples and files can be edited, attributes where they were measured before; else it is said in one line."""
     images, run, out = tmp_path / "emoji", tmp_path / "run", tmp_path / "x.png"
     write_emoji(images)
     train(f"emoji:{images}", run, "--size", "16", "--n-levels", "1")
     add = ["edit", run, "sample:1", "--add", "Discs", "rest", 1, "--out", out]
-    said(capsys, *add)
+    done(*add)
     before = out.read_bytes()
     shutil.move(images, tmp_path / "elsewhere")
-    assert "% of " in said(capsys, *add)  # the scores were kept too
+    assert "% of " in done(*add)  # the scores were kept too
     assert out.read_bytes() == before
     shutil.rmtree(run / "cache")
-    assert re.fullmatch(r"before: [\d.]+ bits/dim\nafter: [\d.]+ bits/dim\n.*", said(capsys, *add[:3], *add[-2:]), re.S)
+    assert re.fullmatch(r"before: [\d.]+ bits/dim\nafter: [\d.]+ bits/dim\n.*", done(*add[:3], *add[-2:]), re.S)
     for command in (add, ["edit", run, "0"], ["levels", run], ["evaluate", run]):
-        assert main([str(word) for word in command]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert str(images) in error
+        ended = pyglow_fast(*command)
+        assert (ended.code, ended.err[:7]) == (2, "error: ")
+        assert str(images) in ended.err
 
 
 @pytest.mark.parametrize("spherical", [False, True])
@@ -150,24 +140,24 @@ def test_an_animation_holds_its_command(place: Path, tmp_path: Path, suffix: str
     assert again.read_bytes() == out.read_bytes()
 
 
-def test_several_paths(place: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_several_paths(place: Path, tmp_path: Path) -> None:
     """Random ones, that the seed decides."""
     drawn = []
     for seed in (1, 1, 2):
-        said(capsys, "interpolate", place / "digits", "--frames", 2, "--seed", seed, "--out", tmp_path / "y.png")
+        done("interpolate", place / "digits", "--frames", 2, "--seed", seed, "--out", tmp_path / "y.png")
         drawn.append((tmp_path / "y.png").read_bytes())
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_levels(place: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_levels(place: Path, tmp_path: Path) -> None:
     """The error that is told is that of the images that are shown."""
     by_hand = ByHand(place / "emoji run")
-    text = said(capsys, "levels", place / "emoji run", "--n", 100, "--out", tmp_path / "x.png")
+    text = done("levels", place / "emoji run", "--n", 100, "--out", tmp_path / "x.png")
     found = {name: float(value) for name, value in re.findall(r"^  ([^:]+): ([\d.]+)", text, re.MULTILINE)}
     assert found["all levels"] == 0
     x = by_hand.x(by_hand.data.batch(by_hand.held_out)[0])
     kept = edited(by_hand.model, by_hand.model.encode(x), None, [0, 1], "latent").clamp(-0.5, 0.5)
     error = (kept - x).square().flatten(1).mean(1).sqrt().mean()
     assert found["the deepest level (1)"] == pytest.approx(float(error), abs=1e-4)
-    text = said(capsys, "levels", place / "emoji run", "--keep", 0, "--keep", 1, 0, "--out", tmp_path / "x.png")
+    text = done("levels", place / "emoji run", "--keep", 0, "--keep", 1, 0, "--out", tmp_path / "x.png")
     assert re.findall(r"^  ([^:]+):", text, re.MULTILINE) == ["level 0", "all levels"]
