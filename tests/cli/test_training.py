@@ -69,6 +69,7 @@ def test_a_demo_on_a_busy_machine(
     monkeypatch.setattr(TrainState, "step", slow)
     monkeypatch.setattr("pyglow_fast.train.loop.time.monotonic", lambda: now[0])
     monkeypatch.setattr(training, "LEAST_DEMO", least)
+    monkeypatch.setattr(training, "DEMO", training.DEMO | {"n_levels": 1, "n_steps": 1, "hidden": 4})
     assert main(["demo", "--minutes", "1", "--out", str(tmp_path / "demo")]) == code
     said = capsys.readouterr()
     assert "are too few for samples: the demo takes up to 3 minutes" in said.out
@@ -77,9 +78,11 @@ def test_a_demo_on_a_busy_machine(
     assert bool(code) == (f"expected {least} or more, in which a model learns" in said.err)
 
 
-def test_an_ablation_that_a_signal_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_an_ablation_that_a_signal_stopped(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     monkeypatch.setattr(Ablation, "execute", lambda *args, **options: signal.SIGTERM)
-    assert main(["ablate", "digits", "--out", str(tmp_path / "c")]) == 128 + signal.SIGTERM
+    assert main(["ablate", "digits", "--out", str(tmp_path / "c"), *tiny]) == 128 + signal.SIGTERM
     assert f"stopped; the same command goes on in {tmp_path / 'c'}" in capsys.readouterr().out
 
 
