@@ -42,6 +42,7 @@ def _execute(arguments: list[str], cwd: str, environment: dict[str, str], out: s
         os.dup2(file, descriptor)
         os.close(file)
     torch.set_num_threads(1)
+    tempfile.tempdir = None  # as the environment says
     multiprocessing.set_start_method("fork", force=True)  # what a command has that was started by itself
     from support.figures import leave_undrawn
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +20,7 @@ from PIL import Image
 
 from pyglow_fast.cli import main
 from support import ROOT
+from support.commands import Command
 
 Value = TypeVar("Value")
 
@@ -55,65 +52,51 @@ def require(*names: str) -> None:
 
 
 class Server:
-    """A program that serves a page: its first line has the address. ``with`` ends it, and so does the end of the tests.
+    """A program that serves a page: its first line has the address. ``with`` ends it.
 
     Attributes:
         address: such as http://127.0.0.1:7860/.
-        process: a ``subprocess.Popen``.
         cwd: its current folder, which also has its temporary files.
     """
 
     def __init__(self, arguments: list[str], cwd: Path, **environment: str) -> None:
         self.cwd = cwd
-        settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd), **environment}
-        setpriv = shutil.which("setpriv")
-        command = [*([setpriv, "--pdeathsig", "TERM"] if setpriv else []), sys.executable, *arguments]
-        with tempfile.NamedTemporaryFile("w", prefix="serve-", suffix=".log", dir=cwd, delete=False) as err:
-            self._err = Path(err.name)
-            self.process = subprocess.Popen(
-                command, cwd=cwd, env=settings, stdout=subprocess.PIPE, stderr=err, text=True
-            )
-        assert self.process.stdout is not None
-        guard = threading.Timer(2 * WAIT, self.process.kill)
-        guard.start()
+        self._process = Command(arguments, cwd, {**os.environ, "TMPDIR": str(cwd), **environment})
         try:
-            first = self.process.stdout.readline()
-        finally:
-            guard.cancel()
-        words = [word for word in first.split() if word.startswith(("http://", "https://"))]
-        if len(words) != 1:
-            self.end()
-            pytest.fail(f"no server: {first!r}, {self.log()}")
-        self.address = words[0]
+            wait_for(lambda: bool(self._addresses()) or self._process.poll() is not None, True)
+            (self.address,) = self._addresses()
+        except BaseException:
+            self._process.kill()
+            pytest.fail(f"no server: {self._process.read()}")
+
+    def _addresses(self) -> list[str]:
+        """What is whole of its first line."""
+        first, ended, _ = self._process.read()[0].partition("\n")
+        return [word for word in first.split() if ended and word.startswith(("http://", "https://"))]
 
     def log(self) -> str:
         """What it wrote to stderr."""
-        return self._err.read_text()
+        return self._process.read()[1]
 
     def files(self) -> list[Path]:
         """What was uploaded and is still on the disk; folders may vanish while they are listed, which os.walk bears."""
         (cache,) = self.cwd.glob("pyglow-serve-*")
         return [Path(place, name) for place, _, names in os.walk(cache) for name in names]
 
-    def end(self, signum: int = signal.SIGTERM) -> int:
+    def end(self, signum: signal.Signals = signal.SIGTERM) -> int | None:
         """Sends a signal and returns the process's exit code: that of SIGKILL if it lives on for WAIT."""
-        self.process.send_signal(signum)
-        try:
-            return self.process.wait(WAIT)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
+        self._process.send_signal(signum)
+        with contextlib.suppress(TimeoutError):
+            self._process.communicate(WAIT)
+        self._process.kill()
+        self._process.communicate()
+        return self._process.returncode
 
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.process.poll() is None:
-            self.end()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+    def __exit__(self, *raised: object) -> None:
+        self.end()
 
 
 def wait_for(read: Callable[[], Any], wanted: Any) -> None:
