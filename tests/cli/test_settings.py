@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.program import pyglow_fast
 
 from pyglow_fast._settings import value_text
 from pyglow_fast.cli import main
@@ -16,7 +17,6 @@ from pyglow_fast.cli.app import parser
 from pyglow_fast.cli.training import default_text, from_file, make_config, settings
 from pyglow_fast.train import RunFolder, TrainConfig
 
-Capture = pytest.CaptureFixture[str]
 SETTINGS = {item.name: item for item in settings()}
 
 
@@ -109,19 +109,12 @@ MEMORY = 'memory: expected one of ("reversible", "checkpoint", "store") or bytes
         ("tensorboard = 'yes'", "tensorboard: expected true or false, found 'yes'"),
     ],
 )
-def test_a_file_is_refused(
-    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_file_is_refused(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, exit code 2, and nothing is made."""
     monkeypatch.chdir(tmp_path)
     Path("x.toml").write_text(text)
-    assert_refused(["digits", "--config", "x.toml"], message, capsys)
-
-
-def assert_refused(words: list[str], message: str, capsys: Capture) -> None:
-    """One line, exit code 2, and nothing is made."""
-    assert main(["train", *words, "--out", "out"]) == 2
+    ended = pyglow_fast("train", "digits", "--config", "x.toml", "--out", "out")
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
-    found = capsys.readouterr()
-    assert re.fullmatch(f"error: {pattern}\n", found.err), found.err
-    assert found.out == ""
+    assert re.fullmatch(f"error: {pattern}\n", ended.err), ended.err
+    assert (ended.code, ended.out) == (2, "")
     assert not Path("out").exists()

@@ -51,9 +51,3 @@ def tiny_images(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     data = ImageSet("tiny", pixels, 5, torch.arange(40) % 2, ("even", "odd"))
     monkeypatch.setattr("pyglow_fast.train.loop.load_data", lambda config: data)
     return data
-
-
-@pytest.fixture
-def many_images() -> ImageSet:
-    """400 images of 4x4 with 5 grey levels."""
-    return ImageSet("many", torch.randint(5, (400, 1, 4, 4), dtype=torch.uint8), 5)

@@ -140,7 +140,6 @@ def test_minutes_become_steps_once(
 @pytest.mark.parametrize(("minutes", "image"), [(100.0, 1.0), (10.0, 5.0), (20.0, 30.0)])
 def test_minutes_bound_scores_too(
     tiny_config: MakeConfig,
-    many_images: ImageSet,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     minutes: float,
@@ -149,7 +148,7 @@ def test_minutes_bound_scores_too(
 ) -> None:
     """Initialisation, evaluations, and the scores of the end, of which there are fewer where time is short."""
     config = tiny_config(max_steps=None, max_minutes=minutes, eval_every=10, eval_images=10)
-    run = start(config, str(tmp_path), data=many_images)
+    run = start(config, str(tmp_path), data=ImageSet("many", torch.randint(5, (400, 1, 4, 4), dtype=torch.uint8), 5))
     clock = Clock(run, monkeypatch, step=3.0 * minutes, image=image)
     result = run.execute()
     assert result.step > 1
