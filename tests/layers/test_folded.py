@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import threading
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -41,12 +36,6 @@ def check(sequence: pgf.ReversibleSequence) -> None:
     for step in sequence:
         x = step(x)[0]
     assert torch.allclose(inference(sequence), x, rtol=1e-11, atol=1e-11)
-
-
-@torch.no_grad()
-def write_through_data(sequence: pgf.ReversibleSequence) -> None:
-    for parameter in sequence.parameters():
-        parameter.data.mul_(0.9)
 
 
 def test_inside_folded_the_maps_are_those_of_the_first_call() -> None:
@@ -85,43 +74,4 @@ def test_a_training_step_inside_folded_has_its_own_maps() -> None:
         for step in sequence:
             x = step(x)[0]
         assert torch.allclose(sequence(X)[0], x, rtol=1e-11, atol=1e-11)
-    check(sequence)
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
-def test_copies_made_inside_are_outside(how: Callable[[Any], Any]) -> None:
-    sequence = steps()
-    with sequence.folded():
-        inference(sequence)
-        other = how(sequence)
-        write_through_data(other)
-        check(other)
-
-
-def test_folded_ends_with_an_error() -> None:
-    sequence = steps()
-    with pytest.raises(RuntimeError, match="planted"), sequence.folded():
-        inference(sequence)
-        raise RuntimeError("planted")
-    write_through_data(sequence)
-    check(sequence)
-
-
-def test_threads_that_enter_it() -> None:
-    sequence = steps()
-    expected, found = inference(sequence), []
-
-    def work() -> None:
-        for _ in range(10):
-            with sequence.folded():
-                found.append(inference(sequence))
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 30
-    assert all(torch.equal(z, expected) for z in found)
-    write_through_data(sequence)
     check(sequence)
