@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -76,30 +75,6 @@ class TestRefusals:
         value = objective(sequence(X))
         with pytest.raises(ValueError, match=r"expected the same output when it is run again in the backward"):
             value.backward()
-
-
-@pytest.mark.full
-def test_numbers_that_another_thread_draws_do_not_repeat() -> None:
-    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5) for _ in range(3)])
-    sequence.initialize(X.float())
-    seen: set[tuple[float, ...]] = set()
-    done, repeated = threading.Event(), []
-
-    def draw() -> None:
-        while not done.is_set():
-            numbers = tuple(torch.rand(4).tolist())
-            if numbers in seen:
-                repeated.append(numbers)
-            seen.add(numbers)
-
-    thread = threading.Thread(target=draw)
-    thread.start()
-    for _ in range(50):
-        objective(sequence(X.float())).backward()
-    done.set()
-    thread.join()
-    assert len(seen) > 100
-    assert not repeated
 
 
 class TestScaleMaps:
