@@ -65,21 +65,3 @@ def test_what_doubles_the_output_of_a_net_is_called(memory: str, how: str) -> No
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(outcome(sequence, "store", x)[0], found[0][0], rtol=1e-3)
-
-
-@both_ways
-def test_weights_of_another_dtype_where_steps_are_redone() -> None:
-    """Lent for the forward alone; the backward has the module's own around it."""
-    sequence, x = sequence_of(), torch.randn(3, 4, 6, 6, dtype=torch.float64)
-    sequence.control.tolerance = sequence.inverse_control.tolerance = 1e-30
-    lent = {name: value.detach().double().requires_grad_() for name, value in sequence.named_parameters()}
-    lent |= {name: value.double() if value.is_floating_point() else value for name, value in sequence.named_buffers()}
-    wanted = [value for value in lent.values() if value.requires_grad]
-    found = {}
-    for memory in ("store", "reversible"):
-        sequence.memory = memory
-        z, log_det = torch.func.functional_call(sequence, lent, (x,))
-        found[memory] = torch.autograd.grad(z.square().sum() + log_det.sum(), wanted)
-    assert sequence.memory_report()["redone_steps"] == 3
-    for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(one, other)
