@@ -37,19 +37,6 @@ def test_it_makes_every_state_standard() -> None:
         assert 0.7 < float(z.detach().std()) < 1.01  # sigmoid(2)^2 = 0.78 on the half that couplings scale
 
 
-def test_one_actnorm_that_waits_is_initialised_alone() -> None:
-    model, x = pgf.Glow(**FIELDS), torch.rand(8, 1, 4, 4) - 0.5
-    model(x)
-    waiting = model.levels[1].steps[0].actnorm
-    waiting.load_state_dict(pgf.ActNorm(waiting.channels).state_dict())
-    before = copy.deepcopy(model.state_dict())
-    assert not model.is_initialized
-    model(x)
-    assert model.is_initialized
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {f"levels.1.steps.0.actnorm.{name}" for name in ("bias", "log_scale", "initialized")}
-
-
 @pytest.mark.parametrize("learn", [True, False])
 @pytest.mark.parametrize("n_classes", [None, 3])
 def test_the_top_prior_starts_as_the_standard_normal(learn: bool, n_classes: int | None) -> None:
