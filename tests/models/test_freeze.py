@@ -38,19 +38,6 @@ def test_nothing_to_train() -> None:
     assert [level.steps.inverse_control.report()["passes"] for level in frozen.levels] == [1, 1], "it was recomputed"
 
 
-@torch.no_grad()
-def test_hooks_on_frozen_nets_are_called() -> None:
-    frozen, x, calls = model().freeze(), torch.rand(3, 1, 8, 8) - 0.5, []
-    before = frozen.log_prob(x)
-    net = frozen.levels[0].steps.couplings[1].net
-    handle = net.register_forward_hook(lambda module, inputs, out: calls.append(len(inputs)) or 0.5 * out)
-    assert not torch.equal(frozen.log_prob(x), before)
-    frozen.sample(2)
-    assert calls == [1, 1]
-    handle.remove()
-    assert torch.equal(frozen.log_prob(x), before)
-
-
 def test_state_dict() -> None:
     frozen, other = model().freeze(), model()
     with torch.no_grad():
