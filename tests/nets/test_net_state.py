@@ -1,8 +1,6 @@
-"""Chunks under autocast, and which tensors that require a gradient a net may have in its graph."""
+"""Chunks under autocast."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from support.net_cases import coupling_net, objective, plain_gradients
 from torch import Tensor, nn
 
 from bench.memory_meter import MemoryMeter
-from pyglow_fast._derivatives import check_leaves
 from pyglow_fast.nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
 from pyglow_fast.nets.state import (
     captured_autocast,
@@ -73,21 +70,3 @@ class TestAutocast:
             del out
             run_net_backward(plain_call(net), x, None, plan, lambda out, chunk: torch.ones_like(out), params)
             assert meter.now == 0
-
-
-class TestLeaves:
-    def test_custom_functions_may_keep_what_they_like(self) -> None:
-        class Square(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor) -> Tensor:
-                ctx.variable = x.detach()  # the name that a leaf's node has for its tensor
-                return x.square()
-
-            @staticmethod
-            def backward(ctx: Any, grad: Tensor) -> Tensor:
-                return 2.0 * ctx.variable * grad
-
-        leaf = torch.ones(3, requires_grad=True)
-        check_leaves(Square.apply(leaf), [leaf])
-        with pytest.raises(ValueError, match=r"found one of shape \(3,\)"):
-            check_leaves(Square.apply(leaf), [])

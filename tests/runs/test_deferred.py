@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from support.captures import Recording, capture_guard, drifting, like_a_gpu
@@ -112,16 +110,3 @@ class TestCaptured:
         expected = "CUDA graph: expected a step run before .*, found a capture that begins without counters of drift"
         with like_a_gpu(), pytest.raises(ValueError, match=expected):
             Replayed(monkeypatch, sequence, x)
-
-
-@both_ways
-def test_copies_and_loaded_records_know_nothing_of_passes_before(way: str) -> None:
-    sequence, (x, _) = CASE.build(deferred_check=True), CASE.batch()
-    control = sequence.control_of(way == "inverse")
-    saved = control.state()
-    gradients(sequence, x)
-    assert copy.deepcopy(sequence).memory_report()["passes"] == 0
-    assert sequence.memory_report()["passes"] == 1
-    gradients(sequence, x)
-    control.load_state(saved)
-    assert sequence.memory_report()["passes"] == 0
