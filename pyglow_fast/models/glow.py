@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_count, check_input, expect
-from pyglow_fast._tracing import call_untraced, is_watched, kernels_step_aside
+from pyglow_fast._tracing import is_watched
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize
@@ -25,10 +25,11 @@ from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
 from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.level import FlowLevel, NetFactory
+from pyglow_fast.models.planned import plan_of_step, plans_of_runs
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
 from pyglow_fast.models.warned import warn_of_fresh, warn_of_not_finite, warn_of_other_range
 from pyglow_fast.runs.planner import RunPlan
-from pyglow_fast.runs.plans import Forward, Plans
+from pyglow_fast.runs.plans import Plans
 from pyglow_fast.runs.setting import parse_memory
 
 
@@ -169,42 +170,7 @@ class Glow(nn.Module):
             ValueError: the budget is too small for them; the message says how many bytes are enough.
         """
         check_count("n", n)
-        if isinstance(self.memory, str):
-            return None
-        like, channels = self._parameter().new_empty(()), self.config.cond_channels
-        conds: list[Tensor | None]
-        if isinstance(channels, int):
-            conds = [like.expand(n, channels, *self.config.image_shape[1:]) if channels else None] * len(self.levels)
-        else:
-            conds = [like.expand(n, own, *s[1:]) for own, s in zip(channels, self.state_shapes, strict=True)]
-        x = like.expand(n, *self.config.image_shape)
-        return Plans().of(self, [x, self._any_labels(x), *conds], _dry_pass(1, "log_prob"))
-
-    def _any_labels(self, x: Tensor) -> Tensor | None:
-        """Labels as x would have, for a dry run."""
-        return None if self.config.n_classes is None else x.new_empty(x.shape[0], dtype=torch.int64)
-
-    def _run_plans(
-        self, given: Sequence[Tensor], conds: Sequence[Tensor | None], name: str
-    ) -> dict[nn.Module, RunPlan]:
-        """With a budget, what each run of steps does in a pass that is recorded; else nothing.
-
-        ``given`` is x, or all latents; ``name`` is that of the method that the pass is of.
-        """
-        if isinstance(self.memory, str) or not torch.is_grad_enabled() or kernels_step_aside():
-            return {}
-        if torch.compiler.is_compiling():
-            return call_untraced(Glow._run_plans, self, given, conds, name)
-        if not any(tensor is not None and tensor.requires_grad for tensor in (*self.parameters(), *given, *conds)):
-            return {}
-        inverse = name not in ("forward", "log_prob")
-        runs = self._sequences()[:: -1 if inverse else 1]
-        inputs = [*given, self._any_labels(given[0]), *conds]
-        whole = self._plans.of(self, inputs, _dry_pass(len(given), name), name, inverse=inverse)
-        plans = whole.cut(map(len, runs))
-        for run, plan in zip(runs, plans, strict=True):
-            run.planned = plan
-        return dict(zip(runs, plans, strict=True))
+        return None if isinstance(self.memory, str) else plan_of_step(self, n)
 
     def _couplings(self) -> list[Coupling]:
         return [module for module in self.modules() if isinstance(module, Coupling)]
@@ -300,7 +266,8 @@ class Glow(nn.Module):
         if isinstance(x, Tensor) and not x.is_floating_point():
             expect(False, "x", "float values, pyglow_fast.likelihood.dequantize(x) of integer levels", x.dtype)
         check_input("x", x, self.config.image_shape[0], self._parameter())
-        self._check_shape("x", x)
+        shape = self.config.image_shape
+        expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
         reads = can_read(x)
         if reads:
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
@@ -310,11 +277,6 @@ class Glow(nn.Module):
                 if not (self.training or self.levels[0].has_begun):
                     warn_of_fresh(stacklevel=6)
         return self._check_cond(cond, x.shape[0]), reads
-
-    def _check_shape(self, name: str, x: Tensor) -> None:
-        shape = self.config.image_shape
-        fits = x.dim() > 0 and tuple(x.shape[1:]) == shape
-        expect(fits, name, f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
 
     def _check_cond(self, cond: Condition | None, n: int) -> list[Tensor | None]:
         """Checks it, and gives that of each level."""
@@ -381,7 +343,7 @@ class Glow(nn.Module):
         latents: list[Tensor] = []
         kept: list[Tensor] = []
         states: list[list[Tensor]] = []
-        plans = self._run_plans([x], conds, name)
+        plans = {} if isinstance(self.memory, str) else plans_of_runs(self, [x], conds, name)
         for i, level in enumerate(self.levels):
             found, level_log_det = level(x, conds[i], plans, at)
             states.append(found)
@@ -414,7 +376,7 @@ class Glow(nn.Module):
         """
         if not (self._range_is_known or is_watched() or self.levels[0].has_begun):
             warn_of_fresh(stacklevel=5 if name == "from_noise" else 4)
-        plans = self._run_plans(given, conds, name)
+        plans = {} if isinstance(self.memory, str) else plans_of_runs(self, given, conds, name)
         x = choose(len(self.splits), partial(self._prior, len(self.splits), given[-1], None, y))
         log_det = x.new_zeros(x.shape[0])
         for i, level in reversed(list(enumerate(self.levels))):
@@ -505,11 +467,6 @@ class Glow(nn.Module):
 
         Levels are 0..n_bins-1; y and cond as in log_prob.
         """
-        # Everything is checked before the noise is drawn: a refused call leaves the generator as it was.
-        expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
-        self._check_shape("images", images)
-        check_labels(y, images.shape[0], self.config.n_classes)
-        self._check_cond(cond, images.shape[0])
         x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
@@ -613,20 +570,3 @@ class Glow(nn.Module):
     def as_distribution(self, y: Tensor | int | None = None, cond: Tensor | None = None) -> GlowDistribution:
         """Wrap the model in the interface of torch.distributions; see GlowDistribution."""
         return GlowDistribution(self, y, cond)
-
-
-def _dry_pass(count: int, name: str) -> Forward:
-    """What calls a method of a dry run's twin with what :meth:`Glow._run_plans` knows: ``count`` tensors come first."""
-
-    def forward(twin: Glow, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        given, (y, *conds) = cast("list[Tensor]", list(inputs[:count])), inputs[count:]
-        one = isinstance(twin.config.cond_channels, int) and all(cond is conds[0] for cond in conds)
-        cond: Any = conds[0] if one else conds
-        if name == "log_prob":
-            return [twin.log_prob(given[0], y, cond)]
-        if name == "forward":
-            latents, log_det = twin(given[0], cond)
-            return [*latents, log_det]
-        return twin.inverse(given, cond) if name == "inverse" else twin.from_noise(given, y, cond)
-
-    return forward
