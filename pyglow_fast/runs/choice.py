@@ -27,8 +27,8 @@ from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import DriftControl, lowest_of
 from pyglow_fast.runs.maps import FACTORS, ChannelMap, Map
 from pyglow_fast.runs.planner import refuse_bytes
-from pyglow_fast.runs.python import in_turn, of_couplings, recomputed
-from pyglow_fast.runs.steps import ModuleStep, results
+from pyglow_fast.runs.python import in_turn, recomputed
+from pyglow_fast.runs.steps import CouplingStep, ModuleStep, results
 
 # (name, make) -> what was made of the parameters under that name: the maps of the couplings, their inverses, and the
 # inverses of those and of what is behind, if they are known without being asked for.
@@ -127,19 +127,14 @@ def _patches_outweigh(chain: Chain) -> bool:
 
 
 def _compiled(run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int) -> CompiledRun | None:
-    """The run in the form that csrc/run takes, or None where it does not compute it.
+    """The run, of one coupling at least, in the form that csrc/run takes, or None where it does not compute it.
 
-    Args:
-        run: its couplings are at least one.
-        x: is_runnable, (N, C, *spatial), divided by a board; with squeezes before it is squeezed.
-        cond: of the nets, or None; in the dtype of x.
-        squeezes: x is squeezed as it is read.
-        budget: bytes of one net's activations, or "auto".
-
-    Raises:
-        ValueError: a condition that a net does not take.
+    x is_runnable and divided by a board; with ``squeezes`` it is not squeezed yet. cond has its dtype.
     """
-    state, given = _state_shape(x, squeezes), None if cond is None else (cond.shape, cond.device)
+    state, given = tuple(x.shape), None if cond is None else (cond.shape, cond.device)
+    if squeezes:
+        n, channels, *spatial = x.shape
+        state = (n, channels * 2 ** len(spatial), *(size // 2 for size in spatial))
     on_cpu = device_of(x).type == "cpu"
     forms: list[Any] = []
     nets: list[Tensor] = []
@@ -172,13 +167,6 @@ def _compiled(run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: 
     return CompiledRun(run, forms, nets, lowest, next(iter(ways)))
 
 
-def _state_shape(x: Tensor, squeezes: bool) -> tuple[int, ...]:
-    if not squeezes:
-        return tuple(x.shape)
-    n, channels, *spatial = x.shape
-    return (n, channels * 2 ** len(spatial), *(size // 2 for size in spatial))
-
-
 def _chain_of(coupling: NetCoupling, x: Tensor) -> Chain | None:
     """The coupling's net as a chain of tensors of x's dtype and device; None where the run does not compute it."""
     net: Any = coupling.net
@@ -192,10 +180,6 @@ def _chain_of(coupling: NetCoupling, x: Tensor) -> Chain | None:
         if part.dtype is not dtype:
             return None
     return chain
-
-
-def _make(name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-    return make()
 
 
 def _entered(
@@ -216,7 +200,8 @@ def _entered(
         x, cond = board.enter(x, cond)
     if not runs:
         return None, x, cond, False
-    narrow = _narrowed(cond, x)
+    expect(cond is None or isinstance(cond, Tensor), "cond", "a Tensor or None", type(cond).__name__)
+    narrow = None if cond is None else cond.to(x.dtype)
     found = _compiled(run, x, narrow, squeezes, budget)
     if found is None:
         return None, functional.squeeze(x) if squeezes else x, cond, False
@@ -233,7 +218,7 @@ def through(
     budget: str | int = "auto",
     control: DriftControl | None = None,
     memory: str | int = "store",
-    made: Made = _make,
+    made: Made = lambda name, make: make(),
     whole: bool = False,
     alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -256,10 +241,11 @@ def through(
         run = run.changed(couplings=[coupling._replace(precision=precision) for coupling in run.couplings])
     if run.inverted and mode != "store" and _records(run, x, cond):
         run = run.of_own_inverses()
-    compiled = not (alone and torch.is_grad_enabled()) or (run.board is None and _kinds(run) == [[FACTORS]])
-    if (
-        run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x))
-    ):  # each run that recomputes has one
+    compiled = not (alone and torch.is_grad_enabled()) or (
+        run.board is None and [[one.kind for one in own] for own in run.maps] == [[FACTORS]]
+    )
+    # Each run that recomputes has a map.
+    if run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x)):
         nothing = ChannelMap.nothing(x.new_zeros(run.couplings[0].kept + run.couplings[0].changed))
         run = run.changed(maps=[[Map.of(nothing)], *run.maps[1:]])
     found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget, compiled)
@@ -277,24 +263,15 @@ def through(
         name, make = (INVERSES, inverted_maps) if run.inverse else (MAPS, folded_maps)
         x, log_det = run_plain(found, x, cond, squeezes, made(name, lambda: make(found)))
     elif again:
-        x, log_det = recomputed(of_couplings(run, budget), control, x, cond, run)
+        x, log_det = recomputed([CouplingStep(own, run, budget) for own in run.couplings], control, x, cond, run)
     else:
         known = made(KNOWN, lambda: ()) if run.inverse else ()
-        x, log_det = in_turn(run, x, cond, None if whole or alone else _chunks(budget), known)
+        whole = whole or alone or torch.is_grad_enabled() or is_watched()  # a net that may be recorded runs whole
+        x, log_det = in_turn(run, x, cond, None if whole else budget, known)
     if ends is not None and not run.inverse:
         x, gained = in_turn(ends, x, cond)
     log_det = log_det if gained is None else log_det + gained
     return (x if run.last_board is None else run.last_board.leave(x)), log_det
-
-
-def _narrowed(cond: Tensor | None, x: Tensor) -> Tensor | None:
-    """The condition in the dtype of a state."""
-    expect(cond is None or isinstance(cond, Tensor), "cond", "a Tensor or None", type(cond).__name__)
-    return None if cond is None else cond.to(x.dtype)
-
-
-def _kinds(run: Run) -> list[list[str]]:
-    return [[one.kind for one in own] for own in run.maps]
 
 
 def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Sequence[Tensor] | None = None) -> bool:
@@ -305,11 +282,6 @@ def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Sequence[Tensor] | 
     maps = [tensor for own in (*run.maps, run.behind) for one in own for tensor in one.tensors]
     asked = [tensor is not None and tensor.requires_grad for tensor in (x, cond, *nets, *maps)]
     return any(asked)
-
-
-def _chunks(budget: str | int) -> str | int | None:
-    """The budget of nets that run without a record, None where they may have one."""
-    return None if torch.is_grad_enabled() or is_watched() else budget
 
 
 def folded(run: Run) -> ChannelMap:

@@ -33,21 +33,13 @@ FOLDED_AT_ONCE = 128 * 1024  # bytes of channel maps that a node folds; with few
 
 
 class CompiledRun(NamedTuple):
-    """The couplings of a run in the form that csrc/run takes.
+    """The couplings of a run in the form that csrc/run takes."""
 
-    Attributes:
-        run: they are of, for their channel maps.
-        forms: of the couplings and their nets.
-        nets: the nets' tensors, one net after another.
-        lowest: the dtype that the nets compute in, if lower than the state's.
-        precision: that the nets are to be run in, see in_precision.
-    """
-
-    run: Run
-    forms: Sequence[Any]
-    nets: Sequence[Tensor]
-    lowest: torch.dtype
-    precision: str = "auto"
+    run: Run  # that they are of, for their channel maps
+    forms: Sequence[Any]  # of the couplings and their nets
+    nets: Sequence[Tensor]  # the nets' tensors, one net after another
+    lowest: torch.dtype  # that the nets compute in, if lower than the state's
+    precision: str = "auto"  # that the nets are to be run in, see in_precision
 
 
 class _Node(NamedTuple):
@@ -67,16 +59,11 @@ class _Node(NamedTuple):
 
 
 class _Way:
-    """From the last state that is kept to the input of the next part: what computes this again.
-
-    Attributes:
-        legs: the nodes on the way, and from which of its steps on each of them is.
-        tensors: that state; then of each node those of these steps, in its order.
-    """
+    """From the last state that is kept to the input of the next part: what computes this again."""
 
     def __init__(self) -> None:
-        self.legs: list[tuple[_Node, int]] = []
-        self.tensors: list[Sequence[Tensor]] = []
+        self.legs: list[tuple[_Node, int]] = []  # the nodes on the way, and from which of its steps on each of them is
+        self.tensors: list[Sequence[Tensor]] = []  # that state; then of each node those of these steps, in its order
 
     def goes_on(self, node: _Node, x: Tensor, anchors: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Lead on through a node, which has this input and these tensors, and keeps these states inside."""
@@ -227,20 +214,10 @@ def run_recorded(
     cond: Tensor | None = None,
     squeezes: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute z and log|det dz/dx| of a run whose backward may follow; of a run that is turned, z are data.
+    """Compute z and log|det dz/dx| (N,) of a run whose backward may follow; of a run that is turned, z are data.
 
-    Args:
-        steps: of the run.
-        mode: "store", "checkpoint" or "reversible".
-        control: of the drift, of mode "reversible".
-        x: (N, C, *spatial); with squeezes (N, C / 2^d, *(2 spatial)).
-        cond: what nets get besides, or None.
-        squeezes: x is squeezed as it is read.
-
-    Returns:
-        z (N, C, *spatial) and log_det (N,), nats.
+    Arguments are those of choice.through; ``control`` is of the drift, in mode "reversible".
     """
-    control = control if mode == "reversible" else None
     if squeezes and not len(x):  # torch's pixel_unshuffle, by which states are compared, leaves an empty one as it is
         x, squeezes = functional.squeeze(x), False
     positions = math.prod(x.shape[2:]) // (2 ** (x.dim() - 2) if squeezes else 1)

@@ -35,7 +35,7 @@ from pyglow_fast.runs.maps import (
     unstack_maps,
 )
 from pyglow_fast.runs.parts import Part, RunPass, cut, part_limit
-from pyglow_fast.runs.steps import CouplingStep, Given, Step, magnitudes
+from pyglow_fast.runs.steps import Given, Step, magnitudes
 
 
 def in_turn(
@@ -47,13 +47,9 @@ def in_turn(
 ) -> tuple[Tensor, Tensor]:
     """Map x to z and log_det (N,) as the run says: one pass over the state between two nets.
 
-    Args:
-        run: whose state is x, as the masks of its couplings want it.
-        x: (N, C, *spatial).
-        cond: of the nets, or None.
-        budget: bytes, or "auto", within which nets run in chunks, without a record; None: they run whole.
-        inverses: of all maps of a run that is turned, where they are known, stacked as a state meets them: matrices,
-            offsets, log_dets and, of gathers, indices.
+    x is as the masks of the couplings want it. With a budget nets run in chunks, without a record; else whole.
+    ``inverses`` are those of all maps of a run that is turned, where they are known, stacked as a state meets them:
+    matrices, offsets, log_dets and, of gathers, indices.
     """
     maps, total = _folded(run, inverses)
     masked_by = cond if run.masked else None
@@ -91,22 +87,16 @@ def _folded(run: Run, inverses: Sequence[Tensor]) -> tuple[Sequence[ChannelMap |
     places = run.places
     if not any(places):
         return [None] * len(places), None
+    raw, folding = run.folding()
     if not run.inverse or run.inverted:
-        each = _each(run)
+        each = folding.each(raw) if run.board is None else unstack_maps(folding.stacked(raw))
         known = [own.log_det for own in each if own is not None]
         return each, known[0] if len(known) == 1 else torch.stack(known).sum()
-    raw, folding = run.folding()
     stacked = folding.stacked(raw)
     matrices, indices = (inverses[0], inverses[3] if len(inverses) > 3 else None) if inverses else stacked.inverse()
     gathers = [None] * len(matrices) if indices is None else indices.unbind()
     undone = map(_Unmix, matrices.unbind(), stacked.offset.unbind(), gathers)
     return [one if own else None for one, own in zip(undone, places, strict=True)], -stacked.log_det.sum()
-
-
-def _each(run: Run) -> Sequence[ChannelMap | None]:
-    """The map at each place, composed, recorded by autograd."""
-    raw, folding = run.folding()
-    return folding.each(raw) if run.board is None else unstack_maps(folding.stacked(raw))
 
 
 def _mixed(x: Tensor, own: ChannelMap | _Unmix) -> Tensor:
@@ -155,11 +145,6 @@ def recomputed(
         x, log_det = apply(_RunSteps, own, part, folding, x, cond, *tensors)
         log_dets.append(log_det)
     return x, functional.summed(log_dets)
-
-
-def of_couplings(run: Run, budget: str | int) -> list[Step]:
-    """The couplings of a run as steps that are :func:`recomputed`."""
-    return [CouplingStep(coupling, budget, run.inverse, run.masked, run.watch) for coupling in run.couplings]
 
 
 def _given(

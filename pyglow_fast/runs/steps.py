@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from pyglow_fast.nets.run import GradientSum, Tiles, run_net, run_net_backward
 from pyglow_fast.nets.state import RunState, check_repeated, holding, leaves_of, output_sums, states_before
 from pyglow_fast.nets.traits import check_net
 from pyglow_fast.reference import CouplingSpec, n_positions, per_channel
-from pyglow_fast.runs.description import NetCoupling
+from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import lowest_precision
 from pyglow_fast.runs.maps import ChannelMap, MapInverse
 
@@ -44,15 +44,9 @@ Differentiated = tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor | None], t
 class ModuleStep:
     """Any module with ``forward(x, cond=None) -> (z, log_det)`` and ``inverse``: inverted, then run forward again.
 
-    Args:
-        module: the step.
-        name: for errors.
-        inverse: the step is its inverse, and what inverts that is its forward.
-
-    Attributes:
-        params: the tensors that it is differentiated by, besides its input and the condition; methods, all of which are
-            called without a record, run with those that they are given in their place.
-        has_log_det: whether the forward has given one.
+    With ``inverse`` the step is its inverse, and what inverts that is its forward. It is differentiated by ``params``,
+    besides its input and the condition; methods, all of which are called without a record, run with those that they are
+    given in their place. Whether the forward has given a log_det is in ``has_log_det``.
     """
 
     def __init__(self, module: nn.Module, name: str, inverse: bool = False) -> None:
@@ -97,13 +91,9 @@ class ModuleStep:
     def backward(
         self, y: Tensor | None, x: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, given: Given
     ) -> Differentiated:
-        """Call what inverts the step where x is to be recomputed, then the step, with a record.
+        """Call what inverts the step where x is to be recomputed from the output y, then the step, with a record.
 
-        Args:
-            y: the output, from which the input is recomputed; None where nothing is to be recomputed.
-            x: the input of the forward to the bit, where it is known; one of the two is given.
-            grad_y, grad_log_det: of the output and of log_det (N,).
-            given: what the forward ran with.
+        x is the input of the forward to the bit, where it is known; one of the two is given.
         """
         state: RunState = given.memo
         found = x
@@ -176,15 +166,10 @@ def coupling_backward_from_output(
 def channel_mix_backward(
     x: Tensor, grad_u: Tensor, own: ChannelMap, added: Tensor | None = None, undone: MapInverse | None = None
 ) -> Sequence[Tensor]:
-    """Compute the gradients of u = M x + c: of x, M and c.
+    """Compute the gradients of u = M x + c: of x, M and c; ``added`` is added to that of the first channels of u.
 
-    Args:
-        x: what the map was given.
-        grad_u: of what it gave.
-        own: the map.
-        added: to the gradient of the first channels of u.
-        undone: M^-1, where it was undone, u = M^-1 (x - c): the gradients are of x, of M^-1, and the sum of grad_u; see
-            :func:`pyglow_fast.runs.maps.undone_gradients`.
+    Of a map that was undone, u = M^-1 (x - c), they are those of x, of M^-1, and the sum of grad_u; see
+    :func:`pyglow_fast.runs.maps.undone_gradients`.
     """
     matrix, center, index = (own.matrix, None, own.source) if undone is None else (undone[0], own.offset, undone[1])
     if ops.run_on(x):
@@ -221,27 +206,14 @@ def magnitude(x: Tensor) -> Tensor:
 class CouplingStep:
     """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
 
-    It is run as a :class:`ModuleStep` is. With ``inverse`` it undoes the coupling, then the map. In what follows x is
-    then what comes from the side of the latents; u is in both directions what lies between the two.
-
-    Args:
-        coupling: the coupling and its net.
-        budget: bytes of the net's activations, or "auto".
-        inverse: the step goes from latents to data.
-        masked: the first channel of the condition is a mask (see nets/masks.py): where it is zero the state is
-            kept zero, which the input and what the net gives are.
-        watch: see Run.
+    It is run as a :class:`ModuleStep` is. In a run that is turned it undoes the coupling, then the map. In what follows
+    x is then what comes from the side of the latents; u is in both directions what lies between the two. Where a run is
+    masked, the input and what the net gives are zero.
     """
 
-    def __init__(
-        self,
-        coupling: NetCoupling,
-        budget: str | int,
-        inverse: bool = False,
-        masked: bool = False,
-        watch: Callable[[Tensor], None] | None = None,
-    ) -> None:
-        self.coupling, self.budget, self.inverse, self.masked, self.watch = coupling, budget, inverse, masked, watch
+    def __init__(self, coupling: NetCoupling, run: Run, budget: str | int) -> None:
+        self.coupling, self.budget = coupling, budget
+        self.inverse, self.masked, self.watch = run.inverse, run.masked, run.watch
         self.params = list(coupling.net.parameters())  # of now: functional_call may lend others for a call
 
     def _masked(self, u: Tensor, cond: Tensor | None) -> Tensor:
