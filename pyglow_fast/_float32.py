@@ -87,7 +87,9 @@ class _Settings:
             if found == self._set_to:  # not even for a moment may those inside have other settings
                 return
             self._set_to = found
-            self._restore()
+            while self._before:
+                place, value = self._before.pop()
+                place.fp32_precision = value
             if found is not None:
                 self._set(found)
 
@@ -105,11 +107,6 @@ class _Settings:
             if now != precision:
                 self._before.append((place, now))
                 place.fp32_precision = precision
-
-    def _restore(self) -> None:
-        while self._before:
-            place, value = self._before.pop()
-            place.fp32_precision = value
 
 
 _settings = _Settings()

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-def _own(*sums: float) -> list[float]:
-    return list(sums)
-
-
 @dataclass(frozen=True)
 class Moments:
     """The mean m = sum v / n of n numbers v, NaN where there are none, and the ``squares`` S = sum (v - m)^2."""
@@ -22,7 +18,7 @@ class Moments:
     squares: float
 
     @classmethod
-    def of(cls, values: Tensor, total: Callable[..., list[float]] = _own) -> Moments:
+    def of(cls, values: Tensor, total: Callable[..., list[float]] = lambda *sums: list(sums)) -> Moments:
         """The moments of values v (n,), and of those of other processes.
 
         ``total`` sums each of its arguments over all processes that have values.

@@ -124,8 +124,8 @@ def _backend_of(device: str) -> str:
 
 
 _HALF = {
-    "amx": "products of ours in the processor's tiles (AMX-BF16)",
-    "avx512_bf16": "products of ours by the processor's dot products (AVX512-BF16)",
+    "amx kernels": "products of ours in the processor's tiles (AMX-BF16)",
+    "avx512_bf16 kernels": "products of ours by the processor's dot products (AVX512-BF16)",
 }
 
 
@@ -134,11 +134,8 @@ def _half_nets() -> str:
     module = _backend.extension()
     if module is None or _backend.nets() != "auto":
         return f"the library's layers: {_backend.reason() or f'PYGLOW_NETS is {_backend.nets()}'}"
-    try:
-        kernels = module.instruction_set()
-    except ValueError as error:
-        return f"no kernels: {error}"
-    found = _HALF.get(kernels, f"products of ours, whose numbers are widened to float32 ({kernels} kernels)")
+    kernels = _instruction_set(module)
+    found = _HALF.get(kernels, f"products of ours, whose numbers are widened to float32 ({kernels})")
     return f"{found}; float16 is the library's"
 
 
