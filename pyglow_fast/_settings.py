@@ -93,29 +93,17 @@ class Range:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field says of itself beyond its type and its default.
+    """What a field says of itself beyond its type and its default."""
 
-    Args:
-        help: what the value means, in words that follow "name:"; without the default.
-        range: of a number.
-        choices: of a text.
-        absent: what None comes to, in words; empty: there is none of it.
-        group: the heading of its option; empty: it has no option.
-        flag: the option; empty: --name, or for n_bits --n-bits.
-        other: (option, help) of the opposite: of None for what may be None, else of False.
-        adjustable: a resumed run may change it.
-        expected: what it must be, in words, where the class checks it by itself: no range or choices say it.
-    """
-
-    help: str
-    range: Range = Range()
-    choices: tuple[str, ...] = ()
-    absent: str = ""
-    group: str = ""
-    flag: str = ""
-    other: tuple[str, str] | None = None
-    adjustable: bool = False
-    expected: str = ""
+    help: str  # what the value means, in words that follow "name:"; without the default
+    range: Range = Range()  # of a number
+    choices: tuple[str, ...] = ()  # of a text
+    absent: str = ""  # what None comes to, in words; empty: there is none of it
+    group: str = ""  # the heading of its option; empty: it has no option
+    flag: str = ""  # the option; empty: --name, or for n_bits --n-bits
+    other: tuple[str, str] | None = None  # (option, help) of the opposite: of None for what may be None, else of False
+    adjustable: bool = False  # a resumed run may change it
+    expected: str = ""  # what it must be, in words, where the class checks it by itself: no range or choices say it
 
 
 class Declared(NamedTuple):

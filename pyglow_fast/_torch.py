@@ -97,18 +97,10 @@ def untraced(function: Function) -> Function:
 
 
 def end_allocations(device: int, pool: Any) -> None:
-    """Have the memory of a GPU be taken from elsewhere again than from a graph's pool.
-
-    Raises:
-        RuntimeError: it is not taken from there.
-    """
+    """Have the memory of a GPU be taken from elsewhere again than from a graph's pool, from which it must be taken."""
     torch._C._cuda_endAllocateToPool(device, pool)
 
 
 def release_pool(device: int, pool: Any) -> None:
-    """Give up a use of a graph's pool.
-
-    Raises:
-        RuntimeError: it has none.
-    """
+    """Give up a use of a graph's pool, which must have one."""
     torch._C._cuda_releasePool(device, pool)

@@ -30,16 +30,11 @@ class Replays:
 
     Alike are calls with inputs of the same shapes, and anchors as far apart. Others run eagerly, and are captured in
     turn when as many of them have come in a row. What a graph cannot hold runs eagerly for good, and :attr:`how` says
-    why. A result is overwritten by the next replay.
+    why, as ``against`` does if it is not empty. A result is overwritten by the next replay. What drifted in a replay,
+    or its rehearsal, was not redone: ``replayed`` says whether the last call was one.
 
-    Args:
-        model: which the functions call; what has hooks is not captured.
-        against: why there is to be no capture; "" if nothing is against it.
-        functions: one called after the other, the first with the inputs, each other with what the one before it has
-            returned. Each is a graph, but every second one, which changes what it gets, and is called between replays.
-
-    Attributes:
-        replayed: whether the last call was a replay, or its rehearsal: what drifted was not redone.
+    The functions are called one after the other, the first with the inputs, each other with what the one before it has
+    returned. Each is a graph, but every second one, which changes what it gets, and is called between replays.
     """
 
     def __init__(self, model: nn.Module, against: str, *functions: Callable[..., Any]) -> None:

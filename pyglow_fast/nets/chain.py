@@ -13,17 +13,11 @@ from pyglow_fast.reference import ChainSpec
 
 @dataclass(frozen=True)
 class Outputs:
-    """How a net gives what a coupling takes, all shifts and then all raw scales: cap tanh(sign out / cap).
+    """How a net gives what a coupling takes, all shifts and then all raw scales: cap tanh(sign out / cap)."""
 
-    Attributes:
-        in_turn: its channels alternate: shift, raw scale, shift, ...
-        signs: of shift and raw scale.
-        caps: of both; 0 where there is no bound.
-    """
-
-    in_turn: bool = False
-    signs: tuple[float, float] = (1.0, 1.0)
-    caps: tuple[float, float] = (0.0, 0.0)
+    in_turn: bool = False  # its channels alternate: shift, raw scale, shift, ...
+    signs: tuple[float, float] = (1.0, 1.0)  # of shift and raw scale
+    caps: tuple[float, float] = (0.0, 0.0)  # of both; 0 where there is no bound
 
     def __call__(self, values: Tensor, dim: int) -> Tensor:
         """Order the channels in dimension ``dim`` of values and give them their signs: one copy, without the bounds."""
@@ -41,18 +35,13 @@ class Outputs:
 class Chain(NamedTuple):
     """A coupling net as the run computes it: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l).
 
-    Attributes:
-        tensors: of each layer weight, bias and, if its power is not 0, log_scale: both are multiplied by
-            exp(power log_scale).
-        powers: of each layer.
-        spec: the activations and dilations.
-        outputs: what a coupling takes of the last layer's.
+    Weight and bias of a layer whose power is not 0 are multiplied by exp(power log_scale).
     """
 
-    tensors: list[Tensor]
+    tensors: list[Tensor]  # of each layer weight, bias and, if its power is not 0, log_scale
     powers: tuple[float, ...]
     spec: ChainSpec
-    outputs: Outputs = Outputs()
+    outputs: Outputs = Outputs()  # what a coupling takes of the last layer's
 
     @property
     def last_weight(self) -> Tensor:

@@ -26,7 +26,6 @@ class Checkerboard:
 
     def enter(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Divide x into its halves, and view the condition, of the same positions, by pairs of rows."""
-        expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
         if x.dim() < 3 or x.shape[2] % 2 == 1:
             expected = "shape (N, C, *spatial) with an even first spatial side (mask='checkerboard')"
             expect(False, "x", expected, f"shape {tuple(x.shape)}")

@@ -16,16 +16,11 @@ class DenseForm(NamedTuple):
     With a record, what is to be convolved is never put together: each h_l is convolved once, to all layers behind it,
     which sum what they get. So the backward needs x and the h_l alone, a third of what concatenations keep. Without
     one, concatenations are faster.
-
-    Attributes:
-        weights: of L layers, (C_l, C + C_1 + ... + C_(l-1), *kernel), the kernel odd and the same for all.
-        biases: (C_l,), or None for zeros.
-        slope: of the leaky relu, at least 0.
     """
 
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    slope: float
+    weights: Sequence[Tensor]  # (C_l, C + C_1 + ... + C_(l-1), *kernel), the kernel odd and the same for all
+    biases: Sequence[Tensor | None]  # (C_l,), or None for zeros
+    slope: float  # of the leaky relu, at least 0
 
     @property
     def halo(self) -> int:

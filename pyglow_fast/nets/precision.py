@@ -26,11 +26,7 @@ def dtype_on(x: Tensor) -> torch.dtype:
 
 
 def check_precision(precision: str) -> str:
-    """Refuse what is no known precision, and return it as it is.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Refuse what is no known precision, and return it as it is."""
     expect(precision in PRECISIONS, "precision", f"one of {PRECISIONS}", repr(precision))
     return precision
 

@@ -147,23 +147,14 @@ def _changed(before: _Buffers, after: _Buffers) -> list[str]:
 
 @dataclass(frozen=True)
 class RunState:
-    """All that a run of a net depended on besides its arguments and parameters.
+    """All that a run of a net depended on besides its arguments and parameters."""
 
-    Attributes:
-        modes: of :func:`training_modes`: between forward and backward the net may have been put into evaluation.
-        device: that it ran on.
-        generators: their states before the run; None if it drew no random numbers.
-        buffers: of the net, which a repetition must find as they were.
-        autocast: makes the context that it ran in.
-        sums: of the output, (N, 2); None if the net is known to repeat.
-    """
-
-    modes: tuple[bool, ...]
+    modes: tuple[bool, ...]  # between forward and backward the net may have been put into evaluation
     device: torch.device
-    generators: list[Tensor] | None
-    buffers: _Buffers
-    autocast: Callable[[], contextlib.AbstractContextManager[None]]
-    sums: Tensor | None
+    generators: list[Tensor] | None  # their states before the run; None if it drew no random numbers
+    buffers: _Buffers  # which a repetition must find as they were
+    autocast: Callable[[], contextlib.AbstractContextManager[None]]  # makes the context that it ran in
+    sums: Tensor | None  # of the output, (N, 2); None if the net is known to repeat
 
     @classmethod
     def after(cls, net: nn.Module, before: list[Tensor] | None, output: Tensor) -> RunState:

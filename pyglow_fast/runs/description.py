@@ -29,23 +29,15 @@ from pyglow_fast.runs.maps import KINDS, ChannelMap, Folding, Map, folding_of
 class NetCoupling(NamedTuple):
     """A coupling of a run: the first channels, ``kept``, decide by a net how the others are shifted and scaled.
 
-    Attributes:
-        net: the module.
-        spec: how it shifts and scales.
-        kept, changed: how many channels; with a checkerboard of the state that :meth:`Checkerboard.enter` gives. None
-            is kept where the net reads the condition, and nothing of the state.
-        precision: that the net runs in.
-        board: of a coupling with a checkerboard mask: the net sees the whole images that the kept half is of.
-
-    Raises:
-        ValueError: a BatchNorm in training mode and the like, an output of the wrong shape.
+    With a checkerboard they are channels of the state that :meth:`Checkerboard.enter` gives, and the net sees the whole
+    images that the kept half is of.
     """
 
     net: nn.Module
     spec: CouplingSpec
-    kept: int
+    kept: int  # 0 where the net reads the condition, and nothing of the state
     changed: int
-    precision: str = "auto"
+    precision: str = "auto"  # that the net runs in
     board: Checkerboard | None = None
 
     @property
@@ -113,27 +105,17 @@ class Run(NamedTuple):
     """Couplings of one mask with channel maps before each, and perhaps behind the last, computed together.
 
     It goes from data to latents; :meth:`turned` gives the one that goes back. A step of that undoes a coupling and then
-    its map.
-
-    Attributes:
-        maps: of each coupling, in the order in which a state meets them.
-        couplings: their nets need no data any more.
-        behind: maps behind the last coupling; of a run that is turned, before the first.
-        masked: a state is zero where the first channel of the condition is, and the result will be.
-        halved: the maps are of states that a checkerboard has halved; else of whole ones.
-        inverse: the run is turned.
-        inverted: the maps of a run that is turned, one at a place at most, are inverses, each made by its owner.
-        watch: is given, for each part, the largest magnitudes of every coupling's input u, shift and raw scale, (K, 3),
-            NaN where one is; None: nobody wants them.
+    its map. ``watch`` is given, for each part, the largest magnitudes of every coupling's input u, shift and raw scale,
+    (K, 3), NaN where one is.
     """
 
-    maps: Sequence[Sequence[Map]]
-    couplings: Sequence[NetCoupling]
-    behind: Sequence[Map] = ()
-    masked: bool = False
-    halved: bool = False
-    inverse: bool = False
-    inverted: bool = False
+    maps: Sequence[Sequence[Map]]  # of each coupling, in the order in which a state meets them
+    couplings: Sequence[NetCoupling]  # their nets need no data any more
+    behind: Sequence[Map] = ()  # maps behind the last coupling; of a run that is turned, before the first
+    masked: bool = False  # a state is zero where the first channel of the condition is, and the result will be
+    halved: bool = False  # the maps are of states that a checkerboard has halved; else of whole ones
+    inverse: bool = False  # the run is turned
+    inverted: bool = False  # maps of a run that is turned, one at a place at most, are inverses, made by their owners
     watch: Callable[[Tensor], None] | None = None
 
     @classmethod

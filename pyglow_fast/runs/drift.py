@@ -52,11 +52,8 @@ FLOOR, FLOOR_BACK = 1e-6, 0.25
 def default_tolerance(state: torch.dtype, n_steps: int = 1, lowest: torch.dtype | None = None) -> float:
     """Choose the largest drift of a state whose gradients are as good as stored ones; see docs/memory-derivation.md.
 
-    Args:
-        state: the flow state's dtype.
-        n_steps: K: behind so many steps a stored state is off by about sqrt(K) roundings itself.
-        lowest: the dtype that the nets compute in, if lower: their outputs do not repeat better than to its eps. TF32
-            counts as float16, which has as many bits.
+    Behind K steps a stored state is off by about sqrt(K) roundings itself. Outputs of nets that compute in a lower
+    dtype do not repeat better than to its eps; TF32 counts as float16, which has as many bits.
     """
     if lowest is not None and torch.finfo(lowest).eps > torch.finfo(state).eps:
         return NET_EPS * torch.finfo(lowest).eps
@@ -199,35 +196,9 @@ class DriftRecord:
 class DriftControl:
     """Adapts the spacing of one run's anchors (stored states) from pass to pass, by the drift that was seen.
 
-    Args:
-        n_steps: K.
-        anchor_every: steps between anchors: "auto", a fixed int, or None for none but the run's own input.
-        tolerance: largest relative drift of a state; None: by dtype and depth.
-        deferred: the host never waits for a verdict: where a state has drifted all gradients are zero, and the next
-            pass learns of it. For CUDA graphs, in whose capture it is always so.
-
-    Attributes:
-        first_spacing: of a run that begins, in which nothing has been learnt.
-        learnt: from earlier passes.
-        verdicts: that the host does not wait for.
-        leaves_out: gradients of a pass whose verdict is deferred stay as they are where a state has drifted. Whoever
-            sets this for the pass reads :meth:`zeroed`, and leaves its update out.
-
-    Raises:
-        ValueError: a wrong option.
-
-    Examples:
-        >>> from pyglow_fast.runs import DriftControl
-        >>> control = DriftControl(n_steps=32)
-        >>> control.spacing, sorted(control.anchors())
-        (4, [4, 8, 12, 16, 20, 24, 28])
-        >>> for _ in range(8):  # passes far below the tolerance: fewer states are stored
-        ...     control.record(drift=1e-9, limit=1e-5, redone=0, spacing=control.spacing)
-        >>> control.spacing
-        16
-        >>> control.record(drift=1e-3, limit=1e-5, redone=4, spacing=control.spacing, drifted=True)
-        >>> control.spacing
-        8
+    The options are those of :class:`~pyglow_fast.ReversibleSequence`. With ``leaves_out`` gradients of a pass whose
+    verdict is deferred stay as they are where a state has drifted: whoever sets it for the pass reads :meth:`zeroed`,
+    and leaves its update out.
     """
 
     def __init__(
@@ -386,12 +357,9 @@ class DriftControl:
         return torch.tensor(astuple(self.learnt), dtype=torch.float64)
 
     def load_state(self, state: Tensor) -> None:
-        """Continue from a saved state, of a run of any depth; it may have any dtype and device.
+        """Continue from a saved state, of a run of any depth; what is none is refused.
 
         Drift in it may be infinite or NaN: states that were not finite have such.
-
-        Raises:
-            ValueError: other than a tensor of so many numbers, or numbers that no pass can have found.
         """
         own = fields(DriftRecord)
         is_vector = isinstance(state, Tensor) and state.shape == (len(own),)

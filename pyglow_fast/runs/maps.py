@@ -60,12 +60,9 @@ class ChannelMap(NamedTuple):
 
 
 def undone_gradients(inverse: MapInverse, grad_inverse: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of stacked matrices M and offsets c from those of x = M^-1 (u - c).
+    """Compute the gradients of K stacked matrices M and offsets c from those of x = M^-1 (u - c).
 
-    Args:
-        inverse: M^-1 (K, C, C), of gathers (K, C) and their index.
-        grad_inverse: sum grad_x (u - c)^T, the gradient of M^-1.
-        grad_sum: sum grad_x, (K, C).
+    ``grad_inverse`` is that of M^-1, sum grad_x (u - c)^T; ``grad_sum`` is sum grad_x, (K, C).
     """
     matrix, source = inverse
     if source is None:
@@ -105,29 +102,18 @@ def after(first: ChannelMap, second: ChannelMap) -> ChannelMap:
 
 
 class MapKind(NamedTuple):
-    """A kind of maps: how K of them are folded in one batch.
+    """A kind of maps: how K of them are folded in one batch."""
 
-    Attributes:
-        fold: makes the maps, stacked, of their tensors, each with K in front of its shape.
-        width: how many tensors a map has.
-        gathers: the folded map is a gather.
-    """
-
-    fold: Callable[..., ChannelMap]
-    width: int
-    gathers: bool = False
+    fold: Callable[..., ChannelMap]  # makes the maps, stacked, of their tensors, each with K in front of its shape
+    width: int  # how many tensors a map has
+    gathers: bool = False  # the folded map is a gather
 
 
 class Map(NamedTuple):
-    """A channel map as a layer holds it, not folded yet.
+    """A channel map as a layer holds it, not folded yet."""
 
-    Attributes:
-        kind: how it is folded, one of KINDS.
-        tensors: what it is folded from; the second is (C,).
-    """
-
-    kind: str
-    tensors: Sequence[Tensor]
+    kind: str  # how it is folded, one of KINDS
+    tensors: Sequence[Tensor]  # what it is folded from; the second is (C,)
 
     @classmethod
     def of(cls, folded: ChannelMap) -> Map:

@@ -62,16 +62,8 @@ def cut(step_bytes: Sequence[int], map_bytes: int, limit: int | None, at_once: i
 class RunPass:
     """One forward of a run as its parts share it: what is kept, and what a backward finds and hands on.
 
-    Args:
-        control: of the drift, which is told when all is known; None: all states are kept.
-        bounds: of the parts, (first, one past the last).
-        knows_starts: the first state of each part is kept.
-
-    Attributes:
-        keeps_states: nothing is to be recomputed from its output.
-        spacing: of the anchors, now.
-        anchors: steps whose input is stored; none with keeps_states.
-        parts: of the run, in its order.
+    The drift's ``control`` is told when all is known; without one all states are kept. ``bounds`` of the parts are
+    (first, one past the last); with ``knows_starts`` the first state of each part is kept.
     """
 
     def __init__(
@@ -81,7 +73,8 @@ class RunPass:
         if control is not None:
             control.begin()
         self.control = control
-        self.keeps_states = control is None or control.checkpoints
+        self.keeps_states = control is None or control.checkpoints  # nothing is to be recomputed from its output
+        # Steps whose input is stored.
         self.anchors = [] if control is None or self.keeps_states else [k for k in control.anchors() if k < n_steps]
         self.spacing = n_steps if control is None or self.keeps_states else control.spacing
         if knows_starts and not self.keeps_states:
