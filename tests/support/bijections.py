@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,26 +91,18 @@ class Bijection:
 def _coupling(
     channels: int, coupling: str = "affine", dims: int = 2, cond_channels: int = 0, **options: object
 ) -> nn.Module:
-    width = channels if coupling == "affine" else channels // 2
-    net = pgf.CouplingNet(channels // 2, width, 5, cond_channels=cond_channels, dims=dims)
+    given = channels if options.get("mask") == "checkerboard" else channels // 2
+    width = 2 * given if coupling == "affine" else given
+    net = pgf.CouplingNet(given, width, 5, cond_channels=cond_channels, dims=dims)
     return pgf.Coupling(net, coupling, **options)
 
 
-def _checkerboard(
-    channels: int, coupling: str = "affine", dims: int = 2, cond_channels: int = 0, **options: object
-) -> nn.Module:
-    width = 2 * channels if coupling == "affine" else channels
-    net = pgf.CouplingNet(channels, width, 5, cond_channels=cond_channels, dims=dims)
-    return pgf.Coupling(net, coupling, mask="checkerboard", **options)
+_checkerboard = partial(_coupling, mask="checkerboard")
 
 
-def _boards(memory: str, **options: object) -> nn.Module:
-    steps = [pgf.FlowStep(3, 5, mask="checkerboard", parity=k % 2, **options) for k in range(3)]
-    return pgf.ReversibleSequence(steps, memory, anchor_every=2)
-
-
-def _sequence(memory: str, memory_budget: str | int = "auto", **options: object) -> nn.Module:
-    steps = [pgf.FlowStep(4, 5, **options) for _ in range(3)]
+def _sequence(memory: str, memory_budget: str | int = "auto", channels: int = 4, **options: object) -> nn.Module:
+    boards = options.get("mask") == "checkerboard"
+    steps = [pgf.FlowStep(channels, 5, **options, **({"parity": k % 2} if boards else {})) for k in range(3)]
     return pgf.ReversibleSequence(steps, memory, anchor_every=2, memory_budget=memory_budget)
 
 
@@ -200,8 +193,12 @@ BIJECTIONS = [
     Bijection("coupling-checkerboard-cond", lambda: _checkerboard(2, cond_channels=1), (2, 4, 3), (1, 4, 3)),
     Bijection("step-dense", lambda: pgf.FlowStep(4, net=pgf.DenseNet(2, 4, 3)), (4, 3, 2)),
     Bijection("step-checkerboard", lambda: pgf.FlowStep(3, 5, mask="checkerboard", net_actnorm=True), (3, 4, 3)),
-    Bijection("sequence-checkerboard", lambda: _boards("reversible"), (3, 4, 3)),
-    Bijection("sequence-checkerboard-cond", lambda: _boards("reversible", cond_channels=1), (3, 4, 2), (1, 4, 2)),
+    Bijection(
+        "sequence-checkerboard",
+        lambda: _sequence("reversible", channels=3, mask="checkerboard", cond_channels=1),
+        (3, 4, 2),
+        (1, 4, 2),
+    ),
     *(
         Bijection(
             f"step-{permutation}-{coupling}",
@@ -212,7 +209,6 @@ BIJECTIONS = [
         )
         for permutation, coupling in zip(PERMUTATIONS, 2 * ("affine", "additive"), strict=True)
     ),
-    Bijection("step-net-actnorm", lambda: pgf.FlowStep(4, 5, net_actnorm=True), (4, 3, 2)),
     Bijection("step-cond", lambda: pgf.FlowStep(4, 5, net_actnorm=True, cond_channels=1), (4, 3, 2), (1, 3, 2)),
     Bijection("step-scale-shift", lambda: pgf.FlowStep(4, 5, scale_map="exp", order="scale_shift"), (4, 3, 2)),
     Bijection("injector", lambda: pgf.AffineInjector(3, 2, 5), (3, 2, 3), (2, 2, 3)),
@@ -237,11 +233,11 @@ BIJECTIONS = [
         for memory in ("reversible", "checkpoint", "store")
     ),
     Bijection("sequence-wavenet", lambda: _wavenets("reversible"), (4, 7), (2, 7)),
-    Bijection("sequence-strips", lambda: _sequence("reversible", memory_budget=1), (4, 7, 2)),
+    Bijection("sequence-strips", lambda: _sequence("reversible", memory_budget=1), (4, 7, 1)),
     Bijection("sequence-cond", lambda: _sequence("reversible", cond_channels=1), (4, 2, 3), (1, 2, 3)),
     Bijection("sequence-of-modules", lambda: _modules("store"), (4, 3, 2)),
     Bijection("sequence-injectors", lambda: _injected("store"), (4, 2, 3), (2, 2, 3)),
-    Bijection("sequence-injectors-strips", lambda: _injected("reversible", 1), (4, 7, 2), (2, 7, 2)),
+    Bijection("sequence-injectors-strips", lambda: _injected("reversible", 1), (4, 7, 1), (2, 7, 1)),
     Bijection("sequence-without-couplings", lambda: _sequence("reversible", coupling="none"), (4, 2, 3)),
     Bijection("squeeze", lambda: pgf.Squeeze(), (2, 4, 2)),
     Bijection("squeeze-by-3", lambda: pgf.Squeeze(3), (1, 3, 6)),
