@@ -23,6 +23,7 @@ from support.gradients import (
     RECOMPUTING,
     REDONE,
     Gradients,
+    Memory,
     assert_same_gradients,
     assert_stored_gradients,
     batch,
@@ -43,6 +44,7 @@ from support.user_steps import Build, runs
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
+from pyglow_fast import functional
 
 # --------------------------------------------------------------------------------------------------- every kind of flow
 
@@ -68,6 +70,7 @@ import pyglow_fast as pgf
     pytest.mark.parametrize("dims", [1, 2, 3]),
     pytest.mark.parametrize("net_actnorm", [False, True]),
     pytest.mark.parametrize("squeeze", [False, True]),
+    pytest.mark.parametrize("memory", [*MEMORIES, REDONE], ids=str),
 )
 def test_every_kind_of_step(
     monkeypatch: pytest.MonkeyPatch,
@@ -81,6 +84,7 @@ def test_every_kind_of_step(
     dims: int,
     net_actnorm: bool,
     squeeze: bool,
+    memory: Memory,
 ) -> None:
     """Also where the input is squeezed as it is read."""
     if way == "inverse":
@@ -106,17 +110,14 @@ def test_every_kind_of_step(
     shape = (channels // 2**dims, *(2 * size for size in sizes)) if squeeze else (channels, *sizes)
     few = None if cond is None else cond[:2]
     x = batch(2, *shape)
-    if not squeeze:
-        assert_stored_gradients(sequence, x, few)
 
     def run(own: pgf.ReversibleSequence, x: Tensor, cond: Tensor | None) -> Tensor:
         return objective(own(x, cond, squeeze_first=squeeze))
 
     expected = gradients(sequence, x, few, partial(run, sequence))
-    for memory in [*(RECOMPUTING if squeeze else []), REDONE]:
-        own = memory.of(sequence)
-        assert_same_gradients(gradients(own, x, few, partial(run, own)), expected, memory)
-        assert (own.memory_report()["trips"] > 0) == (memory is REDONE)
+    own = memory.of(sequence, functional.squeeze(x) if squeeze else x, few)
+    assert_same_gradients(gradients(own, x, few, partial(run, own)), expected)
+    assert (own.memory_report()["trips"] > 0) == (memory is REDONE)
 
 
 @both_ways
@@ -216,17 +217,6 @@ def test_parameters_that_steps_share(what: str) -> None:
 def test_few_samples(n: int) -> None:
     """One sample, and an empty batch, as the last one of a rank may be."""
     assert_stored_gradients(steps(), batch(n))
-
-
-def test_an_empty_batch_that_is_squeezed() -> None:
-    def run(own: pgf.ReversibleSequence, x: Tensor, cond: Tensor | None) -> Tensor:
-        return objective(own(x, squeeze_first=True))
-
-    sequence, x = steps(), batch(0, 1, 12, 6)
-    expected = gradients(sequence, x, None, partial(run, sequence))
-    for memory in RECOMPUTING:
-        own = memory.of(sequence)
-        assert_same_gradients(gradients(own, x, None, partial(run, own)), expected, memory)
 
 
 @both_ways_in_full
