@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from support.html_page import Page
 from support.program import contents, done, pyglow_fast
@@ -337,25 +336,6 @@ def test_an_edit_of_nothing_is_the_image(place: Path, tmp_path: Path) -> None:
     """An edit changes what it is told to change, and nothing on the way there and back."""
     done("edit", "run", "images/dark/03.png", "--scale", 1, "--out", tmp_path / "x.png")
     assert np.array_equal(pixels(tmp_path / "x.png"), pixels(place / "images" / "dark" / "03.png"))
-
-
-def test_the_curve_shows_its_yardsticks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PNG needs fewer bits for these images than the young model."""
-    seen: list[tuple[float, float, float]] = []
-    draw = Figure.savefig
-
-    def noting(figure: Figure, *arguments: Any, **options: Any) -> None:
-        for axes in figure.axes:
-            low, high = axes.get_ylim()
-            levels = [set(line.get_ydata()) for line in axes.lines]
-            seen.extend((low, *level, high) for level in levels if len(level) == 1)  # lines that do not change
-        draw(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", noting)
-    done("train", "--config", "run/config.toml", "--quiet")
-    if len(seen) < 2:
-        pytest.fail(f"no yardsticks were drawn: {seen}")
-    assert all(low < level < high for low, level, high in seen)
 
 
 def test_convert_does_not_advise_to_run_code(tmp_path: Path) -> None:

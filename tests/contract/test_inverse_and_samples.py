@@ -7,7 +7,6 @@ frozen or distributed model is not the one that was trained.
 from __future__ import annotations
 
 import copy
-import io
 import math
 import re
 import warnings
@@ -211,14 +210,6 @@ def test_every_write_to_a_parameter_is_seen_by_the_next_call() -> None:
         for parameter in model.parameters():
             parameter.data.mul_(0.99)
 
-    def replaced() -> None:
-        for parameter in model.parameters():
-            parameter.data = 1.01 * parameter.data
-
-    def through_numpy() -> None:
-        for parameter in model.parameters():
-            parameter.detach().numpy()[...] *= 0.99
-
     def swapped() -> None:
         for module in model.modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
@@ -226,7 +217,7 @@ def test_every_write_to_a_parameter_is_seen_by_the_next_call() -> None:
 
     for training in (True, False):
         model.train(training)
-        for write in (step, through_data, replaced, through_numpy, swapped):
+        for write in (step, through_data, swapped):
             with torch.no_grad():
                 model.log_prob(x, y, cond)
                 model.sample(4, 0.5, y, cond)
@@ -240,23 +231,6 @@ def test_every_write_to_a_parameter_is_seen_by_the_next_call() -> None:
             fresh.load_state_dict(model.state_dict())
             again = fresh.sample(4, 0.5, y, cond, torch.Generator().manual_seed(1))
             assert_close(drawn, again, condition=CONDITION)
-
-
-def test_a_checkpoint_continues_with_its_drift_control() -> None:
-    """state_dict through a file that runs no code: the same numbers and gradients, and no second search for anchors."""
-    model = pgf.Glow(image_shape=(1, 8, 8), n_levels=2, n_steps=6, hidden=8, anchor_every=2).double()
-    x = torch.rand(8, 1, 8, 8, dtype=torch.float64) - 0.5
-    for _ in range(3):
-        model.log_prob(x).sum().backward()
-    stream = io.BytesIO()
-    torch.save(model.state_dict(), stream)
-    stream.seek(0)
-    again = pgf.Glow(model.config, anchor_every=2).double()
-    again.load_state_dict(torch.load(stream, weights_only=True))
-    assert again.is_initialized
-    assert again.memory_report() == model.memory_report()
-    expected, got = (gradients(of, x, None, lambda x, _, of=of: of.log_prob(x).sum()) for of in (model, again))
-    assert_same_gradients(got, expected)
 
 
 FIELDS: dict[str, Any] = {"image_shape": (1, 8, 8), "n_levels": 2, "n_steps": 3, "hidden": 4, "net_actnorm": True}
