@@ -7,42 +7,10 @@ tries each pair many times over; :func:`pairs` keeps as few cases as it can whil
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-
-
-class _Option(NamedTuple):
-    """One stacked ``parametrize``: the arguments it sets, and for each value its label and what it sets them to."""
-
-    names: list[str]
-    values: list[tuple[str, tuple[Any, ...]]]
-
-
-def _option(mark: pytest.MarkDecorator) -> _Option:
-    names, values = mark.args
-    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    labelled = []
-    for index, value in enumerate(values):
-        parts = tuple(value) if len(names) > 1 else (value,)
-        labelled.append((_label(names, parts, index, mark.kwargs.get("ids")), parts))
-    return _Option(names, labelled)
-
-
-def _label(
-    names: list[str], parts: tuple[Any, ...], index: int, ids: Callable[[Any], str] | Iterable[str] | None
-) -> str:
-    """What pytest would call the value."""
-    if ids is not None and not callable(ids):
-        return list(ids)[index]
-    if ids is not None:
-        return "-".join(str(ids(part)) for part in parts)
-    plain = (str, int, float, bool, type(None))
-    return "-".join(
-        str(part) if isinstance(part, plain) else getattr(part, "__name__", f"{name}{index}")
-        for name, part in zip(names, parts, strict=True)
-    )
 
 
 def covering_array(sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -53,8 +21,6 @@ def covering_array(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     """
     if not all(sizes):
         return []
-    if len(sizes) < 2:
-        return [(index,) for index in range(sizes[0])] if sizes else [()]
     columns = range(len(sizes))
     missing = {
         (a, i, b, j): None
@@ -92,11 +58,25 @@ def pairs(*marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
     Args:
         marks: as they would stand above the test, each of one argument or of several that belong together.
     """
-    options = [_option(mark) for mark in marks]
+    names: list[str] = []
+    options: list[list[tuple[str, tuple[Any, ...]]]] = []  # of each mark: its values, and what they are called
+    for mark in marks:
+        own, values = mark.args
+        own = own.replace(" ", "").split(",") if isinstance(own, str) else list(own)
+        listed = [tuple(value) if len(own) > 1 else (value,) for value in values]
+        ids = mark.kwargs.get("ids", _label)
+        labels = ids if isinstance(ids, list) else ["-".join(str(ids(part)) for part in parts) for parts in listed]
+        options.append(list(zip(labels, listed, strict=True)))
+        names += own
     cases = []
-    for row in covering_array([len(option.values) for option in options]):
-        chosen = [option.values[index] for option, index in zip(options, row, strict=True)]
+    for row in covering_array([len(option) for option in options]):
+        chosen = [option[index] for option, index in zip(options, row, strict=True)]
         # Stacked marks are named from the last to the first.
         label = "-".join(label for label, _ in reversed(chosen))
         cases.append(pytest.param(*[part for _, parts in chosen for part in parts], id=label))
-    return pytest.mark.parametrize([name for option in options for name in option.names], cases)
+    return pytest.mark.parametrize(names, cases)
+
+
+def _label(value: Any) -> str:
+    plain = isinstance(value, str | int | float | None)
+    return str(value if plain else getattr(value, "__name__", type(value).__name__))
