@@ -159,9 +159,6 @@ class Recording(TorchDispatchMode):
             for operation in self._operations:
                 operation()
 
-    def __len__(self) -> int:
-        return len(self._operations)
-
 
 def _ruin(storage: torch.UntypedStorage) -> None:
     """Fill memory with what no result is: NaN in floating types, -1 in signed ones."""

@@ -15,7 +15,6 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[str] = []
         self.images: list[dict[str, str | None]] = []
-        self.cells: list[str] = []
         self.words: dict[str, list[str]] = {}
         self.feed(source)
         self.close()

@@ -22,7 +22,6 @@ class Scale(nn.Module):
     def __init__(self, channels: int = 4) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(0.3 * torch.randn(channels))
-        self.runs = 0
 
     def _shaped(self, x: Tensor) -> Tensor:
         return self.log_scale.reshape(1, -1, *[1] * (x.dim() - 2))
@@ -31,7 +30,6 @@ class Scale(nn.Module):
         return (self.log_scale.sum() * (x[0, 0].numel() if x.shape[0] else 1)).expand(x.shape[0])
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.runs += 1
         return x * self._shaped(x).exp(), self._log_det(x)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:

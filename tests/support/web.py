@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +21,6 @@ from PIL import Image
 from pyglow_fast.cli import main
 from support import ROOT
 from support.commands import Command
-
-Value = TypeVar("Value")
 
 MUST = "PYGLOW_BROWSER"  # "must": what is missing fails a test instead of skipping it
 WAIT = 120.0  # seconds that anything may take on a busy machine, where a test waits for it
