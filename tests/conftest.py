@@ -1,27 +1,22 @@
-"""Fixtures that every test has, and how the suite runs: ``--full``, ``--share``, ``alone``, one thread a test."""
+"""Fixtures that every test has, and how the suite runs: ``--full``, ``--share``, one thread a test."""
 
 from __future__ import annotations
 
 import gc
 import importlib.util
 import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from support import machine
 from support.gradients import turn
-from support.machine import MACHINE_THREADS, Turns
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 # Files that begin first, since a worker that begins one last keeps all others waiting.
 LONG = ("test_other_homes.py", "test_sanitizers.py", "test_channel_maps.py", "test_export.py", "test_gpu_check.py")
 LONG += ("test_resume.py", "test_memory.py", "test_pages.py")
-TURNS = "PYGLOW_TEST_TURNS"  # the folder in which the workers of a run keep their locks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,24 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
         leave_undrawn()
     if hasattr(config, "workerinput"):
         machine.one_of_several = True
-        # Taken out of the environment: a pytest that a test starts is no worker and takes no turns.
-        config.pluginmanager.register(Turns(Path(os.environ.pop(TURNS))))
+        # Taken out of the environment: a pytest that a test starts is no worker.
         for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
             os.environ.pop(name, None)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-    elif getattr(config.option, "numprocesses", None):
-        os.environ[TURNS] = tempfile.mkdtemp(prefix="pytest-turns-")
-
-
-def pytest_unconfigure() -> None:
-    if TURNS in os.environ:
-        shutil.rmtree(os.environ.pop(TURNS), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Chooses the tests marked full, or all others, and of these a share.
-
-    Puts first what takes long, last what needs the machine for itself.
+    """Chooses the tests marked full, or all others, and of these a share. Puts first what takes long.
 
     Tests on a GPU get a mark: ``-m cuda`` chooses the tests whose device is one.
     """
@@ -77,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (chosen if in_share and is_full == config.getoption("--full") else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = chosen
-    items.sort(key=lambda item: (item.path.name not in LONG, item.get_closest_marker("alone") is not None))
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_collection_finish() -> None:
@@ -90,15 +75,12 @@ def pytest_collection_finish() -> None:
 def _repeatable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts from one seed and one thread, whatever ran before it, and leaves the default dtype as it was.
 
-    Waking a second thread costs 20 times the arithmetic of the tiny models here on a busy machine. Tests marked
-    ``alone`` have all threads of the machine.
+    Waking a second thread costs 20 times the arithmetic of the tiny models here on a busy machine.
     """
     torch.manual_seed(20180710)
     dtype = torch.get_default_dtype()
     if request.node.get_closest_marker("drawn"):
         monkeypatch.setattr("support.figures.drawing", True)
-    if request.node.get_closest_marker("alone"):
-        torch.set_num_threads(MACHINE_THREADS)
     yield
     torch.set_num_threads(1)
     torch.set_default_dtype(dtype)

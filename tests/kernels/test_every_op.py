@@ -247,7 +247,6 @@ def test_sizes_beside_nothing() -> None:
 
 
 @compiled
-@pytest.mark.alone
 @pytest.mark.parametrize(("channels", "threads"), [(12, 3), (48, 2)])
 def test_bits_do_not_depend_on_threads(channels: int, threads: int) -> None:
     """With work for all of them at the same time; in channels-last every tile goes through scratch memory."""

@@ -344,7 +344,6 @@ def threaded(index: int, precision: str) -> tuple[ChainSpec, Numbers]:
     return spec, numbers.to(DTYPES[precision])
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("precision", ["float32", "half"])
 @pytest.mark.parametrize("index", range(len(THREADED)))
 def test_bits_do_not_depend_on_threads(index: int, precision: str) -> None:
