@@ -12,7 +12,7 @@ from live.antstorch import glow
 from live.peers import load
 from support import ROOT
 from support.accelerate_cases import MEMORIES, at_work, saved_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyglow_fast.interop import accelerate
 
@@ -86,41 +86,6 @@ def test_autocast_is_no_worse_than_theirs(memory: str | None, dtype: torch.dtype
         off.append((error(latents, exact[0]), error([log_det], [exact[1]])))
     assert off[1][0] <= 2 * off[0][0]
     assert off[1][1] <= 2 * off[0][1]
-
-
-def train(model: Any, batches: list[Tensor], dtype: torch.dtype) -> list[float]:
-    """As their trainer does it: autocast, a scaler, clipping, an average of the weights."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-5)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    average, losses = copy.deepcopy(model).eval(), []
-    for x in batches:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=dtype):
-            loss = -model.log_prob(x).mean() / x[0].numel()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        scaler.step(optimizer)
-        scaler.update()
-        for kept, own in zip(average.parameters(), model.parameters(), strict=True):
-            kept.data.mul_(0.9).add_(own.data, alpha=0.1)
-        losses.append(float(loss))
-    with torch.no_grad():
-        return [*losses, float(-average.log_prob(batches[0]).mean() / batches[0][0].numel())]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_trains_as_they_do(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model: Any = glow((1, 16, 16, 16), 2, 3, 16, net_actnorm=False).train()
-    ramp = torch.linspace(-1, 1, 16)
-    batches = [ramp * ramp[:, None] + 0.3 * torch.randn(2, 1, 16, 16, 16) for _ in range(12)]
-    other = copy.deepcopy(model)
-    accelerate(other, "reversible")
-    theirs, ours = train(model, batches, dtype), train(other, batches, dtype)
-    assert all(map(math.isfinite, ours))
-    assert ours[-2] < ours[0]
-    assert ours == pytest.approx(theirs, abs=0.02)
 
 
 def test_the_report_tells_how_well_steps_can_be_inverted() -> None:

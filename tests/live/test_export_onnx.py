@@ -73,15 +73,6 @@ def test_folded(name: str, runtime: str, tmp_path: Path) -> None:
     check(tmp_path / "model.onnx", name, model, x, runtime)
 
 
-@pytest.mark.parametrize("name", LINEAR_ALGEBRA)
-def test_linear_algebra_is_refused(name: str, tmp_path: Path) -> None:
-    """By torch.onnx, which has no operator: there is no file that could be wrong."""
-    model, x = ALL[name]()
-    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="linalg"):
-        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
-    assert not (tmp_path / "model.onnx").exists()
-
-
 @pytest.mark.parametrize("name", ["FrEIA", "FrEIA, reversible", "nflows", "glow", "frozen", "step"])
 def test_the_exporter_that_traces(name: str, tmp_path: Path) -> None:
     """Of normflows' LU convolutions it has no operator for torch.diag, which they call themselves."""
