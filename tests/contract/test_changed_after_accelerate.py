@@ -123,7 +123,7 @@ def outputs(name: str, model: nn.Module) -> list[Tensor]:
     return [*values, *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, grads, strict=True))]
 
 
-@pytest.mark.parametrize("memory", [None, "store", "reversible"], ids=str)
+@pytest.mark.parametrize("memory", [None, pytest.param("store", marks=pytest.mark.full), "reversible"], ids=str)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_attribute_is_followed(name: str, memory: str | None) -> None:
     """Whoever changes a clamp between two phases of training trains with the new one."""
