@@ -1,13 +1,12 @@
-"""The emulated kernels, built once for all workers."""
+"""The ops that the emulator computes."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from emulation import emulator
+from kernels.kernel_cases import Kernels
 
 
-@pytest.fixture(scope="session")
-def _library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulator.library(tmp_path_factory)
+@pytest.fixture
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return Kernels(emulator.EmulatedOps(emulator.library(tmp_path_factory)))

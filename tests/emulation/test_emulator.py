@@ -5,11 +5,9 @@ The values of all kernels, and that nothing beside an output is written, are the
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from emulation.emulator import EmulatedOps, Room
+from emulation.emulator import Room
 from kernels.kernel_cases import Case, Kernels, codes, dtypes, laid_out, option, same_values
 from support.covering import pairs
 from support.inverse_cases import assert_inverses, rotations
@@ -20,11 +18,6 @@ from pyglow_fast.reference import CouplingSpec
 
 pytestmark = pytest.mark.full
 SPEC, ADDITIVE, EXP = CouplingSpec(), CouplingSpec("additive"), CouplingSpec(scale_map="exp")
-
-
-@pytest.fixture
-def kernels(_library: Path) -> Kernels:
-    return Kernels(EmulatedOps(_library))
 
 
 # ---- Grids ----
@@ -66,9 +59,7 @@ def test_small_grids(
     case = Case(kernels, shape, dtype, spec).in_layout(layout)
     net_out = case.net_out if net is None or dtype == float64 else case.net_out.to(net)
     case = case.replaced(net_out=laid_out(net_out.contiguous(), net_layout))
-    case.check_maps()
-    case.check_couplings()
-    case.check_densities()
+    case.check(case.calls())
     if shape[1] % 4 == 0:
         image = kernels.randn((shape[0], shape[1] // 4, 2 * shape[2], 2 * shape[3]), dtype, layout)
         for matrix, offset, index in case.maps:
@@ -90,10 +81,7 @@ def test_small_grids(
 def test_more_work_than_blocks(kernels: Kernels, shape: tuple[int, ...]) -> None:
     """Grids are limited, so blocks loop; the sums of many positions are split."""
     case = Case(kernels, shape, float32, SPEC)
-    case.check_densities()
-    if shape[1] < 100:
-        case.check_maps()
-        case.check_couplings()
+    case.check(case.calls() if shape[1] < 100 else case.density_calls())
 
 
 def test_more_tiles_than_blocks(kernels: Kernels) -> None:
@@ -112,17 +100,17 @@ def test_many_channels(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dt
     splits; of 1450 it is one split, which writes the result.
     """
     case = Case(kernels, shape, dtype, SPEC)
-    case.check_maps()
+    case.check(case.map_calls())
     if shape[1] == 768:
-        case.check_couplings(case.maps[:1])
+        case.check(case.coupling_calls(case.maps[:1]))
 
 
 @pytest.mark.parametrize("channels", [4, 16, 32, 128])
 def test_shared_memory_of_the_widest_tiles(kernels: Kernels, channels: int) -> None:
     """No whole vectors, gradients in two parts, tiles enough for a large GPU: more than 48 KB would be refused."""
     case = Case(kernels, (1, channels, 263 * 256 + 1 if channels == 32 else 70_001 // channels), float32, ADDITIVE)
-    case.check_maps()
-    case.check_couplings(case.maps[:1])
+    case.check(case.map_calls())
+    case.check(case.coupling_calls(case.maps[:1]))
 
 
 # Samples in one tile, tiles in one sample, samples that end within tiles; and more tiles than blocks, so that blocks
@@ -243,7 +231,7 @@ def test_any_order_of_threads_gives_the_same_bits(
     results = []
     for seed in (0, 1, 12345):
         kernels.home.seed = seed
-        results.append(case.of_all())
+        results.append(case.of(case.calls()))
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
 
@@ -267,12 +255,12 @@ def test_any_order_of_threads_gives_the_same_inverses(kernels: Kernels, channels
 def test_offsets_beyond_32_bits(kernels: Kernels, dim: str) -> None:
     """The elements lie more than 2^31 apart, of what is read and of what is written."""
     case = Case(kernels, (3, 4, 2, 3), float32, SPEC)
-    expected = case.of_all()
+    expected = case.of(case.calls())
     memory, names = SparseMemory(float32, tensors=64), ("x", "grad", "net_out", "added")
     far = case.replaced(**{name: memory.far(getattr(case, name), dim) for name in names})
-    same_values(far.of_all(), expected)
+    same_values(far.of(far.calls()), expected)
     kernels.home.made = lambda x: memory.far(torch.full(x.shape, torch.nan), dim)
-    same_values(far.of_all(), expected)
+    same_values(far.of(far.calls()), expected)
 
 
 @pytest.mark.parametrize("dim", ["sample", "channel", "position", "row"])

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from emulation.emulator import EmulatedOps, Launch
-from kernels.kernel_cases import Case, Kernels
-from torch import Tensor
+from emulation.emulator import EmulatedOps
+from kernels.kernel_cases import Case, Kernels, codes
 
 from bench.cases import SHAPES
 from pyglow_fast import ops
@@ -20,58 +17,36 @@ pytestmark = pytest.mark.full
 MULTIPROCESSORS = 132  # of an H100
 # Second stages: what they read is a few numbers for each block of the first.
 SECOND_STAGES = {"sample_sums_kernel", "finish_kernel", "reduce_kernel"}
-FORWARD = ops.coupling_arguments(CouplingSpec(), inverse=False)
-BACKWARD = (*FORWARD[:2], *FORWARD[3:])
-
-
-class Recorded(Kernels):
-    """Ops of which none runs: what each would launch, by its name."""
-
-    def __init__(self, home: EmulatedOps) -> None:
-        super().__init__(home)
-        home.only_recorded = True
-        self.launches: list[tuple[str, Launch]] = []
-
-    def __call__(self, name: str, *arguments: Any) -> list[Tensor]:
-        found = super().__call__(name, *arguments)
-        self.launches += [(name, launch) for launch in self.home.launches()]
-        return found
-
-
-@pytest.fixture
-def emulator(_library: Path) -> EmulatedOps:
-    return EmulatedOps(_library)
+FORWARD, BACKWARD = codes(CouplingSpec(), inverse=False), codes(CouplingSpec())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_kernels_occupy_a_large_gpu(emulator: EmulatedOps, shape: tuple[int, ...]) -> None:
+def test_kernels_occupy_a_large_gpu(kernels: Kernels, shape: tuple[int, ...]) -> None:
     """More blocks than half of the multiprocessors, of two warps at least, or no thread has more than 16 bytes.
 
     Where more than half have a block, cutting each in two would leave one multiprocessor with both.
     """
-    kernels = Recorded(emulator)
+    kernels.home.only_recorded = True
     case = Case(kernels, shape, torch.float32, CouplingSpec())
-    case.of_all()
     images = torch.empty(shape[0], shape[1] // 4, *(2 * size for size in shape[2:]))
-    kernels("channel_mix", images, *case.maps[0][:2], False, ops.SQUEEZE_CODES["input"])
-    assert {"channel_mix", "step_backward"} <= {op for op, _ in kernels.launches}
-    for op, launch in kernels.launches:
-        if launch.kernel in SECOND_STAGES:
-            continue
-        threads = math.prod(launch.threads)
-        spread = launch.blocks > MULTIPROCESSORS // 2 and threads >= 64
-        transformed = math.prod(shape) // (2 if launch.kernel.startswith("coupling") else 1)
-        assert spread or launch.blocks * threads * 4 >= transformed, f"{op}: {launch}"
+    squeezed = ("channel_mix", (images, *case.maps[0][:2], False, ops.SQUEEZE_CODES["input"]))
+    for op, arguments in (*case.calls(), squeezed):
+        kernels(op, *arguments)
+        launches = [launch for launch in kernels.home.launches() if launch.kernel not in SECOND_STAGES]
+        assert launches
+        for launch in launches:
+            spread = launch.blocks > MULTIPROCESSORS // 2 and math.prod(launch.threads) >= 64
+            transformed = math.prod(shape) // (2 if launch.kernel.startswith("coupling") else 1)
+            assert spread or launch.blocks * math.prod(launch.threads) * 4 >= transformed, f"{op}: {launch}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shape", [(16, 96, 64), (3, 140, 20), (5, 12, 33)], ids=lambda s: "x".join(map(str, s)))
-def test_the_cut_does_not_change_the_bits(
-    emulator: EmulatedOps, shape: tuple[int, int, int], dtype: torch.dtype
-) -> None:
+def test_the_cut_does_not_change_the_bits(kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Products are added up in one order, however many blocks share the output channels; log_det is, in double,
     added up in another.
     """
+    emulator: EmulatedOps = kernels.home
     x, matrix = torch.randn(shape, dtype=dtype), torch.randn(shape[1], shape[1], dtype=dtype) / shape[1] ** 0.5
     offset = torch.randn(shape[1], dtype=dtype)
     net_out, grad, grad_log_det = torch.randn_like(x), torch.randn_like(x), torch.randn(shape[0], dtype=dtype)
@@ -81,7 +56,7 @@ def test_the_cut_does_not_change_the_bits(
         grids.append(emulator.launches()[0].blocks)
         grads = emulator.coupling_mix_backward(x, net_out, grad, grad_log_det, matrix, *BACKWARD, None)
         step = emulator.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *BACKWARD)
-        results.append((emulator.channel_mix(x, matrix, offset), out, *grads[:2], *step, log_det))
+        results.append((emulator.channel_mix(x, matrix, offset, False, 0), out, *grads[:2], *step, log_det))
     assert grids[0] < grids[1]
     for wide, narrow in zip(*(result[:-1] for result in results), strict=True):
         assert torch.equal(wide, narrow)

@@ -17,8 +17,10 @@ from pyglow_fast.reference import ORDERS, CouplingSpec
 
 DTYPES = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]
-# By how much 1/s amplifies an error in couplings here: up to about 20.
-CONDITION = 100.0
+# By how much ops amplify an error of their inputs here: all others are couplings, where 1/s is up to about 20. In
+# densities it is exp(-2 log_sd), log_sd beyond -3 unlikely.
+CONDITIONS = dict.fromkeys(("channel_mix", "channel_mix_backward", "gaussian_sample"), 1.0)
+CONDITIONS |= dict.fromkeys(("gaussian_log_prob", "gaussian_log_prob_backward"), 1000.0)
 # (N, C, *spatial): H != W, P no multiple of a vector or tile unless said, several tiles, more tiles than the slots of
 # the sums over them (32) and no multiple of those, odd and large C, more channels than a block of a GPU
 # takes, no and single samples and positions, 1-d and 3-d data, vectors.
@@ -108,11 +110,47 @@ class Kernels:
         width = transformed * (1 if spec.coupling == "additive" else 2)
         return self.randn((shape[0], width, *shape[2:]), dtype, layout)
 
-    def check(self, name: str, *arguments: Any, condition: float = 1.0, roundings: float = 4.0) -> list[Tensor]:
-        """Each result of an op is as good as the reference's in the same dtype; see :func:`assert_as_good`."""
-        found = self(name, *arguments)
-        assert_as_good(name, found, *arguments, condition=condition, roundings=roundings)
-        return found
+    def check(self, name: str, *arguments: Any, roundings: float = 4.0) -> None:
+        """Check that the results of an op have at most twice the error of torch in the same dtype, against float64.
+
+        A result of another shape than the tensors of positions is a sum over them, which may cancel: the roundings of
+        its terms, products of two numbers at most, add up like a random walk. So do those of products with a matrix,
+        whose order of sums is torch's own on each processor: eps / 2 of the sum for each channel, and twice that is
+        allowed. Numbers of 16 bits are rounded once.
+
+        Args:
+            name: of the op.
+            arguments: the op's.
+            roundings: of a sum's terms that all have the same error, in float32.
+        """
+        results = self(name, *arguments)
+        tensors = [value for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
+        state = tensors[0]
+        by_position = {tuple(value.shape) for value in tensors if value.dim() > 1 and value.shape[0] == state.shape[0]}
+        op = getattr(reference_ops, name)
+        exact = op(*(_plain(value, torch.float64) for value in arguments))
+        in_torch = exact if state.dtype == torch.float64 else op(*(_plain(value, state.dtype) for value in arguments))
+        pairs = zip(*(([r] if isinstance(r, Tensor) else r) for r in (results, in_torch, exact)), strict=True)
+        largest = max([1.0, *(float(value.abs().max()) for value in tensors if value.numel())])
+        walk = math.sqrt(max(1, state.numel()))
+        in_product = math.sqrt(max([1, *(len(value) for value in tensors if value.shape == 2 * state.shape[1:2])]))
+        for index, (actual, plain, truth) in enumerate(pairs):
+            is_sum = tuple(truth.shape) not in by_position and truth.numel() > 0
+            actual, plain, truth = actual.detach().cpu(), plain.detach(), truth.detach()
+            try:
+                if actual.dtype in HALVES:
+                    wide = actual.double() - truth
+                    once = torch.finfo(actual.dtype).eps * truth.abs() + torch.finfo(actual.dtype).smallest_normal
+                    more = wide.sign() * (wide.abs() - once).clamp(min=0.0)
+                    assert_kernel_close((truth + more).float(), plain, truth)
+                elif actual.dtype == torch.float64:
+                    assert_close(actual, truth, CONDITIONS.get(name, 100.0) * (walk if is_sum else 1.0), state.dtype)
+                else:
+                    same = 0.25 * roundings * float(truth.abs().max()) if is_sum else 0.0
+                    product = 0.25 * in_product * float(truth.abs().max()) if truth.numel() else 0.0
+                    assert_kernel_close(actual, plain, truth, max(walk * largest**2, same) if is_sum else product)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, result {index}: {error}") from error
 
 
 def codes(spec: CouplingSpec, inverse: bool | None = None) -> tuple[Any, ...]:
@@ -127,50 +165,6 @@ def _plain(value: Any, dtype: torch.dtype) -> Any:
         return value
     value = value.detach().cpu()
     return value.to(dtype).clone(memory_format=torch.contiguous_format) if value.is_floating_point() else value
-
-
-def assert_as_good(
-    name: str, found: Sequence[Tensor], *arguments: Any, condition: float = 1.0, roundings: float = 4.0
-) -> None:
-    """Check results of an op: at most twice the error of torch in the same dtype, both against float64.
-
-    A result of another shape than the tensors of positions is a sum over them, which may cancel: the roundings of its
-    terms, products of two numbers at most, add up like a random walk. So do those of products with a matrix, whose
-    order of sums is torch's own on each processor: eps / 2 of the sum for each channel, and twice that is allowed.
-    Numbers of 16 bits are rounded once.
-
-    Args:
-        name: of the op.
-        found: its results for the arguments.
-        arguments: the op's.
-        condition: how much the op amplifies an error of its inputs, for float64.
-        roundings: of a sum's terms that all have the same error, in float32.
-    """
-    tensors = [value for value in arguments if isinstance(value, Tensor) and value.is_floating_point()]
-    state = tensors[0]
-    by_position = {tuple(value.shape) for value in tensors if value.dim() > 1 and value.shape[0] == state.shape[0]}
-    op = getattr(reference_ops, name)
-    in_torch, exact = (op(*(_plain(value, d) for value in arguments)) for d in (state.dtype, torch.float64))
-    pairs = zip(*(([r] if isinstance(r, Tensor) else r) for r in (found, in_torch, exact)), strict=True)
-    largest = max([1.0, *(float(value.abs().max()) for value in tensors if value.numel())])
-    walk = math.sqrt(max(1, state.numel()))
-    in_product = math.sqrt(max([1, *(len(value) for value in tensors if value.shape == 2 * state.shape[1:2])]))
-    for index, (actual, plain, truth) in enumerate(pairs):
-        is_sum = tuple(truth.shape) not in by_position and truth.numel() > 0
-        actual, plain, truth = actual.detach().cpu(), plain.detach(), truth.detach()
-        try:
-            if actual.dtype in HALVES:
-                wide = actual.double() - truth
-                once = torch.finfo(actual.dtype).eps * truth.abs() + torch.finfo(actual.dtype).smallest_normal
-                assert_kernel_close((truth + wide.sign() * (wide.abs() - once).clamp(min=0.0)).float(), plain, truth)
-            elif actual.dtype == torch.float64:
-                assert_close(actual, truth, condition * (walk if is_sum else 1.0), state.dtype)
-            else:
-                same = 0.25 * roundings * float(truth.abs().max()) if is_sum else 0.0
-                product = 0.25 * in_product * float(truth.abs().max()) if truth.numel() else 0.0
-                assert_kernel_close(actual, plain, truth, max(walk * largest**2, same) if is_sum else product)
-        except AssertionError as error:
-            raise AssertionError(f"{name}, result {index}: {error}") from error
 
 
 def assert_bits_do_not_depend_on_threads(run: Callable[[Tensor], Sequence[Tensor]], x: Tensor, threads: int) -> None:
@@ -244,40 +238,20 @@ class Case:
         yield "gaussian_log_prob_backward", (*values, self.grad_log_det)
         yield "gaussian_sample", values
 
-    def check_maps(self) -> None:
-        """Compare channel maps with the reference."""
-        for name, arguments in self.map_calls():
+    def calls(self) -> Iterator[Call]:
+        """All of these."""
+        yield from self.map_calls()
+        yield from self.coupling_calls(self.maps)
+        yield from self.density_calls()
+
+    def check(self, calls: Iterable[Call]) -> None:
+        """Compare results of ops with the reference."""
+        for name, arguments in calls:
             self.kernels.check(name, *arguments)
-
-    def check_couplings(self, maps: Sequence[Any] | None = None) -> list[Tensor]:
-        """Compare couplings, with these maps or all; return the gradients of the net's output."""
-        place, grads = {"coupling_backward": 1, "coupling_mix_backward": 1, "step_backward": 2}, []
-        for name, arguments in self.coupling_calls(self.maps if maps is None else maps):
-            found = self.kernels.check(name, *arguments, condition=CONDITION)
-            if name in place:
-                grads.append(found[place[name]])
-        return grads
-
-    def check_densities(self) -> None:
-        """Compare the normal distribution."""
-        for name, arguments in self.density_calls():
-            self.kernels.check(name, *arguments, condition=1.0 if name == "gaussian_sample" else 1000.0)
 
     def of(self, calls: Iterable[Call]) -> list[Tensor]:
         """The results of ops."""
         return [result for name, arguments in calls for result in self.kernels(name, *arguments)]
-
-    def of_maps(self) -> list[Tensor]:
-        """The results of the ops of channel maps."""
-        return self.of(self.map_calls())
-
-    def of_couplings(self) -> list[Tensor]:
-        """The results of the ops of couplings."""
-        return self.of(self.coupling_calls(self.maps))
-
-    def of_all(self) -> list[Tensor]:
-        """The results of every op."""
-        return [*self.of_maps(), *self.of_couplings(), *self.of(self.density_calls())]
 
 
 def same_values(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

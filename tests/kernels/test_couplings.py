@@ -63,7 +63,7 @@ def test_every_pass(
         case = case.replaced(added=None if added is None else laid_out(case.added, added))
     if layout == "batch_innermost" and shape[0]:  # as a sum's gradient comes, one number that repeats
         case = case.replaced(grad_log_det=case.grad_log_det[:1].expand(shape[0]))
-    case.check_couplings(case.maps[int(gathers) :][:1])
+    case.check(case.coupling_calls(case.maps[int(gathers) :][:1]))
     inputs = (case.x, case.net_out, case.grad, case.grad_log_det, *codes(spec, gathers))
     grads, alone = (kernels("coupling_backward", *inputs, want) for want in (True, False))
     assert all(map(torch.equal, alone[:2], grads[:2]))
@@ -86,18 +86,15 @@ def test_channels_last_nets(
     spec: CouplingSpec,
     kept: int | None,
 ) -> None:
-    """Beside a contiguous state; the halves begin and end anywhere. Their gradients keep the layout."""
+    """Beside a contiguous state; the halves begin and end anywhere."""
     dtype, net_dtype = net
     case = Case(kernels, shape, dtype, spec)
     net_out = case.net_out
     if kept is not None and shape[1] < 50:  # other halves than those of the channels
         net_out = kernels.net_out((shape[0], 2 * (shape[1] - kept), *shape[2:]), spec, dtype)
     for layout in ("channels_last", "channels_last_slice"):
-        narrow = laid_out(net_out.to(net_dtype), layout)
-        as_narrow = narrow.is_contiguous(memory_format=torch.channels_last)
-        for grad in case.replaced(net_out=narrow, added=laid_out(case.added, layout)).check_couplings():
-            assert grad.dtype == net_dtype
-            assert grad.is_contiguous(memory_format=torch.channels_last) == as_narrow
+        given = case.replaced(net_out=laid_out(net_out.to(net_dtype), layout), added=laid_out(case.added, layout))
+        given.check(given.coupling_calls(case.maps))
 
 
 @pairs(option("half", HALVES), specs, option("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 20)]), layouts)
@@ -107,7 +104,8 @@ def test_16_bit_nets(
     """A net's output enters as the float32 numbers that it is, and its gradient is rounded once: to the bit."""
     case = Case(kernels, shape, float32, spec).in_layout(layout)
     low = laid_out(case.net_out.to(half), layout)
-    narrow, wide = (case.replaced(net_out=net_out).of_couplings() for net_out in (low, laid_out(low.float(), layout)))
+    given = (case.replaced(net_out=net_out) for net_out in (low, laid_out(low.float(), layout)))
+    narrow, wide = (each.of(each.coupling_calls(case.maps)) for each in given)
     assert half in {value.dtype for value in narrow}
     for got, expected in zip(narrow, wide, strict=True):
         assert torch.equal(got, expected.to(got.dtype))

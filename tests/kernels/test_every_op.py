@@ -253,9 +253,8 @@ def test_bits_do_not_depend_on_threads(channels: int, threads: int) -> None:
     case = Case(Kernels(ops), (10, channels, 24, 32), float32, SPECS[0])
 
     def run(x: Tensor) -> list[Tensor]:
-        results = case.replaced(x=x).of_all() if channels == 12 else case.replaced(x=x).of_maps()
-        last = case.replaced(x=x.to(memory_format=torch.channels_last))
-        return [*results, *last.of_maps()]
+        given, last = case.replaced(x=x), case.replaced(x=x.to(memory_format=torch.channels_last))
+        return case.of([*(given.calls() if channels == 12 else given.map_calls()), *last.map_calls()])
 
     assert_bits_do_not_depend_on_threads(run, case.x, threads)
     matrices = torch.linalg.qr(torch.randn(40, 45, 45)).Q.contiguous()
