@@ -44,13 +44,11 @@ SHAPES = [
     (2, 4, 2, 0, 3),
     (2, 0, 3, 3),
 ]
-SPECS = [
-    CouplingSpec("affine", scale_map, 2.0, eps, 1.5, order)
+MAPS = [
+    CouplingSpec("affine", scale_map, 2.0, eps, 1.5)
     for scale_map, eps in (("sigmoid", 0.0), ("sigmoid", 0.05), ("exp", 0.0), ("tanh", 0.0), ("atan", 0.0))
-    for order in ORDERS
 ]
-SPECS += [CouplingSpec("additive"), *(CouplingSpec(bias=0.0, factor=2.0, order=order) for order in ORDERS)]
-SPECS += [CouplingSpec(eps=0.05, factor=0.6)]
+MAPS += [CouplingSpec("additive"), CouplingSpec(bias=0.0, factor=2.0), CouplingSpec(eps=0.05, factor=0.6)]
 LAYOUTS = (
     *("contiguous", "channels_last", "channel_slice", "channels_last_slice", "ragged_samples", "offset", "strided"),
     *("batch_innermost", "channels_inside", "transposed"),
@@ -70,8 +68,8 @@ def option(name: str, values: Sequence[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(name, values, ids=case_name)
 
 
-dtypes, shapes, specs = option("dtype", DTYPES), option("shape", SHAPES), option("spec", SPECS)
-layouts, gathers = option("layout", LAYOUTS), option("gathers", [False, True])
+dtypes, shapes, layouts = option("dtype", DTYPES), option("shape", SHAPES), option("layout", LAYOUTS)
+maps, orders, gathers = option("spec", MAPS), option("order", ORDERS), option("gathers", [False, True])
 
 
 class Kernels:

@@ -9,7 +9,7 @@ import torch
 from kernels.kernel_cases import (
     DTYPES,
     HALVES,
-    SPECS,
+    MAPS,
     Case,
     Kernels,
     codes,
@@ -17,17 +17,18 @@ from kernels.kernel_cases import (
     gathers,
     laid_out,
     layouts,
+    maps,
     option,
+    orders,
     shapes,
-    specs,
 )
 from support.covering import pairs
 from torch import Tensor, float32, float64
 
 from pyglow_fast import ops
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reference import ORDERS, CouplingSpec
 
-AFFINE = [spec for spec in SPECS if spec.coupling == "affine"]
+AFFINE = [spec._replace(order=order) for spec in MAPS if spec.coupling == "affine" for order in ORDERS]
 # Of the net's output beside a state that is contiguous, and of both.
 net_layouts = option("net_layout", ["same", "contiguous", "channels_last", "channels_last_slice"])
 directions = option("inverse", [False, True])
@@ -36,7 +37,8 @@ directions = option("inverse", [False, True])
 @pairs(
     dtypes,
     shapes,
-    specs,
+    maps,
+    orders,
     layouts,
     net_layouts,
     gathers,
@@ -46,6 +48,7 @@ def test_every_pass(
     kernels: Kernels,
     shape: tuple[int, ...],
     spec: CouplingSpec,
+    order: str,
     layout: str,
     net_layout: str,
     gathers: bool,
@@ -56,6 +59,7 @@ def test_every_pass(
 
     Those back are from the input of the pass forward, and from the output of a step.
     """
+    spec = spec._replace(order=order)
     case = Case(kernels, shape, dtype, spec).in_layout(layout)
     if net_layout != "same":
         case = case.replaced(net_out=laid_out(case.net_out, net_layout))
@@ -75,20 +79,20 @@ def test_every_pass(
 NET_SHAPES = [(3, 4, 4, 5), (1, 12, 20, 55), (5, 20, 6, 6), (1, 96, 8, 8), (2, 152, 3, 4), (1, 260, 2, 4)]
 NET_SHAPES += [(2, 10, 9, 7)]
 NETS = [(float32, float32), (float64, float64), *((float32, half) for half in HALVES)]
-EACH_MAP = option("spec", [CouplingSpec("additive"), SPECS[5], *SPECS[::3]])  # in one order or the other
 
 
-@pairs(option("shape", NET_SHAPES), option("net", NETS), EACH_MAP, option("kept", [None, 0, 1, 2, 3]))
+@pairs(option("shape", NET_SHAPES), option("net", NETS), maps, orders, option("kept", [None, 0, 1, 2, 3]))
 def test_channels_last_nets(
     kernels: Kernels,
     shape: tuple[int, ...],
     net: tuple[torch.dtype, torch.dtype],
     spec: CouplingSpec,
+    order: str,
     kept: int | None,
 ) -> None:
     """Beside a contiguous state; the halves begin and end anywhere."""
     dtype, net_dtype = net
-    case = Case(kernels, shape, dtype, spec)
+    case = Case(kernels, shape, dtype, spec._replace(order=order))
     net_out = case.net_out
     if kept is not None and shape[1] < 50:  # other halves than those of the channels
         net_out = kernels.net_out((shape[0], 2 * (shape[1] - kept), *shape[2:]), spec, dtype)
@@ -97,12 +101,12 @@ def test_channels_last_nets(
         given.check(given.coupling_calls(case.maps))
 
 
-@pairs(option("half", HALVES), specs, option("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 20)]), layouts)
+@pairs(option("half", HALVES), maps, orders, option("shape", [(2, 6, 5, 7), (1, 12, 40, 33), (2, 4, 20)]), layouts)
 def test_16_bit_nets(
-    kernels: Kernels, shape: tuple[int, ...], spec: CouplingSpec, layout: str, half: torch.dtype
+    kernels: Kernels, shape: tuple[int, ...], spec: CouplingSpec, order: str, layout: str, half: torch.dtype
 ) -> None:
     """A net's output enters as the float32 numbers that it is, and its gradient is rounded once: to the bit."""
-    case = Case(kernels, shape, float32, spec).in_layout(layout)
+    case = Case(kernels, shape, float32, spec._replace(order=order)).in_layout(layout)
     low = laid_out(case.net_out.to(half), layout)
     given = (case.replaced(net_out=net_out) for net_out in (low, laid_out(low.float(), layout)))
     narrow, wide = (each.of(each.coupling_calls(case.maps)) for each in given)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kernels.kernel_cases import (
-    SPECS,
+    MAPS,
     Case,
     Kernels,
     assert_bits_do_not_depend_on_threads,
@@ -19,6 +19,7 @@ from kernels.kernel_cases import (
     gathers,
     laid_out,
     option,
+    orders,
 )
 from support.captures import is_factorisation
 from support.covering import pairs
@@ -250,7 +251,7 @@ def test_sizes_beside_nothing() -> None:
 @pytest.mark.parametrize(("channels", "threads"), [(12, 3), (48, 2)])
 def test_bits_do_not_depend_on_threads(channels: int, threads: int) -> None:
     """With work for all of them at the same time; in channels-last every tile goes through scratch memory."""
-    case = Case(Kernels(ops), (10, channels, 24, 32), float32, SPECS[0])
+    case = Case(Kernels(ops), (10, channels, 24, 32), float32, MAPS[0])
 
     def run(x: Tensor) -> list[Tensor]:
         given, last = case.replaced(x=x), case.replaced(x=x.to(memory_format=torch.channels_last))
@@ -291,12 +292,19 @@ def squared(raw: Tensor) -> tuple[Tensor, Tensor]:
 @pairs(
     option("name", ["channel_mix", "channel_unmix", *COUPLINGS, "gaussian_log_prob", "gaussian_sample"]),
     option("shape", [(3, 4), (2, 4, 5), (2, 6, 3, 2), (2, 2, 3, 1, 2), (0, 4, 3, 2)]),
-    option("spec", [*SPECS, CouplingSpec(scale_map=squared)]),
+    option("spec", [*MAPS, CouplingSpec(scale_map=squared)]),
+    orders,
     gathers,
     option("rows", [None, 1, 0]),
 )
 def test_functions_equal_the_reference(
-    name: str, shape: tuple[int, ...], spec: CouplingSpec, gathers: bool, rows: int | None, device: torch.device
+    name: str,
+    shape: tuple[int, ...],
+    spec: CouplingSpec,
+    order: str,
+    gathers: bool,
+    rows: int | None,
+    device: torch.device,
 ) -> None:
     """Values and gradients, of one tensor alone and of all, and without a gradient, where an inverse is one pass.
 
@@ -309,7 +317,7 @@ def test_functions_equal_the_reference(
         inputs += [kernels.randn(shape if rows is None else column, torch.float64) for _ in range(2)]
     if name in COUPLINGS:
         inputs.append(kernels.net_out(shape, spec, torch.float64))
-        others = (spec,)
+        others = (spec._replace(order=order),)
     if "mix" in name:
         *channel_map, index = kernels.channel_map(shape[1], torch.float64, gathers)
         inputs, others = [*inputs, *channel_map], (*others, index)
