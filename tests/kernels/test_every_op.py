@@ -1,4 +1,4 @@
-"""What holds of every op: its schema and shapes, refusals, threads, far memory, torch.compile and export, captures."""
+"""What holds of every op: its schema and shapes, refusals, threads, far memory, torch.compile and export."""
 
 from __future__ import annotations
 
@@ -21,17 +21,12 @@ from kernels.kernel_cases import (
     option,
     orders,
 )
-from support.captures import is_factorisation
 from support.covering import pairs
 from support.helpers import assert_close
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import pyglow_fast as pgf
 from pyglow_fast import _backend, functional, ops, reference
-from pyglow_fast.layers import InvConv
-from pyglow_fast.layers.grouped_conv import GroupedInvConv
 from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
 
 compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
@@ -439,41 +434,7 @@ def test_names_and_arguments_are_those_of_the_reference() -> None:
     assert functional.__all__ == sorted(functional.__all__)
 
 
-# ---- Captures ----
-
-
-class NoFactorisations(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot be relied on to capture: torch's factorisations and solvers."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        assert not is_factorisation(func), f"{func} is called"
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_factorisation_is_seen() -> None:
-    for call in (torch.linalg.inv, torch.linalg.slogdet, torch.linalg.qr, lambda m: torch.linalg.solve(m, m)):
-        with pytest.raises(AssertionError, match="is called"), NoFactorisations():
-            call(MATRIX)
-
-
-@compiled
-@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
-@pytest.mark.parametrize("layer", [InvConv, partial(InvConv, lu=False), GroupedInvConv], ids=["lu", "plain", "groups"])
-def test_no_factorisation_where_a_graph_may_be_captured(layer: Callable[[int], nn.Module], memory: str) -> None:
-    """A training step, all of inference, and the inverse with a gradient."""
-    model = pgf.Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=2, hidden=8, memory=memory)
-    for level in model.levels:
-        for step in level.steps:
-            step.permutation = layer(step.permutation.channels)
-    x = torch.rand(2, 3, 8, 8) - 0.5
-    model.initialize(x)
-    with NoFactorisations():
-        (-model.log_prob(x).mean()).backward()
-        with torch.no_grad():
-            model.decode(model.encode(x))
-            model.sample(2)
-        back, log_det = model.levels[0].steps[0].permutation.inverse(torch.randn(2, 12, 4, 4))
-        (back.sum() + log_det.sum()).backward()
+# ---- GPUs ----
 
 
 @pytest.mark.cuda
