@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,18 +108,8 @@ def test_the_tensor_is_like_any_other() -> None:
 
 
 def test_threads() -> None:
-    failures = []
+    def keep(value: int) -> bool:
+        return all(bool((mixed(1, size=128 + value).fill_(value) == value).all()) for _ in range(50))
 
-    def work(value: int) -> None:
-        for _ in range(50):
-            y = mixed(1, size=128 + value)
-            y.fill_(value)
-            if not bool((y == value).all()):
-                failures.append(value)
-
-    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(keep, range(4)))
