@@ -13,27 +13,7 @@ PACKAGE = "pyglow_fast"
 
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
-FOUNDATION = {
-    *(
-        "_torch",
-        "_tracing",
-        "_errors",
-        "_files",
-        "_settings",
-        "_captures",
-        "_derivatives",
-        "_dry",
-        "_float32",
-        "_moments",
-    )
-}
-# Each may import those before it.
-KERNELS = ["_backend", "ops", "functional"]
-FLOWS = ["nets", "runs", "layers", "models", "replays"]
-APPLICATION = ["latents", "train", "studio", "web", "experiments", "cli"]
-STACK = [*KERNELS, *FLOWS, *APPLICATION]
-BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
-ALLOWED: dict[str, set[str]] = {
+FOUNDATION: dict[str, set[str]] = {
     **{name: set() for name in ("_torch", "_files", "_moments", "_dry")},
     "_tracing": {"_torch"},
     "_float32": {"_torch", "_dry"},
@@ -41,14 +21,24 @@ ALLOWED: dict[str, set[str]] = {
     "_settings": {"_errors"},
     "_captures": {"_errors", "_tracing"},
     "_derivatives": {"_torch", "_errors"},
-    **dict.fromkeys((*BESIDE, "data"), FOUNDATION),
-    **{name: FOUNDATION | BESIDE | set(STACK[:rank]) for rank, name in enumerate(STACK)},
+}
+# Each may import those before it.
+KERNELS = ["_backend", "ops", "functional"]
+FLOWS = ["nets", "runs", "layers", "models", "replays"]
+APPLICATION = ["latents", "train", "studio", "web", "experiments", "cli"]
+STACK = [*KERNELS, *FLOWS, *APPLICATION]
+BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
+BELOW = {*FOUNDATION, *BESIDE}
+ALLOWED: dict[str, set[str]] = {
+    **FOUNDATION,
+    **{name: {*FOUNDATION} for name in (*BESIDE, "data")},
+    **{name: BELOW | set(STACK[:rank]) for rank, name in enumerate(STACK)},
     "_backend": {"_torch", "_errors"},
-    "info": FOUNDATION | BESIDE | {"_backend", "ops"},
+    "info": BELOW | {"_backend", "ops"},
     "memory": {"_backend"},
-    "interop": FOUNDATION | BESIDE | {*KERNELS, *FLOWS},
-    "graphed_glow": FOUNDATION | BESIDE | {*KERNELS, *FLOWS},
-    "__init__": FOUNDATION | BESIDE | {"graphed_glow", "interop", "memory"} | {*KERNELS, *FLOWS},
+    "interop": BELOW | {*KERNELS, *FLOWS},
+    "graphed_glow": BELOW | {*KERNELS, *FLOWS},
+    "__init__": BELOW | {"graphed_glow", "interop", "memory"} | {*KERNELS, *FLOWS},
     "__main__": {"cli"},
 }
 for above_data in ("train", "experiments", "studio", "web", "cli"):
