@@ -14,6 +14,7 @@ from support.inverse_cases import assert_inverses, rotations
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, float64
 
+from pyglow_fast import reference
 from pyglow_fast.reference import CouplingSpec
 
 pytestmark = pytest.mark.full
@@ -173,13 +174,8 @@ def test_more_matrices_than_blocks_and_than_scratch_memory(kernels: Kernels) -> 
 def folded(factors: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """The channel maps of convolutions in LU factors, as csrc/core.h describes them."""
     permutation, lower, upper, log_diag, sign_diag, log_scale, bias = (torch.stack(part) for part in factors)
-    ones = torch.eye(lower.shape[-1], dtype=lower.dtype)
-    upper = upper.triu(1) + (sign_diag * log_diag.exp()).diag_embed()
-    product = (lower.tril(-1) + ones) @ upper
-    matrices = torch.stack([rows[order] for rows, order in zip(product, permutation, strict=True)])
-    matrices = matrices * log_scale.exp().unsqueeze(1)
-    offsets = (matrices @ bias.unsqueeze(-1)).squeeze(-1)
-    return matrices, offsets, log_diag.sum(1) + log_scale.sum(1)
+    weight = reference.lu_weight(permutation, lower, upper, log_diag, sign_diag)
+    return *reference.fold_actnorm(weight, log_scale, bias), log_diag.sum(1) + log_scale.sum(1)
 
 
 def assert_rounded_once(actual: Tensor, truth: Tensor) -> None:

@@ -15,7 +15,6 @@ from pyglow_fast import ops, reference
 from pyglow_fast.reference import CouplingSpec
 
 gaussian_log_prob, gaussian_sample = reference.gaussian_log_prob, reference.gaussian_sample
-checkerboard_split, checkerboard_merge = reference.checkerboard_split, reference.checkerboard_merge
 MAPS = {code: name for name, code in ops.SCALE_MAP_CODES.items()}
 
 

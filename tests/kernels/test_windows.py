@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,6 +9,9 @@ import torch
 from kernels.kernel_cases import HALVES, Kernels, layouts, option
 from support.covering import pairs
 from torch import Tensor, float32, float64
+
+from pyglow_fast import reference
+from pyglow_fast.reference import ChainSpec
 
 # (N, C, *spatial), kernel, dilations: one tile and several along both sides, ragged ones, samples across tiles, taps
 # beyond the extent, no sample, channel or position.
@@ -28,18 +30,13 @@ WINDOWS: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = [
 TYPES = [(float64, float64), *((a, b) for a in (float32, *HALVES) for b in (float32, *HALVES))]
 
 
-def seen(x: Tensor, kernel: Sequence[int], dilations: Sequence[int], backward: bool) -> Tensor:
-    """(N, P, C taps): x at each position with the shift of each tap, or against it; zero outside."""
-    spatial, taps = x.shape[2:], []
-    margins = [size // 2 * dilation for size, dilation in zip(kernel, dilations, strict=True)]
-    padded = torch.nn.functional.pad(x, [margin for margin in reversed(margins) for _ in range(2)])
-    for tap in itertools.product(*map(range, kernel)):
-        part = padded
-        for d, (index, size) in enumerate(zip(tap, kernel, strict=True)):
-            first = (size - 1 - index if backward else index) * dilations[d]
-            part = part.narrow(d + 2, first, spatial[d])
-        taps.append(part.flatten(2) if spatial else part.unsqueeze(-1))
-    return torch.stack(taps, -1).transpose(1, 2).flatten(2)
+def seen(x: Tensor, kernel: Sequence[int], dilations: tuple[int, ...], backward: bool) -> Tensor:
+    """(N, P, C taps): x at each position with the shift of each tap, or against it; zero outside. In float64."""
+    used = x.shape[1] * math.prod(kernel)
+    weight = torch.eye(used, dtype=float64).reshape(used, x.shape[1], *kernel)
+    weight = weight.flip([*range(2, weight.dim())]) if backward else weight
+    out = reference.net_chain(x.double(), [weight], [torch.zeros(used, dtype=float64)], ChainSpec((), (dilations,)))
+    return out.reshape(*out.shape[:2], math.prod(out.shape[2:])).mT
 
 
 @pairs(option("window", WINDOWS), option("types", TYPES), layouts, option("backward", [False, True]))
@@ -60,8 +57,7 @@ def test_patches(
     assert torch.equal(rows[:, :used], expected.to(wanted))
     assert not rows[:, used:].any()
     if backward and x.numel():
-        positions = x.cpu().double().flatten(2) if len(shape) > 2 else x.cpu().double().unsqueeze(-1)
-        parts = positions.transpose(1, 2).flatten(0, 1).split(64)
+        parts = x.cpu().double().movedim(1, -1).reshape(-1, shape[1]).split(64)
         assert torch.equal(sums.double(), torch.stack([part.sum(0) for part in parts]))
 
 
