@@ -155,17 +155,20 @@ def _numbers(rng: random.Random, shape: Shape, draw: Callable[[tuple[int, ...], 
     )
 
 
-def drawn_real(seed: int) -> tuple[ChainSpec, Numbers]:
-    """Normal numbers, weights that keep the variance. Where units are many none has a kink that one might fall off."""
+def drawn_real(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbers]:
+    """Normal numbers, weights that keep the variance; of a given shape, or any.
+
+    Where units are many none has a kink that one might fall off.
+    """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    shape = drawn_shape(rng)
+    shape = given or drawn_shape(rng)
     units = shape.pixels * sum(shape.widths[1:-1])
     activations = [
         Activation(function, PARAMETERS.get(function, 0.0)) for function in (SMOOTH if units > 10_000 else ACTIVATIONS)
     ]
 
     def draw(size: tuple[int, ...], part: str) -> Tensor:
-        scale = {"weight": 1.0 / math.sqrt(math.prod(size[1:])), "bias": 0.3, "gain": 0.2}.get(part, 1.0)
+        scale = {"weight": 1.0 / math.sqrt(math.prod(size[1:]) or 1.0), "bias": 0.3, "gain": 0.2}.get(part, 1.0)
         return scale * torch.randn(size, generator=generator, dtype=torch.float64)
 
     return drawn_spec(rng, shape, activations), _numbers(rng, shape, draw)
@@ -182,7 +185,8 @@ def drawn_whole(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbe
     while True:
         shape = given or drawn_shape(rng)
         spec = drawn_spec(rng, shape, activations)
-        rounds = rng.choice(("bias", "grad", ""))  # what has numbers that bfloat16 rounds
+        # What has numbers halfway between two of bfloat16, of which one is the lower and one the upper.
+        rounds = rng.choice(("state", "weight", "bias", "grad", ""))
 
         def draw(size: tuple[int, ...], part: str, rounds: str = rounds) -> Tensor:
             if part == "gain":
@@ -190,7 +194,8 @@ def drawn_whole(seed: int, given: Shape | None = None) -> tuple[ChainSpec, Numbe
             most = 2 if math.prod(size) < 1000 else 1
             values = torch.randint(-most, most + 1, size, generator=generator).double()
             if part == rounds:
-                values *= 1.0 + 258.0 * (torch.rand(size, generator=generator) < 0.05)
+                some = torch.rand(size, generator=generator) < 0.05
+                values *= 1.0 + some * torch.randint(128, 130, size, generator=generator) * 2.0
             # Every output of a weight of some inputs, and an input in some output, or of very many every third.
             wanted: float = math.prod(size)
             if part == "weight":
@@ -242,28 +247,16 @@ def in_half(net: Net) -> Net:
     return call
 
 
-class _Rounded(torch.autograd.Function):
+def rounded(x: Tensor) -> Tensor:
     """Numbers rounded to bfloat16 on the way forward; the gradient as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.bfloat16().to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    return x + (x.bfloat16().to(x.dtype) - x).detach()
 
 
-class _GradRounded(torch.autograd.Function):
+def grad_rounded(x: Tensor) -> Tensor:
     """Numbers as they are; the gradient rounded to bfloat16."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.bfloat16().to(grad.dtype)
+    y = x.clone()
+    y.register_hook(lambda grad: grad.bfloat16().to(grad.dtype))
+    return y
 
 
 def rounded_chain(
@@ -278,22 +271,14 @@ def rounded_chain(
 
     The output, the biases and all that is handed back is not rounded. A gain counts in what is rounded: it is one here.
     """
-    rounded, grad_rounded = _Rounded.apply, _GradRounded.apply
+    weights, biases = reference.with_gain(weights, biases, log_gain)
     hidden = rounded(x if cond is None else torch.cat([x, cond], dim=1))
-    last = len(weights) - 1
     for layer, (weight, bias, dilation) in enumerate(zip(weights, biases, spec.dilations, strict=True)):
-        gain = None if log_gain is None or layer < last else log_gain
-        if gain is not None:
-            weight, bias = weight * (3.0 * gain).exp().reshape(-1, *[1] * (weight.dim() - 1)), bias
-            bias = bias * (3.0 * gain).exp().flatten()
-        one = ChainSpec((), (dilation,))
-        product = reference.net_chain(hidden, [rounded(weight)], [torch.zeros_like(bias)], one)
+        product = reference.net_chain(hidden, [rounded(weight)], [torch.zeros_like(bias)], ChainSpec((), (dilation,)))
         own = bias.reshape(-1, *[1] * len(dilation))
-        if layer == last:
-            return grad_rounded(product) + own
-        activation = spec.activations[layer]
-        hidden = rounded(reference.activated(grad_rounded(product + own), activation))
-    raise AssertionError("a chain has a last layer")
+        if layer < len(spec.activations):
+            hidden = rounded(reference.activated(grad_rounded(product + own), spec.activations[layer]))
+    return grad_rounded(product) + own
 
 
 def op_arguments(spec: ChainSpec, numbers: Numbers, half: bool, keep: bool) -> tuple[Any, ...]:

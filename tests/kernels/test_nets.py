@@ -25,7 +25,7 @@ from kernels.net_chains import (
     results,
     rounded_chain,
 )
-from support.helpers import assert_close, memory_layouts
+from support.helpers import memory_layouts
 from torch import Tensor
 
 from pyglow_fast import _backend, functional, ops, reference
@@ -189,64 +189,15 @@ def test_half_is_nearer_than_the_library() -> None:
     assert (totals[0] > 1e-3 * totals[1]).all(), "not in 16 bits at all"
 
 
-def test_half_rounds_what_is_multiplied_and_stored() -> None:
-    """To the nearest, ties to even: products of single numbers show it to the bit. Sums and biases are not rounded."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    x, w1, w2, b1, b2 = draw(500, 1), draw(40, 1), draw(40, 40).diag().diag(), draw(40), draw(40)
-    x[:4, 0] = torch.tensor([1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8, -1.0 - 2.0**-8, 1.0 + 2.0**-8 + 2.0**-20])  # ties
-    spec = ChainSpec((Activation("leaky_relu", 0.25),), ((), ()))
-
-    def rounded(value: Tensor) -> Tensor:
-        return value.bfloat16().float()
-
-    hidden = rounded(x) @ rounded(w1).T + b1
-    hidden = rounded(torch.where(hidden < 0, 0.25 * hidden, hidden))
-    out = rounded(w2).diag() * hidden + b2
-    found, kept = ops.net_chain(x, None, [w1, w2], [b1, b2], None, *ops.chain_arguments(spec), True, True)
-    assert torch.equal(found, out)
-    assert found.dtype == torch.float32
-    assert kept.dtype == torch.bfloat16
-
-    grad = draw(500, 40)
-    grad_x, *grads = ops.net_chain_backward(
-        grad, x, None, kept, [w1, w2], None, None, *ops.chain_arguments(spec), True, True
-    )
-    grad_hidden = rounded(rounded(grad) * rounded(w2).diag() * torch.where(hidden <= 0, 0.25, 1.0))
-    one = grad_hidden.double() @ rounded(w1).double()
-    assert all(value.dtype == torch.float32 for value in (grad_x, *grads))
-    for actual, exact in zip(
-        (grad_x, grads[0], grads[1].diag(), grads[2], grads[3]),
-        (
-            one,
-            grad_hidden.double().T @ rounded(x).double(),
-            (rounded(grad).double() * hidden.double()).sum(0),
-            grad_hidden.double().sum(0),
-            grad.double().sum(0),
-        ),
-        strict=True,
-    ):
-        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
-
-
 # ---- Forms ----
 
 SPEC = ChainSpec((Activation("silu"), Activation("leaky_relu", 0.3)), ((1, 2), (1, 1), (1, 1)))
 
 
-def example(dtype: torch.dtype = torch.float32, samples: int = 2) -> Numbers:
+def example(dtype: torch.dtype = torch.float32) -> Numbers:
     """Of SPEC, with all there is."""
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size).to(dtype) / math.sqrt(math.prod(size[1:]) if len(size) == 4 else 1.0)
-
-    weights = [draw(6, 5, 3, 3), draw(7, 6, 1, 1), draw(2, 7, 5, 3)]
-    biases = [draw(6), draw(7), draw(2)]
-    x, cond = draw(samples, 3, 6, 5), draw(samples, 2, 6, 5)
-    return Numbers(x, cond, weights, biases, 0.3 * draw(2).reshape(2, 1, 1), torch.randn(samples, 2, 6, 5).to(dtype))
+    shape = Shape(2, (6, 5), (5, 6, 7, 2), ((3, 3), (1, 1), (5, 3)), SPEC.dilations, cond=2, gain=True)
+    return drawn_real(0, shape)[1].contiguous.to(dtype)
 
 
 @pytest.mark.parametrize("precision", ["float64", "half"])
@@ -296,17 +247,8 @@ def test_nan_and_inf_come_through(precision: str, activation: str) -> None:
 )
 def test_nothing_in_nothing_out(precision: str, samples: int, spatial: tuple[int, ...]) -> None:
     dims = len(spatial)
-    weights = [torch.randn(4, 3, *[3] * dims), torch.randn(2, 4, *[1] * dims)]
-    numbers = Numbers(
-        torch.randn(samples, 2, *spatial),
-        torch.randn(samples, 1, *spatial),
-        weights,
-        [torch.randn(4), torch.randn(2)],
-        torch.randn(2),
-        torch.randn(samples, 2, *spatial),
-    ).to(DTYPES[precision])
-    spec = ChainSpec((Activation("gelu"),), ((1,) * dims,) * 2)
-    out, grad_x, grad_cond, *grads = results(ours(precision), spec, numbers)
+    spec, numbers = drawn_real(0, shape_of(samples, spatial, (3, 4, 2), (3,) * dims, (1,) * dims))
+    out, grad_x, grad_cond, *grads = results(ours(precision), spec, numbers.to(DTYPES[precision]))
     assert out.shape == (samples, 2, *spatial)
     assert grad_x.shape == numbers.x.shape
     assert grad_cond.shape[1] == 1
@@ -322,33 +264,12 @@ THREADED = [
 ]
 
 
-def threaded(index: int, precision: str) -> tuple[ChainSpec, Numbers]:
-    """Many tasks, real numbers: other sums would give other bits."""
-    given = THREADED[index]
-    spec = ChainSpec(tuple(Activation(which) for which in ("silu", "relu")[: len(given.kernels) - 1]), given.dilations)
-    _, numbers = drawn_real(0)
-    generator = torch.Generator().manual_seed(index)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator) / math.sqrt(math.prod(size[1:]) if size[0] > 40 else 1)
-
-    widths, state = given.widths, (given.samples, given.widths[0] - 1, *given.spatial)
-    numbers = Numbers(
-        draw(*state),
-        draw(given.samples, 1, *given.spatial),
-        [draw(*size) for size in given.sizes],
-        [draw(width) for width in widths[1:]],
-        0.1 * draw(widths[-1]),
-        draw(given.samples, widths[-1], *given.spatial),
-    )
-    return spec, numbers.to(DTYPES[precision])
-
-
 @pytest.mark.parametrize("precision", ["float32", "half"])
 @pytest.mark.parametrize("index", range(len(THREADED)))
 def test_bits_do_not_depend_on_threads(index: int, precision: str) -> None:
     """Cuts whose gradients of the weights are added up, and products of which each thread has a part."""
-    spec, numbers = threaded(index, precision)
+    spec, numbers = drawn_real(index, THREADED[index])
+    numbers = numbers.to(DTYPES[precision])
     assert_bits_do_not_depend_on_threads(
         lambda x: results(ours(precision), spec, numbers._replace(x=x)), numbers.x, threads=2
     )
@@ -369,47 +290,18 @@ def test_half_takes_parameters_of_any_dtype(dtype: torch.dtype) -> None:
         assert error < 6 * ROUNDING["half"]
 
 
-# ---- Glow's own net ----
-
-
-def weights_for(shape: tuple[int, ...], hidden: int, out: int, dtype: torch.dtype) -> list[Tensor]:
-    """x and weights that keep the variance, biases that are not zero."""
-    sizes = [shape, (hidden, shape[1], 3, 3), (hidden,), (hidden, hidden, 1, 1), (hidden,), (out, hidden, 3, 3), (out,)]
-    return [
-        torch.randn(size).to(dtype) / math.sqrt(math.prod(size[1:]) if i and len(size) > 1 else 1)
-        for i, size in enumerate(sizes)
-    ]
-
-
-def leaky(leak: float) -> ChainSpec:
-    return ChainSpec((Activation("leaky_relu", leak),) * 2, ((1, 1),) * 3)
-
-
-@pytest.mark.parametrize("leak", [0.0, 0.2, 1.0])
-def test_the_leak_is_written_out(leak: float) -> None:
-    """Against the formula, element by element: the reference itself could be wrong."""
-    x, w1, b1, w2, b2, w3, b3 = weights_for((2, 3, 5, 4), 8, 4, torch.float64)
-    hidden = torch.nn.functional.conv2d(x, w1, b1, padding=1)
-    hidden = torch.nn.functional.conv2d(hidden.clamp(min=0) + leak * hidden.clamp(max=0), w2, b2)
-    expected = torch.nn.functional.conv2d(hidden.clamp(min=0) + leak * hidden.clamp(max=0), w3, b3, padding=1)
-    for home in (functional, reference):
-        assert_close(home.net_chain(x, (w1, w2, w3), (b1, b2, b3), leaky(leak)), expected)
-
-
 def test_hidden_values_of_zero_take_the_slope_below() -> None:
     """As torch's do: where a hidden value is zero, or leak times it underflows, the gradient is multiplied by leak."""
-    inputs = weights_for((1, 2, 4, 4), 8, 4, torch.float32)
-    for index in (1, 2, 4):
-        inputs[index] = torch.zeros_like(inputs[index])
-    inputs[2][4:], inputs[4][4:] = -1e-45, -1e-45  # the smallest there is
-    found = []
-    for home in (functional, reference):
-        leaves = [value.clone().requires_grad_() for value in inputs]
-        out = home.net_chain(leaves[0], leaves[1::2], leaves[2::2], leaky(0.25))
-        found.append([out, *torch.autograd.grad(out.sum(), leaves)])
-    assert all(found[1][index].abs().max() > 0 for index in (3, 5))  # of b1 and b2
-    for actual, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+    _, numbers = drawn_real(0, shape_of(1, (4, 4), (3, 8, 8, 4), (3, 3), (1, 1), (3, 3)))
+    spec, numbers = ChainSpec((Activation("leaky_relu", 0.25),) * 2, ((1, 1),) * 3), numbers.to(torch.float32)
+    zeros = torch.zeros(8)
+    zeros[4:] = -1e-45  # the smallest there is
+    weights, biases = numbers.weights, numbers.biases
+    numbers = numbers._replace(weights=[0.0 * weights[0], *weights[1:]], biases=[zeros, zeros, biases[2]])
+    found, wanted = (results(net, spec, numbers) for net in (functional.net_chain, reference.net_chain))
+    assert all(wanted[index].abs().max() > 0 for index in (-3, -2))  # of the biases that are zeros
+    for actual, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- Refusals ----
