@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int64_t max_scratch_bytes = 16 << 20;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMU_ASAN
 constexpr int64_t guard_bytes = 0;
 #else
 constexpr int64_t guard_bytes = 4096;
@@ -76,14 +76,14 @@ const char* guarded(const F& call) {
 
 // The kernel by its distance from the library's beginning, as the symbol table has it.
 struct Launch {
-  int64_t kernel, blocks, x, y, dynamic_bytes;
+  int64_t kernel, blocks, threads;
 };
 
 Launch launch_of(const emu::Launched& launched) {
   Dl_info library = {};
   dladdr(launched.kernel, &library);
   const int64_t offset = static_cast<const char*>(launched.kernel) - static_cast<const char*>(library.dli_fbase);
-  return {offset, launched.grid.x, launched.block.x, launched.block.y, static_cast<int64_t>(launched.dynamic_bytes)};
+  return {offset, launched.blocks, launched.threads};
 }
 
 }  // namespace

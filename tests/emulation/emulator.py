@@ -57,8 +57,7 @@ class Launch(NamedTuple):
 
     kernel: str  # its name, such as "fused_kernel"
     blocks: int
-    threads: tuple[int, int]  # of a block: x, y
-    dynamic_bytes: int  # of shared memory
+    threads: int  # of a block
 
 
 @functools.cache
@@ -178,11 +177,11 @@ class EmulatedOps:
         """What the last call of an op launched, in order."""
         count = self._library.emulated_launches
         count.restype = ctypes.c_int64
-        records = torch.empty(16, 5, dtype=torch.int64)
+        records = torch.empty(16, 3, dtype=torch.int64)
         number = count(ctypes.c_void_p(records.data_ptr()), ctypes.c_int64(len(records)))
         assert number <= len(records), f"{number} launches in one call"
-        names, found = _kernels(self._path), records[:number].tolist()
-        return [Launch(names[kernel], blocks, (x, y), shared) for kernel, blocks, x, y, shared in found]
+        names = _kernels(self._path)
+        return [Launch(names[kernel], blocks, threads) for kernel, blocks, threads in records[:number].tolist()]
 
     # ---- The ops ----
 

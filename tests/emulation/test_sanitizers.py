@@ -15,11 +15,12 @@ from support.toolchain import EMULATION, build, execute, loaded_first, supports
 # full ones, which are cut otherwise, of some grids.
 BLOCKS_OF = "-DPYGLOW_BLOCK_THREADS={}"
 FEW_BLOCKS = "-DPYGLOW_MAX_BLOCKS=2"  # so that the blocks of small grids loop
+ASAN, TSAN = ["-fsanitize=address,alignment", "-DEMU_ASAN"], ["-fsanitize=thread", "-DEMU_TSAN"]
 SANITIZERS = {
     # -g1: reports name lines. Without optimisation they compile thrice as fast, and run fast enough.
-    "address": ["-O0", "-g1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", FEW_BLOCKS],
-    "thread": ["-O0", "-g1", "-fsanitize=thread", BLOCKS_OF.format(64), FEW_BLOCKS],
-    "thread256": ["-O0", "-g1", "-fsanitize=thread", BLOCKS_OF.format(256), FEW_BLOCKS],
+    "address": ["-O0", "-g1", *ASAN, "-fno-sanitize-recover=alignment", FEW_BLOCKS],
+    "thread": ["-O0", "-g1", *TSAN, BLOCKS_OF.format(64), FEW_BLOCKS],
+    "thread256": ["-O0", "-g1", *TSAN, BLOCKS_OF.format(256), FEW_BLOCKS],
 }
 
 
@@ -55,7 +56,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     flags = {
         "plain": ["-O1"],
         **SANITIZERS,
-        "thread32": ["-O1", "-g1", "-fsanitize=thread", BLOCKS_OF.format(32)],
+        "thread32": ["-O1", "-g1", *TSAN, BLOCKS_OF.format(32)],
     }
 
     @functools.cache

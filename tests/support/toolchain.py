@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -39,6 +40,8 @@ def build(target: Path, sources: list[Path], *flags: str) -> Path:
     Objects are kept in build/emulation under the target's name, with a digest of the compiler, its flags and all that
     the source includes, and used again while that is the same.
     """
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the emulator changes stacks by assembly of x86-64 Linux")
     command = compiler()
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     KEPT.mkdir(parents=True, exist_ok=True)

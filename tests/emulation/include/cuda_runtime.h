@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "emu/launches.h"
+#include "emu/schedule.h"
 #include "emu/sync.h"
 
 struct alignas(16) float4 {
@@ -33,10 +33,6 @@ inline double2 make_double2(double x, double y) { return {x, y}; }
 #define EMU_SITE \
   emu::Site { __FILE__, __LINE__ }
 #define __syncthreads() emu::sync_threads(EMU_SITE)
-#define __syncwarp() emu::sync_warp(emu::all_lanes, EMU_SITE)
-#define __shfl_sync(...) emu::shuffle(EMU_SITE, __VA_ARGS__)
-#define __shfl_up_sync(...) emu::shuffle_up(EMU_SITE, __VA_ARGS__)
-#define __shfl_down_sync(...) emu::shuffle_down(EMU_SITE, __VA_ARGS__)
 #define __shfl_xor_sync(...) emu::shuffle_xor(EMU_SITE, __VA_ARGS__)
 
 #define PYGLOW_SHARED(T, name, count) \
@@ -80,14 +76,6 @@ inline const char* cudaGetErrorString(cudaError_t error) {
          : error == cudaErrorInvalidValue ? "invalid argument"
                                           : "invalid configuration argument";
 }
-inline cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return cudaSuccess;
-}
-inline cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = 13000;
-  return cudaSuccess;
-}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -99,7 +87,7 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  const bool valid = emu::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+  const bool valid = emu::launch(reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim,
                                  config->dynamicSmemBytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
   return valid ? cudaSuccess : cudaErrorInvalidConfiguration;
 }

@@ -1,27 +1,11 @@
-// Switching between the stacks of emulated threads, and telling the sanitizers about it.
-//
-// On x86-64 Linux a switch is 14 instructions; elsewhere it is swapcontext, which enters the kernel and is 10 times
-// slower.
+// Switching between the stacks of emulated threads, in assembly of x86-64 Linux, and telling the sanitizers about it:
+// builds with one of them define EMU_ASAN or EMU_TSAN.
 #pragma once
 #include <sys/mman.h>
 
 #include <cstddef>
 #include <cstdlib>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define EMU_ASAN
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define EMU_ASAN
-#endif
-#endif
-#if defined(__SANITIZE_THREAD__)
-#define EMU_TSAN
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define EMU_TSAN
-#endif
-#endif
 #ifdef EMU_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -34,8 +18,6 @@
 #define EMU_HIDDEN inline
 #endif
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(EMU_UCONTEXT)
-#define EMU_ASSEMBLY
 extern "C" void emu_switch(void** save, void* load);
 // Saves what the calling convention preserves, and returns on the other stack.
 asm(R"(
@@ -62,9 +44,6 @@ emu_switch:
 .size emu_switch,.-emu_switch
 .popsection
 )");
-#else
-#include <ucontext.h>
-#endif
 
 namespace emu {
 
@@ -72,25 +51,13 @@ constexpr size_t stack_bytes = 64 * 1024, guard_bytes = 4096;
 
 // A stack and where its owner stopped; for the scheduler, the stack of the operating system's thread.
 struct Context {
-#ifdef EMU_ASSEMBLY
   void* pointer = nullptr;
-#else
-  ucontext_t saved;
-#endif
   char* stack = nullptr;
   void* fake_stack = nullptr;    // AddressSanitizer
   void* tsan_fiber = nullptr;    // ThreadSanitizer
   const void* bottom = nullptr;  // of the scheduler's stack, learnt from AddressSanitizer
   size_t size = 0;
 };
-
-EMU_HIDDEN void switch_stacks(Context& from, Context& to) {
-#ifdef EMU_ASSEMBLY
-  emu_switch(&from.pointer, to.pointer);
-#else
-  swapcontext(&from.saved, &to.saved);
-#endif
-}
 
 // Maps a stack whose lowest page faults; null if there is no memory.
 EMU_HIDDEN char* new_stack() {
@@ -113,19 +80,11 @@ EMU_HIDDEN bool prepare(Context& context, void (*entry)()) {
 #ifdef EMU_ASAN
   __asan_unpoison_memory_region(context.stack + guard_bytes, stack_bytes - guard_bytes);
 #endif
-#ifdef EMU_ASSEMBLY
   void** top = reinterpret_cast<void**>(context.stack + stack_bytes - 64);
   *--top = nullptr;  // in place of a return address: the entry finds the stack aligned as after a call
   *--top = reinterpret_cast<void*>(entry);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
   context.pointer = top;
-#else
-  getcontext(&context.saved);
-  context.saved.uc_stack.ss_sp = context.stack;
-  context.saved.uc_stack.ss_size = stack_bytes;
-  context.saved.uc_link = nullptr;
-  makecontext(&context.saved, entry, 0);
-#endif
   context.fake_stack = nullptr;
   return true;
 }
@@ -137,7 +96,7 @@ EMU_HIDDEN void enter(Context& scheduler, Context& fiber) {
 #ifdef EMU_TSAN
   __tsan_switch_to_fiber(fiber.tsan_fiber, 0);  // what the scheduler did happened before, but not the other way round
 #endif
-  switch_stacks(scheduler, fiber);
+  emu_switch(&scheduler.pointer, fiber.pointer);
 #ifdef EMU_ASAN
   __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
 #endif
@@ -159,7 +118,7 @@ EMU_HIDDEN void leave(Context& fiber, Context& scheduler, bool for_good) {
   __tsan_switch_to_fiber(scheduler.tsan_fiber, __tsan_switch_to_fiber_no_sync);
 #endif
   (void)for_good;
-  switch_stacks(fiber, scheduler);
+  emu_switch(&fiber.pointer, scheduler.pointer);
 #ifdef EMU_ASAN
   __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler.bottom, &scheduler.size);
 #endif

@@ -11,17 +11,14 @@
 
 #include "emu/context.h"
 
-struct uint3 {
-  unsigned x, y, z;
-};
+// Grids of the kernels have one dimension, their blocks two.
 struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+  unsigned x, y;
+  constexpr dim3(unsigned a = 1, unsigned b = 1) : x(a), y(b) {}
 };
 
 // Of the running CUDA thread.
-inline thread_local uint3 threadIdx{}, blockIdx{};
-inline thread_local dim3 blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emu {
 
@@ -54,12 +51,11 @@ struct Copy {
 
 struct Fiber {
   Context context;
-  uint3 index{};
-  unsigned linear = 0;                       // in the block
-  unsigned mask = 0;                         // of the warp operation it waits at
-  unsigned parity = 0;                       // which half of the exchange buffer comes next
-  unsigned barriers = 0, warp_barriers = 0;  // passed so far
-  unsigned openings = 0;                     // of dynamic shared memory
+  dim3 index;
+  unsigned linear = 0;    // in the block
+  unsigned parity = 0;    // which half of the exchange buffer comes next
+  unsigned barriers = 0;  // passed so far
+  unsigned openings = 0;  // of dynamic shared memory
   Wait wait = Wait::finished;
   Site site{};
   Copy copies[max_copies];  // begun and not yet waited for
@@ -87,7 +83,7 @@ struct Machine {
   // ThreadSanitizer: what threads synchronise on, shared memory that no two blocks share, fibers to be destroyed.
   // Successive barriers take turns with two tags: a thread that leaves one late would otherwise also learn what the
   // early ones have done since, and races between two barriers would go unseen.
-  char warp_tags[max_warps][2], block_tags[4096][2], done_tag;
+  char block_tags[4096][2], done_tag;
   int block_tag = 0;
   char* arena = nullptr;
   size_t arena_used = 0;
@@ -116,11 +112,10 @@ EMU_HIDDEN const Copy* next_copy() {
 }
 
 // Suspends the running thread until what it waits for has happened.
-EMU_HIDDEN void wait_for(Wait wait, Site site, unsigned mask = 0) {
+EMU_HIDDEN void wait_for(Wait wait, Site site) {
   Fiber& fiber = *machine.current;
   fiber.wait = wait;
   fiber.site = site;
-  fiber.mask = mask;
   leave(fiber.context, machine.scheduler, wait == Wait::finished);
 }
 

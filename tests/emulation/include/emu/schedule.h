@@ -27,7 +27,7 @@ EMU_HIDDEN void fiber_entry() {
   abort();
 }
 
-EMU_HIDDEN void start_fiber(Fiber& fiber, uint3 index, unsigned linear) {
+EMU_HIDDEN void start_fiber(Fiber& fiber, dim3 index, unsigned linear) {
   if (!prepare(fiber.context, fiber_entry)) throw Error("no memory for the stacks of a block");
 #ifdef EMU_TSAN
   // Destroyed at the end of the launch only: a slot used again would hide races between blocks.
@@ -38,7 +38,7 @@ EMU_HIDDEN void start_fiber(Fiber& fiber, uint3 index, unsigned linear) {
   fiber.index = index;
   fiber.linear = linear;
   fiber.wait = Wait::nothing;
-  fiber.parity = fiber.barriers = fiber.warp_barriers = fiber.openings = 0;
+  fiber.parity = fiber.barriers = fiber.openings = 0;
   fiber.copy_count = 0;
 }
 
@@ -50,28 +50,13 @@ EMU_HIDDEN void resume(Fiber& fiber) {
   if (machine.failure) std::rethrow_exception(std::exchange(machine.failure, nullptr));
 }
 
-// Lets go the lanes of one warp, threads [begin, end), whose meeting is complete; true if any can run again.
+// Lets go the lanes of one warp, threads [begin, end), if all wait at one shuffle; true if they do.
 EMU_HIDDEN bool release_warp(unsigned begin, unsigned end) {
   std::vector<Fiber>& fibers = machine.fibers;
-  const unsigned present = end - begin == warp_lanes ? all_lanes : (1u << (end - begin)) - 1;
-  unsigned waiting = 0;
   for (unsigned t = begin; t < end; ++t)
-    if (fibers[t].wait == Wait::warp) waiting |= 1u << (t - begin);
-  bool any = false;
-  while (waiting != 0) {
-    const Fiber& first = fibers[begin + __builtin_ctz(waiting)];
-    const unsigned wanted = first.mask & present;
-    unsigned here = 0;
-    for (unsigned t = begin; t < end; ++t)
-      if (fibers[t].wait == Wait::warp && fibers[t].mask == first.mask && fibers[t].site == first.site)
-        here |= 1u << (t - begin);
-    waiting &= ~here;
-    if (here != wanted) continue;
-    for (unsigned t = begin; t < end; ++t)
-      if (here >> (t - begin) & 1) fibers[t].wait = Wait::nothing;
-    any = true;
-  }
-  return any;
+    if (fibers[t].wait != Wait::warp || !(fibers[t].site == fibers[begin].site)) return false;
+  for (unsigned t = begin; t < end; ++t) fibers[t].wait = Wait::nothing;
+  return true;
 }
 
 [[noreturn]] EMU_HIDDEN void report_deadlock(unsigned threads, unsigned at_barrier) {
@@ -109,15 +94,14 @@ EMU_HIDDEN bool open_barrier(unsigned threads) {
   return true;
 }
 
-EMU_HIDDEN void run_block(uint3 block, Random& random) {
+EMU_HIDDEN void run_block(unsigned block, Random& random) {
   Machine& m = machine;
   blockIdx = block;
-  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  const unsigned threads = blockDim.x * blockDim.y;
   const unsigned warps = (threads + warp_lanes - 1) / warp_lanes;
   unsigned t = 0;
-  for (unsigned z = 0; z < blockDim.z; ++z)
-    for (unsigned y = 0; y < blockDim.y; ++y)
-      for (unsigned x = 0; x < blockDim.x; ++x, ++t) start_fiber(m.fibers[t], {x, y, z}, t);
+  for (unsigned y = 0; y < blockDim.y; ++y)
+    for (unsigned x = 0; x < blockDim.x; ++x, ++t) start_fiber(m.fibers[t], {x, y}, t);
   do {
     const unsigned first_warp = schedule_seed ? random.below(warps) : 0;
     for (unsigned w = 0; w < warps; ++w) {
@@ -133,12 +117,6 @@ EMU_HIDDEN void run_block(uint3 block, Random& random) {
   } while (open_barrier(threads));
 }
 
-EMU_HIDDEN bool valid(dim3 grid, dim3 block, size_t dynamic_bytes) {
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  return grid.x > 0 && grid.x < 1u << 31 && grid.y > 0 && grid.z > 0 && grid.y < 1u << 16 && grid.z < 1u << 16 &&
-         threads > 0 && threads <= 1024 && block.z <= 64 && dynamic_bytes <= max_dynamic_bytes;
-}
-
 // What must be undone however a launch ends.
 struct Launch {
   Launch() { open_shared(); }
@@ -152,29 +130,40 @@ struct Launch {
   }
 };
 
+// A record of what was launched, for tests that look at grids: by the operating system's thread, since it was last
+// cleared.
+struct Launched {
+  const void* kernel;
+  unsigned blocks, threads;
+};
+inline thread_local std::vector<Launched> launched;
+// Whether launches are recorded and not run; outputs then stay as they are.
+inline thread_local bool only_recorded = false;
+
 // False, with nothing run, if CUDA would refuse the configuration.
-EMU_HIDDEN bool run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& body) {
-  if (!valid(grid, block, dynamic_bytes)) return false;
+EMU_HIDDEN bool launch(const void* kernel, unsigned blocks, dim3 block, size_t dynamic_bytes,
+                       const std::function<void()>& body) {
+  const unsigned threads = block.x * block.y;
+  launched.push_back({kernel, blocks, threads});
+  const bool fits =
+      blocks > 0 && blocks < 1u << 31 && threads > 0 && threads <= 1024 && dynamic_bytes <= max_dynamic_bytes;
+  if (!fits || only_recorded) return fits;
   Machine& m = machine;
   blockDim = block;
-  gridDim = grid;
+  gridDim = blocks;
   m.body = &body;
   m.dynamic_bytes = dynamic_bytes;
-  m.fibers.resize(std::max<size_t>(m.fibers.size(), block.x * block.y * block.z));
+  m.fibers.resize(std::max<size_t>(m.fibers.size(), threads));
   for (Fiber& fiber : m.fibers) fiber.wait = Wait::finished;
 #ifdef EMU_TSAN
   m.scheduler.tsan_fiber = __tsan_get_current_fiber();
 #endif
-  const Launch launch;
+  const Launch all;
   Random random = {schedule_seed * 2654435761u};
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  const uint64_t first = schedule_seed ? random.below(static_cast<unsigned>(std::min<uint64_t>(blocks, 1u << 20))) : 0;
-  for (uint64_t b = 0; b < blocks; ++b) {
-    uint64_t index = (b + first) % blocks;
-    if (schedule_seed % 2 == 1) index = blocks - 1 - index;
-    run_block({static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
-               static_cast<unsigned>(index / grid.x / grid.y)},
-              random);
+  const uint64_t first = schedule_seed ? random.below(std::min(blocks, 1u << 20)) : 0;
+  for (unsigned b = 0; b < blocks; ++b) {
+    const unsigned index = static_cast<unsigned>((b + first) % blocks);
+    run_block(schedule_seed % 2 == 1 ? blocks - 1 - index : index, random);
     next_shared();
   }
   return true;
