@@ -1,7 +1,7 @@
 """The ops of pyglow::cuda on CPU tensors, run by the emulator, with the names and arguments of :mod:`pyglow_fast.ops`.
 
 So a test that is given ops does not know who computes them. What the bindings do around a kernel is done here: inputs
-that no single stride walks are copied, and outputs are channels-last where their input is.
+that no single stride walks are copied, and outputs are those that the op's shape function tells.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from support.machine import made_once
 from support.toolchain import CUDA_SOURCES, EMULATION, build
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyglow_fast import ops
 
@@ -69,14 +70,12 @@ def _kernels(library: Path) -> dict[int, str]:
 
 
 class Room:
-    """Memory for one output and a guard on each side, all of it :data:`UNWRITTEN`."""
+    """Memory for an output like one without values, and a guard on each side of it, all of it :data:`UNWRITTEN`."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> None:
-        integer, bits = UNWRITTEN[dtype]
-        self._bits, self._memory = bits, torch.full((math.prod(shape) + 2 * GUARD,), bits, dtype=integer)
-        inside = self._memory.view(dtype)[GUARD : GUARD + math.prod(shape)]
-        n, channels, *rest = (*shape, 1)[: max(2, len(shape))]
-        self.tensor = inside.view(n, *rest, channels).movedim(-1, 1) if channels_last else inside.view(*shape)
+    def __init__(self, like: Tensor) -> None:
+        integer, bits = UNWRITTEN[like.dtype]
+        self._bits, self._memory = bits, torch.full((like.numel() + 2 * GUARD,), bits, dtype=integer)
+        self.tensor = self._memory.view(like.dtype).as_strided(like.shape, like.stride(), GUARD)
 
     def expect_only_written(self, whole: bool = True) -> None:
         """All of the output has been written (if it is to be ``whole``), and nothing beside it."""
@@ -85,12 +84,30 @@ class Room:
         assert bool((beside == self._bits).all()), "memory beside an output was written"
 
 
+def _op(run: Callable[..., None]) -> Callable[..., Any]:
+    """The op that ``run``, which is given its outputs before its arguments, is named after."""
+
+    @functools.wraps(run)
+    def call(self: EmulatedOps, state: Tensor, *others: Any) -> Any:
+        without_values = tree_map_only(Tensor, _without_values, (state, *others))
+        shapes = getattr(ops, run.__name__)(*without_values)
+        outputs = tree_map_only(Tensor, lambda like: self._room(like, state), shapes)
+        run(self, outputs, state, *others)
+        return outputs
+
+    return call
+
+
+def _without_values(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 class EmulatedOps:
     """Loads the library that the sources were built into.
 
     ``seed`` chooses the order in which the threads run. With ``only_recorded`` none run: :meth:`launches` tells what
     would be launched, outputs stay as they are. ``multiprocessors`` are those that small grids are cut for. ``made``,
-    if set, replaces the memory of an output that goes with the state. Without ``whole`` outputs may have holes.
+    if set, replaces the memory of an output of the state's shape. Without ``whole`` outputs may have holes.
     """
 
     def __init__(self, library: Path) -> None:
@@ -145,15 +162,11 @@ class EmulatedOps:
         """SplitGrad."""
         return _struct(self._view(grad), self._view(added), *_integers(0 if added is None else added.shape[1]))
 
-    def _like(self, x: Tensor, shape: Sequence[int] | None = None, of_net: bool = False) -> Tensor:
-        """Room for an output that goes with x."""
-        if self.made is not None and not of_net and shape is None:
-            return self.made(x)
-        last = ops.memory_format_of(x) != torch.contiguous_format
-        return self._new(x.shape if shape is None else shape, x.dtype, last)
-
-    def _new(self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
-        self._rooms.append(Room(shape, dtype, channels_last))
+    def _room(self, like: Tensor, state: Tensor) -> Tensor:
+        """Memory for an output."""
+        if self.made is not None and like.shape == state.shape:
+            return self.made(state)
+        self._rooms.append(Room(like))
         return self._rooms[-1].tensor
 
     def _call(self, name: str, dtype: torch.dtype, *members: Any) -> None:
@@ -183,26 +196,14 @@ class EmulatedOps:
         names = _kernels(self._path)
         return [Launch(names[kernel], blocks, threads) for kernel, blocks, threads in records[:number].tolist()]
 
-    # ---- The ops ----
+    # ---- The ops, each with its outputs before its arguments ----
 
-    def channel_mix(
-        self,
-        x: Tensor,
-        matrix: Tensor,
-        offset: Tensor,
-        subtract_first: bool = False,
-        squeeze: int = 0,
-        index: Tensor | None = None,
-    ) -> Tensor:
+    @_op
+    def channel_mix(self, u: Tensor, x: Tensor, *rest: Any) -> None:
         """u = M x + c, or M (x - c)."""
+        matrix, offset, subtract_first, squeeze, index = (*rest, None)[:5]
         squeezes, unsqueezes = squeeze == ops.SQUEEZE_CODES["input"], squeeze == ops.SQUEEZE_CODES["output"]
-        shape = None
-        if squeezes or unsqueezes:
-            n, c, h, w = x.shape
-            shape = (n, 4 * c, h // 2, w // 2) if squeezes else (n, c // 4, 2 * h, 2 * w)
-        u = self._like(x, shape)
-        state = u if squeezes else x
-        images = self._image(x, squeezes), self._image(u, unsqueezes)
+        images, state = (self._image(x, squeezes), self._image(u, unsqueezes)), u if squeezes else x
         if index is None:
             inputs = (images[0], self._pointer(matrix), self._pointer(offset))
             self._call("channel_mix", x.dtype, *inputs, images[1], *_sizes(state), ctypes.c_bool(subtract_first))
@@ -210,20 +211,11 @@ class EmulatedOps:
             map_ = self._map(matrix, index, *((None, offset) if subtract_first else (offset, None)))
             outputs = (images[1], self._pointer(None), *_coupled(state, None))
             self._call("gather", x.dtype, images[0], self._net(None), map_, *outputs)
-        return u
 
-    def channel_mix_backward(
-        self,
-        x: Tensor,
-        grad_u: Tensor,
-        matrix: Tensor,
-        center: Tensor | None = None,
-        added: Tensor | None = None,
-        squeeze: bool = False,
-        index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    @_op
+    def channel_mix_backward(self, results: Sequence[Tensor], x: Tensor, grad_u: Tensor, *rest: Any) -> None:
         """grad_x, grad_M, grad_c; ``added`` belongs to grad_u."""
-        results = self._like(x), self._new(matrix.shape, x.dtype), self._new((grad_u.shape[1],), x.dtype)
+        matrix, center, added, squeeze, index = (*rest, None)[:5]
         image, grad_image, sums = self._image(x, squeeze), self._image(results[0], squeeze), results[1:]
         split = self._split(grad_u, added)
         if index is None:
@@ -234,109 +226,89 @@ class EmulatedOps:
             inputs = (image, self._net(None), split, self._pointer(None), self._map(matrix, index, None, center))
             outputs = (grad_image, self._net(None), *map(self._pointer, sums))
             self._call("gather_backward", x.dtype, *inputs, *outputs, *_coupled(grad_u, None))
-        return results
 
-    def coupling(self, x: Tensor, net_out: Tensor, *codes: Any) -> tuple[Tensor, Tensor]:
+    @_op
+    def coupling(self, results: Sequence[Tensor], x: Tensor, net_out: Tensor, *codes: Any) -> None:
         """The transformed x and log_det."""
-        out, log_det = self._like(x), self._new(x.shape[:1], x.dtype)
-        self._call("coupling", x.dtype, *self._coupling(x, net_out, out, log_det, codes))
-        return out, log_det
+        self._call("coupling", x.dtype, *self._coupling(x, net_out, results, codes))
 
-    def _coupling(self, x: Tensor, net_out: Tensor, out: Tensor, log_det: Tensor, codes: Sequence[Any]) -> Any:
+    def _coupling(self, x: Tensor, net_out: Tensor, results: Sequence[Tensor], codes: Sequence[Any]) -> Any:
         """CouplingArgs."""
-        outputs = self._view(out), self._pointer(log_det)
+        outputs = self._view(results[0]), self._pointer(results[1])
         return self._view(x), self._net(net_out), *outputs, *_coupled(x, net_out, *codes)
 
-    def coupling_backward(
-        self, out: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, *codes_and_want: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    @_op
+    def coupling_backward(self, results: Sequence[Tensor], out: Tensor, net_out: Tensor, *rest: Any) -> None:
         """The gradients of input and net's output, and the input if it is wanted."""
-        *codes, want = codes_and_want
-        grad_in, grad_net_out = self._like(out), self._like(net_out, of_net=True)
-        recovered = self._like(out) if want else None
+        grad_out, grad_log_det, *codes, want = rest
         inputs = (self._view(out), self._net(net_out), self._view(grad_out), self._pointer(grad_log_det))
-        outputs = (self._view(recovered), self._view(grad_in), self._net(grad_net_out))
+        outputs = (self._view(results[2] if want else None), self._view(results[0]), self._net(results[1]))
         self._call("coupling_backward", out.dtype, *inputs, *outputs, *_coupled(out, net_out, *codes))
-        return grad_in, grad_net_out, out.new_empty(0) if recovered is None else recovered
 
-    def coupling_mix(
-        self, x: Tensor, net_out: Tensor, matrix: Tensor, offset: Tensor, *codes_and_index: Any
-    ) -> tuple[Tensor, Tensor]:
+    @_op
+    def coupling_mix(self, results: Sequence[Tensor], x: Tensor, net_out: Tensor, *rest: Any) -> None:
         """M couple(x) + c, or M (uncouple(x) - c), and the coupling's log_det."""
-        codes, index = codes_and_index[:7], (*codes_and_index, None)[7]
-        out, log_det = self._like(x), self._new(x.shape[:1], x.dtype)
+        matrix, offset, *codes, index = (*rest, None)[:10]
         if index is None:
-            coupling = _struct(*self._coupling(x, net_out, out, log_det, codes))
+            coupling = _struct(*self._coupling(x, net_out, results, codes))
             self._call("coupling_mix", x.dtype, coupling, self._pointer(matrix), self._pointer(offset))
         else:
             map_ = self._map(matrix, index, *((None, offset) if codes[2] else (offset, None)))
-            outputs = (self._image(out, False), self._pointer(log_det), *_coupled(x, net_out, *codes))
+            outputs = (self._image(results[0], False), self._pointer(results[1]), *_coupled(x, net_out, *codes))
             self._call("gather", x.dtype, self._image(x, False), self._net(net_out), map_, *outputs)
-        return out, log_det
 
-    def coupling_mix_backward(
-        self, x: Tensor, net_out: Tensor, grad_out: Tensor, grad_log_det: Tensor, matrix: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @_op
+    def coupling_mix_backward(self, results: Sequence[Tensor], x: Tensor, net_out: Tensor, *rest: Any) -> None:
         """The gradients from the input of :meth:`coupling_mix`; ``added`` belongs to grad_out."""
-        (map_code, order, *parameters), (added, index) = rest[:6], (*rest, None)[6:8]
-        grads = self._like(x), self._like(net_out, of_net=True)
-        sums = self._new(matrix.shape, x.dtype), self._new(x.shape[1:2], x.dtype)
+        grad_out, grad_log_det, matrix, map_code, order, *parameters, added, index = (*rest, None)[:11]
         inputs: tuple[Any, ...] = (self._net(net_out), self._split(grad_out, added), self._pointer(grad_log_det))
-        outputs = (self._net(grads[1]), *map(self._pointer, sums))
+        outputs = (self._net(results[1]), *map(self._pointer, results[2:]))
         kind = _coupled(x, net_out, map_code, order, False, *parameters)
         if index is None:
-            inputs = (self._view(x), *inputs, self._pointer(matrix), self._view(grads[0]))
+            inputs = (self._view(x), *inputs, self._pointer(matrix), self._view(results[0]))
             self._call("coupling_mix_backward", x.dtype, *inputs, *outputs, *kind)
         else:
             inputs = (self._image(x, False), *inputs, self._map(matrix, index, None, None))
-            self._call("gather_backward", x.dtype, *inputs, self._image(grads[0], False), *outputs, *kind)
-        return *grads, *sums
+            self._call("gather_backward", x.dtype, *inputs, self._image(results[0], False), *outputs, *kind)
 
-    def step_backward(
-        self, y: Tensor, net_out: Tensor, grad_y: Tensor, grad_log_det: Tensor, matrix: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    @_op
+    def step_backward(self, results: Sequence[Tensor], y: Tensor, net_out: Tensor, *rest: Any) -> None:
         """x = A (uncouple(y) - c), the gradients of uncouple(y) and of the net's output."""
-        offset, (map_code, order, *parameters), index = rest[0], rest[1:7], (*rest, None)[7]
-        results = self._like(y), self._like(y), self._like(net_out, of_net=True)
+        grad_y, grad_log_det, matrix, offset, map_code, order, *parameters, index = (*rest, None)[:11]
         inputs = (self._view(y), self._net(net_out), self._view(grad_y), self._pointer(grad_log_det))
+        outputs = (self._view(results[0]), self._view(results[1]), self._net(results[2]))
+        kind = _coupled(y, net_out, map_code, order, False, *parameters)
         if index is None:
             maps: tuple[Any, ...] = (self._pointer(matrix), self._pointer(offset))
+            self._call("step_backward", y.dtype, *inputs, *maps, *outputs, *kind)
         else:
-            maps = (self._map(matrix, index, None, offset),)
-        outputs = (self._view(results[0]), self._view(results[1]), self._net(results[2]))
-        name = "step_backward" if index is None else "step_gather_backward"
-        kind = _coupled(y, net_out, map_code, order, False, *parameters)
-        self._call(name, y.dtype, *inputs, *maps, *outputs, *kind)
-        return results
+            self._call(
+                "step_gather_backward", y.dtype, *inputs, self._map(matrix, index, None, offset), *outputs, *kind
+            )
 
-    def gaussian_log_prob(self, z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    @_op
+    def gaussian_log_prob(self, log_prob: Tensor, *normal: Tensor) -> None:
         """log N(z; mean, exp(log_sd)) summed per sample."""
-        log_prob = self._new(z.shape[:1], z.dtype)
-        members = (*map(self._view, (z, mean, log_sd)), self._pointer(log_prob))
-        self._call("gaussian_log_prob", z.dtype, *members, *_sizes(z))
-        return log_prob
+        members = (*map(self._view, normal), self._pointer(log_prob))
+        self._call("gaussian_log_prob", log_prob.dtype, *members, *_sizes(normal[0]))
 
-    def gaussian_log_prob_backward(
-        self, z: Tensor, mean: Tensor, log_sd: Tensor, grad_log_prob: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    @_op
+    def gaussian_log_prob_backward(self, grads: Sequence[Tensor], *normal_and_grad: Tensor) -> None:
         """Gradients of z, mean and log_sd, each of the full shape."""
-        grads = self._like(z), self._like(z), self._like(z)
-        inputs = (*map(self._view, (z, mean, log_sd)), self._pointer(grad_log_prob))
-        self._call("gaussian_log_prob_backward", z.dtype, *inputs, *map(self._view, grads), *_sizes(z))
-        return grads
+        *normal, grad_log_prob = normal_and_grad
+        members = (*map(self._view, normal), self._pointer(grad_log_prob), *map(self._view, grads))
+        self._call("gaussian_log_prob_backward", normal[0].dtype, *members, *_sizes(normal[0]))
 
-    def gaussian_sample(self, noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
+    @_op
+    def gaussian_sample(self, z: Tensor, *noise_mean_and_log_sd: Tensor) -> None:
         """mean + exp(log_sd) noise."""
-        z = self._like(noise)
-        self._call("gaussian_sample", noise.dtype, *map(self._view, (noise, mean, log_sd, z)), *_sizes(noise))
-        return z
+        self._call("gaussian_sample", z.dtype, *map(self._view, (*noise_mean_and_log_sd, z)), *_sizes(z))
 
-    def invert_matrices(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    @_op
+    def invert_matrices(self, results: Sequence[Tensor], matrices: Tensor) -> None:
         """The inverse of each of (K, C, C) and log|det|."""
-        inverses, log_dets = self._new(matrices.shape, matrices.dtype), self._new(matrices.shape[:1], matrices.dtype)
-        pointers = map(self._pointer, (matrices, inverses, log_dets))
+        pointers = map(self._pointer, (matrices, *results))
         self._call("invert_matrices", matrices.dtype, *pointers, *_integers(*matrices.shape[:2]))
-        return inverses, log_dets
 
     def _window(self, sizes: Sequence[int], kernel: Sequence[int], dilations: Sequence[int]) -> tuple[Any, ...]:
         """Extent and Window."""
@@ -349,53 +321,48 @@ class EmulatedOps:
         data, code = ctypes.c_void_p(rows.data_ptr()), ctypes.c_int(NET_TYPES.get(rows.dtype, 0))
         return _struct(data, code, *_integers(rows.stride(0) if rows.numel() else 0))
 
-    def patches(
-        self, x: Tensor, kernel: Sequence[int], dilations: Sequence[int], backward: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    @_op
+    def patches(self, results: Sequence[Tensor], x: Tensor, *window_backward_and_dtype: Any) -> None:
         """What each position sees, as rows, and sums of x."""
-        shapes = [found.shape for found in ops.patches(x.to("meta"), kernel, dilations, backward, dtype)]
-        state = torch.float64 if dtype == torch.float64 else torch.float32
-        rows, sums = self._new(shapes[0], dtype), self._new(shapes[1], state)
-        outputs = self._rows(rows), self._pointer(sums if backward else None)
+        kernel, dilations, backward, _ = window_backward_and_dtype
+        rows, sums = results
+        outputs = self._rows(rows), self._pointer(sums if backward else None), *_integers(*x.shape[:2])
         window = self._window(x.shape, kernel, dilations)
-        self._call("patches", state, self._net(x), *outputs, *_integers(*x.shape[:2]), *window, ctypes.c_bool(backward))
-        return rows, sums
+        self._call("patches", sums.dtype, self._net(x), *outputs, *window, ctypes.c_bool(backward))
 
-    def tap_sums(
-        self, rows: Tensor, bias: Tensor | None, sizes: Sequence[int], kernel: Sequence[int], *rest: Any
-    ) -> Tensor:
+    @_op
+    def tap_sums(self, y: Tensor, rows: Tensor, bias: Tensor | None, *rest: Any) -> None:
         """Sums of rows."""
-        dilations, backward, dtype = rest
-        y, window = self._new(sizes, dtype), self._window(sizes, kernel, dilations)
+        sizes, kernel, dilations, backward, dtype = rest
         outputs = (self._pointer(bias), self._net(y), *_integers(*sizes[:2]))
         state = torch.float64 if dtype == torch.float64 else torch.float32
+        window = self._window(sizes, kernel, dilations)
         self._call("tap_sums", state, self._rows(rows), *outputs, *window, ctypes.c_bool(backward))
-        return y
 
-    def relu_backward(self, grad: Tensor, h: Tensor) -> Tensor:
+    @_op
+    def relu_backward(self, sums: Tensor, grad: Tensor, h: Tensor) -> None:
         """The gradient before a relu, in its place, and sums of it."""
-        shape = ops.relu_backward(grad.to("meta"), h.to("meta")).shape
-        state = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        sums = self._new(shape, state)
-        code, counts = ctypes.c_int(NET_TYPES.get(grad.dtype, 0)), _integers(*grad.shape, shape[0])
-        self._call("relu_backward", state, self._pointer(grad), self._pointer(h), code, self._pointer(sums), *counts)
-        return sums
+        code, counts = ctypes.c_int(NET_TYPES.get(grad.dtype, 0)), _integers(*grad.shape, sums.shape[0])
+        pointers = self._pointer(grad), self._pointer(h), code, self._pointer(sums)
+        self._call("relu_backward", sums.dtype, *pointers, *counts)
 
-    def fold(self, factors: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    def fold(self, factors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Matrices, offsets and log_dets of maps, given the tensors of each parameter in the order of csrc/core.h."""
         like = factors[1][0]
         count, channels = len(factors[0]), like.shape[0]
-        found = [self._new(shape, like.dtype) for shape in ((count, channels, channels), (count, channels), (count,))]
+        found = self._rooms_of(like, (count, channels, channels), (count, channels), (count,))
         self._call("fold", like.dtype, self._factors(factors), *map(self._pointer, found))
-        return found[0], found[1], found[2]
+        return found
 
     def fold_backward(self, factors: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of lower, upper, log_diag, log_scale and bias from those of what :meth:`fold` gives."""
         matrices, offsets, _ = grads
-        shapes = (matrices.shape, matrices.shape, *[offsets.shape] * 3)
-        found = [self._new(shape, matrices.dtype) for shape in shapes]
+        found = self._rooms_of(matrices, matrices.shape, matrices.shape, *[offsets.shape] * 3)
         self._call("fold_backward", matrices.dtype, self._factors(factors), *map(self._pointer, (*grads, *found)))
         return found
+
+    def _rooms_of(self, like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
+        return [self._room(torch.empty(shape, dtype=like.dtype, device="meta"), like) for shape in shapes]
 
     def _factors(self, factors: Sequence[Sequence[Tensor]]) -> Any:
         """Factors: a table of addresses for each parameter."""
