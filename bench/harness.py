@@ -267,34 +267,20 @@ def answer(module: str, options: Sequence[str]) -> None:
         print(json.dumps(turns.round(int(line))), file=answers, flush=True)
 
 
-class Child:
-    """A process that prepares and times a benchmark's cases with the package of a folder."""
+def ask(process: subprocess.Popen[str], number: int | None = None) -> dict[str, Any]:
+    """The next answer of a process that :func:`answer` runs in, to a round if one is asked for.
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        line = [sys.executable, "-c", START, str(folder), str(ROOT), *command]
-        self._process = subprocess.Popen(
-            line, cwd=ROOT, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def read(self) -> dict[str, Any] | None:
-        """The next answer; None if the process has failed, whose error is on the terminal."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
-
-    def round(self, number: int) -> dict[str, Any] | None:
-        """Ask for a round."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which the answer tells
-            print(number, file=self._process.stdin, flush=True)
-        return self.read()
-
-    def close(self) -> None:
-        """Let the process end."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
+    Raises:
+        EOFError, BrokenPipeError: the process has failed, whose error is on the terminal.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if number is not None:
+        print(number, file=process.stdin, flush=True)
+    if not (line := process.stdout.readline()):
+        raise EOFError
+    found: dict[str, Any] = json.loads(line)
+    return found
 
 
 @dataclasses.dataclass
@@ -318,18 +304,19 @@ def measure(
     """Measure a group of cases: a process for each folder, which take turns, a round each. ``total`` takes all.
 
     ``command``: the module and its options. ``folders``: by the origin that their rows get. Fewer rounds, but
-    ``LEAST_ROUNDS``, once the seconds are spent. No rows where a process fails.
+    ``LEAST_ROUNDS``, once the seconds are spent.
+
+    Raises:
+        EOFError, BrokenPipeError: a process has failed.
     """
     with contextlib.ExitStack() as stack:
-        children: dict[str, Child] = {}
+        children: dict[str, subprocess.Popen[str]] = {}
         rows: dict[str, list[Row]] = {}
         for origin, folder in folders.items():
-            children[origin] = Child(command, folder, environment)
-            stack.callback(children[origin].close)
-            first = children[origin].read()
-            if first is None:
-                total.failures.append(f"{' '.join(command)}: the process failed")
-                return []
+            line, pipe = [sys.executable, "-c", START, str(folder), str(ROOT), *command], subprocess.PIPE
+            child = subprocess.Popen(line, cwd=ROOT, env=dict(environment), stdin=pipe, stdout=pipe, text=True)
+            children[origin] = stack.enter_context(child)
+            first = ask(child)
             total.machine = total.machine or first["machine"]
             total.notes += [note for note in first["notes"] if note not in total.notes]
             total.failures += first["failures"]
@@ -340,11 +327,7 @@ def measure(
             if number >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
                 break
             for origin in list(folders)[:: 1 if number % 2 else -1]:
-                one = children[origin].round(number)
-                if one is None:
-                    total.failures.append(f"{' '.join(command)}: the process failed in round {number}")
-                    return []
-                times[origin].append(one)
+                times[origin].append(ask(children[origin], number))
     found = []
     for origin, made in rows.items():
         for index, row in enumerate(made):
@@ -417,7 +400,11 @@ def run(module: str, argv: Sequence[str] | None = None) -> int:
     for group, environment in itertools.product(groups, environments.values()):
         known, started = len(total.notes), bool(total.machine)
         command = [module, *given, *group]
-        rows = measure(total, command, folders, environment, arguments.rounds, arguments.seconds)
+        try:
+            rows = measure(total, command, folders, environment, arguments.rounds, arguments.seconds)
+        except (EOFError, BrokenPipeError):
+            rows = []
+            total.failures.append(f"{' '.join(command)}: the process failed")
         if total.machine and not started:
             total.machine["malloc"] = " and ".join(environments)
             print(", ".join(f"{name}: {value}" for name, value in total.machine.items()))
