@@ -2,8 +2,8 @@
 
     python -m pytest -p bench.gpu_tests -m cuda tests
 
-A test file, or a test, that imports a library that is not installed is skipped by that library's name; without this
-plugin it is an error. With ``--until`` tests that have not begun by then are skipped, and the exit code is PARTLY.
+A test file that imports a library that is not installed is skipped by that library's name; without this plugin it is
+an error. With ``--until`` tests that have not begun by then are skipped, and the exit code is PARTLY.
 With ``--out`` a file has the tests that have begun, which a process that follows one that died leaves out.
 """
 
@@ -21,20 +21,9 @@ from bench.gpu_questions import Row, earlier, is_broken
 from bench.gpu_stages import LATE, PARTLY
 from bench.harness import write_json
 
-NEEDED = ("torch", "numpy", "safetensors", "pytest")
+NEEDED = ("torch", "numpy", "safetensors", "pytest", "pyglow_fast", "bench", "support", "tests")  # or it is an error
 _LATE = pytest.StashKey[int]()  # how many tests were
 _BEGUN = pytest.StashKey[list[Row]]()
-OWN = ("pyglow_fast", "bench", "support", "tests")
-
-
-def missing_library(error: BaseException | None) -> str | None:
-    """The library whose absence an error is about, itself or what it was raised from; None if it is another error."""
-    while error is not None:
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            top = error.name.partition(".")[0]
-            return None if top in (*NEEDED, *OWN) else top
-        error = error.__cause__
-    return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,28 +63,22 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
-    """Skips a file that cannot be imported for want of a library."""
+    """Skips a file that imports a library that is not installed."""
     report: Any = yield
-    call = getattr(report, "call", None)
-    if _skipped(report, call and call.excinfo, str(collector.path)):
+    error = report.call.excinfo.value if report.failed else None
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__
+    name = "" if error is None else (error.name or "").partition(".")[0]
+    if name not in ("", *NEEDED):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"Skipped: {name} is not installed")
         del report.call  # else it is handed to debuggers as an error
     return report
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Skips a test that imports, while it runs, a library that is not there."""
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Ends the session where a fault has left the GPU unusable."""
     report: Any = yield
-    missing = _skipped(report, call.excinfo, str(item.path))
-    if report.failed and not missing and torch.cuda.is_initialized() and is_broken(torch.device("cuda")):
+    if report.failed and torch.cuda.is_initialized() and is_broken(torch.device("cuda")):
         item.session.shouldstop = "a fault has left the GPU unusable"
     return report
-
-
-def _skipped(report: Any, raised: pytest.ExceptionInfo[BaseException] | None, path: str) -> bool:
-    """Tells whether it failed for want of a library; the report then says that it was skipped."""
-    name = missing_library(raised.value) if report.failed and raised is not None else None
-    if name is not None:
-        report.outcome = "skipped"
-        report.longrepr = (path, 1, f"Skipped: {name} is not installed")
-    return name is not None
