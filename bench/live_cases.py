@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import types
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,11 @@ def _side_by_side(model: nn.Module, *features: Tensor) -> Latents:
 def _graph(model: nn.Module, *features: Tensor) -> Latents:
     latents, log_det = model(list(features))
     return list(latents), log_det
+
+
+def _alone(model: nn.Module, *features: Any) -> Latents:
+    z, log_det = model(*features)
+    return [z], log_det.flatten()
 
 
 def fastflow(batch: int, ratio: float, steps: int, *dims: tuple[int, int, int]) -> LiveCase:
@@ -141,24 +147,14 @@ def glow_tts(batch: int) -> LiveCase:
     frames = 400
     lengths = torch.randint(frames // 4, frames // 2 + 1, (batch,)) * 2
     mask = (torch.arange(frames) < lengths[:, None])[:, None].float()
-
-    def call(model: nn.Module, x: Tensor, mask: Tensor) -> Latents:
-        z, log_det = model(x, mask)
-        return [z], log_det
-
-    return LiveCase(model, (torch.randn(batch, 80, frames) * mask, mask), call, version("coqui-tts"), masks=1)
+    return LiveCase(model, (torch.randn(batch, 80, frames) * mask, mask), _alone, version("coqui-tts"), masks=1)
 
 
 def jet(batch: int) -> LiveCase:
     """Jet (arXiv 2412.15129), small: 10 couplings of 2 transformer layers of width 256 over 32x32 images."""
     own = light_import("jet_pytorch.jet").Jet
     model = own(4, 48, n_patches=64, img_dims=(32, 32), coupling_layers=10, block_depth=2, block_width=256)
-
-    def call(model: nn.Module, x: Tensor) -> Latents:
-        z, log_det = model(x)
-        return [z], log_det.flatten()
-
-    return LiveCase(model, _features(batch, (32, 32, 3)), call, version("jet-pytorch"))
+    return LiveCase(model, _features(batch, (32, 32, 3)), _alone, version("jet-pytorch"))
 
 
 class _InTurn(nn.Module):
@@ -179,12 +175,7 @@ def chaiyujin(batch: int) -> LiveCase:
     from tests.support.srflow import FlowStep
 
     model = _InTurn([FlowStep(12, 512, flow_coupling="affine") for _ in range(16)])
-
-    def call(model: nn.Module, x: Tensor) -> Latents:
-        z, log_det = model(x)
-        return [z], log_det
-
-    return LiveCase(model, _features(batch, (12, 32, 32)), call, "chaiyujin's interface")
+    return LiveCase(model, _features(batch, (12, 32, 32)), _alone, "chaiyujin's interface")
 
 
 def csflow(batch: int) -> LiveCase:
@@ -197,12 +188,8 @@ def csflow(batch: int) -> LiveCase:
 def cflow(batch: int) -> LiveCase:
     """CFLOW (arXiv 2107.12571): one decoder of 256 features, conditioned on 128; a batch of fibres."""
     head = light_import("anomalib.models.image.cflow.utils").cflow_head
-
-    def call(model: nn.Module, x: Tensor, cond: Tensor) -> Latents:
-        z, log_det = model(x, [cond])
-        return [z], log_det
-
-    return LiveCase(head(128, 8, 1.9, 256), _features(batch, (256,), (128,)), call, version("anomalib"))
+    features = _features(batch, (256,), (128,))
+    return LiveCase(head(128, 8, 1.9, 256), features, lambda own, x, cond: _alone(own, x, [cond]), version("anomalib"))
 
 
 def _checkpointed(model: nn.Module) -> None:
@@ -213,13 +200,9 @@ def antsx(batch: int, side: int) -> LiveCase:
     """Glow of ANTsTorch on volumes: three levels of 8 steps, hidden 96, nets without actnorms as in its trainer."""
     from tests.live.antstorch import glow
 
-    def call(model: nn.Module, x: Tensor) -> Latents:
-        latents, log_det = model.inverse_and_log_det(x)
-        return latents, log_det
-
     model = glow((1, side, side, side), 3, 8, 96, grad_checkpoint=False, net_actnorm=False)
-    own = {"theirs, grad_checkpoint": _checkpointed}
-    return LiveCase(model, _features(batch, (1, side, side, side)), call, version("antsnormflows"), also=own)
+    features, own = _features(batch, (1, side, side, side)), {"theirs, grad_checkpoint": _checkpointed}
+    return LiveCase(model, features, lambda g, x: g.inverse_and_log_det(x), version("antsnormflows"), also=own)
 
 
 class _Checkpointed(nn.Module):
