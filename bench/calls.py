@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness
 from bench.harness import Call, Plan, Prepared, Row
-from bench.model_cases import PEER_STEPS, Shape, build, images, wake
+from bench.model_cases import PEER_STEPS, PeerStep, Shape, build, images, wake
 from pyglow_fast import FlowStep, Glow, ReversibleSequence, functional
 from pyglow_fast.reference import CouplingSpec
 
@@ -78,18 +77,18 @@ class _Recorder(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def _pass(module: nn.Module, run: Callable[[Tensor], tuple[Tensor, Tensor]], what: str) -> Call:
+def _pass(module: nn.Module, what: str) -> Call:
     """Forward and backward, or forward without gradients, of steps."""
     x = torch.randn(STEP_SHAPE)
     params = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def training() -> None:
-        z, log_det = run(x)
+        z, log_det = module(x)
         torch.autograd.grad(z.sum() + log_det.sum(), params, allow_unused=True)
 
     def inference() -> None:
         with torch.no_grad():
-            run(x)
+            module(x)
 
     module.train(what == TRAINING)
     return training if what == TRAINING else inference
@@ -119,22 +118,15 @@ def step_cases(what: str) -> dict[str, Call]:
         run = ReversibleSequence(steps, memory=memory, tolerance=1.0)
         wake(run)
         run.initialize(batch)
-        found[memory] = _pass(run, run, what)
+        found[memory] = _pass(run, what)
         found[f"kernels of {memory}"] = _kernels(found[memory])
     try:
-        blocks = nn.Sequential(*(PEER_STEPS["FrEIA"](STEP_SHAPE[1], HIDDEN) for _ in range(STEPS)))
+        blocks = [PEER_STEPS["FrEIA"](STEP_SHAPE[1], HIDDEN) for _ in range(STEPS)]
     except ImportError:
         return found
-    wake(blocks)
-
-    def theirs(x: Tensor) -> tuple[Tensor, Tensor]:
-        total: Any = 0.0
-        for block in blocks:
-            x, log_det = block(x)
-            total = total + log_det
-        return x, total
-
-    return found | {"FrEIA": _pass(blocks, theirs, what)}
+    theirs = PeerStep(blocks, lambda block, x, _: block(x))
+    wake(theirs)
+    return found | {"FrEIA": _pass(theirs, what)}
 
 
 def model_cases(shape: Shape) -> dict[tuple[str, str], Call]:
