@@ -79,33 +79,22 @@ class AllocatorTrace:
                 fields = event.extra_fields
                 self._events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
             waiting.extend(event.children)
-        self._events = _of_what_was_given(sorted(self._events, key=lambda event: event[0]))
+        self._events.sort(key=lambda event: event[0])
 
     def peak_without(self, tensors: Iterable[torch.Tensor] = ()) -> int:
         """The most bytes given out inside and alive at one time, had these (live) tensors cost nothing."""
         last = {address: index for index, (_, address, size) in enumerate(self._events) if size > 0}
         left_out = {last.get(tensor.untyped_storage().data_ptr()) for tensor in tensors}
+        given: dict[int, int] = {}  # live bytes by address
         now = peak = 0
-        for index, (_, _, size) in enumerate(self._events):
-            now += 0 if index in left_out else size
-            peak = max(peak, now)
+        for index, (_, address, size) in enumerate(self._events):
+            if size > 0:
+                given[address] = 0 if index in left_out else size
+                now += given[address]
+                peak = max(peak, now)
+            else:  # the profiler also tells of blocks that its earlier runs saw given out
+                now -= given.pop(address, 0)
         return peak
-
-
-def _of_what_was_given(events: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """The events without blocks taken back that were given out before: the profiler knows those of its earlier runs."""
-    given: set[int] = set()
-    kept = []
-    for event in events:
-        _, address, size = event
-        if size > 0:
-            given.add(address)
-        elif address not in given:
-            continue
-        else:
-            given.remove(address)
-        kept.append(event)
-    return kept
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
