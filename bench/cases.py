@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -302,6 +303,13 @@ def gpu_cases(data: Data) -> list[Case]:
 
 def matrix_cases(data: Data) -> list[Case]:
     """Makes inverses and log-determinants of C x C matrices, which `bench kernels` leaves out: no image is in them."""
+def copy_calls(n_bytes: int, copies: int, device: torch.device) -> list[Callable[[], object]]:
+    """Copies of random data that touch so many bytes each, half of them read and half written, each elsewhere."""
+    size = max(1, n_bytes // 8)
+    pairs = [(torch.rand(size, device=device), torch.rand(size, device=device)) for _ in range(copies)]
+    return [functools.partial(target.copy_, source) for source, target in pairs]
+
+
     d = data
     grads = {"invert_matrix": (d.matrices,), "log_abs_det": (d.scale[:2],)}
     return [

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bench import cases
-from bench.cases import Case, Data, check_equal, gpu_cases, parse_shapes, shape_title, traffic
+from bench.cases import Case, Data, check_equal, copy_calls, gpu_cases, parse_shapes, shape_title, traffic
 from bench.gpu_questions import Question, Row, run, stage_options
 from bench.harness import dtype_name
 from pyglow_fast import functional, reference
@@ -117,13 +117,6 @@ class RotatingTimer:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def copy_launches(n_bytes: int, copies: int, device: torch.device) -> list[Launch]:
-    """Copies of random data that touch so many bytes each, half of them read and half written, by turns elsewhere."""
-    size = max(1, n_bytes // 8)
-    pairs = [(torch.rand(size, device=device), torch.empty(size, device=device)) for _ in range(copies)]
-    return [functools.partial(target.copy_, source) for source, target in pairs]
-
-
 def layer(timer: RotatingTimer, inputs: int, outputs: int, side: int, size: int, dtype: torch.dtype) -> Row:
     """A convolution of a net beside the product that could take its place, forward and both gradients together.
 
@@ -172,7 +165,7 @@ def questions(shape: tuple[int, ...], device: torch.device) -> list[Question]:
 
     @functools.cache
     def copied(n_bytes: int) -> float:
-        return timer.time(lambda: copy_launches(n_bytes, timer.copies(n_bytes), device))[0]
+        return timer.time(lambda: copy_calls(n_bytes, timer.copies(n_bytes), device))[0]
 
     return [
         (f"{name} {shape_title(shape)}", functools.partial(measure, timer, cases, copied))

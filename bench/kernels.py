@@ -11,22 +11,13 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from bench import harness
-from bench.cases import SHAPES, Data, check_equal, kernel_cases, parse_shapes, shape_title, traffic
+from bench.cases import SHAPES, Data, check_equal, copy_calls, kernel_cases, parse_shapes, shape_title, traffic
 from bench.harness import CPU, Call, Plan, Prepared, Row
 from pyglow_fast import functional, reference
 
 OURS, PLAIN, COMPILED, COPY = "pyglow_fast", "reference", "reference compiled", "copy"
 QUICK_SHAPES = [(2, 12, 8, 8)]
-
-
-def copy_call(n_bytes: int) -> Call:
-    """A copy that touches so many bytes."""
-    source = torch.zeros(max(1, n_bytes // 8))
-    target = torch.zeros_like(source)
-    return lambda: target.copy_(source)
 
 
 def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
@@ -40,7 +31,8 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
             if arguments.compile and case.compiles:
                 runs[COMPILED] = case.build(reference, True)
             check_equal({name: runs[name]() for name in (PLAIN, *runs)}, f"{case.name} {shape}")
-            calls: dict[str, Call] = {**runs, COPY: copy_call(traffic(case.op, case.mode, shape))}
+            (copying,) = copy_calls(traffic(case.op, case.mode, shape), 1, CPU)
+            calls: dict[str, Call] = {**runs, COPY: copying}
             prepared.cases += [(Row(shape_title(shape), case.name, name), call) for name, call in calls.items()]
 
 
