@@ -115,14 +115,13 @@ def _tuple(result: Outputs) -> tuple[Tensor, ...]:
 class Case:
     """An op in one direction on one shape.
 
-    ``build(library, compiled)`` gives what to run; ``compiles``: whether torch.compile can be asked for it.
+    ``build(library, compiled)`` gives what to run; ``compiled``: under torch.compile, not in mode "backward".
     """
 
     op: str
     mode: str
     shape: tuple[int, ...]
     build: Callable[[ModuleType, bool], Run]
-    compiles: bool = True
 
     @property
     def name(self) -> str:
@@ -152,20 +151,12 @@ def _case(
         outputs = _tuple(function(*leaves))
         return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
-    return Case(op, mode, data.shape, build, compiles=mode != "backward")
+    return Case(op, mode, data.shape, build)
 
 
-def _op_case(
-    data: Data,
-    op: str,
-    mode: str,
-    name: str,
-    tensors: tuple[Tensor, ...],
-    *rest: object,
-    grads: tuple[Tensor, ...] = (),
-) -> Case:
-    """The function ``name`` of a library, which takes ``rest`` behind the tensors."""
-    return _case(data, op, mode, lambda library: lambda *given: getattr(library, name)(*given, *rest), tensors, grads)
+def _named(name: str, *rest: object) -> Callable[[ModuleType], Callable[..., Outputs]]:
+    """The function of that name of a library, which takes ``rest`` behind the tensors."""
+    return lambda library: lambda *given: getattr(library, name)(*given, *rest)
 
 
 def _squeezed_case(data: Data, unsqueezed: Tensor) -> Case:
@@ -195,10 +186,7 @@ def _step_backward_case(data: Data) -> Case:
         given = (data.x, data.net_out, data.grad, data.grad_log_det, data.inverse_matrix, data.offset)
         return ops.step_backward(*given, scale_map, order, *parameters)
 
-    def build(library: ModuleType, compiled: bool) -> Run:
-        return ours if library is functional else plain
-
-    return Case("step_backward", "backward", data.shape, build, compiles=False)
+    return Case("step_backward", "backward", data.shape, lambda library, _: ours if library is functional else plain)
 
 
 def _added_case(data: Data, op: str) -> Case:
@@ -211,10 +199,10 @@ def _added_case(data: Data, op: str) -> Case:
     grad = torch.cat([data.grad[:, :half] + added, data.grad[:, half:]], 1)
     scale_map, order, _, *parameters = ops.coupling_arguments(SPEC, inverse=False)
     if op == "channel_mix":
-        plain = _op_case(data, op, "backward", op, (data.x, data.matrix, data.offset), grads=(grad,))
+        plain = _case(data, op, "backward", _named(op), (data.x, data.matrix, data.offset), (grad,))
     else:
         tensors = (data.x, data.net_out, data.matrix, data.offset)
-        plain = _op_case(data, op, "backward", op, tensors, SPEC, grads=(grad, data.grad_log_det))
+        plain = _case(data, op, "backward", _named(op, SPEC), tensors, (grad, data.grad_log_det))
 
     def ours() -> tuple[Tensor, ...]:
         if op == "channel_mix":
@@ -225,7 +213,7 @@ def _added_case(data: Data, op: str) -> Case:
     def build(library: ModuleType, compiled: bool) -> Run:
         return ours if library is functional else plain.build(library, compiled)
 
-    return Case(op + ADDED, "backward", data.shape, build, compiles=False)
+    return Case(op + ADDED, "backward", data.shape, build)
 
 
 def step_cases(data: Data) -> list[Case]:
@@ -239,11 +227,11 @@ def step_cases(data: Data) -> list[Case]:
 
     return [
         _case(data, STEP, "forward", step, tensors),
-        _op_case(data, STEP, "inverse", "coupling_mix_inverse", back, SPEC),
+        _case(data, STEP, "inverse", _named("coupling_mix_inverse", SPEC), back),
         _case(data, STEP, "forward+backward", step, tensors, grads),
         # The coupling, then the mixing of the next step: as steps follow each other in a level.
-        _op_case(data, BETWEEN, "forward", "coupling_mix", tensors, SPEC),
-        _op_case(data, BETWEEN, "forward+backward", "coupling_mix", tensors, SPEC, grads=grads),
+        _case(data, BETWEEN, "forward", _named("coupling_mix", SPEC), tensors),
+        _case(data, BETWEEN, "forward+backward", _named("coupling_mix", SPEC), tensors, grads),
     ]
 
 
@@ -265,9 +253,9 @@ def op_cases(data: Data) -> list[Case]:
     ) -> list[Case]:
         """The function and its inverse, and the backward of the first."""
         return [
-            _op_case(d, op, "forward", names[0], tensors, *rest),
-            _op_case(d, op, "inverse", names[1], back, *rest),
-            _op_case(d, op, "backward", names[0], tensors, *rest, grads=grads),
+            _case(d, op, "forward", _named(names[0], *rest), tensors),
+            _case(d, op, "inverse", _named(names[1], *rest), back),
+            _case(d, op, "backward", _named(names[0], *rest), tensors, grads),
         ]
 
     mix, couple = ("channel_mix", "channel_unmix"), ("coupling", "coupling_inverse")
@@ -280,9 +268,9 @@ def op_cases(data: Data) -> list[Case]:
         *three("coupling_mix", both, fused, unfused, SPEC, grads=pair),
         *three(COUPLE_GATHERED, both, couple_gathered, couple_gathered, SPEC, d.index, grads=pair),
         _step_backward_case(d),
-        _op_case(d, "gaussian_log_prob", "forward", "gaussian_log_prob", gaussian),
-        _op_case(d, "gaussian_log_prob", "backward", "gaussian_log_prob", gaussian, grads=(d.grad_log_det,)),
-        _op_case(d, "gaussian_sample", "forward", "gaussian_sample", gaussian),
+        _case(d, "gaussian_log_prob", "forward", _named("gaussian_log_prob"), gaussian),
+        _case(d, "gaussian_log_prob", "backward", _named("gaussian_log_prob"), gaussian, (d.grad_log_det,)),
+        _case(d, "gaussian_sample", "forward", _named("gaussian_sample"), gaussian),
     ]
 
 
@@ -303,23 +291,23 @@ def gpu_cases(data: Data) -> list[Case]:
 
 def matrix_cases(data: Data) -> list[Case]:
     """Makes inverses and log-determinants of C x C matrices, which `bench kernels` leaves out: no image is in them."""
-def copy_calls(n_bytes: int, copies: int, device: torch.device) -> list[Callable[[], object]]:
-    """Copies of random data that touch so many bytes each, half of them read and half written, each elsewhere."""
-    size = max(1, n_bytes // 8)
-    pairs = [(torch.rand(size, device=device), torch.rand(size, device=device)) for _ in range(copies)]
-    return [functools.partial(target.copy_, source) for source, target in pairs]
-
-
     d = data
     grads = {"invert_matrix": (d.matrices,), "log_abs_det": (d.scale[:2],)}
     return [
         case
         for name, grad in grads.items()
         for case in (
-            _op_case(d, name, "forward", name, (d.matrices,)),
-            _op_case(d, name, "backward", name, (d.matrices,), grads=grad),
+            _case(d, name, "forward", _named(name), (d.matrices,)),
+            _case(d, name, "backward", _named(name), (d.matrices,), grad),
         )
     ]
+
+
+def copy_calls(n_bytes: int, copies: int, device: torch.device) -> list[Callable[[], object]]:
+    """Copies of random data that touch so many bytes each, half of them read and half written, each elsewhere."""
+    size = max(1, n_bytes // 8)
+    pairs = [(torch.rand(size, device=device), torch.rand(size, device=device)) for _ in range(copies)]
+    return [functools.partial(target.copy_, source) for source, target in pairs]
 
 
 def check_equal(results: dict[str, tuple[Tensor, ...]], what: str) -> None:

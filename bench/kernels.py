@@ -28,7 +28,7 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
             if arguments.only not in case.name:
                 continue
             runs = {OURS: case.build(functional, False), PLAIN: case.build(reference, False)}
-            if arguments.compile and case.compiles:
+            if arguments.compile and case.mode != "backward":
                 runs[COMPILED] = case.build(reference, True)
             check_equal({name: runs[name]() for name in (PLAIN, *runs)}, f"{case.name} {shape}")
             (copying,) = copy_calls(traffic(case.op, case.mode, shape), 1, CPU)
