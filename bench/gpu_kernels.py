@@ -1,11 +1,10 @@
-"""Times layers of nets, every op, and the flow step outside its net, on a GPU: in a CUDA graph, on rotating buffers.
+"""Times every op, and the flow step outside its net, on a GPU: in a CUDA graph, on rotating buffers.
 
     python -m bench.gpu_kernels [--device cuda] [--shapes 8x12x64x64,...] [--only TEXT ...] [--until T] [--out FILE]
 
 A row has a case's microseconds, the bytes that it must move at least, and its share of a copy: the time of a copy of as
 many bytes, measured in the same run in the same way, over the case's own; beside it is plain torch's time for the same
-case. Results are checked before they are timed. Before the ops, each layer of a coupling net is timed as a matrix
-product ("us") and as torch's convolution ("plain us").
+case. Results are checked before they are timed.
 
 A kernel of a few microseconds is shorter than the Python that calls it, and its data fits into a cache. So each case
 has several copies of its tensors, more together than twice the L2; one graph launches the copies in turn for
@@ -19,25 +18,20 @@ import argparse
 import contextlib
 import functools
 import gc
-import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from bench import cases
 from bench.cases import Case, Data, check_equal, copy_calls, gpu_cases, parse_shapes, shape_title, traffic
 from bench.gpu_questions import Question, Row, run, stage_options
-from bench.harness import dtype_name
 from pyglow_fast import functional, reference
-from pyglow_fast._float32 import TF32, computing_in
 
 SHAPES = sorted([*cases.SHAPES, (64, 24, 8, 8), (64, 48, 4, 4)], reverse=True)  # levels of 32x32 in batches of 64 first
-LEVELS, BATCH = ((6, 16), (12, 8), (24, 4)), 64  # the channels that a net reads, and their side, of images of 32x32
 L2_SHARE = 2.0  # the copies of a case are together more than that many times the L2
 MOST_COPIES = 512
 REPLAY_SECONDS = 2e-3  # a replay takes about so long: 4,000 times what an event resolves
@@ -117,39 +111,6 @@ class RotatingTimer:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-def layer(timer: RotatingTimer, inputs: int, outputs: int, side: int, size: int, dtype: torch.dtype) -> Row:
-    """A convolution of a net beside the product that could take its place, forward and both gradients together.
-
-    The product's narrow side is the taps of all its channels, padded to 16 bytes; to gather or sum them is not timed.
-    """
-    taps, rows = -(-side * side * min(inputs, outputs) // 8) * 8, BATCH * size * size
-    columns = (taps, outputs) if inputs <= outputs else (inputs, taps)
-    copies = timer.copies(dtype.itemsize * (sum(columns) * rows + math.prod(columns)))
-
-    def microseconds(function: Callable[..., Tensor], layout: torch.memory_format, *sizes: tuple[int, ...]) -> float:
-        def launch() -> Launch:
-            made = (torch.randn(shape, device=timer.device, dtype=dtype) for shape in sizes)
-            leaves = [leaf.to(memory_format=layout).requires_grad_() for leaf in made]
-            grad = torch.randn_like(function(*leaves))
-            return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
-
-        return 1e6 * timer.time(lambda: [launch() for _ in range(copies)])[0]
-
-    with computing_in(TF32):
-        us = microseconds(torch.mm, torch.contiguous_format, (rows, columns[0]), columns)
-        shapes = (BATCH, inputs, size, size), (outputs, inputs, side, side)
-        convolution = functools.partial(torch.nn.functional.conv2d, padding=side // 2)
-        return {"us": us, "plain us": microseconds(convolution, torch.channels_last, *shapes), "copies": copies}
-
-
-def layers(device: torch.device, hidden: int) -> Iterator[Question]:
-    """Each layer of a net of each level."""
-    for (channels, size), dtype in itertools.product(LEVELS, (torch.float32, torch.bfloat16)):
-        for inputs, outputs, side in ((channels, hidden, 3), (hidden, hidden, 1), (hidden, 2 * channels, 3)):
-            name = f"layer {side}x{side}, {inputs} to {outputs}, at {BATCH}x{size}x{size}, {dtype_name(dtype)}"
-            yield name, functools.partial(layer, RotatingTimer(device), inputs, outputs, side, size, dtype)
-
-
 def questions(shape: tuple[int, ...], device: torch.device) -> list[Question]:
     """The cases of one shape, each in as many copies as take turns."""
     timer = RotatingTimer(device)
@@ -197,15 +158,13 @@ def measure(timer: RotatingTimer, cases: Sequence[Case], copied: Callable[[int],
 
 
 def groups(arguments: argparse.Namespace) -> list[Callable[[], Iterable[Question]]]:
-    """The layers, and the questions of each shape."""
+    """The questions of each shape."""
     gc.collect()
     gc.freeze()  # every capture collects garbage: what torch made at import would be looked through each time
-    ops = (functools.partial(questions, shape, arguments.device) for shape in arguments.shapes)
-    return [functools.partial(layers, arguments.device, arguments.hidden), *ops]
+    return [functools.partial(questions, shape, arguments.device) for shape in arguments.shapes]
 
 
 if __name__ == "__main__":
     options = stage_options("gpu_kernels", "kernels on a GPU")
     options.add_argument("--shapes", type=parse_shapes, default=SHAPES, help="with commas between them")
-    options.add_argument("--hidden", type=int, default=512, help="width of the layers (512)")
     raise SystemExit(run(options, COLUMNS, groups))

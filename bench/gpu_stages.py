@@ -84,7 +84,7 @@ STAGES = (
     _asks("broken", 12, "a capture that CUDA breaks off, and what runs after it", "smoke --only broken"),
     _asks("expandable", 12, "all graphs", "smoke --only graph", allocator="expandable_segments:True"),
     _asks("async", 12, "all graphs", "smoke --only graph", allocator="backend:cudaMallocAsync"),
-    _asks("kernels", 45, "us of layers and of every op, beside a copy", "kernels", cpu="--shapes 1x4x3x5 --hidden 8"),
+    _asks("kernels", 45, "us of every op, beside a copy", "kernels", cpu="--shapes 1x4x3x5"),
     _asks("smoke", 30, "every op, a step in each memory mode and CUDA graphs, against float64", "smoke"),
     Stage(
         "tests",
