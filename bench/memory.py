@@ -46,7 +46,6 @@ from bench.model_cases import (
     gradient_error,
     images,
     plain_levels,
-    sequences,
     set_memory,
     training_step,
 )
@@ -99,16 +98,6 @@ def count(model: nn.Module, x: Tensor, passes: int) -> dict[str, Any]:
     return found
 
 
-def control(model: Model) -> dict[str, Any]:
-    """What the drift control of a reversible model says: anchors, drift, and what was redone."""
-    reports = [sequence.memory_report() for sequence in sequences(model)]
-    return {
-        "anchor_every": "/".join(str(report["anchor_every"]) for report in reports),
-        "drift": max(report["largest_drift"] for report in reports),
-        "redone": sum(report["redone_steps"] for report in reports),
-    }
-
-
 def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """What is timed: zero_grad, forward and backward."""
     step = training_step(model, x)
@@ -149,9 +138,8 @@ def _curve_case(prepared: Prepared, arguments: argparse.Namespace, case: str, sh
     training_step(warm, images(small, device))()  # what the libraries load when they first run is no part of a step
     model, x = build(name, shape, device), images(shape, device)
     passes = arguments.passes + (ADAPTING if name == "reversible" and arguments.passes else 0)
-    facts = count(model, x, passes)
-    facts |= control(model) if name == "reversible" else {}
-    prepared.cases.append((Row(case, TRAIN, name, facts=facts | {"shape": shape.title}), _step(model, x)))
+    facts = count(model, x, passes) | {"shape": shape.title}
+    prepared.cases.append((Row(case, TRAIN, name, facts=facts), _step(model, x)))
 
 
 def _budget_cases(prepared: Prepared, arguments: argparse.Namespace, case: str) -> None:
@@ -162,9 +150,8 @@ def _budget_cases(prepared: Prepared, arguments: argparse.Namespace, case: str) 
 
     def add(name: str, model: Model, budget: int | None = None) -> None:
         passes = arguments.passes + (ADAPTING if name in OURS[1:] or budget is not None else 0)
-        bytes_of = count(model, x, passes)
-        peaks[name] = max(bytes_of["held"], bytes_of["fresh"])
-        facts = bytes_of | {"budget": budget, "of_budget": None if budget is None else peaks[name] / budget}
+        facts = count(model, x, passes) | {"budget": budget, "shape": shape.title}
+        peaks[name] = max(facts["held"], facts["fresh"])
         run = _step(model, x)
         run()
         gradients = [grad.clone() for grad in _given(model)]
@@ -172,7 +159,7 @@ def _budget_cases(prepared: Prepared, arguments: argparse.Namespace, case: str) 
         error, _ = gradient_error(gradients, exact)
         if not error <= TOLERANCE:  # also NaN
             prepared.failures.append(f"({case}) {name}: gradients off by {error:.1e}, more than {TOLERANCE:.0e}")
-        prepared.cases.append((Row(case, TRAIN, name, facts=facts | {"shape": shape.title}), run))
+        prepared.cases.append((Row(case, TRAIN, name, facts=facts), run))
 
     for name in PEERS:
         add(name, plain_levels(ours, name))

@@ -308,11 +308,6 @@ def our_model(shape: Shape, memory: str) -> Glow | OurSteps:
     return Glow(image_shape=shape.image, memory=memory, **fields)
 
 
-def sequences(model: nn.Module) -> list[ReversibleSequence]:
-    """The runs of steps of a model of ours, by level."""
-    return [module for module in model.modules() if isinstance(module, ReversibleSequence)]
-
-
 def set_memory(model: Model, memory: str | int) -> None:
     """Give a model of ours its memory mode, or bytes."""
     owner: Any = model.owned if isinstance(model, OurSteps) else model
@@ -348,7 +343,8 @@ def plain_levels(ours: Model, implementation: str) -> Levels:
         )
         return found
 
-    plain = [[PlainStep(step) for step in sequence.flow_steps()] for sequence in sequences(ours)]
+    runs = [module for module in ours.modules() if isinstance(module, ReversibleSequence)]
+    plain = [[PlainStep(step) for step in run.flow_steps()] for run in runs]
     steps = [[(wrapped(step, index), step.inverse) for index, step in enumerate(level)] for level in plain]
     top = ours.state_shapes[-1] if isinstance(ours, Glow) else ours.top
     return Levels(ours, steps, prior, top, isinstance(ours, Glow))
