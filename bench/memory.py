@@ -133,9 +133,6 @@ def curve_shapes(arguments: argparse.Namespace) -> dict[str, Shape]:
 
 def _curve_case(prepared: Prepared, arguments: argparse.Namespace, case: str, shape: Shape, name: str) -> None:
     device = arguments.device
-    small = dataclasses.replace(shape.small(), n_steps=1)
-    warm = build(name, small, device)
-    training_step(warm, images(small, device))()  # what the libraries load when they first run is no part of a step
     model, x = build(name, shape, device), images(shape, device)
     passes = arguments.passes + (ADAPTING if name == "reversible" and arguments.passes else 0)
     facts = count(model, x, passes) | {"shape": shape.title}
