@@ -8,9 +8,8 @@ and backward of the mean negative log-likelihood, inference the forward without 
 it. With bf16 all are under torch.autocast. Outputs and gradients of every copy are held against theirs in float64: in
 float64 they are to agree to 1e-9, in the precision that is measured to be off by at most twice as much as theirs (and
 in float32 by four roundings, gradients by what relus do whose arguments have another sign).
-Memory is what a training step has alive at its peak besides parameters and gradients (AllocatorTrace of
-bench/memory_meter.py). A project that is not installed is left out, by name; a model of which nothing is replaced is a
-row that says so.
+Memory is what a training step has alive at its peak besides parameters and gradients (``fresh`` of bench/memory.py).
+A project that is not installed is left out, by name; a model of which nothing is replaced is a row that says so.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import gc
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from bench import harness, live_cases
 from bench.harness import CPU, PRECISIONS, Plan, Prepared, Row, autocast, chosen, default_dtype, dtype_name
 from bench.live_cases import MODELS, LiveCase
-from bench.memory_meter import AllocatorTrace
+from bench.memory import peak_bytes
 from bench.model_cases import gradient_error
 from pyglow_fast.interop import accelerate
 
@@ -105,10 +103,7 @@ def activation_bytes(case: LiveCase, model: nn.Module, dtype: torch.dtype) -> in
     for _ in range(2):
         step()
     model.zero_grad(set_to_none=True)  # what is freed inside would count less than nothing
-    gc.collect()
-    with AllocatorTrace() as trace:
-        step()
-    size = trace.peak_without(value.grad for value in model.parameters() if value.grad is not None)
+    size = peak_bytes(model, step, CPU, fresh=True)
     model.zero_grad(set_to_none=True)
     return size
 

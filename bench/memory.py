@@ -68,7 +68,7 @@ def _given(model: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def _peak(model: nn.Module, step: Callable[[], object], device: torch.device, fresh: bool) -> int:
+def peak_bytes(model: nn.Module, step: Callable[[], object], device: torch.device, fresh: bool) -> int:
     """Bytes that are alive at the peak; fresh: but for those that end as gradients."""
     gc.collect()
     if device.type != "cuda":
@@ -91,9 +91,9 @@ def count(model: nn.Module, x: Tensor, passes: int) -> dict[str, Any]:
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     for _ in range(passes):
         step()
-    found = {"held": _peak(model, step, x.device, fresh=False)}
+    found = {"held": peak_bytes(model, step, x.device, fresh=False)}
     model.zero_grad(set_to_none=True)
-    found["fresh"] = _peak(model, step, x.device, fresh=True)
+    found["fresh"] = peak_bytes(model, step, x.device, fresh=True)
     model.zero_grad(set_to_none=True)
     return found
 
