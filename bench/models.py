@@ -20,7 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ from bench.model_cases import (
     SAME_FUNCTION,
     SAMPLE,
     TRAIN,
-    Levels,
     Model,
     Shape,
     build,
@@ -66,27 +65,26 @@ FACTOR = 2.0  # of plain torch's error, in lower precision
 class Candidate:
     """An implementation in a variant: its model, and the images as it takes them.
 
-    ``memory``: the mode that a model of ours is set to before each run; models are shared between modes. ``dtype``: in
-    bfloat16 a model of ours has that precision itself, the others run under torch.autocast.
+    Models of ours are shared between memory modes, and set to theirs before each run. In bfloat16 they have that
+    precision themselves, the others run under torch.autocast.
     """
 
     implementation: str
     variant: str
     model: Any
     x: Tensor
-    memory: str | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """Gives the context that its forward runs in: autocast, but for ours, whose nets have the precision."""
-        return autocast(self.x.device, torch.float32 if self.memory is not None else self.dtype)
+        return autocast(self.x.device, torch.float32 if self.implementation in OURS else self.dtype)
 
     def run(self, workload: str) -> Callable[[], Any]:
         """Make the function that is timed."""
 
         def train() -> None:
-            if self.memory is not None:
-                set_memory(self.model, self.memory)
+            if self.implementation in OURS:
+                set_memory(self.model, self.implementation)
             self.model.zero_grad(set_to_none=True)
             with self.context():
                 loss = (-self.model.log_prob(self.x)).mean()
@@ -105,36 +103,34 @@ class Candidate:
             x: Tensor = self.model.decode(latents, **own)
         return x
 
-    def gradients(self) -> list[Tensor]:
-        """The gradients of the last training step."""
-        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+def _gradients(model: Any) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 class Candidates:
-    """The implementations of a configuration in their variants, and a line for each that is left out.
+    """The implementations of a configuration in their variants, each held against its function in float64.
 
-    Ours and those of our function share one set of tensors per variant, and per precision of ours. In bfloat16 those of
+    ``missing``: a line for each that is left out. Ours, plain, torch checkpoint and memcnn are one function and share
+    one set of tensors per variant, and per precision of ours; a peer is a function of its own. In bfloat16 those of
     FLOAT_BESIDE are there in float32, too.
     """
 
-    def __init__(self, shape: Shape, device: torch.device, names: Sequence[str], dtype: torch.dtype) -> None:
-        self.shape, self.device, self.dtype = shape, device, dtype
+    def __init__(self, shape: Shape, arguments: argparse.Namespace, workload: str) -> None:
+        self.shape, self.device, self._workload = shape, arguments.device, workload
+        self._tf32 = arguments.precision == TF32
+        self.dtype = PRECISIONS.get(arguments.precision, torch.float32)
         self.found: list[Candidate] = []
         self.missing: list[str] = []
-        self.x = images(shape, device)
-        self.ours = build("store", shape, device)
+        self.x = images(shape, self.device)
+        self.ours = build("store", shape, self.device)
+        self._exact: dict[str, list[Tensor]] = {}  # gradients, log_prob or latents, by function
+        self._plain: dict[torch.dtype, float] = {}  # its errors
         for variant in (EAGER, CHANNELS_LAST):
             models = self._models(variant)
-            for name in names:
-                self._add(name, variant, models)
-
-    def exact(self, implementation: str = PLAIN) -> Levels:
-        """Build the function of an implementation in float64; ours by the reference."""
-        if implementation in PEER_STEPS:
-            peer = build(implementation, self.shape, self.device)
-            assert isinstance(peer, Levels)
-            return peer.double()
-        return plain_levels(copy.deepcopy(self.ours).double(), CHECKPOINTED)
+            for name in arguments.implementations:
+                if workload == TRAIN or name not in RECOMPUTING:
+                    self._add(name, variant, models)
 
     def _models(self, variant: str) -> dict[torch.dtype, Model]:
         """Ours by dtype; the original is the eager one in float32."""
@@ -165,25 +161,20 @@ class Candidates:
             if variant == CHANNELS_LAST:
                 model = model.to(memory_format=torch.channels_last)
                 x = x.to(memory_format=torch.channels_last)
-            self.found.append(Candidate(name, variant, model, x, name if name in OURS else None, dtype))
-
-
-class Checks:
-    """Holds each candidate against its function in float64: ours, plain and memcnn are one, a peer has its own."""
-
-    def __init__(self, candidates: Candidates, workload: str, tf32: bool = False) -> None:
-        self._candidates, self._workload, self._tf32 = candidates, workload, tf32
-        self._exact: dict[str, list[Tensor]] = {}  # gradients, log_prob or latents, by function
-        self._plain: dict[torch.dtype, float] = {}  # its errors
+            self.found.append(Candidate(name, variant, model, x, dtype))
 
     def _truth(self, function: str) -> list[Tensor]:
+        """What a function gives in float64; ours by the reference."""
         if function not in self._exact:
-            exact, x = self._candidates.exact(function), self._candidates.x.double()
+            peer = function in PEER_STEPS
+            model = build(function, self.shape, self.device) if peer else copy.deepcopy(self.ours)
+            exact: Any = model.double() if peer else plain_levels(model.double(), CHECKPOINTED)
+            x = self.x.double()
             exact.train(self._workload == TRAIN)
             with default_dtype(torch.float64):  # some libraries' layers make constants of the default dtype
                 if self._workload == TRAIN:
                     training_step(exact, x)()
-                    self._exact[function] = [p.grad for p in exact.parameters() if p.grad is not None]
+                    self._exact[function] = _gradients(exact)
                 else:
                     with torch.no_grad():
                         self._exact[function] = [exact.log_prob(x)] if self._workload == LOG_PROB else exact.encode(x)
@@ -199,7 +190,7 @@ class Checks:
         truth = self._truth(PLAIN if same else candidate.implementation)
         result = candidate.run(self._workload)()
         if self._workload == TRAIN:
-            error = gradient_error(candidate.gradients(), truth)[0]
+            error = gradient_error(_gradients(candidate.model), truth)[0]
         elif self._workload == LOG_PROB:
             error = float((result.double() - truth[0]).abs().max()) / candidate.x[0].numel()
         else:
@@ -228,18 +219,15 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
 
 
 def _prepare(prepared: Prepared, arguments: argparse.Namespace, config: str, shape: Shape, workload: str) -> None:
-    dtype = PRECISIONS.get(arguments.precision, torch.float32)
-    names = [name for name in arguments.implementations if workload == TRAIN or name not in RECOMPUTING]
-    candidates = Candidates(shape, arguments.device, names, dtype)
+    candidates = Candidates(shape, arguments, workload)
     prepared.notes += candidates.missing
-    checks = Checks(candidates, workload, arguments.precision == TF32)
     for candidate in candidates.found:
         candidate.model.train(workload == TRAIN)
     for candidate in sorted(candidates.found, key=lambda found: found.implementation != PLAIN):
         name = f"({config}) {workload}, {candidate.implementation}, {candidate.variant}, {dtype_name(candidate.dtype)}"
         own = candidate.implementation in (*OURS, PLAIN)
         try:
-            error = checks.error(candidate)
+            error = candidates.error(candidate)
         except Exception as reason:  # whatever a library raises
             line = f"{name} is left out: {type(reason).__name__}: {str(reason).strip().partition(chr(10))[0]}"
             (prepared.failures if own else prepared.notes).append(line)
