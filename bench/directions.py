@@ -84,7 +84,7 @@ def _add(prepared: Prepared, case: str, model: Any, ways: dict[str, Way]) -> Non
             own.memory = "store" if name == CHECKPOINTED else name
             for _ in range(ADAPTING):
                 found = gradients(own, run, inputs)
-            facts = {"kept": kept(own, run, inputs), "error": gradient_error(found, true)[0]}
+            facts = {"kept": kept(own, run, inputs), "error": gradient_error(found, true)}
 
             def step(own: Any = own, run: Outputs = run, inputs: list[Tensor] = inputs) -> None:
                 run(own, inputs).backward()

@@ -103,8 +103,8 @@ def check_step(memory: str, tf32: bool, device: torch.device) -> Row:
     torch.backends.cudnn.allow_tf32 = tf32
     model, x = model_and_images(memory, device)
     exact = gradients_of(plain_levels(copy.deepcopy(model).double(), PLAIN), x.double())
-    plain, _ = gradient_error(gradients_of(plain_levels(model, PLAIN), x), exact)
-    return judged({"gradients": (gradient_error(gradients_of(model, x), exact)[0], 2.0 * plain + GRADIENTS)})
+    plain = gradient_error(gradients_of(plain_levels(model, PLAIN), x), exact)
+    return judged({"gradients": (gradient_error(gradients_of(model, x), exact), 2.0 * plain + GRADIENTS)})
 
 
 def check_inverse(device: torch.device) -> Row:
@@ -121,7 +121,7 @@ def check_replay(model: Any, x: Tensor, asked: bool) -> Row:
     other = x.flip(0).roll(1, dims=-1)
     loss, gradients = float(-model.log_prob(other).mean()), gradients_of(model, other)
     off = max(abs(float(step(other)) - loss) for _ in range(2))
-    found, _ = gradient_error([parameter.grad for parameter in model.parameters()], gradients)
+    found = gradient_error([parameter.grad for parameter in model.parameters()], gradients)
     row = judged({"loss": (off, 1e-4 * max(1.0, abs(loss))), "gradients": (found, GRADIENTS)})
     return replayed(row, step.how, asked)
 

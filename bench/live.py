@@ -125,7 +125,7 @@ def results(case: LiveCase, model: nn.Module, dtype: torch.dtype) -> Results:
 def errors(found: Results, exact: Results, prefix: str = "") -> dict[str, float]:
     """The relative errors of all outputs together and of all gradients together."""
     parts = zip(("outputs", "gradients"), found, exact, strict=True)
-    return {f"{prefix}{name}": gradient_error(values, truth)[0] for name, values, truth in parts}
+    return {f"{prefix}{name}": gradient_error(values, truth) for name, values, truth in parts}
 
 
 def faults(found: dict[str, float], theirs: dict[str, float], dtype: torch.dtype) -> str:

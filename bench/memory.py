@@ -153,7 +153,7 @@ def _budget_cases(prepared: Prepared, arguments: argparse.Namespace, case: str) 
         run()
         gradients = [grad.clone() for grad in _given(model)]
         exact.extend(gradients if not exact else ())
-        error, _ = gradient_error(gradients, exact)
+        error = gradient_error(gradients, exact)
         if not error <= TOLERANCE:  # also NaN
             prepared.failures.append(f"({case}) {name}: gradients off by {error:.1e}, more than {TOLERANCE:.0e}")
         prepared.cases.append((Row(case, TRAIN, name, facts=facts), run))

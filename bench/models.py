@@ -190,7 +190,7 @@ class Candidates:
         truth = self._truth(PLAIN if same else candidate.implementation)
         result = candidate.run(self._workload)()
         if self._workload == TRAIN:
-            error = gradient_error(_gradients(candidate.model), truth)[0]
+            error = gradient_error(_gradients(candidate.model), truth)
         elif self._workload == LOG_PROB:
             error = float((result.double() - truth[0]).abs().max()) / candidate.x[0].numel()
         else:
