@@ -30,7 +30,6 @@ PARTLY = {"torch checkpoint 1/4": (1, 4), "torch checkpoint 1/2": (1, 2), "torch
 TRAIN, LOG_PROB, SAMPLE = "train step", "log_prob", "sample"
 # The size of what the nets put out; at their start it would be zero, and so the gradient of all but the last layer.
 RAW_SIZE = 0.1
-INITIAL, PARTS = 32, 16  # pixels: of larger images actnorms see some parts
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 Inverse = Callable[[Tensor], Tensor]
@@ -62,10 +61,6 @@ class Shape:
         """The shape (C, *spatial) of the top state."""
         shrink = 2**self.n_levels if self.squeezes else 1
         return (self.widths()[-1], *[size // shrink for size in self.image[1:]])
-
-    def initial(self) -> Shape:
-        """The shape of the parts of images that actnorms are initialised on."""
-        return self if self.image[1] <= INITIAL else self.small()
 
     def small(self) -> Shape:
         """Images of two positions at the top level: for what does not depend on the resolution."""
@@ -399,38 +394,22 @@ def images(shape: Shape, device: torch.device) -> Tensor:
     return (0.9 * smooth + 0.1 * noise - 0.5).to(device)
 
 
-def parts(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Up to PARTS parts of images, of that size, from all over them.
-
-    Actnorms that are set on other statistics than those of the images let deep models blow up, and their states drift.
-    """
-    for dim, length in enumerate(size, start=2):
-        x = torch.cat(x.split(length, dim=dim))
-    return x[:: max(1, x.shape[0] // PARTS)][:PARTS]
-
-
 def build(implementation: str, shape: Shape, device: torch.device) -> Model:
-    """The model, its actnorms initialised on small images, with nets that put out something.
+    """The model, its actnorms initialised on its images, with nets that put out something.
 
     Raises:
         ImportError: the implementation's library is not there.
     """
     torch.manual_seed(0)
-    small_images = parts(images(shape, torch.device("cpu")), shape.initial().image[1:])
     if implementation in PEER_STEPS:
         peer = _peer(implementation, shape)
         wake(peer)
         with torch.no_grad():
-            peer.log_prob(small_images)
-        return peer.to(device)
-    memory = implementation if implementation in OURS else "store"
-    small = our_model(shape.initial(), memory)
-    wake(small)
-    small.initialize(small_images)
-    ours = our_model(shape, memory)
-    ours.load_state_dict(small.state_dict())
-    del small
-    ours.to(device)
+            peer.to(device).log_prob(images(shape, device))
+        return peer
+    ours = our_model(shape, implementation if implementation in OURS else "store")
+    wake(ours)
+    ours.to(device).initialize(images(shape, device))
     return ours if implementation in OURS else plain_levels(ours, implementation)
 
 
