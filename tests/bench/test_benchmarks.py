@@ -110,12 +110,6 @@ class TestCommands:
         assert all((row.seconds or 0) > 0 and (row.processor_seconds or 0) > 0 for row in rows)
         assert "against" in capfd.readouterr().out
 
-    def test_kernels(self, tmp_path: Path) -> None:
-        options = ["--quick", "--only", "flow step", "--malloc", "here", "--rounds", "1", "--out", str(tmp_path)]
-        assert harness.run("bench.kernels", options) == 0
-        _, rows = harness.read_rows(tmp_path / "kernels-cpu.json")
-        assert {kernels.OURS, kernels.PLAIN, kernels.COPY} == {row.name for row in rows}
-
     def test_a_case_that_fails_is_said(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         options = ["--quick", "--only", "depth", "--depths", "1", "--implementations", "store", "--limit", "-1"]
         assert harness.run("bench.memory", [*options, "--out", str(tmp_path)]) == 1
