@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from bench import harness
 from bench.cases import SHAPES, Data, check_equal, copy_calls, kernel_cases, parse_shapes, shape_title, traffic
 from bench.harness import CPU, Call, Plan, Prepared, Row
