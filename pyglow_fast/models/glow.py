@@ -266,8 +266,7 @@ class Glow(nn.Module):
         if isinstance(x, Tensor) and not x.is_floating_point():
             expect(False, "x", "float values, pyglow_fast.likelihood.dequantize(x) of integer levels", x.dtype)
         check_input("x", x, self.config.image_shape[0], self._parameter())
-        shape = self.config.image_shape
-        expect(tuple(x.shape[1:]) == shape, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+        self._check_shape("x", x)
         reads = can_read(x)
         if reads:
             expect(bool(x.isfinite().all()), "x", "finite values", "NaN or inf")
@@ -277,6 +276,11 @@ class Glow(nn.Module):
                 if not (self.training or self.levels[0].has_begun):
                     warn_of_fresh(stacklevel=6)
         return self._check_cond(cond, x.shape[0]), reads
+
+    def _check_shape(self, name: str, x: Tensor) -> None:
+        shape = self.config.image_shape
+        fits = x.dim() > 0 and tuple(x.shape[1:]) == shape
+        expect(fits, name, f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
 
     def _check_cond(self, cond: Condition | None, n: int) -> list[Tensor | None]:
         """Checks it, and gives that of each level."""
@@ -467,6 +471,11 @@ class Glow(nn.Module):
 
         Levels are 0..n_bins-1; y and cond as in log_prob.
         """
+        # Everything is checked before the noise is drawn: a refused call leaves the generator as it was.
+        expect(isinstance(images, Tensor), "images", "a Tensor", type(images).__name__)
+        self._check_shape("images", images)
+        check_labels(y, images.shape[0], self.config.n_classes)
+        self._check_cond(cond, images.shape[0])
         x = dequantize(images, n_bins, generator, dtype=self._parameter().dtype)
         return bits_per_dim(self.log_prob(x, y, cond), self.config.n_values, n_bins)
 
