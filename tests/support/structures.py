@@ -373,6 +373,7 @@ def of_hiding(name: str, build: Callable[[], nn.Module], channels: int, joined: 
         lambda model, data, _: model(data[0], False, *flags),
         lambda model, found, _: model(found[0], True, *flags),
         joined,
+        samples=2,
         left=(None,),
     )
 
