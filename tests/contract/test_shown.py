@@ -65,7 +65,7 @@ def test_its_report_opens() -> None:
 
 
 def test_a_slider_of_skin_darkens_and_one_of_the_ground_colours_it(opened: OpenRun) -> None:
-    images = range(0, 120, 6)
+    images = range(0, 120, 12)
     centre = (slice(None), slice(None), slice(8, 24), slice(8, 24))
     dark, light = (mean_change(opened, f"skin tone {tone}", 0.7, images)[centre].mean() for tone in ("dark", "light"))
     assert dark < -0.5 < light
