@@ -1,12 +1,11 @@
-// The CPU kernels of core.h for the bindings: each is run by the program in kernels.cpp, which PYGLOW_KERNELS_COMMAND
-// starts. All memory of torch's tensors, from the moment the module is loaded, is memory that the program has too.
+// The CPU kernels of core.h for the bindings: each is run by the program in kernels.cpp, which has been started. All
+// memory of torch's tensors, from the moment the module is loaded, is memory that the program has too.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
-#include <fcntl.h>
-#include <spawn.h>
 #include <sys/mman.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <string>
@@ -14,25 +13,34 @@
 
 #include "calls.h"
 
-extern char** environ;
-
 namespace {
 
 [[noreturn]] void fail(const std::string& what) { TORCH_CHECK(false, "the kernels' process: ", what); }
 
-// The file of the memory, mapped here.
-int shared_file() {
-  const int file = memfd_create("tensors", 0);
-  const int access = PROT_READ | PROT_WRITE, kind = MAP_SHARED | MAP_FIXED_NOREPLACE;
-  if (file < 0 || ftruncate(file, calls::memory_bytes) != 0 ||
-      mmap(calls::memory, calls::memory_bytes, access, kind, file, 0) != calls::memory)
-    fail("no memory to share");
-  return file;
+// What PYGLOW_KERNELS names: the file of the memory, and pipes to the program and from it.
+struct Program {
+  int memory = -1, to = -1, from = -1;
+};
+const Program& program() {
+  static const Program found = [] {
+    Program named;
+    const char* const text = std::getenv("PYGLOW_KERNELS");
+    if (text == nullptr || std::sscanf(text, "%d %d %d", &named.memory, &named.to, &named.from) != 3)
+      fail("nothing says where it is");
+    return named;
+  }();
+  return found;
 }
 
 // Blocks of powers of two, which are used again for the same size. The first bytes of a block are its size's power.
 class Memory final : public c10::Allocator {
  public:
+  Memory() {
+    const int file = program().memory, access = PROT_READ | PROT_WRITE, kind = MAP_SHARED | MAP_FIXED_NOREPLACE;
+    if (ftruncate(file, calls::memory_bytes) != 0 ||
+        mmap(calls::memory, calls::memory_bytes, access, kind, file, 0) != calls::memory)
+      fail("no memory to share");
+  }
   c10::DataPtr allocate(std::size_t bytes) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     int power = 7;
@@ -52,8 +60,6 @@ class Memory final : public c10::Allocator {
   }
   c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
   void copy_data(void* to, const void* from, std::size_t count) const override { default_copy_data(to, from, count); }
-
-  const int file = shared_file();
 
  private:
   static constexpr std::size_t margin = 64;  // which keeps data aligned as torch's own is
@@ -76,48 +82,16 @@ void Memory::give_back(void* data) {
   memory().unused_[*reinterpret_cast<int*>(block)].push_back(block);
 }
 
-// Starts with the first call and ends when its pipe does, with this process.
-class Process {
- public:
-  Process() {
-    const char* const command = std::getenv("PYGLOW_KERNELS_COMMAND");
-    int to[2], from[2];
-    if (command == nullptr || pipe2(to, O_CLOEXEC) != 0 || pipe2(from, O_CLOEXEC) != 0) fail("no command or no pipe");
-    posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_adddup2(&actions, to[0], STDIN_FILENO);
-    posix_spawn_file_actions_adddup2(&actions, from[1], STDOUT_FILENO);
-    const std::string line = "exec " + std::string(command) + " " + std::to_string(memory().file);
-    const char* const arguments[] = {"sh", "-c", line.c_str(), nullptr};
-    pid_t process = 0;
-    if (posix_spawn(&process, "/bin/sh", &actions, nullptr, const_cast<char**>(arguments), environ) != 0)
-      fail("it does not start");
-    posix_spawn_file_actions_destroy(&actions);
-    close(to[0]);
-    close(from[1]);
-    to_ = to[1];
-    from_ = from[0];
-  }
-
-  void run(const calls::Call& call, const void* args) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    calls::send(to_, &call, sizeof call);
-    calls::send(to_, args, call.bytes);
-    int64_t length = 0;
-    if (!calls::receive(from_, &length, sizeof length)) fail("it ended in a kernel");
-    std::string error(length, ' ');
-    calls::receive(from_, error.data(), length);
-    if (length > 0) throw std::runtime_error(error);
-  }
-
- private:
-  std::mutex mutex_;
-  int to_ = -1, from_ = -1;
-};
-
 void run(const calls::Call& call, const void* args) {
-  static Process process;
-  process.run(call, args);
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  calls::send(program().to, &call, sizeof call);
+  calls::send(program().to, args, call.bytes);
+  int64_t length = 0;
+  if (!calls::receive(program().from, &length, sizeof length)) fail("it ended in a kernel");
+  std::string error(length, ' ');
+  calls::receive(program().from, error.data(), length);
+  if (length > 0) throw std::runtime_error(error);
 }
 
 const bool installed = [] {
