@@ -174,11 +174,8 @@ def memory_budgets() -> str:
     lines: list[Sequence[object]] = []
     for name in ("reversible", *(f"{percent} %" for percent in PERCENTS), "store", *PEERS):
         row = pick(rows, name=name)[0]
-        budget, peak, took = (
-            row.facts.get("budget"),
-            max(row.facts["held"], row.facts["fresh"]),
-            1e3 * (row.seconds or 0),
-        )
+        budget, took = row.facts.get("budget"), 1e3 * (row.seconds or 0)
+        peak = max(row.facts["held"], row.facts["fresh"])
         cells = ["", short(peak / 1e6), "", short(took), ""]
         if budget is not None:
             line = ends[0] + (ends[1] - ends[0]) * int(name.removesuffix(" %")) / 100
@@ -292,15 +289,8 @@ def flow_step() -> str:
         lines.append(
             (case, malloc, f"{own:.2f}", *(f"{other / own:.1f}" for other in others[:2]), f"{others[2] / own:.2f}")
         )
-    head = (
-        "N x C x H x W, forward + backward",
-        "malloc",
-        "ours, ms",
-        "reference",
-        "compiled",
-        "share of the copy's rate",
-    )
-    return markdown(head, lines)
+    numbers = ("ours, ms", "reference", "compiled", "share of the copy's rate")
+    return markdown(("N x C x H x W, forward + backward", "malloc", *numbers), lines)
 
 
 def nets() -> str:
