@@ -155,6 +155,19 @@ def gather_actnorm(index: Tensor, log_scale: Tensor, bias: Tensor) -> tuple[Tens
     return scale.gather(-1, index), (scale * bias).gather(-1, index)
 
 
+def check_index(index: Tensor, channels: int) -> None:
+    """Refuse an index that is no permutation of the channels; its values are read where that stops no stream.
+
+    Raises:
+        ValueError: another shape or dtype, a place that there is not, or one that comes twice.
+    """
+    fits = tuple(index.shape) == (channels,) and index.dtype == torch.int64
+    expect(fits, "index", f"shape ({channels},), int64", f"{tuple(index.shape)}, {index.dtype}")
+    if can_read(index):
+        whole = bool((index.sort().values == torch.arange(channels)).all())
+        expect(whole, "index", f"a permutation of 0 to {channels - 1}", index.tolist())
+
+
 def invert_gather(scale: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """(1 / s_k, k) for the k with index_k = j, for every j: the gather that undoes s_i x_index_i. All (..., C).
 
@@ -207,6 +220,7 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, index: Tensor | None 
     product, which adds zeros times them to all others, spreads them.
     """
     if index is not None:
+        check_index(index, x.shape[1])
         return torch.addcmul(per_channel(offset, x), x.index_select(1, index), per_channel(matrix, x))
     return _matrix_product(flat_positions(x), matrix, offset).reshape(x.shape)
 
@@ -218,6 +232,7 @@ def channel_unmix(u: Tensor, inverse_matrix: Tensor, offset: Tensor, index: Tens
     """
     centred = u - per_channel(offset, u)
     if index is not None:
+        check_index(index, u.shape[1])
         return centred.index_select(1, index) * per_channel(inverse_matrix, u)
     return _matrix_product(flat_positions(centred), inverse_matrix).reshape(u.shape)
 
@@ -383,7 +398,11 @@ def check_spec(spec: ChainSpec) -> None:
 
 
 def check_chain(weights: Sequence[Tensor], spec: ChainSpec) -> None:
-    """Refuse what :func:`check_spec` does, and a description that does not fit the layers and kernels of weights."""
+    """Refuse a description that does not fit these weights; see :func:`check_spec`.
+
+    Raises:
+        ValueError: as that, and for other layers or dimensions, or kernels of other sizes than KERNEL_SIZES.
+    """
     check_spec(spec)
     layers, dims = len(spec.dilations), len(spec.dilations[0])
     expect(len(weights) == layers, "weights", f"{layers} layers", len(weights))

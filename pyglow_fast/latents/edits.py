@@ -60,19 +60,27 @@ def edited(
     check_labels(y, len(latents[0]), model.config.n_classes)
     shares = [1.0] * len(latents) if keep is None else check_shares("keep", keep)
     expect(len(shares) == len(latents), "keep", f"{len(latents)} numbers, one a level", len(shares))
-    shift = [z.new_zeros(z.shape[1:]) for z in latents] if shift is None else shift
-    check_finite("shift", shift, model.latent_shapes)
-    steps = [part.to(z) for part, z in zip(shift, latents, strict=True)]
+    steps: list[Tensor | None] = [None] * len(latents)
+    if shift is not None:
+        check_finite("shift", shift, model.latent_shapes)
+        cast = [part.to(z) for part, z in zip(shift, latents, strict=True)]
+        check_finite("shift", cast)  # a narrower dtype may not hold what a wider one does
+        steps = list(cast)
+
+    def moved(level: int, z: Tensor) -> Tensor:
+        step = steps[level]
+        return z if step is None else z + step
+
     if space == "noise" or min(shares) == 1.0:
-        moved = [share * z + step for z, share, step in zip(latents, shares, steps, strict=True)]
-        return from_space(model, moved, space, y, cond)
+        kept = (z if share == 1.0 else share * z for z, share in zip(latents, shares, strict=True))
+        return from_space(model, [moved(level, z) for level, z in enumerate(kept)], space, y, cond)
 
     def choose(level: int, prior: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         z, share = latents[level], shares[level]
         if share < 1.0:
             mean, _ = prior()
             z = mean + share * (z - mean)
-        return z + steps[level]
+        return moved(level, z)
 
     with overridden("fp32"):  # from the deepest level up: each prior sees what the deeper levels are now
         return model._decode(latents, y, model._check_cond(cond, len(latents[-1])), choose)[0]

@@ -13,7 +13,9 @@ from pyglow_fast._settings import Range
 from pyglow_fast.latents.spaces import (
     DEFAULT_SPACE,
     check_finite,
+    check_images,
     check_shares,
+    check_space,
     from_space,
     to_space,
 )
@@ -109,8 +111,11 @@ def interpolate(
         >>> path.shape, torch.allclose(path[:, 0], a, atol=1e-4), torch.allclose(path[:, -1], b, atol=1e-4)
         (torch.Size([3, 5, 1, 8, 8]), True, True)
     """
-    start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), y, strict=True))
+    check_space(space)
+    for name, x, labels in (("a", a, y[0]), ("b", b, y[1])):
+        check_images(name, model, x, labels)
     expect(len(a) == len(b), "b", f"{len(a)} images, one for each of a", len(b))
+    start, end = (to_space(model, x, space, labels, cond) for x, labels in zip((a, b), y, strict=True))
     return decode_path(model, start, end, even(frames), spherical, space, y, cond)
 
 

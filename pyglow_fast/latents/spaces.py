@@ -37,7 +37,7 @@ def to_space(
     Reference: Kingma & Dhariwal 2018; the released demo edits the noise.
     """
     check_space(space)
-    check_images(model, x, y)
+    check_images("x", model, x, y)
     if space == "latent":
         return model.encode(x, cond)
     with overridden("fp32"):
@@ -85,13 +85,13 @@ def check_space(space: str) -> None:
     expect(space in SPACES, "space", f"one of {SPACES}", repr(space))
 
 
-def check_images(model: Glow, x: Tensor, y: Tensor | None) -> None:
+def check_images(name: str, model: Glow, x: Tensor, y: Tensor | None) -> None:
     """Refuse what is no batch of the model's images, or labels that do not go with it; the rest the model checks."""
     expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
-    expect(isinstance(x, Tensor), "x", "a Tensor", type(x).__name__)
+    expect(isinstance(x, Tensor), name, "a Tensor", type(x).__name__)
     shape = model.config.image_shape
     fits = x.dim() == len(shape) + 1 and tuple(x.shape[1:]) == shape
-    expect(fits, "x", f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
+    expect(fits, name, f"shape (N, {', '.join(map(str, shape))})", f"shape {tuple(x.shape)}")
     check_labels(y, x.shape[0], model.config.n_classes)
 
 

@@ -75,3 +75,10 @@ def test_singular_weight_has_no_inverse() -> None:
         layer.weight.zero_()
     with pytest.raises(ValueError, match="matrix: expected an invertible matrix, found a singular one"):
         layer.inverse(torch.randn(2, 3))
+
+
+def test_an_index_that_is_no_permutation_is_refused() -> None:
+    step = pgf.FlowStep(6, 5, permutation="shuffle").eval()
+    step.permutation.index[0] = step.permutation.index[1]
+    with pytest.raises(ValueError, match="index: expected a permutation of 0 to 5"):
+        step(torch.randn(2, 6, 4, 4))
