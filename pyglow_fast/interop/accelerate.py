@@ -194,11 +194,10 @@ def _alone(model: nn.Module, name: str, library: Library, row: Row) -> str:
 
 def unlike(row: Row, module: nn.Module) -> str:
     """Say why a layer that a row tells is not to be adopted; empty if it is."""
-    if reason := row.unfit(module):
-        return reason
     if "forward" in vars(module) or any(map(is_altered, row.inside(module))):
         return "a forward of its own, or hooks in it"
-    return "" if row.example is None else difference(row, module)
+    reason = row.unfit(module)
+    return reason if reason or row.example is None else difference(row, module)
 
 
 def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[str, str]:

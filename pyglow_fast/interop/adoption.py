@@ -126,7 +126,7 @@ def understood(
         return None
     if call.mask is not None and (call.mask.requires_grad or not is_mask(call.mask, call.x)):
         return None
-    if row.unfit(layer) or not untouched(row.inside(layer)):
+    if not untouched(row.inside(layer)) or row.unfit(layer):
         return None
     return call if watched or spares or row.pays(layer, call) else None
 

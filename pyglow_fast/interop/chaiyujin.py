@@ -79,11 +79,15 @@ def _permutation(step: Any) -> str:
 
 
 def _unfit(step: Any) -> str:
+    channels, kind = step.actnorm.bias.numel(), step.flow_coupling
     if not _permutation(step):
         named = step.flow_permutation
         return f"flow_permutation {named!r}" if isinstance(named, str) else "a flow_permutation that is another step's"
-    known = step.flow_coupling in ("affine", "additive", "noCoupling", WITH_FEATURES)
-    return "" if known else f"flow_coupling {step.flow_coupling!r}"
+    if kind not in ("affine", "additive", "noCoupling", WITH_FEATURES):
+        return f"flow_coupling {kind!r}"
+    if kind == WITH_FEATURES and step.affine.channels_for_nn * 2 != channels:
+        return f"{channels} channels not halved"
+    return f"{channels} channels" if channels % 2 and kind != "noCoupling" else ""
 
 
 def _couplings(step: Any) -> list[NetCoupling]:

@@ -176,11 +176,18 @@ def _unfit(block: Any) -> str:
     missing = [name for name in _NEEDS if not hasattr(block, name)]
     if missing:
         return f"{type(block).__qualname__} has no {', '.join(missing)}, which an AllInOneBlock has"
+    channels, rank = block.in_channels, block.input_rank
     if few := _few(block):
         return few
-    is_matrix = not isinstance(block.w_perm, Tensor) or block.w_perm.dim() > 1
-    known = not is_matrix or block.permute_function is (F.conv1d, F.conv2d, F.conv3d)[block.input_rank - 1]
-    return "" if known else "a permute_function of its own"
+    if list(block.splits) != [channels - channels // 2, channels // 2] or channels < 2:
+        return f"splits {block.splits} of {channels} channels: expected halves"
+    if any(getattr(block, name).shape != (1, channels, *[1] * rank) for name in ("global_scale", "global_offset")):
+        return f"another global scale or offset than one for each of {channels} channels"
+    if not isinstance(block.w_perm, Tensor) or block.w_perm.dim() > 1:
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+        if block.permute_function is not convolution:
+            return "a permute_function of its own"
+    return "parametrizations of the block itself" if "parametrizations" in block._modules else ""
 
 
 def _reflected(block: Any) -> Tensor:

@@ -67,6 +67,14 @@ def _ends(layer: Any) -> list[Any]:
     return [_wavenet(layer)._modules.get("cond_layer"), *(layer._modules.get(name) for name in ("start", "end"))]
 
 
+def _keeps_length(conv: Any) -> bool:
+    if not isinstance(conv, nn.Conv1d):
+        return False
+    size, step = conv.kernel_size[0], conv.dilation[0]
+    pads = conv.padding in ("same", (step * (size // 2),)) and conv.padding_mode == "zeros"
+    return size % 2 == 1 and conv.stride == (1,) and conv.groups == 1 and pads
+
+
 def _has_only_weight_norm(module: nn.Module) -> bool:
     """Whether nothing runs around its convolutions or in them but weight norms, old or new."""
     for part in module.modules():
@@ -84,9 +92,13 @@ def _dropouts(wavenet: nn.Module) -> list[nn.Dropout]:
 
 
 def _unfit(layer: Any) -> str:
-    """Why a WaveNet, or a coupling around one, is none that ours runs; other convolutions fail in a probe."""
-    if len(_dropouts(_wavenet(layer))) != 1:
+    """Why a WaveNet, or a coupling around one, is none that ours runs; channels of other numbers fail in a probe."""
+    net = _wavenet(layer)
+    if len(_dropouts(net)) != 1:
         return "another number of dropouts than a WaveNet's"
+    for conv in (*net.in_layers, *net.res_skip_layers, *_ends(layer)):
+        if conv is not None and not _keeps_length(conv):
+            return f"{type(conv).__name__}({conv.extra_repr()}) where a WaveNet has another convolution"
     return "" if _has_only_weight_norm(layer) else NO_NORM
 
 
@@ -227,6 +239,7 @@ LIBRARY = Library(
             {"forward": _called},
             _conv_elements,
             _example,
+            lambda conv: "its log-det is left out (no_jacobian)" if getattr(conv, "no_jacobian", False) else "",
             pays=_pays,
             inverts_in=(torch.float64, 1e-5),  # theirs is rounded to float32
         ),

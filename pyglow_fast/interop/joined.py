@@ -65,10 +65,10 @@ def check_halves(coupling: NetCoupling) -> None:
 
 def check_readable(layer: nn.Module, row: Row) -> None:
     """Refuse, by an UnfitError, a layer that is to be called itself."""
-    if reason := row.unfit(layer):
-        raise UnfitError(reason)
     if is_altered(layer) or not untouched(row.inside(layer)):
         raise UnfitError("hooks on it, or a forward of its own")
+    if reason := row.unfit(layer):
+        raise UnfitError(reason)
 
 
 class JoinedLayers:

@@ -95,11 +95,12 @@ def test_a_memory_mode_keeps_less_at_any_size(memory: str, monkeypatch: pytest.M
     ("change", "reason"),
     [
         (lambda step: setattr(step.affine, "affine_eps", "none"), "ValueError: could not convert string to float"),
+        (lambda step: setattr(step.affine, "channels_for_nn", 1), "4 channels not halved"),
         (lambda step: setattr(step, "flow_coupling", "bentIdentity"), "flow_coupling 'bentIdentity'"),
         (lambda step: setattr(step, "flow_permutation", "resqueeze"), "flow_permutation 'resqueeze'"),
         (lambda step: step.affine.register_forward_hook(lambda *_: None), "hooks in it"),
     ],
-    ids=["eps", "coupling", "permutation", "hook"],
+    ids=["eps", "channels", "coupling", "permutation", "hook"],
 )
 def test_what_is_not_known_is_left_with_its_reason(change: Any, reason: str) -> None:
     step = step_of("features")

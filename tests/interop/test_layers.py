@@ -57,7 +57,8 @@ def test_a_block_of_freia(kind: Any, options: dict[str, Any], channels: int) -> 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda layer: setattr(layer, "splits", [4, 2]), "a call of it with random weights failed"),
+        (lambda layer: setattr(layer, "splits", [4, 2]), "expected halves"),
+        (lambda layer: setattr(layer, "global_scale", nn.Parameter(torch.ones(1, 6, 1))), "another global scale"),
         (lambda layer: delattr(layer, "householder"), "has no householder"),
         (lambda layer: setattr(layer, "forward", layer.forward), "a forward of its own"),
     ],
