@@ -169,6 +169,7 @@ def entries(out: Path) -> dict[str, str]:
         return {name: archive.read(name).decode() for name in archive.namelist()}
 
 
+@pytest.mark.full
 def test_a_stage_that_is_stopped_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another stage's results of an earlier run stay, and measurements are not written among a rehearsal's."""
     write = "import pathlib, time; pathlib.Path('{out}').write_text('[1]'); print('so far'); time.sleep(600)"
@@ -197,6 +198,7 @@ def test_a_machine_that_is_slow_has_a_gpu_perhaps(tmp_path: Path, monkeypatch: p
         assert json.loads(entries(tmp_path)["one.json"])["status"] == status
 
 
+@pytest.mark.full
 def test_tests_that_were_late(tmp_path: Path) -> None:
     """Pytest itself would say that all is well."""
     (tmp_path / "test_it.py").write_text("def test_one(): pass\ndef test_other(): pass\n")
@@ -216,6 +218,7 @@ def test_tests_behind_one_that_died(tmp_path: Path) -> None:
     assert "1 passed" in ended.output
 
 
+@pytest.mark.full
 def test_questions_behind_one_that_ended_its_process(tmp_path: Path) -> None:
     """By a fault of the device, a signal, or since it takes too long: it alone is failed, and the stage."""
     program = """
