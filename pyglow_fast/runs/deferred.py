@@ -16,6 +16,9 @@ from torch import Tensor
 from pyglow_fast._captures import Later, held, is_capturing, refuse_first_use
 from pyglow_fast._torch import backward_id, call_at_its_end
 
+# Flags of so many backward passes are kept: one that fails does not come to the end, where its flag would be dropped.
+REMEMBERED = 16
+
 _flags: dict[int, Tensor] = {}
 _flags_lock = threading.Lock()
 
@@ -30,6 +33,8 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
         earlier = _flags.pop(task, None)
         flag = drifted if earlier is None else drifted | earlier.to(drifted.device)
         _flags[task] = flag
+        while len(_flags) > REMEMBERED:
+            del _flags[min(_flags)]
     if earlier is None:  # the flag is dropped at the end: one in a graph's memory would keep that alive
         call_at_its_end(partial(_forget, task))
     return flag
@@ -38,8 +43,10 @@ def drifted_in_this_backward(drifted: Tensor) -> Tensor:
 def accepted(grads: Sequence[Tensor | None], drifted: Tensor | None) -> Sequence[Tensor | None]:
     """Pass gradients on, or zeros where a deferred verdict, if there is one, has found a drifted state.
 
-    They are of a state, of the condition, then of parameters, of which all of a kind are chosen in one launch: they
-    become views of one tensor.
+    Args:
+        grads: of a state, of the condition, then of parameters, of which all of a kind are chosen in one launch: they
+            become views of one tensor.
+        drifted: the verdict, a bool.
     """
     if drifted is None:
         return grads
@@ -64,12 +71,14 @@ def _forget(task: int) -> None:
 class Verdicts:
     """Counts of what backward passes of one run of steps found, made on the device and copied without a wait.
 
-    ``values`` are passes, those that drifted, those whose gradients were zeroed; of the last one drift, limit and
-    spacing; (6,) float64, which the replays of a graph update in place. The lock is held while they are noted or taken.
+    Attributes:
+        values: passes, those that drifted, those whose gradients were zeroed; of the last one drift, limit and spacing;
+            (6,) float64, which the replays of a graph update in place. None before the first pass.
+        lock: held while verdicts are noted or taken.
     """
 
     def __init__(self) -> None:
-        self.values: Tensor | None = None  # before the first pass
+        self.values: Tensor | None = None
         self._known = [0, 0, 0]  # what was taken of the first three
         self._copy: Later | None = None
         self.lock = threading.Lock()

@@ -19,6 +19,7 @@ from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values
 from pyglow_fast.runs.planner import RunPlan, plan_memory, refuse_bytes
 
+REMEMBERED = 16  # plans
 BESIDE = 4096  # bytes of tables of pointers, and of the number that the caller makes of the outputs
 Inputs = Sequence[Tensor | None]
 Forward = Callable[[Any, Inputs], Sequence[Tensor]]
@@ -56,9 +57,12 @@ class Plans:
     def of(self, model: Any, inputs: Inputs, forward: Forward, *settings: Hashable, inverse: bool = False) -> RunPlan:
         """Give the plan of all steps in a pass that begins now, made anew for shapes that have none.
 
-        ``forward`` calls a model, whose ``_sequences()`` are its runs, with inputs of the pass, and gives the outputs
-        that the backward begins with. ``settings`` decide the bytes besides. The plan of an ``inverse`` counts steps in
-        its order.
+        Args:
+            model: that has these plans, whose ``_sequences()`` are its runs, in order.
+            inputs: tensors that the pass gets.
+            forward: calls a model with inputs, and gives the outputs that the backward begins with.
+            settings: what decides the bytes besides.
+            inverse: the pass goes from latents to data; the plan counts steps in its order.
 
         Raises:
             ValueError: no plan takes so few bytes, or steps are not computed by csrc/run.
@@ -74,7 +78,10 @@ class Plans:
         key = (_key(model, inputs), model.memory, model._sequences()[0].memory_budget, tuple(now), settings, inverse)
         plan = self._known.get(key)
         if plan is None:
-            plan = self._known[key] = _made(model, inputs, forward, now, first)
+            plan = _made(model, inputs, forward, now, first)
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            self._known[key] = plan
         return plan
 
 
