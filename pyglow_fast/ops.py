@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import _backend
 from pyglow_fast._dry import device_of
+from pyglow_fast._errors import expect
 from pyglow_fast._torch import (
     Op,
     constant_in_graphs,
@@ -25,6 +26,7 @@ from pyglow_fast._torch import (
     forget_kernels,
     format_of_strides,
     is_registered,
+    leaves,
 )
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.reference import (
@@ -63,7 +65,7 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Op]:
         _names.append(name)
         _library.define(name + schema)
         _library.impl(name, functools.partial(_without_kernel, name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"pyglow_fast::{name}", shapes, lib=_library)
+        torch.library.register_fake(f"pyglow_fast::{name}", functools.partial(_shapes_alone, shapes), lib=_library)
         op: Op = getattr(torch.ops.pyglow_fast, name).default
         return op
 
@@ -87,6 +89,17 @@ def _without_kernel(name: str, *args: Any) -> Any:
     found = [f"{value.device} ({value.layout})" for value in args if isinstance(value, Tensor)]
     hint = "" if _backend.build_info()["cuda"] else "; pyglow_fast was built without its CUDA kernels"
     raise NotImplementedError(f"{name}: expected strided tensors on {expected}, found {', '.join(found)}{hint}")
+
+
+def _shapes_alone(fake: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """``fake(*args, **options)``, whose results hold nothing: not what an op may give for any tensor that has values.
+
+    Raises:
+        ValueError: some tensors have values, others are on the device "meta".
+    """
+    devices = {str(value.device) for value in leaves((args, options)) if isinstance(value, Tensor)}
+    expect("meta" not in devices or len(devices) == 1, "device", "meta for all tensors or for none", sorted(devices))
+    return fake(*args, **options)
 
 
 def names() -> list[str]:
@@ -345,7 +358,11 @@ ChainArguments = tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]
 
 
 def chain_arguments(spec: ChainSpec) -> ChainArguments:
-    """List what the ops of nets take of a checked description: codes and parameters of the activations, dilations."""
+    """List what the ops of nets take of a description: codes and parameters of the activations, dilations.
+
+    Raises:
+        ValueError: see :func:`pyglow_fast.reference.check_spec`.
+    """
     return _chain_arguments(spec) if torch.compiler.is_compiling() else _known_chain_arguments(spec)
 
 

@@ -125,6 +125,14 @@ def test_opcheck(case: str) -> None:
         torch.library.opcheck(op_of(case), tuple(given), test_utils=brief)
 
 
+@compiled
+def test_tensors_without_values_among_others_are_refused() -> None:
+    for at in range(3):
+        changed = [v.to("meta") if at == i else v for i, v in enumerate(ARGUMENTS["channel_mix"][:3])]
+        with pytest.raises(ValueError, match="device: expected meta for all tensors or for none"):
+            ops.channel_mix(*changed, False, 0)
+
+
 # ---- Refusals ----
 
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
