@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,14 +17,42 @@ from pyglow_fast._tracing import has_transforms, is_of_several
 from pyglow_fast.layers._base import FlowLayer
 
 
+def _n_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def gather(row: Tensor) -> Tensor:
     """Gather the rows of all ranks of the default group, (R, n), in the order of the ranks; (1, n) without a group."""
-    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if count == 1:
+    if _n_ranks() == 1:
         return row.unsqueeze(0)
-    rows = [torch.empty_like(row) for _ in range(count)]
+    rows = [torch.empty_like(row) for _ in range(_n_ranks())]
     dist.all_gather(rows, row.contiguous())
     return torch.stack(rows)
+
+
+@contextlib.contextmanager
+def refused_alike(device: torch.device) -> Iterator[None]:
+    """A context for checks of a batch to initialise an actnorm from: what one rank refuses, all refuse.
+
+    Args:
+        device: where the parameters are.
+
+    Raises:
+        ValueError: the rank's own refusal; or where another rank refused its batch, one that names that rank.
+    """
+    if _n_ranks() == 1:
+        yield
+        return
+    refusal: ValueError | None = None
+    try:
+        yield
+    except ValueError as error:
+        refusal = error
+    refused = gather(torch.tensor([float(refusal is not None)], device=device)).flatten()
+    if refusal is not None:
+        raise refusal
+    ranks = refused.nonzero().flatten().tolist()
+    expect(not ranks, "x", "a batch that every rank can initialise from", f"one that was refused on ranks {ranks}")
 
 
 class ActNorm(FlowLayer):
@@ -43,8 +73,8 @@ class ActNorm(FlowLayer):
     Shapes: x (N, C, *spatial), float32 or float64; log_det (N,), nats.
 
     Raises:
-        ValueError: wrong shape, dtype or device; the initialising batch is empty, or not finite here or on another rank
-            (nothing is changed then).
+        ValueError: wrong shape, dtype or device; the initialising batch is empty or not finite (nothing is changed
+            then), here or on another rank.
 
     Reference: Kingma & Dhariwal 2018, section 3.1.
 
@@ -111,20 +141,22 @@ class ActNorm(FlowLayer):
     @torch.no_grad()
     def initialize_from(self, x: Tensor) -> None:
         """Set bias and log_scale from the moments of x (of all ranks' x), whether or not it happened before."""
-        expected = "one that has seen data before torch.func or forward-mode AD (a training forward, or initialize(x))"
-        expect(not has_transforms(), "actnorm", expected, "a fresh one")
-        sharded = hasattr(self.bias, "device_mesh")
-        expect(not sharded, "parameters", "an actnorm that is initialised before it is sharded", "a sharded one")
-        check_input("x", x, self.channels, self.bias)
-        expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
-        mean, squared_deviations = functional.channel_moments(x)
+        with refused_alike(self.bias.device):
+            expected = (
+                "one that has seen data before torch.func or forward-mode AD (a training forward, or initialize(x))"
+            )
+            expect(not has_transforms(), "actnorm", expected, "a fresh one")
+            sharded = hasattr(self.bias, "device_mesh")
+            expect(not sharded, "parameters", "an actnorm that is initialised before it is sharded", "a sharded one")
+            check_input("x", x, self.channels, self.bias)
+            expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
+            mean, squared_deviations = functional.channel_moments(x)
+            finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
+            expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
         count = mean.new_full((1,), x.numel() // self.channels)
         rows = gather(torch.cat([count, mean, squared_deviations]))
         counts, means, m2s = rows.split([1, self.channels, self.channels], dim=1)
         mean, squared_deviations = reference.merge_moments(counts[:, 0], means, m2s)
-        # Of all ranks, so that what one of them cannot initialise from all refuse.
-        finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
-        expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
         std = (squared_deviations / counts.sum()).sqrt()
         # At the level of rounding too a channel is constant: to divide by that would blow the next batch up by 1/eps.
         constant = std <= (torch.finfo(x.dtype).eps * mean.abs()).clamp_min(self.eps)

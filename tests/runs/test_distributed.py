@@ -81,12 +81,29 @@ def refused(call: Callable[[], object]) -> str:
     return "accepted"
 
 
-def not_finite(rank: int) -> list[str]:
-    """What a rank says of a batch, that of rank 1 with NaN in it, and of one that all can initialise from."""
-    layer, good = pgf.ActNorm(4), torch.rand(4, 4, 3, 3)
+def good_and_bad(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Draw a batch, and one with NaN in it."""
+    good = torch.rand(4, *shape)
     bad = good.clone()
     bad[1, 0, 1] = float("nan")
-    return [refused(lambda: layer(bad if rank == 1 else good)), refused(lambda: layer(good))]
+    return good, bad
+
+
+def refusals(rank: int) -> dict[str, tuple[str, str]]:
+    """Rank 1 gets what cannot be accepted: what each rank says, and whether a good batch then initialises."""
+    state, bad_state = good_and_bad((4, 3, 3))
+    cases: dict[str, tuple[nn.Module, str, tuple[Any, ...], tuple[Any, ...]]] = {
+        "actnorm": (pgf.ActNorm(4), "forward", (state,), (bad_state,)),
+        "actnorm, channels": (pgf.ActNorm(4), "initialize", (state,), (state[:, :3],)),
+        "actnorm, dtype": (pgf.ActNorm(4), "forward", (state,), (state.double(),)),
+        "actnorm, empty": (pgf.ActNorm(4), "forward", (state,), (state[:0],)),
+    }
+    results = {}
+    for name, (module, method, right, wrong) in cases.items():
+        call = getattr(module, method)
+        first = refused(lambda call=call, given=wrong if rank == 1 else right: call(*given))
+        results[name] = (first, refused(lambda call=call, given=right: call(*given)))
+    return results
 
 
 def initialised_means_free(rank: int) -> str:
@@ -132,7 +149,7 @@ def work(rank: int, folder: str) -> None:
     layer = pgf.ActNorm(3)
     layer(unequal_batches()[rank])
     results["unequal"] = [layer.bias.detach(), layer.log_scale.detach()]
-    results["not finite"] = not_finite(rank)
+    results["refusals"] = refusals(rank)
     results["free"] = initialised_means_free(rank)
     results["loaded by one"] = loaded_by_one_rank(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -175,10 +192,20 @@ def test_moments_are_those_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
             assert_close(got, expected)
 
 
-def test_what_one_rank_cannot_initialise_from_all_refuse_and_nobody_hangs(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        expected = "x: expected finite values to initialise actnorm from, found NaN or inf"
-        assert rank["not finite"] == [expected, "accepted"]
+REFUSED = {
+    "actnorm": "x: expected finite values to initialise actnorm from, found NaN or inf",
+    "actnorm, channels": "x: expected 4 channels (dimension 1), found shape (4, 3, 3, 3)",
+    "actnorm, dtype": "x: expected dtype torch.float32 (that of the parameters), found torch.float64",
+    "actnorm, empty": "x: expected a batch that is not empty to initialise from, found (0, 4, 3, 3)",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_one_rank_s_actnorm_refuses_all_refuse_and_nobody_hangs(ranks: list[dict[str, Any]], name: str) -> None:
+    here, there = (rank["refusals"][name] for rank in ranks)
+    assert here[0] == "x: expected a batch that every rank can initialise from, found one that was refused on ranks [1]"
+    assert there[0].startswith(REFUSED[name]), there[0]
+    assert here[1] == there[1] == "accepted"
 
 
 def test_after_the_initialisation_no_rank_waits_for_another(ranks: list[dict[str, Any]]) -> None:
