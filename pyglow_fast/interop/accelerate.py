@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -163,7 +163,7 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
         rows = [row for row in library.rows if row.tells(module)]
         reasons = []
         for row in rows if any(row.adopts for row in rows) else []:
-            reason = unlike(row, module)
+            reason, same = unlike(row, module)
             if not reason and not spares and (alone := _alone(done.model, name, library, row)):
                 reason = f"{alone}, unless memory is to be saved"
             if not reason:
@@ -173,15 +173,15 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
                 module.__class__ = adopted_class(row, type(module))
                 is_ready(row, module)
                 break
-            reasons.append(reason)
+            reasons.append((same, reason))
         else:
             if reasons:
-                done.left[name] = reasons[0]
+                done.left[name] = max(reasons)[1]  # of the row that comes closest
             elif module not in named and (reason := JOINS_ONLY if rows else _no_row(module, library)):
                 done.left[name], found = reason, True
         if name in done.replaced or name in done.left:
             named |= set(module.modules())
-        found = found or bool(rows) or type(module).__module__.startswith(library.homes)
+        found = found or bool(rows) or type(module).__module__.startswith(library.homes or ("nowhere.",))
     return found
 
 
@@ -192,12 +192,12 @@ def _alone(model: nn.Module, name: str, library: Library, row: Row) -> str:
     return row.alone(layer) or library.alone([layer, *owners])
 
 
-def unlike(row: Row, module: nn.Module) -> str:
-    """Say why a layer that a row tells is not to be adopted; empty if it is."""
+def unlike(row: Row, module: nn.Module) -> tuple[str, int]:
+    """Say why a layer that a row tells is not to be adopted, and how much agreed; empty if it is."""
     if "forward" in vars(module) or any(map(is_altered, row.inside(module))):
-        return "a forward of its own, or hooks in it"
+        return "a forward of its own, or hooks in it", 0
     reason = row.unfit(module)
-    return reason if reason or row.example is None else difference(row, module)
+    return (reason, 0) if reason or row.example is None else difference(row, module)
 
 
 def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[str, str]:
@@ -213,7 +213,7 @@ def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[s
 def _no_row(module: nn.Module, library: Library) -> str:
     """Why a layer of a library's packages is left; empty of others, and of those that only call what they hold."""
     own = type(module)
-    bases = [base for base in own.__mro__ if base.__module__.startswith(library.homes)]
+    bases = [base for base in own.__mro__ if base.__module__.startswith(library.homes or ("nowhere.",))]
     if not bases or own.__qualname__ in library.containers or own.__module__.startswith("pyglow_fast."):
         return ""
     if bases[0] is own or bases[0].__qualname__ in library.containers:
@@ -221,9 +221,18 @@ def _no_row(module: nn.Module, library: Library) -> str:
     return f"{own.__qualname__}, a subclass of {bases[0].__qualname__}: what it changes is not known"
 
 
+def _price(runs: Sequence[JoinedLayers], memory: str) -> str:
+    """Say in the report what recomputation costs where the library runs the nets of a run."""
+    nets_of = (part.net for run in runs for part in run.elements() if isinstance(part, NetCoupling))
+    own = any(isinstance(net, Net) and isinstance(net.known(), str) for net in nets_of)
+    own = own or any(run.rows[0].run is not None for run in runs)
+    return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
+
+
 def _join(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
     """Join the layers of a library, in all containers of a model, and report those that are in no run."""
-    _join_lists(done, library, memory, budget)
+    if not library.one_by_one or library.lists:
+        _join_lists(done, library, memory, budget)
     joined = {layer for run in done._runs for layer in run.layers}
     for name, module in done.model.named_modules() if library.one_by_one else ():
         if module in done._adopted and module._pgf_row in library.rows and module not in joined:
@@ -232,7 +241,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
                 continue  # there is nothing to keep
             done._runs.append(JoinedLayers([module], [row], memory, budget))
             vars(module)["_pgf_joined"] = done._runs[-1]
-            done.joined[name] = f"one step, memory {memory!r}"
+            done.joined[name] = f"one step, memory {memory!r}{_price(done._runs[-1:], memory)}"
 
 
 def _join_lists(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
@@ -271,7 +280,7 @@ def _join_lists(done: Acceleration, library: Library, memory: str, budget: str |
             done._runs += found[1]
             joined |= {inner for run in found[1] for layer in run.layers for inner in layer.modules()}
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
-            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
+            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}{_price(found[1], memory)}"
     if joined:
         done.set_while_joined(library.while_joined)
     for name, module in done.model.named_modules():

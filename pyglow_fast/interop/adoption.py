@@ -35,7 +35,7 @@ class Adopted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by row and class, which can be imported; what is made of them is made again."""
         state = {name: value for name, value in vars(self).items() if name not in ("_pgf_nets", "_pgf_log_scales")}
-        return blank, (adopted_class, self._pgf_row, self._pgf_theirs), state
+        return _blank, (self._pgf_row, self._pgf_theirs), state
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Look at the flags again, which may be other tensors now: see is_ready of table.py."""
@@ -65,9 +65,8 @@ def adopted_class(row: Row, theirs: type[nn.Module]) -> type[Adopted]:
     return _made[key]
 
 
-def blank(make: Callable[..., Any], *of: Any) -> Any:
-    """An object of the class make(*of) with nothing in it, for a copy or what is unpickled."""
-    made = make(*of)
+def _blank(row: Row, theirs: type[nn.Module]) -> Adopted:
+    made = adopted_class(row, theirs)
     return made.__new__(made)
 
 

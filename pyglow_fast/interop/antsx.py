@@ -9,48 +9,51 @@ most u_offdiag_cap. Behind each of the three nan_to_num and a clamp of +-gen_cla
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS
-from pyglow_fast.interop.normflows import (
-    ADDITIVE,
-    CALLS,
-    actnorms,
-    coupling_of,
-    example,
-    has_seen,
-    inside,
-    net_actnorm,
-    parts,
-    unfit,
-)
-from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, mapped
+from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
+from pyglow_fast.interop.nets import Net
+from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, is_set, read_once, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product
 from pyglow_fast.runs.description import NetCoupling
-from pyglow_fast.runs.maps import ChannelMap
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
 _FLOWS = "antsnormflows.flows"
+_ACTNORM, _COUPLING = f"{_FLOWS}.normalization.ActNorm", f"{_FLOWS}.affine.coupling.AffineCouplingBlock"
+_CONVOLUTIONS = tuple(f"{_FLOWS}.mixing.{name}" for name in ("Invertible1x1Conv", "Invertible1x1x1Conv"))
+_SPLITS = tuple(f"{_FLOWS}.reshape.{name}" for name in ("Split", "Merge"))
+_AFFINE = f"{_FLOWS}.affine.coupling.AffineCoupling"
 
 
 def _bounded(value: Tensor, cap: Any) -> Tensor:
     return value if cap is None else cap * torch.tanh(value / cap)
 
 
-def _log_scale(actnorm: Any) -> Tensor:
-    return _bounded(actnorm.s, actnorm.log_s_cap).flatten()
+def _net_actnorm(norm: Any, dims: int) -> Affine | None:
+    """Of an actnorm in a net, which is called forward: log_scale and shift; None while it waits for data."""
+    own = norm.actNorm
+    return (_log_scale(own), own.t.flatten()) if _has_seen(own) else None
 
 
-LOG_MAPS["antsnormflows.utils.nn.ActNorm"] = partial(net_actnorm, _log_scale)
+LOG_MAPS["antsnormflows.utils.nn.ActNorm"] = _net_actnorm
 WRAPPERS |= {f"antsnormflows.nets.cnn.ConvNet{dims}d": "net" for dims in (2, 3)}
+
+
+def _has_seen(norm: Any) -> bool:
+    return bool(read_once(norm, "flag", norm.data_dep_init_done, is_set))
+
+
+def _actnorms(block: nn.Module) -> list[nn.Module]:
+    return [module for module in block.modules() if qualified(type(module)) == _ACTNORM]
 
 
 @torch.no_grad()
@@ -64,24 +67,39 @@ def _prepare(block: Any, call: Call) -> None:
 
 
 def _unfit(block: Any) -> str:
-    if reason := unfit(block):
-        return reason
-    affine = parts(block)[2].flows[1]
+    names = [qualified(type(layer)) for layer in block.flows]
+    if len(names) != 3 or names[0] != _ACTNORM or names[1] not in _CONVOLUTIONS or names[2] != _COUPLING:
+        return "other layers than an actnorm, a convolution and a coupling"
+    actnorm, conv, coupling = block.flows
+    split, affine, merge = coupling.flows
+    if [qualified(type(layer)) for layer in coupling.flows] != [_SPLITS[0], _AFFINE, _SPLITS[1]]:
+        return "a coupling of other layers than a split, a coupling and a merge"
+    if (split.mode, merge.mode) != ("channel", "channel") or conv.num_channels % 2:
+        return f"a split {split.mode!r} of {conv.num_channels} channels: expected halves of the channels"
+    if actnorm.s.shape != (1, conv.num_channels, *[1] * (actnorm.s.dim() - 2)):
+        return f"an actnorm of shape {tuple(actnorm.s.shape)}"
     if affine.scale and affine.scale_map not in ("exp", "tanh", "sigmoid"):
         return f"scale map {affine.scale_map!r}: no kernel has it"
-    cap = affine.s_cap
-    return "" if cap is None or 0 < cap <= MAX_CLAMP else f"s_cap {cap}: expected a number above 0, at most {MAX_CLAMP}"
+    caps = {"s_cap": (affine.s_cap, MAX_CLAMP), "t_cap": (affine.t_cap, math.inf)}
+    bad = [name for name, (cap, most) in caps.items() if cap is not None and not 0 < cap <= most]
+    return f"{bad[0]} {getattr(affine, bad[0])}: expected a number above 0" if bad else ""
 
 
 def _coupling(block: Any) -> NetCoupling:
-    affine = parts(block)[2].flows[1]
+    affine, half = block.flows[2].flows[1], block.flows[1].num_channels // 2
     s_cap, t_cap = affine.s_cap or 0.0, affine.t_cap or 0.0
     if not affine.scale:
-        return coupling_of(block, *ADDITIVE)
-    if affine.scale_map == "sigmoid":
-        return coupling_of(block, CouplingSpec(), Outputs(True, (-1.0, 1.0), (t_cap, s_cap)))
-    spec = CouplingSpec(scale_map="tanh", clamp=float(s_cap)) if s_cap else CouplingSpec(scale_map="exp")
-    return coupling_of(block, spec, Outputs(True, (-1.0, -1.0), (t_cap, 0.0)))
+        spec, outputs = CouplingSpec("additive"), Outputs(False, (-1.0, -1.0))
+    elif affine.scale_map == "sigmoid":
+        spec, outputs = CouplingSpec(), Outputs(True, (-1.0, 1.0), (t_cap, s_cap))
+    else:
+        spec = CouplingSpec(scale_map="tanh", clamp=float(s_cap)) if s_cap else CouplingSpec(scale_map="exp")
+        outputs = Outputs(True, (-1.0, -1.0), (t_cap, 0.0))
+    return NetCoupling(wrapped(block, Net, affine.param_map, outputs), spec, half, half)
+
+
+def _log_scale(actnorm: Any) -> Tensor:
+    return _bounded(actnorm.s, actnorm.log_s_cap).flatten()
 
 
 def _weight(conv: Any) -> tuple[Tensor, Tensor]:
@@ -101,8 +119,11 @@ def _elements(block: Any, inverse: bool) -> list[Element]:
         weight, log_det = _weight(conv)
         log_scale, shift = _log_scale(actnorm), actnorm.t.flatten()  # z = diag(exp(-B)) (W y - t')
         scale, log_det = (-log_scale).exp(), log_det - log_scale.sum()
-        own = mapped(ChannelMap(weight * scale.unsqueeze(1), -shift * scale, log_det), inverse)
-    return [_coupling(block), own]
+        own = ChannelMap(weight * scale.unsqueeze(1), -shift * scale, log_det)
+        if inverse:  # W^-1 (z exp(B) + t') is M^-1 z + W^-1 t'
+            matrix = functional.invert_matrix(own.matrix)
+            own = ChannelMap(matrix, -full_product(matrix, own.offset), -log_det)
+    return [_coupling(block), Map.of(own)]
 
 
 @torch.no_grad()
@@ -112,15 +133,32 @@ def _limit(block: Any) -> Tensor:
     return (block._gen_clamp - actnorm.t.abs().amax()) / _log_scale(actnorm).abs().amax().exp()
 
 
+def _called(inverse: bool) -> Callable[..., Call | None]:
+    def read(block: Any, z: Tensor) -> Call | None:
+        actnorm, conv, _ = block.flows
+        fits = isinstance(z, Tensor) and z.dim() == actnorm.s.dim() and z.shape[1] == conv.num_channels
+        return Call(z, inverse, lambda state, log_det: (state, log_det)) if fits else None
+
+    return read
+
+
+def _example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    for norm in _actnorms(block):
+        norm.data_dep_init_done.fill_(1.0)  # type: ignore[operator]
+    actnorm, conv, _ = block.flows
+    sizes = (2, conv.num_channels, *((3, 4) if actnorm.s.dim() == 4 else (2, 2, 3)))
+    return [(method, (draw(*sizes),), {}) for method in ("inverse", "forward")]
+
+
 BLOCK = Row(
     "GlowBlock of antsnormflows",
     by_class(*(f"{_FLOWS}.affine.glow.GlowBlock{dims}d" for dims in (2, 3))),
-    CALLS,
+    {"forward": _called(inverse=True), "inverse": _called(inverse=False)},
     _elements,
-    example,
+    _example,
     _unfit,
-    inside=inside,
-    waits=lambda block: not all(map(has_seen, actnorms(block))),
+    inside=lambda block: [*block.flows, *block.flows[-1].flows, *_actnorms(block)],
+    waits=lambda block: not all(map(_has_seen, _actnorms(block))),
     prepare=_prepare,
     limit=_limit,
 )

@@ -24,11 +24,11 @@ from pyglow_fast import functional
 from pyglow_fast._captures import made_once
 from pyglow_fast.interop.known_net import KnownNet, Layer
 from pyglow_fast.interop.nets import Net
-from pyglow_fast.interop.table import Call, Element, Library, Row, mapped, wrapped
+from pyglow_fast.interop.table import Call, Element, Library, Row, wrapped
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
 from pyglow_fast.runs.description import NetCoupling
-from pyglow_fast.runs.maps import ChannelMap
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
@@ -109,13 +109,15 @@ def _order(indices: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(indices, dtype=torch.int64, device=device)
 
 
-def _channel_map(step: Any) -> ChannelMap:
-    """Actnorm and permutation, u = P exp(logs) (x + bias)."""
+def _channel_map(step: Any, inverse: bool) -> ChannelMap:
+    """Actnorm and permutation, u = P exp(logs) (x + bias), or x = exp(-logs) P^-1 u - bias."""
     log_scale, bias = step.actnorm.logs.flatten(), step.actnorm.bias.flatten()
     if (permutation := _permutation(step)) != "invconv":
         indices = getattr(step, permutation).indices
         on_device = isinstance(indices, Tensor) and indices.device == bias.device
         source = indices.long() if on_device else _order(tuple(map(int, indices)), bias.device)
+        if inverse:
+            return ChannelMap((-log_scale).exp(), -bias, -log_scale.sum(), source.argsort())
         return ChannelMap(*functional.gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
     conv = step.invconv
     with full_precision(bias):
@@ -124,12 +126,16 @@ def _channel_map(step: Any) -> ChannelMap:
         else:
             lower, upper = (conv.l, conv.u) if hasattr(conv, "l") else (conv.lower, conv.upper)
             weight, log_det = plu_weight(conv.p, lower, upper, conv.log_s, conv.sign_s), conv.log_s.sum()
+        log_det = log_scale.sum() + log_det
+        if inverse:
+            rows = (-log_scale).exp().unsqueeze(1)
+            return ChannelMap(functional.invert_matrix(weight) * rows, -bias, -log_det)
         matrix, offset = fold_actnorm(weight[None], log_scale[None], bias[None])
-    return ChannelMap(matrix[0], offset[0], log_scale.sum() + log_det)
+    return ChannelMap(matrix[0], offset[0], log_det)
 
 
 def _elements(step: Any, inverse: bool) -> list[Element]:
-    return [mapped(_channel_map(step), inverse), *_couplings(step)]
+    return [Map.of(_channel_map(step, inverse)), *_couplings(step)]
 
 
 def _called(
@@ -202,6 +208,5 @@ LIBRARY = Library(
             inverts_in=(torch.float32, 1e-3),  # whatever the dtype of the model
         ),
     ),
-    keeps=lambda owner: "its models call them in loops of their own",
     one_by_one=True,
 )

@@ -35,7 +35,6 @@ from pyglow_fast._errors import expect
 from pyglow_fast.interop.graphs import joined_graph
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (
-    SMALL,
     Call,
     Element,
     Library,
@@ -43,7 +42,6 @@ from pyglow_fast.interop.table import (
     UnfitError,
     by_class,
     in_turns,
-    mapped,
     one_hot_order,
     read_once,
     wrapped,
@@ -224,10 +222,12 @@ def _block_elements(block: Any, inverse: bool, divides: bool) -> list[Element]:
         scale = torch.ones_like(block.global_scale) if block.GIN else block.global_scale_activation(block.global_scale)
         scale, offset = scale.flatten(), block.global_offset.flatten()
         log_det, channels = scale.log().sum(), torch.arange(len(scale), device=scale.device)
-    affine = mapped(ChannelMap(scale, offset, log_det, channels), inverse)  # a y + b
+    affine = ChannelMap(scale, offset, log_det, channels)  # a y + b
+    if inverse:
+        affine = ChannelMap(1.0 / scale, -offset / scale, -log_det, channels)
     reflected = _reflected(block) if block.householder else None
     to_latents, to_data = ("w_perm_inv", "w_perm") if inverse else ("w_perm", "w_perm_inv")
-    own: list[Element] = [coupling, affine, _permutation(block, to_latents, reflected)]
+    own: list[Element] = [coupling, Map.of(affine), _permutation(block, to_latents, reflected)]
     return [_permutation(block, to_data, reflected), *own] if block.reverse_pre_permute else own
 
 
@@ -246,7 +246,8 @@ def _alone(block: Any) -> str:
 
 
 def _block_example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
-    sizes, channels, count = SMALL[block.input_rank], block.in_channels, int(getattr(block, "condition_channels", 0))
+    sizes = {1: (10,), 2: (3, 4), 3: (2, 2, 3)}[block.input_rank]
+    channels, count = block.in_channels, int(getattr(block, "condition_channels", 0))
     block.dims_in = [(channels, *sizes)]
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(channels, generator=generator)
@@ -298,7 +299,7 @@ def _one_sided(layer: Any, inverse: bool) -> list[Element]:
 
 
 def _coupling_example(layer: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
-    sizes = SMALL[layer.ndims - 1]
+    sizes = {1: (10,), 2: (3, 4), 3: (2, 2, 3)}[layer.ndims - 1]
     given = {"c": [draw(2, layer.condition_length, *sizes)]} if layer.conditional else {}
     return [("forward", [(draw(2, layer.channels, *sizes),)], {"rev": rev, **given}) for rev in (False, True)]
 

@@ -23,12 +23,12 @@ from torch.nn.utils.weight_norm import WeightNorm
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read
 from pyglow_fast._torch import ParametrizedWeightNorm
-from pyglow_fast.interop.table import Call, Element, Library, Row, grouped, mapped, wrapped
+from pyglow_fast.interop.table import Call, Element, Library, Row, grouped, wrapped
 from pyglow_fast.layers.wavenet import Conv, WaveNetParts, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.nets.masks import MaskedNet
 from pyglow_fast.reference import CouplingSpec
 from pyglow_fast.runs.description import NetCoupling
-from pyglow_fast.runs.maps import ChannelMap
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
@@ -170,8 +170,9 @@ def _conv_elements(conv: Any, inverse: bool) -> list[Element]:
 
 def _actnorm_elements(actnorm: Any, inverse: bool) -> list[Element]:
     logs, bias = actnorm.logs.flatten(), actnorm.bias.flatten()
-    places = torch.arange(len(logs), device=logs.device)
-    return [mapped(ChannelMap(logs.exp(), bias, logs.sum(), places), inverse)]
+    scale, places = (-logs if inverse else logs).exp(), torch.arange(len(logs), device=logs.device)
+    offset = -bias * scale if inverse else bias
+    return [Map.of(ChannelMap(scale, offset, (-logs if inverse else logs).sum(), places))]
 
 
 def _called(

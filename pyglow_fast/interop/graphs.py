@@ -7,7 +7,6 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
-from pyglow_fast.interop.adoption import blank
 from pyglow_fast.interop.joined import Joined, JoinedLayers, Reasons, places_of
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.table import Library
@@ -27,7 +26,7 @@ class JoinedGraph(Joined):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and pickled by the graph's own class."""
-        return blank, (_class_for, self._pgf_was), dict(vars(self))
+        return _blank, (self._pgf_was,), dict(vars(self))
 
     def forward(
         self, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True, intermediate_outputs: bool = False,
@@ -48,6 +47,11 @@ class JoinedGraph(Joined):
 def _class_for(theirs: Any) -> type[Any]:
     names = {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(theirs.__name__, (JoinedGraph, theirs), names)
+
+
+def _blank(theirs: Any) -> Any:
+    made: Any = _class_for(theirs)
+    return made.__new__(made)
 
 
 def joined_graph(

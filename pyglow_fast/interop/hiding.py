@@ -379,4 +379,5 @@ LIBRARY = Library(
     ),
     keeps=_keeps,
     one_by_one=True,
+    lists=True,
 )

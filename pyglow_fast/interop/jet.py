@@ -69,6 +69,5 @@ LIBRARY = Library(
             run=_recomputed,
         ),
     ),
-    keeps=lambda owner: "its models call them in loops of their own",
     one_by_one=True,
 )

@@ -14,10 +14,10 @@ from pyglow_fast.reference import ChainSpec, n_positions, sides
 
 Affine = tuple[Tensor, Tensor]  # log_scale and offset of a map per channel, h exp(log_scale) + offset, (C,) each
 
-# WRAPPERS: modules whose forward is that of one child. LOG_MAPS: maps per channel, module -> Affine, or None while they
-# wait for data. Both by qualified name; adapters enter those of their library.
+# WRAPPERS: modules whose forward is that of one child. LOG_MAPS: maps per channel, (module, spatial dimensions) ->
+# Affine, or None while they wait for data. Both by qualified name; adapters enter those of their library.
 WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net"}
-LOG_MAPS: dict[str, Callable[[nn.Module], Affine | None]] = {}
+LOG_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {}
 # Which convolutions are better left to the library: those with at least so many channels (in float32, in 16 bits) on
 # both sides, at most this ratio between the sides, and at least so many multiply-adds for a batch.
 LEAST_SQUARE, LEAST_SQUARE_IN_HALF, MOST_RATIO, LEAST_WORK = 48, 16, 4, 2e8
@@ -79,6 +79,11 @@ class KnownNet:
         pairs = zip(self.layers, self.spec.dilations, strict=True)
         every = [sides(layer.kernel_size, dilation) for layer, dilation in pairs]
         return max(map(sum, zip(*every, strict=True)))
+
+    def takes(self, x: Tensor, cond: Tensor | None) -> bool:
+        """Whether x, with cond beside it, has the net's dimensions and channels."""
+        channels = x.shape[1] + (0 if cond is None else cond.shape[1])
+        return x.dim() == self.dims + 2 and channels == self.layers[0].widths[0]
 
     def tensors(self, folds: bool, folds_last: bool = True) -> list[list[Tensor]] | None:
         """Compute the tensors of each layer, differentiable; None while a map waits for data.

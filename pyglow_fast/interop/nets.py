@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
+from pyglow_fast._torch import has_global_hook
 from pyglow_fast._tracing import is_altered
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, KnownNet, Layer, qualified
 from pyglow_fast.interop.probing import chain_of
@@ -57,6 +58,8 @@ def recognised(net: nn.Module, layer_of: Callable[[nn.Module], Layer | None] = o
 
     layer_of: reads a module as a layer, or says by None that it is none.
     """
+    if has_global_hook():
+        return "hooks on all modules: expected none"
     layers: list[Layer] = []
     activations: list[Activation] = []  # behind each layer but the last
     activation: Activation | None = None  # behind the layer that was read last
@@ -78,7 +81,8 @@ def recognised(net: nn.Module, layer_of: Callable[[nn.Module], Layer | None] = o
         elif kind in _PADS:
             pads.append(module)
         elif behind and qualified(kind) in LOG_MAPS and layers[-1].read_map is None:
-            layers[-1] = Layer(layers[-1].conv, partial(LOG_MAPS[qualified(kind)], module))
+            read_map = partial(LOG_MAPS[qualified(kind)], module, len(layers[-1].kernel_size))
+            layers[-1] = Layer(layers[-1].conv, read_map)
         elif behind and kind in ACTIVATIONS:
             activation = ACTIVATIONS[kind](module)
             if activation is None:
@@ -204,7 +208,7 @@ class Net(nn.Module):
         """Map the kept channels and the condition to shift and raw scale (or shift alone)."""
         order, cond = self.order, None if cond is None else cond.to(x1.dtype)
         known = self.known() if functional.net_by_kernels(x1) else ""
-        layers = None if isinstance(known, str) else known.tensors(folds=True)
+        layers = None if isinstance(known, str) or not known.takes(x1, cond) else known.tensors(folds=True)
         if layers is None or isinstance(known, str) or any(one.dtype != x1.dtype for own in layers for one in own):
             out = self.as_it_is(x1, cond)
             out = out if order is None else order(out, 1)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglow_fast import functional
 from pyglow_fast._torch import AnyConv
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.nets import CalledWithContext
@@ -29,7 +30,6 @@ from pyglow_fast.interop.table import (
     Library,
     Row,
     by_class,
-    mapped,
     pays_for_images,
     read_once,
     wrapped,
@@ -102,7 +102,9 @@ def _of_vectors(places: Sequence[nn.Module]) -> str:
 def _norm(layer: Any, inverse: bool) -> list[Element]:
     scale, log_det = layer.log_scale.exp(), layer.log_scale.sum()
     places = torch.arange(len(scale), device=scale.device)
-    return [mapped(ChannelMap(scale, layer.shift, log_det, places), inverse)]
+    if inverse:
+        return [Map.of(ChannelMap(1.0 / scale, -layer.shift / scale, -log_det, places))]
+    return [Map.of(ChannelMap(scale, layer.shift, log_det, places))]
 
 
 # OneByOneConvolution
@@ -126,7 +128,10 @@ def _conv(layer: Any, inverse: bool) -> list[Element]:
     lower = torch.eye(*size, dtype=like.dtype, device=like.device).index_put(below, layer.lower_entries)
     with full_precision(like):  # of the permuted channels
         matrix = full_product(lower, layer.upper_diag.diag().index_put(above, layer.upper_entries))
-        return [mapped(ChannelMap(matrix.index_select(1, order), layer.bias, log_det), inverse)]
+    if not inverse:
+        return [Map.of(ChannelMap(matrix.index_select(1, order), layer.bias, log_det))]
+    matrix = functional.invert_matrix(matrix).index_select(0, order)
+    return [Map.of(ChannelMap(matrix, -full_product(matrix, layer.bias), -log_det))]
 
 
 # Permutation, which has no dtype of its own: a run brings its map into that of the state

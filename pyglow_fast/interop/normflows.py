@@ -9,7 +9,7 @@ of param_map(u1); scale is exp(raw), 1 / sigmoid(raw + 2) ("sigmoid"), sigmoid(r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._tracing import is_watched
-from pyglow_fast.interop.known_net import LOG_MAPS, Affine, qualified
+from pyglow_fast.interop.known_net import LOG_MAPS, qualified
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (
-    SMALL,
     Call,
     Element,
     Library,
@@ -29,7 +28,6 @@ from pyglow_fast.interop.table import (
     UnfitError,
     by_class,
     is_set,
-    mapped,
     pays_for_images,
     read_once,
     untouched,
@@ -38,70 +36,14 @@ from pyglow_fast.interop.table import (
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
 from pyglow_fast.runs.description import NetCoupling
-from pyglow_fast.runs.maps import ChannelMap
+from pyglow_fast.runs.maps import ChannelMap, Map
 
 __all__ = ["LIBRARY"]
 
-# The classes of a block's parts and of a coupling's, behind the name of the package: antsnormflows has them too.
-_ACTNORM, _COUPLING = "flows.normalization.ActNorm", "flows.affine.coupling.AffineCouplingBlock"
-_BLOCKS = [[_ACTNORM, f"flows.mixing.{conv}", _COUPLING] for conv in ("Invertible1x1Conv", "Invertible1x1x1Conv")]
-_COUPLINGS = ["flows.reshape.Split", "flows.affine.coupling.AffineCoupling", "flows.reshape.Merge"]
-
-
-def _names(modules: Iterable[nn.Module]) -> list[str]:
-    return [qualified(type(module)).partition(".")[2] for module in modules]
-
-
-def parts(block: Any) -> list[Any]:
-    """The actnorm, the 1x1 convolution and the coupling of a block; antsnormflows' have them in this order."""
-    return list(block.flows)[:: 1 if hasattr(block.flows[0], "s") else -1]
-
-
-def unfit(block: Any) -> str:
-    """Why a block is not as its constructor makes one of two channels or more that it splits."""
-    if _names(parts(block)) not in _BLOCKS:
-        return "not a coupling, a 1x1 convolution and an actnorm, as a GlowBlock has them"
-    actnorm, conv, coupling = parts(block)
-    if actnorm.s.shape != (1, conv.num_channels, *[1] * (actnorm.s.dim() - 2)):
-        return "an actnorm of another shape than one value for each channel"
-    if _names(coupling.flows) != _COUPLINGS:
-        return "a coupling that is not as its constructor makes it"
-    modes = {coupling.flows[0].mode, coupling.flows[2].mode}
-    return "" if modes == {"channel"} else f"a coupling that splits by {', '.join(sorted(modes))}"
-
-
-def actnorms(block: Any) -> list[Any]:
-    """Those of a block and of its net, which see their first batch in either direction, in evaluation too."""
-    actnorm, _, coupling = parts(block)
-    inside = coupling.flows[1].param_map.modules()
-    return [actnorm, *(module for module in inside if hasattr(module, "data_dep_init_done"))]
-
-
-def has_seen(norm: Any) -> bool:
-    """Whether an actnorm has seen the data that it waits for."""
-    return bool(read_once(norm, "flag", norm.data_dep_init_done, is_set))
-
-
-def inside(block: Any) -> list[nn.Module]:
-    """The modules of a block whose forward is no longer called, besides its net's convolutions."""
-    return [*block.flows, *parts(block)[2].flows, *actnorms(block)]
-
-
-def _called(inverse: bool, block: Any, z: Tensor) -> Call | None:
-    actnorm, conv, _ = parts(block)
-    fits = isinstance(z, Tensor) and z.dim() == actnorm.s.dim() and z.shape[1] == conv.num_channels
-    return Call(z, inverse, lambda out, log_det: (out, log_det)) if fits else None
-
-
-CALLS = {"forward": partial(_called, True), "inverse": partial(_called, False)}  # latents -> data is their forward
-
-
-def example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
-    """Calls of a block for a probe, see Row."""
-    for norm in actnorms(block):
-        norm.data_dep_init_done.fill_(1.0)
-    actnorm, conv, _ = parts(block)
-    return [(method, (draw(2, conv.num_channels, *SMALL[actnorm.s.dim() - 2]),), {}) for method in CALLS]
+_BLOCK, _COUPLING = "normflows.flows.affine.glow.GlowBlock", "normflows.flows.affine.coupling.AffineCouplingBlock"
+_NORM, _CONV = "normflows.flows.normalization.ActNorm", "normflows.flows.mixing.Invertible1x1Conv"
+_AFFINE = "normflows.flows.affine.coupling.AffineCoupling"
+_SPLIT, _MERGE = "normflows.flows.reshape.Split", "normflows.flows.reshape.Merge"
 
 
 class ConvNet(Net):
@@ -110,30 +52,13 @@ class ConvNet(Net):
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """Map the kept channels to shift and raw scale (or shift alone)."""
         net: Any = self.net
-        is_known = _names([net]) == ["nets.cnn.ConvNet2d"] and untouched(list(net.modules()))
+        is_known = _are([net], "normflows.nets.cnn.ConvNet2d") and untouched(list(net.modules()))
         if not is_watched() or not is_known:
             return super().forward(x1, cond)
         for module in net.net:
-            is_norm = _names([module]) == ["utils.nn.ActNorm"]
+            is_norm = _are([module], "normflows.utils.nn.ActNorm")
             x1 = x1 * module.actNorm.s.exp() + module.actNorm.t if is_norm else module(x1)
         return x1 if self.order is None else self.order(x1, 1)
-
-
-def coupling_of(block: Any, spec: CouplingSpec, outputs: Outputs) -> NetCoupling:
-    """The coupling of a block, which scales by spec, its net's outputs being ordered."""
-    _, conv, coupling = parts(block)
-    kept = (conv.num_channels + 1) // 2
-    net = wrapped(block, ConvNet, coupling.flows[1].param_map, outputs)
-    return NetCoupling(net, spec, kept, conv.num_channels - kept)
-
-
-def net_actnorm(log_scale: Callable[[Any], Tensor], module: Any) -> Affine | None:
-    """Of an actnorm in a net, which is called forward: log_scale and shift; None while it waits for data."""
-    norm = module.actNorm
-    return (log_scale(norm), norm.t.flatten()) if has_seen(norm) else None
-
-
-LOG_MAPS["normflows.utils.nn.ActNorm"] = partial(net_actnorm, lambda norm: norm.s.flatten())
 
 
 def reciprocal_sigmoid(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,38 +73,108 @@ _MAPS = {
     "sigmoid": (CouplingSpec(), Outputs(True, (-1.0, 1.0))),
     "sigmoid_inv": (CouplingSpec(scale_map=reciprocal_sigmoid), Outputs(True, (-1.0, 1.0))),
 }
-ADDITIVE = CouplingSpec(coupling="additive"), Outputs(False, (-1.0, -1.0))
+_ADDITIVE = CouplingSpec(coupling="additive"), Outputs(False, (-1.0, -1.0))
 
 
-def _elements(block: Any, inverse: bool) -> list[Element]:
-    """u = M x + c with M = W diag(exp(-s)), c = -M t, and the coupling."""
-    norm, conv, coupling = parts(block)
-    affine, s, t = coupling.flows[1], norm.s.flatten(), norm.t.flatten()
+def _are(modules: Sequence[nn.Module], *classes: str) -> bool:
+    """Whether modules are exactly of these classes."""
+    return tuple(qualified(type(module)) for module in modules) == classes
+
+
+def _coupling_unfit(block: Any) -> str:
+    if not _are(block.flows, _SPLIT, _AFFINE, _MERGE):
+        return "a coupling that is not as its constructor makes it"
+    modes = {block.flows[0].mode, block.flows[2].mode}
+    return "" if modes == {"channel"} else f"a coupling that splits by {', '.join(sorted(modes))}"
+
+
+def _coupling(block: Any) -> NetCoupling:
+    affine, channels = block.flows[0].flows[1], block.flows[1].num_channels
     if affine.scale and affine.scale_map not in _MAPS:
         raise UnfitError(f"an unknown scale map {affine.scale_map!r}")
+    spec, outputs = _MAPS[affine.scale_map] if affine.scale else _ADDITIVE
+    kept = (channels + 1) // 2
+    return NetCoupling(wrapped(block, ConvNet, affine.param_map, outputs), spec, kept, channels - kept)
+
+
+def _called(inverse: bool, block: Any, z: Tensor) -> Call | None:
+    """Latents -> data is their forward."""
+    fits = isinstance(z, Tensor) and z.dim() == 4 and z.shape[1] == block.flows[1].num_channels
+    return Call(z, inverse, lambda out, log_det: (out, log_det)) if fits else None
+
+
+def _example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    for module in block.modules():
+        if hasattr(module, "data_dep_init_done"):
+            module.data_dep_init_done.fill_(1.0)
+    return [(method, (draw(2, block.flows[1].num_channels, 3, 4),), {}) for method in ("forward", "inverse")]
+
+
+# GlowBlock
+
+
+def _unfit(block: Any) -> str:
+    if not _are(block.flows, _COUPLING, _CONV, _NORM):
+        return "not a coupling, a 1x1 convolution and an actnorm, as a GlowBlock has them"
+    if block.flows[2].s.shape != (1, block.flows[1].num_channels, 1, 1):
+        return "an actnorm of another shape than one value for each channel"
+    return _coupling_unfit(block.flows[0])
+
+
+def _flags(block: Any) -> list[Tensor]:
+    """Those of the actnorm and of the net's, which see their first batch in either direction, in evaluation too."""
+    norms = [block.flows[2], *block.flows[0].flows[1].param_map.modules()]
+    return [norm.data_dep_init_done for norm in norms if hasattr(norm, "data_dep_init_done")]
+
+
+def _inside(block: Any) -> list[nn.Module]:
+    coupling, *others = block.flows
+    return [coupling, *others, *coupling.flows] if hasattr(coupling, "flows") else [coupling, *others]
+
+
+def _map(block: Any, inverse: bool) -> Map:
+    """u = M x + c with M = W diag(exp(-s)), c = -M t; inverse: x = diag(exp(s)) W^-1 u + t."""
+    _, conv, norm = block.flows
+    s, t = norm.s.flatten(), norm.t.flatten()
     with full_precision(s):
         if conv.use_lu:
             weight, log_det = plu_weight(conv.P, conv.L, conv.U, conv.log_S, conv.sign_S), conv.log_S.sum()
         else:
             weight, log_det = conv.W, functional.log_abs_det(conv.W)
+        log_det = log_det - s.sum()
+        if inverse:
+            return Map.of(ChannelMap(functional.invert_matrix(weight) * s.exp().unsqueeze(1), t, -log_det))
         matrix = weight * (-s).exp()
-        own = mapped(ChannelMap(matrix, -full_product(matrix, t), log_det - s.sum()), inverse)
-    return [own, coupling_of(block, *(_MAPS[affine.scale_map] if affine.scale else ADDITIVE))]
+        return Map.of(ChannelMap(matrix, -full_product(matrix, t), log_det))
 
+
+def _elements(block: Any, inverse: bool) -> list[Element]:
+    return [_map(block, inverse), _coupling(block)]
+
+
+def _net_actnorm(module: Any, dims: int) -> tuple[Tensor, Tensor] | None:
+    """Log-scale and offset, (C,), of the actnorm within a ConvNet2d; None if it must be called itself."""
+    norm = module.actNorm
+    if not _are([norm], _NORM) or not untouched([norm]) or not read_once(norm, "flag", norm.data_dep_init_done, is_set):
+        return None
+    return (norm.s.flatten(), norm.t.flatten()) if norm.s.shape == (1, norm.s.numel(), *[1] * dims) else None
+
+
+LOG_MAPS["normflows.utils.nn.ActNorm"] = _net_actnorm
 
 LIBRARY = Library(
     "normflows",
     (
         Row(
             "normflows' GlowBlock",
-            by_class("normflows.flows.affine.glow.GlowBlock"),
-            CALLS,
+            by_class(_BLOCK),
+            {"forward": partial(_called, True), "inverse": partial(_called, False)},
             _elements,
-            example,
-            unfit,
+            _example,
+            _unfit,
             pays=pays_for_images,
-            flags=lambda block: [norm.data_dep_init_done for norm in actnorms(block)],
-            inside=inside,
+            flags=_flags,
+            inside=_inside,
         ),
     ),
     homes=("normflows.flows",),

@@ -32,7 +32,6 @@ from pyglow_fast.runs.maps import ChannelMap, Map
 
 FEW_VALUES = 1 << 14  # of a batch, see pays_for_images
 EXACT = torch.float64, 1e-9  # precision and relative tolerance of a probe
-SMALL = {1: (10,), 2: (3, 4), 3: (2, 2, 3)}  # the sizes of a probe's states, by how many dimensions they have
 VOLUMES = 5  # dimensions of their states
 # Where memory is to be saved a net on volumes takes as much as so many states. On 16^3 and 32^3 (8 channels, hidden 96)
 # that is two strips; eight took twice as long and saved little, as the rest then counts.
@@ -109,7 +108,7 @@ class Row:
         tells: whether a module is such a layer, by its class or its structure.
         calls: for each method that runs the layer, how (layer, *arguments) is understood; None: the layer itself runs.
         elements: (layer, inverse) -> what it holds now, in the order of data to latents; with ``inverse`` the maps are
-            those from latents to data, see :func:`mapped`. May raise UnfitError.
+            inverted, each by its own. May raise UnfitError.
         example: (copy of a layer, in float64 with random parameters, draw) -> calls for a probe, each a method and
             arguments: it makes the copy one for small inputs. draw(*shape) gives random numbers.
         unfit: why a layer cannot be taken, as far as can be seen without a call: asked at adoption and at each call.
@@ -166,7 +165,8 @@ class Library:
             see graphs.py; None of another module.
         keeps: why the layers in a list of this owner are not joined.
         alone: (a layer, and what holds it, from the inside out) -> the same as of a row, for all rows.
-        one_by_one: its models call layers in loops of their own, so each that is in no run is one for itself.
+        one_by_one: its models call layers in loops of their own, so each is a run for itself.
+        lists: but those in lists whose owner has no ``keeps`` are joined before.
     """
 
     name: str
@@ -180,16 +180,12 @@ class Library:
     keeps: Callable[[nn.Module], str] = _nothing
     alone: Callable[[Sequence[nn.Module]], str] = _nothing
     one_by_one: bool = False
+    lists: bool = False
 
 
 def by_class(*names: str) -> Callable[[nn.Module], bool]:
     """Make the ``tells`` of layers whose class has exactly one of these qualified names."""
     return lambda module: qualified(type(module)) in names
-
-
-def mapped(folded: ChannelMap, inverse: bool) -> Map:
-    """The map of a layer, given from data to latents; ``inverse`` is that from latents to data."""
-    return Map.of(folded.undone() if inverse else folded)
 
 
 def in_turns(one: NetCoupling, other: NetCoupling, like: Tensor, inverse: bool) -> list[Element]:

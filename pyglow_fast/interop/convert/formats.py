@@ -120,9 +120,11 @@ _STRETCH, _SHIFT = 256.0 / 255.0, 0.5 - 0.5 / 256.0
 def load_openai(arrays: Mapping[str, Any] | str, image_size: int | tuple[int, int], averaged: bool = False) -> Glow:
     """Load a Glow with log p(x) of the released model: x in [-0.5, 0.5), (N, C, H, W); W z here is their z W.
 
-    The architecture is read off names and shapes. The channel that marks the edge becomes the border term. The factors
-    of their z P L U are those of W^T; those of W are computed anew. The optimizer's variables and the classifier are
-    left out.
+    The architecture is read off the names: levels ``model/L/``, steps ``model/L/K/``; affine if ``f1/l_last`` has C
+    outputs; ``invconv/W`` plain, ``invconv/{P,L,sign_S,log_S,U}`` LU, ``shuffle/indices`` shuffle, none of them
+    reverse; ``model/prior/p`` the learned top, ``model/prior/y_emb`` classes. The channel that marks the edge becomes
+    the border term. The factors of their z P L U are those of W^T; those of W are computed anew. The optimizer's
+    variables and the classifier are left out.
 
     Args:
         arrays: variables by name (a trailing ``:0`` does not matter), or the path of an .npz file.
@@ -178,9 +180,11 @@ def save_openai(model: Glow, lu: bool = False, learn_top: bool = True) -> dict[s
 def load_rosinality(state: Mapping[str, Any] | str, image_size: int | tuple[int, int]) -> Glow:
     """Load a Glow with log p(x) = log_p + logdet of their model, x in [-0.5, 0.5).
 
-    The architecture is read off names and shapes. The padding with ones of their ZeroConv2d becomes the border term.
-    Their actnorm multiplies by ``scale`` itself, whose sign moves into the 1x1 convolution. The last block of their
-    ``--no_lu`` is LU all the same; where both occur, all are multiplied out ("invconv_plain").
+    The architecture is read off the names: levels and steps by ``blocks.L.flows.K``; affine if ``coupling.net.4.conv``
+    has C outputs; LU by ``invconv.w_l`` and the like, plain by ``invconv.weight``. The padding with ones of their
+    ZeroConv2d becomes the border term. Their actnorm multiplies by ``scale`` itself, whose sign moves into the 1x1
+    convolution. The last block of their ``--no_lu`` is LU all the same; where both occur, all are multiplied out
+    ("invconv_plain").
 
     Args:
         state: the state dict (with ``module.`` before its names or without), or the path of its file.
@@ -257,8 +261,10 @@ def _beyond_ones(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -> Glow:
     """Load a Glow with log p(x) of their model, x in [-0.5, 0.5).
 
-    The architecture is read off names and shapes, H and W off ``prior_h``. An image has one label at most. The
-    classifier ``project_class`` is left out.
+    The architecture is read off the names: K, L and what each layer is by ``flow.layers.i``; affine if ``block.4`` has
+    C outputs; LU by ``invconv.lower`` and the like, plain by ``invconv.weight``; H and W by ``prior_h``;
+    ``learn_top_fn`` the learned top, ``project_ycond`` classes (one label an image). The classifier ``project_class``
+    is left out.
 
     Args:
         state: the state dict (``module.`` before its names, or a dict around it, do not matter), or its file's path.
@@ -274,9 +280,9 @@ def load_y0ast(state: Mapping[str, Any] | str, permutation: str | None = None) -
 def load_chaiyujin(state: Mapping[str, Any] | str, permutation: str | None = None, rescale: bool = True) -> Glow:
     """Load a Glow with log p(x) of their model, which takes level / 255 plus noise, in [0, 1].
 
-    It works as :func:`load_y0ast`, with other names. Their first versions keep ``p`` and ``sign_s`` of LU convolutions
-    out of the state dict: add them, as ``flow.layers.i.invconv.p`` and ``.sign_s``. An image may have one label; their
-    sums over several labels have no counterpart here.
+    It works as :func:`load_y0ast`, with other names (``f``, ``invconv.{l,u}``, ``learn_top``). Their first versions
+    keep ``p`` and ``sign_s`` of LU convolutions out of the state dict: add them, as ``flow.layers.i.invconv.p`` and
+    ``.sign_s``. An image may have one label; their sums over several labels have no counterpart here.
 
     Args:
         state, permutation: see load_y0ast.
@@ -406,7 +412,8 @@ def load_srflow(
 ) -> Glow:
     """Load the flow of their model: encode, decode and log_det of x in [0, 1] given the features of each level.
 
-    The architecture is read off names and shapes. The encoder (``RRDB`` and whatever else is beside
+    The architecture is read off the names: levels by the layers without tensors, K and the number of steps without a
+    coupling by ``affine``, widths by shapes. The encoder (``RRDB`` and whatever else is beside
     ``flowUpsamplerNet.layers``) is left out; give its features as :func:`level_features` picks them. Their log-det
     includes the density of what splits factor out, as log_prob does here. log_prob includes the density of the top
     latent too, N(0, 1), where LLFlow puts a mean of its own.
