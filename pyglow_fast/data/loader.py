@@ -41,17 +41,25 @@ class _Reading:
 
     def __getitem__(self, entries: Sequence[Entry]) -> Batch | ValueError:
         """Reads one batch; gives an error rather than raise it, since a worker would add its traceback to the text."""
-        data, count = self.data, len(self.data)
-        indices = torch.tensor([index for index, _ in entries], dtype=torch.int64)
-        plain = data.augmentation == Augmentation() or all(key is None for _, key in entries)
         try:
-            for index, _ in entries:
-                expect(0 <= index < count, "plan", f"indices in 0..{count - 1}", index)
-            if plain and isinstance(data, ImageSet):
-                return Batch(*data.batch(indices), indices, 0)
-            found = [readable(data, index, key, self.on_unreadable) for index, key in entries]
+            batch, most = self._batch(entries), self.data.n_bins - 1
+            high = int(batch.pixels.max())  # looked at here: on a GPU to look would make the host wait
+            expect(high <= most, "images", f"grey levels in 0..{most}", high)
+            return batch
         except ValueError as error:
             return error
+
+    def _batch(self, entries: Sequence[Entry]) -> Batch:
+        data, count = self.data, len(self.data)
+        expect(len(entries) > 0, "plan", "batches of at least one image", "an empty one")
+        for index, _ in entries:
+            expect(0 <= index < count, "plan", f"indices in 0..{count - 1}", index)
+        indices = torch.tensor([index for index, _ in entries], dtype=torch.int64)
+        if isinstance(data, ImageSet) and (
+            data.augmentation == Augmentation() or all(key is None for _, key in entries)
+        ):
+            return Batch(*data.batch(indices), indices, 0)
+        found = [readable(data, index, key, self.on_unreadable) for index, key in entries]
         used = torch.tensor([at for _, at in found], dtype=torch.int64)
         labels = None if data.labels is None else data.labels[used]
         return Batch(torch.stack([view for view, _ in found]), labels, used, int((used != indices).sum()))

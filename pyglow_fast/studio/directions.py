@@ -154,4 +154,6 @@ def from_tensors(tensors: dict[str, Tensor]) -> Directions:
     """Make the directions from tensors that :func:`measure` gave, now or when they were kept."""
     facts = json.loads(bytes(tensors["facts"].tolist()))
     levels = tuple(tensors[f"level{i}"] for i in range(sum(name.startswith("level") for name in tensors)))
-    return Directions(tuple(facts["names"]), facts["classes"], levels, tensors.get("reach", torch.empty(0, 2)))
+    names = tuple(facts["names"])
+    reach = tensors.get("reach", torch.tensor([[-math.inf, math.inf]] * len(names)))
+    return Directions(names, facts["classes"], levels, reach)

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pyglow_fast._errors import SingularMatrixError, expect
-from pyglow_fast._files import FolderError, write_bytes, write_text
+from pyglow_fast._files import FolderError, refusing, write_bytes, write_text
 from pyglow_fast.data import Images, UnreadableImageError, Yardstick, load_data, measure_yardsticks, optional
 from pyglow_fast.likelihood import not_finite
 from pyglow_fast.train.bar import progress_line
@@ -61,14 +61,16 @@ class Result:
 class Run:
     """A run that is ready to train, made by :func:`start` or :func:`resume`; nothing has been written yet.
 
-    ``overwrite`` is None for a run that goes on; ``notes`` are told to the user at the beginning.
+    ``check`` refuses a folder that is not as it was then; ``notes`` are told to the user at the beginning.
     """
 
-    def __init__(self, state: TrainState, folder: RunFolder, overwrite: bool | None, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, state: TrainState, folder: RunFolder, resumed: bool, check: Callable[[], object], notes: list[str]
+    ) -> None:
         board = ["tensorboard"] if state.config.tensorboard else []
         for module in ("PIL.Image", "matplotlib.figure", "tqdm", "tomli_w", "filelock", *board):
             optional(module, "training")  # better missed now than at the first picture
-        self.state, self.folder, self.overwrite, self.notes = state, folder, overwrite, notes
+        self.state, self.folder, self.resumed, self.check, self.notes = state, folder, resumed, check, notes
         self.writer = RunWriter(folder, state.config, state.ranks.first)
         self._before: Score | None = None
         self._began = 0.0  # by the clock, as if all parts of the run had followed each other
@@ -114,18 +116,18 @@ class Run:
     def _open(self) -> None:
         """Bring the folder into the state that it must have before the first step."""
         state, writer, count = self.state, self.writer, min(self.state.config.init_images, len(self.state.train))
-        if self.overwrite is None:
-            writer.open(state.progress.step)
-            for note in self.notes:
-                writer.say(note)
+        if state.ranks.first:
+            with refusing():
+                try:
+                    self.check()
+                except ValueError as error:
+                    raise FolderError(str(error)) from error
+        writer.open(state.progress.step if self.resumed else None)
+        for note in self.notes:
+            writer.say(note)
+        if self.resumed:
             self._plan_steps()
             return
-        if state.ranks.first:
-            try:
-                self.folder.check_new(self.overwrite)  # another run may have come since, or this one
-            except ValueError as error:
-                raise FolderError(str(error)) from error
-        writer.open(None)
         writer.say(f"the model is initialised from {count} images")
         began = time.monotonic()
         state.initialize()
@@ -450,7 +452,7 @@ def start(
     folder = RunFolder(out)
     folder.check_new(overwrite)
     state = TrainState(config, load_data(config.data) if data is None else data, ranks)
-    return Run(state, folder, overwrite)
+    return Run(state, folder, resumed=False, check=lambda: folder.check_new(overwrite), notes=[])
 
 
 def resume(
@@ -463,7 +465,7 @@ def resume(
     allowed, and a new limit that is reached already are a ValueError.
     """
     folder = RunFolder(out)
-    checkpoint = folder.load()
+    listed, checkpoint = folder.saved(), folder.load()
     # The file may say more than the checkpoint: what was changed by hand, or by a resume that saved nothing yet.
     written = folder.read_config()
     config = written.adjusted(**changes)
@@ -481,11 +483,17 @@ def resume(
         # The limit that the run had may be named again: whoever repeats a command gets the report once more.
         ahead = value is None or value > reached or value == getattr(written, name)
         expect(ahead, name, f"more than the {reached:.6g} {unit} done", value)
+
+    def check() -> None:
+        same = folder.saved() == listed
+        expect(same, "out", "the run as it was when it was read", f"another state in {out!r} (resume again)")
+
     notes = [
         f"resumed with {name} = {now!r} (it was {was!r})"
         for name, (was, now) in checkpoint.config.changes(config).items()
     ]
     for name, now in versions().items():
-        if (was := checkpoint.written_by.get(name, "unknown")) != now:
-            notes.append(f"resumed with another version: {name} {now} (it was {was}); results may differ in rounding")
-    return Run(state, folder, overwrite=None, notes=notes)
+        was, what = checkpoint.written_by.get(name, "unknown"), "code of pyglow_fast" if name == "code" else name
+        if was != now:
+            notes.append(f"resumed with another version: {what} {now} (it was {was}); results may differ in rounding")
+    return Run(state, folder, resumed=True, check=check, notes=notes)

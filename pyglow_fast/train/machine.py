@@ -1,7 +1,9 @@
-"""Tells what a run depends on besides its settings: the device, its memory, and the versions of what computes."""
+"""Tells what a run depends on besides its settings: the device, its memory, and the code that writes checkpoints."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -36,6 +38,11 @@ def memory_mb(device: torch.device) -> float:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if statm.exists() else 0.0
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Look up the versions of the package and of torch."""
-    return {"pyglow_fast": info.version_of("pyglow-fast"), "torch": torch.__version__}
+    """Look up the versions of the package and of torch, and a digest of the package's own files."""
+    root = Path(info.__file__).parent
+    files = sorted([*root.rglob("*.py"), *root.glob("_C*")])
+    digest = hashlib.sha256(b"".join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in files))
+    version = info.version_of("pyglow-fast")
+    return {"pyglow_fast": version, "code": digest.hexdigest()[:12], "torch": torch.__version__}

@@ -108,7 +108,9 @@ def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:
     if int(world) == 1:
         return contextlib.nullcontext(Ranks())
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        expect(name in os.environ, name, "a value that torchrun sets", "none")
+        found = os.environ.get(name, "none")
+        fits = found != "none" and (name == "MASTER_ADDR" or found.isdecimal())
+        expect(fits, name, "a value that torchrun sets", found)
     expect(":" not in device, "device", "'cpu', 'cuda' or 'auto' for several ranks", repr(device))
     local = int(os.environ["LOCAL_RANK"])
     return _joined(resolve_device(device, local), local)

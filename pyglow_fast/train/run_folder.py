@@ -19,6 +19,9 @@ from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import ADJUSTABLE, TrainConfig, read_config, to_toml
 
+_REPORTED = {"step", "seconds", "stopped_early", "held_out", "train", "before", "yardsticks", "skipped", "unreadable"}
+_REPORTED |= {"data", "config", "environment", "advice"}
+
 
 class RunFolder:
     """The paths of a run's files below its folder. Making the object touches nothing.
@@ -75,7 +78,9 @@ class RunFolder:
         """Refuse a place where a new run would destroy something that was not given up by ``overwrite``."""
         check_place("out", self.path)
         place = repr(str(self.path))
-        expect(self.path.is_dir() or not self.path.exists(), "out", "a folder", f"a file, {place}")
+        ancestor = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        expect(self.path != ancestor or self.path.is_dir(), "out", "a folder", f"a file, {place}")
+        expect(ancestor.is_dir(), "out", "a folder that can be made", f"{str(ancestor)!r} is a file")
         if self.exists:
             expect(overwrite, "out", "a new folder (or resume or overwrite)", f"a run in {place}")
         elif self.path.exists():
@@ -168,11 +173,21 @@ class RunFolder:
             expect(may_differ, str(self.config), f"{name} = {there!r}, as in {path.name}", repr(here))
         return loaded
 
+    def stamp(self, best: bool = False) -> tuple[str, int, int] | None:
+        """Look up what differs where there is a newer checkpoint: name, time of change (ns) and size; None without."""
+        path = self.best if best else self.checkpoint
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            return path.name, found.st_mtime_ns, found.st_size
+        return None
+
     def read_report(self) -> dict[str, Any]:
         """Read report.json, which a run writes at its end; a FileNotFoundError: there is none yet."""
         try:
             found: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
-        except ValueError as error:
+            if missing := _REPORTED.difference(found):
+                raise ValueError(f"without {min(missing)!r}")
+        except (TypeError, ValueError) as error:  # the former of a number or null, which hold nothing
             raise FolderError(f"run: expected {self.report} as a run wrote it, found it damaged ({error})") from error
         return found
 

@@ -33,8 +33,7 @@ class Shelf:
             known = self.names()
             expect(name in known, "run", f"one of {', '.join(known)}", repr(name))
             folder, best = find_run(name, self.last)
-            path, kept = folder.best if best else folder.checkpoint, self._opened.get(name)
-            stamp = path.name, path.stat().st_mtime_ns if path.exists() else 0
+            kept, stamp = self._opened.get(name), folder.stamp(best)
             if kept is None or kept[0] != stamp:
                 self._opened[name] = kept = (stamp, OpenRun.open(name, self.last, self.device))
             return kept[1]

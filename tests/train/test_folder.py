@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from train.run_cases import MakeConfig
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
-from pyglow_fast.train import FolderError, RunFolder, resume, start
+from pyglow_fast.train import FolderError, RunFolder, page_of, resume, start
 
 
 @pytest.fixture
@@ -41,6 +42,13 @@ def test_overwrite_removes_the_old_run_and_nothing_else(
     assert (run / "notes.txt").read_text() == "mine"
     assert not RunFolder(run).cache.exists()
     assert RunFolder(run).load().progress["step"] == 6
+
+
+def test_places_where_no_run_may_go(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+    """A file, and a folder with other things, are in the contract of the command line."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"out: expected a folder that can be made, found '.*file' is a file"):
+        start(tiny_config(), str(tmp_path / "file" / "run"), overwrite=True, data=tiny_images)
 
 
 def test_nothing_is_written_when_something_is_refused(
@@ -100,3 +108,25 @@ def test_last_and_best(run: Path) -> None:
     assert resume(str(run)).state.progress.best == best.progress["best"]
     progress = resume(str(run), eval_images=4).state.progress  # of which there are no scores yet
     assert (progress.best, progress.stale) == (None, 0)
+    assert folder.stamp()[0] == folder.checkpoint.name
+    assert RunFolder(run / "none").stamp() is None
+
+
+def test_a_report_that_is_none(run: Path) -> None:
+    found = r"^run: expected .*report\.json as a run wrote it, found it damaged \(.*\)$"
+    for text in ("{}", "[]", "{"):
+        (run / "report.json").write_text(text)
+        with pytest.raises(FolderError, match=found):
+            page_of(RunFolder(run))
+
+
+@pytest.mark.parametrize("event", ["trained", "removed"])
+def test_a_run_that_was_read_too_early(run: Path, event: str) -> None:
+    """It would set newer checkpoints aside as damaged, or go on from what is not there any more."""
+    stale = resume(str(run), max_steps=9)
+    if event == "trained":
+        resume(str(run), max_steps=6).execute(quiet=True)
+    else:
+        shutil.rmtree(run)
+    with pytest.raises(FolderError, match="out: expected the run as it was when it was read, found another state"):
+        stale.execute(quiet=True)

@@ -1,4 +1,4 @@
-"""Several processes: weights that differ. The contract has what a run of theirs is."""
+"""Several processes: weights that differ, and what torchrun does not set. The contract has what a run of theirs is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from support.commands import ranks
+
+from pyglow_fast.train import open_ranks
 
 
 @pytest.mark.full
@@ -32,3 +34,12 @@ with open_ranks() as ranks:
             output, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
             assert output.endswith("the same on all 2 ranks, found 1 parameters that differ, the first 1.bias\n")
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("LOCAL_RANK", "1.5"), ("MASTER_PORT", "abc")])
+def test_what_torchrun_does_not_set_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
+    for key, text in (given | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ValueError, match=f"^{name}: expected a value that torchrun sets, found {value}$"):
+        open_ranks()
