@@ -41,8 +41,12 @@ def without_border(weights: Sequence[Tensor], scale: Tensor | None, border1: Ten
 
     ring * k = sum k - ones * k, where the ones inside of the image are padded with zeros: an input channel for the
     first convolution, and for the last one a hidden unit that is relu(0 h + 1). So nets with a border term run and are
-    cut into chunks as all others. ``weights`` are w1, b1, w2, b2, w3, b3, log_gain; ``scale`` is that of the ActNorm
-    behind the first convolution, already part of w1, or None.
+    cut into chunks as all others.
+
+    Args:
+        weights: w1, b1, w2, b2, w3, b3, log_gain.
+        scale: of the ActNorm after the first convolution, already part of w1; (hidden,) or None.
+        border1, border3: kernels of the ring, (hidden, 1, 3, ...) and (C_out, 1, 3, ...).
     """
     w1, b1, w2, b2, w3, b3, log_gain = weights
     border1 = border1 if scale is None else scaled(border1, scale)

@@ -117,8 +117,8 @@ class FlowStep(FlowLayer):
         chosen = coupling.coupling if isinstance(coupling, CouplingSpec) else coupling
         expect(chosen in (*COUPLINGS, NO_COUPLING), "coupling", f"one of {(*COUPLINGS, NO_COUPLING)}", repr(chosen))
         couples = chosen != NO_COUPLING
-        alone = net is None and parity == 0 and mask == "channels"
-        expect(couples or alone, "coupling", f"one of {COUPLINGS} beside a net or a mask", repr(chosen))
+        expect(couples or parity == 0, "parity", f'0 beside coupling="{NO_COUPLING}"', repr(parity))
+        expect(couples or net is None, "net", f'None beside coupling="{NO_COUPLING}"', type(net).__name__)
         spec = coupling_spec(chosen if couples else "affine", **fields)
         if isinstance(coupling, CouplingSpec):
             for name, value in fields.items():
@@ -135,8 +135,9 @@ class FlowStep(FlowLayer):
             expect(callable(net), "net", "a module, or a factory net(in_channels, out_channels) of one", repr(net))
             net = net(width, outputs)
             expect(isinstance(net, nn.Module), "net", "a factory that gives a module", type(net).__name__)
-        plain = mask == "channels" or injector is False
-        expect(plain, "injector", f"False beside mask={mask!r}", repr(injector))
+        if mask != "channels":
+            expect(injector is False, "injector", f"False beside mask={mask!r}", repr(injector))
+            expect(couples, "coupling", f"one of {COUPLINGS} beside mask={mask!r}", repr(chosen))
         if injector is True:
             expect(cond_channels > 0, "cond_channels", "at least 1, for the injector to read", cond_channels)
             sizes = (channels, cond_channels, hidden, None, net_actnorm, dims)

@@ -57,7 +57,17 @@ def run_wavenet(
     """Run the formula of :class:`WaveNet` on given convolutions.
 
     Samples of similar lengths run together. The channels are last in memory, where torch's convolutions are faster and
-    those of size 1 are one product. Outside of training ``dropout`` is 0.
+    those of size 1 are one product.
+
+    Args:
+        parts: the convolutions.
+        x: (N, C, T).
+        cond: (N, C_c, T) or (N, C_c, 1), or None.
+        mask: (N, 1, T), or None for ones.
+        dropout: probability that a value in front of the gate becomes zero; 0 outside of training.
+
+    Returns:
+        (N, C_out, T), zero where the mask is.
     """
     return run_by_length(partial(_run, parts, dropout), x, cond, mask)
 
@@ -111,6 +121,11 @@ class NormedConv(nn.Module):
     """A convolution along time with a weight w = gain v / |v|, |v| of each output channel: weight normalisation.
 
     It starts as torch's Conv1d does. Unlike one with torch's weight_norm it can be pickled.
+
+    Args:
+        in_channels, out_channels: of the input and the output.
+        kernel_size: odd.
+        dilation: distance between the positions that a kernel sees.
 
     Reference: Salimans & Kingma 2016.
     """

@@ -16,6 +16,10 @@ class ClassHead(nn.Module):
 
     All parameters start at zero, so a fresh head finds every class equally likely.
 
+    Args:
+        channels: C of the top latent.
+        n_classes: number of classes.
+
     Shapes: z (N, C, *spatial), float32 or float64, to logits (N, n_classes) of its dtype.
 
     Reference: Kingma & Dhariwal 2018, released code (model.py, "classifier"; tfops.py, linear_zeros).
@@ -35,5 +39,10 @@ class ClassHead(nn.Module):
 
 
 def class_bits(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log2 softmax(logits)[label], (N,): bits per image that the labels cost, to add to bits/dim with a weight."""
+    """-log2 softmax(logits)[label], (N,): bits per image that the labels cost, to add to bits/dim with a weight.
+
+    Args:
+        logits: (N, n_classes).
+        labels: int64 (N,), in 0..n_classes-1.
+    """
     return F.cross_entropy(logits, labels, reduction="none") / math.log(2.0)

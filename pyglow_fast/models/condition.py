@@ -22,10 +22,17 @@ def level_conditions(
 ) -> list[Tensor | None]:
     """Check a condition and list it by level, as it was given: :func:`fitted` brings it to a size.
 
-    It is one tensor (n, channels) or (n, channels, *spatial), which every level brings to its size; or one of each
-    level, as a list or a dict with the keys 0 .. L-1 (0 the shallowest), each (n, channels of that level) or
-    (n, channels of that level, *spatial of that level). ``channels`` is 0 for none, and a tuple of each level's;
-    ``shapes`` are (C, *spatial) of the state in each level. NaN and inf are looked for on the CPU.
+    Args:
+        cond: None; one tensor (n, channels) or (n, channels, *spatial), which every level brings to its size; or one of
+            each level, as a list or a dict with the keys 0 .. L-1 (0 the shallowest), each (n, channels of that level)
+            or (n, channels of that level, *spatial of that level).
+        channels: of the condition, 0 for none; a tuple: of each level's.
+        n: samples.
+        shapes: (C, *spatial) of the state in each level.
+        device: where it must be.
+
+    Raises:
+        ValueError: one that does not fit, or with NaN or inf in it (looked for on the CPU).
     """
     if channels == 0:
         expect(cond is None, "cond", "None, since the model has cond_channels=0", type(cond).__name__)

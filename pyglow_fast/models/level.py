@@ -22,8 +22,13 @@ NetFactory = Callable[[int, int], nn.Module]  # net(in_channels, out_channels), 
 class FlowLevel(nn.Module):
     """One level: steps with checkerboard masks, if any, then a squeeze and steps with channel masks, if any.
 
-    Among the steps with channel masks those without a coupling come first. Levels are counted from 0; ``memory`` are
-    options of the ReversibleSequences.
+    Among the steps with channel masks those without a coupling come first.
+
+    Args:
+        config: of the whole model.
+        level: which one, from 0.
+        net: makes the coupling nets; None: they are CouplingNets, as the config says.
+        memory: options of the ReversibleSequences.
     """
 
     def __init__(self, config: GlowConfig, level: int, net: NetFactory | None, *memory: Any) -> None:

@@ -14,8 +14,15 @@ from pyglow_fast.layers.border import border_kernel, border_map
 class TopPrior(nn.Module):
     """N(z; mean, exp(log_sd)) with one mean and log_sd per channel, plus an offset per class and a border term.
 
-    All parameters start at zero, so a fresh prior is the standard normal. Without ``learn`` there are class offsets
-    alone. With a ``border`` positions at the rim differ, as where a convolution of zeros sees a ring of ones around.
+    All parameters start at zero, so a fresh prior is the standard normal.
+
+    Args:
+        channels: C of the top latent.
+        n_classes: number of classes, or None.
+        learn: whether there are parameters per channel; class offsets are always learned.
+        border: whether positions at the rim differ, as where a convolution of zeros sees a ring of ones around them;
+            only with learn.
+        dims: number of spatial dimensions, 1 to 3.
 
     Reference: Kingma & Dhariwal 2018, released code (learn_top, y_emb).
     """

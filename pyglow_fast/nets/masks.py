@@ -76,9 +76,14 @@ def groups_alike(ends: Sequence[int]) -> list[list[int]]:
 def run_by_length(call: MaskedCall, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
     """call(x, cond, mask) without the work for padding: samples of like lengths together, cut behind the longest.
 
-    What call gives, (n, C_out, t) of x (n, C, t), cond (n, C_c, t or 1) or None and mask (n, 1, t) or None, must be
-    zero where the mask is, and not depend on how much padding follows. Where the mask's values cannot be read without a
-    pause (CUDA, traced code) nothing is cut.
+    What call gives must be zero where the mask is, and not depend on how much padding follows. Where the mask's values
+    cannot be read without a pause (CUDA, traced code) nothing is cut.
+
+    Args:
+        call: gives (n, C_out, t) of x (n, C, t), cond (n, C_c, t or 1) or None and mask (n, 1, t) or None.
+        x: (N, C, T).
+        cond: (N, C_c, T), or (N, C_c, 1) for the same at all positions, or None.
+        mask: (N, 1, T), or None: all positions are there.
     """
     if mask is None or not can_read(mask) or 0 in x.shape:
         return call(x, cond, mask)
@@ -136,9 +141,13 @@ def run_masked(
 class MaskedNet(nn.Module):
     """m net(m x1, cond, m): a net of sequences as a net of a coupling, m the first channel of its second input.
 
-    It is called with x1 (N, C1, T), cond or None, and the mask (N, 1, T), and states ``takes_mask = True``: what it
-    gives at a position does not depend on how much padding follows. ``per_sample``: cond is the same at every position,
-    and the net gets (N, C_c, 1).
+    Args:
+        net: a module called with x1 (N, C1, T), cond or None, and the mask (N, 1, T); it states ``takes_mask = True``:
+            what it gives at a position does not depend on how much padding follows.
+        per_sample: cond is the same at every position: the net gets (N, C_c, 1).
+
+    Raises:
+        ValueError: a net that does not state it.
     """
 
     def __init__(self, net: nn.Module, per_sample: bool = True) -> None:

@@ -20,12 +20,27 @@ AUTO_BUDGET_ACCELERATOR = 512 * 2**20
 
 @dataclass(frozen=True)
 class Chunk:
-    """One piece of a net's work: some samples, and of those some rows (positions along the first spatial dimension)."""
+    """One piece of a net's work: some samples, and of those some rows (positions along the first spatial dimension).
 
-    samples: slice  # along dimension 0
-    rows: slice  # of the output that this chunk gives
-    taken: slice  # the rows of the input that it needs for them: ``rows`` and the halo, as far as the image reaches
-    whole: bool = False  # it is all of the batch
+    Attributes:
+        samples: along dimension 0.
+        rows: of the output that this chunk gives.
+        taken: the rows of the input that it needs for them: ``rows`` and the halo, as far as the image reaches.
+        whole: it is all of the batch.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.nets import Chunk
+        >>> chunk = Chunk(samples=slice(0, 1), rows=slice(0, 4), taken=slice(0, 5), whole=False)  # of a net with halo 1
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> chunk.inputs(x).shape, chunk.outputs(x).shape
+        (torch.Size([1, 3, 5, 8]), torch.Size([1, 3, 4, 8]))
+    """
+
+    samples: slice
+    rows: slice
+    taken: slice
+    whole: bool = False
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -95,12 +110,23 @@ def plan_chunks(
         shape: of x1, (N, C1, *spatial).
         element_size: bytes of one element of x1 (under autocast too: the larger of the dtypes is what counts).
         budget: bytes of activations, or "auto": a fixed number for the type of device.
+        device_type: where x1 is, "cpu", "cuda", ...
         cond_channels: of the condition, for the cost of nets that do not state it.
         rows_each: how many rows the net runs on for each row of x1 (of a checkerboard's half: 2).
+
+    Returns:
+        The chunks that together are the whole batch, in the order in which they run; one at least.
 
     Raises:
         ValueError: a budget that is neither "auto" nor a positive int, a shape without channels, a wrong statement of
             the net.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast.nets import plan_chunks
+        >>> plan = plan_chunks(torch.nn.Conv2d(2, 4, 1), (8, 2, 16, 16), element_size=4, budget=50_000)
+        >>> [(chunk.samples.start, chunk.samples.stop) for chunk in plan]
+        [(0, 2), (2, 5), (5, 8)]
     """
     expect(len(shape) >= 2, "shape", "(N, C, *spatial)", tuple(shape))
     limit = budget_bytes(budget, device_type)

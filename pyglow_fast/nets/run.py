@@ -122,9 +122,18 @@ def run_net_backward(
 ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
     """d sum(net_out grad_out) / d (x1, cond, params), the net run again, one chunk and one small graph at a time.
 
-    ``consume`` gets each chunk's net output as it comes, not to be written to, and says what its gradient is: so one
-    run of the net serves the inversion of a coupling and its differentiation. The plan is that of the forward, so that
-    random numbers are drawn in the same order. Nothing is accumulated into ``.grad``, no hooks run.
+    ``consume`` gets each chunk's net output as it comes and says what its gradient is: so one run of the net serves the
+    inversion of a coupling and its differentiation. Nothing is accumulated into ``.grad``, no hooks run.
+
+    Args:
+        call: runs the net on a chunk of x1 and cond.
+        x1: (N, C1, *spatial), detached or not: only values count.
+        cond: (N, Cc, *spatial) or None.
+        plan: that of the forward, so that random numbers are drawn in the same order.
+        consume: (net_out, chunk) -> grad_out of the same shape, any floating dtype; net_out is without gradient and
+            must not be written to.
+        params: that ``call`` uses; those that require no gradient get none.
+        needs_x1, needs_cond: whether these gradients are wanted.
 
     Returns:
         grad_x1 and grad_cond (zeros if the net does not use them, None where not wanted or without a condition), and
