@@ -256,9 +256,9 @@ def hiding() -> str:
     names |= {"reversible": '`memory="reversible"`'}
     lines = []
     for case, title in titles.items():
-        plain = pick(rows, case=case, what=TRAIN, name="theirs")[0].processor_seconds or 1.0
+        plain = pick(rows, case=case, what=TRAIN, name="theirs", dtype=FLOAT)[0].processor_seconds or 1.0
         for name, shown in names.items():
-            (row,) = pick(rows, case=case, what=TRAIN, name=name)
+            (row,) = pick(rows, case=case, what=TRAIN, name=name, dtype=FLOAT)
             own = row.processor_seconds or 0.0
             facts = (f"{row.facts['activation_bytes'] / 1e6:.1f}", f"{row.facts['errors']['gradients']:.1e}")
             lines.append((f"{title}, {shown}", f"{own:.2f}", f"{own / plain:.2f}", *facts))
