@@ -230,7 +230,7 @@ def live_models() -> str:
 
 
 def antsx() -> str:
-    """A training step of ANTsX's Glow on volumes, theirs and ours, of one thread."""
+    """A training step of ANTsX's Glow on volumes, theirs and ours, of all threads together."""
     rows = {(row.case, row.name, row.dtype): row for row in pick(rows_of("live"), what=TRAIN)}
     names = {
         "theirs": "theirs",
