@@ -10,18 +10,15 @@ import nflows.transforms as t
 import normflows
 import pytest
 import torch
-from support.accelerate_cases import (
-    ContextNet,
-    assert_same,
-    at_work,
-    from_normflows,
-    mask,
-    subnet,
-)
+from support.accelerate_cases import ContextNet, assert_same, at_work, from_normflows, mask, subnet
 from support.covering import pairs
+from support.helpers import assert_kernel_close
+from support.tf32 import SETTINGS, in_tf32
 from torch import Tensor, nn
 
 from pyglow_fast.interop import accelerate
+from pyglow_fast.interop import nflows as of_nflows
+from pyglow_fast.interop import normflows as of_normflows
 
 IMAGES, VECTORS = (3, 6, 4, 5), (7, 6)
 
@@ -126,16 +123,36 @@ def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.
         torch.testing.assert_close(getattr(model, direction)(x), getattr(theirs, direction)(x))
 
 
-def test_a_net_in_lower_precision_and_an_empty_batch() -> None:
+@pytest.mark.parametrize("memory", [None, "reversible"])
+def test_a_net_in_lower_precision_and_an_empty_batch(memory: str | None) -> None:
     """Under autocast the state keeps its dtype; what no kernel takes is theirs."""
     model = from_normflows(levels=1)
     at_work(model).float()
     theirs = copy.deepcopy(model)
-    accelerate(model, "reversible")
+    accelerate(model, memory)
     x = torch.randn(4, 3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = model.inverse_and_log_det(x), theirs.inverse_and_log_det(x)
-    assert found[0][0].dtype == torch.float32
+    assert (found[0][0].dtype, found[1].dtype) == (torch.float32, torch.float32)
     torch.testing.assert_close(found[1], expected[1].float(), rtol=0.02, atol=0.5)
+    torch.testing.assert_close(found[0][0], theirs.inverse_and_log_det(x)[0][0], rtol=0.0, atol=0.05)
     empty = model.flows[0][0].inverse(x.new_zeros(0, 12, 4, 4))
     assert [value.shape for value in empty] == [(0, 12, 4, 4), (0,)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("library", [of_nflows, of_normflows], ids=["nflows", "normflows"])
+def test_matrices_on_a_gpu_whose_products_compute_in_tf32(library: Any, setting: str) -> None:
+    """In TF32 the error is at most twice that in float32."""
+    layer: Any = t.OneByOneConvolution(12) if library is of_nflows else normflows.flows.GlowBlock(12, 4)
+    if library is of_normflows:
+        layer.flows[2].data_dep_init_done.fill_(1.0)
+    row = next(row for row in library.LIBRARY.rows if row.tells(layer))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        exact, plain = (row.elements(layer.to(dtype), False)[0].tensors[0] for dtype in (torch.float64, torch.float32))
+        with in_tf32(setting):
+            found = row.elements(layer, False)[0].tensors[0]
+    assert_kernel_close(found, plain, exact, magnitude=12.0)
