@@ -91,6 +91,13 @@ def test_a_memory_mode_keeps_less_at_any_size(memory: str, monkeypatch: pytest.M
     assert saved_bytes(step, lambda: step(x, logdet)) < most
 
 
+class OtherConvolution(srflow.Conv2dZeros):
+    """The attributes of a scaled convolution, which is scaled otherwise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.logs.exp()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -99,11 +106,12 @@ def test_a_memory_mode_keeps_less_at_any_size(memory: str, monkeypatch: pytest.M
         (lambda step: setattr(step, "flow_coupling", "bentIdentity"), "flow_coupling 'bentIdentity'"),
         (lambda step: setattr(step, "flow_permutation", "resqueeze"), "flow_permutation 'resqueeze'"),
         (lambda step: step.affine.register_forward_hook(lambda *_: None), "hooks in it"),
+        (lambda step: setattr(step.affine.fAffine[4], "__class__", OtherConvolution), "its result 0 of forward"),
     ],
-    ids=["eps", "channels", "coupling", "permutation", "hook"],
+    ids=["eps", "channels", "coupling", "permutation", "hook", "arithmetic"],
 )
 def test_what_is_not_known_is_left_with_its_reason(change: Any, reason: str) -> None:
-    step = step_of("features")
+    step = step_of("features", hidden=72)
     change(step)
     done = accelerate(nn.ModuleList([step, step_of("affine")]))
     assert type(step) is FlowStep
@@ -122,21 +130,6 @@ def test_a_copy_of_y0asts_step_runs_the_permutation_of_its_original() -> None:
     inputs = inputs_of("affine")
     torch.testing.assert_close(both_ways(after, *inputs), both_ways(before, *inputs), **CLOSE)
     assert accelerate(before).left == {"": "a flow_permutation that is another step's"}
-
-
-class OtherConvolution(srflow.Conv2dZeros):
-    """The attributes of a scaled convolution, which is scaled otherwise."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * self.logs.exp()
-
-
-def test_another_arithmetic_in_a_net_is_found_by_the_probe() -> None:
-    step = step_of("affine", hidden=72)
-    step.f[4].__class__ = OtherConvolution
-    done = accelerate(step)
-    assert not done.replaced
-    assert done.left[""].startswith("its result 0 of forward")
 
 
 class WithNorm(nn.Module):

@@ -68,25 +68,6 @@ def test_a_backward_takes_as_much_as_its_budget() -> None:
     assert peaks[1] < peaks[0] - whole // 4
 
 
-@pytest.mark.parametrize("net", [GrownNet, plain_net])
-def test_a_net_runs_once_more_in_the_backward(net: Any) -> None:
-    """As the documentation says of the time; a net of another kind runs as it is."""
-    model, x, calls = InList([Hides(3, 5, net) for _ in range(2)]).double(), batch(), 0
-    accelerate(model, "reversible")
-    out = model(x)
-
-    def counted(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    first = next(part for part in model.operations[0].layer.phi.modules() if isinstance(part, nn.Conv2d))
-    weight = first.weight
-    weight.register_hook(counted)
-    out.sum().backward()
-    assert calls == 1
-    assert weight.grad is not None
-
-
 def test_dense_nets_are_told_by_what_they_compute() -> None:
     class Residual(GrownNet):
         def forward(self, x: Tensor) -> Tensor:
