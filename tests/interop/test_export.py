@@ -111,34 +111,22 @@ with torch.no_grad():
 """
 
 
-def run_without_the_package(folder: Path, x: Tensor, export: str) -> list[Tensor]:
-    torch.save(x, folder / "x.pt")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, str(folder), export], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[Tensor] = torch.load(folder / "out.pt")
-    return found
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["FrEIA, reversible", "glow"])
-def test_a_saved_program_needs_no_package(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "form"), [("FrEIA, reversible", "saved"), ("glow", "saved"), ("FrEIA", "compiled")])
+def test_a_program_needs_no_package(name: str, form: str, tmp_path: Path) -> None:
+    """In a process that cannot import it, saved by torch.export or compiled ahead of time."""
     model, x = ALL[name]()
     other = other_input(x, name)
+    torch.save(other, tmp_path / "x.pt")
     with torch.no_grad():
-        torch.export.save(
-            torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes(name)), tmp_path / "program.pt2"
-        )
-        assert_same(run_without_the_package(tmp_path, other, "saved"), model(other))
-
-
-@pytest.mark.full
-def test_compiled_ahead_of_time(tmp_path: Path) -> None:
-    model, x = ALL["FrEIA"]()
-    other = other_input(x, "FrEIA")
-    with torch.no_grad():
-        program = torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes("FrEIA"))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
-        assert_same(run_without_the_package(tmp_path, other, "compiled"), model(other))
+        program = torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes(name))
+        if form == "saved":
+            torch.export.save(program, tmp_path / "program.pt2")
+        else:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+        expected = model(other)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", _RUN, str(tmp_path), form]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(torch.load(tmp_path / "out.pt"), expected)
