@@ -44,20 +44,15 @@ X = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().man
 @pytest.mark.parametrize("user", [False, True])
 @pytest.mark.parametrize("mode", RECOMPUTING, ids=str)
 class TestRefusals:
-    def test_a_buffer_written_to_before_the_backward(self, mode: Memory, user: bool) -> None:
+    @pytest.mark.parametrize("written", [True, False], ids=["written to", "lent"])
+    def test_buffers_that_are_others_in_the_backward(self, mode: Memory, user: bool, written: bool) -> None:
         sequence = run_of([Scaled(), Scaled()], user)
         mode.apply(sequence)
-        value = objective(sequence(X))
-        sequence[0].coupling.net.size.mul_(2.0)
+        lent = {} if written else {name: 2.0 * b for name, b in sequence.named_buffers() if name.endswith("size")}
+        value = objective(torch.func.functional_call(sequence, lent, (X,)))
+        if written:
+            sequence[0].coupling.net.size.mul_(2.0)
         with pytest.raises(ValueError, match=r"the buffers that its forward ran with, .*size'\] changed since"):
-            value.backward()
-
-    def test_a_buffer_that_is_another_one(self, mode: Memory, user: bool) -> None:
-        sequence = run_of([Scaled(), Scaled()], user)
-        mode.apply(sequence)
-        buffers = {name: 2.0 * b if name.endswith("size") else b for name, b in sequence.named_buffers()}
-        value = objective(torch.func.functional_call(sequence, buffers, (X,)))
-        with pytest.raises(ValueError, match=r"the buffers that its forward ran with"):
             value.backward()
 
     @pytest.mark.parametrize("source", ["own generator", "no generator of torch's"])
@@ -77,36 +72,33 @@ class TestRefusals:
             value.backward()
 
 
-class TestScaleMaps:
-    class Map(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+class Map(nn.Module):
+    """A scale map with a parameter."""
 
-        def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-            log_s = self.a * raw.tanh()
-            return log_s.exp(), log_s
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
-    def build(self) -> tuple[pgf.ReversibleSequence, Map]:
-        scale_map = self.Map()
-        sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5, scale_map=scale_map) for _ in range(2)]).double()
-        sequence.initialize(X)
-        return sequence, scale_map
+    def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        log_s = self.a * raw.tanh()
+        return log_s.exp(), log_s
 
-    def test_parameters_of_a_map_are_the_models(self) -> None:
-        sequence, scale_map = self.build()
-        assert any(parameter is scale_map.a for parameter in sequence.parameters())
-        sequence.memory = "store"
-        for step in sequence:
-            nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
-        objective(sequence(X)).backward()
+
+@pytest.mark.parametrize("mode", [Memory("store"), *RECOMPUTING], ids=str)
+def test_parameters_of_a_scale_map(mode: Memory) -> None:
+    """They are the model's; where states are recomputed they are refused."""
+    scale_map = Map()
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 5, scale_map=scale_map) for _ in range(2)]).double()
+    sequence.initialize(X)
+    assert any(parameter is scale_map.a for parameter in sequence.parameters())
+    for step in sequence:
+        nn.init.normal_(step.coupling.net.conv3.weight, std=0.2)
+    mode.apply(sequence)
+    value = objective(sequence(X))
+    if mode.mode == "store":
+        value.backward()
         assert scale_map.a.grad is not None
         assert bool(scale_map.a.grad.abs() > 0)
-
-    @pytest.mark.parametrize("mode", RECOMPUTING, ids=str)
-    def test_where_states_are_recomputed_they_are_refused(self, mode: Memory) -> None:
-        sequence, _ = self.build()
-        mode.apply(sequence)
-        value = objective(sequence(X))
+    else:
         with pytest.raises(ValueError, match=r"scale_map: expected no tensors that require a gradient"):
             value.backward()
