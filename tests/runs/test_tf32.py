@@ -12,11 +12,10 @@ from support.tf32 import in_tf32
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.runs.drift import START_SPACING, lowest_precision
+from pyglow_fast.runs.drift import START_SPACING
 
 C, DEPTH, HIDDEN = 12, 16, 64
 of_both = pytest.mark.parametrize("parts", ["steps", "modules"])
-AS_TF32 = torch.float16  # of as many bits
 
 
 def run_of_steps(parts: str = "steps", depth: int = DEPTH, **options: Any) -> tuple[pgf.ReversibleSequence, Tensor]:
@@ -68,12 +67,3 @@ def test_gradients_are_as_good_as_stored_ones(setting: str, parts: str, device: 
         assert stored > 1e-4, "the nets were not in TF32"
     for mode in (Memory("reversible"), Memory("reversible", 1), Memory("checkpoint")):
         assert error(mode) <= 2.0 * stored, mode
-
-
-def test_of_what_is_not_float32() -> None:
-    weights = [torch.zeros(3, 3, 1)]
-    with in_tf32("high"):
-        assert lowest_precision(torch.float64, torch.zeros(2, dtype=torch.float64), weights) is torch.float64
-        assert lowest_precision(torch.float32, torch.zeros(2), weights) is AS_TF32
-        assert lowest_precision(torch.float32, torch.zeros(2), [torch.zeros(3)]) is torch.float32
-    assert lowest_precision(torch.float32, torch.zeros(2), weights) is torch.float32
