@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,28 +82,15 @@ def refused(call: Callable[[], object]) -> str:
     return "accepted"
 
 
-def good_and_bad(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Draw a batch, and one with NaN in it."""
-    good = torch.rand(4, *shape)
-    bad = good.clone()
-    bad[1, 0, 1] = float("nan")
-    return good, bad
-
-
 def refusals(rank: int) -> dict[str, tuple[str, str]]:
     """Rank 1 gets what cannot be accepted: what each rank says, and whether a good batch then initialises."""
-    state, bad_state = good_and_bad((4, 3, 3))
-    cases: dict[str, tuple[nn.Module, str, tuple[Any, ...], tuple[Any, ...]]] = {
-        "actnorm": (pgf.ActNorm(4), "forward", (state,), (bad_state,)),
-        "actnorm, channels": (pgf.ActNorm(4), "initialize", (state,), (state[:, :3],)),
-        "actnorm, dtype": (pgf.ActNorm(4), "forward", (state,), (state.double(),)),
-        "actnorm, empty": (pgf.ActNorm(4), "forward", (state,), (state[:0],)),
-    }
-    results = {}
-    for name, (module, method, right, wrong) in cases.items():
-        call = getattr(module, method)
-        first = refused(lambda call=call, given=wrong if rank == 1 else right: call(*given))
-        results[name] = (first, refused(lambda call=call, given=right: call(*given)))
+    x, results = torch.rand(4, 4, 3, 3), {}
+    spoilt = {"actnorm": x.where(x < x.max(), torch.nan), "actnorm, channels": x[:, :3]}
+    for name, wrong in (spoilt | {"actnorm, dtype": x.double(), "actnorm, empty": x[:0]}).items():
+        layer = pgf.ActNorm(4)
+        call = layer.initialize if wrong.shape[1] < 4 else layer
+        first = refused(partial(call, wrong if rank == 1 else x))
+        results[name] = (first, refused(partial(call, x)))
     return results
 
 
