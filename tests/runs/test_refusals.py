@@ -13,22 +13,13 @@ import pyglow_fast as pgf
 
 MODES = [Memory("checkpoint"), Memory("reversible", 2), Memory("reversible", None)]
 PLAIN = Case(3)
-EITHER = pytest.mark.parametrize("fused", [True, False], ids=["steps", "modules"])
 
 
-def build(fused: bool) -> pgf.ReversibleSequence:
-    return PLAIN.build() if fused else mixed()
-
-
-def of_net(net: nn.Module) -> pgf.ReversibleSequence:
-    return perturbed(pgf.ReversibleSequence([pgf.FlowStep(4, net=net), pgf.FlowStep(4, 5)])).double()
-
-
-@EITHER
+@pytest.mark.parametrize("fused", [True, False], ids=["steps", "modules"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_an_output_changed_before_the_backward(mode: Memory, fused: bool) -> None:
     """Refused, but where nothing needs it again: where states are kept it makes no difference."""
-    sequence, (x, _) = build(fused), PLAIN.batch()
+    sequence, (x, _) = PLAIN.build() if fused else mixed(), PLAIN.batch()
     mode.apply(sequence)
     inputs = [x.requires_grad_(), *sequence.parameters()]
     z, log_det = sequence(x)
@@ -89,7 +80,7 @@ def test_a_foreign_tensor_in_a_frozen_run_keeps_its_gradient(mode: Memory) -> No
 def test_a_net_that_changes_as_it_runs(mode: Memory, fused: bool) -> None:
     """Spectral normalisation improves its estimate with every run in training: a second run is not the same."""
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 1)), nn.Tanh())
-    sequence = of_net(net)
+    sequence = perturbed(pgf.ReversibleSequence([pgf.FlowStep(4, net=net), pgf.FlowStep(4, 5)])).double()
     if not fused:
         sequence = pgf.ReversibleSequence([*sequence, Scale()]).double()
     mode.apply(sequence)
