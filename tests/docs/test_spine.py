@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
@@ -23,6 +25,24 @@ BESIDE = [
 ]
 
 
+def calls_of(run: Callable[[], object]) -> list[tuple[list[str], bool]]:
+    """Of each call of the package's functions the files on the stack, its own first, and whether it is given a state."""
+    package, found = str(ROOT / "pyglow_fast"), list[tuple[list[str], bool]]()
+
+    def watch(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            given = any(isinstance(value, Tensor) and value.dim() == 4 for value in frame.f_locals.values())
+            found.append(([each.f_code.co_filename for each, _ in walk_stack(frame)], given))
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
 def test_the_files_are_there() -> None:
     assert len(SPINE) <= 10
     assert [name for name in (*SPINE, *BESIDE) if not (ROOT / name).is_file()] == []
@@ -35,33 +55,12 @@ def test_log_prob_goes_through_the_files_in_their_order() -> None:
     x = torch.rand(5, 3, 16, 16) - 0.5
     model.initialize(x)
     spine = [str(ROOT / name) for name in SPINE if name.endswith(".py")]
-    package = str(ROOT / "pyglow_fast")
-    entered: list[str] = []
-    backwards: list[str] = []
-
-    def watch(frame: FrameType, event: str, _: Any) -> None:
-        name = frame.f_code.co_filename
-        if event != "call" or not name.startswith(package):
-            return
-        if not any(isinstance(value, Tensor) and value.dim() == x.dim() for value in frame.f_locals.values()):
-            return  # it is given no state
-        if name not in entered:
-            entered.append(name)
-        caller = frame.f_back
-        while caller is not None and caller.f_code.co_filename not in spine:
-            caller = caller.f_back
-        if caller is not None and name in spine and spine.index(caller.f_code.co_filename) > spine.index(name):
-            backwards.append(f"{caller.f_code.co_name} calls {frame.f_code.co_name}")
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        model.log_prob(x)
-    finally:
-        sys.setprofile(before)
-    assert [name for name in entered if name in spine] == spine
-    assert {name for name in entered if name not in spine} == {str(ROOT / name) for name in BESIDE}
-    assert backwards == []
+    entered = [files for files, given in calls_of(lambda: model.log_prob(x)) if given]
+    assert list(dict.fromkeys(name for name, *_ in entered if name in spine)) == spine
+    assert {name for name, *_ in entered if name not in spine} == {str(ROOT / name) for name in BESIDE}
+    for name, *callers in entered:
+        caller = next((each for each in callers if each in spine), spine[0])
+        assert name not in spine or spine.index(caller) <= spine.index(name), f"{caller} calls {name}"
 
 
 @pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
@@ -69,25 +68,10 @@ def test_log_prob_goes_through_the_files_in_their_order() -> None:
 def test_python_of_a_step_is_bounded(memory: str) -> None:
     """Calls of functions of the package for each flow step of a training step, their files, and those given a state."""
     model = pgf.Glow(image_shape=(3, 16, 16), n_levels=3, n_steps=8, hidden=16, memory=memory)
-    x, package = torch.rand(4, 3, 16, 16) - 0.5, str(ROOT / "pyglow_fast")
+    x = torch.rand(4, 3, 16, 16) - 0.5
     for _ in range(3):  # until what is known of these shapes is known
         model.log_prob(x).mean().backward()
-    calls, files, given = 0, set(), set()
-
-    def watch(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal calls
-        if event == "call" and frame.f_code.co_filename.startswith(package):
-            calls += 1
-            files.add(frame.f_code.co_filename)
-            if any(isinstance(value, Tensor) and value.dim() == 4 for value in frame.f_locals.values()):
-                given.add(frame.f_code.co_filename)
-
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        model.log_prob(x).mean().backward()
-    finally:
-        sys.setprofile(before)
-    assert calls / 24 <= 40
-    assert len(files) <= 26
-    assert len(given) <= 16
+    calls = calls_of(lambda: model.log_prob(x).mean().backward())
+    assert len(calls) / 24 <= 40
+    assert len({name for (name, *_), _ in calls}) <= 26
+    assert len({name for (name, *_), given in calls if given}) <= 16
