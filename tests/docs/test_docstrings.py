@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,16 +32,6 @@ def module_of(path: Path) -> str:
 FILES = [path for path in sorted((ROOT / PACKAGE).rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
 
-def imported(name: str) -> ModuleType:
-    """The module, or a skip where the library that it is made for is missing."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        if is_ours(error):
-            raise
-        pytest.skip(str(error))
-
-
 def is_ours(error: BaseException) -> bool:
     """Whether an ImportError is of something that is always installed."""
     return (getattr(error, "name", None) or "").split(".")[0] in (PACKAGE, "torch", "numpy", "safetensors")
@@ -57,23 +46,23 @@ class _Runner(doctest.DocTestRunner):
         super().report_unexpected_exception(out, test, example, exc_info)
 
 
-def failures(test: doctest.DocTest) -> str:
-    """What is to be said of a docstring's examples after a run; nothing if they print what they should."""
-    said: list[str] = []
-    torch.manual_seed(20180710)
-    _Runner(optionflags=OPTIONS).run(test, out=said.append)
-    return "".join(said)
-
-
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_examples(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = imported(module_of(path))
+    try:
+        module = importlib.import_module(module_of(path))
+    except ImportError as error:
+        if is_ours(error):
+            raise
+        pytest.skip(str(error))  # the library that the module is made for is missing
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.chdir(tmp_path)
     tests = doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__, globs={})
     assert tests
-    said = "".join(failures(test) for test in tests)
-    assert not said, said
+    said: list[str] = []
+    for test in tests:
+        torch.manual_seed(20180710)
+        _Runner(optionflags=OPTIONS).run(test, out=said.append)
+    assert not said, "".join(said)
 
 
 @pytest.mark.full
