@@ -33,26 +33,10 @@ CPU = torch.device("cpu")
 HIDDEN = [
     *("normflows", "nflows", "FrEIA", "zuko", "memcnn", "matplotlib", "PIL", "torchvision", "sklearn", "scipy", "tqdm"),
     *("rich", "lightning", "pytorch_lightning", "tensorboard", "yaml", "tomli_w", "hypothesis", "mkdocs"),
-    *("mkdocstrings", "pymdownx", "xdist", "execnet", "onnx", "jet_pytorch", "anomalib", "TTS"),
-    "pandas",
+    *("mkdocstrings", "pymdownx", "xdist", "execnet", "onnx", "jet_pytorch", "anomalib", "TTS", "pandas"),
 ]
-# Python imports a module of this name as it starts. What is hidden is not found, as where it is not installed.
-SITECUSTOMIZE = f"""
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self._finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self._finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        hidden = name.partition(".")[0] in {HIDDEN!r}
-        return None if hidden else self._finder.find_spec(name, path, target)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-"""
+# Python imports a module of this name as it starts. What is None among the modules is not found, nor imported.
+SITECUSTOMIZE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN!r}))"
 
 
 def bare_environment(folder: Path) -> dict[str, str]:
