@@ -183,23 +183,18 @@ def test_a_machine_that_is_slow_has_a_gpu_perhaps(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.full
-def test_tests_that_were_late(tmp_path: Path) -> None:
-    """Pytest itself would say that all is well."""
-    (tmp_path / "test_it.py").write_text("def test_one(): pass\ndef test_other(): pass\n")
-    line = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", "--until", "0"]
-    ended = gpu_check.run("tests", [*line, str(tmp_path)], 120, tmp_path, {}, lambda _: None)
-    assert (ended.status, ended.reason) == ("partly", "the time was over after 0 of 2")
-
-
-@pytest.mark.full
-def test_tests_behind_one_that_died(tmp_path: Path) -> None:
-    """As the questions of another stage, below."""
-    (tmp_path / "test_it.py").write_text("import os\ndef test_one(): os._exit(7)\ndef test_other(): pass\n")
-    line = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider"]
-    line += ["--out", str(tmp_path / gpu_check.OUT), str(tmp_path)]
+@pytest.mark.parametrize("first", ["pass", "os._exit(7)"], ids=["late", "died"])
+def test_tests_that_were_late_or_stand_behind_one_that_died(tmp_path: Path, first: str) -> None:
+    """Of late ones pytest itself would say that all is well; the others are as the questions of another stage."""
+    (tmp_path / "test_it.py").write_text(f"import os\ndef test_one(): {first}\ndef test_other(): pass\n")
+    line = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", str(tmp_path)]
+    line += ["--until", "0"] if first == "pass" else ["--out", str(tmp_path / gpu_check.OUT)]
     ended = gpu_check.run("tests", line, 600, tmp_path, {}, lambda _: None)
-    assert (ended.status, ended.code, len(ended.results["rows"])) == ("failed", 7, 2)
-    assert "1 passed" in ended.output
+    if first == "pass":
+        assert (ended.status, ended.reason) == ("partly", "the time was over after 0 of 2")
+    else:
+        assert (ended.status, ended.code, len(ended.results["rows"])) == ("failed", 7, 2)
+        assert "1 passed" in ended.output
 
 
 @pytest.mark.full
