@@ -10,17 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from train.run_cases import weights
 
 from pyglow_fast.cli import main, training
 from pyglow_fast.experiments import Ablation
-from pyglow_fast.train import Checkpoint, RunFolder, TrainState
+from pyglow_fast.train import RunFolder, TrainState
 from pyglow_fast.train.page import duration
 
 Capture = pytest.CaptureFixture[str]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return Checkpoint.load(RunFolder(run).checkpoint).model
 
 
 @pytest.mark.parametrize(("limit", "step"), [(["--max-minutes", "9"], 23), (["--max-epochs", "1"], 25)])
@@ -106,9 +103,10 @@ def test_a_report_while_it_trains_and_when_it_is_damaged(run: Path, capsys: Capt
         path.unlink()
     assert main(["report", str(run)]) == 0
     assert "bits/dim" in page.read_text(encoding="utf-8")
-    (run / "report.json").write_text("{")
-    assert main(["report", str(run)]) == 2
-    assert "report.json as a run wrote it, found it damaged" in capsys.readouterr().err
+    for damaged in ("{", "[]", "{}"):
+        (run / "report.json").write_text(damaged)
+        assert main(["report", str(run)]) == 2
+        assert "report.json as a run wrote it, found it damaged" in capsys.readouterr().err
 
 
 def test_times_in_units_that_people_read() -> None:

@@ -1,22 +1,21 @@
-"""A run that is as small as a run can be."""
+"""Runs that are as small as a run can be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from train.run_cases import TINY_MODEL, MakeConfig, MakeRun, MakeState
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
-from pyglow_fast.train import TrainConfig
-
-TINY_MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
+from pyglow_fast.train import Run, TrainConfig, TrainState, start
 
 
 @pytest.fixture
-def tiny_config() -> Callable[..., TrainConfig]:
+def tiny_config() -> MakeConfig:
     """TrainConfig of a tiny model; keywords replace its fields. The data's name is not looked at: tests pass images."""
 
     def make(**fields: Any) -> TrainConfig:
@@ -51,3 +50,25 @@ def tiny_images(monkeypatch: pytest.MonkeyPatch) -> ImageSet:
     data = ImageSet("tiny", pixels, 5, torch.arange(40) % 2, ("even", "odd"))
     monkeypatch.setattr("pyglow_fast.train.loop.load_data", lambda config: data)
     return data
+
+
+@pytest.fixture
+def new_run(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> MakeRun:
+    """A run of ``tiny_config(**fields)``, ready to be executed, in the folder ``out`` of tmp_path."""
+
+    def make(out: str = "run", images: ImageSet = tiny_images, overwrite: bool = False, **fields: Any) -> Run:
+        return start(tiny_config(**fields), str(tmp_path / out), overwrite, images)
+
+    return make
+
+
+@pytest.fixture
+def new_state(tiny_config: MakeConfig, tiny_images: ImageSet) -> MakeState:
+    """The state that trains ``tiny_config(**fields)``, initialised."""
+
+    def make(images: ImageSet = tiny_images, **fields: Any) -> TrainState:
+        state = TrainState(tiny_config(**fields), images)
+        state.initialize()
+        return state
+
+    return make

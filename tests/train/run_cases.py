@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: short runs, their weights, and things that happen in the middle of one."""
+"""What the tests of whole runs share: the smallest model, weights, and things that happen in the middle of a run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyglow_fast.data import ImageSet
-from pyglow_fast.train import Checkpoint, Run, RunFolder, TrainConfig, start
+from pyglow_fast.train import Checkpoint, Run, RunFolder, TrainConfig, TrainState
+
+TINY_MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
 
 MakeConfig = Callable[..., TrainConfig]
-
-
-def train(config: TrainConfig, out: Path, data: ImageSet | None = None) -> Run:
-    run = start(config, str(out), data=data)
-    run.execute(quiet=True)
-    return run
+MakeRun = Callable[..., Run]
+MakeState = Callable[..., TrainState]
 
 
 def weights(run: Path) -> dict[str, Tensor]:

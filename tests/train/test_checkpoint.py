@@ -15,20 +15,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
-from train.run_cases import MakeConfig
+from train.run_cases import TINY_MODEL, MakeState
 
 from pyglow_fast import GlowConfig
 from pyglow_fast._files import replacing, write_text
-from pyglow_fast.data import ImageSet
 from pyglow_fast.train import Checkpoint, TrainState
-
-MODEL: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
 
 
 @pytest.fixture
-def state(tiny_config: MakeConfig, tiny_images: ImageSet) -> TrainState:
-    state = TrainState(tiny_config(class_conditional=True, model=GlowConfig(**MODEL, n_classes=2)), tiny_images)
-    state.initialize()
+def state(new_state: MakeState) -> TrainState:
+    state = new_state(class_conditional=True, model=GlowConfig(**TINY_MODEL, n_classes=2))
     for _ in range(3):
         state.step()
     return state

@@ -6,54 +6,40 @@ import shutil
 from pathlib import Path
 
 import pytest
-from train.run_cases import MakeConfig
+from support.program import contents
+from train.run_cases import MakeRun
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
-from pyglow_fast.train import FolderError, RunFolder, page_of, resume, start
+from pyglow_fast.train import FolderError, RunFolder, resume
 
 
 @pytest.fixture
-def run(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> Path:
-    # 30 training images: one batch of 16 an epoch
-    start(tiny_config(max_steps=2, batch_size=16), str(tmp_path / "run"), data=tiny_images).execute(quiet=True)
+def run(new_run: MakeRun, tmp_path: Path) -> Path:
+    new_run(max_steps=2, batch_size=16).execute(quiet=True)  # 30 training images: one batch of 16 an epoch
     return tmp_path / "run"
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
 
 
 # New runs.
 
 
-def test_overwrite_removes_the_old_run_and_nothing_else(
-    run: Path, tiny_config: MakeConfig, tiny_images: ImageSet
-) -> None:
+def test_overwrite_removes_the_old_run_and_nothing_else(run: Path, new_run: MakeRun) -> None:
     (run / "notes.txt").write_text("mine")
     (run / "cache").mkdir()
     (run / "cache" / "latents.safetensors").touch()
     before = contents(run)
     with pytest.raises(ValueError, match=r"out: expected a new folder \(or resume or overwrite\), found a run in"):
-        start(tiny_config(), str(run), data=tiny_images)
-    ready = start(tiny_config(max_steps=6), str(run), overwrite=True, data=tiny_images)
+        new_run()
+    ready = new_run(overwrite=True, max_steps=6)
     assert contents(run) == before  # it is not executed: nothing is touched yet
+    assert RunFolder(run).cache.exists()
     ready.execute(quiet=True)
     assert (run / "notes.txt").read_text() == "mine"
     assert not RunFolder(run).cache.exists()
     assert RunFolder(run).load().progress["step"] == 6
 
 
-def test_places_where_no_run_may_go(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
-    """A file, and a folder with other things, are in the contract of the command line."""
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match=r"out: expected a folder that can be made, found '.*file' is a file"):
-        start(tiny_config(), str(tmp_path / "file" / "run"), overwrite=True, data=tiny_images)
-
-
-def test_nothing_is_written_when_something_is_refused(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path
-) -> None:
+def test_nothing_is_written_when_something_is_refused(new_run: MakeRun, tiny_images: ImageSet, tmp_path: Path) -> None:
     other_shape, classes, too_many = (
         GlowConfig((1, side, side), 1, 1, hidden=4, n_classes=n) for side, n in ((8, None), (4, 2), (4, 3))
     )
@@ -70,16 +56,16 @@ def test_nothing_is_written_when_something_is_refused(
         ({"data": DataConfig("digits", held_out=0.5)}, tiny_images.subset([0]), "data: expected at least 2 images"),
     ]:
         with pytest.raises(ValueError, match=message):
-            start(tiny_config(**fields), str(tmp_path / "run"), data=data)
+            new_run(images=data, **fields)
     assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"out: expected a folder that can be made, found '.*file' is a file"):
+        new_run("file/run", overwrite=True)
 
 
-def test_one_run_in_one_folder(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+def test_one_run_in_one_folder(new_run: MakeRun, tmp_path: Path) -> None:
     """All were made ready while there was none; the second one does not remove the first one's."""
-    first, second, third = (
-        start(tiny_config(max_steps=steps), str(tmp_path / "run"), overwrite=steps == 2, data=tiny_images)
-        for steps in (6, 3, 2)
-    )
+    first, second, third = (new_run(overwrite=steps == 2, max_steps=steps) for steps in (6, 3, 2))
     with RunFolder(tmp_path / "run").locked(), pytest.raises(FolderError, match="that no other process trains"):
         first.execute(quiet=True)
     first.execute(quiet=True)
@@ -90,7 +76,7 @@ def test_one_run_in_one_folder(tiny_config: MakeConfig, tiny_images: ImageSet, t
     assert contents(tmp_path / "run") == before
     assert third.execute(quiet=True).step == 2  # by whom it was given up
     (tmp_path / "full").mkdir()
-    ready = start(tiny_config(), str(tmp_path / "full"), data=tiny_images)
+    ready = new_run("full")
     (tmp_path / "full" / "thesis.tex").write_text("x")  # meanwhile
     with pytest.raises(FolderError, match=r"out: expected a new or empty folder, or a run, .*\['thesis.tex'\]"):
         ready.execute(quiet=True)
@@ -110,14 +96,6 @@ def test_last_and_best(run: Path) -> None:
     assert (progress.best, progress.stale) == (None, 0)
     assert folder.stamp()[0] == folder.checkpoint.name
     assert RunFolder(run / "none").stamp() is None
-
-
-def test_a_report_that_is_none(run: Path) -> None:
-    found = r"^run: expected .*report\.json as a run wrote it, found it damaged \(.*\)$"
-    for text in ("{}", "[]", "{"):
-        (run / "report.json").write_text(text)
-        with pytest.raises(FolderError, match=found):
-            page_of(RunFolder(run))
 
 
 @pytest.mark.parametrize("event", ["trained", "removed"])

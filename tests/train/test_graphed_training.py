@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,20 +13,18 @@ from support.captures import drifting
 from support.commands import ranks
 from support.graphed_stand_in import recorded_graphs
 from torch import Tensor
-from train.run_cases import MakeConfig
+from train.run_cases import TINY_MODEL, MakeState
 
 from pyglow_fast import GlowConfig
-from pyglow_fast.data import ImageSet
 from pyglow_fast.replays import WARM_UPS, Replays
 from pyglow_fast.runs import drift
 from pyglow_fast.runs.drift import GROW_AFTER
-from pyglow_fast.train import TrainConfig, TrainState
+from pyglow_fast.train import TrainState
 
 GROWN = GROW_AFTER + WARM_UPS  # the step that is captured where the anchors of 8 steps are moved apart first
 STEPS, LR, CALM = GROWN + 2 * WARM_UPS, 1e-3, 1e-4
-TINY: dict[str, Any] = {"image_shape": (1, 4, 4), "n_levels": 1, "n_steps": 2, "hidden": 4}
-DEEP = GlowConfig(**TINY | {"n_steps": 6})  # whose anchors are moved apart
-CLASSES, JUDGED = GlowConfig(**TINY, n_classes=2), GlowConfig(**TINY, classify=2)
+DEEP = GlowConfig(**TINY_MODEL | {"n_steps": 6})  # whose anchors are moved apart
+CLASSES, JUDGED = GlowConfig(**TINY_MODEL, n_classes=2), GlowConfig(**TINY_MODEL, classify=2)
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +36,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def trained(config: TrainConfig, data: ImageSet) -> TrainState:
-    state = TrainState(config, data)
-    state.initialize()
+def trained(state: TrainState) -> TrainState:
     for _ in range(STEPS):
         state.step()
     state.close()
@@ -67,10 +62,8 @@ def weights(state: TrainState) -> Tensor:
     ],
     ids=lambda fields: ",".join(fields),
 )
-def test_replays_are_the_steps_to_the_bit(
-    tiny_config: MakeConfig, tiny_images: ImageSet, fields: dict[str, Any]
-) -> None:
-    replayed, plain = (trained(tiny_config(lr=0.01, graph=graph, **fields), tiny_images) for graph in ("auto", "off"))
+def test_replays_are_the_steps_to_the_bit(new_state: MakeState, fields: dict[str, Any]) -> None:
+    replayed, plain = (trained(new_state(lr=0.01, graph=graph, **fields)) for graph in ("auto", "off"))
     assert (replayed.update.replays.how, plain.update.replays.how) == ("a CUDA graph", "eagerly: graph is off")
     assert torch.equal(weights(replayed), weights(plain))
     assert replayed.progress == plain.progress
@@ -119,20 +112,16 @@ def test_two_ranks_replay_to_the_bit(tmp_path: Path) -> None:
             assert output == "a CUDA graph\n"
 
 
-def test_a_step_that_drifts_is_taken_by_the_model(
-    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_drifts_is_taken_by_the_model(new_state: MakeState, monkeypatch: pytest.MonkeyPatch) -> None:
     """No step is lost, none is taken on zeros, and the graph is made again with other anchors."""
-    config = tiny_config(lr=LR, warmup_steps=0)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, n_steps=8))
-    expected = trained(dataclasses.replace(config, graph="off"), tiny_images)
+    fields = {"lr": LR, "warmup_steps": 0, "model": GlowConfig(**TINY_MODEL | {"n_steps": 8})}
+    expected = trained(new_state(graph="off", **fields))
     off, true = drifting(monkeypatch, torch.ones(())), Replays.forget
     one, all_later = range(GROWN + 1, GROWN + 2), range(GROWN + 1, STEPS)
     for drifts, lost in ((one, [GROWN + 1]), (all_later, [GROWN + 1]), (range(STEPS), [])):  # at last checkpointing
-        found, forgotten = TrainState(config, tiny_images), list[int]()
+        found, forgotten = new_state(**fields), list[int]()
         forget = lambda self, at=found, to=forgotten: (to.append(at.progress.step), true(self))  # noqa: E731
         monkeypatch.setattr(Replays, "forget", forget)
-        found.initialize()
         for step in range(STEPS):
             off.fill_(1.01 if step in drifts else 1.0)
             found.step()
@@ -145,11 +134,8 @@ def test_a_step_that_drifts_is_taken_by_the_model(
         assert torch.allclose(weights(found), weights(expected), rtol=0.0, atol=0.1 * LR)
 
 
-def test_a_replay_that_is_not_finite_changes_nothing(
-    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state, factor, before = TrainState(tiny_config(max_steps=99), tiny_images), torch.ones(()), torch.empty(0)
-    state.initialize()
+def test_a_replay_that_is_not_finite_changes_nothing(new_state: MakeState, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, factor, before = new_state(max_steps=99), torch.ones(()), torch.empty(0)
     log_prob = state.model.log_prob
     monkeypatch.setattr(state.model, "log_prob", lambda x, y: log_prob(x, y) * factor)
     for step in range(STEPS):
@@ -163,6 +149,6 @@ def test_a_replay_that_is_not_finite_changes_nothing(
     assert {float(entry["step"]) for entry in state.optimizer.state.values()} == {STEPS - 3}
 
 
-def test_what_no_graph_holds_runs_eagerly_and_says_why(tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
-    state = TrainState(tiny_config(optimizer="adamax"), tiny_images)
+def test_what_no_graph_holds_runs_eagerly_and_says_why(new_state: MakeState) -> None:
+    state = new_state(optimizer="adamax")
     assert state.update.replays.how == "eagerly: adamax decides nothing on the device"

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train.run_cases import MakeConfig, MakeRun
 
-from pyglow_fast.data import ImageSet
-from pyglow_fast.train import RunFolder, TrainConfig, resume, start
+from pyglow_fast.train import RunFolder, resume
 from pyglow_fast.train.metrics import COLUMNS, Row, csv_text, read_metrics
 from pyglow_fast.train.writer import RunWriter
 
@@ -21,7 +20,7 @@ EMPTY = "," * (len(COLUMNS) - 2)  # all cells but step and epoch
 
 
 @pytest.fixture
-def writer(tiny_config: Callable[..., TrainConfig], tmp_path: Path) -> RunWriter:
+def writer(tiny_config: MakeConfig, tmp_path: Path) -> RunWriter:
     """Of a run with rows of the steps 0..3, some of them in TensorBoard too."""
     writer = RunWriter(RunFolder(tmp_path / "run"), tiny_config(tensorboard=True), first=True)
     writer.open(None)
@@ -82,16 +81,15 @@ def test_rows_that_failed_are_written_with_the_next(writer: RunWriter, monkeypat
     assert curve(writer.folder, "lr")[-2:] == [(4, 0.25), (5, 0.125)]
 
 
-def test_a_run_with_damaged_metrics_goes_on(
-    tiny_config: Callable[..., TrainConfig], tiny_images: ImageSet, tmp_path: Path
-) -> None:
+def test_a_run_with_damaged_metrics_goes_on(new_run: MakeRun) -> None:
     """A resumed run writes again what came after its checkpoint, and TensorBoard hides what was there."""
-    config, folder = tiny_config(max_steps=6, tensorboard=True), RunFolder(tmp_path)
-    start(config, str(tmp_path), data=tiny_images).execute(quiet=True)
+    run = new_run(max_steps=6, tensorboard=True)
+    folder = run.folder
+    run.execute(quiet=True)
     lines = folder.metrics.read_text().splitlines()
     folder.metrics.write_text("\n".join([*lines[:2], "2,0,abc" + EMPTY[1:], *lines[3:], "7,0,1"]))
     with pytest.warns(UserWarning, match="2 rows that cannot be read are left out"):
-        resume(str(tmp_path), max_steps=8).execute(quiet=True)
+        resume(str(folder.path), max_steps=8).execute(quiet=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert steps(read_metrics(folder.metrics)) == [0, 4, 6, 8]

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from support import web
 from support.html_page import Page
-from train.run_cases import MakeConfig, before_step
+from train.run_cases import MakeConfig, MakeRun, before_step
 
-from pyglow_fast.data import ImageSet
 from pyglow_fast.studio.opened import find_run
-from pyglow_fast.train import Run, RunFolder, page_of, start
+from pyglow_fast.train import Run, RunFolder, page_of
 from pyglow_fast.train.figures import bits_png
 from pyglow_fast.train.metrics import read_metrics
 from pyglow_fast.train.page import duration
@@ -29,17 +28,19 @@ CURVES += ["memory of the process, or of the GPU's tensors"]
 
 
 @pytest.fixture
-def folder(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> RunFolder:
+def folder(new_run: MakeRun) -> RunFolder:
     """A run of 12 steps that is at its end."""
-    start(tiny_config(), str(tmp_path / "run"), data=tiny_images).execute(quiet=True)
-    return RunFolder(tmp_path / "run")
+    run = new_run()
+    run.execute(quiet=True)
+    return run.folder
 
 
-def killed(run: Run, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def killed(run: Run, step: int, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """Execute it as far as ``step``, where it ends as by a power cut."""
     before_step(run, step, lambda: 1 / 0, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run.execute(quiet=True)
+    return run.folder
 
 
 def table(page: Page) -> dict[str, str]:
@@ -96,15 +97,14 @@ def measured(page: Path) -> tuple[float, list[Any]]:
         return float(shown.evaluate("document.documentElement.scrollHeight")), boxes
 
 
-def test_three_screens(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_three_screens(new_run: MakeRun, tiny_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with much advice. Samples stand beside training images of the same size, earlier ones below and small."""
     web.require("playwright", "chromium")
-    folder, model = RunFolder(tmp_path / "run"), replace(tiny_config().model, n_classes=2)
+    model = replace(tiny_config().model, n_classes=2)
     fields = {"max_steps": 6, "sample_every": 1, "eval_every": 6, "sample_count": 64, "class_conditional": True}
-    config = tiny_config(model=model, **fields)
-    start(config, str(folder.path), data=tiny_images).execute(quiet=True)
+    run = new_run(model=model, **fields)
+    run.execute(quiet=True)
+    folder = run.folder
     folder.report.write_text(json.dumps(folder.read_report() | {"advice": "overfitting, so try less of it " * 14}))
     monkeypatch.setattr("support.figures.drawing", True)
     folder.page.write_text(page_of(folder), encoding="utf-8")
@@ -117,11 +117,8 @@ def test_three_screens(
     assert newest["width"] > 400 > 200 > others[0]["width"]
 
 
-def test_a_run_that_was_killed(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed(start(tiny_config(), str(tmp_path / "run"), data=tiny_images), 7, monkeypatch)
-    folder = RunFolder(tmp_path / "run")
+def test_a_run_that_was_killed(new_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = killed(new_run(), 7, monkeypatch)
     page = Page(page_of(folder))
     assert (table(page)["steps"], table(page)["ended"]) == ("at step 6 of 12", "not yet: it goes on, or was stopped")
     rows = {row["step"]: row for row in read_metrics(folder.metrics)}
@@ -133,12 +130,9 @@ def test_a_run_that_was_killed(
     assert page.words["h3"] == ["training", "data", "model"]  # where it ran is not known
 
 
-def test_the_untrained_model_is_never_the_best(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_untrained_model_is_never_the_best(new_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands take the newest checkpoint of a run that ended before its first evaluation."""
-    killed(start(tiny_config(save_every=1), str(tmp_path / "run"), data=tiny_images), 3, monkeypatch)
-    folder, best = find_run(str(tmp_path / "run"))
+    folder, best = find_run(str(killed(new_run(save_every=1), 3, monkeypatch).path))
     assert (best, folder.load(best).progress["step"]) == (False, 3)
 
 

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from train.run_cases import MakeConfig
+from train.run_cases import MakeConfig, MakeRun
 
 from pyglow_fast.data import ImageSet, histogram_bits_per_dim, png_bits_per_dim, split
 from pyglow_fast.layers import ActNorm
-from pyglow_fast.train import (
-    RunFolder,
-    TrainConfig,
-    TrainingDivergedError,
-    evaluate,
-    load_model,
-    read_config,
-    resume,
-    start,
-)
+from pyglow_fast.train import TrainConfig, TrainingDivergedError, evaluate, load_model, read_config, resume
 from pyglow_fast.train.metrics import read_metrics
 from pyglow_fast.train.run_folder import step_of
 
 
-def test_what_a_run_writes(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
-    config, folder = tiny_config(), RunFolder(tmp_path / "run")
-    result = start(config, str(folder.path), data=tiny_images).execute(quiet=True)
+def test_what_a_run_writes(new_run: MakeRun, tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
+    run = new_run()
+    folder, result = run.folder, run.execute(quiet=True)
     written = {path.name for path in folder.path.iterdir()} - {folder.lock.name}
     assert written == {
         *("best.safetensors", "checkpoints", "config.toml", "curve.png", "metrics.csv"),
         *("report.html", "report.json", "samples", "samples.png", "training.png"),
     }
-    assert TrainConfig.from_dict(read_config(folder.config)) == config
-    assert [path.stem for path in folder.saved()] == [
-        "step-0000012",
-        "step-0000009",
-        "step-0000006",
-    ]  # the newest three
+    assert TrainConfig.from_dict(read_config(folder.config)) == tiny_config()
+    # The newest three are kept.
+    assert [path.stem for path in folder.saved()] == ["step-0000012", "step-0000009", "step-0000006"]
     assert [path.name for path in folder.drawn()] == ["step-0000006.png", "step-0000012.png"]
     with Image.open(folder.samples) as picture:
         assert picture.width == picture.height > 2 * 4
@@ -97,41 +83,31 @@ class Clock:
         ({"max_steps": None, "max_minutes": 20}, 34),  # 0.97 of what is left by 4 measured steps and 5 s for the end
     ],
 )
-def test_limits(
-    tiny_config: MakeConfig,
-    tiny_images: ImageSet,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    limits: dict[str, Any],
-    step: int,
-) -> None:
-    run = start(tiny_config(**limits), str(tmp_path), data=tiny_images)
+def test_limits(new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], step: int) -> None:
+    run = new_run(**limits)
     Clock(run, monkeypatch)
     assert run.execute(quiet=True).step == step
 
 
 @pytest.mark.parametrize("kept", [0, 3])
-def test_minutes_become_steps_once(
-    tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
-) -> None:
+def test_minutes_become_steps_once(new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     """The rate falls to the end of the steps that were measured; a resumed run takes the same ones, to the bit."""
-    config = tiny_config(max_steps=None, max_minutes=5, warmup_steps=0, keep=99)
-    run = start(config, str(tmp_path), data=tiny_images)
+    run = new_run(max_steps=None, max_minutes=5, warmup_steps=0, keep=99)
     Clock(run, monkeypatch)
     last = run.execute(quiet=True).step
-    folder, rates = RunFolder(tmp_path), [row["lr"] for row in read_metrics(run.folder.metrics)]
+    folder, lr, rates = run.folder, run.state.config.lr, [row["lr"] for row in read_metrics(run.folder.metrics)]
     assert (folder.read_config().max_steps, folder.read_config().max_minutes) == (last, 5)
-    assert rates[-1] == pytest.approx(config.lr / last, rel=1e-3)
-    assert rates[1] == pytest.approx((1 - 1 / last) * config.lr, rel=1e-3)
+    assert rates[-1] == pytest.approx(lr / last, rel=1e-3)
+    assert rates[1] == pytest.approx((1 - 1 / last) * lr, rel=1e-3)
     whole = folder.load()
     for path in folder.saved():
         if step_of(path) > kept:
             path.unlink()
-    again = resume(str(tmp_path), max_minutes=5.0)
+    again = resume(str(folder.path), max_minutes=5.0)
     Clock(again, monkeypatch, step=31.0)  # it would measure fewer
     assert again.execute(quiet=True).step == last
     assert all(torch.equal(value, whole.model[name]) for name, value in folder.load().model.items())
-    longer = resume(str(tmp_path), max_minutes=10.0)
+    longer = resume(str(folder.path), max_minutes=10.0)
     Clock(longer, monkeypatch)
     assert longer.execute(quiet=True).step > 1.8 * last
     assert folder.read_config().max_steps == longer.state.progress.step
@@ -139,16 +115,11 @@ def test_minutes_become_steps_once(
 
 @pytest.mark.parametrize(("minutes", "image"), [(100.0, 1.0), (10.0, 5.0), (20.0, 30.0)])
 def test_minutes_bound_scores_too(
-    tiny_config: MakeConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    minutes: float,
-    image: float,
-    capfd: pytest.CaptureFixture[str],
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, minutes: float, image: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Initialisation, evaluations, and the scores of the end, of which there are fewer where time is short."""
-    config = tiny_config(max_steps=None, max_minutes=minutes, eval_every=10, eval_images=10)
-    run = start(config, str(tmp_path), data=ImageSet("many", torch.randint(5, (400, 1, 4, 4), dtype=torch.uint8), 5))
+    images = ImageSet("many", torch.randint(5, (400, 1, 4, 4), dtype=torch.uint8), 5)
+    run = new_run(images=images, max_steps=None, max_minutes=minutes, eval_every=10, eval_images=10)
     clock = Clock(run, monkeypatch, step=3.0 * minutes, image=image)
     result = run.execute()
     assert result.step > 1
@@ -160,13 +131,14 @@ def test_minutes_bound_scores_too(
     assert (result.before is None) == (20 * image > 0.03 * 60 * minutes)
 
 
-def test_early_stopping(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+def test_early_stopping(new_run: MakeRun) -> None:
     # A learning rate far too small to improve anything, with noise that is the same at every evaluation.
     fields = {"lr": 1e-30, "warmup_steps": 0, "eval_every": 2, "max_steps": 100, "patience": 3, "ema_decay": None}
-    result = start(tiny_config(**fields), str(tmp_path), data=tiny_images).execute(quiet=True)
+    run = new_run(**fields)
+    result = run.execute(quiet=True)
     assert (result.step, result.stopped_early) == (6, True)
-    assert json.loads((tmp_path / "report.json").read_text())["stopped_early"] is True
-    assert resume(str(tmp_path), patience=5).execute(quiet=True).step == 10
+    assert run.folder.read_report()["stopped_early"] is True
+    assert resume(str(run.folder.path), patience=5).execute(quiet=True).step == 10
 
 
 # What goes wrong.
@@ -191,6 +163,9 @@ def no_number(model: Any) -> None:
     model.prior.mean_log_sd.fill_(math.nan)
 
 
+SINGULAR = "step 3: after its update a matrix of the flow is singular"
+
+
 def singular(model: Any) -> None:
     next(module for module in model.modules() if isinstance(module, ActNorm)).log_scale.fill_(-1e4)
 
@@ -200,39 +175,21 @@ def singular(model: Any) -> None:
     [
         (no_number, 7, {}, "step 8: loss nan bits/dim, gradient norm nan, lr 0.000416667, 1 steps in a row without"),
         (no_number, 3, {"save_every": 1}, "step 3: after its update training images have nan bits/dim"),
-        (
-            singular,
-            3,
-            {"sample_every": 1, "save_every": 2},
-            "step 3: after its update a matrix of the flow is singular",
-        ),
-        (
-            singular,
-            3,
-            {"sample_every": 99, "save_every": 2},
-            "step 3: after its update a matrix of the flow is singular",
-        ),
+        *((singular, 3, {"sample_every": every, "save_every": 2}, SINGULAR) for every in (1, 99)),
     ],
 )
 def test_a_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(
-    tiny_config: MakeConfig,
-    tiny_images: ImageSet,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Any], None],
-    at: int,
-    fields: dict[str, Any],
-    report: str,
+    new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, change: Any, at: int, fields: dict[str, Any], report: str
 ) -> None:
     """Weights that an update ruined are not saved."""
-    run = start(tiny_config(max_skipped=0, eval_every=99, **fields), str(tmp_path), data=tiny_images)
+    run = new_run(max_skipped=0, eval_every=99, **fields)
     ruin(run, at, change, monkeypatch)
     with pytest.raises(TrainingDivergedError) as caught:
         run.execute(quiet=True)
     good = 6 if at == 7 else 2
     assert f"training diverged at {report}" in str(caught.value)
     assert f"step-000000{good}.safetensors, the last good checkpoint\n  try: a lower" in str(caught.value)
-    checkpoint = RunFolder(tmp_path).load()
+    checkpoint = run.folder.load()
     assert checkpoint.progress["step"] == good
     assert all(tensor.isfinite().all() for tensor in checkpoint.model.values())
-    assert resume(str(tmp_path)).execute(quiet=True).step == 12  # and it can go on
+    assert resume(str(run.folder.path)).execute(quiet=True).step == 12  # and it can go on

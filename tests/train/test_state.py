@@ -9,30 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.run_cases import MakeConfig
+from train.run_cases import TINY_MODEL, MakeState
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import ImageSet, batches
 from pyglow_fast.data.loader import Batch
 from pyglow_fast.replays import Replays
-from pyglow_fast.train import (
-    Checkpoint,
-    TrainConfig,
-    TrainingDivergedError,
-    TrainState,
-)
+from pyglow_fast.train import Checkpoint, TrainingDivergedError, TrainState
 
 
-def begun(config: TrainConfig, data: ImageSet) -> TrainState:
-    state = TrainState(config, data)
-    state.initialize()
-    return state
-
-
-def test_gradients_are_clipped(tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
+def test_gradients_are_clipped(new_state: MakeState) -> None:
     norms = []
     for clip in (None, 1e-3):
-        state = begun(tiny_config(clip_norm=clip), tiny_images)
+        state = new_state(clip_norm=clip)
         state.step()
         squares = [p.grad.square().sum() for p in state.model.parameters() if p.grad is not None]
         norms.append((state.grad_norm, float(torch.stack(squares).sum().sqrt())))
@@ -41,10 +30,10 @@ def test_gradients_are_clipped(tiny_config: MakeConfig, tiny_images: ImageSet) -
     assert norms[1][1] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_accumulated_parts_are_the_batch(tiny_config: MakeConfig, tiny_images: ImageSet) -> None:
+def test_accumulated_parts_are_the_batch(new_state: MakeState) -> None:
     gradients = []
     for accumulate in (1, 2, 4):
-        state = begun(tiny_config(accumulate=accumulate, clip_norm=None, memory="store"), tiny_images)
+        state = new_state(accumulate=accumulate, clip_norm=None, memory="store")
         loss = state.step()
         gradients.append([loss, *(p.grad.clone() for p in state.model.parameters() if p.grad is not None)])
     for other in gradients[1:]:
@@ -54,9 +43,9 @@ def test_accumulated_parts_are_the_batch(tiny_config: MakeConfig, tiny_images: I
             torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
 
 
-def test_the_average_is_that_of_the_formula(tiny_config: MakeConfig, tiny_images: ImageSet, tmp_path: Path) -> None:
+def test_the_average_is_that_of_the_formula(new_state: MakeState, tiny_images: ImageSet, tmp_path: Path) -> None:
     """average = d average + (1 - d) weights, d = min(decay, (1 + t) / (10 + t)), from the initialised weights on."""
-    state = begun(tiny_config(ema_decay=0.25, warmup_steps=0, lr=0.01), tiny_images)
+    state = new_state(ema_decay=0.25, warmup_steps=0, lr=0.01)
     expected = state.model.prior.mean_log_sd.detach().double()
     for t in range(1, 7):
         state.step()
@@ -72,11 +61,9 @@ def test_the_average_is_that_of_the_formula(tiny_config: MakeConfig, tiny_images
     assert torch.equal(other.averaged.prior.mean_log_sd, state.averaged.prior.mean_log_sd)
 
 
-def test_steps_that_are_not_finite_are_left_out(
-    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_are_not_finite_are_left_out(new_state: MakeState, monkeypatch: pytest.MonkeyPatch) -> None:
     """They change no weights; too many in a row end the run, and the first two are forgotten after a good one."""
-    state = begun(tiny_config(max_skipped=2, optimizer="adamax"), tiny_images)
+    state = new_state(max_skipped=2, optimizer="adamax")
     log_prob, factors = state.model.log_prob, (math.nan, math.inf, 1.0, math.nan, math.nan, math.nan)
     monkeypatch.setattr(state.model, "log_prob", lambda x, y: log_prob(x, y) * factors[state.progress.step])
     for finite in map(math.isfinite, factors[:5]):
@@ -88,28 +75,14 @@ def test_steps_that_are_not_finite_are_left_out(
     assert (state.progress.step, state.progress.skipped, state.progress.steps_summed) == (5, 5, 1)
 
 
-# Labels in the loss.
-
-
-@pytest.fixture
-def judged(tiny_config: MakeConfig) -> MakeConfig:
-    """tiny_config with a classifier of two classes."""
-    model = GlowConfig((1, 4, 4), n_levels=1, n_steps=2, hidden=4, classify=2)
-    return lambda **fields: tiny_config(**({"model": model, "class_weight": 0.5, "lr": 0.01} | fields))
-
-
-@pytest.fixture
-def bright(tiny_images: ImageSet) -> ImageSet:
-    """40 images of two classes that differ in how bright they are."""
-    assert tiny_images.labels is not None
-    return replace(tiny_images, pixels=tiny_images.pixels % 3 + 2 * tiny_images.labels.reshape(-1, 1, 1, 1).byte())
-
-
 def test_the_gradient_of_a_step_is_that_of_the_loss(
-    judged: MakeConfig, bright: ImageSet, monkeypatch: pytest.MonkeyPatch
+    new_state: MakeState, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One step on its own batch, against the same loss written out."""
-    state, other = (begun(judged(clip_norm=None), bright) for _ in range(2))
+    """One step on its own batch, against the same loss written out, with the bits of labels that brightness tells."""
+    assert tiny_images.labels is not None
+    pixels = tiny_images.pixels % 3 + 2 * tiny_images.labels.reshape(-1, 1, 1, 1).byte()
+    fields = {"model": GlowConfig(**TINY_MODEL, classify=2), "class_weight": 0.5, "lr": 0.01, "clip_norm": None}
+    state, other = (new_state(replace(tiny_images, pixels=pixels), **fields) for _ in range(2))
     both, seen = state.model.log_prob_and_logits, list[torch.Tensor]()
     monkeypatch.setattr(state.model, "log_prob_and_logits", lambda x, y: (seen.append(x), both(x, y))[1])
     value = state.step()
@@ -127,7 +100,7 @@ def test_the_gradient_of_a_step_is_that_of_the_loss(
 
 
 def test_images_of_the_next_step_are_read_before_the_host_waits_for_this_one(
-    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+    new_state: MakeState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = list[str]()
 
@@ -136,7 +109,7 @@ def test_images_of_the_next_step_are_read_before_the_host_waits_for_this_one(
             events.append("wait")
             return self.as_subclass(torch.Tensor).tolist()
 
-    state, call = begun(tiny_config(), tiny_images), Replays.__call__
+    state, call = new_state(), Replays.__call__
     read = state._read
     monkeypatch.setattr(Replays, "__call__", lambda *inputs: call(*inputs).as_subclass(Row))
     monkeypatch.setattr(state, "_read", lambda step: (events.append(f"read {step}"), read(step))[1])
@@ -146,20 +119,20 @@ def test_images_of_the_next_step_are_read_before_the_host_waits_for_this_one(
 
 
 def test_a_step_is_done_though_the_images_of_the_next_one_cannot_be_read(
-    tiny_config: MakeConfig, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+    new_state: MakeState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def first_alone(*arguments: object) -> Iterator[Batch]:
         yield next(batches(*arguments))  # type: ignore[arg-type]
         raise ValueError("broken")
 
-    state = begun(tiny_config(), tiny_images)
+    state = new_state()
     monkeypatch.setattr("pyglow_fast.train.state.batches", first_alone)
     state.step()
     with pytest.raises(ValueError, match="broken"):
         state.step()
     assert state.progress.step == 1
     monkeypatch.undo()
-    other = begun(tiny_config(), tiny_images)
+    other = new_state()
     other.step()
     found = state.model.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in other.model.state_dict().items())
