@@ -14,16 +14,7 @@ import torch
 from data.layouts import picture, trust, write_celeba, write_cifar, write_emoji, write_idx
 from PIL import Image
 
-from pyglow_fast.data import (
-    DataConfig,
-    Images,
-    ImageSet,
-    LazyImages,
-    MissingExtraError,
-    load_data,
-    load_digits,
-    split,
-)
+from pyglow_fast.data import DataConfig, Images, ImageSet, LazyImages, MissingExtraError, load_data, load_digits, split
 
 Values = np.ndarray[Any, Any]
 

@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.accelerate_cases import slope
-from support.glow_tts_cases import (
-    TextDecoder,
-    TextInvConv,
-    TextWaveNet,
-    mask_of_lengths,
-    moved,
-)
+from support.glow_tts_cases import TextDecoder, TextInvConv, TextWaveNet, mask_of_lengths, moved
 from support.helpers import assert_close
 from torch import Tensor, nn
 

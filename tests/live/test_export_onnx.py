@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 from live.peers import load
-from support.export_cases import (
-    ALL,
-    LINEAR_ALGEBRA,
-    LikelihoodMap,
-    assert_same,
-    dynamic_shapes,
-    other_input,
-)
+from support.export_cases import ALL, LINEAR_ALGEBRA, LikelihoodMap, assert_same, dynamic_shapes, other_input
 from torch import Tensor
 
 from pyglow_fast.interop import accelerate

@@ -15,14 +15,7 @@ from train.run_cases import MakeConfig, assert_same_weights, before_step
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig
-from pyglow_fast.train import (
-    InputLostError,
-    Run,
-    RunFolder,
-    TrainConfig,
-    resume,
-    start,
-)
+from pyglow_fast.train import InputLostError, Run, RunFolder, TrainConfig, resume, start
 from pyglow_fast.train.metrics import read_metrics
 
 
