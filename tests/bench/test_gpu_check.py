@@ -35,18 +35,6 @@ HIDDEN = [
     *("rich", "lightning", "pytorch_lightning", "tensorboard", "yaml", "tomli_w", "hypothesis", "mkdocs"),
     *("mkdocstrings", "pymdownx", "xdist", "execnet", "onnx", "jet_pytorch", "anomalib", "TTS", "pandas"),
 ]
-# Python imports a module of this name as it starts. What is None among the modules is not found, nor imported.
-SITECUSTOMIZE = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN!r}))"
-
-
-def bare_environment(folder: Path) -> dict[str, str]:
-    """The environment of a Python, and of those that it starts, that has torch, numpy, safetensors and pytest alone.
-
-    ``folder`` takes a file for it.
-    """
-    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
-    known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return known | {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 class ClockOfLaunches(gpu_kernels.RotatingTimer):
@@ -348,7 +336,11 @@ def test_a_module_that_was_built_elsewhere(tmp_path: Path, monkeypatch: pytest.M
 def test_a_rehearsal_with_torch_numpy_safetensors_and_pytest_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bench.gpu_check", "--rehearse", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=bare_environment(tmp_path), capture_output=True, text=True)
+    # Python imports a module of this name as it starts. What is None among the modules is not found, nor imported.
+    hiding = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN!r}))"
+    (tmp_path / "sitecustomize.py").write_text(hiding, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     found = entries(out)
     report = found["report.md"]

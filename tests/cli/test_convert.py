@@ -29,15 +29,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def sized(name: str) -> list[str]:
-    return ["--image-size", "8"] if name in ("openai", "rosinality") else []
-
-
 @pytest.mark.parametrize("name", ["openai", "rosinality", "chaiyujin", "y0ast"])
 def test_there_and_back(place: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out = f"theirs{SUFFIX[name]}"
+    out, size = f"theirs{SUFFIX[name]}", ["--image-size", "8"] if name in ("openai", "rosinality") else []
     assert main(["convert", "pyglow", "model.safetensors", out, "--to", name]) == 0
-    assert main(["convert", name, out, "again.safetensors", *sized(name)]) == 0
+    assert main(["convert", name, out, "again.safetensors", *size]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"pyglow -> {name}: 3x8x8, L 2, K 1, hidden 4, affine, invconv_plain: {out}"
     assert lines[1].startswith(f"{name} -> pyglow: 3x8x8, L 2, K 1, hidden ")

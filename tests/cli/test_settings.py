@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,17 +25,14 @@ def commands() -> dict[str, argparse.ArgumentParser]:
     return dict(found.choices)
 
 
-def shown(command: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action, str]]:
-    """(option, action, help as it is printed, on one line) of all options that the help shows."""
-    for action in command._actions:
-        if action.option_strings and action.help is not argparse.SUPPRESS and action.dest != "help":
-            yield action.option_strings[0], action, " ".join(command._get_formatter()._expand_help(action).split())
-
-
 @pytest.mark.parametrize("name", list(commands()))
 def test_the_help_tells_the_true_defaults(name: str) -> None:
     """Those that a parser has; of a setting what its class has."""
-    for option, action, text in shown(commands()[name]):
+    command = commands()[name]
+    for action in command._actions:
+        if not action.option_strings or action.help is argparse.SUPPRESS or action.dest == "help":
+            continue
+        option, text = action.option_strings[0], " ".join(command._get_formatter()._expand_help(action).split())
         found = re.search(r"\(default: (.*)\)$", text)
         if name in ("train", "ablate", "resume", "data") and action.dest in SETTINGS:
             other = SETTINGS[action.dest].rule.other

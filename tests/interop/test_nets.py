@@ -89,10 +89,6 @@ def test_drawn_chains(seed: int, dims: int) -> None:
     )
 
 
-class Mine(nn.Conv2d):
-    """Of a user."""
-
-
 def hooked(hook: str) -> nn.Module:
     part = conv(4, 4, 1)
     getattr(part, f"register_{hook}")(lambda *args: None)
@@ -128,7 +124,7 @@ MISFITS: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
     "padded for nothing": (lambda: [nn.ZeroPad2d(1)], ENDS),
     "padded before an activation": (lambda: [nn.ZeroPad2d(1), nn.ReLU(), conv(4, 4, 3)], f"2: ReLU(): {LAYER}"),
     "another width": (lambda: [conv(5, 5, 1)], f"1: Conv2d(5, *): {KEEPS}"),
-    "a subclass": (lambda: [Mine(4, 4, 1)], f"1: Mine(*): {LAYER}"),
+    "a subclass": (lambda: [type("Mine", (nn.Conv2d,), {})(4, 4, 1)], f"1: Mine(*): {LAYER}"),
     "a parametrization": (
         lambda: [parametrizations.weight_norm(conv(4, 4, 1))],
         f"1: ParametrizedConv2d(*) over ModuleDict: {LAYER}",

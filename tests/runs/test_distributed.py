@@ -113,12 +113,6 @@ def loaded_by_one_rank(rank: int) -> list[Tensor]:
     return [value.grad for value in loss_of.parameters() if value.grad is not None]
 
 
-def fresh_and_sharded() -> str:
-    fresh = Loss("store")
-    fully_shard(fresh.model.levels[0])
-    return refused(lambda: fresh(*batch()))
-
-
 def work(rank: int, folder: str) -> None:
     """Do everything, in the order in which all ranks do it."""
     torch.set_num_threads(1)
@@ -133,7 +127,9 @@ def work(rank: int, folder: str) -> None:
     for memory in MEMORIES:
         share = slice(rank * 4, (rank + 1) * 4)
         results[f"{memory}, sharded"] = sharded(memory, share)
-    results["fresh and sharded"] = fresh_and_sharded()
+    fresh = Loss("store")
+    fully_shard(fresh.model.levels[0])
+    results["fresh and sharded"] = refused(lambda: fresh(*batch()))
     layer = pgf.ActNorm(3)
     layer(unequal_batches()[rank])
     results["unequal"] = [layer.bias.detach(), layer.log_scale.detach()]

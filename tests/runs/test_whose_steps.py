@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from support.gradients import Memory, objective
@@ -13,12 +11,6 @@ import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
 
 MODES = [Memory("store"), Memory("checkpoint"), Memory("reversible")]
-
-
-def initialised(*steps: nn.Module) -> pgf.ReversibleSequence:
-    sequence = pgf.ReversibleSequence(list(steps)).double()
-    sequence.initialize(torch.randn(4, 4, 6, 6, dtype=torch.float64))
-    return sequence
 
 
 class Doubles:
@@ -33,24 +25,18 @@ class Doubles:
         return x, log_det - z[0].numel() * torch.tensor(2.0).log()
 
 
-class DoubledStep(Doubles, pgf.FlowStep):
-    pass
-
-
-class DoubledCoupling(Doubles, pgf.Coupling):
-    pass
-
-
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("part", ["step", "coupling"])
 def test_overridden_methods(part: str, mode: Memory) -> None:
     plain = pgf.FlowStep(4, 5)
     nn.init.normal_(plain.coupling.net.conv3.weight, std=0.2)
-    step: pgf.FlowStep = copy.deepcopy(plain) if part == "coupling" else DoubledStep(4, 5)
+    kind = pgf.FlowStep if part == "coupling" else type("Doubled", (Doubles, pgf.FlowStep), {})
+    step = kind(4, 5)
     if part == "coupling":
-        step.coupling = DoubledCoupling(step.coupling.net)
+        step.coupling = type("Doubled", (Doubles, pgf.Coupling), {})(step.coupling.net)
     step.load_state_dict(plain.state_dict())
-    sequence = initialised(step, pgf.FlowStep(4, 5))
+    sequence = pgf.ReversibleSequence([step, pgf.FlowStep(4, 5)]).double()
+    sequence.initialize(torch.randn(4, 4, 6, 6, dtype=torch.float64))
     mode.apply(sequence)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     plain.double().load_state_dict(step.state_dict())
