@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 
@@ -32,12 +31,6 @@ def write_idx(folder: Path) -> tuple[np.ndarray[Any, Any], list[int]]:
             head = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
             (folder / f"{prefix}-{content}-ubyte").write_bytes(head + array.tobytes())
     return values, labels.tolist()
-
-
-def trust(patch: pytest.MonkeyPatch) -> None:
-    """Let torchvision take small files for CIFAR-10 and CelebA, whose MD5 it knows."""
-    for module in ("cifar", "celeba"):
-        patch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
 
 
 def write_cifar(root: Path) -> tuple[np.ndarray[Any, Any], list[int]]:

@@ -44,18 +44,20 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def write_npm(path: Path) -> None:
-    with tarfile.open(path, "w:gz") as tar:
+def test_a_package_of_npm(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that was changed is never opened."""
+    package = served[0] / "emoji.tgz"
+    with tarfile.open(package, "w:gz") as tar:
         for name in ("package/emoji.json", "package/img/twitter/64/a.png", "package/img/twitter/32/a.png"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-
-
-def test_a_package_of_npm(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_npm(served[0] / "emoji.tgz")
-    offer(monkeypatch, "emoji", served[1], served[0] / "emoji.tgz")
+    offer(monkeypatch, "emoji", served[1], package)
     assert fetch("emoji", tmp_path / "own") == (tmp_path / "own", False)
     assert fetch("emoji", tmp_path / "own") == (tmp_path / "own", True)
     assert names(tmp_path / "own") == ["emoji.json", "img/twitter/64/a.png"]
+    package.write_bytes(package.read_bytes() + b"more")
+    with pytest.raises(FetchError, match=r"^emoji could not be fetched: .*emoji.tgz: .*invalid hash.*emoji:PATH$"):
+        fetch("emoji")
+    assert names(data_folder()) == []
 
 
 def debian_package(place: Path, folder: Path) -> Path:
@@ -89,16 +91,6 @@ def test_a_package_of_debian(
     else:
         with pytest.raises(FetchError, match=r"^photos could not be fetched: http://127.0.0.1:9/x.deb"):
             fetch("photos")
-
-
-def test_what_was_changed_is_never_opened(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    write_npm(served[0] / "emoji.tgz")
-    offer(monkeypatch, "emoji", served[1], served[0] / "emoji.tgz")
-    with (served[0] / "emoji.tgz").open("ab") as file:
-        file.write(b"more")
-    with pytest.raises(FetchError, match=r"^emoji could not be fetched: .*emoji.tgz: .*invalid hash.*emoji:PATH$"):
-        fetch("emoji")
-    assert names(data_folder()) == []
 
 
 def test_wrong_calls(tmp_path: Path) -> None:
