@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.program import contents, pyglow_fast
 
 from pyglow_fast import _backend
 from pyglow_fast.cli import main
 from pyglow_fast.studio import opened
-
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.mark.full
@@ -64,7 +63,7 @@ def test_a_bug_keeps_its_traceback(trained: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("command", ["train digits --out out", "resume run", "evaluate run digits"])
-def test_a_bad_choice_of_kernels(run: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_bad_choice_of_kernels(run: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the extension refuses it; what the variable says is asked for once in a process, so here by a patch."""
 
     class Extension:
@@ -73,11 +72,10 @@ def test_a_bad_choice_of_kernels(run: Path, command: str, monkeypatch: pytest.Mo
 
     monkeypatch.chdir(run.parent)
     monkeypatch.setattr(_backend, "extension", Extension)
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    assert main(command.split()) == 2
-    assert capsys.readouterr().err == "error: PYGLOW_CPU: expected one of portable on this machine, found foo\n"
-    assert os.listdir() == ["run"]
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    before = contents(run.parent)
+    message = "error: PYGLOW_CPU: expected one of portable on this machine, found foo\n"
+    assert pyglow_fast(*command.split()) == (2, "", message)
+    assert contents(run.parent) == before
 
 
 @pytest.mark.parametrize(
@@ -89,23 +87,18 @@ def test_a_bad_choice_of_kernels(run: Path, command: str, monkeypatch: pytest.Mo
     ],
 )
 def test_a_missing_library_is_missed_before_anything_is_computed(
-    run: Path, module: str, words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    run: Path, module: str, words: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run.parent)
     monkeypatch.setitem(sys.modules, module, None)  # None makes the import fail
     monkeypatch.setattr("pyglow_fast.cli.measuring.score_images", lambda *args, **how: pytest.fail("computed"))
-    assert main(words.split()) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message} ")
+    ended = pyglow_fast(*words.split())
+    assert (ended.code, ended.err.startswith(f"error: {message} ")) == (2, True)
     assert not Path("out").exists()
 
 
-def test_without_the_model_that_comes_with_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_without_the_model_that_comes_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(opened, "SHIPPED", tmp_path / "shown")
-    assert main(["sample", "shown"]) == 2
-    message = (
-        "error: run: expected the folder of a run, found none, and this copy of pyglow_fast comes without a model\n"
-    )
-    assert capsys.readouterr().err == message
+    expected = "the folder of a run, found none, and this copy of pyglow_fast comes without a model"
+    assert pyglow_fast("sample", "shown") == (2, "", f"error: run: expected {expected}\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support import web
+from support.program import pyglow_fast
 
 web.require("gradio")
 
@@ -24,14 +25,12 @@ def run(tmp_path: Path) -> str:
     return str(tmp_path / "run")
 
 
-def test_a_library_that_is_missing_is_refused_at_once(
-    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_library_that_is_missing_is_refused_at_once(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda each, *rest: None if each == "PIL" else find(each, *rest))
     monkeypatch.setattr(package, "serve", lambda *args, **options: pytest.fail("served"))
-    assert main(["serve", run]) == 2
-    assert "Pillow is needed for the page and cannot be imported" in capsys.readouterr().err
+    ended = pyglow_fast("serve", run)
+    assert (ended.code, "Pillow is needed for the page and cannot be imported" in ended.err) == (2, True)
 
 
 def test_settings_of_gradio_are_left_out(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
