@@ -70,7 +70,6 @@ def test_score_is_evaluate_image_by_image(trained: Path, tmp_path: Path, part: s
     error = values.std(ddof=1) / np.sqrt(len(values))
     assert wanted == (round(float(values.mean()), 3), round(float(error), 3))
     digits = load_digits()
-    assert digits.labels is not None
     train, held_out = split(digits, None, 0)
     positions = {"held-out": held_out, "train": train, "all": torch.arange(len(digits))}[part].tolist()
     assert [int(row["index"]) for row in found] == positions  # in the whole set, whichever part is scored
@@ -142,7 +141,6 @@ def test_score_of_files(trained: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert [row["name"] for row in found] == names[::-1]
     by_hand = ByHand(trained)
     pixels, label = by_hand.held(3)
-    assert label is not None
     one = ImageSet("one", pixels[None], 17, torch.tensor([label]), by_hand.data.class_names)
     bits = float(score_images(by_hand.model, one, 1, seed=0).bits_per_dim[0])
     assert float(found[1]["bits_per_dim"]) == pytest.approx(bits, abs=1e-6)

@@ -20,10 +20,8 @@ def test_a_subset_has_what_is_said_of_its_images() -> None:
     assert (data.image_shape, data.n_dims, len(data)) == ((3, 4, 2), 24, 5)
     part = data.subset([4, 1])
     assert part.pixels[:, 0, 0, 0].tolist() == [4, 1]
-    assert part.labels is not None
     assert part.labels.tolist() == [1, 1]
     assert part.groups == ("z", "w")
-    assert part.attributes is not None
     assert part.attributes.has.tolist() == [[True], [False]]
 
 

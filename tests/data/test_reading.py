@@ -73,7 +73,6 @@ def test_any_number_of_workers_gives_the_same(tmp_path: Path, source: str) -> No
             assert batch.unreadable == 0
             assert all(torch.equal(v, data.item(*entry)) for v, entry in zip(batch.pixels, entries, strict=True))
             if data.labels is not None:
-                assert batch.labels is not None
                 assert torch.equal(batch.labels, data.labels[batch.indices])
     assert torch.equal(torch.get_rng_state(), state)
     assert no_children()
@@ -101,7 +100,6 @@ def test_a_killed_worker_is_an_error(tmp_path: Path) -> None:
     iterator = batches(lazy(tmp_path), itertools.repeat([(0, 1)]), 2)
     next(iterator)
     victim = multiprocessing.active_children()[0].pid
-    assert victim is not None
     # torch may notice it first: its handler of SIGCHLD raises wherever the main thread is.
     died = r"a process that reads images of folder:.* died: |DataLoader worker .* killed"
     with pytest.raises(RuntimeError, match=died):
@@ -156,7 +154,6 @@ def test_what_is_read_at_once_has_only_what_can_be_read(tmp_path: Path) -> None:
         data = from_files("mine", tmp_path, names, config, **images)
     assert torch.equal(data.pixels, whole.pixels[[0, 2, 3, 4, 5]])
     assert data.groups == tuple("acdef")
-    assert data.official is not None
     assert [side.tolist() for side in data.official] == [[0, 1, 2], [3, 4]]
     for bad in (range(4, 7), range(7)):
         write(tmp_path, bad=tuple(bad))
@@ -203,7 +200,6 @@ def test_a_dataset(made: Any, in_memory: bool) -> None:
     assert torch.equal(data.batch(torch.arange(6))[0], VALUES[:, :, 1:7, 1:7] >> 3)
     assert (data.labels is None) == (not in_memory)  # nothing says what they are until all are read
     given = from_dataset(items, "mine", labels=[0, 1, 2, 0, 1, 2], in_memory=in_memory)
-    assert given.labels is not None
     assert (given.labels.tolist(), given.class_names) == ([0, 1, 2, 0, 1, 2], ("0", "1", "2"))
     other = from_dataset(Items(255 - VALUES), "mine", in_memory=in_memory)
     assert other.fingerprint() != from_dataset(Items(VALUES), "mine", in_memory=in_memory).fingerprint()
@@ -216,7 +212,6 @@ def test_grey_images_and_items_that_cannot_be_had() -> None:
     with pytest.warns(UserWarning, match=r"left out: 1 of 6 images of mine; the first: mine\[0\]: .*OSError: gone"):
         rest = from_dataset(items, "mine", on_unreadable="skip")
     assert torch.equal(rest.batch(torch.arange(5))[0], VALUES[1:])
-    assert rest.labels is not None
     assert rest.labels.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(UnreadableImageError, match="gone"):
         from_dataset(items, "mine")

@@ -44,11 +44,6 @@ def both(name: str, **options: Any) -> ImageSet:
     return now
 
 
-def labels_of(data: Images) -> list[int]:
-    assert data.labels is not None
-    return data.labels.tolist()
-
-
 def official(data: Images) -> list[list[int]]:
     return [side.tolist() for side in split(data, None, 0)]
 
@@ -57,7 +52,7 @@ def test_digits() -> None:
     data, padded = load("digits"), load("digits", size=16, crop_margin=2, flip=True)
     assert (len(data), data.image_shape, data.n_bins) == (1797, (1, 8, 8), 17)
     assert data.class_names == tuple("0123456789")
-    assert labels_of(data)[:10] == list(range(10))
+    assert data.labels.tolist()[:10] == list(range(10))
     assert data.pixels[0, 0, 1].tolist() == [0, 0, 13, 15, 10, 15, 5, 0]  # the second row of the first, a zero
     assert padded.image_shape == (1, 16, 16)
     assert torch.equal(padded.batch(torch.arange(9))[0][:, :, 4:12, 4:12], data.pixels[:9])
@@ -69,7 +64,7 @@ def test_mnist(tmp_path: Path, below: str) -> None:
     values, labels = write_idx(tmp_path / below)
     data, padded = load(f"mnist:{tmp_path}"), load(f"mnist:{tmp_path}", size=32, n_bits=3)
     assert np.array_equal(data.pixels[:, 0].numpy(), values)
-    assert (labels_of(data), data.class_names) == (labels, tuple("0123456789"))
+    assert (data.labels.tolist(), data.class_names) == (labels, tuple("0123456789"))
     assert official(data) == [list(range(6)), [6, 7, 8, 9]]
     assert np.array_equal(padded.pixels[:, 0, 2:30, 2:30].numpy(), values >> 5)
     assert int(padded.pixels.int().sum()) == int((values >> 5).sum())
@@ -80,7 +75,7 @@ def test_cifar10(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "cifar-10-batches-py"):
         data = load(f"cifar10:{path}")
         assert np.array_equal(data.pixels.numpy(), values)
-        assert (labels_of(data), data.class_names[9]) == (labels, "thing 9")
+        assert (data.labels.tolist(), data.class_names[9]) == (labels, "thing 9")
         assert official(data) == [list(range(10)), [10, 11]]
     grey = np.asarray(Image.fromarray(values[3].transpose(1, 2, 0)).convert("L"))
     assert np.array_equal(load(f"cifar10:{tmp_path}", gray=True).pixels[3, 0].numpy(), grey)
@@ -90,11 +85,10 @@ def test_celeba(tmp_path: Path) -> None:
     write_celeba(tmp_path)
     data = both(f"celeba:{tmp_path}", size=16, attribute="Smiling", crop_margin=2, flip=True)
     assert (len(data), data.image_shape, data.class_names) == (7, (3, 16, 16), ("not Smiling", "Smiling"))
-    assert labels_of(data) == [0, 1, 0, 1, 0, 1, 0]
+    assert data.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert official(data) == [[0, 1, 2], [5, 6]]
     plain = load(f"celeba:{tmp_path / 'celeba'}", size=16)
     assert plain.labels is None
-    assert plain.attributes is not None
     assert plain.attributes.names == ("Smiling", "Young")
     assert plain.subset([1, 2]).attributes.has.tolist() == [[True, False], [False, False]]  # type: ignore[union-attr]
 
@@ -103,7 +97,7 @@ def test_imagenet(tmp_path: Path) -> None:
     for i, name in enumerate(("train/n2/a.JPEG", "train/n1/b.JPEG", "train/n1/c.JPEG", "val/n2/d.JPEG")):
         picture(tmp_path / name, i, (20, 16))
     data = both(f"imagenet:{tmp_path}", size=8, n_bits=5)
-    assert (data.class_names, labels_of(data)) == (("n1", "n2"), [0, 0, 1, 1])
+    assert (data.class_names, data.labels.tolist()) == (("n1", "n2"), [0, 0, 1, 1])
     assert official(data) == [[0, 1, 2], [3]]
     picture(tmp_path / "val/n3/e.JPEG")
     with pytest.raises(ValueError, match="imagenet: expected only classes of train in val, found n3"):
@@ -115,9 +109,8 @@ def test_emoji(tmp_path: Path, name: str) -> None:
     write_emoji(tmp_path)
     data = both(f"{name}:{tmp_path}", size=60, crop_margin=4)
     assert (data.name, len(data), data.image_shape, data.class_names) == (name, 7, (3, 60, 60), ("Flags", "People"))
-    assert labels_of(data) == [1, 1, 1, 1, 1, 0, 0]
+    assert data.labels.tolist() == [1, 1, 1, 1, 1, 0, 0]
     assert data.groups == ("wave", "wave", "wave", "pair", "pair", "flag1", "flag1")  # the flags share a picture
-    assert data.attributes is not None
     names, has = data.attributes
     assert names == tuple(f"skin tone {tone}" for tone in ("light", "medium-light", "medium", "medium-dark", "dark"))
     assert has.nonzero().tolist() == [[1, 0], [2, 4]]
@@ -145,7 +138,7 @@ def test_folder(tmp_path: Path) -> None:
         picture(tmp_path / name, i, (4, 4))
     (tmp_path / "notes.txt").write_text("not an image")
     data = both(f"folder:{tmp_path}", size=4, split_by="folder")
-    assert (data.class_names, labels_of(data)) == (("cat", "dog"), [0, 0, 1])
+    assert (data.class_names, data.labels.tolist()) == (("cat", "dog"), [0, 0, 1])
     assert data.groups == ("cat", "cat/more", "dog")
     picture(tmp_path / "stray.png")
     stray = load(f"folder:{tmp_path}", size=4)

@@ -154,7 +154,6 @@ def look_at(words: list[str]) -> None:
     command = [sys.executable, "-m", "pyglow_fast", *words, "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
             (address,) = re.findall(r"http://\S+", process.stdout.readline())
             with urllib.request.urlopen(address) as answer:
                 assert b"pyglow_fast" in answer.read()

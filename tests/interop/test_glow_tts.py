@@ -62,7 +62,6 @@ def test_what_lies_behind_the_end_has_no_influence() -> None:
     (again.sum() + again_log_det.sum()).backward()
     torch.testing.assert_close((again, again_log_det), (z, log_det), rtol=1e-12, atol=1e-12)
     assert torch.equal(again * mask, again)
-    assert spoilt.grad is not None
     assert bool(spoilt.grad.isfinite().all())
     assert done.joined
 

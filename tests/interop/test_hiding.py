@@ -59,7 +59,6 @@ def test_a_backward_takes_as_much_as_its_budget() -> None:
     model, x = InList([Hides(4, 4), Hides(4, 4)]).double(), torch.randn(1, 8, 256, 4, dtype=torch.float64)
     nets = Nets(model.operations[0].eta, model.operations[0].rho)
     count = nets.bytes_per_position
-    assert count is not None
     whole, peaks = count(8) * 256 * 4, []
     for share in (1, 4):
         own = copy.deepcopy(model)

@@ -25,10 +25,7 @@ from pyglow_fast.reference import KERNEL_SIZES, MAX_LAYERS
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
-def conv(*args: Any, **options: Any) -> nn.Module:
-    return nn.Conv2d(*args, **options)
-
-
+conv = nn.Conv2d
 CONVOLUTIONS: tuple[Any, ...] = (None, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PADS: tuple[Any, ...] = (None, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 ACTIVATIONS = (
@@ -101,10 +98,6 @@ def with_own_forward() -> nn.Module:
     return part
 
 
-def circular() -> nn.Module:
-    return conv(4, 4, 3, padding=1, padding_mode="circular")
-
-
 KEEPS, HOOKS = "expected a convolution of kernel sizes *", "expected none with hooks or a forward of its own"
 LAYER, ENDS = "expected a layer, map per channel or activation *", "Sequential() over *: expected a chain that ends *"
 # What stands behind a convolution of 1x1, and what is said of it.
@@ -113,7 +106,7 @@ MISFITS: dict[str, tuple[Callable[[], list[nn.Module]], str]] = {
     "a large kernel": (lambda: [conv(4, 4, 9, padding=4)], f"1: Conv2d(*): {KEEPS}"),
     "a stride": (lambda: [conv(4, 4, 3, 2, 1)], f"1: Conv2d(*stride=(2, 2)*): {KEEPS}"),
     "groups": (lambda: [conv(4, 4, 3, padding=1, groups=2)], f"1: Conv2d(*groups=2*): {KEEPS}"),
-    "circular": (lambda: [circular()], f"1: Conv2d(*circular*): {KEEPS}"),
+    "circular": (lambda: [conv(4, 4, 3, padding=1, padding_mode="circular")], f"1: Conv2d(*circular*): {KEEPS}"),
     "no padding": (lambda: [conv(4, 4, 3)], f"1: Conv2d(*): {KEEPS}"),
     "padding without dilation": (lambda: [conv(4, 4, 3, padding=1, dilation=2)], f"1: Conv2d(*): {KEEPS}"),
     "padded twice": (lambda: [nn.ZeroPad2d(1), conv(4, 4, 3, padding=1)], f"2: Conv2d(*): {KEEPS}"),

@@ -79,7 +79,6 @@ def test_the_gradient_of_a_step_is_that_of_the_loss(
     new_state: MakeState, tiny_images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step on its own batch, against the same loss written out, with the bits of labels that brightness tells."""
-    assert tiny_images.labels is not None
     pixels = tiny_images.pixels % 3 + 2 * tiny_images.labels.reshape(-1, 1, 1, 1).byte()
     fields = {"model": GlowConfig(**TINY_MODEL, classify=2), "class_weight": 0.5, "lr": 0.01, "clip_norm": None}
     state, other = (new_state(replace(tiny_images, pixels=pixels), **fields) for _ in range(2))
@@ -95,7 +94,6 @@ def test_the_gradient_of_a_step_is_that_of_the_loss(
     (bits + 0.5 * cost).backward()
     for name, parameter in state.model.named_parameters():
         torch.testing.assert_close(parameter.grad, other.model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
-    assert state.model.head is not None
     assert state.model.head.weight.grad.abs().max() > 0.01
 
 
