@@ -140,8 +140,7 @@ class WithNorm(nn.Module):
         self.conv, self.norm = conv, nn.GroupNorm(2, 40).double()
 
     def forward(self, input: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.conv(input))
-        return out
+        return self.norm(self.conv(input))
 
 
 def test_a_net_of_another_structure_runs_as_it_is() -> None:

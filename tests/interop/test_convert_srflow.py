@@ -32,8 +32,7 @@ def model_of(name: str) -> pgf.Glow:
     widths = {"image_shape": (3, SIDE, SIDE), "n_steps": 2, "hidden": 6, "cond_channels": (FEATURES,) * n_levels}
     model = pgf.Glow(pgf.GlowConfig.preset(preset, **widths, **fields)).double()
     model.initialize(*inputs(n_levels, n=32))  # of few, scales at the deepest level would be extreme
-    found: pgf.Glow = perturbed(model, 0.05).eval()
-    return found
+    return perturbed(model, 0.05).eval()
 
 
 def inputs(n_levels: int, side: int = SIDE, n: int = 2) -> tuple[Tensor, list[Tensor]]:

@@ -24,8 +24,7 @@ def _sizes_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def decoder(steps: int = 3, **options: Any) -> TextDecoder:
     settings: dict[str, Any] = {"kernel": 3, "rate": 2, "layers": 2, **options}
-    model: TextDecoder = moved(TextDecoder(4, 6, steps, **settings))
-    return model.double()
+    return moved(TextDecoder(4, 6, steps, **settings)).double()
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -44,5 +44,4 @@ def glow(
         bases.append(nf.distributions.GlowBase(shape) if base == "glow" else nf.distributions.DiagGaussian(shape))
     merges = [nf.flows.Merge() for _ in range(levels - 1)]
     # ANTsTorch leaves class_cond at True: the bases take a label y, and None of it.
-    model: nn.Module = nf.MultiscaleFlow(bases, flows, merges, grad_checkpoint=grad_checkpoint)
-    return model
+    return nf.MultiscaleFlow(bases, flows, merges, grad_checkpoint=grad_checkpoint)

@@ -68,8 +68,7 @@ def decoder(**options: Any) -> Callable[[], nn.Module]:
         decoders = load("TTS.tts.layers.glow_tts.decoder")
         rate = options.get("rate", 1)
         more = {name: value for name, value in options.items() if name != "rate"}
-        made: nn.Module = decoders.Decoder(6, 8, 5, rate, 3, 3, dropout_p=0.0, num_splits=4, num_squeeze=2, **more)
-        return made
+        return decoders.Decoder(6, 8, 5, rate, 3, 3, dropout_p=0.0, num_splits=4, num_squeeze=2, **more)
 
     return build
 
@@ -107,8 +106,7 @@ def glasflow_of_images() -> nn.Module:
     t, layers = load("glasflow.nflows.transforms"), []
     for coupling in (t.AffineCouplingTransform, load("glasflow.transforms").AffineCouplingTransform):
         layers += [t.ActNorm(4), t.OneByOneConvolution(4), coupling(mask(4, "halves"), ContextNet)]
-    made: nn.Module = t.CompositeTransform(layers)
-    return made
+    return t.CompositeTransform(layers)
 
 
 FLOWS = [
