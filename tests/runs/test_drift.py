@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.chain_cases import only_python
-from support.gradients import relative_error
+from support.gradients import batch, relative_error
 from support.tf32 import in_tf32
 from torch import Tensor, nn
 
@@ -26,20 +26,17 @@ from pyglow_fast.runs.drift import (
 class TestWitnesses:
     """The projections of a state on random signs, (N, C)."""
 
-    def states(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64)
-
     @pytest.mark.parametrize("relative", [1e-4, 1e-2, 1.0])
     def test_the_measure_is_that_of_an_anchor(self, relative: float) -> None:
         """One of many projections of an error on random signs is near its norm."""
-        x = self.states(16, 12, 16, 16)
+        x = batch(16, 12, 16, 16)
         wrong = x * (1.0 + relative * torch.randn_like(x))
         # Against its own norms, of which those of a state that is all wrong are 1.4 times as large.
         exact, seen = float(anchor_drift(wrong, x)), float(projected_drift(wrong, project(x)))
         assert exact / 4.0 < seen < 1.5 * exact
 
     def test_a_small_channel_cannot_hide(self) -> None:
-        x = self.states(4, 6, 8, 8)
+        x = batch(4, 6, 8, 8)
         x[:, 2] *= 1e-4
         wrong = x.clone()
         wrong[1, 2] *= 1.01
@@ -50,7 +47,7 @@ class TestWitnesses:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_what_is_not_finite_is_never_within_bounds(self, bad: float) -> None:
-        x = self.states(2, 4, 5, 5)
+        x = batch(2, 4, 5, 5)
         wrong = x.clone()
         wrong[1, 3, 2, 2] = bad
         limit = default_tolerance(torch.float32)

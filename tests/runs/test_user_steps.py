@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from support.covering import pairs
-from support.gradients import Memory, assert_same_gradients, both_ways, gradients
+from support.gradients import Memory, assert_same_gradients, batch, both_ways, gradients
 from support.user_steps import Conditioned, Identity, Scale
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 
 MODES = [Memory("checkpoint"), *(Memory("reversible", every) for every in ("auto", None, 1, 2, 3))]
-
-
-def batch(n: int = 3) -> Tensor:
-    return torch.randn(n, 4, 6, 3, dtype=torch.float64)
 
 
 @both_ways
