@@ -48,16 +48,12 @@ def test_what_they_bound_is_bounded(memory: str | None) -> None:
                 if hasattr(module, "_gen_clamp"):
                     module._gen_clamp = clamp  # also after the call of accelerate
         x[0, 0, 0, 0, 0] *= scale
-        latents, log_det = model.inverse_and_log_det(x)
-        found, found_log_det = other.inverse_and_log_det(x)
-        for value, truth in zip([*found, found_log_det], [*latents, log_det], strict=True):
-            torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-9, equal_nan=True)
-        latents = [2 * scale * z if math.isfinite(scale) else z for z in latents]
+        expected, found = (own.inverse_and_log_det(x) for own in (model, other))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+        latents = [2 * scale * z if math.isfinite(scale) else z for z in expected[0]]
         with torch.no_grad():
-            for value, truth in zip(
-                other.forward_and_log_det(latents), model.forward_and_log_det(latents), strict=True
-            ):
-                torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-9, equal_nan=True)
+            expected, found = (own.forward_and_log_det(latents) for own in (model, other))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
         if memory is not None:
             assert sum(run["beyond_limit"] for run in done.memory_report()) > 0
 

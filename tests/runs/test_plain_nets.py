@@ -62,6 +62,5 @@ def test_what_doubles_the_output_of_a_net_is_called(memory: str, how: str) -> No
     if how == "global hook":
         hook.remove()
     net.forward = forward
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(outcome(sequence, "store", x)[0], found[0][0], rtol=1e-3)

@@ -98,8 +98,7 @@ def test_changed_between_forward_and_backward(before: str, after: str) -> None:
         model.memory = then
         assert parse_memory(model.memory) == parse_memory(then)
         found.append(torch.autograd.grad(loss, list(model.parameters())))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("samples", [1, 64])

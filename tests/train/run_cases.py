@@ -24,9 +24,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    found, wanted = weights(one), weights(other)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
 
 
 def before_step(run: Run, step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,9 +52,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """To the bit."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def weights(module: GlowModule) -> dict[str, Tensor]:
