@@ -7,7 +7,7 @@ import torch
 from support.chain_cases import only_python
 from support.gradients import batch, relative_error
 from support.tf32 import in_tf32
-from torch import Tensor, nn
+from torch import nn
 
 import pyglow_fast as pgf
 from pyglow_fast.runs import drift as drift_module
