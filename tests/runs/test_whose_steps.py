@@ -1,14 +1,16 @@
-"""Steps are joined only where that changes nothing: overridden methods, hooks and foreign tensors keep their say."""
+"""Steps are joined, and nets run by their weights, only where that changes nothing: hooks and methods have a say."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support.gradients import Memory, objective
+from support.covering import pairs
+from support.gradients import Memory, both_ways, objective, perturbed
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
+from pyglow_fast.layers import CouplingNet
 
 MODES = [Memory("store"), Memory("checkpoint"), Memory("reversible")]
 
@@ -71,3 +73,54 @@ def test_a_condition_costs_no_memory_by_depth(user: bool, wants: bool) -> None:
     # What is added to others exists twice: the gradients of a part, here of all steps. A condition is a state as well.
     state = 4 * 2 * 12 * 32 * 32
     assert more - less <= many - few + state
+
+
+def sequence_of(coupling: str = "affine") -> pgf.ReversibleSequence:
+    sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 8, coupling) for _ in range(3)])
+    sequence.initialize(torch.randn(8, 4, 5, 5))
+    return perturbed(sequence, 0.05)
+
+
+@both_ways
+@pairs(
+    pytest.mark.parametrize("grad", [True, False]),
+    pytest.mark.parametrize("mode", MODES, ids=str),
+    pytest.mark.parametrize(("coupling", "width"), [("affine", 6), ("affine", 2), ("additive", 4)]),
+)
+def test_a_net_of_another_width_is_refused(coupling: str, width: int, mode: Memory, grad: bool) -> None:
+    """Kernels would take other channels for the transformed ones."""
+    sequence, x = sequence_of(coupling=coupling), torch.randn(3, 4, 6, 6)
+    mode.apply(sequence)
+    sequence[1].coupling.net = CouplingNet(2, width, 8)
+    given = 4 if coupling == "affine" else 2
+    expected = rf"net: expected an output of shape \(3, {given}, 6, 6\), found .*\(3, {width}, 6, 6\)"
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=expected):
+        sequence(x)
+
+
+def outcome(sequence: pgf.ReversibleSequence, mode: Memory, x: Tensor) -> list[Tensor]:
+    mode.apply(sequence)
+    x = x.clone().requires_grad_()
+    z, log_det = sequence(x)
+    return [z.detach(), *torch.autograd.grad(z.square().sum() + log_det.sum(), [x, *sequence.parameters()])]
+
+
+@both_ways
+@pytest.mark.parametrize("how", ["global hook", "forward of the instance"])
+@pytest.mark.parametrize("mode", MODES[1:], ids=str)
+def test_what_doubles_the_output_of_a_net_is_called(mode: Memory, how: str) -> None:
+    sequence, x = sequence_of(), torch.randn(3, 4, 6, 6)
+    net = sequence[1].coupling.net
+    forward = net.forward
+    if how == "global hook":
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, _, out: 2.0 * out if module is net else None
+        )
+    else:
+        net.forward = lambda x, cond=None: 2.0 * forward(x, cond)
+    found = [outcome(sequence, one, x) for one in (mode, MODES[0])]
+    if how == "global hook":
+        hook.remove()
+    net.forward = forward
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(outcome(sequence, MODES[0], x)[0], found[0][0], rtol=1e-3)
