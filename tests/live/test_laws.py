@@ -15,6 +15,8 @@ from support.accelerate_laws import LAWS
 from support.structures import Structure, normal, of_freia, of_glow_tts, of_jet, of_nflows
 from torch import nn
 
+from pyglow_fast.interop import accelerate
+
 
 def of_fastflow(name: str, sizes: Sequence[tuple[int, int]], hidden_ratio: float = 1.0) -> Structure:
     """The flows of FastflowModel on features of so many channels and of about an eighth of their sides."""
@@ -151,3 +153,25 @@ FLOWS = [
 @pytest.mark.parametrize("case", FLOWS, ids=lambda case: case.name)
 def test_laws(case: Structure, law: Callable[[Structure], None]) -> None:
     law(case)
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons"),
+    [
+        ("fastflow-resnet18", set()),
+        ("uflow", {f"no counterpart of {name}" for name in ("Split", "Concat", "IRevNetUpsampling")}),
+        ("cflow", {"vectors of 32 channels: its own forward is as fast"}),
+    ],
+)
+def test_what_is_left_of_anomalibs(name: str, reasons: set[str]) -> None:
+    case = next(case for case in FLOWS if case.name == name)
+    assert set(accelerate(case.model(), "reversible").left.values()) == reasons
+
+
+def test_csflow_is_named() -> None:
+    """Its couplings over three scales and its permutations have no counterpart: 9/10 of their time is that of nets."""
+    model = load("anomalib.models.image.csflow.torch_model").CrossScaleFlow((3, 128, 128), 2, 3.0, 64)
+    done = accelerate(model)
+    assert done.replaced == {}
+    names = ("ParallelPermute", "ParallelGlowCouplingLayer")
+    assert set(done.left.values()) == {f"no counterpart of {name}" for name in names}
