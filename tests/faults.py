@@ -30,7 +30,7 @@ BROKEN_RUN = (2, 3, 4, 5)  # pytest could not import a test, failed itself, got 
 
 @dataclass(frozen=True)
 class Fault:
-    """In ``file`` the text ``old``, which stands there once (tests/test_faults.py), becomes ``new``."""
+    """In ``file`` the text ``old``, which stands there once (tests/test_architecture.py), becomes ``new``."""
 
     file: str
     old: str

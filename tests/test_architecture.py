@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import faults
 from support import ROOT
 
 PACKAGE = "pyglow_fast"
@@ -211,3 +212,10 @@ def test_every_native_source_is_built() -> None:
     lists = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     built = {path for pattern in re.findall(r"csrc/[\w/]+/\*\.\w+", lists) for path in ROOT.glob(pattern)}
     assert built == {ROOT / "csrc" / name for name, _ in native_files() if name.endswith((".cpp", ".cu"))}
+
+
+def test_every_fault_can_be_seeded() -> None:
+    """The list of faults that ``make faults`` seeds is true of the sources as they are."""
+    for fault in faults.load():
+        assert (ROOT / fault.file).read_text(encoding="utf-8").count(fault.old) == 1, fault.breaks
+        assert fault.new != fault.old, fault.breaks
