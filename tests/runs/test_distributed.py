@@ -150,7 +150,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_sharded_parameters(ranks: list[dict[str, Any]], memory: str) -> None:
     for rank in ranks:
         found = rank[f"{memory}, sharded"]
-        assert len(found["gradients"]) == len(found["expected"])
         for got, expected in zip(found["gradients"], found["expected"], strict=True):
             assert relative_error(got, expected) < 1e-9
         assert found["passes"] == ([1, 1] if memory == "reversible" else [0, 0])
