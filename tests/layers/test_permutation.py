@@ -1,51 +1,52 @@
-"""InvConv and Permute: what W is and where it starts."""
+"""InvConv, Permute and GroupedInvConv: what W is and where it starts. Steps by themselves are in test_flow_step.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from support.gradients import perturbed
+from support.glow_tts_cases import TextInvConv
 from support.helpers import assert_close
 
 import pyglow_fast as pgf
-from pyglow_fast.layers.permutation import ChannelLinear
+from pyglow_fast.layers import ChannelLinear, GroupedInvConv
+
+LAYERS: dict[str, Callable[[int], ChannelLinear]] = {
+    "lu": pgf.InvConv,
+    "plain": lambda channels: pgf.InvConv(channels, lu=False),
+    "shuffle": lambda channels: pgf.Permute(channels, "shuffle"),
+    "reverse": lambda channels: pgf.Permute(channels, "reverse"),
+    "groups": lambda channels: GroupedInvConv(4 * channels),
+}
 
 
-def layers(channels: int) -> dict[str, ChannelLinear]:
-    return {
-        "lu": pgf.InvConv(channels),
-        "plain": pgf.InvConv(channels, lu=False),
-        "shuffle": pgf.Permute(channels, "shuffle"),
-        "reverse": pgf.Permute(channels, "reverse"),
-    }
-
-
-NAMES = list(layers(1))
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("channels", [1, 2, 5, 12])
 def test_starts_as_a_rotation(name: str, channels: int) -> None:
-    weight, log_det = layers(channels)[name].double().weight_and_log_det()
+    weight, log_det = LAYERS[name](channels).double().weight_and_log_det()
     # The factors were rounded to float32 when the layer was made.
     single = torch.float32
-    assert_close(weight @ weight.T, torch.eye(channels).double(), dtype=single)
+    assert_close(weight @ weight.T, torch.eye(len(weight)).double(), dtype=single)
     assert_close(log_det, torch.zeros(()).double(), condition=channels, dtype=single)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 3), (2, 5, 3, 2)], ids=str)
-def test_is_its_weight_at_every_position(name: str, shape: tuple[int, ...]) -> None:
-    layer = layers(5)[name].double()
-    perturbed(layer)
-    x = torch.randn(shape, dtype=torch.float64)
-    weight, weight_log_det = layer.weight_and_log_det()
+@pytest.mark.parametrize(("channels", "size"), [(8, 4), (12, 4), (6, 6), (4, 2)])
+def test_groups_are_those_of_glow_tts(channels: int, size: int) -> None:
+    """Which channels belong together, the log-det, and the gradient of the weight."""
+    theirs, layer = TextInvConv(channels, size).double(), GroupedInvConv(channels, size).double()
+    layer.weight = theirs.weight
+    x = torch.randn(2, channels, 5).double()
     z, log_det = layer(x)
-    assert_close(z, torch.einsum("ij,nj...->ni...", weight, x))
-    condition = torch.linalg.cond(weight).item()
-    assert_close(weight_log_det, torch.linalg.slogdet(weight).logabsdet, condition=5.0 * condition)
-    assert_close(log_det, (weight_log_det * x[0, 0].numel()).expand(2), condition=6.0)
-    assert_close(layer.inverse(z)[0], x, condition)
+    expected, expected_log_det = theirs(x)
+    assert_close(z, expected)
+    assert_close(log_det, expected_log_det, condition=10.0)
+    losses = z.sin().sum() + log_det.sum(), expected.sin().sum() + expected_log_det.sum()
+    found, wanted = (torch.autograd.grad(loss, layer.weight)[0] for loss in losses)
+    assert_close(found, wanted, condition=10.0)
+    weight, weight_log_det = layer.weight_and_log_det()
+    assert_close(torch.linalg.slogdet(weight).logabsdet, weight_log_det, condition=10.0)
+    assert_close(layer.inverse(z)[0], x, condition=10.0)
 
 
 def test_lu_keeps_its_permutation_and_signs_out_of_training() -> None:
