@@ -1,21 +1,25 @@
-"""FlowStep: folded steps are their layers one after the other, and are initialised in their order."""
+"""FlowStep: folded steps are their layers one after the other, and are initialised in their order.
+
+A channel map that the package does not know runs as InvConv does: fused, kept, reversible, frozen.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support.gradients import perturbed
+from support.gradients import assert_stored_gradients, batch, perturbed, ready
 from support.helpers import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import pyglow_fast as pgf
 from pyglow_fast.functional import CouplingSpec
-from pyglow_fast.layers import FrozenSteps
+from pyglow_fast.layers import ChannelLinear, FrozenSteps
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 
 
@@ -28,6 +32,41 @@ def in_order(steps: Iterable[pgf.FlowStep], x: Tensor, cond: Tensor | None = Non
                 x, log_det = layer(x, cond if layer in (step.injector, step.coupling) else None)
                 total = total + log_det
     return x, total
+
+
+class Householder(ChannelLinear):
+    """W = exp(gain) H_1 ... H_R, H = I - 2 v v^T / |v|^2; log|det W| = C gain."""
+
+    def __init__(self, channels: int, reflections: int = 2) -> None:
+        super().__init__()
+        self.channels = channels
+        self.vectors = nn.Parameter(torch.randn(reflections, channels))
+        self.register_buffer("gain", torch.tensor(0.1))
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        weight = torch.eye(self.channels, dtype=self.vectors.dtype, device=self.vectors.device)
+        for vector in self.vectors:
+            weight = weight - 2.0 * torch.outer(weight @ vector, vector) / vector.dot(vector)
+        return weight * self.gain.exp(), self.channels * self.gain
+
+
+class Nested(ChannelLinear):
+    """The same W, of parameters that a submodule has."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.inner = channels, Householder(channels)
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        return self.inner.weight_and_log_det()
+
+
+class Transposed(pgf.InvConv):
+    """InvConv's parameters, and another W of them."""
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        weight, log_det = super().weight_and_log_det()
+        return weight.T, log_det
 
 
 def of_maps(first: str, second: str) -> list[dict[str, Any]]:
@@ -48,6 +87,26 @@ RUNS: dict[str, list[dict[str, Any]]] = {
 }
 ONE_KIND = tuple(RUNS)
 RUNS |= {f"{first}, {second}": of_maps(first, second) for first in PERMUTATIONS for second in PERMUTATIONS}
+MAPS: dict[str, list[Callable[[int], nn.Module]]] = {
+    "of ones own": [Householder] * 3,
+    "nested": [Nested] * 3,
+    "beside others": [pgf.InvConv, Householder, pgf.Permute],
+    "of InvConv's factors": [Transposed, pgf.InvConv, Transposed],
+    "of InvConv's weight": [partial(pgf.InvConv, lu=False), *[partial(Transposed, lu=False)] * 2],
+}
+RUNS |= {name: [{"permutation": make} for make in maps] for name, maps in MAPS.items()}
+
+
+def steps_of(name: str) -> list[pgf.FlowStep]:
+    """The steps of one of RUNS; of MAPS each step has a map of its own."""
+    made = [{key: value(4) if callable(value) else value for key, value in own.items()} for own in RUNS[name]]
+    return [pgf.FlowStep(4, 6, **options) for options in made]
+
+
+def one_by_one(steps: Iterable[pgf.FlowStep], x: Tensor, cond: Tensor | None = None) -> Tensor:
+    for step in steps:
+        x, _ = step(x, cond)
+    return x
 
 
 @pytest.mark.parametrize(
@@ -56,16 +115,13 @@ RUNS |= {f"{first}, {second}": of_maps(first, second) for first in PERMUTATIONS 
 )
 def test_a_run_is_its_layers_in_order(name: str, budget: str | int) -> None:
     """Folded in one batch, and step by step; recorded or not, frozen, in strips of a row."""
-    run = pgf.ReversibleSequence([pgf.FlowStep(4, 6, **options) for options in RUNS[name]], memory_budget=budget)
+    run = pgf.ReversibleSequence(steps_of(name), memory_budget=budget)
     x = 2.0 * torch.randn(16, 4, 4, 5, dtype=torch.float64) + 1.0
     cond = torch.randn(16, 3, 4, 5, dtype=torch.float64) if "cond_channels" in RUNS[name][0] else None
     run.double().initialize(x, cond)
     perturbed(run)
     expected, total = in_order(run, x, cond)
-    one_by_one = x
-    for step in run:
-        one_by_one, _ = step(one_by_one, cond)
-    assert_close(one_by_one, expected, condition=100.0)
+    assert_close(one_by_one(run, x, cond), expected, condition=100.0)
     frozen = FrozenSteps(run)
     for own, grad in ((run, True), (run, False), (frozen, True), (frozen, False)):
         with torch.set_grad_enabled(grad):
@@ -73,6 +129,67 @@ def test_a_run_is_its_layers_in_order(name: str, budget: str | int) -> None:
             assert_close(z, expected, condition=1000.0)
             assert_close(log_det, total, condition=1000.0)
             assert_close(own.inverse(expected, cond)[0], x, condition=1000.0)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_gradients_through_maps_of_ones_own(name: str) -> None:
+    found = assert_stored_gradients(ready(steps_of(name)), batch())
+    assert all(value.norm() > 1e-3 for key, value in found.items() if key.endswith("vectors"))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_is_not_for_channel_maps(grad: bool) -> None:
+    step = pgf.FlowStep(4, 5, permutation=Householder(4), precision="fp32")
+    sequence = pgf.ReversibleSequence([step]).eval()
+    x = torch.randn(2, 4, 3, 3)
+    with torch.set_grad_enabled(grad):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside, alone = sequence(x)[0], step.permutation(x)[0]
+        assert torch.equal(inside, sequence(x)[0])
+        assert torch.equal(alone, step.permutation(x)[0])
+
+
+def test_a_weight_of_another_dtype_is_refused() -> None:
+    step = pgf.FlowStep(4, 5, permutation=Householder(4).double())
+    with pytest.raises(ValueError, match=r"permutation: expected a weight of dtype .*float32.*, found .*float64"):
+        step.eval()(torch.randn(2, 4, 3, 3))
+
+
+def test_inside_folded_the_maps_are_those_of_the_first_call() -> None:
+    """That they are kept is all that it saves: a training step inside, and all calls outside, fold them anew."""
+    sequence, x = ready([pgf.FlowStep(4, 5) for _ in range(3)]).eval(), batch()
+    sequence.memory = "reversible"
+
+    @torch.no_grad()
+    def inference() -> Tensor:
+        z, log_det = sequence(x)
+        back, inverse_log_det = sequence.inverse(z)
+        assert_close(back, x, condition=100.0)
+        assert_close(inverse_log_det, -log_det, condition=100.0)
+        return z
+
+    with sequence.folded():
+        before = inference()
+        with torch.no_grad():
+            sequence[0].actnorm.bias.add_(1.0)
+        assert torch.equal(inference(), before)
+        assert_close(sequence(x)[0], one_by_one(sequence, x), condition=100.0)
+    assert_close(inference(), one_by_one(sequence, x), condition=100.0)
+    assert not torch.allclose(inference(), before, atol=1e-4)
+
+
+@torch.no_grad()
+def test_each_part_of_a_run_has_its_own_maps_inside_folded() -> None:
+    sequence, x = ready([pgf.FlowStep(4, 5) for _ in range(3)]).eval(), batch()
+    places = range(len(sequence) - 1)
+    states, log_det = sequence.intermediates(x, at=places)
+    with sequence.folded():
+        for first in (True, False):  # before the whole run, and after it
+            found, own_log_det = sequence.intermediates(x, at=places)
+            for state, own in zip(states, found, strict=True):
+                torch.testing.assert_close(own, state, rtol=0, atol=0)
+            torch.testing.assert_close(own_log_det, log_det, rtol=0, atol=0)
+            torch.testing.assert_close(sequence(x)[0], states[-1], msg=str(first))
 
 
 @pytest.mark.parametrize("injector", [False, True])
@@ -115,7 +232,7 @@ def test_what_prunes_a_parameter_has_its_say(part: str, name: str) -> None:
 
 def test_a_net_of_ones_own_runs_once_and_whole() -> None:
     """Its BatchNorm, which sees whole batches, counts one; so does a first forward in training."""
-    net = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.BatchNorm2d(4))
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4))
     step, x = pgf.FlowStep(4, net=net), torch.randn(4, 4, 6, 6)
     for count, run in enumerate((step, step, step.inverse), start=1):
         with torch.set_grad_enabled(count == 1):
@@ -125,7 +242,7 @@ def test_a_net_of_ones_own_runs_once_and_whole() -> None:
 
 def test_a_factory_of_nets_is_called_with_the_channels() -> None:
     """As Glow calls one; what is neither a module nor gives one is refused where the step is made."""
-    step = pgf.FlowStep(6, net=lambda i, o: torch.nn.Conv2d(i, o, 3, padding=1))
+    step = pgf.FlowStep(6, net=lambda i, o: nn.Conv2d(i, o, 3, padding=1))
     assert (step.coupling.net.in_channels, step.coupling.net.out_channels) == (3, 6)
     assert step(torch.randn(2, 6, 4, 4))[0].shape == (2, 6, 4, 4)
     for net, message in (
