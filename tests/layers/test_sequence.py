@@ -10,7 +10,7 @@ from support.covering import pairs
 from support.glow_tts_cases import mask_of_lengths, moved
 from support.gradients import both_ways
 from support.helpers import assert_close
-from torch import Tensor, nn
+from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast.layers import GroupedInvConv, MaskedSequence, WaveNet, squeeze_time, unsqueeze_time
@@ -148,34 +148,6 @@ def test_squeezed_time_comes_back(total: int, factor: int) -> None:
         assert there[i].sum() == length - length % factor
     if total == 9:
         assert torch.equal(z[0, :, 1], torch.cat([x[0, :, 2], x[0, :, 3]]))  # one position, then the next
-
-
-class MiniWaveGlow(nn.Module):
-    """WaveGlow's step, written for this test: a 1x1 convolution, then an affine coupling, the scale second."""
-
-    def __init__(self, net: WaveNet, weight: Tensor) -> None:
-        super().__init__()
-        self.net, self.weight = net, weight
-
-    def forward(self, audio: Tensor, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
-        audio = torch.einsum("ij,njt->nit", self.weight, audio)
-        kept, moved_half = audio.chunk(2, dim=1)
-        shift, log_scale = self.net(kept, spectrogram).chunk(2, dim=1)
-        log_det = audio.shape[2] * torch.linalg.slogdet(self.weight).logabsdet + log_scale.sum((1, 2))
-        return torch.cat([kept, log_scale.exp() * moved_half + shift], dim=1), log_det
-
-
-@pytest.mark.parametrize("channels", [4, 6, 8])
-def test_waveglow_is_a_case_of_it(channels: int) -> None:
-    net = moved(WaveNet(channels // 2, channels, 6, 3, 2, 3, cond_channels=5))
-    step = FlowStep(channels, coupling=SPECS["exp"], permutation="invconv_plain", net=net)
-    model = MaskedSequence([step], "reversible").double()
-    step.actnorm.initialized.fill_(True)
-    x, mel = torch.randn(2, channels, 12).double(), torch.randn(2, 5, 12).double()
-    z, log_det = model(x, mel, mask=torch.ones(2, 1, 12))
-    expected, expected_log_det = MiniWaveGlow(net, step.permutation.weight)(x, mel)
-    assert_close(z, expected)
-    assert_close(log_det, expected_log_det, condition=10.0)
 
 
 def test_nets_and_scales_that_know_no_mask_are_refused() -> None:
