@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from support.covering import pairs
 from support.gradients import perturbed
-from support.halos import halo_is_enough
 from support.helpers import assert_close
 from torch import Tensor, nn
 
@@ -63,8 +62,6 @@ def test_states_what_it_is() -> None:
     net = DenseNet(2, 4, 3)
     assert is_deterministic(net)
     assert not net(torch.randn(1, 2, 3, 3)).any()  # a coupling does nothing at first
-    assert net.halo == 5
-    assert halo_is_enough(net, (2, 2, 12, 4))
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 24), (3, 96), (48, 3)])

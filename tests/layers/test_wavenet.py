@@ -1,4 +1,4 @@
-"""The WaveNet net against a plain one, its gate's gradient, in chunks, and what it states of itself."""
+"""The WaveNet net against a plain one, its gate's gradient, and its dropout. Its halo and bytes are in tests/nets."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import pytest
 import torch
 from support.covering import pairs
 from support.glow_tts_cases import TextWaveNet, mask_of_lengths, moved
-from support.halos import halo_is_enough
 from support.helpers import assert_close
 from torch import Tensor, nn
 
-from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.layers import WaveNet
-from pyglow_fast.nets import is_deterministic, plain_call, plan_chunks, run_net_backward
+from pyglow_fast.nets import is_deterministic, plan_chunks
 
 
 def plain(net: WaveNet, x: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -63,43 +61,6 @@ def test_is_a_plain_one(
         torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
     ):
         assert_close(own[None], theirs[None], condition=10.0)
-
-
-def test_padding_is_not_seen() -> None:
-    net = moved(WaveNet(2, 6, 4, 5, 1, 3)).double()
-    x = torch.randn(1, 2, 7).double()
-    alone = net(x, None, mask_of_lengths((7,), 7))
-    for total in (8, 30):
-        padded = nn.functional.pad(x, (0, total - 7))
-        assert_close(net(padded, None, mask_of_lengths((7,), total))[:, :, :7], alone)
-        both = net(padded.repeat(2, 1, 1), None, mask_of_lengths((7, total), total))  # together with a longer one
-        assert_close(both[:1, :, :7], alone)
-
-
-@pytest.mark.parametrize(("kernel", "rate"), [(3, 2), (5, 1)])
-def test_halo_is_what_it_sees(kernel: int, rate: int) -> None:
-    net = WaveNet(2, 4, 4, kernel, rate, 3)
-    assert net.halo == {(3, 2): 7, (5, 1): 6}[kernel, rate]
-    assert halo_is_enough(net, (1, 2, 2 * net.halo + 9))
-    short = type("Short", (WaveNet,), {"halo": net.halo - 1})
-    assert not halo_is_enough(short(2, 4, 4, kernel, rate, 3), (1, 2, 2 * net.halo + 9))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_bytes_that_it_states_are_enough_and_not_far_too_much(dropout: float) -> None:
-    net, x = moved(WaveNet(8, 16, 32, 5, 1, 4, dropout=dropout)), torch.randn(2, 8, 3000)
-    plan = plan_chunks(net, x.shape, 4, 10**12)
-    parameters = list(net.parameters())
-    peak = peak_tensor_bytes(
-        lambda: run_net_backward(plain_call(net), x, None, plan, lambda out, _: 2.0 * out, parameters)
-    )
-    weights = 4 * sum(
-        parameter.numel() for parameter in parameters
-    )  # and as they are normalised, laid out, their gradients
-    stated = 2 * 3000 * net.bytes_per_position(4)
-    assert peak - weights <= stated
-    assert peak >= 0.6 * stated
 
 
 def test_dropout_is_said() -> None:

@@ -1,15 +1,18 @@
-"""Chunked nets equal whole ones: outputs and every gradient, at the image's borders too."""
+"""Chunked nets equal whole ones: outputs and every gradient, at the image's borders too; halos are as stated."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from support.halos import halo_is_enough
 from support.helpers import assert_close, memory_layouts
 from support.net_cases import Consume, DilatedNet, WideNet, coupling_net, objective, plain_gradients, randomised
 from torch import Tensor, nn
 
+import pyglow_fast as pgf
 from pyglow_fast.nets import plain_call, plan_chunks, run_net, run_net_backward
 from pyglow_fast.nets.traits import bytes_per_position
 
@@ -171,3 +174,28 @@ def test_low_precision_gradients_are_summed_in_float32() -> None:
     )
     assert grad.dtype == torch.bfloat16
     assert torch.equal(grad, torch.full_like(scale, 1000.0))  # one by one in bfloat16 it ends at 256
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "cond_channels"),
+    [
+        (coupling_net(1), (2, 2, 9), 0),
+        (coupling_net(2, actnorm=True), (1, 2, 7, 3), 0),
+        (coupling_net(3, cond_channels=2), (1, 2, 6, 2, 2), 2),
+        (pgf.CouplingNet(2, 4, 5, border=True), (2, 2, 9, 4), 0),
+        (pgf.DenseNet(2, 4, 3), (2, 2, 12, 4), 0),
+        (pgf.WaveNet(2, 4, 4, 3, 2, 3), (1, 2, 23), 0),
+        (pgf.WaveNet(2, 4, 4, 5, 1, 3), (1, 2, 21), 0),
+        (WideNet(2, 1), (1, 2, 12, 3), 1),
+        (DilatedNet(), (1, 2, 16, 4), 0),
+    ],
+)
+def test_the_halo_that_is_stated_is_enough_and_a_smaller_one_is_not(
+    net: nn.Module, shape: tuple[int, ...], cond_channels: int
+) -> None:
+    assert halo_is_enough(net, shape, cond_channels)
+    for smaller in range(net.halo):
+        short = copy.copy(net)
+        vars(short).pop("halo", None)
+        short.__class__ = type("Short", (type(net),), {"halo": smaller})
+        assert not halo_is_enough(short, shape, cond_channels)
