@@ -242,7 +242,7 @@ def test_gradients_are_those_of_autocast(budget: int) -> None:
 
 @pytest.mark.parametrize("budget", [10**9, 1])
 def test_no_casts_of_the_weights_are_kept(budget: int) -> None:
-    """They take memory, and those cast without gradients, in autocast's cache, would hide the weights from later code."""
+    """They take memory, and where autocast keeps one that was made without gradients, later code trains no weight."""
     net, x = net_and_x()
     params, plan = list(net.parameters()), plan_chunks(net, x.shape, 4, budget)
     with torch.autocast("cpu", torch.bfloat16), MemoryMeter() as meter:
