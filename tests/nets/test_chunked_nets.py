@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.glow_tts_cases import mask_of_lengths
 from support.halos import halo_is_enough
 from support.helpers import assert_close, memory_layouts
 from support.net_cases import Consume, DilatedNet, WideNet, coupling_net, objective, plain_gradients, randomised
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
 from pyglow_fast.nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.nets.masks import run_by_length
 from pyglow_fast.nets.state import captured_autocast
 from pyglow_fast.nets.traits import bytes_per_position
 
@@ -251,3 +253,26 @@ def test_no_casts_of_the_weights_are_kept(budget: int) -> None:
         del out
         run_net_backward(plain_call(net), x, None, plan, lambda out, chunk: torch.ones_like(out), params)
         assert meter.now == 0
+
+
+# ---- Cut behind the ends of sequences ----
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 3, 7), (4, 2, 1), (0, 0, 0)])
+@pytest.mark.parametrize("positions", [None, 1, 9])
+def test_cutting_by_length_changes_nothing(lengths: tuple[int, ...], positions: int | None) -> None:
+    x, mask = torch.randn(3, 2, 9, dtype=torch.float64), mask_of_lengths(lengths, 9)
+    cond = None if positions is None else torch.randn(3, 2, positions, dtype=torch.float64)
+    weight = torch.randn(4, 2, 3, dtype=torch.float64)
+    widths = []
+
+    def call(x: Tensor, cond: Tensor | None, mask: Tensor) -> Tensor:
+        widths.append(x.shape[0] * x.shape[2])
+        out = nn.functional.conv1d(x * mask, weight, padding=1)
+        return (out if cond is None else out + cond.repeat(1, 2, 1)) * mask
+
+    found = run_by_length(call, x, cond, mask)
+    work = sum(widths)
+    assert torch.allclose(found, call(x, cond, mask), rtol=1e-13, atol=1e-13)
+    assert work <= 27
+    assert lengths == (9, 9, 9) or work < 27
