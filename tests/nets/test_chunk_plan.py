@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from support.net_cases import DilatedNet, DropoutNet, WideNet
+from support.net_cases import DilatedNet, WideNet
 from torch import nn
 
 from pyglow_fast.nets import Chunk, check_net, plan_chunks
@@ -56,17 +56,18 @@ def peak(plan: Plan, width: int) -> int:
 
 
 class TestEveryPlan:
-    def test_gives_each_output_row_once(self, plans: Plans) -> None:
-        for (n, h, *_), plan in plans:
+    def test_gives_each_output_row_once_in_pieces_of_near_equal_size_with_their_halo(self, plans: Plans) -> None:
+        """The halo is as far as the image reaches."""
+        for (n, h, _, halo, _), plan in plans:
             given = torch.zeros(n, 1, h, 1)
             for chunk in plan:
                 chunk.outputs(given).add_(1)
-            assert bool((given == 1).all())
-
-    def test_takes_the_halo_as_far_as_the_image_reaches(self, plans: Plans) -> None:
-        for (_, h, _, halo, _), plan in plans:
-            for chunk in plan:
                 assert chunk.taken == slice(max(0, chunk.rows.start - halo), min(h, chunk.rows.stop + halo))
+            assert bool((given == 1).all())
+            for pick in (lambda chunk: chunk.samples, lambda chunk: chunk.rows):
+                lengths = {pick(chunk).stop - pick(chunk).start for chunk in plan}
+                assert max(lengths) - min(lengths) <= 1
+                assert min(lengths) >= 1
 
     def test_is_within_the_budget_or_as_small_as_can_be(self, plans: Plans) -> None:
         outcomes = set()
@@ -75,13 +76,6 @@ class TestEveryPlan:
             assert peak(plan, w) <= max(budget, smallest)
             outcomes.add(peak(plan, w) <= budget)
         assert outcomes == {True, False}
-
-    def test_has_pieces_of_near_equal_size(self, plans: Plans) -> None:
-        for _, plan in plans:
-            for pick in (lambda chunk: chunk.samples, lambda chunk: chunk.rows):
-                lengths = {pick(chunk).stop - pick(chunk).start for chunk in plan}
-                assert max(lengths) - min(lengths) <= 1
-                assert min(lengths) >= 1
 
     def test_has_the_fewest_chunks_that_fit(self, plans: Plans) -> None:
         for (n, h, w, halo, budget), plan in plans:
@@ -144,41 +138,32 @@ class TestBudget:
         assert auto == plan_chunks(one, (1, 2, 9, 9), 4, expected)
 
 
-class TestSampleChunksOnly:
-    """Strips would be wrong or unsafe; the same net otherwise is cut into strips."""
+def stated_with(layer: nn.Module) -> nn.Module:
+    net = Stated(1)
+    net.layer = layer
+    return net
 
-    def n_strips(self, net: nn.Module) -> int:
-        plan = plan_chunks(net, (2, 2, 12, 3), 8, 1)
+
+# How many strips there are of 12 rows, in training and in evaluation: one where more would be wrong or unsafe.
+STRIPS = [
+    (DilatedNet(halo=5), 12, 12),
+    (DilatedNet(halo=None), 1, 1),
+    (nn.Conv2d(2, 4, 1), 1, 1),
+    (Stated(1), 12, 12),
+    (stated_with(nn.Dropout2d(0.0)), 12, 12),
+    *((stated_with(layer), 1, 12) for layer in (nn.Dropout(0.1), nn.AlphaDropout(0.1), nn.Dropout3d(0.1))),
+    *((stated_with(layer), 1, 12) for layer in (nn.RReLU(), nn.MultiheadAttention(4, 2, 0.1))),
+    *((stated_with(norm), 1, 1) for norm in (nn.GroupNorm(2, 4), nn.InstanceNorm2d(4))),
+]
+
+
+@pytest.mark.parametrize(("net", "in_training", "in_evaluation"), STRIPS)
+def test_strips_are_cut_where_they_change_nothing(net: nn.Module, in_training: int, in_evaluation: int) -> None:
+    """Samples are cut from each other in any case."""
+    for training, strips in ((True, in_training), (False, in_evaluation)):
+        plan = plan_chunks(net.train(training), (2, 2, 12, 3), 8, 1)
         assert {chunk.samples.stop - chunk.samples.start for chunk in plan} == {1}
-        return len({chunk.rows.start for chunk in plan})
-
-    def test_unknown_halo(self) -> None:
-        assert self.n_strips(DilatedNet(halo=None)) == 1
-        assert self.n_strips(DilatedNet(halo=5)) > 1
-        assert self.n_strips(nn.Conv2d(2, 4, 1)) == 1
-
-    def test_dropout_that_never_drops(self) -> None:
-        net = DropoutNet()
-        net.dropout = nn.Dropout2d(0.0)
-        assert self.n_strips(net) == 12
-
-    @pytest.mark.parametrize(
-        "layer",
-        [nn.Dropout(0.1), nn.AlphaDropout(0.1), nn.Dropout3d(0.1), nn.RReLU(), nn.MultiheadAttention(4, 2, 0.1)],
-    )
-    def test_random_layers(self, layer: nn.Module) -> None:
-        net = Stated(1)
-        assert self.n_strips(net) == 12
-        net.layer = layer
-        assert self.n_strips(net) == 1
-        assert self.n_strips(net.eval()) == 12
-
-    @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)])
-    @pytest.mark.parametrize("training", [False, True])
-    def test_statistics_over_positions(self, norm: nn.Module, training: bool) -> None:
-        net = Stated(1)
-        net.norm = norm
-        assert self.n_strips(net.train(training)) == 1
+        assert len({chunk.rows.start for chunk in plan}) == strips
 
 
 class TestWhatNetsState:
