@@ -1,6 +1,7 @@
 """Captures that fail: the step is taken eagerly, and allocator, generator and later captures are as if none had begun.
 
 A stand-in has the state that torch keeps of a capture, and what its versions leave of that where CUDA breaks it off.
+The recordings that stand for captures elsewhere are shown to replay a step, and to refuse what a capture would.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.captures import NotCapturableError, Recording, capture_guard
 from support.graphed_stand_in import recorded_graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,3 +174,31 @@ def test_a_graph_makes_room_for_a_step_of_another_shape() -> None:
         assert calls[-2:] == [5, 5]
         emptied.assert_called_once()
         assert not held._graphs
+
+
+# ---- The stand-in for a capture, on a CPU ----
+
+
+def test_a_replay_is_the_step_on_what_its_inputs_are_then() -> None:
+    w, x = torch.randn(3, 3, requires_grad=True), torch.randn(5, 3)
+
+    def step() -> Tensor:
+        return torch.autograd.grad((x @ w).tanh().square().sum(), w)[0]
+
+    with Recording() as graph:
+        found = step()
+    assert bool(found.isnan().all())  # a capture runs nothing
+    for _ in range(2):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(found, step())
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: torch.linalg.slogdet(x), lambda x: torch.tensor([1.0])],
+    ids=["number", "mask", "decomposition", "tensor of the host"],
+)
+def test_the_guard_refuses_what_a_capture_would(waits: Callable[[Tensor], object]) -> None:
+    with pytest.raises(NotCapturableError), capture_guard():
+        waits(torch.eye(2))
