@@ -1,4 +1,7 @@
-"""Training steps and sampling of every kind of Glow, captured as a CUDA graph would be and replayed without Python."""
+"""Training steps and sampling of every kind of Glow, captured as a CUDA graph would be and replayed without Python.
+
+Without a graph the host waits for next to nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.captures import Recording, capture_guard, like_a_gpu
+from support.captures import Recording, capture_guard, like_a_gpu, waits
 from support.covering import pairs
 from support.glow_settings import CALM, CONFIGS, Setting
 from support.library_ops import use_library
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyglow_fast as pgf
 
@@ -107,3 +111,50 @@ def test_a_net_that_draws_random_numbers_is_refused_on_a_gpu(memory: str) -> Non
         refused = pytest.raises(ValueError, match="net: expected one of torch's modules without dropout")
         with refused, capture_guard():
             sequence(x)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operations whose result the host needs at once: on a GPU it would wait for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if waits(func, args) and not (name == "equal" and not args[0].numel()):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("memory", "deferred", "reads"),
+    [("store", False, 0), ("checkpoint", False, 0), ("reversible", False, 2), ("reversible", True, 0)],
+)
+def test_what_the_host_waits_for(memory: str, deferred: bool, reads: int) -> None:
+    """In training for a verdict on the drift of each level, if at all; for scores, samples and latents for nothing."""
+    model = pgf.Glow(image_shape=(3, 16, 16), n_levels=2, n_steps=3, hidden=16, memory=memory)
+    x = torch.rand(4, 3, 16, 16) - 0.5
+    model.initialize(x)
+    with like_a_gpu():
+        for _ in range(2):  # caches, the anchors' spacing
+            step(model, x, None, None)
+        for sequence in model._sequences():
+            sequence.control.deferred = deferred
+        with HostReads() as trained:
+            step(model, x, None, None)
+        model.eval()
+        with torch.no_grad(), HostReads() as scored:
+            model.log_prob(x)
+            model.sample(4, 0.7)
+            model.decode(model.encode(x))
+    assert trained.found == ["item"] * reads
+    assert scored.found == []
+
+
+def test_a_wait_is_seen() -> None:
+    with HostReads() as reads:
+        float(torch.ones(()))
+        bool(torch.ones(2).isfinite().all())
+        torch.equal(torch.ones(2), torch.ones(2))
+    assert reads.found == ["_local_scalar_dense", "_local_scalar_dense", "equal"]
