@@ -1,8 +1,8 @@
-"""Glow: bits per dimension. Its density is the business of tests/contract."""
+"""Glow: bits per dimension, labels, and where its actnorms and its prior start. Its density is tests/contract's."""
 
 from __future__ import annotations
 
-import math
+import copy
 
 import pytest
 import torch
@@ -10,25 +10,17 @@ from support.glow_settings import Setting
 
 import pyglow_fast as pgf
 from pyglow_fast import likelihood
+from pyglow_fast.models.prior import TopPrior
 
 
-class TestBitsPerDim:
-    def test_is_the_log_prob_of_the_dequantised_images(self) -> None:
-        setting = Setting("everything")
-        images = torch.randint(32, (4, 1, 4, 8), dtype=torch.uint8)
-        generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-        got = setting.model.bits_per_dim(images, 32, setting.y, setting.cond, generators[0])
-        x = likelihood.dequantize(images, 32, generators[1], dtype=torch.float64)
-        log_prob = setting.model.log_prob(x, setting.y, setting.cond)
-        assert torch.equal(got, likelihood.bits_per_dim(log_prob, 32, 32))
-
-    def test_bounds_the_bits_of_a_discrete_model(self) -> None:
-        # Summed over all images, 2^-bits is at most 1: a code for every image. Two pixels of four levels: 16 images.
-        model = pgf.Glow(image_shape=(1, 2), n_levels=1, n_steps=2, hidden=4).double()
-        model.initialize(torch.rand(64, 1, 2, dtype=torch.float64) - 0.5)
-        images = torch.cartesian_prod(torch.arange(4), torch.arange(4)).reshape(16, 1, 2)
-        bits = torch.stack([model.bits_per_dim(images, 4) for _ in range(200)]).mean(0) * 2.0
-        assert (-bits * math.log(2.0)).exp().sum().item() < 1.0
+def test_bits_are_the_log_prob_of_the_dequantised_images() -> None:
+    setting = Setting("everything")
+    images = torch.randint(32, (4, 1, 4, 8), dtype=torch.uint8)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    got = setting.model.bits_per_dim(images, 32, setting.y, setting.cond, generators[0])
+    x = likelihood.dequantize(images, 32, generators[1], dtype=torch.float64)
+    log_prob = setting.model.log_prob(x, setting.y, setting.cond)
+    assert torch.equal(got, likelihood.bits_per_dim(log_prob, 32, 32))
 
 
 def test_one_label_for_all_samples() -> None:
@@ -45,3 +37,32 @@ def test_slips_are_named() -> None:
     model = pgf.Glow(image_shape=(1, 4, 4), n_levels=1, n_steps=1, hidden=4, n_classes=5)
     with pytest.raises(ValueError, match=r"n_bins: expected an int \(labels are y=\), found Tensor"):
         model.bits_per_dim(torch.zeros(2, 1, 4, 4, dtype=torch.int64), torch.tensor([0, 1]), y=torch.tensor([0, 1]))
+
+
+def test_the_first_batch_makes_every_state_standard() -> None:
+    """In a training forward and in ``initialize`` alike."""
+    model = pgf.Glow(image_shape=(1, 4, 4), n_levels=2, n_steps=2, hidden=4, net_actnorm=True).double()
+    x = torch.randn(200, 1, 4, 4, dtype=torch.float64) * 0.1 + 0.3
+    twin = copy.deepcopy(model)
+    assert not model.is_initialized
+    model.log_prob(x)
+    twin.initialize(x)
+    assert model.is_initialized
+    assert twin.is_initialized
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    # With fresh couplings the top latent is what the last actnorm made, rotated and half of it scaled.
+    for z in model.encode(x):
+        assert float(z.detach().mean().abs()) < 1e-10
+        assert 0.7 < float(z.detach().std()) < 1.01  # sigmoid(2)^2 = 0.78 on the half that couplings scale
+
+
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("n_classes", [None, 3])
+def test_the_top_prior_starts_as_the_standard_normal(learn: bool, n_classes: int | None) -> None:
+    prior, like = TopPrior(4, n_classes, learn), torch.randn(2, 4, 3, 5)
+    y = None if n_classes is None else torch.tensor([2, 0])
+    for value in prior(like, y):
+        assert torch.broadcast_shapes(value.shape, like.shape) == like.shape
+        assert not value.any()
+    assert len(list(prior.parameters())) == learn + (n_classes is not None)
