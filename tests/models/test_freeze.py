@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -57,22 +58,15 @@ def test_hooks_on_steps_are_refused() -> None:
         glow.freeze()
 
 
-class Decode(nn.Module):
-    def __init__(self, glow: pgf.Glow) -> None:
+class Call(nn.Module):
+    """What a function makes of a model and of inputs, as a module."""
+
+    def __init__(self, glow: pgf.Glow, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.glow = glow
+        self.glow, self.function = glow, function
 
-    def forward(self, *latents: Tensor) -> Tensor:
-        return self.glow.decode(list(latents))
-
-
-class Sample(nn.Module):
-    def __init__(self, glow: pgf.Glow) -> None:
-        super().__init__()
-        self.glow = glow
-
-    def forward(self, temperature: Tensor) -> Tensor:
-        return self.glow.sample(4, temperature)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self.glow, *inputs)
 
 
 @pytest.mark.full
@@ -82,9 +76,9 @@ def test_decoding_and_sampling_are_exported(frozen: bool) -> None:
     glow, x, temperature = model(), torch.rand(3, 1, 8, 8) - 0.5, torch.tensor(0.7)
     glow = glow.freeze() if frozen else glow
     latents = tuple(glow.encode(x))
-    decoding = torch.export.export(Decode(glow), latents).module()
+    decoding = torch.export.export(Call(glow, lambda glow, *latents: glow.decode(list(latents))), latents).module()
     assert torch.allclose(decoding(*latents), x, atol=1e-4)
-    sampling = torch.export.export(Sample(glow), (temperature,)).module()
+    sampling = torch.export.export(Call(glow, lambda glow, t: glow.sample(4, t)), (temperature,)).module()
     torch.manual_seed(3)
     found = sampling(temperature)
     torch.manual_seed(3)
