@@ -25,7 +25,6 @@ from kernels.net_chains import (
     results,
     rounded_chain,
 )
-from support.helpers import memory_layouts
 from torch import Tensor
 
 from pyglow_fast import _backend, functional, ops, reference
@@ -200,28 +199,6 @@ def example(dtype: torch.dtype = torch.float32) -> Numbers:
     return drawn_real(0, shape)[1].contiguous.to(dtype)
 
 
-@pytest.mark.parametrize("precision", ["float64", "half"])
-def test_layouts_to_the_bit(precision: str) -> None:
-    """Of every input and of the gradient that comes in; none is written to."""
-    numbers = example(DTYPES[precision])
-    expected = results(ours(precision), SPEC, numbers)
-    for name in ("x", "cond", "grad"):
-        for layout, value in memory_layouts(getattr(numbers, name)).items():
-            before = value.clone()
-            got = results(ours(precision), SPEC, numbers._replace(**{name: value}))
-            assert all(map(torch.equal, got, expected)), f"{name}: {layout}"
-            assert torch.equal(value, before)
-    turned = [value.to(memory_format=torch.channels_last) for value in numbers.weights]
-    assert all(map(torch.equal, results(ours(precision), SPEC, numbers._replace(weights=turned)), expected))
-    out = ours(precision)(
-        numbers.x.to(memory_format=torch.channels_last), numbers.weights, numbers.biases, SPEC, None, numbers.cond
-    )
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    ones = torch.ones(()).to(numbers.x).expand_as(numbers.grad)  # as a sum's gradient comes
-    got, plain = (results(ours(precision), SPEC, numbers._replace(grad=grad)) for grad in (ones, ones.clone()))
-    assert all(map(torch.equal, got, plain))
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("activation", [function for function in ACTIVATIONS if function not in ("tanh", "sigmoid")])
 def test_nan_and_inf_come_through(precision: str, activation: str) -> None:
@@ -350,14 +327,15 @@ def test_bad_kept() -> None:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_kept_by_any_strides(half: bool) -> None:
-    """What is kept may come back as a slice, or as one number that repeats."""
+def test_kept_and_gradient_by_any_strides(half: bool) -> None:
+    """What is kept may come back as a slice, or as one number that repeats, as a sum's gradient does."""
     _, kept = ops.net_chain(*op_arguments(SPEC, ARGS, half, True))
     sliced = torch.stack([kept, torch.full_like(kept, torch.nan)], dim=1)[:, 0]
-    repeated = kept.new_ones(1).expand(kept.shape)
+    repeated, ones = kept.new_ones(1).expand(kept.shape), ARGS.grad.new_ones(()).expand_as(ARGS.grad)
     for odd, plain in ((sliced, kept), (repeated, repeated.contiguous())):
         found, expected = (
-            ops.net_chain_backward(*backward_arguments(SPEC, ARGS, value, half, True)) for value in (odd, plain)
+            ops.net_chain_backward(*backward_arguments(SPEC, ARGS._replace(grad=grad), value, half, True))
+            for grad, value in ((ones, odd), (ones.contiguous(), plain))
         )
         assert all(map(torch.equal, found, expected))
 
