@@ -1,9 +1,11 @@
-"""A frozen model: its state, hooks and exports. That it is the same function is in the contract."""
+"""A model frozen, exported and compiled. That a frozen one is the same function is in the contract."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ def model(**fields: object) -> pgf.Glow:
     for name, parameter in found.named_parameters():
         if "conv3" in name or "log_gain" in name or "prior" in name or "splits" in name:
             nn.init.normal_(parameter, std=0.1)
-    found.initialize(torch.rand(8, 1, 8, 8) - 0.5)
+    found.initialize(torch.rand(8, *found.config.image_shape) - 0.5)
     return found.eval()
 
 
@@ -84,3 +86,52 @@ def test_decoding_and_sampling_are_exported(frozen: bool) -> None:
     torch.manual_seed(3)
     assert torch.allclose(found, glow.sample(4, 0.7), rtol=1e-4, atol=1e-5)
     assert not torch.equal(sampling(temperature), found), "noise is drawn anew"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("frozen", [False, True])
+def test_both_directions_and_sampling_are_one_graph(frozen: bool) -> None:
+    glow, x = model(memory="store"), torch.rand(3, 1, 8, 8) - 0.5
+    glow = glow.freeze() if frozen else glow
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        latents = compiled(glow.encode)(x)
+        decoded = compiled(glow.decode)(latents)
+        for found, expected in zip(latents, glow.encode(x), strict=True):
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        samples = []
+        for sample in (glow.sample, compiled(glow.sample)):
+            torch.manual_seed(1)
+            samples.append(sample(3, 0.7))
+    assert torch.allclose(decoded, x, atol=1e-4)
+    assert torch.allclose(*samples, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.full
+def test_inductor_agrees_with_the_fake_kernels() -> None:
+    """The code generator relies on the strides that the fake kernels promise."""
+    glow, x = model(image_shape=(2, 8, 8), memory="store"), (torch.rand(4, 8, 2, 8) - 0.5).transpose(1, 2)
+    compiled = torch.compile(glow.log_prob, fullgraph=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo detected")  # a cache, for one
+        assert torch.allclose(compiled(x), glow.log_prob(x), rtol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("told", ["by its weights", "by a broadcast"])
+def test_a_model_that_has_seen_data_is_not_initialised_again(told: str) -> None:
+    """Compiled before it has ever run: its actnorms are what they were made."""
+    glow = model(memory="store")
+    fresh = pgf.Glow(glow.config, memory="store")
+    if told == "by its weights":
+        fresh.load_state_dict(glow.state_dict())
+    else:
+        for own, other in zip(fresh.parameters(), glow.parameters(), strict=True):
+            own.data.copy_(other.data)
+        for own, other in zip(fresh.buffers(), glow.buffers(), strict=True):
+            own.copy_(other)
+    expected = {name: value.clone() for name, value in fresh.named_parameters()}
+    x = torch.rand(4, 1, 8, 8) - 0.5
+    compiled = torch.compile(fresh.train().log_prob, fullgraph=told == "by its weights", backend="aot_eager")
+    assert torch.allclose(compiled(x), glow.log_prob(x), rtol=1e-5)
+    assert all(torch.equal(value, expected[name]) for name, value in fresh.named_parameters())
