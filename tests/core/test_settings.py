@@ -40,6 +40,8 @@ class Oven:
     mode: str = setting("bake", "how", choices=("bake", "grill"))
     name: str = setting("oven", "what it is called")
     tray: int = setting(1, "its tray", expected="a tray")
+    tilt: float = setting(0.0, "its slope", range=Range(most=10, why="it is held"))
+    turns: int = setting(0, "of its clock", range=Range(least=0))
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -56,6 +58,8 @@ class Oven:
         ({"fan": 1}, "fan: expected true or false, found 1"),
         ({"mode": ["bake"]}, "mode: expected one of ('bake', 'grill'), found ['bake']"),
         ({"name": ""}, "name: expected a name, found ''"),
+        ({"tilt": -11}, "tilt: expected at most 10 (it is held), found -11"),  # a bound alone is of the magnitude
+        ({"turns": 2**63}, f"turns: expected at most {2**63 - 1} (64 bits hold no more), found {2**63}"),
     ],
 )
 def test_what_is_not_declared_is_refused(values: dict[str, Any], message: str) -> None:
@@ -65,7 +69,7 @@ def test_what_is_not_declared_is_refused(values: dict[str, Any], message: str) -
 
 
 def test_what_is_declared_passes() -> None:
-    Oven(heat=300, shelf=4, fan=True, mode="grill", tray="its own check")  # type: ignore[arg-type]
+    Oven(300, 4, True, "grill", tray="its own check", tilt=-10, turns=2**63 - 1)  # type: ignore[arg-type]
     check_setting(Oven, "shelf", None)
     with pytest.raises(ValueError, match=r"^shelf: expected a whole number in 1\.\.4, or none, found 9$"):
         check_setting(Oven, "shelf", 9)
@@ -80,19 +84,6 @@ def test_the_docstring_lists_the_fields() -> None:
         "    shelf: the shelf (None: in the middle).",
     ]
     assert (Oven.__doc__ or "").endswith("Raises:\n    ValueError: a value that it cannot have.")
-
-
-def test_a_bound_without_a_least_number_is_of_the_magnitude() -> None:
-    held = Range(most=10, why="it is held")
-    held.check("x", -10)
-    with pytest.raises(ValueError, match=r"^x: expected at most 10 \(it is held\), found -11$"):
-        held.check("x", -11)
-
-
-def test_whole_numbers_have_64_bits() -> None:
-    Range(least=0).check("x", 2**63 - 1, whole=True)
-    with pytest.raises(ValueError, match=r"^x: expected at most 9223372036854775807 \(64 bits hold no more\), found"):
-        Range(least=0).check("x", 2**63, whole=True)
 
 
 def test_every_default_is_in_its_range_and_names_are_unique() -> None:
