@@ -48,13 +48,6 @@ def invertible(*shape: int) -> Tensor:
 SHAPES = [(2, 4), (2, 3, 5), (3, 4, 3, 2), (1, 5, 1, 7), (2, 2, 2, 1, 3), (0, 4, 3, 2), (2, 4, 0, 3), (0, 3)]
 
 
-def lu_parts(*lead: int, channels: int) -> tuple[Tensor, ...]:
-    permutation = torch.stack([torch.randperm(channels) for _ in range(math.prod(lead))]).reshape(*lead, channels)
-    sign = torch.randint(2, (*lead, channels)).double() * 2.0 - 1.0
-    lower, upper = randn(*lead, channels, channels), randn(*lead, channels, channels)
-    return permutation, lower, upper, 0.5 * randn(*lead, channels), sign
-
-
 def kept_half_net(n_out: int, n_kept: int) -> Callable[[Tensor], Tensor]:
     """A smooth net of the kept half that mixes positions, as a coupling net does."""
     weight = randn(n_out, n_kept)
@@ -68,7 +61,8 @@ def kept_half_net(n_out: int, n_kept: int) -> Callable[[Tensor], Tensor]:
 
 class TestLuWeight:
     def test_is_the_product_of_its_factors(self) -> None:
-        permutation, lower, upper, log_diag, sign = lu_parts(channels=4)
+        permutation, sign = torch.randperm(4), torch.randint(2, (4,)).double() * 2.0 - 1.0
+        lower, upper, log_diag = randn(4, 4), randn(4, 4), 0.5 * randn(4)
         matrix = torch.zeros(4, 4, dtype=torch.float64)
         for row, source in enumerate(permutation):
             matrix[row, source] = 1.0

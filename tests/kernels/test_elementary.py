@@ -174,10 +174,6 @@ BOUNDS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(value, dtype=dtype))
-
-
 def _exact(name: str, x: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
     """Value and derivative in float64."""
     x = x.detach().double().requires_grad_()
@@ -203,7 +199,7 @@ def _errors(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     exact result has as large an error.
     """
     dtype, activation = x.dtype, _backend.require().activation
-    parameter = _rounded(PARAMETERS.get(name, 0.0), dtype)
+    parameter = float(torch.tensor(PARAMETERS.get(name, 0.0), dtype=dtype))
     wide = x.double()
     y, derivative = _exact(name, wide, parameter)
     value_bound, derivative_bound = BOUNDS[name](wide, y, derivative)

@@ -27,32 +27,25 @@ class Stated(nn.Module):
         return self.cost
 
 
-def cases() -> list[tuple[int, int, int, int, int]]:
-    """(N, H, W, halo, budget): all budgets from one row's cost to more than everything, on random sizes."""
-    draw = random.Random(4)
-    sizes = [(draw.randint(1, 5), draw.randint(1, 23), draw.randint(1, 4), draw.randint(0, 4)) for _ in range(60)]
-    return [
-        (n, h, w, halo, budget)
-        for n, h, w, halo in sizes
-        for budget in (1, *range(w * PER_POSITION, n * h * w * PER_POSITION + 50, max(1, n * h * w)))
-    ]
-
-
 Plan = tuple[Chunk, ...]
 Plans = list[tuple[tuple[int, int, int, int, int], Plan]]
 
 
 @pytest.fixture(scope="module")
 def plans() -> Plans:
-    return [(case, plan_chunks(Stated(case[3]), (case[0], 2, *case[1:3]), 4, case[4])) for case in cases()]
-
-
-def cost(chunk: Chunk, width: int) -> int:
-    return (chunk.samples.stop - chunk.samples.start) * (chunk.taken.stop - chunk.taken.start) * width * PER_POSITION
+    """By (N, H, W, halo, budget): all budgets from one row's cost to more than everything, on random sizes."""
+    draw = random.Random(4)
+    sizes = [(draw.randint(1, 5), draw.randint(1, 23), draw.randint(1, 4), draw.randint(0, 4)) for _ in range(60)]
+    return [
+        ((n, h, w, halo, budget), plan_chunks(Stated(halo), (n, 2, h, w), 4, budget))
+        for n, h, w, halo in sizes
+        for budget in (1, *range(w * PER_POSITION, n * h * w * PER_POSITION + 50, max(1, n * h * w)))
+    ]
 
 
 def peak(plan: Plan, width: int) -> int:
-    return max(cost(chunk, width) for chunk in plan)
+    sizes = [(c.samples.stop - c.samples.start) * (c.taken.stop - c.taken.start) for c in plan]
+    return max(sizes) * width * PER_POSITION
 
 
 class TestEveryPlan:
