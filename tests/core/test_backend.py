@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -139,17 +140,6 @@ def test_a_missing_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatc
         _backend.require()
 
 
-def _broken(name: str) -> ModuleType:
-    raise ImportError("undefined symbol: _ZN2at4emptyEv")
-
-
-def _unregistered(name: str) -> SimpleNamespace:
-    def refuse() -> None:
-        raise RuntimeError("another schema")
-
-    return SimpleNamespace(build_info=lambda: {"torch": torch.__version__}, register_kernels=refuse)
-
-
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(
     ("found", "message"),
@@ -158,8 +148,14 @@ def _unregistered(name: str) -> SimpleNamespace:
             lambda name: SimpleNamespace(build_info=lambda: {"torch": "1.13.0+cu117"}),
             r"built for torch 1\.13\.0\+cu117, but torch .* is installed",
         ),
-        (_broken, "cannot be loaded beside torch .*undefined symbol"),
-        (_unregistered, "built from other sources than these.*another schema"),
+        (mock.Mock(side_effect=ImportError("undefined symbol: f")), "cannot be loaded beside torch .*undefined symbol"),
+        (
+            lambda name: SimpleNamespace(
+                build_info=lambda: {"torch": torch.__version__},
+                register_kernels=mock.Mock(side_effect=RuntimeError("another schema")),
+            ),
+            "built from other sources than these.*another schema",
+        ),
     ],
     ids=["another torch", "broken", "other sources"],
 )
