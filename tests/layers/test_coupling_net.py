@@ -11,20 +11,13 @@ from support.covering import pairs
 from support.gradients import assert_stored_gradients, batch, ready
 from support.helpers import assert_close
 from support.library_ops import use_library
+from support.net_cases import randomised
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.models.prior import TopPrior
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def randomised(module: nn.Module) -> Any:
-    """In evaluation: no actnorm takes its values from the first batch."""
-    with torch.no_grad():
-        for parameter in module.double().parameters():
-            parameter.normal_(0.0, 0.3)
-    return module.eval()
 
 
 def with_ring(x: Tensor, weight: Tensor, kernel: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -62,7 +55,7 @@ def written_out(net: pgf.CouplingNet, x: Tensor) -> Tensor:
 )
 def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...], border: bool) -> None:
     """Folded, and layer by layer, as where a hook keeps the net from being folded."""
-    net = randomised(pgf.CouplingNet(2, 5, 4, actnorm, cond_channels, border=border, dims=len(spatial)))
+    net = randomised(pgf.CouplingNet(2, 5, 4, actnorm, cond_channels, border=border, dims=len(spatial))).eval()
     x = torch.randn(3, 2, *spatial, dtype=torch.float64)
     cond = torch.randn(3, cond_channels, *spatial, dtype=torch.float64) if cond_channels else None
     expected = written_out(net, x if cond is None else torch.cat([x, cond], dim=1))
@@ -106,7 +99,7 @@ def test_hidden_actnorms_initialise_from_what_reaches_them(border: bool) -> None
 def test_gradients(actnorm: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "library":
         use_library(monkeypatch)
-    net = randomised(pgf.CouplingNet(2, 3, 4, actnorm, border=True))
+    net = randomised(pgf.CouplingNet(2, 3, 4, actnorm, border=True)).eval()
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     inputs, weights = [x, *net.parameters()], torch.randn(2, 3, 3, 4, dtype=torch.float64)
     found = torch.autograd.grad((net(x) * weights).sum(), inputs)

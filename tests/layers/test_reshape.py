@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.gradients import perturbed
 from support.helpers import assert_close
 from torch.distributions import Normal
 
@@ -35,17 +36,9 @@ class TestHaar:
 
 
 class TestSplit:
-    @staticmethod
-    def trained(channels: int, dims: int) -> pgf.Split:
-        split = pgf.Split(channels, dims=dims).double()
-        with torch.no_grad():
-            for parameter in split.parameters():
-                parameter.normal_(0.0, 0.1)
-        return split
-
     @pytest.mark.parametrize("spatial", [(5,), (3, 4), (2, 1, 3)], ids=str)
     def test_what_is_kept_stays_and_what_leaves_is_standardised(self, spatial: tuple[int, ...]) -> None:
-        x, split = torch.randn(2, 6, *spatial, dtype=torch.float64), self.trained(6, len(spatial))
+        x, split = torch.randn(2, 6, *spatial, dtype=torch.float64), perturbed(pgf.Split(6, dims=len(spatial)).double())
         z, log_det = split(x)
         kept, factored = split.parts(x)
         mean, log_sd = split.prior(kept)
