@@ -31,35 +31,27 @@ from pyglow_fast.runs.drift import LEAST_EPS, PROJECTION_SLACK, norms, project
 C = 12
 SHAPES = [(3, C), (3, C, 40), (3, C, 6, 8), (3, C, 4, 6, 2)]
 by_setting = pytest.mark.parametrize("setting", SETTINGS)
-by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-by_kernels = pytest.mark.parametrize("kernels", [True, False])
 
 
-class TestEmulation:
+@by_setting
+def test_the_emulation_rounds_where_the_settings_say_so(setting: str) -> None:
     """That the emulator rounds, where it should and only there: else no test with it could fail."""
-
-    @by_setting
-    def test_where_the_settings_say_so(self, setting: str) -> None:
-        a, b = torch.randn(5, 8, 8), torch.randn(5, 8, 8)
-        functions: dict[str, Callable[[], Tensor]] = {
-            "mm": lambda: a[0] @ b[0],
-            "addmm": lambda: torch.addmm(a[1], a[0], b[0]),
-            "bmm": lambda: a @ b,
-            "einsum": lambda: torch.einsum("kij,kjl->kil", a, b),
-            "linear": lambda: F.linear(a, b[0], b[0, 0]),
-            "conv": lambda: F.conv1d(a, b[0, :, :, None], b[0, 0]),
-            "mv": lambda: a[0] @ b[0, 0],
-        }
-        for name, function in functions.items():
-            exact = function()
-            with in_tf32(setting):
-                same = torch.equal(function(), exact)
-            rounds = name == "conv" or (name != "mv" and setting != "as torch comes")
-            assert same == (not rounds), name
-
-
-def in_float64(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    return function(*(value.double() if value.is_floating_point() else value for value in values))
+    a, b = torch.randn(5, 8, 8), torch.randn(5, 8, 8)
+    functions: dict[str, Callable[[], Tensor]] = {
+        "mm": lambda: a[0] @ b[0],
+        "addmm": lambda: torch.addmm(a[1], a[0], b[0]),
+        "bmm": lambda: a @ b,
+        "einsum": lambda: torch.einsum("kij,kjl->kil", a, b),
+        "linear": lambda: F.linear(a, b[0], b[0, 0]),
+        "conv": lambda: F.conv1d(a, b[0, :, :, None], b[0, 0]),
+        "mv": lambda: a[0] @ b[0, 0],
+    }
+    for name, function in functions.items():
+        exact = function()
+        with in_tf32(setting):
+            same = torch.equal(function(), exact)
+        rounds = name == "conv" or (name != "mv" and setting != "as torch comes")
+        assert same == (not rounds), name
 
 
 def assert_not_rounded(
@@ -67,29 +59,26 @@ def assert_not_rounded(
 ) -> None:
     """In TF32 the error is at most twice that of the same in float32."""
     values = tuple(value.to(device) for value in values)
-    exact, plain = in_float64(function, *(v.cpu() for v in values)), function(*(v.cpu() for v in values))
+    exact, plain = (function(*(value.cpu().to(dtype) for value in values)) for dtype in (torch.float64, torch.float32))
     with in_tf32(setting, device):
         found = function(*values)
     assert_kernel_close(found.cpu(), plain, exact, magnitude)
 
 
-class TestState:
-    @pairs(by_shape, by_setting, by_kernels)
-    def test_channel_mix_there_and_back(
-        self,
-        shape: tuple[int, ...],
-        setting: str,
-        kernels: bool,
-        device: torch.device,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        if not kernels:
-            monkeypatch.setattr(ops, "run_on", lambda x: False)
-        x, matrix, offset = torch.randn(shape), torch.randn(C, C), torch.randn(C)
-        for function in (functional.channel_mix, functional.channel_unmix):
-            assert_not_rounded(
-                function, x, matrix, offset, setting=setting, device=device, magnitude=float(x.abs().max()) * C**0.5
-            )
+@pairs(
+    pytest.mark.parametrize("shape", SHAPES, ids=str),
+    by_setting,
+    pytest.mark.parametrize("kernels", [True, False]),
+)
+def test_channel_mix_there_and_back(
+    shape: tuple[int, ...], setting: str, kernels: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(ops, "run_on", lambda x: False)
+    x, matrix, offset = torch.randn(shape), torch.randn(C, C), torch.randn(C)
+    size = float(x.abs().max()) * C**0.5
+    for function in (functional.channel_mix, functional.channel_unmix):
+        assert_not_rounded(function, x, matrix, offset, setting=setting, device=device, magnitude=size)
 
 
 def bound_of_log_det(lower: Tensor, upper: Tensor) -> float:
@@ -98,36 +87,34 @@ def bound_of_log_det(lower: Tensor, upper: Tensor) -> float:
     return float((torch.linalg.inv(product).abs() * ((C + 1) * 2.0**-24 * (lower.abs() @ upper.abs())).T).sum())
 
 
-class TestFolds:
-    @by_setting
-    def test_lu_weight_has_the_log_det_that_it_states(self, setting: str, device: torch.device) -> None:
-        conv = pgf.InvConv(C).to(device)
-        with torch.no_grad():
-            for factor in (conv.lower, conv.upper):
-                factor.add_(0.3 * torch.randn(C, C, device=device))
-            with in_tf32(setting, device):
-                weight, log_det = conv.weight_and_log_det()
-            eye = torch.eye(C, dtype=torch.float64)
-            lower = conv.lower.cpu().double().tril(-1) + eye
-            upper = conv.upper.cpu().double().triu(1) + torch.diag(
-                (conv.sign_diag * conv.log_diag.exp()).cpu().double()
-            )
-        found = torch.linalg.slogdet(weight.cpu().double()).logabsdet
-        assert abs(float(found - log_det.double().cpu())) <= bound_of_log_det(lower, upper)
-
-    @pytest.mark.parametrize(("setting", "dims"), [*((each, 2) for each in SETTINGS), ("high", 1), ("high", 3)])
-    def test_log_prob_of_a_glow(self, setting: str, dims: int, device: torch.device) -> None:
-        """With nets in float32, so that nothing but the flow is multiplied."""
-        torch.manual_seed(0)
-        shape = (3, *[8] * dims)
-        model = pgf.Glow(image_shape=shape, n_levels=2, n_steps=4, hidden=8, precision="fp32", learn_prior=False)
-        x = torch.rand(8, *shape) - 0.5
-        model.initialize(x)
-        perturbed(model, 0.05)
-        exact, plain = (model.to(dtype).log_prob(x.to(dtype)).detach() for dtype in (torch.float64, torch.float32))
+@by_setting
+def test_lu_weight_has_the_log_det_that_it_states(setting: str, device: torch.device) -> None:
+    conv = pgf.InvConv(C).to(device)
+    with torch.no_grad():
+        for factor in (conv.lower, conv.upper):
+            factor.add_(0.3 * torch.randn(C, C, device=device))
         with in_tf32(setting, device):
-            found = model.to(device).log_prob(x.to(device)).detach().cpu()
-        assert_kernel_close(found, plain, exact, magnitude=float(model.config.n_steps * x[0].numel()))
+            weight, log_det = conv.weight_and_log_det()
+        eye = torch.eye(C, dtype=torch.float64)
+        lower = conv.lower.cpu().double().tril(-1) + eye
+        upper = conv.upper.cpu().double().triu(1) + torch.diag((conv.sign_diag * conv.log_diag.exp()).cpu().double())
+    found = torch.linalg.slogdet(weight.cpu().double()).logabsdet
+    assert abs(float(found - log_det.double().cpu())) <= bound_of_log_det(lower, upper)
+
+
+@pytest.mark.parametrize(("setting", "dims"), [*((each, 2) for each in SETTINGS), ("high", 1), ("high", 3)])
+def test_log_prob_of_a_glow(setting: str, dims: int, device: torch.device) -> None:
+    """With nets in float32, so that nothing but the flow is multiplied."""
+    torch.manual_seed(0)
+    shape = (3, *[8] * dims)
+    model = pgf.Glow(image_shape=shape, n_levels=2, n_steps=4, hidden=8, precision="fp32", learn_prior=False)
+    x = torch.rand(8, *shape) - 0.5
+    model.initialize(x)
+    perturbed(model, 0.05)
+    exact, plain = (model.to(dtype).log_prob(x.to(dtype)).detach() for dtype in (torch.float64, torch.float32))
+    with in_tf32(setting, device):
+        found = model.to(device).log_prob(x.to(device)).detach().cpu()
+    assert_kernel_close(found, plain, exact, magnitude=float(model.config.n_steps * x[0].numel()))
 
 
 LEAST = LEAST_EPS * torch.finfo(torch.float32).eps  # the least tolerance of a state in float32
