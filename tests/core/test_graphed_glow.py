@@ -154,21 +154,19 @@ class TestEagerly:
             pgf.graphed(model.freeze())
 
 
-class TestDrift:
+def test_a_step_that_drifts_is_lost_once(recorded: Side, off: Tensor) -> None:
     """What a graph cannot redo is zero, is told of, and the graph is made anew with anchors closer together."""
-
-    def test_a_step_that_drifts_is_lost_once(self, recorded: Side, off: Tensor) -> None:
-        model, x = make(n_steps=8)
-        step = captured(model, x)
-        off.fill_(1.01)
-        step(x)
-        assert step.lost
-        assert all(not parameter.grad.any() for parameter in model.levels[0].steps.parameters())  # type: ignore
-        for _ in range(WARM_UPS + 3):  # the next one has learnt of it, and anchors come closer together thrice
-            check_step(model, step, x)
-            assert not step.lost
-        assert step.how == "a CUDA graph"
-        assert [report["skipped"] for report in model.memory_report()] == [1, 1]
+    model, x = make(n_steps=8)
+    step = captured(model, x)
+    off.fill_(1.01)
+    step(x)
+    assert step.lost
+    assert all(not parameter.grad.any() for parameter in model.levels[0].steps.parameters())  # type: ignore
+    for _ in range(WARM_UPS + 3):  # the next one has learnt of it, and anchors come closer together thrice
+        check_step(model, step, x)
+        assert not step.lost
+    assert step.how == "a CUDA graph"
+    assert [report["skipped"] for report in model.memory_report()] == [1, 1]
 
 
 def test_autocast_keeps_no_weights_of_the_warm_ups(recorded: Side) -> None:

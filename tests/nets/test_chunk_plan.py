@@ -121,14 +121,13 @@ def test_nothing_is_one_chunk(shape: tuple[int, ...], budget: int | str) -> None
     assert plan[0].inputs(torch.zeros(shape)).shape == shape
 
 
-class TestBudget:
-    @pytest.mark.parametrize(("device_type", "expected"), [("cpu", AUTO_BUDGET_CPU), ("cuda", AUTO_BUDGET_ACCELERATOR)])
-    def test_auto_is_a_fixed_number(self, device_type: str, expected: int) -> None:
-        one = Stated(1, expected // 64)
-        assert plan_chunks(one, (1, 2, 8, 8), 4, "auto", device_type=device_type)[0].whole
-        auto = plan_chunks(one, (1, 2, 9, 9), 4, "auto", device_type=device_type)
-        assert not auto[0].whole
-        assert auto == plan_chunks(one, (1, 2, 9, 9), 4, expected)
+@pytest.mark.parametrize(("device_type", "expected"), [("cpu", AUTO_BUDGET_CPU), ("cuda", AUTO_BUDGET_ACCELERATOR)])
+def test_auto_is_a_fixed_number(device_type: str, expected: int) -> None:
+    one = Stated(1, expected // 64)
+    assert plan_chunks(one, (1, 2, 8, 8), 4, "auto", device_type=device_type)[0].whole
+    auto = plan_chunks(one, (1, 2, 9, 9), 4, "auto", device_type=device_type)
+    assert not auto[0].whole
+    assert auto == plan_chunks(one, (1, 2, 9, 9), 4, expected)
 
 
 def stated_with(layer: nn.Module) -> nn.Module:
