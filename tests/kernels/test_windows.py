@@ -13,9 +13,11 @@ from torch import Tensor, float32, float64
 from pyglow_fast import reference
 from pyglow_fast.reference import ChainSpec
 
+Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Types = tuple[torch.dtype, torch.dtype]
 # (N, C, *spatial), kernel, dilations: one tile and several along both sides, ragged ones, samples across tiles, taps
 # beyond the extent, no sample, channel or position.
-WINDOWS: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = [
+WINDOWS: list[Window] = [
     ((2, 3, 4, 5), (3, 3), (1, 1)),
     ((3, 6, 9, 11), (3, 1), (2, 1)),
     ((1, 40, 5, 3), (3, 5), (1, 3)),
@@ -40,13 +42,7 @@ def seen(x: Tensor, kernel: Sequence[int], dilations: tuple[int, ...], backward:
 
 
 @pairs(option("window", WINDOWS), option("types", TYPES), layouts, option("backward", [False, True]))
-def test_patches(
-    kernels: Kernels,
-    window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
-    types: tuple[torch.dtype, torch.dtype],
-    layout: str,
-    backward: bool,
-) -> None:
+def test_patches(kernels: Kernels, window: Window, types: Types, layout: str, backward: bool) -> None:
     """Moves of values, rounded once where the type is narrower, with zeros up to 16 bytes; and sums of each channel."""
     (shape, kernel, dilations), (given, wanted) = window, types
     x = kernels.randn(shape, float64, layout).mul_(4).round_().to(given)
@@ -68,14 +64,7 @@ def test_patches(
     option("spare", [0, 3]),
     option("backward", [False, True]),
 )
-def test_tap_sums(
-    kernels: Kernels,
-    window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
-    types: tuple[torch.dtype, torch.dtype],
-    bias: bool,
-    spare: int,
-    backward: bool,
-) -> None:
+def test_tap_sums(kernels: Kernels, window: Window, types: Types, bias: bool, spare: int, backward: bool) -> None:
     """The transpose of patches, of whole numbers whose sums are exact; columns behind those are not read."""
     (shape, kernel, dilations), (given, wanted) = window, types
     taps = math.prod(kernel)
