@@ -59,18 +59,17 @@ def kept_half_net(n_out: int, n_kept: int) -> Callable[[Tensor], Tensor]:
     return net
 
 
-class TestLuWeight:
-    def test_is_the_product_of_its_factors(self) -> None:
-        permutation, sign = torch.randperm(4), torch.randint(2, (4,)).double() * 2.0 - 1.0
-        lower, upper, log_diag = randn(4, 4), randn(4, 4), 0.5 * randn(4)
-        matrix = torch.zeros(4, 4, dtype=torch.float64)
-        for row, source in enumerate(permutation):
-            matrix[row, source] = 1.0
-        left = torch.tril(lower, -1) + torch.diag(torch.ones(4, dtype=torch.float64))
-        right = torch.triu(upper, 1) + torch.diag(sign * log_diag.exp())
-        weight = reference.lu_weight(permutation, lower, upper, log_diag, sign)
-        assert_close(weight, matrix @ left @ right)
-        assert_close(torch.linalg.slogdet(weight).logabsdet, log_diag.sum(), condition=torch.linalg.cond(weight).item())
+def test_lu_weight_is_the_product_of_its_factors() -> None:
+    permutation, sign = torch.randperm(4), torch.randint(2, (4,)).double() * 2.0 - 1.0
+    lower, upper, log_diag = randn(4, 4), randn(4, 4), 0.5 * randn(4)
+    matrix = torch.zeros(4, 4, dtype=torch.float64)
+    for row, source in enumerate(permutation):
+        matrix[row, source] = 1.0
+    left = torch.tril(lower, -1) + torch.diag(torch.ones(4, dtype=torch.float64))
+    right = torch.triu(upper, 1) + torch.diag(sign * log_diag.exp())
+    weight = reference.lu_weight(permutation, lower, upper, log_diag, sign)
+    assert_close(weight, matrix @ left @ right)
+    assert_close(torch.linalg.slogdet(weight).logabsdet, log_diag.sum(), condition=torch.linalg.cond(weight).item())
 
 
 class TestChannelMix:
@@ -223,15 +222,14 @@ class TestGaussian:
         assert_close(reference.gaussian_log_prob(z, mean, log_sd), expected, condition=8.0)
 
 
-class TestFlowStep:
-    @pytest.mark.parametrize("spec", SPECS, ids=spec_name)
-    def test_what_lies_between_two_nets(self, spec: CouplingSpec) -> None:
-        u, matrix, offset = randn(2, 4, 3), invertible(4), randn(4)
-        net_out = randn(2, 4 if spec.coupling == "affine" else 2, 3)
-        y, log_det = reference.coupling(u, net_out, spec)
-        mixed, mixed_log_det = reference.coupling_mix(u, net_out, matrix, offset, spec)
-        assert_close(mixed, torch.einsum("ij,njp->nip", matrix, y) + offset[:, None])
-        assert torch.equal(mixed_log_det, log_det)
-        back, back_log_det = reference.coupling_mix_inverse(y, net_out, matrix, offset, spec)
-        assert_close(back, torch.einsum("ij,njp->nip", matrix, u - offset[:, None]), condition=100.0)
-        assert_close(back_log_det, -log_det, condition=6.0)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_name)
+def test_what_lies_between_two_nets(spec: CouplingSpec) -> None:
+    u, matrix, offset = randn(2, 4, 3), invertible(4), randn(4)
+    net_out = randn(2, 4 if spec.coupling == "affine" else 2, 3)
+    y, log_det = reference.coupling(u, net_out, spec)
+    mixed, mixed_log_det = reference.coupling_mix(u, net_out, matrix, offset, spec)
+    assert_close(mixed, torch.einsum("ij,njp->nip", matrix, y) + offset[:, None])
+    assert torch.equal(mixed_log_det, log_det)
+    back, back_log_det = reference.coupling_mix_inverse(y, net_out, matrix, offset, spec)
+    assert_close(back, torch.einsum("ij,njp->nip", matrix, u - offset[:, None]), condition=100.0)
+    assert_close(back_log_det, -log_det, condition=6.0)
