@@ -1,4 +1,4 @@
-"""Coupling, of halves of the channels and of checkerboards, and the injector: what nets see, formulas, starts, actnorms.
+"""Coupling, of halves of the channels and of checkerboards, and the injector: what nets see, formulas and starts.
 
 Laws are in contract/test_laws.py.
 """

@@ -131,8 +131,8 @@ class TestWantedGradients:
 def test_layouts(budget: str) -> None:
     """Channels-last comes out as it went in."""
     case = Case("2d", budget)
-    expected, whole = case.backward(), case.whole()
-    for name, case.x in memory_layouts(case.x).items():
+    expected, whole, layouts = case.backward(), case.whole(), memory_layouts(case.x)
+    for name, case.x in layouts.items():
         out = run_net(plain_call(case.net), case.x, None, case.plan)
         assert_close(out, whole, CONDITION)
         assert name != "channels_last" or out.is_contiguous(memory_format=torch.channels_last)
