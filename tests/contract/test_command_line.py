@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import importlib.util
 import io
 import os
 import re
@@ -16,12 +17,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.edits import rgb_of
 from support.html_page import Page
 from support.program import contents, done, pyglow_fast
 from support.tiny_run import CLASSES, HELD_OUT, IMAGES, MODEL, SIDE, STEPS, made
@@ -37,14 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return found
 
 
-def pixels(path: Path) -> np.ndarray[Any, Any]:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
-
-
 def size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture that can be read whole."""
-    height, width, _ = pixels(path).shape
+    height, width, _ = rgb_of(path).shape
     return width, height
 
 
@@ -117,7 +113,7 @@ def test_sample(place: Path, tmp_path: Path) -> None:
         said = done("sample", "run", "--n", 6, "--columns", 3, "--scale", 2, "--out", out, *chosen)
         assert size(out) == grid(3, 2, 2 * SIDE)
         assert str(out) in said
-        drawn.append(pixels(out).tobytes())
+        drawn.append(rgb_of(out).tobytes())
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) == 4
 
@@ -133,14 +129,33 @@ def test_sample_in_a_process(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
 
 
-def test_temperatures(place: Path, tmp_path: Path) -> None:
-    """A picture with as many samples at each temperature as were asked for."""
-    out = tmp_path / "x.png"
-    said = done("sample", "run", "--n", 3, "--temperature", 0, 1, "--scale", 2, "--out", out)
-    assert "3 samples at temperature 0, 1" in said
-    width, height = size(out)
-    assert width > 3 * 2 * SIDE
-    assert height > 2 * 2 * SIDE
+@pytest.mark.parametrize(
+    ("words", "said", "width", "height"),
+    [
+        ("sample run --n 3 --temperature 0 1 --scale 2", ["3 samples at temperature 0, 1"], 3 * 2 * SIDE, 2 * 2 * SIDE),
+        (
+            "manipulate run folder:images --plus bright --minus dark --n 2",
+            ["bright minus dark", "2 held-out images"],
+            5 * SIDE,
+            2 * SIDE,
+        ),
+        (
+            "interpolate run --from 0 --to 1 --from 2 --to 3 --frames 3",
+            ["2 linear paths", ", 0 grey levels changed"],  # at the ends, which are the images
+            3 * SIDE,
+            2 * SIDE,
+        ),
+    ],
+)
+def test_a_picture_has_room_for_what_it_shows(
+    place: Path, tmp_path: Path, words: str, said: list[str], width: int, height: int
+) -> None:
+    """Samples at each temperature; held-out images along a direction; paths between the images themselves."""
+    found = done(*words.split(), "--out", tmp_path / "x.png")
+    assert all(part in found for part in said), found
+    columns, lines = size(tmp_path / "x.png")
+    assert columns > width
+    assert lines > height
 
 
 def test_evaluate_and_score_agree(place: Path, tmp_path: Path) -> None:
@@ -193,26 +208,6 @@ def test_ood(place: Path, tmp_path: Path) -> None:
     assert (foreign.sum(), len(found)) == (HELD_OUT, 2 * IMAGES)
     above = np.mean(bits[foreign][:, None] > bits[~foreign])
     assert figure(said, "AUROC") == pytest.approx(above, abs=1e-4)
-
-
-def test_manipulate(place: Path, tmp_path: Path) -> None:
-    """Held-out images along the direction of an attribute, one row an image."""
-    out = tmp_path / "x.png"
-    said = done("manipulate", "run", DATA, "--plus", "bright", "--minus", "dark", "--n", 2, "--out", out)
-    assert "bright minus dark" in said
-    assert "2 held-out images" in said
-    width, height = size(out)
-    assert width > 5 * SIDE
-    assert height > 2 * SIDE
-
-
-def test_interpolate_between_held_out_images(place: Path, tmp_path: Path) -> None:
-    """The ends of a path are the images themselves."""
-    out = tmp_path / "x.png"
-    said = done("interpolate", "run", "--from", 0, "--to", 1, "--from", 2, "--to", 3, "--frames", 3, "--out", out)
-    assert "2 linear paths" in said
-    assert ", 0 grey levels changed" in said  # at the ends, which are the images
-    assert size(out)[0] > 3 * SIDE
 
 
 def test_ablate(place: Path, tmp_path: Path) -> None:
@@ -300,12 +295,10 @@ def test_info_version_and_help() -> None:
 
 def test_the_help_of_training_is_short_and_there_is_a_long_one() -> None:
     """A dozen options that most need, and every setting where it is asked for."""
-    short, long = (set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", done("train", word), re.M)) for word in HELPS)
+    helps = [done("train", word) for word in ("--help", "--help-all")]
+    short, long = (set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", said, re.MULTILINE)) for said in helps)
     assert {"--out", "--preset", "--n-steps", "--max-minutes", "--help-all"} <= short < long
     assert len(short) < 25 < 50 < len(long)
-
-
-HELPS = ("--help", "--help-all")
 
 
 EDIT = ["--add", "bright", "dark", "0.5", "--keep", "0.5", "1", "--scale", "3"]
@@ -335,7 +328,7 @@ def test_a_picture_holds_the_command_that_makes_it(place: Path, tmp_path: Path, 
 def test_an_edit_of_nothing_is_the_image(place: Path, tmp_path: Path) -> None:
     """An edit changes what it is told to change, and nothing on the way there and back."""
     done("edit", "run", "images/dark/03.png", "--scale", 1, "--out", tmp_path / "x.png")
-    assert np.array_equal(pixels(tmp_path / "x.png"), pixels(place / "images" / "dark" / "03.png"))
+    assert np.array_equal(rgb_of(tmp_path / "x.png"), rgb_of(place / "images" / "dark" / "03.png"))
 
 
 def test_convert_does_not_advise_to_run_code(tmp_path: Path) -> None:
@@ -399,6 +392,16 @@ REFUSED: list[tuple[str, str]] = [
     ("sample cut --last --out x.png", ".*step-0000020.safetensors: expected a complete safetensors file, found .*"),
     ("sample flipped --last --out x.png", ".*step-0000020.safetensors: expected .*, found .*"),
     ("evaluate changed folder:images", ".*config.toml: expected model.hidden = 4, .*, found 8"),
+    # A run that is resumed as another, or on other images, which would let held-out ones slip into the training.
+    ("resume run --lr 0.5", "lr: expected .*, as the run was started with, found 0.5"),
+    ("resume run --hidden 8", "hidden: expected 4, as the run was started with, found 8"),
+    ("resume run --batch-size 4", "batch_size: expected 8, as the run was started with, found 4"),
+    ("resume run --held-out 0.3", "held_out: expected .*, as the run was started with, found 0.3"),
+    ("resume run --seed 1", "seed: expected 0, as the run was started with, found 1"),
+    ("resume run --flip", "flip: expected .*, as the run was started with, found .*"),
+    ("resume run --max-steps 15", "max_steps: expected more than the 20 steps done, found 15"),
+    ("resume run digits", "data: expected 'folder:images', as the run was started with, found 'digits'"),
+    ("resume run folder:fewer --max-steps 25", "data: expected the images that the run was started with, found .*"),
     # What commands make of a run.
     ("sample run --n 1000000 --out x.png", "n: expected at most .*, found 1000000"),
     ("sample run --temperature nan --out x.png", "temperature: expected a number, 0 or more, found nan"),
@@ -425,6 +428,14 @@ REFUSED: list[tuple[str, str]] = [
     ("convert pyglow run x.pt", "out: expected a name ending in .safetensors, found 'x.pt'"),
     ("convert glow run x.pt", ".*FORMAT: invalid choice: 'glow'.*"),
 ]
+if importlib.util.find_spec("gradio"):  # before anything is served; without gradio the page itself is refused
+    REFUSED += [
+        ("serve nowhere --no-browser", "runs: expected .*, found 'nowhere'"),
+        ("serve images --no-browser", "runs: expected .*, found 'images'"),
+        ("serve run --host 0.0.0.0 --no-browser", "host: expected 127.0.0.1, or a login.*, found .*"),
+        ("serve run --device gpu --no-browser", "device: expected .*, found .*gpu.*"),
+        ("serve run --port 99999999 --no-browser", "port: expected .*, found 99999999"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -437,6 +448,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "torn" / "00.png").write_bytes((here / "images" / "dark" / "00.png").read_bytes()[:60])
     (here / "odd.toml").write_text("speed = 3\n")
     (here / "torn.toml").write_text("lr = \n")
+    shutil.copytree(here / "images", here / "fewer")
+    (here / "fewer" / "dark" / "00.png").unlink()
     for name in ("cut", "flipped", "changed"):
         shutil.copytree(here / "run", here / name)
     for path in (here / "cut" / "checkpoints").iterdir():

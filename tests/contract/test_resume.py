@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from support.commands import Command, ranks
 from support.machine import made_once
-from support.program import contents, done, pyglow_fast
+from support.program import done, pyglow_fast
 from support.tiny_run import write_images
 
 PROGRAM = ["-m", "pyglow_fast"]
@@ -228,38 +228,6 @@ def test_a_second_process_in_the_same_folder_is_refused(place: Path) -> None:
     finally:
         first.kill()
         first.communicate()
-
-
-# Settings of a run that is resumed.
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--lr 0.5", "lr: expected .*, as the run was started with, found 0.5"),
-        ("--hidden 8", "hidden: expected 4, as the run was started with, found 8"),
-        ("--batch-size 4", "batch_size: expected 8, as the run was started with, found 4"),
-        ("--held-out 0.3", "held_out: expected .*, as the run was started with, found 0.3"),
-        ("--seed 1", "seed: expected 0, as the run was started with, found 1"),
-        ("--flip", "flip: expected .*, as the run was started with, found .*"),
-        ("--max-steps 15", "max_steps: expected more than the 20 steps done, found 15"),
-        ("digits", "data: expected 'folder:images', as the run was started with, found 'digits'"),
-    ],
-)
-def test_a_run_is_not_resumed_as_another(tiny: Path, words: str, message: str) -> None:
-    """A resumed run is the run that was begun, or it is refused and nothing is touched."""
-    before = contents(tiny)
-    ended = pyglow_fast("resume", "run", *words.split())
-    pattern = ".*".join(re.escape(part) for part in message.split(".*"))
-    assert re.fullmatch(f"error: {pattern}\n", ended.err), ended.err
-    assert (ended.code, ended.out, contents(tiny)) == (2, "", before)
-
-
-def test_a_run_is_not_resumed_on_other_images(tiny: Path) -> None:
-    """Otherwise held-out images slip into the training."""
-    (tiny / "images" / "dark" / "00.png").unlink()
-    before = contents(tiny)
-    ended = pyglow_fast("resume", "run", "--max-steps", "25")
-    assert ended.err.startswith("error: data: expected the images that the run was started with, ")
-    assert (ended.code, ended.err.count("\n"), contents(tiny)) == (2, 1, before)
 
 
 def test_settings_that_may_change_are_told(tiny: Path) -> None:
