@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from support import ROOT
-from support.graphed_stand_in import recorded_graphs
+from support.captures import recorded_graphs
 
 from bench import gpu_answers, gpu_check, gpu_kernels, gpu_questions, gpu_smoke, gpu_stages
 from bench.cases import Data, kernel_cases

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support import captures
-from support.library_ops import use_library
+from support.captures import use_library
 from torch.profiler import ProfilerActivity, profile
 
 from pyglow_fast import FlowStep, ReversibleSequence

@@ -14,8 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.captures import NotCapturableError, Recording, capture_guard
-from support.graphed_stand_in import recorded_graphs
+from support.captures import NotCapturableError, Recording, capture_guard, recorded_graphs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

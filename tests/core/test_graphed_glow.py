@@ -9,9 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from support.captures import drifting
+from support.captures import Side, drifting, recorded_graphs
 from support.gradients import perturbed
-from support.graphed_stand_in import Side, recorded_graphs
 from torch import Tensor
 
 import pyglow_fast as pgf

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.captures import use_library
 from support.covering import pairs
 from support.gradients import assert_stored_gradients, batch, ready
 from support.helpers import assert_close
-from support.library_ops import use_library
 from support.net_cases import randomised
 from torch import Tensor, nn
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.captures import Recording, capture_guard, like_a_gpu, waits
+from support.captures import Recording, capture_guard, like_a_gpu, use_library, waits
 from support.covering import pairs
 from support.glow_settings import CALM, CONFIGS, Setting
-from support.library_ops import use_library
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

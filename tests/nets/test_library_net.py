@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.captures import use_library
 from support.gradients import perturbed
-from support.library_ops import use_library
 
 import pyglow_fast as pgf
 from pyglow_fast import _backend

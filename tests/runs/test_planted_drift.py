@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.captures import drifting
+from support.captures import drifting, plant
 from support.chain_cases import EVERY_STEP, Case, cut_parts, only_python
 from support.covering import pairs
 from support.gradients import Memory, assert_same_gradients, both_ways, gradients, objective
-from support.wrong_states import plant
 from torch import Tensor
 
 import pyglow_fast as pgf

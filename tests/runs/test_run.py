@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.captures import use_library
 from support.chain_cases import only_python
 from support.covering import pairs
 from support.gradients import (
@@ -21,7 +22,6 @@ from support.gradients import (
     worst_error,
 )
 from support.helpers import assert_close
-from support.library_ops import use_library
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 

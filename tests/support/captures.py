@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pyglow_fast import _backend, replays
 from pyglow_fast._backend import extension, require
-from pyglow_fast.runs import steps
-from support.wrong_states import plant
+from pyglow_fast.runs import compiled, steps
 
 
 @contextlib.contextmanager
@@ -45,6 +45,11 @@ def like_a_gpu(compiled: bool = True) -> contextlib.AbstractContextManager[None]
     """
     runs = compiled and extension() is not None
     return _answering(can_read=False, can_capture=True, is_capturing=False, is_runnable=runs)
+
+
+def use_library(patch: pytest.MonkeyPatch, way: str = "library") -> None:
+    """Make nets the library's convolutions, or its products of "rows", on the CPU as on a GPU."""
+    patch.setattr(_backend, "_nets", lambda: way)
 
 
 def capturing() -> contextlib.AbstractContextManager[None]:
@@ -282,6 +287,68 @@ def capture_guard() -> Iterator[None]:
         stack.enter_context(_Functions())
         stack.enter_context(_Operations())
         yield
+
+
+class Side:
+    """A stand-in for the side stream, and whether it is the current one."""
+
+    def __init__(self) -> None:
+        self.is_current = False
+
+    @contextlib.contextmanager
+    def entered(self, stream: object) -> Iterator[None]:
+        assert stream is self
+        self.is_current = True
+        try:
+            yield
+        finally:
+            self.is_current = False
+
+    def capture(self, function: Callable[[], Any], stream: object) -> tuple[Callable[[], None], Any]:
+        assert stream is self, "captured on another stream than the one that was warmed up"
+        with Recording() as graph, capture_guard():
+            result = function()
+        return graph.replay, result
+
+
+@contextlib.contextmanager
+def recorded_graphs() -> Iterator[Side]:
+    """A context in which Replays takes the CPU for a GPU, and its captures are recordings."""
+    side = Side()
+    own = {"_side_stream": lambda device: side, "_on": side.entered, "_capture": side.capture}
+    own["rehearsed"] = capture_guard
+    with like_a_gpu(), mock.patch.multiple(replays, **own):
+        yield side
+
+
+class _Wrong:
+    """The extension, whose backward of a run in mode "reversible" begins from another output than the true one."""
+
+    def __init__(self, factor: Tensor, only: int | None) -> None:
+        self._factor, self._only, self._calls = factor, only, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(require(), name)
+
+    def BackwardArgs(self, z: Any, **rest: Any) -> Any:
+        """With z off by the factor in all nodes, or in one, counted from the last."""
+        self._calls += 1
+        wrong = z is not None and self._only in (None, self._calls)  # none where all states are kept
+        return require().BackwardArgs(z=z * self._factor if wrong else z, **rest)
+
+
+def plant(patch: pytest.MonkeyPatch, factor: float | Tensor, only: int | None = None) -> Tensor:
+    """Make the states that the compiled run recomputes wrong from now on; the factor may be written to later.
+
+    Args:
+        patch: undoes it.
+        factor: that the output, from which a backward begins, is multiplied by.
+        only: of so many nodes that a backward runs through, counted from 1, that one; None: all.
+    """
+    held = torch.as_tensor(factor)
+    wrong = _Wrong(held, only)
+    patch.setattr(compiled, "require", lambda: wrong)
+    return held
 
 
 def drifting(patch: pytest.MonkeyPatch, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyglow_fast import _float32
-from support.library_ops import use_library
+from support.captures import use_library
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: (0, 1), _aten.bmm.default: (0, 1)}

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.captures import drifting
+from support.captures import drifting, recorded_graphs
 from support.commands import ranks
-from support.graphed_stand_in import recorded_graphs
 from torch import Tensor
 from train.run_cases import TINY_MODEL, MakeState
 
@@ -75,7 +74,7 @@ def test_replays_are_the_steps_to_the_bit(new_state: MakeState, fields: dict[str
 PROGRAM = """
 import sys, torch
 sys.path[:0] = {paths!r}
-from support.graphed_stand_in import recorded_graphs
+from support.captures import recorded_graphs
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.train import TrainConfig, TrainState, open_ranks
