@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import captures
-from support.captures import use_library
+from support.captures import READS, like_a_gpu, use_library
 from torch.profiler import ProfilerActivity, profile
 
 from pyglow_fast import FlowStep, ReversibleSequence
@@ -55,7 +54,7 @@ def profiled(memory: str, n_steps: int, hidden: int, precision: str, as_on_a_gpu
 
     for _ in range(2):  # the actnorms take their scales from the first
         train()
-    answers = captures.like_a_gpu() if as_on_a_gpu else contextlib.nullcontext()
+    answers = like_a_gpu() if as_on_a_gpu else contextlib.nullcontext()
     with answers, profile(activities=[ProfilerActivity.CPU]) as profiler:
         train()
     return list(profiler.events())
@@ -90,4 +89,4 @@ def test_a_run_reads_nothing_that_a_graph_cannot(
     use_library(monkeypatch, way)
     names = [event.name.rpartition("::") for event in profiled(memory, 2, 8, "fp32", as_on_a_gpu=True)]
     assert any(space == "pyglow_fast" for space, _, _ in names)
-    assert sum(name in captures.READS for _, _, name in names) == reads
+    assert sum(name in READS for _, _, name in names) == reads
