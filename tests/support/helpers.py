@@ -1,14 +1,11 @@
-"""What the tests measure with: tolerances that follow from the arithmetic, and the laws that every bijection obeys.
+"""What the tests measure with: tolerances that follow from the arithmetic, and what makes a map a bijection.
 
 A check that cannot fail proves nothing: tests/test_helpers.py shows of those that decide what is equal that they can.
 """
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,65 +128,6 @@ def assert_bijection(layer: nn.Module, x: Tensor, cond: Tensor | None = None) ->
     assert torch.equal(x, before), "the input was changed"
 
 
-def assert_state_round_trip(layer: nn.Module, fresh: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """Check that a fresh layer that loads the state is the same map, to the bit, and not initialised by training.
-
-    The state goes through torch.save and a load that runs no code. ``fresh`` is left in training mode on purpose: its
-    first forward would initialise it from x, had it not loaded that this was done.
-    """
-    stream = io.BytesIO()
-    torch.save(layer.state_dict(), stream)
-    stream.seek(0)
-    state = torch.load(stream, weights_only=True)
-    fresh.load_state_dict(state)
-    fresh.train()
-    for got, expected in zip(fresh(x, cond), layer(x, cond), strict=True):
-        assert torch.equal(got, expected), "another map than the one that was saved"
-    fresh(3.0 * x + 1.0, cond)  # a batch that would initialise quite differently
-    after = fresh.state_dict()
-    assert after.keys() == state.keys()
-    for name, value in state.items():
-        assert torch.equal(after[name], value), f"{name} changed after loading"
-
-
-def assert_every_parameter_learns(layer: nn.Module, objective: Tensor) -> None:
-    """Check that every parameter gets a finite gradient that is not zero all over."""
-    parameters = dict(layer.named_parameters())
-    if not parameters:
-        return
-    gradients = torch.autograd.grad(objective, list(parameters.values()), allow_unused=True)
-    for name, gradient in zip(parameters, gradients, strict=True):
-        assert gradient is not None, f"{name} gets no gradient"
-        assert gradient.isfinite().all(), f"{name} gets a gradient with NaN or inf"
-        assert gradient.any(), f"{name} gets a gradient of zeros"
-
-
-def assert_samples_independent(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """Check that a permuted batch gives permuted results, and a sample alone what it gives in the batch."""
-    z, log_det = layer(x, cond)
-    order = torch.arange(x.shape[0], device=x.device).roll(1)
-    permuted = layer(x[order], None if cond is None else cond[order])
-    assert_close(permuted[0], z[order])
-    assert_close(permuted[1], log_det[order])
-    alone = layer(x[1:2], None if cond is None else cond[1:2])
-    assert_close(alone[0], z[1:2])
-    assert_close(alone[1], log_det[1:2])
-
-
-def assert_repeatable(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """Check that two runs give the same bits: outputs, inverse and gradients."""
-
-    def run() -> list[Tensor]:
-        leaf = x.detach().clone().requires_grad_()
-        z, log_det = layer(leaf, cond)
-        inputs = [leaf, *layer.parameters()]
-        gradients = torch.autograd.grad(z.square().sum() + log_det.sum(), inputs, allow_unused=True)
-        return [z, log_det, *layer.inverse(z, cond), *(gradient for gradient in gradients if gradient is not None)]
-
-    for first, second in zip(run(), run(), strict=True):
-        assert torch.equal(first, second), "two runs differ"
-
-
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The values of x (N, C, *spatial) in other memory, which is NaN between and beside them.
 
@@ -231,45 +169,3 @@ def memory_layouts(x: Tensor) -> dict[str, Tensor]:
     if x.dim() >= 4 and x.numel():
         names += ["channels_inside", "channels_last"]
     return {name: laid_out(x, name) for name in names}
-
-
-def assert_layouts_equal(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """Check that values count, not strides: every layout of the input gives the same forward, inverse and gradient."""
-    leaf = x.detach().clone().requires_grad_()
-    z, log_det = layer(leaf, cond)
-    (gradient,) = torch.autograd.grad(z.square().sum() + log_det.sum(), leaf)
-    expected_inverse = layer.inverse(z, cond)
-    for layout in memory_layouts(x).values():
-        leaf = layout.detach().requires_grad_()
-        got, got_log_det = layer(leaf, cond)
-        assert_close(got, z)
-        assert_close(got_log_det, log_det)
-        assert_close(torch.autograd.grad(got.square().sum() + got_log_det.sum(), leaf)[0], gradient)
-    for layout in memory_layouts(z.detach()).values():
-        for inverted, expected in zip(layer.inverse(layout, cond), expected_inverse, strict=True):
-            assert_close(inverted, expected)
-
-
-def assert_copies(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """Check that deepcopy and pickle give the same map, and that a copy shares nothing with its original."""
-    z, log_det = layer(x, cond)
-    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        got, got_log_det = duplicate(x, cond)
-        assert torch.equal(got, z)
-        assert torch.equal(got_log_det, log_det)
-        with torch.no_grad():
-            for value in (*duplicate.parameters(), *duplicate.buffers()):
-                value.zero_()
-        assert torch.equal(layer(x, cond)[0], z), "the copy shares memory with its original"
-
-
-def assert_empty_batch(layer: nn.Module, x: Tensor, cond: Tensor | None = None) -> None:
-    """Check that no samples in give no samples out: every shape is that of a batch with N = 0."""
-    z, _ = layer(x, cond)
-    none_of = None if cond is None else cond[:0]
-    empty, log_det = layer(x[:0], none_of)
-    assert empty.shape == (0, *z.shape[1:])
-    assert log_det.shape == (0,)
-    back, log_det = layer.inverse(empty, none_of)
-    assert back.shape == (0, *x.shape[1:])
-    assert log_det.shape == (0,)
