@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast.interop import Acceleration, accelerate
+from pyglow_fast.interop import accelerate
 from support import accelerate_cases
 from support.accelerate_cases import wait_for_data, weighted
+from support.gradients import relative_error
 from support.helpers import tensors, tolerance
 from support.structures import Structure, Tensors
 
@@ -54,11 +55,7 @@ def outputs(case: Structure, model: nn.Module) -> dict[str, Tensor]:
 def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Compute the error of each tensor in the Euclidean norm, relative to the expected one's (or to 1 if less)."""
     assert found.keys() == expected.keys()
-    assert all(found[name].shape == value.shape for name, value in expected.items())
-    return {
-        name: float((found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1.0))
-        for name, value in expected.items()
-    }
+    return {name: relative_error(found[name], value) for name, value in expected.items()}
 
 
 def assert_same(case: Structure, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -186,11 +183,6 @@ def a_fresh_model_starts_from_its_first_batch_as_theirs(case: Structure) -> None
             assert_same(case, outputs(case, ours), expected)
 
 
-def joined_steps(done: Acceleration) -> int:
-    """Count the steps that run in a memory mode; those that their model calls one by one are reported by name."""
-    return sum(int(report["steps"]) for report in done.memory_report()) or len(done.joined)
-
-
 def the_report_names_what_was_done_and_twice_is_harmless(case: Structure) -> None:
     """Otherwise a user takes a model for accelerated that is not, or loses it by a second call."""
     theirs, ours = case.model(), case.model()
@@ -206,7 +198,8 @@ def the_report_names_what_was_done_and_twice_is_harmless(case: Structure) -> Non
             assert reason.strip()
             assert "\n" not in reason
             assert f"  {name or '(the model itself)'}: {reason}\n" in f"{report}\n"
-    assert joined_steps(done) == case.joined
+    # Steps that run in a memory mode; those that their model calls one by one are reported by name.
+    assert (sum(int(report["steps"]) for report in done.memory_report()) or len(done.joined)) == case.joined
     assert all("'reversible'" in text for text in done.joined.values())
 
     again = accelerate(ours, "reversible")

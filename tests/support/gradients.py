@@ -103,6 +103,7 @@ def gradients(model: nn.Module, x: Tensor, cond: Tensor | None = None, run: Run 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Compute the error in the Euclidean norm, against the expected one (or 1 if that is smaller)."""
+    assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).norm()
     return float(error / expected.double().norm().clamp(min=1.0))
 
