@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.accelerate_cases import at_work
+from support.accelerate_cases import at_work, results
 from support.gradients import CONDITION
 from support.helpers import assert_close, tensors
 from support.structures import BY_NAME
@@ -113,14 +113,10 @@ def held(model: nn.Module, attribute: str) -> list[nn.Module]:
 
 
 def outputs(name: str, model: nn.Module) -> list[Tensor]:
-    """Outputs and log-det, and the gradients of the parameters."""
-    case = BY_NAME[name]
-    data, conditions = case.batch()
-    values = list(tensors(case.forward(model, data, conditions)))
-    wanted = [value for value in model.parameters() if value.requires_grad]
-    objective = sum((value.square().sum() for value in values), torch.zeros(()))
-    grads = torch.autograd.grad(objective, wanted, allow_unused=True)
-    return [*values, *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, grads, strict=True))]
+    """Outputs and log-det, and the gradients of data and parameters."""
+    data, conditions = BY_NAME[name].batch()
+    found = results(model, lambda model, *data: BY_NAME[name].forward(model, list(data), conditions), *data)
+    return list(found.values())
 
 
 @pytest.mark.parametrize("memory", [None, pytest.param("store", marks=pytest.mark.full), "reversible"], ids=str)
