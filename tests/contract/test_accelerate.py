@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 from support.accelerate_cases import subnet
 from support.accelerate_laws import LAWS, assert_same, latents_of, results
-from support.freia_copies import AtanClamp, Counting, Detached, InEvaluation, InTraining
-from support.structures import STRUCTURES, Structure, of_freia, plain
-from torch import nn
+from support.freia_copies import WRONG
+from support.structures import BY_NAME, STRUCTURES, Structure, of_freia, plain
 
 from pyglow_fast.interop import accelerate
 
@@ -44,17 +43,14 @@ def test_laws(case: Structure, law: Callable[[Structure], None]) -> None:
 )
 def test_the_report_says_what_is_left_and_why(name: str, words: str) -> None:
     """Otherwise a user cannot tell what to change in a model that gains nothing."""
-    model = next(case for case in STRUCTURES if case.name == name).model()
-    assert any(words in reason for reason in accelerate(model, "reversible").left.values())
+    assert any(words in reason for reason in accelerate(BY_NAME[name].model(), "reversible").left.values())
 
 
-@pytest.mark.parametrize(
-    "block", [AtanClamp, Counting, Detached, InTraining, InEvaluation], ids=lambda block: block.__name__
-)
+@pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("memory", [None, "reversible"], ids=str)
-def test_a_block_that_computes_something_else_is_left(block: type[nn.Module], memory: str | None) -> None:
+def test_a_block_that_computes_something_else_is_left(name: str, memory: str | None) -> None:
     """Another clamp, a side effect, other gradients, another value in one of the modes: a probe finds each."""
-    case = of_freia("other", plain((4, 5, 6), subnet, block), (4, 5, 6), 0)
+    case = of_freia("other", plain((4, 5, 6), subnet, WRONG[name]), (4, 5, 6), 0)
     theirs, ours = case.model(), case.model()
     latents = latents_of(case, theirs)
     done = accelerate(ours, memory)
@@ -66,7 +62,7 @@ def test_a_block_that_computes_something_else_is_left(block: type[nn.Module], me
 
 def test_a_stored_inverse_passes_no_gradient_to_its_matrix() -> None:
     """Glow-TTS after ``store_inverse()``: the inverse is by a copy of the inverted matrix, a constant."""
-    case = next(case for case in STRUCTURES if case.name == "glow-tts-weight-norm")
+    case = BY_NAME["glow-tts-weight-norm"]
     theirs, ours = case.model(), case.model()
     latents = latents_of(case, theirs)
     accelerate(ours, "reversible")
