@@ -1,4 +1,4 @@
-"""Coupling nets that a user writes, and training in threads, give the stored gradients in every memory mode.
+"""Coupling nets and steps that a user writes, and training in threads, give the stored gradients in every memory mode.
 
 Where a test below fails, a part of a user's net is trained wrongly or never.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.gradients import (
+    CONDITION,
     Gradients,
     Memory,
     assert_same_gradients,
@@ -29,6 +30,8 @@ from support.gradients import (
     ready,
     steps,
 )
+from support.helpers import assert_close
+from support.hiding_blocks import Shifts, plain_net
 from support.net_cases import DropoutNet
 from support.user_steps import Build, Checkpointed, Nested, runs
 from torch import Tensor, nn
@@ -225,6 +228,47 @@ def test_nets_of_lent_parameters(name: str) -> None:
     expected = found(sequence)
     for memory in memories_of(sequence):
         assert_same_gradients(found(memory.of(sequence, x)), expected, memory)
+
+
+# ---------------------------------------------------------------------------------------------- steps without a log-det
+
+
+class ShiftsBoth(nn.Module):
+    """Additive both ways, as blocks that hide images are: its log_det would be 0, and it gives none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Shifts(2, 2, plain_net)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.block(z, rev=True)
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
+@pytest.mark.parametrize("way", ["forward", "inverse"])
+def test_steps_without_a_log_det(way: str, memory: str) -> None:
+    """A sequence of them gives z alone, with the gradients of the steps in turn; it is refused with others among them.
+
+    Else the sum of log-dets would be one without theirs.
+    """
+    steps, x = [ShiftsBoth().double() for _ in range(4)], batch()
+    sequence = pgf.ReversibleSequence(steps, memory)
+
+    def in_turn(x: Tensor) -> Tensor:
+        for step in steps if way == "forward" else steps[::-1]:
+            x = getattr(step, way)(x)
+        return x
+
+    both = getattr(sequence, way), in_turn
+    assert_close(both[0](x), both[1](x), CONDITION)
+    found, expected = (gradients(sequence, x, None, lambda x, _, run=run: run(x).sin().sum()) for run in both)
+    for name, grad in expected.items():
+        assert_close(found[name], grad, CONDITION)
+    with pytest.raises(ValueError, match="steps: expected a log_det from all of them, or from none"):
+        pgf.ReversibleSequence([pgf.ActNorm(4), *steps[:1]], memory).double().eval()(x)
 
 
 # -------------------------------------------------------------------------------------------------------------- threads
