@@ -60,8 +60,7 @@ class Scaled(nn.Module):
         self.net = net
 
     def forward(self, *given: Any, **named: Any) -> Tensor:
-        out: Tensor = 0.9 * self.net(*given, **named)
-        return out
+        return 0.9 * self.net(*given, **named)
 
 
 def exchange_net(attribute: str) -> Callable[[Any], None]:

@@ -95,8 +95,7 @@ class Counted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        out: Tensor = self.conv(x)
-        return out
+        return self.conv(x)
 
 
 @both_ways
@@ -126,8 +125,7 @@ class Writing(nn.Module):
         self.net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 4, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
+        return self.net(x)
 
 
 def shared() -> list[nn.Module]:

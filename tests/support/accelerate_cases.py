@@ -55,8 +55,7 @@ class WithContext(nn.Module):
         self.body = body
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        out: Tensor = self.body(inputs)
-        return out
+        return self.body(inputs)
 
 
 def leaky_context_net(c_in: int, c_out: int) -> nn.Module:

@@ -141,8 +141,7 @@ class OwnNet(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Map x, and cond, to the coupling's parameters."""
-        out: Tensor = self.last(torch.tanh(self.first(x if cond is None else torch.cat([x, cond], dim=1))))
-        return out
+        return self.last(torch.tanh(self.first(x if cond is None else torch.cat([x, cond], dim=1))))
 
 
 def _net_with_condition(inputs: int, outputs: int) -> nn.Module:

@@ -126,8 +126,7 @@ def run_ranks(work: Callable[..., None], folder: Path, ranks: int, seconds: floa
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+        return sock.getsockname()[1]
 
 
 @contextmanager

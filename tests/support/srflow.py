@@ -179,8 +179,7 @@ class FlowStep(nn.Module):
 
     def predicted(self, z1: Tensor) -> Tensor:
         """What the net of the coupling says."""
-        out: Tensor = self.f(z1)
-        return out
+        return self.f(z1)
 
     def _permuted(self, z: Tensor, logdet: Any, reverse: bool) -> tuple[Tensor, Any]:
         if self.flow_permutation == "invconv":

@@ -81,8 +81,7 @@ class Checkpointed(nn.Module):
         self.net = pgf.CouplingNet(2, 4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(self.net, x, use_reentrant=False)
-        return out
+        return checkpoint(self.net, x, use_reentrant=False)
 
 
 class Nested(nn.Module):
@@ -94,8 +93,7 @@ class Nested(nn.Module):
         self.conv = nn.Conv2d(2, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(self.inner(x)[0].tanh())
-        return out
+        return self.conv(self.inner(x)[0].tanh())
 
 
 def mixed(cond: bool = False, **options: object) -> pgf.ReversibleSequence:

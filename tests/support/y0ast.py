@@ -65,9 +65,7 @@ class FlowStep(srflow.FlowStep):
                 self.flow_permutation = lambda z, logdet, rev: (self.reverse(z, rev), logdet)
 
     def predicted(self, z1: Tensor) -> Tensor:
-        out: Tensor = self.block(z1)
-        return out
+        return self.block(z1)
 
     def _permuted(self, z: Tensor, logdet: Any, reverse: bool) -> tuple[Tensor, Any]:
-        found: tuple[Tensor, Any] = self.flow_permutation(z, logdet, reverse)
-        return found
+        return self.flow_permutation(z, logdet, reverse)
