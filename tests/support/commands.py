@@ -73,10 +73,8 @@ class Command:
         self._process.start()
 
     @property
-    def pid(self) -> int:
-        found = self._process.pid
-        assert found is not None
-        return found
+    def pid(self) -> int | None:
+        return self._process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -123,17 +121,13 @@ def run_ranks(work: Callable[..., None], folder: Path, ranks: int, seconds: floa
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 @contextmanager
 def ranks(place: Path, *commands: list[str]) -> Iterator[list[Command]]:
     """The processes of one run, a command line each, with the environment that torchrun would give them."""
     shared = os.environ | {"WORLD_SIZE": f"{len(commands)}", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_PORT": f"{free_port()}"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared["MASTER_PORT"] = f"{free.getsockname()[1]}"
     processes = [
         Command(words, place, shared | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
         for rank, words in enumerate(commands)

@@ -30,11 +30,6 @@ def blocks(text: str) -> list[Block]:
     return [Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in _BLOCK.finditer(text)]
 
 
-def code(text: str, language: str) -> list[str]:
-    """The blocks in one language."""
-    return [block.code for block in blocks(text) if block.language == language]
-
-
 def shell_commands(shell: str) -> Iterator[list[str]]:
     """The words of each command; a backslash at the end of a line continues it, # begins a comment."""
     for line in shell.replace("\\\n", " ").splitlines():

@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pyglow_fast.cli import main
 from support import ROOT
 from support.commands import Command
+from support.latent_runs import train
+from support.tiny_run import SIDE, write_images
 
 MUST = "PYGLOW_BROWSER"  # "must": what is missing fails a test instead of skipping it
 WAIT = 120.0  # seconds that anything may take on a busy machine, where a test waits for it
 SMALL_PAGE = ROOT / "tests" / "web" / "small_page.py"
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 NAMES = ("<img src=x onerror=alert(1)>", 'größe & "so" on')  # of folders of images
-SIDE = 16
 
 
 def chromium() -> str | None:
@@ -108,18 +108,10 @@ def wait_for(read: Callable[[], Any], wanted: Any) -> None:
 
 def make_runs(root: Path) -> None:
     """Writes small runs: ``digits`` with classes, ``colour`` on images whose folders have hostile names."""
-    rng, images = np.random.default_rng(0), root / "images"
-    for i, name in enumerate(NAMES):
-        (images / name).mkdir(parents=True)
-        for j in range(8):
-            values = rng.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
-            values[..., i] += np.uint8(100)
-            Image.fromarray(values).save(images / name / f"{j}.png")
-    tiny = ["--n-steps", "2", "--hidden", "4", "--device", "cpu", "--sample-count", "4", "--quiet", "--max-steps", "10"]
-    words = ["digits", "--out", str(root / "runs" / "digits"), "--class-conditional", "--n-levels", "1"]
-    assert main(["train", *words, "--eval-images", "32", *tiny]) == 0
-    words = [f"folder:{images}", "--out", str(root / "runs" / "colour"), "--size", str(SIDE), "--held-out", "0.3"]
-    assert main(["train", *words, "--n-levels", "2", "--batch-size", "4", "--eval-images", "4", *tiny]) == 0
+    write_images(root / "images", 8, SIDE, names=NAMES)
+    train("digits", root / "runs" / "digits", "--n-levels", "1", "--class-conditional")
+    options = ["--size", f"{SIDE}", "--held-out", "0.3", "--n-levels", "2", "--batch-size", "4", "--eval-images", "4"]
+    train(f"folder:{root / 'images'}", root / "runs" / "colour", *options)
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
