@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from support import ROOT, native_builds
+from support import ROOT, toolchain
 from support.toolchain import KEPT, loaded_first
 
 from pyglow_fast import _backend
@@ -121,10 +121,10 @@ def cross_built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[st
     source, folder = ROOT / "tests" / "aarch64", KEPT.parent / "aarch64"
     options = {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64", "CMAKE_CXX_COMPILER": COMPILER}
     options["Python_INCLUDE_DIR"] = sysconfig.get_paths()["include"]  # of which the kernels use nothing
-    native_builds.cmake(source, folder / "kernels", "kernels", **options)
-    native_builds.cmake(source, folder / "module", "_C", **PORTABLE)
+    toolchain.cmake(source, folder / "kernels", "kernels", **options)
+    toolchain.cmake(source, folder / "module", "_C", **PORTABLE)
     modules = (folder / "module" / "package").glob("_C*.so")
-    package = native_builds.package(tmp_path_factory.mktemp("aarch64"), modules)
+    package = toolchain.package(tmp_path_factory.mktemp("aarch64"), modules)
     return package, [EMULATOR, str(folder / "kernels" / "kernels")]
 
 
@@ -172,10 +172,10 @@ def test_bindings_and_kernels_are_clean(tmp_path: Path) -> None:
     folder = KEPT.parent / "sanitized"
     # The sanitizers' own symbols are not those that the build checks for by nm.
     options = {"CMAKE_CXX_FLAGS": SANITIZED, "CMAKE_NM": "", "PYGLOW_UNOPTIMISED": "pyglow_cpu_portable"}
-    native_builds.cmake(ROOT, folder, CMAKE_BUILD_TYPE="None", **options, **PORTABLE)
+    toolchain.cmake(ROOT, folder, CMAKE_BUILD_TYPE="None", **options, **PORTABLE)
     modules = [*folder.glob("_C*.so")]
     assert all(b"__asan_init" in module.read_bytes() for module in modules)
-    package = native_builds.package(tmp_path, modules)
+    package = toolchain.package(tmp_path, modules)
     environment = {
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",

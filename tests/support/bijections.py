@@ -144,10 +144,6 @@ class OwnNet(nn.Module):
         return self.last(torch.tanh(self.first(x if cond is None else torch.cat([x, cond], dim=1))))
 
 
-def _net_with_condition(inputs: int, outputs: int) -> nn.Module:
-    return OwnNet(inputs, outputs, 2)
-
-
 def _glow(name: str, cond_shape: tuple[int, ...] | None = None, **fields: Any) -> Bijection:
     given = {"n_levels": 2, "n_steps": 2, "hidden": 4, **fields}
     return Bijection(name, lambda: GlowAsLayer(pgf.Glow(**given)), fields["image_shape"], cond_shape)
@@ -249,7 +245,6 @@ BIJECTIONS = [
     Bijection("split-uneven-cond", lambda: pgf.Split(5, factored=2, dims=1, cond_channels=2), (5, 4), (2, 4)),
     Bijection("split-fixed-prior", lambda: pgf.Split(4, learn_prior=False), (4, 3, 2)),
     _glow("glow", image_shape=(3, 4, 8), n_steps=1),
-    _glow("glow-one-channel", image_shape=(1, 8, 4)),
     _glow("glow-1d", image_shape=(2, 8)),
     _glow("glow-3d", image_shape=(1, 2, 2, 4), n_levels=1),
     _glow("glow-cond", (2,), image_shape=(1, 4, 4), cond_channels=2, net_actnorm=True),
@@ -282,8 +277,7 @@ BIJECTIONS = [
         cond_channels=2,
         injector=True,
         n_transitions=1,
-        net=_net_with_condition,
+        net=partial(OwnNet, cond_channels=2),
     ),
     _glow("glow-without-splits", image_shape=(1, 4, 4), n_splits=0, learn_top=False),
-    _glow("glow-shuffle", image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"),
 ]
