@@ -9,7 +9,6 @@ import pytest
 import torch
 from support import accelerate_cases
 from support.accelerate_cases import saved_bytes
-from support.halos import halo_is_enough
 from support.hiding_blocks import (
     GrownNet,
     Hides,
@@ -20,6 +19,7 @@ from support.hiding_blocks import (
     Shifts,
     plain_net,
 )
+from support.net_cases import halo_is_enough
 from torch import Tensor, nn
 
 from bench.memory_meter import peak_tensor_bytes
