@@ -282,22 +282,20 @@ def test_float32_is_at_most_twice_as_far_off_as_plain_torch(name: str) -> None:
         assert found <= 2.0 * error, f"{memory}: error {found:.2e}, plain torch {error:.2e}"
 
 
-def strong_steps(depth: int, spread: float) -> Any:
-    """Random steps whose nets scale strongly: inverting them amplifies rounding by orders of magnitude. Float64."""
-    steps: list[Any] = [pgf.FlowStep(12, 16) for _ in range(depth)]
-    for step in steps:
-        for parameter in (step.coupling.net.conv3.weight, step.coupling.net.conv3.bias):
-            nn.init.normal_(parameter, std=spread)
-        nn.init.normal_(step.actnorm.log_scale, std=0.1)
-        nn.init.normal_(step.actnorm.bias, std=0.3)
-    return pgf.ReversibleSequence(steps, "store").double().eval()
-
-
 @both_ways
 @pytest.mark.parametrize(("depth", "spread"), [(32, 0.06), (64, 0.04), (32, 0.1)])
 def test_states_that_drift_are_computed_again(way: str, depth: int, spread: float) -> None:
-    """A flow that float32 cannot invert: other implementations of reversible training give a wrong gradient here."""
-    sequence, x = strong_steps(depth, spread), batch(2, 12, 8, 8)
+    """A flow that float32 cannot invert: other implementations of reversible training give a wrong gradient here.
+
+    Its nets scale strongly, so that inverting the steps amplifies rounding by orders of magnitude.
+    """
+    steps: list[Any] = [pgf.FlowStep(12, 16) for _ in range(depth)]
+    for step in steps:
+        for parameter in step.coupling.net.conv3.parameters():
+            nn.init.normal_(parameter, std=spread)
+        nn.init.normal_(step.actnorm.log_scale, std=0.1)
+        nn.init.normal_(step.actnorm.bias, std=0.3)
+    sequence, x = pgf.ReversibleSequence(steps, "store").double().eval(), batch(2, 12, 8, 8)
     if way == "inverse":  # else values run away
         z = batch(64, 12, 8, 8)
         for step in list(sequence)[::-1]:

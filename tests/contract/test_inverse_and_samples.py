@@ -235,6 +235,7 @@ def test_every_write_to_a_parameter_is_seen_by_the_next_call() -> None:
 
 FIELDS: dict[str, Any] = {"image_shape": (1, 8, 8), "n_levels": 2, "n_steps": 3, "hidden": 4, "net_actnorm": True}
 MODES = ("store", "checkpoint", "reversible")
+WHOLE_BATCH = torch.rand(8, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) - 0.5
 
 
 class Loss(nn.Module):
@@ -263,14 +264,10 @@ def trained(loss_of: nn.Module, x: Tensor) -> list[Tensor]:
     return [*found, *(value.detach() for value in loss_of.parameters())]
 
 
-def whole_batch() -> Tensor:
-    return torch.rand(8, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) - 0.5
-
-
 def work_of_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    share = whole_batch()[4 * rank : 4 * rank + 4]
+    share = WHOLE_BATCH[4 * rank : 4 * rank + 4]
     found = {mode: trained(DistributedDataParallel(Loss(mode)), share) for mode in MODES}
     torch.save(found, Path(folder) / f"{rank}.pt")
     torch.distributed.barrier()
@@ -280,7 +277,7 @@ def work_of_rank(rank: int, folder: str) -> None:
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     """DistributedDataParallel: initialised from both ranks' batches, and the gradients are those of the whole batch."""
     ranks = run_ranks(work_of_rank, tmp_path, 2)
-    expected = trained(Loss("store"), whole_batch())
+    expected = trained(Loss("store"), WHOLE_BATCH)
     for mode in MODES:
         for found in ranks:
             assert_same_gradients(dict(enumerate(found[mode])), dict(enumerate(expected)), mode)

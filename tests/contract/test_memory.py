@@ -32,15 +32,15 @@ def level(depth: int, memory: Memory, channels: int = C, hidden: int = HIDDEN, *
     return sequence
 
 
+def step(sequence: Any, x: torch.Tensor) -> None:
+    z, log_det = sequence(x)
+    (z.square().sum() - log_det.sum()).backward()
+
+
 def peak_bytes(depth: int, memory: Memory, shape: tuple[int, ...], **options: Any) -> int:
     """The most that a forward and backward have at a time, beyond parameters, their accumulated gradients and x."""
     sequence, x = level(depth, memory, shape[1], **options), torch.randn(shape)
-
-    def step() -> None:
-        z, log_det = sequence(x)
-        (z.square().sum() - log_det.sum()).backward()
-
-    return peak_tensor_bytes(step)
+    return peak_tensor_bytes(lambda: step(sequence, x))
 
 
 def kept_bytes(depth: int, memory: Memory, shape: tuple[int, ...], **options: Any) -> int:
@@ -101,16 +101,11 @@ def test_nothing_is_kept_after_the_backward() -> None:
     """Else memory grows from training step to training step."""
     for memory in (STORED, CHECKPOINT, REVERSIBLE, WITHOUT_ANCHORS, Memory("reversible", 2, 1)):
         sequence, x = level(6, memory), torch.randn(2, C, 8, 8)
-
-        def step(sequence: Any = sequence, x: torch.Tensor = x) -> None:
-            z, log_det = sequence(x)
-            (z.square().sum() - log_det.sum()).backward()
-
-        step()
+        step(sequence, x)
         gc.collect()
         with MemoryMeter() as meter:
             for _ in range(3):
-                step()
+                step(sequence, x)
             gc.collect()
             assert meter.now <= KiB, memory
 

@@ -33,7 +33,7 @@ def test_its_images_come_with_the_package() -> None:
 
 
 def test_nothing_is_measured_when_it_is_opened(opened: OpenRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Directions and scores lie beside the weights; the scores are those of its report, which its README tells."""
+    """Directions and scores lie beside the weights; its report, which opens, and its README tell these scores."""
 
     def measured() -> None:
         raise AssertionError("the images were asked for")
@@ -47,6 +47,7 @@ def test_nothing_is_measured_when_it_is_opened(opened: OpenRun, monkeypatch: pyt
     for measured_now, name, words in zip(scores, ("held_out", "train"), told.groups(), strict=True):
         assert f"{report[name]['mean']:.2f}" == words
         assert abs(measured_now.mean() - report[name]["mean"]) < 0.02  # the noise, and which training images, differ
+    assert "so long for its pictures" in page_of(RunFolder(SHOWN))
 
 
 def mean_change(opened: OpenRun, name: str, strength: float, images: range) -> torch.Tensor:
@@ -58,10 +59,6 @@ def mean_change(opened: OpenRun, name: str, strength: float, images: range) -> t
         assert edited.finite
         found.append(edited.pixels.float() - subject.pixels.float())
     return torch.stack(found)
-
-
-def test_its_report_opens() -> None:
-    assert "so long for its pictures" in page_of(RunFolder(SHOWN))
 
 
 def test_a_slider_of_skin_darkens_and_one_of_the_ground_colours_it(opened: OpenRun) -> None:
