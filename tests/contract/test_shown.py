@@ -34,11 +34,7 @@ def test_its_images_come_with_the_package() -> None:
 
 def test_nothing_is_measured_when_it_is_opened(opened: OpenRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions and scores lie beside the weights; its report, which opens, and its README tell these scores."""
-
-    def measured() -> None:
-        raise AssertionError("the images were asked for")
-
-    monkeypatch.setattr(opened, "images", measured)
+    monkeypatch.setattr(opened, "images", lambda: pytest.fail("the images were asked for"))
     assert {"skin tone dark", "red hair", "woman", "on mint"} <= set(opened.directions().names)
     scores = opened.scores()
     told = re.search(r"held out (\d\.\d+), training (\d\.\d+)", (SHOWN / "README.md").read_text(encoding="utf-8"))

@@ -99,7 +99,7 @@ CHANNELS = [1, 2, 5, 8, 9, 12, 24, 33, 48, 76, 77, 130]
 
 @pairs(dtypes, option("channels", CHANNELS), option("name", [*MATRICES]))
 def test_inverses(kernels: Kernels, name: str, channels: int, dtype: torch.dtype) -> None:
-    """Against elimination in extended precision."""
+    """Against inverses of extended precision."""
     matrices = MATRICES[name](2, channels).to(kernels.device, dtype)
     assert_inverses(matrices, *kernels("invert_matrices", matrices))
 
