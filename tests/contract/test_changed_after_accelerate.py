@@ -131,8 +131,7 @@ def test_a_changed_attribute_is_followed(name: str, memory: str | None) -> None:
         change(layer)
     expected = outputs(structure, theirs)
     assert float((expected[0] - before[0]).abs().max()) > 1e-3
-    for value, wanted in zip(outputs(structure, ours), expected, strict=True):
-        assert_close(value, wanted, CONDITION)
+    assert_close(outputs(structure, ours), expected, CONDITION)
     for value, wanted in zip(ours.buffers(), theirs.buffers(), strict=True):
         assert_close(value.double(), wanted.double(), CONDITION)
 
@@ -148,5 +147,4 @@ def test_the_inverse_of_a_soft_permutation_is_one_in_every_mode() -> None:
                 block.w_perm_inv.mul_(1.001)
         accelerate(model, memory)
         back.append(next(tensors(case.inverse(model, z, []))))
-    assert_close(back[1], back[0], CONDITION)
-    assert_close(back[2], back[0], CONDITION)
+    assert_close(back[1:], [back[0]] * 2, CONDITION)

@@ -26,12 +26,16 @@ def tolerance(n_values: int = 1, condition: float = 1.0, dtype: torch.dtype = to
     return CHAINED_OPERATIONS * n_values * condition * torch.finfo(dtype).eps
 
 
-def assert_close(actual: Tensor, expected: Tensor, condition: float = 1.0, dtype: torch.dtype | None = None) -> None:
+def assert_close(actual: Any, expected: Any, condition: float = 1.0, dtype: torch.dtype | None = None) -> None:
     """Check that values are equal up to rounding, relative to the largest expected one (or to 1 if all are smaller).
 
     The terms of the bound are counted per sample, values along dimension 0 being independent. ``dtype`` is the least
-    precise one on the way, that of ``actual`` if None.
+    precise one on the way, that of ``actual`` if None. Of several tensors each is compared by itself.
     """
+    if not isinstance(expected, Tensor):
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one, other, condition, dtype)
+        return
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not expected.numel():
         return
