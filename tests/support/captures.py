@@ -176,15 +176,8 @@ class NotCapturableError(RuntimeError):
 
 
 # Operations whose result, or the size of it, the host needs.
-READS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        _local_scalar_dense is_nonzero nonzero masked_select _unique _unique2 unique_dim unique_consecutive bincount
-        equal histogram _linalg_check_errors
-        """,
-    )
-)
+READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim"}
+READS |= {"unique_consecutive", "bincount", "equal", "histogram", "_linalg_check_errors"}
 # Factorisations of a matrix: these call libraries that allocate for themselves, or wait.
 _FACTORISATIONS = re.compile(
     r"_?linalg_(inv|slogdet|det|lu|solve_ex|qr|svd|eig|cholesky|ldl|lstsq|pinv|matrix_exp)|_?linalg_solve$"
