@@ -161,11 +161,7 @@ BIJECTIONS = [
     Bijection("permute-shuffle", lambda: pgf.Permute(5, "shuffle"), (5, 1, 3)),
     Bijection("permute-reverse", lambda: pgf.Permute(4, "reverse"), (4, 3)),
     *(
-        Bijection(
-            f"coupling-{scale_map}-{order}",
-            lambda scale_map=scale_map, order=order: _coupling(4, scale_map=scale_map, order=order),
-            (4, 3, 2),
-        )
+        Bijection(f"coupling-{scale_map}-{order}", partial(_coupling, 4, scale_map=scale_map, order=order), (4, 3, 2))
         for scale_map, order in zip(SCALE_MAPS, 2 * ORDERS, strict=True)
     ),
     Bijection("coupling-eps", lambda: _coupling(4, scale_eps=0.2, scale_bias=-1.0), (4, 3, 2)),
@@ -178,7 +174,7 @@ BIJECTIONS = [
     *(
         Bijection(
             f"coupling-checkerboard-{parity}-{coupling}",
-            lambda parity=parity, coupling=coupling: _checkerboard(3, coupling, parity=parity),
+            partial(_checkerboard, 3, coupling, parity=parity),
             (3, 4, 3),
         )
         for parity, coupling in ((0, "affine"), (1, "additive"))
@@ -197,9 +193,7 @@ BIJECTIONS = [
     *(
         Bijection(
             f"step-{permutation}-{coupling}",
-            lambda permutation=permutation, coupling=coupling: pgf.FlowStep(
-                4, 5, coupling=coupling, permutation=permutation
-            ),
+            partial(pgf.FlowStep, 4, 5, coupling=coupling, permutation=permutation),
             (4, 2, 3),
         )
         for permutation, coupling in zip(PERMUTATIONS, 2 * ("affine", "additive"), strict=True)
@@ -224,7 +218,7 @@ BIJECTIONS = [
     Bijection("step-1d", lambda: pgf.FlowStep(2, 5, dims=1), (2, 7)),
     Bijection("step-3d", lambda: pgf.FlowStep(4, 3, dims=3), (4, 2, 1, 3)),
     *(
-        Bijection(f"sequence-{memory}", lambda memory=memory: _sequence(memory), (4, 2, 3))
+        Bijection(f"sequence-{memory}", partial(_sequence, memory), (4, 2, 3))
         for memory in ("reversible", "checkpoint", "store")
     ),
     Bijection("sequence-wavenet", lambda: _wavenets("reversible"), (4, 7), (2, 7)),
