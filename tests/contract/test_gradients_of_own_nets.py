@@ -128,11 +128,6 @@ class Writing(nn.Module):
         return self.net(x)
 
 
-def shared() -> list[nn.Module]:
-    net = pgf.CouplingNet(2, 4, 5)
-    return [net, pgf.CouplingNet(2, 4, 5), net]
-
-
 def tied() -> list[nn.Module]:
     first, second = parametrizations.weight_norm(nn.Conv2d(2, 4, 1)), nn.Conv2d(4, 4, 1)
     net = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Conv2d(4, 4, 1))
@@ -140,19 +135,16 @@ def tied() -> list[nn.Module]:
     return [net]
 
 
-def repeated() -> list[nn.Module]:
-    nets: list[nn.Module] = []
-    for _ in range(2):
-        twice = [nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()] * 2
-        nets.append(nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), *twice, nn.Conv2d(6, 4, 3, padding=1)))
-    return nets
+def repeated() -> nn.Module:
+    twice = [nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()] * 2
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), *twice, nn.Conv2d(6, 4, 3, padding=1))
 
 
 NETS: dict[str, Callable[[], list[nn.Module]]] = {
     "ours": lambda: [pgf.CouplingNet(2, 4, 5) for _ in range(4)],
-    "shared between steps": shared,
+    "shared between steps": lambda: [net := pgf.CouplingNet(2, 4, 5), pgf.CouplingNet(2, 4, 5), net],
     "tied and computed weights": tied,
-    "one module twice": repeated,
+    "one module twice": lambda: [repeated(), repeated()],
     "of a subclass": lambda: [Halved(2, 4, 5), Halved(2, 4, 5)],
     "that checkpoint": lambda: [Checkpointed(), pgf.CouplingNet(2, 4, 5), Checkpointed()],
     "with flows inside": lambda: [Nested(), pgf.CouplingNet(2, 4, 5), Nested()],
