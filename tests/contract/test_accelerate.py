@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from support.accelerate_cases import subnet
@@ -58,13 +57,3 @@ def test_a_block_that_computes_something_else_is_left(name: str, memory: str | N
     for training in (True, False):
         expected = results(case, theirs.train(training), latents)
         assert_same(case, results(case, ours.train(training), latents), expected)
-
-
-def test_a_stored_inverse_passes_no_gradient_to_its_matrix() -> None:
-    """Glow-TTS after ``store_inverse()``: the inverse is by a copy of the inverted matrix, a constant."""
-    case = BY_NAME["glow-tts-weight-norm"]
-    theirs, ours = case.model(), case.model()
-    latents = latents_of(case, theirs)
-    accelerate(ours, "reversible")
-    case = replace(case, inverse_gradients=True)
-    assert_same(case, results(case, ours, latents), results(case, theirs, latents))

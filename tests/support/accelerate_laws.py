@@ -35,8 +35,7 @@ def results(case: Structure, model: nn.Module, latents: Tensors, seed: int = 0) 
         def call(model: Any, *inputs: Tensor, way: str = direction, n: int = len(given)) -> Any:
             return getattr(case, way)(model, list(inputs[:n]), [*mask, *inputs[n:]])
 
-        wants = direction == "forward" or case.inverse_gradients
-        own = accelerate_cases.results(model, call, *given, *conditions, gradients=wants)
+        own = accelerate_cases.results(model, call, *given, *conditions)
         found |= {f"{direction}: {name}": value for name, value in own.items()}
     return found
 

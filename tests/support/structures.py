@@ -53,7 +53,6 @@ class Structure:
         joined: how many steps run in chains with memory="reversible".
         masked: whether the first condition is a mask, which has no gradient.
         trains: whether it is run in training too; else it looks at whole batches there, in its BatchNorms.
-        inverse_gradients: whether the inverse has gradients in the parameters; a stored inverse has none.
         copies: whether a copy is a model of its own; nets with weight_norm's hooks are not copied, and y0ast's steps
             call what is the original's.
         pickles: whether the original can be pickled; FrEIA's own layers and parametrized nets cannot.
@@ -71,7 +70,6 @@ class Structure:
     conditions: Callable[[int], Tensors] = lambda n: []
     masked: bool = False
     trains: bool = True
-    inverse_gradients: bool = True
     copies: bool = True
     pickles: bool = True
     samples: int = 3
@@ -293,7 +291,6 @@ def of_glow_tts(
         3,
         given,
         masked=True,
-        inverse_gradients=False,
         copies=parametrized,
         pickles=not parametrized,
         budget=100_000,
