@@ -8,9 +8,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.glow_tts_cases import mask_of_lengths
-from support.net_cases import halo_is_enough
 from support.helpers import assert_close, memory_layouts
-from support.net_cases import Consume, DilatedNet, WideNet, coupling_net, objective, plain_gradients, randomised
+from support.net_cases import (
+    Consume,
+    DilatedNet,
+    WideNet,
+    coupling_net,
+    halo_is_enough,
+    objective,
+    plain_gradients,
+    randomised,
+)
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
