@@ -43,7 +43,7 @@ def cuda_reason() -> str:
     if _backend.extension() is None:
         return _backend.reason()
     if not _backend.build_info()["cuda"]:
-        return "the extension was built without its CUDA kernels (no nvcc was found, or PYGLOW_CUDA=0)"
+        return "the extension was built without its CUDA kernels (no nvcc, a torch without CUDA, or PYGLOW_CUDA=0)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA support"
     if not torch.cuda.is_available():
