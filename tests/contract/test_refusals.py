@@ -57,7 +57,7 @@ def glow(**given: Any) -> pgf.Glow:
 
 def with_nan(value: Tensor, bad: float = math.nan) -> Tensor:
     value = value.clone()
-    value[-1, ..., -1] = bad
+    value.view(-1)[-1] = bad  # one value of one channel
     return value
 
 
@@ -155,7 +155,7 @@ LAYERS = [
         lambda: pgf.ActNorm(4),
         (lambda m: m(STATE[:, :3]), "x: expected 4 channels"),
         (lambda m: m(STATE[:0]), "x: expected a batch that is not empty to initialise from"),
-        (lambda m: m(STATE * math.nan), "x: expected finite values to initialise actnorm from"),
+        (lambda m: m(with_nan(STATE)), "x: expected finite values to initialise actnorm from, found NaN or inf"),
         (lambda m: m.initialize(STATE.long()), "x: expected dtype float32 or float64"),
     ),
     *rows(
