@@ -132,8 +132,8 @@ def test_a_changed_attribute_is_followed(name: str, memory: str | None) -> None:
     expected = outputs(structure, theirs)
     assert float((expected[0] - before[0]).abs().max()) > 1e-3
     assert_close(outputs(structure, ours), expected, CONDITION)
-    for value, wanted in zip(ours.buffers(), theirs.buffers(), strict=True):
-        assert_close(value.double(), wanted.double(), CONDITION)
+    found, wanted = ([value.double() for value in model.buffers()] for model in (ours, theirs))
+    assert_close(found, wanted, CONDITION)
 
 
 def test_the_inverse_of_a_soft_permutation_is_one_in_every_mode() -> None:

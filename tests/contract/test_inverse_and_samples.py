@@ -20,7 +20,7 @@ from support.commands import run_ranks
 from support.covering import pairs
 from support.glow_settings import CALM, CONDITION, CONFIGS, Setting
 from support.gradients import assert_same_gradients, gradients, objective, perturbed
-from support.helpers import assert_close, assert_kernel_close, jacobian
+from support.helpers import assert_close, assert_equal, assert_kernel_close, jacobian
 from support.plain_glow import plain_encode, plain_log_prob
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -147,8 +147,7 @@ def test_sampling_changes_nothing() -> None:
     assert x.isfinite().all()
     assert not x.requires_grad
     assert not model.is_initialized
-    for key, value in before.items():
-        assert torch.equal(model.state_dict()[key], value), key
+    assert_equal({key: model.state_dict()[key] for key in before}, before)
     assert model.double().sample(1).dtype == torch.float64
 
 
@@ -277,7 +276,7 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     for mode in MODES:
         for found in ranks:
             assert_same_gradients(dict(enumerate(found[mode])), dict(enumerate(expected)), mode)
-        torch.testing.assert_close(ranks[0][mode], ranks[1][mode], rtol=0, atol=0)  # else the ranks drift apart
+        assert_equal(ranks[0][mode], ranks[1][mode])  # else the ranks drift apart
 
 
 def plain_model(**given: Any) -> pgf.Glow:

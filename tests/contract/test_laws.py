@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from functools import partial
 
 import pytest
 import torch
 from support.bijections import BIJECTIONS, Bijection
-from support.helpers import assert_bijection, assert_close, memory_layouts
+from support.helpers import assert_bijection, assert_close, assert_equal, memory_layouts
 from torch import Tensor
 
-assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 pytestmark = pytest.mark.parametrize("case", BIJECTIONS, ids=lambda case: case.name)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.covering import pairs
 from support.gradients import CONDITION
-from support.helpers import assert_close
+from support.helpers import assert_close, assert_equal
 from support.user_steps import mixed
 from torch import Tensor, nn
 
@@ -208,11 +208,7 @@ def test_what_is_ordinary_stays_so(memory: str) -> None:
     touched = copy.deepcopy(flow)
     torch.func.grad(lambda x: touched.log_prob(x).sum())(x)
     assert touched.memory_report() == flow.memory_report()
-    gradients = []
-    for model in (flow, touched):
-        gradients.append(torch.autograd.grad(model.log_prob(x).sum(), list(model.parameters())))
-    for value, target in zip(*gradients, strict=True):
-        assert torch.equal(value, target)
+    assert_equal(*(torch.autograd.grad(each.log_prob(x).sum(), list(each.parameters())) for each in (flow, touched)))
     assert touched.memory_report() == flow.memory_report()
 
 

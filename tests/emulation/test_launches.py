@@ -8,6 +8,7 @@ import pytest
 import torch
 from emulation.emulator import EmulatedOps
 from kernels.kernel_cases import Case, Kernels, codes
+from support.helpers import assert_equal
 
 from bench.cases import SHAPES
 from pyglow_fast import ops
@@ -58,7 +59,6 @@ def test_the_cut_does_not_change_the_bits(kernels: Kernels, shape: tuple[int, in
         step = emulator.step_backward(x, net_out, grad, grad_log_det, matrix, offset, *BACKWARD)
         results.append((emulator.channel_mix(x, matrix, offset, False, 0), out, *grads[:2], *step, log_det))
     assert grids[0] < grids[1]
-    for wide, narrow in zip(*(result[:-1] for result in results), strict=True):
-        assert torch.equal(wide, narrow)
+    assert_equal(*(result[:-1] for result in results))
     size = shape[1] * shape[2] * torch.finfo(dtype).eps
     assert torch.allclose(results[0][-1], results[1][-1], rtol=0.0, atol=size)

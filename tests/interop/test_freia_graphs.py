@@ -33,10 +33,8 @@ def test_all_that_a_graph_can_be_asked_for() -> None:
             model(given, rev=rev, intermediate_outputs=True) for model in (ours, theirs)
         )
         assert [(node.name, i) for node, i in outputs] == [(node.name, i) for node, i in expected]
-        for value, wanted in zip(outputs.values(), expected.values(), strict=True):
-            assert_close(value, wanted, 100.0)
-        for value, wanted in zip(log_dets.values(), expected_log_dets.values(), strict=True):
-            assert_close(value, wanted, 100.0)
+        assert_close(outputs.values(), expected.values(), 100.0)
+        assert_close(log_dets.values(), expected_log_dets.values(), 100.0)
     assert not ours(xs, jac=False)[1].any()
     assert ours.get_module_by_name("first1") is ours.get_node_by_name("first1").module
     with pytest.warns(UserWarning, match="x is now called x_or_z"):
@@ -76,8 +74,7 @@ def test_what_somebody_else_reads_ends_a_run() -> None:
     assert accelerate(ours, "store").joined == {"": "2, 2 steps in one chain each, memory 'store'"}
     (tapped, end), log_det = ours(x := states((4, 6, 6))[0])
     (wanted, last), expected = theirs(x)
-    for value, exact in ((tapped, wanted), (end, last), (log_det, expected)):
-        assert_close(value, exact, 100.0)
+    assert_close((tapped, end, log_det), (wanted, last, expected), 100.0)
 
 
 def test_graphs_that_run_node_by_node() -> None:

@@ -277,8 +277,7 @@ def test_hidden_values_of_zero_take_the_slope_below() -> None:
     numbers = numbers._replace(weights=[0.0 * weights[0], *weights[1:]], biases=[zeros, zeros, biases[2]])
     found, wanted = (results(net, spec, numbers) for net in (functional.net_chain, reference.net_chain))
     assert all(wanted[index].abs().max() > 0 for index in (-3, -2))  # of the biases that are zeros
-    for actual, expected in zip(found, wanted, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 # ---- Refusals ----

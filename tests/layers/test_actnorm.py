@@ -8,19 +8,9 @@ import operator
 import pytest
 import torch
 from support.captures import capturing
-from support.helpers import assert_close
-from torch import Tensor, nn
+from support.helpers import assert_close, assert_equal
 
 import pyglow_fast as pgf
-
-
-def state_of(layer: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(layer.state_dict())
-
-
-def assert_unchanged(layer: nn.Module, before: dict[str, Tensor]) -> None:
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name]), f"{name} changed"
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5), (2, 3, 3, 4), (2, 3, 2, 3, 2), (1, 3, 4, 5)], ids=str)
@@ -53,11 +43,11 @@ def test_only_the_first_forward_or_initialize_sets_it() -> None:
     z = twin.initialize(x)
     assert not z.requires_grad
     assert torch.equal(z, twin(x)[0])
-    assert_unchanged(twin, state_of(layer))
-    before = state_of(layer)
+    assert_equal(twin.state_dict(), layer.state_dict())
+    before = copy.deepcopy(layer.state_dict())
     layer(5.0 * x + 1.0)
     layer.initialize(5.0 * x + 1.0)
-    assert_unchanged(layer, before)
+    assert_equal(layer.state_dict(), before)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1e6, 1e-12])
@@ -85,22 +75,13 @@ def test_a_huge_mean_does_not_swallow_the_spread(mean: float, spread: float) -> 
     assert_close(layer.log_scale.double(), -exact.std(correction=0).log().reshape(1), dtype=torch.float32)
 
 
-def test_one_bad_value_in_one_channel_changes_nothing() -> None:
-    layer, x = pgf.ActNorm(2), torch.randn(4, 2, 3)
-    x[1, 0, 2] = float("nan")
-    before = state_of(layer)
-    with pytest.raises(ValueError, match="NaN or inf"):
-        layer(x)
-    assert_unchanged(layer, before)
-
-
 def test_a_state_that_is_assigned_is_initialised() -> None:
     source, target = pgf.ActNorm(2), pgf.ActNorm(2)
     source(torch.randn(4, 2, 3))
     target.load_state_dict(source.state_dict(), assign=True)
     assert target.is_initialized
     target(torch.randn(4, 2, 3) + 9.0)
-    assert_unchanged(target, source.state_dict())
+    assert_equal(target.state_dict(), source.state_dict())
 
 
 def test_a_capture_finds_it_initialized() -> None:

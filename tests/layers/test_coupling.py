@@ -12,7 +12,7 @@ import torch
 from support.bijections import softplus_scale
 from support.covering import pairs
 from support.gradients import perturbed
-from support.helpers import assert_close
+from support.helpers import assert_close, assert_equal
 from support.plain_glow import checkerboard, masked_coupling
 from torch import Tensor, nn
 
@@ -61,8 +61,7 @@ def test_is_the_masked_formula(
     assert all(map(torch.equal, layer(x), (z, log_det)))
     weight = torch.randn_like(x)
     losses = [(weight * a).sum() + b.square().sum() for a, b in ((z, log_det), (plain, plain_log_det))]
-    for got, expected in zip(*(torch.autograd.grad(loss, (x, out), retain_graph=True) for loss in losses), strict=True):
-        assert_close(got, expected, condition=100.0)
+    assert_close(*(torch.autograd.grad(loss, (x, out), retain_graph=True) for loss in losses), condition=100.0)
 
 
 @pytest.mark.parametrize("mask", ["channels", "checkerboard"])
@@ -120,8 +119,7 @@ def test_hidden_actnorms_are_initialised_from_what_the_net_sees(mask: str) -> No
     twin.net.initialize(x[:, :2] if mask == "channels" else checkerboard(x, 1) * x, cond)
     assert torch.equal(third.initialize(x, cond), z)
     for other in (twin, third):
-        for got, expected in zip(layer.state_dict().values(), other.state_dict().values(), strict=True):
-            assert torch.equal(got, expected)
+        assert_equal(layer.state_dict(), other.state_dict())
 
 
 # ---- The injector, and states taken between steps ----
@@ -167,8 +165,7 @@ def test_a_condition_that_wants_no_gradient_changes_none(memory: str) -> None:
     for wanted in (True, False):
         z, log_det = sequence(X, COND.clone().requires_grad_(wanted))
         found.append(torch.autograd.grad(z.square().sum() + log_det.sum(), list(sequence.parameters())))
-    for with_condition, without in zip(*found, strict=True):
-        assert_close(without, with_condition, 10.0)
+    assert_close(*found, condition=10.0)
 
 
 @pytest.mark.parametrize("at", [(4,), (2, 1), (1, 1), (-1,), (7,), 1, (0.5,)])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.gradients import assert_stored_gradients, batch, perturbed, ready
-from support.helpers import assert_close
+from support.helpers import assert_close, assert_equal
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -186,9 +186,7 @@ def test_each_part_of_a_run_has_its_own_maps_inside_folded() -> None:
     with sequence.folded():
         for first in (True, False):  # before the whole run, and after it
             found, own_log_det = sequence.intermediates(x, at=places)
-            for state, own in zip(states, found, strict=True):
-                torch.testing.assert_close(own, state, rtol=0, atol=0)
-            torch.testing.assert_close(own_log_det, log_det, rtol=0, atol=0)
+            assert_equal((found, own_log_det), (states, log_det))
             torch.testing.assert_close(sequence(x)[0], states[-1], msg=str(first))
 
 
@@ -226,8 +224,7 @@ def test_what_prunes_a_parameter_has_its_say(part: str, name: str) -> None:
     prune.l1_unstructured(getattr(step, part), name, 0.5)
     expected = in_order([step], x)
     for own in (step, pgf.ReversibleSequence([step])):
-        for found, value in zip(own(x), expected, strict=True):
-            assert_close(found, value)
+        assert_close(own(x), expected)
 
 
 def test_a_net_of_ones_own_runs_once_and_whole() -> None:

@@ -43,9 +43,7 @@ def test_a_dense_net_is_a_plain_one(dims: int, layers: int, cond: int, slope: fl
         assert_close(net(x, given), expected)
     inputs = [value for value in (x, given, *net.parameters()) if value is not None]
     weight = torch.randn_like(found)
-    pairs_of_gradients = (torch.autograd.grad(out, inputs, weight) for out in (found, expected))
-    for own, other in zip(*pairs_of_gradients, strict=True):
-        assert_close(own, other, 10.0)
+    assert_close(*(torch.autograd.grad(out, inputs, weight) for out in (found, expected)), condition=10.0)
 
 
 def test_bfloat16_is_rounded_as_a_plain_one_is() -> None:

@@ -92,8 +92,7 @@ def test_intermediates_and_their_gradients(memory: str) -> None:
     model, x, conds = model_of(memory), *batch(2)
     latents, states, log_det = model.intermediates(x, conds, at=(0, 1))
     expected, expected_log_det = model(x, conds)
-    for found, latent in zip((*latents, log_det), (*expected, expected_log_det), strict=True):
-        assert_close(found, latent, 10.0)
+    assert_close((*latents, log_det), (*expected, expected_log_det), 10.0)
     state, by_hand = x, []
     for level, cond, split in zip(model.levels[:2], conds[:2], (model.splits[0], None), strict=True):
         state = torch.nn.functional.pixel_unshuffle(state, 2)
@@ -101,13 +100,11 @@ def test_intermediates_and_their_gradients(memory: str) -> None:
             state, _ = step(state, cond)
             by_hand.append(state)
         state = state if split is None else split.parts(state)[0]
-    for found, one in zip(states[0] + states[1], by_hand, strict=True):
-        assert_close(found, one, 10.0)
+    assert_close(states[0] + states[1], by_hand, 10.0)
     losses = [run[0].square().sum() + run[4].square().sum() for run in (states[0] + states[1], by_hand)]
     parameters = [parameter for level in model.levels[:2] for parameter in level.parameters()]
     gradients = [torch.autograd.grad(loss, parameters, materialize_grads=True) for loss in losses]
-    for one, other in zip(*gradients, strict=True):
-        assert_close(one, other, 100.0)
+    assert_close(*gradients, condition=100.0)
 
 
 def test_one_condition_for_all_levels_may_still_be_given_by_level() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 # Roundings that follow each other on the way from an input to an output of the tiny models here (steps of a level,
 # layers of a net, each a short sum): an upper bound, and a constant so that nobody tunes it test by test.
 CHAINED_OPERATIONS = 64
+# To the bit: tensors, and sequences and dicts of them.
+assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def tolerance(n_values: int = 1, condition: float = 1.0, dtype: torch.dtype = torch.float64) -> float:
