@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shutil
 from dataclasses import replace
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.edits import ByHand
-from support.program import done, pyglow_fast
+from support.program import done, pyglow_fast, rows
 from torch import Tensor
 
 from pyglow_fast import Glow
@@ -44,11 +43,6 @@ def smooth(folders: Path, tiny: list[str], tmp_path_factory: pytest.TempPathFact
     command = ["train", f"folder:{folders / 'smooth'}", "--out", str(out), "--held-out", "0.5", "--quiet"]
     done(*command, *options.split(), *tiny)
     return out
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def printed(text: str, name: str = "model") -> tuple[float, float]:

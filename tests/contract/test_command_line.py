@@ -7,7 +7,6 @@ and words are looked at.
 from __future__ import annotations
 
 import base64
-import csv
 import importlib.util
 import io
 import os
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 from support.edits import assert_repeatable, rgb_of
 from support.html_page import Page
-from support.program import contents, done, pyglow_fast
+from support.program import contents, done, pyglow_fast, rows, untimed
 from support.tiny_run import CLASSES, HELD_OUT, IMAGES, MODEL, SIDE, STEPS, made
 
 DATA = "folder:images"
@@ -42,11 +41,6 @@ def size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture that can be read whole."""
     height, width, _ = rgb_of(path).shape
     return width, height
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def figure(text: str, name: str) -> float:
@@ -85,12 +79,7 @@ def test_a_run_repeats_from_its_configuration(tiny: Path) -> None:
     for run in ("run", "run-2"):
         done("convert", "pyglow", run, f"{run}.safetensors")
     assert Path("run.safetensors").read_bytes() == Path("run-2.safetensors").read_bytes()
-    timed = ("seconds", "images_per_s", "memory_mb")
-    one, two = (
-        [{name: value for name, value in row.items() if name not in timed} for row in rows(Path(run, "metrics.csv"))]
-        for run in ("run", "run-2")
-    )
-    assert one == two
+    assert untimed(Path("run")) == untimed(Path("run-2"))
 
 
 def test_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

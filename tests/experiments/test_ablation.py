@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.program import rows
 from train.run_cases import assert_same_weights
 
 from pyglow_fast import GlowConfig
@@ -64,8 +64,7 @@ def test_means_and_spreads_over_the_seeds(whole: Path) -> None:
     assert sorted(os.listdir(whole)) == ["curves.csv", "curves.png", "runs", "table.md"]
     assert sorted(os.listdir(whole / "runs")) == sorted(NAMES)
     found = cells((whole / "table.md").read_text())
-    with (whole / "curves.csv").open(newline="") as file:
-        curves = list(csv.DictReader(file))
+    curves = rows(whole / "curves.csv")
     assert [row["step"] for row in curves] == ["0", "2", "4"] * 2
     for permutation in ("reverse", "invconv"):
         values = [held_out(whole, f"{permutation}-additive-seed{seed}") for seed in (0, 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import runpy
 import sys
@@ -40,6 +41,18 @@ def done(*words: object) -> str:
     ended = pyglow_fast(*words)
     assert ended.code == 0, ended
     return ended.out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names of its columns."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def untimed(run: Path) -> list[dict[str, str]]:
+    """The metrics of a run, apart from what the clock says."""
+    timed = ("seconds", "images_per_s", "memory_mb")
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows(run / "metrics.csv")]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
