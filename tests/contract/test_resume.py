@@ -7,7 +7,6 @@ the bit is right.
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 import re
@@ -24,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from support.commands import Command, ranks
 from support.machine import made_once
-from support.program import done, pyglow_fast
+from support.program import done, pyglow_fast, rows, untimed
 from support.tiny_run import write_images
 
 PROGRAM = ["-m", "pyglow_fast"]
@@ -38,7 +37,6 @@ RUN = ["--size", "8", "--crop-margin", "2", "--flip", "--from-files", "--workers
 RUN += ["--class-weight", "0.1", "--class-conditional", "--batch-size", "8", "--max-steps", f"{STEPS}", *MODEL]
 RUN += ["--log-every", "5", "--eval-every", "20", "--save-every", f"{SAVED}", "--sample-every", "50"]
 RUN += ["--sample-count", "4", "--eval-images", "8"]
-TIMED = ("seconds", "images_per_s", "memory_mb")
 
 
 def train(place: Path, out: str, *more: str) -> Command:
@@ -49,14 +47,6 @@ def resume(place: Path, out: str, *more: str) -> Command:
     return Command([*PROGRAM, "resume", out, "folder:images", *RUN, *more], place)
 
 
-def ended(process: Command, code: int = 0) -> tuple[str, str]:
-    """(output, errors) of a command that is to end with this code, without a traceback."""
-    out, err = process.communicate(timeout=WAIT)
-    assert process.returncode == code, err
-    assert "Traceback" not in out + err
-    return out, err
-
-
 def assert_goes_on(place: Path, whole: Path) -> None:
     """Resumed in this process, which has imported all already, ``run`` becomes the whole run."""
     done("resume", "run", "folder:images", *RUN, "--quiet")
@@ -65,7 +55,7 @@ def assert_goes_on(place: Path, whole: Path) -> None:
 
 def _make(folder: Path) -> None:
     write_images(folder / "images", side=12)
-    ended(train(folder, "whole", "--quiet"))
+    train(folder, "whole", "--quiet").ended()
 
 
 @pytest.fixture
@@ -87,14 +77,10 @@ def saved(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*.safetensors"))
 
 
-def rows(run: Path) -> list[dict[str, str]]:
-    path = run / "metrics.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
 def steps(run: Path) -> list[int]:
-    """Those of the whole rows of metrics.csv."""
-    return [int(row["step"]) for row in rows(run) if row["step"] and None not in row.values()]
+    """Those of the whole rows of metrics.csv, once it is there."""
+    found = rows(run / "metrics.csv") if (run / "metrics.csv").exists() else []
+    return [int(row["step"]) for row in found if row["step"] and None not in row.values()]
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
@@ -102,11 +88,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
     one, other = (load_file(saved(path)[-1]) for path in (run, whole / "whole"))
     assert saved(run)[-1].name == f"step-{STEPS:07d}.safetensors"
     torch.testing.assert_close(one, other, rtol=0, atol=0)
-    metrics = [
-        [{name: value for name, value in row.items() if name not in TIMED} for row in rows(path)]
-        for path in (run, whole / "whole")
-    ]
-    assert metrics[0] == metrics[1]
+    assert untimed(run) == untimed(whole / "whole")
     assert (run / "samples.png").read_bytes() == (whole / "whole" / "samples.png").read_bytes()
 
 
@@ -114,7 +96,7 @@ def wait(process: Command, reached: Callable[[], object], alive: bool = True) ->
     """Wait until something is reached, or the process has ended, which it must not where ``alive``."""
     until = time.monotonic() + WAIT
     while not reached():
-        if process.poll() is not None:
+        if process.returncode is not None:
             assert not alive, process.communicate()
             return
         assert time.monotonic() < until, "nothing happens"
@@ -159,7 +141,7 @@ def test_a_signal_ends_a_run_saved(place: Path, whole: Path) -> None:
         process = start(place, "run")
         wait(process, lambda before=before: len(steps(run)) > before + 2)
         process.send_signal(signum)
-        ended(process, 128 + signum)
+        process.ended(128 + signum)
         reached = int(saved(run)[-1].stem.removeprefix("step-"))
         assert reached >= steps(run)[-1]
     assert_goes_on(place, whole)
@@ -181,7 +163,7 @@ def test_a_disk_that_is_full_for_a_while(place: Path, whole: Path) -> None:
     limit(process, FULL)
     wait(process, lambda: "warning: a checkpoint cannot be written" in process.read()[0])
     limit(process, -1)
-    out, _ = ended(process)
+    out, _ = process.ended()
     assert "the run goes on" in out
     assert_same_run(place / "run", whole)
     assert not list(place.rglob("*.partial"))
@@ -192,7 +174,7 @@ def test_a_disk_that_stays_full(place: Path, whole: Path) -> None:
     process = train(place, "run")
     wait(process, lambda: saved(place / "run"))
     limit(process, FULL)
-    _, err = ended(process, 1)
+    _, err = process.ended(1)
     newest = saved(place / "run")[-1]
     assert re.search(rf"^error: the checkpoint of step {STEPS} cannot be written: .*File too large", err, re.MULTILINE)
     assert f"kept: {newest.relative_to(place)}" in err
@@ -261,7 +243,7 @@ def test_two_ranks_are_one_run(place: Path) -> None:
     words = [*PROGRAM, "train", "folder:images", "--out", "two", *RUN, *RANKED]
     with ranks(place, words, words) as processes:
         for process in processes:
-            ended(process)
+            process.ended()
     found["two"] = losses(place / "two")
     one, parts, two = (torch.tensor(found[name], dtype=torch.float64) for name in ("one", "parts", "two"))
     rounding = float((parts - one).abs().max())
@@ -272,7 +254,7 @@ def test_two_ranks_are_one_run(place: Path) -> None:
 
 def losses(run: Path) -> list[float]:
     names = ("train_bpd", "held_out_bpd", "train_class_bits")
-    return [float(row[name]) for row in rows(run) for name in names if row[name]]
+    return [float(row[name]) for row in rows(run / "metrics.csv") for name in names if row[name]]
 
 
 def test_a_rank_that_sees_other_images_is_refused(place: Path) -> None:
@@ -282,7 +264,7 @@ def test_a_rank_that_sees_other_images_is_refused(place: Path) -> None:
     words = [[*PROGRAM, "train", f"folder:{name}", "--out", "run", *RUN, *RANKED] for name in ("images", "others")]
     with ranks(place, *words) as processes:
         for process in processes:
-            _, err = ended(process, 2)
+            _, err = process.ended(2)
             assert err.startswith("error: data: expected the same images on all 2 ranks, found others than the 40 ")
     assert not (place / "run").exists()
 
@@ -307,5 +289,5 @@ def test_the_loss_of_a_rank_ends_the_others(place: Path) -> None:
     with ranks(place, words, words) as processes:
         wait(processes[0], lambda: saved(place / "run"))
         processes[1].kill()
-        _, err = ended(processes[0], 1)
+        _, err = processes[0].ended(1)
     assert "error: rank 0 of 2 stops: another rank ended" in err

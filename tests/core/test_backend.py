@@ -45,10 +45,7 @@ def run_python(code: str) -> str:
 
 def run_forked(code: str, folder: Path, **environment: str) -> str:
     """The output of a process that has imported the package and loaded no extension yet."""
-    command = Command(["-c", code], folder, os.environ | environment)
-    out, err = command.communicate()
-    assert command.returncode == 0, err
-    return out
+    return Command(["-c", code], folder, os.environ | environment).ended()[0]
 
 
 @pytest.mark.skipif(os.environ.get("PYGLOW_NO_EXTENSION") != "0", reason="the extension is optional here")

@@ -80,9 +80,6 @@ class Command:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
     def kill(self) -> None:
         self._process.kill()
 
@@ -96,6 +93,13 @@ class Command:
         if self._process.exitcode is None:
             raise TimeoutError(f"a command still runs after {timeout} s; it wrote: {self.read()}")
         return self.read()
+
+    def ended(self, code: int = 0, timeout: float = 300) -> tuple[str, str]:
+        """(output, errors) of a command that is to end with this code, without a traceback."""
+        out, err = self.communicate(timeout)
+        assert self.returncode == code, err
+        assert "Traceback" not in out + err
+        return out, err
 
     def read(self) -> tuple[str, str]:
         """What it wrote so far."""

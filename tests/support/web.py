@@ -61,7 +61,7 @@ class Server:
         self.cwd = cwd
         self._process = Command(arguments, cwd, {**os.environ, "TMPDIR": str(cwd), **environment})
         try:
-            wait_for(lambda: bool(self._addresses()) or self._process.poll() is not None, True)
+            wait_for(lambda: bool(self._addresses()) or self._process.returncode is not None, True)
             (self.address,) = self._addresses()
         except BaseException:
             self._process.kill()
