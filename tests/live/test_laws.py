@@ -12,7 +12,7 @@ from live.antstorch import glow
 from live.peers import load
 from support.accelerate_cases import ContextNet, at_work, mask
 from support.accelerate_laws import LAWS
-from support.structures import Structure, normal, of_freia, of_glow_tts, of_jet, of_nflows
+from support.structures import Structure, normal, of_freia, of_glow_tts, of_jet, of_nflows, of_normflows
 from torch import nn
 
 from pyglow_fast.interop import accelerate
@@ -76,18 +76,13 @@ def decoder(**options: Any) -> Callable[[], nn.Module]:
 
 
 def of_antsx(name: str, dims: int, **options: Any) -> Structure:
+    shape = (1, 8, 8, 8)[: dims + 1]
+
     def build() -> nn.Module:
         load("antsnormflows")
-        return at_work(glow((1, 8, 8, 8)[: dims + 1], 2, 3, 12, **{"net_actnorm": False, **options}))
+        return glow(shape, 2, 3, 12, **{"net_actnorm": False, **options})
 
-    return Structure(
-        f"antsx-{name}",
-        build,
-        [(1, 8, 8, 8)[: dims + 1]],
-        lambda model, data, _: model.inverse_and_log_det(data[0]),
-        lambda model, found, _: model.forward_and_log_det(found[:-1]),
-        6,
-    )
+    return of_normflows(f"antsx-{name}", build, shape)
 
 
 def jet() -> nn.Module:

@@ -84,21 +84,31 @@ def mask(channels: int, cut: str) -> Tensor:
     return (half if cut == "halves" else torch.arange(channels) % 2 == 1).float()
 
 
+def nflows_steps(
+    cut: Any, net: Callable[..., nn.Module], steps: int = 2, mix: Any = nflows.transforms.OneByOneConvolution
+) -> list[nn.Module]:
+    """Steps of an actnorm, a mix of the channels and a coupling with this mask."""
+    t, c = nflows.transforms, len(cut)
+    return [layer for _ in range(steps) for layer in (t.ActNorm(c), mix(c), t.AffineCouplingTransform(cut, net))]
+
+
 def from_nflows(cut: str = "halves", steps: int = 3, net: Callable[..., nn.Module] = ContextNet) -> nn.Module:
-    t = nflows.transforms
-    parts: list[nn.Module] = [t.SqueezeTransform()]
-    for _ in range(steps):
-        parts += [t.ActNorm(12), t.OneByOneConvolution(12), t.AffineCouplingTransform(mask(12, cut), net)]
+    parts = [nflows.transforms.SqueezeTransform(), *nflows_steps(mask(12, cut), net, steps)]
     base = nflows.distributions.StandardNormal([12, 4, 4])
-    return nflows.flows.Flow(t.CompositeTransform(parts), base)
+    return nflows.flows.Flow(nflows.transforms.CompositeTransform(parts), base)
+
+
+def sequence(shape: tuple[int, ...], blocks: Sequence[tuple[Any, dict[str, Any]]]) -> nn.Module:
+    """Make a SequenceINN of modules with their options."""
+    model = Ff.SequenceINN(*shape)
+    for module, options in blocks:
+        model.append(module, **options)
+    return model
 
 
 def from_freia(steps: int = 3, net: Callable[..., nn.Module] = subnet, **options: Any) -> nn.Module:
-    model = Ff.SequenceINN(3, 8, 8)
-    model.append(Fm.IRevNetDownsampling)
-    for _ in range(steps):
-        model.append(Fm.AllInOneBlock, subnet_constructor=net, **options)
-    return model
+    block = (Fm.AllInOneBlock, {"subnet_constructor": net, **options})
+    return sequence((3, 8, 8), [(Fm.IRevNetDownsampling, {}), *[block] * steps])
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import FrEIA.framework as Ff
 import FrEIA.modules as Fm
 import normflows as nf
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast.interop.accelerate import accelerate
-from support.accelerate_cases import ContextNet, subnet
+from support.accelerate_cases import ContextNet, nflows_steps, sequence, subnet
 from support.gradients import perturbed
 from support.helpers import tensors
 
@@ -64,9 +63,8 @@ def features() -> Tensor:
 
 
 def freia(memory: str | None = None, **options: Any) -> Case:
-    flow = Ff.SequenceINN(4, 6, 6)
-    for soft in (True, False):
-        flow.append(Fm.AllInOneBlock, subnet_constructor=subnet, permute_soft=soft, **options)
+    own = [{"subnet_constructor": subnet, "permute_soft": soft, **options} for soft in (True, False)]
+    flow = sequence((4, 6, 6), [(Fm.AllInOneBlock, given) for given in own])
     accelerate(flow, memory)
     return LikelihoodMap(perturbed(flow)).eval(), features()
 
@@ -80,10 +78,7 @@ def normflows(memory: str | None = None, **options: Any) -> Case:
 
 
 def nflows(memory: str | None = None) -> Case:
-    layers = []
-    for mask in ([0, 1, 0, 1], [1, 0, 1, 0]):
-        layers += [transforms.ActNorm(4), transforms.OneByOneConvolution(4)]
-        layers += [transforms.AffineCouplingTransform(torch.tensor(mask), ContextNet)]
+    layers = [layer for cut in ([0, 1, 0, 1], [1, 0, 1, 0]) for layer in nflows_steps(cut, ContextNet, 1)]
     model, x = transforms.CompositeTransform(layers), features()
     model.train()(x)
     accelerate(model, memory)

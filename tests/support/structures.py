@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import FrEIA.framework as Ff
@@ -27,6 +28,8 @@ from support.accelerate_cases import (
     from_normflows,
     leaky_context_net,
     leaky_subnet,
+    nflows_steps,
+    sequence,
     subnet,
 )
 from support.freia_copies import Block, LaterBlock
@@ -97,11 +100,11 @@ def normal(*shapes: tuple[int, ...]) -> Callable[[int], Tensors]:
 # normflows: data -> latents is the inverse of its flows
 
 
-def of_normflows(name: str, **options: Any) -> Structure:
+def of_normflows(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...] = (3, 8, 8)) -> Structure:
     return Structure(
-        f"normflows-{name}",
-        lambda: at_work(from_normflows(**options)),
-        [(3, 8, 8)],
+        name,
+        lambda: at_work(build()),
+        [shape],
         lambda model, data, _: model.inverse_and_log_det(data[0]),
         lambda model, found, _: model.forward_and_log_det(found[:-1]),
         6,
@@ -133,11 +136,7 @@ def net_with_context(inputs: int, outputs: int) -> nn.Module:
 
 
 def nflows_with_context() -> nn.Module:
-    t, layers = nflows.transforms, []
-    for _ in range(2):
-        coupling = t.AffineCouplingTransform(torch.tensor([1, 0, 1, 0]), net_with_context)
-        layers += [t.ActNorm(4), t.OneByOneConvolution(4), coupling]
-    return t.CompositeTransform(layers)
+    return nflows.transforms.CompositeTransform(nflows_steps([1, 0, 1, 0], net_with_context))
 
 
 def residual_net(inputs: int, outputs: int) -> nn.Module:
@@ -145,11 +144,8 @@ def residual_net(inputs: int, outputs: int) -> nn.Module:
 
 
 def nflows_of_vectors() -> nn.Module:
-    t, layers = nflows.transforms, []
-    for _ in range(2):
-        coupling = t.AffineCouplingTransform(torch.tensor([0, 0, 0, 1, 1, 1]), residual_net)
-        layers += [t.ActNorm(6), t.RandomPermutation(6), coupling]
-    return t.CompositeTransform(layers)
+    t = nflows.transforms
+    return t.CompositeTransform(nflows_steps([0, 0, 0, 1, 1, 1], residual_net, mix=t.RandomPermutation))
 
 
 # FrEIA, and blocks with its interface
@@ -178,14 +174,6 @@ def of_freia(
         trains=trains,
         pickles=pickles,
     )
-
-
-def sequence(shape: tuple[int, ...], blocks: Sequence[tuple[Any, dict[str, Any]]]) -> nn.Module:
-    """Make a SequenceINN of modules with their options."""
-    model = Ff.SequenceINN(*shape)
-    for module, options in blocks:
-        model.append(module, **options)
-    return model
 
 
 def net_of_volumes(c_in: int, c_out: int) -> nn.Module:
@@ -382,10 +370,10 @@ def like_irn() -> nn.Module:
 
 
 STRUCTURES = [
-    of_normflows("lu-sigmoid"),
-    of_normflows("plain-exp", use_lu=False, scale_map="exp"),
-    of_normflows("additive", scale=False),
-    of_normflows("leaky-net-actnorm", leaky=0.1, net_actnorm=True),
+    of_normflows("normflows-lu-sigmoid", from_normflows),
+    of_normflows("normflows-plain-exp", partial(from_normflows, use_lu=False, scale_map="exp")),
+    of_normflows("normflows-additive", partial(from_normflows, scale=False)),
+    of_normflows("normflows-leaky-net-actnorm", partial(from_normflows, leaky=0.1, net_actnorm=True)),
     of_nflows("halves", lambda: from_nflows()._transform, (3, 8, 8), 3),
     of_nflows("alternating-leaky", lambda: from_nflows("alternating", net=leaky_context_net)._transform, (3, 8, 8), 3),
     of_nflows("context", nflows_with_context, (4, 5, 6), 2, cond=3),
