@@ -6,45 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.captures import use_library
 from support.covering import pairs
 from support.gradients import assert_stored_gradients, batch, ready
 from support.helpers import assert_close
 from support.net_cases import randomised
-from torch import Tensor, nn
+from support.plain_glow import plain_net, with_ring
+from torch import nn
 
 import pyglow_fast as pgf
 from pyglow_fast.models.prior import TopPrior
-
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def with_ring(x: Tensor, weight: Tensor, kernel: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The convention written out: x padded with zeros, and, for a border, a channel that is 1 where x was padded."""
-    conv, pads = CONVOLUTIONS[x.dim() - 2], [1, 1] * (x.dim() - 2)
-    padded = F.pad(x, pads)
-    if kernel is None:
-        return conv(padded, weight, bias)
-    ring = F.pad(torch.zeros_like(x[:, :1]), pads, value=1.0)
-    return conv(torch.cat([padded, ring], dim=1), torch.cat([weight, kernel], dim=1), bias)
-
-
-def written_out(net: pgf.CouplingNet, x: Tensor) -> Tensor:
-    """The formula of the docstring, from the tensors of the state alone."""
-    state = dict(net.named_parameters())
-
-    def normalised(hidden: Tensor, i: int) -> Tensor:
-        if f"norm{i}.bias" in state:
-            column = (-1, *[1] * (x.dim() - 2))
-            bias, scale = state[f"norm{i}.bias"].reshape(column), state[f"norm{i}.log_scale"].exp().reshape(column)
-            hidden = (hidden + bias) * scale
-        return hidden.clamp(min=0.0)
-
-    hidden = normalised(with_ring(x, state["conv1.weight"], state.get("border1"), state.get("conv1.bias")), 1)
-    hidden = normalised(CONVOLUTIONS[x.dim() - 2](hidden, state["conv2.weight"], state.get("conv2.bias")), 2)
-    out = with_ring(hidden, state["conv3.weight"], state.get("border3"), state["conv3.bias"])
-    return out * (3.0 * state["log_gain"]).exp()
 
 
 @pairs(
@@ -58,7 +29,7 @@ def test_formula(actnorm: bool, cond_channels: int, spatial: tuple[int, ...], bo
     net = randomised(pgf.CouplingNet(2, 5, 4, actnorm, cond_channels, border=border, dims=len(spatial))).eval()
     x = torch.randn(3, 2, *spatial, dtype=torch.float64)
     cond = torch.randn(3, cond_channels, *spatial, dtype=torch.float64) if cond_channels else None
-    expected = written_out(net, x if cond is None else torch.cat([x, cond], dim=1))
+    expected = plain_net(dict(net.named_parameters()), x if cond is None else torch.cat([x, cond], dim=1))
     out = net(x, cond)
     assert out.shape == (3, 5, *spatial)
     assert_close(out, expected, condition=10.0)
@@ -103,7 +74,7 @@ def test_gradients(actnorm: bool, backend: str, monkeypatch: pytest.MonkeyPatch)
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     inputs, weights = [x, *net.parameters()], torch.randn(2, 3, 3, 4, dtype=torch.float64)
     found = torch.autograd.grad((net(x) * weights).sum(), inputs)
-    expected = torch.autograd.grad((written_out(net, x) * weights).sum(), inputs)
+    expected = torch.autograd.grad((plain_net(dict(net.named_parameters()), x) * weights).sum(), inputs)
     assert_close(found, expected, condition=100.0)
 
 

@@ -37,13 +37,27 @@ def _weight(state: State, channels: int, like: Tensor) -> Tensor:
     return reference.lu_weight(*(state[name] for name in ("permutation", "lower", "upper", "log_diag", "sign_diag")))
 
 
-def _net(state: State, x: Tensor) -> Tensor:
-    conv = _CONVOLUTIONS[x.dim() - 2]
-    for i, padding in (("1", 1), ("2", 0)):
-        x = conv(x, state[f"conv{i}.weight"], state.get(f"conv{i}.bias"), padding=padding)
+def with_ring(x: Tensor, weight: Tensor, kernel: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x padded with zeros, and, for a border term's kernel, a channel that is 1 where x was padded; convolved."""
+    conv, pads = _CONVOLUTIONS[x.dim() - 2], [1, 1] * (x.dim() - 2)
+    padded = F.pad(x, pads)
+    if kernel is None:
+        return conv(padded, weight, bias)
+    ring = F.pad(torch.zeros_like(x[:, :1]), pads, value=1.0)
+    return conv(torch.cat([padded, ring], dim=1), torch.cat([weight, kernel], dim=1), bias)
+
+
+def plain_net(state: State, x: Tensor) -> Tensor:
+    """The formula in CouplingNet's docstring."""
+
+    def activated(x: Tensor, i: int) -> Tensor:
         norm = _under(state, f"norm{i}.")
-        x = F.relu(_actnorm(norm, x) if norm else x)
-    return conv(x, state["conv3.weight"], state["conv3.bias"], padding=1) * (3.0 * state["log_gain"]).exp()
+        return F.relu(_actnorm(norm, x) if norm else x)
+
+    x = activated(with_ring(x, state["conv1.weight"], state.get("border1"), state.get("conv1.bias")), 1)
+    x = activated(_CONVOLUTIONS[x.dim() - 2](x, state["conv2.weight"], state.get("conv2.bias")), 2)
+    out = with_ring(x, state["conv3.weight"], state.get("border3"), state["conv3.bias"])
+    return out * (3.0 * state["log_gain"]).exp()
 
 
 def checkerboard(x: Tensor, parity: int) -> Tensor:
@@ -74,7 +88,7 @@ def _step(
     net_in = kept if cond is None else torch.cat([kept, cond], dim=1)
     spec = CouplingSpec(config.coupling, config.scale_map, config.scale_bias, config.scale_eps, config.scale_clamp)
     spec = spec._replace(factor=config.scale_factor)
-    net_out = _net(_under(state, "coupling.net."), net_in)
+    net_out = plain_net(_under(state, "coupling.net."), net_in)
     if parity is None:
         z, coupling_log_det = reference.coupling(x, net_out, spec)
     else:
