@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
-from support.gradients import perturbed
+from support.glow_settings import CONDITION, Setting
 from support.helpers import assert_close
 from support.plain_glow import plain_encode, plain_log_prob
 from torch import Tensor
@@ -15,24 +15,13 @@ from torch import Tensor
 import pyglow_fast as pgf
 from pyglow_fast.models.class_head import ClassHead, class_bits
 
-CONDITION = 1000.0  # as for the models of glow_settings, which these are like
 WEIGHT = 0.7
-FIELDS: dict[str, Any] = {"image_shape": (1, 4, 8), "n_levels": 2, "n_steps": 2, "hidden": 5, "classify": 3}
+LABELS = torch.tensor([2, 0, 1, 2])
 
 
-def trained(**fields: Any) -> pgf.Glow:
-    """A small model in float64, away from its start."""
-    model = pgf.Glow(**(FIELDS | fields)).double()
-    model.initialize(torch.rand(64, *model.config.image_shape, dtype=torch.float64) - 0.5)
-    perturbed(model)
-    return model
-
-
-def batch(model: pgf.Glow) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, labels, and the labels to condition on, if the model has such classes."""
-    x = torch.rand(4, *model.config.image_shape, dtype=torch.float64) - 0.5
-    labels = torch.tensor([2, 0, 1, 2])
-    return x, labels, None if model.config.n_classes is None else labels
+def small(n_classes: int | None) -> Setting:
+    """A model with a classifier."""
+    return Setting("classes", image_shape=(1, 4, 8), n_classes=n_classes, classify=3)
 
 
 def plain_loss(model: pgf.Glow, state: dict[str, Tensor], x: Tensor, labels: Tensor, y: Tensor | None) -> Tensor:
@@ -70,15 +59,15 @@ def test_the_formula(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("memory", ["reversible", "checkpoint", "store"])
 @pytest.mark.parametrize("n_classes", [None, 3])
 def test_gradients_are_those_of_the_plain_computation(memory: str, n_classes: int | None) -> None:
-    model = trained(n_classes=n_classes)
+    setting = small(n_classes)
+    model, x, y = setting.model, setting.x, setting.y
     model.memory = memory
-    x, labels, y = batch(model)
     parameters = dict(model.named_parameters())
-    value = loss(model, x, labels, y)
+    value = loss(model, x, LABELS, y)
     gradients = torch.autograd.grad(value, list(parameters.values()))
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     leaves = [state[name].requires_grad_() for name in parameters]
-    plain = plain_loss(model, state, x, labels, y)
+    plain = plain_loss(model, state, x, LABELS, y)
     assert_close(value, plain, condition=CONDITION)
     for name, got, expected in zip(parameters, gradients, torch.autograd.grad(plain, leaves), strict=True):
         assert expected.abs().max() > 0, name
@@ -86,8 +75,8 @@ def test_gradients_are_those_of_the_plain_computation(memory: str, n_classes: in
 
 
 def test_one_call_gives_the_likelihood_of_the_model_without_it_and_the_logits() -> None:
-    model = trained(n_classes=3).eval()
-    x, _, y = batch(model)
+    setting = small(3)
+    model, x, y = setting.model.eval(), setting.x, setting.y
     log_prob, logits = model.log_prob_and_logits(x, y)
     assert torch.equal(log_prob, model.log_prob(x, y))
     assert torch.equal(logits, model.class_logits(x))
@@ -95,7 +84,7 @@ def test_one_call_gives_the_likelihood_of_the_model_without_it_and_the_logits() 
     assert torch.equal(logits, model.head(model(x)[0][-1]))
     assert logits.shape == (4, 3)
     assert torch.equal(model.freeze().class_logits(x), model.freeze().log_prob_and_logits(x, y)[1])
-    plain = pgf.Glow(**(FIELDS | {"classify": 0, "n_classes": 3})).double()
+    plain = pgf.Glow(replace(setting.config, classify=0)).double()
     missing, extra = plain.load_state_dict(model.state_dict(), strict=False)
     assert (missing, sorted(extra)) == ([], ["head.bias", "head.log_gain", "head.weight"])
     assert torch.equal(plain.eval().log_prob(x, y), log_prob)

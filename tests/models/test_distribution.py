@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zuko
-from support.gradients import perturbed
+from support.glow_settings import Setting
 from torch import Tensor
 from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
@@ -21,11 +21,7 @@ SHAPE = (2, 4, 4)
 def make(**fields: Any) -> Glow:
     """A small Glow in float64 whose every parameter is at work."""
     torch.manual_seed(0)
-    model = Glow(image_shape=SHAPE, n_levels=2, n_steps=2, hidden=4, **fields).double()
-    cond = torch.rand(8, fields["cond_channels"]).double() if fields.get("cond_channels") else None
-    model.initialize(torch.rand(8, *SHAPE).double() - 0.5, cond)
-    perturbed(model, 0.05)
-    return model.eval()
+    return Setting("default", spread=0.05, image_shape=SHAPE, **fields).model.eval()
 
 
 @pytest.fixture(scope="module")

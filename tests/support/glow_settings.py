@@ -55,8 +55,10 @@ CALM = 0.03
 class Setting:
     """A small Glow in float64, away from its start, with a batch and what it is conditioned on."""
 
-    def __init__(self, name: str, device: torch.device | str = "cpu", n: int = 4, spread: float = 0.1) -> None:
-        fields = dict(CONFIGS[name])
+    def __init__(
+        self, name: str, device: torch.device | str = "cpu", n: int = 4, spread: float = 0.1, **changed: Any
+    ) -> None:
+        fields = CONFIGS[name] | changed
         self.cond_map = fields.pop("cond_map", False)
         self.config = pgf.GlowConfig(**{"n_levels": 2, "n_steps": 2, "hidden": 5, **fields})
         self.device = torch.device(device)
