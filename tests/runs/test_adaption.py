@@ -10,13 +10,12 @@ from itertools import groupby, pairwise
 import pytest
 import torch
 from support.captures import drifting
-from support.chain_cases import Case
-from support.gradients import Memory, both_ways, gradients
+from support.chain_cases import chain
+from support.gradients import Memory, batch, both_ways, gradients
 
 import pyglow_fast as pgf
 from pyglow_fast.runs import DriftControl, drift
 
-DEEP = Case(8)
 LIMIT = 1e-6
 CALM, TIGHT, TOO_MUCH = 0.01 * LIMIT, 0.51 * LIMIT, 2.0 * LIMIT
 
@@ -121,7 +120,7 @@ def test_frequent_redos_are_warned_of_once_and_rare_ones_not(skipped: bool) -> N
 
 @both_ways
 def test_steps_that_drift_end_in_checkpointing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequence, (x, _) = DEEP.build(), DEEP.batch()
+    sequence, x = chain(8), batch()
     drifting(monkeypatch, x).fill_(1.001)
     spacings = []
     for _ in range(4):
@@ -136,7 +135,7 @@ def test_steps_that_drift_end_in_checkpointing(way: str, monkeypatch: pytest.Mon
 
 @both_ways
 def test_report() -> None:
-    sequence, (x, _) = DEEP.build(tolerance=1e-9), DEEP.batch()
+    sequence, x = chain(8, tolerance=1e-9), batch()
     Memory("reversible", 3).apply(sequence)
     gradients(sequence, x)
     report = sequence.memory_report()
@@ -180,13 +179,13 @@ class TestState:
         assert torch.equal(control.state(), saved.double())
 
     def test_each_direction_has_its_own(self) -> None:
-        source = DEEP.build()
+        source = chain(8)
         source.control.record(TOO_MUCH, LIMIT, 4, 4)
         source.inverse_control.record(CALM, LIMIT, 0, 4)
         state = source.get_extra_state()
 
         def passes(saved: object) -> list[tuple[int, int]]:
-            target = DEEP.build()
+            target = chain(8)
             target.load_state_dict({**source.state_dict(), "_extra_state": saved})
             return [(own.spacing, own.report()["passes"]) for own in (target.control, target.inverse_control)]
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.captures import Recording, capture_guard, drifting, like_a_gpu
-from support.chain_cases import Case
-from support.gradients import both_ways, gradients, worst_error
+from support.chain_cases import chain
+from support.gradients import batch, both_ways, gradients, worst_error
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-
-CASE = Case(8)
 
 
 def all_zero(grads: dict[str, Tensor]) -> bool:
@@ -32,8 +30,8 @@ def objective(first: nn.Module, second: nn.Module, x: Tensor) -> dict[str, list[
 @pytest.mark.parametrize("bad", ["first", "second"])
 def test_runs_that_the_same_backward_reaches_later_are_zero_too(way: str, bad: str) -> None:
     """The gradient that they are handed has no part of the run that drifted: it would be wrong."""
-    runs = {name: CASE.build(deferred_check=True, tolerance=1e-6) for name in ("first", "second")}
-    x, _ = CASE.batch()
+    runs = {name: chain(8, deferred_check=True, tolerance=1e-6) for name in ("first", "second")}
+    x = batch()
     expected = objective(runs["first"], runs["second"], x)
     control = runs[bad].control_of(way == "inverse")
     limit, control.tolerance = control.tolerance, 1e-30
@@ -82,7 +80,7 @@ class TestCaptured:
     """Nothing is read: verdicts are counted where the tensors are until someone asks."""
 
     def test_replays_are_counted_and_those_that_drifted_are_zero(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        sequence, (x, _) = CASE.build(tolerance=1e-9), CASE.batch()  # not told to defer
+        sequence, x = chain(8, tolerance=1e-9), batch()  # not told to defer
         with like_a_gpu():
             alone = step_gradients(sequence, x)
             graph = Replayed(monkeypatch, sequence, x)
@@ -102,7 +100,7 @@ class TestCaptured:
             assert sequence.control.spacing == 2, "the graph's own anchors are where they were"
 
     def test_a_capture_without_a_step_before_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        sequence, (x, _) = CASE.build(), CASE.batch()
+        sequence, x = chain(8), batch()
         step_gradients(sequence, x)  # not as on a GPU: no counters
         expected = "CUDA graph: expected a step run before .*, found a capture that begins without counters of drift"
         with like_a_gpu(), pytest.raises(ValueError, match=expected):

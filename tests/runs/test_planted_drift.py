@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from support.captures import drifting, plant
-from support.chain_cases import EVERY_STEP, Case, cut_parts, only_python
+from support.chain_cases import EVERY_STEP, chain, cut_parts, only_python
 from support.covering import pairs
-from support.gradients import Memory, assert_same_gradients, both_ways, gradients, objective
+from support.gradients import Memory, assert_same_gradients, batch, both_ways, gradients, objective
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -50,8 +50,8 @@ def plant_at(patch: pytest.MonkeyPatch, compiled: bool, steps: int, at: int) -> 
 
 def built(cond: bool = False) -> tuple[pgf.ReversibleSequence, tuple[Tensor, Tensor | None], dict[str, Tensor]]:
     """A run, a batch for it, and its gradients by ordinary autograd; what drifts beyond 1e-9 is redone."""
-    case = Case(DEPTH, (2, 6, 3)) if cond else Case(DEPTH)
-    sequence, inputs = case.build(tolerance=1e-9), case.batch()
+    condition = batch(64, 2, 6, 3) if cond else None
+    sequence, inputs = chain(DEPTH, condition, tolerance=1e-9), (batch(), None if condition is None else condition[:3])
     Memory("store").apply(sequence)
     return sequence, inputs, gradients(sequence, *inputs)
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.chain_cases import Case
-from support.gradients import Memory, gradients, objective, perturbed
+from support.chain_cases import chain
+from support.gradients import Memory, batch, gradients, objective, perturbed
 from support.user_steps import Scale, mixed
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 
 MODES = [Memory("checkpoint"), Memory("reversible", 2), Memory("reversible", None)]
-PLAIN = Case(3)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["steps", "modules"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_an_output_changed_before_the_backward(mode: Memory, fused: bool) -> None:
     """Refused, but where nothing needs it again: where states are kept it makes no difference."""
-    sequence, (x, _) = PLAIN.build() if fused else mixed(), PLAIN.batch()
+    sequence, x = chain(3) if fused else mixed(), batch()
     mode.apply(sequence)
     inputs = [x.requires_grad_(), *sequence.parameters()]
     z, log_det = sequence(x)
@@ -54,12 +53,12 @@ def test_a_net_that_closes_over_a_foreign_tensor(mode: Memory, leaf: bool) -> No
     for steps in ([pgf.FlowStep(4, net=net)], [Scale(), pgf.FlowStep(4, net=net)]):
         sequence = pgf.ReversibleSequence(steps).double().eval()
         mode.apply(sequence)
-        value = objective(sequence(PLAIN.batch()[0]))
+        value = objective(sequence(batch()))
         with pytest.raises(ValueError, match=r"net: expected no tensors that require a gradient but its parameters"):
             value.backward()
         foreign.requires_grad_(False) if leaf else None
         if leaf:
-            objective(sequence(PLAIN.batch()[0])).backward()
+            objective(sequence(batch())).backward()
             foreign.requires_grad_(True)
 
 
@@ -69,7 +68,7 @@ def test_a_foreign_tensor_in_a_frozen_run_keeps_its_gradient(mode: Memory) -> No
     foreign = torch.ones((), dtype=torch.float64, requires_grad=True)
     sequence = pgf.ReversibleSequence([pgf.FlowStep(4, net=Closure(foreign))]).double().eval().requires_grad_(False)
     mode.apply(sequence)
-    objective(sequence(PLAIN.batch()[0])).backward()
+    objective(sequence(batch())).backward()
     assert foreign.grad is not None
     assert bool(foreign.grad != 0)
 
@@ -83,7 +82,7 @@ def test_a_net_that_changes_as_it_runs(mode: Memory, fused: bool) -> None:
     if not fused:
         sequence = pgf.ReversibleSequence([*sequence, Scale()]).double()
     mode.apply(sequence)
-    x, _ = PLAIN.batch()
+    x = batch()
     sequence(x)
     value = objective(sequence(x))
     with pytest.raises(ValueError, match=r"net: expected buffers that a run leaves as they are .*_u"):

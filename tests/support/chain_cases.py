@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast import ops
 from pyglow_fast.runs import compiled, python
-from support.gradients import SHAPE, perturbed
+from support.gradients import SHAPE, ready
 
 ONE_PART, EVERY_STEP = 2**60, 0  # limits of a part's gradients
 
@@ -29,22 +27,8 @@ def only_python(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ops, "is_runnable", lambda x: False)
 
 
-@dataclass(frozen=True)
-class Case:
-    """How to build a run of FlowSteps, and the shape that a condition of one sample has."""
-
-    depth: int
-    cond_shape: tuple[int, ...] | None = None
-
-    def build(self, **sequence_options: Any) -> pgf.ReversibleSequence:
-        """Build the run in float64, initialised, away from the start."""
-        cond_channels = self.cond_shape[0] if self.cond_shape else 0
-        steps = [pgf.FlowStep(SHAPE[0], 5, cond_channels=cond_channels) for _ in range(self.depth)]
-        sequence = pgf.ReversibleSequence(steps, **sequence_options).double()
-        sequence.initialize(*self.batch(64))
-        return perturbed(sequence)
-
-    def batch(self, n: int = 3) -> tuple[Tensor, Tensor | None]:
-        """Draw a batch (x, cond)."""
-        x = torch.randn(n, *SHAPE, dtype=torch.float64)
-        return x, torch.randn(n, *self.cond_shape, dtype=torch.float64) if self.cond_shape else None
+def chain(depth: int, cond: Tensor | None = None, **options: Any) -> pgf.ReversibleSequence:
+    """A run of FlowSteps, reversible. ``cond`` is that of 64 samples; ``options`` are the sequence's."""
+    cond_channels = 0 if cond is None else cond.shape[1]
+    steps = [pgf.FlowStep(SHAPE[0], 5, cond_channels=cond_channels) for _ in range(depth)]
+    return ready(steps, SHAPE, cond, memory="reversible", **options)

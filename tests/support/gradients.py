@@ -64,9 +64,9 @@ def perturbed(module: Any, spread: float = 0.1) -> Any:
     return module
 
 
-def ready(steps: list[pgf.FlowStep], shape: tuple[int, ...] = SHAPE, cond: Tensor | None = None) -> Any:
-    """A run of these steps in mode "store": float64, initialised, away from the start."""
-    sequence = pgf.ReversibleSequence(steps, "store").double()
+def ready(steps: list[pgf.FlowStep], shape: tuple[int, ...] = SHAPE, cond: Tensor | None = None, **options: Any) -> Any:
+    """A run of these steps, in mode "store" if no other is given: float64, initialised, away from the start."""
+    sequence = pgf.ReversibleSequence(steps, **{"memory": "store", **options}).double()
     sequence.initialize(torch.randn(64, *shape, dtype=torch.float64), cond)
     return perturbed(sequence)
 
