@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -157,16 +158,13 @@ class HaarOperation(nn.Module):
     """IRN's Haar between blocks, with its own log-det."""
 
     def forward(self, x: Tensor, rev: bool = False) -> Tensor:
-        n, c, h, w = x.shape
         self.last = (1 if rev else -1) * x[0].numel() / 4 * torch.tensor(16.0, dtype=x.dtype).log()
+        pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=x.dtype)
+        signs = torch.kron(pair, pair)  # its inverse is a quarter of it
         if rev:
-            s = x.reshape(n, 4, c // 4, h, w).unbind(1)
-            rows = [(s[0] + s[1], s[0] - s[1]), (s[2] + s[3], s[2] - s[3])]
-            pairs = [(rows[0][i] + rows[1][i], rows[0][i] - rows[1][i]) for i in range(2)]
-            wide = [torch.stack([pairs[0][i], pairs[1][i]], -1).flatten(-2) for i in range(2)]
-            return torch.stack(wide, -2).flatten(-3, -2)
-        a, b, c_, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
-        return torch.cat([a + b + c_ + d, a - b + c_ - d, a + b - c_ - d, a - b - c_ + d], 1) / 4
+            return F.pixel_shuffle(torch.einsum("ij,nichw->ncjhw", signs, x.unflatten(1, (4, -1))).flatten(1, 2), 2)
+        squares = F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4))
+        return torch.einsum("ij,ncjhw->nichw", signs, squares).flatten(1, 2) / 4
 
     def jacobian(self, x: Tensor, rev: bool = False) -> Tensor:
         return self.last
