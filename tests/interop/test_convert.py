@@ -16,6 +16,7 @@ import pytest
 import torch
 from support import golden
 from support.gradients import perturbed
+from support.user_steps import Transposed
 from torch import Tensor
 
 import pyglow_fast as pgf
@@ -118,11 +119,6 @@ def test_ours_to_theirs_and_back(name: str, case: str) -> None:
 
 def test_parts_of_ones_own_are_written_as_what_they_compute() -> None:
     """A map of channels, and a parametrized net, whose state dict has other names than weight."""
-
-    class Transposed(pgf.InvConv):
-        def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
-            weight, log_det = super().weight_and_log_det()
-            return weight.T, log_det
 
     model = our_model()
     for step in model.levels[0].steps:

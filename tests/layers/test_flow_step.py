@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.gradients import assert_stored_gradients, batch, perturbed, ready
 from support.helpers import assert_close, assert_equal
+from support.user_steps import Transposed
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -59,14 +60,6 @@ class Nested(ChannelLinear):
 
     def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
         return self.inner.weight_and_log_det()
-
-
-class Transposed(pgf.InvConv):
-    """InvConv's parameters, and another W of them."""
-
-    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
-        weight, log_det = super().weight_and_log_det()
-        return weight.T, log_det
 
 
 def of_maps(first: str, second: str) -> list[dict[str, Any]]:

@@ -59,6 +59,14 @@ class Flip(nn.Module):
     inverse = forward
 
 
+class Transposed(pgf.InvConv):
+    """InvConv's parameters, and another W of them."""
+
+    def weight_and_log_det(self) -> tuple[Tensor, Tensor]:
+        weight, log_det = super().weight_and_log_det()
+        return weight.T, log_det
+
+
 class Conditioned(nn.Module):
     """z = x + a cond where cond has as many channels, with dropout of the shift in training."""
 
