@@ -237,14 +237,7 @@ def after_nan(net: Net, spec: ChainSpec, numbers: Numbers) -> list[Tensor]:
     return results(net, spec, numbers)
 
 
-def in_half(net: Net) -> Net:
-    """Wrap a net so that it runs as under autocast to bfloat16."""
-
-    def call(*args: Any) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return net(*args)
-
-    return call
+in_half = torch.autocast("cpu", torch.bfloat16)  # of a net: the net under autocast
 
 
 def rounded(x: Tensor) -> Tensor:
