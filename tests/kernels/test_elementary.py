@@ -15,16 +15,7 @@ from pyglow_fast.reference import ACTIVATIONS, Activation, activated
 
 pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
 
-TORCH = {
-    "exp": torch.exp,
-    "log": torch.log,
-    "log1p_unit": torch.log1p,
-    "tanh": torch.tanh,
-    "atan": torch.atan,
-    "expm1_negative": torch.expm1,
-    "erf": torch.erf,
-    "erfc": torch.erfc,
-}
+NAMES = ("exp", "log", "log1p_unit", "tanh", "atan", "expm1_negative", "erf", "erfc")
 
 
 def _ulps(actual: Tensor, exact: Tensor) -> Tensor:
@@ -63,7 +54,8 @@ FLOAT64 = [("exp", -700.0, 700.0), ("log1p_unit", 0.0, 1.0), ("expm1_negative", 
 )
 def test_bounds(name: str, low: float, high: float, bound: float, dtype: torch.dtype) -> None:
     x = torch.linspace(low, high, 200_003, dtype=torch.float64).to(dtype)
-    error = _ulps(_backend.require().elementary(name, x), TORCH[name](x.double()))
+    of_torch = getattr(torch, name.partition("_")[0])
+    error = _ulps(_backend.require().elementary(name, x), of_torch(x.double()))
     assert float(error.max()) <= bound
 
 
@@ -82,7 +74,7 @@ def test_special_values(dtype: torch.dtype) -> None:
         for at in range(count):
             x = torch.full((count,), 0.5, dtype=dtype)
             x[at] = math.nan
-            for name in TORCH:
+            for name in NAMES:
                 result = elementary(name, x)
                 assert result.isnan().nonzero().flatten().tolist() == [at]
     x = torch.tensor([math.inf, -math.inf, 1000.0, -1000.0], dtype=dtype)
