@@ -57,8 +57,17 @@ def from_latents(model: pgf.Glow, inputs: dict[str, torch.Tensor]) -> Callable[[
     return lambda: model.from_noise(noise, **rest)
 
 
+def peak(step: Callable[[], object]) -> int:
+    """The most that torch's allocator gives out in a step, the second one of its shapes."""
+    step()
+    gc.collect()
+    with AllocatorTrace() as trace:
+        step()
+    return trace.peak_without()
+
+
 def measured(model: pgf.Glow, inputs: dict[str, torch.Tensor], inverse: bool = False) -> int:
-    """The most that torch's allocator gives out in a training step, the second one of these shapes."""
+    """What a training step takes of torch's allocator, and the gradient that the caller has of an inverse."""
     call, given = from_latents(model, inputs), (torch.randn_like(inputs["x"]), inputs["x"].new_ones(len(inputs["x"])))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -69,11 +78,7 @@ def measured(model: pgf.Glow, inputs: dict[str, torch.Tensor], inverse: bool = F
         else:
             (-model.log_prob(**inputs)).mean().backward()
 
-    step()
-    gc.collect()
-    with AllocatorTrace() as trace:
-        step()
-    return trace.peak_without() + (given[0].nbytes if inverse else 0)  # which the caller has
+    return peak(step) + (given[0].nbytes if inverse else 0)
 
 
 plans = pytest.mark.skipif(not PLANS, reason="bytes are planned by the compiled run")
@@ -127,11 +132,7 @@ def test_latents_that_are_the_callers_are_counted() -> None:
         latents, log_det = model(**inputs)
         torch.autograd.backward([*latents, log_det], given)
 
-    step()
-    gc.collect()
-    with AllocatorTrace() as trace:
-        step()
-    found = trace.peak_without() + sum(value.nbytes for value in given)
+    found = peak(step) + sum(value.nbytes for value in given)
     assert found <= model.memory_report()[0]["predicted_bytes"] <= least
 
 
@@ -148,11 +149,8 @@ def test_a_run_by_itself() -> None:
         sequence.memory = bytes_given
         for parameter in sequence.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        torch.autograd.backward(sequence(x), given)
-        gc.collect()
-        with AllocatorTrace() as trace:
-            torch.autograd.backward(sequence(x), given)
-        found, planned = trace.peak_without() + x.nbytes, sequence.memory_report()["predicted_bytes"]
+        found = peak(lambda: torch.autograd.backward(sequence(x), given)) + x.nbytes
+        planned = sequence.memory_report()["predicted_bytes"]
         assert found <= planned <= bytes_given
         assert planned <= 1.1 * found
 
