@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import pytest
 import torch
 from support import ROOT
 from support.machine import no_network
+from support.program import expect_passed
 
 PACKAGE = "pyglow_fast"
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -67,10 +65,4 @@ def test_examples(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.full
 def test_examples_print_the_same_without_the_extension() -> None:
-    environment = {**os.environ, "PYGLOW_FORCE_REFERENCE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_examples and not print"]
-    result = subprocess.run(
-        [*command, __file__], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert " passed" in result.stdout
+    expect_passed("-k", "test_examples and not print", __file__, PYGLOW_FORCE_REFERENCE="1")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import os
 import runpy
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
+
+from support import ROOT
 
 
 class Ended(NamedTuple):
@@ -41,6 +45,14 @@ def done(*words: object) -> str:
     ended = pyglow_fast(*words)
     assert ended.code == 0, ended
     return ended.out
+
+
+def expect_passed(*arguments: str, **environment: str) -> None:
+    """pytest with these arguments passes some test and fails none, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-1000:]
+    assert " passed" in found.stdout
 
 
 def rows(path: Path) -> list[dict[str, str]]:
