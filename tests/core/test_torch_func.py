@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.covering import pairs
-from support.gradients import CONDITION
+from support.gradients import CONDITION, perturbed
 from support.helpers import assert_close, assert_equal
 from support.user_steps import mixed
 from torch import Tensor, nn
@@ -53,9 +53,7 @@ def ready(flow: nn.Module, *inputs: Tensor, **given: Tensor) -> nn.Module:
     """Initialised, its parameters away from where they start."""
     flow = flow.double()
     getattr(flow, "initialize", flow)(*inputs, **given)
-    for parameter in flow.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return flow
+    return perturbed(flow, 0.05)
 
 
 X, COND = randn(N, 4, 4, 2), randn(N, 3, 4, 2)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from support.gradients import perturbed
+
 
 def normed(conv: nn.Conv1d, norm: str) -> nn.Module:
     """The convolution with torch's older weight norm, a hook, or none; coqui-tts in tests/live has the newer one."""
@@ -160,9 +162,7 @@ def mask_of_lengths(lengths: Sequence[int], total: int, dtype: torch.dtype = tor
 @torch.no_grad()
 def moved(model: nn.Module, by: float = 0.2) -> Any:
     """The model with every parameter moved from where it starts, determinants positive as Glow-TTS wants them."""
-    for parameter in model.parameters():
-        parameter.add_(by * torch.randn_like(parameter))
-    for module in model.modules():
+    for module in perturbed(model, by).modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() == 2 and torch.linalg.det(weight) < 0:
             weight[:, 0] *= -1
