@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocstrings import Inventory
-from support import ROOT
+from support import ROOT, web
 from support.machine import no_network
 
 PACKAGE = "pyglow_fast"
@@ -68,12 +67,11 @@ def test_the_site_is_whole(site: Path) -> None:
 @pytest.mark.full
 def test_the_search_works_from_the_disk(site: Path) -> None:
     """A word in the box of any page leads to a list of links, and a link to a page that is there."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    web.require("playwright", "chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=web.chromium(), args=web.FLAGS)
         page = browser.new_page()
         page.goto((site / "tour.html").as_uri())
         page.fill("input[name=q]", "onnx")
