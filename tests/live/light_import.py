@@ -46,16 +46,10 @@ def light_import(name: str) -> ModuleType:
     top = name.partition(".")[0]
     if importlib.util.find_spec(top) is None:
         raise ModuleNotFoundError(f"No module named {top!r}", name=top)
-    for beside in BESIDE_THE_FLOW.get(top, ()):
-        for package in _with_parents(beside):
-            _import_or_stand_in(package)
-    for package in _with_parents(name)[:-1]:
-        _import_or_stand_in(package)
+    for package in (*BESIDE_THE_FLOW.get(top, ()), name.rpartition(".")[0]):
+        for with_parents in itertools.accumulate(filter(None, package.split(".")), "{}.{}".format):
+            _import_or_stand_in(with_parents)
     return importlib.import_module(name)
-
-
-def _with_parents(name: str) -> list[str]:
-    return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 def _import_or_stand_in(name: str) -> None:
