@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,15 +46,13 @@ def turn(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pgf.ReversibleSequence, "memory_report", reported)
 
 
-def both_ways(test: Any, *marks: pytest.MarkDecorator) -> Any:
-    """Run a test as it is, and with runs of steps that are called from latents to data."""
+def both_ways(test: Any, marks: Sequence[pytest.MarkDecorator] = ()) -> Any:
+    """Run a test as it is, and with runs of steps that are called from latents to data; ``marks`` are the latter's."""
     cases = pytest.mark.parametrize("way", ["forward", pytest.param("inverse", marks=marks)], indirect=True)
     return pytest.mark.usefixtures("way")(cases(test))
 
 
-def both_ways_in_full(test: Any) -> Any:
-    """Run a test as :func:`both_ways` does, the second case with --full."""
-    return both_ways(test, pytest.mark.full)
+both_ways_in_full = partial(both_ways, marks=[pytest.mark.full])  # the second case with --full
 
 
 def perturbed(module: Any, spread: float = 0.1) -> Any:

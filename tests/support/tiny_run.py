@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +37,9 @@ def write_images(
 
 
 def _make(folder: Path) -> None:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         write_images(folder / "images")
         (folder / "said.txt").write_text(done("train", "folder:images", "--out", "run", *OPTIONS))
-    finally:
-        os.chdir(before)
 
 
 def made(factory: pytest.TempPathFactory) -> Path:
