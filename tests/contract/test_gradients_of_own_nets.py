@@ -33,7 +33,7 @@ from support.gradients import (
 from support.helpers import assert_close
 from support.hiding_blocks import Shifts, plain_net
 from support.net_cases import DropoutNet
-from support.user_steps import Build, Checkpointed, Nested, runs
+from support.user_steps import Build, Checkpointed, Nested, Writes, runs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -117,17 +117,6 @@ class Halved(pgf.CouplingNet):
         return 0.5 * super().forward(x, cond)
 
 
-class Writing(nn.Module):
-    """A net that writes to its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 4, 3, padding=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 def tied() -> list[nn.Module]:
     first, second = parametrizations.weight_norm(nn.Conv2d(2, 4, 1)), nn.Conv2d(4, 4, 1)
     net = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Conv2d(4, 4, 1))
@@ -148,7 +137,7 @@ NETS: dict[str, Callable[[], list[nn.Module]]] = {
     "of a subclass": lambda: [Halved(2, 4, 5), Halved(2, 4, 5)],
     "that checkpoint": lambda: [Checkpointed(), pgf.CouplingNet(2, 4, 5), Checkpointed()],
     "with flows inside": lambda: [Nested(), pgf.CouplingNet(2, 4, 5), Nested()],
-    "that write to their input": lambda: [Writing(), Writing()],
+    "that write to their input": lambda: [Writes(2, 4), Writes(2, 4)],
 }
 
 

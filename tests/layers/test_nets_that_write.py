@@ -7,24 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.user_steps import Writes
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-
-
-class Own(nn.Module):
-    """A module of the user's whose code writes to what it is given."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv, self.in_place = nn.Conv2d(inputs, outputs, 3, padding=1), True
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """conv(relu(x)), or of the sum with cond."""
-        if cond is not None:
-            cond = cond.mul_(0.5) if self.in_place else 0.5 * cond
-        x = x.relu_() if self.in_place else x.relu()
-        return self.conv(x if cond is None else torch.cat([x, cond], dim=1))
 
 
 def _relu(inputs: int, outputs: int) -> nn.Module:
@@ -32,7 +18,7 @@ def _relu(inputs: int, outputs: int) -> nn.Module:
 
 
 Maker = Callable[[int, int], nn.Module]
-NETS: list[Maker] = [_relu, Own]
+NETS: list[Maker] = [_relu, Writes]
 
 
 def _x() -> Tensor:
@@ -65,7 +51,7 @@ LAYERS: dict[str, Callable[[Maker], nn.Module]] = {
     "checkerboard": lambda net: pgf.Coupling(net(4, 8), mask="checkerboard"),
     "additive checkerboard": lambda net: pgf.Coupling(net(4, 4), "additive", mask="checkerboard"),
     "injector": lambda net: pgf.AffineInjector(4, net=net(3, 8)),
-    "condition": lambda net: pgf.Coupling(Own(5, 4)),  # the one net here that reads one
+    "condition": lambda net: pgf.Coupling(Writes(5, 4)),  # the one net here that reads one
     "run in evaluation": _run,
 }
 
@@ -81,7 +67,7 @@ def test_values(net: Maker, layer: str) -> None:
     torch.testing.assert_close(_both_ways(writes, _x(), *cond), _both_ways(leaves, _x(), *cond), rtol=0, atol=0)
 
 
-class Leaves(Own):
+class Leaves(Writes):
     """It says that it does not write."""
 
     writes_to_input = False

@@ -92,6 +92,21 @@ class Checkpointed(nn.Module):
         return checkpoint(self.net, x, use_reentrant=False)
 
 
+class Writes(nn.Module):
+    """A net whose code writes to what it is given."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv, self.in_place = nn.Conv2d(inputs, outputs, 3, padding=1), True
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """conv(relu(x)), or of the sum with cond."""
+        if cond is not None:
+            cond = cond.mul_(0.5) if self.in_place else 0.5 * cond
+        x = x.relu_() if self.in_place else x.relu()
+        return self.conv(x if cond is None else torch.cat([x, cond], dim=1))
+
+
 class Nested(nn.Module):
     """A net with a reversible run inside: backwards begin and end within a step of the outer one's."""
 
