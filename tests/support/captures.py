@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyglow_fast import _backend, replays
 from pyglow_fast._backend import extension, require
@@ -55,11 +55,6 @@ def use_library(patch: pytest.MonkeyPatch, way: str = "library") -> None:
 def capturing() -> contextlib.AbstractContextManager[None]:
     """A context in which code is told that a graph is being captured."""
     return _answering(can_read=False, can_capture=True, is_capturing=True)
-
-
-def _alias(value: Any) -> Any:
-    """A tensor as it is now, on the same memory, whose writes do not show in the versions of others."""
-    return value.data if isinstance(value, Tensor) else value
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -122,7 +117,8 @@ class Recording(TorchDispatchMode):
         for tensor in written:
             self._keep(tensor.untyped_storage())
         known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-        own_args, own_kwargs = tree_map(_alias, args), tree_map(_alias, kwargs)
+        # As they are now, on the same memory, and so that writes do not show in the versions of others.
+        own_args, own_kwargs = tree_map_only(Tensor, lambda value: value.data, (args, kwargs))
         self._inside = True
         try:
             out = func(*args, **kwargs)
@@ -178,16 +174,11 @@ class NotCapturableError(RuntimeError):
 # Operations whose result, or the size of it, the host needs.
 READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim"}
 READS |= {"unique_consecutive", "bincount", "equal", "histogram", "_linalg_check_errors"}
-# Factorisations of a matrix: these call libraries that allocate for themselves, or wait.
+# Factorisations of a matrix, and solving by them: these call libraries that allocate for themselves, or wait.
 _FACTORISATIONS = re.compile(
     r"_?linalg_(inv|slogdet|det|lu|solve_ex|qr|svd|eig|cholesky|ldl|lstsq|pinv|matrix_exp)|_?linalg_solve$"
     r"|linalg_solve_ex|_lu_with_info|lu_unpack|lu_solve|inverse|cholesky|geqrf|ormqr|logdet|slogdet"
 )
-
-
-def is_factorisation(func: torch._ops.OpOverload) -> bool:
-    """Whether an operation is one of torch's that factorise a matrix, or solve by it."""
-    return func.namespace == "aten" and _FACTORISATIONS.match(func.overloadpacket.__name__) is not None
 
 
 def waits(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
@@ -242,7 +233,7 @@ class _Operations(TorchDispatchMode):
         is_index = len(args) > 1 and name.startswith(("index", "_index", "_unsafe_index"))
         if is_index and any(tensor.dtype in _MASKS for tensor in _tensors(args[1])):
             raise NotCapturableError(f"{name}: the host counts what a mask chooses")
-        if is_factorisation(func):
+        if func.namespace == "aten" and _FACTORISATIONS.match(name):
             raise NotCapturableError(f"{name}: a factorisation")
         if name in ("lift", "lift_fresh", "_pin_memory"):
             raise NotCapturableError(f"{name}: a copy from the host")
@@ -283,19 +274,11 @@ def capture_guard() -> Iterator[None]:
 
 
 class Side:
-    """A stand-in for the side stream, and whether it is the current one."""
+    """A stand-in for the side stream."""
 
-    def __init__(self) -> None:
-        self.is_current = False
-
-    @contextlib.contextmanager
-    def entered(self, stream: object) -> Iterator[None]:
+    def entered(self, stream: object) -> contextlib.AbstractContextManager[None]:
         assert stream is self
-        self.is_current = True
-        try:
-            yield
-        finally:
-            self.is_current = False
+        return contextlib.nullcontext()
 
     def capture(self, function: Callable[[], Any], stream: object) -> tuple[Callable[[], None], Any]:
         assert stream is self, "captured on another stream than the one that was warmed up"
