@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.bijections import OwnNet
 from support.gradients import PLANS, both_ways, least_bytes
-from torch import nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import AllocatorTrace
@@ -175,10 +175,6 @@ class Shifting(pgf.FlowStep):
         return super().forward(x, cond)
 
 
-def own_net(channels_in: int, channels_out: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(channels_in, 8, 3, padding=1), nn.Softplus(), nn.Conv2d(8, channels_out, 1))
-
-
 def hooked() -> pgf.ReversibleSequence:
     sequence = pgf.ReversibleSequence([pgf.FlowStep(4, 8) for _ in range(2)])
     sequence[0].register_forward_hook(lambda *_: None)
@@ -186,7 +182,7 @@ def hooked() -> pgf.ReversibleSequence:
 
 
 UNKNOWN = {
-    "net": lambda: pgf.Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=2, net=own_net),
+    "net": lambda: pgf.Glow(image_shape=(3, 8, 8), n_levels=1, n_steps=2, net=OwnNet),
     "hooks": hooked,
     "subclass": lambda: pgf.ReversibleSequence([Shifting(4, 8)]),
     "layers": lambda: pgf.ReversibleSequence([pgf.ActNorm(4), pgf.InvConv(4)]),
