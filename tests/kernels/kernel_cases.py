@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kernels import reference_ops
-from support.helpers import assert_close, assert_kernel_close, laid_out
+from support.helpers import assert_close, assert_equal, assert_kernel_close, laid_out
 from torch import Tensor
 
 from pyglow_fast import ops
@@ -180,8 +180,7 @@ def assert_bits_do_not_depend_on_threads(run: Callable[[Tensor], Sequence[Tensor
             results.append(run(x))
     finally:
         torch.set_num_threads(before)
-    for on_one, on_several in zip(*results, strict=True):
-        assert torch.equal(on_one, on_several), f"{threads} threads give other bits than one"
+    assert_equal(*results, msg=f"{threads} threads give other bits than one")
 
 
 Call = tuple[str, tuple[Any, ...]]  # an op and its arguments

@@ -125,10 +125,9 @@ def test_a_model_that_has_seen_data_is_not_initialised_again(told: str) -> None:
     if told == "by its weights":
         fresh.load_state_dict(glow.state_dict())
     else:
-        for own, other in zip(fresh.parameters(), glow.parameters(), strict=True):
-            own.data.copy_(other.data)
-        for own, other in zip(fresh.buffers(), glow.buffers(), strict=True):
-            own.copy_(other)
+        both = ([*each.parameters(), *each.buffers()] for each in (fresh, glow))
+        for own, other in zip(*both, strict=True):
+            own.data.copy_(other)
     expected = {name: value.clone() for name, value in fresh.named_parameters()}
     x = torch.rand(4, 1, 8, 8) - 0.5
     compiled = torch.compile(fresh.train().log_prob, fullgraph=told == "by its weights", backend="aot_eager")
