@@ -103,12 +103,6 @@ def wait(process: Command, reached: Callable[[], object], alive: bool = True) ->
         time.sleep(0.005)
 
 
-def wait_for_a_row(process: Command, run: Path) -> None:
-    """Wait until there is another row than before: the process takes steps."""
-    before = steps(run)
-    wait(process, lambda: steps(run) != before, alive=False)
-
-
 MOMENTS: dict[str, Callable[[Path], object]] = {
     "before the first checkpoint": lambda run: (run / "config.toml").exists(),
     "in the steps": lambda run: len(steps(run)) > 4,
@@ -124,8 +118,9 @@ def test_killed_again_and_again(place: Path, whole: Path) -> None:
     for name in (first, *middle, *["in the steps"] * KILLS, last):
         reached = MOMENTS[name]
         process = resume(place, "run") if saved(run) else train(place, "run", "--overwrite")
-        if not name.startswith("before"):
-            wait_for_a_row(process, run)
+        before = steps(run)
+        if not name.startswith("before"):  # until there is another row than before: the process takes steps
+            wait(process, lambda before=before: steps(run) != before, alive=False)
         wait(process, partial(reached, run), alive=False)
         time.sleep(moments.uniform(0, 0.1) if name == "in the steps" else 0)
         process.kill()

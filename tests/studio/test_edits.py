@@ -53,13 +53,11 @@ def test_an_edit_that_leads_far_out_says_so(digits_run: Path) -> None:
     assert subject.outside(far._replace(finite=True), 1.0).endswith(" so far along 3.")
 
 
-def written(made: Made, name: str) -> Path:
-    """The file that the shown command writes, which holds the same bytes."""
+def assert_written(made: Made, name: str) -> None:
+    """The file that the shown command writes holds the same bytes."""
     _, *words = shlex.split(made.whole_command(name))
     assert main(words) == 0
-    path = Path(words[-1])
-    assert path.read_bytes() == made.data
-    return path
+    assert Path(words[-1]).read_bytes() == made.data
 
 
 def test_nothing_is_written_over_what_is_read(
@@ -83,11 +81,11 @@ def test_nothing_is_written_over_what_is_read(
         one = "--at" in made.command or made.command.startswith("pyglow-fast edit")
         large = max(Image.open(io.BytesIO(made.data)).size) >= 256
         assert large == ("--scale" not in made.command) or not one
-        written(made, name)
-    written(Grid(opened, Draw(4)).made(), "samples.png")
-    written(path.made(frames, suffix=".gif"), "path.gif")
-    written(made_csv(opened, scores), "scores.csv")
-    written(made_picture(opened, scores), name)
+        assert_written(made, name)
+    assert_written(Grid(opened, Draw(4)).made(), "samples.png")
+    assert_written(path.made(frames, suffix=".gif"), "path.gif")
+    assert_written(made_csv(opened, scores), "scores.csv")
+    assert_written(made_picture(opened, scores), name)
     assert (tmp_path / name).read_bytes() == before
     assert Grid(opened, Draw(1)).made().command.endswith("--seed 0")
     assert Grid(replace(opened, device="cpu"), Draw(1)).made().command.endswith("--seed 0 --device cpu")

@@ -144,21 +144,6 @@ def test_early_stopping(new_run: MakeRun) -> None:
 # What goes wrong.
 
 
-def ruin(run: Any, at: int, change: Callable[[Any], None], patch: pytest.MonkeyPatch) -> None:
-    """Change the weights after step ``at``, those of the average too."""
-    take = run.state.step
-
-    def stepping() -> float:
-        loss = float(take())
-        if run.state.progress.step == at:
-            with torch.no_grad():
-                change(run.state.model)
-                change(run.state.averaged)
-        return loss
-
-    patch.setattr(run.state, "step", stepping)
-
-
 def no_number(model: Any) -> None:
     model.prior.mean_log_sd.fill_(math.nan)
 
@@ -181,9 +166,19 @@ def singular(model: Any) -> None:
 def test_a_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(
     new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, change: Any, at: int, fields: dict[str, Any], report: str
 ) -> None:
-    """Weights that an update ruined are not saved."""
+    """Weights that an update ruined, those of the average too, are not saved."""
     run = new_run(max_skipped=0, eval_every=99, **fields)
-    ruin(run, at, change, monkeypatch)
+    take = run.state.step
+
+    def stepping() -> float:
+        loss = float(take())
+        if run.state.progress.step == at:
+            with torch.no_grad():
+                change(run.state.model)
+                change(run.state.averaged)
+        return loss
+
+    monkeypatch.setattr(run.state, "step", stepping)
     with pytest.raises(TrainingDivergedError) as caught:
         run.execute(quiet=True)
     good = 6 if at == 7 else 2
