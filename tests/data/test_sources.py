@@ -145,13 +145,8 @@ def test_folder(tmp_path: Path) -> None:
     assert (stray.labels, stray.groups[0]) == (None, "cat/1.bmp")
 
 
-def write_text(path: Path, text: str = "") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
 REFUSALS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "a file": (lambda at: write_text(at / "x"), "folder:{}/x", r"folder: expected an existing folder, .*x' \(a file\)"),
+    "a file": (lambda at: (at / "x").touch(), "folder:{}/x", r"folder: expected an existing folder, .*x' \(a file\)"),
     "no mnist": (lambda at: None, "mnist:{}", "mnist: expected a whole copy that torchvision reads in '.*', found"),
     "no class": (
         lambda at: picture(at / "train" / "x.png"),
@@ -160,7 +155,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "no list": (lambda at: None, "emoji:{}", "emoji: expected the file .*emoji.json, found none"),
     "a wrong list": (
-        lambda at: (write_emoji(at), write_text(at / "emoji.json", '[{"image": "a.png"}]')),
+        lambda at: (write_emoji(at), (at / "emoji.json").write_text('[{"image": "a.png"}]')),
         "emoji:{}",
         "emoji.json: expected the list of an emoji-datasource package, found KeyError",
     ),

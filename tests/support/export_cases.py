@@ -58,19 +58,15 @@ class Called(nn.Module):
         return getattr(self.module, self.method)(x)
 
 
-def features() -> Tensor:
-    return torch.randn(3, 4, 6, 6)
-
-
 def freia(memory: str | None = None, **options: Any) -> Case:
     own = [{"subnet_constructor": subnet, "permute_soft": soft, **options} for soft in (True, False)]
     flow = sequence((4, 6, 6), [(Fm.AllInOneBlock, given) for given in own])
     accelerate(flow, memory)
-    return LikelihoodMap(perturbed(flow)).eval(), features()
+    return LikelihoodMap(perturbed(flow)).eval(), torch.randn(3, 4, 6, 6)
 
 
 def normflows(memory: str | None = None, **options: Any) -> Case:
-    model, x = InverseOrder([nf.flows.GlowBlock(4, 8, **options) for _ in range(2)]), features()
+    model, x = InverseOrder([nf.flows.GlowBlock(4, 8, **options) for _ in range(2)]), torch.randn(3, 4, 6, 6)
     accelerate(model, memory)
     with torch.no_grad():
         model(x)
@@ -79,7 +75,7 @@ def normflows(memory: str | None = None, **options: Any) -> Case:
 
 def nflows(memory: str | None = None) -> Case:
     layers = [layer for cut in ([0, 1, 0, 1], [1, 0, 1, 0]) for layer in nflows_steps(cut, ContextNet, 1)]
-    model, x = transforms.CompositeTransform(layers), features()
+    model, x = transforms.CompositeTransform(layers), torch.randn(3, 4, 6, 6)
     model.train()(x)
     accelerate(model, memory)
     return perturbed(model).eval(), x
@@ -95,7 +91,7 @@ def glow(frozen: bool = False, **options: Any) -> Case:
 
 def layer(made: nn.Module, inverse: bool = False) -> Case:
     perturbed(made).eval()
-    return (Called(made, "inverse") if inverse else made), features()
+    return (Called(made, "inverse") if inverse else made), torch.randn(3, 4, 6, 6)
 
 
 def _step() -> pgf.FlowStep:

@@ -14,10 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def positions(x: Tensor) -> int:
-    return x.shape[2] * x.shape[3]
-
-
 def apart(h: Tensor) -> tuple[Tensor, Tensor]:
     """Even channels, odd channels."""
     return h[:, 0::2], h[:, 1::2]
@@ -40,7 +36,7 @@ class ActNorm2d(nn.Module):
                 self.bias.copy_(-mean)
                 self.logs.copy_((self.scale / (variance.sqrt() + 1e-6)).log())
             self.inited = True
-        gained = self.logs.sum() * positions(input)
+        gained = self.logs.sum() * input[0, 0].numel()
         if reverse:
             return input * (-self.logs).exp() - self.bias, None if logdet is None else logdet - gained
         return (input + self.bias) * self.logs.exp(), None if logdet is None else logdet + gained
@@ -116,7 +112,7 @@ class InvertibleConv1x1(nn.Module):
 
     def forward(self, input: Tensor, logdet: Any = None, reverse: bool = False) -> tuple[Tensor, Any]:
         weight, log_abs_det = self.matrix()
-        gained = log_abs_det * positions(input)
+        gained = log_abs_det * input[0, 0].numel()
         if reverse:
             weight, gained = torch.inverse(weight.double()).to(weight.dtype), -gained
         return F.conv2d(input, weight[:, :, None, None]), None if logdet is None else logdet + gained

@@ -308,17 +308,13 @@ class InTurn(nn.Module):
         return z, log_det
 
 
-def zeros(x: Tensor) -> Tensor:
-    return x.new_zeros(len(x))
-
-
 def of_chaiyujin(name: str, step: type[FlowStep] = FlowStep, **options: Any) -> Structure:
     return Structure(
         f"chaiyujin-{name}",
         lambda: at_work(InTurn([step(4, 40, **options) for _ in range(2)]), 0.1),
         [(4, 29, 28)],  # steps of fewer positions run as they are
-        lambda model, data, _: model(data[0], zeros(data[0])),
-        lambda model, found, _: model(found[0], zeros(found[0]), reverse=True),
+        lambda model, data, _: model(data[0], data[0].new_zeros(len(data[0]))),
+        lambda model, found, _: model(found[0], found[0].new_zeros(len(found[0])), reverse=True),
         2,
         copies=step is FlowStep,
         samples=2,
@@ -375,7 +371,12 @@ STRUCTURES = [
     of_normflows("normflows-additive", partial(from_normflows, scale=False)),
     of_normflows("normflows-leaky-net-actnorm", partial(from_normflows, leaky=0.1, net_actnorm=True)),
     of_nflows("halves", lambda: from_nflows()._transform, (3, 8, 8), 3),
-    of_nflows("alternating-leaky", lambda: from_nflows("alternating", net=leaky_context_net)._transform, (3, 8, 8), 3),
+    of_nflows(
+        "alternating-leaky",
+        lambda: from_nflows("alternating", net=leaky_context_net)._transform,
+        (3, 8, 8),
+        3,
+    ),
     of_nflows("context", nflows_with_context, (4, 5, 6), 2, cond=3),
     replace(of_nflows("vectors", nflows_of_vectors, (6,), 2), left=(None,)),
     of_freia("freia", from_freia, (3, 8, 8), 3),
@@ -417,8 +418,8 @@ STRUCTURES = [
         "srflow",
         srflow_steps,
         [(4, 8, 6)],
-        lambda model, data, c: model(data[0], zeros(data[0]), features=c[0]),
-        lambda model, found, c: model(found[0], zeros(found[0]), True, features=c[0]),
+        lambda model, data, c: model(data[0], data[0].new_zeros(len(data[0])), features=c[0]),
+        lambda model, found, c: model(found[0], found[0].new_zeros(len(found[0])), True, features=c[0]),
         4,  # an injector and a coupling each
         normal((2, 8, 6)),
     ),

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train.run_cases import MakeConfig, MakeRun
 
 from pyglow_fast.train import RunFolder, resume
-from pyglow_fast.train.metrics import COLUMNS, Row, csv_text, read_metrics
+from pyglow_fast.train.metrics import COLUMNS, csv_text, read_metrics
 from pyglow_fast.train.writer import RunWriter
 
 EMPTY = "," * (len(COLUMNS) - 2)  # all cells but step and epoch
@@ -27,10 +27,6 @@ def writer(tiny_config: MakeConfig, tmp_path: Path) -> RunWriter:
     for step in range(4):
         writer.add({"step": step, "epoch": 0, "lr": 0.5, "held_out_se": math.nan})
     return writer
-
-
-def steps(rows: list[Row]) -> list[float | int | None]:
-    return [row["step"] for row in rows]
 
 
 def curve(folder: RunFolder, name: str) -> list[tuple[int, float]]:
@@ -51,7 +47,7 @@ def test_a_damaged_row_is_left_out(writer: RunWriter, damaged: str) -> None:
     with open(writer.folder.metrics, "ab") as file:
         file.write(f"{damaged}\n5,1{EMPTY}\n".encode(errors="surrogateescape"))
     with pytest.warns(UserWarning, match=r"metrics.csv: 1 row that cannot be read is left out"):
-        assert steps(read_metrics(writer.folder.metrics)) == [0, 1, 2, 3, 5]
+        assert [row["step"] for row in read_metrics(writer.folder.metrics)] == [0, 1, 2, 3, 5]
 
 
 def test_rows_that_failed_are_written_with_the_next(writer: RunWriter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +71,7 @@ def test_rows_that_failed_are_written_with_the_next(writer: RunWriter, monkeypat
     writer.add({"step": 6})
     assert writer.lost_rows() == []
     rows = read_metrics(path)
-    assert steps(rows) == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
     assert [row["lr"] for row in rows[3:]] == [0.5, 0.25, 0.125, None]
     writer.close()
     assert curve(writer.folder, "lr")[-2:] == [(4, 0.25), (5, 0.125)]
@@ -92,7 +88,7 @@ def test_a_run_with_damaged_metrics_goes_on(new_run: MakeRun) -> None:
         resume(str(folder.path), max_steps=8).execute(quiet=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert steps(read_metrics(folder.metrics)) == [0, 4, 6, 8]
+        assert [row["step"] for row in read_metrics(folder.metrics)] == [0, 4, 6, 8]
     assert [step for step, _ in curve(folder, "held_out_bpd")][-1] == 8
     events: Any = EventAccumulator(str(folder.events)).Reload()
     assert [event.step for event in events.Images("samples")] == [6, 6, 8]
