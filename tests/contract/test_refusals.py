@@ -17,6 +17,7 @@ import pytest
 import torch
 from support import golden
 from support.accelerate_cases import from_normflows
+from support.helpers import assert_equal
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
@@ -355,16 +356,12 @@ SETTINGS = [
 REFUSALS = [*MODELS, *CONDITIONED, *BY_LEVEL, *CONFIG, *LAYERS, *FUNCTIONS, *LATENTS, *INTEROP, *SETTINGS]
 
 
-def state_of(subject: Any) -> dict[str, Any]:
-    """Parameters, buffers, classes and memory modes."""
+def state_of(subject: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Parameters and buffers; classes and memory modes."""
     if not isinstance(subject, nn.Module):
-        return {}
-    values: dict[str, Any] = {
-        name: value.clone() for name, value in (*subject.named_parameters(), *subject.named_buffers())
-    }
-    for name, module in subject.named_modules():
-        values |= {f"class of {name}": type(module), f"memory of {name}": getattr(module, "memory", None)}
-    return values
+        return {}, {}
+    values = {name: value.clone() for name, value in (*subject.named_parameters(), *subject.named_buffers())}
+    return values, {name: (type(item), getattr(item, "memory", None)) for name, item in subject.named_modules()}
 
 
 @pytest.mark.parametrize(("make", "call", "message"), REFUSALS, ids=[message for _, _, message in REFUSALS])
@@ -377,7 +374,5 @@ def test_it_is_refused_in_these_words_and_changes_nothing(
     with pytest.raises(ValueError, match=message):
         call(subject)
     after = state_of(subject)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        same = torch.equal(after[name], value) if isinstance(value, Tensor) else after[name] == value
-        assert same, f"{name} changed"
+    assert_equal(after[0], before[0])
+    assert after[1] == before[1]
