@@ -18,7 +18,7 @@ import torch
 from support.bijections import OwnNet
 from support.commands import run_ranks
 from support.covering import pairs
-from support.glow_settings import CALM, CONDITION, CONFIGS, Setting
+from support.glow_settings import CALM, CONDITION, CONFIGS, Loss, Setting
 from support.gradients import assert_same_gradients, gradients, objective, perturbed
 from support.helpers import assert_close, assert_equal, assert_kernel_close, jacobian
 from support.plain_glow import plain_encode, plain_log_prob
@@ -227,23 +227,17 @@ def test_every_write_to_a_parameter_is_seen_by_the_next_call() -> None:
             assert_close(drawn, again, condition=CONDITION)
 
 
-FIELDS: dict[str, Any] = {"image_shape": (1, 8, 8), "n_levels": 2, "n_steps": 3, "hidden": 4, "net_actnorm": True}
 MODES = ("store", "checkpoint", "reversible")
 WHOLE_BATCH = torch.rand(8, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) - 0.5
 
 
-class Loss(nn.Module):
-    """A loss of both directions, as a module that DistributedDataParallel can wrap."""
+class OfBothWays(Loss):
+    """A loss of both directions."""
 
-    def __init__(self, memory: str) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.model = pgf.Glow(**FIELDS, memory=memory, anchor_every=2).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        log_prob = self.model.log_prob(x)  # first, since it initialises
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        loss = super().forward(x, y)  # first, since it initialises
         shrunk = [0.9 * latent.detach() for latent in self.model.to_noise(x)[0]]
-        return self.model.from_noise(shrunk)[0].square().mean() - log_prob.mean()
+        return self.model.from_noise(shrunk)[0].square().mean() + loss
 
 
 def trained(loss_of: nn.Module, x: Tensor) -> list[Tensor]:
@@ -262,7 +256,7 @@ def work_of_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     share = WHOLE_BATCH[4 * rank : 4 * rank + 4]
-    found = {mode: trained(DistributedDataParallel(Loss(mode)), share) for mode in MODES}
+    found = {mode: trained(DistributedDataParallel(OfBothWays(mode)), share) for mode in MODES}
     torch.save(found, Path(folder) / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -271,7 +265,7 @@ def work_of_rank(rank: int, folder: str) -> None:
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     """DistributedDataParallel: initialised from both ranks' batches, and the gradients are those of the whole batch."""
     ranks = run_ranks(work_of_rank, tmp_path, 2)
-    expected = trained(Loss("store"), WHOLE_BATCH)
+    expected = trained(OfBothWays("store"), WHOLE_BATCH)
     for mode in MODES:
         for found in ranks:
             assert_same_gradients(dict(enumerate(found[mode])), dict(enumerate(expected)), mode)

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.commands import run_ranks
+from support.glow_settings import Loss
 from support.gradients import relative_error
 from support.helpers import assert_close
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,21 +25,8 @@ from pyglow_fast.train.ranks import leave_group
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 RANKS = 2
-FIELDS = {"image_shape": (1, 8, 8), "n_levels": 2, "n_steps": 3, "hidden": 4, "net_actnorm": True, "n_classes": 2}
+labelled = partial(Loss, n_classes=2)
 MEMORIES = ("store", "checkpoint", "reversible")
-
-
-class Loss(nn.Module):
-    """The mean negative log-likelihood, as a module whose forward DistributedDataParallel can wrap."""
-
-    def __init__(self, memory: str) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.model = pgf.Glow(**FIELDS, memory=memory, anchor_every=2).double()
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Compute the loss of x and y, a tensor ()."""
-        return -self.model.log_prob(x, y).mean()
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -50,7 +38,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def sharded(memory: str, share: slice) -> dict[str, Any]:
     """Errors of the gradients of a model whose parameters are sharded, level by level, and the passes recomputed."""
     x, y = batch()
-    loss_of = Loss(memory)
+    loss_of = labelled(memory)
     loss_of(x, y)  # initialised before it is sharded: what a forward writes into gathered parameters is lost
     expected = torch.autograd.grad(loss_of(x, y), list(loss_of.parameters()))
     for level in loss_of.model.levels:
@@ -104,7 +92,7 @@ def initialised_means_free(rank: int) -> str:
 def loaded_by_one_rank(rank: int) -> list[Tensor]:
     """Rank 0 has weights from a file, DistributedDataParallel hands them to rank 1: gradients of a first forward."""
     x, y = batch()
-    trained, loss_of = Loss("reversible"), Loss("reversible")
+    trained, loss_of = labelled("reversible"), labelled("reversible")
     trained.model.initialize(x)
     if rank == 0:
         loss_of.load_state_dict(trained.state_dict())
@@ -127,7 +115,7 @@ def work(rank: int, folder: str) -> None:
     for memory in MEMORIES:
         share = slice(rank * 4, (rank + 1) * 4)
         results[f"{memory}, sharded"] = sharded(memory, share)
-    fresh = Loss("store")
+    fresh = labelled("store")
     fully_shard(fresh.model.levels[0])
     results["fresh and sharded"] = refused(lambda: fresh(*batch()))
     layer = pgf.ActNorm(3)
@@ -156,9 +144,8 @@ def test_sharded_parameters(ranks: list[dict[str, Any]], memory: str) -> None:
 
 
 def test_an_initialisation_that_sharding_would_lose_is_refused(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        expected = "parameters: expected an actnorm that is initialised before it is sharded, found a sharded one"
-        assert rank["fresh and sharded"] == expected
+    expected = "parameters: expected an actnorm that is initialised before it is sharded, found a sharded one"
+    assert [rank["fresh and sharded"] for rank in ranks] == [expected] * RANKS
 
 
 def test_weights_that_one_rank_has_loaded(ranks: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from support.gradients import perturbed
@@ -84,3 +84,17 @@ class Setting:
         """(z - mean) / sd of every latent of x, (N, D): standard normal for samples of the model."""
         latents, _ = plain_encode(self.state, self.config, x, self.y if y is None else y, self.cond)
         return torch.cat([((z - mean) / log_sd.exp()).flatten(1) for z, mean, log_sd in latents], dim=1)
+
+
+class Loss(nn.Module):
+    """The mean negative log-likelihood of a small Glow, as a module that DistributedDataParallel can wrap."""
+
+    def __init__(self, memory: str, **fields: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        given = {"image_shape": (1, 8, 8), "n_levels": 2, "n_steps": 3, "hidden": 4, "net_actnorm": True, **fields}
+        self.model = pgf.Glow(**given, memory=memory, anchor_every=2).double()
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Compute the loss of x and y, a tensor ()."""
+        return -self.model.log_prob(x, y).mean()
