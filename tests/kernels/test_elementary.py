@@ -111,7 +111,7 @@ EXACT: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda x, _: x * _sigmoid(x),
     "gelu": lambda x, _: x * _normal_cdf(x),
     "gelu_tanh": lambda x, _: x * _sigmoid(_twice_u(x)),
-    "elu": lambda x, alpha: torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0.0))),
+    "elu": lambda x, alpha: torch.where(x > 0, x, alpha * torch.expm1(torch.where(x > 0, 0.0, x))),
     "sigmoid": lambda x, _: _sigmoid(x),
 }
 
