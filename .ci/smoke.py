@@ -24,7 +24,7 @@ def training_step() -> float:
     """The loss, in bits per dimension, of a small model after a step down its gradient, all in float64."""
     generator = torch.Generator().manual_seed(0)
     model = pyglow_fast.Glow(image_shape=(3, 8, 8), n_levels=2, n_steps=2, hidden=16).double()
-    images = torch.rand((4, 3, 8, 8), generator=generator, dtype=torch.float64)
+    images = torch.rand((4, 3, 8, 8), generator=generator, dtype=torch.float64) - 0.5
     loss = -model.log_prob(images).mean() / images[0].numel()
     loss.backward()
     with torch.no_grad():
