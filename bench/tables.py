@@ -137,11 +137,8 @@ def inference() -> str:
 
 
 def _megabytes(rows: Sequence[Row], case: str, name: str) -> str:
-    for row in pick(rows, case=case, name=name):
-        facts = row.facts
-        words = " (counted)" * facts.get("counted", False)
-        return short(facts["held" if "held" in facts else "fresh"] / 1e6) + words
-    return ""
+    found = pick(rows, case=case, name=name)
+    return short(found[0].facts["held"] / 1e6) if found else ""
 
 
 def _memory(head: Sequence[str], cases: Sequence[str]) -> str:
