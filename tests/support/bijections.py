@@ -239,6 +239,7 @@ BIJECTIONS = [
     Bijection("split-uneven-cond", lambda: pgf.Split(5, factored=2, dims=1, cond_channels=2), (5, 4), (2, 4)),
     Bijection("split-fixed-prior", lambda: pgf.Split(4, learn_prior=False), (4, 3, 2)),
     _glow("glow", image_shape=(3, 4, 8), n_steps=1),
+    _glow("glow-one-channel", image_shape=(1, 8, 4)),
     _glow("glow-1d", image_shape=(2, 8)),
     _glow("glow-3d", image_shape=(1, 2, 2, 4), n_levels=1),
     _glow("glow-cond", (2,), image_shape=(1, 4, 4), cond_channels=2, net_actnorm=True),
@@ -274,4 +275,5 @@ BIJECTIONS = [
         net=partial(OwnNet, cond_channels=2),
     ),
     _glow("glow-without-splits", image_shape=(1, 4, 4), n_splits=0, learn_top=False),
+    _glow("glow-shuffle", image_shape=(1, 4, 4), permutation="shuffle", scale_map="atan"),
 ]
