@@ -173,7 +173,7 @@ def test_a_machine_that_is_slow_has_a_gpu_perhaps(tmp_path: Path, monkeypatch: p
 @pytest.mark.full
 @pytest.mark.parametrize("first", ["pass", "os._exit(7)"], ids=["late", "died"])
 def test_tests_that_were_late_or_stand_behind_one_that_died(tmp_path: Path, first: str) -> None:
-    """Of late ones pytest itself would say that all is well; the others are as the questions of another stage."""
+    """Pytest itself would say that all is well where tests were late; a process that died is followed by another."""
     (tmp_path / "test_it.py").write_text(f"import os\ndef test_one(): {first}\ndef test_other(): pass\n")
     line = [sys.executable, "-m", "pytest", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", str(tmp_path)]
     line += ["--until", "0"] if first == "pass" else ["--out", str(tmp_path / gpu_check.OUT)]

@@ -1,4 +1,4 @@
-"""What the flow multiplies itself is as exact as float32, whatever torch's settings let its libraries round to.
+"""Products of the flow outside its nets are as exact as float32, whatever torch's settings let its libraries round to.
 
 Nets have the settings that float32 or TF32 need held while they run, and put back when the last has left.
 """
@@ -184,7 +184,7 @@ Backends: Any = torch.backends
 
 
 def now() -> dict[str, str]:
-    """What CUDA is set to, by each of its settings, and what those around them say."""
+    """Each setting of products on CUDA, and what the settings around it then say."""
     places = {"all": Backends, "cuda": Backends.cudnn, "matmul": Backends.cuda.matmul}
     places |= {"conv": Backends.cudnn.conv, "rnn": Backends.cudnn.rnn}
     return {name: place.fp32_precision for name, place in places.items()}

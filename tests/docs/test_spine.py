@@ -26,7 +26,7 @@ BESIDE = [
 
 
 def calls_of(run: Callable[[], object]) -> list[tuple[list[str], bool]]:
-    """Of each call of a function of the package the files on the stack, its own first; whether it is given a state."""
+    """Lists the calls of the package's functions: files on the stack, its own first; whether it is given a state."""
     package, found = str(ROOT / "pyglow_fast"), list[tuple[list[str], bool]]()
 
     def watch(frame: FrameType, event: str, _: Any) -> None:

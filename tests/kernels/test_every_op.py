@@ -218,7 +218,7 @@ def test_bad_input(call: Callable[[], object], message: str) -> None:
 
 @compiled
 def test_sizes_past_any_memory_beside_nothing() -> None:
-    """What is past any memory is refused."""
+    """Sizes past any memory beside an empty one are refused."""
     vast = torch.empty(0, 1, 1, 1).expand(0, 3, 2**40, 2**40)
     with pytest.raises(ValueError, match="z: expected sizes above 0 of a product of at most"):
         ops.gaussian_log_prob(vast, vast, vast)
