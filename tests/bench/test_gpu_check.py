@@ -162,6 +162,7 @@ def test_a_stage_that_is_stopped_leaves_what_it_had(tmp_path: Path, monkeypatch:
         gpu_check.main(["--out", str(tmp_path)])
 
 
+@pytest.mark.full
 def test_a_machine_that_is_slow_has_a_gpu_perhaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for program, code, status in (("import time; time.sleep(600)", 1, "passed"), ("print('{}')", 2, "skipped")):
         monkeypatch.setattr(gpu_check, "MACHINE", Stage("machine", 1, "", f'-c "{program}"'))
@@ -213,6 +214,7 @@ def test_kernels_by_time() -> None:
     assert sum(times) == pytest.approx(1e3 * row["kernels ms"])
 
 
+@pytest.mark.full
 def test_a_check_that_is_killed_leaves_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of the stage that it was at, whose children end with it; later runs keep it."""
     pid = tmp_path / "pid"

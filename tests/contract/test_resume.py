@@ -164,6 +164,7 @@ def test_a_disk_that_is_full_for_a_while(place: Path, whole: Path) -> None:
     assert not list(place.rglob("*.partial"))
 
 
+@pytest.mark.full
 def test_a_disk_that_stays_full(place: Path, whole: Path) -> None:
     """Exit code 1 and the newest checkpoint that there is, from which the run goes on when there is room."""
     process = train(place, "run")
