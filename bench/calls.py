@@ -10,13 +10,12 @@ where kernels are tiny: forward and backward, or forward alone, by ours and by F
 convolutions. "Kernels of" are the ops of this package that ran in ours, called again with the same arguments; the rest
 of a step is Python, torch's dispatcher and torch's own small ops.
 
-The model has 3x32x32, K 8, L 3, hidden 128, and gets one image: as it is, inside ``model.folded()``, and frozen.
+The model has 3x32x32, K 8, L 3, hidden 128, and gets one image: as it is, and frozen.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from pyglow_fast.reference import CouplingSpec
 STEPS, STEP_SHAPE, HIDDEN = 8, (1, 12, 4, 4), 32
 MODEL = Shape((3, 32, 32), n_levels=3, n_steps=8, hidden=128, batch=1)
 TRAINING, INFERENCE = "forward+backward", "forward"
-INSIDE = 10
 
 
 class _HandsOn(torch.autograd.Function):
@@ -130,29 +128,15 @@ def step_cases(what: str) -> dict[str, Call]:
 
 
 def model_cases(shape: Shape) -> dict[tuple[str, str], Call]:
-    """log_prob and sample of one image: as the model is, inside ``folded()``, and frozen."""
+    """log_prob and sample of one image: as the model is, and frozen."""
     model, x = build("store", shape, harness.CPU), images(shape, harness.CPU)
     assert isinstance(model, Glow)
     model.eval()
-    folded = copy.deepcopy(model)
     found: dict[tuple[str, str], Call] = {}
-    for name, own in (("as it is", model), ("frozen", model.freeze()), ("folded", folded)):
+    for name, own in (("as it is", model), ("frozen", model.freeze())):
         found["log_prob", name] = torch.no_grad()(lambda own=own: own.log_prob(x))
         found["sample", name] = torch.no_grad()(lambda own=own: own.sample(1))
-    for what in ("log_prob", "sample"):
-        found[what, "folded"] = _inside(folded, found[what, "folded"])
     return found
-
-
-def _inside(model: Glow, call: Call) -> Call:
-    """``INSIDE`` calls inside one ``folded()``."""
-
-    def run() -> None:
-        with model.folded():
-            for _ in range(INSIDE):
-                call()
-
-    return run
 
 
 def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
@@ -165,8 +149,7 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
         prepared.cases += [(Row(case, what, name, per=STEPS), call) for name, call in step_cases(what).items()]
     shape = MODEL.quick() if arguments.quick else MODEL
     for (what, name), call in model_cases(shape).items():
-        per = INSIDE if name == "folded" else 1
-        prepared.cases.append((Row("model, one image", what, name, per=per, facts={"shape": shape.title}), call))
+        prepared.cases.append((Row("model, one image", what, name, facts={"shape": shape.title}), call))
     for _, prepared_call in prepared.cases:
         assert prepared_call is not None
         prepared_call()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any, cast
@@ -20,7 +19,6 @@ from pyglow_fast.nets.traits import check_net
 from pyglow_fast.runs import choice
 from pyglow_fast.runs.description import Element, Run
 from pyglow_fast.runs.drift import DriftControl
-from pyglow_fast.runs.folded import Folded
 from pyglow_fast.runs.planner import RunPlan
 from pyglow_fast.runs.plans import Plans
 from pyglow_fast.runs.setting import parse_memory
@@ -111,7 +109,7 @@ class ReversibleSequence(FlowLayer):
         )
         self.memory = memory
         self.memory_budget = memory_budget
-        self._folded, self._plans = Folded(), Plans()
+        self._plans = Plans()
 
     @property
     def memory(self) -> str | int:
@@ -266,7 +264,6 @@ class ReversibleSequence(FlowLayer):
             budget=self._memory_budget if plan is None else plan.budget,
             control=control,
             memory=memory,
-            made=lambda name, make: self._folded.get((name, start, stop), make),
         )
 
     def control_of(self, inverse: bool) -> DriftControl:
@@ -328,13 +325,6 @@ class ReversibleSequence(FlowLayer):
             elif not all(getattr(module, "is_initialized", True) for module in step.modules()):  # type: ignore[union-attr]
                 return False
         return True
-
-    def folded(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which what inference makes of the parameters is kept from call to call.
-
-        Else steps are folded anew for each call. No write to a parameter, and no change of a module, is noticed inside.
-        """
-        return self._folded.keeping()
 
     def memory_report(self) -> dict[str, Any]:
         """Report mode or budget, spacing of the anchors, drift, and what was redone so far; of inverses too, if any.

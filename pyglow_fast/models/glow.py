@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -208,18 +208,6 @@ class Glow(nn.Module):
             level.freeze()
         frozen.requires_grad_(False)
         return frozen.eval()
-
-    @contextlib.contextmanager
-    def folded(self) -> Iterator[None]:
-        """A context for many calls of log_prob, encode or sample without gradients, which share folded steps.
-
-        Else steps are folded anew for each call. No write to a parameter, and no change of a module, is noticed inside.
-        For deployment see :meth:`freeze`.
-        """
-        with contextlib.ExitStack() as stack:
-            for steps in self._sequences():
-                stack.enter_context(steps.folded())
-            yield
 
     def resized(self, *spatial: int) -> Glow:
         """Make a model for images of other sizes that shares all modules, and so parameters, modes and settings.

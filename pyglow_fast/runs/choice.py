@@ -233,7 +233,7 @@ def through(
         budget: bytes of one net's activations, or "auto".
         control: of the drift, in mode "reversible".
         memory: what the caller asked for, for the refusal of bytes that csrc/run alone keeps to.
-        made: keeps what inference makes of the parameters.
+        made: gives what inference makes of the parameters, where it is at hand.
         whole: nets that Python runs are not cut into chunks in mode "store".
         alone: the run is one step, whose nets are whole. Python is faster in its training but with maps by LU factors.
     """

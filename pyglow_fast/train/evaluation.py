@@ -143,28 +143,27 @@ def score_images(
     found, was_training, device = [torch.zeros(0, dtype=torch.int64)], model.training, device_of(model)
     model.eval()
     try:
-        with model.folded():  # nobody writes to it meanwhile
-            for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
-                labels, columns = None if over_classes else labels_for(model, batch.labels), list[Tensor]()
-                # Others stand in for unreadable ones.
-                own = batch.indices == torch.tensor([index for index, _ in wanted])
-                for draw in range(draws):
-                    keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
-                    x = noisy(batch.pixels.to(device), torch.tensor(keys, device=device), data.n_bins)
-                    if over_classes:
-                        log_prob = model.class_log_probs(x).logsumexp(1) - math.log(n_classes or 1)
-                    elif judged and draw == 0:
-                        log_prob, logits = model.log_prob_and_logits(x, labels)
-                        target = batch.labels.to(logits.device)  # type: ignore[union-attr]
-                        right = (logits.argmax(1) == target).double()
-                        classes.append(torch.stack([class_bits(logits.double(), target), right], 1).cpu()[own])
-                    else:
-                        log_prob = model.log_prob(x, labels)
-                    columns.append(bits_per_dim(log_prob, model.config.n_values, data.n_bins).double().cpu()[own])
-                bits.append(torch.stack(columns, 1))
-                found.append(batch.indices[own])
-                if progress is not None:
-                    progress(len(wanted))
+        for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
+            labels, columns = None if over_classes else labels_for(model, batch.labels), list[Tensor]()
+            # Others stand in for unreadable ones.
+            own = batch.indices == torch.tensor([index for index, _ in wanted])
+            for draw in range(draws):
+                keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
+                x = noisy(batch.pixels.to(device), torch.tensor(keys, device=device), data.n_bins)
+                if over_classes:
+                    log_prob = model.class_log_probs(x).logsumexp(1) - math.log(n_classes or 1)
+                elif judged and draw == 0:
+                    log_prob, logits = model.log_prob_and_logits(x, labels)
+                    target = batch.labels.to(logits.device)  # type: ignore[union-attr]
+                    right = (logits.argmax(1) == target).double()
+                    classes.append(torch.stack([class_bits(logits.double(), target), right], 1).cpu()[own])
+                else:
+                    log_prob = model.log_prob(x, labels)
+                columns.append(bits_per_dim(log_prob, model.config.n_values, data.n_bins).double().cpu()[own])
+            bits.append(torch.stack(columns, 1))
+            found.append(batch.indices[own])
+            if progress is not None:
+                progress(len(wanted))
     finally:
         model.train(was_training)
     indices = torch.cat(found)
