@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read, check_count, check_input, expect
+from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.reshape import standardised
@@ -23,11 +24,11 @@ from pyglow_fast.models.class_head import ClassHead
 from pyglow_fast.models.condition import Condition, fitted, level_conditions
 from pyglow_fast.models.config import GlowConfig
 from pyglow_fast.models.distribution import GlowDistribution
-from pyglow_fast.models.exact_nets import exact_nets
 from pyglow_fast.models.level import FlowLevel, NetFactory
 from pyglow_fast.models.planned import plan_of_step, plans_of_runs
 from pyglow_fast.models.prior import TopPrior, check_labels, check_temperature, scaled_noise
 from pyglow_fast.models.warned import warn_of_fresh, warn_of_not_finite, warn_of_other_range
+from pyglow_fast.nets.precision import check_precision, overridden
 from pyglow_fast.runs.planner import RunPlan
 from pyglow_fast.runs.plans import Plans
 from pyglow_fast.runs.setting import parse_memory
@@ -471,9 +472,9 @@ class Glow(nn.Module):
         """Compute the latents of x, all levels: decode(encode(x)) is x up to rounding.
 
         precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
-        step: a warning says by how much.
+        step: docs/speed.md has a table of the errors.
         """
-        with exact_nets(self._couplings(), self._parameter(), precision, "encode"):
+        with self._at(precision):
             latents: list[Tensor] = self(x, cond)[0]
         return latents
 
@@ -482,8 +483,16 @@ class Glow(nn.Module):
 
         A gradient to latents, condition or parameters is recorded where one is asked for, by the memory mode.
         """
-        with exact_nets(self._couplings(), self._parameter(), precision, "decode"):
+        with self._at(precision):
             return self.inverse(latents, cond)[0]
+
+    def _at(self, precision: str) -> contextlib.AbstractContextManager[None]:
+        """A context in which all nets compute in a precision, or for "auto" as they are set."""
+        check_precision(precision)
+        like, settings = self._parameter(), {coupling.precision for coupling in self._couplings()}
+        full = not (has_tf32(like) or torch.is_autocast_enabled(like.device.type))
+        same = precision == "auto" or settings <= {precision} or (precision == "fp32" and settings == {"auto"} and full)
+        return contextlib.nullcontext() if same else overridden(precision)  # which torch.compile could not trace
 
     def sample(
         self,
