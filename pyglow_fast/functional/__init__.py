@@ -22,9 +22,6 @@ from pyglow_fast.reference import (
     Activation,
     ChainSpec,
     CouplingSpec,
-    fold_actnorm,
-    gather_actnorm,
-    invert_gather,
     n_positions,
     per_channel,
     squeeze,
@@ -40,7 +37,6 @@ __all__ = [
     "channel_linear",
     "channel_linear_inverse",
     "channel_mix",
-    "channel_moments",
     "channel_unmix",
     "checkerboard_merge",
     "checkerboard_split",
@@ -48,11 +44,8 @@ __all__ = [
     "coupling_inverse",
     "coupling_mix",
     "coupling_mix_inverse",
-    "fold_actnorm",
-    "gather_actnorm",
     "gaussian_log_prob",
     "gaussian_sample",
-    "invert_gather",
     "invert_matrix",
     "log_abs_det",
     "n_positions",
@@ -238,14 +231,6 @@ def net_chain(
     if _records_gradient(x, *weights, *biases, *optional):
         return apply(autograd.NetChain, x, cond, log_gain, arguments, *weights, *biases)
     return ops.net_chain(x, cond, weights, biases, log_gain, *arguments, False)[0]
-
-
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and sum of squared deviations per channel, in float64 and without a gradient.
-
-    See :func:`pyglow_fast.reference.channel_moments`.
-    """
-    return reference.channel_moments(x.detach())
 
 
 def gaussian_log_prob(z: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:

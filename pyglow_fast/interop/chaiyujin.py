@@ -26,7 +26,7 @@ from pyglow_fast.interop.known_net import KnownNet, Layer
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import Call, Element, Library, Row, wrapped
 from pyglow_fast.nets.chain import Outputs
-from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, n_positions, plu_weight
+from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, gather_actnorm, n_positions, plu_weight
 from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.maps import ChannelMap, Map
 
@@ -118,7 +118,7 @@ def _channel_map(step: Any, inverse: bool) -> ChannelMap:
         source = indices.long() if on_device else _order(tuple(map(int, indices)), bias.device)
         if inverse:
             return ChannelMap((-log_scale).exp(), -bias, -log_scale.sum(), source.argsort())
-        return ChannelMap(*functional.gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
+        return ChannelMap(*gather_actnorm(source, log_scale, bias), log_scale.sum(), source)
     conv = step.invconv
     with full_precision(bias):
         if hasattr(conv, "weight"):

@@ -150,7 +150,7 @@ class ActNorm(FlowLayer):
             expect(not sharded, "parameters", "an actnorm that is initialised before it is sharded", "a sharded one")
             check_input("x", x, self.channels, self.bias)
             expect(x.numel() > 0, "x", "a batch that is not empty to initialise from", tuple(x.shape))
-            mean, squared_deviations = functional.channel_moments(x)
+            mean, squared_deviations = reference.channel_moments(x)
             finite = bool((squared_deviations.isfinite() & mean.isfinite()).all())
             expect(finite, "x", "finite values to initialise actnorm from", "NaN or inf")
         count = mean.new_full((1,), x.numel() // self.channels)

@@ -16,7 +16,7 @@ from pyglow_fast._backend import require
 from pyglow_fast._derivatives import passed_back
 from pyglow_fast._errors import expect
 from pyglow_fast.functional.autograd import inverse_gradient
-from pyglow_fast.reference import fold_actnorm, full_precision, full_product, lu_weight
+from pyglow_fast.reference import fold_actnorm, full_precision, full_product, gather_actnorm, invert_gather, lu_weight
 
 MapInverse = tuple[Tensor, Tensor | None]  # M^-1, with an index the scales of a gather
 
@@ -50,7 +50,7 @@ class ChannelMap(NamedTuple):
         """Invert the matrix; of stacked maps all in one batch, of a gather its scales and its index."""
         if self.source is None:
             return functional.invert_matrix(self.matrix), None
-        return functional.invert_gather(self.matrix, self.source)
+        return invert_gather(self.matrix, self.source)
 
     def undone(self) -> ChannelMap:
         """The map that undoes this one, recorded by autograd."""
@@ -145,7 +145,7 @@ def _of_matrix(log_scale: Tensor, bias: Tensor, weight: Tensor) -> ChannelMap:
 
 
 def _of_index(log_scale: Tensor, bias: Tensor, index: Tensor) -> ChannelMap:
-    return ChannelMap(*functional.gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
+    return ChannelMap(*gather_actnorm(index, log_scale, bias), log_scale.sum(-1), index)
 
 
 FACTORS, MATRIX, WEIGHT, INDEX, GIVEN, GIVEN_GATHER = "factors", "matrix", "weight", "index", "given", "given gather"
