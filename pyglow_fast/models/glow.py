@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -209,25 +208,6 @@ class Glow(nn.Module):
             level.freeze()
         frozen.requires_grad_(False)
         return frozen.eval()
-
-    def resized(self, *spatial: int) -> Glow:
-        """Make a model for images of other sizes that shares all modules, and so parameters, modes and settings.
-
-        Convolutions know no size. With class labels, ``border`` or a condition too the weights are the same.
-
-        Args:
-            spatial: the sides, each divisible by 2^n_levels.
-
-        Raises:
-            ValueError: other sides.
-        """
-        view = copy.copy(self)
-        view.config = dataclasses.replace(self.config, image_shape=(self.config.image_shape[0], *spatial))
-        same = view.config.dims == self.config.dims
-        expect(same, "spatial", f"{self.config.dims} sides", spatial)
-        view.state_shapes = view.config.level_shapes()
-        view._plans = Plans()
-        return view
 
     def train(self, mode: bool = True) -> Glow:
         """Set training mode, in which fresh actnorms initialise from data; a frozen model stays in evaluation mode."""

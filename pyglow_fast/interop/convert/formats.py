@@ -420,7 +420,7 @@ def load_srflow(
 
     Args:
         state: the state dict, or its file's path.
-        image_size: side, or (H, W), of the images; :meth:`~pyglow_fast.Glow.resized` changes it.
+        image_size: side, or (H, W), of the images.
         scale_eps: their ``eps``, which no tensor tells: scales are sigmoid(raw + 2) + eps.
 
     Raises:
