@@ -21,8 +21,9 @@ from pyglow_fast.interop.limits import BeyondLimitError, within
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import GROUPED, Call, Element, Library, Row, UnfitError, is_ready, untouched
 from pyglow_fast.nets.masks import run_masked
-from pyglow_fast.runs import DriftControl, choice
+from pyglow_fast.runs import choice
 from pyglow_fast.runs.description import NetCoupling, Run
+from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.maps import Map
 
 Reasons = dict[nn.Module, str]  # why a layer is in no run

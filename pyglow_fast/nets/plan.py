@@ -30,7 +30,7 @@ class Chunk:
 
     Examples:
         >>> import torch
-        >>> from pyglow_fast.nets import Chunk
+        >>> from pyglow_fast.nets.plan import Chunk
         >>> chunk = Chunk(samples=slice(0, 1), rows=slice(0, 4), taken=slice(0, 5), whole=False)  # of a net with halo 1
         >>> x = torch.randn(2, 3, 8, 8)
         >>> chunk.inputs(x).shape, chunk.outputs(x).shape
@@ -123,7 +123,7 @@ def plan_chunks(
 
     Examples:
         >>> import torch
-        >>> from pyglow_fast.nets import plan_chunks
+        >>> from pyglow_fast.nets.plan import plan_chunks
         >>> plan = plan_chunks(torch.nn.Conv2d(2, 4, 1), (8, 2, 16, 16), element_size=4, budget=50_000)
         >>> [(chunk.samples.start, chunk.samples.stop) for chunk in plan]
         [(0, 2), (2, 5), (5, 8)]

@@ -44,11 +44,6 @@ def condition_for(x: Tensor, cond: Tensor | None) -> Tensor:
     return cond.to(x.dtype)
 
 
-def plain_call(net: nn.Module) -> NetCall:
-    """Call the net as it is: with x1 alone where there is no condition, with copies of what it may write to."""
-    return lambda x1, cond: net(*inputs_for(net, x1, cond))
-
-
 class Tiles:
     """A tensor that chunks give part by part, of the batch and the positions of another; one chunk is not copied."""
 

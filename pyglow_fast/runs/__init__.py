@@ -1,5 +1,1 @@
 """Runs of flow steps: described as data, executed by csrc/run or in Python, trained in memory that does not grow."""
-
-from pyglow_fast.runs.drift import DriftControl
-
-__all__ = ["DriftControl"]

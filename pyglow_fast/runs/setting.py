@@ -23,13 +23,12 @@ _TEXT = re.compile(rf"([0-9]{{1,20}}(?:\.[0-9]{{1,20}})?)(?: ?({'|'.join(_SIZES)
 _LIMIT = 2**63  # more than any machine addresses
 
 
-def parse_memory(memory: str | int | float, name: str = "memory") -> str | int:
+def parse_memory(memory: str | int | float) -> str | int:
     """Read a memory mode, or a budget: bytes = number 1000^n (kB, MB, GB, ...) or number 1024^n (KiB, MiB, ...).
 
     Args:
         memory: one of MEMORY_MODES; or a whole number of bytes from 1 to 2^63 - 1, as an int, a float or a text, with
             a unit or without: "4GB", "1.5 GiB", "4000000000", in large or small letters.
-        name: of the argument, for the error.
 
     Returns:
         The mode, or the bytes as an int.
@@ -45,7 +44,7 @@ def parse_memory(memory: str | int | float, name: str = "memory") -> str | int:
             number = Fraction(match[1]) * _SIZES[(match[2] or "B").lower()]
     elif isinstance(memory, int | float) and not isinstance(memory, bool) and 0 < memory < _LIMIT:
         number = Fraction(memory)
-    expect(0 < number < _LIMIT and number.denominator == 1, name, MEMORY_EXPECTED, repr(memory))
+    expect(0 < number < _LIMIT and number.denominator == 1, "memory", MEMORY_EXPECTED, repr(memory))
     return int(number)
 
 

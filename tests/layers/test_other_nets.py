@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.layers import DenseNet, WaveNet
-from pyglow_fast.nets import is_deterministic, plan_chunks
+from pyglow_fast.nets.plan import plan_chunks
+from pyglow_fast.nets.traits import is_deterministic
 
 
 def plain_dense(net: DenseNet, x: Tensor, cond: Tensor | None) -> Tensor:

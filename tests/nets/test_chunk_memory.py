@@ -6,12 +6,14 @@ from itertools import product
 
 import pytest
 import torch
+from support.net_cases import plain_call
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import peak_tensor_bytes
 from pyglow_fast.layers import WaveNet
-from pyglow_fast.nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
+from pyglow_fast.nets.plan import Chunk, plan_chunks
+from pyglow_fast.nets.run import run_net, run_net_backward
 from pyglow_fast.nets.traits import bytes_per_position
 
 HIDDEN = 64

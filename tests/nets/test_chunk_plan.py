@@ -9,9 +9,8 @@ import torch
 from support.net_cases import DilatedNet, WideNet
 from torch import nn
 
-from pyglow_fast.nets import Chunk, check_net, plan_chunks
-from pyglow_fast.nets.plan import AUTO_BUDGET_ACCELERATOR, AUTO_BUDGET_CPU
-from pyglow_fast.nets.traits import bytes_per_position
+from pyglow_fast.nets.plan import AUTO_BUDGET_ACCELERATOR, AUTO_BUDGET_CPU, Chunk, plan_chunks
+from pyglow_fast.nets.traits import bytes_per_position, check_net
 
 PER_POSITION = 10
 

@@ -16,6 +16,7 @@ from support.net_cases import (
     coupling_net,
     halo_is_enough,
     objective,
+    plain_call,
     plain_gradients,
     randomised,
 )
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from bench.memory_meter import MemoryMeter
-from pyglow_fast.nets import Chunk, plain_call, plan_chunks, run_net, run_net_backward
 from pyglow_fast.nets.masks import run_by_length
+from pyglow_fast.nets.plan import Chunk, plan_chunks
+from pyglow_fast.nets.run import run_net, run_net_backward
 from pyglow_fast.nets.state import captured_autocast
 from pyglow_fast.nets.traits import bytes_per_position
 

@@ -14,7 +14,8 @@ from support.chain_cases import chain
 from support.gradients import Memory, batch, both_ways, gradients
 
 import pyglow_fast as pgf
-from pyglow_fast.runs import DriftControl, drift
+from pyglow_fast.runs import drift
+from pyglow_fast.runs.drift import DriftControl
 
 LIMIT = 1e-6
 CALM, TIGHT, TOO_MUCH = 0.01 * LIMIT, 0.51 * LIMIT, 2.0 * LIMIT

@@ -55,8 +55,8 @@ def test_modes_and_bytes(said: str | int | float, found: str | int) -> None:
 )
 def test_refusals(said: Any) -> None:
     """By the name of the argument, with what was expected and what was found."""
-    with pytest.raises(ValueError, match=f"^--memory: expected {re.escape(EXPECTED)}, found ") as found:
-        parse_memory(said, "--memory")
+    with pytest.raises(ValueError, match=f"^memory: expected {re.escape(EXPECTED)}, found ") as found:
+        parse_memory(said)
     assert str(found.value).endswith(f"found {said!r}")
 
 

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast.nets import Chunk, plain_call, plan_chunks, run_net
+from pyglow_fast.nets.plan import Chunk, plan_chunks
+from pyglow_fast.nets.run import NetCall, inputs_for, run_net
 from pyglow_fast.nets.traits import halo_of
+
+
+def plain_call(net: nn.Module) -> NetCall:
+    """The net as it is: with x1 alone where there is no condition, with copies of what it may write to."""
+    return lambda x1, cond: net(*inputs_for(net, x1, cond))
 
 
 def randomised(net: nn.Module) -> nn.Module:
