@@ -185,10 +185,8 @@ class Run(NamedTuple):
 
     @property
     def map_bytes(self) -> int:
-        """Bytes of the folded map before a coupling, at most."""
+        """Bytes of the folded map before a coupling, at most; there is one."""
         each = [one for own in self.maps for one in own]
-        if not each:
-            return 1
         offset, halves = each[0].tensors[1], 1 if self.board is None or self.halved else 2
         gathers = [KINDS[one.kind].gathers for one in each]
         return halves * offset.nbytes * (1 if all(gathers) else halves * len(offset))

@@ -31,8 +31,8 @@ class Given(NamedTuple):
     cond: Tensor | None
     needs_cond: bool
     params: Sequence[Tensor]
-    map: ChannelMap | None = None
-    undone: MapInverse | None = None
+    map: Any = None  # of a CouplingStep always a ChannelMap
+    undone: Any = None  # a MapInverse
     memo: Any = None
 
 
@@ -204,7 +204,7 @@ def magnitude(x: Tensor) -> Tensor:
 
 
 class CouplingStep:
-    """A channel map, if there is one, then a coupling: one run of its net inverts and differentiates, in chunks.
+    """A channel map, then a coupling: one run of its net inverts and differentiates, in chunks.
 
     It is run as a :class:`ModuleStep` is. In a run that is turned it undoes the coupling, then the map. In what follows
     x is then what comes from the side of the latents; u is in both directions what lies between the two. Where a run is
@@ -226,8 +226,6 @@ class CouplingStep:
 
     def _mixed(self, x: Tensor, given: Given) -> Tensor:
         """Apply the map: the coupling's input u."""
-        if given.map is None:
-            return x
         matrix, offset, _, source = given.map
         return self._masked(functional.channel_mix(x, matrix, offset, index=source), given.cond)
 
@@ -238,8 +236,6 @@ class CouplingStep:
         """The step behind its net: the coupling, or what undoes it and the map."""
         if not self.inverse:
             return functional.coupling(u, net_out, self.coupling.spec)
-        if given.map is None or given.undone is None:  # both, of a step that undoes
-            return functional.coupling_inverse(u, net_out, self.coupling.spec)
         matrix, index = given.undone
         x, log_det = functional.coupling_mix_inverse(u, net_out, matrix, given.map.offset, self.coupling.spec, index)
         return self._masked(x, given.cond), log_det
@@ -256,10 +252,8 @@ class CouplingStep:
         if self.watch is not None:
             self.watch(magnitudes(state, net_out, self.coupling.spec))
         z, log_det = self._coupled(state, net_out, given)
-        if given.map is not None:
-            of_map = given.map.log_det * self._positions(state, given.cond)
-            log_det = log_det - of_map if self.inverse else log_det + of_map
-        return z, log_det, memo, lowest
+        of_map = given.map.log_det * self._positions(state, given.cond)
+        return z, log_det - of_map if self.inverse else log_det + of_map, memo, lowest
 
     def repeat(self, x: Tensor, given: Given) -> Tensor:
         """Run the map, the net and the coupling again."""
@@ -273,7 +267,7 @@ class CouplingStep:
     ) -> Differentiated:
         """Run the net once more, chunk by chunk: before that, or behind it, the map."""
         cond, own, coupling, (plan, memo) = given.cond, given.map, self.coupling, given.memo
-        undone = own.inverse() if own is not None and y is not None and not self.inverse else given.undone
+        undone = own.inverse() if y is not None and not self.inverse else given.undone
         # What the net has seen the first channels of: u, or x where that is known and the coupling comes first.
         known = x if y is None else y
         assert known is not None  # one of the two is given
@@ -286,7 +280,7 @@ class CouplingStep:
             if seen is not None:
                 seen[chunk.samples] += output_sums(net_out)
             part, grad, spec = chunk.outputs(state), chunk.outputs(grad_y), coupling.spec
-            if self.inverse and own is not None:
+            if self.inverse:
                 u = functional.coupling_inverse(part, net_out, spec)[0] if y is None else part
                 grad, *of_chunk = channel_mix_backward(u, grad, own, undone=undone)
                 for total, value in zip(of_map, of_chunk, strict=True):
@@ -296,7 +290,7 @@ class CouplingStep:
                 grad, grad_net_out = coupling_backward(*arguments)
             else:
                 found, grad, grad_net_out = coupling_backward_from_output(*arguments)
-                if own is not None and undone is not None and not self.inverse:
+                if not self.inverse:
                     found = functional.channel_unmix(found, undone[0], own.offset, index=undone[1])
                 inputs.put(chunk, found)
             grads.put(chunk, grad)
@@ -319,8 +313,6 @@ class CouplingStep:
             added, grad_cond = None, added
         found = x if y is None else self._masked(inputs.value, cond)
         assert found is not None
-        if own is None:
-            return found, with_added(grads.value, added), grad_cond, of_net, ()
         of_own: Sequence[Any] = [total.result() for total in of_map]
         if self.inverse:
             grad_x = with_added(grads.value, added)
