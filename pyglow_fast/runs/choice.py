@@ -22,7 +22,7 @@ from pyglow_fast._float32 import has_tf32
 from pyglow_fast._tracing import is_watched, kernels_step_aside
 from pyglow_fast.nets.chain import Chain
 from pyglow_fast.nets.precision import dtype_on, in_precision, override
-from pyglow_fast.runs.compiled import CompiledRun, folded_maps, inverted_maps, run_plain, run_recorded
+from pyglow_fast.runs.compiled import CompiledRun, folded_maps, run_plain, run_recorded
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import DriftControl, lowest_of
 from pyglow_fast.runs.maps import FACTORS, ChannelMap, Map
@@ -260,8 +260,8 @@ def through(
     if found is not None and records:
         x, log_det = run_recorded(found, mode, control, x, cond, squeezes)
     elif found is not None:
-        name, make = (INVERSES, inverted_maps) if run.inverse else (MAPS, folded_maps)
-        x, log_det = run_plain(found, x, cond, squeezes, made(name, lambda: make(found)))
+        maps = made(INVERSES if run.inverse else MAPS, lambda: folded_maps(found))
+        x, log_det = run_plain(found, x, cond, squeezes, maps)
     elif again:
         x, log_det = recomputed([CouplingStep(own, run, budget) for own in run.couplings], control, x, cond, run)
     else:

@@ -267,14 +267,10 @@ def run_plain(
 
 
 def folded_maps(steps: CompiledRun) -> Sequence[Tensor]:
-    """Fold the maps of all couplings: matrices, offsets, log_dets and, of gathers, indices."""
+    """Fold the maps of all couplings: matrices (those of a run that is turned inverted), offsets, log_dets, indices."""
     raw, fold = steps.run.folding(0, len(steps.forms))
-    return fold(raw)
-
-
-def inverted_maps(steps: CompiledRun) -> Sequence[Tensor]:
-    """Fold the maps of all couplings and invert their matrices; offsets and log_dets stay those of the maps."""
-    return inverted(folded_maps(steps))
+    maps = fold(raw)
+    return inverted(maps) if steps.run.inverse else maps
 
 
 def inverted(maps: Sequence[Tensor]) -> Sequence[Tensor]:

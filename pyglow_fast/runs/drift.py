@@ -77,11 +77,6 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tens
     return lowest_of(*found)
 
 
-def is_in_backward() -> bool:
-    """Whether this thread is within a backward pass."""
-    return backward_id() != -1
-
-
 def lowest_of(*dtypes: torch.dtype) -> torch.dtype:
     """Find the dtype that rounds most."""
     return dtypes[0] if len(dtypes) == 1 else max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -227,7 +222,7 @@ class DriftControl:
         """How many steps there are from one anchor to the next in a forward pass that begins now."""
         if self.anchor_every != "auto":
             return self.first_spacing
-        return self._began_with if is_in_backward() and self._began_with is not None else self.learnt.spacing
+        return self._began_with if backward_id() != -1 and self._began_with is not None else self.learnt.spacing
 
     def begin(self) -> None:
         """Take in, before a forward pass, the verdicts that are known by now.
@@ -236,10 +231,10 @@ class DriftControl:
         anchors. So it has those of the last forward outside of a backward, whatever has been learnt since. If that was
         another forward than the one that is repeated, and the spacing another, torch refuses the backward.
         """
-        if is_in_backward() and self._began_with is not None:
+        if backward_id() != -1 and self._began_with is not None:
             return
         self.settle()
-        if not is_in_backward():
+        if backward_id() == -1:
             self._began_with = self.learnt.spacing
 
     def limit(self, state: torch.dtype, lowest: torch.dtype | None = None) -> float:
