@@ -32,9 +32,9 @@ from pyglow_fast._files import write_bytes
 from pyglow_fast._moments import Moments
 from pyglow_fast.data import DataConfig, Images, load_data, optional, split
 from pyglow_fast.likelihood import bits_per_dim, not_finite
-from pyglow_fast.train import TrainConfig, TrainState, derive
+from pyglow_fast.train import TrainConfig, TrainState
 from pyglow_fast.train.loop import MEASURING
-from pyglow_fast.train.seeds import batch_indices, noisy, random_subset
+from pyglow_fast.train.seeds import batch_indices, derive, noisy, random_subset
 
 SETS = {"photos": {"size": 32, "n_bits": 8}, "emoji": {"size": 32, "n_bits": 5}, "fashion-mnist": {"size": 32}}
 OURS, FORMER, NORMFLOWS, NFLOWS = "pyglow_fast", "former defaults", "normflows", "nflows"

@@ -22,8 +22,8 @@ from pyglow_fast.studio.directions import REST
 from pyglow_fast.studio.edits import ANIMATED
 from pyglow_fast.studio.reading import inputs, name_of
 from pyglow_fast.studio.words import IMAGE_HELP, TEMPERATURE, HeldOut, Image, N, shown_name
-from pyglow_fast.train import derive, save_grid, to_pixels
-from pyglow_fast.train.seeds import random_subset
+from pyglow_fast.train import save_grid, to_pixels
+from pyglow_fast.train.seeds import derive, random_subset
 
 PAIRS, FRAMES = 4, 8
 FEW = 8  # samples at each of several temperatures, by themselves

@@ -13,7 +13,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.data import DataConfig, Images, ImageSet, options_of
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.models import Glow
-from pyglow_fast.train import labels_for
+from pyglow_fast.train.evaluation import labels_for
 
 BATCH = 64  # images that go through the model at a time
 PARTS = ("held-out", "train", "all")

@@ -3,22 +3,18 @@
 from pyglow_fast._files import FolderError
 from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.checkpoint import Checkpoint
-from pyglow_fast.train.config import LIMITS, TrainConfig, read_config, to_toml
-from pyglow_fast.train.evaluation import ImageScores, Score, check_fits, device_of, evaluate, labels_for, score_images
-from pyglow_fast.train.figures import class_columns, class_cycle, grid, histogram_png, save_grid, to_pixels
+from pyglow_fast.train.config import TrainConfig, read_config, to_toml
+from pyglow_fast.train.evaluation import ImageScores, Score, evaluate, score_images
+from pyglow_fast.train.figures import class_columns, grid, histogram_png, save_grid, to_pixels
 from pyglow_fast.train.loop import Result, Run, resume, start
-from pyglow_fast.train.machine import resolve_device
-from pyglow_fast.train.optim import learning_rate
 from pyglow_fast.train.page import page_of
 from pyglow_fast.train.ranks import RankError, Ranks, open_ranks
 from pyglow_fast.train.run_folder import RunFolder, load_model
 from pyglow_fast.train.scores import ScoredImages, score_csv, write_scores
-from pyglow_fast.train.seeds import derive
 from pyglow_fast.train.state import InputLostError, TrainingDivergedError, TrainState
 from pyglow_fast.train.writer import SaveError
 
 __all__ = [
-    "LIMITS",
     "Checkpoint",
     "FolderError",
     "ImageScores",
@@ -34,22 +30,15 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "TrainingDivergedError",
-    "check_fits",
     "class_columns",
-    "class_cycle",
-    "derive",
-    "device_of",
     "evaluate",
     "grid",
     "histogram_png",
-    "labels_for",
-    "learning_rate",
     "load_model",
     "open_ranks",
     "page_of",
     "progress_line",
     "read_config",
-    "resolve_device",
     "resume",
     "save_grid",
     "score_csv",

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from pyglow_fast.train import derive
-from pyglow_fast.train.seeds import batch_indices, keyed_noise
+from pyglow_fast.train.seeds import batch_indices, derive, keyed_noise
 
 
 def test_every_epoch_is_a_shuffle_of_all_images() -> None:

@@ -11,9 +11,9 @@ import torch
 from pyglow_fast import Glow, GlowConfig
 from pyglow_fast.data import ImageSet
 from pyglow_fast.likelihood import bits_per_dim, dequantize
-from pyglow_fast.train import ImageScores, Score, ScoredImages, derive, evaluate, score_csv, score_images
+from pyglow_fast.train import ImageScores, Score, ScoredImages, evaluate, score_csv, score_images
 from pyglow_fast.train.evaluation import gap_words
-from pyglow_fast.train.seeds import keyed_noise
+from pyglow_fast.train.seeds import derive, keyed_noise
 
 
 @pytest.fixture
