@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._files import write_bytes
+from pyglow_fast._files import write_bytes, write_text
 from pyglow_fast.cli._arguments import IMAGES, RUN, Commands, command, open_run, output_path
 from pyglow_fast.cli._output import say, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, SOURCES, measure_yardsticks, optional
@@ -20,7 +20,7 @@ from pyglow_fast.studio import OpenRun, likelihood_text, parse_image, score_file
 from pyglow_fast.studio.reading import PARTS, Selection
 from pyglow_fast.studio.scored import made_csv, made_picture
 from pyglow_fast.studio.words import File
-from pyglow_fast.train import Score, ScoredImages, histogram_png, progress_line, score_images, write_scores
+from pyglow_fast.train import Score, ScoredImages, histogram_png, progress_line, score_csv, score_images
 from pyglow_fast.train import evaluate as evaluated
 
 CAVEAT = (
@@ -112,7 +112,7 @@ def _score_data(args: argparse.Namespace, data: str | None = None) -> None:
         opened, out = open_run(args, ".csv", data)
         found = opened.select(data, args.part)
     result = _scored(args, opened, found)
-    write_scores(out, {found.part: result})
+    write_text(out, score_csv({found.part: result}))
     say(f"{args.run} at step {opened.step} on {found.images.name}, {found.part}:")
     mean = Score.of(result.scores.bits_per_dim[result.finite])
     what = f"model  {mean.mean:.3f}  ± {mean.error_text} bits/dim, {mean.images} images"
@@ -173,7 +173,7 @@ def ood(args: argparse.Namespace) -> None:
     title = f"{Path(args.run).resolve().name}: AUROC {found.text}"
     write_bytes(out, histogram_png(dict(zip(titles, (first, second), strict=True)), title))
     if csv is not None:
-        write_scores(csv, dict(zip(titles, results, strict=True)))
+        write_text(csv, score_csv(dict(zip(titles, results, strict=True))))
     say("\n".join(map(str, [*lines, out, *([] if csv is None else [csv])])), lines=True)
 
 

@@ -10,7 +10,7 @@ from pyglow_fast.train.loop import Result, Run, resume, start
 from pyglow_fast.train.page import page_of
 from pyglow_fast.train.ranks import RankError, Ranks, open_ranks
 from pyglow_fast.train.run_folder import RunFolder, load_model
-from pyglow_fast.train.scores import ScoredImages, score_csv, write_scores
+from pyglow_fast.train.scores import ScoredImages, score_csv
 from pyglow_fast.train.state import InputLostError, TrainingDivergedError, TrainState
 from pyglow_fast.train.writer import SaveError
 
@@ -46,5 +46,4 @@ __all__ = [
     "start",
     "to_pixels",
     "to_toml",
-    "write_scores",
 ]

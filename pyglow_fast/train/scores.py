@@ -1,16 +1,14 @@
-"""Scores single images by bits/dim, and writes them as a CSV file."""
+"""Scores single images by bits/dim, and writes them as CSV text."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from pyglow_fast._errors import visible
-from pyglow_fast._files import write_text
 from pyglow_fast.data import Images, LazyImages
 from pyglow_fast.data.lazy import FileReader
 from pyglow_fast.train.evaluation import ImageScores
@@ -88,8 +86,3 @@ def score_csv(sets: Mapping[str, ScoredImages]) -> str:
     }
     table: list[Sequence[Cell]] = [tuple(shown), *rows]
     return csv_text([list(itertools.compress(row, shown.values())) for row in table], digits=9)
-
-
-def write_scores(path: Path, sets: Mapping[str, ScoredImages]) -> None:
-    """Write :func:`score_csv` to ``path``, which is replaced whole or not at all."""
-    write_text(path, score_csv(sets))
