@@ -62,6 +62,6 @@ def made_csv(opened: OpenRun, scores: Sequence[FileScore]) -> Made:
     labels = torch.tensor([score.picked.label for score in scores]) if opened.classes else None
     names = tuple(score.picked.image.text for score in scores)
     images = ImageSet("files", pixels, opened.n_bins, labels, opened.classes, groups=names)
-    bits = torch.tensor([[score.bits] for score in scores], dtype=torch.float64)
+    bits = torch.tensor([score.bits for score in scores], dtype=torch.float64)
     table = score_csv({"files": ScoredImages(images, ImageScores(torch.arange(len(scores)), bits))})
     return Made(table.encode(), _command(opened, scores), ".csv")

@@ -58,22 +58,12 @@ class Score:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """The bits/dim of single images, -log2 p(x) / D + log2(n_bins), for each draw of the dequantisation noise."""
+    """The bits/dim of single images, -log2 p(x) / D + log2(n_bins), each with dequantisation noise of its own."""
 
     indices: Tensor  # int64 (n,), which images these are
-    draws: Tensor  # float64 (n, S) bits/dim; not finite where the model gives the image no likelihood
+    bits_per_dim: Tensor  # float64 (n,); not finite where the model gives the image no likelihood
     unreadable: tuple[int, ...] = ()  # indices of images that could not be read
     classes: Tensor | None = None  # float64 (n, 2) by a classifier: -log2 p(label | top latent), and 1 if it is right
-
-    @property
-    def bits_per_dim(self) -> Tensor:
-        """The bits/dim of each image, (n,): the mean over the draws of noise."""
-        return self.draws.mean(1)
-
-    @property
-    def spread(self) -> Tensor:
-        """The standard deviation over the draws of noise, (n,); NaN for a single draw."""
-        return self.draws.std(1) if self.draws.shape[1] > 1 else torch.full_like(self.bits_per_dim, math.nan)
 
 
 def device_of(model: Glow) -> torch.device:
@@ -109,14 +99,13 @@ def score_images(
     workers: int = 0,
     on_unreadable: str = "raise",
     ranks: Ranks | None = None,
-    draws: int = 1,
     progress: Callable[[int], object] | None = None,
     over_classes: bool = False,
 ) -> ImageScores:
     """Measure the bits/dim of each image, with dequantisation noise of its own that is the same at every call.
 
-    Each draw bounds -log2 P(level) / D from above in expectation (Theis et al. 2016, "A note on the evaluation of
-    generative models"), so their mean does too, with less noise.
+    It bounds -log2 P(level) / D from above in expectation (Theis et al. 2016, "A note on the evaluation of generative
+    models").
 
     Args:
         model: the model, which is put in evaluation mode for the call.
@@ -126,7 +115,6 @@ def score_images(
         limit: most images to look at, drawn at random since the first ones may all be of one class; None: all.
         workers, on_unreadable: see :func:`pyglow_fast.data.batches`.
         ranks: share the images among these; every rank gets its own part.
-        draws: S, how often the noise of each image is drawn.
         progress: told after each batch how many images it had, as ``progress_line(...).update`` is.
         over_classes: p(x) of a model with classes is the mean of p(x | y) over these, not that of an image's own label,
             as it is anyway for images without labels of its classes.
@@ -134,33 +122,30 @@ def score_images(
     n_classes = model.config.n_classes
     over_classes = n_classes is not None and (over_classes or len(data.class_names) != n_classes)
     check_fits(model, data, data.n_bins, labelled=not over_classes)
-    expect(draws >= 1, "draws", "a positive whole number", draws)
     chosen = (ranks or Ranks()).share(random_subset(seed, len(data), len(data) if limit is None else limit))
     plan = [[(index, None) for index in part.tolist()] for part in chosen.split(batch_size) if len(part)]
     judged = model.head is not None and data.labels is not None and len(data.class_names) == model.config.classify
     judged = judged and not over_classes
-    bits, classes = [torch.zeros(0, draws, dtype=torch.float64)], [torch.zeros(0, 2, dtype=torch.float64)]
+    bits, classes = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, 2, dtype=torch.float64)]
     found, was_training, device = [torch.zeros(0, dtype=torch.int64)], model.training, device_of(model)
     model.eval()
     try:
         for batch, wanted in zip(batches(data, plan, workers, on_unreadable), plan, strict=True):
-            labels, columns = None if over_classes else labels_for(model, batch.labels), list[Tensor]()
+            labels = None if over_classes else labels_for(model, batch.labels)
             # Others stand in for unreadable ones.
             own = batch.indices == torch.tensor([index for index, _ in wanted])
-            for draw in range(draws):
-                keys = [derive(seed, "noise", index, *([draw] if draw else [])) for index, _ in wanted]
-                x = noisy(batch.pixels.to(device), torch.tensor(keys, device=device), data.n_bins)
-                if over_classes:
-                    log_prob = model.class_log_probs(x).logsumexp(1) - math.log(n_classes or 1)
-                elif judged and draw == 0:
-                    log_prob, logits = model.log_prob_and_logits(x, labels)
-                    target = batch.labels.to(logits.device)  # type: ignore[union-attr]
-                    right = (logits.argmax(1) == target).double()
-                    classes.append(torch.stack([class_bits(logits.double(), target), right], 1).cpu()[own])
-                else:
-                    log_prob = model.log_prob(x, labels)
-                columns.append(bits_per_dim(log_prob, model.config.n_values, data.n_bins).double().cpu()[own])
-            bits.append(torch.stack(columns, 1))
+            keys = torch.tensor([derive(seed, "noise", index) for index, _ in wanted], device=device)
+            x = noisy(batch.pixels.to(device), keys, data.n_bins)
+            if over_classes:
+                log_prob = model.class_log_probs(x).logsumexp(1) - math.log(n_classes or 1)
+            elif judged:
+                log_prob, logits = model.log_prob_and_logits(x, labels)
+                target = batch.labels.to(logits.device)  # type: ignore[union-attr]
+                right = (logits.argmax(1) == target).double()
+                classes.append(torch.stack([class_bits(logits.double(), target), right], 1).cpu()[own])
+            else:
+                log_prob = model.log_prob(x, labels)
+            bits.append(bits_per_dim(log_prob, model.config.n_values, data.n_bins).double().cpu()[own])
             found.append(batch.indices[own])
             if progress is not None:
                 progress(len(wanted))

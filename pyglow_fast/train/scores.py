@@ -66,23 +66,21 @@ class ScoredImages:
 
 
 def score_csv(sets: Mapping[str, ScoredImages]) -> str:
-    """Write a line for each image as CSV text: set, index, name, label, bits_per_dim, bits_per_dim_sd (over the draws).
+    """Write a line for each image as CSV text: set, index, name, label, bits_per_dim.
 
     Columns are left out that would say nothing, such as ``set`` for a single one.
     """
     rows = []
     for name, found in sets.items():
         scores = found.scores
-        columns = (scores.indices.tolist(), scores.bits_per_dim.tolist(), scores.spread.tolist())
-        for i, *values in zip(*columns, strict=True):
-            rows.append((name, found.position(i), found.name(i), found.label(i), *values))
+        for i, bits in zip(scores.indices.tolist(), scores.bits_per_dim.tolist(), strict=True):
+            rows.append((name, found.position(i), found.name(i), found.label(i), bits))
     shown = {
         "set": len(sets) > 1,
         "index": True,
         "name": any(row[2] for row in rows),
         "label": any(row[3] for row in rows),
         "bits_per_dim": True,
-        "bits_per_dim_sd": any(found.scores.draws.shape[1] > 1 for found in sets.values()),
     }
     table: list[Sequence[Cell]] = [tuple(shown), *rows]
     return csv_text([list(itertools.compress(row, shown.values())) for row in table], digits=9)

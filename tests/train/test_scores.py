@@ -1,4 +1,4 @@
-"""Bits/dim image by image and on average: batches, draws of the noise, refusals, and the CSV file."""
+"""Bits/dim image by image and on average: batches, refusals, and the CSV file."""
 
 from __future__ import annotations
 
@@ -46,17 +46,8 @@ def test_the_score_is_the_mean_over_images_whatever_the_batches(model: Glow, ima
     assert evaluate(model, images, 3, 7, limit=5).mean == pytest.approx(float(bits[some.indices].mean()), rel=1e-6)
 
 
-def test_draws_of_the_noise(model: Glow, images: ImageSet) -> None:
-    one, many = (score_images(model, images, 4, 7, draws=draws) for draws in (1, 3))
-    assert torch.equal(one.draws[:, 0], many.draws[:, 0])
-    assert len(set(many.draws[0].tolist())) == 3
-    assert torch.equal(many.bits_per_dim, many.draws.mean(1))
-    assert torch.equal(many.spread, many.draws.std(1))
-    assert one.spread.isnan().all()
-
-
 def scores_of(*values: float) -> ImageScores:
-    return ImageScores(torch.arange(len(values)), torch.tensor(values, dtype=torch.float64)[:, None])
+    return ImageScores(torch.arange(len(values)), torch.tensor(values, dtype=torch.float64))
 
 
 def test_csv(images: ImageSet) -> None:
@@ -75,7 +66,7 @@ def test_names_act_in_no_terminal() -> None:
     images = ImageSet("odd", torch.zeros(7, 1, 4, 4, dtype=torch.uint8), 5, groups=names)
     (line,) = ScoredImages(images, scores_of(1.0, *[math.nan] * 6)).complaints()
     assert line.endswith(r"figures: 1 (a\n\x1b[31m\udcff.png), 2 (a), 3 (b), 4 (c), 5 (d) and 1 more")
-    lost = ScoredImages(images, ImageScores(torch.arange(6), torch.ones(6, 1), (6,)))
+    lost = ScoredImages(images, ImageScores(torch.arange(6), torch.ones(6), (6,)))
     assert lost.complaints() == ["1 image that cannot be read: 6 (e)"]
 
 
@@ -105,8 +96,9 @@ def test_without_labels_of_its_classes_a_model_is_the_mean_over_them(images: Ima
     model.initialize(images.pixels / 5.0 - 0.4)
     with torch.no_grad():
         model.prior.class_offset.normal_()
-        each = [score_images(model, replace(images, labels=torch.full((10,), y)), 4, seed=7).draws for y in (0, 1)]
-    nats = -math.log(2) * model.config.n_values * torch.cat(each, 1)
+        given = [replace(images, labels=torch.full((10,), y)) for y in (0, 1)]
+        each = [score_images(model, data, 4, seed=7).bits_per_dim for data in given]
+    nats = -math.log(2) * model.config.n_values * torch.stack(each, 1)
     wanted = -(nats.logsumexp(1) - math.log(2)) / (math.log(2) * model.config.n_values)
     foreign = replace(images, labels=torch.zeros(10, dtype=torch.int64), class_names=("a", "b", "c"))
     for data, options in (
