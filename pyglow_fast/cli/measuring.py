@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -157,24 +158,29 @@ def ood(args: argparse.Namespace) -> None:
         first, second = (_finite(found, name) for found, name in zip(results, ("data", "other"), strict=True))
     lines = [f"{args.run} at step {opened.step}:"]
     lines += table({title: Score.of(bits) for title, bits in zip(titles, (first, second), strict=True)}).split("\n")
-    found = auroc(first, second)
-    lines.append(f"AUROC {found.text}: how often an image of {titles[1]} has more bits/dim than one of {titles[0]}")
+    value, error = auroc(first, second)
+    found = _plus_minus(value, error)
+    lines.append(f"AUROC {found}: how often an image of {titles[1]} has more bits/dim than one of {titles[0]}")
     if train is not None:
         known = _scored(args, opened, Selection(train, torch.arange(len(train)), train, "train"), args.n, True)
         with user_input():
             typical = float(_finite(known, "typicality").mean())
-        by_typicality = auroc(typicality(first, typical), typicality(second, typical))
-        lines.append(f"AUROC {by_typicality.text} by typicality: the distance to {typical:.3f}, the mean in training")
+        by_typicality = _plus_minus(*auroc(typicality(first, typical), typicality(second, typical)))
+        lines.append(f"AUROC {by_typicality} by typicality: the distance to {typical:.3f}, the mean in training")
     lines += [f"{item.images.name}: {line}" for item in results for line in item.complaints()]
     if opened.classes:
         lines.append("note: the model has classes: p(x) is the mean over them, of its own images as of foreign ones")
-    if found.below_chance:
+    if value + (0.0 if math.isnan(error) else 2.0 * error) < 0.5:
         lines.append(CAVEAT)
-    title = f"{Path(args.run).resolve().name}: AUROC {found.text}"
+    title = f"{Path(args.run).resolve().name}: AUROC {found}"
     write_bytes(out, histogram_png(dict(zip(titles, (first, second), strict=True)), title))
     if csv is not None:
         write_text(csv, score_csv(dict(zip(titles, results, strict=True))))
     say("\n".join(map(str, [*lines, out, *([] if csv is None else [csv])])), lines=True)
+
+
+def _plus_minus(value: float, error: float) -> str:
+    return f"{value:.4f} ± {'n/a' if math.isnan(error) else f'{error:.4f}'}"
 
 
 def _finite(found: ScoredImages, argument: str) -> Tensor:

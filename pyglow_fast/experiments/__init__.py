@@ -2,11 +2,10 @@
 
 from pyglow_fast.experiments.ablation import Ablation, Trial, variants
 from pyglow_fast.experiments.compare import caveat, comparison_page, run_table
-from pyglow_fast.experiments.ood import Auroc, auroc, typicality
+from pyglow_fast.experiments.ood import auroc, typicality
 
 __all__ = [
     "Ablation",
-    "Auroc",
     "Trial",
     "auroc",
     "caveat",

@@ -17,9 +17,9 @@ def test_auroc_is_the_share_of_pairs(shift: float, ties: bool) -> None:
     foreign = torch.randn(70, generator=generator, dtype=torch.float64) + shift
     if ties:
         own, foreign = (own * 2).round(), (foreign * 2).round()
-    found = auroc(own, foreign)
+    value, error = auroc(own, foreign)
     wins = (foreign[:, None] > own).double() + (foreign[:, None] == own).double() / 2
     variance = wins.mean(1).var() / len(foreign) + wins.mean(0).var() / len(own)
-    assert found.value == pytest.approx(float(wins.mean()), abs=1e-12)  # sums of 2,800 terms in float64
-    assert found.value == pytest.approx(roc_auc_score([0] * 40 + [1] * 70, torch.cat([own, foreign])), abs=1e-12)
-    assert found.standard_error == pytest.approx(float(variance.sqrt()), abs=1e-12)
+    assert value == pytest.approx(float(wins.mean()), abs=1e-12)  # sums of 2,800 terms in float64
+    assert value == pytest.approx(roc_auc_score([0] * 40 + [1] * 70, torch.cat([own, foreign])), abs=1e-12)
+    assert error == pytest.approx(float(variance.sqrt()), abs=1e-12)
