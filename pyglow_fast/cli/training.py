@@ -111,7 +111,7 @@ def _trainer(commands: Commands[Any], run: Function, example: str, sources: bool
         )
         parser.add_argument("--preset", default=None, metavar="NAME", help=text)
         parser.add_argument("--list-presets", action=_ListPresets, nargs=0, help="show the presets and exit")
-        text = "settings from a TOML, YAML or JSON file, such as another run's config.toml; options come before them"
+        text = "settings from a TOML file, such as another run's config.toml; options come before them"
         parser.add_argument("--config", default=None, metavar="FILE", help=text)
     return parser
 

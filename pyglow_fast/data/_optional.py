@@ -7,7 +7,7 @@ import importlib.util
 from types import ModuleType
 
 # Where the name to install is not the name to import.
-_PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "PyYAML"}
+_PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w"}
 _EXTRAS = {"gradio": "web"} | {name: name for name in ("tensorboard", "lightning")}  # where it is not `train`
 
 

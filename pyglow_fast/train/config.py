@@ -1,4 +1,4 @@
-"""One dataclass that decides a whole training run, checked on construction; and its files: TOML, YAML or JSON.
+"""One dataclass that decides a whole training run, checked on construction; and its files, in TOML.
 
 The tables of a file are ``[data]``, ``[model]`` and on top the other fields. TOML knows no null: there it is "none".
 """
@@ -6,10 +6,9 @@ The tables of a file are ``[data]``, ``[model]`` and on top the other fields. TO
 from __future__ import annotations
 
 import functools
-import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -285,21 +284,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _yaml(text: str) -> Any:
-    """Parse YAML by SafeLoader, to which 1e-3 is a number as in YAML 1.2 (PyYAML's 1.1 wants 1.0e-3)."""
-    yaml: Any = optional("yaml", "YAML files")
-    loader: Any = type("Loader", (yaml.SafeLoader,), {})
-    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    try:
-        return yaml.load(text, loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-_PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": _yaml, ".yml": _yaml, ".json": json.loads}
-
-
 def to_toml(config: TrainConfig) -> str:
     """Write every field of ``config`` as TOML text; :func:`read_config` and TrainConfig.from_dict read it back."""
     values = _each(config.to_dict(), lambda name, value: "none" if value is None else value)
@@ -310,14 +294,13 @@ def to_toml(config: TrainConfig) -> str:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read the tables of a file as they are written there; TrainConfig decides which fields they may have."""
-    name, kind = str(path), path.suffix
-    expect(kind in _PARSERS, "config", f"a file ending in one of {', '.join(_PARSERS)}", repr(name))
+    name = str(path)
+    expect(path.suffix == ".toml", "config", "a file ending in .toml", repr(name))
     expect(path.is_file(), "config", "an existing file", repr(name))
     try:
-        values = _PARSERS[kind](path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError, too
-        raise ValueError(visible(f"{name}: expected a configuration as {kind[1:].upper()}, found {error}")) from error
-    expect(isinstance(values, Mapping), name, "tables of settings", type(values).__name__)
+        raise ValueError(visible(f"{name}: expected a configuration as TOML, found {error}")) from error
     return _each(values, lambda name, value: None if name in OPTIONAL and value == "none" else value)
 
 

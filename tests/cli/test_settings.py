@@ -74,8 +74,8 @@ def test_command_line_and_file_say_the_same(tmp_path: Path) -> None:
 
 
 def test_options_come_before_the_file_and_both_before_a_preset(tiny: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text("preset: cifar10\nmax_steps: 50\nlr: 0.5\nseed: 3\nmodel: {n_steps: 3}\ndata: {name: digits}\n")
+    path = tmp_path / "x.toml"
+    path.write_text('preset = "cifar10"\nmax_steps = 50\nlr = 0.5\nseed = 3\nmodel.n_steps = 3\ndata.name = "digits"\n')
     command = ["train", "--config", str(path), "--out", str(tmp_path / "r"), "--preset", "digits", "--quiet", *tiny]
     assert main([*command, "--lr", "0.001", "--max-epochs", "1", "--batch-size", "800"]) == 0
     config = RunFolder(tmp_path / "r").load().config

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pyglow_fast import GlowConfig
 from pyglow_fast.data import DataConfig
@@ -25,27 +23,16 @@ CONFIG = TrainConfig(
     ema_decay=None,
     lr=1e-05,
 )
-WRITERS: dict[str, Callable[[TrainConfig], str]] = {
-    "x.toml": to_toml,
-    "x.json": lambda config: json.dumps(config.to_dict()),
-    "x.yaml": lambda config: yaml.safe_dump(config.to_dict()),
-}
 
 
 @pytest.mark.parametrize("config", [CONFIG, TrainConfig(), TrainConfig(memory=2**63 - 1)], ids=["a", "b", "c"])
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_file_holds_every_field(config: TrainConfig, name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(WRITERS[name](config))
-    assert TrainConfig.from_dict(read_config(tmp_path / name)) == config
+def test_a_file_holds_every_field(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(to_toml(config))
+    assert TrainConfig.from_dict(read_config(tmp_path / "x.toml")) == config
 
 
 def test_values_in_files(tmp_path: Path) -> None:
-    """1e-3 is a number in YAML, and "none" is null only where null may be."""
-    (tmp_path / "x.yaml").write_text(
-        "lr: 1e-3\nema_decay: 9.99E-1\nseed: 3\nclip_norm: .5e1\nmodel: {scale_eps: -1E-2}"
-    )
-    expected = {"lr": 1e-3, "ema_decay": 0.999, "seed": 3, "clip_norm": 5.0, "model": {"scale_eps": -0.01}}
-    assert read_config(tmp_path / "x.yaml") == expected
+    """The text "none" is None only where None may be."""
     (tmp_path / "x.toml").write_text('clip_norm = "none"\noptimizer = "none"\n')
     assert read_config(tmp_path / "x.toml") == {"clip_norm": None, "optimizer": "none"}
 
@@ -53,13 +40,11 @@ def test_values_in_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.ini", "", r"config: expected a file ending in one of .toml, .yaml, .yml, .json, found '.*x.ini'"),
+        ("x.ini", "", r"config: expected a file ending in .toml, found '.*x.ini'"),
         ("x.toml", "\xff", r"x.toml: expected a configuration as TOML, found .*utf-8"),
-        ("x.yaml", "!!python/object/apply:os.getcwd []", r"x.yaml: expected a configuration as YAML, found .*"),
-        ("x.yaml", "- 1", r"x.yaml: expected tables of settings, found list"),
-        ("x.json", '{"size": 3}', r"config: expected known keys, found size"),
-        ("x.json", '{"data": [3]}', r"data: expected a mapping, found list"),
-        ("x.yaml", "lr: &a [*a]", r"lr: expected a positive number, found \[\[\.\.\.\]\]"),
+        ("x.toml", "lr: 1", r"x.toml: expected a configuration as TOML, found Expected '='"),
+        ("x.toml", "size = 3", r"config: expected known keys, found size"),
+        ("x.toml", "data = [3]", r"data: expected a mapping, found list"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
