@@ -22,7 +22,7 @@ from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.config import LIMITS, TrainConfig
 from pyglow_fast.train.evaluation import Score, gap_words
 from pyglow_fast.train.figures import bits_png, class_cycle, to_pixels
-from pyglow_fast.train.machine import memory_mb, versions
+from pyglow_fast.train.machine import versions
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.page import environment, page_of
 from pyglow_fast.train.ranks import Ranks
@@ -287,8 +287,7 @@ class Run:
         state, progress = self.state, self.state.progress
         now, step, (then, last_step) = time.monotonic(), progress.step, self._mark
         row: Row = {"step": step, "epoch": state.epoch, "seconds": progress.seconds}
-        row |= {"memory_mb": memory_mb(state.device), "skipped_steps": progress.skipped}
-        row["unreadable_images"] = progress.unreadable
+        row |= {"skipped_steps": progress.skipped, "unreadable_images": progress.unreadable}
         if count := progress.steps_summed:
             row |= {"train_bpd": progress.loss_sum / count, "lr": state.lr, "grad_norm": state.grad_norm}
             if state.model.head is not None:

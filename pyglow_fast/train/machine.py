@@ -1,10 +1,9 @@
-"""Tells what a run depends on besides its settings: the device, its memory, and the code that writes checkpoints."""
+"""Tells what a run depends on besides its settings: the device, and the code that writes checkpoints."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -28,14 +27,6 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         found = f"{name!r} with {count} CUDA devices"
         expect((device.index or 0) < count, "device", "a device that torch finds", found)
     return device
-
-
-def memory_mb(device: torch.device) -> float:
-    """Measure the CUDA memory that tensors use on ``device``, or this process's resident memory, in MB (10^6 bytes)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 1e6
-    statm = Path("/proc/self/statm")  # elsewhere there is no cheap way without another dependency
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if statm.exists() else 0.0
 
 
 @functools.cache

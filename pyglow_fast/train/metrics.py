@@ -22,7 +22,6 @@ COLUMNS = (
     "train_bpd",  # mean over the steps since the last row, as they were trained on
     "grad_norm",
     "images_per_s",
-    "memory_mb",
     "held_out_bpd",  # these four only at evaluations
     "held_out_se",
     "train_subset_bpd",

@@ -24,7 +24,6 @@ _CURVES = (
     ("learning rate", "lr", "lr", True),
     ("gradient norm before clipping", "grad_norm", "bits/dim", True),
     ("speed", "images_per_s", "images/s", False),
-    ("memory of the process, or of the GPU's tensors", "memory_mb", "MB", False),
 )
 _PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 

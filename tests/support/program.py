@@ -63,7 +63,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def untimed(run: Path) -> list[dict[str, str]]:
     """The metrics of a run, apart from what the clock says."""
-    timed = ("seconds", "images_per_s", "memory_mb")
+    timed = ("seconds", "images_per_s")
     return [{name: value for name, value in row.items() if name not in timed} for row in rows(run / "metrics.csv")]
 
 

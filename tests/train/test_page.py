@@ -24,7 +24,6 @@ from pyglow_fast.train.page import duration
 NASTY = """<script>alert("x")</script> & 'y' \x1b[2J\udcff"""
 SHOWN = NASTY.replace("\x1b", r"\x1b").replace("\udcff", r"\udcff")
 CURVES = ["bits per dimension", "learning rate", "gradient norm before clipping", "speed"]
-CURVES += ["memory of the process, or of the GPU's tensors"]
 
 
 @pytest.fixture
