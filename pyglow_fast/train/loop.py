@@ -492,7 +492,7 @@ def resume(
         for name, (was, now) in checkpoint.config.changes(config).items()
     ]
     for name, now in versions().items():
-        was, what = checkpoint.written_by.get(name, "unknown"), "code of pyglow_fast" if name == "code" else name
+        was = checkpoint.written_by.get(name, "unknown")
         if was != now:
-            notes.append(f"resumed with another version: {what} {now} (it was {was}); results may differ in rounding")
+            notes.append(f"resumed with another version: {name} {now} (it was {was}); results may differ in rounding")
     return Run(state, folder, resumed=True, check=check, notes=notes)

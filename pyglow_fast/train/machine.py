@@ -1,10 +1,6 @@
-"""Tells what a run depends on besides its settings: the device, and the code that writes checkpoints."""
+"""Tells what a run depends on besides its settings: the device, and the versions that write checkpoints."""
 
 from __future__ import annotations
-
-import functools
-import hashlib
-from pathlib import Path
 
 import torch
 
@@ -29,11 +25,6 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-@functools.cache
 def versions() -> dict[str, str]:
-    """Look up the versions of the package and of torch, and a digest of the package's own files."""
-    root = Path(info.__file__).parent
-    files = sorted([*root.rglob("*.py"), *root.glob("_C*")])
-    digest = hashlib.sha256(b"".join(path.relative_to(root).as_posix().encode() + path.read_bytes() for path in files))
-    version = info.version_of("pyglow-fast")
-    return {"pyglow_fast": version, "code": digest.hexdigest()[:12], "torch": torch.__version__}
+    """Look up the versions of the package and of torch."""
+    return {"pyglow_fast": info.version_of("pyglow-fast"), "torch": torch.__version__}
