@@ -8,7 +8,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -24,9 +24,6 @@ from pyglow_fast.data.lazy import readable
 from pyglow_fast.likelihood import quantize
 from pyglow_fast.train.metrics import Row
 from pyglow_fast.train.seeds import derive
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 LEAST_SIDE = 256  # pixels of a picture's longer side, unless its scale is given
 # Of 8x8 pixels, each as large as it is shown, so many have 16,384x16,384.
@@ -192,7 +189,7 @@ def animation_bytes(pixels: Tensor, n_bins: int, file_format: str, scale: int | 
     return stream.getvalue()
 
 
-def _image(picture: Tensor) -> Image:
+def _image(picture: Tensor) -> Any:
     """uint8 (3, H, W) as a Pillow image."""
     return optional("PIL.Image", "pictures").fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
 
