@@ -76,11 +76,6 @@ def forget_kernels(op: Op) -> None:
     op._dispatch_cache.clear()
 
 
-def writes(op: Op) -> bool:
-    """Whether an op writes to its arguments."""
-    return op._schema.is_mutable
-
-
 def constant_in_graphs(function: Function) -> Function:
     """Decorate a function whose answer torch.compile is to take, without tracing how it is found.
 

@@ -1,7 +1,6 @@
 """Runs models of other libraries faster and in less memory: live models, checkpoints.
 
 - :func:`accelerate` makes the layers of a live model ours, in place; each library that it knows is a table.
-- ``pyglow_fast.interop.export`` prepares a model for ONNX, OpenVINO or AOTInductor.
 - ``pyglow_fast.interop.convert`` reads and writes the checkpoints of other Glows.
 """
 

@@ -9,11 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.export_cases import ALL, TO_FOLD, Called, assert_same, dynamic_shapes, other_input
-from torch import Tensor, nn
-
-import pyglow_fast as pgf
-from pyglow_fast.interop.export import folded
+from support.export_cases import ALL, assert_same, dynamic_shapes, other_input
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the tracers: constants, deprecation
 
@@ -25,10 +21,7 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
 @pytest.mark.full
 @pytest.mark.parametrize("name", ALL)
 def test_torch_export(name: str) -> None:
-    """A graph of torch's own ops, of any batch and image size; the model is afterwards what it was.
-
-    Without gradients it is what test_folded begins with.
-    """
+    """A graph of torch's own ops, of any batch and image size; the model is afterwards what it was."""
     model, x = ALL[name]()
     other = other_input(x, name)
     expected = model(other)
@@ -48,47 +41,6 @@ def test_torch_jit_trace(name: str, tmp_path: Path) -> None:
     other = torch.randn(5, *x.shape[1:])
     with torch.no_grad():
         assert_same(torch.jit.load(tmp_path / "model.pt")(other), model(other))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", TO_FOLD)
-def test_folded(name: str) -> None:
-    """What depends on parameters alone is a constant: no linear algebra is left, nor a tensor that is not read."""
-    model, x = ALL[name]()
-    program = folded(model, (x,), dynamic_shapes(name))
-    foreign = ("linalg", "pyglow", "higher_order")
-    assert not [target for target in operators(program) if any(word in target for word in foreign)]
-    kept = [node for node in program.graph.nodes if node.op == "placeholder"][:-1]
-    assert all(node.users for node in kept)
-    assert not [user for node in kept for user in node.users if set(user.all_input_nodes) <= set(kept)]
-    other = other_input(x, name)
-    with torch.no_grad():
-        assert_same(program.module()(other), model(other))
-
-
-def test_a_singular_matrix_is_not_folded() -> None:
-    conv = pgf.InvConv(4, lu=False)
-    with torch.no_grad():
-        conv.weight[1] = conv.weight[0]
-
-    for model in (conv, Called(conv, "inverse")):
-        with pytest.raises(ValueError, match="model: expected regular matrices, found a singular one in aten"):
-            folded(model, (torch.randn(2, 4, 3, 3),))
-
-
-def test_what_is_random_or_depends_on_inputs_is_not_folded() -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.randn(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.scale.exp() * torch.randn_like(self.scale)
-
-    program = folded(Noisy(), (torch.zeros(2, 4),))
-    run = program.module()
-    x = torch.zeros(2, 4)
-    assert not torch.equal(run(x), run(x))
 
 
 _RUN = """

@@ -138,8 +138,6 @@ LINEAR_ALGEBRA: dict[str, Callable[[], Case]] = {
 }
 # In an export "store" and "reversible" are the same steps.
 ALL = {name: case for name, case in (ACCELERATED | OURS | LINEAR_ALGEBRA).items() if not name.endswith("store")}
-# Those that compute something of parameters alone, once each.
-TO_FOLD = ("FrEIA", "FrEIA, reflections", "normflows", "nflows", "glow", "frozen", "invconv", "step", *LINEAR_ALGEBRA)
 
 
 def other_input(x: Tensor, name: str) -> Tensor:
