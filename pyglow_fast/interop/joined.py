@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyglow_fast._torch import AnyBatchNorm, AnyInstanceNorm
 from pyglow_fast._tracing import is_altered, is_watched
-from pyglow_fast.interop.adoption import Adopted, called, recomputed_later, run_alone, understood
+from pyglow_fast.interop.adoption import Adopted, called, recomputed_later, understood
 from pyglow_fast.interop.limits import BeyondLimitError, within
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import GROUPED, Call, Element, Library, Row, UnfitError, is_ready, untouched
@@ -28,7 +28,6 @@ from pyglow_fast.runs.maps import Map
 
 Reasons = dict[nn.Module, str]  # why a layer is in no run
 ALONE = "no layer of its width next to it"
-MOST_POSITIONS = 8  # along each dimension of the state that goes there and back for a report
 
 
 def row_of(library: Library, module: nn.Module) -> Row | None:
@@ -84,7 +83,6 @@ class JoinedLayers:
         self._count = sum(isinstance(part, NetCoupling) for part in self.elements())
         self.control, self.inverse_control = (DriftControl(max(1, self._count), "auto", None, False) for _ in range(2))
         self.beyond = 0
-        self._shape: Sequence[int] = ()  # of the states of the last call
 
     @property
     def spares(self) -> bool:
@@ -117,7 +115,7 @@ class JoinedLayers:
         self._check(run, call)
         if self.spares and budget == "auto":
             budget = self.rows[0].budget(run, call.x)
-        self._shape, whole = call.x.shape, self.memory == "store"
+        whole = self.memory == "store"
 
         def compute(run: Run) -> tuple[Tensor, Tensor]:
             control = self.inverse_control if call.inverse else self.control
@@ -163,38 +161,10 @@ class JoinedLayers:
         return recomputed_later(layer, run, *args, **kwargs)
 
     def report(self) -> dict[str, Any]:
-        """Report mode, steps, spacing of the anchors, drift and what was redone.
-
-        Of layers with a limit, also how many calls went beyond it, and how well each can be inverted: the condition
-        numbers of their maps and, after a call, the errors of round trips.
-        """
+        """Report mode, steps, spacing of the anchors, drift and what was redone, and calls beyond a limit."""
         steps = max(self._count, int(self.rows[0].run is not None))
         found = {"memory": self.memory, "steps": steps, **self.control.reports(self.inverse_control)}
-        return found if self._limit() is None else found | {"beyond_limit": self.beyond, **self._health()}
-
-    @torch.no_grad()
-    def _health(self) -> dict[str, list[float]]:
-        """Condition numbers of maps, and errors of round trips, by layer from data to latents.
-
-        A state of standard normal numbers goes through the layers; behind each it is inverted once, in the dtype of the
-        parameters, and held against what the layer was given: the largest error over the largest value.
-        """
-        sizes = (1, *self._shape[1:2], *(min(size, MOST_POSITIONS) for size in self._shape[2:]))
-        like = next(self.layers[0].parameters())
-        state = torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(like)
-        conditions, errors = [], []
-        for layer, row in zip(self.layers, self.rows, strict=True):
-            there, back = (row.elements(layer, inverse) for inverse in (False, True))
-            maps = Run((), (), [part for part in there if isinstance(part, Map)])
-            conditions.append(float(torch.linalg.cond(choice.folded(maps).as_product().matrix.double())))
-            if self._shape:
-                call = Call(state, False, lambda x, _: x)
-                z, _ = run_alone(called(there, call), call)
-                call = call._replace(x=z, inverse=True)
-                x, _ = run_alone(called(back, call), call)
-                errors.append(float((x - state).abs().max() / state.abs().max()))
-                state = z
-        return {"conditions": conditions, "round_trips": errors}
+        return found if self._limit() is None else found | {"beyond_limit": self.beyond}
 
 
 class Place:
