@@ -161,9 +161,9 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
             named |= set(module.modules())
             continue
         rows = [row for row in library.rows if row.tells(module)]
-        reasons = []
+        why = ""
         for row in rows if any(row.adopts for row in rows) else []:
-            reason, same = unlike(row, module)
+            reason = unlike(row, module)
             if not reason and not spares and (alone := _alone(done.model, name, library, row)):
                 reason = f"{alone}, unless memory is to be saved"
             if not reason:
@@ -173,10 +173,10 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
                 module.__class__ = adopted_class(row, type(module))
                 is_ready(row, module)
                 break
-            reasons.append((same, reason))
+            why = why or reason
         else:
-            if reasons:
-                done.left[name] = max(reasons)[1]  # of the row that comes closest
+            if why:
+                done.left[name] = why
             elif module not in named and (reason := JOINS_ONLY if rows else _no_row(module, library)):
                 done.left[name], found = reason, True
         if name in done.replaced or name in done.left:
@@ -192,12 +192,11 @@ def _alone(model: nn.Module, name: str, library: Library, row: Row) -> str:
     return row.alone(layer) or library.alone([layer, *owners])
 
 
-def unlike(row: Row, module: nn.Module) -> tuple[str, int]:
-    """Say why a layer that a row tells is not to be adopted, and how much agreed; empty if it is."""
+def unlike(row: Row, module: nn.Module) -> str:
+    """Say why a layer that a row tells is not to be adopted; empty if it is."""
     if "forward" in vars(module) or any(map(is_altered, row.inside(module))):
-        return "a forward of its own, or hooks in it", 0
-    reason = row.unfit(module)
-    return (reason, 0) if reason or row.example is None else difference(row, module)
+        return "a forward of its own, or hooks in it"
+    return row.unfit(module) or ("" if row.example is None else difference(row, module))
 
 
 def _left_in(row: Row, module: nn.Module, names: dict[nn.Module, str]) -> dict[str, str]:

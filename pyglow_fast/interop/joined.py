@@ -35,7 +35,7 @@ def row_of(library: Library, module: nn.Module) -> Row | None:
     if isinstance(module, Adopted):
         return module._pgf_row if any(module._pgf_row is row for row in library.rows) else None
     rows = (row for row in library.rows if not row.adopts and row.tells(module))
-    return next((row for row in rows if row.example is None or not difference(row, module)[0]), None)
+    return next((row for row in rows if row.example is None or not difference(row, module)), None)
 
 
 def unrepeatable(net: nn.Module, memory: str) -> str:
