@@ -254,12 +254,6 @@ class JoinedList(Joined, nn.ModuleList):
     def __iter__(self) -> Iterator[Any]:
         return iter(self.places)
 
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __reversed__(self) -> Iterator[Any]:
-        return reversed(self.places)
-
     def __getitem__(self, index: int | slice) -> Any:
         return self.places[index]
 
