@@ -9,7 +9,7 @@ most u_offdiag_cap. Behind each of the three nan_to_num and a clamp of +-gen_cla
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyglow_fast import functional
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
 from pyglow_fast.interop.nets import Net
+from pyglow_fast.interop.normflows import called, example
 from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, is_set, read_once, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.chain import Outputs
@@ -133,29 +134,12 @@ def _limit(block: Any) -> Tensor:
     return (block._gen_clamp - actnorm.t.abs().amax()) / _log_scale(actnorm).abs().amax().exp()
 
 
-def _called(inverse: bool) -> Callable[..., Call | None]:
-    def read(block: Any, z: Tensor) -> Call | None:
-        actnorm, conv, _ = block.flows
-        fits = isinstance(z, Tensor) and z.dim() == actnorm.s.dim() and z.shape[1] == conv.num_channels
-        return Call(z, inverse, lambda state, log_det: (state, log_det)) if fits else None
-
-    return read
-
-
-def _example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
-    for norm in _actnorms(block):
-        norm.data_dep_init_done.fill_(1.0)  # type: ignore[operator]
-    actnorm, conv, _ = block.flows
-    sizes = (2, conv.num_channels, *((3, 4) if actnorm.s.dim() == 4 else (2, 2, 3)))
-    return [(method, (draw(*sizes),), {}) for method in ("inverse", "forward")]
-
-
 BLOCK = Row(
     "GlowBlock of antsnormflows",
     by_class(*(f"{_FLOWS}.affine.glow.GlowBlock{dims}d" for dims in (2, 3))),
-    {"forward": _called(inverse=True), "inverse": _called(inverse=False)},
+    {"forward": partial(called, True), "inverse": partial(called, False)},
     _elements,
-    _example,
+    example,
     _unfit,
     inside=lambda block: [*block.flows, *block.flows[-1].flows, *_actnorms(block)],
     waits=lambda block: not all(map(_has_seen, _actnorms(block))),

@@ -97,17 +97,24 @@ def _coupling(block: Any) -> NetCoupling:
     return NetCoupling(wrapped(block, ConvNet, affine.param_map, outputs), spec, kept, channels - kept)
 
 
-def _called(inverse: bool, block: Any, z: Tensor) -> Call | None:
+def _dims(block: Any) -> int:
+    """How many dimensions its states have: those of its actnorm's scales."""
+    return next((layer.s.dim() for layer in block.flows if hasattr(layer, "s")), 0)
+
+
+def called(inverse: bool, block: Any, z: Tensor) -> Call | None:
     """Latents -> data is their forward."""
-    fits = isinstance(z, Tensor) and z.dim() == 4 and z.shape[1] == block.flows[1].num_channels
+    fits = isinstance(z, Tensor) and z.dim() == _dims(block) and z.shape[1] == block.flows[1].num_channels
     return Call(z, inverse, lambda out, log_det: (out, log_det)) if fits else None
 
 
-def _example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+def example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence[Any], dict[str, Any]]]:
+    """A call of each direction, of a block whose actnorms have seen data."""
     for module in block.modules():
         if hasattr(module, "data_dep_init_done"):
             module.data_dep_init_done.fill_(1.0)
-    return [(method, (draw(2, block.flows[1].num_channels, 3, 4),), {}) for method in ("forward", "inverse")]
+    sizes = (3, 4) if _dims(block) == 4 else (2, 2, 3)
+    return [(method, (draw(2, block.flows[1].num_channels, *sizes),), {}) for method in ("forward", "inverse")]
 
 
 # GlowBlock
@@ -168,9 +175,9 @@ LIBRARY = Library(
         Row(
             "normflows' GlowBlock",
             by_class(_BLOCK),
-            {"forward": partial(_called, True), "inverse": partial(_called, False)},
+            {"forward": partial(called, True), "inverse": partial(called, False)},
             _elements,
-            _example,
+            example,
             _unfit,
             pays=pays_for_images,
             flags=_flags,
