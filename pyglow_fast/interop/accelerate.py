@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -76,13 +76,6 @@ class Acceleration:
             setattr(module, name, before)
         give_back(self._adopted)
         self._adopted, self._containers, self._runs, self._set = [], [], [], []
-
-    def set_while_joined(self, attributes: Callable[[nn.Module], Mapping[str, Any]]) -> None:
-        """Give modules the attributes that they have until :meth:`undo`."""
-        for module in self.model.modules():
-            for name, value in attributes(module).items():
-                self._set.append((module, name, getattr(module, name)))
-                setattr(module, name, value)
 
     def memory_report(self) -> list[dict[str, Any]]:
         """Report each joined run: memory mode, steps, spacing of the anchors, drift, and what was redone."""
@@ -280,9 +273,10 @@ def _join_lists(done: Acceleration, library: Library, memory: str, budget: str |
             joined |= {inner for run in found[1] for layer in run.layers for inner in layer.modules()}
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
             done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}{_price(found[1], memory)}"
-    if joined:
-        done.set_while_joined(library.while_joined)
     for name, module in done.model.named_modules():
+        if joined and library.off_while_joined in vars(module):
+            done._set.append((module, library.off_while_joined, vars(module)[library.off_while_joined]))
+            setattr(module, library.off_while_joined, False)
         part = done.left.get(name) == JOINS_ONLY and row_of(library, module) is not None
         if part:
             del done.left[name]

@@ -154,5 +154,5 @@ LIBRARY = Library(
     containers=("Composite", "Reverse"),
     from_latents=True,
     # Their checkpointing would run a joined run twice, which needs none: it recomputes by itself.
-    while_joined=lambda owner: {name: False for name in ("_grad_checkpoint_override",) if hasattr(owner, name)},
+    off_while_joined="_grad_checkpoint_override",
 )

@@ -160,7 +160,7 @@ class Library:
         containers: classes there that only call what they hold, or are a base and no more.
         from_latents: its lists of layers go from latents to data.
         condition: (owner of a list, index) -> what besides the width neighbours in a run must agree in.
-        while_joined: attributes that an owner of joined lists has until this is undone.
+        off_while_joined: an attribute of owners of joined lists that is False until this is undone.
         join_graph: (container, library, memory, budget) -> what was joined in a container that is no list, in place,
             see graphs.py; None of another module.
         keeps: why the layers in a list of this owner are not joined.
@@ -175,7 +175,7 @@ class Library:
     containers: tuple[str, ...] = ()
     from_latents: bool = False
     condition: Callable[[nn.Module, int], Any] = lambda owner, index: None
-    while_joined: Callable[[nn.Module], Mapping[str, Any]] = lambda owner: {}
+    off_while_joined: str = ""
     join_graph: Callable[..., Any] = lambda container, library, memory, budget: None
     keeps: Callable[[nn.Module], str] = _nothing
     alone: Callable[[Sequence[nn.Module]], str] = _nothing
