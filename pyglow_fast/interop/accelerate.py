@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -213,14 +212,6 @@ def _no_row(module: nn.Module, library: Library) -> str:
     return f"{own.__qualname__}, a subclass of {bases[0].__qualname__}: what it changes is not known"
 
 
-def _price(runs: Sequence[JoinedLayers], memory: str) -> str:
-    """Say in the report what recomputation costs where the library runs the nets of a run."""
-    nets_of = (part.net for run in runs for part in run.elements() if isinstance(part, NetCoupling))
-    own = any(isinstance(net, Net) and isinstance(net.known(), str) for net in nets_of)
-    own = own or any(run.rows[0].run is not None for run in runs)
-    return "; the library runs its nets, twice, so a training step is slower" if own and memory != "store" else ""
-
-
 def _join(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
     """Join the layers of a library, in all containers of a model, and report those that are in no run."""
     if not library.one_by_one or library.lists:
@@ -233,7 +224,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
                 continue  # there is nothing to keep
             done._runs.append(JoinedLayers([module], [row], memory, budget))
             vars(module)["_pgf_joined"] = done._runs[-1]
-            done.joined[name] = f"one step, memory {memory!r}{_price(done._runs[-1:], memory)}"
+            done.joined[name] = f"one step, memory {memory!r}"
 
 
 def _join_lists(done: Acceleration, library: Library, memory: str, budget: str | int) -> None:
@@ -272,7 +263,7 @@ def _join_lists(done: Acceleration, library: Library, memory: str, budget: str |
             done._runs += found[1]
             joined |= {inner for run in found[1] for layer in run.layers for inner in layer.modules()}
             steps = ", ".join(str(run.report()["steps"]) for run in found[1])
-            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}{_price(found[1], memory)}"
+            done.joined[name] = f"{steps} steps in one chain each, memory {memory!r}"
     for name, module in done.model.named_modules():
         if joined and library.off_while_joined in vars(module):
             done._set.append((module, library.off_while_joined, vars(module)[library.off_while_joined]))
