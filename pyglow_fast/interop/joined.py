@@ -55,14 +55,6 @@ def unrepeatable(net: nn.Module, memory: str) -> str:
     return ""
 
 
-def check_halves(coupling: NetCoupling) -> None:
-    """Refuse, by an UnfitError, a coupling that does not halve the channels, as those of csrc/run do."""
-    kept, channels = coupling.kept, coupling.kept + coupling.changed
-    if kept not in (0, coupling.changed) and hasattr(coupling.net, "chain"):
-        odd = f"an odd number of channels, {channels}"
-        raise UnfitError(odd if channels % 2 else f"a mask that keeps {kept} of {channels} channels")
-
-
 def check_readable(layer: nn.Module, row: Row) -> None:
     """Refuse, by an UnfitError, a layer that is to be called itself."""
     if is_altered(layer) or not untouched(row.inside(layer)):
@@ -139,7 +131,6 @@ class JoinedLayers:
     def _check(self, run: Run, call: Call) -> None:
         """Refuse what has been put into a layer since it was joined."""
         for coupling in run.couplings:
-            check_halves(coupling)
             if coupling.kept and coupling.kept + coupling.changed != call.x.shape[1]:
                 raise UnfitError(f"a state of {call.x.shape[1]} channels")
             if self.spares:
@@ -274,7 +265,6 @@ def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, 
     elements = row.elements(layer, False)
     couplings = [part for part in elements if isinstance(part, NetCoupling)]
     for coupling in couplings:
-        check_halves(coupling)
         if reason := unrepeatable(coupling.net, memory):
             raise UnfitError(reason)
     if not elements:

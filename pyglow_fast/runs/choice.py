@@ -168,9 +168,9 @@ def _compiled(run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: 
 
 
 def _chain_of(coupling: NetCoupling, x: Tensor) -> Chain | None:
-    """The coupling's net as a chain of tensors of x's dtype and device; None where the run does not compute it."""
+    """The coupling's net as a chain of tensors of x's dtype and device; None where csrc/run, which halves, does not."""
     net: Any = coupling.net
-    if not hasattr(net, "chain"):
+    if not hasattr(net, "chain") or coupling.kept not in (0, coupling.changed):
         return None
     chain: Chain | None = net.chain(x)
     if chain is None or chain.tensors[0].device != x.device:

@@ -119,11 +119,10 @@ class TestReport:
         odd = Ff.SequenceINN(3, 8, 8)
         for _ in range(2):
             odd.append(Fm.AllInOneBlock, subnet_constructor=subnet)
-        assert accelerate(odd, "store").left["module_list.0"] == "not joined: an odd number of channels, 3"
+        assert "module_list" in accelerate(odd, "store").joined
         t = nflows.transforms
-        quarter = t.AffineCouplingTransform([0, 0, 0, 1], ContextNet)
-        layers = t.CompositeTransform([t.OneByOneConvolution(4), quarter])
-        assert accelerate(layers, "store").left["_transforms.1"] == "not joined: a mask that keeps 3 of 4 channels"
+        layers = t.CompositeTransform([t.AffineCouplingTransform([0, 0, 0, 1], ContextNet) for _ in range(2)])
+        assert "_transforms" in accelerate(layers, "store").joined
 
     def test_a_flow_that_splits_between_its_transforms(self) -> None:
         """Along another dimension than the channels: the widths do not tell."""

@@ -188,7 +188,7 @@ def state(*shape: int) -> Tensor:
 )
 @pytest.mark.parametrize("channels", [6, 5])
 def test_a_block_of_freia(kind: Any, options: dict[str, Any], channels: int) -> None:
-    """Also of an odd number of channels, which no run takes."""
+    """Also of an odd number of channels, which the kernels' run does not take."""
     assert_replaced(block(kind, (channels, 4, 5), **options), state(channels, 4, 5))
 
 

@@ -389,6 +389,7 @@ STRUCTURES = [
         3,
     ),
     of_freia("freia-glow-couplings", glow_couplings, (4, 5, 6), 0),
+    of_freia("freia-odd", plain((5, 4, 6), subnet), (5, 4, 6), 3),
     of_freia("freia-volumes", plain((4, 3, 4, 2), net_of_volumes), (4, 3, 4, 2), 3),
     replace(
         of_freia("freia-few-positions", plain((8, 2, 2), subnet), (8, 2, 2), 0),
