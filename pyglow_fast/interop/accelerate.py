@@ -19,8 +19,6 @@ from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.setting import MEMORY_MODES, parse_memory
 
-JOINS_ONLY = "its own forward is as fast; with a memory mode it is joined with its neighbours"
-
 
 @dataclass
 class Acceleration:
@@ -147,14 +145,16 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
     found = False
     names = {module: name for name, module in done.model.named_modules()}
     named: set[nn.Module] = set()  # what is in layers that the report names
+    inside: set[nn.Module] = set()  # what adopted layers no longer call
     for module, name in names.items():
         if isinstance(module, Adopted):
             found = found or module._pgf_row in library.rows
             named |= set(module.modules())
+            inside |= set(module._pgf_row.inside(module))
             continue
-        rows = [row for row in library.rows if row.tells(module)]
+        rows = [row for row in library.rows if row.tells(module) and module not in inside]
         why = ""
-        for row in rows if any(row.adopts for row in rows) else []:
+        for row in rows:
             reason = unlike(row, module)
             if not reason and not spares and (alone := _alone(done.model, name, library, row)):
                 reason = f"{alone}, unless memory is to be saved"
@@ -164,12 +164,13 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
                 done.left |= _left_in(row, module, names)
                 module.__class__ = adopted_class(row, type(module))
                 is_ready(row, module)
+                inside |= set(row.inside(module))
                 break
             why = why or reason
         else:
             if why:
                 done.left[name] = why
-            elif module not in named and (reason := JOINS_ONLY if rows else _no_row(module, library)):
+            elif module not in named and (reason := _no_row(module, library)):
                 done.left[name], found = reason, True
         if name in done.replaced or name in done.left:
             named |= set(module.modules())
@@ -268,13 +269,10 @@ def _join_lists(done: Acceleration, library: Library, memory: str, budget: str |
         if joined and library.off_while_joined in vars(module):
             done._set.append((module, library.off_while_joined, vars(module)[library.off_while_joined]))
             setattr(module, library.off_while_joined, False)
-        part = done.left.get(name) == JOINS_ONLY and row_of(library, module) is not None
-        if part:
-            del done.left[name]
-        own = isinstance(module, Adopted) and module._pgf_row in library.rows and module._pgf_row.run is None
-        if (part or own) and module not in joined and not library.one_by_one:
+        row = row_of(library, module)
+        if row is not None and row.run is None and module not in joined and not library.one_by_one:
             reason = f"not joined: {reasons.get(module, 'in no list with others like it')}"
-            if module in done._adopted and (alone := _alone(done.model, name, library, module._pgf_row)):
+            if module in done._adopted and (alone := _alone(done.model, name, library, row)):
                 reason = f"{alone}; {reason}"
                 done._adopted.remove(module)
                 del done.replaced[name]

@@ -18,7 +18,6 @@ from pyglow_fast._torch import AnyBatchNorm, AnyInstanceNorm
 from pyglow_fast._tracing import is_altered, is_watched
 from pyglow_fast.interop.adoption import Adopted, called, recomputed_later, understood
 from pyglow_fast.interop.limits import BeyondLimitError, within
-from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import GROUPED, Call, Element, Library, Row, UnfitError, is_ready, untouched
 from pyglow_fast.nets.masks import run_masked
 from pyglow_fast.runs import choice
@@ -31,11 +30,8 @@ ALONE = "no layer of its width next to it"
 
 
 def row_of(library: Library, module: nn.Module) -> Row | None:
-    """The row of an adopted layer, or of one that is a part of runs only."""
-    if isinstance(module, Adopted):
-        return module._pgf_row if any(module._pgf_row is row for row in library.rows) else None
-    rows = (row for row in library.rows if not row.adopts and row.tells(module))
-    return next((row for row in rows if row.example is None or not difference(row, module)), None)
+    """The row of an adopted layer."""
+    return module._pgf_row if isinstance(module, Adopted) and module._pgf_row in library.rows else None
 
 
 def unrepeatable(net: nn.Module, memory: str) -> str:

@@ -223,7 +223,7 @@ LIBRARY = Library(
             _permutation,
             pays=pays_for_images,
             unfit=lambda layer: "" if layer._dim == 1 else f"a permutation along dimension {layer._dim}",
-            adopts=False,
+            alone=lambda layer: "its own forward is as fast",
         ),
     ),
     homes=_HOMES,

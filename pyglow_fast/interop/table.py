@@ -123,7 +123,6 @@ class Row:
         inside: the modules of a layer, besides its nets, whose forward is no longer called.
         methods: by name, those of a layer that read what its forward keeps on it; ours are (layer, *arguments).
         budget: (run, x) -> bytes of a net's activations where memory is saved and the caller says "auto".
-        adopts: its forward is replaced; else it is a part of runs only.
         run: (layer, call, JoinedLayers or None) -> z, log_det, of what is no chain of maps and couplings; with the
             former, which are this layer alone, as its memory mode says. None: its elements run.
         inverts_in: in what precision the layer itself inverts matrices, and the relative tolerance of a probe there.
@@ -144,7 +143,6 @@ class Row:
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     budget: Callable[[Run, Tensor], str | int] = _budget_of_volumes
-    adopts: bool = True
     run: Callable[[Any, Call, Any], tuple[Tensor, Tensor]] | None = None
     inverts_in: tuple[torch.dtype, float] = EXACT
 
