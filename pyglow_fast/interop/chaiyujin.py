@@ -24,7 +24,7 @@ from pyglow_fast import functional
 from pyglow_fast._captures import made_once
 from pyglow_fast.interop.known_net import KnownNet, Layer
 from pyglow_fast.interop.nets import Net
-from pyglow_fast.interop.table import Call, Element, Library, Row, wrapped
+from pyglow_fast.interop.table import AS_FAST, Call, Element, Library, Row, wrapped
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, fold_actnorm, full_precision, gather_actnorm, n_positions, plu_weight
 from pyglow_fast.runs.description import NetCoupling
@@ -167,10 +167,10 @@ def _alone(step: Any) -> str:
         net: Any = coupling.net
         known: KnownNet | str = net.known()
         if isinstance(known, str):
-            return f"a net that runs as it is ({known}): its own forward is as fast"
+            return f"a net that runs as it is ({known}): {AS_FAST}"
         wide = [layer for layer in known.layers if max(layer.kernel_size) > 1]
         if any(max(layer.widths) < LEAST_RATIO * min(layer.widths) for layer in wide):
-            return "nets of such widths: its own forward is as fast"
+            return f"nets of such widths: {AS_FAST}"
     return ""
 
 

@@ -35,6 +35,7 @@ from pyglow_fast._errors import expect
 from pyglow_fast.interop.graphs import joined_graph
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (
+    AS_FAST,
     Call,
     Element,
     Library,
@@ -149,7 +150,7 @@ def _few(layer: Any) -> str:
     if (count := math.prod(sizes)) >= FEW_POSITIONS:
         return ""
     what = f"samples of {count} positions" if sizes else f"vectors of {channels} channels"
-    return f"{what}: its own forward is as fast"
+    return f"{what}: {AS_FAST}"
 
 
 def _split(layer: Any) -> tuple[int, int]:
@@ -241,7 +242,7 @@ def _is_dense(block: Any) -> bool:
 
 
 def _alone(block: Any) -> str:
-    what = f"a soft permutation of {block.in_channels} channels: its own forward is as fast"
+    what = f"a soft permutation of {block.in_channels} channels: {AS_FAST}"
     return what if _is_dense(block) else ""
 
 

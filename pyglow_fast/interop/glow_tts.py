@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from pyglow_fast import functional
 from pyglow_fast._errors import can_read
 from pyglow_fast._torch import ParametrizedWeightNorm
-from pyglow_fast.interop.table import Call, Element, Library, Row, grouped, wrapped
+from pyglow_fast.interop.table import AS_FAST, Call, Element, Library, Row, grouped, wrapped
 from pyglow_fast.layers.wavenet import Conv, WaveNetParts, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.nets.masks import MaskedNet
 from pyglow_fast.reference import CouplingSpec
@@ -261,7 +261,7 @@ LIBRARY = Library(
             _example,
             pays=_pays,
             waits=lambda actnorm: not actnorm.initialized,
-            alone=lambda layer: "its own forward is as fast",
+            alone=lambda layer: AS_FAST,
         ),
     ),
 )

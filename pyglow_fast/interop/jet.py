@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyglow_fast.interop.adoption import recomputed_later
 from pyglow_fast.interop.joined import JoinedLayers, unrepeatable
-from pyglow_fast.interop.table import Call, Library, Row
+from pyglow_fast.interop.table import AS_FAST, Call, Library, Row
 from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.nets.traits import bytes_per_position
 
@@ -64,7 +64,7 @@ LIBRARY = Library(
             {"forward": _called},
             lambda layer, inverse: [],
             unfit=lambda layer: unrepeatable(layer.dnn, "checkpoint"),
-            alone=lambda layer: f"its {type(layer.dnn).__name__} takes its time: its own forward is as fast",
+            alone=lambda layer: f"its {type(layer.dnn).__name__} takes its time: {AS_FAST}",
             pays=lambda layer, call: False,
             run=_recomputed,
         ),

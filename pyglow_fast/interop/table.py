@@ -32,6 +32,7 @@ from pyglow_fast.runs.maps import ChannelMap, Map
 
 FEW_VALUES = 1 << 14  # of a batch, see pays_for_images
 EXACT = torch.float64, 1e-9  # precision and relative tolerance of a probe
+AS_FAST = "its own forward is as fast"  # why a layer is left
 VOLUMES = 5  # dimensions of their states
 # Where memory is to be saved a net on volumes takes as much as so many states. On 16^3 and 32^3 (8 channels, hidden 96)
 # that is two strips; eight took twice as long and saved little, as the rest then counts.
