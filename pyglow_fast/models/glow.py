@@ -454,7 +454,7 @@ class Glow(nn.Module):
         precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
         step: docs/speed.md has a table of the errors.
         """
-        with self._at(precision):
+        with self._nets_in(precision):
             latents: list[Tensor] = self(x, cond)[0]
         return latents
 
@@ -463,10 +463,10 @@ class Glow(nn.Module):
 
         A gradient to latents, condition or parameters is recorded where one is asked for, by the memory mode.
         """
-        with self._at(precision):
+        with self._nets_in(precision):
             return self.inverse(latents, cond)[0]
 
-    def _at(self, precision: str) -> contextlib.AbstractContextManager[None]:
+    def _nets_in(self, precision: str) -> contextlib.AbstractContextManager[None]:
         """A context in which all nets compute in a precision, or for "auto" as they are set."""
         check_precision(precision)
         like, settings = self._parameter(), {coupling.precision for coupling in self._couplings()}
