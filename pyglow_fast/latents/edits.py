@@ -54,26 +54,20 @@ def edited(
         torch.Size([2, 1, 8, 8])
     """
     check_space(space)
-    expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
     check_finite("latents", latents)
     model._check_latents(list(latents))
     check_labels(y, len(latents[0]), model.config.n_classes)
     shares = [1.0] * len(latents) if keep is None else check_shares("keep", keep)
     expect(len(shares) == len(latents), "keep", f"{len(latents)} numbers, one a level", len(shares))
-    steps: list[Tensor | None] = [None] * len(latents)
     if shift is not None:
         check_finite("shift", shift, model.latent_shapes)
-        cast = [part.to(z) for part, z in zip(shift, latents, strict=True)]
-        check_finite("shift", cast)  # a narrower dtype may not hold what a wider one does
-        steps = list(cast)
 
     def moved(level: int, z: Tensor) -> Tensor:
-        step = steps[level]
-        return z if step is None else z + step
+        return z if shift is None else z + shift[level].to(z)
 
-    if space == "noise" or min(shares) == 1.0:
-        kept = (z if share == 1.0 else share * z for z, share in zip(latents, shares, strict=True))
-        return from_space(model, [moved(level, z) for level, z in enumerate(kept)], space, y, cond)
+    if space == "noise":
+        kept = [moved(level, share * z) for level, (z, share) in enumerate(zip(latents, shares, strict=True))]
+        return from_space(model, kept, space, y, cond)
 
     def choose(level: int, prior: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         z, share = latents[level], shares[level]
