@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -127,21 +127,24 @@ class Images(ABC):
         return indices
 
     @abstractmethod
-    def subset(self, indices: Tensor | Sequence[int]) -> Images:
-        """Takes the images at ``indices``, in that order; they have no split of their own."""
-
-    @abstractmethod
     def fingerprint(self) -> str:
         """Makes a digest of everything a run depends on: a resumed run must see the same images in the same order."""
 
-    def facts_of(self, index: Tensor) -> dict[str, Any]:
-        """Gives the fields that say something of single images as :meth:`subset` has them."""
-        return {
-            "labels": None if self.labels is None else self.labels[index],
-            "groups": tuple(self.groups[i] for i in index.tolist()) if self.groups else (),
-            "official": None,
-            "attributes": None if self.attributes is None else self.attributes._replace(has=self.attributes.has[index]),
-        }
+    def subset(self, indices: Tensor | Sequence[int]) -> Self:
+        """Takes the images at ``indices``, in that order; they have no split of their own."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return replace(
+            self,
+            labels=None if self.labels is None else self.labels[index],
+            groups=tuple(self.groups[i] for i in index.tolist()) if self.groups else (),
+            official=None,
+            attributes=None if self.attributes is None else self.attributes._replace(has=self.attributes.has[index]),
+            **self._at(index),
+        )
+
+    def _at(self, index: Tensor) -> dict[str, Any]:
+        """The field that says which images these are, of the images at ``index``."""
+        return {"pixels": self.pixels[index]}
 
     def digest(self, facts: str, *values: Tensor) -> str:
         """Makes the fingerprint of what is given and of the fields; those at their defaults add nothing."""
@@ -188,11 +191,6 @@ class ImageSet(Images):
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gives (pixels uint8 (n, C, H, W), labels (n,) or None) at ``indices``: central windows, nothing random."""
         return self.augmentation.central(self.pixels)[indices], None if self.labels is None else self.labels[indices]
-
-    def subset(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """Takes the images at ``indices``, in that order; they have no split of their own."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
-        return replace(self, pixels=self.pixels[index], **self.facts_of(index))
 
     def fingerprint(self) -> str:
         """Makes a digest of every pixel, label and setting."""

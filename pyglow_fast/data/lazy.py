@@ -111,11 +111,8 @@ class LazyImages(Images):
                 kept.append(index)
         return torch.tensor(kept) if kept else indices
 
-    def subset(self, indices: Tensor | Sequence[int]) -> LazyImages:
-        """Takes the images at ``indices``, in that order; they have no split of their own."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
-        positions = index if self.positions is None else self.positions[index]
-        return replace(self, positions=positions, **self.facts_of(index))
+    def _at(self, index: Tensor) -> dict[str, Any]:
+        return {"positions": index if self.positions is None else self.positions[index]}
 
     def fingerprint(self) -> str:
         """Makes a digest of all settings and ``identity`` (for files: relative names and sizes, not contents)."""
