@@ -66,18 +66,13 @@ class LazyImages(Images):
     """A set of images of a map-style Dataset, each read whenever it is asked for; see :class:`Images`."""
 
     pixels: Any  # the Dataset, whose items are an image or (image, label, ...); it goes to worker processes
-    shape: tuple[int, ...] = ()  # (C, H, W) that each image must have; empty: any
+    stored_shape: tuple[int, ...] = ()  # (C, H, W) that each image must have; empty: any
     positions: Tensor | None = None  # int64 (N,), which of its items these are; None: all
     on_unreadable: str = "raise"  # or "skip": what without_skipped() does about images that cannot be read
     identity: str = ""  # what :func:`_identity` makes of the Dataset; the fingerprint is made of it and of the settings
 
     def __len__(self) -> int:
         return len(self.pixels) if self.positions is None else len(self.positions)
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape (C, H, W) of an image with its margin."""
-        return self.shape
 
     def position(self, index: int) -> int:
         """Says which item of the Dataset image ``index`` is."""
@@ -94,8 +89,8 @@ class LazyImages(Images):
             raise UnreadableImageError(f"{where}: expected an image, found {type(error).__name__}: {error}") from error
         image, *rest = item if isinstance(item, tuple | list) else (item,)
         values = as_values(image, where)
-        fits = self.shape in ((), tuple(values.shape))
-        expect(fits, where, f"the shape of the first image, {self.shape}", tuple(values.shape))
+        fits = self.stored_shape in ((), tuple(values.shape))
+        expect(fits, where, f"the shape of the first image, {self.stored_shape}", tuple(values.shape))
         return values >> (9 - self.n_bins.bit_length()), rest[0] if rest else None
 
     def item(self, index: int, key: int | None = None) -> Tensor:
@@ -117,7 +112,7 @@ class LazyImages(Images):
     def fingerprint(self) -> str:
         """Makes a digest of all settings and ``identity`` (for files: relative names and sizes, not contents)."""
         chosen = () if self.positions is None else (self.positions,)
-        return self.digest(f"{self.shape} {self.n_bins} {self.class_names} {self.identity}", *chosen)
+        return self.digest(f"{self.stored_shape} {self.n_bins} {self.class_names} {self.identity}", *chosen)
 
 
 def _identity(data: LazyImages) -> str:
@@ -150,7 +145,7 @@ def readable(data: Images, index: int, key: int | None, on_unreadable: str) -> t
 
 def _in_memory(data: LazyImages) -> ImageSet:
     """The same set with its images in memory, but for those that are to be skipped; a warning counts these."""
-    pixels = torch.empty(len(data), *data.shape, dtype=torch.uint8)
+    pixels = torch.empty(len(data), *data.stored_shape, dtype=torch.uint8)
     labels: list[Any] = [None] * len(data)
 
     def read(index: int) -> None:
@@ -189,9 +184,9 @@ def _in_memory(data: LazyImages) -> ImageSet:
 
 def images_of(name: str, dataset: Any, config: DataConfig, image_shape: tuple[int, ...] = (), **facts: Any) -> Images:
     """Makes a set of a Dataset's images, read now or later; an empty shape is the first image's."""
-    data = LazyImages(name, dataset, config.n_bins, shape=image_shape, **facts)
+    data = LazyImages(name, dataset, config.n_bins, stored_shape=image_shape, **facts)
     shape = image_shape or tuple(readable(data, 0, None, config.on_unreadable)[0].shape)
-    data = replace(data, shape=shape, augmentation=config.augmentation, on_unreadable=config.on_unreadable)
+    data = replace(data, stored_shape=shape, augmentation=config.augmentation, on_unreadable=config.on_unreadable)
     expect(min(data.image_shape) > 0, "crop_margin", f"less than the sides {shape[1:]}", config.crop_margin)
     small = len(data) * math.prod(shape) <= MEMORY_LIMIT
     if small if config.in_memory is None else config.in_memory:
