@@ -18,8 +18,8 @@ from pyglow_fast.cli._output import say, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, SOURCES, measure_yardsticks, optional
 from pyglow_fast.experiments import auroc, typicality
 from pyglow_fast.studio import OpenRun, likelihood_text, parse_image, score_files
+from pyglow_fast.studio.pictures import made_csv, made_picture
 from pyglow_fast.studio.reading import PARTS, Selection
-from pyglow_fast.studio.scored import made_csv, made_picture
 from pyglow_fast.studio.words import File
 from pyglow_fast.train import Score, ScoredImages, histogram_png, progress_line, score_csv, score_images
 from pyglow_fast.train import evaluate as evaluated

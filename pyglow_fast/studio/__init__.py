@@ -11,8 +11,7 @@ The commands ``edit``, ``sample``, ``interpolate`` and ``score``, and the page o
 from pyglow_fast.studio.directions import Add, Directions
 from pyglow_fast.studio.edits import Between, Edit, Edited, Subject, likelihood_text
 from pyglow_fast.studio.opened import Drawn, OpenRun, Picked, Scores
-from pyglow_fast.studio.pictures import Grid, Made
-from pyglow_fast.studio.scored import FileScore, score_files
+from pyglow_fast.studio.pictures import FileScore, Grid, Made, score_files
 from pyglow_fast.studio.words import Draw, File, HeldOut, Sample, parse_image
 
 __all__ = [

@@ -12,7 +12,7 @@ import gradio as gr
 import torch
 
 from pyglow_fast.studio import Draw, File, Grid, HeldOut, OpenRun, Picked, Subject, score_files
-from pyglow_fast.studio.scored import made_csv, made_picture
+from pyglow_fast.studio.pictures import made_csv, made_picture
 from pyglow_fast.studio.words import shown_name
 from pyglow_fast.train import RunFolder, class_columns, page_of
 from pyglow_fast.web import parts

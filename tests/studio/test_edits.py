@@ -26,7 +26,7 @@ from pyglow_fast.studio import (
     Subject,
     score_files,
 )
-from pyglow_fast.studio.scored import made_csv, made_picture
+from pyglow_fast.studio.pictures import made_csv, made_picture
 
 
 def test_edits_are_rounded() -> None:

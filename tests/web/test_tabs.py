@@ -16,7 +16,7 @@ web.require("gradio")
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
 
-from pyglow_fast.studio import HeldOut, OpenRun, Scores, scored  # noqa: E402
+from pyglow_fast.studio import HeldOut, OpenRun, Scores, pictures  # noqa: E402
 from pyglow_fast.studio.opened import ENOUGH  # noqa: E402
 from pyglow_fast.train import RunFolder  # noqa: E402
 from pyglow_fast.web import uploads  # noqa: E402
@@ -138,7 +138,7 @@ def test_what_is_far_from_held_out_images_has_no_class(place: Place, monkeypatch
     """Its line stands at the end of their histogram, and says where it would be."""
     assert "too far off" not in place.score.fill(place.desk)[0].rpartition("noise as")[0]
     marks: dict[str, float] = {}
-    monkeypatch.setattr(scored, "histogram_png", lambda sets, title, lines, text: marks.update(lines) or b"")
+    monkeypatch.setattr(pictures, "histogram_png", lambda sets, title, lines, text: marks.update(lines) or b"")
     place.desk.opened()._measured["scores"] = Scores(torch.linspace(0.1, 0.2, ENOUGH - 1), torch.tensor([0.1]))
     assert "too far off" not in place.score.fill(place.desk)[0], "of so few nothing is said"
     marks.clear()
