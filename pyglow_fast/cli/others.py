@@ -16,8 +16,8 @@ from pyglow_fast.cli._output import say, say_next, table, user_input
 from pyglow_fast.cli.training import add_settings, settings
 from pyglow_fast.data.config import DATA_HELP, SOURCES, DataConfig, options_of
 from pyglow_fast.data.fetch import FETCHABLE, data_folder, fetch
-from pyglow_fast.data.overview import look_over
 from pyglow_fast.data.sources import SHIPPED
+from pyglow_fast.data.yardsticks import look_over
 from pyglow_fast.experiments import caveat, comparison_page, run_table
 from pyglow_fast.studio import Draw, OpenRun
 from pyglow_fast.studio.opened import find_run

@@ -10,9 +10,14 @@ from pyglow_fast.data.files import UnreadableImageError, read_single
 from pyglow_fast.data.image_set import Attributes, Augmentation, Images, ImageSet, split
 from pyglow_fast.data.lazy import LazyImages, from_dataset
 from pyglow_fast.data.loader import Batch, batches
-from pyglow_fast.data.overview import look_over
 from pyglow_fast.data.sources import load_data, load_digits
-from pyglow_fast.data.yardsticks import Yardstick, histogram_bits_per_dim, measure_yardsticks, png_bits_per_dim
+from pyglow_fast.data.yardsticks import (
+    Yardstick,
+    histogram_bits_per_dim,
+    look_over,
+    measure_yardsticks,
+    png_bits_per_dim,
+)
 
 __all__ = [
     "DATA_HELP",

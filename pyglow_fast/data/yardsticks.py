@@ -1,18 +1,25 @@
-"""Measures what a bits/dim figure is worth: simple models and codecs on the same held-out images."""
+"""Says what a set of images is, and what a bits/dim figure of it is worth: simple models and codecs beside it."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
 from pyglow_fast.data._optional import optional
-from pyglow_fast.data.image_set import Images, ImageSet
+from pyglow_fast.data.config import DataConfig
+from pyglow_fast.data.fetch import data_folder
+from pyglow_fast.data.files import FORMATS, find_images
+from pyglow_fast.data.image_set import Images, ImageSet, split
+from pyglow_fast.data.sources import load_data
 
 # PNG at its highest effort runs at some MB/s, so of a large set only the first images are coded; the result says so.
 PNG_MAX_VALUES = 1 << 24
@@ -20,6 +27,7 @@ PNG_MAX_VALUES = 1 << 24
 READ_MAX_IMAGES = 4096
 READ_MAX_VALUES = 1 << 28
 _COUNTS_MAX = 1 << 24  # counters held at a time by the histogram model
+NAMED = 50  # classes that are listed
 
 
 @dataclass(frozen=True)
@@ -108,3 +116,33 @@ def measure_yardsticks(train: Images | None, test: Images) -> list[Yardstick]:
     bits, count = png_bits_per_dim(read)
     found.append(Yardstick("PNG", bits, count, f"one optimised PNG of {count}{of_more} tiled images"))
     return found
+
+
+def look_over(config: DataConfig, seed: int = 0) -> tuple[list[str], list[Yardstick], Images]:
+    """Describe the images that ``config`` names: lines for people, yardsticks, and those of them to train on."""
+    data = load_data(config)
+    train, held_out = (data.subset(side) for side in split(data, config.held_out, seed))
+    lines = [f"{data.name}: {len(data)} images of shape {data.image_shape} with {data.n_bins} grey levels"]
+    lines[0] += f", {len(train)} to train on and {len(held_out)} held out"
+    if data.labels is not None:
+        counts = data.labels.bincount(minlength=len(data.class_names)).tolist()
+        classes = [*map("{} {}".format, data.class_names, counts)]
+        rest = [f"and {len(classes) - NAMED} more"] if len(classes) > NAMED else []
+        lines.append("classes: " + ", ".join(classes[:NAMED] + rest))
+    scheme, _, path = config.name.partition(":")
+    root, files = Path(path) if path else data_folder() / scheme, []
+    paths = find_images(root) if root.is_dir() else []
+    for file in paths[:: 1 + len(paths) // READ_MAX_IMAGES]:
+        with contextlib.suppress(Exception), optional("PIL.Image", "image files").open(file, formats=FORMATS) as image:
+            files.append((math.prod(image.size), "{}x{}".format(*image.size), image.mode))
+    if files:
+        files.sort()
+        small, median, large = (files[i][1] for i in (0, len(files) // 2, -1))
+        modes = ", ".join(f"{mode} {n}" for mode, n in Counter(mode for *_, mode in files).most_common())
+        lines.append(f"{len(files)} files: {small} the smallest, {median} the median, {large} the largest; {modes}")
+    seen = read_some(data)
+    moments = [torch.std_mean(channel.float(), correction=0) for channel in seen.pixels.unbind(1)]
+    white = data.n_bins - 1
+    deviation, mean = (" ".join(f"{value / white:.3f}" for value in values) for values in zip(*moments, strict=True))
+    lines.append(f"of {len(seen)} images, by channel, white as 1: mean {mean}, deviation {deviation}")
+    return lines, measure_yardsticks(train, held_out), train
