@@ -26,7 +26,7 @@ PNG_MAX_VALUES = 1 << 24
 # Of a set that is not in memory only some images are read, spread evenly over it; the result says so.
 READ_MAX_IMAGES = 4096
 READ_MAX_VALUES = 1 << 28
-_COUNTS_MAX = 1 << 24  # counters held at a time by the histogram model
+_VALUES_MAX = 1 << 22  # that the histogram model looks at, or counters that it holds, at a time
 NAMED = 50  # classes that are listed
 
 
@@ -53,18 +53,13 @@ def histogram_bits_per_dim(train: Images, test: Images) -> float:
     """Computes the mean bits/dim of ``test`` under independent pixels, (count in ``train`` + 1) / (N + n_bins)."""
     same = (test.image_shape, test.n_bins) == (train.image_shape, train.n_bins)
     expect(same, "test", f"images of shape {train.image_shape}, n_bins {train.n_bins}", (test.image_shape, test.n_bins))
-    n_bins, chunk = train.n_bins, max(1, _COUNTS_MAX // train.n_bins)
     fitted, measured = read_some(train), read_some(test)
-    seen, coded = fitted.pixels.flatten(1), measured.pixels.flatten(1)
-    nats = 0.0
-    for start in range(0, train.n_dims, chunk):
-        fit, held = seen[:, start : start + chunk], coded[:, start : start + chunk]
-        offset = torch.arange(fit.shape[1]) * n_bins
-        counts = torch.zeros(fit.shape[1] * n_bins, dtype=torch.int64)
-        for row in fit:
-            counts[row + offset] += 1  # one image touches each counter once, so no index repeats
-        log_p = torch.log((counts.double() + 1) / (len(fitted) + n_bins))
-        nats -= sum(float(log_p[row + offset].sum()) for row in held)
+    width = max(1, _VALUES_MAX // max(len(fitted), len(measured), train.n_bins))
+    parts, nats = (part.pixels.flatten(1).split(width, 1) for part in (fitted, measured)), 0.0
+    for fit, held in zip(*parts, strict=True):
+        counts = torch.ones(train.n_bins, fit.shape[1], dtype=torch.float64)
+        counts.scatter_add_(0, fit.long(), torch.ones(fit.shape, dtype=torch.float64))
+        nats -= float((counts / (len(fitted) + train.n_bins)).log().gather(0, held.long()).sum())
     return nats / (math.log(2.0) * len(measured) * test.n_dims)
 
 
