@@ -14,7 +14,7 @@ from pyglow_fast._settings import declared_of
 from pyglow_fast.cli._arguments import RUN_HELP, Commands, check_numbers, command, output_path
 from pyglow_fast.cli._output import say, say_next, table, user_input
 from pyglow_fast.cli.training import add_settings, settings
-from pyglow_fast.data.config import DATA_HELP, SOURCES, DataConfig, options_of
+from pyglow_fast.data.config import DATA_HELP, SOURCES, DataConfig
 from pyglow_fast.data.fetch import FETCHABLE, data_folder, fetch
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.data.yardsticks import look_over
@@ -64,8 +64,9 @@ def data(args: argparse.Namespace) -> None:
         if name is None:
             say(_listing(), lines=True)
             return
-        expect(name.partition(":")[0] in SOURCES, "data", f"one of {DATA_HELP}", repr(name))
-        if "on_unreadable" in options_of(name):
+        scheme = name.partition(":")[0]
+        expect(scheme in SOURCES, "data", f"one of {DATA_HELP}", repr(name))
+        if "on_unreadable" in SOURCES[scheme].options:
             given = {"on_unreadable": "skip"} | given  # a warning counts what is left out
         config, out = DataConfig(name, **given), output_path(args.out or "data.png", ".png", "out", name)
         if args.to is not None or name in FETCHABLE:
@@ -77,7 +78,7 @@ def data(args: argparse.Namespace) -> None:
     say("\n".join([*lines, table({}, yardsticks)]), lines=True)
     write_bytes(out, png_bytes(example_grid(train, min(args.n, len(train)), args.seed, train.class_names)))
     say(out)
-    say_next("train", config.name, "--out", f"runs/{config.name.partition(':')[0]}")
+    say_next("train", config.name, "--out", f"runs/{scheme}")
 
 
 def _listing() -> str:

@@ -4,7 +4,7 @@ It imports torch and data libraries only.
 """
 
 from pyglow_fast.data._optional import MissingExtraError, check_installed, optional
-from pyglow_fast.data.config import DATA_HELP, SOURCES, DataConfig, options_of
+from pyglow_fast.data.config import DATA_HELP, SOURCES, DataConfig
 from pyglow_fast.data.fetch import FETCHABLE, Fetchable, FetchError, data_folder, fetch
 from pyglow_fast.data.files import UnreadableImageError, read_single
 from pyglow_fast.data.image_set import Attributes, Augmentation, Images, ImageSet, split
@@ -46,7 +46,6 @@ __all__ = [
     "look_over",
     "measure_yardsticks",
     "optional",
-    "options_of",
     "png_bits_per_dim",
     "read_single",
     "split",

@@ -133,9 +133,14 @@ class DataConfig:
             expect(self.size is None or self.size >= source.side, "size", padded, found)
 
     @property
+    def scheme(self) -> str:
+        """The key of SOURCES that the name begins with."""
+        return self.name.partition(":")[0]
+
+    @property
     def side(self) -> int:
         """The side of the images as they are kept, with their margin."""
-        own = SOURCES[self.name.partition(":")[0]].side or FILE_SIZE
+        own = SOURCES[self.scheme].side or FILE_SIZE
         return (own if self.size is None else self.size) + self.crop_margin
 
     @property
@@ -147,8 +152,3 @@ class DataConfig:
     def augmentation(self) -> Augmentation:
         """How the views that training sees are cut."""
         return Augmentation(self.crop_margin, self.flip)
-
-
-def options_of(name: str) -> tuple[str, ...]:
-    """Lists the fields of DataConfig that the source of ``name`` takes."""
-    return SOURCES[name.partition(":")[0]].options

@@ -167,9 +167,8 @@ def read_single(
     expect(fits, "image_shape", "(C, side, side) with 1 or 3 channels", shape)
     expect(n_bins in range(2, 257), "n_bins", "a number of grey levels in 2..256", n_bins)
     channels, side = shape[:2]
-    name = config.name.partition(":")[0]
-    own, margin = SOURCES[name].side, config.crop_margin
-    expect(own is None or side >= own, "image_shape", f"sides of at least {own}, as {name} has", shape)
+    own, margin = SOURCES[config.scheme].side, config.crop_margin
+    expect(own is None or side >= own, "image_shape", f"sides of at least {own}, as {config.scheme} has", shape)
     image = decode(path, where, channels == 1, most_pixels, config.background)
     factor = image.width // side
     if factor > 1 and image.size == (side * factor, side * factor):

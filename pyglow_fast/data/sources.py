@@ -144,7 +144,7 @@ def load_emoji(config: DataConfig, root: Path) -> Images:
     has = torch.tensor([[tones == {code} for code in TONES] for tones in shown])
     attributes = Attributes(tuple(f"skin tone {tone}" for tone in TONES.values()), has)
     facts = {"labels": labels, "class_names": class_names, "attributes": attributes, "groups": _groups(root, pictures)}
-    return from_files(config.name.partition(":")[0], root, [picture.file for picture in pictures], config, **facts)
+    return from_files(config.scheme, root, [picture.file for picture in pictures], config, **facts)
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def numbered(names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
 
 def load_mnist(config: DataConfig, root: Path) -> Images:
     """Loads MNIST or Fashion-MNIST from a folder with its four files, unpacked, or the one torchvision put them in."""
-    name = config.name.partition(":")[0]
+    name = config.scheme
     folder = root / _MNIST[name] / "raw"
     folder = folder if folder.is_dir() else root
     with _torchvision(name, root) as datasets:

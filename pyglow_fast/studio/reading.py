@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast.data import DataConfig, Images, ImageSet, options_of
+from pyglow_fast.data import SOURCES, DataConfig, Images, ImageSet
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.models import Glow
 from pyglow_fast.train.evaluation import labels_for
@@ -49,13 +49,13 @@ def name_of(images: Images, index: int) -> str:
 
 def config_for(name: str, stored: DataConfig, model: Glow) -> DataConfig:
     """Make the settings by which ``name`` is prepared to fit a model trained on ``stored``."""
-    if name.partition(":")[0] == stored.name.partition(":")[0]:
-        return replace(stored, name=name)
     plain = DataConfig(name, held_out=stored.held_out)
+    if plain.scheme == stored.scheme:
+        return replace(stored, name=name)
     channels, *sides = model.config.image_shape
     expect(len(set(sides)) == 1 and channels in (1, 3), "data", f"images of shape {(channels, *sides)}", repr(name))
     wanted: dict[str, Any] = {"size": sides[0], "gray": channels == 1, "n_bits": stored.n_bits}
-    return replace(plain, **{key: value for key, value in wanted.items() if key in options_of(name)})
+    return replace(plain, **{key: value for key, value in wanted.items() if key in SOURCES[plain.scheme].options})
 
 
 def brought_to(model: Glow, n_bins: int, images: Images) -> Images:
