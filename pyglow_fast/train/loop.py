@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -417,22 +417,15 @@ def noted_signals() -> Iterator[list[int]]:
     """A context in which the first SIGINT or SIGTERM is only put into the list; a second has its ordinary effect."""
     found: list[int] = []
     main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
-    former = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM) if main}
+    with ExitStack() as former:
 
-    def restore() -> None:
-        for signum, handler in former.items():
-            signal.signal(signum, handler)
+        def note(signum: int, frame: object) -> None:
+            found.append(signum)
+            former.close()
 
-    def note(signum: int, frame: object) -> None:
-        found.append(signum)
-        restore()
-
-    for signum in former:
-        signal.signal(signum, note)
-    try:
+        for signum in (signal.SIGINT, signal.SIGTERM) if main else ():
+            former.callback(signal.signal, signum, signal.signal(signum, note))
         yield found
-    finally:
-        restore()
 
 
 def start(
