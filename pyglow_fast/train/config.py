@@ -287,8 +287,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def to_toml(config: TrainConfig) -> str:
     """Write every field of ``config`` as TOML text; :func:`read_config` and TrainConfig.from_dict read it back."""
     values = _each(config.to_dict(), lambda name, value: "none" if value is None else value)
-    tables_last = dict(sorted(values.items(), key=lambda item: isinstance(item[1], dict)))
-    text: str = optional("tomli_w", "configuration files").dumps(tables_last)
+    text: str = optional("tomli_w", "configuration files").dumps(values)
     return text
 
 
