@@ -153,8 +153,7 @@ class RunFolder:
 
     def load(self, best: bool = False) -> Checkpoint:
         """Read the newest whole checkpoint, or the one with the best held-out bits/dim, checked against config.toml."""
-        written, loaded = self.read_config(), None
-        refusals = []
+        written, refusals = self.read_config(), []
         listed = [path for path in ([self.best] if best else self.saved()) if path.exists()]
         where = f"none in {str(self.path)!r} (it has not written its first)"
         expect(bool(listed), "run", f"a checkpoint {self.best.name if best else 'in checkpoints/'}", where)
@@ -164,7 +163,7 @@ class RunFolder:
                 break
             except ValueError as error:
                 refusals.append(error)
-        if loaded is None:
+        else:
             raise refusals[0]
         for refusal in refusals:
             warnings.warn(f"{refusal}; an older checkpoint, {path.name}, is taken instead", stacklevel=2)
