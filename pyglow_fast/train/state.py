@@ -227,7 +227,6 @@ class TrainState:
 
     def checkpoint(self) -> Checkpoint:
         """Collect all that :meth:`restore` needs. All ranks must ask for it."""
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         # What each rank has for itself: generators, and what each level has learnt of drift; sent from no GPU.
         mine = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -240,9 +239,9 @@ class TrainState:
             model=self.model.state_dict(),
             ema={} if self.average is None else dict(self.average.module.named_parameters()),
             optimizer={
-                f"{entry}.{names[id(parameter)]}": value
-                for parameter, state in self.optimizer.state.items()
-                for entry, value in state.items()
+                f"{entry}.{name}": value
+                for name, parameter in self.model.named_parameters()
+                for entry, value in self.optimizer.state.get(parameter, {}).items()
             },
             rank={
                 f"{rank}.{name}": value
@@ -272,13 +271,12 @@ class TrainState:
         if self.average is not None:
             checkpoint.load_model(self.average.module, name, averaged=True)
             self.average.updates.fill_(self.progress.step - self.progress.skipped)
-        names = [parameter for parameter, _ in self.model.named_parameters()]
         entries = nested(checkpoint.optimizer)
         self.optimizer.load_state_dict(
             {
                 "state": {
                     i: {entry: values[key] for entry, values in entries.items() if key in values}
-                    for i, key in enumerate(names)
+                    for i, (key, _) in enumerate(self.model.named_parameters())
                 },
                 "param_groups": self.optimizer.state_dict()["param_groups"],
             }
