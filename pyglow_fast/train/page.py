@@ -15,6 +15,7 @@ import torch
 
 from pyglow_fast import info
 from pyglow_fast._errors import visible
+from pyglow_fast._settings import value_text
 from pyglow_fast.train.figures import bits_png, curve_png, points
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.run_folder import RunFolder, step_of
@@ -157,15 +158,9 @@ def table(rows: Iterable[Sequence[Any]]) -> str:
     """Make a table of names and values, which are escaped here."""
     lines = []
     for name, *values in rows:
-        cells = "".join(f"<td>{html.escape(_text(value))}</td>" for value in values)
+        cells = "".join(f"<td>{html.escape(value_text(value))}</td>" for value in values)
         lines.append(f"<tr><th>{html.escape(str(name))}</th>{cells}</tr>")
     return "\n".join(["<table>", *lines, "</table>"])
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def figure(caption: str, png: bytes) -> str:
