@@ -13,7 +13,7 @@ from pyglow_fast.cli._arguments import RUN_HELP, Commands, command
 from pyglow_fast.cli._output import user_input
 from pyglow_fast.data import check_installed, optional
 from pyglow_fast.studio.opened import SHOWN
-from pyglow_fast.train.machine import resolve_device
+from pyglow_fast.train.ranks import resolve_device
 
 if TYPE_CHECKING:
     from pyglow_fast.web import Shelf

@@ -20,9 +20,8 @@ from pyglow_fast.experiments import Ablation, variants
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train.config import LIMITS, TrainConfig, images_for, read_config
 from pyglow_fast.train.loop import Result, resume, start
-from pyglow_fast.train.machine import resolve_device
 from pyglow_fast.train.page import duration
-from pyglow_fast.train.ranks import Ranks, open_ranks
+from pyglow_fast.train.ranks import Ranks, open_ranks, resolve_device
 from pyglow_fast.train.run_folder import RunFolder
 
 _DATA = tuple(item.name for item in fields(DataConfig) if item.name != "name")

@@ -31,7 +31,7 @@ from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.evaluation import check_fits, device_of, score_images
 from pyglow_fast.train.figures import class_cycle, to_pixels
-from pyglow_fast.train.machine import resolve_device
+from pyglow_fast.train.ranks import resolve_device
 from pyglow_fast.train.run_folder import RunFolder, load_model
 from pyglow_fast.train.seeds import random_subset
 

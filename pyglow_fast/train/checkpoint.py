@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pyglow_fast import info
 from pyglow_fast._errors import expect
 from pyglow_fast._files import replacing
 from pyglow_fast.train.config import TrainConfig
@@ -144,6 +146,11 @@ class Checkpoint:
         weights = self.model | (self.ema if averaged else {})
         check_tensors(name, model.state_dict(), weights, any_dtype=True)  # the shipped ones have 16 bits
         model.load_state_dict(weights)
+
+
+def versions() -> dict[str, str]:
+    """Look up the versions of the package and of torch."""
+    return {"pyglow_fast": info.version_of("pyglow-fast"), "torch": torch.__version__}
 
 
 def check_tensors(

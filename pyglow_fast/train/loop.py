@@ -19,10 +19,10 @@ from pyglow_fast._files import FolderError, refusing, write_bytes, write_text
 from pyglow_fast.data import Images, UnreadableImageError, Yardstick, load_data, measure_yardsticks, optional
 from pyglow_fast.likelihood import not_finite
 from pyglow_fast.train.bar import progress_line
+from pyglow_fast.train.checkpoint import versions
 from pyglow_fast.train.config import LIMITS, TrainConfig
 from pyglow_fast.train.evaluation import Score, gap_words
 from pyglow_fast.train.figures import bits_png, class_cycle, to_pixels
-from pyglow_fast.train.machine import versions
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.page import environment, page_of
 from pyglow_fast.train.ranks import Ranks

@@ -17,8 +17,9 @@ import torch.distributed as dist
 import torch.distributed.nn  # before a group is joined: its default arguments would keep that group for good
 from torch import Tensor, nn
 
+from pyglow_fast import _backend
 from pyglow_fast._errors import expect
-from pyglow_fast.train.machine import resolve_device
+from pyglow_fast.train.config import check_device
 
 TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits for one that is silent
 _LOST = re.compile(r"gloo|nccl|TCPStore|connection (closed|reset|refused)|by peer|socket|timed? ?out", re.IGNORECASE)
@@ -95,6 +96,22 @@ class Ranks:
 
 def _digest(values: Tensor) -> bytes:
     return hashlib.sha256(values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """Choose the device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank."""
+    check_device(name)
+    module = _backend.extension()
+    if module is not None:
+        module.instruction_set()  # else the first kernel would refuse, when a run folder is there already
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        found = f"{name!r} with {count} CUDA devices"
+        expect((device.index or 0) < count, "device", "a device that torch finds", found)
+    return device
 
 
 def open_ranks(device: str = "cpu") -> contextlib.AbstractContextManager[Ranks]:

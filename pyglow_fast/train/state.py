@@ -15,12 +15,11 @@ import torch
 from pyglow_fast._errors import expect
 from pyglow_fast.data import Images, ImageSet, UnreadableImageError, batches, split
 from pyglow_fast.models import Glow
-from pyglow_fast.train.checkpoint import DRIFT, Checkpoint, DataStamp, Progress, check_tensors, nested
+from pyglow_fast.train.checkpoint import DRIFT, Checkpoint, DataStamp, Progress, check_tensors, nested, versions
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.evaluation import Score, check_fits, evaluate
-from pyglow_fast.train.machine import resolve_device, versions
 from pyglow_fast.train.optim import FUSED, Average, learning_rate, make_optimizer
-from pyglow_fast.train.ranks import Ranks
+from pyglow_fast.train.ranks import Ranks, resolve_device
 from pyglow_fast.train.seeds import batch_indices, derive, noisy
 from pyglow_fast.train.update import Part, Update
 
