@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyglow_fast import functional
 from pyglow_fast._errors import expect
+from pyglow_fast.nets.run import condition_for
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,7 @@ class Checkerboard:
             expected = "shape (N, C, *spatial) with an even first spatial side (mask='checkerboard')"
             expect(False, "x", expected, f"shape {tuple(x.shape)}")
         if cond is not None:
-            expect(isinstance(cond, Tensor), "cond", "a Tensor", type(cond).__name__)
-            fits = cond.dim() == x.dim() and (cond.shape[0], *cond.shape[2:]) == (x.shape[0], *x.shape[2:])
-            shape = ", ".join(map(str, (x.shape[0], "Cc", *x.shape[2:])))
-            expect(fits, "cond", f"shape ({shape}), the positions of x", f"shape {tuple(cond.shape)}")
+            condition_for(x, cond)  # refuses another shape or device
         return functional.checkerboard_split(x, self.parity), None if cond is None else cond.unflatten(2, (-1, 2))
 
     def leave(self, halves: Tensor) -> Tensor:
