@@ -22,7 +22,7 @@ from pyglow_fast.interop.normflows import called, example
 from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, is_set, read_once, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.chain import Outputs
-from pyglow_fast.reference import CouplingSpec, full_precision, full_product
+from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
 from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.maps import ChannelMap, Map
 
@@ -110,8 +110,7 @@ def _weight(conv: Any) -> tuple[Tensor, Tensor]:
     log_diagonal, above, channels = _bounded(conv.log_S, conv.s_cap), conv.U.triu(1), conv.num_channels
     most = conv.u_offdiag_cap * math.sqrt(channels * (channels - 1) / 2.0)
     above = above * torch.clamp(most / (torch.linalg.vector_norm(above) + 1e-6), max=1.0)
-    upper = above + torch.diag(conv.sign_S * log_diagonal.exp())
-    return full_product(full_product(conv.P, conv.L.tril(-1) + conv.eye), upper), log_diagonal.sum()
+    return plu_weight(conv.P, conv.L, above, log_diagonal, conv.sign_S), log_diagonal.sum()
 
 
 def _elements(block: Any, inverse: bool) -> list[Element]:
