@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine, qualified
+from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, Affine
 from pyglow_fast.interop.nets import Net
-from pyglow_fast.interop.normflows import called, example
-from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, is_set, read_once, wrapped
+from pyglow_fast.interop.normflows import are, called, example, has_seen
+from pyglow_fast.interop.table import Call, Element, Library, Row, by_class, wrapped
 from pyglow_fast.layers.coupling import MAX_CLAMP
 from pyglow_fast.nets.chain import Outputs
 from pyglow_fast.reference import CouplingSpec, full_precision, full_product, plu_weight
@@ -31,8 +31,7 @@ __all__ = ["LIBRARY"]
 _FLOWS = "antsnormflows.flows"
 _ACTNORM, _COUPLING = f"{_FLOWS}.normalization.ActNorm", f"{_FLOWS}.affine.coupling.AffineCouplingBlock"
 _CONVOLUTIONS = tuple(f"{_FLOWS}.mixing.{name}" for name in ("Invertible1x1Conv", "Invertible1x1x1Conv"))
-_SPLITS = tuple(f"{_FLOWS}.reshape.{name}" for name in ("Split", "Merge"))
-_AFFINE = f"{_FLOWS}.affine.coupling.AffineCoupling"
+_PARTS = f"{_FLOWS}.reshape.Split", f"{_FLOWS}.affine.coupling.AffineCoupling", f"{_FLOWS}.reshape.Merge"
 
 
 def _bounded(value: Tensor, cap: Any) -> Tensor:
@@ -42,19 +41,15 @@ def _bounded(value: Tensor, cap: Any) -> Tensor:
 def _net_actnorm(norm: Any, dims: int) -> Affine | None:
     """Of an actnorm in a net, which is called forward: log_scale and shift; None while it waits for data."""
     own = norm.actNorm
-    return (_log_scale(own), own.t.flatten()) if _has_seen(own) else None
+    return (_log_scale(own), own.t.flatten()) if has_seen(own) else None
 
 
 LOG_MAPS["antsnormflows.utils.nn.ActNorm"] = _net_actnorm
 WRAPPERS |= {f"antsnormflows.nets.cnn.ConvNet{dims}d": "net" for dims in (2, 3)}
 
 
-def _has_seen(norm: Any) -> bool:
-    return bool(read_once(norm, "flag", norm.data_dep_init_done, is_set))
-
-
 def _actnorms(block: nn.Module) -> list[nn.Module]:
-    return [module for module in block.modules() if qualified(type(module)) == _ACTNORM]
+    return [module for module in block.modules() if are([module], _ACTNORM)]
 
 
 @torch.no_grad()
@@ -68,13 +63,12 @@ def _prepare(block: Any, call: Call) -> None:
 
 
 def _unfit(block: Any) -> str:
-    names = [qualified(type(layer)) for layer in block.flows]
-    if len(names) != 3 or names[0] != _ACTNORM or names[1] not in _CONVOLUTIONS or names[2] != _COUPLING:
+    if not any(are(block.flows, _ACTNORM, conv, _COUPLING) for conv in _CONVOLUTIONS):
         return "other layers than an actnorm, a convolution and a coupling"
     actnorm, conv, coupling = block.flows
-    split, affine, merge = coupling.flows
-    if [qualified(type(layer)) for layer in coupling.flows] != [_SPLITS[0], _AFFINE, _SPLITS[1]]:
+    if not are(coupling.flows, *_PARTS):
         return "a coupling of other layers than a split, a coupling and a merge"
+    split, affine, merge = coupling.flows
     if (split.mode, merge.mode) != ("channel", "channel") or conv.num_channels % 2:
         return f"a split {split.mode!r} of {conv.num_channels} channels: expected halves of the channels"
     if actnorm.s.shape != (1, conv.num_channels, *[1] * (actnorm.s.dim() - 2)):
@@ -133,22 +127,22 @@ def _limit(block: Any) -> Tensor:
     return (block._gen_clamp - actnorm.t.abs().amax()) / _log_scale(actnorm).abs().amax().exp()
 
 
-BLOCK = Row(
-    "GlowBlock of antsnormflows",
-    by_class(*(f"{_FLOWS}.affine.glow.GlowBlock{dims}d" for dims in (2, 3))),
-    {"forward": partial(called, True), "inverse": partial(called, False)},
-    _elements,
-    example,
-    _unfit,
-    inside=lambda block: [*block.flows, *block.flows[-1].flows, *_actnorms(block)],
-    waits=lambda block: not all(map(_has_seen, _actnorms(block))),
-    prepare=_prepare,
-    limit=_limit,
-)
-
 LIBRARY = Library(
     "antsnormflows",
-    (BLOCK,),
+    (
+        Row(
+            "GlowBlock of antsnormflows",
+            by_class(*(f"{_FLOWS}.affine.glow.GlowBlock{dims}d" for dims in (2, 3))),
+            {"forward": partial(called, True), "inverse": partial(called, False)},
+            _elements,
+            example,
+            _unfit,
+            inside=lambda block: [*block.flows, *block.flows[-1].flows, *_actnorms(block)],
+            waits=lambda block: not all(map(has_seen, _actnorms(block))),
+            prepare=_prepare,
+            limit=_limit,
+        ),
+    ),
     homes=(_FLOWS,),
     containers=("Composite", "Reverse"),
     from_latents=True,

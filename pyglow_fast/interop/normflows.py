@@ -52,11 +52,11 @@ class ConvNet(Net):
     def forward(self, x1: Tensor, cond: Tensor | None = None) -> Tensor:
         """Map the kept channels to shift and raw scale (or shift alone)."""
         net: Any = self.net
-        is_known = _are([net], "normflows.nets.cnn.ConvNet2d") and untouched(list(net.modules()))
+        is_known = are([net], "normflows.nets.cnn.ConvNet2d") and untouched(list(net.modules()))
         if not is_watched() or not is_known:
             return super().forward(x1, cond)
         for module in net.net:
-            is_norm = _are([module], "normflows.utils.nn.ActNorm")
+            is_norm = are([module], "normflows.utils.nn.ActNorm")
             x1 = x1 * module.actNorm.s.exp() + module.actNorm.t if is_norm else module(x1)
         return x1 if self.order is None else self.order(x1, 1)
 
@@ -76,13 +76,13 @@ _MAPS = {
 _ADDITIVE = CouplingSpec(coupling="additive"), Outputs(False, (-1.0, -1.0))
 
 
-def _are(modules: Sequence[nn.Module], *classes: str) -> bool:
+def are(modules: Sequence[nn.Module], *classes: str) -> bool:
     """Whether modules are exactly of these classes."""
     return tuple(qualified(type(module)) for module in modules) == classes
 
 
 def _coupling_unfit(block: Any) -> str:
-    if not _are(block.flows, _SPLIT, _AFFINE, _MERGE):
+    if not are(block.flows, _SPLIT, _AFFINE, _MERGE):
         return "a coupling that is not as its constructor makes it"
     modes = {block.flows[0].mode, block.flows[2].mode}
     return "" if modes == {"channel"} else f"a coupling that splits by {', '.join(sorted(modes))}"
@@ -121,7 +121,7 @@ def example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, Sequence
 
 
 def _unfit(block: Any) -> str:
-    if not _are(block.flows, _COUPLING, _CONV, _NORM):
+    if not are(block.flows, _COUPLING, _CONV, _NORM):
         return "not a coupling, a 1x1 convolution and an actnorm, as a GlowBlock has them"
     if block.flows[2].s.shape != (1, block.flows[1].num_channels, 1, 1):
         return "an actnorm of another shape than one value for each channel"
@@ -159,10 +159,15 @@ def _elements(block: Any, inverse: bool) -> list[Element]:
     return [_map(block, inverse), _coupling(block)]
 
 
+def has_seen(norm: Any) -> bool:
+    """Whether an actnorm has seen the data that it is initialised from."""
+    return bool(read_once(norm, "flag", norm.data_dep_init_done, is_set))
+
+
 def _net_actnorm(module: Any, dims: int) -> tuple[Tensor, Tensor] | None:
     """Log-scale and offset, (C,), of the actnorm within a ConvNet2d; None if it must be called itself."""
     norm = module.actNorm
-    if not _are([norm], _NORM) or not untouched([norm]) or not read_once(norm, "flag", norm.data_dep_init_done, is_set):
+    if not are([norm], _NORM) or not untouched([norm]) or not has_seen(norm):
         return None
     return (norm.s.flatten(), norm.t.flatten()) if norm.s.shape == (1, norm.s.numel(), *[1] * dims) else None
 
