@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -9,15 +10,25 @@ from torch import nn
 
 from pyglow_fast._errors import expect
 from pyglow_fast._tracing import is_altered
+from pyglow_fast.interop import antsx, chaiyujin, freia, glow_tts, hiding, jet, nflows, normflows
 from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
 from pyglow_fast.interop.joined import Joined, JoinedLayers, JoinedList, Place, Reasons, places_of, row_of
-from pyglow_fast.interop.libraries import LIBRARIES
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.probe import difference
 from pyglow_fast.interop.table import Library, Row, is_ready
 from pyglow_fast.nets.plan import budget_bytes
 from pyglow_fast.runs.description import NetCoupling
 from pyglow_fast.runs.setting import MEMORY_MODES, parse_memory
+
+LIBRARIES = [library.LIBRARY for library in (normflows, antsx, nflows, freia, chaiyujin, glow_tts, jet, hiding)]
+
+
+def row_named(name: str) -> Row:
+    """Find the row of this name in the tables."""
+    return next(row for library in LIBRARIES for row in library.rows if row.name == name)
+
+
+copyreg.pickle(Row, lambda row: (row_named, (row.name,)))  # rows are copied and pickled by their names
 
 
 @dataclass
