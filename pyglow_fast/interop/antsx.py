@@ -45,7 +45,7 @@ def _net_actnorm(norm: Any, dims: int) -> Affine | None:
 
 
 LOG_MAPS["antsnormflows.utils.nn.ActNorm"] = _net_actnorm
-WRAPPERS |= {f"antsnormflows.nets.cnn.ConvNet{dims}d": "net" for dims in (2, 3)}
+WRAPPERS |= {f"antsnormflows.nets.cnn.ConvNet{dims}d" for dims in (2, 3)}
 
 
 def _actnorms(block: nn.Module) -> list[nn.Module]:

@@ -14,9 +14,9 @@ from pyglow_fast.reference import ChainSpec, n_positions, sides
 
 Affine = tuple[Tensor, Tensor]  # log_scale and offset of a map per channel, h exp(log_scale) + offset, (C,) each
 
-# WRAPPERS: modules whose forward is that of one child. LOG_MAPS: maps per channel, (module, spatial dimensions) ->
+# WRAPPERS: modules whose forward is that of their ``net``. LOG_MAPS: maps per channel, (module, spatial dimensions) ->
 # Affine, or None while they wait for data. Both by qualified name; adapters enter those of their library.
-WRAPPERS: dict[str, str] = {"normflows.nets.cnn.ConvNet2d": "net"}
+WRAPPERS = {"normflows.nets.cnn.ConvNet2d"}
 LOG_MAPS: dict[str, Callable[[nn.Module, int], Affine | None]] = {}
 # Which convolutions are better left to the library: those with at least so many channels (in float32, in 16 bits) on
 # both sides, at most this ratio between the sides, and at least so many multiply-adds for a batch.

@@ -109,8 +109,7 @@ def _flat(net: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
             assert child is not None
             yield from _flat(child, inside + key)
     elif qualified(type(net)) in WRAPPERS and not is_altered(net):
-        key = WRAPPERS[qualified(type(net))]
-        yield from _flat(net.get_submodule(key), inside + key)
+        yield from _flat(net.get_submodule("net"), inside + "net")
     elif type(net) is not nn.Identity or is_altered(net):
         yield name, net
 
