@@ -42,8 +42,8 @@ def unrepeatable(net: nn.Module, memory: str) -> str:
     if memory == "store":
         return ""
     for module in net.modules():
-        norm = isinstance(module, AnyBatchNorm | AnyInstanceNorm)
-        if norm and (isinstance(module, AnyBatchNorm) or module.track_running_stats):
+        keeps = isinstance(module, AnyInstanceNorm) and module.track_running_stats
+        if keeps or isinstance(module, AnyBatchNorm):
             return f"a {type(module).__name__} in its net, which looks at the whole batch or keeps statistics"
         parts = [module, *module._forward_pre_hooks.values()]
         if any(type(part).__name__ in ("_SpectralNorm", "SpectralNorm") for part in parts):
@@ -79,14 +79,11 @@ class JoinedLayers:
 
     def elements(self, inverse: bool = False) -> list[Element]:
         """What the layers hold now, in the direction of data to latents."""
-
-        def read(layer: nn.Module, row: Row) -> Sequence[Element]:
-            if not self.spares:
-                return row.elements(layer, inverse)
-            found: Sequence[Element] = recomputed_later(layer, row.elements, layer, inverse, only_reads=True)
-            return found
-
-        return [part for layer, row in zip(self.layers, self.rows, strict=True) for part in read(layer, row)]
+        found: list[Element] = []
+        for layer, row in zip(self.layers, self.rows, strict=True):
+            read = partial(recomputed_later, layer, row.elements, only_reads=True) if self.spares else row.elements
+            found += read(layer, inverse)
+        return found
 
     def __call__(self, call: Call) -> tuple[Tensor, Tensor]:
         """Run the layers: z, or x of an inverse call, and log_det (N,); an UnfitError where they run one by one."""
