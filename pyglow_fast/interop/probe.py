@@ -140,12 +140,10 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
         grads: Any = torch.autograd.grad(objective, list(named.values()), allow_unused=True) if weighted else ()
         what = f"{method}{'' if not kwargs else ' with ' + ', '.join(kwargs)}"
         found += [(f"result {i} of {what}", value.detach(), bound) for i, value in enumerate(results)]
-        masked = ""
-        if read is not None and read.mask is not None:
-            masked = next(f"input {i}" for i, value in enumerate(values) if value is read.x)
+        masked = {f"input {i}" for i, value in enumerate(values) if read is not None and value is read.x}
         for name, value, grad in zip(named, named.values(), grads or [None] * len(named), strict=True):
             grad = torch.zeros_like(value) if grad is None else grad
-            if name == masked and read is not None and read.mask is not None:
+            if name in masked and read is not None and read.mask is not None:
                 grad = grad * read.mask.to(grad.dtype)  # a state is zero elsewhere, and its gradient of no account
             found.append((f"gradient in {name} of {what}", grad, bound))
         found.append((f"drawing of random numbers in {what}", drawn, 0.0))
