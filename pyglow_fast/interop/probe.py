@@ -140,11 +140,11 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
         grads: Any = torch.autograd.grad(objective, list(named.values()), allow_unused=True) if weighted else ()
         what = f"{method}{'' if not kwargs else ' with ' + ', '.join(kwargs)}"
         found += [(f"result {i} of {what}", value.detach(), bound) for i, value in enumerate(results)]
-        masked = {f"input {i}" for i, value in enumerate(values) if read is not None and value is read.x}
+        masks = {f"input {i}": read.mask for i, value in enumerate(values) if read is not None and value is read.x}
         for name, value, grad in zip(named, named.values(), grads or [None] * len(named), strict=True):
             grad = torch.zeros_like(value) if grad is None else grad
-            if name in masked and read is not None and read.mask is not None:
-                grad = grad * read.mask.to(grad.dtype)  # a state is zero elsewhere, and its gradient of no account
+            if (mask := masks.get(name)) is not None:
+                grad = grad * mask.to(grad.dtype)  # a state is zero elsewhere, and its gradient of no account
             found.append((f"gradient in {name} of {what}", grad, bound))
         found.append((f"drawing of random numbers in {what}", drawn, 0.0))
     return found
