@@ -462,7 +462,7 @@ def resume(
     written = folder.read_config()
     config = written.adjusted(**changes)
     if data_name is not None and data_name != config.data.name:
-        same_source = data_name.partition(":")[0] == config.data.name.partition(":")[0]
+        same_source = data_name.partition(":")[0] == config.data.scheme
         expect(same_source, "data", f"{config.data.name!r}, as the run was started with", repr(data_name))
         config = replace(config, data=replace(config.data, name=data_name))
     state = TrainState(config, load_data(config.data) if data is None else data, ranks)
