@@ -160,7 +160,7 @@ def _elements(block: Any, inverse: bool) -> list[Element]:
 
 
 def has_seen(norm: Any) -> bool:
-    """Whether an actnorm has seen the data that it is initialised from."""
+    """Tell whether an actnorm has been initialised from data."""
     return bool(read_once(norm, "flag", norm.data_dep_init_done, is_set))
 
 
