@@ -54,6 +54,7 @@ def edited(
         torch.Size([2, 1, 8, 8])
     """
     check_space(space)
+    expect(isinstance(model, Glow), "model", "a Glow", type(model).__name__)
     check_finite("latents", latents)
     model._check_latents(list(latents))
     check_labels(y, len(latents[0]), model.config.n_classes)
@@ -61,9 +62,11 @@ def edited(
     expect(len(shares) == len(latents), "keep", f"{len(latents)} numbers, one a level", len(shares))
     if shift is not None:
         check_finite("shift", shift, model.latent_shapes)
+        shift = [part.to(z) for part, z in zip(shift, latents, strict=True)]
+        check_finite("shift", shift)  # a narrower dtype may not hold what a wider one does
 
     def moved(level: int, z: Tensor) -> Tensor:
-        return z if shift is None else z + shift[level].to(z)
+        return z if shift is None else z + shift[level]
 
     if space == "noise":
         kept = [moved(level, share * z) for level, (z, share) in enumerate(zip(latents, shares, strict=True))]
