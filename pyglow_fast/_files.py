@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pyglow_fast._errors import expect
+
 TEMPORARY = ".partial"
 
 
@@ -23,8 +25,17 @@ def check_place(argument: str, path: Path) -> None:
     except (OSError, ValueError) as error:  # the latter of a NUL
         found = getattr(error, "strerror", error)
         raise ValueError(f"{argument}: expected a path that the system takes, found {found}") from error
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"{argument}: expected no link that leads nowhere, found {str(path)!r}")
+    astray = path.is_symlink() and not path.exists()
+    expect(not astray, argument, "no link that leads nowhere", repr(str(path)))
+
+
+def check_file(argument: str, path: Path) -> None:
+    """Refuse a path where no file can be written: see :func:`check_place`; a folder, or one in none that is there."""
+    check_place(argument, path)
+    place = repr(str(path))
+    expect(path.parent.is_dir(), argument, "a file in an existing folder", place)
+    expect(not path.is_dir(), argument, "a file", f"a folder, {place}")
+    expect(os.access(path.parent, os.W_OK), argument, "a file in a folder that can be written", place)
 
 
 @contextmanager

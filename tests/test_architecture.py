@@ -15,11 +15,11 @@ PACKAGE = "pyglow_fast"
 # What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
 # child of the package: layers stands for all modules in layers/.
 FOUNDATION: dict[str, set[str]] = {
-    **{name: set() for name in ("_torch", "_files", "_moments", "_dry")},
+    **{name: set() for name in ("_torch", "_moments", "_dry")},
     "_tracing": {"_torch"},
     "_float32": {"_torch", "_dry"},
     "_errors": {"_tracing"},
-    "_settings": {"_errors"},
+    **{name: {"_errors"} for name in ("_settings", "_files")},
     "_captures": {"_errors", "_tracing"},
     "_derivatives": {"_torch", "_errors"},
 }

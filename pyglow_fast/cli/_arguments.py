@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pyglow_fast._errors import check_seed, did_you_mean, expect
-from pyglow_fast._files import check_place
+from pyglow_fast._files import check_file
 from pyglow_fast._settings import Range, value_text
 from pyglow_fast.cli._output import say_error
 from pyglow_fast.data import DATA_HELP, optional
@@ -162,11 +161,8 @@ def output_path(text: str, suffix: str, argument: str, *images: str | None) -> P
     Nothing is written over one of the ``images`` that are read, or among them where they are loose files.
     """
     path = Path(text)
-    check_place(argument, path)
     expect(path.suffix.lower() == suffix, argument, f"a name ending in {suffix}", repr(text))
-    expect(path.parent.is_dir(), argument, "a file in an existing folder", repr(text))
-    expect(not path.is_dir(), argument, "a file", f"a folder, {text!r}")
-    expect(os.access(path.parent, os.W_OK), argument, "a file in a folder that can be written", repr(text))
+    check_file(argument, path)
     place = path.resolve()
     folder = RunFolder(place.parent)
     kept = folder.exists and place in folder.kept

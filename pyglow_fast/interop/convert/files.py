@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import warnings
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyglow_fast._errors import expect
-from pyglow_fast._files import check_place, replacing
+from pyglow_fast._files import check_file, replacing
 from pyglow_fast.models import Glow, GlowConfig
 
 FORMAT = 1
@@ -62,13 +61,9 @@ def check_target(path: str | Path) -> Path:
     Raises:
         ValueError: the folder is not there, or the suffix is not .safetensors, .npz or one of torch.save's.
     """
-    path = Path(path)
-    check_place("out", path)
-    suffixes = (_SAFETENSORS, _NUMPY, *_TORCH)
+    path, suffixes = Path(path), (_SAFETENSORS, _NUMPY, *_TORCH)
     expect(path.suffix in suffixes, "out", f"a name ending in one of {', '.join(suffixes)}", repr(str(path)))
-    expect(path.parent.is_dir(), "out", "a file in an existing folder", repr(str(path)))
-    expect(not path.is_dir(), "out", "a file", f"a folder, {str(path)!r}")
-    expect(os.access(path.parent, os.W_OK), "out", "a file in a folder that can be written", repr(str(path)))
+    check_file("out", path)
     return path
 
 
