@@ -63,21 +63,22 @@ def run(args: argparse.Namespace) -> None:
         given = {name: value for name, value in vars(args).items() if name in OPTIONS}
         load = None if args.format == OWN else FORMATS[args.format][0]
         save = None if args.to == OWN else FORMATS[args.to][1]
+        taken: Any = [() if side is None else inspect.signature(side).parameters for side in (load, save)]
+        reading, writing = ({name: given[name] for name in side if name in given} for side in taken)
         for name, value in given.items():  # options that neither side would look at
-            known = any(name in inspect.signature(side).parameters for side in (load, save) if side is not None)
-            expect(known, name, f"no such option for {args.format} to {args.to}", value)
+            expect(name in reading | writing, name, f"no such option for {args.format} to {args.to}", value)
         expect(not args.last or load is None, "last", "no such option but for a run", args.last)
         expect(args.to != OWN or out.suffix == ".safetensors", "out", "a name ending in .safetensors", repr(args.out))
         if load is None:
             model = _own_model(args.source, args.last)
         else:
-            sized = "image_size" not in inspect.signature(load).parameters or "image_size" in given
+            sized = "image_size" not in taken[0] or "image_size" in reading
             expect(sized, "image_size", "--image-size N", "none")
-            model = load(args.source, **_taken(given, load))
+            model = load(args.source, **reading)
         if save is None:
             convert.save_glow(model, out)
         else:
-            content = save(model, **_taken(given, save))
+            content = save(model, **writing)
             if args.to == "chaiyujin" and out.suffix not in (".safetensors", ".npz"):
                 content = {"global_step": 0, "graph": dict(content)}  # what their loader opens
             convert.write_tensors(out, content)
@@ -92,8 +93,3 @@ def _own_model(source: str, last: bool) -> Glow:
         return convert.load_glow(source)
     folder, best = find_run(source, last)
     return load_model(folder.load(best), str(folder.path))
-
-
-def _taken(given: dict[str, Any], function: Callable[..., object]) -> dict[str, Any]:
-    """Choose the options that were given and that ``function`` has parameters for."""
-    return {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
