@@ -137,8 +137,7 @@ def accelerate(
     budget_bytes(memory_budget, "cpu")
     expect(isinstance(model, nn.Module), "model", "a Module", type(model).__name__)
     done = Acceleration(model)
-    spares = mode in ("checkpoint", "reversible")
-    found = [library for library in LIBRARIES if _adopt(done, library, spares)]
+    found = [library for library in LIBRARIES if _adopt(done, library, mode)]
     names = ", ".join(library.name for library in LIBRARIES)
     expected = f"layers of {names}, or of the structures in the documentation"
     expect(bool(found), "model", expected, "none")
@@ -148,12 +147,9 @@ def accelerate(
     return done
 
 
-def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
-    """Adopt the layers of a library, and report those that are left; whether there are any, adopted before or now.
-
-    spares: memory is to be saved, at the price of speed.
-    """
-    found = False
+def _adopt(done: Acceleration, library: Library, mode: str | None) -> bool:
+    """Adopt the layers of a library, and report those that are left; whether there are any, adopted before or now."""
+    found, spares = False, mode in ("checkpoint", "reversible")
     names = {module: name for name, module in done.model.named_modules()}
     named: set[nn.Module] = set()  # what is in layers that the report names
     inside: set[nn.Module] = set()  # what adopted layers no longer call
@@ -167,7 +163,7 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
         why = ""
         for row in rows:
             reason = unlike(row, module)
-            if not reason and not spares and (alone := _alone(done.model, name, library, row)):
+            if not reason and not spares and (alone := _alone(done.model, name, library, row, mode is not None)):
                 reason = f"{alone}, unless memory is to be saved"
             if not reason:
                 done._adopted.append(module)
@@ -189,11 +185,17 @@ def _adopt(done: Acceleration, library: Library, spares: bool) -> bool:
     return found
 
 
-def _alone(model: nn.Module, name: str, library: Library, row: Row) -> str:
-    """Say why a layer is left unless its run saves memory; empty if ours pays anyway."""
+def _alone(model: nn.Module, name: str, library: Library, row: Row, joins: bool = False) -> str:
+    """Say why a layer is left unless its run saves memory; empty if ours pays anyway, as of a map that a run takes."""
     keys = name.split(".") if name else []
     layer, *owners = (model.get_submodule(".".join(keys[:count])) for count in range(len(keys), -1, -1))
-    return row.alone(layer) or library.alone([layer, *owners])
+    own = "" if joins and not _has_net(row, layer) else row.alone(layer)
+    return own or library.alone([layer, *owners])
+
+
+def _has_net(row: Row, layer: nn.Module) -> bool:
+    """Whether a layer is more than maps of channels, which cost nothing where they meet others in a run."""
+    return row.run is not None or any(isinstance(part, NetCoupling) for part in row.elements(layer, False))
 
 
 def unlike(row: Row, module: nn.Module) -> str:
@@ -232,7 +234,7 @@ def _join(done: Acceleration, library: Library, memory: str, budget: str | int) 
     for name, module in done.model.named_modules() if library.one_by_one else ():
         if module in done._adopted and module._pgf_row in library.rows and module not in joined:
             row = module._pgf_row
-            if row.run is None and not any(isinstance(part, NetCoupling) for part in row.elements(module, False)):
+            if not _has_net(row, module):
                 continue  # there is nothing to keep
             done._runs.append(JoinedLayers([module], [row], memory, budget))
             vars(module)["_pgf_joined"] = done._runs[-1]

@@ -105,8 +105,9 @@ def test_what_stays_theirs() -> None:
         assert reason in done.left[""], name
 
 
+@pytest.mark.parametrize("memory", ["store", "reversible"])
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
-def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.dtype) -> None:
+def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.dtype, memory: str) -> None:
     """They have none of their own; a run may begin with one."""
     layers = []
     for _ in range(3):
@@ -117,7 +118,7 @@ def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.
         ]
     model = at_work(t.CompositeTransform(layers)).to(default)
     theirs = copy.deepcopy(model)
-    done = accelerate(model, "reversible")
+    done = accelerate(model, memory)
     assert sum(report["steps"] for report in done.memory_report()) == 3
     assert not done.left
     x = torch.randn(IMAGES, dtype=default)
