@@ -55,9 +55,14 @@ class Average(nn.Module):
         device = next(model.parameters()).device
         self.register_buffer("updates", torch.zeros((), dtype=torch.float64, device=device))
 
+    @torch.no_grad()
     def begin(self, model: Glow) -> None:
-        """Begin anew with the weights of ``model``."""
-        self.module.load_state_dict(model.state_dict())
+        """Begin anew with the weights and buffers of ``model``, also those that a state_dict lacks, or names otherwise."""
+        for own, theirs in (
+            *zip(self.module.parameters(), model.parameters(), strict=True),
+            *zip(self.module.buffers(), model.buffers(), strict=True),
+        ):
+            own.copy_(theirs)
         self.updates.zero_()
 
     @torch.no_grad()

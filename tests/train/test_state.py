@@ -11,11 +11,12 @@ import pytest
 import torch
 from train.run_cases import TINY_MODEL, MakeState
 
-from pyglow_fast import GlowConfig
+from pyglow_fast import Glow, GlowConfig
 from pyglow_fast.data import ImageSet, batches
 from pyglow_fast.data.loader import Batch
 from pyglow_fast.replays import Replays
 from pyglow_fast.train import Checkpoint, TrainingDivergedError, TrainState
+from pyglow_fast.train.optim import Average
 
 
 def test_gradients_are_clipped(new_state: MakeState) -> None:
@@ -40,6 +41,20 @@ def test_accumulated_parts_are_the_batch(new_state: MakeState) -> None:
         assert other[0] == pytest.approx(gradients[0][0], rel=1e-6)
         # The same 8 terms in another order: each rounds by at most eps, some 16 roundings in a row.
         torch.testing.assert_close(other[1:], gradients[0][1:], rtol=2e-5, atol=2e-6)
+
+
+def test_an_average_begins_with_what_no_state_dict_has() -> None:
+    """A buffer that is not saved, and parameters that torch.compile has put behind another name."""
+    model = Glow(GlowConfig((1, 4, 4), n_levels=1, n_steps=1, hidden=4))
+    model.register_buffer("seen", torch.zeros(()), persistent=False)
+    average = Average(model, 0.9)
+    model.seen.fill_(2.0)
+    model.levels[0].steps[0].coupling.net = torch.compile(model.levels[0].steps[0].coupling.net)
+    with torch.no_grad():
+        model.levels[0].steps[0].actnorm.bias.fill_(3.0)
+    average.begin(model)
+    assert average.module.seen == 2.0
+    assert bool((average.module.levels[0].steps[0].actnorm.bias == 3.0).all())
 
 
 def test_the_average_is_that_of_the_formula(new_state: MakeState, tiny_images: ImageSet, tmp_path: Path) -> None:
