@@ -26,7 +26,7 @@ from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.maps import Map
 
 Reasons = dict[nn.Module, str]  # why a layer is in no run
-ALONE = "no layer of its width next to it"
+ALONE = "no layer of its width and split next to it"
 
 
 def row_of(library: Library, module: nn.Module) -> Row | None:
@@ -250,8 +250,11 @@ class JoinedList(Joined, nn.ModuleList):
     append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = _refuse  # type: ignore[assignment]
 
 
-def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, int]:
-    """The width of a layer, None for any, and how many couplings it has; an UnfitError of one that may be in no run."""
+def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int, int | None, bool | None]:
+    """How many couplings a layer has, its width, and whether they halve the channels, None for any of the two.
+
+    A layer that may be in no run is an UnfitError.
+    """
     if row is None:
         raise UnfitError("it was left as it was")
     check_readable(layer, row)
@@ -264,7 +267,8 @@ def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int | None, 
         raise UnfitError("it has no map of channels and no coupling")
     offsets = [part.tensors[1] for part in elements if isinstance(part, Map) and part.kind != GROUPED]
     widths = [*(coupling.kept + coupling.changed for coupling in couplings), *map(len, offsets), None]
-    return widths[0], len(couplings)
+    halves = all(coupling.kept in (0, coupling.changed) for coupling in couplings) if couplings else None
+    return len(couplings), widths[0], halves
 
 
 def places_of(
@@ -277,21 +281,21 @@ def places_of(
 ) -> tuple[list[Any], list[JoinedLayers], Reasons]:
     """Join neighbours that have the same width and condition.
 
-    Layers and conditions are in the order of a container. ``follows`` tells whether the state of layer i is that which
-    layer i - 1 gives, and nobody else's. Returns what stands in the places of the layers, the runs, and why each other
-    layer is in none.
+    Those that halve the channels, as csrc/run does, are in other runs than those that do not. Layers and conditions are
+    in the order of a container. ``follows`` tells whether the state of layer i is that which layer i - 1 gives, and
+    nobody else's. Returns what stands in the places of the layers, the runs, and why each other layer is in none.
     """
     rows, reasons = [row_of(library, layer) for layer in layers], {}
-    keys: dict[int, tuple[int | None, int]] = {}
+    keys: dict[int, tuple[int, int | None, bool | None]] = {}
     for i, (layer, row) in enumerate(zip(layers, rows, strict=True)):
         try:
             keys[i] = key_of(layer, row, memory)
         except UnfitError as unfit:
             reasons[layer] = str(unfit)
     stretches: list[list[int]] = []
-    for i, (width, _) in keys.items():
+    for i in keys:
         joins = i - 1 in keys and conditions[i] == conditions[i - 1] and follows(i)
-        if joins and len({width, None, *(keys[k][0] for k in stretches[-1])}) <= 2:
+        if joins and all(len({None, *(keys[k][what] for k in (*stretches[-1], i))}) <= 2 for what in (1, 2)):
             stretches[-1].append(i)
         else:
             stretches.append([i])
@@ -300,7 +304,7 @@ def places_of(
     turn = -1 if library.from_latents else 1
     for stretch in stretches:
         own = [layers[i] for i in stretch]
-        if len(own) == 1 or sum(keys[i][1] for i in stretch) < 2:
+        if len(own) == 1 or sum(keys[i][0] for i in stretch) < 2:
             reasons |= dict.fromkeys(own, ALONE)
             continue
         runs.append(JoinedLayers(own[::turn], [cast(Row, rows[i]) for i in stretch][::turn], memory, budget))

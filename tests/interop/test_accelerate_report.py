@@ -112,7 +112,7 @@ class TestReport:
         hooked.flows[0][1].register_forward_hook(lambda *args: None)
         done = accelerate(hooked, "reversible")
         assert done.joined == {"flows.0": "2 steps in one chain each, memory 'reversible'"}
-        assert done.left["flows.0.0"] == "not joined: no layer of its width next to it"
+        assert done.left["flows.0.0"] == "not joined: no layer of its width and split next to it"
         assert "not joined: hooks on it" in done.left["flows.0.1"]
         alone = nn.Sequential(normflows.flows.GlowBlock(4, 4), normflows.flows.GlowBlock(4, 4))
         assert accelerate(alone, "store").left["0"] == "not joined: in no list with others like it"
@@ -123,6 +123,12 @@ class TestReport:
         t = nflows.transforms
         layers = t.CompositeTransform([t.AffineCouplingTransform([0, 0, 0, 1], ContextNet) for _ in range(2)])
         assert "_transforms" in accelerate(layers, "store").joined
+        # csrc/run computes what halves: one that does not is no part of its runs.
+        masks = [mask(4, "halves")] * 2 + [[0, 0, 0, 1]] + [mask(4, "halves")] * 2
+        layers = t.CompositeTransform([t.AffineCouplingTransform(own, ContextNet) for own in masks])
+        done = accelerate(layers, "store")
+        assert done.joined == {"_transforms": "2, 2 steps in one chain each, memory 'store'"}
+        assert list(done.left) == ["_transforms.2"]
 
     def test_a_flow_that_splits_between_its_transforms(self) -> None:
         """Along another dimension than the channels: the widths do not tell."""

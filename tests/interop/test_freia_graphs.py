@@ -55,7 +55,7 @@ def test_conditions(memory: str) -> None:
     done = accelerate(ours, memory)
     assert done.joined == {"": f"2, 2, 2 steps in one chain each, memory {memory!r}"}
     assert [reason for reason in done.left.values() if "joined" in reason] == [
-        "not joined: no layer of its width next to it"
+        "not joined: no layer of its width and split next to it"
     ]
     x, *c = states((4, 6, 6), (2, 6, 6), (3, 6, 6))
     for rev in (False, True):
