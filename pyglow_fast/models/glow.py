@@ -452,7 +452,7 @@ class Glow(nn.Module):
         """Compute the latents of x, all levels: decode(encode(x)) is x up to rounding.
 
         precision: of the nets; "auto" for the model's own. Rounding to 16 bits, or to TF32, is amplified from step to
-        step: docs/speed.md has a table of the errors.
+        step: docs/speed.md has a table of the errors of 16 bits.
         """
         with self._nets_in(precision):
             latents: list[Tensor] = self(x, cond)[0]
