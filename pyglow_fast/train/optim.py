@@ -57,7 +57,7 @@ class Average(nn.Module):
 
     @torch.no_grad()
     def begin(self, model: Glow) -> None:
-        """Begin anew with the weights and buffers of ``model``, also those that a state_dict lacks, or names otherwise."""
+        """Begin anew with the weights and buffers of ``model``, also what a state_dict lacks or names otherwise."""
         for own, theirs in (
             *zip(self.module.parameters(), model.parameters(), strict=True),
             *zip(self.module.buffers(), model.buffers(), strict=True),
