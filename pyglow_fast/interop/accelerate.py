@@ -118,7 +118,8 @@ def accelerate(
             mode (see ReversibleSequence) the layers that follow one another in a list or a graph of their library, with
             the same conditions or none. Steps that their model calls one by one (chaiyujin's) recompute one by one.
             Whoever iterates over or indexes the lists that hold joined layers finds one object in the place of a run,
-            and nothing to do in the others' places; the lists cannot be changed. The layers run one by one, as before,
+            and nothing to do in the others' places; the lists cannot be changed, and a loop that calls the layers in
+            another order than their library gets a RuntimeError. The layers run one by one, as before,
             while they wait for data to be initialised from, while there are hooks on them, in other dtypes than float32
             and float64, with a context (nflows), within torch.compile, torch.func and exports (docs/export.md), and in
             the replicas of a DataParallel. Numbers of bytes are for this package's models alone: what these layers'

@@ -7,6 +7,7 @@ a net replaced), waits for data, or a call is none for the run, they are called 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -151,6 +152,11 @@ class JoinedLayers:
         return found if self._limit() is None else found | {"beyond_limit": self.beyond}
 
 
+# By run and direction: the state that the first place has given backwards, or the second has handed on forwards. Where
+# the other of the two gets it next, somebody calls the layers in another order than their library.
+_given: weakref.WeakValueDictionary[tuple[int, bool], Tensor] = weakref.WeakValueDictionary()
+
+
 class Place:
     """What a joined container shows in the place of a layer: the run in that of the first, else nothing to do.
 
@@ -159,9 +165,16 @@ class Place:
     """
 
     def __init__(
-        self, layer: nn.Module, row: Row, joined: JoinedLayers, layers: Sequence[nn.Module] | None, from_latents: bool
+        self,
+        layer: nn.Module,
+        row: Row,
+        joined: JoinedLayers,
+        layers: Sequence[nn.Module] | None,
+        second: bool,
+        from_latents: bool,
     ) -> None:
-        vars(self).update(layer=layer, row=row, joined=joined, layers=layers, from_latents=from_latents, apart=False)
+        vars(self).update(layer=layer, row=row, joined=joined, layers=layers, second=second)
+        vars(self).update(from_latents=from_latents, apart=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run all layers, or hand on the state."""
@@ -183,31 +196,51 @@ class Place:
         setattr(self.layer, name, value)
 
     def _through(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        call = None
-        if self.layers is not None and not is_watched():
+        call, watched = None, is_watched()
+        if self.layers is not None and not watched:
             call = understood(self.row, self.layer, method, args, kwargs, self.joined.spares)
-        if call is not None and call.joinable:
-            try:
-                vars(self).update(apart=False)
-                return call.give(*self.joined(call))
-            except UnfitError:  # before anything was computed but maps
-                pass
+        joins = call is not None and call.joinable
         call = call or self.row.calls[method](self.layer, *args, **kwargs)
+        if call is not None:
+            backwards = call.inverse != self.from_latents
+            if not watched:
+                self._check_order(call.x, backwards)
+        else:  # not a call for ours, such as of few positions; the libraries name the way back by one of these
+            backwards = method == "inverse" or bool(kwargs.get("rev", kwargs.get("reverse")))
         if self.layers is None:
             if call is None:
                 return args[0], 0
             return call.give(call.x, call.x.new_zeros(call.x.shape[0]))  # by len(x) an export would fix N
-        if call is not None:
-            backwards = call.inverse != self.from_latents
-        else:  # not a call for ours, such as of few positions; the libraries name the way back by one of these
-            backwards = method == "inverse" or bool(kwargs.get("rev", kwargs.get("reverse")))
+        if call is not None and joins:
+            try:
+                vars(self).update(apart=False)
+                z, log_det = self.joined(call)
+                self._gave(z, backwards)
+                return call.give(z, log_det)
+            except UnfitError:  # before anything was computed but maps
+                pass
         vars(self).update(apart=True)
         state, total, out = args[0], None, None
         for layer in reversed(self.layers) if backwards else self.layers:
             out = self.joined.alone(layer, method, state, *args[1:], **kwargs)
             state, log_det = out if isinstance(out, tuple) else (out, None)
             total = log_det if total is None or log_det is None else total + log_det
+        if call is not None and not watched:
+            self._gave(state[0] if isinstance(state, tuple) else state, backwards)
         return (state, total) if isinstance(out, tuple) else out
+
+    def _check_order(self, x: Tensor, backwards: bool) -> None:
+        """Refuse a state that another order of calls than the library's has brought here: it would be run in that."""
+        if _given.pop((id(self.joined), backwards), None) is x and (self.second if backwards else self.layers):
+            order = "the last to the first" if backwards else "the first to the last"
+            raise RuntimeError(f"steps that are joined: expected calls from {order}, found another order")
+        if self.second:
+            self._gave(x, backwards)
+
+    def _gave(self, x: Tensor, backwards: bool) -> None:
+        """Note what the first place has given, or the second, which hands it on, where the other is not to follow."""
+        if self.second is not backwards:
+            _given[id(self.joined), backwards] = x
 
 
 class Joined(nn.Module):
@@ -310,5 +343,5 @@ def places_of(
         runs.append(JoinedLayers(own[::turn], [cast(Row, rows[i]) for i in stretch][::turn], memory, budget))
         for i in stretch:
             given = own if i == stretch[0] else None
-            places[i] = Place(layers[i], cast(Row, rows[i]), runs[-1], given, library.from_latents)
+            places[i] = Place(layers[i], cast(Row, rows[i]), runs[-1], given, i == stretch[1], library.from_latents)
     return places, runs, reasons

@@ -126,6 +126,26 @@ def test_permutations_alone_are_joined_in_the_dtype_of_the_state(default: torch.
         torch.testing.assert_close(getattr(model, direction)(x), getattr(theirs, direction)(x))
 
 
+def test_joined_steps_that_are_called_in_another_order_are_refused() -> None:
+    """A run would go through them in the library's; one by one, and twice in a row, they are what they were."""
+    theirs = at_work(nn.ModuleList([normflows.flows.GlowBlock(4, 6) for _ in range(3)])).double()
+    ours, x = copy.deepcopy(theirs), torch.randn(IMAGES[0], 4, *IMAGES[2:], dtype=torch.float64)
+
+    def called(blocks: Any, method: str, backwards: bool, x: Tensor) -> Tensor:
+        for block in reversed(list(blocks)) if backwards else blocks:
+            x, _ = getattr(block, method)(x)
+        return x
+
+    accelerate(ours, "store")
+    for method, backwards in (("forward", False), ("inverse", True)):
+        with pytest.raises(
+            RuntimeError, match=r"steps that are joined: expected calls from the .*, found another order"
+        ):
+            called(ours, method, not backwards, x)
+        found, expected = (called(m, method, backwards, called(m, method, backwards, x)) for m in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("memory", [None, "reversible"])
 def test_a_net_in_lower_precision_and_an_empty_batch(memory: str | None) -> None:
     """Under autocast the state keeps its dtype; what no kernel takes is theirs."""
