@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
         given = {name: value for name, value in vars(args).items() if name in OPTIONS}
         load = None if args.format == OWN else FORMATS[args.format][0]
         save = None if args.to == OWN else FORMATS[args.to][1]
-        taken: Any = [() if side is None else inspect.signature(side).parameters for side in (load, save)]
-        reading, writing = ({name: given[name] for name in side if name in given} for side in taken)
+        parameters: Any = [() if side is None else inspect.signature(side).parameters for side in (load, save)]
+        reading, writing = ({name: given[name] for name in side if name in given} for side in parameters)
         for name, value in given.items():  # options that neither side would look at
             expect(name in reading | writing, name, f"no such option for {args.format} to {args.to}", value)
         expect(not args.last or load is None, "last", "no such option but for a run", args.last)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         if load is None:
             model = _own_model(args.source, args.last)
         else:
-            sized = "image_size" not in taken[0] or "image_size" in reading
+            sized = "image_size" not in parameters[0] or "image_size" in reading
             expect(sized, "image_size", "--image-size N", "none")
             model = load(args.source, **reading)
         if save is None:

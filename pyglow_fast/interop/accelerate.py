@@ -195,7 +195,7 @@ def _alone(model: nn.Module, name: str, library: Library, row: Row, joins: bool 
 
 
 def _has_net(row: Row, layer: nn.Module) -> bool:
-    """Whether a layer is more than maps of channels, which cost nothing where they meet others in a run."""
+    """Tell whether a layer has a net to run; maps of channels alone cost nothing in a run with others."""
     return row.run is not None or any(isinstance(part, NetCoupling) for part in row.elements(layer, False))
 
 

@@ -160,21 +160,12 @@ _given: weakref.WeakValueDictionary[tuple[int, bool], Tensor] = weakref.WeakValu
 class Place:
     """What a joined container shows in the place of a layer: the run in that of the first, else nothing to do.
 
-    Attributes are the layer's, to be read and to be set. ``layers`` are all of the run, in the order of the container,
-    in the place of the first, and None in the others'; ``from_latents`` is the direction of the container.
+    Attributes are the layer's, to be read and to be set. ``number`` counts the places of a run from 0, in the order of
+    the container; ``from_latents`` is its direction.
     """
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        row: Row,
-        joined: JoinedLayers,
-        layers: Sequence[nn.Module] | None,
-        second: bool,
-        from_latents: bool,
-    ) -> None:
-        vars(self).update(layer=layer, row=row, joined=joined, layers=layers, second=second)
-        vars(self).update(from_latents=from_latents, apart=False)
+    def __init__(self, layer: nn.Module, row: Row, joined: JoinedLayers, number: int, from_latents: bool) -> None:
+        vars(self).update(layer=layer, row=row, joined=joined, number=number, from_latents=from_latents, apart=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run all layers, or hand on the state."""
@@ -187,7 +178,7 @@ class Place:
         if name in self.row.calls:
             return lambda *args, **kwargs: self._through(name, args, kwargs)
         if name in self.row.methods:  # those of the run are the first one's
-            asked = () if self.layers is None else self.layers if self.apart else (self.layer,)
+            asked = () if self.number else self.joined.layers if self.apart else (self.layer,)
             return lambda *args, **kwargs: sum(getattr(layer, name)(*args, **kwargs) for layer in asked)
         return getattr(self.layer, name)
 
@@ -196,32 +187,31 @@ class Place:
         setattr(self.layer, name, value)
 
     def _through(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        call, watched = None, is_watched()
-        if self.layers is not None and not watched:
-            call = understood(self.row, self.layer, method, args, kwargs, self.joined.spares)
-        joins = call is not None and call.joinable
-        call = call or self.row.calls[method](self.layer, *args, **kwargs)
+        ours, watched = None, is_watched()
+        if not (self.number or watched):
+            ours = understood(self.row, self.layer, method, args, kwargs, self.joined.spares)
+        call = ours or self.row.calls[method](self.layer, *args, **kwargs)
         if call is not None:
             backwards = call.inverse != self.from_latents
             if not watched:
                 self._check_order(call.x, backwards)
         else:  # not a call for ours, such as of few positions; the libraries name the way back by one of these
             backwards = method == "inverse" or bool(kwargs.get("rev", kwargs.get("reverse")))
-        if self.layers is None:
+        if self.number:
             if call is None:
                 return args[0], 0
             return call.give(call.x, call.x.new_zeros(call.x.shape[0]))  # by len(x) an export would fix N
-        if call is not None and joins:
+        if ours is not None and ours.joinable:
             try:
                 vars(self).update(apart=False)
-                z, log_det = self.joined(call)
+                z, log_det = self.joined(ours)
                 self._gave(z, backwards)
-                return call.give(z, log_det)
+                return ours.give(z, log_det)
             except UnfitError:  # before anything was computed but maps
                 pass
         vars(self).update(apart=True)
         state, total, out = args[0], None, None
-        for layer in reversed(self.layers) if backwards else self.layers:
+        for layer in self.joined.layers[:: 1 if backwards is self.from_latents else -1]:
             out = self.joined.alone(layer, method, state, *args[1:], **kwargs)
             state, log_det = out if isinstance(out, tuple) else (out, None)
             total = log_det if total is None or log_det is None else total + log_det
@@ -231,15 +221,15 @@ class Place:
 
     def _check_order(self, x: Tensor, backwards: bool) -> None:
         """Refuse a state that another order of calls than the library's has brought here: it would be run in that."""
-        if _given.pop((id(self.joined), backwards), None) is x and (self.second if backwards else self.layers):
+        if _given.pop((id(self.joined), backwards), None) is x and self.number == int(backwards):
             order = "the last to the first" if backwards else "the first to the last"
             raise RuntimeError(f"steps that are joined: expected calls from {order}, found another order")
-        if self.second:
+        if self.number == 1:
             self._gave(x, backwards)
 
     def _gave(self, x: Tensor, backwards: bool) -> None:
         """Note what the first place has given, or the second, which hands it on, where the other is not to follow."""
-        if self.second is not backwards:
+        if self.number != int(backwards):
             _given[id(self.joined), backwards] = x
 
 
@@ -283,8 +273,8 @@ class JoinedList(Joined, nn.ModuleList):
     append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = _refuse  # type: ignore[assignment]
 
 
-def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int, int | None, bool | None]:
-    """How many couplings a layer has, its width, and whether they halve the channels, None for any of the two.
+def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int, tuple[int | None, bool | None]]:
+    """Count a layer's couplings, and tell its width and whether they halve the channels, None for any of the two.
 
     A layer that may be in no run is an UnfitError.
     """
@@ -301,7 +291,7 @@ def key_of(layer: nn.Module, row: Row | None, memory: str) -> tuple[int, int | N
     offsets = [part.tensors[1] for part in elements if isinstance(part, Map) and part.kind != GROUPED]
     widths = [*(coupling.kept + coupling.changed for coupling in couplings), *map(len, offsets), None]
     halves = all(coupling.kept in (0, coupling.changed) for coupling in couplings) if couplings else None
-    return len(couplings), widths[0], halves
+    return len(couplings), (widths[0], halves)
 
 
 def places_of(
@@ -319,7 +309,7 @@ def places_of(
     nobody else's. Returns what stands in the places of the layers, the runs, and why each other layer is in none.
     """
     rows, reasons = [row_of(library, layer) for layer in layers], {}
-    keys: dict[int, tuple[int, int | None, bool | None]] = {}
+    keys: dict[int, tuple[int, tuple[int | None, bool | None]]] = {}
     for i, (layer, row) in enumerate(zip(layers, rows, strict=True)):
         try:
             keys[i] = key_of(layer, row, memory)
@@ -328,7 +318,8 @@ def places_of(
     stretches: list[list[int]] = []
     for i in keys:
         joins = i - 1 in keys and conditions[i] == conditions[i - 1] and follows(i)
-        if joins and all(len({None, *(keys[k][what] for k in (*stretches[-1], i))}) <= 2 for what in (1, 2)):
+        traits = zip(*(keys[k][1] for k in (*stretches[-1], i)), strict=True) if joins else ()
+        if joins and all(len({None, *found}) <= 2 for found in traits):
             stretches[-1].append(i)
         else:
             stretches.append([i])
@@ -341,7 +332,6 @@ def places_of(
             reasons |= dict.fromkeys(own, ALONE)
             continue
         runs.append(JoinedLayers(own[::turn], [cast(Row, rows[i]) for i in stretch][::turn], memory, budget))
-        for i in stretch:
-            given = own if i == stretch[0] else None
-            places[i] = Place(layers[i], cast(Row, rows[i]), runs[-1], given, i == stretch[1], library.from_latents)
+        for number, i in enumerate(stretch):
+            places[i] = Place(layers[i], cast(Row, rows[i]), runs[-1], number, library.from_latents)
     return places, runs, reasons
