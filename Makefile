@@ -68,7 +68,7 @@ $(VENV)/.torch:
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@echo "2 of 3: the kernels are compiled (half a minute on two cores, three with CUDA), and the page's packages installed"
 	$(INSTALL) --no-build-isolation --constraint $(VENV)/.torch --editable '.[web]'
-	@$(BIN)/python -c 'from pyglow_fast import _backend; print("compiled kernels:", _backend.reason() or "ready")'
+	@$(BIN)/python -c 'from pyglow_fast._core import backend; print("compiled kernels:", backend.reason() or "ready")'
 	@touch $@
 
 # What checks, tests and the documentation need on top. Ninja finds nothing to compile.

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import pyglow_fast
-from pyglow_fast import _backend, info
+from pyglow_fast import info
+from pyglow_fast._core import backend
 
 # Relative, in float64: 192 terms of about 1 that come to 0.1 a value are off by 192 * 2**-53 / 0.1 = 2e-13 at most in
 # one pass; here are two passes and a gradient between them.
@@ -43,7 +44,7 @@ def main() -> None:
         return
     sources = Path(__file__).resolve().parents[1]
     assert sources not in Path(pyglow_fast.__file__).resolve().parents, "the package is that of the source tree"
-    _backend.require()
+    backend.require()
     reference = {**os.environ, "PYGLOW_FORCE_REFERENCE": "1"}
     told = subprocess.run([sys.executable, __file__], env=reference, capture_output=True, text=True, check=True).stdout
     expected = float.fromhex(told.strip())

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import RESULTS, machine, write_json
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 
 STAGES = {
     "calls": ("bench.calls",),

@@ -32,7 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.gpu_questions import Question, Row, replayed, run, stage_options, until_replayed
 from bench.harness import Turns, autocast, synchronize
 from bench.model_cases import OURS, PLAIN, Shape, build, images, plain_levels, wake
-from pyglow_fast import FlowStep, ReversibleSequence, _backend, graphed
+from pyglow_fast import FlowStep, ReversibleSequence, graphed
+from pyglow_fast._core import backend
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.replays import WARM_UPS
@@ -92,10 +93,10 @@ def nets_by(way: str) -> Iterator[None]:
     """A context in which coupling nets are computed as PYGLOW_NETS in the environment would say."""
     try:
         with mock.patch.dict(os.environ, PYGLOW_NETS=way):
-            _backend._nets.cache_clear()
+            backend._nets.cache_clear()
             yield
     finally:
-        _backend._nets.cache_clear()
+        backend._nets.cache_clear()
 
 
 class Answers:

@@ -21,7 +21,8 @@ import torch
 
 from bench.gpu_stages import BROKEN, LATE, NO_KERNELS, PARTLY
 from bench.harness import machine, markdown, markdown_line, synchronize, write_json
-from pyglow_fast import _backend, ops
+from pyglow_fast import ops
+from pyglow_fast._core import backend
 
 Row = dict[str, Any]  # what was found; "note" says it in words, "failed" whether it is wrong
 Question = tuple[str, Callable[[], object]]  # its name, and what answers it: by a Row, or by not raising an error
@@ -128,6 +129,6 @@ def run(options: argparse.ArgumentParser, columns: Sequence[str], groups: Groups
     arguments = options.parse_args()
     if ops.run_on(torch.empty(0, device=arguments.device)):
         return ask(arguments, columns, groups)
-    reason = _backend.reason() or "it is not built for it"
+    reason = backend.reason() or "it is not built for it"
     print(f"there are no compiled kernels for {arguments.device.type} here: {reason}")
     return NO_KERNELS

@@ -35,7 +35,7 @@ if torch.cuda.is_available():
     found["driver, clock, power"] = subprocess.getoutput(asked)
 print(json.dumps(found))
 """
-LOADS = "from pyglow_fast import _backend; assert _backend.extension() is not None, _backend.reason()"
+LOADS = "from pyglow_fast._core import backend; assert backend.extension() is not None, backend.reason()"
 
 
 @dataclass(frozen=True)

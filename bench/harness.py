@@ -33,7 +33,8 @@ from typing import Any
 
 import torch
 
-from pyglow_fast import _backend, info
+from pyglow_fast import info
+from pyglow_fast._core import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -147,9 +148,9 @@ def machine(device: torch.device) -> dict[str, str]:
         "commit": commit(),
         "malloc": malloc_setting(),
     }
-    module = _backend.extension()
+    module = backend.extension()
     if module is not None:
-        facts["kernels"] = module.instruction_set() if device.type == "cpu" else _backend.build_info()["cuda"]
+        facts["kernels"] = module.instruction_set() if device.type == "cpu" else backend.build_info()["cuda"]
     return facts
 
 

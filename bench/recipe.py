@@ -28,8 +28,8 @@ from torch import Tensor
 from bench import harness
 from bench.harness import ROOT, Row, chosen
 from pyglow_fast import GlowConfig, presets
-from pyglow_fast._files import write_bytes
-from pyglow_fast._moments import Moments
+from pyglow_fast._core.files import write_bytes
+from pyglow_fast._core.moments import Moments
 from pyglow_fast.data import DataConfig, Images, load_data, optional, split
 from pyglow_fast.likelihood import bits_per_dim, not_finite
 from pyglow_fast.train import TrainConfig, TrainState

@@ -22,7 +22,7 @@ from bench.model_cases import CHECKPOINTED, LOG_PROB, MEMCNN, PEER_STEPS, SAMPLE
 from bench.nets import BOTH, FORWARD
 from bench.recipe import FORMER, comparable
 from bench.recipe import OURS as OURS_TRAINED
-from pyglow_fast._files import write_text
+from pyglow_fast._core.files import write_text
 
 _PAGES = ("memory", "memory-derivation", "other-models", "speed", "switching")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in _PAGES))

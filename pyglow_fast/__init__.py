@@ -4,6 +4,7 @@ Kingma & Dhariwal 2018, "Glow: Generative Flow with Invertible 1x1 Convolutions"
 """
 
 from pyglow_fast import functional, likelihood, presets, reference
+from pyglow_fast._core.memory import idle_memory, release_memory
 from pyglow_fast.graphed_glow import graphed
 from pyglow_fast.layers import (
     ActNorm,
@@ -22,7 +23,6 @@ from pyglow_fast.layers import (
     Squeeze,
     WaveNet,
 )
-from pyglow_fast.memory import release_memory
 from pyglow_fast.models import Glow, GlowConfig
 
 __version__ = "0.1.0"
@@ -48,6 +48,7 @@ __all__ = [
     "__version__",
     "functional",
     "graphed",
+    "idle_memory",
     "likelihood",
     "presets",
     "reference",

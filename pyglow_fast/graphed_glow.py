@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._captures import Later, is_capturing
-from pyglow_fast._errors import expect
+from pyglow_fast._core.captures import Later, is_capturing
+from pyglow_fast._core.errors import expect
 from pyglow_fast.models import Glow
 from pyglow_fast.models.condition import Condition
 from pyglow_fast.models.prior import check_temperature

@@ -10,7 +10,8 @@ from types import ModuleType
 
 import torch
 
-from pyglow_fast import _backend, ops
+from pyglow_fast import ops
+from pyglow_fast._core import backend
 
 _PACKAGES = ("numpy", "safetensors", "torchvision", "pillow")
 
@@ -40,9 +41,9 @@ def report() -> str:
 
 def cuda_reason() -> str:
     """Why CUDA tensors do not run on the compiled kernels; empty if they do."""
-    if _backend.extension() is None:
-        return _backend.reason()
-    if not _backend.build_info()["cuda"]:
+    if backend.extension() is None:
+        return backend.reason()
+    if not backend.build_info()["cuda"]:
         return "the extension was built without its CUDA kernels (no nvcc, a torch without CUDA, or PYGLOW_CUDA=0)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA support"
@@ -51,7 +52,7 @@ def cuda_reason() -> str:
     left_out = [i for i in range(torch.cuda.device_count()) if not ops.runs_on_gpu(i)]
     if left_out:
         found = ", ".join(f"cuda:{i} ({'.'.join(map(str, torch.cuda.get_device_capability(i)))})" for i in left_out)
-        archs = _backend.build_info()["cuda_archs"]
+        archs = backend.build_info()["cuda_archs"]
         return f"compiled for {archs}, which does not run on {found}; see TORCH_CUDA_ARCH_LIST"
     return ""
 
@@ -85,9 +86,9 @@ def _versions() -> dict[str, str]:
 
 
 def _build() -> dict[str, str]:
-    info = _backend.build_info()
+    info = backend.build_info()
     if not info:
-        return {"extension": f"none: {_backend.reason()}"}
+        return {"extension": f"none: {backend.reason()}"}
     stale = "" if info["version"] == version_of("pyglow-fast") else " (another version than the package's: rebuild)"
     return {
         "extension": info["version"] + stale,
@@ -100,7 +101,7 @@ def _build() -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
-    module = _backend.extension()
+    module = backend.extension()
     facts = {"cpu": f"{torch.get_num_threads()} threads"}
     if module is not None:
         facts["cpu"] += f", {_instruction_set(module)}"
@@ -119,7 +120,7 @@ def _instruction_set(module: ModuleType) -> str:
 
 
 def _backend_of(device: str) -> str:
-    why = _backend.reason() if device == "cpu" else cuda_reason()
+    why = backend.reason() if device == "cpu" else cuda_reason()
     return f"reference: {why}" if why else "compiled kernels for float32 and float64, reference for other dtypes"
 
 
@@ -131,9 +132,9 @@ _HALF = {
 
 def _half_nets() -> str:
     """What multiplies in coupling nets under autocast to bfloat16, or with precision="bf16"."""
-    module = _backend.extension()
-    if module is None or _backend.nets() != "auto":
-        return f"the library's layers: {_backend.reason() or f'PYGLOW_NETS is {_backend.nets()}'}"
+    module = backend.extension()
+    if module is None or backend.nets() != "auto":
+        return f"the library's layers: {backend.reason() or f'PYGLOW_NETS is {backend.nets()}'}"
     kernels = _instruction_set(module)
     found = _HALF.get(kernels, f"products of ours, whose numbers are widened to float32 ({kernels})")
     return f"{found}; float16 is the library's"
@@ -150,7 +151,7 @@ def _runs(op: str, device: str, why_not: str) -> str:
 
 def _ops() -> dict[str, str]:
     """What runs each op and its backward on float32 and float64 tensors of each device, as the dispatcher has it."""
-    devices = {"cpu": _backend.reason(), "cuda": cuda_reason()}
+    devices = {"cpu": backend.reason(), "cuda": cuda_reason()}
     facts = {op: ", ".join(f"{name}: {_runs(op, name, why)}" for name, why in devices.items()) for op in ops.names()}
     facts["scale maps"] = (
         "a map that is given as a callable runs on the reference everywhere: kernels know the named ones"

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import can_read, expect
-from pyglow_fast._tracing import is_batched
+from pyglow_fast._core.errors import can_read, expect
+from pyglow_fast._core.tracing import is_batched
 
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has hardly any operation on these
 

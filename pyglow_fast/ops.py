@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import _backend
-from pyglow_fast._dry import device_of
-from pyglow_fast._errors import expect
-from pyglow_fast._torch import (
+from pyglow_fast._core import backend
+from pyglow_fast._core.dry import device_of
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.torch_private import (
     Op,
     constant_in_graphs,
     count_dispatch_modes,
@@ -28,7 +28,7 @@ from pyglow_fast._torch import (
     is_registered,
     leaves,
 )
-from pyglow_fast._tracing import is_watched, kernels_step_aside
+from pyglow_fast._core.tracing import is_watched, kernels_step_aside
 from pyglow_fast.reference import (
     ACTIVATIONS,
     COUPLINGS,
@@ -79,15 +79,15 @@ def _without_kernel(name: str, *args: Any) -> Any:
         ImportError: there is no extension.
         NotImplementedError: it has no kernel for these devices or layouts.
     """
-    was_loaded = _backend.is_loaded()
-    _backend.require()
+    was_loaded = backend.is_loaded()
+    backend.require()
     if not was_loaded:
         for op in names():  # of what was found while there were no kernels
             forget_kernels(getattr(torch.ops.pyglow_fast, op).default)
         return getattr(torch.ops.pyglow_fast, name).default(*args)
     expected = " or ".join(device for device in DEVICES if is_compiled(name, device))
     found = [f"{value.device} ({value.layout})" for value in args if isinstance(value, Tensor)]
-    hint = "" if _backend.build_info()["cuda"] else "; pyglow_fast was built without its CUDA kernels"
+    hint = "" if backend.build_info()["cuda"] else "; pyglow_fast was built without its CUDA kernels"
     raise NotImplementedError(f"{name}: expected strided tensors on {expected}, found {', '.join(found)}{hint}")
 
 
@@ -292,7 +292,7 @@ def kept_elements(x: Tensor, weights: Sequence[Tensor], activations: Sequence[in
 
 @functools.cache
 def _find_devices() -> tuple[str, ...]:
-    if _backend.extension() is None:
+    if backend.extension() is None:
         return ()
     return tuple(device for device in DEVICES if is_compiled("channel_mix", device))
 
@@ -322,7 +322,7 @@ def runs_on_capability(archs: str, capability: tuple[int, int]) -> bool:
 @functools.cache
 def runs_on_gpu(index: int) -> bool:
     """Whether the compiled CUDA kernels run on that GPU."""
-    return runs_on_capability(_backend.build_info()["cuda_archs"], torch.cuda.get_device_capability(index))
+    return runs_on_capability(backend.build_info()["cuda_archs"], torch.cuda.get_device_capability(index))
 
 
 def run_on(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 
 LIMITS = ("max_steps", "max_epochs", "max_minutes")
 # What ``train`` takes for a model without a preset, and the presets for a CPU: at equal time it reached fewer bits/dim

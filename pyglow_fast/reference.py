@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyglow_fast import _float32
-from pyglow_fast._errors import SingularMatrixError, can_read, expect
-from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS, autocast_is_on
+from pyglow_fast._core import float32
+from pyglow_fast._core.errors import SingularMatrixError, can_read, expect
+from pyglow_fast._core.float32 import CONVOLUTIONS, PRODUCTS, autocast_is_on
 
 COUPLINGS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
@@ -46,7 +46,7 @@ def full_product(a: Tensor, b: Tensor) -> Tensor:
     What the flow itself multiplies must not be rounded, and the settings, which are the process's, are not changed.
     """
     with full_precision(a):
-        if _float32.rounds(PRODUCTS, a):
+        if float32.rounds(PRODUCTS, a):
             return (a.double() @ b.double()).to(a.dtype)
         return a @ b
 
@@ -201,7 +201,7 @@ def n_positions(x: Tensor) -> int:
 def _matrix_product(flat: Tensor, matrix: Tensor, offset: Tensor | None = None) -> Tensor:
     with full_precision(flat):
         # A convolution refuses zero positions, and rounds on CUDA where torch's settings are left as they come.
-        if flat.numel() and not _float32.rounds(CONVOLUTIONS, flat):
+        if flat.numel() and not float32.rounds(CONVOLUTIONS, flat):
             return F.conv1d(flat, matrix.unsqueeze(-1), offset)
         product = full_product(matrix.expand(flat.shape[0], *matrix.shape), flat)
         return product if offset is None else product + offset.unsqueeze(-1)

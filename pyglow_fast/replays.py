@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import _torch
-from pyglow_fast._captures import can_capture, rehearsed
-from pyglow_fast._tracing import has_hooks
+from pyglow_fast._core import torch_private
+from pyglow_fast._core.captures import can_capture, rehearsed
+from pyglow_fast._core.tracing import has_hooks
 from pyglow_fast.layers import ReversibleSequence
 from pyglow_fast.nets.state import without_autocast_cache
 from pyglow_fast.runs.drift import GROW_AFTER
@@ -211,10 +211,10 @@ def _capture(function: Callable[[], Any], stream: torch.cuda.Stream) -> tuple[Ca
     except RuntimeError as broken:
         generator.graphsafe_set_state(before)
         with contextlib.suppress(RuntimeError):  # what torch has ended itself
-            _torch.end_allocations(device, pool)
+            torch_private.end_allocations(device, pool)
         if torch.__version__ < (2, 14):  # type: ignore[operator]  # it compares with tuples
             with contextlib.suppress(RuntimeError):  # where the capture has not begun, there is none
-                _torch.release_pool(device, pool)
+                torch_private.release_pool(device, pool)
         raise failed or broken from broken
     if failed is not None:
         raise failed

@@ -12,38 +12,22 @@ from support import ROOT
 
 PACKAGE = "pyglow_fast"
 
-# What each part of the package may import of the others; a new module or subpackage is entered here. A part is a direct
-# child of the package: layers stands for all modules in layers/.
-FOUNDATION: dict[str, set[str]] = {
-    **{name: set() for name in ("_torch", "_moments", "_dry")},
-    "_tracing": {"_torch"},
-    "_float32": {"_torch", "_dry"},
-    "_errors": {"_tracing"},
-    **{name: {"_errors"} for name in ("_settings", "_files")},
-    "_captures": {"_errors", "_tracing"},
-    "_derivatives": {"_torch", "_errors"},
-}
-# Each may import those before it.
-KERNELS = ["_backend", "ops", "functional"]
-FLOWS = ["nets", "runs", "layers", "models", "replays"]
-APPLICATION = ["latents", "train", "studio", "web", "experiments", "cli"]
-STACK = [*KERNELS, *FLOWS, *APPLICATION]
-BESIDE = {"reference", "likelihood", "presets"}  # torch at most, usable by every layer above _backend
-BELOW = {*FOUNDATION, *BESIDE}
+# What each folder of the package may import of the others, beside itself.
+PLAIN = {"_core", "reference", "likelihood", "presets"}  # torch at most
+STACK = ["functional", "nets", "runs", "layers", "models"]  # each may import those before it
+BELOW = {*PLAIN, *STACK}
 ALLOWED: dict[str, set[str]] = {
-    **FOUNDATION,
-    **{name: {*FOUNDATION} for name in (*BESIDE, "data")},
-    **{name: BELOW | set(STACK[:rank]) for rank, name in enumerate(STACK)},
-    "_backend": {"_torch", "_errors"},
-    "info": BELOW | {"_backend", "ops"},
-    "memory": {"_backend"},
-    "interop": BELOW | {*KERNELS, *FLOWS},
-    "graphed_glow": BELOW | {*KERNELS, *FLOWS},
-    "__init__": BELOW | {"graphed_glow", "interop", "memory"} | {*KERNELS, *FLOWS},
-    "__main__": {"cli"},
+    "_core": set(),
+    **{name: {"_core"} for name in PLAIN - {"_core"}},
+    **{name: PLAIN | set(STACK[:rank]) for rank, name in enumerate(STACK)},
+    "interop": BELOW,
+    "data": PLAIN,
+    "latents": BELOW,
+    "train": {*BELOW, "data", "interop", "latents"},
+    "app": {*BELOW, "data", "interop", "latents", "train"},
+    "__init__": {*BELOW, "interop"},
+    "__main__": {"app"},
 }
-for above_data in ("train", "experiments", "studio", "web", "cli"):
-    ALLOWED[above_data] |= {"data", "interop", "info"}
 
 DEPENDENCIES = {"torch", "numpy", "safetensors"}  # always installed; anything else is imported inside functions
 MAY_USE_EXTRAS = {"data", "train", "experiments", "studio", "web", "cli", "interop"}

@@ -86,7 +86,7 @@ void define_run(py::module& m) {
     try {
       if (error) std::rethrow_exception(error);
     } catch (const run::SingularMatrix& singular) {
-      const py::object own = py::module_::import("pyglow_fast._errors").attr("SingularMatrixError");
+      const py::object own = py::module_::import("pyglow_fast._core.errors").attr("SingularMatrixError");
       PyErr_SetString(own.ptr(), singular.what());
     }
   });

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyglow_fast._files import write_text
-from pyglow_fast._settings import Declared, declared_of, value_text
+from pyglow_fast._core.files import write_text
+from pyglow_fast._core.settings import Declared, declared_of, value_text
 from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.presets import RECIPE

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pyglow_fast._errors import check_seed, did_you_mean, expect
-from pyglow_fast._files import check_file
-from pyglow_fast._settings import Range, value_text
+from pyglow_fast._core.errors import check_seed, did_you_mean, expect
+from pyglow_fast._core.files import check_file
+from pyglow_fast._core.settings import Range, value_text
 from pyglow_fast.cli._output import say_error
 from pyglow_fast.data import DATA_HELP, optional
 from pyglow_fast.data.sources import SHIPPED

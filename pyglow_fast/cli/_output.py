@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyglow_fast._errors import did_you_mean, visible
+from pyglow_fast._core.errors import did_you_mean, visible
 from pyglow_fast.data import Yardstick
 from pyglow_fast.train import Score
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.cli._arguments import Commands, command
 from pyglow_fast.cli._output import say, user_input
 from pyglow_fast.interop import convert

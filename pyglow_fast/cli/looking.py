@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from pyglow_fast import latents
-from pyglow_fast._errors import expect
-from pyglow_fast._files import write_bytes
-from pyglow_fast._moments import Moments
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.files import write_bytes
+from pyglow_fast._core.moments import Moments
 from pyglow_fast.cli._arguments import COUNT, IMAGES, PICTURE, RUN, Commands, command, open_run
 from pyglow_fast.cli._output import not_finite_note, say, say_next, user_input
 from pyglow_fast.latents.paths import even

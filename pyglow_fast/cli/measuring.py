@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast._files import write_bytes, write_text
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.files import write_bytes, write_text
 from pyglow_fast.cli._arguments import IMAGES, RUN, Commands, command, open_run, output_path
 from pyglow_fast.cli._output import say, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, SOURCES, measure_yardsticks, optional

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pyglow_fast import info
-from pyglow_fast._errors import expect
-from pyglow_fast._files import write_bytes, write_text
-from pyglow_fast._settings import declared_of
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.files import write_bytes, write_text
+from pyglow_fast._core.settings import declared_of
 from pyglow_fast.cli._arguments import RUN_HELP, Commands, check_numbers, command, output_path
 from pyglow_fast.cli._output import say, say_next, table, user_input
 from pyglow_fast.cli.training import add_settings, settings

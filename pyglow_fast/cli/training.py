@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pyglow_fast import presets
-from pyglow_fast._errors import expect
-from pyglow_fast._settings import GROUPS, Declared, declared_of, value_text
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.settings import GROUPS, Declared, declared_of, value_text
 from pyglow_fast.cli._arguments import Commands, Function, command
 from pyglow_fast.cli._output import say, say_error, say_next, table, user_input
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data

@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from pyglow_fast._errors import expect, visible
-from pyglow_fast._settings import IMAGES, Range, check_settings, setting, settings
+from pyglow_fast._core.errors import expect, visible
+from pyglow_fast._core.settings import IMAGES, Range, check_settings, setting, settings
 from pyglow_fast.data.image_set import DEFAULT_HELD_OUT, HELD_OUT, Augmentation
 
 FILE_SIZE = 32  # the side that files are scaled to where none is asked for

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.hub
 
-from pyglow_fast._errors import expect, visible
+from pyglow_fast._core.errors import expect, visible
 from pyglow_fast.data._optional import optional
 
 IDX_FILES = tuple(f"{part}-{content}-ubyte" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect, visible
+from pyglow_fast._core.errors import expect, visible
 from pyglow_fast.data._optional import optional
 from pyglow_fast.data.config import SOURCES, DataConfig
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import check_count, expect
-from pyglow_fast._settings import Range
+from pyglow_fast._core.errors import check_count, expect
+from pyglow_fast._core.settings import Range
 
 DEFAULT_HELD_OUT = 0.1  # where nothing is asked for and the source has no split of its own
 HELD_OUT = Range(above=0, below=1)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect, visible
+from pyglow_fast._core.errors import expect, visible
 from pyglow_fast.data.config import DataConfig
 from pyglow_fast.data.files import UnreadableImageError, as_values, decode, to_square
 from pyglow_fast.data.files import pixels as pixels_of

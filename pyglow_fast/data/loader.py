@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyglow_fast._errors import expect
-from pyglow_fast._settings import Range, check_setting
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.settings import Range, check_setting
 from pyglow_fast.data.config import DataConfig
 from pyglow_fast.data.image_set import Augmentation, Images, ImageSet
 from pyglow_fast.data.lazy import readable

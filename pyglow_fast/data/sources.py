@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect, visible
+from pyglow_fast._core.errors import expect, visible
 from pyglow_fast.data._optional import optional
 from pyglow_fast.data.config import SOURCES, DataConfig
 from pyglow_fast.data.fetch import IDX_FILES, data_folder

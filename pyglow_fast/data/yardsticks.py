@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.data._optional import optional
 from pyglow_fast.data.config import DataConfig
 from pyglow_fast.data.fetch import data_folder

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pyglow_fast._errors import expect
-from pyglow_fast._files import TEMPORARY, FolderError, refusing, write_bytes, write_text
-from pyglow_fast._moments import Moments
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.files import TEMPORARY, FolderError, refusing, write_bytes, write_text
+from pyglow_fast._core.moments import Moments
 from pyglow_fast.data import Images
 from pyglow_fast.experiments.compare import parameter_count
 from pyglow_fast.train.config import LIMITS, TrainConfig, flatten

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast._moments import Moments
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.moments import Moments
 
 
 def auroc(own: Tensor, foreign: Tensor) -> tuple[float, float]:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import _backend, ops, reference
-from pyglow_fast._derivatives import apply
-from pyglow_fast._dry import device_of
-from pyglow_fast._errors import can_read
+from pyglow_fast import ops, reference
+from pyglow_fast._core import backend
+from pyglow_fast._core.derivatives import apply
+from pyglow_fast._core.dry import device_of
+from pyglow_fast._core.errors import can_read
 from pyglow_fast.functional import autograd
 from pyglow_fast.reference import (
     Activation,
@@ -184,7 +185,7 @@ def net_by_kernels(x: Tensor) -> bool:
     (docs/speed.md), unless PYGLOW_NETS in the environment says otherwise. Under autocast to bfloat16 too, of a float32
     x: see :func:`net_in_half`; autocast to float16 is the library's.
     """
-    if device_of(x).type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or _backend.nets() != "auto":
+    if device_of(x).type != "cpu" or not 2 <= x.dim() <= 5 or not ops.run_on(x) or backend.nets() != "auto":
         return False
     return not torch.is_autocast_enabled("cpu") or net_in_half(x)
 
@@ -196,7 +197,7 @@ def net_by_library(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not 3 <= x.dim() <= 5 or not ops.run_on(x):
         return False
-    return device_of(x).type == "cuda" or _backend.nets() != "auto"
+    return device_of(x).type == "cuda" or backend.nets() != "auto"
 
 
 def net_in_half(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import ops
-from pyglow_fast._derivatives import Saved, differentiable_once
+from pyglow_fast._core.derivatives import Saved, differentiable_once
 from pyglow_fast.reference import full_product, transpose_map
 
 _CouplingArguments = tuple[int, int, bool, float, float, float, float]

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from pyglow_fast._errors import expect
-from pyglow_fast._tracing import is_altered
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.tracing import is_altered
 from pyglow_fast.interop import antsx, chaiyujin, freia, glow_tts, hiding, jet, nflows, normflows
 from pyglow_fast.interop.adoption import Adopted, adopted_class, give_back
 from pyglow_fast.interop.joined import Joined, JoinedLayers, JoinedList, Place, Reasons, places_of, row_of

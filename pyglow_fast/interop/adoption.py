@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyglow_fast._torch import has_global_hook
-from pyglow_fast._tracing import is_watched
+from pyglow_fast._core.torch_private import has_global_hook
+from pyglow_fast._core.tracing import is_watched
 from pyglow_fast.interop.limits import within
 from pyglow_fast.interop.table import Call, Element, Row, UnfitError, fitted, is_ready, untouched
 from pyglow_fast.nets.masks import is_mask, log_scale_of_padding, masked_condition

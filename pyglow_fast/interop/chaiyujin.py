@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._captures import made_once
+from pyglow_fast._core.captures import made_once
 from pyglow_fast.interop.known_net import KnownNet, Layer
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import AS_FAST, Call, Element, Library, Row, wrapped

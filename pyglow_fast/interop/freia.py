@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.interop.graphs import joined_graph
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (

@@ -21,8 +21,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read
-from pyglow_fast._torch import ParametrizedWeightNorm
+from pyglow_fast._core.errors import can_read
+from pyglow_fast._core.torch_private import ParametrizedWeightNorm
 from pyglow_fast.interop.table import AS_FAST, Call, Element, Library, Row, grouped, wrapped
 from pyglow_fast.layers.wavenet import Conv, WaveNetParts, run_wavenet, wavenet_bytes, wavenet_halo
 from pyglow_fast.nets.masks import MaskedNet

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._tracing import is_altered
+from pyglow_fast._core.tracing import is_altered
 from pyglow_fast.interop.freia import times
 from pyglow_fast.interop.joined import unrepeatable
 from pyglow_fast.interop.probe import settings

@@ -15,8 +15,8 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._torch import AnyBatchNorm, AnyInstanceNorm
-from pyglow_fast._tracing import is_altered, is_watched
+from pyglow_fast._core.torch_private import AnyBatchNorm, AnyInstanceNorm
+from pyglow_fast._core.tracing import is_altered, is_watched
 from pyglow_fast.interop.adoption import Adopted, called, recomputed_later, understood
 from pyglow_fast.interop.limits import BeyondLimitError, within
 from pyglow_fast.interop.table import GROUPED, Call, Element, Library, Row, UnfitError, is_ready, untouched

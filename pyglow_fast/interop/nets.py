@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
-from pyglow_fast._torch import has_global_hook
-from pyglow_fast._tracing import is_altered
+from pyglow_fast._core.torch_private import has_global_hook
+from pyglow_fast._core.tracing import is_altered
 from pyglow_fast.interop.known_net import LOG_MAPS, WRAPPERS, KnownNet, Layer, qualified
 from pyglow_fast.interop.probing import chain_of
 from pyglow_fast.nets.chain import Chain, Outputs

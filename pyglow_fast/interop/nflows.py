@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._torch import AnyConv
+from pyglow_fast._core.torch_private import AnyConv
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.interop.nets import CalledWithContext
 from pyglow_fast.interop.table import (

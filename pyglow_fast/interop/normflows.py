@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._tracing import is_watched
+from pyglow_fast._core.tracing import is_watched
 from pyglow_fast.interop.known_net import LOG_MAPS, qualified
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import (

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import _torch
+from pyglow_fast._core import torch_private
 from pyglow_fast.interop.adoption import adopted_class
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.interop.table import EXACT, Row, UnfitError
@@ -112,11 +112,11 @@ def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tup
         read = row.calls[method](twin, *args, **kwargs) if method in row.calls else None
         dtype, bound = row.inverts_in if read is not None and read.inverse else EXACT
         twin = twin.to(dtype)
-        parts, tree = _torch.flatten((args, kwargs))
+        parts, tree = torch_private.flatten((args, kwargs))
         values = _tensors(parts)
         leaves = [value.to(dtype).requires_grad_() if value.dtype == torch.float64 else value for value in values]
         copies = (leaf.clone() for leaf in leaves)  # a layer may write to them
-        given = _torch.unflatten([next(copies) if isinstance(part, Tensor) else part for part in parts], tree)
+        given = torch_private.unflatten([next(copies) if isinstance(part, Tensor) else part for part in parts], tree)
         if ours:
             # Without a sense of what pays, under a name of its own: our arithmetic, which the row may not use else.
             eager = replace(row, name=f"{row.name} in a probe", pays=lambda layer, call: True)
@@ -183,7 +183,7 @@ def _recognisable(row: Row, layer: nn.Module) -> Iterator[tuple[nn.Module, int]]
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [part for part in _torch.leaves(value) if isinstance(part, Tensor)]
+    return [part for part in torch_private.leaves(value) if isinstance(part, Tensor)]
 
 
 def _configuration(row: Row, layer: nn.Module) -> Any:

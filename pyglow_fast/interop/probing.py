@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyglow_fast._tracing import is_altered, is_watched
+from pyglow_fast._core.tracing import is_altered, is_watched
 
 # Functions of a tensor, each with the module that it is, which takes the other arguments of a call.
 _FUNCTIONS: dict[Any, type[nn.Module]] = {

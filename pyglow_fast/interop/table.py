@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import _torch
-from pyglow_fast._captures import held
-from pyglow_fast._errors import can_read
-from pyglow_fast._tracing import call_untraced, is_altered, is_batched, is_traced
+from pyglow_fast._core import torch_private
+from pyglow_fast._core.captures import held
+from pyglow_fast._core.errors import can_read
+from pyglow_fast._core.tracing import call_untraced, is_altered, is_batched, is_traced
 from pyglow_fast.interop.known_net import qualified
 from pyglow_fast.layers.grouped_conv import spread_over_groups
 from pyglow_fast.reference import full_precision
@@ -227,7 +227,7 @@ def pays_for_images(layer: nn.Module, call: Call) -> bool:
 
 def is_set(flag: Tensor) -> bool:
     """Whether a flag, (), is above zero; torch.func.vmap, which refuses all reads, does not see this one."""
-    with _torch.without_functorch() if is_batched() else nullcontext():
+    with torch_private.without_functorch() if is_batched() else nullcontext():
         return not flag.is_meta and bool(flag > 0)
 
 
@@ -250,7 +250,7 @@ def is_ready(row: Row, layer: nn.Module) -> bool:
     if not ready:
         return bool(call_untraced(is_ready, row, layer))
     for flag in flags:
-        _torch.assert_later(flag > 0, "an actnorm waits for data: call the model once outside of torch.compile")
+        torch_private.assert_later(flag > 0, "an actnorm waits for data: call the model once outside of torch.compile")
     return True
 
 
@@ -258,7 +258,7 @@ def _is_set_in_export(flag: Tensor, seen: Tensor) -> bool:
     mode = getattr(flag, "fake_mode", None)
     if mode is None:  # torch.jit.trace
         return flag is seen and is_set(flag)
-    with _torch.without_dispatch_modes():
+    with torch_private.without_dispatch_modes():
         return mode.from_tensor(seen) is flag and is_set(seen)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.latents.spaces import DEFAULT_SPACE, check_finite, check_shares, check_space, from_space
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import check_labels

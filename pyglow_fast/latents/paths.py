@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
-from pyglow_fast._settings import Range
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.settings import Range
 from pyglow_fast.latents.spaces import (
     DEFAULT_SPACE,
     check_finite,

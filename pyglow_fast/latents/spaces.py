@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.models import Glow
 from pyglow_fast.models.prior import check_labels
 from pyglow_fast.nets.precision import overridden

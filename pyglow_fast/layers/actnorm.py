@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyglow_fast import functional, reference
-from pyglow_fast._captures import refuse_first_use
-from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import has_transforms, is_of_several
+from pyglow_fast._core.captures import refuse_first_use
+from pyglow_fast._core.errors import check_count, check_input, expect
+from pyglow_fast._core.tracing import has_transforms, is_of_several
 from pyglow_fast.layers._base import FlowLayer
 
 

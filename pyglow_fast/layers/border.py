@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyglow_fast import _float32
+from pyglow_fast._core import float32
 from pyglow_fast.reference import full_precision
 
 
@@ -29,7 +29,7 @@ def scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 def border_map(kernel: Tensor, spatial: Sequence[int]) -> Tensor:
     """Compute the border term ring * kernel, (1, C_out, *spatial), of a kernel (C_out, 1, 3, ...)."""
-    wide = kernel.double() if _float32.rounds(_float32.CONVOLUTIONS, kernel) else kernel
+    wide = kernel.double() if float32.rounds(float32.CONVOLUTIONS, kernel) else kernel
     ring = F.pad(wide.new_zeros(1, 1, *spatial), [1, 1] * len(spatial), value=1.0)
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(spatial)]
     with full_precision(kernel):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyglow_fast._errors import expect
-from pyglow_fast._settings import Range
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.settings import Range
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.nets.checkerboard import Checkerboard

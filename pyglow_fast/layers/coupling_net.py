@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._errors import expect
-from pyglow_fast._torch import has_global_hook
-from pyglow_fast._tracing import any_altered
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.torch_private import has_global_hook
+from pyglow_fast._core.tracing import any_altered
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.border import border_kernel, border_map, scaled, without_border
 from pyglow_fast.nets.chain import Chain

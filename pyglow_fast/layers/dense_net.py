@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import has_hooks
+from pyglow_fast._core.errors import check_count, check_input, expect
+from pyglow_fast._core.tracing import has_hooks
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias
 from pyglow_fast.nets.dense import DenseForm
 from pyglow_fast.nets.run import condition_for

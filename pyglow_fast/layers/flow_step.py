@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import has_hooks
+from pyglow_fast._core.errors import check_count, check_input, expect
+from pyglow_fast._core.tracing import has_hooks
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm
 from pyglow_fast.layers.coupling import MASKS, Coupling, coupling_spec

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import check_count, expect
+from pyglow_fast._core.errors import check_count, expect
 from pyglow_fast.layers.permutation import ChannelLinear
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyglow_fast._errors import check_count, check_input
+from pyglow_fast._core.errors import check_count, check_input
 from pyglow_fast.layers.coupling import Coupling
 from pyglow_fast.layers.coupling_net import CouplingNet
 from pyglow_fast.reference import CouplingSpec

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._core.errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.reference import full_precision, lu_weight
 from pyglow_fast.runs.maps import FACTORS, INDEX, MATRIX, WEIGHT

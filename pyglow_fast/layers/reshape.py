@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import check_count, check_input, expect
+from pyglow_fast._core.errors import check_count, check_input, expect
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.border import border_kernel, border_map
 from pyglow_fast.layers.coupling_net import conv_for, zero_bias

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import check_input, expect
-from pyglow_fast._tracing import call_untraced, kernels_step_aside
+from pyglow_fast._core.errors import check_input, expect
+from pyglow_fast._core.tracing import call_untraced, kernels_step_aside
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.flow_step import FlowStep, runs_fused
 from pyglow_fast.nets.plan import budget_bytes

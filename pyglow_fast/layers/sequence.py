@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import kernels_step_aside
+from pyglow_fast._core.errors import check_count, check_input, expect
+from pyglow_fast._core.tracing import kernels_step_aside
 from pyglow_fast.layers.flow_step import FlowStep
 from pyglow_fast.layers.reversible_sequence import ReversibleSequence
 from pyglow_fast.layers.wavenet import WaveNet

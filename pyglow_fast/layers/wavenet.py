@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._tracing import is_watched
+from pyglow_fast._core.errors import check_count, check_input, expect
+from pyglow_fast._core.tracing import is_watched
 from pyglow_fast.nets.masks import run_by_length
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyglow_fast._errors import can_read, expect
+from pyglow_fast._core.errors import can_read, expect
 
 Condition = Tensor | Sequence[Tensor] | Mapping[int, Tensor]
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyglow_fast import presets
-from pyglow_fast._errors import did_you_mean, expect
-from pyglow_fast._settings import MODEL, Range, check_settings, setting, settings
+from pyglow_fast._core.errors import did_you_mean, expect
+from pyglow_fast._core.settings import MODEL, Range, check_settings, setting, settings
 from pyglow_fast.layers.coupling import SCALE_BIAS, SCALE_CLAMP, SCALE_EPS, SCALE_FACTOR, coupling_spec
 from pyglow_fast.layers.flow_step import PERMUTATIONS
 from pyglow_fast.reference import COUPLINGS, SCALE_MAPS

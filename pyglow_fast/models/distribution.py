@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Independent, Normal, Transform, TransformedDistribution, constraints
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.models.prior import check_labels
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import can_read, check_count, check_input, expect
-from pyglow_fast._float32 import has_tf32
-from pyglow_fast._tracing import is_watched
+from pyglow_fast._core.errors import can_read, check_count, check_input, expect
+from pyglow_fast._core.float32 import has_tf32
+from pyglow_fast._core.tracing import is_watched
 from pyglow_fast.layers import ActNorm, Coupling, FrozenSteps, ReversibleSequence, Split
 from pyglow_fast.layers.reshape import standardised
 from pyglow_fast.likelihood import bits_per_dim, dequantize

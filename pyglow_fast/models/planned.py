@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._tracing import call_untraced, kernels_step_aside
+from pyglow_fast._core.tracing import call_untraced, kernels_step_aside
 from pyglow_fast.runs.planner import RunPlan
 from pyglow_fast.runs.plans import Forward, Plans
 

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._errors import can_read, expect
+from pyglow_fast._core.errors import can_read, expect
 from pyglow_fast.layers.border import border_kernel, border_map
 
 

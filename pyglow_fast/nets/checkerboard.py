@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyglow_fast import functional
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.nets.run import condition_for
 
 

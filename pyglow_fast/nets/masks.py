@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyglow_fast import reference
-from pyglow_fast._errors import can_read, expect
+from pyglow_fast._core.errors import can_read, expect
 from pyglow_fast.nets.traits import bytes_per_position, halo_of, is_deterministic, may_write
 from pyglow_fast.reference import CouplingSpec
 

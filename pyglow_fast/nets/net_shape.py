@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import functional
-from pyglow_fast._errors import check_count, check_input, expect
-from pyglow_fast._torch import has_global_hook
-from pyglow_fast._tracing import is_altered
+from pyglow_fast._core.errors import check_count, check_input, expect
+from pyglow_fast._core.torch_private import has_global_hook
+from pyglow_fast._core.tracing import is_altered
 from pyglow_fast.reference import COUPLING_NETS
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.nets.traits import bytes_per_position, draws_random_numbers, halo_of, mixes_positions
 
 # Budget "auto", bytes of activations: fixed, so that results repeat to the bit whatever memory is free. On a CPU, 16 to

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import _float32
-from pyglow_fast._dry import device_of
-from pyglow_fast._errors import expect
+from pyglow_fast._core import float32
+from pyglow_fast._core.dry import device_of
+from pyglow_fast._core.errors import expect
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,7 +21,7 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("net_prec
 def dtype_on(x: Tensor) -> torch.dtype:
     """The dtype that a net computes in, given its input: under autocast that of the moment, where x is float32."""
     device_type = device_of(x).type
-    narrow = x.dtype == torch.float32 and _float32.autocast_is_on(device_type)
+    narrow = x.dtype == torch.float32 and float32.autocast_is_on(device_type)
     return torch.get_autocast_dtype(device_type) if narrow else x.dtype
 
 
@@ -54,10 +54,10 @@ def _float32_nets(precision: str, x: Tensor) -> Iterator[None]:
     """A context without autocast; on a GPU, which may round what it multiplies to TF32, with or without that."""
     device_type = device_of(x).type
     without = (
-        torch.autocast(device_type, enabled=False) if _float32.autocast_is_on(device_type) else contextlib.nullcontext()
+        torch.autocast(device_type, enabled=False) if float32.autocast_is_on(device_type) else contextlib.nullcontext()
     )
-    wanted = _float32.TF32 if precision == "tf32" else _float32.FULL
-    with without, _float32.computing_in(wanted) if _float32.has_tf32(x) else contextlib.nullcontext():
+    wanted = float32.TF32 if precision == "tf32" else float32.FULL
+    with without, float32.computing_in(wanted) if float32.has_tf32(x) else contextlib.nullcontext():
         yield
 
 
@@ -83,13 +83,13 @@ def in_precision(precision: str, x: Tensor) -> contextlib.AbstractContextManager
     if precision in HALF:
         expect(x.dtype == torch.float32, "precision", f"one that goes with a state of {x.dtype}", repr(precision))
         return torch.autocast(device_type, dtype=HALF[precision])
-    has_tf32 = _float32.has_tf32(x)
-    if precision == "auto" or not (has_tf32 or _float32.autocast_is_on(device_type)):
+    has_tf32 = float32.has_tf32(x)
+    if precision == "auto" or not (has_tf32 or float32.autocast_is_on(device_type)):
         return contextlib.nullcontext()
     if not compiles:
         return _float32_nets(precision, x)
     if has_tf32 and precision == "fp32":
-        found = [name for name in (_float32.PRODUCTS, _float32.CONVOLUTIONS) if _float32.rounds(name, x)]
+        found = [name for name in (float32.PRODUCTS, float32.CONVOLUTIONS) if float32.rounds(name, x)]
         expected = 'torch.backends.fp32_precision = "ieee" where "fp32" is compiled'
         expect(not found, "precision", expected, f"TF32 for {found}")
     return torch.autocast(device_type, enabled=False)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._derivatives import check_leaves, passed_back
-from pyglow_fast._errors import expect
+from pyglow_fast._core.derivatives import check_leaves, passed_back
+from pyglow_fast._core.errors import expect
 from pyglow_fast.nets.plan import Chunk
 from pyglow_fast.nets.state import without_autocast_cache
 from pyglow_fast.nets.traits import may_write

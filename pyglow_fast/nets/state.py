@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._captures import is_capturing
-from pyglow_fast._errors import can_read, expect
+from pyglow_fast._core.captures import is_capturing
+from pyglow_fast._core.errors import can_read, expect
 from pyglow_fast.nets.traits import is_deterministic
 
 REPEAT_TOLERANCE = 0.01  # of the norm of a net's output

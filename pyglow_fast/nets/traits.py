@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from pyglow_fast._errors import expect
-from pyglow_fast._torch import AnyBatchNorm, AnyCircularPad, AnyConv, AnyDropout, AnyInstanceNorm
-from pyglow_fast._tracing import is_altered
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.torch_private import AnyBatchNorm, AnyCircularPad, AnyConv, AnyDropout, AnyInstanceNorm
+from pyglow_fast._core.tracing import is_altered
 
 # Of each Conv or Linear of a net that does not state its cost: its output, the activation's, and half of the gradients
 # of both (the other half is not there yet or no longer, as the backward passes through).

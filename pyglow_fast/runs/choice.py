@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast import _backend, _float32, functional, ops
-from pyglow_fast._backend import require
-from pyglow_fast._dry import device_of, is_dry
-from pyglow_fast._errors import expect
-from pyglow_fast._float32 import has_tf32
-from pyglow_fast._tracing import is_watched, kernels_step_aside
+from pyglow_fast import functional, ops
+from pyglow_fast._core import backend, float32
+from pyglow_fast._core.backend import require
+from pyglow_fast._core.dry import device_of, is_dry
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.float32 import has_tf32
+from pyglow_fast._core.tracing import is_watched, kernels_step_aside
 from pyglow_fast.nets.chain import Chain
 from pyglow_fast.nets.precision import dtype_on, in_precision, override
 from pyglow_fast.runs.compiled import CompiledRun, folded_maps, run_plain, run_recorded
@@ -58,10 +59,10 @@ def _computes(precision: str, x: Tensor) -> _Computes | None:
             return _Computes("kernels", False, False, half, lowest_of(x.dtype, half or x.dtype))
         if not functional.net_by_library(x):
             return None
-        dtype, choice, on_gpu = dtype_on(x), _backend.nets(), device_of(x).type == "cuda"
+        dtype, choice, on_gpu = dtype_on(x), backend.nets(), device_of(x).type == "cuda"
         own, may_round = dtype == x.dtype, has_tf32(x)
-        products = may_round and _float32.rounds(_float32.PRODUCTS, x)
-        convolutions = may_round and _float32.rounds(_float32.CONVOLUTIONS, x)
+        products = may_round and float32.rounds(float32.PRODUCTS, x)
+        convolutions = may_round and float32.rounds(float32.CONVOLUTIONS, x)
         named = "tf32" if own and products else str(dtype).removeprefix("torch.")
         rows = choice == "rows" or (choice == "auto" and on_gpu and named in ROWS_IN)
         rounds = convolutions or (rows and products)  # TF32 has as many bits as float16

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pyglow_fast import _float32, functional
-from pyglow_fast._backend import require
-from pyglow_fast._derivatives import Saved, apply_to_plain, differentiable_once
-from pyglow_fast._dry import device_of
+from pyglow_fast import functional
+from pyglow_fast._core import float32
+from pyglow_fast._core.backend import require
+from pyglow_fast._core.derivatives import Saved, apply_to_plain, differentiable_once
+from pyglow_fast._core.dry import device_of
 from pyglow_fast.nets.precision import in_precision
 from pyglow_fast.runs.deferred import accepted
 from pyglow_fast.runs.description import Run
@@ -188,7 +189,7 @@ def _signs(positions: int, x: Tensor) -> Any:
         sketch_inner=sketched.inner,
         sketch_outer=sketched.outer,
         sketch_sums=sketched.sum,
-        rounds=_float32.rounds(_float32.PRODUCTS, x),
+        rounds=float32.rounds(float32.PRODUCTS, x),
     )
 
 

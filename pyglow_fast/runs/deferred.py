@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyglow_fast._captures import Later, held, is_capturing, refuse_first_use
-from pyglow_fast._torch import backward_id, call_at_its_end
+from pyglow_fast._core.captures import Later, held, is_capturing, refuse_first_use
+from pyglow_fast._core.torch_private import backward_id, call_at_its_end
 
 # Flags of so many backward passes are kept: one that fails does not come to the end, where its flag would be dropped.
 REMEMBERED = 16

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from pyglow_fast._dry import device_of
-from pyglow_fast._errors import expect
+from pyglow_fast._core.dry import device_of
+from pyglow_fast._core.errors import expect
 from pyglow_fast.nets.checkerboard import Checkerboard
 from pyglow_fast.nets.net_shape import NetShape
 from pyglow_fast.nets.plan import Chunk, plan_chunks

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast import _float32
-from pyglow_fast._captures import can_capture, made_once
-from pyglow_fast._errors import expect
-from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
-from pyglow_fast._torch import backward_id
+from pyglow_fast._core import float32
+from pyglow_fast._core.captures import can_capture, made_once
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.float32 import CONVOLUTIONS, PRODUCTS
+from pyglow_fast._core.torch_private import backward_id
 from pyglow_fast.reference import flat_positions, full_precision
 from pyglow_fast.runs.deferred import Verdicts
 
@@ -69,11 +69,11 @@ def lowest_precision(dtype: torch.dtype, net_out: Tensor, weights: Sequence[Tens
     """
     found = {dtype, net_out.dtype}
     device_type = net_out.device.type
-    if _float32.autocast_is_on(device_type):
+    if float32.autocast_is_on(device_type):
         found.add(torch.get_autocast_dtype(device_type))
-    if weights and _float32.has_tf32(net_out):
+    if weights and float32.has_tf32(net_out):
         operations = {PRODUCTS if weight.dim() == 2 else CONVOLUTIONS for weight in weights if weight.dim() >= 2}
-        found |= {torch.float16 for operation in operations if _float32.rounds(operation, net_out)}
+        found |= {torch.float16 for operation in operations if float32.rounds(operation, net_out)}
     return lowest_of(*found)
 
 
@@ -121,7 +121,7 @@ def project(x: Tensor) -> Tensor:
     flat = flat_positions(x)
     signs, _ = signs_of(flat.shape[2], x.dtype, x.device)
     by_block = flat.unflatten(2, (signs.outer.shape[0], signs.inner.shape[0]))
-    if _float32.rounds(PRODUCTS, x):  # of single numbers, which nothing rounds
+    if float32.rounds(PRODUCTS, x):  # of single numbers, which nothing rounds
         one_by_one: Tensor = ((by_block * signs.inner).sum(3) * signs.outer).sum(2)
         return one_by_one
     with full_precision(x):

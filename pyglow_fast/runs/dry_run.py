@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import _torch
-from pyglow_fast._backend import require
-from pyglow_fast._dry import state
+from pyglow_fast._core import torch_private
+from pyglow_fast._core.backend import require
+from pyglow_fast._core.dry import state
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,7 +58,7 @@ def dry_run(device: torch.device) -> Iterator[Any]:
     try:
         # What looks at values in the caller's ops, gradients and saved tensors is not to see these.
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-        with _torch.without_dispatch_modes(), torch.autograd.set_detect_anomaly(False), hooks:
+        with torch_private.without_dispatch_modes(), torch.autograd.set_detect_anomaly(False), hooks:
             yield count
     finally:
         count.exit()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional, ops
-from pyglow_fast._backend import require
-from pyglow_fast._derivatives import passed_back
-from pyglow_fast._errors import expect
+from pyglow_fast._core.backend import require
+from pyglow_fast._core.derivatives import passed_back
+from pyglow_fast._core.errors import expect
 from pyglow_fast.functional.autograd import inverse_gradient
 from pyglow_fast.reference import fold_actnorm, full_precision, full_product, gather_actnorm, invert_gather, lu_weight
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast._backend import require
-from pyglow_fast._captures import is_capturing
-from pyglow_fast._derivatives import backward_key
-from pyglow_fast._dry import device_of, is_dry
-from pyglow_fast._errors import can_read
-from pyglow_fast._torch import backward_id
+from pyglow_fast._core.backend import require
+from pyglow_fast._core.captures import is_capturing
+from pyglow_fast._core.derivatives import backward_key
+from pyglow_fast._core.dry import device_of, is_dry
+from pyglow_fast._core.errors import can_read
+from pyglow_fast._core.torch_private import backward_id
 from pyglow_fast.runs.deferred import drifted_in_this_backward
 from pyglow_fast.runs.drift import DriftControl
 

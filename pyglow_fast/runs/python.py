@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pyglow_fast import functional
-from pyglow_fast._derivatives import Saved, apply, differentiable_once
-from pyglow_fast._dry import device_of
-from pyglow_fast._tracing import call_untraced
+from pyglow_fast._core.derivatives import Saved, apply, differentiable_once
+from pyglow_fast._core.dry import device_of
+from pyglow_fast._core.tracing import call_untraced
 from pyglow_fast.nets.masks import mask_of, positions_of, without_padding
 from pyglow_fast.nets.run import GradientSum
 from pyglow_fast.runs.deferred import accepted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 
 MEMORY_MODES = ("reversible", "checkpoint", "store")
 _QUOTED = ", ".join(f'"{mode}"' for mode in MEMORY_MODES)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import did_you_mean, expect
+from pyglow_fast._core.errors import did_you_mean, expect
 from pyglow_fast.data import Images
 from pyglow_fast.latents import to_space
 from pyglow_fast.models import Glow

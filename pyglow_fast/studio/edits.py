@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.latents import decode_path, edited, to_space
 from pyglow_fast.likelihood import not_finite
 from pyglow_fast.studio.directions import Add, Directions

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pyglow_fast._errors import expect, visible
-from pyglow_fast._files import write_bytes
+from pyglow_fast._core.errors import expect, visible
+from pyglow_fast._core.files import write_bytes
 from pyglow_fast.data import Images, ImageSet, MissingExtraError, load_data, read_single, split
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.latents import likeliest_class

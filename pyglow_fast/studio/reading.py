@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.data import SOURCES, DataConfig, Images, ImageSet
 from pyglow_fast.likelihood import dequantize
 from pyglow_fast.models import Glow

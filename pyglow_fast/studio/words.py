@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from pyglow_fast._errors import check_seed, expect
+from pyglow_fast._core.errors import check_seed, expect
 from pyglow_fast.train.figures import PICTURE_IMAGES
 
 IMAGE_HELP = (

@@ -1,6 +1,6 @@
 """Training: configuration, the loop, checkpoints, evaluation and pictures. Uses models, likelihood and data."""
 
-from pyglow_fast._files import FolderError
+from pyglow_fast._core.files import FolderError
 from pyglow_fast.train.bar import progress_line
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig, read_config, to_toml

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyglow_fast import info
-from pyglow_fast._errors import expect
-from pyglow_fast._files import replacing
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.files import replacing
 from pyglow_fast.train.config import TrainConfig
 
 FORMAT = 3

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pyglow_fast import presets
-from pyglow_fast._errors import expect, visible
-from pyglow_fast._settings import (
+from pyglow_fast._core.errors import expect, visible
+from pyglow_fast._core.settings import (
     COMPUTING,
     IMAGES,
     MODEL,

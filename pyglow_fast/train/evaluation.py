@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast._moments import Moments
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.moments import Moments
 from pyglow_fast.data import Images, UnreadableImageError, batches
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast._errors import check_count, expect, visible
-from pyglow_fast._files import write_bytes
-from pyglow_fast._settings import Range
+from pyglow_fast._core.errors import check_count, expect, visible
+from pyglow_fast._core.files import write_bytes
+from pyglow_fast._core.settings import Range
 from pyglow_fast.data import Images, optional
 from pyglow_fast.data.files import pixels as pixels_of
 from pyglow_fast.data.lazy import readable

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast._settings import check_setting
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.settings import check_setting
 from pyglow_fast.data import optional
 from pyglow_fast.models import Glow, GlowConfig
 from pyglow_fast.train.config import TrainConfig

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from pyglow_fast._errors import SingularMatrixError, expect
-from pyglow_fast._files import FolderError, refusing, write_bytes, write_text
+from pyglow_fast._core.errors import SingularMatrixError, expect
+from pyglow_fast._core.files import FolderError, refusing, write_bytes, write_text
 from pyglow_fast.data import Images, UnreadableImageError, Yardstick, load_data, measure_yardsticks, optional
 from pyglow_fast.likelihood import not_finite
 from pyglow_fast.train.bar import progress_line

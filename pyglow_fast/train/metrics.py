@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pyglow_fast._errors import visible
+from pyglow_fast._core.errors import visible
 
 Cell = str | float | int | None
 # With these a spreadsheet begins a formula, in wide forms too. The last one marks a text.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import _torch
+from pyglow_fast._core import torch_private
 from pyglow_fast.models import Glow
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
@@ -71,6 +71,6 @@ class Average(nn.Module):
         self.updates.add_(taken)
         own, theirs = list[Tensor](self.module.parameters()), list[Tensor](model.parameters())
         share = (1.0 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)) * taken
-        moves = _torch.subtract_each(theirs, own)
-        _torch.multiply_each_(moves, share.to(own[0].dtype))
-        _torch.add_to_each_(own, moves)
+        moves = torch_private.subtract_each(theirs, own)
+        torch_private.multiply_each_(moves, share.to(own[0].dtype))
+        torch_private.add_to_each_(own, moves)

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.distributed.nn  # before a group is joined: its default arguments would keep that group for good
 from torch import Tensor, nn
 
-from pyglow_fast import _backend
-from pyglow_fast._errors import expect
+from pyglow_fast._core import backend
+from pyglow_fast._core.errors import expect
 from pyglow_fast.train.config import check_device
 
 TIMEOUT = datetime.timedelta(minutes=10)  # how long a rank waits for one that is silent
@@ -101,7 +101,7 @@ def _digest(values: Tensor) -> bytes:
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """Choose the device that a config's ``device`` means here; "auto" and "cuda" are the GPU of this rank."""
     check_device(name)
-    module = _backend.extension()
+    module = backend.extension()
     if module is not None:
         module.instruction_set()  # else the first kernel would refuse, when a run folder is there already
     if name == "auto":

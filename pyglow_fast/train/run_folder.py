@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from pyglow_fast._errors import expect
-from pyglow_fast._files import TEMPORARY, FolderError, check_place, refusing, write_text
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.files import TEMPORARY, FolderError, check_place, refusing, write_text
 from pyglow_fast.data import optional
 from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import Checkpoint

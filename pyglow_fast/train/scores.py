@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyglow_fast._errors import visible
+from pyglow_fast._core.errors import visible
 from pyglow_fast.data import Images, LazyImages
 from pyglow_fast.data.lazy import FileReader
 from pyglow_fast.train.evaluation import ImageScores

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.data import Images, ImageSet, UnreadableImageError, batches, split
 from pyglow_fast.models import Glow
 from pyglow_fast.train.checkpoint import DRIFT, Checkpoint, DataStamp, Progress, check_tensors, nested, versions

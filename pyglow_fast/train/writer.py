@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyglow_fast._files import refusing, write_bytes, write_text
+from pyglow_fast._core.files import refusing, write_bytes, write_text
 from pyglow_fast.data import Images, optional
 from pyglow_fast.train.checkpoint import Checkpoint
 from pyglow_fast.train.config import TrainConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.studio import Grid, OpenRun, Subject
 from pyglow_fast.studio.opened import find_run
 from pyglow_fast.train import RunFolder

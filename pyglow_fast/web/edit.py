@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.latents.paths import even
 from pyglow_fast.studio import Add, Between, Edit, HeldOut, OpenRun, Picked, Subject, likelihood_text
 from pyglow_fast.studio.directions import REST

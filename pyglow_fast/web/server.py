@@ -21,7 +21,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 
 VARIABLE = "PYGLOW_SERVE_AUTH"
 SETTINGS = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ALLOWED_PATHS": ""}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import gradio as gr
 from gradio.data_classes import FileData, ImageData, ListFiles
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.data import optional
 from pyglow_fast.data.files import FORMATS
 from pyglow_fast.studio import File, OpenRun, Picked

@@ -13,9 +13,9 @@ from support.latent_runs import write_emoji
 from bench import all as every
 from bench import calls, directions, harness, kernels, live, memory, models, nets, recipe, tables
 from bench.harness import Row
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 
-compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+compiled = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 
 
 def smoke(module: ModuleType, *options: str) -> list[Row]:

@@ -24,7 +24,7 @@ from bench import gpu_answers, gpu_check, gpu_kernels, gpu_questions, gpu_smoke,
 from bench.cases import Data, kernel_cases
 from bench.gpu_stages import MACHINE, PARTLY, STAGES, TOTAL_SECONDS, Stage
 from bench.model_cases import Shape
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 from pyglow_fast.runs import drift
 from pyglow_fast.train.update import Update
 
@@ -334,7 +334,7 @@ def test_a_module_that_was_built_elsewhere(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.full
-@pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+@pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 def test_a_rehearsal_with_torch_numpy_safetensors_and_pytest_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bench.gpu_check", "--rehearse", "--out", str(out)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.program import contents, pyglow_fast
 
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 from pyglow_fast.cli import main
 from pyglow_fast.studio import opened
 
@@ -71,7 +71,7 @@ def test_a_bad_choice_of_kernels(run: Path, command: str, monkeypatch: pytest.Mo
             raise ValueError("PYGLOW_CPU: expected one of portable on this machine, found foo")
 
     monkeypatch.chdir(run.parent)
-    monkeypatch.setattr(_backend, "extension", Extension)
+    monkeypatch.setattr(backend, "extension", Extension)
     before = contents(run.parent)
     message = "error: PYGLOW_CPU: expected one of portable on this machine, found foo\n"
     assert pyglow_fast(*command.split()) == (2, "", message)

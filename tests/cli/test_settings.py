@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.program import pyglow_fast
 
-from pyglow_fast._settings import value_text
+from pyglow_fast._core.settings import value_text
 from pyglow_fast.cli import main
 from pyglow_fast.cli.app import parser
 from pyglow_fast.cli.training import default_text, from_file, make_config, settings

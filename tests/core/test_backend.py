@@ -18,17 +18,18 @@ import pytest
 import torch
 from support.commands import Command
 
-from pyglow_fast import _backend, functional, info, ops
+from pyglow_fast import functional, info, ops
+from pyglow_fast._core import backend
 
 CPU_ALONE = ("net_chain", "checkerboard")  # ops that the library does on a GPU
-compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+compiled = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forgets what was loaded, before the test and after it."""
     monkeypatch.delenv("PYGLOW_FORCE_REFERENCE", raising=False)
-    caches = (_backend._load, _backend._nets, _backend.require)
+    caches = (backend._load, backend._nets, backend.require)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -50,14 +51,14 @@ def run_forked(code: str, folder: Path, **environment: str) -> str:
 
 @pytest.mark.skipif(os.environ.get("PYGLOW_NO_EXTENSION") != "0", reason="the extension is optional here")
 def test_the_extension_is_there_where_it_is_a_must() -> None:
-    assert _backend.reason() == ""
-    assert isinstance(_backend.require(), ModuleType)
+    assert backend.reason() == ""
+    assert isinstance(backend.require(), ModuleType)
 
 
 @compiled
 def test_build_info_tells_what_was_built() -> None:
-    facts = _backend.build_info()
-    assert _backend.release(facts["torch"]) == _backend.release(torch.__version__)
+    facts = backend.build_info()
+    assert backend.release(facts["torch"]) == backend.release(torch.__version__)
     assert "portable" in facts["instruction_sets"].split(",")
     assert bool(facts["cuda"]) == bool(facts["cuda_archs"])
     assert re.match(r"(gcc|clang) \d+", facts["compiler"])
@@ -68,7 +69,7 @@ def test_build_info_tells_what_was_built() -> None:
 def test_no_openmp_or_cuda_library_is_linked() -> None:
     """One module serves any torch: it finds the libraries of the torch that was imported before it."""
     dynamic = subprocess.run(
-        ["readelf", "-d", str(_backend.require().__file__)], capture_output=True, text=True, check=True
+        ["readelf", "-d", str(backend.require().__file__)], capture_output=True, text=True, check=True
     ).stdout
     needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
     assert any(name.startswith("libc10") for name in needed)
@@ -83,7 +84,7 @@ def test_every_op_has_its_kernels() -> None:
     assert len(ops.names()) >= 13
     for op in ops.names():
         assert ops.is_compiled(op, "cpu"), op
-        on_gpus = bool(_backend.build_info()["cuda"]) and not op.startswith(CPU_ALONE)
+        on_gpus = bool(backend.build_info()["cuda"]) and not op.startswith(CPU_ALONE)
         assert ops.is_compiled(op, "cuda") == on_gpus, op
 
 
@@ -109,10 +110,10 @@ def test_nets_may_be_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> Non
     x = torch.zeros(1, 2, 4, 4)
     for setting, expected in (("library", False), ("rows", False), ("auto", True), ("", True)):
         monkeypatch.setenv("PYGLOW_NETS", setting)
-        _backend._nets.cache_clear()
+        backend._nets.cache_clear()
         assert functional.net_by_kernels(x) == expected
     monkeypatch.setenv("PYGLOW_NETS", "cudnn")
-    _backend._nets.cache_clear()
+    backend._nets.cache_clear()
     with pytest.raises(ValueError, match="PYGLOW_NETS: expected auto, library or rows, found 'cudnn'"):
         functional.net_by_kernels(x)
 
@@ -121,20 +122,20 @@ def test_nets_may_be_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     for nothing in ("", "0"):
         monkeypatch.setenv("PYGLOW_FORCE_REFERENCE", nothing)
-        assert "PYGLOW_FORCE_REFERENCE" not in _backend.reason()
-        _backend._load.cache_clear()
+        assert "PYGLOW_FORCE_REFERENCE" not in backend.reason()
+        backend._load.cache_clear()
     monkeypatch.setenv("PYGLOW_FORCE_REFERENCE", "1")
-    assert _backend.extension() is None
-    assert _backend.build_info() == {}
+    assert backend.extension() is None
+    assert backend.build_info() == {}
     with pytest.raises(ImportError, match=r"pyglow_fast\._C: PYGLOW_FORCE_REFERENCE is set"):
-        _backend.require()
+        backend.require()
 
 
 @pytest.mark.usefixtures("fresh")
 def test_a_missing_extension_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"not installed .*pip install --no-build-isolation \."):
-        _backend.require()
+        backend.require()
 
 
 @pytest.mark.usefixtures("fresh")
@@ -162,8 +163,8 @@ def test_an_extension_that_does_not_fit_is_not_used(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib, "import_module", found)
     with pytest.warns(RuntimeWarning, match=message):
-        assert _backend.extension() is None
-    assert "pip install" in _backend.reason()
+        assert backend.extension() is None
+    assert "pip install" in backend.reason()
 
 
 def test_importing_the_package_changes_nothing() -> None:
@@ -194,7 +195,7 @@ def test_info_tells_the_backend_of_every_op() -> None:
     facts, text = info.collect(), info.report()
     for word in ("versions", "build", "devices", "backends", "ops", "python", torch.__version__):
         assert word in text
-    for device, why in {"cpu": _backend.reason(), "cuda": info.cuda_reason()}.items():
+    for device, why in {"cpu": backend.reason(), "cuda": info.cuda_reason()}.items():
         assert facts["backends"][device].startswith(f"reference: {why}" if why else "compiled")
         for op, said in facts["ops"].items():
             assert "reference everywhere" in said or f"{device}: {'reference' if why else 'compiled'}" in said, op
@@ -250,4 +251,4 @@ for _ in range(2):
         module.register_kernels()
     except RuntimeError as error:
         print("invert_matrices" in str(error))"""
-    assert run_python(code.replace("PATH", repr(_backend.require().__file__))).split() == ["True", "True"]
+    assert run_python(code.replace("PATH", repr(backend.require().__file__))).split() == ["True", "True"]

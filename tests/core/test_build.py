@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from support import ROOT
 
 import pyglow_fast
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 
 SWITCHES = (
     "PYGLOW_CUDA",
@@ -174,7 +174,7 @@ def test_compiled_kernels_ask_for_their_torch(
     policy: ModuleType, monkeypatch: pytest.MonkeyPatch, torch: str, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(policy.importlib.metadata, "version", lambda name: {"torch": torch}[name])
-    minor = ".".join(_backend.release(torch))
+    minor = ".".join(backend.release(torch))
     required = Requirement(f"torch=={minor}.*")
     assert policy.built_for(compiled=True) == (str(required), "")
     assert policy.built_for(compiled=False) == ("torch>=2.11", "")

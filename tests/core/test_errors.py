@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyglow_fast._errors import check_seed, expect, visible
+from pyglow_fast._core.errors import check_seed, expect, visible
 from pyglow_fast.data import UnreadableImageError
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pyglow_fast as pgf
-from pyglow_fast import _float32, functional, ops, reference
-from pyglow_fast._float32 import CONVOLUTIONS, PRODUCTS
+from pyglow_fast import functional, ops, reference
+from pyglow_fast._core import float32
+from pyglow_fast._core.float32 import CONVOLUTIONS, PRODUCTS
 from pyglow_fast.layers.border import border_map
 from pyglow_fast.models.class_head import ClassHead
 from pyglow_fast.nets.precision import in_precision
@@ -198,7 +199,7 @@ def test_all_compute_in_it_and_the_settings_are_as_they_were(setting: str, preci
         before = now()
         with in_precision(precision, x):
             assert {now()[name] for name in ("matmul", "conv", "rnn")} == {"ieee" if precision == "fp32" else "tf32"}
-            assert _float32.rounds(PRODUCTS, x) == _float32.rounds(CONVOLUTIONS, x) == (precision == "tf32")
+            assert float32.rounds(PRODUCTS, x) == float32.rounds(CONVOLUTIONS, x) == (precision == "tf32")
         assert now() == before
         with pytest.raises(KeyError), in_precision(precision, x):
             raise KeyError
@@ -245,7 +246,7 @@ def test_what_followed_another_setting_still_does(set_before: list[str], outer: 
     program = f"""
 import sys
 import torch
-from pyglow_fast import _float32
+from pyglow_fast._core import float32
 
 def now():
     cudnn = torch.backends.cudnn
@@ -253,7 +254,7 @@ def now():
 
 {settings}
 for precision in sys.argv[1:]:
-    with _float32.computing_in(precision):
+    with float32.computing_in(precision):
         assert set(now()) == {{precision}}, now()
 print({legacy})
 torch.backends.{outer}fp32_precision = "ieee"

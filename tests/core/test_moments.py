@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from pyglow_fast._moments import Moments
+from pyglow_fast._core.moments import Moments
 
 VALUES = [[1.0, 2.0, 4.5], [0.1, 0.1, 0.1], [3.0, -7.25], [1e3 + i / 8 for i in range(50)]]
 

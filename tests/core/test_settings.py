@@ -11,7 +11,7 @@ import pytest
 
 from docs._site import settings_page
 from pyglow_fast import GlowConfig
-from pyglow_fast._settings import (
+from pyglow_fast._core.settings import (
     Range,
     check_setting,
     check_settings,

@@ -28,7 +28,7 @@ from support import ROOT
 from support.pages import Block, blocks, page, shell_commands
 from support.tiny_run import write_images
 
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 from pyglow_fast.cli import app, main
 from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
@@ -78,8 +78,8 @@ def test_python_runs(block: Block) -> None:
     missing = sorted(name for name in imported if importlib.util.find_spec(name) is None)
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    if " MB" in block.code and _backend.extension() is None:
-        pytest.skip(f"bytes need the extension: {_backend.reason()}")
+    if " MB" in block.code and backend.extension() is None:
+        pytest.skip(f"bytes need the extension: {backend.reason()}")
     exec(block.code, {"__name__": "__main__"})
 
 

@@ -16,7 +16,7 @@ from support.pages import page
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 
 PAGE = page("docs/architecture.md").partition("## The spine")[2].partition("**The Python executor**")[0]
 SPINE = re.findall(r"^\d+\. `([\w./]+)`", PAGE, re.MULTILINE)
@@ -48,7 +48,7 @@ def test_the_files_are_there() -> None:
     assert [name for name in (*SPINE, *BESIDE) if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+@pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 def test_log_prob_goes_through_the_files_in_their_order() -> None:
     """A state is handed to each after the one before, and by none to one that comes before it; and to no other file."""
     model = pgf.Glow(image_shape=(3, 16, 16), n_levels=2, n_steps=3, hidden=23)  # no other test has this shape
@@ -63,7 +63,7 @@ def test_log_prob_goes_through_the_files_in_their_order() -> None:
         assert name not in spine or spine.index(caller) <= spine.index(name), f"{caller} calls {name}"
 
 
-@pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+@pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 @pytest.mark.parametrize("memory", ["store", "reversible"])
 def test_python_of_a_step_is_bounded(memory: str) -> None:
     """Calls of functions of the package for each flow step of a training step, their files, and those given a state."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from support import ROOT
 
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 
 ARCHITECTURES = ("80", "90", "100", "120")  # all that the package ships code for
 BLOCK_THREADS, REGISTERS = 256, 64 * 1024  # of a block; of a multiprocessor
@@ -128,8 +128,8 @@ def kernels_of(cubin: str, reserved: int) -> list[Kernel]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiled_kernels_are_as_promised(arch: str, tmp_path: Path) -> None:
     """No spills, enough registers for the blocks that hide latency, 16-byte accesses, no atomics."""
-    extension = _backend.extension()
-    if extension is None or arch not in re.findall(r"\d+", _backend.build_info().get("cuda_archs", "")):
+    extension = backend.extension()
+    if extension is None or arch not in re.findall(r"\d+", backend.build_info().get("cuda_archs", "")):
         pytest.skip(f"the built module has no code for sm_{arch}: make venv, with nvcc on the PATH")
     module = Path(str(extension.__file__))
     sources = [path for folder in ("cuda", "math") for path in (ROOT / "csrc" / folder).iterdir()]

@@ -8,7 +8,8 @@ from emulation import emulator
 from emulation.emulator import EmulatedOps
 from kernels.kernel_cases import Kernels
 
-from pyglow_fast import _backend, ops
+from pyglow_fast import ops
+from pyglow_fast._core import backend
 
 HOMES = [
     "cpu",
@@ -23,6 +24,6 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "emulated":
         library = emulator.library(request.getfixturevalue("tmp_path_factory"))
         return Kernels(EmulatedOps(library))
-    if _backend.extension() is None:
-        pytest.skip(f"no extension: {_backend.reason()}")
+    if backend.extension() is None:
+        pytest.skip(f"no extension: {backend.reason()}")
     return Kernels(ops, request.param)

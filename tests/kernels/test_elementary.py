@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 from pyglow_fast.reference import ACTIVATIONS, Activation, activated
 
-pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+pytestmark = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 
 NAMES = ("exp", "log", "log1p_unit", "tanh", "atan", "expm1_negative", "erf", "erfc")
 
@@ -55,21 +55,21 @@ FLOAT64 = [("exp", -700.0, 700.0), ("log1p_unit", 0.0, 1.0), ("expm1_negative", 
 def test_bounds(name: str, low: float, high: float, bound: float, dtype: torch.dtype) -> None:
     x = torch.linspace(low, high, 200_003, dtype=torch.float64).to(dtype)
     of_torch = getattr(torch, name.partition("_")[0])
-    error = _ulps(_backend.require().elementary(name, x), of_torch(x.double()))
+    error = _ulps(backend.require().elementary(name, x), of_torch(x.double()))
     assert float(error.max()) <= bound
 
 
 def test_tail_of_erfc() -> None:
     """To where it is subnormal. The rounding of x^2, half an ulp of it, is x^2 units of a mantissa near 2."""
     x = torch.linspace(1.0, 9.0, 200_003, dtype=torch.float64).float()
-    error = _ulps(_backend.require().elementary("erfc", x), torch.erfc(x.double()))
+    error = _ulps(backend.require().elementary("erfc", x), torch.erfc(x.double()))
     assert float((error - x.double().square()).max()) <= 5.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_special_values(dtype: torch.dtype) -> None:
     """NaN stays NaN, infinities go where they should; every lane position and count is covered."""
-    elementary = _backend.require().elementary
+    elementary = backend.require().elementary
     for count in range(1, 35):
         for at in range(count):
             x = torch.full((count,), 0.5, dtype=dtype)
@@ -190,7 +190,7 @@ def _errors(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     the largest factor that comes after: x, or 6 u of gelu_tanh's derivative, which is zero from 32 on. In float64 the
     exact result has as large an error.
     """
-    dtype, activation = x.dtype, _backend.require().activation
+    dtype, activation = x.dtype, backend.require().activation
     parameter = float(torch.tensor(PARAMETERS.get(name, 0.0), dtype=dtype))
     wide = x.double()
     y, derivative = _exact(name, wide, parameter)
@@ -221,7 +221,7 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_special_values_of_activations(name: str, dtype: torch.dtype) -> None:
     """As torch's, but for gelu of inf, which torch's vectors make NaN; large numbers do not overflow on the way."""
-    activation, largest = _backend.require().activation, torch.finfo(dtype).max
+    activation, largest = backend.require().activation, torch.finfo(dtype).max
     parameter = PARAMETERS.get(name, 0.0)
     x = torch.tensor([math.nan, -math.inf, math.inf, 0.0], dtype=dtype)
     expected = activated(x, Activation(name, parameter))

@@ -27,10 +27,11 @@ from support.helpers import assert_close
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, nn
 
-from pyglow_fast import _backend, functional, ops, reference
+from pyglow_fast import functional, ops, reference
+from pyglow_fast._core import backend
 from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
 
-compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+compiled = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 SPEC = CouplingSpec()
 FORWARD, BACKWARD = codes(SPEC, False), codes(SPEC)
 SHAPE = (2, 4, 6, 5)

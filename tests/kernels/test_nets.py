@@ -28,10 +28,11 @@ from kernels.net_chains import (
 from support.helpers import assert_equal
 from torch import Tensor
 
-from pyglow_fast import _backend, functional, ops, reference
+from pyglow_fast import functional, ops, reference
+from pyglow_fast._core import backend
 from pyglow_fast.reference import ACTIVATIONS, Activation, ChainSpec
 
-pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+pytestmark = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 
 # The numbers that a net computes in: what they are called, the dtype it is given, how it is run.
 PRECISIONS = ("float64", "float32", "half")

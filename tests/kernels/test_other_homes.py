@@ -17,10 +17,10 @@ import pytest
 from support import ROOT, toolchain
 from support.toolchain import KEPT, loaded_first
 
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 
 HERE = Path(__file__).parent
-compiled = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+compiled = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 FILES = ("channel_maps", "couplings", "densities", "nets", "elementary")
 RUN = str(HERE.parent / "runs" / "test_run.py")  # of the loops over the kernels
 # What is no kernel's, and so the same for all.
@@ -28,7 +28,7 @@ ELSEWHERE = ("gradcheck", "functions", "derivatives", "refused", "bad_", "autoca
 # These differ in the nets in bfloat16 alone.
 FAMILY = {"avx512", "avx512_bf16", "amx"}
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-SAYS_WHICH = "from pyglow_fast import _backend; print(_backend.require().instruction_set())"
+SAYS_WHICH = "from pyglow_fast._core import backend; print(backend.require().instruction_set())"
 # Options of builds with the portable kernels at most.
 PORTABLE = {f"PYGLOW_COMPILER_HAS_{name}": 0 for name in ("avx2", "avx512", "avx512_bf16", "amx")}
 
@@ -49,7 +49,7 @@ def run(
     """
     whole = {**os.environ, **environment}
     if package is not None:
-        start += "from pyglow_fast import _backend\n_backend.require()\n"
+        start += "from pyglow_fast._core import backend\nbackend.require()\n"
         (package / "sitecustomize.py").write_text(start, encoding="utf-8")
         whole |= {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], env=whole, capture_output=True, text=True, cwd=ROOT)
@@ -62,10 +62,10 @@ def expect_passed(result: subprocess.CompletedProcess[str]) -> None:
 
 def other_sets() -> list[str]:
     """Those compiled in, but for the one the rest of the suite uses."""
-    if _backend.extension() is None:
+    if backend.extension() is None:
         return []
-    current = _backend.require().instruction_set()
-    return [name for name in _backend.build_info()["instruction_sets"].split(",") if name != current]
+    current = backend.require().instruction_set()
+    return [name for name in backend.build_info()["instruction_sets"].split(",") if name != current]
 
 
 @compiled
@@ -77,7 +77,7 @@ def test_kernels_of(instruction_set: str) -> None:
     if found.returncode != 0:
         pytest.skip(f"this processor has no {instruction_set}")
     assert found.stdout.strip() == instruction_set
-    if {instruction_set, _backend.require().instruction_set()} <= FAMILY:
+    if {instruction_set, backend.require().instruction_set()} <= FAMILY:
         expect_passed(run(chosen, *pytest_of(("nets",), "half")))
     else:
         expect_passed(run(chosen, *pytest_of(FILES), RUN))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast import _backend, functional
-from pyglow_fast.memory import idle_memory
+from pyglow_fast import functional
+from pyglow_fast._core import backend
+from pyglow_fast._core.memory import idle_memory
 from pyglow_fast.reference import Activation, ChainSpec
 
-pytestmark = pytest.mark.skipif(_backend.extension() is None, reason="the memory is the extension's")
+pytestmark = pytest.mark.skipif(backend.extension() is None, reason="the memory is the extension's")
 MOST_IDLE, MOST_AFTER_STEP = 64 * 2**20, 32 * 2**20
 STEPS = 16  # that are remembered
 

@@ -8,9 +8,9 @@ from support.captures import use_library
 from support.gradients import perturbed
 
 import pyglow_fast as pgf
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 
-pytestmark = pytest.mark.skipif(_backend.extension() is None, reason=f"no extension: {_backend.reason()}")
+pytestmark = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 
 
 @pytest.fixture(autouse=True)

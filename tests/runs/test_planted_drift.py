@@ -15,7 +15,7 @@ from support.gradients import Memory, assert_same_gradients, batch, both_ways, g
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast._backend import extension
+from pyglow_fast._core.backend import extension
 from pyglow_fast.runs import parts
 from pyglow_fast.runs import steps as steps_module
 

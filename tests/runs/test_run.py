@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyglow_fast as pgf
 from pyglow_fast import ops
-from pyglow_fast._backend import extension
-from pyglow_fast._errors import SingularMatrixError
+from pyglow_fast._core.backend import extension
+from pyglow_fast._core.errors import SingularMatrixError
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.runs import choice
 from pyglow_fast.runs.description import Run

@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pyglow_fast import _backend, replays
-from pyglow_fast._backend import extension, require
+from pyglow_fast import replays
+from pyglow_fast._core import backend
+from pyglow_fast._core.backend import extension, require
 from pyglow_fast.runs import compiled, steps
 
 
@@ -49,7 +50,7 @@ def like_a_gpu(compiled: bool = True) -> contextlib.AbstractContextManager[None]
 
 def use_library(patch: pytest.MonkeyPatch, way: str = "library") -> None:
     """Make nets the library's convolutions, or its products of "rows", on the CPU as on a GPU."""
-    patch.setattr(_backend, "_nets", lambda: way)
+    patch.setattr(backend, "_nets", lambda: way)
 
 
 def capturing() -> contextlib.AbstractContextManager[None]:

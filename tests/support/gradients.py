@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pyglow_fast as pgf
 from pyglow_fast import functional
-from pyglow_fast._backend import extension
+from pyglow_fast._core.backend import extension
 from support.helpers import tolerance as rounding
 
 # What a rounding of a state may grow by on its way into a gradient, in the small flows of the tests.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyglow_fast import _float32
+from pyglow_fast._core import float32
 from support.captures import use_library
 
 _aten = torch.ops.aten
@@ -97,7 +97,7 @@ def in_tf32(setting: str = "as torch comes", device: torch.device | str = "cpu",
     pretends = torch.device(device).type == "cpu"
     with pytest.MonkeyPatch.context() as patch:
         if pretends:
-            patch.setattr(_float32, "backend_of", backend_of_all)
+            patch.setattr(float32, "backend_of", backend_of_all)
             use_library(patch)
         try:
             SETTINGS[setting]()

@@ -18,7 +18,7 @@ from safetensors.torch import load, save, save_file
 from train.run_cases import TINY_MODEL, MakeState
 
 from pyglow_fast import GlowConfig
-from pyglow_fast._files import replacing, write_text
+from pyglow_fast._core.files import replacing, write_text
 from pyglow_fast.train import Checkpoint, TrainState
 
 

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast._files import check_file, replacing
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.files import check_file, replacing
 from pyglow_fast.models import Glow, GlowConfig
 
 FORMAT = 1

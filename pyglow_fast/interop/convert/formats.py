@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.interop.convert.files import Reader
 from pyglow_fast.interop.convert.parts import (
     Parts,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglow_fast import reference
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.interop.convert.files import check_savable
 from pyglow_fast.layers import Coupling, CouplingNet, InvConv, Permute
 from pyglow_fast.models import Glow, GlowConfig

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 from pyglow_fast.interop.convert.files import Reader
 from pyglow_fast.interop.convert.parts import Part, Parts, fresh_parts
 from pyglow_fast.models import Glow, GlowConfig

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 
 TEMPORARY = ".partial"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyglow_fast._torch import (
+from pyglow_fast._core.torch_private import (
     VMAP,
     constant_in_graphs,
     has_functorch,

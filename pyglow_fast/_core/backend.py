@@ -14,8 +14,8 @@ from types import ModuleType
 
 import torch
 
-from pyglow_fast._errors import expect
-from pyglow_fast._torch import constant_in_graphs
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.torch_private import constant_in_graphs
 
 EXTENSION = "pyglow_fast._C"
 HOW_TO_BUILD = (

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from pyglow_fast._errors import expect
+from pyglow_fast._core.errors import expect
 
 # The headings of the options.
 IMAGES = "images (what a source does not have, it refuses)"

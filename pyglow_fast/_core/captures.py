@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast._tracing import is_traced
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.tracing import is_traced
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast._dry import device_of
-from pyglow_fast._torch import constant_in_graphs
+from pyglow_fast._core.dry import device_of
+from pyglow_fast._core.torch_private import constant_in_graphs
 
 PRODUCTS, CONVOLUTIONS = "matmul", "conv"
 TF32, FULL = "tf32", "ieee"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast._errors import expect
-from pyglow_fast._torch import (
+from pyglow_fast._core.errors import expect
+from pyglow_fast._core.torch_private import (
     add_batch,
     add_old_batch,
     backward_id,
@@ -49,7 +49,7 @@ class _Final(torch.autograd.Function):
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call function.apply(*args), in eager mode without its search for transforms, which takes as long as all the rest.
 
-    Not within torch.func or forward-mode AD: a kernel has no derivative there, see :mod:`pyglow_fast._tracing`.
+    Not within torch.func or forward-mode AD: a kernel has no derivative there, see :mod:`pyglow_fast._core.tracing`.
     """
     if torch.compiler.is_compiling():
         return function.apply(*args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyglow_fast import _backend
+from pyglow_fast._core import backend
 
 
 def idle_memory() -> int:
@@ -11,7 +11,7 @@ def idle_memory() -> int:
     At most 64 MiB in the middle of a training step or an evaluation, and after it 32 MiB, but no more than the largest
     of the last 16 steps had in use.
     """
-    module = _backend.extension()
+    module = backend.extension()
     return 0 if module is None else int(module.idle_bytes())
 
 
@@ -24,7 +24,7 @@ def release_memory() -> int:
         The bytes that waited.
     """
     waiting = idle_memory()
-    module = _backend.extension()
+    module = backend.extension()
     if module is not None:
         module.release_idle()
     return waiting

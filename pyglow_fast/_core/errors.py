@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyglow_fast._tracing import is_batched, is_traced
+from pyglow_fast._core.tracing import is_batched, is_traced
 
 _STATES = (torch.float32, torch.float64)
 # What a terminal acts on rather than shows: control characters (ESC begins a command, line ends make a second line of
