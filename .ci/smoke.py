@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import pyglow_fast
-from pyglow_fast import info
 from pyglow_fast._core import backend
+from pyglow_fast.functional import info
 
 # Relative, in float64: 192 terms of about 1 that come to 0.1 a value are off by 192 * 2**-53 / 0.1 = 2e-13 at most in
 # one pass; here are two passes and a gradient between them.

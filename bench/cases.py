@@ -17,7 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import functional, reference
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import CouplingSpec
 
 SHAPES = [(8, 12, 64, 64), (8, 48, 32, 32), (1, 12, 512, 512), (16, 96, 8, 8), (64, 12, 16, 16)]

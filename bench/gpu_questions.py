@@ -21,8 +21,8 @@ import torch
 
 from bench.gpu_stages import BROKEN, LATE, NO_KERNELS, PARTLY
 from bench.harness import machine, markdown, markdown_line, synchronize, write_json
-from pyglow_fast import ops
 from pyglow_fast._core import backend
+from pyglow_fast.functional import ops
 
 Row = dict[str, Any]  # what was found; "note" says it in words, "failed" whether it is wrong
 Question = tuple[str, Callable[[], object]]  # its name, and what answers it: by a Row, or by not raising an error

@@ -33,8 +33,8 @@ from typing import Any
 
 import torch
 
-from pyglow_fast import info
 from pyglow_fast._core import backend
+from pyglow_fast.functional import info
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -1,5 +1,5 @@
 // The Python module: what it was built from and for, and the kernels of torch's ops, registered when it is loaded.
-// Schemas and shape functions are in pyglow_fast/ops.py.
+// Schemas and shape functions are in pyglow_fast/functional/ops.py.
 #include <ATen/ops/empty_like.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
@@ -104,7 +104,7 @@ at::Tensor activation(const std::string& name, const at::Tensor& x_in, double pa
   return y;
 }
 
-// Not by TORCH_LIBRARY_IMPL, which registers as the module is loaded: a schema of pyglow_fast/ops.py that is not that
+// Not by TORCH_LIBRARY_IMPL, which registers as the module is loaded: a schema of pyglow_fast/functional/ops.py that is not that
 // of a kernel would end the process there, and the module may belong to another torch, which nothing has checked yet.
 void register_kernels() {
   static std::vector<torch::Library> registered;

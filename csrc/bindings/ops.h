@@ -21,7 +21,7 @@ using at::Tensor;
 using Optional = std::optional<Tensor>;
 struct Kind;  // of a coupling
 
-// Each is described where it is defined; schemas and shapes are in pyglow_fast/ops.py.
+// Each is described where it is defined; schemas and shapes are in pyglow_fast/functional/ops.py.
 Tensor channel_mix(const Tensor& x, const Tensor& matrix, const Tensor& offset, bool subtract_first, int64_t squeeze,
                    const Optional& index);
 std::tuple<Tensor, Tensor, Tensor> channel_mix_backward(const Tensor& x, const Tensor& grad_u, const Tensor& matrix,

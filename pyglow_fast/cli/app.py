@@ -14,7 +14,7 @@ from pyglow_fast.cli import convert, looking, measuring, others, serve, training
 from pyglow_fast.cli._arguments import Parser
 from pyglow_fast.cli._output import InputError, say_error
 from pyglow_fast.data import FetchError, MissingExtraError, UnreadableImageError
-from pyglow_fast.info import version_of
+from pyglow_fast.functional.info import version_of
 from pyglow_fast.train import FolderError, InputLostError, RankError, SaveError, TrainingDivergedError
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyglow_fast import info
 from pyglow_fast._core.errors import expect
 from pyglow_fast._core.files import write_bytes, write_text
 from pyglow_fast._core.settings import declared_of
@@ -19,6 +18,7 @@ from pyglow_fast.data.fetch import FETCHABLE, data_folder, fetch
 from pyglow_fast.data.sources import SHIPPED
 from pyglow_fast.data.yardsticks import look_over
 from pyglow_fast.experiments import caveat, comparison_page, run_table
+from pyglow_fast.functional import info
 from pyglow_fast.studio import Draw, OpenRun
 from pyglow_fast.studio.opened import find_run
 from pyglow_fast.studio.words import TEMPERATURE, N

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglow_fast import ops, reference
+from pyglow_fast import reference
 from pyglow_fast._core import backend
 from pyglow_fast._core.derivatives import apply
 from pyglow_fast._core.dry import device_of
 from pyglow_fast._core.errors import can_read
-from pyglow_fast.functional import autograd
+from pyglow_fast.functional import autograd, ops
 from pyglow_fast.reference import (
     Activation,
     ChainSpec,

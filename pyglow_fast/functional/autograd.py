@@ -1,4 +1,4 @@
-"""Differentiable functions over the kernels of :mod:`pyglow_fast.ops`, gradients formed from the saved output or input.
+"""Differentiable functions over the kernels of :mod:`.ops`, gradients formed from the saved output or input.
 
 There are first derivatives only: differentiating a gradient raises, since the backward kernels have no derivative. Two
 can be differentiated again: the gradient of a move of values is a move, that of an inverse is made of its products.
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast import ops
 from pyglow_fast._core.derivatives import Saved, differentiable_once
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import full_product, transpose_map
 
 _CouplingArguments = tuple[int, int, bool, float, float, float, float]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from pyglow_fast._core.derivatives import check_leaves, passed_back
 from pyglow_fast._core.errors import expect
+from pyglow_fast.functional.ops import memory_format_of
 from pyglow_fast.nets.plan import Chunk
 from pyglow_fast.nets.state import without_autocast_cache
 from pyglow_fast.nets.traits import may_write
-from pyglow_fast.ops import memory_format_of
 
 NetCall = Callable[[Tensor, Tensor | None], Tensor]  # (x1, cond) -> net output
 Consume = Callable[[Tensor, Chunk], Tensor]  # (net output of the chunk, chunk) -> its gradient

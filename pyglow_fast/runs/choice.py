@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional, ops
+from pyglow_fast import functional
 from pyglow_fast._core import backend, float32
 from pyglow_fast._core.backend import require
 from pyglow_fast._core.dry import device_of, is_dry
 from pyglow_fast._core.errors import expect
 from pyglow_fast._core.float32 import has_tf32
 from pyglow_fast._core.tracing import is_watched, kernels_step_aside
+from pyglow_fast.functional import ops
 from pyglow_fast.nets.chain import Chain
 from pyglow_fast.nets.precision import dtype_on, in_precision, override
 from pyglow_fast.runs.compiled import CompiledRun, folded_maps, run_plain, run_recorded

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyglow_fast import functional, ops
+from pyglow_fast import functional
 from pyglow_fast._core.backend import require
 from pyglow_fast._core.derivatives import passed_back
 from pyglow_fast._core.errors import expect
+from pyglow_fast.functional import ops
 from pyglow_fast.functional.autograd import inverse_gradient
 from pyglow_fast.reference import fold_actnorm, full_precision, full_product, gather_actnorm, invert_gather, lu_weight
 

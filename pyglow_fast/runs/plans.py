@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import ops
 from pyglow_fast._core.backend import require
 from pyglow_fast._core.float32 import autocast_is_on
 from pyglow_fast._core.torch_private import AnyConv
 from pyglow_fast._core.tracing import has_hooks
+from pyglow_fast.functional import ops
 from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values
 from pyglow_fast.runs.planner import RunPlan, plan_memory, refuse_bytes

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import functional, reference
 from pyglow_fast._core.derivatives import check_leaves, passed_back
 from pyglow_fast._core.errors import expect
+from pyglow_fast.functional import ops
 from pyglow_fast.nets.masks import mask_of, positions_of
 from pyglow_fast.nets.plan import Chunk
 from pyglow_fast.nets.precision import in_precision, overridden, override, precisions_of

@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyglow_fast import info
 from pyglow_fast._core.errors import expect
 from pyglow_fast._core.files import replacing
+from pyglow_fast.functional import info
 from pyglow_fast.train.config import TrainConfig
 
 FORMAT = 3

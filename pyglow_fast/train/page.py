@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pyglow_fast import info
 from pyglow_fast._core.errors import visible
 from pyglow_fast._core.settings import value_text
+from pyglow_fast.functional import info
 from pyglow_fast.train.figures import bits_png, curve_png, points
 from pyglow_fast.train.metrics import Row, read_metrics
 from pyglow_fast.train.run_folder import RunFolder, step_of

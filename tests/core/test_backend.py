@@ -18,8 +18,9 @@ import pytest
 import torch
 from support.commands import Command
 
-from pyglow_fast import functional, info, ops
+from pyglow_fast import functional
 from pyglow_fast._core import backend
+from pyglow_fast.functional import info, ops
 
 CPU_ALONE = ("net_chain", "checkerboard")  # ops that the library does on a GPU
 compiled = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
@@ -93,7 +94,7 @@ def test_an_unknown_instruction_set_is_refused(tmp_path: Path) -> None:
     """By the kernels; ``info`` tells it and goes on."""
     code = """
 import torch, pyglow_fast._C as c
-from pyglow_fast import info
+from pyglow_fast.functional import info
 try:
     c.instruction_set()
 except ValueError as error:
@@ -204,7 +205,7 @@ def test_info_tells_the_backend_of_every_op() -> None:
 def test_without_the_extension_info_and_ops_say_why(tmp_path: Path) -> None:
     code = """
 import torch, pyglow_fast
-from pyglow_fast import info
+from pyglow_fast.functional import info
 try:
     torch.ops.pyglow_fast.invert_matrices(torch.ones(2, 3, 3))
 except ImportError as error:

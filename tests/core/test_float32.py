@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pyglow_fast as pgf
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import functional, reference
 from pyglow_fast._core import float32
 from pyglow_fast._core.float32 import CONVOLUTIONS, PRODUCTS
+from pyglow_fast.functional import ops
 from pyglow_fast.layers.border import border_map
 from pyglow_fast.models.class_head import ClassHead
 from pyglow_fast.nets.precision import in_precision

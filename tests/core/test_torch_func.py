@@ -15,7 +15,8 @@ from support.user_steps import mixed
 from torch import Tensor, nn
 
 import pyglow_fast as pgf
-from pyglow_fast import likelihood, ops
+from pyglow_fast import likelihood
+from pyglow_fast.functional import ops
 from pyglow_fast.layers.sequence import MaskedSequence
 from pyglow_fast.layers.wavenet import WaveNet
 

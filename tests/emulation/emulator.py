@@ -1,4 +1,4 @@
-"""The ops of pyglow::cuda on CPU tensors, run by the emulator, with the names and arguments of :mod:`pyglow_fast.ops`.
+"""The ops of pyglow::cuda on CPU tensors, run by the emulator, with the names and arguments of functional/ops.py.
 
 So a test that is given ops does not know who computes them. What the bindings do around a kernel is done here: inputs
 that no single stride walks are copied, and outputs are those that the op's shape function tells.
@@ -23,7 +23,7 @@ from support.toolchain import CUDA_SOURCES, EMULATION, build
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pyglow_fast import ops
+from pyglow_fast.functional import ops
 
 EMULATED = [*CUDA_SOURCES, EMULATION / "driver.cpp"]
 GIVEN = "PYGLOW_EMULATED"  # names a library that has been built with other flags

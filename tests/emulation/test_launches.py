@@ -11,7 +11,7 @@ from kernels.kernel_cases import Case, Kernels, codes
 from support.helpers import assert_equal
 
 from bench.cases import SHAPES
-from pyglow_fast import ops
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import CouplingSpec
 
 pytestmark = pytest.mark.full

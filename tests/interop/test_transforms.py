@@ -11,7 +11,7 @@ import torch
 from support.export_cases import ACCELERATED
 from torch import Tensor, nn
 
-from pyglow_fast import ops
+from pyglow_fast.functional import ops
 
 Function = Callable[[Tensor], Any]
 

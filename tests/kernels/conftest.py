@@ -8,8 +8,8 @@ from emulation import emulator
 from emulation.emulator import EmulatedOps
 from kernels.kernel_cases import Kernels
 
-from pyglow_fast import ops
 from pyglow_fast._core import backend
+from pyglow_fast.functional import ops
 
 HOMES = [
     "cpu",

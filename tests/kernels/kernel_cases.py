@@ -12,7 +12,7 @@ from kernels import reference_ops
 from support.helpers import assert_close, assert_equal, assert_kernel_close, laid_out
 from torch import Tensor
 
-from pyglow_fast import ops
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import ORDERS, CouplingSpec
 
 DTYPES = [torch.float32, torch.float64]

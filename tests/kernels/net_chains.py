@@ -17,7 +17,8 @@ from support.helpers import memory_layouts
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pyglow_fast import ops, reference
+from pyglow_fast import reference
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import ACTIVATIONS, MAX_LAYERS, Activation, ChainSpec
 
 PARAMETERS = {"leaky_relu": 0.2, "elu": 1.0}

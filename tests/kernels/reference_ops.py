@@ -1,4 +1,4 @@
-"""The ops of :mod:`pyglow_fast.ops` by the reference and autograd, with the same names and arguments, in any dtype.
+"""The ops of functional/ops.py by the reference and autograd, with the same names and arguments, in any dtype.
 
 What the reference has no function for, the backward of each op, is written down here once.
 """
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglow_fast import ops, reference
+from pyglow_fast import reference
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import CouplingSpec
 
 gaussian_log_prob, gaussian_sample = reference.gaussian_log_prob, reference.gaussian_sample

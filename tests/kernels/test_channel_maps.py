@@ -13,7 +13,8 @@ from support.helpers import assert_kernel_close
 from support.inverse_cases import IRREGULAR, MATRICES, assert_inverses, rotations, with_condition
 from torch import Tensor, float32, float64
 
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import functional, reference
+from pyglow_fast.functional import ops
 
 # (N, C, H, W) of images before squeezing.
 IMAGES = [(2, 3, 8, 8), (1, 1, 2, 2), (3, 2, 6, 10), (2, 3, 34, 66), (1, 12, 4, 30), (1, 50, 4, 16), (1, 34, 6, 8)]

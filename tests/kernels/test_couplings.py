@@ -25,7 +25,7 @@ from kernels.kernel_cases import (
 from support.covering import pairs
 from torch import Tensor, float32, float64
 
-from pyglow_fast import ops
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import ORDERS, CouplingSpec
 
 AFFINE = [spec._replace(order=order) for spec in MAPS if spec.coupling == "affine" for order in ORDERS]

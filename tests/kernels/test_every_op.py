@@ -27,8 +27,9 @@ from support.helpers import assert_close
 from support.sparse_memory import SparseMemory
 from torch import Tensor, float32, nn
 
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import functional, reference
 from pyglow_fast._core import backend
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
 
 compiled = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")

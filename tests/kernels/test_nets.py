@@ -28,8 +28,9 @@ from kernels.net_chains import (
 from support.helpers import assert_equal
 from torch import Tensor
 
-from pyglow_fast import functional, ops, reference
+from pyglow_fast import functional, reference
 from pyglow_fast._core import backend
+from pyglow_fast.functional import ops
 from pyglow_fast.reference import ACTIVATIONS, Activation, ChainSpec
 
 pytestmark = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")

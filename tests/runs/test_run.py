@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import pyglow_fast as pgf
-from pyglow_fast import ops
 from pyglow_fast._core.backend import extension
 from pyglow_fast._core.errors import SingularMatrixError
+from pyglow_fast.functional import ops
 from pyglow_fast.interop.nets import Net
 from pyglow_fast.runs import choice
 from pyglow_fast.runs.description import Run

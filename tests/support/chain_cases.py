@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast import ops
+from pyglow_fast.functional import ops
 from pyglow_fast.runs import compiled, python
 from support.gradients import SHAPE, ready
 

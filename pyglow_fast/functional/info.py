@@ -10,8 +10,8 @@ from types import ModuleType
 
 import torch
 
-from pyglow_fast import ops
 from pyglow_fast._core import backend
+from pyglow_fast.functional import ops
 
 _PACKAGES = ("numpy", "safetensors", "torchvision", "pillow")
 
