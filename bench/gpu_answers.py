@@ -36,7 +36,7 @@ from pyglow_fast import FlowStep, ReversibleSequence, graphed
 from pyglow_fast._core import backend
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.models import GlowConfig
-from pyglow_fast.replays import WARM_UPS
+from pyglow_fast.models.replays import WARM_UPS
 from pyglow_fast.runs.choice import ROWS_IN
 from pyglow_fast.runs.drift import LAST_HOLD
 from pyglow_fast.train import TrainConfig, TrainState

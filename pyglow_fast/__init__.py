@@ -5,7 +5,6 @@ Kingma & Dhariwal 2018, "Glow: Generative Flow with Invertible 1x1 Convolutions"
 
 from pyglow_fast import functional, likelihood, presets, reference
 from pyglow_fast._core.memory import idle_memory, release_memory
-from pyglow_fast.graphed_glow import graphed
 from pyglow_fast.layers import (
     ActNorm,
     AffineInjector,
@@ -24,6 +23,7 @@ from pyglow_fast.layers import (
     WaveNet,
 )
 from pyglow_fast.models import Glow, GlowConfig
+from pyglow_fast.models.graphed_glow import graphed
 
 __version__ = "0.1.0"
 

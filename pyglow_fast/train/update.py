@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyglow_fast.likelihood import bits_per_dim
 from pyglow_fast.models import Glow
 from pyglow_fast.models.class_head import class_bits
-from pyglow_fast.replays import Replays
+from pyglow_fast.models.replays import Replays
 from pyglow_fast.train.config import TrainConfig
 from pyglow_fast.train.evaluation import device_of, labels_for
 from pyglow_fast.train.optim import FUSED, Average

@@ -221,7 +221,7 @@ def test_marks_are_those_that_torch_sets() -> None:
 
 @pytest.mark.parametrize("call", [torch_private.end_allocations, torch_private.release_pool])
 def test_pools(call: Callable[[int, Any], None]) -> None:
-    """They are called in tests/core/test_broken_captures.py, in a place of torch's; before 2.14 both are torch's."""
+    """They are called in tests/models/test_broken_captures.py, in a place of torch's; before 2.14 both are torch's."""
     (name,) = re.findall(r"torch\._C\.(\w+)", inspect.getsource(call))
     assert callable(getattr(torch._C, name))
 

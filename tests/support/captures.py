@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pyglow_fast import replays
 from pyglow_fast._core import backend
 from pyglow_fast._core.backend import extension, require
+from pyglow_fast.models import replays
 from pyglow_fast.runs import compiled, steps
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from train.run_cases import TINY_MODEL, MakeState
 
 from pyglow_fast import GlowConfig
-from pyglow_fast.replays import WARM_UPS, Replays
+from pyglow_fast.models.replays import WARM_UPS, Replays
 from pyglow_fast.runs import drift
 from pyglow_fast.runs.drift import GROW_AFTER
 from pyglow_fast.train import TrainState

@@ -50,9 +50,8 @@ def table(page: Page) -> dict[str, str]:
 
 def test_the_page_of_the_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is the one that training wrote, whoever reads it, and stays so when settings are edited for the next part."""
-    monkeypatch.setattr(
-        "pyglow_fast.functional.info.collect", lambda: 1 / 0
-    )  # the reader's environment is not asked for
+    # The reader's environment is not asked for.
+    monkeypatch.setattr("pyglow_fast.functional.info.collect", lambda: 1 / 0)
     folder.config.write_text(folder.config.read_text().replace("max_steps = 12", "max_steps = 99"))
     source, report = page_of(folder), folder.read_report()
     assert source == folder.page.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from train.run_cases import TINY_MODEL, MakeState
 from pyglow_fast import Glow, GlowConfig
 from pyglow_fast.data import ImageSet, batches
 from pyglow_fast.data.loader import Batch
-from pyglow_fast.replays import Replays
+from pyglow_fast.models.replays import Replays
 from pyglow_fast.train import Checkpoint, TrainingDivergedError, TrainState
 from pyglow_fast.train.optim import Average
 

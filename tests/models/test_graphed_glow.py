@@ -14,9 +14,9 @@ from support.gradients import perturbed
 from torch import Tensor
 
 import pyglow_fast as pgf
-from pyglow_fast import replays
-from pyglow_fast.graphed_glow import GraphedGlow
-from pyglow_fast.replays import WARM_UPS
+from pyglow_fast.models import replays
+from pyglow_fast.models.graphed_glow import GraphedGlow
+from pyglow_fast.models.replays import WARM_UPS
 from pyglow_fast.runs.drift import GROW_AFTER
 
 N, SHAPE = 4, (3, 8, 8)

@@ -14,8 +14,8 @@ from pyglow_fast._core.errors import expect
 from pyglow_fast.models import Glow
 from pyglow_fast.models.condition import Condition
 from pyglow_fast.models.prior import check_temperature
+from pyglow_fast.models.replays import Replays
 from pyglow_fast.nets.state import holding
-from pyglow_fast.replays import Replays
 
 
 class _Step(NamedTuple):
@@ -75,9 +75,10 @@ class GraphedGlow:
         if cond is None or isinstance(cond, Tensor):
             self._why = ""
             self._learn()
-            step = self._training(x, y, cond)
+            step: _Step = self._training(x, y, cond)
         else:
-            self._why, step = "eagerly: a condition for each level", self._train(x, y, cond)
+            self._why = "eagerly: a condition for each level"
+            step = self._train(x, y, cond)
         if self._training.replayed and not self._why:
             wanting = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
             for parameter, gradient in zip(wanting, step.gradients, strict=True):
@@ -153,7 +154,7 @@ def graphed(model: Glow) -> GraphedGlow:
     """loss = mean of -log p(x) and its gradients in one launch: makes a loop's step a CUDA graph where it can be.
 
     ``step = graphed(model)`` once; then ``loss = step(x)``, or ``step(x, y, cond)``, in the place of zero_grad, forward
-    and backward, on any device; see :class:`pyglow_fast.graphed_glow.GraphedGlow`.
+    and backward, on any device; see :class:`pyglow_fast.models.graphed_glow.GraphedGlow`.
 
     Shapes: x (N, C, *spatial); loss (), nats; the gradients are in the parameters' ``.grad``.
 

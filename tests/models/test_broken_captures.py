@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyglow_fast as pgf
-from pyglow_fast import replays
-from pyglow_fast.replays import WARM_UPS
+from pyglow_fast.models import replays
+from pyglow_fast.models.replays import WARM_UPS
 
 
 class Torch:
