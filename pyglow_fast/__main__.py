@@ -2,7 +2,7 @@
 
 import sys
 
-from pyglow_fast.cli import main
+from pyglow_fast.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

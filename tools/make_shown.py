@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from pyglow_fast.app.studio import OpenRun
 from pyglow_fast.data.sources import SHIPPED, TONES
-from pyglow_fast.studio import OpenRun
 from pyglow_fast.train import RunFolder, to_toml
 
 SIZE, COLUMNS = 32, 40

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support import ROOT
 
+from pyglow_fast.app.studio import Add, Draw, Edit, HeldOut, OpenRun, Subject
 from pyglow_fast.data import DataConfig, load_data
-from pyglow_fast.studio import Add, Draw, Edit, HeldOut, OpenRun, Subject
 from pyglow_fast.train import RunFolder, page_of
 
 SHOWN = ROOT / "pyglow_fast" / "shown"

@@ -29,7 +29,7 @@ from support.pages import Block, blocks, page, shell_commands
 from support.tiny_run import write_images
 
 from pyglow_fast._core import backend
-from pyglow_fast.cli import app, main
+from pyglow_fast.app.cli import app, main
 from pyglow_fast.data import DataConfig
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train import TrainConfig

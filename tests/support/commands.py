@@ -1,6 +1,6 @@
 """Programs in processes that start at once: forked from one that has imported what takes seconds to import.
 
-Tests of many short runs use them. That the command starts by itself is tested in tests/cli/test_program.py.
+Tests of many short runs use them. That the command starts by itself is tested in tests/app/cli/test_program.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.multiprocessing
 
 # torch._dynamo takes two seconds, and every optimizer imports it.
 IMPORTED = ["torch", "torch.distributed", "torch._dynamo", "sklearn.datasets", "matplotlib.figure"]
-IMPORTED += ["matplotlib.backends.backend_agg", "pyglow_fast.cli", "pyglow_fast.interop"]
+IMPORTED += ["matplotlib.backends.backend_agg", "pyglow_fast.app.cli", "pyglow_fast.interop"]
 
 
 def context() -> multiprocessing.context.ForkServerContext:

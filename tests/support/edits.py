@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyglow_fast.cli import main
+from pyglow_fast.app.cli import main
 from pyglow_fast.data import Images, load_data, split
 from pyglow_fast.latents import edited, to_space
 from pyglow_fast.likelihood import dequantize

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pyglow_fast.cli import main
+from pyglow_fast.app.cli import main
 from support.machine import made_once
 
 EMOJI = 12

@@ -25,7 +25,7 @@ from support.tiny_run import SIDE, write_images
 
 MUST = "PYGLOW_BROWSER"  # "must": what is missing fails a test instead of skipping it
 WAIT = 120.0  # seconds that anything may take on a busy machine, where a test waits for it
-SMALL_PAGE = ROOT / "tests" / "web" / "small_page.py"
+SMALL_PAGE = ROOT / "tests" / "app" / "web" / "small_page.py"
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 NAMES = ("<img src=x onerror=alert(1)>", 'größe & "so" on')  # of folders of images
 

@@ -15,7 +15,7 @@ from support import web
 from support.html_page import Page
 from train.run_cases import MakeConfig, MakeRun, before_step
 
-from pyglow_fast.studio.opened import find_run
+from pyglow_fast.app.studio.opened import find_run
 from pyglow_fast.train import Run, RunFolder, page_of
 from pyglow_fast.train.figures import bits_png
 from pyglow_fast.train.metrics import read_metrics

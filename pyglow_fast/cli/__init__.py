@@ -1,5 +1,0 @@
-"""Holds the ``pyglow-fast`` command line, which no other part of the package imports."""
-
-from pyglow_fast.cli.app import main
-
-__all__ = ["main"]
