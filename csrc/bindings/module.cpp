@@ -104,8 +104,9 @@ at::Tensor activation(const std::string& name, const at::Tensor& x_in, double pa
   return y;
 }
 
-// Not by TORCH_LIBRARY_IMPL, which registers as the module is loaded: a schema of pyglow_fast/functional/ops.py that is not that
-// of a kernel would end the process there, and the module may belong to another torch, which nothing has checked yet.
+// Not by TORCH_LIBRARY_IMPL, which registers as the module is loaded: a schema of pyglow_fast/functional/ops.py that is
+// not that of a kernel would end the process there, and the module may belong to another torch, which nothing has
+// checked yet.
 void register_kernels() {
   static std::vector<torch::Library> registered;
   if (!registered.empty()) return;
