@@ -159,7 +159,7 @@ def called(elements: Iterable[Element], call: Call) -> Run:
             own = Map.of(after(*(pair[::-1] if call.inverse else pair)))
             found.pop()
         found.append(own)
-    run = Run.of(found, call.mask is not None, call.inverse)
+    run = Run.of(found, masked=call.mask is not None, inverted=call.inverse)
     return run.turned() if call.inverse else run
 
 

@@ -167,11 +167,10 @@ class Coupling(FlowLayer):
 
     def _net_inputs(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the net is called with for x."""
-        (own,) = self._alone(x).couplings
-        if self.board is None:
-            return own.inputs(x, cond)
-        x, cond = self.board.enter(x, cond)
-        return self.board.net_inputs(*own.inputs(x, cond))
+        run = self._alone(x)
+        (own,) = run.couplings
+        inputs = own.inputs(*run.frame.enter(x, cond))
+        return inputs if self.board is None else self.board.net_inputs(*inputs)
 
     @property
     def is_initialized(self) -> bool:
@@ -194,10 +193,8 @@ class Coupling(FlowLayer):
     def _through(self, x: Tensor, cond: Tensor | None, inverse: bool = False) -> tuple[Tensor, Tensor]:
         run = self._alone(x)
         run = run.turned() if inverse else run
-        if self.board is None:
-            return in_turn(run, x, cond)
-        x, log_det = in_turn(run, *self.board.enter(x, cond))
-        return self.board.leave(x), log_det
+        x, log_det = in_turn(run, *run.frame.enter(x, cond))
+        return run.frame.leave(x), log_det
 
     def _initialize_net(self, x: Tensor, cond: Tensor | None) -> None:
         net = self._modules["net"]

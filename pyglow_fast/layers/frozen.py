@@ -126,14 +126,14 @@ class FrozenSteps(FlowLayer):
         found = [self._buffers[name] for name in names]
         return [buffer[:end] for buffer in found if buffer is not None]
 
-    def _run(self) -> Run:
+    def _run(self, squeezes: bool = False) -> Run:
         elements: list[Element] = []
         couplings = cast("list[Coupling]", list(self.couplings))
         for k, own in enumerate(zip(*(buffer.unbind() for buffer in self._stacked(MAPS)), strict=True)):
             elements.append(Map.of(ChannelMap(*own)))
             if k < len(couplings):
                 elements.append(couplings[k].element(self.like.shape[1]))
-        return Run.of(elements).changed(halved=True)
+        return Run.of(elements, squeezes=squeezes)
 
     def _made(self, name: str, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         if name == choice.MAPS:
@@ -145,7 +145,7 @@ class FrozenSteps(FlowLayer):
         """Map x to z; with squeeze_first, x is squeezed as it is read."""
         if not squeeze_first:
             check_input("x", x, self.channels, self.like)
-        return choice.through(self._run(), x, cond, squeeze_first, budget=self.memory_budget, made=self._made)
+        return choice.through(self._run(squeeze_first), x, cond, budget=self.memory_budget, made=self._made)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z back to x, with minus the log-det of the forward direction."""

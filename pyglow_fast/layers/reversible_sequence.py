@@ -251,19 +251,17 @@ class ReversibleSequence(FlowLayer):
         inverse: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Take a state through steps start .. stop - 1, which hold these elements, or None; from the last one back."""
-        control, memory = self.control_of(inverse), self._memory
+        control = self.control_of(inverse)
         if elements is None:
-            return choice.through_modules(self[start:stop], x, cond, mode, control, memory, inverse)
-        run = Run.of(chain.from_iterable(elements[start:stop]))
+            return choice.through_modules(self[start:stop], x, cond, mode, control, inverse)
+        run = Run.of(chain.from_iterable(elements[start:stop]), squeezes=squeezes)
         return choice.through(
             run.turned() if inverse else run,
             x,
             cond,
-            squeezes,
             mode=mode,
             budget=self._memory_budget if plan is None else plan.budget,
             control=control,
-            memory=memory,
         )
 
     def control_of(self, inverse: bool) -> DriftControl:

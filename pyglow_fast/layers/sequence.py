@@ -199,6 +199,6 @@ class MaskedSequence(ReversibleSequence):
 def _masked(steps: Sequence[FlowStep], cond: Tensor | None) -> Run:
     """A run of steps whose nets get the mask beside the condition."""
     per_sample = cond is not None and cond.shape[2] == 1
-    run = Run.of(one for step in steps for one in step.elements())
+    run = Run.of((one for step in steps for one in step.elements()), masked=True)
     nets = [coupling._replace(net=MaskedNet(coupling.net, per_sample)) for coupling in run.couplings]
-    return run.changed(couplings=nets, masked=True)
+    return run.changed(couplings=nets)

@@ -28,7 +28,7 @@ from pyglow_fast.runs.compiled import CompiledRun, folded_maps, run_plain, run_r
 from pyglow_fast.runs.description import NetCoupling, Run
 from pyglow_fast.runs.drift import DriftControl, lowest_of
 from pyglow_fast.runs.maps import FACTORS, ChannelMap, Map
-from pyglow_fast.runs.planner import refuse_bytes
+from pyglow_fast.runs.planner import NotCompiledError
 from pyglow_fast.runs.python import in_turn, recomputed
 from pyglow_fast.runs.steps import CouplingStep, ModuleStep, results
 
@@ -128,13 +128,13 @@ def _patches_outweigh(chain: Chain) -> bool:
     return first[1:].numel() + last[0] * last[2:].numel() > first[0] + last[1]
 
 
-def _compiled(run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int) -> CompiledRun | None:
+def _compiled(run: Run, x: Tensor, cond: Tensor | None, budget: str | int) -> CompiledRun | None:
     """The run, of one coupling at least, in the form that csrc/run takes, or None where it does not compute it.
 
-    x is_runnable and divided by a board; with ``squeezes`` it is not squeezed yet. cond has its dtype.
+    x is_runnable, and has entered the run's frame but for what that squeezes. cond has its dtype.
     """
     state, given = tuple(x.shape), None if cond is None else (cond.shape, cond.device)
-    if squeezes:
+    if run.frame.squeezes:
         n, channels, *spatial = x.shape
         state = (n, channels * 2 ** len(spatial), *(size // 2 for size in spatial))
     on_cpu = device_of(x).type == "cpu"
@@ -185,41 +185,39 @@ def _chain_of(coupling: NetCoupling, x: Tensor) -> Chain | None:
 
 
 def _entered(
-    run: Run, x: Tensor, cond: Tensor | None, squeezes: bool, budget: str | int, compiled: bool
-) -> tuple[CompiledRun | None, Tensor, Tensor | None, bool]:
-    """The run for csrc/run, or None; with x, cond and whether to squeeze as both executors take them."""
-    board = run.board
+    run: Run, x: Tensor, cond: Tensor | None, budget: str | int, compiled: bool
+) -> tuple[CompiledRun | None, Tensor, Tensor | None]:
+    """The run for csrc/run, or None; with x and cond as the executors take them."""
+    frame = run.frame
     runs = (
         compiled
         and len(run.couplings) > 0
         and any(run.maps)
-        and not (run.masked or run.inverted)
+        and not (frame.masked or run.inverted)
         and ops.is_runnable(x)
     )
-    if squeezes and (not runs or x.dim() != 4 or board is not None):  # kernels do not squeeze these as they read
-        x, squeezes = functional.squeeze(x), False
-    if board is not None:
-        x, cond = board.enter(x, cond)
     if not runs:
-        return None, x, cond, False
+        return None, *frame.enter(x, cond)
     expect(cond is None or isinstance(cond, Tensor), "cond", "a Tensor or None", type(cond).__name__)
+    reads = frame.squeezes and x.dim() == 4 and frame.first is None  # kernels squeeze these as they read them
+    if not reads:
+        x, cond = frame.enter(x, cond)
+        run = run.changed(frame=frame.squeezed()) if frame.squeezes else run
     narrow = None if cond is None else cond.to(x.dtype)
-    found = _compiled(run, x, narrow, squeezes, budget)
+    found = _compiled(run, x, narrow, budget)
     if found is None:
-        return None, functional.squeeze(x) if squeezes else x, cond, False
-    return found, x, narrow, squeezes
+        return None, *(frame.enter(x, cond) if reads else (x, cond))
+    return found, x, narrow
 
 
 def through(
     run: Run,
     x: Tensor,
     cond: Tensor | None = None,
-    squeezes: bool = False,
     *,
     mode: str = "store",
     budget: str | int = "auto",
     control: DriftControl | None = None,
-    memory: str | int = "store",
     made: Made = lambda name, make: make(),
     whole: bool = False,
     alone: bool = False,
@@ -228,13 +226,11 @@ def through(
 
     Args:
         run: what happens to x; a run that is turned maps latents to data.
-        x: (N, C, *spatial); with squeezes (N, C / 2^d, *(2 spatial)).
+        x: (N, C, *spatial); where the run's frame squeezes (N, C / 2^d, *(2 spatial)).
         cond: of the nets, or None.
-        squeezes: x is squeezed first, as it is read where kernels can.
         mode: "store", "checkpoint" or "reversible": what is kept where a backward may follow.
         budget: bytes of one net's activations, or "auto".
         control: of the drift, in mode "reversible".
-        memory: what the caller asked for, for the refusal of bytes that csrc/run alone keeps to.
         made: gives what inference makes of the parameters, where it is at hand.
         whole: nets that Python runs are not cut into chunks in mode "store".
         alone: the run is one step, whose nets are whole. Python is faster in its training but with maps by LU factors.
@@ -244,15 +240,15 @@ def through(
     if run.inverted and mode != "store" and _records(run, x, cond):
         run = run.of_own_inverses()
     compiled = not (alone and torch.is_grad_enabled()) or (
-        run.board is None and [[one.kind for one in own] for own in run.maps] == [[FACTORS]]
+        run.frame.first is None and [[one.kind for one in own] for own in run.maps] == [[FACTORS]]
     )
     # Each run that recomputes has a map.
     if run.couplings and not any(run.maps) and (mode != "store" or ops.is_runnable(x)):
         nothing = ChannelMap.nothing(x.new_zeros(run.couplings[0].kept + run.couplings[0].changed))
         run = run.changed(maps=[[Map.of(nothing)], *run.maps[1:]])
-    found, x, cond, squeezes = _entered(run, x, cond, squeezes, budget, compiled)
+    found, x, cond = _entered(run, x, cond, budget, compiled)
     if found is None and run.couplings and is_dry(x):
-        refuse_bytes(memory)
+        raise NotCompiledError
     control, records = control if mode == "reversible" else None, _records(run, x, cond, found and found.nets)
     again = found is None and mode != "store" and len(run.couplings) > 0 and not kernels_step_aside() and records
     ends = run.ends if run.behind and (found is not None or again) else None
@@ -260,10 +256,10 @@ def through(
     if ends is not None and run.inverse:
         x, gained = in_turn(ends, x, cond)
     if found is not None and records:
-        x, log_det = run_recorded(found, mode, control, x, cond, squeezes)
+        x, log_det = run_recorded(found, mode, control, x, cond)
     elif found is not None:
         maps = made(INVERSES if run.inverse else MAPS, lambda: folded_maps(found))
-        x, log_det = run_plain(found, x, cond, squeezes, maps)
+        x, log_det = run_plain(found, x, cond, maps)
     elif again:
         x, log_det = recomputed([CouplingStep(own, run, budget) for own in run.couplings], control, x, cond, run)
     else:
@@ -273,7 +269,7 @@ def through(
     if ends is not None and not run.inverse:
         x, gained = in_turn(ends, x, cond)
     log_det = log_det if gained is None else log_det + gained
-    return (x if run.last_board is None else run.last_board.leave(x)), log_det
+    return run.frame.leave(x), log_det
 
 
 def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Sequence[Tensor] | None = None) -> bool:
@@ -298,7 +294,6 @@ def through_modules(
     cond: Tensor | None,
     mode: str,
     control: DriftControl | None,
-    memory: str | int,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Map x to z and log_det (N,) through any modules that have forward and inverse; arguments as of :func:`through`.
@@ -306,7 +301,7 @@ def through_modules(
     There is no log_det of modules that give z alone. ``inverse``: by what undoes each, from the last to the first.
     """
     if is_dry(x):
-        refuse_bytes(memory)
+        raise NotCompiledError
     numbered = [(f"steps[{k}]", module) for k, module in enumerate(modules)][:: -1 if inverse else 1]
     own = [parameter for module in modules for parameter in module.parameters()]
     asked = [tensor is not None and tensor.requires_grad for tensor in (x, cond, *own)]

@@ -213,12 +213,12 @@ def run_recorded(
     control: DriftControl | None,
     x: Tensor,
     cond: Tensor | None = None,
-    squeezes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute z and log|det dz/dx| (N,) of a run whose backward may follow; of a run that is turned, z are data.
 
     Arguments are those of choice.through; ``control`` is of the drift, in mode "reversible".
     """
+    squeezes = steps.run.frame.squeezes
     if squeezes and not len(x):  # torch's pixel_unshuffle, by which states are compared, leaves an empty one as it is
         x, squeezes = functional.squeeze(x), False
     positions = math.prod(x.shape[2:]) // (2 ** (x.dim() - 2) if squeezes else 1)
@@ -255,11 +255,9 @@ def run_recorded(
     return x, functional.summed(log_dets)
 
 
-def run_plain(
-    steps: CompiledRun, x: Tensor, cond: Tensor | None, squeezes: bool, maps: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def run_plain(steps: CompiledRun, x: Tensor, cond: Tensor | None, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Compute what :func:`run_recorded` does without a record, given the folded maps; to undo them, their inverses."""
-    form = _keeps_nothing(steps.forms, squeezes, steps.run.watch is not None)
+    form = _keeps_nothing(steps.forms, steps.run.frame.squeezes, steps.run.watch is not None)
     with in_precision(steps.precision, x):
         found = require().run_forward(form, x, cond, maps, steps.nets)
     if steps.run.watch is not None:

@@ -23,6 +23,7 @@ from pyglow_fast.nets.run import NetCall, condition_for, inputs_for, run_net
 from pyglow_fast.nets.state import holding
 from pyglow_fast.nets.traits import check_net
 from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.runs.frame import Frame
 from pyglow_fast.runs.maps import KINDS, ChannelMap, Folding, Map, folding_of
 
 
@@ -107,19 +108,24 @@ class Run(NamedTuple):
     It goes from data to latents; :meth:`turned` gives the one that goes back. A step of that undoes a coupling and then
     its map. ``watch`` is given, for each part, the largest magnitudes of every coupling's input u, shift and raw scale,
     (K, 3), NaN where one is.
+
+    Python computes two kinds of runs alone, since no run of images is one. Those with ``frame.masked`` are of speech:
+    each map puts its offset where nothing is, so that states are masked behind each. Those that are ``inverted`` are of
+    other libraries' layers, which invert their maps in their own way, and whose digits stay.
     """
 
     maps: Sequence[Sequence[Map]]  # of each coupling, in the order in which a state meets them
     couplings: Sequence[NetCoupling]  # their nets need no data any more
     behind: Sequence[Map] = ()  # maps behind the last coupling; of a run that is turned, before the first
-    masked: bool = False  # a state is zero where the first channel of the condition is, and the result will be
-    halved: bool = False  # the maps are of states that a checkerboard has halved; else of whole ones
+    frame: Frame = Frame()  # how a state comes in and goes out
     inverse: bool = False  # the run is turned
     inverted: bool = False  # maps of a run that is turned, one at a place at most, are inverses, made by their owners
     watch: Callable[[Tensor], None] | None = None
 
     @classmethod
-    def of(cls, elements: Iterable[Element], masked: bool = False, inverted: bool = False) -> Run:
+    def of(
+        cls, elements: Iterable[Element], *, squeezes: bool = False, masked: bool = False, inverted: bool = False
+    ) -> Run:
         """A run of these, in the order of data to latents."""
         maps: list[list[Map]] = [[]]
         couplings = []
@@ -129,11 +135,14 @@ class Run(NamedTuple):
             else:
                 couplings.append(one)
                 maps.append([])
-        return cls(maps[:-1], couplings, maps[-1], masked, inverted=inverted)
+        first, last = (couplings[0].board, couplings[-1].board) if couplings else (None, None)
+        return cls(maps[:-1], couplings, maps[-1], Frame(squeezes, first, last, masked), inverted=inverted)
 
     def turned(self) -> Run:
         """The run from latents to data, which undoes this one."""
-        return self.changed(maps=self.maps[::-1], couplings=self.couplings[::-1], inverse=True)
+        return self.changed(
+            maps=self.maps[::-1], couplings=self.couplings[::-1], frame=self.frame.turned(), inverse=True
+        )
 
     def changed(self, **fields: Any) -> Run:
         """The run with other fields; torch.compile of torch 2.11 cannot hand on what ``_replace`` makes."""
@@ -147,17 +156,7 @@ class Run(NamedTuple):
     @property
     def ends(self) -> Run:
         """What is behind the last coupling alone, in the direction of the run."""
-        return self.changed(maps=(), couplings=())
-
-    @property
-    def board(self) -> Checkerboard | None:
-        """The checkerboard of the first coupling, which divides what comes in; None with channel masks."""
-        return self.couplings[0].board if self.couplings else None
-
-    @property
-    def last_board(self) -> Checkerboard | None:
-        """The checkerboard of the last coupling, which puts together what goes out."""
-        return self.couplings[-1].board if self.couplings else None
+        return self.changed(maps=(), couplings=(), frame=Frame(masked=self.frame.masked))
 
     def parameters(self) -> list[Tensor]:
         """List those of all nets."""
@@ -177,16 +176,22 @@ class Run(NamedTuple):
         maps = self.places if end is None else self.maps[first:end]
         like = [own[0] for own in (*maps, *self.maps) if own]
         swaps: list[bool] = []
-        if self.couplings and self.couplings[0].board is not None and not self.halved:
+        if self._halves(like[0]):
             turn = -1 if self.inverse else 1
             boards = [coupling.board for coupling in self.couplings][::turn]
             swaps = [before != own for before, own in pairwise([boards[0], *boards])][::turn][first:end]
         return folding_of(maps, like[0].tensors[1], swaps)
 
+    def _halves(self, one: Map) -> bool:
+        """Tell whether a map is of whole states, which a checkerboard halves; frozen layers hold maps of the halves."""
+        if self.frame.first is None:
+            return False
+        return len(one.tensors[1]) != self.couplings[0].kept + self.couplings[0].changed
+
     @property
     def map_bytes(self) -> int:
         """Bytes of the folded map before a coupling, at most; there is one."""
         each = [one for own in self.maps for one in own]
-        offset, halves = each[0].tensors[1], 1 if self.board is None or self.halved else 2
+        offset, halves = each[0].tensors[1], 2 if self._halves(each[0]) else 1
         gathers = [KINDS[one.kind].gathers for one in each]
         return halves * offset.nbytes * (1 if all(gathers) else halves * len(offset))

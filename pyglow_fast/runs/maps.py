@@ -178,7 +178,7 @@ class Folding:
     """
 
     def __init__(self, kinds: Sequence[Sequence[str]], like: Tensor, swaps: Sequence[bool]) -> None:
-        self._kinds, self._swaps, self._counts = kinds, swaps, Counter([name for names in kinds for name in names])
+        self._kinds, self.swaps, self._counts = kinds, swaps, Counter([name for names in kinds for name in names])
         self._one_each = len(self._counts) == 1 and {*map(len, kinds)} == {1}
         self._compiled = self._one_each and FACTORS in self._counts and not swaps and ops.is_runnable(like)
         self._zeros = partial(torch.zeros, like.shape, dtype=like.dtype, device=like.device)
@@ -204,7 +204,7 @@ class Folding:
             found = fold(*[torch.stack(list(raw[i * k : (i + 1) * k])) for i in range(width)])
         else:
             found = stack_maps([ChannelMap.nothing(self._zeros()) if own is None else own for own in self.each(raw)])
-        return _of_halves(found, self._swaps) if self._swaps else found
+        return _of_halves(found, self.swaps) if self.swaps else found
 
     def __call__(self, raw: Sequence[Tensor]) -> Sequence[Tensor]:
         """Fold matrices (K, C, C), offsets (K, C), log_dets (K,) and, of gathers, indices (K, C), without a record."""

@@ -91,6 +91,10 @@ def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
     return ["auto", *(most >> i for i in range(1, count))]
 
 
+class NotCompiledError(Exception):
+    """A dry run found steps that csrc/run does not compute; whoever made it calls :func:`refuse_bytes`."""
+
+
 def refuse_bytes(budget: str | int) -> None:
     """Refuse a number of bytes, where steps are not computed by csrc/run."""
     expected = 'a mode such as "reversible" where the compiled run does not compute all steps'

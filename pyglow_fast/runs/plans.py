@@ -17,7 +17,7 @@ from pyglow_fast._core.tracing import has_hooks
 from pyglow_fast.functional import ops
 from pyglow_fast.runs.drift import DriftControl
 from pyglow_fast.runs.dry_run import dry_run, twin_of, without_values
-from pyglow_fast.runs.planner import RunPlan, plan_memory, refuse_bytes
+from pyglow_fast.runs.planner import NotCompiledError, RunPlan, plan_memory, refuse_bytes
 
 REMEMBERED = 16  # plans
 BESIDE = 4096  # bytes of tables of pointers, and of the number that the caller makes of the outputs
@@ -107,7 +107,11 @@ def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: l
     bytes_of, n_steps = _dry_step(model, inputs, forward), sum(map(len, runs))
 
     def planned(spacings: list[int]) -> RunPlan:
-        return plan_memory(partial(bytes_of, spacings), n_steps, budget, runs[0].memory_budget, like.device.type)
+        try:
+            return plan_memory(partial(bytes_of, spacings), n_steps, budget, runs[0].memory_budget, like.device.type)
+        except NotCompiledError:
+            refuse_bytes(budget)
+            raise
 
     try:
         return planned(now)

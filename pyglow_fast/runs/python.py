@@ -52,7 +52,7 @@ def in_turn(
     matrices, offsets, log_dets and, of gathers, indices.
     """
     maps, total = _folded(run, inverses)
-    masked_by = cond if run.masked else None
+    masked_by = cond if run.frame.masked else None
     log_det: Tensor | None = None
     if total is not None:
         log_det = functional.per_sample(x, total) if masked_by is None else total * positions_of(masked_by)
@@ -89,7 +89,7 @@ def _folded(run: Run, inverses: Sequence[Tensor]) -> tuple[Sequence[ChannelMap |
         return [None] * len(places), None
     raw, folding = run.folding()
     if not run.inverse or run.inverted:
-        each = folding.each(raw) if run.board is None else unstack_maps(folding.stacked(raw))
+        each = unstack_maps(folding.stacked(raw)) if folding.swaps else folding.each(raw)
         known = [own.log_det for own in each if own is not None]
         return each, known[0] if len(known) == 1 else torch.stack(known).sum()
     stacked = folding.stacked(raw)

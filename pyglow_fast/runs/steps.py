@@ -214,7 +214,7 @@ class CouplingStep:
 
     def __init__(self, coupling: NetCoupling, run: Run, budget: str | int) -> None:
         self.coupling, self.budget = coupling, budget
-        self.inverse, self.masked, self.watch = run.inverse, run.masked, run.watch
+        self.inverse, self.masked, self.watch = run.inverse, run.frame.masked, run.watch
         self.params = list(coupling.net.parameters())  # of now: functional_call may lend others for a call
 
     def _masked(self, u: Tensor, cond: Tensor | None) -> Tensor:

@@ -218,7 +218,7 @@ def test_who_computes_nets_on_a_gpu(
     step = pgf.FlowStep(channels, hidden, dims=dims, precision=precision).to("meta")
     with dry_run(torch.device("cuda")):
         x = torch.empty(2, channels, *[4] * dims, device="meta")
-        found = choice._compiled(Run.of(step.elements()), x, None, False, "auto")
+        found = choice._compiled(Run.of(step.elements()), x, None, "auto")
     assert [form.net.way.name for form in found.forms] == [way]
 
 
