@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import architecture
 import faults
 from support import ROOT
 
@@ -21,10 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"_core"},
     "likelihood": {"_core"},
     "presets": {"_core"},
-    "functional": PLAIN,
-    "nets": {*PLAIN, "functional"},
-    "runs": {*PLAIN, "functional", "nets"},
-    "layers": {*PLAIN, "functional", "nets", "runs"},
+    "functional": {"_core", "reference"},
+    "nets": {"_core", "reference", "functional"},
+    "runs": {"_core", "reference", "functional", "nets"},
+    "layers": {"_core", "reference", "functional", "nets", "runs"},
     "models": {*PLAIN, "functional", "nets", "runs", "layers"},
     "interop": FLOWS,
     "data": PLAIN,
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "app.web": {*APPLICATION, "app.studio"},
     "app.experiments": {*APPLICATION, "app.studio"},
     "app.cli": {*APPLICATION, "app.studio", "app.experiments"},
-    "__init__": {*FLOWS, "interop"},
+    "__init__": FLOWS,
     "__main__": {"app.cli"},
 }
 
@@ -118,6 +119,23 @@ def python_faults(source: str, module: str) -> list[str]:
             elif not found.deferred and library != top and top not in COMES_WITH.get(library or "", set()):
                 faults.append(f"{where}: a library that may be missing is imported inside a function")
     return faults
+
+
+def test_folders_say_what_lives_there() -> None:
+    for folder in (name for name in ALLOWED if (ROOT / PACKAGE / name.replace(".", "/")).is_dir()):
+        source = (ROOT / PACKAGE / folder.replace(".", "/") / "__init__.py").read_text(encoding="utf-8")
+        words = ast.get_docstring(ast.parse(source)) or ""
+        assert "may import" in words or "imports no other" in words, folder
+        assert "Read " in words, folder
+        assert len([line for line in words.splitlines() if line]) <= 6, folder
+
+
+def test_figure_shows_the_folders() -> None:
+    """A box for each, and arrows along which a folder may import another."""
+    assert set(architecture.PARTS) == set(ALLOWED) - {"app", "__main__"}
+    starts = {(folder_of(module), folder_of(started)) for module, started in MAY_START.items()}
+    for upper, lower in architecture.ARROWS:
+        assert lower in ALLOWED[upper] or (upper, lower) in starts
 
 
 def test_python_layers() -> None:

@@ -1,6 +1,6 @@
 """Draws the figures of docs/architecture.md: `python docs/_site/architecture.py` writes docs/architecture/*.svg.
 
-Which part may import which is stated in tests/test_architecture.py; what is drawn here follows it.
+tests/test_architecture.py states which folder may import which, and compares the boxes and arrows that are drawn here.
 """
 
 from __future__ import annotations
@@ -25,49 +25,45 @@ class Place(NamedTuple):
     words: str
 
 
-# Every part of the package but __main__, which is cli, and the small modules with an underscore that all may use.
+# The folders of the package, and the modules that stand beside them.
 PARTS: dict[str, Place] = {
-    "cli": Place("spine", 0, "the command pyglow-fast"),
-    "web": Place("spine", 1, "the page in the browser, with Gradio"),
-    "studio": Place("spine", 2, "a trained run, opened to look at and edit"),
-    "experiments": Place("left", 3, "foreign images, comparisons"),
+    "app.cli": Place("spine", 0, "the command pyglow-fast"),
+    "app.web": Place("spine", 1, "the page in the browser, with Gradio"),
+    "app.studio": Place("spine", 2, "a trained run, opened to look at and edit"),
+    "app.experiments": Place("left", 2, "foreign images, comparisons"),
     "latents": Place("right", 3, "paths, edits, levels"),
     "train": Place("spine", 4, "runs: loop, checkpoints, evaluation, report"),
     "data": Place("left", 4, "images: sources, preparation"),
     "interop": Place("right", 4, "others' models"),
     "__init__": Place("far", 4, "import pyglow_fast"),
-    "models": Place("spine", 5, "Glow: levels, splits, priors"),
+    "models": Place("spine", 5, "Glow: levels, splits, priors; CUDA graphs"),
     "presets": Place("left", 5, "settings under a name"),
-    "graphed_glow": Place("far", 5, "a step as a CUDA graph"),
     "layers": Place("spine", 6, "actnorm, 1x1 convolution, coupling, FlowStep"),
     "likelihood": Place("left", 6, "from pixels to bits/dim"),
-    "replays": Place("right", 6, "functions as graphs"),
     "runs": Place("spine", 7, "many steps as one autograd function, drift"),
     "nets": Place("spine", 8, "one net, run in chunks within its bytes"),
-    "functional": Place("spine", 10, "every operation as a checked function"),
-    "info": Place("left", 9, "what was built and is used"),
-    "ops": Place("spine", 12, "operations as torch sees them: names, shapes"),
-    "reference": Place("left", 12, "the equations in plain torch"),
-    "_backend": Place("spine", 13, "loads the compiled module, or says why not"),
-    "memory": Place("far", 13, "returns idle memory"),
+    "functional": Place("spine", 9, "every operation as a checked function"),
+    "reference": Place("left", 9, "the equations in plain torch"),
+    "_core": Place("spine", 10, "loads the compiled module; errors, files"),
 }
 
 # Folders of csrc, and core.h.
 NATIVE: dict[str, Place] = {
-    "bindings": Place("spine", 14, "each operation: checks arguments, allocates"),
-    "run": Place("far", 14, "loops over K steps"),
-    "cpu/net": Place("spine", 15, "coupling nets as matrix products"),
-    "cuda": Place("right", 15, "grids, tiles"),
-    "cpu": Place("spine", 16, "loops, tiles, threads"),
-    "core.h": Place("spine", 17, "the list of kernels and their arguments"),
-    "math": Place("spine", 18, "each formula once, for CPU and GPU alike"),
+    "bindings": Place("spine", 11, "each operation: checks arguments, allocates"),
+    "run": Place("far", 11, "loops over K steps"),
+    "cpu/net": Place("spine", 12, "coupling nets as matrix products"),
+    "cuda": Place("right", 12, "grids, tiles"),
+    "cpu": Place("spine", 13, "loops, tiles, threads"),
+    "core.h": Place("spine", 14, "the list of kernels and their arguments"),
+    "math": Place("spine", 15, "each formula once, for CPU and GPU alike"),
 }
+FIRST_NATIVE, LAST = 11, 15  # rows
 BANDS = (  # first row, last row, colour, its title and what else it says: at which column, in which row
-    (0, 3, "violet", "left", 0, ("Tools", "what people start")),
-    (4, 6, "blue", "far", 6, ("Models and training",)),
+    (0, 2, "violet", "left", 0, ("Application", "what people start")),
+    (3, 6, "blue", "left", 3, ("Models and training",)),
     (7, 8, "green", "right", 7, ("Training in little memory", "knows flow steps and nets,", "not whole models")),
-    (9, 13, "yellow", "right", 9, ("Operations", "run by a kernel where there is one,", "else by the reference")),
-    (14, 18, "red", "left", 14, ("Kernels", "csrc, C++ and CUDA")),
+    (9, 10, "yellow", "right", 9, ("Operations", "run by a kernel where there is one,", "else by the reference")),
+    (11, 15, "red", "left", 11, ("Kernels", "csrc, C++ and CUDA")),
 )
 
 # Who imports or includes whom, except what follows from other arrows. Those that are not straight have their corners.
@@ -96,7 +92,7 @@ def _bottom(name: str) -> Point:
 
 
 def _y(row: int) -> int:
-    return TOP + ROW * row + (6 if row >= 14 else 0)
+    return TOP + ROW * row + (6 if row >= FIRST_NATIVE else 0)
 
 
 def _middle(row: int) -> int:
@@ -113,35 +109,26 @@ def _across(begin: Point, x: float, end: Point) -> tuple[Point, ...]:
 
 
 ARROWS: dict[tuple[str, str], tuple[Point, ...]] = {
-    ("cli", "web"): _down("cli", "web"),
-    ("cli", "interop"): _across(_right("cli"), SIDE, _right("interop")),
-    ("web", "studio"): _down("web", "studio"),
-    ("cli", "experiments"): _across(_left("cli"), GUTTER, _right("experiments")),
-    ("studio", "train"): _down("studio", "train"),
-    ("studio", "latents"): (_right("studio"), (_top("latents")[0], _middle(2)), _top("latents")),
-    ("experiments", "train"): _across(_right("experiments", 10), INNER, _left("train", -12)),
+    ("app.cli", "app.web"): _down("app.cli", "app.web"),
+    ("app.cli", "interop"): _across(_right("app.cli"), SIDE, _right("interop")),
+    ("app.cli", "app.experiments"): _across(_left("app.cli"), GUTTER, _right("app.experiments", -10)),
+    ("app.web", "app.studio"): _down("app.web", "app.studio"),
+    ("app.experiments", "app.studio"): (_right("app.experiments"), _left("app.studio")),
+    ("app.studio", "train"): _down("app.studio", "train"),
+    ("app.studio", "latents"): (_right("app.studio"), (_top("latents")[0], _middle(2)), _top("latents")),
     ("latents", "models"): _across(_left("latents"), BETWEEN, _right("models", -12)),
     ("train", "data"): (_left("train"), _right("data")),
-    ("train", "info"): _across(_left("train", 12), GUTTER, _right("info", -8)),
     ("train", "models"): _down("train", "models"),
-    ("train", "replays"): _across(_right("train", 12), 604, _left("replays", -8)),
     ("interop", "models"): (_bottom("interop"), (_bottom("interop")[0], _middle(5)), _right("models")),
-    ("__init__", "graphed_glow"): _down("__init__", "graphed_glow"),
-    ("__init__", "memory"): _across(_right("__init__"), 982, _right("memory")),
-    ("graphed_glow", "models"): (_left("graphed_glow", 10), _right("models", 10)),
-    ("graphed_glow", "replays"): _across(_left("graphed_glow", 18), SIDE, _right("replays", -8)),
-    ("replays", "layers"): (_left("replays", 8), _right("layers", 8)),
+    ("__init__", "models"): (_bottom("__init__"), (_bottom("__init__")[0], _middle(5) + 12), _right("models", 12)),
     ("models", "presets"): (_left("models"), _right("presets")),
     ("models", "likelihood"): _across(_left("models", 12), INNER, _right("likelihood")),
     ("models", "layers"): _down("models", "layers"),
     ("layers", "runs"): _down("layers", "runs"),
     ("runs", "nets"): _down("runs", "nets"),
     ("nets", "functional"): _down("nets", "functional"),
-    ("functional", "ops"): _down("functional", "ops"),
-    ("info", "ops"): _across(_right("info", 8), INNER, _left("ops", -10)),
-    ("ops", "reference"): (_left("ops", 8), _right("reference", 8)),
-    ("ops", "_backend"): _down("ops", "_backend"),
-    ("memory", "_backend"): (_left("memory"), _right("_backend")),
+    ("functional", "reference"): (_left("functional"), _right("reference")),
+    ("functional", "_core"): _down("functional", "_core"),
 }
 NATIVE_ARROWS: dict[tuple[str, str], tuple[Point, ...]] = {
     ("bindings", "run"): (_right("bindings", -14), _left("run", -14)),
@@ -149,20 +136,20 @@ NATIVE_ARROWS: dict[tuple[str, str], tuple[Point, ...]] = {
     ("bindings", "core.h"): _across(_left("bindings", 8), GUTTER, _left("core.h")),
     ("cpu/net", "cpu"): _down("cpu/net", "cpu"),
     ("cpu", "core.h"): _down("cpu", "core.h"),
-    ("cuda", "core.h"): (_bottom("cuda"), (_bottom("cuda")[0], _middle(17)), _right("core.h")),
+    ("cuda", "core.h"): (_bottom("cuda"), (_bottom("cuda")[0], _middle(14)), _right("core.h")),
     ("core.h", "math"): _down("core.h", "math"),
 }
 CALLS: tuple[tuple[Point, ...], ...] = (  # at run time, without an import
-    _down("_backend", "bindings"),
+    _down("_core", "bindings"),
     _down("bindings", "cpu/net"),
-    (_right("bindings", 6), (_top("cuda")[0], _middle(14) + 6), _top("cuda")),
+    (_right("bindings", 6), (_top("cuda")[0], _middle(11) + 6), _top("cuda")),
     _across(_left("bindings", -8), INNER, _left("cpu")),
 )
 
 
 def layers() -> Figure:
     """The parts of the package, one above another: each imports what is below it alone."""
-    figure = Figure(1000, _y(18) + HEIGHT + 96, "The parts of pyglow_fast in layers, and who imports whom")
+    figure = Figure(1000, _y(LAST) + HEIGHT + 76, "The parts of pyglow_fast in layers, and who imports whom")
     figure.text(24, 30, "The parts of pyglow_fast", 17, bold=True)
     figure.text(976, 30, "a part imports only what is below or beside it", 13, "soft", "end")
     for first, last, colour, column, row, (title, *words) in BANDS:
@@ -175,17 +162,15 @@ def layers() -> Figure:
         figure.arrow(*points, dashed=True)
     for name, place in {**PARTS, **NATIVE}.items():
         left, width = COLUMNS[place.column]
-        shown = {"__init__": "pyglow_fast"}.get(name, f"csrc/{name}" if name in NATIVE else name)
+        shown = "pyglow_fast" if name == "__init__" else f"csrc/{name}" if name in NATIVE else name.replace(".", "/")
         figure.titled(left, _y(place.row), width, HEIGHT, shown, [place.words], size=11)
-    foot = _y(18) + HEIGHT + 30
+    foot = _y(LAST) + HEIGHT + 30
     figure.arrow((24, foot), (64, foot))
     figure.text(74, foot + 4, "imports or includes; what follows from other arrows is not drawn", 12, "soft")
     figure.arrow((530, foot), (570, foot), dashed=True)
     figure.text(580, foot + 4, "calls at run time, as the device and the processor ask for", 12, "soft")
-    small = "Every part may also import the small modules whose names begin with an underscore."
-    figure.text(24, foot + 28, small, 12, "soft")
-    beside = "Parts above _backend may import reference, likelihood and presets, which import no other part."
-    figure.text(24, foot + 48, beside, 12, "soft")
+    beside = "Every part may also import _core and reference."
+    figure.text(24, foot + 28, beside, 12, "soft")
     return figure
 
 

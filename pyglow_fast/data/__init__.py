@@ -1,6 +1,6 @@
 """Loads the images to train on, splits off what is held out, makes batches and measures yardsticks.
 
-It imports torch and data libraries only.
+Read sources.py first. The folder may import _core, likelihood and presets, and libraries that read images.
 """
 
 from pyglow_fast.data._optional import MissingExtraError, check_installed, optional

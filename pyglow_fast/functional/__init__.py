@@ -1,8 +1,8 @@
 """The flow step's operations as stateless functions: compiled kernels where they apply, the reference elsewhere.
 
 Tensors are (N, C, *spatial); P is the product of the spatial sizes. Every function is differentiable in all its tensor
-arguments. The equations are stated once, in :mod:`pyglow_fast.reference`, whose functions have the same names and
-arguments.
+arguments. :mod:`pyglow_fast.reference` states the equations in functions of the same names and arguments. Read this
+file first, then ops.py, which declares the kernels to torch. The folder may import _core and reference.
 """
 
 from __future__ import annotations

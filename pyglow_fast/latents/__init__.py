@@ -1,6 +1,7 @@
 """Tools in latent space, all exact: edits along directions and towards the priors' means, paths between images.
 
 Images are x in about [-0.5, 0.5] as :meth:`Glow.log_prob` takes them; latents are lists, shallowest level first.
+Read edits.py first. The folder may import models, and what models may import.
 """
 
 from pyglow_fast.latents.edits import edited

@@ -1,4 +1,8 @@
-"""The layers of a flow: modules with ``forward(x) -> (z, log_det)`` and ``inverse(z) -> (x, log_det)``."""
+"""The layers of a flow: modules with ``forward(x) -> (z, log_det)`` and ``inverse(z) -> (x, log_det)``.
+
+Read flow_step.py first, then reversible_sequence.py. The folder may import runs, nets and functional, and what these
+may import.
+"""
 
 from pyglow_fast.layers._base import FlowLayer
 from pyglow_fast.layers.actnorm import ActNorm

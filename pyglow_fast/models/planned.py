@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,10 @@ from pyglow_fast._core.tracing import call_untraced, kernels_step_aside
 from pyglow_fast.runs.planner import RunPlan
 from pyglow_fast.runs.plans import Forward, Plans
 
-if TYPE_CHECKING:
-    from pyglow_fast.models.glow import Glow
+Model = Any  # a Glow, which calls these functions
 
 
-def plan_of_step(model: Glow, n: int) -> RunPlan:
+def plan_of_step(model: Model, n: int) -> RunPlan:
     """Plan a training step on n images of the model's size, from shapes alone."""
     config, like = model.config, model._parameter().new_empty(())
     channels, conds = config.cond_channels, list[Tensor | None]()
@@ -29,7 +28,7 @@ def plan_of_step(model: Glow, n: int) -> RunPlan:
 
 
 def plans_of_runs(
-    model: Glow, given: Sequence[Tensor], conds: Sequence[Tensor | None], name: str
+    model: Model, given: Sequence[Tensor], conds: Sequence[Tensor | None], name: str
 ) -> dict[nn.Module, RunPlan]:
     """What each run of steps does in a pass that is recorded; else nothing.
 
@@ -51,7 +50,7 @@ def plans_of_runs(
     return dict(zip(runs, plans, strict=True))
 
 
-def _any_labels(model: Glow, x: Tensor) -> Tensor | None:
+def _any_labels(model: Model, x: Tensor) -> Tensor | None:
     """Labels as x would have, for a dry run."""
     return None if model.config.n_classes is None else x.new_empty(x.shape[0], dtype=torch.int64)
 
@@ -59,7 +58,7 @@ def _any_labels(model: Glow, x: Tensor) -> Tensor | None:
 def _dry_pass(count: int, name: str) -> Forward:
     """What calls a method of a dry run's twin with what :func:`plans_of_runs` knows: ``count`` tensors come first."""
 
-    def forward(twin: Glow, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    def forward(twin: Model, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
         given, (y, *conds) = cast("list[Tensor]", list(inputs[:count])), inputs[count:]
         one = isinstance(twin.config.cond_channels, int) and all(cond is conds[0] for cond in conds)
         cond: Any = conds[0] if one else conds
@@ -68,6 +67,7 @@ def _dry_pass(count: int, name: str) -> Forward:
         if name == "forward":
             latents, log_det = twin(given[0], cond)
             return [*latents, log_det]
-        return twin.inverse(given, cond) if name == "inverse" else twin.from_noise(given, y, cond)
+        found: Sequence[Tensor] = twin.inverse(given, cond) if name == "inverse" else twin.from_noise(given, y, cond)
+        return found
 
     return forward

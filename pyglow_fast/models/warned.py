@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,7 @@ from torch import Tensor
 from pyglow_fast import functional
 from pyglow_fast.models.condition import fitted
 
-if TYPE_CHECKING:
-    from pyglow_fast.layers import FlowStep
-    from pyglow_fast.models.glow import Glow
+Model = Any  # a Glow, which calls these functions
 
 
 def warn_of_other_range(x: Tensor) -> None:
@@ -41,7 +39,7 @@ def warn_of_fresh(stacklevel: int) -> None:
     )
 
 
-def warn_of_not_finite(model: Glow, x: Tensor, conds: Sequence[Tensor | None], log_prob: Tensor) -> None:
+def warn_of_not_finite(model: Model, x: Tensor, conds: Sequence[Tensor | None], log_prob: Tensor) -> None:
     """Warn that log_prob (N,) or (N, classes) is not finite, and name the weights or the first step that made it."""
     lost = int((~log_prob.isfinite()).reshape(len(x), -1).any(1).sum())
     # Other ranks would wait for what this one computes of shared weights.
@@ -55,7 +53,7 @@ def warn_of_not_finite(model: Glow, x: Tensor, conds: Sequence[Tensor | None], l
 
 
 @torch.no_grad()
-def _cause(model: Glow, x: Tensor, conds: Sequence[Tensor | None]) -> str:
+def _cause(model: Model, x: Tensor, conds: Sequence[Tensor | None]) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"{name} is not finite"
@@ -63,7 +61,7 @@ def _cause(model: Glow, x: Tensor, conds: Sequence[Tensor | None]) -> str:
         for i, level in enumerate(model.levels):
             for name, steps, squeezes in level.named_runs():
                 x = functional.squeeze(x) if squeezes else x
-                for k, step in enumerate(cast("Iterable[FlowStep]", steps)):
+                for k, step in enumerate(steps):
                     x, _ = step(x, fitted(conds[i], x.shape[2:]))
                     if not x.isfinite().all():
                         return f"levels.{i}.{name}.{k} is the first step whose output is not finite"

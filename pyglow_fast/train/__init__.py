@@ -1,4 +1,7 @@
-"""Training: configuration, the loop, checkpoints, evaluation and pictures. Uses models, likelihood and data."""
+"""Training: configuration, the loop, checkpoints, evaluation and pictures.
+
+Read loop.py first, then state.py, which is one update. The folder may import every other one but app.
+"""
 
 from pyglow_fast._core.files import FolderError
 from pyglow_fast.train.bar import progress_line

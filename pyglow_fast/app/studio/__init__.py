@@ -5,7 +5,7 @@
     edit = Edit((Add("T-shirt/top", "rest", 1.5),), keep=(0.5, 1.0, 1.0))
     made = subject.made(subject.edited(edit).pixels, edit)  # made.data is a PNG, made.command gives the same one
 
-The commands ``edit``, ``sample``, ``interpolate`` and ``score``, and the page of ``serve``, use these classes.
+Read opened.py first. The folder may import every folder outside app; the command line and the page use its classes.
 """
 
 from pyglow_fast.app.studio.directions import Add, Directions

@@ -1,4 +1,7 @@
-"""Serves a page in the browser to look at trained runs and to change their images, made with Gradio."""
+"""Serves a page in the browser to look at trained runs and to change their images, made with Gradio.
+
+Read page.py first. The folder may import studio, and every folder outside app.
+"""
 
 import inspect
 from unittest.mock import patch
