@@ -39,7 +39,7 @@ def _bounded(value: Tensor, cap: Any) -> Tensor:
 
 
 def _net_actnorm(norm: Any, dims: int) -> Affine | None:
-    """Of an actnorm in a net, which is called forward: log_scale and shift; None while it waits for data."""
+    """Read log_scale and shift of an actnorm in a net, which is called forward; None while it waits for data."""
     own = norm.actNorm
     return (_log_scale(own), own.t.flatten()) if has_seen(own) else None
 

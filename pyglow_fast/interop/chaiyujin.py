@@ -70,7 +70,7 @@ def _looks_like(module: nn.Module) -> bool:
 
 
 def _permutation(step: Any) -> str:
-    """Which of its modules a step's flow_permutation names or, being a function, calls; empty if neither is known."""
+    """Name the module that a step's flow_permutation names or, being a function, calls; "" if neither is known."""
     named = step.flow_permutation
     if isinstance(named, FunctionType):
         own = [cell.cell_contents for cell in named.__closure__ or ()] == [step]

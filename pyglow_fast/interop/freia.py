@@ -103,7 +103,7 @@ def times(part: Tensor, gain: float) -> Tensor:
 
 @functools.lru_cache(64)
 def _kind_of(activation: Callable[[Tensor], Tensor]) -> str:
-    """Which of FrEIA's clamps a function of its own is, by its values."""
+    """Name the clamp of FrEIA's that a user's function is, by its values."""
     at = torch.tensor([1.0, -0.5], dtype=torch.float64, device="cpu")
     known = {"tanh": torch.tanh(at), "atan": 0.636 * torch.atan(at), "sigmoid": 2.0 * (torch.sigmoid(at) - 0.5)}
     found = activation(at)
@@ -233,7 +233,7 @@ def _block_elements(block: Any, inverse: bool, divides: bool) -> list[Element]:
 
 
 def _is_dense(block: Any) -> bool:
-    """Whether R is a soft one of so many channels that its products decide the time, on the CPU.
+    """Tell whether R is a soft permutation of so many channels that its products decide the time, on the CPU.
 
     Its first row tells: to look at all of it takes as long as a convolution.
     """

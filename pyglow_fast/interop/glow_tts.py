@@ -76,7 +76,7 @@ def _keeps_length(conv: Any) -> bool:
 
 
 def _has_only_weight_norm(module: nn.Module) -> bool:
-    """Whether nothing runs around its convolutions or in them but weight norms, old or new."""
+    """Tell whether its convolutions have no hooks or parametrizations but weight norms, old or new."""
     for part in module.modules():
         before = part._forward_pre_hooks.values() if part is not module else ()
         others = part is not module and (part._forward_hooks or part._backward_hooks or part._backward_pre_hooks)
@@ -122,7 +122,7 @@ class BlockNet(nn.Module):
 
     @property
     def halo(self) -> int:
-        """How many positions to each side an output depends on."""
+        """The number of positions to each side that an output depends on."""
         layers = _wavenet(self.block).in_layers
         return wavenet_halo(layers[0].kernel_size[0], [conv.dilation[0] for conv in layers])
 

@@ -121,7 +121,7 @@ class Nets(nn.Module):
 
     @property
     def halo(self) -> int | None:
-        """How many positions to each side an output depends on; None where it is not known."""
+        """The number of positions to each side that an output depends on; None where it is not known."""
         return max((form.halo for form in self._forms), default=None)
 
     @property
@@ -141,7 +141,7 @@ Half = tuple[str, str | None]  # the names of the nets that change one of the pa
 
 
 class Kind(NamedTuple):
-    """What a class of blocks does to the first part, then to the second; names of its clamp and of what it keeps."""
+    """A class of blocks: how it changes the first half, then the second; names of its clamp and of what it keeps."""
 
     halves: tuple[Half, Half]
     clamp: str | None
@@ -187,7 +187,7 @@ def _standing(module: nn.Module, **held: nn.Module) -> tuple[Any, Callable[[], l
 
 
 def _widths(block: nn.Module) -> dict[str, int]:
-    """How many channels each of a block's nets reads, by its first convolution."""
+    """Count the channels that each of a block's nets reads, by its first convolution."""
     found = {}
     for name, net in block._modules.items():
         convs: list[Any] = [] if net is None else [part for part in net.modules() if type(part) in _CONVOLUTIONS]
@@ -197,7 +197,7 @@ def _widths(block: nn.Module) -> dict[str, int]:
 
 
 def kind_of(block: nn.Module) -> Kind | None:
-    """What a block does with its nets; None of any other module."""
+    """Find the class of blocks that a module is of; None of any other module."""
     widths = _widths(block)
     if not 2 <= len(widths) <= 4 or len(set(widths.values())) > 2:
         return None

@@ -79,7 +79,7 @@ class JoinedLayers:
         return torch.is_grad_enabled() and self.memory != "store"
 
     def elements(self, inverse: bool = False) -> list[Element]:
-        """What the layers hold now, in the direction of data to latents."""
+        """List the elements of the layers, read now, in the direction of data to latents."""
         found: list[Element] = []
         for layer, row in zip(self.layers, self.rows, strict=True):
             read = partial(recomputed_later, layer, row.elements, only_reads=True) if self.spares else row.elements
@@ -158,7 +158,7 @@ _given: weakref.WeakValueDictionary[tuple[int, bool], Tensor] = weakref.WeakValu
 
 
 class Place:
-    """What a joined container shows in the place of a layer: the run in that of the first, else nothing to do.
+    """The module that a joined container shows in the place of a layer: the first runs all, the others nothing.
 
     Attributes are the layer's, to be read and to be set. ``number`` counts the places of a run from 0, in the order of
     the container; ``from_latents`` is its direction.

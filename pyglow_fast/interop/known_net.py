@@ -32,7 +32,7 @@ class Layer:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """How many channels it gets and gives."""
+        """The channels of its input and of its output."""
         return self.conv.weight.shape[1], self.conv.weight.shape[0]
 
     @property
@@ -70,12 +70,12 @@ class KnownNet:
 
     @property
     def dims(self) -> int:
-        """How many spatial dimensions the net has."""
+        """The number of spatial dimensions."""
         return len(self.spec.dilations[0])
 
     @property
     def halo(self) -> int:
-        """How many positions to each side an output depends on, the most of any dimension."""
+        """The number of positions to each side that an output depends on, the most of any dimension."""
         pairs = zip(self.layers, self.spec.dilations, strict=True)
         every = [sides(layer.kernel_size, dilation) for layer, dilation in pairs]
         return max(map(sum, zip(*every, strict=True)))

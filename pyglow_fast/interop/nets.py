@@ -115,7 +115,7 @@ def _flat(net: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _fits(layer: Layer, before: Sequence[Layer], pads: Sequence[Any]) -> bool:
-    """Whether a convolution, behind zeros, gives as many positions as it gets, and takes what the one before gives."""
+    """Tell whether a convolution, padded with zeros, keeps the number of positions and takes the channels before it."""
     conv, kernel = layer.conv, layer.kernel_size
     if any(len(last.kernel_size) != len(kernel) or last.widths[1] != layer.widths[0] for last in before):
         return False
@@ -180,7 +180,7 @@ class Net(nn.Module):
 
     @property
     def halo(self) -> int | None:
-        """How many positions to each side an output depends on; None where it is not known: see traits."""
+        """The number of positions to each side that an output depends on; None where it is not known: see traits."""
         if self.whole_samples:
             return None
         known = self.known()
@@ -195,7 +195,7 @@ class Net(nn.Module):
 
     @property
     def writes_to_input(self) -> bool:
-        """Whether its net may write to what it is called with: one that is recognised makes a tensor of its own."""
+        """Whether the net may write to its inputs; a net that is recognised does not."""
         return isinstance(self.known(), str) and may_write(self.net)
 
     def as_it_is(self, x1: Tensor, cond: Tensor | None) -> Tensor:

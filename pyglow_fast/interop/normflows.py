@@ -98,7 +98,7 @@ def _coupling(block: Any) -> NetCoupling:
 
 
 def _dims(block: Any) -> int:
-    """How many dimensions its states have: those of its actnorm's scales."""
+    """The number of dimensions of its states, read from its actnorm's scales."""
     return next((layer.s.dim() for layer in block.flows if hasattr(layer, "s")), 0)
 
 
@@ -129,7 +129,7 @@ def _unfit(block: Any) -> str:
 
 
 def _flags(block: Any) -> list[Tensor]:
-    """Those of the actnorm and of the net's, which see their first batch in either direction, in evaluation too."""
+    """List the flags of all actnorms, which a first batch sets in either direction, in evaluation too."""
     norms = [block.flows[2], *block.flows[0].flows[1].param_map.modules()]
     return [norm.data_dep_init_done for norm in norms if hasattr(norm, "data_dep_init_done")]
 

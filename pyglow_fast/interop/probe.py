@@ -98,7 +98,7 @@ def _compare(row: Row, layer: nn.Module, training: bool) -> None:
 
 
 def _results(row: Row, layer: nn.Module, training: bool, ours: bool) -> list[tuple[str, Any, float]]:
-    """What calls of a copy give and do, by its own class or by ours."""
+    """The results and effects of calls of a copy, by its own class or by ours."""
     assert row.example is not None
     generator = torch.Generator().manual_seed(2 + training)
 
@@ -187,7 +187,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _configuration(row: Row, layer: nn.Module) -> Any:
-    """What a layer's arithmetic may depend on besides the values of its weights; None if that cannot be told."""
+    """Make a key of all but the values of weights that a layer's arithmetic depends on; None if it is not known."""
     try:
         inside = {module for net, _ in _recognisable(row, layer) for module in net.modules()}
         return row.name, tuple(settings(module) for module in layer.modules() if module not in inside)

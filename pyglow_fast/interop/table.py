@@ -199,7 +199,7 @@ def in_turns(one: NetCoupling, other: NetCoupling, like: Tensor, inverse: bool) 
 
 
 def untouched(modules: Sequence[nn.Module]) -> bool:
-    """Whether calling these modules does what their classes do: no hooks, no method put on an instance."""
+    """Tell whether these modules compute what their classes do: no hooks, no method put on an instance."""
     return not any(is_altered(module) or "inverse" in vars(module) for module in modules)
 
 
@@ -221,12 +221,12 @@ def wrapped(layer: nn.Module, make: Callable[..., nn.Module], net: nn.Module, *o
 
 
 def pays_for_images(layer: nn.Module, call: Call) -> bool:
-    """Whether ours is as fast: not for vectors, nor for a few values without a gradient (on CPUs)."""
+    """Tell whether our layers are as fast: not for vectors, nor for a few values without a gradient (on CPUs)."""
     return call.x.dim() > 2 and (call.x.numel() >= FEW_VALUES or torch.is_grad_enabled())
 
 
 def is_set(flag: Tensor) -> bool:
-    """Whether a flag, (), is above zero; torch.func.vmap, which refuses all reads, does not see this one."""
+    """Tell whether a flag, (), is above zero, by a read that torch.func.vmap, which refuses reads, does not see."""
     with torch_private.without_functorch() if is_batched() else nullcontext():
         return not flag.is_meta and bool(flag > 0)
 

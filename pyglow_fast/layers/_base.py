@@ -1,4 +1,4 @@
-"""What every layer of a flow promises."""
+"""The base class of the layers of a flow."""
 
 from __future__ import annotations
 

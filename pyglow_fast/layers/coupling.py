@@ -166,7 +166,7 @@ class Coupling(FlowLayer):
             self.net.check_inputs(*inputs)
 
     def _net_inputs(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What the net is called with for x."""
+        """Make the inputs that the net is called with for x."""
         run = self._alone(x)
         (own,) = run.couplings
         inputs = own.inputs(*run.frame.enter(x, cond))
@@ -174,7 +174,7 @@ class Coupling(FlowLayer):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether nothing in the net waits for data."""
+        """Whether every ActNorm of the net has been initialised."""
         net: Any = self._modules["net"]
         if type(net) is CouplingNet:
             return net.is_initialized  # of these all is known, without a look into each module

@@ -97,14 +97,14 @@ class CouplingNet(NetShape):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but its own parameters decides what it computes: no subclass, hooks, parametrizations."""
+        """Whether its own parameters alone decide what the net computes: no subclass, hooks, parametrizations."""
         if type(self) is not CouplingNet or has_global_hook():
             return False
         return not any_altered((self, *self._modules.values()))
 
     @property
     def is_initialized(self) -> bool:
-        """Whether there is no hidden ActNorm, or a norm put in its place, that still waits for data."""
+        """Whether every hidden ActNorm of the net, or the norm put in its place, has been initialised."""
         for norm in (self._modules["norm1"], self._modules["norm2"]):
             if type(norm) is not nn.Identity and not getattr(norm, "is_initialized", True):
                 return False

@@ -86,7 +86,7 @@ class DenseNet(nn.Module):
 
     @property
     def halo(self) -> int:
-        """How many positions to each side an output position depends on."""
+        """The number of positions to each side that an output position depends on."""
         return self._form().halo
 
     def bytes_per_position(self, element_size: int) -> int:

@@ -156,12 +156,12 @@ class FlowStep(FlowLayer):
 
     @property
     def couplings(self) -> list[Coupling]:
-        """What follows the channel map, in order: the injector and the coupling, as far as the step has them."""
+        """The couplings behind the channel map: the injector, then the coupling, as far as the step has them."""
         parts = self._modules  # and not by attribute, which costs a multiple
         return [cast(Coupling, part) for part in (parts.get("injector"), parts.get("coupling")) if part is not None]
 
     def elements(self) -> list[Element]:
-        """What the step does to a state, as a run has it: a map, then its couplings."""
+        """List the step as elements of a run: a map, then its couplings."""
         modules: dict[str, Any] = self._modules
         actnorm, injector, coupling = modules["actnorm"], modules.get("injector"), modules.get("coupling")
         try:
@@ -210,12 +210,12 @@ class FlowStep(FlowLayer):
             self.actnorm.initialize_from(x)
 
     def _own_couplings(self) -> bool:
-        """Whether injector and coupling are those of this package: of a subclass they run as they say."""
+        """Whether injector and coupling are no subclasses, whose own methods would have to run."""
         return all(type(part) in (Coupling, AffineInjector) for part in self.couplings)
 
     @property
     def is_initialized(self) -> bool:
-        """Whether nothing in the step waits for data: its actnorm and those of its nets, or what its own nets have."""
+        """Whether every actnorm of the step has been initialised: its own, and those of its nets."""
         modules: dict[str, Any] = self._modules
         actnorm = modules["actnorm"]
         if not (actnorm._known_initialized or actnorm.is_initialized):

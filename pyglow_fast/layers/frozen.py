@@ -155,5 +155,5 @@ class FrozenSteps(FlowLayer):
         return choice.through(run, z, cond, budget=self.memory_budget, made=self._made, **options)
 
     def train(self, mode: bool = True) -> FrozenSteps:
-        """Do nothing: frozen steps stay in evaluation mode."""
+        """Stay in evaluation mode, as frozen steps always are."""
         return super().train(False)

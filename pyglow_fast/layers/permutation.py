@@ -59,7 +59,7 @@ class ChannelLinear(FlowLayer):
         return None
 
     def raw(self, like: Tensor) -> tuple[str, Sequence[Tensor]]:
-        """How a run folds W behind an actnorm, and of which tensors, so that a backward can make W again.
+        """Give the kind of W and the tensors that a run folds it from behind an actnorm, and again in a backward.
 
         In this base class, where it is not known what W is made of, they are W and log|det W| themselves. ``like`` is
         a tensor of the flow.
@@ -143,7 +143,7 @@ class InvConv(ChannelLinear):
         return self.weight, functional.log_abs_det(self.weight)
 
     def raw(self, like: Tensor) -> tuple[str, Sequence[Tensor]]:
-        """How W is folded: the parameters and buffers, unless a subclass says what W is."""
+        """Give the LU factors, from which runs fold W; of a subclass with a W of its own, that."""
         if type(self).weight_and_log_det is not InvConv.weight_and_log_det:
             return super().raw(like)
         if not self.lu:

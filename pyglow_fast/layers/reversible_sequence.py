@@ -145,7 +145,7 @@ class ReversibleSequence(FlowLayer):
         return all(map(runs_fused, self._modules.values()))
 
     def _elements(self) -> list[list[Element]] | None:
-        """What each step holds now, read once a call; None where the steps are called as they are."""
+        """Read the elements of each step, once a call; None where the steps are called as they are."""
         found = []
         for step in self._modules.values():
             if not runs_fused(step):
@@ -280,7 +280,7 @@ class ReversibleSequence(FlowLayer):
         expect(ascending, "at", f"ascending numbers of steps in 0..{last - 1}", list(at))
 
     def _records(self, x: Tensor, cond: Tensor | None) -> bool:
-        """Whether autograd asks for a backward."""
+        """Tell whether autograd asks for a backward."""
         own = (tensor for module in self.modules() for tensor in module._parameters.values())
         return torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in chain((x, cond), own)

@@ -102,7 +102,7 @@ def _run(parts: WaveNetParts, dropout: float, x: Tensor, cond: Tensor | None, ma
 
 
 def wavenet_halo(kernel_size: int, dilations: Sequence[int]) -> int:
-    """How far an output position of a WaveNet sees to each side."""
+    """Compute the number of positions to each side that an output position of a WaveNet depends on."""
     return sum(dilations) * (kernel_size // 2)
 
 
@@ -223,13 +223,13 @@ class WaveNet(nn.Module):
 
     @property
     def halo(self) -> int:
-        """How many positions to each side an output position depends on."""
+        """The number of positions to each side that an output position depends on."""
         dilated, _ = self._layers()
         return wavenet_halo(dilated[0].kernel_size, [conv.dilation for conv in dilated])
 
     @property
     def deterministic(self) -> bool:
-        """Whether the net gives the same output again whatever the random generators: no dropout is active."""
+        """Whether the output does not depend on random generators: no dropout is active."""
         return not (self.dropout.training and self.dropout.p)
 
     def bytes_per_position(self, element_size: int) -> int:

@@ -53,7 +53,7 @@ class _Computes(NamedTuple):
 
 
 def _computes(precision: str, x: Tensor) -> _Computes | None:
-    """None where the run has no way to compute them."""
+    """Choose how csrc/run computes nets of this precision on x; None where it cannot."""
     with in_precision(precision, x):
         if functional.net_by_kernels(x):
             half = torch.bfloat16 if functional.net_in_half(x) else None
@@ -123,7 +123,7 @@ def _made(
 
 
 def _patches_outweigh(chain: Chain) -> bool:
-    """Whether what rows add to a net, patches and taps, is more than its hidden layers: of wide ends, and in 3-d."""
+    """Tell whether patches and taps, which rows add, outweigh the hidden layers: of wide ends, and in 3-d."""
     first, last = chain.tensors[0].shape, chain.last_weight.shape
     return first[1:].numel() + last[0] * last[2:].numel() > first[0] + last[1]
 
@@ -273,7 +273,7 @@ def through(
 
 
 def _records(run: Run, x: Tensor, cond: Tensor | None, nets: Sequence[Tensor] | None = None) -> bool:
-    """Whether autograd asks for a backward; ``nets``: the tensors of the nets, where they are at hand."""
+    """Tell whether autograd asks for a backward; ``nets``: the tensors of the nets, where they are at hand."""
     if not torch.is_grad_enabled():
         return False
     nets = run.parameters() if nets is None else nets

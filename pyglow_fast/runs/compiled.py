@@ -60,7 +60,7 @@ class _Node(NamedTuple):
 
 
 class _Way:
-    """From the last state that is kept to the input of the next part: what computes this again."""
+    """The nodes and tensors that compute the input of the next part again, from the last state that is kept."""
 
     def __init__(self) -> None:
         self.legs: list[tuple[_Node, int]] = []  # the nodes on the way, and from which of its steps on each of them is

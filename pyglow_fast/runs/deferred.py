@@ -24,7 +24,7 @@ _flags_lock = threading.Lock()
 
 
 def drifted_in_this_backward(drifted: Tensor) -> Tensor:
-    """Whether this run of steps or one before it in the same backward has drifted; a scalar tensor.
+    """Tell whether this run of steps or an earlier one of the same backward has drifted; a scalar tensor.
 
     What follows a drifted run gets a gradient without that run's part, which would be wrong and not be seen.
     """

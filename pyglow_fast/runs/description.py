@@ -185,7 +185,7 @@ class Run(NamedTuple):
 
     @property
     def ends(self) -> Run:
-        """What is behind the last coupling alone, in the direction of the run."""
+        """The run without its couplings: the maps behind the last one alone, in the direction of the run."""
         return self.changed(maps=(), couplings=(), frame=Frame(masked=self.frame.masked))
 
     def parameters(self) -> list[Tensor]:

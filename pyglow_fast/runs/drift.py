@@ -136,7 +136,7 @@ def norms(x: Tensor) -> Tensor:
 
 
 def _scale(norm: Tensor, inverse: bool) -> Tensor:
-    """What errors of states with these norms (..., N, C) are measured against, of the same shape."""
+    """Compute the norm that an error is divided by, (..., N, C), from the norms of states."""
     if norm.numel() == 0:
         return norm
     # A sample's norm of a channel may be small by chance (a single position): not below the batch's typical one, which
@@ -219,7 +219,7 @@ class DriftControl:
 
     @property
     def spacing(self) -> int:
-        """How many steps there are from one anchor to the next in a forward pass that begins now."""
+        """The number of steps from one anchor to the next in a forward pass that begins now."""
         if self.anchor_every != "auto":
             return self.first_spacing
         return self._began_with if backward_id() != -1 and self._began_with is not None else self.learnt.spacing
@@ -245,7 +245,7 @@ class DriftControl:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether anchors would lie at every step now, so that nothing is left to recompute from its output."""
+        """Whether every step has an anchor now, so that no state is recomputed from its output."""
         return self.n_steps > 1 and self.spacing == 1
 
     def anchors(self) -> list[int]:
@@ -258,7 +258,7 @@ class DriftControl:
             self.verdicts.prepare(device)
 
     def zeroed(self, device: torch.device) -> Tensor | None:
-        """How many passes' gradients have become zero on a device, where it is counted there: a scalar tensor.
+        """The number of passes whose gradients were set to zero on a device, where it is counted: a scalar tensor.
 
         The host is not to wait for it, and a graph's replay changes it.
         """

@@ -168,7 +168,7 @@ class Part:
 
     @property
     def knows_start(self) -> bool:
-        """Whether the input of its first step is kept: else the backward has it from the part behind it, recomputed."""
+        """Whether the part keeps its input; else the part behind it recomputes this input in the backward."""
         # The final part keeps its input: the parts before it have no backward and keep nothing to recompute it from.
         return (
             self.first == 0 or self.run_pass.keeps_states or self.ends_backward or self.first in self.run_pass.anchors

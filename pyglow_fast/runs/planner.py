@@ -83,7 +83,7 @@ def plan_memory(
 
 
 def _net_budgets(given: str | int, device_type: str) -> list[str | int]:
-    """What a plan may let the nets' activations take: what the caller says, or from the automatic budget downwards."""
+    """List the budgets that a plan may give the nets: the caller's, or the automatic one and its halves."""
     if given != "auto":
         return [given]
     most = budget_bytes("auto", device_type)

@@ -86,7 +86,7 @@ class Plans:
 
 
 def _key(model: nn.Module, inputs: Inputs) -> Hashable:
-    """What decides how many bytes a forward takes: its inputs, parameters, nets, autocast and mode."""
+    """Make a key of all that decides the bytes of a forward: its inputs, parameters, nets, autocast and mode."""
     given = [None if x is None else (x.shape, x.dtype, x.device, x.is_contiguous(), x.requires_grad) for x in inputs]
     own = [(parameter.shape, parameter.requires_grad) for parameter in model.parameters()]
     device_type = next(x for x in inputs if x is not None).device.type
@@ -128,7 +128,7 @@ def _made(model: Any, inputs: Inputs, forward: Forward, now: list[int], first: l
 
 
 def _dry_step(model: Any, inputs: Inputs, forward: Forward) -> Callable[[list[int], RunPlan], int]:
-    """What takes a training step of a model, or of a run of steps, without values; see :meth:`Plans.of`.
+    """Make a function that runs a training step of a model, or of a run of steps, without values; see :meth:`Plans.of`.
 
     It is given the spacing of each run's anchors, and a plan, and tells the most bytes at any time.
     """

@@ -150,7 +150,7 @@ def recomputed(
 def _given(
     steps: Sequence[Step], folding: Folding | None, cond: Tensor | None, needs_cond: bool, tensors: Sequence[Tensor]
 ) -> tuple[list[Given], Sequence[Tensor], MapInverse | None]:
-    """What each step runs with, out of the flat list of parameters and, at its end, what the maps are folded from.
+    """Deal the flat list of parameters, and of what the maps are folded from, out to the steps.
 
     Second, these raw tensors; third, where the steps undo maps, the inverses of all, stacked.
     """

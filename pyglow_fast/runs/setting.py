@@ -1,4 +1,4 @@
-"""How a memory mode or a budget in bytes is said ("reversible", "4GB", 4_000_000_000), and how it is shown."""
+"""Read and show a memory mode or a budget in bytes: "reversible", "4GB", 4_000_000_000."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ Memo = tuple[tuple[Chunk, ...], RunState]
 
 
 class Given(NamedTuple):
-    """What a step runs with besides its input: ``undone`` is the inverse of its map, where it undoes that."""
+    """The tensors that a step gets beside its input: ``undone`` is the inverse of its map, in a run that is turned."""
 
     cond: Tensor | None
     needs_cond: bool

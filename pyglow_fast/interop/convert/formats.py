@@ -97,7 +97,7 @@ def _port(**names: str) -> Table:
 
 
 def _srflow() -> Table:
-    """That of chaiyujin's with a second net, plain 1x1 convolutions alone, and no top prior."""
+    """Make SRFlow's table: chaiyujin's with a second net, and with plain 1x1 convolutions alone and no top prior."""
     table = _port(LAYER="flowUpsamplerNet.layers", NET="affine.fAffine", CONV="")
     for ours, theirs, layouts in [row for row in table.rows["step"] if row.ours.startswith("coupling.")]:
         injector = Row(ours.replace("coupling.", "injector."), theirs.replace("fAffine", "fFeatures"), layouts)
@@ -251,7 +251,7 @@ def save_rosinality(model: Glow) -> dict[str, Tensor]:
 
 
 def _beyond_ones(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the border has that padding with ones does not give, zeros if that is rounding alone."""
+    """Compute the border weights minus those of padding with ones; 0 within rounding."""
     own, border = weight[:, :-1], weight[:, -1:]
     difference = border - own.sum(1, keepdim=True)
     rounding = 4.0 * torch.finfo(dtype).eps * own.abs().sum(1, keepdim=True)

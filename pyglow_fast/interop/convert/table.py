@@ -21,7 +21,7 @@ def _same(value: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """How a tensor of ours lies in a file: ``write`` lays it out, and ``read`` undoes that if it ``holds``."""
+    """The layout of one of our tensors in a file: ``write`` lays it out, and ``read`` undoes that if it ``holds``."""
 
     write: Callable[[Tensor], Tensor] = _same
     read: Callable[[Tensor], Tensor] | None = None  # the same again, if none
