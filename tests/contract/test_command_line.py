@@ -290,6 +290,12 @@ def test_the_help_of_training_is_short_and_there_is_a_long_one() -> None:
     assert len(short) < 25 < 50 < len(long)
 
 
+def test_the_help_of_resume_shows_the_settings_that_may_change() -> None:
+    shown = set(re.findall(r"^  (--[a-z-]+)", done("resume", "--help-all"), re.MULTILINE))
+    assert {"--max-steps", "--memory", "--workers"} < shown
+    assert not {"--lr", "--size", "--hidden"} & shown
+
+
 EDIT = ["--add", "bright", "dark", "0.5", "--keep", "0.5", "1", "--scale", "3"]
 PICTURES = [
     ["sample", "run", "--n", "4", "--label", "dark", "--temperature", "0.8"],

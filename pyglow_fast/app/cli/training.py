@@ -84,11 +84,11 @@ class _ListPresets(argparse.Action):
 
 
 class _Help(argparse.Action):
-    """Prints the help and ends; without the settings that few need, unless all are asked for (``const``)."""
+    """Prints the help and ends; of the settings it shows those in ``const``."""
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
         for action in parser._actions:
-            if not self.const and action.dest in _SETTINGS and action.dest not in COMMON:
+            if action.dest in _SETTINGS and action.dest not in self.const:
                 action.help = argparse.SUPPRESS
         parser.print_help()
         parser.exit()
@@ -99,8 +99,10 @@ def _trainer(commands: Commands[Any], run: Function, example: str, sources: bool
     usage = f"%(prog)s {'[DATA] --out DIR' if sources else 'RUN'} [options]"
     more: dict[str, Any] = {"argument_default": argparse.SUPPRESS, "add_help": False, "usage": usage}
     parser = command(commands, run, example, **more)
-    for flags, every, text in ((("-h", "--help"), False, "the options that most need"), (("--help-all",), True, "all")):
-        parser.add_argument(*flags, action=_Help, nargs=0, const=every, dest="help", help=f"show {text} and exit")
+    every = {item.name for item in settings() if sources or item.rule.adjustable}
+    helps = ((("-h", "--help"), every & {*COMMON}, "the options that most need"), (("--help-all",), every, "all"))
+    for flags, shown, text in helps:
+        parser.add_argument(*flags, action=_Help, nargs=0, const=shown, dest="help", help=f"show {text} and exit")
     parser.add_argument("--quiet", action="store_true", default=False, help="print the final figures only")
     if sources:
         parser.add_argument("data", metavar="DATA", nargs="?", default=None, help=DATA_HELP)
