@@ -46,7 +46,6 @@ LIVE = {
     "csflow": "anomalib CS-Flow",
     "cflow": "anomalib CFLOW",
 }
-README_LIVE = ("fastflow-resnet18", "fastflow-cait", "uflow", "glow-tts", "jet")
 MEMORY = {
     "store": "ours, store",
     "checkpoint": "ours, checkpoint",
@@ -153,15 +152,10 @@ def memory_depths() -> str:
     return _memory(("MB (held)", *(f"K = {k}" for k in steps)), [f"depth, K {k}" for k in steps])
 
 
-def memory_resolutions(sides: Sequence[int] = (64, 128, 256)) -> str:
-    """Memory against resolution."""
-    head = ("MB (held)", *(f"{side} px" for side in sides))
-    return _memory(head, [f"resolution, {side} px" for side in sides])
-
-
 def readme_memory() -> str:
-    """Memory at two resolutions."""
-    return memory_resolutions((64, 256)).replace("MB (held)", "MB")
+    """Memory against resolution."""
+    sides = (64, 256)
+    return _memory(("MB", *(f"{side} px" for side in sides)), [f"resolution, {side} px" for side in sides])
 
 
 def memory_budgets() -> str:
@@ -204,16 +198,6 @@ def _live(models: Iterable[str], columns: Sequence[tuple[str, str, str, str]]) -
     return markdown(("flow, batch", "their training step", *titles, 'memory with `"reversible"`'), lines)
 
 
-def readme_live() -> str:
-    """What accelerate brings to some of them."""
-    columns = [
-        ("training step in float32", "accelerated", FLOAT, TRAIN),
-        ("inference", "accelerated", FLOAT, INFERENCE),
-        ("in bfloat16", "accelerated", BF16, TRAIN),
-    ]
-    return _live(README_LIVE, columns)
-
-
 def live_models() -> str:
     """What accelerate brings to all of them."""
     columns = [
@@ -237,12 +221,11 @@ def antsx() -> str:
         "reversible": '`memory="reversible"`',
     }
     lines = []
-    for side in (32, 64):
-        for name, title in names.items():
-            single, half = (rows[f"antsx-{side}", name, dtype] for dtype in (FLOAT, BF16))
-            times = [f"{1e3 * (row.processor_seconds or 0):.0f}" for row in (single, half)]
-            lines.append((f"{side}^3, {title}", *times, f"{single.facts['activation_bytes'] / 1e6:.1f}"))
-    return markdown(("volume", "training step, ms", "in bfloat16, ms", "memory, MB"), lines)
+    for name, title in names.items():
+        single, half = (rows["antsx-64", name, dtype] for dtype in (FLOAT, BF16))
+        times = [f"{1e3 * (row.processor_seconds or 0):.0f}" for row in (single, half)]
+        lines.append((title, *times, f"{single.facts['activation_bytes'] / 1e6:.1f}"))
+    return markdown(("64^3", "training step, ms", "in bfloat16, ms", "memory, MB"), lines)
 
 
 def hiding() -> str:
@@ -278,16 +261,14 @@ def glow_tts() -> str:
 
 def flow_step() -> str:
     """The flow step outside its net."""
-    rows = pick(rows_of("kernels"), what=f"{STEP} forward+backward")
+    rows = pick(rows_of("kernels"), what=f"{STEP} forward+backward", malloc="default")
     lines = []
-    for malloc, case in dict.fromkeys((row.malloc, row.case) for row in rows):
-        here = pick(rows, case=case, malloc=malloc)
+    for case in dict.fromkeys(row.case for row in rows):
+        here = pick(rows, case=case)
         own, *others = (milliseconds(here, name=name) for name in (OURS, PLAIN, COMPILED, COPY))
-        lines.append(
-            (case, malloc, f"{own:.2f}", *(f"{other / own:.1f}" for other in others[:2]), f"{others[2] / own:.2f}")
-        )
+        lines.append((case, f"{own:.2f}", *(f"{other / own:.1f}" for other in others[:2]), f"{others[2] / own:.2f}"))
     numbers = ("ours, ms", "reference", "compiled", "share of the copy's rate")
-    return markdown(("N x C x H x W, forward + backward", "malloc", *numbers), lines)
+    return markdown(("N x C x H x W, forward + backward", *numbers), lines)
 
 
 def nets() -> str:
@@ -295,13 +276,12 @@ def nets() -> str:
     rows, lines = rows_of("nets"), []
     for case in dict.fromkeys(row.case for row in rows if row.case.startswith(OTHER_NETS)):
         cells = []
-        for dtype, mode in ((dtype, mode) for dtype in (FLOAT, BF16) for mode in (FORWARD, BOTH)):
-            here = pick(rows, case=case, what=mode, dtype=dtype)
+        for mode in (FORWARD, BOTH):
+            here = pick(rows, case=case, what=mode, dtype=FLOAT)
             took, library = milliseconds(here, name="ours"), milliseconds(here, name=LIBRARIES)
             cells.append(f"{took:.{2 if took < 9.995 else 1 if took < 99.95 else 0}f} / {library / took:.2f}")
         lines.append((case, *cells))
-    head = ("net (x) widths, kernels", "float32: forward", "with all gradients", "bfloat16: forward")
-    return markdown((*head, "with all gradients"), lines)
+    return markdown(("net (x) widths, kernels", "forward", "with all gradients"), lines)
 
 
 def calls() -> str:
@@ -317,7 +297,7 @@ def calls() -> str:
 
 def directions() -> str:
     """Bytes kept, time and the gradient's error of a run's forward and of its inverse, in each memory mode."""
-    rows, lines = rows_of("directions"), []
+    rows, lines = pick(rows_of("directions"), case=("steps, K 512", "model, K 64")), []
     for case, name in dict.fromkeys((row.case, row.name) for row in rows):
         there, back = pick(rows, case=case, name=name)
         error = back.facts["error"] / pick(rows, case=case, what=back.what, name="store")[0].facts["error"]
@@ -350,11 +330,12 @@ def recipe() -> str:
 
 
 def builds() -> str:
-    """Of which build each file of results is."""
-    columns = ("device", "threads", "kernels", "commit")
-    lines = [
-        (path.name, *(read_rows(path)[0][column] for column in columns)) for path in sorted(RESULTS.glob("*-cpu.json"))
-    ]
+    """Of which build the files of results are."""
+    columns, files = ("device", "threads", "kernels", "commit"), dict[tuple[object, ...], list[str]]()
+    for path in sorted(RESULTS.glob("*-cpu.json")):
+        facts = read_rows(path)[0]
+        files.setdefault(tuple(facts[column] for column in columns), []).append(path.name)
+    lines = [(", ".join(names), *build) for build, names in files.items()]
     return markdown(("results", "processor", *columns[1:]), lines)
 
 

@@ -3,7 +3,7 @@
 What else says something of a setting is made from that: the check when the dataclass is constructed (check_settings),
 the options and help texts of ``train`` and ``ablate`` (app/cli/training), the keys of configuration files and which
 may say "none" (train/config), what a resumed run may change (train/config), the list of fields in the class's
-docstring (``settings`` below), and docs/settings.md (``python docs/_site/settings_page.py``).
+docstring (``settings`` below).
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from docs._site import settings_page
 from pyglow_fast import GlowConfig
 from pyglow_fast._core.settings import (
     Range,
@@ -93,8 +92,3 @@ def test_every_default_is_in_its_range_and_names_are_unique() -> None:
         for item in declared_of(cls).values():
             if item.default is not dataclasses.MISSING:
                 item.check(item.default)
-
-
-def test_the_page_lists_what_the_fields_say() -> None:
-    found = settings_page.PAGE.read_text(encoding="utf-8")
-    assert found == settings_page.page(), "python docs/_site/settings_page.py --write puts it there"
