@@ -74,7 +74,7 @@ def _released(
     processes: int = 8,
     **more: Any,
 ) -> dict[str, Any]:
-    """What the released code makes of a command of its README, run on so many GPUs.
+    """Translate a command of the released code's README, run on so many GPUs, into settings.
 
     Each of its processes takes 64 images of 32x32, fewer of larger ones (train.py, anchor_size); an epoch is 50,000
     images at 64 a process, the rate rises over 10 of them, and beta2 and the decay of the average last one.

@@ -52,7 +52,7 @@ def full_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class CouplingSpec(NamedTuple):
-    """How shift and scale of a coupling come from its net's output: affine or additive, by which scale map.
+    """The kind of a coupling: affine or additive, and the map from a net's raw output to the scale.
 
     ``coupling`` "affine" or "additive"; ``scale_map`` one of SCALE_MAPS, or a callable raw -> (scale, log_scale);
     ``factor``, ``bias`` and ``eps`` of factor sigmoid(raw + bias) + eps (a factor of 2 and no bias in Jet); ``clamp``
@@ -527,7 +527,7 @@ def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
 
 
 def _checkerboard(x: Tensor, parity: int) -> Tensor:
-    """Of two rows of x (N, C, rows, *rest), where their indices have a sum of that parity: bool, (2, *rest)."""
+    """The positions of two rows of x (N, C, rows, *rest) whose indices have a sum of this parity: bool, (2, *rest)."""
     total = torch.arange(2, device=x.device).reshape(2, *[1] * (x.dim() - 3))
     for axis, size in enumerate(x.shape[3:], 1):
         total = total + torch.arange(size, device=x.device).reshape(size, *[1] * (x.dim() - 3 - axis))

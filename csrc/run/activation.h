@@ -17,7 +17,7 @@
 
 namespace pyglow::run {
 
-// A layer's activation, as the convolutions have it.
+// Apply a layer's activation to the output of a convolution.
 struct Through {
   Activation kind;
   double parameter;

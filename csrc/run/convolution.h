@@ -1,10 +1,10 @@
-// The library's convolutions of a net; of a dry run's tensors, for which torch asks Python, memory alone.
+// The library's convolutions of a net. For tensors of a dry run they allocate the output and compute nothing.
 #pragma once
 #include "run/net.h"
 
 namespace pyglow::run {
 
-// Of a convolution that keeps the size.
+// The arguments of a convolution that keeps the size.
 struct Window {
   std::vector<int64_t> ones, sides, dilation, zeros;
 

@@ -5,7 +5,7 @@
 
 namespace pyglow::run {
 
-// Random signs of positions, in blocks: inner[p % length] outer[p // length]; of a sketch several at once.
+// Random signs of positions, in blocks: inner[p % length] outer[p // length]. A sketch has several signs a position.
 struct Signs {
   Tensor inner, outer;                // (length,), (blocks,)
   double sum;                         // of all
@@ -14,7 +14,7 @@ struct Signs {
   bool rounds;                        // torch's settings let products round float32: then they are summed
 };
 
-// As at::stack and at::cat, for which torch asks Python in a dry run; one alone is not copied to be joined.
+// at::stack and at::cat that also work in a dry run. A single tensor is returned without a copy.
 Tensor stacked(const Tensors& parts);
 Tensor joined(const Tensors& parts);
 
@@ -30,7 +30,7 @@ struct Unmix {
   Tensor offset;   // (..., C)
 };
 
-// What a sketch (N, C, S) of M x + c says of that of x.
+// The sketch (N, C, S) of x, from the sketch of M x + c.
 Tensor sketch_before(const Tensor& seen, const Unmix& map, const Signs& signs);
 
 // The largest relative error, a scalar, NaN if a state is; by a sketch.
@@ -43,8 +43,8 @@ struct Measure {
   Tensor error, norm, difference, projection;
 };
 using Measures = std::vector<Measure>;
-// The worst of what was measured of steps one after another, the last first, in one go. inverses, seen: of all steps;
-// without inverses, of a part that undoes its maps, what was seen is what is measured.
+// The largest error over steps one after another, the last first. inverses and seen have one entry a step; a part that
+// undoes its maps has no inverses, and its errors are measured on what was seen.
 Tensor drift_of(const Measures& measures, const std::optional<Unmix>& inverses, const Optional& seen,
                 const Signs& signs);
 

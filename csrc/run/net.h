@@ -35,7 +35,7 @@ struct Chunk {
   }
 };
 
-// How a net gives shift and raw scale; the coupling wants one half of the channels each.
+// The form of a net's output: shift and raw scale, one half of the channels each.
 struct Outputs {
   bool in_turn = false;               // they alternate: shift, raw, shift, ...
   std::array<double, 2> signs{1, 1};  // what each is multiplied by,
@@ -51,12 +51,11 @@ struct Outputs {
   Tensor given(const Tensor& own, int64_t i) const;
 };
 
-// Who computes a net: this package's kernels, on a CPU; the library's matrix products over rows, one for each position
-// of each sample, where nothing but the first and the last layer sees more than its position; or the library's
-// convolutions.
+// The way to compute a net: this package's kernels, on a CPU; the library's matrix products over the rows of a sample's
+// positions, where nothing but the first and the last layer sees more than its position; or the library's convolutions.
 enum class Way { kernels, rows, convolutions };
 
-// All about a net but its tensors: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l), weight and bias of a layer with
+// A net without its tensors: w_L * h_(L-1) + b_L, h_l = a_l(w_l * h_(l-1) + b_l), weight and bias of a layer with
 // a log_scale multiplied by exp(power log_scale). Its tensors are, layer by layer, weight, bias and log_scale.
 struct NetForm {
   std::vector<int64_t> activations, dilations;  // codes and numbers as net_chain takes them
@@ -78,13 +77,13 @@ struct NetForm {
   std::vector<Chunk> chunks_for(const Tensor& x) const;
 };
 
-// What a backward is to compute. A net computes no others where that is cheaper.
+// The gradients that a backward is to compute; others are left out where that is cheaper.
 struct Wanted {
   bool inputs;            // gradients of what the net reads
   std::vector<bool> own;  // of each of its tensors
 };
 
-// Undefined where they are not wanted, or there is nothing to differentiate.
+// The gradients of a net; a tensor is undefined where it is not wanted or does not exist.
 struct NetGradients {
   Tensor state, cond;
   Tensors weights, biases;  // of what `Folded` has; of a bias perhaps parts (shares, out), which are to be summed

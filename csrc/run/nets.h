@@ -1,5 +1,5 @@
-// The nets of a part. What there is to do with their tensors alone is done for all that have one form and one shape at
-// once, in a few calls, but for nets by our own kernels, which are cheap to call and come one at a time.
+// The nets of a part. Work on parameters alone (scaling, layout) is done at once for all nets of one form and shape,
+// but for nets by our own kernels, which are cheap to call and come one by one.
 #pragma once
 #include "run/run.h"
 

@@ -10,12 +10,12 @@
 
 namespace pyglow::run {
 
-// Whether a net of these tensors can: nothing between the first and the last layer sees more than its position.
+// Whether a net of these tensors can run by rows: only its first and last layers see more than their position.
 bool goes_by_rows(const NetForm& form, at::TensorList tensors);
 
-// Whether weights (out, in, *kernel) of that dtype that are channels-last are the matrices already.
+// Whether channels-last weights (out, in, *kernel) of this dtype are the matrices already, without a copy.
 bool is_matrix(const Tensor& weight, at::ScalarType dtype, bool first);
-// Those of one layer and size as matrices: of the first layer (out, in taps), of others (out taps, in).
+// The weights of one layer and size as matrices: of the first layer (out, in taps), of others (out taps, in).
 Tensors matrices_of(const Tensors& weights, at::ScalarType dtype, bool first);
 std::vector<int64_t> matrix_sizes(at::IntArrayRef weight, bool first);
 

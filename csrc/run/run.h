@@ -32,14 +32,14 @@ struct Maps {
   Optional indices;                    // (K, C)
 };
 
-// A channel map that has no inverse.
+// The error of a channel map that has no inverse.
 struct SingularMatrix : std::domain_error {
   using std::domain_error::domain_error;
 };
 
 enum class Mode { none, store, checkpoint, reversible };
 
-// What a forward keeps, besides its input and output.
+// The tensors that a forward keeps, besides its input and output.
 struct Kept {
   Tensors anchors;        // reversible: inputs of the steps that are the part's anchors
   Tensors states;         // u of every step; reversible: none
@@ -73,9 +73,9 @@ struct Forward {
   Tensor largest;
 };
 
-// What the entries below require, so that no loop reads beside what there is: counts, and what must be there. Shapes,
-// dtypes and devices are checked by the ops, each of what it reads. No value is looked at. x: the input, or what has
-// its sizes; with squeezes the state is x squeezed.
+// Check the arguments of the entries below, so that no loop reads out of bounds: counts and presence of tensors.
+// Shapes, dtypes and devices are checked by the ops, each of what it reads. No value is looked at. x: the input, or
+// what has its sizes; with squeezes the state is x squeezed.
 void check_inputs(const Part& part, const char* name, const Tensor& x, bool squeezes, const Optional& cond,
                   const Maps& maps, at::TensorList nets);
 

@@ -30,12 +30,12 @@ def extension() -> ModuleType | None:
 
 
 def reason() -> str:
-    """Why the reference is used, and what to do about it; empty if the extension is loaded."""
+    """The reason why the reference is used, and what to do about it; empty if the extension is loaded."""
     return _load()[1]
 
 
 def build_info() -> dict[str, str]:
-    """What the loaded extension was built with (torch, compiler, instruction sets, CUDA); empty without it."""
+    """The torch, compiler, instruction sets and CUDA that the loaded extension was built with; empty without one."""
     module = extension()
     return {} if module is None else module.build_info()
 

@@ -59,12 +59,12 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def apply_to_plain(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Do what :func:`apply` does with tensors that no transform has wrapped, outside of torch.compile."""
+    """Apply an autograd function to tensors that no transform has wrapped, outside of torch.compile."""
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 class _Rows(threading.local):
-    """Which row of a batch of gradients is passed back now, by thread."""
+    """The index of the gradient row that vmap is on, per thread."""
 
     now = 0
 

@@ -1,4 +1,4 @@
-"""How exactly torch's libraries multiply float32 numbers, which its settings decide for the whole process.
+"""The precision in which torch's libraries multiply float32 numbers, by settings of the whole process.
 
 On CUDA convolutions and products may round what they multiply to TF32, of 10 bits: torch's default lets convolutions do
 so. On a CPU that has instructions for it, products and convolutions may round to bfloat16 or TF32 where the settings
@@ -39,7 +39,7 @@ def backend_of(device: torch.device) -> str | None:
 
 @constant_in_graphs  # it compiles again where the answer for products on CUDA changes
 def _setting(operation: str, device: torch.device) -> str:
-    """What operands of PRODUCTS or CONVOLUTIONS may be rounded to now: "tf32", "bf16", else "ieee" or "none"."""
+    """Return the format torch may round operands of PRODUCTS or CONVOLUTIONS to: "tf32", "bf16", "ieee" or "none"."""
     backend = backend_of(device)
     if backend is None:
         return FULL
@@ -51,7 +51,7 @@ def _setting(operation: str, device: torch.device) -> str:
 
 
 def rounds(operation: str, x: Tensor) -> bool:
-    """Whether PRODUCTS or CONVOLUTIONS of x may round it now."""
+    """Whether torch may round x in PRODUCTS or CONVOLUTIONS now."""
     return x.dtype == torch.float32 and _setting(operation, device_of(x)) in (TF32, "bf16")
 
 

@@ -93,7 +93,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field says of itself beyond its type and its default."""
+    """The declaration of a field beyond its type and its default."""
 
     help: str  # what the value means, in words that follow "name:"; without the default
     range: Range = Range()  # of a number
@@ -123,7 +123,7 @@ class Declared(NamedTuple):
         return "" if not self.rule.group else self.rule.flag or f"--{self.name.replace('_', '-')}"
 
     def expected(self) -> str:
-        """What the value must be, in words."""
+        """Say in words what the value must be."""
         if self.rule.expected:
             return self.rule.expected
         if self.type is bool:

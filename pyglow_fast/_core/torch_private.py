@@ -1,4 +1,4 @@
-"""What the package uses of torch that torch does not promise to keep: each once, under a name of its own.
+"""Names of torch that torch does not promise to keep, each used once, under a name of ours.
 
 Where torch has a public way, that is used instead. A test calls each of these, so that one which a version of torch has
 changed fails by name, and sees to it that no other module knows such names. Most are torch's functions themselves: to

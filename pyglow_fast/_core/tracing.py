@@ -80,14 +80,14 @@ def call_untraced(function: Callable[..., R], *inputs: Any) -> R:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is registered to run around a module's forward or backward."""
+    """Whether a module has hooks around its forward or backward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a call of a module does something else than its class: hooks, or a forward of its own."""
+    """Whether a module has hooks or a forward of its own, so that a call does something else than its class says."""
     return has_hooks(module) or "forward" in vars(module)
 
 

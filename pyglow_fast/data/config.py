@@ -17,7 +17,7 @@ _images = functools.partial(setting, group=IMAGES)
 
 
 class Source(NamedTuple):
-    """What DataConfig must know of a source."""
+    """The facts that DataConfig must know of a source of images."""
 
     options: tuple[str, ...]  # the fields of DataConfig that mean something to it, beside the name and held_out
     path: str = "optional"  # what follows the name: "needed", "optional" (else the copy that was fetched) or "none"
@@ -150,5 +150,5 @@ class DataConfig:
 
     @property
     def augmentation(self) -> Augmentation:
-        """How the views that training sees are cut."""
+        """The way in which the views that training sees are cut."""
         return Augmentation(self.crop_margin, self.flip)

@@ -21,7 +21,7 @@ HELD_OUT = Range(above=0, below=1)
 
 
 class Attributes(NamedTuple):
-    """What each image has or has not, besides its class: names, and a bool tensor (N, len(names))."""
+    """The attributes that each image has or has not: names, and a bool tensor (N, len(names))."""
 
     names: tuple[str, ...]
     has: Tensor

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a DataLoader takes for a dataset: whole batches are asked for at once."""
+    """A dataset for torch's DataLoader that is asked for whole batches at once."""
 
     data: Images
     on_unreadable: str

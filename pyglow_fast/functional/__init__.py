@@ -57,12 +57,12 @@ __all__ = [
 
 
 def _records_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd must be able to differentiate a function of these: then kernels without a backward are out."""
+    """Whether autograd differentiates what is computed from these tensors, so that each kernel needs a backward."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _is_seen(*tensors: Tensor) -> bool:
-    """Whether autograd, or what traces for torch.compile, is to be shown a function of these, and not its op alone."""
+    """Whether autograd or torch.compile must see an autograd function of these tensors in place of the op alone."""
     return torch.compiler.is_compiling() or _records_gradient(*tensors)
 
 

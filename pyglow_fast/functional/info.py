@@ -40,7 +40,7 @@ def report() -> str:
 
 
 def cuda_reason() -> str:
-    """Why CUDA tensors do not run on the compiled kernels; empty if they do."""
+    """Say why CUDA tensors do not run on the compiled kernels; empty if they do."""
     if backend.extension() is None:
         return backend.reason()
     if not backend.build_info()["cuda"]:
@@ -131,7 +131,7 @@ _HALF = {
 
 
 def _half_nets() -> str:
-    """What multiplies in coupling nets under autocast to bfloat16, or with precision="bf16"."""
+    """Name the instructions that multiply in coupling nets in bfloat16."""
     module = backend.extension()
     if module is None or backend.nets() != "auto":
         return f"the library's layers: {backend.reason() or f'PYGLOW_NETS is {backend.nets()}'}"
@@ -141,7 +141,7 @@ def _half_nets() -> str:
 
 
 def _runs(op: str, device: str, why_not: str) -> str:
-    """What an op runs on, given why the device's tensors do not run on the compiled kernels (empty if they do)."""
+    """Name what an op runs on, given why the device's tensors do not run on compiled kernels (empty if they do)."""
     if why_not:
         return "reference"
     if ops.is_compiled(op, device):
@@ -150,7 +150,7 @@ def _runs(op: str, device: str, why_not: str) -> str:
 
 
 def _ops() -> dict[str, str]:
-    """What runs each op and its backward on float32 and float64 tensors of each device, as the dispatcher has it."""
+    """List what the dispatcher runs for each op and its backward, on float32 and float64 tensors of each device."""
     devices = {"cpu": backend.reason(), "cuda": cuda_reason()}
     facts = {op: ", ".join(f"{name}: {_runs(op, name, why)}" for name, why in devices.items()) for op in ops.names()}
     facts["scale maps"] = (

@@ -73,7 +73,7 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Op]:
 
 
 def _without_kernel(name: str, *args: Any) -> Any:
-    """What the dispatcher runs where an op has no kernel: as long as the extension is not loaded, and elsewhere.
+    """Register an op that has no kernel where the extension is not loaded or not built for the device.
 
     Raises:
         ImportError: there is no extension.

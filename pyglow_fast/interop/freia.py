@@ -167,10 +167,6 @@ _NEEDS = (
 )
 
 
-def _is_block(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in _KNOWN_BY) and isinstance(module.subnet, nn.Module)
-
-
 def _unfit(block: Any) -> str:
     missing = [name for name in _NEEDS if not hasattr(block, name)]
     if missing:
@@ -270,7 +266,7 @@ def _block_example(block: Any, draw: Callable[..., Tensor]) -> list[tuple[str, S
 def _block(name: str, divides: bool) -> Row:
     return Row(
         name,
-        _is_block,
+        lambda block: all(hasattr(block, name) for name in _KNOWN_BY) and isinstance(block.subnet, nn.Module),
         {"forward": _called_in_size if divides else _called},
         partial(_block_elements, divides=divides),
         _block_example,

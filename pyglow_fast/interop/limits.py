@@ -14,7 +14,7 @@ from torch import Tensor
 from pyglow_fast.interop.table import Call, UnfitError
 from pyglow_fast.reference import CouplingSpec, scale_and_log
 from pyglow_fast.runs.description import Run
-from pyglow_fast.runs.steps import magnitude
+from pyglow_fast.runs.python_steps import magnitude
 
 LARGEST_RAW = 700.0  # whose exp float64 holds; that of a larger one is beyond any limit
 

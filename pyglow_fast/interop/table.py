@@ -96,10 +96,6 @@ def _nothing(*_: Any) -> str:
     return ""
 
 
-def _budget_of_volumes(run: Run, x: Tensor) -> str | int:
-    return MOST_STATES * x.nbytes if x.dim() == VOLUMES else "auto"
-
-
 @dataclass(frozen=True)
 class Row:
     """One kind of layers of a library.
@@ -143,7 +139,7 @@ class Row:
     limit: Callable[[Any], Tensor | None] = lambda layer: None
     inside: Callable[[Any], Sequence[nn.Module]] = lambda layer: ()
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    budget: Callable[[Run, Tensor], str | int] = _budget_of_volumes
+    budget: Callable[[Run, Tensor], str | int] = lambda _, x: MOST_STATES * x.nbytes if x.dim() == VOLUMES else "auto"
     run: Callable[[Any, Call, Any], tuple[Tensor, Tensor]] | None = None
     inverts_in: tuple[torch.dtype, float] = EXACT
 

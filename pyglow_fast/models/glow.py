@@ -220,7 +220,7 @@ class Glow(nn.Module):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether every actnorm has seen data (or was loaded so)."""
+        """Whether every actnorm of the model has been initialised, from data or by loading."""
         return all(module.is_initialized for module in self.modules() if isinstance(module, ActNorm))
 
     def _parameter(self) -> Tensor:

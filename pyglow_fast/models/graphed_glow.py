@@ -19,7 +19,7 @@ from pyglow_fast.nets.state import holding
 
 
 class _Step(NamedTuple):
-    """What a training step leaves on the device; of a graph the tensors that each replay fills."""
+    """The results of a training step on the device; those of a graph are tensors that each replay fills."""
 
     loss: Tensor  # a scalar, nats
     gradients: Sequence[Tensor | None]  # of the parameters that want one, None of those that the loss does not use
@@ -90,7 +90,7 @@ class GraphedGlow:
 
     @property
     def how(self) -> str:
-        """How steps run: "a CUDA graph", or "eagerly: " and why."""
+        """The way in which steps run: "a CUDA graph", or "eagerly: " and why."""
         return self._why or self._training.how
 
     @property

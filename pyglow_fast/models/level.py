@@ -54,7 +54,7 @@ class FlowLevel(nn.Module):
 
     @property
     def has_begun(self) -> bool:
-        """Whether the first step has seen data."""
+        """Whether the actnorm of the level's first step has been initialised."""
         steps: Any = self.checkerboard or self.steps
         return isinstance(steps, FrozenSteps) or bool(steps[0].is_initialized)
 

@@ -30,7 +30,7 @@ def plan_of_step(model: Model, n: int) -> RunPlan:
 def plans_of_runs(
     model: Model, given: Sequence[Tensor], conds: Sequence[Tensor | None], name: str
 ) -> dict[nn.Module, RunPlan]:
-    """What each run of steps does in a pass that is recorded; else nothing.
+    """Return the plan of each run of steps for a pass that is recorded, or None for one that is not.
 
     ``given`` is x, or all latents; ``name`` is that of the method that the pass is of.
     """
@@ -56,7 +56,7 @@ def _any_labels(model: Model, x: Tensor) -> Tensor | None:
 
 
 def _dry_pass(count: int, name: str) -> Forward:
-    """What calls a method of a dry run's twin with what :func:`plans_of_runs` knows: ``count`` tensors come first."""
+    """Return a dry run's ``name`` as a function of what :func:`plans_of_runs` knows: ``count`` tensors first."""
 
     def forward(twin: Model, inputs: Sequence[Tensor | None]) -> Sequence[Tensor]:
         given, (y, *conds) = cast("list[Tensor]", list(inputs[:count])), inputs[count:]

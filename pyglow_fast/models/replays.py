@@ -48,7 +48,7 @@ class Replays:
 
     @property
     def how(self) -> str:
-        """How calls run: "a CUDA graph", or "eagerly: " and why."""
+        """The way in which calls run: "a CUDA graph", or "eagerly: " and why."""
         if self._graphs and self.replayed:
             return "a CUDA graph"
         return f"eagerly: {self._why or self._against() or 'the first calls of a shape do'}"

@@ -13,7 +13,7 @@ from pyglow_fast.reference import ChainSpec
 
 @dataclass(frozen=True)
 class Outputs:
-    """How a net gives what a coupling takes, all shifts and then all raw scales: cap tanh(sign out / cap)."""
+    """The form of a net's output, which a coupling reads as shifts and then raw scales: cap tanh(sign out / cap)."""
 
     in_turn: bool = False  # its channels alternate: shift, raw scale, shift, ...
     signs: tuple[float, float] = (1.0, 1.0)  # of shift and raw scale

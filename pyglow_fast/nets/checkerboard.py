@@ -43,10 +43,6 @@ class Checkerboard:
         masked = functional.checkerboard_merge(kept, self.parity, both=False)
         return masked, None if cond is None else cond.flatten(2, 3)
 
-    def net_output(self, net_out: Tensor) -> Tensor:
-        """Take from the net's output what it predicts for the other positions."""
-        return functional.checkerboard_split(net_out, 1 - self.parity, both=False)
-
     def shaped(self, kept: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Make stand-ins for :meth:`net_inputs`, of their shapes, dtypes and devices, to be checked."""
         n, channels, rows, *rest = kept.shape

@@ -24,7 +24,7 @@ class DenseForm(NamedTuple):
 
     @property
     def halo(self) -> int:
-        """How many positions to each side an output depends on, the most of any dimension."""
+        """The number of positions to each side that an output depends on, the largest over dimensions."""
         return len(self.weights) * (max(self.weights[0].shape[2:]) // 2)
 
     def bytes_per_position(self, element_size: int) -> int:

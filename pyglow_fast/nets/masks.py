@@ -158,7 +158,7 @@ class MaskedNet(nn.Module):
 
     @property
     def halo(self) -> int | None:
-        """How many positions to each side an output position depends on, None where the net does not state it."""
+        """The positions to each side that an output position depends on, or None where the net does not state it."""
         return halo_of(self.net)
 
     @property

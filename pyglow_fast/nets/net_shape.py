@@ -39,7 +39,7 @@ class NetShape(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but the net's own parameters decides what it computes: no subclass of it, no hooks."""
+        """Whether the net computes what its class says: it is no subclass and has no hooks."""
         own = type(self).__base__ is NetShape and not is_altered(self)
         return own and not has_global_hook()
 

@@ -1,4 +1,4 @@
-"""How a coupling net's work is cut so that its activations stay within a budget: over samples, then strips of rows."""
+"""Plans that cut a coupling net's work over samples, then strips of rows, to keep its activations within a budget."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def run_net_backward(
     """
 
     def gradients(chunk: Chunk) -> list[Tensor | None]:
-        """Those of x1, cond and params from one chunk; its graph ends with the call."""
+        """Compute the gradients of x1, cond and params for one chunk; its graph ends with the call."""
         leaf = chunk.inputs(x1).detach().requires_grad_(needs_x1)
         cond_leaf = None if cond is None else chunk.inputs(cond).detach().requires_grad_(needs_cond)
         with torch.enable_grad():

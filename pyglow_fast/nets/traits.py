@@ -97,7 +97,7 @@ def may_write(net: nn.Module) -> bool:
 
 
 def mixes_positions(net: nn.Module) -> bool:
-    """Whether a strip run alone gives other values: normalised over all positions, or padded with the far side."""
+    """Whether a strip alone gives other values: a net normalises over all positions or pads with the far side."""
     norms = (nn.GroupNorm, AnyInstanceNorm, AnyCircularPad)
     return any(
         isinstance(module, norms) or getattr(module, "padding_mode", "zeros") == "circular" for module in net.modules()

@@ -30,7 +30,7 @@ from pyglow_fast.runs.drift import DriftControl, lowest_of
 from pyglow_fast.runs.maps import FACTORS, ChannelMap, Map
 from pyglow_fast.runs.planner import NotCompiledError
 from pyglow_fast.runs.python import in_turn, recomputed
-from pyglow_fast.runs.steps import CouplingStep, ModuleStep, results
+from pyglow_fast.runs.python_steps import CouplingStep, ModuleStep, results
 
 # (name, make) -> what was made of the parameters under that name: the maps of the couplings, their inverses, and the
 # inverses of those and of what is behind, if they are known without being asked for.

@@ -74,7 +74,8 @@ class NetCoupling(NamedTuple):
         board = self.board
         if board is None:
             return called
-        return lambda x1, cond: board.net_output(called(*board.net_inputs(x1, cond)))
+        other = 1 - board.parity
+        return lambda x1, cond: functional.checkerboard_split(called(*board.net_inputs(x1, cond)), other, both=False)
 
     def plan(self, x1: Tensor, cond: Tensor | None, budget: str | int) -> tuple[Chunk, ...]:
         """Check the net and its :meth:`inputs`, and say how they are cut for a budget of bytes, or "auto"."""

@@ -35,7 +35,7 @@ from pyglow_fast.runs.maps import (
     unstack_maps,
 )
 from pyglow_fast.runs.parts import Part, RunPass, cut, part_limit
-from pyglow_fast.runs.steps import Given, Step, magnitudes
+from pyglow_fast.runs.python_steps import Given, Step, magnitudes
 
 
 def in_turn(

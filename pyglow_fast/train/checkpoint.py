@@ -49,7 +49,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class DataStamp:
-    """What a run remembers of its images: their fingerprint, number of grey levels and class names."""
+    """The facts by which a run knows its images again: fingerprint, number of grey levels and class names."""
 
     fingerprint: str
     n_bins: int

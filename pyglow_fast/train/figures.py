@@ -284,7 +284,7 @@ def histogram_png(
 
 
 def class_columns(count: int, n_classes: int | None) -> int | None:
-    """How many images a row has for each class to have a column of its own, where that fits."""
+    """The number of images in a row that gives each class a column of its own, where that fits."""
     return n_classes if n_classes is not None and 2 <= n_classes <= min(count, 16) else None
 
 

@@ -43,7 +43,7 @@ PLANNED = 0.97  # share of the time left that the steps of a run are planned to 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to: its last step, its scores, and why it ended."""
+    """The result of a run: its last step, its scores, and why it ended."""
 
     step: int
     seconds: float  # over all parts of the run
@@ -240,7 +240,7 @@ class Run:
         return min(REPORTING + self._drawing + self._image_seconds * images, RESERVE * limit)
 
     def _ended(self, signals: list[int]) -> bool:
-        """Whether no step is to follow: the ranks end together, whichever of them has a signal or the time over."""
+        """Whether training ends here, which all ranks do together if one of them has a signal or no time left."""
         step, last = self.state.progress.step, self.state.last_step
         signum, late = self.state.ranks.largest(max(signals, default=0), self._left() <= self._step_seconds)
         self._signum = int(signum)
@@ -393,7 +393,7 @@ class Run:
         return result
 
     def _final_counts(self) -> tuple[int, int]:
-        """How many images of each side are scored at the end: fewer than wanted where max_minutes leaves no time."""
+        """The number of images of each side to score at the end; fewer than wanted where max_minutes leaves no time."""
         state = self.state
         held_out, train = len(state.held_out), min(FINAL_TRAIN, len(state.train))
         affordable = -state.ranks.largest(-self._left(closing=True) / max(self._image_seconds, 1e-9))[0]

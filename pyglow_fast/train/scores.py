@@ -30,7 +30,7 @@ class ScoredImages:
 
     @property
     def finite(self) -> Tensor:
-        """Which of the scores are finite numbers, bool (n,)."""
+        """The scores that are finite, as a mask, bool (n,)."""
         return self.scores.bits_per_dim.isfinite()
 
     def position(self, index: int) -> int:

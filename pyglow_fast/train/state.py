@@ -74,12 +74,12 @@ class TrainState:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many full batches one pass over the training images has."""
+        """The number of full batches in one pass over the training images."""
         return len(self.train) // self.config.batch_size
 
     @property
     def epoch(self) -> int:
-        """How many whole passes over the training images were done."""
+        """The number of whole passes over the training images that were done."""
         return self.progress.step // self.steps_per_epoch
 
     @property
@@ -195,7 +195,7 @@ class TrainState:
         return parts, unreadable, None
 
     def _workers(self, data: Images) -> int:
-        """How many processes read ``data``: none for what is in memory, unless the configuration says otherwise."""
+        """The number of processes that read ``data``: none for images in memory, unless the configuration gives it."""
         return self.config.workers if self.config.workers is not None else 0 if isinstance(data, ImageSet) else WORKERS
 
     def score(self, data: Images, limit: int | None = None, progress: Callable[[int], object] | None = None) -> Score:
@@ -291,5 +291,5 @@ class TrainState:
 
 
 def reader_died(error: BaseException) -> bool:
-    """Whether torch, which does so anywhere, or the loader tells that a process that reads images died."""
+    """Whether an error of torch or of the loader says that a process that reads images died."""
     return "DataLoader worker" in str(error) or "process that reads images" in str(error)

@@ -120,7 +120,7 @@ class RunWriter:
         self.attempt("samples", write)
 
     def lost_rows(self) -> list[str]:
-        """What is to be said of rows that could never be written: nothing, if there are none."""
+        """Name the rows that could never be written; empty if there are none."""
         return [f"{len(self._unwritten)} rows of metrics.csv, which are lost"] if self.first and self._unwritten else []
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 import pyglow_fast as pgf
 from pyglow_fast._core.backend import extension
 from pyglow_fast.runs import parts
-from pyglow_fast.runs import steps as steps_module
+from pyglow_fast.runs import python_steps
 
 DEPTH = 8
 compiled_or_not = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
@@ -38,14 +38,14 @@ def plant_at(patch: pytest.MonkeyPatch, compiled: bool, steps: int, at: int) -> 
     if compiled:
         plant(patch, 1.01, only=-(-DEPTH // steps) - at // steps)
         return
-    true, seen = steps_module.coupling_backward_from_output, []
+    true, seen = python_steps.coupling_backward_from_output, []
 
     def wrong(*inputs: Any) -> tuple[Tensor, ...]:
         found, *grads = true(*inputs)
         seen.append(DEPTH - 1 - len(seen))  # the step: none before this one is redone
         return (1.01 * found if seen[-1] == at else found, *grads)
 
-    patch.setattr(steps_module, "coupling_backward_from_output", wrong)
+    patch.setattr(python_steps, "coupling_backward_from_output", wrong)
 
 
 def built(cond: bool = False) -> tuple[pgf.ReversibleSequence, tuple[Tensor, Tensor | None], dict[str, Tensor]]:

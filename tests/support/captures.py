@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pyglow_fast._core import backend
 from pyglow_fast._core.backend import extension, require
 from pyglow_fast.models import replays
-from pyglow_fast.runs import compiled, steps
+from pyglow_fast.runs import compiled, python_steps
 
 
 @contextlib.contextmanager
@@ -330,11 +330,11 @@ def plant(patch: pytest.MonkeyPatch, factor: float | Tensor, only: int | None = 
 
 def drifting(patch: pytest.MonkeyPatch, like: Tensor) -> Tensor:
     """Makes recomputed states of flow steps wrong by a factor: the tensor returned, which replays read; 1 at first."""
-    factor, true = plant(patch, like.new_ones(())), steps.coupling_backward_from_output
+    factor, true = plant(patch, like.new_ones(())), python_steps.coupling_backward_from_output
 
     def wrong(*inputs: Any) -> tuple[Tensor, ...]:
         found, *grads = true(*inputs)
         return factor * found, *grads
 
-    patch.setattr(steps, "coupling_backward_from_output", wrong)
+    patch.setattr(python_steps, "coupling_backward_from_output", wrong)
     return factor

@@ -75,11 +75,11 @@ class Parser(argparse.ArgumentParser):
         self.opening = opening
 
     def format_help(self) -> str:
-        """As of any, below the opening."""
+        """Format the help of any parser, below the opening line."""
         return f"{self.opening}\n\n{super().format_help()}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As of any, with the nearest of the choices."""
+        """Check a value as any parser does, and name the nearest of the choices in the error."""
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:

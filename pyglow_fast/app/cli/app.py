@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pyglow_fast.app.cli import convert, looking, measuring, others, serve, training
+from pyglow_fast.app.cli import convert, drawing, measuring, reporting, serve, training
 from pyglow_fast.app.cli._arguments import Parser
 from pyglow_fast.app.cli._output import InputError, say_error
 from pyglow_fast.data import FetchError, MissingExtraError, UnreadableImageError
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="pyglow-fast", opening="Glow normalizing flows: train, sample, edit, evaluate.")
     top.add_argument("--version", action="version", version=f"pyglow-fast {version_of('pyglow-fast')}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
-    for part in (training, looking, measuring, serve, convert, others):
+    for part in (training, drawing, measuring, serve, convert, reporting):
         part.add(commands)
     return top
 

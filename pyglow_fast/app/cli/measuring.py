@@ -15,7 +15,7 @@ from pyglow_fast._core.errors import expect
 from pyglow_fast._core.files import write_bytes, write_text
 from pyglow_fast.app.cli._arguments import IMAGES, RUN, Commands, command, open_run, output_path
 from pyglow_fast.app.cli._output import say, say_next, table, user_input
-from pyglow_fast.app.experiments import auroc, typicality
+from pyglow_fast.app.experiments.ood import auroc, typicality
 from pyglow_fast.app.studio import OpenRun, likelihood_text, parse_image, score_files
 from pyglow_fast.app.studio.pictures import made_csv, made_picture
 from pyglow_fast.app.studio.reading import PARTS, Selection

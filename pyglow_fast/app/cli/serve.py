@@ -35,7 +35,7 @@ def add(commands: Commands[Any]) -> None:
 
 
 def _warm(shelf: Shelf) -> None:
-    """Do what the first visitor would wait for, in the order of need. What goes wrong is said on the page."""
+    """Warm the caches that the first visitor needs, in the order of need. An error is said on the page."""
     with contextlib.suppress(Exception):
         opened = shelf.open(shelf.names()[0])
         for module in DRAWING:

@@ -15,7 +15,7 @@ from pyglow_fast._core.errors import expect
 from pyglow_fast._core.settings import GROUPS, Declared, declared_of, value_text
 from pyglow_fast.app.cli._arguments import Commands, Function, command
 from pyglow_fast.app.cli._output import say, say_error, say_next, table, user_input
-from pyglow_fast.app.experiments import Ablation, variants
+from pyglow_fast.app.experiments.ablation import Ablation, variants
 from pyglow_fast.data import DATA_HELP, DataConfig, Images, load_data
 from pyglow_fast.models import GlowConfig
 from pyglow_fast.train.config import LIMITS, TrainConfig, images_for, read_config

@@ -22,7 +22,7 @@ _CURVES = {"held-out bits/dim": "held_out_bpd", "bits/dim of training batches": 
 
 
 def parameter_count(config: GlowConfig) -> int:
-    """How many parameters a model has in training; a frozen one has its matrices multiplied out."""
+    """Count the parameters that a model has in training; a frozen one has its matrices multiplied out."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Glow(config).parameters())
 

@@ -23,7 +23,7 @@ def auroc(own: Tensor, foreign: Tensor) -> tuple[float, float]:
 
     Examples:
         >>> import torch
-        >>> from pyglow_fast.app.experiments import auroc
+        >>> from pyglow_fast.app.experiments.ood import auroc
         >>> value, error = auroc(own=torch.tensor([3.0, 3.1, 3.3]), foreign=torch.tensor([3.2, 3.4, 3.5]))
         >>> f"{value:.3f}"  # eight of nine pairs are in order
         '0.889'

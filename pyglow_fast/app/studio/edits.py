@@ -96,7 +96,7 @@ class Subject:
     @functools.cached_property
     @torch.no_grad()
     def ends(self) -> Tensor:
-        """How strongly each attribute alone can be taken away and added, (2, names): 0 or less, and 0 or more.
+        """The strengths to which each attribute alone can be taken away and added, (2, names): up to 0, and from 0 on.
 
         An end is where the image lies as far along as the furthest training image, or before it, where the model's
         image of that is not finite.

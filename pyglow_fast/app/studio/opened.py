@@ -150,7 +150,7 @@ class OpenRun:
 
     @property
     def step(self) -> int:
-        """How many training steps were done."""
+        """The number of training steps that were done."""
         return int(self.checkpoint.progress["step"])
 
     @property
@@ -340,7 +340,7 @@ class OpenRun:
         return found if found and len(found.held_out) else None
 
     def _once(self, name: str, most: int, compute: Callable[[], dict[str, Tensor]], make: Callable[..., Any]) -> Any:
-        """What ``make`` makes of the tensors that are computed, or :func:`kept` in the folder of the run."""
+        """Return what ``make`` makes of tensors that are computed now, or were :func:`kept` in the run's folder."""
         if name not in self._measured:  # what is there waits for no measurement of others
             with self._lock:
                 if name not in self._measured:

@@ -13,12 +13,12 @@ from pyglow_fast._core.errors import expect
 from pyglow_fast.app.studio import Add, Between, Edit, HeldOut, OpenRun, Picked, Subject, likelihood_text
 from pyglow_fast.app.studio.directions import REST
 from pyglow_fast.app.studio.words import shown_name
-from pyglow_fast.app.web import parts
-from pyglow_fast.app.web.desk import Desk
+from pyglow_fast.app.web import fragments
+from pyglow_fast.app.web.fragments import LARGE, MEDIUM, PICK_JS, SMALL, figure, image, note, row, save_link
 from pyglow_fast.app.web.handlers import anew, check_count, clicked, follow, listen
-from pyglow_fast.app.web.parts import LARGE, MEDIUM, PICK_JS, SMALL, figure, image, note, row, save_link
 from pyglow_fast.app.web.tabs import button, command_box
 from pyglow_fast.app.web.uploads import ImageBox, Upload, read
+from pyglow_fast.app.web.visitors import Visitor
 from pyglow_fast.latents.paths import even
 
 OFFERED = 12  # held-out images to choose from
@@ -33,12 +33,12 @@ LINE = "through the latents, on straight lines or on great circles"
 
 
 class Source:
-    """Where an image comes from: held-out ones to click on, and one of the visitor's own; to be made in gr.Blocks.
+    """The chooser of an image: held-out ones to click on, and one of the visitor's own; made within gr.Blocks.
 
-    ``take`` is called as ``take(desk, subject, *inputs)``.
+    ``take`` is called as ``take(visitor, subject, *inputs)``.
     """
 
-    def __init__(self, desk: gr.State, name: str, take: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def __init__(self, visitor: gr.State, name: str, take: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 gr.HTML(note(f"Images that the model was not trained on. {CLICK[name]}"))
@@ -48,41 +48,41 @@ class Source:
                 words, box = "an image of yours", f"{name}-upload"
                 upload_box = ImageBox(label=words, sources=["upload", "webcam", "clipboard"], height=130, elem_id=box)
 
-        def click(found: Desk, event: gr.EventData, *values: Any) -> Any:
+        def click(found: Visitor, event: gr.EventData, *values: Any) -> Any:
             opened = found.opened()
             number = found.offered[clicked(event, len(found.offered))]
             return take(found, Subject(opened, opened.pick(HeldOut(number))), *values)
 
-        def upload(found: Desk, given: list[Upload], *values: Any) -> list[Any]:
+        def upload(found: Visitor, given: list[Upload], *values: Any) -> list[Any]:
             opened = found.opened()
             return [None, take(found, Subject(opened, read(opened, given)[0][0]), *values)]
 
-        listen(others.click, self.other, desk, self.strip)
-        listen(self.strip.click, click, [desk, *inputs], outputs)
-        took = listen(upload_box.upload, upload, [desk, upload_box, *inputs], [upload_box, *outputs])
+        listen(others.click, self.other, visitor, self.strip)
+        listen(self.strip.click, click, [visitor, *inputs], outputs)
+        took = listen(upload_box.upload, upload, [visitor, upload_box, *inputs], [upload_box, *outputs])
         listen(took.failure, lambda: None, None, upload_box)  # it is empty again, as the image is shown elsewhere
 
-    def fill(self, desk: Desk, opened: OpenRun) -> str:
+    def fill(self, visitor: Visitor, opened: OpenRun) -> str:
         """Offer held-out images, first the one that can be added to most; none where they are lost."""
-        if not desk.offered:
+        if not visitor.offered:
             try:
                 count, first = len(opened.images()[2]), opened.plainest()
             except ValueError:
                 return ""
             others = (i * count // OFFERED for i in range(OFFERED))  # from all over the set: neighbours are alike
-            desk.offered = list(dict.fromkeys([first, *others]))[:OFFERED]
-        return self._strip(desk, opened)
+            visitor.offered = list(dict.fromkeys([first, *others]))[:OFFERED]
+        return self._strip(visitor, opened)
 
-    def other(self, desk: Desk) -> str:
+    def other(self, visitor: Visitor) -> str:
         """Offer other held-out images."""
-        opened = desk.opened()
+        opened = visitor.opened()
         count = len(opened.images()[2])
-        desk.offered = sorted(random.sample(range(count), min(OFFERED, count)))
-        return self._strip(desk, opened)
+        visitor.offered = sorted(random.sample(range(count), min(OFFERED, count)))
+        return self._strip(visitor, opened)
 
-    def _strip(self, desk: Desk, opened: OpenRun) -> str:
-        found = [opened.pick(HeldOut(number)) for number in desk.offered]
-        return parts.strip([each.pixels for each in found], opened.n_bins, [_name(each, opened) for each in found])
+    def _strip(self, visitor: Visitor, opened: OpenRun) -> str:
+        found = [opened.pick(HeldOut(number)) for number in visitor.offered]
+        return fragments.strip([each.pixels for each in found], opened.n_bins, [_name(each, opened) for each in found])
 
 
 def _name(picked: Picked, opened: OpenRun, bits: float | None = None) -> str:
@@ -98,9 +98,9 @@ def with_class(text: str, picked: Picked, opened: OpenRun, bits: float | None) -
 class EditTab:
     """An image, a slider for each attribute and level, and the image that follows them."""
 
-    def __init__(self, desk: gr.State) -> None:
+    def __init__(self, visitor: gr.State) -> None:
         self.redraw, self.taken = gr.State(0), gr.State(0)
-        self.source = Source(desk, "edit", self.take, [], [self.taken])
+        self.source = Source(visitor, "edit", self.take, [], [self.taken])
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300, elem_id="edit-shown"):
                 pictures = gr.HTML(elem_id="edited")
@@ -115,54 +115,54 @@ class EditTab:
                 with gr.Column(elem_id="keeps"):
                     keeps = [_slider(0.0, 1.0, 1, f"keep-{i}") for i in range(LEVELS)]
         command = command_box("edit-command")
-        gr.HTML(note(parts.BITS))
+        gr.HTML(note(fragments.BITS))
         self.headings, self.adds = map(list, zip(*slots, strict=True))
         self.sliders = [*self.adds, *keeps]
         self.outputs = [self.source.strip, self.why, *self.headings, *self.sliders, self.redraw]
         # One listener: no earlier picture comes after a later one.
-        follow(self.sliders, [self.redraw.change], self.draw, [desk, *self.sliders], [pictures, command])
-        listen(back.click, self.rest, desk, [*self.sliders, self.redraw])
+        follow(self.sliders, [self.redraw.change], self.draw, [visitor, *self.sliders], [pictures, command])
+        listen(back.click, self.rest, visitor, [*self.sliders, self.redraw])
         # Another image: no slider is left where the image cannot follow.
-        self.measure_after(listen(self.taken.change, self.rest, desk, [*self.sliders, self.redraw]), desk)
+        self.measure_after(listen(self.taken.change, self.rest, visitor, [*self.sliders, self.redraw]), visitor)
 
-    def measure_after(self, event: Any, desk: gr.State) -> None:
+    def measure_after(self, event: Any, visitor: gr.State) -> None:
         """Add the measurement of the attributes to what follows an event."""
         shown = {"show_progress": "full", "show_progress_on": self.why}
-        listen(event.success, self.measure, desk, [*self.adds, *self.headings, self.why, self.redraw], **shown)
+        listen(event.success, self.measure, visitor, [*self.adds, *self.headings, self.why, self.redraw], **shown)
 
-    def fill(self, desk: Desk) -> list[Any]:
+    def fill(self, visitor: Visitor) -> list[Any]:
         """Fill the tab for a run that was chosen; the attributes come when they are measured."""
-        opened = desk.opened()
-        strip = self.source.fill(desk, opened)
-        if desk.edited is None and desk.offered:
-            desk.edited = Subject(opened, opened.pick(HeldOut(desk.offered[0])))
-        elif desk.edited is None and desk.grid is not None:
-            desk.edited = Subject(opened, desk.grid.picked(0))
+        opened = visitor.opened()
+        strip = self.source.fill(visitor, opened)
+        if visitor.edited is None and visitor.offered:
+            visitor.edited = Subject(opened, opened.pick(HeldOut(visitor.offered[0])))
+        elif visitor.edited is None and visitor.grid is not None:
+            visitor.edited = Subject(opened, visitor.grid.picked(0))
         hidden = [gr.Slider(value=0, visible=False)] * ATTRIBUTES
-        return [strip, "", *[""] * ATTRIBUTES, *hidden, *self.rest(desk)[ATTRIBUTES:]]
+        return [strip, "", *[""] * ATTRIBUTES, *hidden, *self.rest(visitor)[ATTRIBUTES:]]
 
-    def rest(self, desk: Desk) -> list[Any]:
+    def rest(self, visitor: Visitor) -> list[Any]:
         """Set all sliders to rest, which gives the original."""
-        n = len(desk.opened().model.latent_shapes)
+        n = len(visitor.opened().model.latent_shapes)
         ends = {0: " (finest)", n - 1: " (deepest)"} if n > 1 else {}
         keeps = [gr.Slider(value=1, visible=i < n, label=f"level {i}{ends.get(i, '')}") for i in range(LEVELS)]
         return [*[0] * ATTRIBUTES, *keeps, anew()]
 
-    def measure(self, desk: Desk) -> list[Any]:
+    def measure(self, visitor: Visitor) -> list[Any]:
         """Measure the attributes and likelihoods of training images, where they are not kept; name their sliders.
 
         A slider ends where the image under edit would leave what training images span, or numbers: see Subject.ends.
         """
-        opened = desk.opened()
+        opened = visitor.opened()
         try:
             found = opened.directions()
             opened.scores()
         except ValueError as error:
             return [*[gr.skip()] * 2 * ATTRIBUTES, note(f"No attributes: {error}"), anew()]
-        if not desk.has(opened):
+        if not visitor.has(opened):
             return [gr.skip()] * (2 * ATTRIBUTES + 2)
         listed = found.listed()[:ATTRIBUTES]
-        reach = [(-1.0, 1.0)] * len(found.names) if desk.edited is None else desk.edited.ends.T.tolist()
+        reach = [(-1.0, 1.0)] * len(found.names) if visitor.edited is None else visitor.edited.ends.T.tolist()
         ends = [reach[found.names.index(name)] for _, name, _ in listed]
         why = "" if listed else "The images of this run have no classes and no attributes."
         if len(found.names) > ATTRIBUTES:
@@ -178,9 +178,9 @@ class EditTab:
         shown += [gr.Slider(value=0, visible=False)] * (ATTRIBUTES - len(listed))
         return [*shown, *headings, note(why) + f"<style>{zeros}</style>", anew()]
 
-    def take(self, desk: Desk, subject: Subject) -> int:
+    def take(self, visitor: Visitor, subject: Subject) -> int:
         """Put another image under edit."""
-        desk.edited = subject
+        visitor.edited = subject
         return anew()
 
     def edit_of(self, subject: Subject, values: Sequence[float]) -> Edit:
@@ -190,9 +190,9 @@ class EditTab:
         adds = tuple(Add(name, REST, float(strength)) for name, strength in zip(names, strengths, strict=False))
         return Edit(adds, tuple(map(float, shares[: len(subject.latents)])))
 
-    def draw(self, desk: Desk, *values: float) -> list[Any]:
+    def draw(self, visitor: Visitor, *values: float) -> list[Any]:
         """Compute the image as the sliders say, and the command that gives it."""
-        subject = desk.edited
+        subject = visitor.edited
         if subject is None:
             return [note("Choose an image: an upload, or a sample by a click on it."), ""]
         opened, edit = subject.opened, self.edit_of(subject, values)
@@ -205,7 +205,7 @@ class EditTab:
             name = f"{shown_name(subject.picked.image)}: " if title == "original" else ""
             words = with_class(name + likelihood_text(opened, measured, wait=False), subject.picked, opened, measured)
             figures.append(figure(image(pixels, opened.n_bins, title, width, file), title, words, width))
-        if not desk.has(opened):
+        if not visitor.has(opened):
             return [gr.skip()] * 2
         below = f"{note(subject.outside(found, bits))}<p>{save_link(made, 'edit.png', 'Save PNG')}</p>"
         return [row(figures) + below, made.whole_command("edit.png")]
@@ -220,9 +220,9 @@ def _slider(low: float, high: float, value: float, elem_id: str) -> gr.Slider:
 class BetweenTab:
     """The way from one image to another through the latents, as frame, strip and animation."""
 
-    def __init__(self, desk: gr.State) -> None:
+    def __init__(self, visitor: gr.State) -> None:
         redraw, restrip, end = gr.State(0), gr.State(0), gr.Radio(list(ENDS), value=ENDS[0], render=False)
-        self.source = Source(desk, "path", self.take, [end], [restrip])
+        self.source = Source(visitor, "path", self.take, [end], [restrip])
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 frame = gr.HTML(elem_id="path-frame")
@@ -236,25 +236,25 @@ class BetweenTab:
         strip = gr.HTML(js_on_load=PICK_JS, elem_id="path-strip")
         command = command_box("path-command")
         self.outputs = [self.source.strip, restrip]
-        follow([at], [redraw.change], self.draw, [desk, line, at], [frame, command])
+        follow([at], [redraw.change], self.draw, [visitor, line, at], [frame, command])
         events = [line.input, count.release, restrip.change]
-        listen(events, self.draw_strip, [desk, line, count], [movie, strip, redraw])
+        listen(events, self.draw_strip, [visitor, line, count], [movie, strip, redraw])
         listen(strip.click, self.point, count, [at, redraw])
 
-    def fill(self, desk: Desk) -> list[Any]:
+    def fill(self, visitor: Visitor) -> list[Any]:
         """Fill the tab; a run that was chosen begins with the path between two images of one class."""
-        opened = desk.opened()
-        found = self.source.fill(desk, opened)
-        if desk.ends == [None, None]:
-            picked = [opened.pick(HeldOut(number)) for number in desk.offered]
+        opened = visitor.opened()
+        found = self.source.fill(visitor, opened)
+        if visitor.ends == [None, None]:
+            picked = [opened.pick(HeldOut(number)) for number in visitor.offered]
             picked[1:] = sorted(picked[1:], key=lambda each: each.label != picked[0].label)
-            desk.ends = [*(Subject(opened, each) for each in picked[:2]), None, None][:2]
+            visitor.ends = [*(Subject(opened, each) for each in picked[:2]), None, None][:2]
         return [found, anew()]
 
-    def take(self, desk: Desk, subject: Subject, end: str) -> int:
+    def take(self, visitor: Visitor, subject: Subject, end: str) -> int:
         """Make an image one end of the path."""
         expect(end in ENDS, "end", f"one of {', '.join(ENDS)}", repr(end))
-        desk.ends[ENDS.index(end)] = subject
+        visitor.ends[ENDS.index(end)] = subject
         return anew()
 
     def point(self, count: float, event: gr.EventData) -> tuple[float, int]:
@@ -262,10 +262,10 @@ class BetweenTab:
         last = check_count("images", count, MOST) - 1
         return clicked(event, last + 1) / last, anew()
 
-    def draw(self, desk: Desk, line: str, at: float) -> list[Any]:
+    def draw(self, visitor: Visitor, line: str, at: float) -> list[Any]:
         """Make the image at one point of the path, and the commands that give it and the strip."""
-        opened = desk.opened()
-        ends = [end for end in desk.ends if end is not None]
+        opened = visitor.opened()
+        ends = [end for end in visitor.ends if end is not None]
         if len(ends) < 2:
             return [note("Choose two images."), ""]
         between = Between(ends[0], ends[1], line == "spherical")
@@ -276,29 +276,29 @@ class BetweenTab:
             for name, end in zip(ENDS, ends, strict=True)
         ]
         frame = figure(image(pixels[0], n_bins, "frame", MEDIUM, made), f"{at:.0%} of the way", "", MEDIUM)
-        if not desk.has(opened):
+        if not visitor.has(opened):
             return [gr.skip()] * 2
         link = f"<p>{save_link(made, 'between.png', 'Save the frame')}</p>"
         return [
-            row([first, frame, last]) + link + parts.not_finite(bad),
-            f"{made.whole_command('between.png')}\n{desk.strip}",
+            row([first, frame, last]) + link + fragments.not_finite(bad),
+            f"{made.whole_command('between.png')}\n{visitor.strip}",
         ]
 
-    def draw_strip(self, desk: Desk, line: str, count: float) -> list[Any]:
+    def draw_strip(self, visitor: Visitor, line: str, count: float) -> list[Any]:
         """Draw the strip of the whole path, and its animation."""
-        opened, number = desk.opened(), check_count("images", count, MOST)
-        ends = [end for end in desk.ends if end is not None]
+        opened, number = visitor.opened(), check_count("images", count, MOST)
+        ends = [end for end in visitor.ends if end is not None]
         if len(ends) < 2:
             return ["", "", anew()]
         between = Between(ends[0], ends[1], line == "spherical")
         pixels, bad = between.frames(even(number))
         files = {".png": "Save the strip", ".gif": "Save as GIF", ".webp": "Save as WebP"}
         made = {suffix: between.made(pixels, suffix=suffix) for suffix in files}
-        if not desk.has(opened):
+        if not visitor.has(opened):
             return [gr.skip()] * 3
-        desk.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
+        visitor.strip = "\n".join(each.whole_command(f"path{suffix}") for suffix, each in made.items())
         links = "".join(save_link(made[suffix], f"path{suffix}", words) for suffix, words in files.items())
-        shown = parts.strip(list(pixels), opened.n_bins, [f"at {i / (number - 1):.2f}" for i in range(number)])
+        shown = fragments.strip(list(pixels), opened.n_bins, [f"at {i / (number - 1):.2f}" for i in range(number)])
         movie = image(pixels[0], opened.n_bins, "the path, there and back", SMALL, made[".webp"])
         shown += note("The whole path. A click on an image goes to its point.")
-        return [figure(movie, "there and back", "", SMALL), f"{shown}<p>{links}</p>{parts.not_finite(bad)}", anew()]
+        return [figure(movie, "there and back", "", SMALL), f"{shown}<p>{links}</p>{fragments.not_finite(bad)}", anew()]

@@ -105,7 +105,7 @@ def credentials(given: str | None) -> tuple[str, str] | None:
 
 
 class Place(NamedTuple):
-    """Where the page is served, and to whom."""
+    """The address at which the page is served, and the login that it asks for."""
 
     host: str = "127.0.0.1"
     port: int | None = None  # None: the first free one from 7860

@@ -70,7 +70,7 @@ def read(opened: OpenRun, uploads: Sequence[Upload]) -> tuple[list[Picked], list
 
 
 def _pixels(upload: Upload) -> int:
-    """How many pixels the head of a file says that it has; none where it has no such head, which is refused later."""
+    """Read the number of pixels from the head of a file; None where there is no head that says it."""
     pil = optional("PIL.Image", "the page")
     try:
         with pil.open(upload.path, formats=FORMATS) as image:

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglow_fast._core.errors import expect
-from pyglow_fast.interop.convert.files import Reader
-from pyglow_fast.interop.convert.parts import (
+from pyglow_fast.interop.convert.canonical import (
     Parts,
     factored,
     has_border,
@@ -33,6 +32,7 @@ from pyglow_fast.interop.convert.parts import (
     remix,
     take_apart,
 )
+from pyglow_fast.interop.convert.files import Reader
 from pyglow_fast.interop.convert.table import Row, Table
 from pyglow_fast.models import Glow, GlowConfig
 

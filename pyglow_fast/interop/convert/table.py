@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglow_fast._core.errors import expect
+from pyglow_fast.interop.convert.canonical import Part, Parts, fresh_parts
 from pyglow_fast.interop.convert.files import Reader
-from pyglow_fast.interop.convert.parts import Part, Parts, fresh_parts
 from pyglow_fast.models import Glow, GlowConfig
 
 

@@ -57,7 +57,7 @@ def test_a_bug_keeps_its_traceback(trained: Path, tmp_path: Path, monkeypatch: p
     def bug(*args: object, **options: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("pyglow_fast.app.cli.looking.Grid.made", bug)
+    monkeypatch.setattr("pyglow_fast.app.cli.drawing.Grid.made", bug)
     with pytest.raises(ValueError, match="a bug"):
         main(["sample", str(trained), "--out", str(tmp_path / "x.png")])
 

@@ -14,7 +14,7 @@ from support.program import done, pyglow_fast
 from train.run_cases import weights
 
 from pyglow_fast.app.cli import main, training
-from pyglow_fast.app.experiments import Ablation
+from pyglow_fast.app.experiments.ablation import Ablation
 from pyglow_fast.train import RunFolder, TrainState
 from pyglow_fast.train.page import duration
 

@@ -17,7 +17,7 @@ from support.program import rows
 from train.run_cases import assert_same_weights
 
 from pyglow_fast import GlowConfig
-from pyglow_fast.app.experiments import Ablation, variants
+from pyglow_fast.app.experiments.ablation import Ablation, variants
 from pyglow_fast.data import DataConfig, ImageSet
 from pyglow_fast.train import Checkpoint, RunFolder, TrainConfig, TrainState, start
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from pyglow_fast.app.experiments import auroc
+from pyglow_fast.app.experiments.ood import auroc
 
 
 @pytest.mark.parametrize(("shift", "ties"), [(0.0, False), (1.0, False), (-1.5, False), (0.5, True)])

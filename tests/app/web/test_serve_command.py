@@ -13,7 +13,7 @@ from support.program import pyglow_fast
 
 web.require("gradio")
 
-from pyglow_fast import web as package  # noqa: E402
+from pyglow_fast.app import web as package  # noqa: E402
 from pyglow_fast.app.cli import main  # noqa: E402
 
 

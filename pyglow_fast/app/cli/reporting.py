@@ -13,7 +13,7 @@ from pyglow_fast._core.settings import declared_of
 from pyglow_fast.app.cli._arguments import RUN_HELP, Commands, check_numbers, command, output_path
 from pyglow_fast.app.cli._output import say, say_next, table, user_input
 from pyglow_fast.app.cli.training import add_settings, settings
-from pyglow_fast.app.experiments import caveat, comparison_page, run_table
+from pyglow_fast.app.experiments.compare import caveat, comparison_page, run_table
 from pyglow_fast.app.studio import Draw, OpenRun
 from pyglow_fast.app.studio.opened import find_run
 from pyglow_fast.app.studio.words import TEMPERATURE, N

@@ -47,15 +47,15 @@ def _runs_in(name: str) -> list[str]:
     return [str(path) for path in inside if RunFolder(path).exists]
 
 
-class Desk:
-    """What one visitor works on: a run, the image under edit, samples, both ends of a path; no two share one."""
+class Visitor:
+    """The state of one visitor: a run, the image under edit, samples, both ends of a path. No two visitors share it."""
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
         self._clear(None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Desk:
-        return Desk(self._shelf)  # a copy is for a new visitor
+    def __deepcopy__(self, memo: dict[int, Any]) -> Visitor:
+        return Visitor(self._shelf)  # a copy is for a new visitor
 
     def _clear(self, opened: OpenRun | None) -> None:
         self._opened = opened
@@ -80,5 +80,5 @@ class Desk:
         return self._opened
 
     def has(self, opened: OpenRun) -> bool:
-        """Whether this run is the chosen one: what was computed for another must not come to the page."""
+        """Whether the visitor has this run chosen; results for another run must not come to the page."""
         return self._opened is opened
