@@ -16,8 +16,7 @@ from torch import Tensor
 
 import pyglow_fast as pgf
 from pyglow_fast._core.backend import extension
-from pyglow_fast.runs import parts
-from pyglow_fast.runs import python_steps
+from pyglow_fast.runs import parts, python_steps
 
 DEPTH = 8
 compiled_or_not = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
