@@ -1,4 +1,4 @@
-"""Differentiable functions over the kernels of :mod:`.ops`, gradients formed from the saved output or input.
+"""Differentiable functions over :mod:`pyglow_fast.functional.ops`, gradients formed from the saved output or input.
 
 There are first derivatives only: differentiating a gradient raises, since the backward kernels have no derivative. Two
 can be differentiated again: the gradient of a move of values is a move, that of an inverse is made of its products.
