@@ -231,6 +231,39 @@ struct GaussianSampleArgs {
   int64_t samples, channels, positions;
 };
 
+// The numbers of each element (n, c, p): number k is data[n * sample + c * channel + p * position + k * number].
+template <class Data>
+struct SplineNumbers : NetTensor<Data> {
+  int64_t number;
+};
+
+// y, log dy/dx of a monotone spline of each element, or of its inverse.
+template <class T>
+struct SplineArgs {
+  Strided<const T> x;             // (N, C, P)
+  SplineNumbers<const void> raw;  // spline_numbers() of each
+  Strided<T> y, log_slope;        // (N, C, P); y may be the same memory as x
+  int64_t samples, channels, positions;
+  SplineForm form;
+  bool inverse;
+  SplineParams<T> params;
+};
+
+// Gradients from the input of SplineArgs, or from_output from its output, which is then inverted on the way.
+template <class T>
+struct SplineBackwardArgs {
+  Strided<const T> value;                   // (N, C, P)
+  SplineNumbers<const void> raw;            // as there
+  Strided<const T> grad_y, grad_log_slope;  // (N, C, P)
+  Strided<T> grad_x;                        // (N, C, P)
+  SplineNumbers<void> grad_raw;             // like raw
+  Strided<T> recovered;                     // (N, C, P): the other one of input and output; data null: not wanted
+  int64_t samples, channels, positions;
+  SplineForm form;
+  bool inverse, from_output;
+  SplineParams<T> params;
+};
+
 // The inverse of each matrix, formed in double and rounded once, and log|det|. A singular matrix has an inverse of NaN
 // and -inf, one with a value that is not finite has NaN for both.
 template <class T>
@@ -453,6 +486,8 @@ struct FoldBackwardArgs {
   K(gaussian_log_prob, GaussianArgs)                  \
   K(gaussian_log_prob_backward, GaussianBackwardArgs) \
   K(gaussian_sample, GaussianSampleArgs)              \
+  K(spline, SplineArgs)                               \
+  K(spline_backward, SplineBackwardArgs)              \
   K(invert_matrices, InvertMatricesArgs)              \
   K(fold, FoldArgs)                                   \
   K(fold_backward, FoldBackwardArgs)                  \

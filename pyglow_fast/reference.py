@@ -25,6 +25,9 @@ from pyglow_fast._core.float32 import CONVOLUTIONS, PRODUCTS, autocast_is_on
 COUPLINGS = ("affine", "additive")
 SCALE_MAPS = ("sigmoid", "exp", "tanh", "atan")
 ORDERS = ("shift_scale", "scale_shift")
+SPLINE_FORMS = ("softmax", "softclip")
+TAILS = ("linear", "circular", "none")
+MAX_BINS = 64
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "elu", "tanh", "sigmoid")
 MAX_LAYERS = 6  # of a chain
 KERNEL_SIZES = (1, 3, 5, 7)
@@ -75,6 +78,44 @@ class CouplingSpec(NamedTuple):
     clamp: float = 2.0
     order: str = "shift_scale"
     factor: float = 1.0
+
+
+class SplineSpec(NamedTuple):
+    """How the numbers of an element become the knots of its spline; see :func:`spline`.
+
+    ``bound`` B and ``tails``: the spline maps [-B, B] to itself and is the identity outside, with derivatives of 1 at
+    the ends ("linear") or of one number at both ("circular"); "none": it maps [0, 1] to itself, and is nowhere else.
+    ``form`` "softmax" takes ``gain``, ``min_width``, ``min_height``, ``min_derivative`` and ``derivative_offset``,
+    "softclip" takes ``slope``. With an offset of log(exp(1 - min_derivative) - 1) numbers of 0 are the identity.
+
+    Examples:
+        >>> import torch
+        >>> from pyglow_fast import functional
+        >>> x, raw = torch.tensor([0.5, 4.0]), torch.zeros(2, 23)  # K = 8
+        >>> y, log_slope = functional.spline(x, raw, bound=5.0)
+        >>> functional.spline(y, raw, bound=5.0, inverse=True)[0]
+        tensor([0.5000, 4.0000])
+    """
+
+    bound: float = 3.0
+    tails: str = "linear"
+    form: str = "softmax"
+    gain: float = 1.0
+    min_width: float = 1e-3
+    min_height: float = 1e-3
+    min_derivative: float = 1e-3
+    derivative_offset: float = 0.0
+    slope: float = 1e-3
+
+    @property
+    def extra(self) -> int:
+        """The numbers of an element beyond 3 K."""
+        return {"linear": -1, "circular": 0, "none": 1}[self.tails]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of what the spline maps to itself."""
+        return (0.0, 1.0) if self.tails == "none" else (-self.bound, self.bound)
 
 
 class Activation(NamedTuple):
@@ -362,6 +403,122 @@ def coupling_mix_inverse(
     """x = M^-1 (u - c) where u, log_det = coupling_inverse(y, net_out): a whole step back except for its net."""
     u, log_det = coupling_inverse(y, net_out, spec)
     return channel_unmix(u, inverse_matrix, offset, index=index), log_det
+
+
+def check_spline(x: Tensor, raw: Tensor, spec: SplineSpec) -> int:
+    """Refuse settings or numbers of no spline, and return K.
+
+    Raises:
+        ValueError: an argument of the spec, or raw, is not what :func:`spline` takes.
+    """
+    expect(spec.tails in TAILS, "tails", f"one of {TAILS}", repr(spec.tails))
+    expect(spec.form in SPLINE_FORMS, "form", f"one of {SPLINE_FORMS}", repr(spec.form))
+    expect(0.0 < spec.bound < math.inf, "bound", "a positive number", spec.bound)
+    expect(math.isfinite(spec.gain), "gain", "a finite number", spec.gain)
+    expect(math.isfinite(spec.derivative_offset), "derivative_offset", "a finite number", spec.derivative_offset)
+    expect(0.0 <= spec.min_derivative < math.inf, "min_derivative", "0 or a positive number", spec.min_derivative)
+    expect(0.0 < spec.slope < 1.0, "slope", "a number between 0 and 1", spec.slope)
+    shaped = raw.dim() == x.dim() + 1 and raw.shape[:-1] == x.shape
+    expect(shaped, "raw", f"shape ({', '.join(map(str, x.shape))}, P)", f"shape {tuple(raw.shape)}")
+    bins, rest = divmod(raw.shape[-1] - spec.extra, 3)
+    if rest or not 2 <= bins <= MAX_BINS:
+        found = f"{raw.shape[-1]}"
+        for other in TAILS:
+            fits, left = divmod(raw.shape[-1] - spec._replace(tails=other).extra, 3)
+            if not left and 2 <= fits <= MAX_BINS:
+                found += f" (that of {fits} bins with tails {other!r})"
+        each = f"3 K{spec.extra:+d}".replace("+0", "")
+        expect(False, "raw", f"a last dimension of {each} (tails {spec.tails!r}), K from 2 to {MAX_BINS}", found)
+    for name, least in (("min_width", spec.min_width), ("min_height", spec.min_height)):
+        expect(0.0 <= least * bins <= 1.0, name, f"0 to 1 / {bins} with {bins} bins", least)
+    return bins
+
+
+def check_inside(x: Tensor, spec: SplineSpec) -> None:
+    """Refuse an x outside of [0, 1] where a spline has no tails; its values are read where that stops no stream.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if spec.tails == "none" and can_read(x):
+        outside = x[(x < 0) | (x > 1)]
+        if outside.numel():
+            expect(False, "x", "values from 0 to 1 with tails 'none'", float(outside[0]))
+
+
+def _knots(raw: Tensor, least: float, spec: SplineSpec) -> tuple[Tensor, Tensor]:
+    """Compute the lower edges of K bins and their sizes, (..., K) each, from the numbers of their sizes."""
+    low, high = spec.interval
+    if spec.form == "softmax":
+        shares = least + (1.0 - least * raw.shape[-1]) * torch.softmax(raw * spec.gain, dim=-1)
+    else:
+        shares = torch.softmax(raw / (1.0 + (2.0 * raw / math.log(spec.slope)).abs()), dim=-1)
+    edges = F.pad(low + (high - low) * shares[..., :-1].cumsum(-1), (1, 0), value=low)
+    return edges, torch.cat([edges[..., 1:], torch.full_like(edges[..., :1], high)], dim=-1) - edges
+
+
+def _knot_derivatives(raw: Tensor, spec: SplineSpec) -> Tensor:
+    """Compute the derivatives at all knots, (..., K + 1)."""
+    if spec.form == "softmax":
+        found = spec.min_derivative + F.softplus(raw + spec.derivative_offset)
+    else:
+        found = (raw / (1.0 + (raw / math.log(spec.slope)).abs())).exp()
+    if spec.tails == "linear":
+        return F.pad(found, (1, 1), value=1.0)
+    return torch.cat([found, found[..., :1]], dim=-1) if spec.tails == "circular" else found
+
+
+def spline(x: Tensor, raw: Tensor, spec: SplineSpec | None = None, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """y = y_k + h_k (s theta^2 + d_k t) / D of each element, and log dy/dx = log(s^2 A / D^2).
+
+    theta = (x - x_k) / w_k in the bin k of widths w and heights h that x is in, d_k the derivatives at the knots,
+    s = h_k / w_k, t = theta (1 - theta), D = s + (d_k + d_(k+1) - 2 s) t and
+    A = d_(k+1) theta^2 + 2 s t + d_k (1 - theta)^2. Inverse: x of y, and its log-slope.
+
+    w = (high - low) (m + (1 - K m) softmax(gain raw_w)) and d = m_d + softplus(raw_d + derivative_offset), or in the
+    form "softclip" softmax(a / (1 + abs(2 a / log slope))) and exp(a / (1 + abs(a / log slope))) of raw numbers a.
+
+    x of any shape; raw (*x.shape, P), widths, then heights, then derivatives: P = 3 K - 1 with linear tails, 3 K with
+    circular ones, 3 K + 1 with none. Returns y and the log-slope like x. NaN shows where x or any of raw is not finite.
+
+    Raises:
+        ValueError: see :func:`check_spline`; or an x outside of [0, 1] with no tails (checked on the CPU alone, on CUDA
+            the result is NaN).
+
+    References: Durkan et al. 2019 ("softmax", as nflows and normflows have it); zuko ("softclip").
+    """
+    spec = SplineSpec() if spec is None else spec
+    bins = check_spline(x, raw, spec)
+    check_inside(x, spec)
+    raw = raw.to(x.dtype)
+    low, high = spec.interval
+    left, widths = _knots(raw[..., :bins], spec.min_width, spec)
+    bottom, heights = _knots(raw[..., bins : 2 * bins], spec.min_height, spec)
+    derivatives = _knot_derivatives(raw[..., 2 * bins :], spec)
+    inside = (x >= low) & (x <= high)
+    at = torch.where(inside, x, low)
+    index = (at.unsqueeze(-1) >= (bottom if inverse else left)[..., 1:]).sum(-1, keepdim=True)
+    parts = (left, widths, bottom, heights, derivatives[..., :-1], derivatives[..., 1:])
+    x_k, w, y_k, h, d, d_next = (part.gather(-1, index).squeeze(-1) for part in parts)
+    s = h / w
+    q = d + d_next - 2.0 * s
+    if inverse:
+        v = at - y_k
+        a, b, c = h * (s - d) + v * q, h * d - v * q, -s * v
+        root = (b.square() - 4.0 * a * c).clamp(min=0.0).sqrt()
+        falls = b < 0.0  # of the two forms of the root the one in which nothing cancels
+        theta = torch.where(falls, root - b, 2.0 * c) / torch.where(falls, 2.0 * a, -b - root)
+    else:
+        theta = (at - x_k) / w
+    t = theta * (1.0 - theta)
+    divisor = s + q * t
+    slope = s.square() * (d_next * theta.square() + 2.0 * s * t + d * (1.0 - theta).square()) / divisor.square()
+    found = x_k + theta * w if inverse else y_k + h * (s * theta.square() + d * t) / divisor
+    found = found + (found.clamp(low, high) - found).detach()  # where a rounding leads out, another slope holds
+    log_slope = -slope.log() if inverse else slope.log()
+    bad = (raw * 0.0).sum(-1)
+    outside = torch.full_like(x, math.nan) if spec.tails == "none" else x
+    return torch.where(inside, found, outside) + bad, torch.where(inside, log_slope, 0.0) + bad
 
 
 def activated(h: Tensor, activation: Activation, in_place: bool = False) -> Tensor:

@@ -144,17 +144,19 @@ SplitGrad<T> split_grad(const at::Tensor& all, const at::Tensor& added) {
   return {input<T>(all), input<T>(added), added.size(1)};
 }
 
+// What a net gives has the dtype of the state, or 16 bits beside float32.
+inline void check_net_dtype(const char* name, const at::Tensor& net_out, const char* x_name, const at::Tensor& x) {
+  if (net_type(net_out) == NetType::state) return check_like(name, net_out, x_name, x);
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, name, ": expected dtype ", name_of(x.scalar_type()), " like ",
+                    x_name, " (16 bits go with float32), found ", name_of(net_out.scalar_type()));
+  TORCH_CHECK_VALUE(net_out.device() == x.device(), name, ": expected device ", x.device(), " like ", x_name,
+                    ", found ", net_out.device());
+}
+
 // C2, the number of transformed channels, from the net's output.
 inline int64_t check_net_out(const at::Tensor& net_out, const char* x_name, const at::Tensor& x, const Kind& kind) {
   kind.check(x.scalar_type());
-  if (net_type(net_out) == NetType::state) {
-    check_like("net_out", net_out, x_name, x);
-  } else {
-    TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "net_out: expected dtype ", name_of(x.scalar_type()), " like ",
-                      x_name, " (16 bits go with float32), found ", name_of(net_out.scalar_type()));
-    TORCH_CHECK_VALUE(net_out.device() == x.device(), "net_out: expected device ", x.device(), " like ", x_name,
-                      ", found ", net_out.device());
-  }
+  check_net_dtype("net_out", net_out, x_name, x);
   const int64_t per_channel = kind.map == static_cast<int64_t>(ScaleMap::none) ? 1 : 2;
   TORCH_CHECK_VALUE(net_out.dim() == x.dim(), "net_out: expected ", x.dim(), " dimensions like ", x_name, ", found ",
                     net_out.sizes());

@@ -113,6 +113,7 @@ void register_kernels() {
   std::vector<torch::Library> libraries;  // which take their kernels back if one is refused
   const auto begin = [&](c10::DispatchKey key) -> torch::Library& {
     torch::Library& m = libraries.emplace_back(torch::Library::IMPL, "pyglow_fast", key, __FILE__, __LINE__);
+    register_spline_ops(m);
     register_step_ops(m);
     register_fused_ops(m);
     register_statistics_ops(m);

@@ -9,6 +9,7 @@
 
 namespace pyglow::bindings {
 
+void register_spline_ops(torch::Library& m);
 void register_step_ops(torch::Library& m);
 void register_fused_ops(torch::Library& m);
 void register_statistics_ops(torch::Library& m);

@@ -28,6 +28,8 @@ PYGLOW_HD float erf(float x) { return ::erff(x); }
 PYGLOW_HD double erf(double x) { return ::erf(x); }
 PYGLOW_HD float erfc(float x) { return ::erfcf(x); }
 PYGLOW_HD double erfc(double x) { return ::erfc(x); }
+PYGLOW_HD float square_root(float x) { return ::sqrtf(x); }
+PYGLOW_HD double square_root(double x) { return ::sqrt(x); }
 
 #ifdef PYGLOW_VECTOR_BYTES
 // V is T __attribute__((vector_size(PYGLOW_VECTOR_BYTES))); M the integer vector that comparisons of V give.
@@ -100,6 +102,15 @@ PYGLOW_HD Reduced<VecD, VecL> reduced(VecD x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   return {p * (r * r) + r, to_bits(t) - to_bits(magic)};
+}
+
+PYGLOW_HD VecF square_root(VecF x) {
+  for (unsigned i = 0; i < sizeof(VecF) / sizeof(float); ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+PYGLOW_HD VecD square_root(VecD x) {
+  for (unsigned i = 0; i < sizeof(VecD) / sizeof(double); ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
 }
 
 // exp(x) = 2^k exp(r). 2^k is applied as two factors, so that the result underflows gradually and overflows to inf.

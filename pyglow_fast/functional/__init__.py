@@ -23,6 +23,7 @@ from pyglow_fast.reference import (
     Activation,
     ChainSpec,
     CouplingSpec,
+    SplineSpec,
     n_positions,
     per_channel,
     squeeze,
@@ -33,6 +34,7 @@ __all__ = [
     "Activation",
     "ChainSpec",
     "CouplingSpec",
+    "SplineSpec",
     "actnorm",
     "actnorm_inverse",
     "channel_linear",
@@ -51,6 +53,7 @@ __all__ = [
     "log_abs_det",
     "n_positions",
     "net_chain",
+    "spline",
     "squeeze",
     "unsqueeze",
 ]
@@ -99,6 +102,34 @@ def _coupled(x: Tensor, net_out: Tensor, spec: CouplingSpec, inverse: bool) -> t
     if _is_seen(x, net_out):
         return apply(autograd.Coupling, x, net_out, arguments)
     return ops.coupling(x, net_out, *arguments)
+
+
+def spline(
+    x: Tensor,
+    raw: Tensor,
+    *,
+    bound: float = 3.0,
+    tails: str = "linear",
+    form: str = "softmax",
+    gain: float = 1.0,
+    min_width: float = 1e-3,
+    min_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+    derivative_offset: float = 0.0,
+    slope: float = 1e-3,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y and log dy/dx of a monotone rational-quadratic spline of each element, nats; see :func:`reference.spline`."""
+    numbers = (gain, min_width, min_height, min_derivative, derivative_offset, slope)
+    spec = SplineSpec(bound, tails, form, *numbers)
+    if not ops.run_on(x):
+        return reference.spline(x, raw, spec, inverse)
+    reference.check_spline(x, raw, spec)
+    reference.check_inside(x, spec)
+    raw = readable_net_output(raw, x)
+    if _is_seen(x, raw):
+        return apply(autograd.Spline, x, raw, spec, inverse)
+    return ops.spline(x, raw, *ops.spline_arguments(spec, inverse))
 
 
 def readable_net_output(net_out: Tensor, state: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyglow_fast._core.derivatives import Saved, differentiable_once
 from pyglow_fast.functional import ops
-from pyglow_fast.reference import full_product, transpose_map
+from pyglow_fast.reference import SplineSpec, full_product, transpose_map
 
 _CouplingArguments = tuple[int, int, bool, float, float, float, float]
 
@@ -127,6 +127,26 @@ class CouplingMix(torch.autograd.Function):
         scale_map, order, _, *parameters = ctx.arguments
         arguments = (u, net_out, grad_out, grad_log_det, matrix, scale_map, order, *parameters, None, index)
         return (*ops.coupling_mix_backward(*arguments), None, None)
+
+
+class Spline(torch.autograd.Function):
+    """The spline of each element or its inverse, and its log-slope; its backward begins from the argument x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, raw: Tensor, spec: SplineSpec, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Compute the value and the log-slope, like x."""
+        ctx.arguments = ops.spline_arguments(spec, inverse)
+        found, log_slope = ops.spline(x, raw, *ctx.arguments)
+        ctx.save_for_backward(found if inverse else x, raw)
+        return found, log_slope
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: Saved, grad_y: Tensor, grad_log_slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute gradients of x and raw."""
+        arguments = (*saved, grad_y, grad_log_slope, *ctx.arguments, ctx.arguments[2], False)
+        grad_x, grad_raw, _ = ops.spline_backward(*arguments)
+        return grad_x, grad_raw, None, None
 
 
 class NetChain(torch.autograd.Function):

@@ -34,8 +34,11 @@ from pyglow_fast.reference import (
     COUPLINGS,
     ORDERS,
     SCALE_MAPS,
+    SPLINE_FORMS,
+    TAILS,
     ChainSpec,
     CouplingSpec,
+    SplineSpec,
     check_spec,
     factor_fits,
 )
@@ -49,6 +52,7 @@ ORDER_CODES = {"shift_scale": 0, "scale_shift": 1}
 
 _COUPLING_ARGUMENTS = "int map, int order, bool inverse, float bias, float eps, float clamp, float factor"
 _FORWARD_ARGUMENTS = "int map, int order, float bias, float eps, float clamp, float factor"
+_SPLINE_ARGUMENTS = "int form, int tails, bool inverse, float[] numbers"
 _CHAIN_ARGUMENTS = "int[] activations, float[] parameters, int[] dilations, bool half"
 _library = torch.library.Library("pyglow_fast", "DEF")
 _names: list[str] = []  # of the ops that are declared below
@@ -203,6 +207,22 @@ def gaussian_sample(noise: Tensor, mean: Tensor, log_sd: Tensor) -> Tensor:
     return _like(noise)
 
 
+# Of x of any shape; raw has the numbers of each element behind that shape.
+@_op(f"(Tensor x, Tensor raw, {_SPLINE_ARGUMENTS}) -> (Tensor, Tensor)")
+def spline(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@_op(
+    f"(Tensor value, Tensor raw, Tensor grad_y, Tensor grad_log_slope, {_SPLINE_ARGUMENTS}, bool from_output, "
+    "bool want_other) -> (Tensor, Tensor, Tensor)"
+)
+def spline_backward(value: Tensor, raw: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dense = torch.ops.aten.is_non_overlapping_and_dense(raw)
+    grad_raw = raw.new_empty_strided(raw.shape, raw.stride()) if dense else raw.new_empty(raw.shape)
+    return value.new_empty(value.shape), grad_raw, value.new_empty(value.shape if rest[-1] else 0)
+
+
 @_op("(Tensor matrices) -> (Tensor, Tensor)")
 def invert_matrices(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return matrices.new_empty(matrices.shape), matrices.new_empty(matrices.shape[0])
@@ -352,6 +372,12 @@ def coupling_arguments(spec: CouplingSpec, inverse: bool) -> tuple[int, int, boo
     elif name == "sigmoid" and (spec.eps > 0 or spec.factor != 1.0):
         name = "scaled_sigmoid"
     return SCALE_MAP_CODES[name], ORDER_CODES[spec.order], inverse, spec.bias, spec.eps, spec.clamp, spec.factor
+
+
+def spline_arguments(spec: SplineSpec, inverse: bool) -> tuple[int, int, bool, list[float]]:
+    """List the trailing arguments of the spline ops: codes of form and tails, direction, and the numbers."""
+    numbers = [spec.bound, spec.gain, spec.min_width, spec.min_height, spec.min_derivative, spec.derivative_offset]
+    return SPLINE_FORMS.index(spec.form), TAILS.index(spec.tails), inverse, [*numbers, spec.slope]
 
 
 ChainArguments = tuple[tuple[int, ...], tuple[float, ...], tuple[int, ...]]

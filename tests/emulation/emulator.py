@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pyglow_fast.functional import ops
+from pyglow_fast.reference import TAILS, SplineSpec
 
 EMULATED = [*CUDA_SOURCES, EMULATION / "driver.cpp"]
 GIVEN = "PYGLOW_EMULATED"  # names a library that has been built with other flags
@@ -304,6 +305,31 @@ class EmulatedOps:
         """mean + exp(log_sd) noise."""
         self._call("gaussian_sample", z.dtype, *map(self._view, (*noise_mean_and_log_sd, z)), *_sizes(z))
 
+    def _numbers(self, raw: Tensor) -> Any:
+        """SplineNumbers."""
+        net, stride = self._net(raw.movedim(-1, 0)[0]), raw.stride(-1)
+        self._alive.append(raw)
+        return _struct(net, *_integers(stride))
+
+    @_op
+    def spline(self, results: Sequence[Tensor], x: Tensor, raw: Tensor, *spline: Any) -> None:
+        """The value and the log-slope of each element."""
+        form, tails, inverse, numbers = spline
+        members = (self._view(x), self._numbers(raw), *map(self._view, results), *_sizes(x))
+        variant = ctypes.c_int(form), ctypes.c_bool(inverse)
+        self._call("spline", x.dtype, *members, *variant, _spline_parameters(x, raw, tails, *numbers))
+
+    @_op
+    def spline_backward(self, results: Sequence[Tensor], value: Tensor, raw: Tensor, *rest: Any) -> None:
+        """Gradients of the input and of its numbers, and the other one of input and output."""
+        *grads, form, tails, inverse, numbers, from_output, want_other = rest
+        inputs = (self._view(value), self._numbers(raw), *map(self._view, grads))
+        other = self._view(results[2] if want_other else None)
+        outputs = (self._view(results[0]), self._numbers(results[1]), other, *_sizes(value))
+        variant = ctypes.c_int(form), ctypes.c_bool(inverse), ctypes.c_bool(from_output)
+        parameters = _spline_parameters(value, raw, tails, *numbers)
+        self._call("spline_backward", value.dtype, *inputs, *outputs, *variant, parameters)
+
     @_op
     def invert_matrices(self, results: Sequence[Tensor], matrices: Tensor) -> None:
         """The inverse of each of (K, C, C) and log|det|."""
@@ -377,6 +403,15 @@ def _sizes(state: Tensor) -> tuple[Any, ...]:
     """The numbers of samples, channels and positions."""
     n, c, *spatial = state.shape
     return _integers(n, c, math.prod(spatial) if state.numel() else 0)
+
+
+def _spline_parameters(x: Tensor, raw: Tensor, tails: int, bound: float, *rest: float) -> Any:
+    """SplineParams."""
+    number = ctypes.c_double if x.dtype == torch.float64 else ctypes.c_float
+    low, high = (0.0, 1.0) if TAILS[tails] == "none" else (-bound, bound)
+    bins = (raw.shape[-1] - SplineSpec(tails=TAILS[tails]).extra) // 3
+    *shares, slope = rest
+    return _struct(ctypes.c_int(bins), ctypes.c_int(tails), *map(number, (low, high, *shares, -1.0 / math.log(slope))))
 
 
 def _coupled(state: Tensor, net_out: Tensor | None, *codes: Any) -> tuple[Any, ...]:

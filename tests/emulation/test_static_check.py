@@ -46,6 +46,8 @@ LIMITS = {
     "sample_kernel": Limit(4, 3, 0, 2),
     "sample_sums_kernel": Limit(6, 6, 64),
     "coupling_backward_kernel": Limit(3, 2, 0, 1, nets=True),
+    "spline_kernel": Limit(4, 2, 0),
+    "spline_backward_kernel": Limit(3, 2, 0),
     "gather_kernel": Limit(4, 3, 64, 4, 2, nets=True),
     "gather_backward_kernel": Limit(3, 2, 64 + 2048, 8, 2, nets=True),
     "fold_kernel": Limit(3, 3, 64),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyglow_fast import reference
 from pyglow_fast.functional import ops
-from pyglow_fast.reference import CouplingSpec
+from pyglow_fast.reference import SPLINE_FORMS, TAILS, CouplingSpec, SplineSpec
 
 gaussian_log_prob, gaussian_sample = reference.gaussian_log_prob, reference.gaussian_sample
 MAPS = {code: name for name, code in ops.SCALE_MAP_CODES.items()}
@@ -118,3 +118,27 @@ def step_backward(
 def gaussian_log_prob_backward(z: Tensor, mean: Tensor, log_sd: Tensor, grad_log_prob: Tensor) -> tuple[Tensor, ...]:
     leaves = _leaves(z, mean, log_sd)
     return _gradients([reference.gaussian_log_prob(*leaves)], leaves, [grad_log_prob])
+
+
+def _spline_spec(form: int, tails: int, numbers: Sequence[float]) -> SplineSpec:
+    bound, *shares_and_slope = numbers
+    return SplineSpec(bound, TAILS[tails], SPLINE_FORMS[form], *shares_and_slope)
+
+
+def spline(
+    x: Tensor, raw: Tensor, form: int, tails: int, inverse: bool, numbers: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    return reference.spline(x, raw, _spline_spec(form, tails, numbers), inverse)
+
+
+def spline_backward(
+    value: Tensor, raw: Tensor, grad_y: Tensor, grad_log_slope: Tensor, form: int, tails: int, inverse: bool, *rest: Any
+) -> tuple[Tensor, ...]:
+    numbers, from_output, want_other = rest
+    spec = _spline_spec(form, tails, numbers)
+    x = reference.spline(value, raw, spec, not inverse)[0] if from_output else value
+    leaves = _leaves(x, raw)
+    y, log_slope = reference.spline(*leaves, spec, inverse)
+    other = x if from_output else y.detach()
+    grads = _gradients([y, log_slope], leaves, [grad_y, grad_log_slope])
+    return (*grads, other if want_other else value.new_empty(0))

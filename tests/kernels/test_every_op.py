@@ -30,7 +30,7 @@ from torch import Tensor, float32, nn
 from pyglow_fast import functional, reference
 from pyglow_fast._core import backend
 from pyglow_fast.functional import ops
-from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec
+from pyglow_fast.reference import Activation, ChainSpec, CouplingSpec, SplineSpec
 
 compiled = pytest.mark.skipif(backend.extension() is None, reason=f"no extension: {backend.reason()}")
 SPEC = CouplingSpec()
@@ -47,6 +47,7 @@ def drawn(*shape: int) -> Tensor:
 
 X, NET, GRAD, ADDED = drawn(*SHAPE), drawn(*SHAPE).cos(), drawn(*SHAPE).exp(), drawn(2, 2, 6, 5)
 MATRIX, VECTOR, WEIGHT, INDEX = torch.eye(4) + 0.1 * drawn(4, 4), drawn(4) + 2.0, drawn(2), torch.tensor([2, 0, 3, 1])
+NUMBERS, SPLINE = drawn(*SHAPE, 5), ops.spline_arguments(SplineSpec(), False)
 BIAS = drawn(4).cos()  # torch.compile takes no tensor twice
 WEIGHTS, BIASES = [drawn(6, 4, 3, 3) / 4, drawn(2, 6, 1, 3) / 2], [drawn(6), drawn(2)]
 GAIN = 0.1 * drawn(2, 1, 1)
@@ -70,6 +71,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "gaussian_log_prob": (X, NET, GRAD),
     "gaussian_log_prob_backward": (X, NET, GRAD, WEIGHT),
     "gaussian_sample": (X, NET, GRAD),
+    "spline": (X, NUMBERS, *SPLINE),
+    "spline_backward": (X, NUMBERS, GRAD, NET, *SPLINE, False, True),
+    "spline_backward from the output": (X, NUMBERS, GRAD, NET, *SPLINE, True, False),
     "invert_matrices": (torch.stack([MATRIX, 2.0 * MATRIX]),),
     "patches": (X, (3, 3), (1, 2), False, float32),
     "patches backward in half": (X, (3, 1), (1, 1), True, torch.bfloat16),
@@ -119,7 +123,7 @@ def test_opcheck(case: str) -> None:
     torch.library.opcheck(op_of(case), arguments_of(case), **({} if dispatches else {"test_utils": brief}))
     changes: list[Callable[[Tensor], Tensor]] = [partial(laid_out, layout="channels_last")]
     changes += [partial(laid_out, layout="channels_inside"), lambda v: v[:, :1].expand_as(v)]
-    if not case.startswith(("net", "patches", "tap_sums")) and "squeezed" not in case:
+    if not case.startswith(("net", "patches", "tap_sums", "spline")) and "squeezed" not in case:
         changes += [lambda v: v.flatten(2).double(), lambda v: v.unsqueeze(-1).expand(*v.shape, 2)]
     for change in changes:
         double = change(X).dtype == torch.float64
@@ -158,7 +162,7 @@ FIRST_DECIDES |= {
     name: {"other dtype", "grown", "empty", "more dimensions", "shrunk", "vast"}
     for name in ("checkerboard_split", "checkerboard_merge")
 }
-ANY_FORM = {("log_gain", "more dimensions"), ("log_gain", "grown"), ("net_out", "dtype")}
+ANY_FORM = {("log_gain", "more dimensions"), ("log_gain", "grown"), ("net_out", "dtype"), ("raw", "dtype")}
 
 
 @compiled
@@ -326,6 +330,7 @@ FUNCTIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "log_abs_det": lambda home, x: home.log_abs_det(3.0 * torch.eye(5) + x[..., :5, :].flatten(0, 1)),
     "gaussian_log_prob": lambda home, x: home.gaussian_log_prob(x, NET, GRAD),
     "gaussian_sample": lambda home, x: home.gaussian_sample(x, NET, GRAD),
+    "spline": lambda home, x: home.spline(x, NUMBERS)[0],
     "checkerboard_split": lambda home, x: home.checkerboard_split(x, 1),
     "checkerboard_merge": lambda home, x: home.checkerboard_merge(x, 1),
 }
@@ -389,7 +394,7 @@ def test_compiled_and_exported(name: str) -> None:
 
 @compiled
 @pytest.mark.parametrize(
-    "name", [n for n in FUNCTIONS if n.startswith(("channel", "gather", "coupling", "gaussian_log"))]
+    "name", [n for n in FUNCTIONS if n.startswith(("channel", "gather", "coupling", "gaussian_log", "spline"))]
 )
 def test_second_derivatives_are_refused(name: str) -> None:
     leaf = X.clone().requires_grad_()
@@ -407,7 +412,9 @@ def test_names_and_arguments_are_those_of_the_reference() -> None:
     assert {"channel_mix", "channel_unmix", "coupling", "coupling_inverse", "squeeze"} <= set(shared)
     for name in shared:
         ours, theirs = getattr(functional, name), getattr(reference, name)
-        if inspect.isfunction(ours):
+        if name == "spline":  # which others call: no spec, but its fields
+            assert list(inspect.signature(ours).parameters) == ["x", "raw", *SplineSpec._fields, "inverse"]
+        elif inspect.isfunction(ours):
             assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters), name
     assert functional.__all__ == sorted(functional.__all__)
 
