@@ -27,6 +27,7 @@ STAGES = {
     "directions": ("bench.directions",),
     "kernels": ("bench.kernels", "--compile", "--only", "flow step"),
     "nets": ("bench.nets",),
+    "splines": ("bench.splines",),
     "models": ("bench.models",),
     "memory": ("bench.memory", "--depths", "8,32,128,512"),
     "memory-budgets": ("bench.memory", "--budgets", "--cases", "c"),

@@ -25,6 +25,8 @@ SHAPES = [(8, 12, 64, 64), (8, 48, 32, 32), (1, 12, 512, 512), (16, 96, 8, 8), (
 SPEC = CouplingSpec()
 STEP, BETWEEN = "flow step outside its net", "between two nets"
 SQUEEZED = "channel_mix of squeeze(x)"
+SPLINE, SIDE_BY_SIDE = "spline", "spline, numbers side by side"
+NUMBERS = 23  # of an element: 8 bins
 GATHERED, COUPLE_GATHERED = "channel_mix by an index", "coupling_mix by an index"
 CHANNELS_LAST, ADDED = ", channels-last net", " and the net's part"  # behind the name of an op
 Outputs = Tensor | tuple[Tensor, ...]
@@ -41,6 +43,9 @@ TRAFFIC = {
     "coupling_mix": (3, 3, 5),  # the same, and backward u, net output, grad; grad_u, grad_net_out
     COUPLE_GATHERED: (3, 3, 5),
     "step_backward": (0, 0, 6),  # y, net output, grad_y; x, grad_u, grad_net_out
+    # Of half of the channels: x, its numbers; y and log-slope, and backward those, gradients of both; of x and numbers.
+    SPLINE: ((NUMBERS + 3) / 2, (NUMBERS + 3) / 2, NUMBERS + 2),
+    SIDE_BY_SIDE: ((NUMBERS + 3) / 2, (NUMBERS + 3) / 2, NUMBERS + 2),
     "gaussian_log_prob": (3, 0, 6),  # z, mean, log_sd
     "gaussian_sample": (4, 0, 0),
     STEP: (3, 3, 8),  # forward, then grad_y and what was saved (x, net output); grad_x, grad_net_out
@@ -69,7 +74,7 @@ def shape_title(shape: tuple[int, ...]) -> str:
 def traffic(op: str, mode: str, shape: tuple[int, ...]) -> int:
     """Bytes that the operation must move at least, float32."""
     column = ("forward", "inverse").index(mode) if mode in ("forward", "inverse") else 2
-    return 4 * math.prod(shape) * TRAFFIC[op.removesuffix(CHANNELS_LAST).removesuffix(ADDED)][column]
+    return int(4 * math.prod(shape) * TRAFFIC[op.removesuffix(CHANNELS_LAST).removesuffix(ADDED)][column])
 
 
 class Data:
@@ -96,6 +101,8 @@ class Data:
         self.inverse_matrix, self.offset = self.matrix.T.contiguous(), random(channels)
         self.mean, self.log_sd = random(*shape), 0.3 * random(*shape)
         self.scale, self.index = random(channels).exp(), torch.randperm(channels, generator=generator).to(device)
+        self.changed = 2.0 * self.x[:, channels // 2 :].contiguous()
+        self.numbers = random(NUMBERS, *self.changed.shape).movedim(0, -1)
         self.matrices = torch.stack([self.matrix, self.scale * self.matrix])
 
     def copy(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Data:
@@ -236,6 +243,24 @@ def step_cases(data: Data) -> list[Case]:
     ]
 
 
+def _spline_cases(data: Data) -> list[Case]:
+    """Splines of half of the channels, whose numbers lie number by number or, as peers' do, side by side."""
+
+    def call(inverse: bool) -> Callable[[ModuleType], Callable[..., Outputs]]:
+        return lambda library: functools.partial(library.spline, inverse=inverse)
+
+    grads = 2 * (torch.ones_like(data.changed),)
+    return [
+        case
+        for op, numbers in ((SPLINE, data.numbers), (SIDE_BY_SIDE, data.numbers.contiguous()))
+        for case in (
+            _case(data, op, "forward", call(False), (data.changed, numbers)),
+            _case(data, op, "inverse", call(True), (data.changed, numbers)),
+            _case(data, op, "backward", call(False), (data.changed, numbers), grads),
+        )
+    ]
+
+
 def op_cases(data: Data) -> list[Case]:
     """Makes every op in every direction; none of a squeezed input where four does not divide the channels."""
     d = data
@@ -269,6 +294,7 @@ def op_cases(data: Data) -> list[Case]:
         *three("coupling_mix", both, fused, unfused, SPEC, grads=pair),
         *three(COUPLE_GATHERED, both, couple_gathered, couple_gathered, SPEC, d.index, grads=pair),
         _step_backward_case(d),
+        *_spline_cases(d),
         _case(d, "gaussian_log_prob", "forward", _named("gaussian_log_prob"), gaussian),
         _case(d, "gaussian_log_prob", "backward", _named("gaussian_log_prob"), gaussian, (d.grad_log_det,)),
         _case(d, "gaussian_sample", "forward", _named("gaussian_sample"), gaussian),
