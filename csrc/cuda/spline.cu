@@ -25,7 +25,7 @@ struct ThreadNumbers {
   __device__ __forceinline__ T raw(int side, int k) const { return raw(side * params.bins + k); }
   __device__ __forceinline__ void keep(int, int, T) {}
   __device__ __forceinline__ T weight(int side, int k) const {
-    return math::exp(math::spline_logit<F>(raw(side, k), params) - most[side]);
+    return math::exp_negative(math::spline_logit<F>(raw(side, k), params) - most[side]);
   }
   __device__ __forceinline__ void give(int row, T grad) const {
     store_net<false>(to, type, to_at + row * to_number, Single<T>{{grad}});

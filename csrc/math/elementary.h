@@ -28,6 +28,8 @@ PYGLOW_HD float erf(float x) { return ::erff(x); }
 PYGLOW_HD double erf(double x) { return ::erf(x); }
 PYGLOW_HD float erfc(float x) { return ::erfcf(x); }
 PYGLOW_HD double erfc(double x) { return ::erfc(x); }
+PYGLOW_HD float exp_negative(float x) { return ::expf(x); }
+PYGLOW_HD double exp_negative(double x) { return ::exp(x); }
 PYGLOW_HD float square_root(float x) { return ::sqrtf(x); }
 PYGLOW_HD double square_root(double x) { return ::sqrt(x); }
 
@@ -127,6 +129,18 @@ PYGLOW_HD VecD exp(VecD x) {
   const auto [expm1, whole] = reduced(x);
   const VecL half = whole >> 1;
   return (expm1 + 1.0) * from_bits((half + 1023) << 52) * from_bits((whole - half + 1023) << 52);
+}
+
+// exp(x) for x <= 0 in fewer instructions; from -80 on it is exp(-80), 2e-35.
+PYGLOW_HD VecF exp_negative(VecF x) {
+  const auto [expm1, whole] = reduced(x < -80.f ? VecF{} - 80.f : x);
+  const VecF power = from_bits((whole + 127) << 23);
+  return power * expm1 + power;
+}
+PYGLOW_HD VecD exp_negative(VecD x) {
+  const auto [expm1, whole] = reduced(x < -80.0 ? VecD{} - 80.0 : x);
+  const VecD power = from_bits((whole + 1023) << 52);
+  return power * expm1 + power;
 }
 
 // exp(x) - 1 for x <= 0 as 2^k (exp(r) - 1) + (2^k - 1). Near zero k is 0 and the second term too; elsewhere the first

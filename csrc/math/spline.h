@@ -127,14 +127,15 @@ PYGLOW_HD V spline_curvature(V theta, const SplineTerms<V>& of, const SplineBin<
   return (a_theta / of.a - 2.f * of.q * turn / of.d) / bin.width;
 }
 
-// A sum whose roundings are taken off what comes next (Kahan), so that many small terms cost one.
+// A sum and, beside it, that of its roundings (Knuth's two-sum), so that many small terms cost one. A term waits for
+// one addition of the term before, where Kahan's sum waits for four.
 template <class V>
 struct LongSum {
-  V value, ahead;  // by how much the value is too large
+  V value, rest;  // value + rest is the sum
 
   PYGLOW_HD void add(V term) {
-    const V own = term - ahead, next = value + own;
-    ahead = (next - value) - own;
+    const V next = value + term, taken = next - value;
+    rest += (value - (next - taken)) + (term - taken);
     value = next;
   }
 };
@@ -142,12 +143,12 @@ struct LongSum {
 // Which share of the interval the bin takes: of K weights, whose sum is `sum`, its own, and that of the bins before.
 template <class V>
 struct BinShare {
-  V low, ahead;  // its lower edge, and by how much this is too large
-  V size;        // how wide or high it is
+  V low, rest;  // its lower edge is low + rest
+  V size;       // how wide or high it is
   V weight, before, sum;
 
-  PYGLOW_HD V beyond(V value) const { return (value - low) + ahead; }  // the lower edge
-  PYGLOW_HD V at(V beyond) const { return low + (beyond - ahead); }
+  PYGLOW_HD V beyond(V value) const { return (value - low) - rest; }  // the lower edge
+  PYGLOW_HD V at(V beyond) const { return low + (beyond + rest); }
 };
 
 // The bin of a value, with all that a gradient of the numbers takes.
@@ -170,12 +171,12 @@ PYGLOW_HD V weigh(Numbers& numbers, int side, const SplineParams<T>& params, V& 
   numbers.most[side] = most;
   LongSum<V> sum{};
   for (int k = 0; k < params.bins; ++k) {
-    const V raw = numbers.raw(side, k), weight = exp(spline_logit<F>(raw, params) - most);
+    const V raw = numbers.raw(side, k), weight = exp_negative(spline_logit<F>(raw, params) - most);
     numbers.keep(side, k, weight);
     sum.add(weight);
     bad += raw * T(0);
   }
-  return sum.value;
+  return sum.value + sum.rest;
 }
 
 // The last bin of a side of which chosen(k, lower edge) holds; the first one need not be chosen. index is its number.
@@ -186,7 +187,7 @@ PYGLOW_HD BinShare<V> bin_share(const Numbers& numbers, int side, V sum, const S
   const T span = params.high - params.low;
   const V unit = span * (T(1) - least * static_cast<T>(params.bins)) / sum;
   LongSum<V> edge{V{} + params.low, V{}}, before{};
-  V low = edge.value, ahead{}, own{}, behind{}, place{};
+  V low = edge.value, rest{}, own{}, behind{}, place{};
   for (int k = 0; k < params.bins; ++k) {
     const V weight = numbers.weight(side, k);
     if (k == 0) {
@@ -194,7 +195,7 @@ PYGLOW_HD BinShare<V> bin_share(const Numbers& numbers, int side, V sum, const S
     } else {
       const auto here = chosen(static_cast<T>(k), edge.value);
       low = here ? edge.value : low;
-      ahead = here ? edge.ahead : ahead;
+      rest = here ? edge.rest : rest;
       own = here ? weight : own;
       behind = here ? before.value : behind;
       place = here ? V{} + static_cast<T>(k) : place;
@@ -203,7 +204,7 @@ PYGLOW_HD BinShare<V> bin_share(const Numbers& numbers, int side, V sum, const S
     edge.add(least * span + weight * unit);
   }
   index = place;
-  return {low, ahead, least * span + own * unit, own, behind, sum};
+  return {low, rest, least * span + own * unit, own, behind, sum};
 }
 
 // theta of a value, an x or a y, and what the spline or its inverse makes of it.
