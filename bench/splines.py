@@ -67,15 +67,10 @@ def prepare(prepared: Prepared, arguments: argparse.Namespace) -> None:
             prepared.cases += [(Row(f"{count} elements", mode, name), call) for name, call in calls.items()]
 
 
-def counts(text: str) -> list[int]:
-    """A parser's type: numbers with commas between them."""
-    return [int(number) for number in text.split(",")]
-
-
 def parser() -> argparse.ArgumentParser:
     """Make the parser of the options."""
     options = harness.make_parser("splines", __doc__, rounds=9, seconds=300.0)
-    options.add_argument("--elements", type=counts, help="such as 1000,100000")
+    options.add_argument("--elements", type=harness.numbers(int), help="such as 1000,100000")
     options.add_argument("--bins", type=int, default=8)
     options.add_argument("--compile", action="store_true", help="also nflows' function under torch.compile")
     return options

@@ -19,40 +19,6 @@ struct Factors {
   int64_t length;
 };
 
-// lanes x lanes values: rows at x, columns to `out`, `stride` apart; rows from `valid` on count as zero.
-template <class T>
-PYGLOW_HD void transpose_block(const Rows<const T>& x, int64_t row, int64_t position, int64_t valid, T* out,
-                               int64_t stride) {
-  constexpr int n = static_cast<int>(lanes<T>);
-  using Mask = decltype(Vec<T>{} < Vec<T>{});
-  Vec<T> v[n], w[n];
-  if (valid >= n) {  // apart, as it would be a branch per row
-#pragma GCC unroll 16
-    for (int k = 0; k < n; ++k) v[k] = load<T>(x.row(row + k) + position);
-  } else {
-#pragma GCC unroll 16
-    for (int k = 0; k < n; ++k) v[k] = k < valid ? load<T>(x.row(row + k) + position) : Vec<T>{};
-  }
-  Mask low, high;
-  for (int i = 0; i < n; ++i) {
-    low[i] = i / 2 + (i % 2 == 0 ? 0 : n);
-    high[i] = low[i] + n / 2;
-  }
-  // Each pass interleaves row k with row k + n / 2; after log2(n) of them rows are columns.
-#pragma GCC unroll 4
-  for (int pass = 1; pass < n; pass *= 2) {
-#pragma GCC unroll 8
-    for (int k = 0; k < n / 2; ++k) {
-      w[2 * k] = shuffle<T>(v[k], v[k + n / 2], low);
-      w[2 * k + 1] = shuffle<T>(v[k], v[k + n / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int k = 0; k < n; ++k) v[k] = w[k];
-  }
-#pragma GCC unroll 16
-  for (int k = 0; k < n; ++k) store<T>(out + k * stride, v[k]);
-}
-
 template <class T>
 class MixSums {
  public:

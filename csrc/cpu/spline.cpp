@@ -1,6 +1,5 @@
 // CPU schedules of the monotone splines; compiled once per instruction set.
 #include <type_traits>
-#include <utility>
 
 #include "cpu/isa.h"
 #include "cpu/views.h"
@@ -8,33 +7,6 @@
 
 namespace pyglow::cpu::PYGLOW_ISA {
 namespace {
-
-// Exchanges the off-diagonal blocks of rows i and i + Half: lanes are numbered by the pack, so that masks are
-// constants.
-template <class T, int Half, std::size_t... Lane>
-PYGLOW_HD void exchange(Vec<T>& a, Vec<T>& b, std::index_sequence<Lane...>) {
-  using Mask = decltype(a < b);
-  constexpr auto count = static_cast<int>(lanes<T>);
-  const Mask low = {((Lane & Half) != 0 ? count + static_cast<int>(Lane) - Half : static_cast<int>(Lane))...};
-  const Mask high = {((Lane & Half) != 0 ? count + static_cast<int>(Lane) : static_cast<int>(Lane) + Half)...};
-  const Vec<T> first = shuffle<T>(a, b, low);
-  b = shuffle<T>(a, b, high);
-  a = first;
-}
-
-// Lane j of vector i becomes lane i of vector j: in log2(lanes) steps, which exchange blocks of half the size.
-template <class T, int Half, std::size_t... Row>
-PYGLOW_HD void transpose(Vec<T> (&v)[lanes<T>], std::index_sequence<Row...> rows) {
-  const auto step = [&](auto row) {
-    if constexpr ((row & Half) == 0) exchange<T, Half>(v[row], v[row + Half], rows);
-  };
-  (step(std::integral_constant<std::size_t, Row>()), ...);
-  if constexpr (Half > 1) transpose<T, Half / 2>(v, rows);
-}
-template <class T>
-PYGLOW_HD void transpose(Vec<T> (&v)[lanes<T>]) {
-  transpose<T, static_cast<int>(lanes<T>) / 2>(v, std::make_index_sequence<lanes<T>>());
-}
 
 // The numbers of one channel, a row for each. Where those of an element lie side by side they are transposed in
 // registers, blocks of whole vectors of elements and of numbers; the last block of numbers overlaps the one before.
@@ -60,12 +32,8 @@ Rows<const T> read_numbers(const SplineNumbers<const void>& raw, const Tile& til
   if (!side_by_side<T>(raw, count)) return read_rows(rows, tile, 0, count, room);
   const T* const from = tile_pointer(net_elements<const T>(rows), tile, 0);
   for_blocks<T>(tile, count, [&](int64_t i, int64_t k) {
-    Vec<T> block[lanes<T>];
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < lanes<T>; ++j) block[j] = load<T>(from + (i + j) * raw.position + k);
-    transpose<T>(block);
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < lanes<T>; ++j) store<T>(room + (k + j) * tile.padded + i, block[j]);
+    transpose_block<T>({from + i * raw.position, raw.position}, 0, k, lanes<T>, room + k * tile.padded + i,
+                       tile.padded);
   });
   for (int64_t i = tile.length / lanes<T> * lanes<T>; i < tile.padded; ++i)
     for (int64_t k = 0; k < count; ++k) room[k * tile.padded + i] = i < tile.length ? from[i * raw.position + k] : T(0);
@@ -85,12 +53,7 @@ void write_numbers_back(const SplineNumbers<void>& raw, const Tile& tile, int64_
   if (!side_by_side<T>(raw, count)) return write_back(rows, tile, 0, count, found);
   T* const to = tile_pointer(net_elements<T>(rows), tile, 0);
   for_blocks<T>(tile, count, [&](int64_t i, int64_t k) {
-    Vec<T> block[lanes<T>];
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < lanes<T>; ++j) block[j] = load<T>(found.row(k + j) + i);
-    transpose<T>(block);
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < lanes<T>; ++j) store<T>(to + (i + j) * raw.position + k, block[j]);
+    transpose_block<T>({found.data, found.stride}, k, i, lanes<T>, to + i * raw.position + k, raw.position);
   });
   for (int64_t i = tile.length / lanes<T> * lanes<T>; i < tile.length; ++i)
     for (int64_t k = 0; k < count; ++k) to[i * raw.position + k] = found.row(k)[i];

@@ -5,8 +5,9 @@
 //   y = y_k + h_k (s theta^2 + d_k t) / D,   dy/dx = s^2 A / D^2,   A = d_(k+1) theta^2 + 2 s t + d_k (1 - theta)^2
 //
 // V is a scalar, or a vector whose lanes are elements. `Numbers` gives the numbers of an element, and has two sides,
-// those of the widths and of the heights: raw(side, k) is a number; keep(side, k, weight) may store what weight(side,
-// k) gives again, as a CPU does, or form it again, so that a thread of a GPU needs no array.
+// those of the widths and of the heights: raw(side, k) is a number, raw(row) any of them by its place, give(row, grad)
+// takes its gradient. weight(side, k) is what keep(side, k, weight) was given: a CPU stores it; a thread of a GPU,
+// which needs no array so, forms it again from the number and from most[side].
 #pragma once
 #include "math/elementary.h"
 #include "math/kinds.h"
@@ -70,9 +71,14 @@ PYGLOW_HD SplineTerms<V> spline_terms(V theta, const SplineBin<V>& bin) {
   return {s, q, t, s + q * t, bin.upper * theta * theta + 2.f * s * t + bin.lower * rest * rest};
 }
 
+// (y - y_k) D / h_k, and dA / d theta.
 template <class V>
 PYGLOW_HD V spline_rise(V theta, const SplineTerms<V>& of, const SplineBin<V>& bin) {
-  return bin.height * (of.s * theta * theta + bin.lower * of.t) / of.d;
+  return of.s * theta * theta + bin.lower * of.t;
+}
+template <class V>
+PYGLOW_HD V a_by_theta(V theta, const SplineTerms<V>& of, const SplineBin<V>& bin) {
+  return 2.f * (bin.upper * theta + of.s * (1.f - 2.f * theta) - bin.lower * (1.f - theta));
 }
 template <class V>
 PYGLOW_HD V spline_slope(const SplineTerms<V>& of) {
@@ -101,11 +107,11 @@ template <class V>
 PYGLOW_HD SplineGrads<V> spline_grads(V theta, const SplineTerms<V>& of, const SplineBin<V>& bin, V grad_y,
                                       V grad_log_slope) {
   const V rest = 1.f - theta, turn = 1.f - 2.f * theta, over_d = 1.f / of.d, over_a = 1.f / of.a;
-  const V r = (of.s * theta * theta + bin.lower * of.t) * over_d;  // (y - y_k) / h_k
+  const V r = spline_rise(theta, of, bin) * over_d;  // (y - y_k) / h_k
   const V grad_r = grad_y * bin.height * over_d;
   const V by_d = 2.f * over_d;
   const V r_theta = 2.f * of.s * theta + bin.lower * turn - r * of.q * turn;
-  const V a_theta = 2.f * (bin.upper * theta + of.s * turn - bin.lower * rest);
+  const V a_theta = a_by_theta(theta, of, bin);
   const V grad_theta = grad_r * r_theta + grad_log_slope * (a_theta * over_a - by_d * of.q * turn);
   const V grad_s = grad_r * (theta * theta - r * (1.f - 2.f * of.t)) +
                    grad_log_slope * (2.f / of.s + 2.f * of.t * over_a - by_d * (1.f - 2.f * of.t));
@@ -122,9 +128,7 @@ PYGLOW_HD SplineGrads<V> spline_grads(V theta, const SplineTerms<V>& of, const S
 // d log(dy/dx) / dx.
 template <class V>
 PYGLOW_HD V spline_curvature(V theta, const SplineTerms<V>& of, const SplineBin<V>& bin) {
-  const V turn = 1.f - 2.f * theta;
-  const V a_theta = 2.f * (bin.upper * theta + of.s * turn - bin.lower * (1.f - theta));
-  return (a_theta / of.a - 2.f * of.q * turn / of.d) / bin.width;
+  return (a_by_theta(theta, of, bin) / of.a - 2.f * of.q * (1.f - 2.f * theta) / of.d) / bin.width;
 }
 
 // A sum and, beside it, that of its roundings (Knuth's two-sum), so that many small terms cost one. A term waits for
@@ -157,10 +161,11 @@ struct SplinePlace {
   SplineBin<V> bin;
   V index;  // k
   BinShare<V> shares[2];
-  KnotDerivative<V> lower, upper;
-  V bad;  // 0, or NaN where a number is not finite
+  V lower_slope, upper_slope;  // of bin.lower and bin.upper by their numbers
+  V bad;                       // 0, or NaN where a number is not finite
 };
 
+// The sum of a side's weights exp(logit - largest logit), each of which is kept.
 template <SplineForm F, class V, class T, class Numbers>
 PYGLOW_HD V weigh(Numbers& numbers, int side, const SplineParams<T>& params, V& bad) {
   V most = spline_logit<F>(numbers.raw(side, 0), params);
@@ -179,13 +184,24 @@ PYGLOW_HD V weigh(Numbers& numbers, int side, const SplineParams<T>& params, V& 
   return sum.value + sum.rest;
 }
 
+// The least share of the interval that a bin takes, and how much of it is shared out by a weight of 1.
+template <SplineForm F, class T>
+PYGLOW_HD T least_share(int side, const SplineParams<T>& params) {
+  if constexpr (F == SplineForm::softclip) return T(0);
+  return side == widths ? params.min_width : params.min_height;
+}
+template <SplineForm F, class V, class T>
+PYGLOW_HD V weight_unit(int side, V sum, const SplineParams<T>& params) {
+  const T least = least_share<F>(side, params);
+  return (params.high - params.low) * (T(1) - least * static_cast<T>(params.bins)) / sum;
+}
+
 // The last bin of a side of which chosen(k, lower edge) holds; the first one need not be chosen. index is its number.
 template <SplineForm F, class V, class T, class Numbers, class Chosen>
 PYGLOW_HD BinShare<V> bin_share(const Numbers& numbers, int side, V sum, const SplineParams<T>& params, V& index,
                                 const Chosen& chosen) {
-  const T least = F == SplineForm::softmax ? (side == widths ? params.min_width : params.min_height) : T(0);
-  const T span = params.high - params.low;
-  const V unit = span * (T(1) - least * static_cast<T>(params.bins)) / sum;
+  const T least = least_share<F>(side, params) * (params.high - params.low);
+  const V unit = weight_unit<F>(side, sum, params);
   LongSum<V> edge{V{} + params.low, V{}}, before{};
   V low = edge.value, rest{}, own{}, behind{}, place{};
   for (int k = 0; k < params.bins; ++k) {
@@ -201,10 +217,10 @@ PYGLOW_HD BinShare<V> bin_share(const Numbers& numbers, int side, V sum, const S
       place = here ? V{} + static_cast<T>(k) : place;
     }
     before.add(weight);
-    edge.add(least * span + weight * unit);
+    edge.add(least + weight * unit);
   }
   index = place;
-  return {low, rest, least * span + own * unit, own, behind, sum};
+  return {low, rest, least + own * unit, own, behind, sum};
 }
 
 // theta of a value, an x or a y, and what the spline or its inverse makes of it.
@@ -217,7 +233,7 @@ PYGLOW_HD V place_theta(V value, const SplinePlace<V>& place) {
 template <bool FromY, class V, class T>
 PYGLOW_HD V place_other(V theta, const SplineTerms<V>& of, const SplinePlace<V>& place, const SplineParams<T>& params) {
   const V found = FromY ? place.shares[widths].at(theta * place.bin.width)
-                        : place.shares[heights].at(spline_rise(theta, of, place.bin));
+                        : place.shares[heights].at(place.bin.height * spline_rise(theta, of, place.bin) / of.d);
   const V above = found < params.low ? V{} + params.low : found;
   return above > params.high ? V{} + params.high : above;
 }
@@ -244,15 +260,15 @@ PYGLOW_HD SplinePlace<V> spline_place(V value, int side, Numbers& numbers, const
     upper = index + T(1) == knot ? raw : upper;
     place.bad += raw * T(0);
   }
-  place.lower = knot_derivative<F>(lower, params);
-  place.upper = knot_derivative<F>(upper, params);
+  KnotDerivative<V> left = knot_derivative<F>(lower, params), right = knot_derivative<F>(upper, params);
   if (linear) {
     const auto begins = index == T(0), ends = index == static_cast<T>(params.bins - 1);
-    place.lower = {begins ? V{} + T(1) : place.lower.value, begins ? V{} : place.lower.slope};
-    place.upper = {ends ? V{} + T(1) : place.upper.value, ends ? V{} : place.upper.slope};
+    left = {begins ? V{} + T(1) : left.value, begins ? V{} : left.slope};
+    right = {ends ? V{} + T(1) : right.value, ends ? V{} : right.slope};
   }
-  const BinShare<V>&x = place.shares[widths], &y = place.shares[heights];
-  place.bin = {x.size, y.size, place.lower.value, place.upper.value};
+  place.bin = {place.shares[widths].size, place.shares[heights].size, left.value, right.value};
+  place.lower_slope = left.slope;
+  place.upper_slope = right.slope;
   return place;
 }
 
@@ -313,8 +329,7 @@ PYGLOW_HD SplineBackward<V> spline_backward(V value, V grad, V grad_log_slope, N
   const V index = place.index;
   for (int side = 0; side < 2; ++side) {
     const BinShare<V>& share = place.shares[side];
-    const T least = F == SplineForm::softmax ? (side == widths ? params.min_width : params.min_height) : T(0);
-    const V unit = (params.high - params.low) * (T(1) - least * static_cast<T>(params.bins)) / share.sum;
+    const V unit = weight_unit<F>(side, share.sum, params);
     const V mean = (edges[side] * share.before + sizes[side] * share.weight) / share.sum;
     for (int k = 0; k < params.bins; ++k) {
       const V knot = V{} + static_cast<T>(k);
@@ -325,7 +340,7 @@ PYGLOW_HD SplineBackward<V> spline_backward(V value, V grad, V grad_log_slope, N
   }
   const bool linear = params.tails == SplineTails::linear, circular = params.tails == SplineTails::circular;
   const int first = 2 * params.bins, count = spline_numbers(params.bins, params.tails) - first;
-  const V lower = of.lower * place.lower.slope, upper = of.upper * place.upper.slope;
+  const V lower = of.lower * place.lower_slope, upper = of.upper * place.upper_slope;
   for (int j = 0; j < count; ++j) {
     const T knot = static_cast<T>(j + (linear ? 1 : 0));
     V own = index == knot ? lower : V{};
