@@ -51,7 +51,7 @@ def _setting(operation: str, device: torch.device) -> str:
 
 
 def rounds(operation: str, x: Tensor) -> bool:
-    """Whether torch may round x in PRODUCTS or CONVOLUTIONS now."""
+    """Tell whether torch's settings let it round float32 operands like x, in PRODUCTS or in CONVOLUTIONS."""
     return x.dtype == torch.float32 and _setting(operation, device_of(x)) in (TF32, "bf16")
 
 

@@ -80,14 +80,14 @@ def call_untraced(function: Callable[..., R], *inputs: Any) -> R:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks around its forward or backward."""
+    """Tell whether a call of the module runs hooks around its forward or backward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a module has hooks or a forward of its own, so that a call does something else than its class says."""
+    """Tell whether hooks, or a forward set on the module, make a call do something else than its class says."""
     return has_hooks(module) or "forward" in vars(module)
 
 

@@ -60,7 +60,7 @@ __all__ = [
 
 
 def _records_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd differentiates what is computed from these tensors, so that each kernel needs a backward."""
+    """Tell whether autograd records what is computed from these tensors, so that each kernel needs a backward."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -119,7 +119,12 @@ def spline(
     slope: float = 1e-3,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y and log dy/dx of a monotone rational-quadratic spline of each element, nats; see :func:`reference.spline`."""
+    """y = y_k + h_k (s theta^2 + d_k t) / D of each element, and log dy/dx, nats: a monotone rational-quadratic spline.
+
+    x of any shape, float32 or float64; raw (*x.shape, P), like x or of 16 bits; y and the log-slope are like x.
+    Equation, errors and paper stand at :func:`pyglow_fast.reference.spline`; the keywords, but for ``inverse``, are the
+    fields of :class:`SplineSpec`. It is differentiable once.
+    """
     numbers = (gain, min_width, min_height, min_derivative, derivative_offset, slope)
     spec = SplineSpec(bound, tails, form, *numbers)
     if not ops.run_on(x):

@@ -80,5 +80,5 @@ class Visitor:
         return self._opened
 
     def has(self, opened: OpenRun) -> bool:
-        """Whether the visitor has this run chosen; results for another run must not come to the page."""
+        """Tell whether this is still the run the visitor has chosen: results of another must not reach the page."""
         return self._opened is opened
