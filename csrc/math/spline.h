@@ -220,7 +220,10 @@ PYGLOW_HD BinShare<V> bin_share(const Numbers& numbers, int side, V sum, const S
     edge.add(least + weight * unit);
   }
   index = place;
-  return {low, rest, least + own * unit, own, behind, sum};
+  // The last edge misses the end by roundings of the unit, which all bins share: they are given back.
+  const V missing = ((params.high - edge.value) - edge.rest) / (params.high - params.low);
+  const V size = least + own * unit;
+  return {low, rest + ((low - params.low) + rest) * missing, size + size * missing, own, behind, sum};
 }
 
 // theta of a value, an x or a y, and what the spline or its inverse makes of it.
