@@ -130,22 +130,20 @@ class CouplingMix(torch.autograd.Function):
 
 
 class Spline(torch.autograd.Function):
-    """The spline of each element or its inverse, and its log-slope; its backward begins from the argument x."""
+    """The spline of each element or its inverse, and its log-slope; its backward begins from its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, raw: Tensor, spec: SplineSpec, inverse: bool) -> tuple[Tensor, Tensor]:
         """Compute the value and the log-slope, like x."""
         ctx.arguments = ops.spline_arguments(spec, inverse)
-        found, log_slope = ops.spline(x, raw, *ctx.arguments)
-        ctx.save_for_backward(found if inverse else x, raw)
-        return found, log_slope
+        ctx.save_for_backward(x, raw)
+        return ops.spline(x, raw, *ctx.arguments)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: Saved, grad_y: Tensor, grad_log_slope: Tensor) -> tuple[Tensor | None, ...]:
         """Compute gradients of x and raw."""
-        arguments = (*saved, grad_y, grad_log_slope, *ctx.arguments, ctx.arguments[2], False)
-        grad_x, grad_raw, _ = ops.spline_backward(*arguments)
+        grad_x, grad_raw, _ = ops.spline_backward(*saved, grad_y, grad_log_slope, *ctx.arguments, False, False)
         return grad_x, grad_raw, None, None
 
 
